@@ -1,0 +1,1 @@
+"""From the meta file to packed tensors: records, tiles, turns, labels, datasets."""

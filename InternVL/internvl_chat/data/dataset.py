@@ -1,0 +1,218 @@
+"""The records of one data set, and of all data sets of a meta file, as samples."""
+
+import math
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from internvl_chat.data.encoding import Encoded, RecordEncoder
+from internvl_chat.data.jsonl import RecordFile
+from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.data.records import Record, RecordProblem, parse_record
+from internvl_chat.errors import DataError
+from internvl_chat.logs import get_logger
+
+logger = get_logger(__name__)
+
+
+class RecordKey(NamedTuple):
+    """A record's place: name of its set, and its index in the file from 0."""
+
+    dataset: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record ready for the collator.
+
+    Attributes:
+        key: where it comes from.
+        id: its id in the file.
+        encoded: ids, labels and grids.
+        tiles: (N, S, S, 3) uint8.
+    """
+
+    key: RecordKey
+    id: str | None
+    encoded: Encoded
+    tiles: torch.Tensor
+
+
+class RecordSet:
+    """The records of one entry of the meta file.
+
+    Args:
+        spec: the entry.
+        encoder: made with the command line's tile limit; the entry's own wins.
+
+    Raises:
+        DataError: the annotation file cannot be read.
+    """
+
+    def __init__(self, spec: DatasetSpec, encoder: RecordEncoder) -> None:
+        self.spec = spec
+        self.encoder = encoder.with_max_tiles(spec.max_dynamic_patch)
+        self.file = RecordFile(spec.annotation)
+        if spec.length is not None and spec.length != len(self.file):
+            logger.warning(
+                "data set %s: 'length' is %d, but %s has %d records",
+                spec.name, spec.length, spec.annotation, len(self.file),
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        """Return the number of records in the file, each once."""
+        return len(self.file)
+
+    @property
+    def num_used(self) -> int:
+        """Records of one epoch, after `repeat_time`."""
+        repeat = self.spec.repeat_time
+        return int(len(self) * repeat) if repeat < 1 else len(self) * int(repeat)
+
+    def record(self, index: int) -> Record:
+        """Parse a record.
+
+        Raises:
+            DataError: it is malformed.
+        """
+        raw = self.file[index]
+        try:
+            return parse_record(raw)
+        except RecordProblem as problem:
+            identity = raw.get("id") if isinstance(raw, dict) else None
+            raise self._error(index, str(problem), identity) from None
+
+    def _error(self, index: int, message: str, record_id: str | None) -> DataError:
+        return DataError(message, file=self.spec.annotation, line=self.file.line(index), record=record_id)
+
+    def encode(self, index: int) -> tuple[Record, Encoded]:
+        """Encode a record; of its images only the headers are read.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        record = self.record(index)
+        with ExitStack() as stack:
+            images = self._open(index, record, stack)
+            return record, self._encode(index, record, images)
+
+    def load(self, index: int, augment: random.Random | None = None) -> Sample:
+        """Encode a record and decode its images.
+
+        Args:
+            index: in the file.
+            augment: randomness for a set that asks for augmentation.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        record = self.record(index)
+        with ExitStack() as stack:
+            images = self._open(index, record, stack)
+            encoded = self._encode(index, record, images)
+            try:
+                tiles = self.encoder.tiles(images, encoded.grids, augment if self.spec.data_augment else None)
+            except Exception as error:
+                names = ", ".join(record.images)
+                raise self._error(
+                    index, f"an image cannot be decoded ({names}): {error}", record.id
+                ) from error
+        return Sample(RecordKey(self.spec.name, index), record.id, encoded, tiles)
+
+    def _open(self, index: int, record: Record, stack: ExitStack) -> list[Image.Image]:
+        images = []
+        for name in record.images:
+            path = self.spec.root / name
+            try:
+                images.append(stack.enter_context(Image.open(path)))
+            except FileNotFoundError:
+                raise self._error(
+                    index, f"the image {path} does not exist; check 'root' in the meta file", record.id
+                ) from None
+            except Exception as error:
+                raise self._error(index, f"the image {path} cannot be read: {error}", record.id) from error
+        return images
+
+    def _encode(self, index: int, record: Record, images: Sequence[Image.Image]) -> Encoded:
+        try:
+            return self.encoder.encode(record.turns, [image.size for image in images])
+        except RecordProblem as problem:
+            raise self._error(index, str(problem), record.id) from None
+
+
+class Draw(NamedTuple):
+    """One use of a record in training.
+
+    Attributes:
+        index: among all records of the epoch.
+        epoch: from 0; with the index it seeds the augmentation.
+        counts: False for a record that only keeps a process busy, with weight zero.
+    """
+
+    index: int
+    epoch: int
+    counts: bool = True
+
+
+class TrainingData(Dataset):
+    """All sets of a meta file one after the other, in the order of the file.
+
+    Args:
+        sets: the data sets.
+        seed: of the augmentation.
+        resample: draw from the sets in proportion to the square roots of their sizes.
+    """
+
+    def __init__(self, sets: Sequence[RecordSet], *, seed: int = 0, resample: bool = False) -> None:
+        self.sets, self.seed, self.resample = list(sets), seed, resample
+        self._bounds = np.cumsum([0, *(s.num_used for s in self.sets)])
+        if not len(self):
+            raise DataError("no records are left to train on: every 'repeat_time' is too small")
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Records of an epoch from each set, before resampling."""
+        return [s.num_used for s in self.sets]
+
+    def locate(self, index: int) -> tuple[RecordSet, int]:
+        """Return the set of a record of the epoch, and its index in the set's file."""
+        number = int(np.searchsorted(self._bounds, index, side="right")) - 1
+        records = self.sets[number]
+        return records, (index - int(self._bounds[number])) % len(records)
+
+    def __getitem__(self, draw: Draw) -> tuple[Sample, bool]:
+        """Load a record; returns it and whether it counts."""
+        records, index = self.locate(draw.index)
+        rng = random.Random(f"{self.seed}/{draw.epoch}/{draw.index}")
+        return records.load(index, rng), draw.counts
+
+    def estimated_lengths(self, tokens_per_byte: float = 0.25) -> np.ndarray:
+        """Estimate the tokens of every record of the epoch without opening images (as the reference)."""
+        lengths = []
+        for records in self.sets:
+            options = records.encoder.preprocessing
+            of_file = np.empty(len(records), np.int64)
+            for i in range(len(records)):
+                record = records.record(i)
+                text = sum(len(turn.text.encode()) for turn in record.turns) * tokens_per_byte
+                tiles = max(options.max_dynamic_patch, len(record.images)) if record.images else 0
+                of_file[i] = text + tiles * options.tokens_per_tile
+            repeats = math.ceil(records.num_used / len(records))
+            lengths.append(np.tile(of_file, repeats)[: records.num_used])
+        return np.concatenate(lengths)
+
+
+def build_sets(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> list[RecordSet]:
+    """Open all data sets of a meta file."""
+    return [RecordSet(spec, encoder) for spec in specs]

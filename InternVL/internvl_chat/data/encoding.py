@@ -1,0 +1,135 @@
+"""From a checked record and its images to ids, labels and tiles: the one planner that everything uses."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.records import RecordProblem, Turn
+from internvl_chat.data.template import EncodedTurns, encode_prompt, encode_turns
+from internvl_chat.data.tiling import (
+    NORMALIZATIONS,
+    Grid,
+    cut_tiles,
+    degrade_jpeg,
+    pad_to_square,
+    plan_grid,
+    share_of_budget,
+    stack_tiles,
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as the model takes it.
+
+    Attributes:
+        input_ids: (T,) int64.
+        labels: (T,) int64, `IGNORE_INDEX` where nothing is learnt.
+        grids: how each image is cut.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    grids: tuple[Grid, ...]
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens that are learnt."""
+        return int((self.labels >= 0).sum())
+
+
+class RecordEncoder:
+    """Plans tiles and encodes conversations with one tokenizer and one set of options.
+
+    Args:
+        tokenizer: of the checkpoint.
+        preprocessing: of the checkpoint.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing) -> None:
+        self.tokenizer, self.preprocessing = tokenizer, preprocessing
+
+    def with_max_tiles(self, max_tiles: int | None) -> "RecordEncoder":
+        """Return an encoder with another tile limit; None keeps this one."""
+        if max_tiles is None or max_tiles == self.preprocessing.max_dynamic_patch:
+            return self
+        fewest = min(self.preprocessing.min_dynamic_patch, max_tiles)
+        changed = replace(self.preprocessing, max_dynamic_patch=max_tiles, min_dynamic_patch=fewest)
+        return RecordEncoder(self.tokenizer, changed)
+
+    def encode(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+        """Encode a whole conversation for training.
+
+        Args:
+            turns: with as many placeholders as there are images.
+            image_sizes: (width, height) in pixels.
+
+        Raises:
+            RecordProblem: it does not fit into `max_seq_length`.
+        """
+        return self._fit(encode_turns(turns, self.tokenizer, self.preprocessing.system_text), image_sizes)
+
+    def encode_prompt(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+        """Encode a conversation up to where the assistant answers.
+
+        Raises:
+            RecordProblem: it does not fit into `max_seq_length`.
+        """
+        return self._fit(encode_prompt(turns, self.tokenizer, self.preprocessing.system_text), image_sizes)
+
+    def _fit(self, turns: EncodedTurns, image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+        """Expand the images' tokens, with fewer tiles for every image where the record is too long."""
+        options = self.preprocessing
+        per_image = share_of_budget(options.max_dynamic_patch, max(len(image_sizes), 1))
+        for budget in range(per_image, 0, -1):
+            grids = tuple(self.plan_grid(size, budget) for size in image_sizes)
+            tokens = [grid.tiles * options.tokens_per_tile for grid in grids]
+            length = turns.num_tokens(tokens)
+            if length <= options.max_seq_length:
+                ids, labels = turns.expand(tokens)
+                return Encoded(torch.from_numpy(ids), torch.from_numpy(labels), grids)
+        raise RecordProblem(
+            f"{length} tokens even with one tile an image, more than max_seq_length {options.max_seq_length}"
+        )
+
+    def plan_grid(self, size: tuple[int, int], max_tiles: int) -> Grid:
+        """Return how an image of (width, height) pixels is cut under a budget of tiles."""
+        options = self.preprocessing
+        if not options.dynamic_image_size:
+            return Grid(1, 1, thumbnail=False)
+        return plan_grid(
+            *size,
+            min_tiles=options.min_dynamic_patch,
+            max_tiles=max_tiles,
+            tile_size=options.tile_size,
+            use_thumbnail=options.use_thumbnail,
+        )
+
+    def tiles(
+        self, images: Sequence[Image.Image], grids: Sequence[Grid], augment: random.Random | None = None
+    ) -> torch.Tensor:
+        """Return the tiles of all images as uint8, (N, S, S, 3).
+
+        Args:
+            images: in any mode.
+            grids: of `encode`.
+            augment: randomness of the JPEG degradation; None for none.
+        """
+        options = self.preprocessing
+        size = (options.tile_size, options.tile_size)
+        fill = tuple(int(255 * mean) for mean in NORMALIZATIONS[options.normalize_type][0])
+        finished = []
+        for image, grid in zip(images, grids, strict=True):
+            image = image.convert("RGB")
+            for tile in cut_tiles(image, grid, options.tile_size) if options.dynamic_image_size else [image]:
+                if augment:
+                    tile = degrade_jpeg(tile, augment)
+                if options.pad2square:
+                    tile = pad_to_square(tile, fill)
+                finished.append(tile if tile.size == size else tile.resize(size))
+        return stack_tiles(finished, options.tile_size)

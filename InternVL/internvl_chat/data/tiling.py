@@ -1,0 +1,149 @@
+"""Dynamic resolution: how an image is cut into tiles (InternVL 1.5, section 3.2), and its pixels.
+
+Geometry is integers alone, so that planning needs an image's size but not its pixels.
+"""
+
+import io
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+
+NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+JPEG_QUALITIES = (75, 100)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Columns and rows that an image is cut into, and whether the whole image follows as a thumbnail."""
+
+    columns: int
+    rows: int
+    thumbnail: bool
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, the thumbnail included."""
+        return self.columns * self.rows + self.thumbnail
+
+
+@lru_cache(maxsize=256)
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Return all (columns, rows) of that many tiles, by increasing number of tiles.
+
+    Grids of one size keep the order of the reference's set, which decides exact ties.
+    """
+    grids = {
+        (columns, rows)
+        for n in range(min_tiles, max_tiles + 1)
+        for columns in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if min_tiles <= columns * rows <= max_tiles
+    }
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+@lru_cache(maxsize=65536)
+def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
+    """Return the (columns, rows) nearest to the image's aspect ratio.
+
+    On an exact tie the later grid wins if the image has more than half of that grid's pixels.
+
+    >>> closest_grid(1000, 500, 1, 6, 448)
+    (2, 1)
+    >>> closest_grid(300, 300, 1, 12, 448), closest_grid(1000, 1000, 1, 12, 448)
+    ((1, 1), (3, 3))
+    """
+    ratio = width / height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in candidate_grids(min_tiles, max_tiles):
+        distance = abs(ratio - columns / rows)
+        enough = width * height > 0.5 * tile_size * tile_size * columns * rows
+        if distance < best_distance or (distance == best_distance and enough):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def plan_grid(
+    width: int, height: int, *, min_tiles: int, max_tiles: int, tile_size: int, use_thumbnail: bool
+) -> Grid:
+    """Return the grid of one image of that size in pixels; a thumbnail only beside several tiles.
+
+    >>> plan_grid(1000, 500, min_tiles=1, max_tiles=6, tile_size=448, use_thumbnail=True).tiles
+    3
+    """
+    columns, rows = closest_grid(width, height, min_tiles, max_tiles, tile_size)
+    return Grid(columns, rows, thumbnail=use_thumbnail and columns * rows > 1)
+
+
+def share_of_budget(max_tiles: int, num_images: int) -> int:
+    """Return the tiles that each of several images may use; always at least one.
+
+    >>> share_of_budget(12, 5), share_of_budget(6, 8)
+    (2, 1)
+    """
+    return max(1, max_tiles // num_images)
+
+
+def cut_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Image]:
+    """Resize an RGB image to the grid (bicubic), cut it row by row, and append the thumbnail."""
+    resized = image.resize((grid.columns * tile_size, grid.rows * tile_size))
+    boxes = [
+        (x * tile_size, y * tile_size, (x + 1) * tile_size, (y + 1) * tile_size)
+        for y in range(grid.rows)
+        for x in range(grid.columns)
+    ]
+    tiles = [resized.crop(box) for box in boxes] if len(boxes) > 1 else [resized]
+    return [*tiles, image.resize((tile_size, tile_size))] if grid.thumbnail else tiles
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+    """Centre an image on a square of its longer side."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new(image.mode, (side, side), fill)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def degrade_jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Compress a tile as JPEG of a random quality, 75 to 100, as the reference's augmentation does."""
+    with io.BytesIO() as buffer:
+        image.save(buffer, format="JPEG", quality=rng.randint(*JPEG_QUALITIES))
+        buffer.seek(0)
+        return Image.open(buffer).copy()
+
+
+def stack_tiles(tiles: list[Image.Image], tile_size: int) -> torch.Tensor:
+    """Return RGB tiles as uint8, (N, tile_size, tile_size, 3); N may be 0."""
+    pixels = np.zeros((len(tiles), tile_size, tile_size, 3), np.uint8)
+    for i, tile in enumerate(tiles):
+        pixels[i] = np.asarray(tile)
+    return torch.from_numpy(pixels)
+
+
+def normalize_tiles(
+    tiles: torch.Tensor, normalization: str, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Turn uint8 tiles into the model's input, on the device where they are.
+
+    Args:
+        tiles: (N, S, S, 3) uint8.
+        normalization: a key of `NORMALIZATIONS`.
+        dtype: of the result; the arithmetic is float32.
+
+    Returns:
+        (N, 3, S, S).
+    """
+    mean, std = (torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in NORMALIZATIONS[normalization])
+    pixels = tiles.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(255).sub_(mean).div_(std).to(dtype)

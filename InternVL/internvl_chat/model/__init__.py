@@ -1,0 +1,1 @@
+"""The InternVL-Chat model: vision tower, projector, language model, LoRA and checkpoints."""

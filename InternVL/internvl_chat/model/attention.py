@@ -1,0 +1,160 @@
+"""Attention for records packed behind one another, and the choice among the kernels.
+
+Shapes: B batch, H query heads, K key/value heads, L tokens, D features a head, S = number of segments + 1.
+"""
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from internvl_chat.errors import UsageError
+
+ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
+
+# The name under which transformers' language models find `varlen_attention`.
+VARLEN = "varlen"
+
+
+def resolve_attention(name: str, device: torch.device) -> str:
+    """Return the attention to use on `device`, one of `ATTENTION_NAMES` but not `auto`.
+
+    `auto` takes flash-attn where it is installed and the GPU can run it, and otherwise the portable
+    `varlen`: the flash kernel inside torch on a GPU, SDPA for each record elsewhere.
+
+    Raises:
+        UsageError: the name is unknown, or the hardware or the installation cannot run it.
+    """
+    if name not in ATTENTION_NAMES:
+        raise UsageError(f"--attn {name!r} is unknown; choose one of {', '.join(ATTENTION_NAMES)}")
+    obstacle = _flash_attention_obstacle(device)
+    if name == "auto":
+        return VARLEN if obstacle else "flash_attention_2"
+    if name == "flash_attention_2" and obstacle:
+        raise UsageError(f"--attn flash_attention_2 {obstacle}; use --attn auto")
+    return name
+
+
+def _flash_attention_obstacle(device: torch.device) -> str | None:
+    """Say why the flash-attn package cannot run on `device`, or return None."""
+    if device.type != "cuda":
+        return f"needs an NVIDIA GPU, and this run is on {device.type}"
+    if find_spec("flash_attn") is None:
+        return "needs the package flash-attn (pip install 'm3llm[flash]')"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or more, and this GPU has {major}.{minor}"
+    return None
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    is_causal: bool | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment of a packed row, in transformers' calling convention.
+
+    Args:
+        module: the attention layer that calls.
+        query: (B, H, L, D); B is 1 when `cu_seq_lens_q` is given.
+        key: (B, K, L, D).
+        value: (B, K, L, D).
+        attention_mask: must be None; segments are the only mask.
+        scaling: factor on the scores, 1 / sqrt(D) by default.
+        dropout: probability of dropping an attention weight.
+        cu_seq_lens_q: (S,) int32, where each segment begins, and the end of the last. Without it every
+            row of the batch is one segment.
+        max_length_q: tokens of the longest segment.
+        is_causal: overrides the layer's own setting.
+
+    Returns:
+        (B, L, H, D), and None for the weights.
+    """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "varlen attention has no padding mask and no cache; load the model with attn='sdpa' to generate"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
+    options = {"dropout_p": dropout, "is_causal": causal, "scale": scaling}
+    if cu_seq_lens_q is None:
+        out = F.scaled_dot_product_attention(query, key, value, **options)
+    elif _has_flash_kernel(query, dropout):
+        out = _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, causal, scaling)
+    else:
+        lengths = cu_seq_lens_q.diff().tolist()
+        segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        out = torch.cat([F.scaled_dot_product_attention(*qkv, **options) for qkv in segments], dim=2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeat the K key/value heads of (B, K, L, D) to H query heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _has_flash_kernel(query: torch.Tensor, dropout: float) -> bool:
+    """Say whether torch's own variable-length flash kernel takes these inputs."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and dropout == 0.0
+        and torch.cuda.get_device_capability(query.device)[0] >= 8
+        and find_spec("torch.nn.attention.varlen") is not None
+    )
+
+
+def _flash_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    causal: bool,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Run torch's variable-length flash attention on one packed row; returns (1, H, L, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # (L, H, D)
+    window = (-1, 0) if causal else (-1, -1)
+    out = varlen_attn(
+        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, window_size=window, scale=scaling
+    )
+    return out.transpose(0, 1).unsqueeze(0)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+
+
+def bidirectional_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, name: str, dropout: float = 0.0
+) -> torch.Tensor:
+    """Full attention within each row, for the vision tower, whose rows all have the same length.
+
+    Args:
+        query: (B, H, L, D), and so `key` and `value`.
+        name: an attention of `resolve_attention`; `varlen` is SDPA here.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, H, L, D).
+    """
+    if name == "eager":
+        weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+        return F.dropout(weights, dropout, training=dropout > 0) @ value
+    if name == "flash_attention_2" and query.dtype in (torch.bfloat16, torch.float16):
+        from flash_attn import flash_attn_func
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
+        return flash_attn_func(q, k, v, dropout_p=dropout).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)

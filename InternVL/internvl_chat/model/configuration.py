@@ -1,0 +1,197 @@
+"""The configuration of an InternVL-Chat checkpoint, read from and written to `config.json`.
+
+Keys that this program does not use are kept as they were, because other software reads them.
+"""
+
+import copy
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from internvl_chat.errors import ModelError
+
+MODEL_TYPE = "internvl_chat"
+ARCHITECTURE = "InternVLChatModel"
+
+# Bookkeeping of the library that wrote the file: it must not steer how we build the model.
+_NOT_FOR_THE_LLM = (
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+@dataclass
+class InternVisionConfig:
+    """Shape of the InternViT tower; the defaults are those of the reference (InternViT-6B).
+
+    Sizes are in pixels (`image_size`, `patch_size`) or features (all others).
+    """
+
+    hidden_size: int = 3200
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 25
+    intermediate_size: int = 12800
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+    qkv_bias: bool = False
+    qk_normalization: bool = True
+    norm_type: str = "rms_norm"
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 0.1
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass
+class InternVLChatConfig:
+    """Configuration of the whole model, field names as in the reference's `config.json`.
+
+    Attributes:
+        vision_config: the vision tower.
+        llm_config: the language model's dictionary as found in the file.
+        raw: the dictionary that was read; `to_dict` updates a copy of it.
+    """
+
+    vision_config: InternVisionConfig
+    llm_config: dict[str, Any]
+    downsample_ratio: float = 0.5
+    ps_version: str = "v1"
+    select_layer: int = -1
+    template: str | None = None
+    force_image_size: int | None = None
+    dynamic_image_size: bool = False
+    use_thumbnail: bool = False
+    min_dynamic_patch: int = 1
+    max_dynamic_patch: int = 6
+    pad2square: bool = False
+    use_backbone_lora: int = 0
+    use_llm_lora: int = 0
+    raw: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+        return int(self.llm_config["hidden_size"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of a tile in pixels."""
+        return self.force_image_size or self.vision_config.image_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Language-model tokens that one tile becomes: (448 / 14)^2 * 0.5^2 = 256 for InternVL3."""
+        return int((self.image_size // self.vision_config.patch_size) ** 2 * self.downsample_ratio**2)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, source: str = "config.json") -> "InternVLChatConfig":
+        """Build the configuration from the dictionary of a `config.json`.
+
+        Raises:
+            ModelError: it is not an InternVL-Chat configuration or a value is out of range; lists all.
+        """
+        if raw.get("model_type") != MODEL_TYPE:
+            raise ModelError(
+                f"{source}: model_type is {raw.get('model_type')!r}, expected {MODEL_TYPE!r} "
+                "(an InternVL checkpoint in the original format)"
+            )
+        missing = [key for key in ("vision_config", "llm_config") if not isinstance(raw.get(key), dict)]
+        if missing:
+            raise ModelError(f"{source}: no {' and no '.join(missing)}")
+        vision = InternVisionConfig(**_known(InternVisionConfig, raw["vision_config"]))
+        own = _known(cls, raw, leave_out=("vision_config", "llm_config", "raw"))
+        config = cls(vision_config=vision, llm_config=dict(raw["llm_config"]), raw=copy.deepcopy(raw), **own)
+        problems = config.problems()
+        if problems:
+            raise ModelError(f"{source}: " + "; ".join(problems))
+        return config
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "InternVLChatConfig":
+        """Read `config.json` of a checkpoint folder."""
+        file = Path(folder) / "config.json"
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{folder}: no config.json; is this a model folder?") from None
+        except ValueError as error:
+            raise ModelError(f"{file}: not valid JSON: {error}") from None
+        return cls.from_dict(raw, source=str(file))
+
+    def problems(self) -> list[str]:
+        """Return what is inconsistent in this configuration, one sentence each."""
+        vision, found = self.vision_config, []
+        if vision.hidden_size % vision.num_attention_heads:
+            found.append(
+                f"vision width {vision.hidden_size} is no multiple of its {vision.num_attention_heads} heads"
+            )
+        if vision.norm_type not in ("layer_norm", "rms_norm"):
+            found.append(f"vision norm_type {vision.norm_type!r} is neither 'layer_norm' nor 'rms_norm'")
+        if self.ps_version not in ("v1", "v2"):
+            found.append(f"ps_version {self.ps_version!r} is neither 'v1' nor 'v2'")
+        if not -vision.num_hidden_layers - 1 <= self.select_layer <= vision.num_hidden_layers:
+            found.append(f"select_layer {self.select_layer} is outside the {vision.num_hidden_layers} layers")
+        side = (self.image_size // vision.patch_size) * self.downsample_ratio
+        if side != int(side) or side < 1:
+            found.append(
+                f"image size {self.image_size} / patch {vision.patch_size} * down-sample ratio "
+                f"{self.downsample_ratio} is not a whole number of tokens"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the dictionary to write as `config.json`, unknown keys included."""
+        out = copy.deepcopy(self.raw)
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "raw"}
+        out.update(own)
+        out["vision_config"] = {
+            **self.raw.get("vision_config", {}),
+            **dataclasses.asdict(self.vision_config),
+        }
+        out["llm_config"] = copy.deepcopy(self.llm_config)
+        out["model_type"] = MODEL_TYPE
+        out["architectures"] = [ARCHITECTURE]
+        return out
+
+    def build_llm_config(self) -> PretrainedConfig:
+        """Return the language model's configuration as an object of transformers.
+
+        Raises:
+            ModelError: transformers itself has no causal language model of that type.
+        """
+        model_type = self.llm_config.get("model_type")
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            names = self.llm_config.get("architectures") or [model_type]
+            raise ModelError(
+                f"the language model {names[0]!r} (model_type {model_type!r}) is not one that transformers "
+                "ships, and code from checkpoints is never run; use a checkpoint with e.g. Qwen2 or Llama"
+            )
+        kept = {k: v for k, v in self.llm_config.items() if k not in _NOT_FOR_THE_LLM}
+        return AutoConfig.for_model(model_type, **kept)
+
+
+def _known(cls: type, raw: dict[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the entries of `raw` that are fields of the dataclass `cls`."""
+    names = {f.name for f in dataclasses.fields(cls)} - set(leave_out)
+    return {key: value for key, value in raw.items() if key in names}

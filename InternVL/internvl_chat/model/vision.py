@@ -1,0 +1,176 @@
+"""InternViT, the vision tower, with the reference's parameter names.
+
+Shapes: N tiles, P = (image size / patch size)^2 patches, C features, H heads, D = C / H.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from internvl_chat.model.attention import bidirectional_attention
+from internvl_chat.model.configuration import InternVisionConfig
+
+
+def _norm(config: InternVisionConfig) -> nn.Module:
+    """Return the block normalisation that the configuration names."""
+    cls = LlamaRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return cls(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def _drop_path(rate: float) -> nn.Module:
+    """Return timm's stochastic depth, or nothing at rate 0 (timm takes seconds to import)."""
+    if rate == 0:
+        return nn.Identity()
+    from timm.layers import DropPath
+
+    return DropPath(rate)
+
+
+class InternVisionEmbeddings(nn.Module):
+    """Patches, a class token and learned positions: (N, 3, S, S) -> (N, 1 + P, C)."""
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.grid = config.grid
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Parameter(torch.randn(1, 1 + config.grid**2, width))
+
+    def positions(self, height: int, width: int) -> torch.Tensor:
+        """Return the position embedding for a grid of patches, bicubic where it is not the trained one."""
+        if (height, width) == (self.grid, self.grid):
+            return self.position_embedding
+        cls, patches = self.position_embedding[:, :1], self.position_embedding[:, 1:]
+        return torch.cat([cls, _resize_grid(patches, self.grid, height, width)], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed normalised tiles (N, 3, S, S); returns (N, 1 + P, C)."""
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (N, C, h, w)
+        height, width = patches.shape[-2:]
+        patches = patches.flatten(2).transpose(1, 2)
+        cls = self.class_embedding.expand(len(patches), 1, -1).to(patches.dtype)
+        return torch.cat([cls, patches], dim=1) + self.positions(height, width).to(patches.dtype)
+
+
+def _resize_grid(patches: torch.Tensor, grid: int, height: int, width: int) -> torch.Tensor:
+    """Resize the positions of a square grid, (1, grid^2, C) -> (1, height * width, C)."""
+    image = patches.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
+    return image.flatten(2).transpose(1, 2).to(patches.dtype)
+
+
+class InternAttention(nn.Module):
+    """Full self-attention of a tile's tokens, optionally with normalised queries and keys."""
+
+    def __init__(self, config: InternVisionConfig, attn: str) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads, self.attn, self.dropout = config.num_attention_heads, attn, config.attention_dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(config.dropout)
+        self.q_norm = self.k_norm = None
+        if config.qk_normalization:
+            self.q_norm = LlamaRMSNorm(width, eps=config.layer_norm_eps)
+            self.k_norm = LlamaRMSNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 1 + P, C) -> (N, 1 + P, C)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, H, 1 + P, D)
+        out = bidirectional_attention(*heads, name=self.attn, dropout=self.dropout if self.training else 0.0)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(-2)))
+
+
+class InternMLP(nn.Module):
+    """The feed-forward half of a block."""
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__()
+        self.act = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 1 + P, C) -> (N, 1 + P, C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class InternVisionEncoderLayer(nn.Module):
+    """A pre-norm block with layer scale and stochastic depth on both halves."""
+
+    def __init__(self, config: InternVisionConfig, attn: str, drop_path_rate: float) -> None:
+        super().__init__()
+        self.attn, self.mlp = InternAttention(config, attn), InternMLP(config)
+        self.norm1, self.norm2 = _norm(config), _norm(config)
+        scale = config.initializer_factor * torch.ones(config.hidden_size)
+        self.ls1, self.ls2 = nn.Parameter(scale), nn.Parameter(scale.clone())
+        self.drop_path1, self.drop_path2 = _drop_path(drop_path_rate), _drop_path(drop_path_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 1 + P, C) -> (N, 1 + P, C)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)) * self.ls1)
+        return x + self.drop_path2(self.mlp(self.norm2(x)) * self.ls2)
+
+
+class InternVisionEncoder(nn.Module):
+    """The stack of blocks; stochastic depth grows linearly from 0 to the configured rate."""
+
+    def __init__(self, config: InternVisionConfig, attn: str) -> None:
+        super().__init__()
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.layers = nn.ModuleList([InternVisionEncoderLayer(config, attn, rate) for rate in rates])
+
+
+class InternVisionModel(nn.Module):
+    """InternViT: tiles to patch features.
+
+    Args:
+        config: its shape.
+        attn: an attention name of `resolve_attention`.
+    """
+
+    def __init__(self, config: InternVisionConfig, attn: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embeddings = InternVisionEmbeddings(config)
+        self.encoder = InternVisionEncoder(config, attn)
+
+    def forward(self, pixel_values: torch.Tensor, select_layer: int = -1) -> torch.Tensor:
+        """Return the hidden state after a layer, and run no layer behind it.
+
+        Args:
+            pixel_values: normalised tiles (N, 3, S, S).
+            select_layer: index among the embedding's output and that of every layer, negative from the end.
+
+        Returns:
+            (N, 1 + P, C), the class token first.
+        """
+        x = self.embeddings(pixel_values)
+        depth = len(self.encoder.layers)
+        last = select_layer if select_layer >= 0 else depth + 1 + select_layer
+        for layer in self.encoder.layers[:last]:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return x
+
+    @torch.no_grad()
+    def resize_positions(self, image_size: int) -> None:
+        """Resize the position embedding for tiles of another size in pixels (bicubic, as the reference)."""
+        old, new = self.config.grid, image_size // self.config.patch_size
+        self.config.image_size = image_size
+        if old != new:
+            position = self.embeddings.position_embedding
+            resized = torch.cat([position[:, :1], _resize_grid(position[:, 1:], old, new, new)], dim=1)
+            self.embeddings.position_embedding = nn.Parameter(resized, requires_grad=position.requires_grad)
+            self.embeddings.grid = new

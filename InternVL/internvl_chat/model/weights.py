@@ -1,0 +1,136 @@
+"""Weight files on disk as lazy tensors, so that formats convert and merge without holding a model.
+
+A `Weights` maps each parameter's name to a function that reads it. No pickle is ever executed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from internvl_chat.errors import ModelError
+
+Weights = dict[str, Callable[[], torch.Tensor]]
+
+INDEX_FILE = "model.safetensors.index.json"
+_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the model's weight files in order of name: safetensors, or else PyTorch's.
+
+    Raises:
+        ModelError: there are none, or the index names one that is missing.
+    """
+    for pattern in _PATTERNS:
+        files = sorted(folder.glob(pattern))
+        if files:
+            _require_complete(folder, {f.name for f in files})
+            return files
+    raise ModelError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
+
+
+def _require_complete(folder: Path, found: set[str]) -> None:
+    """Check the shards against the index, where there is one."""
+    for index in folder.glob("*.index.json"):
+        expected = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if expected & found and expected - found:
+            raise ModelError(
+                f"{folder}: {index.name} names missing files: {', '.join(sorted(expected - found))}"
+            )
+
+
+def read_weights(folder: Path) -> Weights:
+    """Open the weight files of a folder; tensors are read when asked for.
+
+    Raises:
+        ModelError: no weights, a missing shard, or a damaged file.
+    """
+    weights: Weights = {}
+    for file in weight_files(folder):
+        weights.update(open_weights(file))
+    return weights
+
+
+def open_weights(file: Path) -> Weights:
+    """Open one weight file.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    try:
+        if file.suffix == ".bin":
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            return {name: partial(tensors.get, name) for name in tensors}
+        handle = safe_open(file, framework="pt")
+        return {name: partial(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ModelError(f"{file}: damaged or not a weight file: {error}") from error
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 over the names and contents of a folder's weight files."""
+    total = hashlib.sha256()
+    for file in weight_files(folder):
+        with file.open("rb") as stream:
+            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write `model.safetensors`, or shards and an index, holding one shard in memory at a time.
+
+    Args:
+        weights: the tensors by name.
+        folder: an existing folder.
+        max_shard_bytes: a shard is closed before it would grow beyond this.
+    """
+    shards: list[list[str]] = []
+    total = 0
+    for names, shard in _shards(weights, max_shard_bytes):
+        total += sum(t.nbytes for t in shard.values())
+        shards.append(names)
+        write_file(shard, folder / _part(len(shards)))
+        shard.clear()
+    if len(shards) == 1:
+        (folder / _part(1)).rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / _part(number)).rename(folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write one safetensors file that others may read (the library makes it private to its owner)."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def _shards(weights: Weights, max_bytes: int) -> Iterable[tuple[list[str], dict[str, torch.Tensor]]]:
+    """Yield the tensors in groups of at most `max_bytes` (one tensor may be larger)."""
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, read in weights.items():
+        tensor = read().detach().cpu().contiguous()
+        if shard and size + tensor.nbytes > max_bytes:
+            yield list(shard), shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield list(shard), shard

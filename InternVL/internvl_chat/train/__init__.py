@@ -1,0 +1,1 @@
+"""Training: arguments, what is trained, the step, checkpoints of a run."""

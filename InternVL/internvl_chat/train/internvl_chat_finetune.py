@@ -1,0 +1,82 @@
+"""Fine-tune InternVL3: the training script that the launchers start.
+
+Read from top to bottom: parse, check, load, freeze, data, train, save.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from transformers import set_seed
+
+from internvl_chat.errors import M3LLMError
+from internvl_chat.logs import configure_logging, get_logger
+from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
+from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT
+from internvl_chat.train.plots import plot_loss
+from internvl_chat.train.setup import check_configuration, checkpoint_writer, load_data, load_for_training
+from internvl_chat.train.trainable import format_table, set_trainable
+from internvl_chat.train.trainer import M3LLMTrainer
+
+logger = get_logger(__name__)
+
+
+def train(args: Arguments) -> None:
+    """Run a training from checked arguments to the saved model."""
+    plan = check_configuration(args)
+    output, main_process = plan.output.path, args.run.process_index == 0
+    lock = plan.output.open() if main_process else None
+    if main_process:
+        (output / CONFIG).write_text(yaml.safe_dump(args.to_dict(), sort_keys=False), encoding="utf-8")
+
+    set_seed(args.run.seed)
+    model, tokenizer, preprocessing = load_for_training(plan)
+    rows = set_trainable(
+        model,
+        freeze_llm=args.model.freeze_llm,
+        freeze_mlp=args.model.freeze_mlp,
+        freeze_backbone=args.model.freeze_backbone,
+        unfreeze_vit_layers=args.model.unfreeze_vit_layers,
+        unfreeze_lm_head=args.model.unfreeze_lm_head,
+    )
+    logger.info("attention: %s\n%s", plan.attn, format_table(rows))
+
+    data, sampler = load_data(plan, tokenizer, preprocessing)
+    trainer = M3LLMTrainer(
+        model,
+        args.run,
+        data=data,
+        sampler=sampler,
+        normalization=preprocessing.normalize_type,
+        save_model_to=checkpoint_writer(plan, model, tokenizer, preprocessing),
+    )
+    result = trainer.train(resume_from_checkpoint=str(plan.output.resume) if plan.output.resume else None)
+    trainer.save_model()
+    if main_process:
+        plot_loss(output / METRICS, output / PLOT)
+        (output / FINISHED).write_text(json.dumps(result.metrics, indent=2) + "\n", encoding="utf-8")
+        logger.info("finished: the model is in %s", output)
+        lock.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    configure_logging()
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in tokens or "-h" in tokens:
+        build_parser().print_help()
+        return 0
+    try:
+        args = parse_arguments(tokens)
+        args.run.output_dir = str(Path(args.run.output_dir).expanduser().absolute())
+        train(args)
+    except M3LLMError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

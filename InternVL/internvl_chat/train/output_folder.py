@@ -1,0 +1,181 @@
+"""The folder of a run: who may write to it, what an earlier run left there, where to resume."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from internvl_chat.errors import UsageError
+from internvl_chat.logs import get_logger
+
+logger = get_logger(__name__)
+
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+CONFIG = "config.yaml"
+LOG = "training_log.txt"
+PLOT = "loss.png"
+FINISHED = "train_results.json"
+LOCK = ".lock"
+PARTIAL = ".partial"
+
+_RECORDS_OF_A_RUN = (METRICS, LEDGER, CONFIG, PLOT, FINISHED, PARTIAL)
+_HARMLESS = (LOG, LOCK)
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """An output folder as it was found.
+
+    Attributes:
+        path: the folder.
+        resume: checkpoint to go on from, or None to start anew.
+        overwrite: delete an earlier run's files first.
+    """
+
+    path: Path
+    resume: Path | None
+    overwrite: bool
+
+    def open(self) -> IO[str]:
+        """Make the folder, take its lock, and clear what must not stay; returns the lock to keep.
+
+        Raises:
+            UsageError: another process writes to the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(self.path)
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+        if self.overwrite:
+            names = _files_of_a_run(self.path)
+            if names:
+                logger.warning("%s: deleting an earlier run (%s)", self.path, ", ".join(names))
+            for name in names:
+                _delete(self.path / name)
+        elif self.resume is None:
+            for name in _RECORDS_OF_A_RUN:
+                _delete(self.path / name)
+        else:
+            step = checkpoint_step(self.resume)
+            for name in (METRICS, LEDGER):
+                _drop_after(self.path / name, step)
+        return lock
+
+
+def lock_folder(path: Path) -> IO[str]:
+    """Take the folder's lock for as long as the returned file stays open.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    lock = (path / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        owner = lock.read().strip()
+        raise UsageError(f"{path}: another run (process {owner}) is writing to this output folder") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def inspect_output_folder(path: Path, *, overwrite: bool, resume: str | None) -> OutputFolder:
+    """Decide what to do with an output folder; nothing is changed.
+
+    With checkpoints of an unfinished run the run is resumed from the newest, as the reference does.
+
+    Args:
+        path: the folder; may be missing.
+        overwrite: start anew whatever an earlier run left.
+        resume: a checkpoint folder; `auto` or `True` for the newest; None to decide by what is there.
+
+    Raises:
+        UsageError: the folder is in use, or there is nothing to resume from.
+    """
+    checkpoints = list_checkpoints(path)
+    if resume and resume.lower() not in ("auto", "true"):
+        chosen = Path(resume)
+        if not (chosen / "trainer_state.json").is_file():
+            raise UsageError(f"--resume_from_checkpoint {resume}: not a checkpoint of a training run")
+        return OutputFolder(path, chosen, overwrite=False)
+    if overwrite:
+        if resume:
+            raise UsageError(
+                "--overwrite_output_dir would delete the checkpoint to resume from; drop one of them"
+            )
+        return OutputFolder(path, None, overwrite=True)
+    contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if FINISHED in contents:
+        raise UsageError(
+            f"{path}: this output folder holds a finished run; choose another --output_dir, or "
+            "--overwrite_output_dir True to delete it"
+        )
+    if checkpoints:
+        logger.info("resuming from %s", checkpoints[-1])
+        return OutputFolder(path, checkpoints[-1], overwrite=False)
+    if resume and resume.lower() == "true":
+        raise UsageError(f"--resume_from_checkpoint: {path} holds no checkpoint")
+    foreign = [name for name in contents if name not in (*_RECORDS_OF_A_RUN, *_HARMLESS)]
+    if foreign:
+        raise UsageError(
+            f"{path}: this output folder is in use (it holds {', '.join(foreign[:3])}); choose another "
+            "--output_dir, or --overwrite_output_dir True to delete an earlier run in it"
+        )
+    return OutputFolder(path, None, overwrite=False)
+
+
+def list_checkpoints(path: Path) -> list[Path]:
+    """Return the whole checkpoints of a folder, oldest first."""
+    if not path.is_dir():
+        return []
+    found = [
+        p for p in path.iterdir() if _CHECKPOINT.fullmatch(p.name) and (p / "trainer_state.json").is_file()
+    ]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the optimizer steps done at a checkpoint."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _files_of_a_run(path: Path) -> list[str]:
+    """Return what a run of this program writes into its folder, as found."""
+    ours = re.compile(
+        r"checkpoint-\d+|model.*\.safetensors.*|adapter_.*|.*\.json|.*\.jsonl|config\.yaml|loss\.png|merges\.txt|"
+        r"chat_template\.jinja|tokenizer\.model|.*\.py|\.partial"
+    )
+    return sorted(p.name for p in path.iterdir() if ours.fullmatch(p.name))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove the lines of steps that are about to be done again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _step_of(line: str) -> int | None:
+    """Return a line's step; None for one that was cut short by a crash."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
