@@ -6,6 +6,7 @@ its supervised tokens, divided by one sum of weights, whatever the packs and pro
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,13 +94,16 @@ class M3LLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of this process's shares; it is dealt already, so accelerate need not."""
-        workers = self.args.dataloader_num_workers
+        # More loader processes than cores only get in each other's way.
+        cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        workers = min(self.args.dataloader_num_workers, cores)
         return DataLoader(
             self.data,
             batch_sampler=self.sampler,
             collate_fn=StepCollator(self.args.records_per_pack),
             num_workers=workers,
             pin_memory=self.args.device.type == "cuda",
+            persistent_workers=workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             worker_init_fn=_one_thread,
         )

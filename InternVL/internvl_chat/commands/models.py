@@ -1,0 +1,95 @@
+"""`m3llm merge` and `m3llm tiny-model`."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from internvl_chat.commands.common import positive
+from internvl_chat.commands.output import emit, say
+from internvl_chat.errors import DataError, UsageError
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `merge`."""
+    parser.add_argument("source", help="adapter folder, or a checkpoint wrapped in LoRA by the reference")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("--base", help="for adapters: where their base model is now")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Merge adapters into their base."""
+    from internvl_chat.model.merge import merge
+
+    result = merge(args.source, args.target, base=args.base)
+    if args.json:
+        emit({**dataclasses.asdict(result), "folder": str(result.folder)})
+    elif result.already_merged:
+        say(f"{result.folder}: is merged already; nothing to do")
+    else:
+        say(f"{result.folder}: {result.merged_layers} layers merged")
+    return 0
+
+
+def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `tiny-model`."""
+    parser.add_argument("folder", type=Path, help="new folder to write")
+    parser.add_argument("--text", type=Path, required=True,
+                        help="what the tokenizer learns from: a text or JSONL file, or a folder of them")  # fmt: skip
+    parser.add_argument(
+        "--vocab_size", type=positive, default=1024, help="entries before special tokens [1024]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
+    from internvl_chat.model.tiny import TinyShape
+
+    for field in dataclasses.fields(TinyShape):
+        parser.add_argument(
+            f"--{field.name}", type=positive, default=field.default, help=f"[{field.default}]"
+        )
+
+
+def run_tiny_model(args: argparse.Namespace) -> int:
+    """Write a small model with random weights."""
+    from internvl_chat.data.preprocessing import Preprocessing
+    from internvl_chat.data.tokenizer import image_context_id
+    from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
+    from internvl_chat.model.tiny import TinyShape, build_tiny_model, save_tiny_model
+
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise UsageError(f"{args.folder}: exists; choose a new folder")
+    if args.vocab_size < 256:
+        raise UsageError(f"--vocab_size {args.vocab_size}: at least the 256 bytes are needed")
+    shape = TinyShape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TinyShape)})
+    tokenizer = train_tokenizer(_texts(args.text), args.vocab_size)
+    model = build_tiny_model(
+        shape, vocab_size=len(tokenizer), image_context_id=image_context_id(tokenizer), seed=args.seed
+    )
+    staging = args.folder.with_name(f".{args.folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save_tiny_model(model, staging, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    save_tokenizer(tokenizer, staging)
+    Preprocessing.from_model_config(model.config).save(staging)
+    if args.folder.exists():
+        args.folder.rmdir()
+    staging.rename(args.folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{args.folder}: {parameters:,} parameters, vocabulary {len(tokenizer)}")
+    return 0
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a file, or of all text and JSONL files under a folder."""
+    files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.jsonl")])
+    if not files:
+        raise DataError("no text or JSONL file found", file=path)
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if file.suffix != ".jsonl":
+                yield line
+                continue
+            for turn in json.loads(line).get("conversations", []):
+                yield turn["value"]

@@ -1,0 +1,1 @@
+"""Figures for a checkpoint: losses and answers over data sets."""

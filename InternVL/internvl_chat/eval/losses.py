@@ -1,0 +1,58 @@
+"""The teacher-forced loss of each record of a meta file."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from internvl_chat.data.collator import pack_samples
+from internvl_chat.data.dataset import RecordSet, Sample
+from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.model.modeling import InternVLChatModel
+
+
+@dataclass(frozen=True)
+class RecordLoss:
+    """The loss of one record, in the order and under the names that programs read.
+
+    Attributes:
+        dataset: name of its set.
+        index: in the set, from 0.
+        id: in the file.
+        loss: mean cross-entropy over its supervised tokens.
+        num_supervised: how many those are.
+    """
+
+    dataset: str
+    index: int
+    id: str | None
+    loss: float
+    num_supervised: int
+
+
+@torch.inference_mode()
+def record_loss(model: InternVLChatModel, sample: Sample, normalization: str) -> RecordLoss:
+    """Return the loss of one record."""
+    device = next(model.parameters()).device
+    pack = pack_samples([(sample, True)])
+    dtype = model.mlp1[1].weight.dtype
+    output = model(
+        input_ids=pack.input_ids.to(device),
+        pixel_values=normalize_tiles(pack.tiles.to(device), normalization, dtype),
+        labels=pack.labels.to(device),
+        position_ids=pack.position_ids.to(device),
+        cu_seq_lens=pack.cu_seq_lens.to(device),
+        max_length=pack.max_length,
+    )
+    key = sample.key
+    return RecordLoss(key.dataset, key.index, sample.id, output.loss.item(), sample.encoded.num_supervised)
+
+
+def losses(
+    model: InternVLChatModel, sets: Sequence[RecordSet], normalization: str, limit: int | None = None
+) -> Iterator[RecordLoss]:
+    """Yield the loss of the first `limit` records of each set (all without a limit), in order."""
+    model.eval()
+    for records in sets:
+        for index in range(min(len(records), limit or len(records))):
+            yield record_loss(model, records.load(index), normalization)

@@ -1,0 +1,113 @@
+# Shared by the launchers, quickstart.sh and test.sh: where things are, the environment, how training starts.
+# Source it; it changes no folder and sets no HOME.
+
+SHELL_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+SOURCE_ROOT=$(cd "$SHELL_DIR/../.." && pwd)
+REPOSITORY=$(cd "$SOURCE_ROOT/.." && pwd)
+
+fail() {
+  echo "$(basename "$0"): $*" >&2
+  exit 2
+}
+
+# Print a Python 3.11 or newer.
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
+    if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  fail "needs Python 3.11 or newer; install it or set PYTHON"
+}
+
+# Make .venv with the package and its dependencies, unless it is up to date; sets PYTHON.
+ensure_environment() {
+  local venv=$REPOSITORY/.venv stamp
+  stamp=$(cat "$REPOSITORY/requirements.txt" "$REPOSITORY/pyproject.toml" | cksum)
+  PYTHON=$venv/bin/python
+  if [[ -x $PYTHON && -f $venv/.m3llm && $(cat "$venv/.m3llm") == "$stamp" ]]; then
+    return
+  fi
+  local base
+  base=$(PYTHON='' find_python)
+  echo "Installing into $venv (about 6 GB, 2 to 3 minutes) ..."
+  "$base" -m venv "$venv" || fail "cannot make $venv; on Debian or Ubuntu: apt install python3-venv"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$REPOSITORY[dev]" 2> "$venv/pip.log" \
+    || { cat "$venv/pip.log" >&2; fail "the installation failed"; }
+  echo "$stamp" > "$venv/.m3llm"
+}
+
+# Start the training script with the given flags, on one or several processes; what follows wins.
+# Reads the environment that the launchers document.
+launch_training() {
+  local nodes=${NNODES:-1} processes accumulate per_device=${PER_DEVICE_BATCH_SIZE:-1} name value
+  processes=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+  for name in GPUS BATCH_SIZE per_device processes nodes; do
+    value=${!name}
+    [[ $value =~ ^[0-9]+$ ]] || fail "$name must be a whole number, found '$value'"
+    [[ $name == GPUS || $value -gt 0 ]] || fail "$name must be at least 1"
+  done
+  if ((GPUS > 0 && processes > GPUS)); then
+    fail "NPROC=$processes processes need as many GPUs, but GPUS=$GPUS"
+  fi
+  if ((BATCH_SIZE % (nodes * processes * per_device) != 0)); then
+    fail "BATCH_SIZE=$BATCH_SIZE cannot be divided by $nodes node(s) x $processes process(es) x" \
+      "PER_DEVICE_BATCH_SIZE=$per_device; change one of them"
+  fi
+  accumulate=$((BATCH_SIZE / (nodes * processes * per_device)))
+
+  local report_to=${REPORT_TO:-none}
+  if [[ -z ${REPORT_TO:-} && -n ${WANDB_API_KEY:-} ]]; then
+    report_to=wandb
+  fi
+  local flags=(
+    --model_name_or_path "${MODEL_PATH:-OpenGVLab/InternVL3-8B}"
+    --meta_path "${META_PATH:-$SHELL_DIR/data/PMC-data.json}"
+    --data_root "${DATA_ROOT:-$REPOSITORY}"
+    --output_dir "$OUTPUT_DIR"
+    --per_device_train_batch_size "$per_device"
+    --gradient_accumulation_steps "$accumulate"
+    --report_to "$report_to"
+  )
+  [[ -z ${DEEPSPEED:-} ]] || flags+=(--deepspeed "$DEEPSPEED")
+  if ((GPUS == 0)); then
+    flags+=(--use_cpu True)
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES=
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}
+  fi
+
+  PYTHON=${PYTHON:-$([[ -x $REPOSITORY/.venv/bin/python ]] && echo "$REPOSITORY/.venv/bin/python" || find_python)}
+  export PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+  local start=("$PYTHON")
+  if ((processes * nodes > 1)); then
+    start+=(-m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes")
+    if ((nodes > 1)); then
+      start+=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+        --master_port "${MASTER_PORT:-34229}")
+    elif [[ -n ${MASTER_PORT:-} ]]; then
+      start+=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")
+    else
+      start+=(--standalone)
+    fi
+  fi
+  start+=(-m internvl_chat.train.internvl_chat_finetune)
+
+  mkdir -p "$OUTPUT_DIR" || fail "cannot make the output folder $OUTPUT_DIR"
+  local log=$OUTPUT_DIR/training_log.txt status=0
+  # The terminal gets the progress bar; the log gets each line as it ended.
+  "${start[@]}" "${flags[@]}" "$@" 2>&1 | tee >(sed -u 's/.*\r//' >> "$log") || status=${PIPESTATUS[0]}
+  if ((status != 0)); then
+    # A run that did not even begin leaves nothing behind.
+    if [[ -z $(find "$OUTPUT_DIR" -mindepth 1 ! -name training_log.txt ! -name .lock -print -quit) ]]; then
+      sleep 0.2
+      rm -f "$log" "$OUTPUT_DIR/.lock"
+      rmdir "$OUTPUT_DIR"
+      echo "$(basename "$0"): the training did not start (exit code $status)" >&2
+    else
+      echo "$(basename "$0"): the training ended with exit code $status; its output is in $log" >&2
+    fi
+    exit "$status"
+  fi
+}

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Fine-tune all of InternVL3's language model and projector; the vision tower is frozen.
+#
+#   [NAME=VALUE ...] bash M3LLM-fulldata-fullmodel.sh [flags of the training script, which win]
+#
+# Edit the paths in shell/data/PMC-data.json first (or set META_PATH). For example, twenty steps on 8 GPUs:
+#
+#   GPUS=8 BATCH_SIZE=8 MODEL_PATH=/models/InternVL3-8B bash M3LLM-fulldata-fullmodel.sh --max_steps 20
+#
+# Environment, with defaults:
+#   GPUS=2                     GPUs on this machine; 0 trains on the CPU
+#   NPROC=GPUS                 processes on this machine (1 on a CPU)
+#   BATCH_SIZE=2               records of an optimizer step, over all processes
+#   PER_DEVICE_BATCH_SIZE=1    records of a forward pass
+#   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id
+#   META_PATH=shell/data/PMC-data.json   which data sets
+#   DATA_ROOT=the repository   what relative paths in the meta file count from
+#   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6 (in the repository)
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=34229    for several machines
+#   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
+#   REPORT_TO=                 wandb if WANDB_API_KEY is set, else none
+#   PYTHON=                    the repository's .venv if there is one, else python3
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
+
+GPUS=${GPUS:-2}
+BATCH_SIZE=${BATCH_SIZE:-2}
+OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6}
+
+launch_training \
+  --conv_style internvl2_5 \
+  --use_fast_tokenizer False \
+  --force_image_size 448 \
+  --max_dynamic_patch 12 \
+  --down_sample_ratio 0.5 \
+  --drop_path_rate 0.0 \
+  --freeze_llm False \
+  --freeze_mlp False \
+  --freeze_backbone True \
+  --vision_select_layer -1 \
+  --dataloader_num_workers 4 \
+  --bf16 "$([[ $GPUS == 0 ]] && echo False || echo True)" \
+  --num_train_epochs 1 \
+  --evaluation_strategy no \
+  --save_strategy steps \
+  --save_steps 200 \
+  --save_total_limit 1 \
+  --learning_rate 5e-6 \
+  --weight_decay 0.05 \
+  --warmup_ratio 0.03 \
+  --lr_scheduler_type cosine \
+  --logging_steps 1 \
+  --max_seq_length 8192 \
+  --do_train True \
+  --grad_checkpoint True \
+  --group_by_length True \
+  --dynamic_image_size True \
+  --use_thumbnail True \
+  --ps_version v2 \
+  --loss_reduction sample \
+  "$@"
