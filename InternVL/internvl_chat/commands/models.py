@@ -37,8 +37,12 @@ def run_merge(args: argparse.Namespace) -> int:
 def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `tiny-model`."""
     parser.add_argument("folder", type=Path, help="new folder to write")
-    parser.add_argument("--text", type=Path, required=True,
-                        help="what the tokenizer learns from: a text or JSONL file, or a folder of them")  # fmt: skip
+    parser.add_argument(
+        "--text",
+        type=Path,
+        required=True,
+        help="what the tokenizer learns from: a text or JSONL file, or a folder of them",
+    )
     parser.add_argument(
         "--vocab_size", type=positive, default=1024, help="entries before special tokens [1024]"
     )

@@ -106,6 +106,8 @@ class M3LLMTrainer(Trainer):
             persistent_workers=workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             worker_init_fn=_one_thread,
+            # Its own, so that beginning an epoch does not advance the randomness of dropout.
+            generator=torch.Generator(),
         )
 
     def get_total_train_batch_size(self, args: RunArguments) -> int:

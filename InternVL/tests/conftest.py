@@ -1,0 +1,57 @@
+"""What the tests share: the reference's figures, a small model and a small data set, made once a run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from internvl_chat.cli import main as m3llm
+from internvl_chat.data.synthetic import write_sample_data
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCHERS = REPOSITORY / "InternVL/internvl_chat/shell/internvl3.0/2nd_finetune"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tests run side by side; more threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference figures, `M3LLM_SHARED` or `../shared` beside the repository."""
+    folder = Path(os.environ.get("M3LLM_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "conformance").is_dir():
+        pytest.skip(f"the reference figures are missing ({folder}); set M3LLM_SHARED to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory) -> Path:
+    """A folder of `m3llm sample-data`: train.json and held_out.json, 4 and 2 records a category."""
+    folder = tmp_path_factory.mktemp("sample") / "data"
+    write_sample_data(folder, train=4, held_out=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, sample_data) -> Path:
+    """A checkpoint of `m3llm tiny-model` with 56-pixel tiles: 4 tokens each."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shape = {"image_size": 56, "vision_width": 32, "width": 48, "layers": 2, "heads": 4, "kv_heads": 2}
+    flags = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
+    assert m3llm(["tiny-model", str(folder), "--text", str(sample_data / "train"), *flags]) == 0
+    return folder
+
+
+@pytest.fixture
+def metrics():
+    """Read `metrics.jsonl` of an output folder."""
+
+    def read(folder: Path) -> list[dict]:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return read

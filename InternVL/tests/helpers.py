@@ -1,0 +1,56 @@
+"""Running the training script and the launchers from tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE_ROOT = Path(__file__).resolve().parents[1]
+LAUNCHERS = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune"
+
+# What a small model on a CPU needs beside the recipe.
+CPU_FLAGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "force_image_size": 56,
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
+    "max_dynamic_patch": 6,
+    "freeze_backbone": True,
+    "learning_rate": 1e-3,
+    "logging_steps": 100,
+    "report_to": "none",
+    "dataloader_num_workers": 0,
+    "disable_tqdm": True,
+}
+
+
+def flags(**values) -> list[str]:
+    """Return the command-line tokens of CPU_FLAGS with changes; None drops a flag."""
+    merged = {**CPU_FLAGS, **values}
+    return [text for name, value in merged.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def run_training(*argv: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
+    """Run the training script in processes of its own."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*start, "-m", "internvl_chat.train.internvl_chat_finetune", *argv]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(SOURCE_ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a launcher from a folder with the given environment."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("WANDB_API_KEY", "RANK", "WORLD_SIZE")}
+    variables = {**clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        ["bash", str(LAUNCHERS / f"M3LLM-fulldata-{name}.sh"), *argv],
+        capture_output=True, text=True, timeout=400, env=variables, cwd=cwd,
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+"""Small models whose every parameter matters, and records for them: what the tests of the model share.
+
+Freshly initialised models are poor test objects: zero biases, unit norms and tiny weights hide mistakes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.model.configuration import InternVLChatConfig
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.tiny import TinyShape, tiny_config
+
+VOCABULARY = 64
+CONTEXT = 60  # the id that stands for an image feature
+
+SHAPE = TinyShape(
+    image_size=56,
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=2,
+    width=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+)
+
+
+def make_config(
+    shape: TinyShape = SHAPE,
+    *,
+    vision: dict[str, Any] | None = None,
+    llm: dict[str, Any] | None = None,
+    **changes: Any,
+) -> InternVLChatConfig:
+    """A small configuration with keys changed in the tower, the language model or at the top."""
+    raw = tiny_config(shape, VOCABULARY).to_dict()
+    raw["vision_config"].update(vision or {})
+    raw["llm_config"].update(llm or {})
+    return InternVLChatConfig.from_dict({**raw, **changes})
+
+
+def make_model(
+    shape: TinyShape = SHAPE,
+    *,
+    seed: int = 0,
+    attn: str = "sdpa",
+    vision: dict[str, Any] | None = None,
+    llm: dict[str, Any] | None = None,
+    **changes: Any,
+) -> InternVLChatModel:
+    """A small model in evaluation mode, all of its parameters drawn from `seed`."""
+    model = InternVLChatModel(make_config(shape, vision=vision, llm=llm, **changes), CONTEXT, attn)
+    enliven(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def enliven(model: torch.nn.Module, seed: int) -> None:
+    """Draw every parameter so that activations stay near one: matrices by fan-in, norms about one."""
+    rng = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=rng)
+        if "embed" in name and "patch" not in name:
+            value = noise
+        elif parameter.ndim > 1:
+            value = noise * (parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            value = 0.2 * noise
+        else:  # norms and layer scales
+            value = 1 + 0.2 * noise
+        parameter.copy_(value)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Ids, labels (T,) and normalised tiles (N, 3, S, S) of one record."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    pixel_values: torch.Tensor
+
+
+def make_record(
+    images: Sequence[int] = (),
+    *,
+    text: int = 9,
+    seed: int = 0,
+    image_size: int = 56,
+    tokens_per_tile: int = 4,
+) -> Record:
+    """A record of random text between images of that many tiles; about half of its text is learnt."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def words(n: int) -> torch.Tensor:
+        return torch.randint(0, CONTEXT, (n,), generator=rng)
+
+    parts, learnt = [words(2)], [torch.zeros(2, dtype=torch.bool)]
+    for tiles in images:
+        parts += [torch.full((tiles * tokens_per_tile,), CONTEXT), words(1)]
+        learnt.append(torch.zeros(tiles * tokens_per_tile + 1, dtype=torch.bool))
+    parts.append(words(text))
+    answer = torch.rand(text, generator=rng) < 0.5
+    answer[-1] = True
+    learnt.append(answer)
+    ids = torch.cat(parts)
+    labels = ids.masked_fill(~torch.cat(learnt), IGNORE_INDEX)
+    pixels = torch.randn(sum(images), 3, image_size, image_size, generator=rng)
+    return Record(ids, labels, pixels)
+
+
+def pack(records: Sequence[Record], *, labels: bool = False) -> dict[str, Any]:
+    """The arguments of a forward pass over records behind one another."""
+    lengths = [len(record.input_ids) for record in records]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    inputs = {
+        "input_ids": torch.cat([record.input_ids for record in records])[None],
+        "pixel_values": torch.cat([record.pixel_values for record in records]),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens": bounds,
+        "max_length": max(lengths),
+    }
+    if labels:
+        inputs["labels"] = torch.cat([record.labels for record in records])[None]
+    return inputs
+
+
+def run_alone(model: InternVLChatModel, record: Record) -> torch.Tensor:
+    """The logits (T, V) of one record in a row of its own."""
+    return model(input_ids=record.input_ids[None], pixel_values=record.pixel_values).logits[0]

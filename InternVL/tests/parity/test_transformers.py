@@ -1,0 +1,170 @@
+"""The model against transformers' own InternVL, an independent implementation: logits, losses, gradients.
+
+transformers always gets one record a call, without packing, so that packing is checked as well.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from model.conftest import CONTEXT, SHAPE, Record, make_model, make_record, pack, run_alone
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.tiny import TinyShape
+
+TOLERANCE = 1e-4
+
+MODELS: dict[str, Callable[[], InternVLChatModel]] = {
+    "as in InternVL3": lambda: make_model(),
+    "84 pixels, deep vision, one head": lambda: make_model(
+        TinyShape(84, vision_width=48, vision_layers=3, vision_heads=1, width=32, layers=1, heads=2, kv_heads=1)
+    ),
+    "shallow vision, no grouping": lambda: make_model(
+        TinyShape(56, vision_width=64, vision_layers=1, vision_heads=8, width=48, layers=3, heads=4, kv_heads=4)
+    ),
+    "one key/value head": lambda: make_model(
+        TinyShape(56, vision_width=32, vision_layers=2, vision_heads=4, width=64, layers=2, heads=8, kv_heads=1)
+    ),
+    "normalised queries and keys": lambda: make_model(vision={"qk_normalization": True}),
+    "InternViT-6B's options": lambda: make_model(
+        vision={"qk_normalization": True, "norm_type": "rms_norm", "qkv_bias": False}
+    ),
+    "RMS norms alone": lambda: make_model(vision={"norm_type": "rms_norm"}),
+    "last layer but one": lambda: make_model(select_layer=-2),
+    "first of three layers": lambda: make_model(
+        TinyShape(84, vision_width=32, vision_layers=3, vision_heads=2, width=64, layers=2, heads=4, kv_heads=2),
+        select_layer=1,
+    ),
+    "tied head": lambda: make_model(llm={"tie_word_embeddings": True}),
+    "Llama": lambda: make_model(llm={"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
+}
+
+IMAGES = {"text only": (), "one image": (1,), "one image of tiles": (3,), "several images": (2, 1, 3)}
+
+
+def transformers_model(
+    model: InternVLChatModel, attn: str = "eager"
+) -> InternVLForConditionalGeneration:
+    """transformers' model with the weights of ours."""
+    config = InternVLConfig(**to_hf_config(model.config, CONTEXT))
+    other = InternVLForConditionalGeneration._from_config(config, attn_implementation=attn)
+    own = {name: lambda tensor=tensor: tensor for name, tensor in model.state_dict().items()}
+    weights = {name: read() for name, read in to_hf_weights(own).items()}
+    other.load_state_dict(weights, strict=True)
+    return other.eval()
+
+
+def arguments(record: Record) -> dict[str, torch.Tensor]:
+    """The record as transformers takes it."""
+    pixels = {"pixel_values": record.pixel_values} if len(record.pixel_values) else {}
+    return {"input_ids": record.input_ids[None], "use_cache": False, **pixels}
+
+
+def record_for(model: InternVLChatModel, images: tuple[int, ...], seed: int = 0, text: int = 11) -> Record:
+    config = model.config
+    return make_record(
+        images, text=text, seed=seed, image_size=config.image_size, tokens_per_tile=config.tokens_per_tile
+    )
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES.keys())
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_loss_and_every_gradient(name: str, images: tuple[int, ...]) -> None:
+    model = MODELS[name]()
+    other = transformers_model(model)
+    record = record_for(model, images)
+
+    expected = other(**arguments(record), labels=record.labels[None])
+    assert expected.logits.std() > 0.3, "logits about zero would agree whatever the models do"
+    torch.testing.assert_close(run_alone(model, record), expected.logits[0], atol=TOLERANCE, rtol=0)
+
+    output = model(**pack([record], labels=True))
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=0)
+
+    output.loss.backward()
+    expected.loss.backward()
+    found = {n: (lambda g=g: g) for n, g in gradients(model).items()}
+    found = {n: read() for n, read in to_hf_weights(found).items()}
+    theirs = gradients(other)
+    assert {"model.language_model.layers.0.self_attn.q_proj.weight"} <= theirs.keys() <= found.keys()
+    if images:
+        assert "model.multi_modal_projector.linear_1.weight" in theirs
+    for parameter, gradient in theirs.items():
+        torch.testing.assert_close(
+            found[parameter], gradient, atol=TOLERANCE, rtol=0, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
+    for parameter in found.keys() - theirs.keys():  # what no image and no used layer reaches
+        assert not found[parameter].any(), parameter
+
+
+@pytest.mark.parametrize("theirs", ["eager", "sdpa"])
+@pytest.mark.parametrize("ours", ["eager", "sdpa", "varlen"])
+def test_packed_records_equal_records_run_one_by_one(ours: str, theirs: str) -> None:
+    model = make_model(attn=ours)
+    other = transformers_model(model, theirs)
+    records = [
+        record_for(model, images, seed, text)
+        for seed, (images, text) in enumerate([((1,), 5), ((), 14), ((2, 1), 3), ((), 1), ((3,), 8)])
+    ]
+    singles = [other(**arguments(record), labels=record.labels[None]) for record in records]
+    logits = model(**pack(records)).logits[0]
+    torch.testing.assert_close(
+        logits, torch.cat([single.logits[0] for single in singles]), atol=TOLERANCE, rtol=0
+    )
+
+    counts = torch.tensor([int((record.labels >= 0).sum()) for record in records])
+    weights = torch.repeat_interleave(1 / (counts * len(records)), counts)
+    output = model(**pack(records, labels=True), token_weights=weights)
+    mean_of_records = torch.stack([single.loss for single in singles]).mean()
+    torch.testing.assert_close(output.loss, mean_of_records, atol=1e-5, rtol=0)
+
+    output.loss.backward()
+    mean_of_records.backward()
+    pairs = {
+        "mlp1.1.weight": "model.multi_modal_projector.linear_1.weight",
+        "mlp1.3.bias": "model.multi_modal_projector.linear_2.bias",
+        "language_model.model.layers.0.self_attn.v_proj.weight": (
+            "model.language_model.layers.0.self_attn.v_proj.weight"
+        ),
+        "language_model.model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+        "language_model.lm_head.weight": "lm_head.weight",
+    }
+    found, expected = gradients(model), gradients(other)
+    for own, their in pairs.items():
+        torch.testing.assert_close(
+            found[own], expected[their], atol=TOLERANCE, rtol=0, msg=lambda m, p=own: f"{p}: {m}"
+        )
+
+
+@pytest.mark.parametrize("images", [(), (1,), (2, 1)])
+def test_greedy_continuations(images: tuple[int, ...]) -> None:
+    model = make_model()
+    other = transformers_model(model)
+    record = record_for(model, images, seed=3)
+    settings = {
+        "attention_mask": torch.ones_like(record.input_ids[None]),
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    theirs = {key: value for key, value in arguments(record).items() if key != "use_cache"}
+    expected = other.generate(**theirs, **settings)[0, len(record.input_ids) :]
+    embeddings = model.embed(record.input_ids[None], record.pixel_values)
+    found = model.language_model.generate(inputs_embeds=embeddings, **settings)[0]
+    assert found.tolist() == expected.tolist()
+    assert len(set(expected.tolist())) > 3, "a constant answer would agree whatever the models do"
+
+
+def test_an_untied_head_stays_untied_in_transformers() -> None:
+    model = make_model()
+    other = transformers_model(model)
+    assert SHAPE.width == other.lm_head.weight.shape[1]
+    assert other.lm_head.weight is not other.model.language_model.embed_tokens.weight
+    torch.testing.assert_close(other.lm_head.weight, model.language_model.lm_head.weight, atol=0, rtol=0)

@@ -1,0 +1,204 @@
+"""The optimizer step: what weighs how much, however the step is cut; and what a run writes."""
+
+import json
+
+import pytest
+import torch
+from helpers import flags
+
+from internvl_chat.data.collator import pack_samples
+from internvl_chat.data.dataset import Draw
+from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.setup import check_configuration, load_data, load_for_training
+from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.trainer import M3LLMTrainer
+
+
+@pytest.fixture
+def make_trainer(tiny_model, sample_data, tmp_path):
+    """Build a trainer over the sample data, as the training script does."""
+
+    def make(**values) -> M3LLMTrainer:
+        values = {"gradient_accumulation_steps": 6, "per_device_train_batch_size": 1, **values}
+        argv = flags(
+            model_name_or_path=tiny_model,
+            meta_path=sample_data / "train.json",
+            output_dir=tmp_path / "out",
+            grad_checkpoint=False,
+            **values,
+        )
+        args = parse_arguments(argv)
+        plan = check_configuration(args)
+        torch.manual_seed(0)
+        model, tokenizer, preprocessing = load_for_training(plan)
+        set_trainable(model, freeze_backbone=True)
+        data, sampler = load_data(plan, tokenizer, preprocessing)
+        trainer = M3LLMTrainer(
+            model,
+            args.run,
+            data=data,
+            sampler=sampler,
+            normalization="imagenet",
+            save_model_to=lambda folder, state: None,
+        )
+        trainer.create_optimizer_and_scheduler(10)
+        return trainer
+
+    return make
+
+
+def gradients(trainer, draws) -> tuple[float, dict[str, torch.Tensor]]:
+    """Run one step's forward and backward over the drawn records."""
+    trainer.model.zero_grad()
+    loader = trainer.get_train_dataloader()
+    packs = loader.collate_fn([trainer.data[draw] for draw in draws])
+    loss = trainer.training_step(trainer.model, packs)
+    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+DRAWS = [Draw(index, 0) for index in (0, 5, 9, 13, 18, 21)]  # one of each category, text-only first
+EXPONENTS = {"token": 0.0, "square": 0.5, "sample": 1.0}
+
+
+@pytest.mark.parametrize("reduction", EXPONENTS)
+def test_step_is_the_weighted_mean_of_its_records(make_trainer, reduction):
+    trainer = make_trainer(loss_reduction=reduction)
+    loss, found = gradients(trainer, DRAWS)
+
+    model, total, weights = trainer.model, 0.0, 0.0
+    model.zero_grad()
+    for draw in DRAWS:
+        sample, _ = trainer.data[draw]
+        pack = pack_samples([(sample, True)])
+        logits = model(pack.input_ids, normalize_tiles(pack.tiles, "imagenet")).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[0, 1:], reduction="sum")
+        n = int((pack.labels != -100).sum())
+        total = total + losses * n ** -EXPONENTS[reduction]
+        weights += n * n ** -EXPONENTS[reduction]
+    expected = total / weights
+    expected.backward()
+
+    assert loss == pytest.approx(float(expected), abs=1e-6)
+    for name, gradient in found.items():
+        torch.testing.assert_close(
+            gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("reduction", EXPONENTS)
+def test_cut_into_packs_changes_nothing(make_trainer, reduction):
+    results = [
+        gradients(
+            make_trainer(
+                loss_reduction=reduction,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=6 // size,
+            ),
+            DRAWS,
+        )
+        for size in (1, 2, 6)
+    ]
+    loss, reference = results[0]
+    for other_loss, other in results[1:]:
+        assert other_loss == pytest.approx(loss, abs=1e-6)
+        assert other.keys() == reference.keys()
+        for name, gradient in other.items():
+            torch.testing.assert_close(gradient, reference[name], atol=1e-6, rtol=1e-4)
+
+
+def test_record_of_weight_zero_changes_nothing(make_trainer):
+    trainer = make_trainer()
+    loss, expected = gradients(trainer, DRAWS[:3])
+    padded_loss, found = gradients(trainer, [*DRAWS[:3], Draw(14, 0, counts=False)])
+    assert padded_loss == pytest.approx(loss, abs=1e-7)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
+
+
+def test_text_only_step_gives_the_projector_zero_gradients(make_trainer):
+    _, found = gradients(make_trainer(), [Draw(0, 0), Draw(1, 0)])
+    projector = [gradient for name, gradient in found.items() if name.startswith("mlp1.")]
+    assert len(projector) == 6
+    assert all(not gradient.any() for gradient in projector)
+
+
+def run(tiny_model, sample_data, folder, **values) -> int:
+    argv = {
+        "model_name_or_path": tiny_model,
+        "meta_path": sample_data / "train.json",
+        "output_dir": folder,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    return train(flags(**{**argv, **values}))
+
+
+FULL = {}
+LORA = {"use_llm_lora": 4, "freeze_llm": True, "freeze_mlp": True}
+BOTH_LORA = {"use_llm_lora": 4, "use_backbone_lora": 2, "freeze_llm": True}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "moves"),
+    [
+        (FULL, ("mlp1.", "language_model.")),
+        (LORA, (".lora_",)),
+        (BOTH_LORA, (".lora_", "mlp1.")),
+        ({"freeze_llm": True, "unfreeze_lm_head": True, "freeze_mlp": True}, ("language_model.lm_head.",)),
+        (
+            {"freeze_llm": True, "freeze_mlp": True, "unfreeze_vit_layers": -1},
+            ("vision_model.encoder.layers.1.",),
+        ),
+    ],
+    ids=["full", "lora", "lora in both towers", "head", "last vision layer"],
+)
+def test_what_moves_is_what_is_trained(tiny_model, sample_data, tmp_path, recipe, moves, monkeypatch):
+    before: dict[str, torch.Tensor] = {}
+    kept: list[M3LLMTrainer] = []
+    original = M3LLMTrainer.train
+
+    def watched(self, **kwargs):
+        before.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
+        kept.append(self)
+        return original(self, **kwargs)
+
+    monkeypatch.setattr(M3LLMTrainer, "train", watched)
+    assert run(tiny_model, sample_data, tmp_path / "out", max_steps=6, save_strategy="no", **recipe) == 0
+    moved = {n for n, p in kept[0].model.named_parameters() if not torch.equal(p, before[n])}
+    expected = {n for n in before if any(part in n for part in moves)}
+    # An embedding row that never occurs stays, but the matrix as a whole moves.
+    assert moved == expected
+
+
+def test_files_of_a_run(tiny_model, sample_data, tmp_path, metrics):
+    out = tmp_path / "out"
+    assert run(tiny_model, sample_data, out, num_train_epochs=1, save_steps=4, save_total_limit=1) == 0
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["epoch"] == 1
+    assert sum(row["records"] for row in rows) == 24
+    keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "records", "tokens", "supervised_tokens",
+            "tiles", "seconds", "records_per_second", "tokens_per_second", "max_memory_gb"}  # fmt: skip
+    assert keys <= rows[0].keys()
+    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    used = [tuple(record) for row in ledger for record in row["trained"]]
+    names = json.loads((sample_data / "train.json").read_text())
+    assert sorted(used) == sorted((name, index) for name in names for index in range(4))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessing.json", "config.yaml"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert not (out / ".partial").exists()
+
+
+def test_configuration_file_of_a_run_repeats_it(tiny_model, sample_data, tmp_path, metrics):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(tiny_model, sample_data, first, max_steps=3, save_strategy="no", seed=7) == 0
+    config = (first / "config.yaml").read_text().replace(str(first), str(second))
+    (tmp_path / "again.yaml").write_text(config)
+    assert train([str(tmp_path / "again.yaml")]) == 0
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (first, second)]
+    assert losses[0] == losses[1]
