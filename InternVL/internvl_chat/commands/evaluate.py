@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from internvl_chat.commands.common import add_data_arguments, add_model_arguments, count, open_sets, positive
 from internvl_chat.commands.output import emit, print_table, progress, say
+from internvl_chat.errors import ModelError
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +88,10 @@ def exact_match(args: argparse.Namespace) -> int:
     if args.require_above_chance is None:
         return 0
     if test is None or test.p_value >= args.require_above_chance:
-        say(f"the closed questions are not answered better than chance (p >= {args.require_above_chance})")
-        return 1
+        raise ModelError(
+            f"{args.model}: the closed questions are not answered better than chance "
+            f"(p >= {args.require_above_chance})"
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.dataset import RecordKey, Sample
+from internvl_chat.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class StepCollator:
 
     records_per_pack: int
 
-    def __call__(self, samples: Sequence[tuple[Sample, bool]]) -> list[Pack]:
-        """Cut the share into packs, in order."""
+    def __call__(self, samples: Sequence[tuple[Sample, bool] | DataError]) -> list[Pack] | DataError:
+        """Cut the share into packs, in order; the first error among the samples is handed on instead."""
+        for sample in samples:
+            if isinstance(sample, DataError):
+                return sample
         size = self.records_per_pack
         return [pack_samples(samples[i : i + size]) for i in range(0, len(samples), size)]

@@ -191,11 +191,17 @@ class TrainingData(Dataset):
         records = self.sets[number]
         return records, (index - int(self._bounds[number])) % len(records)
 
-    def __getitem__(self, draw: Draw) -> tuple[Sample, bool]:
-        """Load a record; returns it and whether it counts."""
+    def __getitem__(self, draw: Draw) -> tuple[Sample, bool] | DataError:
+        """Load a record; returns it and whether it counts.
+
+        An error is returned, not raised: torch would bury one from a loader process in its traceback.
+        """
         records, index = self.locate(draw.index)
         rng = random.Random(f"{self.seed}/{draw.epoch}/{draw.index}")
-        return records.load(index, rng), draw.counts
+        try:
+            return records.load(index, rng), draw.counts
+        except DataError as error:
+            return error
 
     def estimated_lengths(self, tokens_per_byte: float = 0.25) -> np.ndarray:
         """Estimate the tokens of every record of the epoch without opening images (as the reference)."""

@@ -80,6 +80,8 @@ def merge(source: str | Path, target: Path, *, base: str | Path | None = None) -
         ModelError: the base does not match, or the target holds something else.
     """
     source = model_folder(source)
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target}: is a file; choose a folder")
     stamp = {"source_sha256": _source_digest(source)}
     if target.exists() and any(target.iterdir()):
         if source.resolve() == target.resolve() and not _has_adapters(source):

@@ -26,7 +26,7 @@ mkdir -p "$WORK_DIR"
 touch "$WORK_DIR/.quickstart"
 
 step "2/8 sample data: compound figures, questions and answers"
-m3llm sample-data "$WORK_DIR/data" --train 150 --held-out 40
+m3llm sample-data "$WORK_DIR/data" --train 200 --held-out 40
 
 step "3/8 a small InternVL3 with random weights"
 m3llm tiny-model "$WORK_DIR/tiny" --text "$WORK_DIR/data/train"
@@ -34,7 +34,7 @@ m3llm tiny-model "$WORK_DIR/tiny" --text "$WORK_DIR/data/train"
 export GPUS=0 META_PATH=$WORK_DIR/data/train.json REPORT_TO=none
 step "4/8 the full-model launcher"
 MODEL_PATH=$WORK_DIR/tiny OUTPUT_DIR=$WORK_DIR/full BATCH_SIZE=8 PER_DEVICE_BATCH_SIZE=8 \
-  bash "$LAUNCHERS/M3LLM-fulldata-fullmodel.sh" "${small[@]}" --learning_rate 1e-3 --num_train_epochs 4
+  bash "$LAUNCHERS/M3LLM-fulldata-fullmodel.sh" "${small[@]}" --learning_rate 1e-3 --num_train_epochs 3
 
 step "5/8 the LoRA launcher, on the result"
 MODEL_PATH=$WORK_DIR/full OUTPUT_DIR=$WORK_DIR/lora BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=8 \

@@ -103,12 +103,14 @@ class RunArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False
-        super().__post_init__()
         # Our collator makes a whole optimizer step of the process's records, so that for transformers a
-        # batch is a step; the records of a forward pass and the cuts of a step are kept here.
+        # batch is a step; the records of a forward pass and of the share are kept here.
         self.records_per_pack = self.per_device_train_batch_size
         self.share_of_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
         self.per_device_train_batch_size, self.gradient_accumulation_steps = self.share_of_step, 1
+        super().__post_init__()
+        # One process uses one GPU; without torchrun, transformers would spread the model over all it sees.
+        self._n_gpu = min(self.n_gpu, 1)
 
     @property
     def step_records(self) -> int:

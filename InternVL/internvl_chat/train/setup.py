@@ -200,6 +200,22 @@ def load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenize
 
     What is trained is decided afterwards, by `set_trainable`.
     """
+    args = plan.args
+    deepspeed = args.run.hf_deepspeed_config if args.run.deepspeed else None
+    if deepspeed is None:
+        return _load_for_training(plan)
+    # Under ZeRO-3 transformers would split a model's parameters while it is built; ours are read whole and
+    # split when training begins. Every process must then run every module.
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    model, tokenizer, preprocessing = _load_for_training(plan)
+    set_hf_deepspeed_config(deepspeed)
+    model.always_run_vision = deepspeed.is_zero3()
+    return model, tokenizer, preprocessing
+
+
+def _load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
     args, dtype = plan.args, training_dtype(plan.args)
     tokenizer, added = load_tokenizer(plan.source)
     context = image_context_id(tokenizer)

@@ -24,6 +24,7 @@ from internvl_chat.data.collator import Pack, StepCollator
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger
 from internvl_chat.model.flops import count_flops, peak_flops
 from internvl_chat.model.loss import token_weight
@@ -117,6 +118,18 @@ class M3LLMTrainer(Trainer):
     def num_examples(self, dataloader: DataLoader) -> int:
         """Return the records of an epoch."""
         return len(self.data)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Pack]], None]:
+        """Fetch the next share.
+
+        Raises:
+            DataError: one of its records cannot be used.
+        """
+        shares, _ = super().get_batch_samples(*args, **kwargs)
+        for share in shares:
+            if isinstance(share, DataError):
+                raise share
+        return shares, None
 
     def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
         """Weights are settled in `training_step`; transformers has nothing to count."""

@@ -18,6 +18,7 @@ from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+SCRIPTS = "é 中文 🩻 \u2028 \x85 \ufeff"  # two of them end a line for str.splitlines
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def failure(records: RecordFile, index: int) -> DataError:
         (BOM.decode() + '\n{"a": 1}', [{"a": 1}], [2]),
         ("1\n2\n\n3", [1, 2, 3], [1, 2, 4]),
         ('{"a": "' + "x" * 5000 + '"}\n[]\n', [{"a": "x" * 5000}, []], [1, 2]),
-        ('{"a": "é 中文 🩻\u2028 \x85 \ufeff"}\n{"b": 0}', [{"a": "é 中文 🩻\u2028 \x85 \ufeff"}, {"b": 0}], [1, 2]),
+        (f'{{"a": "{SCRIPTS}"}}\n{{"b": 0}}', [{"a": SCRIPTS}, {"b": 0}], [1, 2]),
     ],
     ids=["plain", "no final newline", "blank lines", "CRLF", "CRLF, none at the end", "BOM",
          "BOM and blank line", "short", "long line", "other scripts and Unicode line ends"],

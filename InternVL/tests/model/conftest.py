@@ -3,16 +3,24 @@
 Freshly initialised models are poor test objects: zero biases, unit norms and tiny weights hide mistakes.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
 from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.model.checkpoint import BaseModel, load_model, save_adapter, save_model
 from internvl_chat.model.configuration import InternVLChatConfig
+from internvl_chat.model.lora import add_lora
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, tiny_config
+from internvl_chat.model.weights import weights_digest
+from internvl_chat.train.trainable import set_trainable
 
 VOCABULARY = 64
 CONTEXT = 60  # the id that stands for an image feature
@@ -131,3 +139,49 @@ def pack(records: Sequence[Record], *, labels: bool = False) -> dict[str, Any]:
 def run_alone(model: InternVLChatModel, record: Record) -> torch.Tensor:
     """The logits (T, V) of one record in a row of its own."""
     return model(input_ids=record.input_ids[None], pixel_values=record.pixel_values).logits[0]
+
+
+def load(folder: Path, **options: Any) -> InternVLChatModel:
+    """Load a folder of any kind, in evaluation mode."""
+    return load_model(folder, image_context_id=CONTEXT, **options).eval()
+
+
+def save_trained_adapter(
+    base: Path, target: Path, *, mlp: bool = False, head: bool = False, seed: int = 1, **ranks: int
+) -> InternVLChatModel:
+    """Save adapters over `base` as training leaves them, and return the model that was trained."""
+    model = load(base)
+    add_lora(model, **(ranks or {"llm_rank": 4}))
+    set_trainable(model, freeze_llm=True, freeze_mlp=not mlp, freeze_backbone=True, unfreeze_lm_head=head)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    save_adapter(model, target, BaseModel(str(base), weights_digest(base)))
+    return model.eval()
+
+
+def save_wrapped(target: Path, *, seed: int = 2, **ranks: int) -> InternVLChatModel:
+    """Write a model with adapters as the reference does, and return it."""
+    model = make_model()
+    add_lora(model, **(ranks or {"llm_rank": 4}))
+    enliven(model, seed)
+    towers = {"language_model.": model.config.use_llm_lora, "vision_model.": model.config.use_backbone_lora}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for tower, rank in towers.items():
+            if rank and name.startswith(tower):
+                name = f"{tower}base_model.model.{name.removeprefix(tower)}"
+        weights[name] = tensor.contiguous()
+    target.mkdir()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole model on disk, that of `make_model()`."""
+    save_model(make_model(), tmp_path / "model")
+    return tmp_path / "model"

@@ -19,13 +19,19 @@ TOLERANCE = 1e-4
 MODELS: dict[str, Callable[[], InternVLChatModel]] = {
     "as in InternVL3": lambda: make_model(),
     "84 pixels, deep vision, one head": lambda: make_model(
-        TinyShape(84, vision_width=48, vision_layers=3, vision_heads=1, width=32, layers=1, heads=2, kv_heads=1)
+        TinyShape(
+            84, vision_width=48, vision_layers=3, vision_heads=1, width=32, layers=1, heads=2, kv_heads=1
+        )
     ),
     "shallow vision, no grouping": lambda: make_model(
-        TinyShape(56, vision_width=64, vision_layers=1, vision_heads=8, width=48, layers=3, heads=4, kv_heads=4)
+        TinyShape(
+            56, vision_width=64, vision_layers=1, vision_heads=8, width=48, layers=3, heads=4, kv_heads=4
+        )
     ),
     "one key/value head": lambda: make_model(
-        TinyShape(56, vision_width=32, vision_layers=2, vision_heads=4, width=64, layers=2, heads=8, kv_heads=1)
+        TinyShape(
+            56, vision_width=32, vision_layers=2, vision_heads=4, width=64, layers=2, heads=8, kv_heads=1
+        )
     ),
     "normalised queries and keys": lambda: make_model(vision={"qk_normalization": True}),
     "InternViT-6B's options": lambda: make_model(
@@ -34,7 +40,9 @@ MODELS: dict[str, Callable[[], InternVLChatModel]] = {
     "RMS norms alone": lambda: make_model(vision={"norm_type": "rms_norm"}),
     "last layer but one": lambda: make_model(select_layer=-2),
     "first of three layers": lambda: make_model(
-        TinyShape(84, vision_width=32, vision_layers=3, vision_heads=2, width=64, layers=2, heads=4, kv_heads=2),
+        TinyShape(
+            84, vision_width=32, vision_layers=3, vision_heads=2, width=64, layers=2, heads=4, kv_heads=2
+        ),
         select_layer=1,
     ),
     "tied head": lambda: make_model(llm={"tie_word_embeddings": True}),
@@ -44,9 +52,7 @@ MODELS: dict[str, Callable[[], InternVLChatModel]] = {
 IMAGES = {"text only": (), "one image": (1,), "one image of tiles": (3,), "several images": (2, 1, 3)}
 
 
-def transformers_model(
-    model: InternVLChatModel, attn: str = "eager"
-) -> InternVLForConditionalGeneration:
+def transformers_model(model: InternVLChatModel, attn: str = "eager") -> InternVLForConditionalGeneration:
     """transformers' model with the weights of ours."""
     config = InternVLConfig(**to_hf_config(model.config, CONTEXT))
     other = InternVLForConditionalGeneration._from_config(config, attn_implementation=attn)
@@ -146,7 +152,7 @@ def test_packed_records_equal_records_run_one_by_one(ours: str, theirs: str) -> 
 def test_greedy_continuations(images: tuple[int, ...]) -> None:
     model = make_model()
     other = transformers_model(model)
-    record = record_for(model, images, seed=3)
+    record = record_for(model, images, seed=7)
     settings = {
         "attention_mask": torch.ones_like(record.input_ids[None]),
         "max_new_tokens": 24,

@@ -80,7 +80,7 @@ def test_step_is_the_weighted_mean_of_its_records(make_trainer, reduction):
     expected = total / weights
     expected.backward()
 
-    assert loss == pytest.approx(float(expected), abs=1e-6)
+    assert loss == pytest.approx(expected.item(), abs=1e-6)
     for name, gradient in found.items():
         torch.testing.assert_close(
             gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"

@@ -1,0 +1,302 @@
+"""Data sets on disk: which records an epoch has, what they become, and that every fault is found by name."""
+
+import json
+import logging
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from internvl_chat.data.dataset import Draw, RecordKey, RecordSet, TrainingData, build_sets
+from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.errors import DataError
+
+TILE, TOKENS = 16, 3
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    tokenizer = train_tokenizer(["what is this ? a cat on a mat"] * 20, 300)
+    options = {"tile_size": TILE, "tokens_per_tile": TOKENS, "max_dynamic_patch": 4, "max_seq_length": 400}
+    return RecordEncoder(tokenizer, Preprocessing(**options))
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_seen(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
+
+
+def text_record(number: int, **extra) -> dict:
+    turns = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": f"a {number}"}]
+    return {"id": f"r{number}", "conversations": turns, **extra}
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def make(tmp_path, encoder):
+    """Write records (objects, or lines as they are) and open them as a set, with images beside them."""
+
+    def make(records, name="qa", **options) -> RecordSet:
+        lines = [line if isinstance(line, str) else json.dumps(line) for line in records]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(lines) + "\n")
+        return RecordSet(DatasetSpec(name, tmp_path / "images", file, **options), encoder)
+
+    (tmp_path / "images").mkdir()
+    noise(40, 10).save(tmp_path / "images" / "wide.png")
+    noise(10, 40, seed=1).save(tmp_path / "images" / "tall.png")
+    return make
+
+
+class TestRecordsOfAnEpoch:
+    @pytest.mark.parametrize(
+        ("repeat", "used"),
+        [(1, 10), (1.0, 10), (3, 30), (2.0, 20), (0.5, 5), (0.25, 2), (0.99, 9), (0.1, 1), (0.05, 0)],
+    )
+    def test_repeat_time(self, make, repeat, used):
+        records = make([text_record(i) for i in range(10)], repeat_time=repeat)
+        assert (len(records), records.num_used) == (10, used)
+
+    def test_a_fraction_takes_the_first(self, make):
+        data = TrainingData([make([text_record(i) for i in range(10)], repeat_time=0.3)])
+        assert [data[Draw(i, 0)][0].id for i in range(len(data))] == ["r0", "r1", "r2"]
+
+    def test_a_whole_number_goes_round(self, make):
+        data = TrainingData([make([text_record(i) for i in range(2)], repeat_time=3)])
+        assert [data[Draw(i, 0)][0].id for i in range(len(data))] == ["r0", "r1"] * 3
+
+    def test_several_sets(self, make):
+        shapes = [("a", 3, 1), ("b", 4, 0.1), ("c", 2, 3), ("d", 5, 0.5), ("e", 1, 1)]
+        sets = [
+            make([text_record(i) for i in range(count)], name=name, repeat_time=repeat)
+            for name, count, repeat in shapes
+        ]
+        data = TrainingData(sets)
+        expected = [
+            (name, i) for name, i in zip("aaaccccccdde", [0, 1, 2, 0, 1, 0, 1, 0, 1, 0, 1, 0], strict=True)
+        ]
+        assert data.sizes == [3, 0, 6, 2, 1]
+        assert len(data) == len(expected)
+        located = [data.locate(i) for i in range(len(data))]
+        assert [(records.spec.name, index) for records, index in located] == expected
+        assert [data[Draw(i, 0)][0].key for i in range(len(data))] == [RecordKey(*key) for key in expected]
+        with pytest.raises(IndexError):
+            data.locate(len(data))
+
+    @pytest.mark.parametrize("sets", [0, 1, 2])
+    def test_no_record_is_left(self, make, sets):
+        few = [make([text_record(0)], name=f"n{i}", repeat_time=0.5) for i in range(sets)]
+        with pytest.raises(DataError, match="no records are left"):
+            TrainingData(few)
+
+    @pytest.mark.parametrize("counts", [True, False])
+    def test_whether_it_counts_is_handed_on(self, make, counts):
+        sample, handed_on = TrainingData([make([text_record(0)])])[Draw(0, 0, counts)]
+        assert (sample.id, handed_on) == ("r0", counts)
+
+
+class TestSamples:
+    def test_text(self, make, encoder):
+        sample = make([text_record(7)]).load(0)
+        text = encoder.tokenizer.decode(sample.encoded.input_ids)
+        assert text.endswith(
+            "<|im_start|>user\nwhat is 7 ?<|im_end|>\n<|im_start|>assistant\na 7<|im_end|>\n"
+        )
+        assert (sample.key, sample.id) == (RecordKey("qa", 0), "r7")
+        assert sample.tiles.shape == (0, TILE, TILE, 3)
+
+    def test_images(self, make, encoder):
+        record = text_record(7, image=["wide.png", "tall.png"])
+        record["conversations"][0]["value"] = "<image>\n<image>\nwhat is 7 ?"
+        sample = make([record]).load(0)
+        # Two tiles and a thumbnail each: half of the budget of four.
+        context = int(
+            (sample.encoded.input_ids == encoder.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")).sum()
+        )
+        assert context == 6 * TOKENS
+        thumbnails = [noise(40, 10), noise(10, 40, seed=1)]
+        assert sample.tiles.shape == (6, TILE, TILE, 3)
+        for tile, image in zip(sample.tiles[[2, 5]], thumbnails, strict=True):
+            assert np.array_equal(tile, image.resize((TILE, TILE)))
+
+    def test_encode_plans_what_load_makes(self, make):
+        records = make([text_record(0, image="wide.png"), text_record(1)])
+        for index in range(2):
+            record, encoded = records.encode(index)
+            sample = records.load(index)
+            assert record.id == sample.id
+            assert torch.equal(encoded.input_ids, sample.encoded.input_ids)
+            assert torch.equal(encoded.labels, sample.encoded.labels)
+            assert sum(grid.tiles for grid in encoded.grids) == len(sample.tiles)
+
+    @pytest.mark.parametrize(("own", "tiles"), [(None, 5), (1, 1), (2, 3), (3, 4), (6, 5), (12, 5)])
+    def test_the_entrys_own_tile_limit_wins(self, make, own, tiles):
+        """40 x 10 pixels are four tiles and a thumbnail if they may."""
+        records = make([text_record(0, image="wide.png")], max_dynamic_patch=own)
+        assert len(records.load(0).tiles) == tiles
+
+    def test_a_limit_above_the_command_lines(self, make, tmp_path):
+        noise(80, 10).save(tmp_path / "images" / "wider.png")
+        records = make([text_record(0, image="wider.png")], max_dynamic_patch=8)
+        assert len(records.load(0).tiles) == 9
+
+    def test_each_set_has_its_own_limit(self, make, tmp_path, encoder):
+        specs = [
+            make([text_record(0, image="wide.png")], name=f"n{limit}", max_dynamic_patch=limit).spec
+            for limit in (1, 2, None)
+        ]
+        assert [len(records.load(0).tiles) for records in build_sets(specs, encoder)] == [1, 3, 5]
+
+
+class TestAugmentation:
+    @pytest.fixture
+    def data(self, make):
+        def data(seed=0, augment=True) -> TrainingData:
+            records = [text_record(i, image="wide.png") for i in range(2)]
+            return TrainingData([make(records, data_augment=augment, repeat_time=2)], seed=seed)
+
+        return data
+
+    def tiles(self, data: TrainingData, index: int = 0, epoch: int = 0) -> torch.Tensor:
+        return data[Draw(index, epoch)][0].tiles
+
+    def test_the_same_in_any_process_and_order(self, data):
+        first, second = data(), data()
+        forwards = [self.tiles(first, i) for i in range(4)]
+        random.seed(5)
+        torch.manual_seed(5)
+        backwards = [self.tiles(second, i) for i in (3, 2, 1, 0)][::-1]
+        assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
+
+    def test_another_seed_epoch_or_use(self, data):
+        # Indices 0 and 2 are the same record, and all four show the same image.
+        variants = [self.tiles(data(), i) for i in range(4)]
+        variants += [self.tiles(data(), 0, epoch=1), self.tiles(data(seed=1), 0)]
+        assert len({tiles.numpy().tobytes() for tiles in variants}) == len(variants)
+
+    def test_whether_it_counts_makes_no_difference(self, data):
+        assert torch.equal(data()[Draw(1, 2, False)][0].tiles, data()[Draw(1, 2, True)][0].tiles)
+
+    def test_only_where_the_entry_asks_for_it(self, data):
+        plain = data(augment=False)
+        reference = noise(40, 10).resize((4 * TILE, TILE))
+        for draw in (Draw(0, 0), Draw(0, 1), Draw(3, 0)):
+            tiles = plain[draw][0].tiles.numpy()
+            assert np.array_equal(np.concatenate(tiles[:4], axis=1), reference)
+
+    def test_never_outside_training(self, make):
+        records = make([text_record(0, image="wide.png")], data_augment=True)
+        assert np.array_equal(records.load(0).tiles[4], noise(40, 10).resize((TILE, TILE)))
+
+
+class TestFaults:
+    """The faulty record is the third, on line 4, behind a blank line."""
+
+    def fail(self, make, faulty, load="load") -> DataError:
+        records = make([text_record(0), "", text_record(1), faulty])
+        assert records.load(1).id == "r1"
+        with pytest.raises(DataError) as caught:
+            getattr(records, load)(2)
+        assert (caught.value.file, caught.value.line) == (records.spec.annotation, 4)
+        assert str(caught.value).startswith(f"{records.spec.annotation}, line 4")
+        return caught.value
+
+    @pytest.mark.parametrize("load", ["load", "encode"])
+    def test_missing_image(self, make, tmp_path, load):
+        error = self.fail(make, text_record(2, image="nowhere.png"), load)
+        assert error.record == "r2"
+        assert f"the image {tmp_path / 'images' / 'nowhere.png'} does not exist" in error.message
+        assert "(record 'r2')" in str(error)
+
+    @pytest.mark.parametrize("load", ["load", "encode"])
+    @pytest.mark.parametrize("content", [b"<html>not found</html>", b"", b"\xff\xd8\xff"])
+    def test_text_named_jpg(self, make, tmp_path, load, content):
+        (tmp_path / "images" / "page.jpg").write_bytes(content)
+        error = self.fail(make, text_record(2, image="page.jpg"), load)
+        assert error.record == "r2"
+        assert f"the image {tmp_path / 'images' / 'page.jpg'} cannot be read" in error.message
+
+    def test_a_folder_for_an_image(self, make, tmp_path):
+        (tmp_path / "images" / "sub").mkdir()
+        assert "cannot be read" in self.fail(make, text_record(2, image="sub")).message
+
+    @pytest.mark.parametrize("kind", ["png", "jpg"])
+    def test_half_an_image(self, make, tmp_path, kind):
+        file = tmp_path / "images" / f"half.{kind}"
+        noise(60, 60).save(file)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        error = self.fail(make, text_record(2, image=file.name))
+        assert error.record == "r2"
+        assert f"an image cannot be decoded ({file.name})" in error.message
+
+    def test_the_second_image(self, make, tmp_path):
+        record = text_record(2, image=["wide.png", "nowhere.png"])
+        record["conversations"][0]["value"] = "<image><image>"
+        assert str(tmp_path / "images" / "nowhere.png") in self.fail(make, record).message
+
+    @pytest.mark.parametrize("load", ["record", "load", "encode"])
+    def test_malformed_record(self, make, load):
+        error = self.fail(make, {"id": "r2", "conversations": []}, load)
+        assert (error.record, "no conversation" in error.message) == ("r2", True)
+
+    @pytest.mark.parametrize("line", ["{broken", "[1]"])
+    def test_no_record_at_all(self, make, line):
+        assert self.fail(make, line).record is None
+
+    @pytest.mark.parametrize("load", ["load", "encode"])
+    def test_too_long(self, make, load):
+        record = text_record(2)
+        record["conversations"][1]["value"] = "中" * 400
+        error = self.fail(make, record, load)
+        assert error.record == "r2"
+        assert "more than max_seq_length 400" in error.message
+
+    def test_crosses_processes_whole(self, make):
+        error = self.fail(make, text_record(2, image="nowhere.png"))
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy)) == (DataError, str(error))
+        assert (copy.file, copy.line, copy.record) == (error.file, error.line, error.record)
+
+    def test_missing_annotation(self, encoder, tmp_path):
+        with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read"):
+            RecordSet(DatasetSpec("qa", tmp_path, tmp_path / "nowhere.jsonl"), encoder)
+
+
+class TestLength:
+    def test_that_differs_is_warned_about(self, make, caplog):
+        records = make([text_record(0), text_record(1)], length=3)
+        assert caplog.messages == [f"data set qa: 'length' is 3, but {records.spec.annotation} has 2 records"]
+        assert len(records) == 2
+
+    @pytest.mark.parametrize("length", [2, None])
+    def test_that_is_right_or_not_given(self, make, caplog, length):
+        make([text_record(0), "", text_record(1)], length=length)
+        assert caplog.messages == []
+
+
+def test_estimated_lengths(make):
+    """A quarter of a token a byte of text; every record with an image fills its budget."""
+    texts = ["aaaa", "中" * 4, "a" * 41]  # 4, 12 and 41 bytes
+    records = [
+        {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "b" * 8}]}
+        for text in texts
+    ]
+    shown = text_record(0, image="nowhere.png")  # "<image>\nwhat is 0 ?" and "a 0": 19 + 3 bytes
+    many = text_record(0, image=["nowhere.png"] * 5)
+    many["conversations"][0]["value"] = "<image>" * 5  # 35 + 3 bytes
+    sets = [
+        make(records, name="text", repeat_time=2),
+        make([shown, many, shown], name="images", repeat_time=0.7),
+        make([shown], name="small", max_dynamic_patch=2),
+    ]
+    lengths = TrainingData(sets).estimated_lengths()
+    assert lengths.tolist() == [3, 5, 12, 3, 5, 12, 5 + 4 * TOKENS, 9 + 5 * TOKENS, 5 + 2 * TOKENS]

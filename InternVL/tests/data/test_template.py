@@ -1,0 +1,242 @@
+"""Label masks written out by hand: which pieces of a conversation are learnt, and where its images go."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internvl_chat.data.records import Turn
+from internvl_chat.data.template import (
+    SYSTEM_TEXTS,
+    EncodedTurns,
+    encode_prompt,
+    encode_turns,
+    render_turn,
+    with_system,
+)
+from internvl_chat.data.tokenizer_training import train_tokenizer
+
+WORDS = "the cat sat on the mat . yes no what is this ? a b system user assistant"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Every word of WORDS is one token, alone and behind a space, and so are two and three line ends."""
+    text = f"{WORDS}\n{' '.join(WORDS.split())}\n\n\nend\n\nend\n" + "\n".join(WORDS.split())
+    return train_tokenizer([text] * 20, 600)
+
+
+def user(text: str) -> Turn:
+    return Turn("user", text)
+
+
+def assistant(text: str) -> Turn:
+    return Turn("assistant", text)
+
+
+def spell(encoded: EncodedTurns, tokenizer) -> list[str]:
+    """One text a token; those that are learnt begin with a plus."""
+    return [
+        ("+" if label != -100 else "") + tokenizer.decode([i])
+        for i, label in zip(encoded.input_ids, encoded.labels, strict=True)
+    ]
+
+
+SYSTEM = ["<|im_start|>", "system", "\n", "the", " mat", "<|im_end|>", "\n"]
+USER, ASSISTANT, END = (
+    ["<|im_start|>", "user", "\n"],
+    ["<|im_start|>", "assistant", "\n"],
+    ["<|im_end|>", "\n"],
+)
+IMAGE = ["<img>", "<IMG_CONTEXT>", "</img>"]
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("turns", "pieces"),
+        [
+            (
+                [user("what is this ?"), assistant("the cat")],
+                [*SYSTEM, *USER, "what", " is", " this", " ?", *END]
+                + [*ASSISTANT, "+the", "+ cat", "+<|im_end|>", "\n"],
+            ),
+            (
+                [user("a"), assistant("b"), user("yes"), assistant("no")],
+                [*SYSTEM, *USER, "a", *END, *ASSISTANT, "+b", "+<|im_end|>", "\n"]
+                + [*USER, "yes", *END, *ASSISTANT, "+no", "+<|im_end|>", "\n"],
+            ),
+            (
+                [Turn("system", "yes"), user("a"), assistant("b")],
+                ["<|im_start|>", "system", "\n", "yes", *END]
+                + [*USER, "a", *END, *ASSISTANT, "+b", "+<|im_end|>", "\n"],
+            ),
+            (
+                [Turn("system", ""), assistant("b")],
+                ["<|im_start|>", "system", "\n", *END, *ASSISTANT, "+b", "+<|im_end|>", "\n"],
+            ),
+            (
+                [user("a"), assistant("")],
+                [*SYSTEM, *USER, "a", *END, *ASSISTANT, "+<|im_end|>", "\n"],
+            ),
+            (
+                [assistant("a\nb\n")],
+                [*SYSTEM, *ASSISTANT, "+a", "+\n", "+b", "+\n", "+<|im_end|>", "\n"],
+            ),
+            (
+                [assistant(" cat ")],
+                [*SYSTEM, *ASSISTANT, "+ cat", "+ ", "+<|im_end|>", "\n"],
+            ),
+            # The line ends that begin an answer are one token with the header's, which is not learnt.
+            (
+                [assistant("\n\nyes")],
+                [*SYSTEM, "<|im_start|>", "assistant", "\n\n\n", "+yes", "+<|im_end|>", "\n"],
+            ),
+            (
+                [assistant("\n")],
+                [*SYSTEM, "<|im_start|>", "assistant", "\n\n", "+<|im_end|>", "\n"],
+            ),
+            (
+                [user("<image>\nwhat"), assistant("a")],
+                [*SYSTEM, *USER, *IMAGE, "\n", "what", *END, *ASSISTANT, "+a", "+<|im_end|>", "\n"],
+            ),
+        ],
+        ids=[
+            "one answer", "two answers", "system replaced", "system emptied", "empty answer",
+            "line ends inside", "spaces around", "line ends first", "a line end alone", "image",
+        ],
+    )  # fmt: skip
+    def test_pieces(self, tokenizer, turns, pieces):
+        assert spell(encode_turns(turns, tokenizer, "the mat"), tokenizer) == pieces
+
+    def test_line_ends_that_do_not_merge_are_learnt(self):
+        tokenizer = train_tokenizer([WORDS] * 20, 400)
+        pieces = spell(encode_turns([assistant("\n\na")], tokenizer, ""), tokenizer)
+        assert pieces[-6:] == ["\n", "+\n", "+\n", "+a", "+<|im_end|>", "\n"]
+
+    def test_a_header_of_many_tokens_is_not_learnt(self):
+        tokenizer = train_tokenizer([], 256)  # one token a byte
+        pieces = spell(encode_turns([user("a"), assistant("yes")], tokenizer, "s"), tokenizer)
+        system = ["<|im_start|>", *"system\n", "s", "<|im_end|>", "\n"]
+        asked = ["<|im_start|>", *"user\n", "a", "<|im_end|>", "\n"]
+        assert pieces == [
+            *system,
+            *asked,
+            "<|im_start|>",
+            *"assistant\n",
+            "+y",
+            "+e",
+            "+s",
+            "+<|im_end|>",
+            "\n",
+        ]
+
+    def test_a_label_is_the_token_itself(self, tokenizer):
+        encoded = encode_turns([user("a"), assistant("the cat sat on the mat .")], tokenizer, "yes")
+        learnt = encoded.labels != -100
+        assert learnt.sum() == 8
+        assert np.array_equal(encoded.labels[learnt], encoded.input_ids[learnt])
+        assert encoded.input_ids.dtype == encoded.labels.dtype == np.int64
+
+    def test_other_scripts(self, tokenizer):
+        encoded = encode_turns([user("那"), assistant("是 é 🩻")], tokenizer, SYSTEM_TEXTS["internvl2_5"])
+        learnt = encoded.labels[encoded.labels != -100]
+        assert tokenizer.decode(learnt) == "是 é 🩻<|im_end|>"
+
+    def test_the_whole_text(self, tokenizer):
+        turns = [user("<image>the cat\n\n"), assistant("\n yes "), user("no"), assistant("a")]
+        assert tokenizer.decode(encode_turns(turns, tokenizer, "the mat").input_ids) == (
+            "<|im_start|>system\nthe mat<|im_end|>\n"
+            "<|im_start|>user\n<img><IMG_CONTEXT></img>the cat\n\n<|im_end|>\n"
+            "<|im_start|>assistant\n\n yes <|im_end|>\n"
+            "<|im_start|>user\nno<|im_end|>\n"
+            "<|im_start|>assistant\na<|im_end|>\n"
+        )
+
+
+class TestImages:
+    TURNS = (user("<image>a<image>"), assistant("b"), user("<image>"), assistant("no"))
+
+    def test_positions(self, tokenizer):
+        encoded = encode_turns(self.TURNS, tokenizer, "the mat")
+        # 7 of the system turn, 3 of the user's header, <img>; then </img>, a, <img> between the two.
+        assert encoded.image_positions.tolist() == [11, 15, 29]
+        assert tokenizer.convert_ids_to_tokens(encoded.input_ids[[11, 15, 29]]) == ["<IMG_CONTEXT>"] * 3
+
+    def test_expansion(self, tokenizer):
+        encoded = encode_turns(self.TURNS, tokenizer, "the mat")
+        ids, labels = encoded.expand([2, 1, 3])
+        assert encoded.num_tokens([2, 1, 3]) == len(ids) == len(labels) == len(encoded.input_ids) + 3
+        context = "<IMG_CONTEXT>"
+        assert spell(EncodedTurns(ids, labels, encoded.image_positions), tokenizer) == (
+            [*SYSTEM, *USER, "<img>", context, context, "</img>", "a", "<img>", context, "</img>", *END]
+            + [*ASSISTANT, "+b", "+<|im_end|>", "\n"]
+            + [*USER, "<img>", context, context, context, "</img>", *END]
+            + [*ASSISTANT, "+no", "+<|im_end|>", "\n"]
+        )
+
+    def test_no_image(self, tokenizer):
+        encoded = encode_turns([user("a"), assistant("b")], tokenizer, "the mat")
+        ids, labels = encoded.expand([])
+        assert encoded.image_positions.tolist() == []
+        assert encoded.num_tokens([]) == len(ids)
+        assert np.array_equal(ids, encoded.input_ids)
+        assert np.array_equal(labels, encoded.labels)
+
+    @pytest.mark.parametrize("role", ["system", "assistant"])
+    def test_only_the_user_shows_images(self, tokenizer, role):
+        assert render_turn(Turn(role, "a <image>")) == f"<|im_start|>{role}\na <image><|im_end|>\n"
+        turns = [Turn(role, "a <image>"), assistant("b")]
+        assert encode_turns(turns, tokenizer, "the mat").image_positions.tolist() == []
+
+    @settings(deadline=None, max_examples=50)
+    @given(st.data())
+    def test_expansion_repeats_in_place(self, data):
+        marks = data.draw(st.lists(st.booleans(), min_size=1, max_size=20))
+        counts = data.draw(st.lists(st.integers(1, 5), min_size=sum(marks), max_size=sum(marks)))
+        ids = np.arange(len(marks))
+        ids_after, labels_after = EncodedTurns(ids, -ids, np.flatnonzero(marks)).expand(counts)
+        left, expected = iter(counts), []
+        for i, mark in enumerate(marks):
+            expected += [i] * (next(left) if mark else 1)
+        assert ids_after.tolist() == expected
+        assert labels_after.tolist() == [-i for i in expected]
+        assert EncodedTurns(ids, -ids, np.flatnonzero(marks)).num_tokens(counts) == len(expected)
+
+
+class TestSystem:
+    def test_the_default_is_put_first(self):
+        turns = [user("a"), assistant("b")]
+        assert with_system(turns, "S") == [Turn("system", "S"), *turns]
+        assert turns == [user("a"), assistant("b")]
+
+    def test_the_records_own_wins(self):
+        turns = [Turn("system", "mine"), user("a")]
+        assert with_system(turns, "S") == turns
+
+    def test_the_default_text(self):
+        assert SYSTEM_TEXTS["internvl2_5"] == (
+            "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+        )
+
+
+class TestPrompt:
+    TURNS = (user("<image>\nwhat"), assistant("a"), user("no"), assistant("yes"))
+
+    @pytest.mark.parametrize("turns", [1, 3])
+    def test_is_what_training_saw_before_the_answer(self, tokenizer, turns):
+        prompt = encode_prompt(self.TURNS[:turns], tokenizer, "the mat")
+        whole = encode_turns(self.TURNS[: turns + 1], tokenizer, "the mat")
+        learnt = np.flatnonzero(whole.labels != -100)
+        answer = learnt[-2]  # one word and the end
+        assert prompt.input_ids.tolist() == whole.input_ids[:answer].tolist()
+        assert prompt.image_positions.tolist() == whole.image_positions.tolist() == [11]
+
+    def test_nothing_is_learnt(self, tokenizer):
+        prompt = encode_prompt(self.TURNS[:3], tokenizer, "the mat")
+        assert prompt.labels.tolist() == [-100] * len(prompt.input_ids)
+        assert spell(prompt, tokenizer)[-3:] == ASSISTANT
+
+    def test_own_system(self, tokenizer):
+        prompt = encode_prompt([Turn("system", "no"), user("a")], tokenizer, "the mat")
+        expected = ["<|im_start|>", "system", "\n", "no", *END, *USER, "a", *END, *ASSISTANT]
+        assert spell(prompt, tokenizer) == expected

@@ -1,0 +1,196 @@
+"""What bad input gets: one clear message, the right exit code, and nothing left behind."""
+
+import json
+import shutil
+
+import pytest
+from helpers import flags
+
+from internvl_chat.cli import main as m3llm
+from internvl_chat.model.checkpoint import ADAPTER_WEIGHTS
+from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.output_folder import lock_folder
+
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+
+
+@pytest.fixture
+def start(tiny_model, sample_data, tmp_path):
+    """Run a training of one step with changes; returns the exit code and the output folder."""
+
+    def run(**changes):
+        values = {
+            "model_name_or_path": tiny_model,
+            "meta_path": sample_data / "train.json",
+            "output_dir": tmp_path / "out",
+            "max_steps": 1,
+            "save_strategy": "no",
+        }
+        return train(flags(**{**values, **changes})), tmp_path / "out"
+
+    return run
+
+
+@pytest.fixture
+def one_set(sample_data, tmp_path):
+    """Write a meta file over one set with the given lines."""
+
+    def write(*lines, **entry):
+        annotation = tmp_path / "records.jsonl"
+        text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        annotation.write_text("\n".join(text) + "\n")
+        meta = {
+            "set": {
+                "root": str(sample_data / "images"),
+                "annotation": str(annotation),
+                "data_augment": False,
+                "repeat_time": 1,
+                **entry,
+            }
+        }
+        path = tmp_path / "meta.json"
+        path.write_text(json.dumps(meta))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such meta file"),
+        ("{", "not valid JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "names no data set"),
+        ('{"a": {"root": "$NOT_SET_ANYWHERE/x"}}', "export NOT_SET_ANYWHERE=FOLDER"),
+    ],
+)
+def test_meta_file(start, tmp_path, caplog, capfd, content, message):
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    code, out = start(meta_path=path)
+    assert code == 1
+    assert message in capfd.readouterr().err
+    assert not out.exists()
+
+
+RECORDS = {
+    "not valid JSON": '{"conversations": [',
+    "no assistant turn": {"conversations": TURNS[:1], "image": "x.jpg"},
+    "unknown role 'robot'": {"conversations": [{"from": "robot", "value": "?"}, TURNS[1]]},
+    "1 <image> placeholders in the human turns, but 2 images": {"conversations": TURNS, "image": ["a", "b"]},
+    "does not exist": {"id": "lost", "conversations": TURNS, "image": "missing.jpg"},
+}
+
+
+@pytest.mark.parametrize("message", RECORDS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_record_names_file_and_line(start, one_set, capfd, message, workers):
+    good = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    meta = one_set(good, good, RECORDS[message])
+    code, out = start(
+        meta_path=meta, train_sampling_strategy="sequential", per_device_train_batch_size=3,
+        dataloader_num_workers=workers,
+    )  # fmt: skip
+    assert code == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert "records.jsonl, line 3" in error
+    assert "Traceback" not in error
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_broken_image(start, one_set, sample_data, capfd, tmp_path):
+    image = next((sample_data / "images").glob("*.jpg"))
+    (tmp_path / "cut.jpg").write_bytes(image.read_bytes()[:2000])
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name in ("cut.jpg", "text.jpg"):
+        meta = one_set({"id": name, "conversations": TURNS, "image": name}, root=str(tmp_path))
+        code, _ = start(meta_path=meta)
+        assert code == 1
+        error = capfd.readouterr().err
+        assert "records.jsonl, line 1" in error
+        assert name in error
+
+
+def test_all_configuration_problems_at_once(start, tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    code, out = start(
+        model_name_or_path=tmp_path / "nowhere",
+        meta_path=tmp_path / "no.json",
+        warmup_ratio=2,
+        max_dynamic_patch=0,
+        attn="flash_attention_2",
+    )
+    error = capfd.readouterr().err
+    assert code == 2
+    for message in (
+        "no such model folder", "no such meta file", "--warmup_ratio", "--min_dynamic_patch",
+        "needs an NVIDIA GPU", "is in use (it holds thesis.txt)",
+    ):  # fmt: skip
+        assert message in error
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_unknown_flag(tmp_path, capfd):
+    assert train(["--output_dir", str(tmp_path), "--lerning_rate", "1"]) == 2
+    error = capfd.readouterr().err
+    assert "unknown flag --lerning_rate; did you mean --learning_rate?" in error
+    assert "--meta_path is required" in error
+
+
+def test_model_folder_without_weights(start, tiny_model, tmp_path, capfd):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    code, out = start(model_name_or_path=tmp_path / "model")
+    assert code == 1
+    assert "no weights" in capfd.readouterr().err
+    assert not out.exists()
+
+
+LORA = {"use_llm_lora": 2, "freeze_llm": True, "freeze_mlp": True}
+
+
+def test_adapter_of_another_rank_or_base(start, tiny_model, tmp_path, capfd):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    code, adapter = start(model_name_or_path=base, **LORA)
+    assert code == 0
+    assert (adapter / ADAPTER_WEIGHTS).is_file()
+    capfd.readouterr()
+
+    code, _ = start(model_name_or_path=adapter, output_dir=tmp_path / "more", **{**LORA, "use_llm_lora": 4})
+    assert code == 2
+    assert "adapters of rank 2" in capfd.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+    code, _ = start(model_name_or_path=adapter, output_dir=tmp_path / "more", **LORA)
+    assert code == 0
+
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capfd.readouterr()
+    code, _ = start(model_name_or_path=adapter, output_dir=tmp_path / "never", **LORA)
+    assert code == 1
+    assert "are not the base that the adapter" in capfd.readouterr().err
+    assert m3llm(["merge", str(adapter), str(tmp_path / "merged")]) == 1
+    assert not (tmp_path / "merged").exists()
+
+
+def test_output_folder_in_use(start, tmp_path, capfd):
+    code, out = start()
+    assert code == 0
+    code, _ = start()
+    assert code == 2
+    assert "holds a finished run" in capfd.readouterr().err
+    lock = lock_folder(out)
+    code, _ = start(overwrite_output_dir=True)
+    assert code == 2
+    assert "is writing to this output folder" in capfd.readouterr().err
+    lock.close()
+    code, _ = start(overwrite_output_dir=True)
+    assert code == 0

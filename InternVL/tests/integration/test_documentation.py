@@ -1,0 +1,114 @@
+"""Every command in the documentation works, with small stand-ins for weights and data."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import SOURCE_ROOT, flags
+
+from internvl_chat.train.internvl_chat_finetune import main as train
+
+REPOSITORY = SOURCE_ROOT.parent
+PAGES = ("README.md", "InternVL/README.md", "full_training_data/README.md")
+SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1 --save_strategy no"
+
+# Run elsewhere: the quickstart as a slow test, this command by whoever runs the tests, and what test.sh does.
+ELSEWHERE = (
+    "bash InternVL/internvl_chat/shell/quickstart.sh",
+    "bash InternVL/internvl_chat/shell/test.sh",
+    "bash InternVL/internvl_chat/shell/test.sh -m slow",
+    "python3 -m venv .venv && source .venv/bin/activate",
+    'pip install -e ".[dev]"',
+)
+
+
+def documented_commands() -> list[str]:
+    commands = []
+    for page in PAGES:
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            folder = ""
+            for line in block.splitlines():
+                line = line.split("  #")[0].strip()
+                if line.startswith("cd "):
+                    folder = f"{line} && "
+                elif line:
+                    commands.append(folder + line)
+    return sorted(set(commands) - set(ELSEWHERE))
+
+
+def test_there_are_commands():
+    assert len(documented_commands()) >= 7
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, tiny_model, sample_data):
+    """A folder that looks like the repository of a user who has trained."""
+    folder = tmp_path_factory.mktemp("stage")
+    (folder / "InternVL").symlink_to(SOURCE_ROOT)
+    figure = next((sample_data / "images").glob("*_fig1.jpg"))
+    (folder / "figure.jpg").write_bytes(figure.read_bytes())
+    for name in ("M3LLM-fulldatav2-lora-lr=5e-6", "lora"):
+        argv = flags(
+            model_name_or_path=tiny_model,
+            meta_path=sample_data / "train.json",
+            output_dir=folder / "work_dirs" / name,
+            use_llm_lora=2,
+            freeze_llm=True,
+            freeze_mlp=True,
+            max_steps=1,
+        )
+        assert train(argv) == 0
+    run = folder / "work_dirs/run"
+    argv = flags(
+        model_name_or_path=tiny_model,
+        meta_path=sample_data / "train.json",
+        output_dir=run,
+        max_steps=1,
+    )
+    assert train(argv) == 0
+    config = (run / "config.yaml").read_text().replace(str(run), str(run) + "-again")
+    (run / "config.yaml").write_text(config)
+    return folder
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_command(command, stage, tiny_model, sample_data, tmp_path):
+    small = command.replace("/models/InternVL3-8B", str(tiny_model))
+    small = small.replace("InternVL/internvl_chat/shell/data/PMC-data.json", str(sample_data / "train.json"))
+    small = re.sub(r"\bGPUS=\d+ ", "GPUS=0 ", small)
+    small = small.replace("work_dirs/merged", str(stage / "work_dirs" / "merged"))
+    if "M3LLM-fulldata-" in small and "bash" in small:
+        small += f" {SMALL}"
+    if "generate" in small:
+        small = small.replace(str(stage / "work_dirs" / "merged"), str(tiny_model)) + " --max_new_tokens 4"
+    if "merge " in small:
+        small = small.replace(str(stage / "work_dirs" / "merged"), str(tmp_path / "merged"))
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "META_PATH": str(sample_data / "train.json"),
+        "OUTPUT_DIR": str(tmp_path / "out"),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", small],
+        capture_output=True, text=True, cwd=stage, env=environment, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{small}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    """The whole quickstart, in an environment that is there already."""
+    environment = {**os.environ, "WORK_DIR": str(tmp_path / "quickstart")}
+    command = ["bash", str(SOURCE_ROOT / "internvl_chat/shell/quickstart.sh")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "closed questions" in result.stdout
+    for path in ("full/loss.png", "merged/model.safetensors", "lora/adapter_model.safetensors"):
+        assert (tmp_path / "quickstart" / path).is_file()

@@ -1,0 +1,205 @@
+"""Attention of packed records against a masked softmax written out, and the choice of kernels."""
+
+import pytest
+import torch
+
+from internvl_chat.errors import UsageError
+from internvl_chat.model import attention
+from internvl_chat.model.attention import (
+    ATTENTION_NAMES,
+    bidirectional_attention,
+    resolve_attention,
+    varlen_attention,
+)
+
+CPU = torch.device("cpu")
+
+SEGMENTS = {
+    "one": [12],
+    "several": [3, 5, 4],
+    "single tokens": [1, 1, 1],
+    "a single token among others": [4, 1, 6],
+}
+
+
+class Layer(torch.nn.Module):
+    """What transformers passes as the calling layer."""
+
+    def __init__(self, is_causal: bool = True) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
+def inputs(
+    tokens: int, heads: int = 4, kv_heads: int = 2, features: int = 8, rows: int = 1, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(rows, h, tokens, features) for h in (heads, kv_heads, kv_heads)]
+    return tuple(torch.randn(shape, generator=rng, requires_grad=True) for shape in shapes)
+
+
+def masked_softmax(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    *,
+    causal: bool = True,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Attention in float64 over all pairs, with those of different segments and of the future left out."""
+    q, k, v = (x.double() for x in (query, key, value))
+    rows, heads, tokens, features = q.shape
+    scaling = features**-0.5 if scaling is None else scaling
+    segment = [number for number, length in enumerate(lengths) for _ in range(length)]
+    assert len(segment) == tokens
+    allowed = torch.tensor(
+        [[segment[i] == segment[j] and (j <= i or not causal) for j in range(tokens)] for i in range(tokens)]
+    )
+    out = []
+    for row in range(rows):
+        for head in range(heads):
+            shared = head // (heads // k.shape[1])
+            scores = q[row, head] @ k[row, shared].T * scaling
+            weights = torch.where(allowed, scores.exp(), 0.0)
+            out.append(weights / weights.sum(dim=-1, keepdim=True) @ v[row, shared])
+    return torch.stack(out).reshape(rows, heads, tokens, features)
+
+
+def bounds(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scaling", [None, 0.1, 1.0])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (4, 1)])
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_packed_attention_and_its_gradients(
+    lengths: list[int], heads: int, kv_heads: int, scaling: float | None, causal: bool
+) -> None:
+    qkv = inputs(sum(lengths), heads, kv_heads)
+    found, weights = varlen_attention(
+        Layer(causal),
+        *qkv,
+        None,
+        scaling=scaling,
+        cu_seq_lens_q=bounds(lengths),
+        max_length_q=max(lengths),
+    )
+    expected = masked_softmax(*qkv, lengths, causal=causal, scaling=scaling)
+    assert weights is None
+    assert found.shape == (1, sum(lengths), heads, 8)
+    torch.testing.assert_close(found.transpose(1, 2).double(), expected, atol=1e-6, rtol=0)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    mine = torch.autograd.grad((found.transpose(1, 2) * direction).sum(), qkv)
+    theirs = torch.autograd.grad((expected * direction).sum(), qkv)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_the_argument_overrides_the_layer() -> None:
+    qkv = inputs(5)
+    found, _ = varlen_attention(Layer(is_causal=True), *qkv, None, is_causal=False)
+    expected = masked_softmax(*qkv, [5], causal=False)
+    torch.testing.assert_close(found.transpose(1, 2).double(), expected, atol=1e-6, rtol=0)
+
+
+def test_without_bounds_every_row_is_one_segment() -> None:
+    qkv = inputs(6, rows=3)
+    found, _ = varlen_attention(Layer(), *qkv, None)
+    torch.testing.assert_close(found.transpose(1, 2).double(), masked_softmax(*qkv, [6]), atol=1e-6, rtol=0)
+
+
+def test_what_comes_later_or_in_another_record_does_not_count() -> None:
+    lengths = [3, 4]
+    qkv = inputs(7)
+    options = {"cu_seq_lens_q": bounds(lengths), "max_length_q": 4}
+    before, _ = varlen_attention(Layer(), *qkv, None, **options)
+    changed = [x.detach().clone() for x in qkv]
+    for x in changed:
+        x[:, :, 5:] = 9.0
+    after, _ = varlen_attention(Layer(), *changed, None, **options)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_a_mask_or_a_cache_is_refused() -> None:
+    query, key, value = inputs(4)
+    with pytest.raises(ValueError, match="no padding mask and no cache.*attn='sdpa'"):
+        varlen_attention(Layer(), query, key, value, torch.ones(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="no padding mask and no cache"):
+        varlen_attention(Layer(), query[:, :, -1:], key, value, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [("auto", "varlen"), ("varlen", "varlen"), ("sdpa", "sdpa"), ("eager", "eager")]
+)
+def test_choice_on_a_cpu(asked: str, used: str) -> None:
+    assert resolve_attention(asked, CPU) == used
+
+
+def test_the_flash_package_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_attention("flash_attention_2", CPU)
+    message = str(caught.value)
+    assert "--attn flash_attention_2" in message
+    assert "NVIDIA GPU" in message and "cpu" in message
+    assert "--attn auto" in message
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_attention("flash", CPU)
+    assert "'flash'" in str(caught.value)
+    assert all(name in str(caught.value) for name in ATTENTION_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "auto", "obstacle"),
+    [
+        (False, (9, 0), "varlen", "pip install"),
+        (True, (7, 5), "varlen", "compute capability 8.0 or more, and this GPU has 7.5"),
+        (True, (8, 0), "flash_attention_2", None),
+        (True, (9, 0), "flash_attention_2", None),
+    ],
+)
+def test_choice_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: bool,
+    capability: tuple[int, int],
+    auto: str,
+    obstacle: str | None,
+) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert resolve_attention("auto", gpu) == auto
+    if obstacle is None:
+        assert resolve_attention("flash_attention_2", gpu) == "flash_attention_2"
+        return
+    with pytest.raises(UsageError) as caught:
+        resolve_attention("flash_attention_2", gpu)
+    assert obstacle in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen"])
+def test_full_attention_of_a_tile_by_every_name(name: str) -> None:
+    qkv = inputs(7, heads=3, kv_heads=3, rows=2)
+    found = bidirectional_attention(*qkv, name=name)
+    expected = masked_softmax(*qkv, [7], causal=False)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    mine = torch.autograd.grad((found * direction).sum(), qkv)
+    theirs = torch.autograd.grad((expected * direction).sum(), qkv)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_dropped_weights_are_made_up_for_by_the_others(name: str) -> None:
+    # With values that are all one, an output is the sum of its weights: 0, 2, 4, ... over 4 at rate 1/2.
+    zeros, ones = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    torch.manual_seed(0)
+    draws = torch.stack([bidirectional_attention(zeros, zeros, ones, name, dropout=0.5) for _ in range(200)])
+    assert set(draws.flatten().tolist()) == {0.0, 0.5, 1.0, 1.5, 2.0}
+    assert draws[..., 0].mean().item() == pytest.approx(1.0, abs=0.1)

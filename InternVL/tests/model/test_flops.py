@@ -1,0 +1,140 @@
+"""FLOPs: counted by hand for small shapes, and by torch's own counter for a forward pass."""
+
+import dataclasses
+
+import pytest
+import torch
+from model.conftest import make_model, make_record, pack
+from torch.utils.flop_counter import FlopCounterMode
+
+from internvl_chat.model.flops import FlopCounter, count_flops, peak_flops
+from internvl_chat.model.lora import add_lora
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.tiny import TinyShape
+from internvl_chat.train.trainable import set_trainable
+
+SHAPES = {
+    "grouped heads": TinyShape(56, vision_width=32, vision_layers=2, vision_heads=2, width=64, layers=2, heads=4, kv_heads=2),
+    "larger tiles": TinyShape(84, vision_width=48, vision_layers=3, vision_heads=4, width=48, layers=1, heads=4, kv_heads=1),
+}  # fmt: skip
+
+
+def torch_counts(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_the_parts_by_hand() -> None:
+    counts = count_flops(make_model())
+    # Language model, a layer: q and o 64 x 64, k and v 64 x 32, three matrices of 64 x 256.
+    assert counts.decoder == 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256)
+    assert counts.head == 2 * 64 * 64
+    assert counts.attention == 2 * (2 * 64 + 2 * 64)  # scores and values, all heads, two layers
+    # Tower: 16 patches of 3 * 14 * 14 values, then 17 tokens through two blocks.
+    linear = 4 * 32 * 32 + 2 * 32 * 128
+    assert counts.tile == 2 * 16 * 588 * 32 + 2 * (2 * 17 * linear + 2 * 2 * 17 * 17 * 32)
+    assert counts.projector == 4 * 2 * (128 * 64 + 64 * 64)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_tower_and_projector_by_torch_s_counter(shape: TinyShape) -> None:
+    model = make_model(shape, attn="eager")
+    counts = count_flops(model)
+    tiles = torch.zeros(3, 3, shape.image_size, shape.image_size)
+    with torch.no_grad():
+        assert torch_counts(lambda: model.vision_model(tiles)) == 3 * counts.tile
+        assert torch_counts(lambda: model.image_features(tiles)) == 3 * (counts.tile + counts.projector)
+
+
+@pytest.mark.parametrize("llm", [{}, {"tie_word_embeddings": True}, {"model_type": "llama"}, {"head_dim": 24}])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict) -> None:
+    if "head_dim" in llm:
+        llm = {"model_type": "qwen3", **llm}
+    model = make_model(shape, attn="eager", llm=llm)
+    counts, record = count_flops(model), make_record(text=12)
+    tokens, supervised = len(record.input_ids), int((record.labels >= 0).sum())
+    with torch.no_grad():
+        found = torch_counts(lambda: model.language_model(input_ids=record.input_ids[None], use_cache=False))
+        assert remainder(model, found) == counts.decoder * tokens + counts.attention * tokens**2 + counts.head * tokens
+        found = torch_counts(lambda: model(**pack([record], labels=True)))
+        # Eager attention computes the masked half too; a step counts the pairs that matter.
+        extra = counts.attention * tokens * (tokens - 1) / 2
+        step = dataclasses.replace(counts, llm_passes=1).step([tokens], supervised, tiles=0)
+        assert remainder(model, found) == step + extra
+
+
+def remainder(model: InternVLChatModel, flops: int) -> int:
+    """What torch counted but for the rotary angles, an outer product that is no matrix of the model."""
+    return flops - rotary_flops(model, flops)
+
+
+def rotary_flops(model: InternVLChatModel, _: int) -> int:
+    tokens, rotary = 14, model.language_model.model.rotary_emb
+    return torch_counts(lambda: rotary(torch.zeros(1, tokens, 4), torch.arange(tokens)[None]))
+
+
+def test_a_step_adds_up_records_supervised_tokens_and_tiles() -> None:
+    counts = FlopCounter(
+        decoder=10.0, attention=3.0, head=7.0, tile=100.0, projector=20.0,
+        llm_passes=3, vision_passes=1, projector_passes=2,
+    )  # fmt: skip
+    pairs = (1 + 2 + 3) + (1 + 2)
+    assert counts.step([3, 2], supervised=4, tiles=6) == 3 * (10 * 5 + 3 * pairs + 7 * 4) + 100 * 6 + 2 * 20 * 6
+    assert counts.step([3], 0, 0) + counts.step([2], 4, 6) == counts.step([3, 2], 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rank", "passes"),
+    [
+        ({"freeze_backbone": True}, 0, (3, 1, 3)),  # the full recipe
+        ({"freeze_llm": True, "freeze_mlp": True, "freeze_backbone": True}, 4, (2, 1, 1)),  # the LoRA recipe
+        ({"freeze_llm": True, "freeze_backbone": True}, 4, (2, 1, 3)),
+        ({"freeze_llm": True, "freeze_backbone": True}, 0, (2, 1, 3)),
+        ({}, 0, (3, 3, 3)),
+        ({"freeze_llm": True, "freeze_mlp": True}, 0, (2, 3, 2)),
+        ({"freeze_llm": True, "freeze_mlp": True, "freeze_backbone": True}, 0, (1, 1, 1)),
+    ],
+)
+def test_passes_by_what_is_trained(flags: dict, rank: int, passes: tuple[int, int, int]) -> None:
+    model = make_model()
+    add_lora(model, llm_rank=rank)
+    set_trainable(model, **flags)
+    counts = count_flops(model)
+    assert (counts.llm_passes, counts.vision_passes, counts.projector_passes) == passes
+
+
+def test_adapters_do_not_count_as_matrices_of_the_model() -> None:
+    plain, adapted = make_model(), make_model()
+    add_lora(adapted, llm_rank=8)
+    set_trainable(adapted, freeze_mlp=True, freeze_backbone=True)
+    names = ("decoder", "attention", "head", "tile", "projector")
+    assert [getattr(count_flops(plain), n) for n in names] == [getattr(count_flops(adapted), n) for n in names]
+
+
+def test_larger_tiles_cost_more_after_resizing() -> None:
+    model = make_model()
+    model.vision_model.resize_positions(84)
+    model.config.force_image_size = 84
+    linear = 4 * 32 * 32 + 2 * 32 * 128
+    counts = count_flops(model)
+    assert counts.tile == 2 * 36 * 588 * 32 + 2 * (2 * 37 * linear + 2 * 2 * 37 * 37 * 32)
+    assert counts.projector == 9 * 2 * (128 * 64 + 64 * 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None

@@ -1,0 +1,324 @@
+"""Merging: the numbers stay, nothing else is touched, and a failure leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from model.conftest import (
+    CONTEXT,
+    load,
+    make_model,
+    make_record,
+    run_alone,
+    save_trained_adapter,
+    save_wrapped,
+)
+from safetensors.torch import load_file, save_file
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from internvl_chat.errors import ModelError
+from internvl_chat.model import merge as merging
+from internvl_chat.model.checkpoint import BaseModel, save_adapter
+from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
+from internvl_chat.model.lora import add_lora, lora_layers
+from internvl_chat.model.merge import MergeResult, merge
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.weights import weights_digest
+from internvl_chat.train.trainable import set_trainable
+
+RECORD = make_record((2, 1))
+LLM_LAYERS, VISION_LAYERS = 2 * 7, 2 * 4
+
+
+def logits(model: InternVLChatModel) -> torch.Tensor:
+    return run_alone(model, RECORD)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def assert_plain(folder: Path) -> None:
+    """A merged folder is a whole model of the reference's format, without a trace of adapters."""
+    assert load_file(folder / "model.safetensors").keys() == make_model().state_dict().keys()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["use_llm_lora"], config["use_backbone_lora"]) == (0, 0)
+    assert config["model_type"] == "internvl_chat"
+    assert lora_layers(load(folder)) == {}
+    assert not (folder / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "layers"),
+    [
+        ({"llm_rank": 4}, LLM_LAYERS),
+        ({"vision_rank": 3}, VISION_LAYERS),
+        ({"llm_rank": 4, "vision_rank": 2}, LLM_LAYERS + VISION_LAYERS),
+        ({"mlp": True}, LLM_LAYERS),
+        ({"mlp": True, "head": True}, LLM_LAYERS),
+    ],
+)
+def test_our_adapters(folder: Path, tmp_path: Path, parts: dict, layers: int) -> None:
+    model = save_trained_adapter(folder, tmp_path / "adapter", **parts)
+    before = contents(folder), contents(tmp_path / "adapter")
+    result = merge(tmp_path / "adapter", tmp_path / "merged")
+    assert result == MergeResult(tmp_path / "merged", layers, already_merged=False)
+    assert_plain(tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(model), atol=1e-5, rtol=0)
+    assert (logits(model) - logits(load(folder))).abs().max() > 0.05
+    assert (contents(folder), contents(tmp_path / "adapter")) == before
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layers"),
+    [
+        ({"llm_rank": 4}, LLM_LAYERS),
+        ({"vision_rank": 3}, VISION_LAYERS),
+        ({"llm_rank": 4, "vision_rank": 2}, LLM_LAYERS + VISION_LAYERS),
+    ],
+)
+def test_a_wrapped_checkpoint_of_the_reference(tmp_path: Path, ranks: dict, layers: int) -> None:
+    source = tmp_path / "wrapped"
+    model = save_wrapped(source, **ranks)
+    before = contents(source)
+    assert merge(source, tmp_path / "merged").merged_layers == layers
+    assert_plain(tmp_path / "merged")
+    expected = logits(model)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5 * max(scale, 1), rtol=0)
+    assert contents(source) == before
+
+
+def test_adapters_over_a_wrapped_base(tmp_path: Path) -> None:
+    base = tmp_path / "wrapped"
+    save_wrapped(base)
+    model = load(base)
+    set_trainable(model, freeze_backbone=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(0.5)
+    save_adapter(model, tmp_path / "adapter", BaseModel(str(base), weights_digest(base)))
+    assert merge(tmp_path / "adapter", tmp_path / "merged").merged_layers == LLM_LAYERS
+    assert_plain(tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(model.eval()), atol=1e-5, rtol=0)
+
+
+def test_adapters_over_a_base_in_transformers_format(tmp_path: Path) -> None:
+    base, model = tmp_path / "hf", make_model()
+    other = InternVLForConditionalGeneration(InternVLConfig(**to_hf_config(model.config, CONTEXT)))
+    own = {name: lambda t=tensor: t for name, tensor in model.state_dict().items()}
+    other.load_state_dict({name: read() for name, read in to_hf_weights(own).items()})
+    other.save_pretrained(str(base))
+    trained = save_trained_adapter(base, tmp_path / "adapter", mlp=True, llm_rank=4, vision_rank=2)
+    assert merge(tmp_path / "adapter", tmp_path / "merged").merged_layers == LLM_LAYERS + VISION_LAYERS
+    assert_plain(tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(trained), atol=1e-5, rtol=0)
+
+
+def test_a_folded_weight_by_hand(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    layer = "language_model.model.layers.1.self_attn.k_proj"
+    base, merged = load_file(folder / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.{layer}.lora_{letter}.weight"].double() for letter in "AB")
+    expected = base[f"{layer}.weight"].double() + 2 * b @ a
+    torch.testing.assert_close(merged[f"{layer}.weight"].double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(merged[f"{layer}.bias"], base[f"{layer}.bias"])
+    assert torch.equal(merged["language_model.lm_head.weight"], base["language_model.lm_head.weight"])
+
+
+def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(folder: Path, tmp_path: Path) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(half, folder / "model.safetensors")
+    save_trained_adapter(folder, tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    layer = "language_model.model.layers.0.mlp.down_proj"
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.{layer}.lora_{letter}.weight"] for letter in "AB")
+    expected = (half[f"{layer}.weight"].float() + 2 * b @ a).bfloat16()
+    assert torch.equal(merged[f"{layer}.weight"], expected)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "wrapped", "plain"])
+def test_merging_again_does_nothing(folder: Path, tmp_path: Path, kind: str) -> None:
+    sources = {"adapter": tmp_path / "adapter", "wrapped": tmp_path / "wrapped", "plain": folder}
+    if kind == "adapter":
+        save_trained_adapter(folder, tmp_path / "adapter")
+    elif kind == "wrapped":
+        save_wrapped(tmp_path / "wrapped")
+    target = tmp_path / "merged"
+    merge(sources[kind], target)
+    before = contents(target)
+    times = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
+    assert merge(sources[kind], target) == MergeResult(target, 0, already_merged=True)
+    assert contents(target) == before
+    assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == times
+
+
+def test_a_model_without_adapters_is_copied_and_into_itself_left_alone(folder: Path, tmp_path: Path) -> None:
+    assert merge(folder, tmp_path / "copy") == MergeResult(tmp_path / "copy", 0, already_merged=False)
+    assert torch.equal(logits(load(tmp_path / "copy")), logits(load(folder)))
+    before = contents(folder)
+    assert merge(folder, folder) == MergeResult(folder, 0, already_merged=True)
+    assert contents(folder) == before
+
+
+def test_a_merged_model_can_be_merged_on(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "first")
+    merge(tmp_path / "first", tmp_path / "once")
+    model = save_trained_adapter(tmp_path / "once", tmp_path / "second", seed=7)
+    merge(tmp_path / "second", tmp_path / "twice")
+    torch.testing.assert_close(logits(load(tmp_path / "twice")), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "wrapped"])
+def test_a_source_with_adapters_is_never_overwritten(folder: Path, tmp_path: Path, kind: str) -> None:
+    source = tmp_path / kind
+    if kind == "adapter":
+        save_trained_adapter(folder, source)
+    else:
+        save_wrapped(source)
+    before = contents(source)
+    with pytest.raises(ModelError, match="choose another folder"):
+        merge(source, source)
+    assert contents(source) == before
+
+
+def test_a_target_with_other_content_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    target = tmp_path / "merged"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    with pytest.raises(ModelError, match="choose another folder") as caught:
+        merge(tmp_path / "adapter", target)
+    assert str(target) in str(caught.value)
+    assert contents(target) == {"thesis.txt": b"years of work"}
+
+
+def test_the_merge_of_another_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        save_trained_adapter(folder, tmp_path / f"adapter-{seed}", seed=seed)
+    merge(tmp_path / "adapter-1", tmp_path / "merged")
+    before = contents(tmp_path / "merged")
+    with pytest.raises(ModelError, match="not an earlier merge"):
+        merge(tmp_path / "adapter-2", tmp_path / "merged")
+    assert contents(tmp_path / "merged") == before
+
+
+@pytest.mark.parametrize("form", ["empty", "nested", "relative", "text"])
+def test_forms_of_the_target(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = save_trained_adapter(folder, tmp_path / "adapter")
+    if form == "empty":
+        (tmp_path / "empty").mkdir()
+    target = {
+        "empty": tmp_path / "empty",
+        "nested": tmp_path / "new/folders/merged",
+        "relative": Path("merged"),
+        "text": str(tmp_path / "merged"),
+    }[form]
+    result = merge(str(tmp_path / "adapter"), target)
+    torch.testing.assert_close(logits(load(result.folder)), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failure_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    target = tmp_path / "out/merged"
+    target.parent.mkdir()
+    if exists:
+        target.mkdir()
+
+    def fail(weights, target: Path, **_) -> None:
+        (target / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "write_weights", fail)
+        with pytest.raises(OSError, match="no space left"):
+            merge(tmp_path / "adapter", target)
+    assert list(target.parent.rglob("*")) == ([target] if exists else [])
+    assert merge(tmp_path / "adapter", target).merged_layers == LLM_LAYERS
+
+
+def test_what_a_killed_merge_left_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    (tmp_path / "out/.merged.partial").mkdir(parents=True)
+    (tmp_path / "out/.merged.partial/part-00001.safetensors").write_bytes(b"half")
+    merge(tmp_path / "adapter", tmp_path / "out/merged")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["merged"]
+    assert_plain(tmp_path / "out/merged")
+
+
+def test_the_base_must_be_the_right_one_and_may_have_moved(folder: Path, tmp_path: Path) -> None:
+    model = save_trained_adapter(folder, tmp_path / "adapter")
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match="base is missing"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "moved")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(model), atol=1e-5, rtol=0)
+
+    weights = load_file(tmp_path / "moved/model.safetensors")
+    weights["mlp1.1.bias"][0] += 1
+    save_file(weights, tmp_path / "moved/model.safetensors")
+    with pytest.raises(ModelError, match="not the base"):
+        merge(tmp_path / "adapter", tmp_path / "again", base=tmp_path / "moved")
+    assert not (tmp_path / "again").exists()
+
+
+def test_companions_come_from_base_and_adapter_and_the_adapter_s_win(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    for place, names in {folder: ("vocab.json", "preprocessing.json", "modeling_internvl_chat.py"),
+                         tmp_path / "adapter": ("preprocessing.json", "tokenizer.json")}.items():  # fmt: skip
+        for name in names:
+            (place / name).write_text(f"{place.name}: {name}")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    found = {name: text.decode() for name, text in contents(tmp_path / "merged").items()
+             if name not in ("model.safetensors", "config.json", merging.MERGE_FILE)}  # fmt: skip
+    assert found == {
+        "vocab.json": "model: vocab.json",
+        "modeling_internvl_chat.py": "model: modeling_internvl_chat.py",
+        "preprocessing.json": "adapter: preprocessing.json",
+        "tokenizer.json": "adapter: tokenizer.json",
+    }
+
+
+def test_the_options_that_the_adapter_was_trained_with_are_kept(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    model.config.select_layer, model.config.max_dynamic_patch = -2, 3
+    add_lora(model, llm_rank=4)
+    set_trainable(model, freeze_mlp=True, freeze_backbone=True)
+    save_adapter(model, tmp_path / "adapter", BaseModel(str(folder), weights_digest(folder)))
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert (merged.config.select_layer, merged.config.max_dynamic_patch) == (-2, 3)
+    torch.testing.assert_close(logits(merged), logits(model.eval()), atol=1e-5, rtol=0)
+
+
+def test_adapters_of_layers_that_the_base_lacks_are_refused(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    weights |= {name.replace("layers.1.", "layers.9."): tensor.clone() for name, tensor in weights.items()}
+    save_file(weights, file)
+    with pytest.raises(ModelError, match="lacks 7 of the adapted layers"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_unknown_keys_of_the_base_s_configuration_are_kept(folder: Path, tmp_path: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw["auto_map"] = {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_trained_adapter(folder, tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/config.json").read_text()) == raw

@@ -1,0 +1,325 @@
+"""Fusion and forward pass: what meets what, what runs when, and that packed records stay apart."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from model.conftest import CONTEXT, VOCABULARY, Record, make_model, make_record, pack, run_alone
+
+from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.model.modeling import InternVLChatModel
+
+ATTENTIONS = ("varlen", "sdpa", "eager")
+
+
+def records() -> list[Record]:
+    return [make_record((1,), seed=0), make_record((), text=1, seed=1), make_record((2, 1), text=6, seed=2)]
+
+
+def parts(logits: torch.Tensor, rows: list[Record]) -> list[torch.Tensor]:
+    return list(logits[0].split([len(record.input_ids) for record in rows]))
+
+
+def freeze_tower(model: InternVLChatModel) -> InternVLChatModel:
+    model.vision_model.requires_grad_(False)
+    return model
+
+
+def count_calls(module: torch.nn.Module) -> list[tuple]:
+    """A list that grows by the shape of the first input whenever the module begins to run."""
+    calls: list[tuple] = []
+    module.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    return calls
+
+
+# Fusion
+
+
+def test_features_take_the_places_of_their_tokens_in_order() -> None:
+    model, record = make_model(), make_record((2, 1))
+    embeddings = model.embed(record.input_ids[None], record.pixel_values)[0]
+    words = model.language_model.get_input_embeddings()(record.input_ids)
+    features = iter(torch.cat([model.image_features(tile[None])[0] for tile in record.pixel_values]))
+    for place, token in enumerate(record.input_ids.tolist()):
+        expected = next(features) if token == CONTEXT else words[place]
+        torch.testing.assert_close(embeddings[place], expected, atol=1e-5, rtol=0)
+    assert next(features, None) is None
+
+
+def test_rows_of_a_batch_share_the_tiles_in_order() -> None:
+    model = make_model()
+    rows = [make_record((1, 1), seed=5), make_record((2,), text=10, seed=6)]
+    ids = torch.stack([row.input_ids for row in rows])
+    logits = model(input_ids=ids, pixel_values=torch.cat([row.pixel_values for row in rows])).logits
+    for found, row in zip(logits, rows, strict=True):
+        torch.testing.assert_close(found, run_alone(model, row), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [(1, "12 <IMG_CONTEXT> tokens in the text, but 4 features from 1 tiles"),
+     (4, "12 <IMG_CONTEXT> tokens in the text, but 16 features from 4 tiles"),
+     (0, "12 <IMG_CONTEXT> tokens in the text, but 0 features from 0 tiles")],
+)  # fmt: skip
+def test_a_mismatch_of_tiles_and_tokens_tells_both_counts(tiles: int, message: str) -> None:
+    record = make_record((3,))
+    pixels = torch.zeros(tiles, 3, 56, 56)
+    with pytest.raises(ValueError) as caught:
+        make_model()(input_ids=record.input_ids[None], pixel_values=pixels)
+    assert message in str(caught.value)
+
+
+def test_the_options_reach_pixel_shuffle_and_tower() -> None:
+    record = make_record((1,))
+    outputs = [
+        run_alone(make_model(**changes), record)
+        for changes in ({}, {"ps_version": "v1"}, {"select_layer": -2}, {"select_layer": 0})
+    ]
+    for i, one in enumerate(outputs):
+        assert all((one - other).abs().max() > 1e-3 for other in outputs[:i])
+
+
+# Records without images
+
+
+def test_text_alone_gives_the_projector_zero_gradients_and_runs_no_frozen_tower() -> None:
+    model = freeze_tower(make_model())
+    calls = count_calls(model.vision_model)
+    record = make_record()
+    model(**pack([record], labels=True)).loss.backward()
+    assert calls == []
+    for name, parameter in model.mlp1.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    assert all(p.grad is None for p in model.vision_model.parameters())
+
+    alone = make_model()
+    logits = alone.language_model(input_ids=record.input_ids[None], use_cache=False).logits[0]
+    targets = record.labels[1:]
+    torch.nn.functional.cross_entropy(logits[:-1], targets, ignore_index=IGNORE_INDEX).backward()
+    for (name, mine), theirs in zip(
+        model.language_model.named_parameters(), alone.language_model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_tower_runs_on_a_blank_tile_where_it_is_trained_or_where_all_must_run_alike(frozen: bool) -> None:
+    model = make_model()
+    if frozen:
+        freeze_tower(model).always_run_vision = True
+    calls = count_calls(model.vision_model)
+    output = model(**pack([make_record()], labels=True))
+    output.loss.backward()
+    assert calls == [(1, 3, 56, 56)]
+    trained = [*model.mlp1.parameters(), *(() if frozen else model.vision_model.parameters())]
+    assert all(p.grad is not None and not p.grad.any() for p in trained)
+    expected = make_model()(**pack([make_record()], labels=True)).loss
+    assert torch.equal(output.loss, expected)
+
+
+def test_the_tower_runs_once_for_all_tiles_of_a_pack() -> None:
+    model = freeze_tower(make_model())
+    calls = count_calls(model.vision_model)
+    model(**pack(records()))
+    assert calls == [(4, 3, 56, 56)]
+
+
+def test_text_alone_is_read_with_everything_frozen_too() -> None:
+    model = make_model().requires_grad_(False)
+    record = make_record()
+    expected = model.language_model(input_ids=record.input_ids[None], use_cache=False).logits[0]
+    torch.testing.assert_close(run_alone(model, record), expected, atol=1e-6, rtol=0)
+
+
+# Frozen and trained towers
+
+
+def test_a_frozen_tower_keeps_no_graph_and_leaves_the_projector_s() -> None:
+    model, seen = freeze_tower(make_model()), []
+    model.vision_model.register_forward_hook(lambda _, __, output: seen.append(output))
+    features = model.image_features(make_record((2,)).pixel_values)
+    assert not seen[0].requires_grad and seen[0].grad_fn is None
+    features.sum().backward()
+    assert all(p.grad is not None for p in model.mlp1.parameters())
+    unfrozen = make_model()
+    unfrozen.image_features(make_record((2,)).pixel_values).sum().backward()
+    assert torch.equal(model.mlp1[1].weight.grad, unfrozen.mlp1[1].weight.grad)
+    assert unfrozen.vision_model.embeddings.class_embedding.grad.any()
+
+
+def test_one_trained_parameter_is_enough_for_a_graph() -> None:
+    model = freeze_tower(make_model())
+    scale = model.vision_model.encoder.layers[-1].ls2
+    scale.requires_grad_(True)
+    assert not model.vision_is_frozen
+    model.image_features(make_record((1,)).pixel_values).sum().backward()
+    assert scale.grad.any()
+
+
+def test_a_frozen_tower_stays_in_evaluation_mode() -> None:
+    model = make_model(vision={"drop_path_rate": 0.9})
+    assert model.train().vision_model.training and model.vision_is_frozen is False
+    freeze_tower(model).train()
+    assert model.language_model.training and model.mlp1.training
+    assert not any(module.training for module in model.vision_model.modules())
+    pixels = make_record((3,)).pixel_values
+    assert torch.equal(model.image_features(pixels), model.image_features(pixels))
+    assert not model.eval().language_model.training
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(frozen: bool) -> None:
+    plain = make_model()
+    if frozen:
+        freeze_tower(plain)
+    saving = copy.deepcopy(plain)
+    saving.enable_gradient_checkpointing()
+    decoder = count_calls(saving.language_model.model.layers[0].mlp)
+    vision = count_calls(saving.vision_model.encoder.layers[0].mlp)
+    losses = []
+    for model in (plain.train(), saving.train()):
+        loss = model(**pack(records(), labels=True)).loss
+        loss.backward()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+    assert (len(decoder), len(vision)) == (2, 1 if frozen else 2)
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        if one.grad is None:
+            assert other.grad is None, name
+        else:
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=0, msg=name)
+
+
+# Losses
+
+
+def test_losses_are_those_of_a_log_softmax_over_all_logits() -> None:
+    model, rows = make_model(), records()
+    output = model(**pack(rows, labels=True))
+    expected = []
+    for logits, row in zip(parts(model(**pack(rows)).logits, rows), rows, strict=True):
+        logits = logits.double()
+        exact = logits - logits.exp().sum(dim=-1, keepdim=True).log()
+        expected += [
+            -exact[place - 1, label]
+            for place, label in enumerate(row.labels.tolist())
+            if label != IGNORE_INDEX
+        ]
+    torch.testing.assert_close(output.token_losses.double(), torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.loss, output.token_losses.mean())
+    assert output.logits is None
+
+
+def test_weights_of_tokens_make_a_sum() -> None:
+    model, rows = make_model(), records()
+    inputs = pack(rows, labels=True)
+    losses = model(**inputs).token_losses
+    weights = torch.linspace(0.0, 1.0, len(losses))
+    found = model(**inputs, token_weights=weights).loss
+    by_hand = sum(w * loss for w, loss in zip(weights.tolist(), losses.tolist(), strict=True))
+    assert found.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_the_head_sees_the_positions_before_supervised_tokens_alone() -> None:
+    model, rows = make_model(), records()
+    calls = count_calls(model.language_model.lm_head)
+    supervised = sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows)
+    output = model(**pack(rows, labels=True))
+    assert calls == [(1, supervised, 64)]
+    assert output.token_losses.shape == (supervised,)
+    assert 0 < supervised < sum(len(row.input_ids) for row in rows)
+
+
+def test_without_labels_all_logits_and_no_loss() -> None:
+    rows = records()
+    output = make_model()(**pack(rows))
+    assert output.logits.shape == (1, sum(len(row.input_ids) for row in rows), VOCABULARY)
+    assert output.loss is None and output.token_losses is None
+
+
+def test_labels_with_a_batch_of_rows_are_refused() -> None:
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="one packed row"):
+        make_model()(input_ids=ids, pixel_values=torch.zeros(0, 3, 56, 56), labels=ids)
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_the_loss_of_a_pack_is_made_of_the_records_own(attn: str) -> None:
+    model, rows = make_model(attn=attn), records()
+    separate = [model(**pack([row], labels=True)).token_losses for row in rows]
+    together = model(**pack(rows, labels=True))
+    torch.testing.assert_close(together.token_losses, torch.cat(separate), atol=1e-5, rtol=0)
+    weights = torch.cat([torch.full_like(x, 1 / (len(x) * len(rows))) for x in separate])
+    loss = model(**pack(rows, labels=True), token_weights=weights).loss
+    mean_of_records = torch.stack([x.mean() for x in separate]).mean()
+    torch.testing.assert_close(loss, mean_of_records, atol=1e-6, rtol=0)
+
+
+# Packed records stay apart
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_packed_records_equal_records_on_their_own(attn: str) -> None:
+    model, rows = make_model(attn=attn), records()
+    for found, row in zip(parts(model(**pack(rows)).logits, rows), rows, strict=True):
+        torch.testing.assert_close(found, run_alone(model, row), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_changing_the_text_of_a_record_leaves_the_others_alone(attn: str, changed: int) -> None:
+    model, rows = make_model(attn=attn), records()
+    before = parts(model(**pack(rows)).logits, rows)
+    ids = rows[changed].input_ids
+    other = torch.where(ids == CONTEXT, ids, (ids + 7) % CONTEXT)
+    rows[changed] = dataclasses.replace(rows[changed], input_ids=other)
+    after = parts(model(**pack(rows)).logits, rows)
+    for number, (one, two) in enumerate(zip(before, after, strict=True)):
+        if number == changed:
+            assert (one - two).abs().max() > 0.1
+        else:
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("changed", [0, 2])
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_changing_the_tiles_of_a_record_leaves_the_others_alone(attn: str, changed: int) -> None:
+    model, rows = make_model(attn=attn), records()
+    before = parts(model(**pack(rows)).logits, rows)
+    rows[changed] = dataclasses.replace(rows[changed], pixel_values=-rows[changed].pixel_values)
+    after = parts(model(**pack(rows)).logits, rows)
+    for number, (one, two) in enumerate(zip(before, after, strict=True)):
+        if number == changed:
+            assert (one - two).abs().max() > 0.01
+        else:
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_the_length_of_a_neighbour_does_not_matter(attn: str) -> None:
+    model, middle = make_model(attn=attn), make_record((1,), seed=8)
+    for before, after in ((1, 1), (20, 3), (2, 30)):
+        rows = [make_record(text=before, seed=9), middle, make_record(text=after, seed=10)]
+        found = parts(model(**pack(rows)).logits, rows)[1]
+        torch.testing.assert_close(found, run_alone(model, middle), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_token_id_zero_is_an_ordinary_token(attn: str) -> None:
+    """Exchanging the ids 0 and 5 everywhere must only exchange the columns of the logits."""
+    model, exchanged = make_model(attn=attn), make_model(attn=attn)
+    order = list(range(VOCABULARY))
+    order[0], order[5] = 5, 0
+    with torch.no_grad():
+        for layer in (
+            exchanged.language_model.get_input_embeddings(),
+            exchanged.language_model.get_output_embeddings(),
+        ):
+            layer.weight.copy_(layer.weight[order])
+    rows = records()
+    for place in (0, 1, -1, -2):
+        rows[0].input_ids[place] = 0
+    swapped = [dataclasses.replace(row, input_ids=torch.tensor(order)[row.input_ids]) for row in rows]
+    found, expected = exchanged(**pack(swapped)).logits, model(**pack(rows)).logits[..., order]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
