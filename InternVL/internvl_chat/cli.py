@@ -52,7 +52,11 @@ _COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="m3llm", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="m3llm",
+        description="Fine-tune InternVL3 on compound figures, and use the result.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"m3llm {__version__}")
     groups = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for command in _COMMANDS:

@@ -1,17 +1,17 @@
 """Arguments and objects that several commands share."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.dataset import RecordSet, build_sets
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import load_meta
-from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.model.checkpoint import model_folder, read_config
+    from internvl_chat.data.dataset import RecordSet
+    from internvl_chat.data.preprocessing import Preprocessing
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -47,6 +47,13 @@ def positive(text: str) -> int:
 
 def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedTokenizerBase, Preprocessing]:
     """Open the data sets of a command with `add_data_arguments`; needs no weights."""
+    from internvl_chat.data.dataset import build_sets
+    from internvl_chat.data.encoding import RecordEncoder
+    from internvl_chat.data.meta import load_meta
+    from internvl_chat.data.preprocessing import Preprocessing
+    from internvl_chat.data.tokenizer import load_tokenizer
+    from internvl_chat.model.checkpoint import model_folder, read_config
+
     folder = model_folder(args.model)
     tokenizer, _ = load_tokenizer(folder)
     preprocessing = Preprocessing.from_folder(folder, read_config(folder))

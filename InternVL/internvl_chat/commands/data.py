@@ -1,19 +1,22 @@
 """`m3llm data inspect` and `m3llm sample-data`."""
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.common import add_data_arguments, open_sets, positive
 from internvl_chat.commands.output import emit, progress, say
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.data.dataset import RecordSet
-from internvl_chat.data.encoding import Encoded
 from internvl_chat.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from internvl_chat.data.dataset import RecordSet
+    from internvl_chat.data.encoding import Encoded
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,15 +60,21 @@ def _inspect_record(
         pixels = records.load(index).tiles.numpy()
         row["input_ids"] = encoded.input_ids.tolist()
         row["labels"] = encoded.labels.tolist()
-        row["tiles_u8"] = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
+        row["tiles_u8"] = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
     return row
 
 
 def supervised_spans(encoded: Encoded) -> list[list[int]]:
     """Return the ids of each unbroken stretch of supervised tokens."""
-    learnt = encoded.labels.numpy() != IGNORE_INDEX
-    edges = np.flatnonzero(np.diff(learnt.astype(np.int8), prepend=0, append=0))
-    return [encoded.input_ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]
+    spans: list[list[int]] = []
+    before = IGNORE_INDEX
+    for token, label in zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True):
+        if label != IGNORE_INDEX:
+            if before == IGNORE_INDEX:
+                spans.append([])
+            spans[-1].append(token)
+        before = label
+    return spans
 
 
 def _print_record(row: dict[str, Any]) -> None:

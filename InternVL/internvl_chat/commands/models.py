@@ -10,6 +10,7 @@ from pathlib import Path
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import emit, say
 from internvl_chat.errors import DataError, UsageError
+from internvl_chat.model.tiny_shape import TinyShape
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +48,6 @@ def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab_size", type=positive, default=1024, help="entries before special tokens [1024]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
-    from internvl_chat.model.tiny import TinyShape
-
     for field in dataclasses.fields(TinyShape):
         parser.add_argument(
             f"--{field.name}", type=positive, default=field.default, help=f"[{field.default}]"
@@ -60,7 +59,7 @@ def run_tiny_model(args: argparse.Namespace) -> int:
     from internvl_chat.data.preprocessing import Preprocessing
     from internvl_chat.data.tokenizer import image_context_id
     from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
-    from internvl_chat.model.tiny import TinyShape, build_tiny_model, save_tiny_model
+    from internvl_chat.model.tiny import build_tiny_model, save_tiny_model
 
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise UsageError(f"{args.folder}: exists; choose a new folder")

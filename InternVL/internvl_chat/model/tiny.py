@@ -1,7 +1,6 @@
 """A small InternVL3 with random weights, so that everything can be tried without a download."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,31 +8,7 @@ import torch
 from internvl_chat.model.checkpoint import save_model
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.modeling import InternVLChatModel
-
-
-@dataclass(frozen=True)
-class TinyShape:
-    """Sizes of a small model; the defaults train in minutes on two CPU cores.
-
-    Attributes:
-        image_size: side of a tile in pixels, a multiple of 28.
-        vision_width: features of the vision tower.
-        vision_layers: its blocks.
-        vision_heads: its heads.
-        width: features of the language model.
-        layers: its blocks.
-        heads: its query heads.
-        kv_heads: its key/value heads.
-    """
-
-    image_size: int = 112
-    vision_width: int = 96
-    vision_layers: int = 2
-    vision_heads: int = 4
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
+from internvl_chat.model.tiny_shape import TinyShape
 
 
 def tiny_config(shape: TinyShape, vocab_size: int) -> InternVLChatConfig:

@@ -112,7 +112,7 @@ def inspect_output_folder(path: Path, *, overwrite: bool, resume: str | None) ->
             )
         return OutputFolder(path, None, overwrite=True)
     contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    if FINISHED in contents:
+    if FINISHED in contents and not resume:
         raise UsageError(
             f"{path}: this output folder holds a finished run; choose another --output_dir, or "
             "--overwrite_output_dir True to delete it"

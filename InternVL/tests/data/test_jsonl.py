@@ -207,7 +207,11 @@ class TestProcesses:
         assert records[0] == {"a": 1}
         child = os.fork()
         if child == 0:
-            os._exit(0 if records[1] == {"a": 2} and records[0] == {"a": 1} else 1)
+            right = False
+            try:
+                right = records[1] == {"a": 2} and records[0] == {"a": 1}
+            finally:
+                os._exit(0 if right else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert records[1] == {"a": 2}
 

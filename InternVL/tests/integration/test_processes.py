@@ -1,7 +1,10 @@
 """A run on two processes is the run on one with the same global batch."""
 
 import pytest
-from helpers import flags, run_training
+import torch
+from helpers import SOURCE_ROOT, flags, run_training
+
+from internvl_chat.model.weights import open_weights
 
 SIX_STEPS = {"num_train_epochs": 1, "save_strategy": "no", "max_grad_norm": 0.5}
 
@@ -16,6 +19,19 @@ def losses(metrics, tiny_model, sample_data, folder, processes, **values):
     result = run_training(*argv, processes=processes)
     assert result.returncode == 0, result.stderr[-3000:]
     return metrics(folder)
+
+
+def assert_same_weights(one, two):
+    """Compare what two runs saved; Adam makes a large step of a tiny difference, so on the average."""
+    name = (
+        "adapter_model.safetensors" if (one / "adapter_model.safetensors").exists() else "model.safetensors"
+    )
+    first, second = (open_weights(folder / name) for folder in (one, two))
+    assert first.keys() == second.keys()
+    for key, read in first.items():
+        a, b = read(), second[key]()
+        assert a.dtype == b.dtype
+        assert (a - b).abs().mean() < 2e-5, key
 
 
 # 24 records in steps of 10: the last step has 4, and with 2 a pack the cut is uneven.
@@ -48,16 +64,31 @@ def test_two_processes_equal_one(tiny_model, sample_data, tmp_path, metrics, red
         assert [r[key] for r in two] == pytest.approx([r[key] for r in one], abs=2e-5)
     ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("one", "two")]
     assert ledgers[0] == ledgers[1]
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("recipe", [{}, {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0}])
 def test_zero_on_two_processes_equals_one(tiny_model, sample_data, tmp_path, metrics, stage, recipe):
-    from helpers import SOURCE_ROOT
-
     config = SOURCE_ROOT / f"internvl_chat/shell/deepspeed/zero{stage}.json"
     common = (metrics, tiny_model, sample_data)
     one = losses(*common, tmp_path / "one", 1, **recipe, **ONE)
     two = losses(*common, tmp_path / "two", 2, deepspeed=config, **recipe, **TWO)
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=2e-5)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_resume_on_two_processes(tiny_model, sample_data, tmp_path, metrics, stage):
+    values = {**TWO, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    if stage:
+        values["deepspeed"] = SOURCE_ROOT / f"internvl_chat/shell/deepspeed/zero{stage}.json"
+    common = (metrics, tiny_model, sample_data)
+    whole = losses(*common, tmp_path / "one", 2, **values)
+    checkpoint = tmp_path / "one/checkpoint-2"
+    rest = losses(*common, tmp_path / "two", 2, **values, resume_from_checkpoint=checkpoint)
+    assert [r["loss"] for r in rest] == [r["loss"] for r in whole][2:]
+    for key, read in open_weights(tmp_path / "one/model.safetensors").items():
+        assert torch.equal(read(), open_weights(tmp_path / "two/model.safetensors")[key]()), key

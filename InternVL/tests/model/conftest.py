@@ -74,6 +74,8 @@ def enliven(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=rng)
         if "embed" in name and "patch" not in name:
             value = noise
+        elif ".lora_" in name:
+            value = 0.1 * noise
         elif parameter.ndim > 1:
             value = noise * (parameter[0].numel() ** -0.5)
         elif name.endswith("bias"):
@@ -155,9 +157,10 @@ def save_trained_adapter(
     set_trainable(model, freeze_llm=True, freeze_mlp=not mlp, freeze_backbone=True, unfreeze_lm_head=head)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+                noise = 0.1 * torch.randn(parameter.shape, generator=rng)
+                parameter.copy_(noise if ".lora_" in name else parameter + noise)
     save_adapter(model, target, BaseModel(str(base), weights_digest(base)))
     return model.eval()
 

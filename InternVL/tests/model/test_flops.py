@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from internvl_chat.model.flops import FlopCounter, count_flops, peak_flops
 from internvl_chat.model.lora import add_lora
-from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape
 from internvl_chat.train.trainable import set_trainable
 
@@ -47,32 +46,29 @@ def test_the_tower_and_projector_by_torch_s_counter(shape: TinyShape) -> None:
         assert torch_counts(lambda: model.image_features(tiles)) == 3 * (counts.tile + counts.projector)
 
 
-@pytest.mark.parametrize("llm", [{}, {"tie_word_embeddings": True}, {"model_type": "llama"}, {"head_dim": 24}])
+@pytest.mark.parametrize(
+    "llm",
+    [{}, {"tie_word_embeddings": True}, {"model_type": "llama"}, {"model_type": "qwen3", "head_dim": 24}],
+    ids=["qwen2", "tied", "llama", "qwen3"],
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict) -> None:
-    if "head_dim" in llm:
-        llm = {"model_type": "qwen3", **llm}
     model = make_model(shape, attn="eager", llm=llm)
+    model.vision_model.requires_grad_(False)
     counts, record = count_flops(model), make_record(text=12)
     tokens, supervised = len(record.input_ids), int((record.labels >= 0).sum())
+    positions, rotary = torch.arange(tokens)[None], model.language_model.model.rotary_emb
     with torch.no_grad():
+        # The rotary angles are an outer product, which torch counts too and which no matrix takes part in.
+        angles = torch_counts(lambda: rotary(torch.zeros(1, tokens, 4), positions))
         found = torch_counts(lambda: model.language_model(input_ids=record.input_ids[None], use_cache=False))
-        assert remainder(model, found) == counts.decoder * tokens + counts.attention * tokens**2 + counts.head * tokens
+        expected = (counts.decoder + counts.head) * tokens + counts.attention * tokens**2
+        assert found - angles == expected
         found = torch_counts(lambda: model(**pack([record], labels=True)))
-        # Eager attention computes the masked half too; a step counts the pairs that matter.
-        extra = counts.attention * tokens * (tokens - 1) / 2
-        step = dataclasses.replace(counts, llm_passes=1).step([tokens], supervised, tiles=0)
-        assert remainder(model, found) == step + extra
-
-
-def remainder(model: InternVLChatModel, flops: int) -> int:
-    """What torch counted but for the rotary angles, an outer product that is no matrix of the model."""
-    return flops - rotary_flops(model, flops)
-
-
-def rotary_flops(model: InternVLChatModel, _: int) -> int:
-    tokens, rotary = 14, model.language_model.model.rotary_emb
-    return torch_counts(lambda: rotary(torch.zeros(1, tokens, 4), torch.arange(tokens)[None]))
+    # Eager attention computes the masked half as well; a step counts the pairs that matter.
+    masked = counts.attention * tokens * (tokens - 1) / 2
+    step = dataclasses.replace(counts, llm_passes=1).step([tokens], supervised, tiles=0)
+    assert found - angles == step + masked
 
 
 def test_a_step_adds_up_records_supervised_tokens_and_tiles() -> None:

@@ -1,0 +1,311 @@
+"""Answers against a loop that takes the likeliest token of a full forward pass, from inputs made by hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model.conftest import make_model
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.records import Turn
+from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.errors import DataError
+from internvl_chat.inference.engine import Engine, Prompt, ask
+from internvl_chat.model.checkpoint import BaseModel, copy_companions, load_model, save_adapter, save_model
+from internvl_chat.model.lora import add_lora
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.weights import weights_digest
+from internvl_chat.train.trainable import set_trainable
+
+TEXT = ["Which panel shows the scan?", "The scan is panel B.", "What is the arrow in the figure pointing at?"]
+SYSTEM = "You read figures."
+LENGTH = 12
+
+PREPROCESSING = Preprocessing(
+    system_text=SYSTEM, tile_size=56, tokens_per_tile=4, max_dynamic_patch=6, max_seq_length=400
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(TEXT, 280)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerBase) -> InternVLChatModel:
+    return build_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    return Engine(model, tokenizer, PREPROCESSING)
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase) -> InternVLChatModel:
+    model = make_model(llm={"vocab_size": len(tokenizer)})
+    model.image_context_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    return model
+
+
+def picture(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def ids_by_hand(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], tiles: Sequence[int]
+) -> torch.Tensor:
+    """The ids of a prompt, each turn by itself, `{}` in a turn standing for an image."""
+    left, ids = list(tiles), []
+    for role, text in turns:
+        while "{}" in text:
+            text = text.replace("{}", "<img>" + "<IMG_CONTEXT>" * 4 * left.pop(0) + "</img>", 1)
+        ids += tokenizer(f"<|im_start|>{role}\n{text}<|im_end|>\n").input_ids
+    assert not left
+    return torch.tensor(ids + tokenizer("<|im_start|>assistant\n").input_ids)
+
+
+def pixels_by_hand(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Tiles (N, 3, 56, 56) of pictures that are one tile each."""
+    arrays = [np.asarray(image.convert("RGB"), np.float64) / 255 for image in pictures]
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    tiles = [((array - mean) / deviation).transpose(2, 0, 1) for array in arrays]
+    return torch.tensor(np.array(tiles).reshape(-1, 3, 56, 56), dtype=torch.float32)
+
+
+@torch.no_grad()
+def likeliest(model: InternVLChatModel, ids: torch.Tensor, pixels: torch.Tensor, length: int = LENGTH) -> list[int]:
+    """The likeliest next token, again and again, each from a full forward pass without a cache."""
+    embeddings, found = model.embed(ids[None], pixels), []
+    words = model.language_model.get_input_embeddings()
+    for _ in range(length):
+        logits = model.language_model(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
+        found.append(int(logits.argmax()))
+        embeddings = torch.cat([embeddings, words(torch.tensor([[found[-1]]]))], dim=1)
+    return found
+
+
+WIDE = picture(112, 56, seed=3)
+# Prompts as they are asked, and by hand: turns, tiles of each image, and those tiles.
+CASES = {
+    "text": (ask("What is it?"), [("user", "What is it?")], [], []),
+    "long text": (ask("What is the arrow? " * 9), [("user", "What is the arrow? " * 9)], [], []),
+    "one image": (ask("Which panel?", [picture()]), [("user", "{}\nWhich panel?")], [1], [picture()]),
+    "an image of tiles": (
+        ask("The scan?", [WIDE]),
+        [("user", "{}\nThe scan?")],
+        [3],
+        [WIDE.crop((0, 0, 56, 56)), WIDE.crop((56, 0, 112, 56)), WIDE.resize((56, 56))],
+    ),
+    "several images": (
+        ask("Which?", [picture(seed=1), picture(seed=2)]),
+        [("user", "Fig-0: {}\nFig-1: {}\nWhich?")],
+        [1, 1],
+        [picture(seed=1), picture(seed=2)],
+    ),
+    "placeholders in the question": (
+        ask("Is <image> like <image>?", [picture(seed=4), picture(seed=5)]),
+        [("user", "Is {} like {}?")],
+        [1, 1],
+        [picture(seed=4), picture(seed=5)],
+    ),
+    "several turns": (
+        Prompt(
+            (
+                Turn("user", "<image>\nWhat is it?"),
+                Turn("assistant", "The scan."),
+                Turn("user", "And <image>?"),
+            ),
+            (picture(seed=6), picture(seed=7)),
+        ),
+        [("user", "{}\nWhat is it?"), ("assistant", "The scan."), ("user", "And {}?")],
+        [1, 1],
+        [picture(seed=6), picture(seed=7)],
+    ),
+}
+
+
+def expected_answer(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    _, turns, tiles, pictures = CASES[name]
+    ids = ids_by_hand(tokenizer, [("system", SYSTEM), *turns], tiles)
+    return likeliest(model, ids, pixels_by_hand(pictures))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_answer_is_made_of_the_likeliest_tokens(
+    engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    expected = expected_answer(model, tokenizer, name)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in expected
+    assert engine.generate_ids([CASES[name][0]], max_new_tokens=LENGTH) == [expected]
+
+
+def test_answers_of_a_batch_are_those_one_by_one(
+    engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = [case[0] for case in CASES.values()]
+    expected = [expected_answer(model, tokenizer, name) for name in CASES]
+    assert len({tuple(ids) for ids in expected}) == len(CASES)
+    assert engine.generate_ids(prompts, max_new_tokens=LENGTH) == expected
+    assert engine.generate_ids(prompts[::-1], max_new_tokens=LENGTH) == expected[::-1]
+
+
+def test_the_image_counts(engine: Engine) -> None:
+    answers = engine.generate_ids([ask("Which?", [picture(seed=seed)]) for seed in range(4)], max_new_tokens=LENGTH)
+    assert len({tuple(ids) for ids in answers}) > 1
+
+
+def test_an_answer_ends_before_the_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    names = list(CASES)
+    long = [expected_answer(model, tokenizer, name) for name in names]
+    # Exchanging two rows of the head makes the model end its turn where it said the fourth token before.
+    token = long[0][3]
+    head = model.language_model.lm_head.weight
+    with torch.no_grad():
+        head[[token, end]] = head[[end, token]]
+    expected = [ids[: ids.index(token)] if token in ids else ids for ids in long]
+    assert len(expected[0]) <= 3 and len({len(ids) for ids in expected}) > 1
+    engine = Engine(model, tokenizer, PREPROCESSING)
+    prompts = [CASES[name][0] for name in names]
+    assert engine.generate_ids(prompts, max_new_tokens=LENGTH) == expected
+    assert [engine.generate_ids([prompt], max_new_tokens=LENGTH)[0] for prompt in prompts] == expected
+
+
+def test_an_answer_is_text_without_special_tokens(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer("  The scan<|endoftext|> is<box> panel B. \n").input_ids
+    monkeypatch.setattr(engine, "generate_ids", lambda prompts, max_new_tokens: [ids, []][: max_new_tokens])
+    assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == ["The scan is panel B.", ""]
+
+
+def test_the_number_of_new_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = CASES["text"][0]
+    answers = [engine.generate_ids([prompt], max_new_tokens=n)[0] for n in (1, 5)]
+    assert [len(answer) for answer in answers] == [1, 5] and answers[0] == answers[1][:1]
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "text"),
+    [
+        ("Why?", 0, "Why?"),
+        ("Why?", 1, "<image>\nWhy?"),
+        ("Why?", 3, "Fig-0: <image>\nFig-1: <image>\nFig-2: <image>\nWhy?"),
+        ("<image> Why?", 1, "<image> Why?"),
+        ("Is <image> as <image>?", 2, "Is <image> as <image>?"),
+        ("Is <image>?", 2, "Is <image>?"),
+        ("What does <image> mean?", 0, "What does <image> mean?"),
+    ],
+)
+def test_where_a_question_shows_its_images(question: str, images: int, text: str) -> None:
+    pictures = [picture(seed=seed) for seed in range(images)]
+    prompt = ask(question, pictures)
+    assert prompt.turns == (Turn("user", text),)
+    assert list(prompt.images) == pictures
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (ask("Is <image>?", [picture(), picture()]), "1 <image> placeholders, but 2 images"),
+        (ask("Is <image>?"), "1 <image> placeholders, but 0 images"),
+        (Prompt((Turn("user", "Why?"),), (picture(),)), "0 <image> placeholders, but 1 images"),
+        (Prompt((Turn("assistant", "<image>"), Turn("user", "Why?")), (picture(),)), "0 <image> placeholders"),
+    ],
+)
+def test_placeholders_and_images_that_differ(engine: Engine, prompt: Prompt, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        engine.answer([ask("Why?"), prompt])
+
+
+def test_a_placeholder_in_an_earlier_answer_is_text(
+    engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = Prompt((Turn("user", "Why?"), Turn("assistant", "See <image>."), Turn("user", "What?")))
+    turns = [("system", SYSTEM), ("user", "Why?"), ("assistant", "See <image>."), ("user", "What?")]
+    expected = likeliest(model, ids_by_hand(tokenizer, turns, []), pixels_by_hand([]))
+    assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [expected]
+
+
+def test_a_prompt_s_own_system_turn_wins(
+    engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = Prompt((Turn("system", "Be brief."), Turn("user", "What?")))
+    ids = ids_by_hand(tokenizer, [("system", "Be brief."), ("user", "What?")], [])
+    assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [likeliest(model, ids, pixels_by_hand([]))]
+
+
+def test_a_prompt_that_is_too_long(engine: Engine) -> None:
+    with pytest.raises(DataError, match="max_seq_length 400"):
+        engine.answer([ask("What is the arrow? " * 200)])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_any_mode(engine: Engine, mode: str) -> None:
+    image = picture().convert(mode)
+    prompts = [ask("Which?", [image]), ask("Which?", [image.convert("RGB")])]
+    one, other = engine.generate_ids(prompts, max_new_tokens=LENGTH)
+    assert one == other
+
+
+def test_the_model_is_put_into_evaluation_mode(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model(tokenizer).train()
+    assert not Engine(model, tokenizer, PREPROCESSING).model.training
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    folder = tmp_path_factory.mktemp("engine") / "model"
+    save_model(model, folder)
+    save_tokenizer(tokenizer, folder)
+    PREPROCESSING.save(folder)
+    return folder
+
+
+def test_from_a_folder(checkpoint: Path, engine: Engine) -> None:
+    loaded = Engine.from_checkpoint(checkpoint, device="cpu")
+    assert loaded.encoder.preprocessing == PREPROCESSING
+    assert loaded.device == torch.device("cpu")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert not loaded.model.training
+    prompts = [case[0] for case in CASES.values()]
+    assert loaded.generate_ids(prompts, max_new_tokens=4) == engine.generate_ids(prompts, max_new_tokens=4)
+
+
+def test_from_a_folder_with_another_limit_of_tiles(
+    checkpoint: Path, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    loaded = Engine.from_checkpoint(checkpoint, device="cpu", max_dynamic_patch=1)
+    assert loaded.encoder.preprocessing.max_dynamic_patch == 1
+    ids = ids_by_hand(tokenizer, [("system", SYSTEM), ("user", "{}\nThe scan?")], [1])
+    expected = likeliest(model, ids, pixels_by_hand([WIDE.resize((56, 56))]))
+    assert loaded.generate_ids([CASES["an image of tiles"][0]], max_new_tokens=LENGTH) == [expected]
+
+
+def test_from_adapters_whose_base_has_moved(
+    checkpoint: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    context = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    trained = load_model(checkpoint, image_context_id=context)
+    add_lora(trained, llm_rank=4)
+    set_trainable(trained, freeze_mlp=True, freeze_backbone=True)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=rng))
+    save_adapter(trained, tmp_path / "adapter", BaseModel("/gone", weights_digest(checkpoint)))
+    copy_companions(checkpoint, tmp_path / "adapter")
+    engine = Engine.from_checkpoint(tmp_path / "adapter", device="cpu", base=checkpoint)
+    prompt, turns, tiles, pictures = CASES["one image"]
+    ids = ids_by_hand(tokenizer, [("system", SYSTEM), *turns], tiles)
+    expected = likeliest(trained.eval(), ids, pixels_by_hand(pictures))
+    assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [expected]
