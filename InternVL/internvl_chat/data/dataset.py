@@ -1,6 +1,5 @@
 """The records of one data set, and of all data sets of a meta file, as samples."""
 
-import math
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -88,7 +87,7 @@ class RecordSet:
             return parse_record(raw)
         except RecordProblem as problem:
             identity = raw.get("id") if isinstance(raw, dict) else None
-            raise self._error(index, str(problem), identity) from None
+            raise self._error(index, str(problem), None if identity is None else str(identity)) from None
 
     def _error(self, index: int, message: str, record_id: str | None) -> DataError:
         return DataError(message, file=self.spec.annotation, line=self.file.line(index), record=record_id)
@@ -208,14 +207,14 @@ class TrainingData(Dataset):
         lengths = []
         for records in self.sets:
             options = records.encoder.preprocessing
-            of_file = np.empty(len(records), np.int64)
-            for i in range(len(records)):
+            used = min(len(records), records.num_used)
+            of_file = np.empty(used, np.int64)
+            for i in range(used):
                 record = records.record(i)
                 text = sum(len(turn.text.encode()) for turn in record.turns) * tokens_per_byte
                 tiles = max(options.max_dynamic_patch, len(record.images)) if record.images else 0
                 of_file[i] = text + tiles * options.tokens_per_tile
-            repeats = math.ceil(records.num_used / len(records))
-            lengths.append(np.tile(of_file, repeats)[: records.num_used])
+            lengths.append(np.tile(of_file, records.num_used // used if used else 0))
         return np.concatenate(lengths)
 
 

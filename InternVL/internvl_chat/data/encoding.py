@@ -20,6 +20,7 @@ from internvl_chat.data.tiling import (
     plan_grid,
     share_of_budget,
     stack_tiles,
+    to_rgb,
 )
 
 
@@ -85,17 +86,20 @@ class RecordEncoder:
     def _fit(self, turns: EncodedTurns, image_sizes: Sequence[tuple[int, int]]) -> Encoded:
         """Expand the images' tokens, with fewer tiles for every image where the record is too long."""
         options = self.preprocessing
+        if len(turns.image_positions) != len(image_sizes):
+            raise RecordProblem(
+                f"{len(turns.image_positions)} places for images in the text, but {len(image_sizes)} images"
+            )
         per_image = share_of_budget(options.max_dynamic_patch, max(len(image_sizes), 1))
-        for budget in range(per_image, 0, -1):
+        for budget in range(per_image if image_sizes else 1, 0, -1):
             grids = tuple(self.plan_grid(size, budget) for size in image_sizes)
             tokens = [grid.tiles * options.tokens_per_tile for grid in grids]
             length = turns.num_tokens(tokens)
             if length <= options.max_seq_length:
                 ids, labels = turns.expand(tokens)
                 return Encoded(torch.from_numpy(ids), torch.from_numpy(labels), grids)
-        raise RecordProblem(
-            f"{length} tokens even with one tile an image, more than max_seq_length {options.max_seq_length}"
-        )
+        least = " even with one tile an image" if image_sizes else ""
+        raise RecordProblem(f"{length} tokens{least}, more than max_seq_length {options.max_seq_length}")
 
     def plan_grid(self, size: tuple[int, int], max_tiles: int) -> Grid:
         """Return how an image of (width, height) pixels is cut under a budget of tiles."""
@@ -119,13 +123,16 @@ class RecordEncoder:
             images: in any mode.
             grids: of `encode`.
             augment: randomness of the JPEG degradation; None for none.
+
+        Raises:
+            ValueError: an image has more than 8 bits a channel.
         """
         options = self.preprocessing
         size = (options.tile_size, options.tile_size)
         fill = tuple(int(255 * mean) for mean in NORMALIZATIONS[options.normalize_type][0])
         finished = []
         for image, grid in zip(images, grids, strict=True):
-            image = image.convert("RGB")
+            image = to_rgb(image)
             for tile in cut_tiles(image, grid, options.tile_size) if options.dynamic_image_size else [image]:
                 if augment:
                     tile = degrade_jpeg(tile, augment)

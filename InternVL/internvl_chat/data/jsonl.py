@@ -20,7 +20,7 @@ class RecordFile:
     """The raw records of a JSONL file, or of a JSON array (`.json`).
 
     Args:
-        path: the file; it is indexed at once, and held open by nobody.
+        path: the file; it is indexed at once, and opened by each process that reads from it.
 
     Raises:
         DataError: the file cannot be read, or holds no record.
@@ -73,6 +73,8 @@ class RecordFile:
             message = f"not UTF-8 at byte {error.start}"
         except json.JSONDecodeError as error:
             message = f"not valid JSON: {error.msg} (character {error.pos + 1})"
+            if not self.read(index).strip():
+                message = "a line of nothing but white space; delete it"
         except RecursionError:
             message = "JSON is nested too deeply"
         raise DataError(message, file=self.path, line=self.line(index))
@@ -114,21 +116,34 @@ def _array_spans(path: Path) -> Spans:
             "a .json file must hold an array of records; use .jsonl for one record a line", file=path
         )
     decoder = json.JSONDecoder()
-    starts, ends, lines, line, counted = [], [], [], 1, 0
-    position += 1
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        if text.startswith("]", position):
-            break
-        line += text.count("\n", counted, position)
-        counted = position
+    starts, ends, lines = [], [], []
+    position = _skip_space(text, position + 1)
+    while not (text.startswith("]", position) and not starts):
+        counted, known = (starts[-1], lines[-1]) if starts else (0, 1)
+        line = known + text.count("\n", counted, position)
         try:
             _, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"not valid JSON: {error.msg}", file=path, line=error.lineno) from None
+        except RecursionError:
+            raise DataError("JSON is nested too deeply", file=path, line=line) from None
         starts.append(position)
         ends.append(end)
         lines.append(line)
-        position = end
+        position = _skip_space(text, end)
+        if text.startswith("]", position):
+            break
+        if not text.startswith(",", position):
+            raise DataError("not valid JSON: expecting ',' or ']' after this record", file=path, line=line)
+        position = _skip_space(text, position + 1)
+    if text[position + 1 :].strip():
+        line = text.count("\n", 0, position) + 1
+        raise DataError("not valid JSON: something follows the array of records", file=path, line=line)
     return np.array(starts, np.int64), np.array(ends, np.int64), np.array(lines, np.int64)
+
+
+def _skip_space(text: str, position: int) -> int:
+    """Return the first position from `position` on that is not white space."""
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise DataError("no such meta file; give one with --meta_path", file=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", file=path) from None
+    except RecursionError:
+        raise DataError("JSON is nested too deeply", file=path) from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"not valid JSON: {error.msg} (column {error.colno})", file=path, line=error.lineno
@@ -109,7 +112,7 @@ def _parse_entry(name: str, entry: Any, data_root: Path, problems: list[str]) ->
     if "data_augment" in entry and not isinstance(entry["data_augment"], bool):
         problems.append(f"{name}: 'data_augment' must be true or false, found {entry['data_augment']!r}")
     repeat = entry.get("repeat_time", 1)
-    if not _is_number(repeat) or repeat <= 0 or (repeat > 1 and repeat != int(repeat)):
+    if not _is_number(repeat) or not 0 < repeat < math.inf or (repeat > 1 and repeat != int(repeat)):
         problems.append(
             f"{name}: 'repeat_time' must be a fraction between 0 and 1 or a whole number, found {repeat!r}"
         )
@@ -146,11 +149,14 @@ def _parse_length(name: str, length: Any, problems: list[str]) -> int | None:
 
 def _resolve(name: str, key: str, value: str, data_root: Path, problems: list[str]) -> Path | None:
     """Expand `~` and `$NAME` and make the path absolute."""
-    expanded = os.path.expandvars(value)
-    unset = re.findall(r"\$\{?(\w+)\}?", expanded)
+    unset = [variable for variable in re.findall(r"\$\{?(\w+)\}?", value) if not os.environ.get(variable)]
     if unset:
         problems.append(
             f"{name}: {key!r} uses ${unset[0]}, which is not set; export {unset[0]}=FOLDER or edit the path"
         )
         return None
-    return data_root / Path(expanded).expanduser()
+    try:
+        return data_root / Path(os.path.expandvars(value)).expanduser()
+    except RuntimeError as error:
+        problems.append(f"{name}: {key!r} is {value!r}: {error}")
+        return None

@@ -70,8 +70,12 @@ class Preprocessing:
             return cls.from_model_config(model_config)
         try:
             loaded = cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ModelError) as error:
             raise ModelError(f"{file}: malformed: {error}") from None
+        if loaded.tile_size != model_config.image_size:
+            raise ModelError(
+                f"{file}: tiles of {loaded.tile_size} pixels, but the model takes {model_config.image_size}"
+            )
         if loaded.tokens_per_tile != model_config.tokens_per_tile:
             raise ModelError(
                 f"{file}: {loaded.tokens_per_tile} tokens a tile, but the model makes "

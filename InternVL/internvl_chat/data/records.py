@@ -111,9 +111,9 @@ def _join_parts(parts: list[Any], number: int) -> str:
 
 
 def _parse_images(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    images = raw.get("image", raw.get("images"))
-    if images is None or images == "":
-        return ()
+    if raw.get("image") and raw.get("images"):
+        raise RecordProblem("both 'image' and 'images' are given; keep one")
+    images = raw.get("image") or raw.get("images") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise RecordProblem("'image' must be a path or a list of paths")

@@ -105,6 +105,17 @@ def cut_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Imag
     return [*tiles, image.resize((tile_size, tile_size))] if grid.thumbnail else tiles
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, as Pillow converts it.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel; Pillow would clip such values to black and white.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    return image.convert("RGB")
+
+
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
     """Centre an image on a square of its longer side."""
     side = max(image.size)

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from internvl_chat.constants import IMG_CONTEXT, SPECIAL_TOKENS
+from internvl_chat.constants import IM_END, IM_START, IMG_CONTEXT, SPECIAL_TOKENS
 from internvl_chat.errors import ModelError
 
 
@@ -29,6 +29,9 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(level)
+    unknown = [t for t in (IM_START, IM_END) if t not in tokenizer.get_vocab()]
+    if unknown:
+        raise ModelError(f"{folder}: the tokenizer lacks {' and '.join(unknown)}, which frame the turns")
     added = tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     # Lengths are judged by our own token budget, which names the record.
     tokenizer.model_max_length = int(1e9)

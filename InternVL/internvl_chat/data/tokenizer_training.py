@@ -17,7 +17,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
     Args:
         texts: what to learn from.
-        vocab_size: entries before the special tokens; at least the 256 bytes.
+        vocab_size: most entries before the special tokens; at least the 256 bytes.
 
     Returns:
         A tokenizer with InternVL's special tokens behind the vocabulary, in their order.

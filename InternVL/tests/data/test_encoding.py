@@ -270,3 +270,21 @@ class TestAugmentation:
         first = encoder().tiles(self.IMAGES, self.GRIDS)
         random.seed(1)
         assert torch.equal(first, encoder().tiles(self.IMAGES, self.GRIDS))
+
+
+def test_places_and_images_must_match(encoder):
+    for turns, sizes in (
+        (conversation(2), [(100, 100)]),
+        (conversation(0), [(100, 100)]),
+        ([Turn("user", "What is <IMG_CONTEXT>?")], []),
+    ):
+        with pytest.raises(RecordProblem, match=r"\d places for images in the text, but \d images"):
+            encoder().encode_prompt(turns, sizes)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_are_refused_rather_than_clipped(encoder, mode):
+    image = Image.new(mode, (60, 60))
+    encoded = encoder().encode_prompt(conversation(1), [image.size])
+    with pytest.raises(ValueError, match=f"more than 8 bits a channel .mode {mode}."):
+        encoder().tiles([image], encoded.grids)

@@ -226,3 +226,27 @@ def test_the_index_of_a_large_file_is_arrays_alone(write):
     assert sum(array.nbytes for array in held) == 3 * 8 * count
     assert sum(sys.getsizeof(value) for value in others) < 1000
     assert len(pickle.dumps(records)) < 3 * 8 * count + 2000
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ('[{"a": 1}]\n[{"a": 2}]', "something follows", 1),
+        ('[{"a": 1},\n{"a": 2}] rubbish', "something follows", 2),
+        ('[{"a": 1}\n{"b": 2}]', "expecting ',' or ']'", 1),
+        ('[{"a": 1},,{"b": 2}]', "not valid JSON", 1),
+        ('[{"a": 1},]', "not valid JSON", 1),
+        ('[{"a": 1}', "expecting ',' or ']'", 1),
+        ("[\n" + "[" * 100_000, "nested too deeply", 2),
+    ],
+)
+def test_array_with_anything_out_of_place(write, text, message, line):
+    with pytest.raises(DataError) as caught:
+        RecordFile(write(text, "a.json"))
+    assert message in str(caught.value)
+    assert caught.value.line == line
+
+
+def test_a_long_line_of_white_space_is_named_as_that(write):
+    records = RecordFile(write('{"a": 1}\n' + " " * 40 + '\n{"a": 2}\n'))
+    assert "nothing but white space" in str(failure(records, 1))

@@ -224,3 +224,34 @@ class TestTheFileItself:
     def test_a_key_given_twice(self, folder):
         twice = json.dumps(ENTRY)[:-1] + ', "repeat_time": 2}'
         assert "'repeat_time' appears twice" in str(problem_of(folder, f'{{"qa": {twice}}}'))
+
+
+@pytest.mark.parametrize("value", ["Infinity", "1e999", "NaN", "-1", "0"])
+def test_repeat_time_that_is_no_number_of_times(folder, value):
+    entry = {"root": ".", "annotation": "a.jsonl", "data_augment": False, "repeat_time": 1}
+    (folder / "a.jsonl").write_text("{}")
+    text = json.dumps({"set": entry}).replace('"repeat_time": 1', f'"repeat_time": {value}')
+    (folder / "meta.json").write_text(text)
+    with pytest.raises(DataError, match="'repeat_time' must be a fraction"):
+        load_meta(folder / "meta.json", folder)
+
+
+@pytest.mark.parametrize("name", ["M3LLM_EMPTY", "M3LLM_UNSET"])
+def test_variable_without_a_value(folder, monkeypatch, name):
+    monkeypatch.setenv("M3LLM_EMPTY", "")
+    assert f"export {name}=FOLDER" in str(problem_of(folder, {"set": {"root": f"${name}/images"}}))
+
+
+def test_dollar_within_a_value_is_no_variable(folder, monkeypatch):
+    monkeypatch.setenv("M3LLM_ROOT", "/a$b")
+    assert load_one(folder, root="$M3LLM_ROOT/c").root == Path("/a$b/c")
+
+
+def test_home_of_an_unknown_user(folder):
+    assert "~no-such-user/x" in str(problem_of(folder, {"set": {"root": "~no-such-user/x"}}))
+
+
+def test_meta_nested_too_deeply(folder):
+    (folder / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        load_meta(folder / "meta.json", folder)

@@ -217,3 +217,16 @@ class TestProblems:
     def test_reserved_token(self, role):
         entries = [{"from": role, "value": "a <IMG_CONTEXT> b"}, ASK, ANSWER]
         assert problem_of({"conversations": entries}) == "turn 1 contains the reserved token <IMG_CONTEXT>"
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_images_beside_an_empty_image_are_shown(empty):
+    turns = [human("<image> What?"), {"from": "gpt", "value": "That."}]
+    record = parse_record({"image": empty, "images": ["a.png"], "conversations": turns})
+    assert record.images == ("a.png",)
+
+
+def test_image_and_images_at_once():
+    turns = [human("<image> What?"), {"from": "gpt", "value": "That."}]
+    raw = {"image": "a.png", "images": ["b.png"], "conversations": turns}
+    assert "both 'image' and 'images'" in problem_of(raw)

@@ -92,20 +92,25 @@ class TestReload:
 
 class TestAdded:
     def test_to_a_plain_tokenizer(self, tmp_path):
-        known = plain_tokenizer(tmp_path)
+        known = plain_tokenizer(tmp_path, extra=("<|im_start|>", "<|im_end|>"))
         tokenizer, added = load_tokenizer(tmp_path)
-        assert (known, added, len(tokenizer)) == (26, 9, 35)
-        assert tokenizer.convert_tokens_to_ids(INTERNVL_TOKENS) == list(range(26, 35))
-        assert tokenizer("ab<IMG_CONTEXT>c</box>").input_ids == [0, 1, 28, 2, 34]
-        assert image_context_id(tokenizer) == 28
+        assert (known, added, len(tokenizer)) == (28, 9, 37)
+        assert tokenizer.convert_tokens_to_ids(INTERNVL_TOKENS) == list(range(28, 37))
+        assert tokenizer("ab<IMG_CONTEXT>c</box>").input_ids == [0, 1, 30, 2, 36]
+        assert image_context_id(tokenizer) == 30
+
+    def test_to_one_that_cannot_frame_turns(self, tmp_path):
+        plain_tokenizer(tmp_path, extra=("<|im_start|>",))
+        with pytest.raises(ModelError, match=r"lacks <\|im_end\|>, which frame the turns"):
+            load_tokenizer(tmp_path)
 
     def test_to_one_that_has_some(self, tmp_path):
-        known = plain_tokenizer(tmp_path, extra=("<|im_start|>", "<box>", "<IMG_CONTEXT>"))
+        known = plain_tokenizer(tmp_path, extra=("<|im_start|>", "<|im_end|>", "<box>", "<IMG_CONTEXT>"))
         tokenizer, added = load_tokenizer(tmp_path)
-        assert (known, added, len(tokenizer)) == (29, 7, 36)
-        assert tokenizer.convert_tokens_to_ids(["<box>", "<IMG_CONTEXT>"]) == [27, 28]
+        assert (known, added, len(tokenizer)) == (30, 7, 37)
+        assert tokenizer.convert_tokens_to_ids(["<box>", "<IMG_CONTEXT>"]) == [28, 29]
         others = [token for token in INTERNVL_TOKENS if token not in ("<box>", "<IMG_CONTEXT>")]
-        assert tokenizer.convert_tokens_to_ids(others) == list(range(29, 36))
+        assert tokenizer.convert_tokens_to_ids(others) == list(range(30, 37))
 
 
 class TestProblems:

@@ -22,22 +22,32 @@ from internvl_chat.inference.engine import Engine, Prompt
 
 RECORDS = {
     "closed": [
-        {"id": f"c{i}", "image": f"{i % 2}.png", "choices": ["A", "B", "C"],
-         "conversations": [{"from": "human", "value": f"<image>\nWhich {i}?"}, {"from": "gpt", "value": "ABC"[i % 3]}]}
+        {
+            "id": f"c{i}",
+            "image": f"{i % 2}.png",
+            "choices": ["A", "B", "C"],
+            "conversations": [
+                {"from": "human", "value": f"<image>\nWhich {i}?"},
+                {"from": "gpt", "value": "ABC"[i % 3]},
+            ],
+        }
         for i in range(5)
     ],
     "open": [
-        {"id": "o0", "image": ["0.png", "1.png"],
-         "conversations": [
-             {"from": "system", "value": "Be brief."},
-             {"from": "human", "value": "Fig-0: <image>\nFig-1: <image>\nSame?"},
-             {"from": "gpt", "value": "No."},
-             {"from": "human", "value": "Why?"},
-             {"from": "gpt", "value": " The scan "},
-         ]},
+        {
+            "id": "o0",
+            "image": ["0.png", "1.png"],
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Fig-0: <image>\nFig-1: <image>\nSame?"},
+                {"from": "gpt", "value": "No."},
+                {"from": "human", "value": "Why?"},
+                {"from": "gpt", "value": " The scan "},
+            ],
+        },
         {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]},
     ],
-}  # fmt: skip
+}
 
 
 class Recorder:
@@ -115,7 +125,9 @@ def test_batches_and_limits(
     assert engine.limits == {17}
 
 
-def test_a_real_engine_gives_the_same_answers_by_hand(sets: list[RecordSet], encoder: RecordEncoder, tmp_path: Path) -> None:
+def test_a_real_engine_gives_the_same_answers_by_hand(
+    sets: list[RecordSet], encoder: RecordEncoder, tmp_path: Path
+) -> None:
     model = make_model(llm={"vocab_size": len(encoder.tokenizer)})
     model.image_context_id = encoder.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     engine = Engine(model, encoder.tokenizer, encoder.preprocessing)
@@ -129,7 +141,9 @@ def test_a_real_engine_gives_the_same_answers_by_hand(sets: list[RecordSet], enc
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged"])
-def test_an_image_that_cannot_be_read_names_the_record(sets: list[RecordSet], tmp_path: Path, fault: str) -> None:
+def test_an_image_that_cannot_be_read_names_the_record(
+    sets: list[RecordSet], tmp_path: Path, fault: str
+) -> None:
     (tmp_path / "1.png").unlink()
     if fault == "damaged":
         (tmp_path / "1.png").write_bytes(b"no image")
@@ -146,7 +160,9 @@ def answers_of(outcomes: Sequence[tuple[bool, int]]) -> list[Answer]:
     ]
 
 
-@pytest.mark.parametrize(("right", "questions", "choices"), [(9, 12, 4), (3, 12, 4), (0, 5, 2), (5, 5, 2), (1, 1, 3)])
+@pytest.mark.parametrize(
+    ("right", "questions", "choices"), [(9, 12, 4), (3, 12, 4), (0, 5, 2), (5, 5, 2), (1, 1, 3)]
+)
 def test_chance_with_equal_questions(right: int, questions: int, choices: int) -> None:
     found = beats_chance(answers_of([(i < right, choices) for i in range(questions)]))
     assert (found.questions, found.correct) == (questions, right)

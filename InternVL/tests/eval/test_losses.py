@@ -29,15 +29,30 @@ MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225
 RECORDS = {
     "text": [
         {"id": "t0", "conversations": [("human", "What is it?"), ("gpt", "A scan of the chest.")]},
-        {"conversations": [("system", "Be brief."), ("human", "Why?"), ("gpt", "B"), ("human", "So?"), ("gpt", "No.")]},
+        {
+            "conversations": [
+                ("system", "Be brief."),
+                ("human", "Why?"),
+                ("gpt", "B"),
+                ("human", "So?"),
+                ("gpt", "No."),
+            ]
+        },
     ],
     "figures": [
-        {"id": 7, "image": "0.png", "conversations": [("human", "<image>\nWhich panel?"), ("gpt", "Panel B.")]},
-        {"id": 8, "image": ["0.png", "1.png"],
-         "conversations": [("human", "Fig-0: <image>\nFig-1: <image>\nSame?"), ("gpt", "The same.")]},
+        {
+            "id": 7,
+            "image": "0.png",
+            "conversations": [("human", "<image>\nWhich panel?"), ("gpt", "Panel B.")],
+        },
+        {
+            "id": 8,
+            "image": ["0.png", "1.png"],
+            "conversations": [("human", "Fig-0: <image>\nFig-1: <image>\nSame?"), ("gpt", "The same.")],
+        },
         {"id": 9, "image": "1.png", "conversations": [("human", "<image>\nWhich?"), ("gpt", "C")]},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +102,10 @@ def loss_by_hand(
         ids += head + body + tail
         learnt += [False] * len(head) + [role == "gpt"] * (len(body) + 1) + [False]
     names = record.get("image", [])
-    arrays = [np.asarray(Image.open(folder / n), np.float64) / 255 for n in ([names] if isinstance(names, str) else names)]
+    arrays = [
+        np.asarray(Image.open(folder / n), np.float64) / 255
+        for n in ([names] if isinstance(names, str) else names)
+    ]
     pixels = np.array([((a - MEAN) / DEVIATION).transpose(2, 0, 1) for a in arrays]).reshape(-1, 3, 56, 56)
     with torch.no_grad():
         logits = model(

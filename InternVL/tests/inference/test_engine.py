@@ -78,7 +78,9 @@ def pixels_by_hand(pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def likeliest(model: InternVLChatModel, ids: torch.Tensor, pixels: torch.Tensor, length: int = LENGTH) -> list[int]:
+def likeliest(
+    model: InternVLChatModel, ids: torch.Tensor, pixels: torch.Tensor, length: int = LENGTH
+) -> list[int]:
     """The likeliest next token, again and again, each from a full forward pass without a cache."""
     embeddings, found = model.embed(ids[None], pixels), []
     words = model.language_model.get_input_embeddings()
@@ -155,7 +157,9 @@ def test_answers_of_a_batch_are_those_one_by_one(
 
 
 def test_the_image_counts(engine: Engine) -> None:
-    answers = engine.generate_ids([ask("Which?", [picture(seed=seed)]) for seed in range(4)], max_new_tokens=LENGTH)
+    answers = engine.generate_ids(
+        [ask("Which?", [picture(seed=seed)]) for seed in range(4)], max_new_tokens=LENGTH
+    )
     assert len({tuple(ids) for ids in answers}) > 1
 
 
@@ -181,7 +185,7 @@ def test_an_answer_is_text_without_special_tokens(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokenizer("  The scan<|endoftext|> is<box> panel B. \n").input_ids
-    monkeypatch.setattr(engine, "generate_ids", lambda prompts, max_new_tokens: [ids, []][: max_new_tokens])
+    monkeypatch.setattr(engine, "generate_ids", lambda prompts, max_new_tokens: [ids, []][:max_new_tokens])
     assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == ["The scan is panel B.", ""]
 
 
@@ -216,7 +220,10 @@ def test_where_a_question_shows_its_images(question: str, images: int, text: str
         (ask("Is <image>?", [picture(), picture()]), "1 <image> placeholders, but 2 images"),
         (ask("Is <image>?"), "1 <image> placeholders, but 0 images"),
         (Prompt((Turn("user", "Why?"),), (picture(),)), "0 <image> placeholders, but 1 images"),
-        (Prompt((Turn("assistant", "<image>"), Turn("user", "Why?")), (picture(),)), "0 <image> placeholders"),
+        (
+            Prompt((Turn("assistant", "<image>"), Turn("user", "Why?")), (picture(),)),
+            "0 <image> placeholders",
+        ),
     ],
 )
 def test_placeholders_and_images_that_differ(engine: Engine, prompt: Prompt, message: str) -> None:

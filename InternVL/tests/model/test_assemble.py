@@ -23,7 +23,7 @@ def whole() -> InternVLChatModel:
 
 @pytest.fixture
 def parts(tmp_path: Path, whole: InternVLChatModel) -> dict[str, Path]:
-    """The model's parts, written by others: PyTorch for the tower and projector, transformers for the rest."""
+    """The model's parts as others write them: transformers the language model, PyTorch the projector."""
     vision, llm, mlp = tmp_path / "vit", tmp_path / "llm", tmp_path / "mlp.bin"
     vision.mkdir()
     raw = {**whole.config.to_dict()["vision_config"], "auto_map": {"AutoModel": "modeling_intern_vit.X"}}
@@ -50,7 +50,9 @@ def test_prefixed_names_and_other_files(
     parts: dict[str, Path], whole: InternVLChatModel, tmp_path: Path
 ) -> None:
     file = parts["vision_folder"] / "model.safetensors"
-    torch.save({f"vision_model.{n}": t for n, t in load_file(file).items()}, file.with_name("pytorch_model.bin"))
+    torch.save(
+        {f"vision_model.{n}": t for n, t in load_file(file).items()}, file.with_name("pytorch_model.bin")
+    )
     file.unlink()
     prefixed = {f"mlp1.{name}": tensor for name, tensor in whole.mlp1.state_dict().items()}
     save_file(prefixed, tmp_path / "mlp.safetensors")
@@ -85,7 +87,12 @@ def test_without_a_projector_one_is_drawn(parts: dict[str, Path], whole: InternV
 
 def test_options(parts: dict[str, Path]) -> None:
     model = assemble(
-        parts, dtype=torch.bfloat16, attn="varlen", drop_path_rate=0.2, downsample_ratio=0.5, image_context_id=7
+        parts,
+        dtype=torch.bfloat16,
+        attn="varlen",
+        drop_path_rate=0.2,
+        downsample_ratio=0.5,
+        image_context_id=7,
     )
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert (model.attn, model.image_context_id) == ("varlen", 7)

@@ -125,7 +125,7 @@ def test_what_comes_later_or_in_another_record_does_not_count() -> None:
 
 def test_a_mask_or_a_cache_is_refused() -> None:
     query, key, value = inputs(4)
-    with pytest.raises(ValueError, match="no padding mask and no cache.*attn='sdpa'"):
+    with pytest.raises(ValueError, match=r"no padding mask and no cache.*attn='sdpa'"):
         varlen_attention(Layer(), query, key, value, torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match="no padding mask and no cache"):
         varlen_attention(Layer(), query[:, :, -1:], key, value, None)

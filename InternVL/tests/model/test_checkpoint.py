@@ -246,15 +246,26 @@ def test_a_folder_that_transformers_wrote(tmp_path: Path, tied: bool) -> None:
     assert llm["tie_word_embeddings"] is tied
 
 
-def test_a_transformers_folder_with_a_head_that_no_flag_at_the_top_unties(tmp_path: Path) -> None:
-    """Files of transformers 4 leave the flag out at the top; the text configuration's then counts."""
+@pytest.mark.parametrize("text_flag", [False, None])
+def test_a_head_of_its_own_stays_untied_where_the_top_of_the_file_is_silent(
+    tmp_path: Path, text_flag: bool | None
+) -> None:
+    """transformers 4 wrote the flag beside the text options or not at all; two different matrices decide."""
     model = make_model()
     transformers_folder(model, tmp_path / "hf")
-    edit(tmp_path / "hf/config.json", lambda raw: raw.pop("tie_word_embeddings"))
-    edit(tmp_path / "hf/config.json", lambda raw: raw["text_config"].update(tie_word_embeddings=False))
+
+    def change(raw: dict) -> None:
+        for part in (raw, raw["text_config"]):
+            part.pop("tie_word_embeddings", None)
+        if text_flag is not None:
+            raw["text_config"]["tie_word_embeddings"] = text_flag
+
+    edit(tmp_path / "hf/config.json", change)
     loaded = load(tmp_path / "hf")
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
     assert loaded.config.llm_config["tie_word_embeddings"] is False
+    save_model(loaded, tmp_path / "own")
+    assert torch.equal(logits(load(tmp_path / "own")), logits(loaded))
 
 
 # Adapters
@@ -353,7 +364,9 @@ def test_an_adapter_is_no_base(folder: Path, tmp_path: Path) -> None:
         load(tmp_path / "adapter", base=tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"path": "x"}', '{"path": "x", "sha256": "0", "more": 1}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", '{"path": "x"}', '{"path": "x", "sha256": "0", "more": 1}']
+)
 def test_without_the_file_that_names_the_base(folder: Path, tmp_path: Path, content: str | None) -> None:
     save_trained_adapter(folder, tmp_path / "adapter")
     file = tmp_path / "adapter" / BASE_FILE
@@ -426,11 +439,28 @@ def test_companions_are_copied_byte_for_byte(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
     kept = {
-        "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
-        "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
-        "preprocessor_config.json", "preprocessing.json", "modeling_internvl_chat.py", "conversation.py",
-    }  # fmt: skip
-    left = {"config.json", "model.safetensors", "optimizer.pt", "trainer_state.json", "adapter_config.json", BASE_FILE}
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "preprocessing.json",
+        "modeling_internvl_chat.py",
+        "conversation.py",
+    }
+    left = {
+        "config.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+        "adapter_config.json",
+        BASE_FILE,
+    }
     for name in kept | left:
         (source / name).write_bytes(f"\xff {name}\r\n".encode("latin-1"))
     (target / "vocab.json").write_text("old")

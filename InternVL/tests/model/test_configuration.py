@@ -272,6 +272,6 @@ def test_a_language_model_of_remote_code_is_refused_with_the_reason() -> None:
     }
     config = InternVLChatConfig.from_dict(raw)  # readable, so that what needs no model still works
     with pytest.raises(
-        ModelError, match="'InternLM2ForCausalLM'.*'internlm2'.*code from checkpoints is never run"
+        ModelError, match=r"'InternLM2ForCausalLM'.*'internlm2'.*code from checkpoints is never run"
     ):
         config.build_llm_config()

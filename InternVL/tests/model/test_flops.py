@@ -13,9 +13,13 @@ from internvl_chat.model.tiny import TinyShape
 from internvl_chat.train.trainable import set_trainable
 
 SHAPES = {
-    "grouped heads": TinyShape(56, vision_width=32, vision_layers=2, vision_heads=2, width=64, layers=2, heads=4, kv_heads=2),
-    "larger tiles": TinyShape(84, vision_width=48, vision_layers=3, vision_heads=4, width=48, layers=1, heads=4, kv_heads=1),
-}  # fmt: skip
+    "grouped heads": TinyShape(
+        56, vision_width=32, vision_layers=2, vision_heads=2, width=64, layers=2, heads=4, kv_heads=2
+    ),
+    "larger tiles": TinyShape(
+        84, vision_width=48, vision_layers=3, vision_heads=4, width=48, layers=1, heads=4, kv_heads=1
+    ),
+}
 
 
 def torch_counts(function) -> int:
@@ -73,11 +77,19 @@ def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict) -> N
 
 def test_a_step_adds_up_records_supervised_tokens_and_tiles() -> None:
     counts = FlopCounter(
-        decoder=10.0, attention=3.0, head=7.0, tile=100.0, projector=20.0,
-        llm_passes=3, vision_passes=1, projector_passes=2,
-    )  # fmt: skip
+        decoder=10.0,
+        attention=3.0,
+        head=7.0,
+        tile=100.0,
+        projector=20.0,
+        llm_passes=3,
+        vision_passes=1,
+        projector_passes=2,
+    )
     pairs = (1 + 2 + 3) + (1 + 2)
-    assert counts.step([3, 2], supervised=4, tiles=6) == 3 * (10 * 5 + 3 * pairs + 7 * 4) + 100 * 6 + 2 * 20 * 6
+    assert (
+        counts.step([3, 2], supervised=4, tiles=6) == 3 * (10 * 5 + 3 * pairs + 7 * 4) + 100 * 6 + 2 * 20 * 6
+    )
     assert counts.step([3], 0, 0) + counts.step([2], 4, 6) == counts.step([3, 2], 4, 6)
 
 
@@ -106,7 +118,9 @@ def test_adapters_do_not_count_as_matrices_of_the_model() -> None:
     add_lora(adapted, llm_rank=8)
     set_trainable(adapted, freeze_mlp=True, freeze_backbone=True)
     names = ("decoder", "attention", "head", "tile", "projector")
-    assert [getattr(count_flops(plain), n) for n in names] == [getattr(count_flops(adapted), n) for n in names]
+    assert [getattr(count_flops(plain), n) for n in names] == [
+        getattr(count_flops(adapted), n) for n in names
+    ]
 
 
 def test_larger_tiles_cost_more_after_resizing() -> None:

@@ -28,7 +28,7 @@ NAMES = {
     "vision_model.encoder.layers.0.attn.k_norm.weight": (
         "model.vision_tower.encoder.layer.0.attention.k_norm.weight"
     ),
-    "vision_model.encoder.layers.0.norm1.weight": "model.vision_tower.encoder.layer.0.layernorm_before.weight",
+    "vision_model.encoder.layers.0.norm1.bias": "model.vision_tower.encoder.layer.0.layernorm_before.bias",
     "vision_model.encoder.layers.0.norm2.bias": "model.vision_tower.encoder.layer.0.layernorm_after.bias",
     "vision_model.encoder.layers.0.mlp.fc1.weight": "model.vision_tower.encoder.layer.0.mlp.fc1.weight",
     "mlp1.0.weight": "model.multi_modal_projector.layer_norm.weight",
@@ -96,7 +96,9 @@ def test_the_fused_layer_is_split_into_query_key_value() -> None:
 def test_names_and_shapes_are_those_of_transformers_model(changes: dict) -> None:
     model = make_model(**changes)
     theirs = read(to_hf_weights(lazy(model.state_dict())))
-    other = InternVLForConditionalGeneration._from_config(InternVLConfig(**to_hf_config(model.config, CONTEXT)))
+    other = InternVLForConditionalGeneration._from_config(
+        InternVLConfig(**to_hf_config(model.config, CONTEXT))
+    )
     shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
     assert {name: tensor.shape for name, tensor in theirs.items()} == shapes
     assert_same(read(from_hf_weights(lazy(theirs))), dict(model.state_dict()))
@@ -137,11 +139,28 @@ def test_configurations_and_back(changes: dict) -> None:
     back = from_hf_config(raw, source="config.json")
     vision = config.vision_config
     for name in (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
-        "num_channels", "qkv_bias", "qk_normalization", "norm_type", "layer_norm_eps", "hidden_act",
-    ):  # fmt: skip
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "qkv_bias",
+        "qk_normalization",
+        "norm_type",
+        "layer_norm_eps",
+        "hidden_act",
+    ):
         assert getattr(back.vision_config, name) == getattr(vision, name), name
-    for name in ("downsample_ratio", "ps_version", "select_layer", "image_size", "tokens_per_tile", "template"):
+    for name in (
+        "downsample_ratio",
+        "ps_version",
+        "select_layer",
+        "image_size",
+        "tokens_per_tile",
+        "template",
+    ):
         assert getattr(back, name) == getattr(config, name), name
     mine, theirs = config.build_llm_config().to_dict(), back.build_llm_config().to_dict()
     assert mine == theirs

@@ -280,13 +280,18 @@ def test_the_base_must_be_the_right_one_and_may_have_moved(folder: Path, tmp_pat
 
 def test_companions_come_from_base_and_adapter_and_the_adapter_s_win(folder: Path, tmp_path: Path) -> None:
     save_trained_adapter(folder, tmp_path / "adapter")
-    for place, names in {folder: ("vocab.json", "preprocessing.json", "modeling_internvl_chat.py"),
-                         tmp_path / "adapter": ("preprocessing.json", "tokenizer.json")}.items():  # fmt: skip
+    for place, names in {
+        folder: ("vocab.json", "preprocessing.json", "modeling_internvl_chat.py"),
+        tmp_path / "adapter": ("preprocessing.json", "tokenizer.json"),
+    }.items():
         for name in names:
             (place / name).write_text(f"{place.name}: {name}")
     merge(tmp_path / "adapter", tmp_path / "merged")
-    found = {name: text.decode() for name, text in contents(tmp_path / "merged").items()
-             if name not in ("model.safetensors", "config.json", merging.MERGE_FILE)}  # fmt: skip
+    found = {
+        name: text.decode()
+        for name, text in contents(tmp_path / "merged").items()
+        if name not in ("model.safetensors", "config.json", merging.MERGE_FILE)
+    }
     assert found == {
         "vocab.json": "model: vocab.json",
         "modeling_internvl_chat.py": "model: modeling_internvl_chat.py",

@@ -58,10 +58,12 @@ def test_rows_of_a_batch_share_the_tiles_in_order() -> None:
 
 @pytest.mark.parametrize(
     ("tiles", "message"),
-    [(1, "12 <IMG_CONTEXT> tokens in the text, but 4 features from 1 tiles"),
-     (4, "12 <IMG_CONTEXT> tokens in the text, but 16 features from 4 tiles"),
-     (0, "12 <IMG_CONTEXT> tokens in the text, but 0 features from 0 tiles")],
-)  # fmt: skip
+    [
+        (1, "12 <IMG_CONTEXT> tokens in the text, but 4 features from 1 tiles"),
+        (4, "12 <IMG_CONTEXT> tokens in the text, but 16 features from 4 tiles"),
+        (0, "12 <IMG_CONTEXT> tokens in the text, but 0 features from 0 tiles"),
+    ],
+)
 def test_a_mismatch_of_tiles_and_tokens_tells_both_counts(tiles: int, message: str) -> None:
     record = make_record((3,))
     pixels = torch.zeros(tiles, 3, 56, 56)

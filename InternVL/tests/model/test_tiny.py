@@ -23,7 +23,11 @@ def test_the_seed_decides_every_weight() -> None:
     same, other = build(seed=3).state_dict(), build(seed=4).state_dict()
     assert all(torch.equal(one[name], same[name]) for name in one)
     differing = {name for name in one if not torch.equal(one[name], other[name])}
-    assert {"language_model.lm_head.weight", "mlp1.1.weight", "vision_model.embeddings.class_embedding"} <= differing
+    assert {
+        "language_model.lm_head.weight",
+        "mlp1.1.weight",
+        "vision_model.embeddings.class_embedding",
+    } <= differing
 
 
 def test_the_global_random_state_is_left_alone() -> None:
@@ -38,10 +42,19 @@ def test_the_global_random_state_is_left_alone() -> None:
     "shape",
     [
         SHAPE,
-        TinyShape(image_size=84, vision_width=48, vision_layers=1, vision_heads=3, width=96, layers=3, heads=6, kv_heads=3),
+        TinyShape(
+            image_size=84,
+            vision_width=48,
+            vision_layers=1,
+            vision_heads=3,
+            width=96,
+            layers=3,
+            heads=6,
+            kv_heads=3,
+        ),
         TinyShape(),
     ],
-)  # fmt: skip
+)
 def test_the_shape_is_the_one_asked_for(shape: TinyShape) -> None:
     model = build(shape=shape)
     grid = shape.image_size // 14
