@@ -52,7 +52,7 @@ def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedToke
     from internvl_chat.data.meta import load_meta
     from internvl_chat.data.preprocessing import Preprocessing
     from internvl_chat.data.tokenizer import load_tokenizer
-    from internvl_chat.model.checkpoint import model_folder, read_config
+    from internvl_chat.model.folders import model_folder, read_config
 
     folder = model_folder(args.model)
     tokenizer, _ = load_tokenizer(folder)

@@ -126,6 +126,15 @@ class RecordSet:
                 ) from error
         return Sample(RecordKey(self.spec.name, index), record.id, encoded, tiles)
 
+    def images(self, index: int, record: Record) -> list[Image.Image]:
+        """Decode a record's images as RGB."""
+        with ExitStack() as stack:
+            opened = self._open(index, record, stack)
+            try:
+                return [image.convert("RGB") for image in opened]
+            except Exception as error:
+                raise self._error(index, f"an image cannot be decoded: {error}", record.id) from error
+
     def _open(self, index: int, record: Record, stack: ExitStack) -> list[Image.Image]:
         images = []
         for name in record.images:

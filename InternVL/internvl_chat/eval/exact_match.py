@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
 from scipy.stats import binomtest
 
 from internvl_chat.data.dataset import RecordSet
@@ -60,9 +59,9 @@ def _answer_batch(
 ) -> Iterator[Answer]:
     parsed = [(index, records.record(index)) for index in indices]
     prompts, references = [], []
-    for _, record in parsed:
+    for index, record in parsed:
         last = max(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
-        images = [Image.open(records.spec.root / name).convert("RGB") for name in record.images]
+        images = records.images(index, record)
         prompts.append(Prompt(record.turns[:last], images))
         references.append(record.turns[last].text)
     predictions = engine.answer(prompts, max_new_tokens=max_new_tokens)

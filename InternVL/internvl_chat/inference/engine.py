@@ -15,7 +15,8 @@ from internvl_chat.data.records import RecordProblem, Turn
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.errors import DataError
-from internvl_chat.model.checkpoint import load_model, model_folder, read_config
+from internvl_chat.model.checkpoint import load_model
+from internvl_chat.model.folders import model_folder, read_config
 from internvl_chat.model.modeling import InternVLChatModel
 
 

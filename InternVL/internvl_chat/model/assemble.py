@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from internvl_chat.errors import ModelError
-from internvl_chat.model.checkpoint import assign_weights, empty_model
+from internvl_chat.model.checkpoint import empty_model
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.model.weights import Weights, open_weights, read_weights
+from internvl_chat.model.weights import Weights, assign_weights, open_weights, read_weights
 
 
 def assemble_model(

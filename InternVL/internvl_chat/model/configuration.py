@@ -166,7 +166,7 @@ class InternVLChatConfig:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "raw"}
         out.update(own)
         out["vision_config"] = {
-            **self.raw.get("vision_config", {}),
+            **copy.deepcopy(self.raw.get("vision_config", {})),
             **dataclasses.asdict(self.vision_config),
         }
         out["llm_config"] = copy.deepcopy(self.llm_config)

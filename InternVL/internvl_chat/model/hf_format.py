@@ -159,7 +159,9 @@ def from_hf_config(raw: dict[str, Any], *, source: str) -> InternVLChatConfig:
     )
     llm = {
         **raw["text_config"],
-        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "tie_word_embeddings": raw.get(
+            "tie_word_embeddings", raw["text_config"].get("tie_word_embeddings", True)
+        ),
     }
     reference = {
         "model_type": "internvl_chat",

@@ -1,5 +1,6 @@
 """Merging adapters into their base, tensor by tensor, so that memory does not grow with the model."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -7,16 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_chat.errors import ModelError
-from internvl_chat.model.checkpoint import (
-    ADAPTER_WEIGHTS,
-    copy_companions,
-    find_base,
-    is_adapter,
-    model_folder,
-    model_weights,
-    read_config,
-    write_config,
-)
+from internvl_chat.model.adapter import ADAPTER_WEIGHTS, adopt_options, find_base
+from internvl_chat.model.checkpoint import model_weights, untie_distinct_head
+from internvl_chat.model.folders import copy_companions, is_adapter, model_folder, read_config, write_config
 from internvl_chat.model.lora import merged_weight, parameter_name, read_adapter_config
 from internvl_chat.model.weights import Weights, open_weights, weights_digest, write_weights
 
@@ -79,7 +73,7 @@ def merge(source: str | Path, target: Path, *, base: str | Path | None = None) -
     Raises:
         ModelError: the base does not match, or the target holds something else.
     """
-    source = model_folder(source)
+    source, target = model_folder(source), Path(target)
     if target.exists() and not target.is_dir():
         raise ModelError(f"{target}: is a file; choose a folder")
     stamp = {"source_sha256": _source_digest(source)}
@@ -96,6 +90,9 @@ def merge(source: str | Path, target: Path, *, base: str | Path | None = None) -
         base_folder, weights = source, model_weights(source)
     plain, layers = merged_weights(weights)
     config = read_config(base_folder)
+    untie_distinct_head(config, plain)
+    if is_adapter(source) and (source / "config.json").is_file():
+        adopt_options(config, read_config(source))
     config.use_llm_lora = config.use_backbone_lora = 0
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -121,8 +118,6 @@ def _has_adapters(folder: Path) -> bool:
 def _source_digest(folder: Path) -> str:
     """Hash what is merged: the adapters, or the model's weights."""
     if is_adapter(folder):
-        import hashlib
-
         return hashlib.sha256((folder / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
     return weights_digest(folder)
 

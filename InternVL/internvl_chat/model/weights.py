@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from internvl_chat.errors import ModelError
 
@@ -74,6 +75,35 @@ def open_weights(file: Path) -> Weights:
         raise ModelError(f"{file}: damaged or not a weight file: {error}") from error
 
 
+def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial: bool = False) -> None:
+    """Give a module its weights one by one, each in the dtype of the parameter that it replaces.
+
+    Args:
+        model: receives the weights.
+        weights: under the module's names.
+        source: named in errors.
+        partial: accept that some of the module's weights are not given.
+    """
+    own = dict(model.state_dict(keep_vars=True))
+    tied = {name for name, p in own.items() if any(p is q for other, q in own.items() if other in weights)}
+    missing = [] if partial else sorted(own.keys() - weights.keys() - tied)
+    unexpected = sorted(weights.keys() - own.keys())
+    misshapen = []
+    for name in weights.keys() & own.keys():
+        tensor, target = weights[name](), own[name]
+        if tensor.shape != target.shape:
+            misshapen.append(f"{name} {tuple(tensor.shape)} for {tuple(target.shape)}")
+            continue
+        target.data = tensor.to(target.dtype)  # the parameter itself stays, and with it a tied head
+    problems = [
+        f"{len(names)} {kind} weight(s), e.g. {', '.join(names[:3])}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise ModelError(f"{source}: does not fit its config.json: {'; '.join(problems)}")
+
+
 def weights_digest(folder: Path) -> str:
     """Return the SHA-256 over the names and contents of a folder's weight files."""
     total = hashlib.sha256()
@@ -91,6 +121,7 @@ def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = 5 * 
         folder: an existing folder.
         max_shard_bytes: a shard is closed before it would grow beyond this.
     """
+    earlier = [*folder.glob(_PATTERNS[0]), *folder.glob(_PATTERNS[1]), *folder.glob("*.index.json")]
     shards: list[list[str]] = []
     total = 0
     for names, shard in _shards(weights, max_shard_bytes):
@@ -98,6 +129,8 @@ def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = 5 * 
         shards.append(names)
         write_file(shard, folder / _part(len(shards)))
         shard.clear()
+    for file in earlier:  # or a reader would mix them with the new ones
+        file.unlink()
     if len(shards) == 1:
         (folder / _part(1)).rename(folder / "model.safetensors")
         return

@@ -14,9 +14,11 @@ from transformers import set_seed
 from internvl_chat.errors import M3LLMError
 from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
+from internvl_chat.train.checkpoint_writer import checkpoint_writer
+from internvl_chat.train.checks import check_configuration
+from internvl_chat.train.loading import load_data, load_for_training
 from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT
 from internvl_chat.train.plots import plot_loss
-from internvl_chat.train.setup import check_configuration, checkpoint_writer, load_data, load_for_training
 from internvl_chat.train.trainable import format_table, set_trainable
 from internvl_chat.train.trainer import M3LLMTrainer
 

@@ -15,7 +15,9 @@ from internvl_chat.data.records import Turn
 from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
 from internvl_chat.errors import DataError
 from internvl_chat.inference.engine import Engine, Prompt, ask
-from internvl_chat.model.checkpoint import BaseModel, copy_companions, load_model, save_adapter, save_model
+from internvl_chat.model.adapter import BaseModel, save_adapter
+from internvl_chat.model.checkpoint import load_model, save_model
+from internvl_chat.model.folders import copy_companions
 from internvl_chat.model.lora import add_lora
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import weights_digest

@@ -12,7 +12,7 @@ from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import load_meta
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.model.checkpoint import read_config
+from internvl_chat.model.folders import read_config
 
 COMMANDS = ["data inspect", "loss", "eval", "generate", "merge", "sample-data", "tiny-model"]
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.model.checkpoint import BaseModel, load_model, save_adapter, save_model
+from internvl_chat.model.adapter import BaseModel, save_adapter
+from internvl_chat.model.checkpoint import load_model, save_model
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.lora import add_lora
 from internvl_chat.model.modeling import InternVLChatModel

@@ -22,21 +22,16 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from internvl_chat.errors import ModelError
-from internvl_chat.model.checkpoint import (
+from internvl_chat.model.adapter import (
     ADAPTER_WEIGHTS,
     BASE_FILE,
     BaseModel,
-    copy_companions,
     find_base,
-    is_adapter,
-    load_model,
-    model_folder,
     read_base,
-    read_config,
-    resize_vocabulary,
     save_adapter,
-    save_model,
 )
+from internvl_chat.model.checkpoint import load_model, resize_vocabulary, save_model
+from internvl_chat.model.folders import copy_companions, is_adapter, model_folder, read_config
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.lora import add_lora, lora_dropout, lora_layers
 from internvl_chat.model.modeling import InternVLChatModel

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
 from internvl_chat.errors import ModelError
-from internvl_chat.model.checkpoint import BaseModel, load_model, save_adapter, save_model
+from internvl_chat.model.adapter import BaseModel, save_adapter
+from internvl_chat.model.checkpoint import load_model, save_model
 from internvl_chat.model.lora import (
     VISION_TARGETS,
     adapter_config,

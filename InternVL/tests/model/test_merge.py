@@ -19,7 +19,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from internvl_chat.errors import ModelError
 from internvl_chat.model import merge as merging
-from internvl_chat.model.checkpoint import BaseModel, save_adapter
+from internvl_chat.model.adapter import BaseModel, save_adapter
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.merge import MergeResult, merge

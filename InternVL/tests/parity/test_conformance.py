@@ -19,7 +19,8 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tiling import normalize_tiles, plan_grid
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.inference.engine import Engine, Prompt
-from internvl_chat.model.checkpoint import load_model, read_config
+from internvl_chat.model.checkpoint import load_model
+from internvl_chat.model.folders import read_config
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 FILES = ("boundingboxVQA", "compound_image", "extra", "multiple_subimage", "puretext", "single_subimage",

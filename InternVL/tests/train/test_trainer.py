@@ -10,8 +10,9 @@ from internvl_chat.data.collator import pack_samples
 from internvl_chat.data.dataset import Draw
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.setup import check_configuration, load_data, load_for_training
+from internvl_chat.train.loading import load_data, load_for_training
 from internvl_chat.train.trainable import set_trainable
 from internvl_chat.train.trainer import M3LLMTrainer
 

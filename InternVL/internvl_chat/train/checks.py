@@ -1,0 +1,167 @@
+"""What must hold before a run begins; every problem of flags, model, data and output folder at once."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_chat.data.meta import DatasetSpec, load_meta
+from internvl_chat.data.tokenizer import load_tokenizer
+from internvl_chat.errors import M3LLMError, ModelError, UsageError, format_problems
+from internvl_chat.model.adapter import find_base
+from internvl_chat.model.attention import resolve_attention
+from internvl_chat.model.configuration import InternVLChatConfig
+from internvl_chat.model.folders import is_adapter, model_folder, read_config
+from internvl_chat.model.lora import ranks_of, read_adapter_config
+from internvl_chat.model.weights import weight_files
+from internvl_chat.train.arguments import Arguments
+from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose configuration has been checked.
+
+    Attributes:
+        args: the command line.
+        output: what to do with the output folder.
+        source: folder of the weights to start from (a checkpoint's when resuming).
+        specs: the data sets.
+        attn: the attention to use.
+    """
+
+    args: Arguments
+    output: OutputFolder
+    source: Path
+    specs: list[DatasetSpec]
+    attn: str
+
+
+def check_configuration(args: Arguments) -> Plan:
+    """Check everything that can be checked without reading weights.
+
+    Raises:
+        UsageError: lists every problem of flags, model, data and output folder.
+    """
+    problems: list[str] = []
+    data_fault_only = True
+    results = {}
+    checks = {
+        "output": lambda: _check_output(args),
+        "attn": lambda: resolve_attention(args.model.attn, args.run.device),
+        "specs": lambda: load_meta(args.data.meta_path, args.data.data_root or REPOSITORY),
+        "source": lambda: _check_model(args),
+        "flags": lambda: _check_flags(args),
+    }
+    for name, check in checks.items():
+        try:
+            results[name] = check()
+        except M3LLMError as error:
+            problems += error.problems if isinstance(error, UsageError) else [str(error)]
+            data_fault_only &= not isinstance(error, UsageError)
+    if problems and data_fault_only:
+        raise ModelError(format_problems(problems))
+    if problems:
+        raise UsageError(problems)
+    output: OutputFolder = results["output"]
+    return Plan(args, output, output.resume or results["source"], results["specs"], results["attn"])
+
+
+def _check_output(args: Arguments) -> OutputFolder:
+    if args.run.process_index:  # the main process decides, and the others follow the checkpoints they see
+        resume = args.run.resume_from_checkpoint
+        overwrite = args.run.overwrite_output_dir
+        try:
+            return inspect_output_folder(Path(args.run.output_dir), overwrite=overwrite, resume=resume)
+        except UsageError:
+            return OutputFolder(Path(args.run.output_dir), None, overwrite=False)
+    return inspect_output_folder(
+        Path(args.run.output_dir),
+        overwrite=args.run.overwrite_output_dir,
+        resume=args.run.resume_from_checkpoint,
+    )
+
+
+def _check_flags(args: Arguments) -> None:
+    """Check values that only make sense together."""
+    model, data, run = args.model, args.data, args.run
+    problems = []
+    if run.fp16:
+        problems.append("--fp16: the model trains in bfloat16 (--bf16 True) or float32")
+    if not 0 <= run.warmup_ratio < 1:
+        problems.append(f"--warmup_ratio {run.warmup_ratio} must be from 0 to below 1")
+    if data.max_dynamic_patch < data.min_dynamic_patch or data.min_dynamic_patch < 1:
+        problems.append(
+            f"--min_dynamic_patch {data.min_dynamic_patch} must be from 1 to --max_dynamic_patch "
+            f"{data.max_dynamic_patch}"
+        )
+    if min(model.use_llm_lora, model.use_backbone_lora) < 0:
+        problems.append("--use_llm_lora and --use_backbone_lora are ranks, from 0")
+    if not 0 <= model.lora_dropout < 1:
+        problems.append(f"--lora_dropout {model.lora_dropout} must be from 0 to below 1")
+    trains_something = (
+        not (model.freeze_llm and model.freeze_mlp and model.freeze_backbone)
+        or model.use_llm_lora
+        or model.use_backbone_lora
+        or model.unfreeze_lm_head
+        or model.unfreeze_vit_layers
+    )
+    if not trains_something:
+        problems.append("everything is frozen: nothing would be trained")
+    if problems:
+        raise UsageError(problems)
+
+
+def _check_model(args: Arguments) -> Path:
+    """Check the folder to start from, and return it."""
+    model, data = args.model, args.data
+    if model.model_name_or_path is None:
+        for path in (model.vision_path, model.llm_path):
+            weight_files(model_folder(path))
+        return model_folder(model.llm_path)
+    folder = model_folder(model.model_name_or_path)
+    problems = []
+    if is_adapter(folder):
+        ranks = ranks_of(read_adapter_config(folder))
+        base, _ = find_base(folder)
+        config = read_config(base)
+    else:
+        weight_files(folder)
+        config = read_config(folder)
+        ranks = (config.use_llm_lora, config.use_backbone_lora)
+    for tower, flag, rank, asked in (
+        ("language model", "use_llm_lora", ranks[0], model.use_llm_lora),
+        ("vision tower", "use_backbone_lora", ranks[1], model.use_backbone_lora),
+    ):
+        if rank and rank != asked:
+            problems.append(
+                f"{folder} holds adapters of rank {rank} in the {tower}, but --{flag} is {asked}; "
+                f"give --{flag} {rank} to go on training them, or merge them first (m3llm merge)"
+            )
+    if data.down_sample_ratio != config.downsample_ratio:
+        problems.append(
+            f"--down_sample_ratio {data.down_sample_ratio} is not the model's {config.downsample_ratio}"
+        )
+    changed = dataclasses.replace(config)
+    configure(changed, args)
+    problems += [f"with these flags: {problem}" for problem in changed.problems()]
+    config.build_llm_config()
+    load_tokenizer(folder)
+    if problems:
+        raise UsageError(problems)
+    return folder
+
+
+def configure(config: InternVLChatConfig, args: Arguments) -> None:
+    """Set the options of the command line in the model's configuration, as the reference does."""
+    model, data = args.model, args.data
+    config.template = data.conv_style
+    config.select_layer = model.vision_select_layer
+    config.ps_version = model.ps_version
+    config.dynamic_image_size = data.dynamic_image_size
+    config.use_thumbnail = data.use_thumbnail
+    config.min_dynamic_patch = data.min_dynamic_patch
+    config.max_dynamic_patch = data.max_dynamic_patch
+    config.pad2square = data.pad2square
+    config.force_image_size = data.force_image_size

@@ -1,0 +1,120 @@
+"""The objects that a run is made of: model, tokenizer, preprocessing, data and their order."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from internvl_chat.data.dataset import TrainingData, build_sets
+from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.order import StepSampler
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.template import SYSTEM_TEXTS
+from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.logs import get_logger
+from internvl_chat.model.assemble import assemble_model
+from internvl_chat.model.checkpoint import load_model, resize_vocabulary
+from internvl_chat.model.folders import model_folder
+from internvl_chat.model.lora import add_lora, lora_layers
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.train.arguments import Arguments
+from internvl_chat.train.checks import Plan, configure
+
+logger = get_logger(__name__)
+
+
+def training_dtype(args: Arguments) -> torch.dtype:
+    """Return the dtype of the weights: bfloat16 with `--bf16`, as the reference, else float32."""
+    return torch.bfloat16 if args.run.bf16 else torch.float32
+
+
+def load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
+    """Load the model and tokenizer, apply the command line's options, and add adapters where asked.
+
+    What is trained is decided afterwards, by `set_trainable`.
+    """
+    args = plan.args
+    deepspeed = args.run.hf_deepspeed_config if args.run.deepspeed else None
+    if deepspeed is None:
+        return _load_for_training(plan)
+    # Under ZeRO-3 transformers would split a model's parameters while it is built; ours are read whole and
+    # split when training begins. Every process must then run every module.
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    model, tokenizer, preprocessing = _load_for_training(plan)
+    set_hf_deepspeed_config(deepspeed)
+    model.always_run_vision = deepspeed.is_zero3()
+    return model, tokenizer, preprocessing
+
+
+def _load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
+    args, dtype = plan.args, training_dtype(plan.args)
+    tokenizer, added = load_tokenizer(plan.source)
+    context = image_context_id(tokenizer)
+    if args.model.model_name_or_path is None and plan.output.resume is None:
+        model = assemble_model(
+            vision_folder=model_folder(args.model.vision_path),
+            llm_folder=model_folder(args.model.llm_path),
+            mlp_file=Path(args.model.mlp_path) if args.model.mlp_path else None,
+            downsample_ratio=args.data.down_sample_ratio,
+            image_context_id=context,
+            dtype=dtype,
+            attn=plan.attn,
+            drop_path_rate=args.model.drop_path_rate,
+        )
+    else:
+        model = load_model(
+            plan.source,
+            image_context_id=context,
+            dtype=dtype,
+            attn=plan.attn,
+            lora_dropout=args.model.lora_dropout,
+            drop_path_rate=args.model.drop_path_rate,
+        )
+    if added:
+        logger.info("%d special tokens added to the tokenizer", added)
+        resize_vocabulary(model, len(tokenizer), added)
+    if model.config.image_size != args.data.force_image_size:
+        model.vision_model.resize_positions(args.data.force_image_size)
+    configure(model.config, args)
+    if not lora_layers(model):
+        add_lora(
+            model,
+            llm_rank=args.model.use_llm_lora,
+            vision_rank=args.model.use_backbone_lora,
+            dropout=args.model.lora_dropout,
+        )
+    if args.model.grad_checkpoint:
+        model.enable_gradient_checkpointing()
+    preprocessing = dataclasses.replace(
+        Preprocessing.from_model_config(model.config),
+        system_text=SYSTEM_TEXTS[args.data.conv_style],
+        normalize_type=args.data.normalize_type,
+        max_seq_length=args.data.max_seq_length,
+    )
+    return model, tokenizer, preprocessing
+
+
+def load_data(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
+) -> tuple[TrainingData, StepSampler]:
+    """Open the data sets and decide the order of their records."""
+    run, resample = plan.args.run, plan.args.data.use_data_resampling
+    sets = build_sets(plan.specs, RecordEncoder(tokenizer, preprocessing))
+    data = TrainingData(sets, seed=run.seed)
+    for records in sets:
+        logger.info("data set %s: %d records, %d an epoch", records.spec.name, len(records), records.num_used)
+    by_length = run.train_sampling_strategy == "group_by_length" and run.world_size > 1
+    sampler = StepSampler(
+        data.sizes,
+        step_records=run.step_records,
+        rank=run.process_index,
+        processes=run.world_size,
+        seed=run.seed,
+        strategy=run.train_sampling_strategy,
+        resample=resample,
+        lengths=data.estimated_lengths() if by_length else None,
+    )
+    return data, sampler
