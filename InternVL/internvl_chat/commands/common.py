@@ -63,4 +63,4 @@ def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedToke
 
 def count(sets: Sequence[RecordSet], limit: int | None) -> int:
     """Return how many records the first `limit` of each set are."""
-    return sum(min(len(records), limit or len(records)) for records in sets)
+    return sum(len(records.first(limit)) for records in sets)

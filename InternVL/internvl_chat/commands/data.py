@@ -30,7 +30,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Show each record's tiles, tokens and decoded supervised spans."""
     sets, tokenizer, _ = open_sets(args)
     for records in sets:
-        indices = range(min(len(records), args.limit or len(records)))
+        indices = records.first(args.limit)
         for index in progress(indices) if args.json else indices:
             row = _inspect_record(records, index, tokenizer, with_ids=args.ids)
             if args.json:

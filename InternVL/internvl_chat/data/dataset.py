@@ -76,6 +76,10 @@ class RecordSet:
         repeat = self.spec.repeat_time
         return int(len(self) * repeat) if repeat < 1 else len(self) * int(repeat)
 
+    def first(self, limit: int | None) -> range:
+        """Return the indices of the first records, of all without a limit."""
+        return range(len(self) if limit is None else min(limit, len(self)))
+
     def record(self, index: int) -> Record:
         """Parse a record.
 

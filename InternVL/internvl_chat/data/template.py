@@ -64,7 +64,7 @@ def render_turn(turn: Turn) -> str:
 
 def with_system(turns: Sequence[Turn], system_text: str) -> list[Turn]:
     """Return the turns with a system turn at the front; the record's own wins."""
-    return list(turns) if turns[0].role == "system" else [Turn("system", system_text), *turns]
+    return list(turns) if turns and turns[0].role == "system" else [Turn("system", system_text), *turns]
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, system_text: str) -> EncodedTurns:

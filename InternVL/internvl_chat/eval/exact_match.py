@@ -49,7 +49,7 @@ def answer_records(
         DataError: a record cannot be used.
     """
     for records in sets:
-        indices = range(min(len(records), limit or len(records)))
+        indices = records.first(limit)
         for start in range(0, len(indices), batch_size):
             yield from _answer_batch(engine, records, indices[start : start + batch_size], max_new_tokens)
 

@@ -54,5 +54,5 @@ def losses(
     """Yield the loss of the first `limit` records of each set (all without a limit), in order."""
     model.eval()
     for records in sets:
-        for index in range(min(len(records), limit or len(records))):
+        for index in records.first(limit):
             yield record_loss(model, records.load(index), normalization)

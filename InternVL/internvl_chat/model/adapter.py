@@ -84,9 +84,12 @@ def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.0
     expected = {name for name in model.state_dict() if ".lora_" in name}
     if expected - weights.keys():
         raise ModelError(f"{folder}: {len(expected - weights.keys())} adapter weights are missing")
-    assign_weights(model, weights, source=folder, partial=True)
     if (folder / "config.json").is_file():
         adopt_options(model.config, read_config(folder))
+        size = int(model.config.llm_config["vocab_size"])
+        if size != model.language_model.config.vocab_size:
+            model.language_model.resize_token_embeddings(size, mean_resizing=False)
+    assign_weights(model, weights, source=folder, partial=True)
     model.replaced_modules = _modules_of(name for name in weights if ".lora_" not in name)
 
 
@@ -105,9 +108,10 @@ _OPTIONS = (
 
 
 def adopt_options(config: InternVLChatConfig, of_adapter: InternVLChatConfig) -> None:
-    """Set the options that an adapter was trained with in the configuration of its base."""
+    """Set what an adapter was trained with in its base's configuration: options, size of the vocabulary."""
     for name in _OPTIONS:
         setattr(config, name, getattr(of_adapter, name))
+    config.llm_config["vocab_size"] = of_adapter.llm_config["vocab_size"]
 
 
 def _modules_of(names: Iterator[str]) -> set[str]:

@@ -130,8 +130,10 @@ def save_model(
 def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None:
     """Grow the language model's vocabulary; new rows of the head are the mean of the old (reference)."""
     llm = model.language_model
-    llm.resize_token_embeddings(size)
+    llm.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         head = llm.get_output_embeddings().weight
         head[-num_new:] = head[:-num_new].mean(dim=0, keepdim=True)
     model.config.llm_config["vocab_size"] = size
+    resized = (llm.get_input_embeddings(), llm.get_output_embeddings())
+    model.replaced_modules |= {name for name, module in model.named_modules() if module in resized}

@@ -111,9 +111,9 @@ class InternVLChatConfig:
         Raises:
             ModelError: it is not an InternVL-Chat configuration or a value is out of range; lists all.
         """
-        if raw.get("model_type") != MODEL_TYPE:
+        if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:
             raise ModelError(
-                f"{source}: model_type is {raw.get('model_type')!r}, expected {MODEL_TYPE!r} "
+                f"{source}: model_type is {_model_type(raw)!r}, expected {MODEL_TYPE!r} "
                 "(an InternVL checkpoint in the original format)"
             )
         missing = [key for key in ("vision_config", "llm_config") if not isinstance(raw.get(key), dict)]
@@ -122,7 +122,10 @@ class InternVLChatConfig:
         vision = InternVisionConfig(**_known(InternVisionConfig, raw["vision_config"]))
         own = _known(cls, raw, leave_out=("vision_config", "llm_config", "raw"))
         config = cls(vision_config=vision, llm_config=dict(raw["llm_config"]), raw=copy.deepcopy(raw), **own)
-        problems = config.problems()
+        try:
+            problems = config.problems()
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            problems = [f"a value is of the wrong type: {error}"]
         if problems:
             raise ModelError(f"{source}: " + "; ".join(problems))
         return config
@@ -189,6 +192,10 @@ class InternVLChatConfig:
             )
         kept = {k: v for k, v in self.llm_config.items() if k not in _NOT_FOR_THE_LLM}
         return AutoConfig.for_model(model_type, **kept)
+
+
+def _model_type(raw: Any) -> Any:
+    return raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
 
 
 def _known(cls: type, raw: dict[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class FlopCounter:
 def count_flops(model: InternVLChatModel) -> FlopCounter:
     """Count the FLOPs of a model whose trainable parameters have been chosen."""
     vision, config = model.config.vision_config, model.language_model.config
+    last = model.config.select_layer
+    blocks = last if last >= 0 else vision.num_hidden_layers + 1 + last
     head = config.vocab_size * config.hidden_size
     embeddings = model.language_model.get_input_embeddings().weight.numel()
     llm = sum(
@@ -78,8 +80,8 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tokens = vision.grid**2 + 1
     block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    tower = 2 * tokens * block * vision.num_hidden_layers
-    tower += 4 * tokens**2 * vision.hidden_size * vision.num_hidden_layers
+    tower = 2 * tokens * block * blocks
+    tower += 4 * tokens**2 * vision.hidden_size * blocks
     tower += 2 * (tokens - 1) * vision.hidden_size * vision.num_channels * vision.patch_size**2
     mlp = sum(p.numel() for p in model.mlp1.parameters() if p.ndim == 2)
     trains_llm = any(

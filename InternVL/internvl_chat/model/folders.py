@@ -68,8 +68,13 @@ def read_config(folder: Path) -> InternVLChatConfig:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelError(f"{file}: not valid JSON: {error}") from None
-        if raw.get("model_type") == HF_MODEL_TYPE:
-            return from_hf_config(raw, source=str(file))
+        if isinstance(raw, dict) and raw.get("model_type") == HF_MODEL_TYPE:
+            try:
+                return from_hf_config(raw, source=str(file))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ModelError(
+                    f"{file}: not transformers' InternVL: {error!r}"
+                ) from None
     return InternVLChatConfig.from_folder(folder)
 
 

@@ -157,15 +157,17 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     Raises:
         ModelError: it is no LoRA configuration of this project's kind.
     """
-    config = LoraConfig.from_pretrained(str(folder))
+    file = folder / "adapter_config.json"
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(f"{file}: not a LoRA configuration: {error}") from None
     targets = config.target_modules
-    scaled = {
-        config.lora_alpha / config.r,
-        *(config.alpha_pattern.get(k, 2 * r) / r for k, r in config.rank_pattern.items()),
-    }
-    if not isinstance(targets, set | list) or scaled != {2.0}:
+    scalings = {config.lora_alpha / config.r}
+    scalings |= {config.alpha_pattern.get(key, 2 * rank) / rank for key, rank in config.rank_pattern.items()}
+    if not isinstance(targets, set | list) or scalings != {2.0} or config.use_rslora or config.use_dora:
         raise ModelError(
-            f"{folder}/adapter_config.json: expected a list of target modules and alpha = 2 * rank, "
-            f"found {targets!r} with rank {config.r} and alpha {config.lora_alpha}"
+            f"{file}: expected plain LoRA, a list of target modules, alpha = 2 * rank; found {targets!r}, "
+            f"rank {config.r}, alpha {config.lora_alpha}, rsLoRA {config.use_rslora}, DoRA {config.use_dora}"
         )
     return config

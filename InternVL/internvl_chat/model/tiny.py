@@ -71,7 +71,7 @@ def build_tiny_model(
     Positions are drawn small, so that a vision tower that is never trained lets the image through.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = InternVLChatModel(tiny_config(shape, vocab_size), image_context_id)
         model.vision_model.embeddings.position_embedding.mul_(0.02)
     return model

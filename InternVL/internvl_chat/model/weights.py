@@ -6,6 +6,7 @@ A `Weights` maps each parameter's name to a function that reads it. No pickle is
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,8 @@ def open_weights(file: Path) -> Weights:
     """
     try:
         if file.suffix == ".bin":
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            zipped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not, and cannot be mapped
+            tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
             return {name: partial(tensors.get, name) for name in tensors}
         handle = safe_open(file, framework="pt")
         return {name: partial(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118

@@ -100,6 +100,11 @@ def _check_flags(args: Arguments) -> None:
         problems.append("--use_llm_lora and --use_backbone_lora are ranks, from 0")
     if not 0 <= model.lora_dropout < 1:
         problems.append(f"--lora_dropout {model.lora_dropout} must be from 0 to below 1")
+    if model.model_name_or_path is None and (model.use_llm_lora or model.use_backbone_lora):
+        problems.append(
+            "adapters need one base on disk: train the model that is assembled from --vision_path and "
+            "--llm_path first, and give it as --model_name_or_path"
+        )
     trains_something = (
         not (model.freeze_llm and model.freeze_mlp and model.freeze_backbone)
         or model.use_llm_lora
