@@ -72,9 +72,7 @@ def read_config(folder: Path) -> InternVLChatConfig:
             try:
                 return from_hf_config(raw, source=str(file))
             except (KeyError, TypeError, AttributeError) as error:
-                raise ModelError(
-                    f"{file}: not transformers' InternVL: {error!r}"
-                ) from None
+                raise ModelError(f"{file}: not transformers' InternVL: {error!r}") from None
     return InternVLChatConfig.from_folder(folder)
 
 
