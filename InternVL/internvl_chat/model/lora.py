@@ -160,7 +160,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     file = folder / "adapter_config.json"
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise ModelError(f"{file}: not a LoRA configuration: {error}") from None
     targets = config.target_modules
     scalings = {config.lora_alpha / config.r}

@@ -3,6 +3,7 @@
 A `Weights` maps each parameter's name to a function that reads it. No pickle is ever executed.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -110,9 +111,16 @@ def weights_digest(folder: Path) -> str:
     """Return the SHA-256 over the names and contents of a folder's weight files."""
     total = hashlib.sha256()
     for file in weight_files(folder):
-        with file.open("rb") as stream:
-            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        state = file.stat()
+        total.update(f"{file.name}:{_file_digest(file, state.st_size, state.st_mtime_ns)}\n".encode())
     return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(file: Path, size: int, modified: int) -> str:
+    """Hash a file, once in the life of a process unless it changes: a large base takes many seconds."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -34,6 +34,7 @@ from internvl_chat.model.checkpoint import load_model, resize_vocabulary, save_m
 from internvl_chat.model.folders import copy_companions, is_adapter, model_folder, read_config
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.lora import add_lora, lora_dropout, lora_layers
+from internvl_chat.model.merge import merge
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import read_weights, weights_digest
 from internvl_chat.train.trainable import set_trainable
@@ -473,3 +474,60 @@ def test_companions_of_a_folder_stay_in_place(tmp_path: Path) -> None:
     assert (tmp_path / "vocab.json").read_text() == "{}"
     shutil.rmtree(tmp_path)
     link.unlink()
+
+
+def test_adapters_keep_a_vocabulary_that_has_grown(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder, image_context_id=CONTEXT)
+    resize_vocabulary(model, VOCABULARY + 3, 3)
+    add_lora(model, llm_rank=2)
+    set_trainable(model, freeze_mlp=True, freeze_backbone=True)
+    save_adapter(model, tmp_path / "adapter", BaseModel(str(folder), weights_digest(folder)))
+    expected = logits(model)
+    again = load_model(tmp_path / "adapter", image_context_id=CONTEXT)
+    assert again.language_model.get_input_embeddings().weight.shape[0] == VOCABULARY + 3
+    assert torch.equal(logits(again), expected)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert read_config(tmp_path / "merged").llm_config["vocab_size"] == VOCABULARY + 3
+    merged = load_model(tmp_path / "merged", image_context_id=CONTEXT)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"use_rslora": True}, {"use_dora": True}, {"lora_alpha": 3}, {"target_modules": "all-linear"}],
+)
+def test_adapters_of_another_kind_are_refused(folder: Path, tmp_path: Path, change: dict) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    edit(tmp_path / "adapter/adapter_config.json", lambda config: config.update(change))
+    with pytest.raises(ModelError, match="expected plain LoRA"):
+        load_model(tmp_path / "adapter", image_context_id=CONTEXT)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"peft_type": "nothing"}'])
+def test_an_adapter_configuration_that_is_none(folder: Path, tmp_path: Path, text: str) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_config.json").write_text(text)
+    with pytest.raises(ModelError, match="not a LoRA configuration"):
+        load_model(tmp_path / "adapter", image_context_id=CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"model_type": "internvl"}',
+        '{"model_type": "internvl_chat", "llm_config": 1}',
+    ],
+)
+def test_a_configuration_of_another_shape_is_a_model_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_files_of_old_pytorch_are_read(folder: Path, tmp_path: Path) -> None:
+    weights = {name: read() for name, read in read_weights(folder).items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = read_weights(tmp_path)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name](), tensor) for name, tensor in weights.items())
