@@ -42,7 +42,7 @@ def model_folder(path_or_id: str | Path) -> Path:
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
-    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
+    if folder.exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
         raise ModelError(f"{path_or_id}: no such model folder")
     from huggingface_hub import snapshot_download
 

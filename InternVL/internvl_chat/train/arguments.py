@@ -85,6 +85,7 @@ class RunArguments(TrainingArguments):
     evaluation_strategy: str | None = _arg(None, "Former name of eval_strategy.")
     overwrite_output_dir: bool = _arg(False, "Delete what an earlier run left in output_dir.")
     warmup_ratio: float = _arg(0.0, "Share of the steps over which the learning rate rises.")
+    do_train: bool = _arg(True, "Train; there is nothing else that this script does.")
     group_by_length: bool = _arg(False, "Deal a step's records to the processes by their lengths.")
     loss_reduction: str = _arg("sample", "What weighs the same in a step.", LOSS_REDUCTIONS)
     train_sampling_strategy: str = _arg("random", "Order of the records.", STRATEGIES)
@@ -181,7 +182,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         raise UsageError(problems)
     try:
         parsed = parser.parse_args_into_dataclasses(args=tokens, look_for_args_file=False)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UsageError(str(error)) from None
     return Arguments(*parsed)
 

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.errors import M3LLMError, ModelError, UsageError, format_problems
@@ -89,6 +91,17 @@ def _check_flags(args: Arguments) -> None:
     problems = []
     if run.fp16:
         problems.append("--fp16: the model trains in bfloat16 (--bf16 True) or float32")
+    if not run.do_train:
+        problems.append("--do_train False: this script does nothing but train")
+    if run.eval_strategy != "no":
+        problems.append(f"--eval_strategy {run.eval_strategy}: there is no validation while training; use no")
+    if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
+        problems.append("nothing would be trained: --max_steps (or --num_train_epochs) must be more than 0")
+    if run.share_of_step < 1:
+        problems.append("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1")
+    unknown = set(run.report_to) - INTEGRATION_TO_CALLBACK.keys()
+    if unknown:
+        problems.append(f"--report_to {' '.join(sorted(unknown))}: unknown; use none, wandb or tensorboard")
     if not 0 <= run.warmup_ratio < 1:
         problems.append(f"--warmup_ratio {run.warmup_ratio} must be from 0 to below 1")
     if data.max_dynamic_patch < data.min_dynamic_patch or data.min_dynamic_patch < 1:

@@ -4,6 +4,7 @@ Read from top to bottom: parse, check, load, freeze, data, train, save.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import yaml
 from transformers import set_seed
 
-from internvl_chat.errors import M3LLMError
+from internvl_chat.errors import DataError, M3LLMError
 from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
@@ -66,6 +67,7 @@ def train(args: Arguments) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     configure_logging()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader processes are what is parallel
     tokens = list(sys.argv[1:] if argv is None else argv)
     if "--help" in tokens or "-h" in tokens:
         build_parser().print_help()
@@ -75,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run.output_dir = str(Path(args.run.output_dir).expanduser().absolute())
         train(args)
     except M3LLMError as error:
-        logger.error("%s", error)
+        # All processes find the same faults of flags and model; a faulty record is met by one of them.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):
+            logger.error("%s", error)
         return error.exit_code
     return 0
 

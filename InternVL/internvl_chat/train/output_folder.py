@@ -46,10 +46,13 @@ class OutputFolder:
         """Make the folder, take its lock, and clear what must not stay; returns the lock to keep.
 
         Raises:
-            UsageError: another process writes to the folder.
+            UsageError: another process writes to the folder, or it cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(self.path)
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be written to: {error.strerror}") from None
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
         if self.overwrite:
             names = _files_of_a_run(self.path)
@@ -99,6 +102,8 @@ def inspect_output_folder(path: Path, *, overwrite: bool, resume: str | None) ->
     Raises:
         UsageError: the folder is in use, or there is nothing to resume from.
     """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: is a file; choose another --output_dir")
     checkpoints = list_checkpoints(path)
     if resume and resume.lower() not in ("auto", "true"):
         chosen = Path(resume)

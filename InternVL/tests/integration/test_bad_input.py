@@ -194,3 +194,52 @@ def test_output_folder_in_use(start, tmp_path, capfd):
     lock.close()
     code, _ = start(overwrite_output_dir=True)
     assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_train": False}, "does nothing but train"),
+        ({"eval_strategy": "steps"}, "no validation while training"),
+        ({"max_steps": 0}, "nothing would be trained"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "nothing would be trained"),
+        ({"gradient_accumulation_steps": 0}, "must be at least 1"),
+        ({"report_to": "carrier-pigeon"}, "--report_to carrier-pigeon: unknown"),
+        ({"fp16": True}, "trains in bfloat16"),
+        ({"use_llm_lora": -1}, "are ranks, from 0"),
+        ({"freeze_llm": True, "freeze_mlp": True}, "everything is frozen"),
+        ({"deepspeed": "nowhere.json"}, "nowhere.json"),
+        ({"down_sample_ratio": 0.25}, "is not the model's 0.5"),
+        ({"force_image_size": 50}, "is not a whole number of tokens"),
+        ({"lr_scheduler_type": "zigzag"}, "--lr_scheduler_type"),
+    ],
+)
+def test_flags_that_make_no_sense(start, capfd, change, message):
+    code, out = start(**change)
+    assert code == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_parts_and_adapters(tiny_model, sample_data, tmp_path, capfd):
+    argv = flags(
+        vision_path=tiny_model, llm_path=tiny_model, use_llm_lora=2, meta_path=sample_data / "train.json",
+        output_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert train(argv) == 2
+    assert "adapters need one base on disk" in capfd.readouterr().err
+
+
+def test_output_folder_that_cannot_be(start, tmp_path, capfd):
+    (tmp_path / "out").write_text("a file")
+    assert start()[0] == 2
+    assert "is a file" in capfd.readouterr().err
+    assert start(output_dir=tmp_path / "out/deeper")[0] == 2
+    assert "cannot be written to" in capfd.readouterr().err
+
+
+def test_model_path_that_is_a_file(start, tiny_model, capfd):
+    assert start(model_name_or_path=tiny_model / "config.json")[0] == 1
+    assert "no such model folder" in capfd.readouterr().err
