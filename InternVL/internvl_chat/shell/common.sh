@@ -83,7 +83,7 @@ launch_training() {
   export PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   local start=("$PYTHON")
   if ((processes * nodes > 1)); then
-    start+=(-m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes")
+    start+=(-m internvl_chat.train.launch --nproc_per_node "$processes" --nnodes "$nodes")
     if ((nodes > 1)); then
       start+=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
         --master_port "${MASTER_PORT:-34229}")
