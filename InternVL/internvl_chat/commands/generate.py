@@ -24,12 +24,13 @@ def run(args: argparse.Namespace) -> int:
     """Answer a question."""
     from PIL import Image
 
+    from internvl_chat.data.tiling import to_rgb
     from internvl_chat.inference.engine import Engine, ask
 
     images = []
     for path in args.image:
         try:
-            images.append(Image.open(path).convert("RGB"))
+            images.append(to_rgb(Image.open(path)))
         except Exception as error:
             raise DataError(f"the image cannot be read: {error}", file=path) from None
     engine = Engine.from_checkpoint(

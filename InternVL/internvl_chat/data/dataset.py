@@ -15,6 +15,7 @@ from internvl_chat.data.encoding import Encoded, RecordEncoder
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.records import Record, RecordProblem, parse_record
+from internvl_chat.data.tiling import to_rgb
 from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger
 
@@ -135,7 +136,7 @@ class RecordSet:
         with ExitStack() as stack:
             opened = self._open(index, record, stack)
             try:
-                return [image.convert("RGB") for image in opened]
+                return [to_rgb(image) for image in opened]
             except Exception as error:
                 raise self._error(index, f"an image cannot be decoded: {error}", record.id) from error
 
@@ -180,11 +181,10 @@ class TrainingData(Dataset):
     Args:
         sets: the data sets.
         seed: of the augmentation.
-        resample: draw from the sets in proportion to the square roots of their sizes.
     """
 
-    def __init__(self, sets: Sequence[RecordSet], *, seed: int = 0, resample: bool = False) -> None:
-        self.sets, self.seed, self.resample = list(sets), seed, resample
+    def __init__(self, sets: Sequence[RecordSet], *, seed: int = 0) -> None:
+        self.sets, self.seed = list(sets), seed
         self._bounds = np.cumsum([0, *(s.num_used for s in self.sets)])
         if not len(self):
             raise DataError("no records are left to train on: every 'repeat_time' is too small")

@@ -17,18 +17,23 @@ ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 VARLEN = "varlen"
 
 
-def resolve_attention(name: str, device: torch.device) -> str:
+def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """Return the attention to use on `device`, one of `ATTENTION_NAMES` but not `auto`.
 
     `auto` takes flash-attn where it is installed and the GPU can run it, and otherwise the portable
     `varlen`: the flash kernel inside torch on a GPU, SDPA for each record elsewhere.
+
+    Args:
+        name: one of `ATTENTION_NAMES`.
+        device: where the model is to run.
+        dtype: what it computes in.
 
     Raises:
         UsageError: the name is unknown, or the hardware or the installation cannot run it.
     """
     if name not in ATTENTION_NAMES:
         raise UsageError(f"--attn {name!r} is unknown; choose one of {', '.join(ATTENTION_NAMES)}")
-    obstacle = _flash_attention_obstacle(device)
+    obstacle = _flash_attention_obstacle(device, dtype)
     if name == "auto":
         return VARLEN if obstacle else "flash_attention_2"
     if name == "flash_attention_2" and obstacle:
@@ -36,10 +41,12 @@ def resolve_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def _flash_attention_obstacle(device: torch.device) -> str | None:
+def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why the flash-attn package cannot run on `device`, or return None."""
     if device.type != "cuda":
         return f"needs an NVIDIA GPU, and this run is on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "computes in half precision only, and this run is in float32"
     if find_spec("flash_attn") is None:
         return "needs the package flash-attn (pip install 'm3llm[flash]')"
     major, minor = torch.cuda.get_device_capability(device)
@@ -59,6 +66,9 @@ def varlen_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment of a packed row, in transformers' calling convention.
@@ -75,6 +85,9 @@ def varlen_attention(
             row of the batch is one segment.
         max_length_q: tokens of the longest segment.
         is_causal: overrides the layer's own setting.
+        sliding_window: tokens that each token sees, itself included.
+        softcap: must be None; scores cannot be capped here.
+        s_aux: must be None; there are no attention sinks here.
 
     Returns:
         (B, L, H, D), and None for the weights.
@@ -83,18 +96,34 @@ def varlen_attention(
         raise ValueError(
             "varlen attention has no padding mask and no cache; load the model with attn='sdpa' to generate"
         )
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            "varlen attention has no soft capping and no sinks; load the model with attn='eager'"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
-    options = {"dropout_p": dropout, "is_causal": causal, "scale": scaling}
-    if cu_seq_lens_q is None:
-        out = F.scaled_dot_product_attention(query, key, value, **options)
-    elif _has_flash_kernel(query, dropout):
-        out = _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, causal, scaling)
-    else:
-        lengths = cu_seq_lens_q.diff().tolist()
-        segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        out = torch.cat([F.scaled_dot_product_attention(*qkv, **options) for qkv in segments], dim=2)
-    return out.transpose(1, 2).contiguous(), None
+    if cu_seq_lens_q is not None and _has_flash_kernel(query, dropout):
+        window = ((sliding_window or 0) - 1, 0 if causal else -1)
+        out = _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, window, scaling)
+        return out.transpose(1, 2).contiguous(), None
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    outs = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        banded = sliding_window is not None and sliding_window < q.shape[2]
+        mask = _band(q.shape[2], sliding_window, causal, q.device) if banded else None
+        outs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and not banded, scale=scaling
+            )
+        )
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _band(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
+    """Return which tokens see which under a sliding window; (L, L) bool."""
+    distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
+    near = distance < window
+    return near & (distance >= 0) if causal else near & (distance > -window)
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -119,14 +148,23 @@ def _flash_varlen(
     value: torch.Tensor,
     cu_seq_lens: torch.Tensor,
     max_length: int,
-    causal: bool,
+    window: tuple[int, int],
     scaling: float | None,
 ) -> torch.Tensor:
-    """Run torch's variable-length flash attention on one packed row; returns (1, H, L, D)."""
+    """Run torch's variable-length flash attention on one packed row; returns (1, H, L, D).
+
+    Args:
+        query: (1, H, L, D).
+        key: (1, H, L, D).
+        value: (1, H, L, D).
+        cu_seq_lens: (S,) int32, bounds of the segments.
+        max_length: tokens of the longest segment.
+        window: tokens seen to the left and to the right; -1 for all.
+        scaling: factor on the scores.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # (L, H, D)
-    window = (-1, 0) if causal else (-1, -1)
     out = varlen_attn(
         q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, window_size=window, scale=scaling
     )

@@ -5,7 +5,6 @@ adapters in peft's format.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from internvl_chat.errors import ModelError
@@ -30,6 +29,7 @@ _COMPANIONS = (
     "preprocessing.json",
     "*.py",
 )
+_NOT_COMPANIONS = ("zero_to_fp32.py",)  # DeepSpeed leaves it in its checkpoints
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py")
 
 
@@ -82,9 +82,13 @@ def write_config(config: InternVLChatConfig, folder: Path) -> None:
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def read_companions(source: Path) -> dict[str, bytes]:
+    """Read what belongs to a checkpoint beside weights and configuration, by name."""
+    files = {file for pattern in _COMPANIONS for file in source.glob(pattern)}
+    return {file.name: file.read_bytes() for file in sorted(files) if file.name not in _NOT_COMPANIONS}
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what belongs to a checkpoint beside weights and configuration, byte for byte."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.resolve() != (target / file.name).resolve():
-                shutil.copyfile(file, target / file.name)
+    for name, content in read_companions(source).items():
+        (target / name).write_bytes(content)

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from internvl_chat.data.meta import DatasetSpec, load_meta
@@ -51,7 +52,7 @@ def check_configuration(args: Arguments) -> Plan:
     results = {}
     checks = {
         "output": lambda: _check_output(args),
-        "attn": lambda: resolve_attention(args.model.attn, args.run.device),
+        "attn": lambda: _check_attention(args),
         "specs": lambda: load_meta(args.data.meta_path, args.data.data_root or REPOSITORY),
         "source": lambda: _check_model(args),
         "flags": lambda: _check_flags(args),
@@ -83,6 +84,11 @@ def _check_output(args: Arguments) -> OutputFolder:
         overwrite=args.run.overwrite_output_dir,
         resume=args.run.resume_from_checkpoint,
     )
+
+
+def _check_attention(args: Arguments) -> str:
+    dtype = torch.bfloat16 if args.run.bf16 else torch.float32
+    return resolve_attention(args.model.attn, args.run.device, dtype)
 
 
 def _check_flags(args: Arguments) -> None:

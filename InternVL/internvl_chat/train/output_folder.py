@@ -79,7 +79,7 @@ def lock_folder(path: Path) -> IO[str]:
     lock = (path / LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         owner = lock.read().strip()
         raise UsageError(f"{path}: another run (process {owner}) is writing to this output folder") from None
