@@ -17,6 +17,10 @@ class ModelError(M3LLMError):
     """A checkpoint is missing, incomplete or does not fit what was asked of it."""
 
 
+class TrainingError(M3LLMError):
+    """Training has gone wrong and must not go on."""
+
+
 class DataError(M3LLMError):
     """A record or file cannot be used.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,13 +11,14 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.errors import M3LLMError, ModelError, UsageError, format_problems
-from internvl_chat.model.adapter import find_base
+from internvl_chat.model.adapter import find_base, read_base
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.folders import is_adapter, model_folder, read_config
 from internvl_chat.model.lora import ranks_of, read_adapter_config
 from internvl_chat.model.weights import weight_files
 from internvl_chat.train.arguments import Arguments
+from internvl_chat.train.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -39,6 +41,21 @@ class Plan:
     source: Path
     specs: list[DatasetSpec]
     attn: str
+
+
+# Flags of transformers that would be ignored or fail late, what they must be, and what to use.
+_UNSUPPORTED = (
+    ("label_smoothing_factor", 0.0, "the loss is the reference's"),
+    ("dataloader_drop_last", False, "the last, short step of an epoch is used"),
+    ("data_seed", None, "--seed decides the order of the records"),
+    ("gradient_checkpointing", False, "use --grad_checkpoint"),
+    ("activation_checkpointing", False, "use --grad_checkpoint"),
+    ("fsdp", (), "use --deepspeed with a ZeRO configuration"),
+    ("auto_find_batch_size", False, "lower --per_device_train_batch_size"),
+    ("torch_compile", False, "leave it out"),
+    ("push_to_hub", False, "upload the finished folder"),
+    ("load_best_model_at_end", False, "there is no validation while training"),
+)
 
 
 def check_configuration(args: Arguments) -> Plan:
@@ -72,18 +89,39 @@ def check_configuration(args: Arguments) -> Plan:
 
 
 def _check_output(args: Arguments) -> OutputFolder:
-    if args.run.process_index:  # the main process decides, and the others follow the checkpoints they see
-        resume = args.run.resume_from_checkpoint
-        overwrite = args.run.overwrite_output_dir
+    """Decide on the main process what to do with the output folder; the others are told."""
+    answer: list = [None, None]
+    if args.run.process_index == 0:
         try:
-            return inspect_output_folder(Path(args.run.output_dir), overwrite=overwrite, resume=resume)
-        except UsageError:
-            return OutputFolder(Path(args.run.output_dir), None, overwrite=False)
-    return inspect_output_folder(
+            answer[0] = _inspect_output(args)
+        except UsageError as error:
+            answer[1] = error.problems
+    if args.run.world_size > 1:
+        torch.distributed.broadcast_object_list(answer, src=0)
+    found, problems = answer
+    if problems:
+        raise UsageError(problems)
+    if found.resume and not (found.resume / "trainer_state.json").is_file():
+        raise UsageError(
+            f"process {args.run.process_index} does not see the checkpoint {found.resume}: --output_dir must be "
+            "on a disk that all machines share"
+        )
+    return found
+
+
+def _inspect_output(args: Arguments) -> OutputFolder:
+    inputs = [args.model.model_name_or_path, args.model.vision_path, args.model.llm_path, args.data.meta_path]
+    paths = [Path(path) for path in inputs if path and Path(path).exists()]
+    paths += [Path(read_base(path).path) for path in paths if is_adapter(path)]
+    found = inspect_output_folder(
         Path(args.run.output_dir),
         overwrite=args.run.overwrite_output_dir,
         resume=args.run.resume_from_checkpoint,
+        inputs=paths,
     )
+    if found.resume:
+        check_same_run(found.resume, fingerprint(args))
+    return found
 
 
 def _check_attention(args: Arguments) -> str:
@@ -105,9 +143,18 @@ def _check_flags(args: Arguments) -> None:
         problems.append("nothing would be trained: --max_steps (or --num_train_epochs) must be more than 0")
     if run.share_of_step < 1:
         problems.append("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1")
+    for flag, default, advice in _UNSUPPORTED:
+        value = getattr(run, flag, default)
+        if value != default and not (not value and not default):
+            problems.append(f"--{flag} {value}: not supported; {advice}")
     unknown = set(run.report_to) - INTEGRATION_TO_CALLBACK.keys()
     if unknown:
-        problems.append(f"--report_to {' '.join(sorted(unknown))}: unknown; use none, wandb or tensorboard")
+        problems.append(f"--report_to {' '.join(sorted(unknown))}: unknown; use none or wandb")
+    problems += [
+        f"--report_to {name}: the package {name} is not installed"
+        for name in ("wandb", "tensorboard")
+        if name in run.report_to and find_spec(name) is None
+    ]
     if not 0 <= run.warmup_ratio < 1:
         problems.append(f"--warmup_ratio {run.warmup_ratio} must be from 0 to below 1")
     if data.max_dynamic_patch < data.min_dynamic_patch or data.min_dynamic_patch < 1:

@@ -12,11 +12,12 @@ from pathlib import Path
 import yaml
 from transformers import set_seed
 
-from internvl_chat.errors import DataError, M3LLMError
+from internvl_chat.errors import DataError, M3LLMError, TrainingError
 from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
 from internvl_chat.train.checks import check_configuration
+from internvl_chat.train.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.loading import load_data, load_for_training
 from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT
 from internvl_chat.train.plots import plot_loss
@@ -47,6 +48,8 @@ def train(args: Arguments) -> None:
     logger.info("attention: %s\n%s", plan.attn, format_table(rows))
 
     data, sampler = load_data(plan, tokenizer, preprocessing)
+    if plan.output.resume:
+        check_same_run(plan.output.resume, {"records of each set": data.sizes})
     trainer = M3LLMTrainer(
         model,
         args.run,
@@ -54,6 +57,7 @@ def train(args: Arguments) -> None:
         sampler=sampler,
         normalization=preprocessing.normalize_type,
         save_model_to=checkpoint_writer(plan, model, tokenizer, preprocessing),
+        fingerprint=fingerprint(args) | {"records of each set": data.sizes},
     )
     result = trainer.train(resume_from_checkpoint=str(plan.output.resume) if plan.output.resume else None)
     trainer.save_model()
@@ -77,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run.output_dir = str(Path(args.run.output_dir).expanduser().absolute())
         train(args)
     except M3LLMError as error:
-        # All processes find the same faults of flags and model; a faulty record is met by one of them.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):
+        # The processes of a machine find the same faults of flags and model; a record is met by one of them.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DataError | TrainingError):
             logger.error("%s", error)
         return error.exit_code
     return 0

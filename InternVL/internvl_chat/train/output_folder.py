@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,6 +27,14 @@ PARTIAL = ".partial"
 _RECORDS_OF_A_RUN = (METRICS, LEDGER, CONFIG, PLOT, FINISHED, PARTIAL)
 _HARMLESS = (LOG, LOCK)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What a run writes; everything else in its folder is somebody's own.
+_WRITTEN = re.compile(
+    r"checkpoint-\d+|\.partial|metrics\.jsonl|ledger\.jsonl|config\.yaml|loss\.png|train_results\.json|"
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
+    r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|tokenizer|"
+    r"tokenizer_config|vocab|added_tokens|special_tokens_map|chat_template)\.json|merges\.txt|"
+    r"tokenizer\.model|chat_template\.jinja"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,9 @@ def lock_folder(path: Path) -> IO[str]:
     return lock
 
 
-def inspect_output_folder(path: Path, *, overwrite: bool, resume: str | None) -> OutputFolder:
+def inspect_output_folder(
+    path: Path, *, overwrite: bool, resume: str | None, inputs: Sequence[Path] = ()
+) -> OutputFolder:
     """Decide what to do with an output folder; nothing is changed.
 
     With checkpoints of an unfinished run the run is resumed from the newest, as the reference does.
@@ -98,6 +109,7 @@ def inspect_output_folder(path: Path, *, overwrite: bool, resume: str | None) ->
         path: the folder; may be missing.
         overwrite: start anew whatever an earlier run left.
         resume: a checkpoint folder; `auto` or `True` for the newest; None to decide by what is there.
+        inputs: files and folders that the run reads; none of them may be overwritten.
 
     Raises:
         UsageError: the folder is in use, or there is nothing to resume from.
@@ -105,18 +117,28 @@ def inspect_output_folder(path: Path, *, overwrite: bool, resume: str | None) ->
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: is a file; choose another --output_dir")
     checkpoints = list_checkpoints(path)
+    contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in contents if not _WRITTEN.fullmatch(name) and name not in _HARMLESS]
     if resume and resume.lower() not in ("auto", "true"):
         chosen = Path(resume)
         if not (chosen / "trainer_state.json").is_file():
             raise UsageError(f"--resume_from_checkpoint {resume}: not a checkpoint of a training run")
+        if checkpoints and chosen.resolve().parent != path.resolve():
+            raise UsageError(f"{path}: holds another run; choose a new --output_dir to resume {resume} in")
         return OutputFolder(path, chosen, overwrite=False)
     if overwrite:
         if resume:
             raise UsageError(
                 "--overwrite_output_dir would delete the checkpoint to resume from; drop one of them"
             )
+        if contents and METRICS not in contents and not set(contents) <= {*_HARMLESS, CONFIG}:
+            raise UsageError(
+                f"{path}: holds no run of this program; --overwrite_output_dir deletes nothing else"
+            )
+        needed = [p for p in inputs if p.resolve() == path.resolve() or path.resolve() in p.resolve().parents]
+        if needed:
+            raise UsageError(f"--overwrite_output_dir would delete {needed[0]}, which this run reads")
         return OutputFolder(path, None, overwrite=True)
-    contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     if FINISHED in contents and not resume:
         raise UsageError(
             f"{path}: this output folder holds a finished run; choose another --output_dir, or "
@@ -127,10 +149,10 @@ def inspect_output_folder(path: Path, *, overwrite: bool, resume: str | None) ->
         return OutputFolder(path, checkpoints[-1], overwrite=False)
     if resume and resume.lower() == "true":
         raise UsageError(f"--resume_from_checkpoint: {path} holds no checkpoint")
-    foreign = [name for name in contents if name not in (*_RECORDS_OF_A_RUN, *_HARMLESS)]
-    if foreign:
+    weights = [name for name in contents if name.endswith(".safetensors")]
+    if foreign or weights:
         raise UsageError(
-            f"{path}: this output folder is in use (it holds {', '.join(foreign[:3])}); choose another "
+            f"{path}: this output folder is in use (it holds {', '.join((foreign or weights)[:3])}); choose another "
             "--output_dir, or --overwrite_output_dir True to delete an earlier run in it"
         )
     return OutputFolder(path, None, overwrite=False)
@@ -153,11 +175,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def _files_of_a_run(path: Path) -> list[str]:
     """Return what a run of this program writes into its folder, as found."""
-    ours = re.compile(
-        r"checkpoint-\d+|model.*\.safetensors.*|adapter_.*|.*\.json|.*\.jsonl|config\.yaml|loss\.png|merges\.txt|"
-        r"chat_template\.jinja|tokenizer\.model|.*\.py|\.partial"
-    )
-    return sorted(p.name for p in path.iterdir() if ours.fullmatch(p.name))
+    return sorted(p.name for p in path.iterdir() if _WRITTEN.fullmatch(p.name))
 
 
 def _delete(path: Path) -> None:

@@ -6,6 +6,7 @@ its supervised tokens, divided by one sum of weights, whatever the packs and pro
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -24,11 +25,12 @@ from internvl_chat.data.collator import Pack, StepCollator
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.tiling import normalize_tiles
-from internvl_chat.errors import DataError
+from internvl_chat.errors import DataError, TrainingError
 from internvl_chat.logs import get_logger
 from internvl_chat.model.flops import count_flops, peak_flops
 from internvl_chat.model.loss import token_weight
 from internvl_chat.train.arguments import RunArguments
+from internvl_chat.train.fingerprint import write_fingerprint
 from internvl_chat.train.output_folder import LEDGER, METRICS, PARTIAL
 
 logger = get_logger(__name__)
@@ -70,6 +72,7 @@ class M3LLMTrainer(Trainer):
         sampler: which of them each step uses.
         normalization: pixel statistics of the tiles.
         save_model_to: writes the model (or its adapters) and all that belongs to a checkpoint.
+        fingerprint: what a run that resumes must have in common with this one.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class M3LLMTrainer(Trainer):
         sampler: StepSampler,
         normalization: str,
         save_model_to: SaveModel,
+        fingerprint: dict[str, Any],
     ) -> None:
         self.data, self.sampler, self.normalization = data, sampler, normalization
-        self.save_model_to = save_model_to
+        self.save_model_to, self.fingerprint = save_model_to, fingerprint
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[_SetEpoch(sampler)])
         self.model_accepts_loss_kwargs = False
         self._flop_counter = count_flops(model)
@@ -173,6 +177,12 @@ class M3LLMTrainer(Trainer):
                 self._backward(loss * scale)
             weighted_sum = weighted_sum + loss.detach().double()
         loss = self._sum_over_processes(weighted_sum.reshape(1).cpu())[0] / total[0]
+        if not math.isfinite(loss):
+            records = ", ".join(f"{key.dataset} {key.index}" for pack in inputs for key in pack.keys)
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the loss is {float(loss)}; this process's records were "
+                f"{records} (data set and index from 0). Nothing of this step was kept"
+            )
         self._step = StepRecord(float(loss), learning_rate, *(int(n) for n in total[1:5]), float(total[5]))
         return loss.float().to(self.args.device)
 
@@ -283,6 +293,7 @@ class M3LLMTrainer(Trainer):
             self._checkpoint_root = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_fingerprint(folder / PARTIAL / name, self.fingerprint)
             (folder / PARTIAL / name).replace(folder / name)
             (folder / PARTIAL).rmdir()
             rotate_checkpoints(

@@ -43,6 +43,7 @@ def make_trainer(tiny_model, sample_data, tmp_path):
             sampler=sampler,
             normalization="imagenet",
             save_model_to=lambda folder, state: None,
+            fingerprint={},
         )
         trainer.create_optimizer_and_scheduler(10)
         return trainer

@@ -1,0 +1,50 @@
+"""What must be the same for a run to go on from a checkpoint, stored in it and compared before loading."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from internvl_chat.errors import UsageError
+from internvl_chat.train.arguments import Arguments
+
+FINGERPRINT = "run_fingerprint.json"
+
+_MODEL_FLAGS = (
+    "freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head", "use_llm_lora",
+    "use_backbone_lora",
+)  # fmt: skip
+_RUN_FLAGS = ("seed", "bf16", "loss_reduction", "train_sampling_strategy")
+
+
+def fingerprint(args: Arguments) -> dict[str, Any]:
+    """Return what the order of the records and the optimizer's state depend on."""
+    found = {name: getattr(args.model, name) for name in _MODEL_FLAGS}
+    found |= {name: getattr(args.run, name) for name in _RUN_FLAGS}
+    found["use_data_resampling"] = args.data.use_data_resampling
+    found["records of a step"] = args.run.step_records
+    found["DeepSpeed"] = bool(args.run.deepspeed)
+    return found
+
+
+def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
+    """Compare a run with the one that wrote a checkpoint.
+
+    Raises:
+        UsageError: names every difference.
+    """
+    file = checkpoint / FINGERPRINT
+    if not file.is_file():
+        return
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    problems = [
+        f"cannot resume {checkpoint}: {name} was {stored[name]!r} there, and is {value!r} here"
+        for name, value in current.items()
+        if name in stored and stored[name] != value
+    ]
+    if problems:
+        raise UsageError(problems)
+
+
+def write_fingerprint(checkpoint: Path, current: dict[str, Any]) -> None:
+    """Store a run's fingerprint in a checkpoint."""
+    (checkpoint / FINGERPRINT).write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
