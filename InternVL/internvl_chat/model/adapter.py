@@ -62,7 +62,8 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
         found = model_folder(override or base.path)
     except ModelError as error:
         raise ModelError(
-            f"{folder}: the adapter's base is missing: {error}; give its folder with --base"
+            f"{folder}: the adapter's base is missing: {error}; give its folder with --base "
+            "(in training --base_model_path)"
         ) from None
     if is_adapter(found):
         raise ModelError(f"{found}: is an adapter itself; the base must be a whole model")

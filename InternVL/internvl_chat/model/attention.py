@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from internvl_chat.errors import UsageError
+from internvl_chat.errors import ModelError, UsageError
 
 ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
@@ -97,9 +97,7 @@ def varlen_attention(
             "varlen attention has no padding mask and no cache; load the model with attn='sdpa' to generate"
         )
     if softcap is not None or s_aux is not None:
-        raise ValueError(
-            "varlen attention has no soft capping and no sinks; load the model with attn='eager'"
-        )
+        raise ModelError("varlen attention has no soft capping and no sinks; use --attn eager")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     if cu_seq_lens_q is not None and _has_flash_kernel(query, dropout):

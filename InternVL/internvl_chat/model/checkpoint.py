@@ -124,6 +124,8 @@ def save_model(
             weights[name] = lambda t=tensor: t
         shared.add(tensor.data_ptr())
     write_weights(weights, folder)
+    dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
+    model.config.raw["torch_dtype"] = model.config.llm_config["torch_dtype"] = dtype
     write_config(model.config, folder)
 
 

@@ -172,10 +172,16 @@ class InternVLChatConfig:
             **copy.deepcopy(self.raw.get("vision_config", {})),
             **dataclasses.asdict(self.vision_config),
         }
-        out["llm_config"] = copy.deepcopy(self.llm_config)
+        out["llm_config"] = _in_reference_terms(self.llm_config)
         out["model_type"] = MODEL_TYPE
         out["architectures"] = [ARCHITECTURE]
+        out.setdefault("hidden_size", self.hidden_size)
+        out.setdefault("tie_word_embeddings", bool(self.llm_config.get("tie_word_embeddings", False)))
         return out
+
+    def to_json_string(self) -> str:
+        """Return `config.json` as text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def build_llm_config(self) -> PretrainedConfig:
         """Return the language model's configuration as an object of transformers.
@@ -192,6 +198,24 @@ class InternVLChatConfig:
             )
         kept = {k: v for k, v in self.llm_config.items() if k not in _NOT_FOR_THE_LLM}
         return AutoConfig.for_model(model_type, **kept)
+
+
+def _in_reference_terms(llm: dict[str, Any]) -> dict[str, Any]:
+    """Return a language model's dictionary with the keys that the reference's code reads.
+
+    transformers 5 writes `rope_parameters` where its version 4 has `rope_theta` and `rope_scaling`, without
+    which the reference would take the default frequencies.
+    """
+    out = copy.deepcopy(llm)
+    rope = out.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" not in out:
+        out["rope_theta"] = rope.get("rope_theta", 10000.0)
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        out["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(out.get("model_type"))
+    if name and not out.get("architectures"):
+        out["architectures"] = [name]
+    return out
 
 
 def _model_type(raw: Any) -> Any:

@@ -78,8 +78,7 @@ def read_config(folder: Path) -> InternVLChatConfig:
 
 def write_config(config: InternVLChatConfig, folder: Path) -> None:
     """Write `config.json`."""
-    text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
 
 
 def read_companions(source: Path) -> dict[str, bytes]:

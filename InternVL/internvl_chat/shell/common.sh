@@ -43,12 +43,16 @@ ensure_environment() {
 # Reads the environment that the launchers document.
 launch_training() {
   local nodes=${NNODES:-1} processes accumulate per_device=${PER_DEVICE_BATCH_SIZE:-1} name value
-  processes=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+  processes=${NPROC:-$GPUS}
   for name in GPUS BATCH_SIZE per_device processes nodes; do
     value=${!name}
-    [[ $value =~ ^[0-9]+$ ]] || fail "$name must be a whole number, found '$value'"
-    [[ $name == GPUS || $value -gt 0 ]] || fail "$name must be at least 1"
+    [[ $value =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name must be a whole number, found '$value'"
+    [[ $name == GPUS || $name == processes || $value -gt 0 ]] || fail "$name must be at least 1"
   done
+  processes=$((processes > 0 ? processes : 1))
+  if ((nodes > 1)) && [[ -z ${MASTER_ADDR:-} ]]; then
+    fail "NNODES=$nodes needs MASTER_ADDR, the address of the first machine"
+  fi
   if ((GPUS > 0 && processes > GPUS)); then
     fail "NPROC=$processes processes need as many GPUs, but GPUS=$GPUS"
   fi
@@ -95,15 +99,17 @@ launch_training() {
   fi
   start+=(-m internvl_chat.train.internvl_chat_finetune)
 
+  local created=no
+  [[ -e $OUTPUT_DIR ]] || created=yes
   mkdir -p "$OUTPUT_DIR" || fail "cannot make the output folder $OUTPUT_DIR"
   local log=$OUTPUT_DIR/training_log.txt status=0
   # The terminal gets the progress bar; the log gets each line as it ended.
   "${start[@]}" "${flags[@]}" "$@" 2>&1 | tee >(sed -u 's/.*\r//' >> "$log") || status=${PIPESTATUS[0]}
   if ((status != 0)); then
-    # A run that did not even begin leaves nothing behind.
-    if [[ -z $(find "$OUTPUT_DIR" -mindepth 1 ! -name training_log.txt ! -name .lock -print -quit) ]]; then
+    # A run that did not even begin leaves nothing behind; whoever holds the lock has begun.
+    if [[ $created == yes && -z $(find "$OUTPUT_DIR" -mindepth 1 ! -name training_log.txt -print -quit) ]]; then
       sleep 0.2
-      rm -f "$log" "$OUTPUT_DIR/.lock"
+      rm -f "$log"
       rmdir "$OUTPUT_DIR"
       echo "$(basename "$0"): the training did not start (exit code $status)" >&2
     else

@@ -38,6 +38,7 @@ class ModelArguments:
     """Which model, and which of its parts are trained."""
 
     model_name_or_path: str | None = _arg(None, "Model folder, adapter folder or hub id to start from.")
+    base_model_path: str | None = _arg(None, "Where the base of the adapters to start from is now.")
     vision_path: str | None = _arg(None, "InternViT folder, to assemble a model from its parts.")
     llm_path: str | None = _arg(None, "Language-model folder, to assemble a model from its parts.")
     mlp_path: str | None = _arg(

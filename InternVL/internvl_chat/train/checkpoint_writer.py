@@ -17,6 +17,7 @@ from internvl_chat.model.lora import lora_layers
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import weights_digest
 from internvl_chat.train.checks import Plan
+from internvl_chat.train.loading import base_of_adapters
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,6 @@ def checkpoint_writer(
 def _base_of(plan: Plan) -> BaseModel:
     """Return the whole model under the adapters of this run."""
     if is_adapter(plan.source):
-        return find_base(plan.source)[1]
+        return find_base(plan.source, base_of_adapters(plan))[1]
     path = plan.args.model.model_name_or_path
     return BaseModel(str(Path(path).absolute()) if Path(path).is_dir() else path, weights_digest(plan.source))

@@ -103,8 +103,8 @@ def _check_output(args: Arguments) -> OutputFolder:
         raise UsageError(problems)
     if found.resume and not (found.resume / "trainer_state.json").is_file():
         raise UsageError(
-            f"process {args.run.process_index} does not see the checkpoint {found.resume}: --output_dir must be "
-            "on a disk that all machines share"
+            f"process {args.run.process_index} does not see the checkpoint {found.resume}: "
+            "--output_dir must be on a disk that all machines share"
         )
     return found
 
@@ -195,7 +195,7 @@ def _check_model(args: Arguments) -> Path:
     problems = []
     if is_adapter(folder):
         ranks = ranks_of(read_adapter_config(folder))
-        base, _ = find_base(folder)
+        base, _ = find_base(folder, model.base_model_path)
         config = read_config(base)
     else:
         weight_files(folder)

@@ -15,7 +15,7 @@ from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.logs import get_logger
 from internvl_chat.model.assemble import assemble_model
 from internvl_chat.model.checkpoint import load_model, resize_vocabulary
-from internvl_chat.model.folders import model_folder
+from internvl_chat.model.folders import is_adapter, model_folder
 from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train.arguments import Arguments
@@ -49,6 +49,15 @@ def load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenize
     return model, tokenizer, preprocessing
 
 
+def base_of_adapters(plan: Plan) -> str | None:
+    """Return where the base of a checkpoint's adapters is now: what the run was started from, if told."""
+    model = plan.args.model
+    if model.base_model_path or plan.output.resume is None:
+        return model.base_model_path
+    path = model.model_name_or_path
+    return None if path is None or is_adapter(model_folder(path)) else path
+
+
 def _load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
     args, dtype = plan.args, training_dtype(plan.args)
     tokenizer, added = load_tokenizer(plan.source)
@@ -67,6 +76,7 @@ def _load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokeniz
     else:
         model = load_model(
             plan.source,
+            base=base_of_adapters(plan),
             image_context_id=context,
             dtype=dtype,
             attn=plan.attn,
@@ -88,6 +98,11 @@ def _load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokeniz
         )
     if args.model.grad_checkpoint:
         model.enable_gradient_checkpointing()
+    limits = {spec.name: spec.max_dynamic_patch or args.data.max_dynamic_patch for spec in plan.specs}
+    model.config.max_dynamic_patch = max(limits.values())
+    if len(set(limits.values())) > 1:
+        logger.warning("tile limits differ (%s); the model's own becomes the largest", limits)
+    model.config.min_dynamic_patch = min(model.config.min_dynamic_patch, *limits.values())
     preprocessing = dataclasses.replace(
         Preprocessing.from_model_config(model.config),
         system_text=SYSTEM_TEXTS[args.data.conv_style],
@@ -102,10 +117,17 @@ def load_data(
 ) -> tuple[TrainingData, StepSampler]:
     """Open the data sets and decide the order of their records."""
     run, resample = plan.args.run, plan.args.data.use_data_resampling
-    sets = build_sets(plan.specs, RecordEncoder(tokenizer, preprocessing))
+    encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(plan.args.data.max_dynamic_patch)
+    sets = build_sets(plan.specs, encoder)
     data = TrainingData(sets, seed=run.seed)
     for records in sets:
-        logger.info("data set %s: %d records, %d an epoch", records.spec.name, len(records), records.num_used)
+        logger.info(
+            "data set %s: %d records, %d an epoch, at most %d tiles each",
+            records.spec.name,
+            len(records),
+            records.num_used,
+            records.encoder.preprocessing.max_dynamic_patch,
+        )
     by_length = run.train_sampling_strategy == "group_by_length" and run.world_size > 1
     sampler = StepSampler(
         data.sizes,

@@ -128,12 +128,10 @@ def inspect_output_folder(
         return OutputFolder(path, chosen, overwrite=False)
     if overwrite:
         if resume:
-            raise UsageError(
-                "--overwrite_output_dir would delete the checkpoint to resume from; drop one of them"
-            )
+            raise UsageError("--overwrite_output_dir would delete the checkpoint to resume; drop one of them")
         if contents and METRICS not in contents and not set(contents) <= {*_HARMLESS, CONFIG}:
             raise UsageError(
-                f"{path}: holds no run of this program; --overwrite_output_dir deletes nothing else"
+                f"{path}: holds no run of this program, and --overwrite_output_dir deletes no others"
             )
         needed = [p for p in inputs if p.resolve() == path.resolve() or path.resolve() in p.resolve().parents]
         if needed:
@@ -152,8 +150,8 @@ def inspect_output_folder(
     weights = [name for name in contents if name.endswith(".safetensors")]
     if foreign or weights:
         raise UsageError(
-            f"{path}: this output folder is in use (it holds {', '.join((foreign or weights)[:3])}); choose another "
-            "--output_dir, or --overwrite_output_dir True to delete an earlier run in it"
+            f"{path}: this output folder is in use (it holds {', '.join((foreign or weights)[:3])}); choose "
+            "another --output_dir, or --overwrite_output_dir True to delete an earlier run in it"
         )
     return OutputFolder(path, None, overwrite=False)
 

@@ -30,17 +30,17 @@ WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 
 
 def arguments(tiny_model, augmented, folder, recipe, **values):
-    return flags(
-        model_name_or_path=tiny_model,
-        meta_path=augmented,
-        output_dir=folder,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=9,  # one and a half epochs
-        save_steps=2,
-        dataloader_num_workers=2,
-        **{**RECIPES[recipe], **values},
-    )
+    common = {
+        "model_name_or_path": tiny_model,
+        "meta_path": augmented,
+        "output_dir": folder,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 9,  # one and a half epochs
+        "save_steps": 2,
+        "dataloader_num_workers": 2,
+    }
+    return flags(**{**common, **RECIPES[recipe], **values})
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -81,3 +81,67 @@ def test_same_command_again_goes_on_where_it_stopped(tiny_model, augmented, tmp_
     assert [r["loss"] for r in metrics(stopped)] == [r["loss"] for r in metrics(whole)]
     assert [r["step"] for r in metrics(stopped)] == list(range(1, 10))
     assert (stopped / "ledger.jsonl").read_text() == (whole / "ledger.jsonl").read_text()
+
+
+def test_resumed_run_leaves_the_same_files(tiny_model, augmented, tmp_path):
+    """Also where the checkpoint that it resumed from has been rotated away since."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for recipe in RECIPES:
+        for folder in (whole, stopped):
+            assert train(arguments(tiny_model, augmented, folder, recipe, save_total_limit=1)) == 0
+        for name in ("train_results.json", WEIGHTS[recipe]):
+            (stopped / name).unlink()
+        assert train(arguments(tiny_model, augmented, stopped, recipe, save_total_limit=1, max_steps=12)) == 0
+        expected = {p.name for p in whole.iterdir()} - {"checkpoint-9"} | {"checkpoint-12"}
+        assert {p.name for p in stopped.iterdir()} == expected
+        for step, folder in ((9, whole), (12, stopped)):
+            files = {p.name for p in (folder / f"checkpoint-{step}").iterdir()}
+            assert {"tokenizer.json", "vocab.json", "preprocessing.json", "generation_config.json"} <= files
+        shutil.rmtree(whole)
+        shutil.rmtree(stopped)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 7}, "seed was 42 there, and is 7 here"),
+        ({"gradient_accumulation_steps": 4}, "records of a step was 4 there, and is 8 here"),
+        ({"use_llm_lora": 2, "freeze_llm": True}, "use_llm_lora was 0 there, and is 2 here"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy was 'random' there"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(tiny_model, augmented, tmp_path, capfd, change, message):
+    first = tmp_path / "first"
+    assert train(arguments(tiny_model, augmented, first, "full", max_steps=2)) == 0
+    capfd.readouterr()
+    checkpoint = first / "checkpoint-2"
+    again = arguments(
+        tiny_model, augmented, tmp_path / "second", "full", resume_from_checkpoint=checkpoint, **change
+    )
+    assert train(again) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
+def test_resuming_on_other_data_is_refused(tiny_model, augmented, tmp_path, capfd):
+    first = tmp_path / "first"
+    assert train(arguments(tiny_model, augmented, first, "full", max_steps=2)) == 0
+    meta = json.loads(augmented.read_text())
+    meta["qa-bbox"]["repeat_time"] = 2
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(meta))
+    checkpoint = first / "checkpoint-2"
+    again = arguments(tiny_model, other, tmp_path / "second", "full", resume_from_checkpoint=checkpoint)
+    assert train(again) == 2
+    assert "records of each set was [4, 4, 4, 4, 4, 4] there" in capfd.readouterr().err
+
+
+def test_adapters_resume_though_their_base_has_moved(tiny_model, augmented, tmp_path):
+    base, moved, run = tmp_path / "base", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(tiny_model, base)
+    assert train(arguments(base, augmented, run, "lora", max_steps=4)) == 0
+    base.rename(moved)
+    again = arguments(
+        moved, augmented, tmp_path / "more", "lora", resume_from_checkpoint=run / "checkpoint-4", max_steps=6
+    )
+    assert train(again) == 0

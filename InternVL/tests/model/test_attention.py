@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from model.conftest import make_model, make_record, run_alone
 
-from internvl_chat.errors import UsageError
+from internvl_chat.errors import ModelError, UsageError
 from internvl_chat.model import attention
 from internvl_chat.model.attention import (
     ATTENTION_NAMES,
@@ -203,3 +204,37 @@ def test_dropped_weights_are_made_up_for_by_the_others(name: str) -> None:
     draws = torch.stack([bidirectional_attention(zeros, zeros, ones, name, dropout=0.5) for _ in range(200)])
     assert set(draws.flatten().tolist()) == {0.0, 0.5, 1.0, 1.5, 2.0}
     assert draws[..., 0].mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("lengths", [None, [5, 9, 1]])
+def test_sliding_window(window: int, lengths: list[int] | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 15, 8, generator=generator) for _ in range(3))
+    bounds = None if lengths is None else torch.tensor([0, 5, 14, 15], dtype=torch.int32)
+    out, _ = varlen_attention(
+        Layer(), query, key, value, None, cu_seq_lens_q=bounds, max_length_q=9, sliding_window=window
+    )
+    owner = torch.zeros(15) if lengths is None else torch.tensor([0] * 5 + [1] * 9 + [2])
+    for i in range(15):
+        seen = [j for j in range(15) if owner[j] == owner[i] and 0 <= i - j < window]
+        scores = (query[:, :, i : i + 1] * key[:, :, seen]).sum(-1) / 8**0.5
+        expected = (scores.softmax(-1).unsqueeze(-1) * value[:, :, seen]).sum(2)
+        torch.testing.assert_close(out[:, i], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
+def test_what_it_cannot_do_is_refused(option: dict) -> None:
+    query, key, value = inputs(4)
+    with pytest.raises(ModelError, match="use --attn eager"):
+        varlen_attention(Layer(), query, key, value, None, **option)
+
+
+@pytest.mark.parametrize("attn", ["varlen", "sdpa"])
+def test_language_model_with_a_sliding_window(attn: str) -> None:
+    llm = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    record = make_record((2,))
+    found, expected = (run_alone(make_model(attn=name, llm=llm), record) for name in (attn, "eager"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    whole = run_alone(make_model(attn="eager"), record)
+    assert (whole - expected).abs().max() > 1e-3

@@ -108,3 +108,33 @@ def test_lock_is_exclusive_and_ends_with_its_file(tmp_path):
         lock_folder(tmp_path)
     lock.close()
     lock_folder(tmp_path).close()
+
+
+def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
+    for name in ("annotations.jsonl", "labels.json", "analysis.py", "vocab.json"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match="holds no run of this program"):
+        inspect(tmp_path, overwrite=True)
+    (tmp_path / METRICS).write_text("")
+    inspect(tmp_path, overwrite=True).open().close()
+    assert {p.name for p in tmp_path.iterdir()} == {
+        ".lock",
+        "annotations.jsonl",
+        "labels.json",
+        "analysis.py",
+    }
+
+
+def test_what_the_run_reads_is_never_overwritten(tmp_path):
+    (tmp_path / METRICS).write_text("")
+    for needed in (tmp_path, tmp_path / "checkpoint-2"):
+        with pytest.raises(UsageError, match="which this run reads"):
+            inspect_output_folder(tmp_path, overwrite=True, resume=None, inputs=[needed])
+
+
+def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path):
+    chosen = write_checkpoint(tmp_path / "one", 2)
+    write_checkpoint(tmp_path / "two", 4)
+    with pytest.raises(UsageError, match="holds another run"):
+        inspect(tmp_path / "two", resume=str(chosen))
+    assert inspect(tmp_path / "three", resume=str(chosen)).resume == chosen

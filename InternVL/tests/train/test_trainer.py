@@ -9,6 +9,7 @@ from helpers import flags
 from internvl_chat.data.collator import pack_samples
 from internvl_chat.data.dataset import Draw
 from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.model.weights import open_weights
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.internvl_chat_finetune import main as train
@@ -204,3 +205,47 @@ def test_configuration_file_of_a_run_repeats_it(tiny_model, sample_data, tmp_pat
     assert train([str(tmp_path / "again.yaml")]) == 0
     losses = [[row["loss"] for row in metrics(folder)] for folder in (first, second)]
     assert losses[0] == losses[1]
+
+
+def test_loss_that_is_not_a_number_ends_the_run(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
+    original = M3LLMTrainer._forward
+
+    def broken(self, model, pack, weight):
+        loss = original(self, model, pack, weight)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(M3LLMTrainer, "_forward", broken)
+    assert run(tiny_model, sample_data, tmp_path / "out", max_steps=5) == 1
+    error = capfd.readouterr().err
+    assert "step 3: the loss is nan; this process's records were qa-" in error
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_bfloat16_as_in_the_recipe(tiny_model, sample_data, tmp_path, metrics, recipe):
+    """Weights in bfloat16, adapters in float32, and a loss near that of float32."""
+    losses = {}
+    for bf16 in (True, False):
+        out = tmp_path / f"out{bf16}"
+        assert run(tiny_model, sample_data, out, bf16=bf16, max_steps=4, lora_dropout=0, **recipe) == 0
+        losses[bf16] = [row["loss"] for row in metrics(out)]
+        file = out / ("adapter_model.safetensors" if recipe else "model.safetensors")
+        dtypes = {read().dtype for read in open_weights(file).values()}
+        assert dtypes == {torch.bfloat16 if bf16 and not recipe else torch.float32}
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+    assert json.loads((tmp_path / "outTrue/config.json").read_text())["torch_dtype"] == (
+        "float32" if recipe else "bfloat16"
+    )
+
+
+def test_checkpoint_keeps_the_tile_limit_that_was_trained_with(tiny_model, sample_data, tmp_path):
+    meta = json.loads((sample_data / "train.json").read_text())
+    for entry in meta.values():
+        entry["max_dynamic_patch"] = 1
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(meta))
+    out = tmp_path / "out"
+    assert run(tiny_model, sample_data, out, meta_path=path, max_steps=1, max_dynamic_patch=6) == 0
+    assert json.loads((out / "preprocessing.json").read_text())["max_dynamic_patch"] == 1
+    assert json.loads((out / "config.json").read_text())["max_dynamic_patch"] == 1
