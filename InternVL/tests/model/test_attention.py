@@ -238,3 +238,24 @@ def test_language_model_with_a_sliding_window(attn: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     whole = run_alone(make_model(attn="eager"), record)
     assert (whole - expected).abs().max() > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU: the flash kernel inside torch"
+)
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_kernel_equals_the_loop(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 40, 64), (1, 2, 40, 64), (1, 2, 40, 64))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    bounds = torch.tensor([0, 13, 14, 40], dtype=torch.int32)
+    options = {"max_length_q": 26, "sliding_window": window}
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        qkv = [t.to(device, dtype).requires_grad_() for t in tensors]
+        out, _ = varlen_attention(Layer(), *qkv, None, cu_seq_lens_q=bounds.to(device), **options)
+        out.float().square().sum().backward()
+        results.append([out.float().cpu(), *(t.grad.float().cpu() for t in qkv)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
