@@ -38,7 +38,7 @@ MODEL_PATH=$WORK_DIR/tiny OUTPUT_DIR=$WORK_DIR/full BATCH_SIZE=8 PER_DEVICE_BATC
 
 step "5/8 the LoRA launcher, on the result"
 MODEL_PATH=$WORK_DIR/full OUTPUT_DIR=$WORK_DIR/lora BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=8 \
-  bash "$LAUNCHERS/M3LLM-fulldata-lora.sh" "${small[@]}" --learning_rate 5e-4 --num_train_epochs 1
+  bash "$LAUNCHERS/M3LLM-fulldata-lora.sh" "${small[@]}" --learning_rate 5e-4 --max_steps 40
 
 step "6/8 merge"
 m3llm merge "$WORK_DIR/lora" "$WORK_DIR/merged"
