@@ -101,6 +101,8 @@ def sample_data(args: argparse.Namespace) -> int:
     """Write a sample data set."""
     from internvl_chat.data.synthetic import write_sample_data
 
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: must be at least 0")
     try:
         paths = write_sample_data(
             args.folder, seed=args.seed, train=args.train, held_out=args.held_out,

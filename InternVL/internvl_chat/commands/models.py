@@ -66,6 +66,8 @@ def run_tiny_model(args: argparse.Namespace) -> int:
     if args.vocab_size < 256:
         raise UsageError(f"--vocab_size {args.vocab_size}: at least the 256 bytes are needed")
     shape = TinyShape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TinyShape)})
+    if shape.problems():
+        raise UsageError(shape.problems())
     tokenizer = train_tokenizer(_texts(args.text), args.vocab_size)
     model = build_tiny_model(
         shape, vocab_size=len(tokenizer), image_context_id=image_context_id(tokenizer), seed=args.seed
@@ -94,5 +96,8 @@ def _texts(path: Path) -> Iterator[str]:
             if file.suffix != ".jsonl":
                 yield line
                 continue
-            for turn in json.loads(line).get("conversations", []):
-                yield turn["value"]
+            try:
+                turns = json.loads(line).get("conversations", [])
+            except (ValueError, AttributeError) as error:
+                raise DataError(f"not a record: {error}", file=file) from None
+            yield from (turn["value"] for turn in turns)

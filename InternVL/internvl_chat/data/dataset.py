@@ -156,9 +156,16 @@ class RecordSet:
 
     def _encode(self, index: int, record: Record, images: Sequence[Image.Image]) -> Encoded:
         try:
-            return self.encoder.encode(record.turns, [image.size for image in images])
+            encoded = self.encoder.encode(record.turns, [image.size for image in images])
         except RecordProblem as problem:
             raise self._error(index, str(problem), record.id) from None
+        if encoded.num_tiles < encoded.tiles_wanted:
+            logger.warning(
+                "%s, line %d (record %r): %d tiles instead of %d, to fit max_seq_length %d",
+                self.spec.annotation, self.file.line(index), record.id, encoded.num_tiles,
+                encoded.tiles_wanted, self.encoder.preprocessing.max_seq_length,
+            )  # fmt: skip
+        return encoded
 
 
 class Draw(NamedTuple):

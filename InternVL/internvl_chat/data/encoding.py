@@ -32,11 +32,18 @@ class Encoded:
         input_ids: (T,) int64.
         labels: (T,) int64, `IGNORE_INDEX` where nothing is learnt.
         grids: how each image is cut.
+        tiles_wanted: tiles that the images would have had without `max_seq_length`.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     grids: tuple[Grid, ...]
+    tiles_wanted: int = 0
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all images."""
+        return sum(grid.tiles for grid in self.grids)
 
     @property
     def num_supervised(self) -> int:
@@ -91,13 +98,14 @@ class RecordEncoder:
                 f"{len(turns.image_positions)} places for images in the text, but {len(image_sizes)} images"
             )
         per_image = share_of_budget(options.max_dynamic_patch, max(len(image_sizes), 1))
+        wanted = sum(self.plan_grid(size, per_image).tiles for size in image_sizes)
         for budget in range(per_image if image_sizes else 1, 0, -1):
             grids = tuple(self.plan_grid(size, budget) for size in image_sizes)
             tokens = [grid.tiles * options.tokens_per_tile for grid in grids]
             length = turns.num_tokens(tokens)
             if length <= options.max_seq_length:
                 ids, labels = turns.expand(tokens)
-                return Encoded(torch.from_numpy(ids), torch.from_numpy(labels), grids)
+                return Encoded(torch.from_numpy(ids), torch.from_numpy(labels), grids, wanted)
         least = " even with one tile an image" if image_sizes else ""
         raise RecordProblem(f"{length} tokens{least}, more than max_seq_length {options.max_seq_length}")
 

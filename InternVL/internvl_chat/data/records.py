@@ -89,6 +89,12 @@ def _parse_turn(entry: Any, number: int, role_key: str, text_key: str) -> Turn:
         text = _join_parts(text, number)
     if not isinstance(text, str):
         raise RecordProblem(f"turn {number}: {text_key!r} must be text, found {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordProblem(
+            f"turn {number} is no valid Unicode text at character {error.start + 1}"
+        ) from None
     if IMG_CONTEXT in text:
         raise RecordProblem(f"turn {number} contains the reserved token {IMG_CONTEXT}")
     return Turn(_ROLES[role], text)

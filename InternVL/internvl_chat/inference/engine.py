@@ -14,7 +14,7 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.records import RecordProblem, Turn
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.errors import DataError
+from internvl_chat.errors import DataError, UsageError
 from internvl_chat.model.checkpoint import load_model
 from internvl_chat.model.folders import model_folder, read_config
 from internvl_chat.model.modeling import InternVLChatModel
@@ -43,6 +43,17 @@ def ask(question: str, images: Sequence[Image.Image] = ()) -> Prompt:
         labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
         question = "".join(f"{label}{IMAGE_PLACEHOLDER}\n" for label in labels) + question
     return Prompt((Turn("user", question),), tuple(images))
+
+
+def _find_device(name: str | torch.device | None) -> torch.device:
+    """Return the named device, by default the GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UsageError(f"--device {name}: unknown; use cpu or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: there is no GPU here; use cpu")
+    return device
 
 
 class Engine:
@@ -79,7 +90,7 @@ class Engine:
             max_dynamic_patch: another limit of tiles than the checkpoint's.
         """
         folder = model_folder(path_or_id)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _find_device(device)
         tokenizer, _ = load_tokenizer(folder)
         model = load_model(
             folder,

@@ -123,5 +123,7 @@ def _source_digest(folder: Path) -> str:
 
 
 def _read_stamp(folder: Path) -> dict[str, str] | None:
-    file = folder / MERGE_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # not a merge of ours, and so nothing that may be written over

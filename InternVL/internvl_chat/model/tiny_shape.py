@@ -26,3 +26,18 @@ class TinyShape:
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
+
+    def problems(self) -> list[str]:
+        """Return what does not fit together, one sentence each."""
+        found = []
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            found.append(f"--width {self.width} must be an even multiple of --heads {self.heads}")
+        if self.heads % self.kv_heads:
+            found.append(f"--heads {self.heads} must be a multiple of --kv_heads {self.kv_heads}")
+        if self.vision_width % self.vision_heads:
+            found.append(
+                f"--vision_width {self.vision_width} must be a multiple of --vision_heads {self.vision_heads}"
+            )
+        if self.image_size % 28:
+            found.append(f"--image_size {self.image_size} must be a multiple of 28")
+        return found

@@ -42,6 +42,12 @@ ensure_environment() {
 # Start the training script with the given flags, on one or several processes; what follows wins.
 # Reads the environment that the launchers document.
 launch_training() {
+  local argument previous=
+  for argument in "$@"; do  # an output folder among the flags wins, also for the log
+    [[ $previous != --output_dir ]] || OUTPUT_DIR=$argument
+    [[ $argument != --output_dir=* ]] || OUTPUT_DIR=${argument#--output_dir=}
+    previous=$argument
+  done
   local nodes=${NNODES:-1} processes accumulate per_device=${PER_DEVICE_BATCH_SIZE:-1} name value
   processes=${NPROC:-$GPUS}
   for name in GPUS BATCH_SIZE per_device processes nodes; do
@@ -84,7 +90,8 @@ launch_training() {
   fi
 
   PYTHON=${PYTHON:-$([[ -x $REPOSITORY/.venv/bin/python ]] && echo "$REPOSITORY/.venv/bin/python" || find_python)}
-  export PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+  command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such interpreter"
+  export WANDB_DIR=${WANDB_DIR:-$OUTPUT_DIR} PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   local start=("$PYTHON")
   if ((processes * nodes > 1)); then
     start+=(-m internvl_chat.train.launch --nproc_per_node "$processes" --nnodes "$nodes")

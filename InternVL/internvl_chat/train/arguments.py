@@ -92,7 +92,7 @@ class RunArguments(TrainingArguments):
     train_sampling_strategy: str = _arg("random", "Order of the records.", STRATEGIES)
 
     def __post_init__(self) -> None:
-        if self.evaluation_strategy is not None:
+        if self.evaluation_strategy is not None and self.eval_strategy == "no":
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio:
             self.warmup_steps = self.warmup_ratio

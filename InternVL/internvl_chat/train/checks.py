@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.errors import M3LLMError, ModelError, UsageError, format_problems
+from internvl_chat.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
 from internvl_chat.model.adapter import find_base, read_base
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
@@ -53,6 +54,8 @@ _UNSUPPORTED = (
     ("fsdp", (), "use --deepspeed with a ZeRO configuration"),
     ("auto_find_batch_size", False, "lower --per_device_train_batch_size"),
     ("torch_compile", False, "leave it out"),
+    ("neftune_noise_alpha", None, "the embeddings are the reference's"),
+    ("do_eval", False, "there is no validation while training"),
     ("push_to_hub", False, "upload the finished folder"),
     ("load_best_model_at_end", False, "there is no validation while training"),
 )
@@ -70,7 +73,7 @@ def check_configuration(args: Arguments) -> Plan:
     checks = {
         "output": lambda: _check_output(args),
         "attn": lambda: _check_attention(args),
-        "specs": lambda: load_meta(args.data.meta_path, args.data.data_root or REPOSITORY),
+        "specs": lambda: _check_data(args),
         "source": lambda: _check_model(args),
         "flags": lambda: _check_flags(args),
     }
@@ -124,6 +127,20 @@ def _inspect_output(args: Arguments) -> OutputFolder:
     return found
 
 
+def _check_data(args: Arguments) -> list[DatasetSpec]:
+    """Read the meta file and index every annotation file."""
+    specs = load_meta(args.data.meta_path, args.data.data_root or REPOSITORY)
+    problems = []
+    for spec in specs:
+        try:
+            RecordFile(spec.annotation)
+        except DataError as error:
+            problems.append(f"data set {spec.name}: {error}")
+    if problems:
+        raise DataError(format_problems(problems))
+    return specs
+
+
 def _check_attention(args: Arguments) -> str:
     dtype = torch.bfloat16 if args.run.bf16 else torch.float32
     return resolve_attention(args.model.attn, args.run.device, dtype)
@@ -155,6 +172,21 @@ def _check_flags(args: Arguments) -> None:
         for name in ("wandb", "tensorboard")
         if name in run.report_to and find_spec(name) is None
     ]
+    for flag, value, least in (
+        ("learning_rate", run.learning_rate, 0),
+        ("seed", run.seed, 0),
+        ("dataloader_num_workers", run.dataloader_num_workers, 0),
+        ("force_image_size", data.force_image_size, 1),
+        ("max_seq_length", data.max_seq_length, 1),
+    ):
+        if value < least:
+            problems.append(f"--{flag} {value} must be at least {least}")
+    if not 0 <= model.drop_path_rate < 1:
+        problems.append(f"--drop_path_rate {model.drop_path_rate} must be from 0 to below 1")
+    if run.save_strategy == "best":
+        problems.append("--save_strategy best: there is no validation while training; use steps, epoch or no")
+    if model.mlp_path and not Path(model.mlp_path).is_file():
+        problems.append(f"--mlp_path {model.mlp_path}: no such file")
     if not 0 <= run.warmup_ratio < 1:
         problems.append(f"--warmup_ratio {run.warmup_ratio} must be from 0 to below 1")
     if data.max_dynamic_patch < data.min_dynamic_patch or data.min_dynamic_patch < 1:
@@ -213,6 +245,11 @@ def _check_model(args: Arguments) -> Path:
     if data.down_sample_ratio != config.downsample_ratio:
         problems.append(
             f"--down_sample_ratio {data.down_sample_ratio} is not the model's {config.downsample_ratio}"
+        )
+    if abs(model.unfreeze_vit_layers) > config.vision_config.num_hidden_layers:
+        problems.append(
+            f"--unfreeze_vit_layers {model.unfreeze_vit_layers}: the vision tower has "
+            f"{config.vision_config.num_hidden_layers} layers"
         )
     changed = dataclasses.replace(config)
     configure(changed, args)

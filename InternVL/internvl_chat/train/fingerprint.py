@@ -11,16 +11,24 @@ FINGERPRINT = "run_fingerprint.json"
 
 _MODEL_FLAGS = (
     "freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head", "use_llm_lora",
-    "use_backbone_lora",
+    "use_backbone_lora", "lora_dropout", "vision_select_layer", "ps_version",
 )  # fmt: skip
-_RUN_FLAGS = ("seed", "bf16", "loss_reduction", "train_sampling_strategy")
+_RUN_FLAGS = (
+    "seed", "bf16", "loss_reduction", "train_sampling_strategy", "learning_rate", "weight_decay",
+    "warmup_ratio", "max_grad_norm",
+)  # fmt: skip
+_DATA_FLAGS = (
+    "conv_style", "max_seq_length", "force_image_size", "dynamic_image_size", "use_thumbnail",
+    "min_dynamic_patch", "max_dynamic_patch", "normalize_type", "pad2square", "use_data_resampling",
+)  # fmt: skip
 
 
 def fingerprint(args: Arguments) -> dict[str, Any]:
     """Return what the order of the records and the optimizer's state depend on."""
     found = {name: getattr(args.model, name) for name in _MODEL_FLAGS}
     found |= {name: getattr(args.run, name) for name in _RUN_FLAGS}
-    found["use_data_resampling"] = args.data.use_data_resampling
+    found |= {name: getattr(args.data, name) for name in _DATA_FLAGS}
+    found["lr_scheduler_type"] = str(args.run.lr_scheduler_type.value)
     found["records of a step"] = args.run.step_records
     found["DeepSpeed"] = bool(args.run.deepspeed)
     return found
@@ -37,7 +45,8 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
         return
     stored = json.loads(file.read_text(encoding="utf-8"))
     problems = [
-        f"cannot resume {checkpoint}: {name} was {stored[name]!r} there, and is {value!r} here"
+        f"cannot resume {checkpoint}: {name} was {stored[name]!r} there, and is {value!r} here; "
+        "give the same, or start anew in another --output_dir"
         for name, value in current.items()
         if name in stored and stored[name] != value
     ]

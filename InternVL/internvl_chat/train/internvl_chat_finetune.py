@@ -12,19 +12,20 @@ from pathlib import Path
 import yaml
 from transformers import set_seed
 
-from internvl_chat.errors import DataError, M3LLMError, TrainingError
+from internvl_chat.errors import DataError, M3LLMError, TrainingError, UsageError
 from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.loading import load_data, load_for_training
-from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT
+from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step
 from internvl_chat.train.plots import plot_loss
 from internvl_chat.train.trainable import format_table, set_trainable
 from internvl_chat.train.trainer import M3LLMTrainer
 
-logger = get_logger(__name__)
+# Not __name__, which is `__main__` where this is run as a script.
+logger = get_logger("internvl_chat.train.internvl_chat_finetune")
 
 
 def train(args: Arguments) -> None:
@@ -46,6 +47,8 @@ def train(args: Arguments) -> None:
         unfreeze_lm_head=args.model.unfreeze_lm_head,
     )
     logger.info("attention: %s\n%s", plan.attn, format_table(rows))
+    if not rows[-1].trainable:
+        raise UsageError("with these flags nothing is trained; see the table above")
 
     data, sampler = load_data(plan, tokenizer, preprocessing)
     if plan.output.resume:
@@ -59,11 +62,16 @@ def train(args: Arguments) -> None:
         save_model_to=checkpoint_writer(plan, model, tokenizer, preprocessing),
         fingerprint=fingerprint(args) | {"records of each set": data.sizes},
     )
-    result = trainer.train(resume_from_checkpoint=str(plan.output.resume) if plan.output.resume else None)
+    resume = plan.output.resume
+    if resume and checkpoint_step(resume) >= trainer.total_steps:
+        logger.info("%s is the end of the run already; only the model is written", resume)
+        results = {}
+    else:
+        results = trainer.train(resume_from_checkpoint=str(resume) if resume else None).metrics
     trainer.save_model()
     if main_process:
         plot_loss(output / METRICS, output / PLOT)
-        (output / FINISHED).write_text(json.dumps(result.metrics, indent=2) + "\n", encoding="utf-8")
+        (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
         lock.close()
 

@@ -74,6 +74,11 @@ class OutputFolder:
                 _delete(self.path / name)
         else:
             step = checkpoint_step(self.resume)
+            for later in list_checkpoints(self.path):
+                if checkpoint_step(later) > step:
+                    logger.warning("going back to step %d: deleting %s", step, later)
+                    shutil.rmtree(later)
+            _delete(self.path / FINISHED)
             for name in (METRICS, LEDGER):
                 _drop_after(self.path / name, step)
         return lock
@@ -123,8 +128,9 @@ def inspect_output_folder(
         chosen = Path(resume)
         if not (chosen / "trainer_state.json").is_file():
             raise UsageError(f"--resume_from_checkpoint {resume}: not a checkpoint of a training run")
-        if checkpoints and chosen.resolve().parent != path.resolve():
-            raise UsageError(f"{path}: holds another run; choose a new --output_dir to resume {resume} in")
+        elsewhere = chosen.resolve().parent != path.resolve()
+        if elsewhere and (checkpoints or foreign or METRICS in contents):
+            raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume} in")
         return OutputFolder(path, chosen, overwrite=False)
     if overwrite:
         if resume:

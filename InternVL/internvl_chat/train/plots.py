@@ -13,7 +13,8 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    rows = [json.loads(line) for line in lines]
     if not rows:
         return
     steps, losses = (np.array([row[key] for row in rows]) for key in ("step", "loss"))

@@ -95,6 +95,13 @@ class M3LLMTrainer(Trainer):
         self._step_began = time.perf_counter()
         self._checkpoint_root: Path | None = None
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * len(self.sampler))
+
     # ---- data
 
     def get_train_dataloader(self) -> DataLoader:

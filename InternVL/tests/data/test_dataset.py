@@ -300,3 +300,30 @@ def test_estimated_lengths(make):
     ]
     lengths = TrainingData(sets).estimated_lengths()
     assert lengths.tolist() == [3, 5, 12, 3, 5, 12, 5 + 4 * TOKENS, 9 + 5 * TOKENS, 5 + 2 * TOKENS]
+
+
+def test_tiles_lost_to_the_token_budget_are_named(tmp_path, caplog, monkeypatch):
+    """A record that does not fit loses tiles, and says so with file, line and id."""
+    import logging
+
+    from internvl_chat.data.tokenizer_training import train_tokenizer
+
+    monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
+    Image.new("RGB", (400, 100)).save(tmp_path / "wide.png")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    line = json.dumps({"id": "wide", "image": "wide.png", "conversations": turns})
+    (tmp_path / "set.jsonl").write_text(line + "\n")
+    for limit, tiles in ((1000, 5), (40, 1)):
+        options = Preprocessing(
+            tile_size=56, tokens_per_tile=4, max_dynamic_patch=6, system_text="", max_seq_length=limit
+        )
+        encoder = RecordEncoder(train_tokenizer(["a"], 256), options)
+        records = RecordSet(DatasetSpec("set", tmp_path, tmp_path / "set.jsonl"), encoder)
+        caplog.clear()
+        _, encoded = records.encode(0)
+        if encoded.num_tiles == encoded.tiles_wanted:
+            assert not caplog.records
+        else:
+            assert "set.jsonl, line 1 (record 'wide')" in caplog.text
+            assert f"instead of {encoded.tiles_wanted}" in caplog.text
+        assert encoded.num_tiles == tiles

@@ -33,6 +33,9 @@ def documented_commands() -> list[str]:
             folder = ""
             for line in block.splitlines():
                 line = line.split("  #")[0].strip()
+                if line.startswith("export "):
+                    folder = f"{line} && "
+                    continue
                 if line.startswith("cd "):
                     folder = f"{line} && "
                 elif line:

@@ -37,7 +37,9 @@ def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weigh
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert [r["records"] for r in metrics(out)] == [4, 4, 4]
     assert (out / weights).is_file()
-    assert "loss" in (out / "training_log.txt").read_text()
+    log = (out / "training_log.txt").read_text()
+    for shown in ("attention: varlen", "trainable    share", "'loss'", "finished: the model is in"):
+        assert shown in log
     assert not list(elsewhere.iterdir())
 
 
@@ -124,3 +126,11 @@ def test_shipped_meta_file_names_the_six_sets():
         "qa-compound-image": 37029,
     }
     assert not any("max_dynamic_patch" in entry for entry in meta.values())
+
+
+def test_output_folder_among_the_flags_gets_the_log_too(tiny_model, sample_data, tmp_path):
+    variables = environment(tiny_model, sample_data, tmp_path / "unused", BATCH_SIZE="2")
+    result = run_launcher("lora", *QUICK, "--output_dir", str(tmp_path / "out"), cwd=tmp_path, **variables)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert (tmp_path / "out/training_log.txt").is_file()
+    assert not (tmp_path / "unused").exists()

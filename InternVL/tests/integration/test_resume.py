@@ -145,3 +145,27 @@ def test_adapters_resume_though_their_base_has_moved(tiny_model, augmented, tmp_
         moved, augmented, tmp_path / "more", "lora", resume_from_checkpoint=run / "checkpoint-4", max_steps=6
     )
     assert train(again) == 0
+
+
+def test_going_back_to_an_earlier_checkpoint(tiny_model, augmented, tmp_path, metrics):
+    run = tmp_path / "run"
+    assert train(arguments(tiny_model, augmented, run, "full", max_steps=6)) == 0
+    expected = [row["loss"] for row in metrics(run)]
+    checkpoint = run / "checkpoint-2"
+    again = arguments(tiny_model, augmented, run, "full", max_steps=6, resume_from_checkpoint=checkpoint)
+    assert train(again) == 0
+    assert [row["loss"] for row in metrics(run)] == expected
+    assert {p.name for p in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
+def test_a_run_that_is_at_its_end_takes_no_more_steps(tiny_model, augmented, tmp_path, metrics):
+    """As if it had been killed while the final model was written."""
+    run = tmp_path / "run"
+    assert train(arguments(tiny_model, augmented, run, "full", max_steps=4)) == 0
+    weights = {name: read().clone() for name, read in open_weights(run / "model.safetensors").items()}
+    for name in ("train_results.json", "model.safetensors"):
+        (run / name).unlink()
+    assert train(arguments(tiny_model, augmented, run, "full", max_steps=4)) == 0
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    for name, read in open_weights(run / "model.safetensors").items():
+        assert torch.equal(read(), weights[name])

@@ -135,6 +135,6 @@ def test_what_the_run_reads_is_never_overwritten(tmp_path):
 def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path):
     chosen = write_checkpoint(tmp_path / "one", 2)
     write_checkpoint(tmp_path / "two", 4)
-    with pytest.raises(UsageError, match="holds another run"):
+    with pytest.raises(UsageError, match="is not empty"):
         inspect(tmp_path / "two", resume=str(chosen))
     assert inspect(tmp_path / "three", resume=str(chosen)).resume == chosen
