@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import set_seed
 
@@ -74,6 +75,10 @@ def train(args: Arguments) -> None:
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
         lock.close()
+    if torch.distributed.is_initialized():
+        # All end together: a process that leaves while others still talk to it may take them down.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
