@@ -5,11 +5,13 @@ Shapes: R records, T tokens of all of them, U supervised tokens, N tiles, S pixe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.dataset import RecordKey, Sample
+from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.errors import DataError
 
 
@@ -48,6 +50,17 @@ class Pack:
     def num_supervised(self) -> int:
         """Supervised tokens of the records that count."""
         return int((self.supervised * self.counts).sum())
+
+    def model_inputs(
+        self, device: torch.device, normalization: str, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Any]:
+        """Return the arguments of the model's forward pass, on a device, tiles normalised there."""
+        names = ("input_ids", "labels", "position_ids", "cu_seq_lens")
+        inputs: dict[str, Any] = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
+        tiles = self.tiles.to(device, non_blocking=True)
+        inputs["pixel_values"] = normalize_tiles(tiles, normalization, dtype)
+        inputs["max_length"] = self.max_length
+        return inputs
 
     def pin_memory(self) -> "Pack":
         """Return the pack in page-locked memory, which copies to a GPU while it computes."""

@@ -7,7 +7,6 @@ import torch
 
 from internvl_chat.data.collator import pack_samples
 from internvl_chat.data.dataset import RecordSet, Sample
-from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.model.modeling import InternVLChatModel
 
 
@@ -35,15 +34,7 @@ def record_loss(model: InternVLChatModel, sample: Sample, normalization: str) ->
     """Return the loss of one record."""
     device = next(model.parameters()).device
     pack = pack_samples([(sample, True)])
-    dtype = model.mlp1[1].weight.dtype
-    output = model(
-        input_ids=pack.input_ids.to(device),
-        pixel_values=normalize_tiles(pack.tiles.to(device), normalization, dtype),
-        labels=pack.labels.to(device),
-        position_ids=pack.position_ids.to(device),
-        cu_seq_lens=pack.cu_seq_lens.to(device),
-        max_length=pack.max_length,
-    )
+    output = model(**pack.model_inputs(device, normalization, model.mlp1[1].weight.dtype))
     key = sample.key
     return RecordLoss(key.dataset, key.index, sample.id, output.loss.item(), sample.encoded.num_supervised)
 

@@ -24,7 +24,6 @@ from transformers.trainer_utils import rotate_checkpoints
 from internvl_chat.data.collator import Pack, StepCollator
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
-from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.errors import DataError, TrainingError
 from internvl_chat.logs import get_logger
 from internvl_chat.model.flops import count_flops, peak_flops
@@ -201,15 +200,10 @@ class M3LLMTrainer(Trainer):
     def _forward(self, model: nn.Module, pack: Pack, weight: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of a pack's token losses."""
         device = self.args.device
-        tiles = pack.tiles.to(device, non_blocking=True)
+        inputs = pack.model_inputs(device, self.normalization)
         with self.compute_loss_context_manager():
             return model(
-                input_ids=pack.input_ids.to(device, non_blocking=True),
-                pixel_values=normalize_tiles(tiles, self.normalization),
-                labels=pack.labels.to(device, non_blocking=True),
-                position_ids=pack.position_ids.to(device, non_blocking=True),
-                cu_seq_lens=pack.cu_seq_lens.to(device, non_blocking=True),
-                max_length=pack.max_length,
+                **inputs,
                 token_weights=weight.float().repeat_interleave(pack.supervised).to(device, non_blocking=True),
             ).loss
 
