@@ -13,12 +13,13 @@ ALLOWED = {
     "constants": set(),
     "errors": set(),
     "logs": set(),
+    "paths": set(),
     "model": {"constants", "errors", "logs"},
     "data": {"constants", "errors", "logs"},
-    "train": {"constants", "errors", "logs", "model", "data"},
+    "train": {"constants", "errors", "logs", "paths", "model", "data"},
     "inference": {"constants", "errors", "logs", "model", "data"},
     "eval": {"constants", "errors", "logs", "model", "data", "inference"},
-    "commands": {"constants", "errors", "logs", "model", "data", "inference", "eval"},
+    "commands": {"constants", "errors", "logs", "paths", "model", "data", "inference", "eval"},
     "cli": {"constants", "errors", "logs", "commands", "train"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from internvl_chat.paths import REPOSITORY
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from internvl_chat.data.dataset import RecordSet
     from internvl_chat.data.preprocessing import Preprocessing
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,11 +18,10 @@ from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.folders import is_adapter, model_folder, read_config
 from internvl_chat.model.lora import ranks_of, read_adapter_config
 from internvl_chat.model.weights import weight_files
+from internvl_chat.paths import REPOSITORY
 from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def check_configuration(args: Arguments) -> Plan:
     results = {}
     checks = {
         "output": lambda: _check_output(args),
-        "attn": lambda: _check_attention(args),
+        "attn": lambda: resolve_attention(args.model.attn, args.run.device, training_dtype(args)),
         "specs": lambda: _check_data(args),
         "source": lambda: _check_model(args),
         "flags": lambda: _check_flags(args),
@@ -141,9 +140,9 @@ def _check_data(args: Arguments) -> list[DatasetSpec]:
     return specs
 
 
-def _check_attention(args: Arguments) -> str:
-    dtype = torch.bfloat16 if args.run.bf16 else torch.float32
-    return resolve_attention(args.model.attn, args.run.device, dtype)
+def training_dtype(args: Arguments) -> torch.dtype:
+    """Return the dtype of the weights: bfloat16 with `--bf16`, as the reference, else float32."""
+    return torch.bfloat16 if args.run.bf16 else torch.float32
 
 
 def _check_flags(args: Arguments) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.dataset import TrainingData, build_sets
@@ -18,15 +17,9 @@ from internvl_chat.model.checkpoint import load_model, resize_vocabulary
 from internvl_chat.model.folders import is_adapter, model_folder
 from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.train.arguments import Arguments
-from internvl_chat.train.checks import Plan, configure
+from internvl_chat.train.checks import Plan, configure, training_dtype
 
 logger = get_logger(__name__)
-
-
-def training_dtype(args: Arguments) -> torch.dtype:
-    """Return the dtype of the weights: bfloat16 with `--bf16`, as the reference, else float32."""
-    return torch.bfloat16 if args.run.bf16 else torch.float32
 
 
 def load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
