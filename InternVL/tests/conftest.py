@@ -20,6 +20,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Lengths of the tests' records are kept apart from those of the user's own runs."""
+    os.environ["M3LLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference figures, `M3LLM_SHARED` or `../shared` beside the repository."""

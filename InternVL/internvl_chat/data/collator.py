@@ -3,14 +3,17 @@
 Shapes: R records, T tokens of all of them, U supervised tokens, N tiles, S pixels a side.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
 
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.data.dataset import RecordKey, Sample
+from internvl_chat.data.dataset import Draw, RecordKey, Sample, TrainingData
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.errors import DataError
 
@@ -22,8 +25,11 @@ class Pack:
     Attributes:
         input_ids: (1, T).
         labels: (1, T).
+        image_places: places in the row of the tokens that the tiles' features replace.
+        target_places: (U,) places in the row of the tokens whose next one is supervised.
         position_ids: (1, T), from 0 in each record.
-        cu_seq_lens: (R + 1,) int32, where each record begins, and the end of the last.
+        cu_seq_lens: (R + 1,) int32, where each record begins, and the end of the last; one more entry where
+            padding follows, which is a segment of its own.
         max_length: tokens of the longest record.
         tiles: (N, S, S, 3) uint8, of all records in order.
         supervised: (R,) supervised tokens of each record.
@@ -33,6 +39,8 @@ class Pack:
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    image_places: torch.Tensor
+    target_places: torch.Tensor
     position_ids: torch.Tensor
     cu_seq_lens: torch.Tensor
     max_length: int
@@ -42,25 +50,32 @@ class Pack:
     keys: tuple[RecordKey, ...]
 
     @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each record, (R,)."""
+        return self.cu_seq_lens.diff()[: len(self.keys)]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the records that count."""
-        return int((self.cu_seq_lens.diff() * self.counts).sum())
+        return int((self.lengths * self.counts).sum())
 
     @property
     def num_supervised(self) -> int:
         """Supervised tokens of the records that count."""
         return int((self.supervised * self.counts).sum())
 
-    def model_inputs(
-        self, device: torch.device, normalization: str, dtype: torch.dtype = torch.float32
-    ) -> dict[str, Any]:
-        """Return the arguments of the model's forward pass, on a device, tiles normalised there."""
-        names = ("input_ids", "labels", "position_ids", "cu_seq_lens")
+    def text_inputs(self, device: torch.device) -> dict[str, Any]:
+        """Return the arguments of the model's forward pass on a device, all but the tiles."""
+        names = ("input_ids", "labels", "image_places", "target_places", "position_ids", "cu_seq_lens")
         inputs: dict[str, Any] = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
-        tiles = self.tiles.to(device, non_blocking=True)
-        inputs["pixel_values"] = normalize_tiles(tiles, normalization, dtype)
         inputs["max_length"] = self.max_length
         return inputs
+
+    def pixel_values(
+        self, device: torch.device, normalization: str, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Return the tiles on a device, normalised there, (N, 3, S, S)."""
+        return normalize_tiles(self.tiles.to(device, non_blocking=True), normalization, dtype)
 
     def pin_memory(self) -> "Pack":
         """Return the pack in page-locked memory, which copies to a GPU while it computes."""
@@ -69,24 +84,29 @@ class Pack:
         )
 
 
-def pack_samples(samples: Sequence[tuple[Sample, bool]]) -> Pack:
+def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> Pack:
     """Put samples behind one another.
 
     Args:
         samples: each with whether it counts in the loss.
+        multiple: pad the row to a multiple of so many tokens.
     """
     encoded = [sample.encoded for sample, _ in samples]
-    lengths = torch.tensor([len(e.input_ids) for e in encoded])
+    lengths = [len(e.input_ids) for e in encoded]
     labels = torch.cat([e.labels for e in encoded])
-    starts = lengths.cumsum(0) - lengths
-    if (labels[starts] != IGNORE_INDEX).any():
+    bounds = list(itertools.accumulate(lengths, initial=0))
+    if (labels[bounds[:-1]] != IGNORE_INDEX).any():
         raise ValueError("the first token of a record is never a target")
+    padding = -bounds[-1] % multiple
+    segments = lengths + [padding] * (padding > 0)
     return Pack(
-        input_ids=torch.cat([e.input_ids for e in encoded]).unsqueeze(0),
-        labels=labels.unsqueeze(0),
-        position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()]).unsqueeze(0),
-        cu_seq_lens=torch.cat([starts, lengths.sum().unsqueeze(0)]).to(torch.int32),
-        max_length=int(lengths.max()),
+        input_ids=F.pad(torch.cat([e.input_ids for e in encoded]), (0, padding)).unsqueeze(0),
+        labels=F.pad(labels, (0, padding), value=IGNORE_INDEX).unsqueeze(0),
+        image_places=torch.cat([e.image_places + start for e, start in zip(encoded, bounds, strict=False)]),
+        target_places=(labels[1:] != IGNORE_INDEX).nonzero().squeeze(1),
+        position_ids=torch.cat([torch.arange(n) for n in segments]).unsqueeze(0),
+        cu_seq_lens=torch.tensor(list(itertools.accumulate(segments, initial=0)), dtype=torch.int32),
+        max_length=-(-max(segments) // multiple) * multiple,
         tiles=torch.cat([sample.tiles for sample, _ in samples]),
         supervised=torch.tensor([e.num_supervised for e in encoded]),
         counts=torch.tensor([counts for _, counts in samples]),
@@ -95,19 +115,26 @@ def pack_samples(samples: Sequence[tuple[Sample, bool]]) -> Pack:
 
 
 @dataclass(frozen=True)
-class StepCollator:
-    """Turns a process's share of an optimizer step into packs.
+class PackDataset(Dataset):
+    """Records as packs: what is asked for is the list of a pack's draws.
 
     Attributes:
-        records_per_pack: most records of one forward pass (`per_device_train_batch_size`).
+        data: the records.
+        multiple: of `pack_samples`.
     """
 
-    records_per_pack: int
+    data: TrainingData
+    multiple: int = 1
 
-    def __call__(self, samples: Sequence[tuple[Sample, bool] | DataError]) -> list[Pack] | DataError:
-        """Cut the share into packs, in order; the first error among the samples is handed on instead."""
-        for sample in samples:
-            if isinstance(sample, DataError):
-                return sample
-        size = self.records_per_pack
-        return [pack_samples(samples[i : i + size]) for i in range(0, len(samples), size)]
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draws: Sequence[Draw]) -> Pack | DataError:
+        """Load a pack, or return the first error among its records (torch would bury one that is raised)."""
+        samples = []
+        for draw in draws:
+            loaded = self.data[draw]
+            if isinstance(loaded, DataError):
+                return loaded
+            samples.append(loaded)
+        return pack_samples(samples, self.multiple)

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from internvl_chat.data.encoding import Encoded, RecordEncoder
+from internvl_chat.data.encoding import Encoded, Measured, RecordEncoder
 from internvl_chat.data.jsonl import RecordFile
+from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.records import Record, RecordProblem, parse_record
 from internvl_chat.data.tiling import to_rgb
@@ -77,6 +78,11 @@ class RecordSet:
         repeat = self.spec.repeat_time
         return int(len(self) * repeat) if repeat < 1 else len(self) * int(repeat)
 
+    @property
+    def num_distinct(self) -> int:
+        """Records that an epoch uses, each counted once: the first of the file."""
+        return min(len(self), self.num_used)
+
     def first(self, limit: int | None) -> range:
         """Return the indices of the first records, of all without a limit."""
         return range(len(self) if limit is None else min(limit, len(self)))
@@ -92,9 +98,10 @@ class RecordSet:
             return parse_record(raw)
         except RecordProblem as problem:
             identity = raw.get("id") if isinstance(raw, dict) else None
-            raise self._error(index, str(problem), None if identity is None else str(identity)) from None
+            raise self.error(index, str(problem), None if identity is None else str(identity)) from None
 
-    def _error(self, index: int, message: str, record_id: str | None) -> DataError:
+    def error(self, index: int, message: str, record_id: str | None) -> DataError:
+        """Return an error that names a record."""
         return DataError(message, file=self.spec.annotation, line=self.file.line(index), record=record_id)
 
     def encode(self, index: int) -> tuple[Record, Encoded]:
@@ -107,6 +114,20 @@ class RecordSet:
         with ExitStack() as stack:
             images = self._open(index, record, stack)
             return record, self._encode(index, record, images)
+
+    def measure(self, index: int) -> Measured:
+        """Return how long a record is; of its images only the headers are read.
+
+        Raises:
+            DataError: it cannot be used, in the words of `encode`.
+        """
+        record = self.record(index)
+        with ExitStack() as stack:
+            sizes = [image.size for image in self._open(index, record, stack)]
+        try:
+            return self.encoder.measure(record.turns, sizes)
+        except RecordProblem as problem:
+            raise self.error(index, str(problem), record.id) from None
 
     def load(self, index: int, augment: random.Random | None = None) -> Sample:
         """Encode a record and decode its images.
@@ -126,7 +147,7 @@ class RecordSet:
                 tiles = self.encoder.tiles(images, encoded.grids, augment if self.spec.data_augment else None)
             except Exception as error:
                 names = ", ".join(record.images)
-                raise self._error(
+                raise self.error(
                     index, f"an image cannot be decoded ({names}): {error}", record.id
                 ) from error
         return Sample(RecordKey(self.spec.name, index), record.id, encoded, tiles)
@@ -138,7 +159,7 @@ class RecordSet:
             try:
                 return [to_rgb(image) for image in opened]
             except Exception as error:
-                raise self._error(index, f"an image cannot be decoded: {error}", record.id) from error
+                raise self.error(index, f"an image cannot be decoded: {error}", record.id) from error
 
     def _open(self, index: int, record: Record, stack: ExitStack) -> list[Image.Image]:
         images = []
@@ -147,18 +168,18 @@ class RecordSet:
             try:
                 images.append(stack.enter_context(Image.open(path)))
             except FileNotFoundError:
-                raise self._error(
+                raise self.error(
                     index, f"the image {path} does not exist; check 'root' in the meta file", record.id
                 ) from None
             except Exception as error:
-                raise self._error(index, f"the image {path} cannot be read: {error}", record.id) from error
+                raise self.error(index, f"the image {path} cannot be read: {error}", record.id) from error
         return images
 
     def _encode(self, index: int, record: Record, images: Sequence[Image.Image]) -> Encoded:
         try:
             encoded = self.encoder.encode(record.turns, [image.size for image in images])
         except RecordProblem as problem:
-            raise self._error(index, str(problem), record.id) from None
+            raise self.error(index, str(problem), record.id) from None
         if encoded.num_tiles < encoded.tiles_wanted:
             logger.warning(
                 "%s, line %d (record %r): %d tiles instead of %d, to fit max_seq_length %d",
@@ -188,10 +209,15 @@ class TrainingData(Dataset):
     Args:
         sets: the data sets.
         seed: of the augmentation.
+        lengths: of `index_lengths(sets)`; a record that differs from them is an error.
     """
 
-    def __init__(self, sets: Sequence[RecordSet], *, seed: int = 0) -> None:
-        self.sets, self.seed = list(sets), seed
+    def __init__(
+        self, sets: Sequence[RecordSet], *, seed: int = 0, lengths: Sequence[Lengths] | None = None
+    ) -> None:
+        self.sets, self.seed, self.lengths = list(sets), seed, lengths
+        if lengths is not None and [len(n) for n in lengths] != [s.num_distinct for s in self.sets]:
+            raise ValueError("the lengths are not those of the sets")
         self._bounds = np.cumsum([0, *(s.num_used for s in self.sets)])
         if not len(self):
             raise DataError("no records are left to train on: every 'repeat_time' is too small")
@@ -206,36 +232,55 @@ class TrainingData(Dataset):
 
     def locate(self, index: int) -> tuple[RecordSet, int]:
         """Return the set of a record of the epoch, and its index in the set's file."""
+        number, index = self._place(index)
+        return self.sets[number], index
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the number of a record's set, and its index in the set's file."""
         number = int(np.searchsorted(self._bounds, index, side="right")) - 1
-        records = self.sets[number]
-        return records, (index - int(self._bounds[number])) % len(records)
+        return number, (index - int(self._bounds[number])) % len(self.sets[number])
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, bool] | DataError:
         """Load a record; returns it and whether it counts.
 
         An error is returned, not raised: torch would bury one from a loader process in its traceback.
         """
-        records, index = self.locate(draw.index)
+        number, index = self._place(draw.index)
         rng = random.Random(f"{self.seed}/{draw.epoch}/{draw.index}")
         try:
-            return records.load(index, rng), draw.counts
+            sample = self.sets[number].load(index, rng)
+            self._compare(number, index, sample)
         except DataError as error:
             return error
+        return sample, draw.counts
 
-    def estimated_lengths(self, tokens_per_byte: float = 0.25) -> np.ndarray:
-        """Estimate the tokens of every record of the epoch without opening images (as the reference)."""
-        lengths = []
-        for records in self.sets:
-            options = records.encoder.preprocessing
-            used = min(len(records), records.num_used)
-            of_file = np.empty(used, np.int64)
-            for i in range(used):
-                record = records.record(i)
-                text = sum(len(turn.text.encode()) for turn in record.turns) * tokens_per_byte
-                tiles = max(options.max_dynamic_patch, len(record.images)) if record.images else 0
-                of_file[i] = text + tiles * options.tokens_per_tile
-            lengths.append(np.tile(of_file, records.num_used // used if used else 0))
-        return np.concatenate(lengths)
+    def _compare(self, number: int, index: int, sample: Sample) -> None:
+        """Raise a `DataError` where a record is not as long as it was when it was indexed."""
+        if self.lengths is None or self.lengths[number][index] == sample.encoded.measured:
+            return
+        lengths = self.lengths[number]
+        now, before = ("{} tokens ({} supervised) and {} tiles".format(*numbers)
+                       for numbers in (sample.encoded.measured, lengths[index]))  # fmt: skip
+        remedy = f"delete {lengths.file} and start again" if lengths.file else "start again"
+        message = f"{now}, but {before} when the lengths were indexed: an image has changed since; {remedy}"
+        raise self.sets[number].error(index, message, sample.id)
+
+    def epoch_lengths(self) -> Lengths:
+        """Return the lengths of every record of the epoch, in its numbering (repeated records repeated).
+
+        Raises:
+            ValueError: the data was made without lengths.
+        """
+        if self.lengths is None:
+            raise ValueError("TrainingData was made without the lengths of its records")
+        rounds = [s.num_used // s.num_distinct if s.num_distinct else 0 for s in self.sets]
+        columns = {
+            name: np.concatenate(
+                [np.tile(lengths.columns[name], n) for lengths, n in zip(self.lengths, rounds, strict=True)]
+            )
+            for name in Measured._fields
+        }
+        return Lengths(**columns)
 
 
 def build_sets(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> list[RecordSet]:

@@ -3,14 +3,16 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.records import RecordProblem, Turn
-from internvl_chat.data.template import EncodedTurns, encode_prompt, encode_turns
+from internvl_chat.data.template import EncodedTurns, Template, TurnLengths
 from internvl_chat.data.tiling import (
     NORMALIZATIONS,
     Grid,
@@ -24,6 +26,14 @@ from internvl_chat.data.tiling import (
 )
 
 
+class Measured(NamedTuple):
+    """How much of everything a record has."""
+
+    tokens: int
+    supervised: int
+    tiles: int
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A conversation as the model takes it.
@@ -31,12 +41,14 @@ class Encoded:
     Attributes:
         input_ids: (T,) int64.
         labels: (T,) int64, `IGNORE_INDEX` where nothing is learnt.
+        image_places: places in `input_ids` of the tokens that the tiles' features replace.
         grids: how each image is cut.
         tiles_wanted: tiles that the images would have had without `max_seq_length`.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    image_places: torch.Tensor
     grids: tuple[Grid, ...]
     tiles_wanted: int = 0
 
@@ -50,6 +62,26 @@ class Encoded:
         """Number of tokens that are learnt."""
         return int((self.labels >= 0).sum())
 
+    @property
+    def measured(self) -> Measured:
+        """What `RecordEncoder.measure` finds without building ids."""
+        return Measured(len(self.input_ids), self.num_supervised, self.num_tiles)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How the images of a conversation are cut so that it fits.
+
+    Attributes:
+        grids: one an image.
+        tokens: language-model tokens of each image.
+        tiles_wanted: tiles that the images would have had without `max_seq_length`.
+    """
+
+    grids: tuple[Grid, ...]
+    tokens: tuple[int, ...]
+    tiles_wanted: int
+
 
 class RecordEncoder:
     """Plans tiles and encodes conversations with one tokenizer and one set of options.
@@ -61,6 +93,7 @@ class RecordEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing) -> None:
         self.tokenizer, self.preprocessing = tokenizer, preprocessing
+        self.template = Template(tokenizer, preprocessing.system_text)
 
     def with_max_tiles(self, max_tiles: int | None) -> "RecordEncoder":
         """Return an encoder with another tile limit; None keeps this one."""
@@ -80,7 +113,7 @@ class RecordEncoder:
         Raises:
             RecordProblem: it does not fit into `max_seq_length`.
         """
-        return self._fit(encode_turns(turns, self.tokenizer, self.preprocessing.system_text), image_sizes)
+        return self._materialise(self.template.encode(turns), image_sizes)
 
     def encode_prompt(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Encoded:
         """Encode a conversation up to where the assistant answers.
@@ -88,24 +121,42 @@ class RecordEncoder:
         Raises:
             RecordProblem: it does not fit into `max_seq_length`.
         """
-        return self._fit(encode_prompt(turns, self.tokenizer, self.preprocessing.system_text), image_sizes)
+        return self._materialise(self.template.encode_prompt(turns), image_sizes)
 
-    def _fit(self, turns: EncodedTurns, image_sizes: Sequence[tuple[int, int]]) -> Encoded:
-        """Expand the images' tokens, with fewer tiles for every image where the record is too long."""
+    def measure(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Measured:
+        """Return `encode(...).measured` without building ids.
+
+        Raises:
+            RecordProblem: as `encode`.
+        """
+        lengths = self.template.measure(turns)
+        fit = self._fit(lengths, image_sizes)
+        tiles = sum(grid.tiles for grid in fit.grids)
+        return Measured(lengths.num_tokens(fit.tokens), lengths.num_supervised(fit.tokens), tiles)
+
+    def _materialise(self, turns: EncodedTurns, image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+        """Expand the images' tokens to what the plan gives them."""
+        fit = self._fit(turns.lengths, image_sizes)
+        ids, labels = turns.expand(fit.tokens)
+        places = np.flatnonzero(ids == self.template.context_id)
+        arrays = (torch.from_numpy(array) for array in (ids, labels, places))
+        return Encoded(*arrays, fit.grids, fit.tiles_wanted)
+
+    def _fit(self, turns: TurnLengths, image_sizes: Sequence[tuple[int, int]]) -> _Fit:
+        """Plan every image's tiles, fewer for each where the record is too long."""
         options = self.preprocessing
-        if len(turns.image_positions) != len(image_sizes):
+        if turns.num_images != len(image_sizes):
             raise RecordProblem(
-                f"{len(turns.image_positions)} places for images in the text, but {len(image_sizes)} images"
+                f"{turns.num_images} places for images in the text, but {len(image_sizes)} images"
             )
         per_image = share_of_budget(options.max_dynamic_patch, max(len(image_sizes), 1))
         wanted = sum(self.plan_grid(size, per_image).tiles for size in image_sizes)
         for budget in range(per_image if image_sizes else 1, 0, -1):
             grids = tuple(self.plan_grid(size, budget) for size in image_sizes)
-            tokens = [grid.tiles * options.tokens_per_tile for grid in grids]
+            tokens = tuple(grid.tiles * options.tokens_per_tile for grid in grids)
             length = turns.num_tokens(tokens)
             if length <= options.max_seq_length:
-                ids, labels = turns.expand(tokens)
-                return Encoded(torch.from_numpy(ids), torch.from_numpy(labels), grids, wanted)
+                return _Fit(grids, tokens, wanted)
         least = " even with one tile an image" if image_sizes else ""
         raise RecordProblem(f"{length} tokens{least}, more than max_seq_length {options.max_seq_length}")
 

@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from internvl_chat.data.dataset import Draw
+from internvl_chat.data.packing import StepPlanner
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 
@@ -57,46 +58,20 @@ def _cycle(rng: np.random.Generator, size: int, draws: int) -> np.ndarray:
     return np.concatenate([*rounds, np.zeros(0, np.int64)])[:draws].astype(np.int64)
 
 
-def deal(records: np.ndarray, processes: int, lengths: np.ndarray | None = None) -> list[np.ndarray]:
-    """Deal a step's records to processes, as evenly in number as possible.
+class StepSampler(Sampler[list[list[Draw]]]):
+    """Yields, for each optimizer step of an epoch, the packs of one process.
 
-    Args:
-        records: the step's records.
-        processes: how many there are.
-        lengths: tokens of each record; with them the processes also get about the same number of tokens,
-            longest records first (LLaVA's length grouping).
-
-    Returns:
-        One array a process.
-    """
-    if lengths is None or processes == 1:
-        return np.array_split(records, processes)
-    capacity = [len(part) for part in np.array_split(records, processes)]
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
-    for i in np.argsort(-lengths, kind="stable"):
-        free = [p for p in range(processes) if len(shares[p]) < capacity[p]]
-        lightest = min(free, key=lambda p: loads[p])
-        shares[lightest].append(int(records[i]))
-        loads[lightest] += int(lengths[i])
-    return [np.array(share, np.int64) for share in shares]
-
-
-class StepSampler(Sampler[list[Draw]]):
-    """Yields, for each optimizer step of an epoch, the draws of one process.
-
-    Every process sees the same number of steps, and in a step the same number of records: where an epoch's
-    last, short step cannot be dealt evenly, a process gets one with weight zero, so that none waits.
+    Every process sees the same number of steps, and in a step the same number of packs: where records are too
+    few, a process gets a pack of one record with weight zero, so that none waits.
 
     Args:
         sizes: records of each set.
         step_records: records of a step over all processes.
+        planner: spreads a step's records.
         rank: this process.
-        processes: number of processes.
         seed: of the run.
         strategy: one of `STRATEGIES`.
         resample: square-root resampling of the sets.
-        lengths: tokens of every record; given, the processes of a step get about the same number.
     """
 
     def __init__(
@@ -104,16 +79,14 @@ class StepSampler(Sampler[list[Draw]]):
         sizes: Sequence[int],
         *,
         step_records: int,
+        planner: StepPlanner,
         rank: int = 0,
-        processes: int = 1,
         seed: int = 0,
         strategy: str = "random",
         resample: bool = False,
-        lengths: np.ndarray | None = None,
     ) -> None:
-        self.sizes, self.step_records = list(sizes), step_records
-        self.rank, self.processes = rank, processes
-        self.seed, self.strategy, self.resample, self.lengths = seed, strategy, resample, lengths
+        self.sizes, self.step_records, self.planner, self.rank = list(sizes), step_records, planner, rank
+        self.seed, self.strategy, self.resample = seed, strategy, resample
         self.epoch = 0
         self._known: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
@@ -139,12 +112,15 @@ class StepSampler(Sampler[list[Draw]]):
             self._known = (epoch, self._order(epoch))
         return self._known[1][number * self.step_records : (number + 1) * self.step_records]
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        for number in range(len(self)):
-            step = self.step(self.epoch, number)
-            lengths = self.lengths[step] if self.lengths is not None else None
-            share = deal(step, self.processes, lengths)[self.rank]
-            filler = -(-len(step) // self.processes) - len(share)
-            yield [Draw(int(index), self.epoch) for index in share] + [
-                Draw(int(step[0]), self.epoch, counts=False) for _ in range(filler)
-            ]
+    def packs(self, epoch: int, number: int) -> list[list[Draw]]:
+        """Return the packs of this process in one step of an epoch, counted from 0."""
+        records = self.step(epoch, number)
+        plan = self.planner(records)
+        own = [[Draw(int(index), epoch) for index in pack] for pack in plan[self.rank]]
+        missing = max(len(packs) for packs in plan) - len(own)
+        filler = [Draw(self.planner.shortest(records), epoch, counts=False)]
+        return own + [filler] * missing
+
+    def __iter__(self) -> Iterator[list[list[Draw]]]:
+        epoch = self.epoch
+        return (self.packs(epoch, number) for number in range(len(self)))

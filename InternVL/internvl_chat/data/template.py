@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.constants import (
@@ -32,6 +33,35 @@ _IMAGE = f"{IMG_START}{IMG_CONTEXT}{IMG_END}"
 
 
 @dataclass(frozen=True)
+class TurnLengths:
+    """How long a conversation is whose images each still are one context token.
+
+    Attributes:
+        tokens: of all turns.
+        supervised: tokens that are learnt.
+        learnt_images: for each image, whether its context token is among them.
+    """
+
+    tokens: int
+    supervised: int
+    learnt_images: tuple[bool, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Number of context tokens."""
+        return len(self.learnt_images)
+
+    def num_tokens(self, tokens_per_image: Sequence[int]) -> int:
+        """Return the length with each image at that many tokens."""
+        return self.tokens + sum(tokens_per_image) - self.num_images
+
+    def num_supervised(self, tokens_per_image: Sequence[int]) -> int:
+        """Return how many tokens are learnt with each image at that many tokens."""
+        images = zip(tokens_per_image, self.learnt_images, strict=True)
+        return self.supervised + sum(tokens - 1 for tokens, learnt in images if learnt)
+
+
+@dataclass(frozen=True)
 class EncodedTurns:
     """Ids and labels of a conversation whose images each still are one context token.
 
@@ -45,9 +75,11 @@ class EncodedTurns:
     labels: np.ndarray
     image_positions: np.ndarray
 
-    def num_tokens(self, tokens_per_image: Sequence[int]) -> int:
-        """Return the length with each image at that many tokens."""
-        return len(self.input_ids) + sum(tokens_per_image) - len(self.image_positions)
+    @property
+    def lengths(self) -> TurnLengths:
+        """The numbers that `Template.measure` finds without building ids and labels."""
+        learnt = self.labels != IGNORE_INDEX
+        return TurnLengths(len(self.labels), int(learnt.sum()), tuple(learnt[self.image_positions].tolist()))
 
     def expand(self, tokens_per_image: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and labels with each image's context token repeated that many times."""
@@ -56,41 +88,86 @@ class EncodedTurns:
         return np.repeat(self.input_ids, repeats), np.repeat(self.labels, repeats)
 
 
+class Template:
+    """Turns conversations into ids and labels, or only says how long they are.
+
+    What conversations share, the default system turn and the header of an answer, is tokenised once.
+
+    Args:
+        tokenizer: with InternVL's special tokens.
+        system_text: of conversations without a system turn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_text: str) -> None:
+        self.tokenizer = tokenizer
+        self.context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
+        system = Turn("system", system_text)
+        system_ids, self._header = token_ids(tokenizer, [render_turn(system), f"{IM_START}assistant\n"])
+        self._system = (system, system_ids)
+
+    def encode(self, turns: Sequence[Turn]) -> EncodedTurns:
+        """Tokenise a conversation and label what is to be learnt."""
+        pairs = self._tokenize(turns)
+        input_ids = np.array([token for _, ids in pairs for token in ids], np.int64)
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        start = 0
+        for turn, ids in pairs:
+            learnt = self._learnt(turn, len(ids))
+            labels[start + learnt.start : start + learnt.stop] = ids[learnt.start : learnt.stop]
+            start += len(ids)
+        return EncodedTurns(input_ids, labels, np.flatnonzero(input_ids == self.context_id))
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> EncodedTurns:
+        """Tokenise a conversation up to where the assistant is to answer; nothing is labelled."""
+        ids = [token for _, ids in self._tokenize(turns) for token in ids] + self._header
+        input_ids = np.array(ids, np.int64)
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        return EncodedTurns(input_ids, labels, np.flatnonzero(input_ids == self.context_id))
+
+    def measure(self, turns: Sequence[Turn]) -> TurnLengths:
+        """Return `encode(turns).lengths`, in less time."""
+        tokens = supervised = 0
+        learnt_images: list[bool] = []
+        for turn, ids in self._tokenize(turns):
+            learnt = self._learnt(turn, len(ids))
+            tokens += len(ids)
+            supervised += len(learnt)
+            if self.context_id in ids:
+                learnt_images += [i in learnt for i, token in enumerate(ids) if token == self.context_id]
+        return TurnLengths(tokens, supervised, tuple(learnt_images))
+
+    def _tokenize(self, turns: Sequence[Turn]) -> list[tuple[Turn, list[int]]]:
+        """Return each turn with its ids, a system turn at the front; the conversation's own wins."""
+        ids = token_ids(self.tokenizer, [render_turn(turn) for turn in turns])
+        pairs = list(zip(turns, ids, strict=True))
+        return pairs if turns and turns[0].role == "system" else [self._system, *pairs]
+
+    def _learnt(self, turn: Turn, num_ids: int) -> range:
+        """Return which ids of a turn are learnt: an answer and its end, not its header and last newline."""
+        return range(len(self._header), num_ids - 1) if turn.role == "assistant" else range(0)
+
+
 def render_turn(turn: Turn) -> str:
     """Return a turn's text in the template, an image as one context token between its brackets."""
     text = turn.text.replace(IMAGE_PLACEHOLDER, _IMAGE) if turn.role == "user" else turn.text
     return f"{IM_START}{turn.role}\n{text}{IM_END}\n"
 
 
-def with_system(turns: Sequence[Turn], system_text: str) -> list[Turn]:
-    """Return the turns with a system turn at the front; the record's own wins."""
-    return list(turns) if turns and turns[0].role == "system" else [Turn("system", system_text), *turns]
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts with nothing added, cut or padded; quicker than calling the tokenizer."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return tokenizer(list(texts), add_special_tokens=False).input_ids
+    encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
-def encode_turns(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, system_text: str) -> EncodedTurns:
-    """Tokenise a conversation and label what is to be learnt."""
-    turns = with_system(turns, system_text)
-    header = len(tokenizer(f"{IM_START}assistant\n", add_special_tokens=False).input_ids)
-    batches = tokenizer([render_turn(turn) for turn in turns], add_special_tokens=False).input_ids
-    ids = [np.array(batch, np.int64) for batch in batches]
-    labels = []
-    for turn, turn_ids in zip(turns, ids, strict=True):
-        turn_labels = np.full_like(turn_ids, IGNORE_INDEX)
-        if turn.role == "assistant":
-            turn_labels[header:-1] = turn_ids[header:-1]
-        labels.append(turn_labels)
-    input_ids = np.concatenate(ids)
-    context = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
-    return EncodedTurns(input_ids, np.concatenate(labels), np.flatnonzero(input_ids == context))
-
-
-def encode_prompt(
-    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, system_text: str
-) -> EncodedTurns:
-    """Tokenise a conversation up to where the assistant is to answer; nothing is labelled."""
-    texts = [render_turn(turn) for turn in with_system(turns, system_text)] + [f"{IM_START}assistant\n"]
-    batches = tokenizer(texts, add_special_tokens=False).input_ids
-    input_ids = np.concatenate([np.array(batch, np.int64) for batch in batches])
-    context = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
-    labels = np.full_like(input_ids, IGNORE_INDEX)
-    return EncodedTurns(input_ids, labels, np.flatnonzero(input_ids == context))
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return what a fast tokenizer works with, without the cutting and padding of an earlier call."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend

@@ -55,6 +55,8 @@ def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str |
     return None
 
 
+# The bounds of the segments are data, which a compiled graph does not see.
+@torch.compiler.disable
 def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

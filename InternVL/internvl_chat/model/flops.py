@@ -1,7 +1,9 @@
 """How many floating-point operations a training step needs, and what the hardware could do."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from internvl_chat.model.modeling import InternVLChatModel
@@ -55,12 +57,17 @@ class FlopCounter:
     def step(self, lengths: list[int], supervised: int, tiles: int) -> float:
         """Return the FLOPs of training on records of these lengths; recomputation is not counted."""
         pairs = sum(n * (n + 1) / 2 for n in lengths)
-        llm = self.decoder * sum(lengths) + self.attention * pairs + self.head * supervised
-        return (
-            self.llm_passes * llm
-            + self.vision_passes * self.tile * tiles
-            + self.projector_passes * self.projector * tiles
-        )
+        return self._count(sum(lengths), pairs, supervised, tiles)
+
+    def records(self, tokens: np.ndarray, supervised: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+        """Return the FLOPs of training on each of many records; arrays of one entry a record."""
+        tokens = tokens.astype(np.float64)
+        return self._count(tokens, tokens * (tokens + 1) / 2, supervised, tiles)
+
+    def _count(self, tokens: Any, pairs: Any, supervised: Any, tiles: Any) -> Any:
+        llm = self.decoder * tokens + self.attention * pairs + self.head * supervised
+        vision = self.vision_passes * self.tile + self.projector_passes * self.projector
+        return self.llm_passes * llm + vision * tiles
 
 
 def count_flops(model: InternVLChatModel) -> FlopCounter:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 
 from internvl_chat.errors import ModelError
+from internvl_chat.model.lora_layer import LoraLinear
 from internvl_chat.model.modeling import InternVLChatModel
 
 ADAPTER_NAME = "default"
@@ -66,7 +67,9 @@ def add_lora(
 
 def _lora_config(rank: int, targets: tuple[str, ...], dropout: float) -> LoraConfig:
     """Return peft's configuration of one tower."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(targets))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(targets))
+    config._register_custom_module({nn.Linear: LoraLinear})
+    return config
 
 
 def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list[str]) -> LoraConfig:

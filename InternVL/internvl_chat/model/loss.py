@@ -5,8 +5,10 @@ A step's loss is sum(w_t * loss_t) / sum(w_t) over all supervised tokens t of th
 the same; `square` by 1 / sqrt(n); `token` by 1 (InternVL 2.5, section 3.3).
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 LOSS_REDUCTIONS = ("sample", "token", "square")
 
@@ -23,5 +25,46 @@ def token_weight(num_supervised: int, reduction: str) -> float:
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of each token in float32; (T, V) and (T,) -> (T,)."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    """Return the cross-entropy of each token, computed in float32 without a float32 copy of all logits.
+
+    Args:
+        logits: (U, V) in any dtype.
+        targets: (U,) int64.
+
+    Returns:
+        (U,) float32.
+    """
+    return _TokenLosses.apply(logits, targets)
+
+
+# Float32 logits in work at a time: what fits a CPU's caches, and few launches on a GPU.
+_CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+def _row_chunks(logits: torch.Tensor) -> list[slice]:
+    """Cut the rows so that a float32 copy of a part stays small."""
+    rows = max(1, _CHUNK_BYTES.get(logits.device.type, 1 << 28) // (4 * logits.shape[1]))
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Keeps the logits in their own dtype for the backward pass, and what normalises them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        normalizers = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        for rows in _row_chunks(logits):
+            normalizers[rows] = logits[rows].float().logsumexp(dim=1)
+        ctx.save_for_backward(logits, targets, normalizers)
+        return normalizers - logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, normalizers = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in _row_chunks(logits):
+            part = logits[rows].to(torch.float32, copy=True).sub_(normalizers[rows].unsqueeze(1)).exp_()
+            part.scatter_add_(1, targets[rows].unsqueeze(1), part.new_full((len(part), 1), -1.0))
+            out[rows] = part.mul_(gradient[rows].unsqueeze(1))
+        return out, None

@@ -1,7 +1,7 @@
 """InternVL-Chat: tiles become tokens, tokens meet text, the language model reads both.
 
 Shapes: N tiles, S pixels a side, T tokens a row, B rows, U supervised tokens, V vocabulary, C width of the
-language model, K tokens a tile.
+language model, K tokens a tile, F width of the vision features (folded).
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import ModelOutput
 
 from internvl_chat.constants import IGNORE_INDEX
@@ -69,40 +70,75 @@ class InternVLChatModel(nn.Module):
             self.vision_model.eval()
         return self
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute the blocks of both towers in the backward pass instead of keeping activations."""
+    def recompute_layers(self, count: int) -> None:
+        """Let `count` decoder layers, spread evenly, keep only inputs and run again in the backward pass.
+
+        The vision tower's blocks do so too where it is trained and `count` is not 0.
+        """
         llm = self.language_model
         # The method's name until transformers 5.17 and after it.
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-        self.vision_model.gradient_checkpointing = True
+        layers = llm.get_decoder().layers
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = (i + 1) * count // len(layers) > i * count // len(layers)
+        self.vision_model.gradient_checkpointing = count > 0
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks of both towers, each kind once for rows of any length; names stay the same."""
+        for layer in [*self.language_model.get_decoder().layers, *self.vision_model.encoder.layers]:
+            layer.compile(backend=backend, dynamic=True)
+
+    def use_liger(self) -> None:
+        """Replace the language model's RMSNorm, SwiGLU and RoPE by Liger's kernels (NVIDIA GPUs)."""
+        kernels = {"rope": True, "swiglu": True, "rms_norm": True}
+        # The head runs at the supervised tokens only, which is less than Liger's fused head computes.
+        heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        apply_liger_kernel(self.language_model, kernels | heads)
+
+    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the vision tower and fold its patches, (N, 3, S, S) -> (N, K, F); without a graph if frozen."""
+        config = self.config
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
+            x = self.vision_model(pixel_values, config.select_layer)[:, 1:]
+        x = x.unflatten(1, (int(x.shape[1] ** 0.5), -1))
+        return pixel_shuffle(x, config.downsample_ratio, config.ps_version).flatten(1, 2)
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode normalised tiles, (N, 3, S, S) -> (N, K, C).
 
-        A frozen tower runs without a graph. With no tiles it is not run at all, yet `mlp1` is, so that its
-        parameters get zero gradients rather than none, as when the reference encodes a blank tile: Adam
-        then still applies momentum and decay to them.
+        With no tiles a frozen tower is not run at all, yet `mlp1` is, so that its parameters get zero
+        gradients rather than none, as when the reference encodes a blank tile: Adam then still applies
+        momentum and decay to them.
         """
-        config, frozen = self.config, self.vision_is_frozen
-        tiles = pixel_values
-        if len(tiles) == 0 and (self.always_run_vision or not frozen):
-            tiles = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        if len(tiles):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                x = self.vision_model(tiles, config.select_layer)[:, 1:]
-            x = x.unflatten(1, (int(x.shape[1] ** 0.5), -1))
-            x = pixel_shuffle(x, config.downsample_ratio, config.ps_version).flatten(1, 2)
-        else:
-            x = self.mlp1[0].weight.new_zeros(0, config.tokens_per_tile, self.mlp1[0].weight.shape[0])
-        return self.mlp1(x)[: len(pixel_values)]
+        if len(pixel_values):
+            return self.mlp1(self.vision_features(pixel_values))
+        if self.always_run_vision or not self.vision_is_frozen:
+            blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+            return self.mlp1(self.vision_features(blank))[:0]
+        return self.mlp1(self.no_features())
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def no_features(self) -> torch.Tensor:
+        """Return the vision features of no tile, (0, K, F)."""
+        config = self.config
+        width = int(config.vision_config.hidden_size / config.downsample_ratio**2)
+        dtype, device = self.mlp1[0].weight.dtype, self.mlp1[0].weight.device
+        return torch.zeros(0, config.tokens_per_tile, width, dtype=dtype, device=device)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        image_places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Embed text and put the tiles' features in the place of their `<IMG_CONTEXT>` tokens.
 
         Args:
             input_ids: (B, T).
             pixel_values: all tiles of all rows in order, (N, 3, S, S); N may be 0.
+            vision_features: what `vision_features` made of the tiles, instead of them, (N, K, F).
+            image_places: of the `<IMG_CONTEXT>` tokens in the rows behind one another; found if not given.
 
         Returns:
             (B, T, C).
@@ -111,30 +147,38 @@ class InternVLChatModel(nn.Module):
             ValueError: tiles and placeholders do not match.
         """
         text = self.language_model.get_input_embeddings()(input_ids)
-        features = self.image_features(pixel_values).flatten(0, 1)
-        places = input_ids == self.image_context_id
-        expected, found = int(places.sum()), len(features)
-        if expected != found:
+        features = (
+            self.image_features(pixel_values) if vision_features is None else self.mlp1(vision_features)
+        )
+        tiles, features = len(features), features.flatten(0, 1)
+        if image_places is None:
+            image_places = (input_ids.flatten() == self.image_context_id).nonzero().squeeze(1)
+        if len(image_places) != len(features):
             raise ValueError(
-                f"{expected} <IMG_CONTEXT> tokens in the text, but {found} features "
-                f"from {len(pixel_values)} tiles"
+                f"{len(image_places)} <IMG_CONTEXT> tokens in the text, but {len(features)} features "
+                f"from {tiles} tiles"
             )
-        return text.masked_scatter(places.unsqueeze(-1), features.to(text.dtype))
+        rows = text.flatten(0, 1).index_copy(0, image_places, features.to(text.dtype))
+        return rows.unflatten(0, input_ids.shape)
 
     def forward(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seq_lens: torch.Tensor | None = None,
         max_length: int | None = None,
+        vision_features: torch.Tensor | None = None,
+        image_places: torch.Tensor | None = None,
+        target_places: torch.Tensor | None = None,
     ) -> InternVLOutput:
         """Run one row of records packed behind one another, or a batch of single rows of equal length.
 
         Attention never crosses from one record to the next: the kernels get the records' bounds, and
-        transformers' masks are built from the positions, which restart at 0 in each record.
+        transformers' masks are built from the positions, which restart at 0 in each record. The places may be
+        left out; a GPU then has to wait for them to be counted.
 
         Args:
             input_ids: (1, T) packed, or (B, T) without `cu_seq_lens`.
@@ -145,12 +189,15 @@ class InternVLChatModel(nn.Module):
             position_ids: as `input_ids`.
             cu_seq_lens: (records + 1,) int32, bounds of the records.
             max_length: tokens of the longest record.
+            vision_features: of `vision_features`, instead of `pixel_values`, (N, K, F).
+            image_places: of the `<IMG_CONTEXT>` tokens in the row.
+            target_places: (U,) places whose next token is supervised.
 
         Returns:
             Losses with labels; the logits of every position without.
         """
         llm_inputs = {
-            "inputs_embeds": self.embed(input_ids, pixel_values),
+            "inputs_embeds": self.embed(input_ids, pixel_values, vision_features, image_places),
             "position_ids": position_ids,
             "use_cache": False,
         }
@@ -165,9 +212,10 @@ class InternVLChatModel(nn.Module):
             return InternVLOutput(logits=self.language_model(**llm_inputs).logits)
         if len(input_ids) != 1:
             raise ValueError("losses are computed for one packed row; got a batch of rows with labels")
-        targets = labels[0, 1:]
-        supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        logits = self.language_model(**llm_inputs, logits_to_keep=supervised).logits[0]
-        losses = token_losses(logits, targets[supervised])
+        if target_places is None:
+            target_places = (labels[0, 1:] != IGNORE_INDEX).nonzero().squeeze(1)
+        targets = labels[0, target_places + 1]
+        logits = self.language_model(**llm_inputs, logits_to_keep=target_places).logits[0]
+        losses = token_losses(logits, targets)
         loss = losses.mean() if token_weights is None else (losses * token_weights).sum()
         return InternVLOutput(loss=loss, token_losses=losses)

@@ -23,6 +23,7 @@ from internvl_chat.data.tiling import NORMALIZATIONS
 from internvl_chat.errors import UsageError
 from internvl_chat.model.attention import ATTENTION_NAMES
 from internvl_chat.model.loss import LOSS_REDUCTIONS
+from internvl_chat.train.optimizer import WEIGHT_PRECISIONS
 
 
 def _arg(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -53,11 +54,18 @@ class ModelArguments:
     use_backbone_lora: int = _arg(0, "LoRA rank in the vision tower; 0 for none. Alpha is twice the rank.")
     use_llm_lora: int = _arg(0, "LoRA rank in the language model; 0 for none. Alpha is twice the rank.")
     lora_dropout: float = _arg(0.05, "Dropout before the adapters.")
-    grad_checkpoint: bool = _arg(True, "Recompute activations in the backward pass to save memory.")
+    grad_checkpoint: str = _arg(
+        "auto",
+        "Recompute activations in the backward pass: True, False, or in as many layers as memory needs.",
+    )
     drop_path_rate: float = _arg(0.0, "Stochastic depth of the vision tower.")
     ps_version: str = _arg("v2", "Version of the pixel shuffle.", ("v1", "v2"))
     use_fast_tokenizer: bool = _arg(False, "Accepted for the reference; both tokenizers give the same ids.")
     attn: str = _arg("auto", "Attention of both towers.", ATTENTION_NAMES)
+    use_liger: bool = _arg(False, "Use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs).")
+
+    def __post_init__(self) -> None:
+        self.grad_checkpoint = _three_way("grad_checkpoint", self.grad_checkpoint)
 
 
 @dataclass
@@ -87,17 +95,30 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = _arg(False, "Delete what an earlier run left in output_dir.")
     warmup_ratio: float = _arg(0.0, "Share of the steps over which the learning rate rises.")
     do_train: bool = _arg(True, "Train; there is nothing else that this script does.")
-    group_by_length: bool = _arg(False, "Deal a step's records to the processes by their lengths.")
+    group_by_length: bool = _arg(False, "Accepted for the reference; steps are always dealt by cost.")
     loss_reduction: str = _arg("sample", "What weighs the same in a step.", LOSS_REDUCTIONS)
     train_sampling_strategy: str = _arg("random", "Order of the records.", STRATEGIES)
+    fsdp: str = _arg(
+        "",
+        "full_shard spreads weights and all that belongs to them over the GPUs (FSDP2).",
+        ("", "full_shard"),
+    )
+    packing: bool = _arg(
+        True, "Put the records of a process's share of a step behind one another; changes no result."
+    )
+    max_packed_tokens: int = _arg(16384, "Most tokens of a packed forward pass.")
+    weight_precision: str = _arg(
+        "auto",
+        "How bf16 weights are stepped: with float32 masters, with stochastic rounding, or as the reference "
+        "does; auto takes masters where they fit, else stochastic.",
+        WEIGHT_PRECISIONS,
+    )
 
     def __post_init__(self) -> None:
         if self.evaluation_strategy is not None and self.eval_strategy == "no":
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio:
             self.warmup_steps = self.warmup_ratio
-        if self.group_by_length and self.train_sampling_strategy == "random":
-            self.train_sampling_strategy = "group_by_length"
         self.remove_unused_columns = False
         if self.use_cpu and self.ddp_backend is None and "WORLD_SIZE" in os.environ:
             self.ddp_backend = "gloo"
@@ -110,6 +131,9 @@ class RunArguments(TrainingArguments):
         self.records_per_pack = self.per_device_train_batch_size
         self.share_of_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
         self.per_device_train_batch_size, self.gradient_accumulation_steps = self.share_of_step, 1
+        # Blocks are compiled, and layers spread, one by one; transformers would take the model as a whole.
+        self.compile_blocks, self.torch_compile = self.torch_compile, False
+        self.sharded, self.fsdp = bool(self.fsdp), None
         super().__post_init__()
         # One process uses one GPU; without torchrun, transformers would spread the model over all it sees.
         self._n_gpu = min(self.n_gpu, 1)
@@ -132,6 +156,8 @@ class Arguments:
         """Return the resolved arguments without secrets, for the run's `config.yaml`."""
         run = self.run.to_dict()
         run["per_device_train_batch_size"] = self.run.records_per_pack
+        run["torch_compile"] = self.run.compile_blocks
+        run["fsdp"] = "full_shard" if self.run.sharded else None
         run["gradient_accumulation_steps"] = self.run.share_of_step // self.run.records_per_pack
         run = {k: v for k, v in run.items() if not re.search(r"token$|secret|password", k)}
         return {"model": vars(self.model), "data": vars(self.data), "training": run}
@@ -142,6 +168,18 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         raise UsageError(message)
+
+
+def _three_way(flag: str, value: str) -> str:
+    """Return `auto`, `True` or `False`, however it was written."""
+    known = (
+        {"auto": "auto"}
+        | dict.fromkeys(("true", "1", "yes"), "True")
+        | dict.fromkeys(("false", "0", "no"), "False")
+    )
+    if str(value).lower() not in known:
+        raise ValueError(f"--{flag} {value}: must be auto, True or False")
+    return known[str(value).lower()]
 
 
 def build_parser() -> HfArgumentParser:

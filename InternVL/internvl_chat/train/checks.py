@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_liger_kernel_available
 
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.meta import DatasetSpec, load_meta
@@ -50,9 +51,11 @@ _UNSUPPORTED = (
     ("data_seed", None, "--seed decides the order of the records"),
     ("gradient_checkpointing", False, "use --grad_checkpoint"),
     ("activation_checkpointing", False, "use --grad_checkpoint"),
-    ("fsdp", (), "use --deepspeed with a ZeRO configuration"),
+    ("fsdp_config", None, "--fsdp full_shard has no options"),
+    ("torch_compile_backend", None, "--torch_compile True uses inductor"),
+    ("torch_compile_mode", None, "--torch_compile True compiles for rows of any length"),
+    ("use_liger_kernel", False, "use --use_liger"),
     ("auto_find_batch_size", False, "lower --per_device_train_batch_size"),
-    ("torch_compile", False, "leave it out"),
     ("neftune_noise_alpha", None, "the embeddings are the reference's"),
     ("do_eval", False, "there is no validation while training"),
     ("push_to_hub", False, "upload the finished folder"),
@@ -151,6 +154,25 @@ def _check_flags(args: Arguments) -> None:
     problems = []
     if run.fp16:
         problems.append("--fp16: the model trains in bfloat16 (--bf16 True) or float32")
+    if model.use_liger and not is_liger_kernel_available():
+        problems.append(
+            "--use_liger True: the package liger-kernel is not installed (pip install liger-kernel)"
+        )
+    if model.use_liger and run.device.type != "cuda":
+        problems.append(
+            f"--use_liger True: its kernels need an NVIDIA GPU, and this run is on {run.device.type}"
+        )
+    if run.sharded and run.deepspeed:
+        problems.append("--fsdp and --deepspeed: both spread the weights; use one of them")
+    if run.sharded and run.world_size == 1:
+        problems.append("--fsdp full_shard: there is one process, so nothing to spread; leave it out")
+    if run.weight_precision in ("stochastic", "bf16") and (run.deepspeed or not run.bf16):
+        keeper = (
+            "DeepSpeed keeps float32 masters" if run.deepspeed else "the weights are float32 without --bf16"
+        )
+        problems.append(f"--weight_precision {run.weight_precision}: {keeper}; leave it out")
+    if run.max_packed_tokens < 1:
+        problems.append(f"--max_packed_tokens {run.max_packed_tokens} must be at least 1")
     if not run.do_train:
         problems.append("--do_train False: this script does nothing but train")
     if run.eval_strategy != "no":

@@ -13,15 +13,19 @@ import torch
 import yaml
 from transformers import set_seed
 
+from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.errors import DataError, M3LLMError, TrainingError, UsageError
 from internvl_chat.logs import configure_logging, get_logger
+from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.loading import load_data, load_for_training
-from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step
+from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step, unlock_folder
 from internvl_chat.train.plots import plot_loss
+from internvl_chat.train.rehearsal import plan_memory
+from internvl_chat.train.sharding import shard
 from internvl_chat.train.trainable import format_table, set_trainable
 from internvl_chat.train.trainer import M3LLMTrainer
 
@@ -51,9 +55,18 @@ def train(args: Arguments) -> None:
     if not rows[-1].trainable:
         raise UsageError("with these flags nothing is trained; see the table above")
 
-    data, sampler = load_data(plan, tokenizer, preprocessing)
+    encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(args.data.max_dynamic_patch)
+    data, sampler = load_data(args, plan.specs, encoder, count_flops(model))
     if plan.output.resume:
         check_same_run(plan.output.resume, {"records of each set": data.sizes})
+    rehearsal = plan_memory(args, model, sampler, data)
+    model.recompute_layers(rehearsal.recomputed)
+    if args.model.use_liger:
+        model.use_liger()
+    if args.run.compile_blocks:
+        model.compile_blocks()
+    if args.run.sharded:
+        shard(model, args.run.device)
     trainer = M3LLMTrainer(
         model,
         args.run,
@@ -62,6 +75,8 @@ def train(args: Arguments) -> None:
         normalization=preprocessing.normalize_type,
         save_model_to=checkpoint_writer(plan, model, tokenizer, preprocessing),
         fingerprint=fingerprint(args) | {"records of each set": data.sizes},
+        weight_precision=rehearsal.precision,
+        rehearsal=rehearsal,
     )
     resume = plan.output.resume
     if resume and checkpoint_step(resume) >= trainer.total_steps:
@@ -74,7 +89,7 @@ def train(args: Arguments) -> None:
         plot_loss(output / METRICS, output / PLOT)
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
-        lock.close()
+        unlock_folder(lock)
     if torch.distributed.is_initialized():
         # All end together: a process that leaves while others still talk to it may take them down.
         torch.distributed.barrier()

@@ -103,6 +103,12 @@ def lock_folder(path: Path) -> IO[str]:
     return lock
 
 
+def unlock_folder(lock: IO[str]) -> None:
+    """Give the folder's lock back, also in the name of processes that were forked and still hold it."""
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    lock.close()
+
+
 def inspect_output_folder(
     path: Path, *, overwrite: bool, resume: str | None, inputs: Sequence[Path] = ()
 ) -> OutputFolder:

@@ -1,25 +1,41 @@
 """Packs of hand-made samples: what lies where, and what of it counts."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
 
-from internvl_chat.data.collator import StepCollator, pack_samples
-from internvl_chat.data.dataset import RecordKey, Sample
-from internvl_chat.data.encoding import Encoded
+from internvl_chat.data.collator import Pack, PackDataset, pack_samples
+from internvl_chat.data.dataset import Draw, RecordKey, RecordSet, Sample, TrainingData
+from internvl_chat.data.encoding import Encoded, RecordEncoder
+from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.data.order import StepSampler
+from internvl_chat.data.packing import StepPlanner
+from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tiling import Grid
+from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.errors import DataError
+
+CPU = torch.device("cpu")
 
 
-def sample(number: int, labels: list[int], tiles: int = 0) -> Sample:
+def sample(number: int, labels: list[int], tiles: int = 0, places: tuple[int, ...] = ()) -> Sample:
     """A sample with as many tokens as labels: ids are 100, 101, ... in the first, 200, ... in the second."""
     ids = torch.arange(len(labels)) + 100 * number
-    encoded = Encoded(ids, torch.tensor(labels), (Grid(tiles, 1, False),) if tiles else ())
+    grids = (Grid(tiles, 1, False),) if tiles else ()
+    encoded = Encoded(ids, torch.tensor(labels), torch.tensor(places, dtype=torch.int64), grids)
     pixels = torch.full((tiles, 2, 2, 3), number, dtype=torch.uint8)
     return Sample(RecordKey("set", number), f"id{number}", encoded, pixels)
 
 
-FIRST = sample(1, [-100, -100, 102], tiles=2)
+FIRST = sample(1, [-100, -100, 102], tiles=2, places=(0, 1))
 SECOND = sample(2, [-100, 201, 202, -100, 204])
-THIRD = sample(3, [-100], tiles=1)
+THIRD = sample(3, [-100], tiles=1, places=(0,))
 
 
 @pytest.fixture
@@ -44,6 +60,16 @@ class TestPack:
         assert pack.tiles.shape == (3, 2, 2, 3)
         assert pack.tiles.dtype == torch.uint8
         assert pack.tiles[:, 0, 0, 0].tolist() == [1, 1, 3]
+
+    def test_places_of_features_in_the_row(self, pack):
+        assert pack.image_places.tolist() == [0, 1, 8]
+        assert pack.image_places.dtype == torch.int64
+
+    def test_places_before_supervised_tokens(self, pack):
+        """Tokens 102, 201, 202 and 204 are learnt, from the ones before them; FIRST's neighbour is not."""
+        assert pack.target_places.tolist() == [1, 3, 4, 6]
+        assert pack.target_places.dtype == torch.int64
+        assert pack.labels[0, pack.target_places + 1].tolist() == [102, 201, 202, 204]
 
     def test_supervised_and_counts(self, pack):
         assert pack.supervised.tolist() == [1, 3, 0]
@@ -70,6 +96,13 @@ class TestPack:
         assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4]]
         assert pack.cu_seq_lens.tolist() == [0, 5]
         assert pack.tiles.shape == (0, 2, 2, 3)
+        assert pack.image_places.tolist() == [] and pack.image_places.dtype == torch.int64
+        assert pack.target_places.tolist() == [0, 1, 3]
+
+    def test_nothing_supervised(self):
+        pack = pack_samples([(THIRD, True), (THIRD, True)])
+        assert pack.target_places.shape == (0,)
+        assert (pack.image_places.tolist(), pack.num_supervised) == ([0, 1], 0)
 
     def test_the_same_record_twice(self):
         pack = pack_samples([(FIRST, True), (FIRST, False)])
@@ -84,27 +117,140 @@ class TestPack:
         with pytest.raises(ValueError, match="first token of a record is never a target"):
             pack_samples(samples)
 
+    @settings(deadline=None, max_examples=60)
+    @given(
+        st.lists(
+            st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6
+        )
+    )
+    def test_places_of_any_records(self, records):
+        """Each token is one of a feature, supervised, both or neither; the row is gone through for both."""
+        samples = []
+        for number, tokens in enumerate(records):
+            learnt = [-100, *(7 if supervised else -100 for _, supervised in tokens[1:])]
+            features = tuple(i for i, (feature, _) in enumerate(tokens) if feature)
+            samples.append((sample(number, learnt, places=features), True))
+        pack = pack_samples(samples)
+        row = [(number, i) for number, tokens in enumerate(records) for i in range(len(tokens))]
+        expected = [place for place, (number, i) in enumerate(row) if records[number][i][0]]
+        assert pack.image_places.tolist() == expected
+        before = [place - 1 for place, (number, i) in enumerate(row) if i and records[number][i][1]]
+        assert pack.target_places.tolist() == before
+        assert len(before) == pack.num_supervised == int(pack.supervised.sum())
 
-class TestStepCollator:
+
+class TestInputs:
+    def test_the_text_s_are_named_as_the_model_takes_them(self, pack):
+        inputs = pack.text_inputs(CPU)
+        tensors = ("input_ids", "labels", "image_places", "target_places", "position_ids", "cu_seq_lens")
+        assert inputs.keys() == {*tensors, "max_length"}
+        assert all(torch.equal(inputs[name], getattr(pack, name)) for name in tensors)
+        assert inputs["max_length"] == 5
+
+    def test_on_the_device_that_is_asked_for(self, pack):
+        meta = torch.device("meta")
+        inputs = pack.text_inputs(meta)
+        assert {value.device for value in inputs.values() if isinstance(value, torch.Tensor)} == {meta}
+        assert pack.pixel_values(meta, "imagenet").device == meta
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_tiles_are_normalised_by_imagenet_s_means(self, pack, dtype):
+        pixels = pack.pixel_values(CPU, "imagenet", dtype)
+        assert (pixels.shape, pixels.dtype) == ((3, 3, 2, 2), dtype)
+        means, deviations = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        for found, value in zip(pixels, (1, 1, 3), strict=True):
+            expected = torch.from_numpy((value / 255 - means) / deviations)[:, None, None].expand(3, 2, 2)
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+    def test_float32_where_nothing_else_is_asked_for(self, pack):
+        assert pack.pixel_values(CPU, "siglip").dtype == torch.float32
+
+    def test_no_tiles(self):
+        assert pack_samples([(SECOND, True)]).pixel_values(CPU, "imagenet").shape == (0, 3, 2, 2)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: page-locked memory")
+    def test_page_locked_memory(self, pack):
+        pinned = pack.pin_memory()
+        for name, value in vars(pack).items():
+            if isinstance(value, torch.Tensor):
+                assert getattr(pinned, name).is_pinned() and torch.equal(getattr(pinned, name), value)
+            else:
+                assert getattr(pinned, name) == value
+
+
+ANSWERS = ["One.", "Two of them.", "Three, I think.", "It is four.", "Five."]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> TrainingData:
+    """Five records, every second with an image of one shade; the images of 3 and of 4 are missing."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for number, answer in enumerate(ANSWERS):
+        turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": answer}]
+        record = {"id": f"r{number}", "conversations": turns}
+        if number in (1, 3, 4):
+            turns[0]["value"] = "<image>\nHow many?"
+            record["image"] = f"{number}.png"
+        if number == 1:
+            Image.new("RGB", (56, 56), (40, 40, 40)).save(folder / "1.png")
+        records.append(record)
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = Preprocessing(tile_size=56, tokens_per_tile=4, max_dynamic_patch=1, max_seq_length=400)
+    encoder = RecordEncoder(train_tokenizer(["How many? " + " ".join(ANSWERS)], 300), options)
+    spec = DatasetSpec("numbers", folder, folder / "a.jsonl")
+    return TrainingData([RecordSet(spec, encoder)])
+
+
+class TestPackDataset:
     @pytest.mark.parametrize(
-        ("size", "cut"),
+        "draws",
         [
-            (1, [[1], [2], [3], [4], [5]]),
-            (2, [[1, 2], [3, 4], [5]]),
-            (3, [[1, 2, 3], [4, 5]]),
-            (5, [[1, 2, 3, 4, 5]]),
-            (9, [[1, 2, 3, 4, 5]]),
+            [Draw(0, 0)],
+            [Draw(2, 0), Draw(0, 0), Draw(1, 0)],
+            [Draw(1, 3), Draw(1, 3, counts=False)],
+            (Draw(2, 1, counts=False),),
         ],
     )
-    def test_cut_in_order(self, size, cut):
-        share = [(sample(number, [-100, 0]), number != 5) for number in range(1, 6)]
-        packs = StepCollator(size)(share)
-        assert [[key.index for key in pack.keys] for pack in packs] == cut
-        assert sum(pack.num_tokens for pack in packs) == 4 * 2
+    def test_a_pack_of_the_draws_in_their_order(self, data, draws):
+        pack = PackDataset(data)[draws]
+        assert isinstance(pack, Pack)
+        assert pack.keys == tuple(RecordKey("numbers", draw.index) for draw in draws)
+        assert pack.counts.tolist() == [draw.counts for draw in draws]
+        samples = [data.sets[0].load(draw.index) for draw in draws]
+        assert pack.input_ids[0].tolist() == [i for one in samples for i in one.encoded.input_ids.tolist()]
+        assert torch.equal(pack.tiles, torch.cat([one.tiles for one in samples]))
 
-    def test_an_empty_share(self):
-        assert StepCollator(2)([]) == []
+    def test_places_are_those_of_the_image_s_tokens_and_of_labels(self, data):
+        pack = PackDataset(data)[[Draw(0, 0), Draw(1, 0), Draw(2, 0)]]
+        context = data.sets[0].encoder.template.context_id
+        found = [place for place, token in enumerate(pack.input_ids[0].tolist()) if token == context]
+        assert pack.image_places.tolist() == found and len(found) == 4
+        learnt = [place for place, label in enumerate(pack.labels[0].tolist()) if label >= 0]
+        assert pack.target_places.tolist() == [place - 1 for place in learnt]
 
-    def test_records_keep_their_own_weight(self):
-        (pack,) = StepCollator(2)([(FIRST, False), (SECOND, True)])
-        assert (pack.counts.tolist(), pack.num_supervised) == ([False, True], 3)
+    def test_the_first_error_is_returned_and_not_raised(self, data):
+        packs = PackDataset(data)
+        for draws, record in (([Draw(0, 0), Draw(4, 0), Draw(3, 0)], 4), ([Draw(3, 0), Draw(4, 0)], 3)):
+            error = packs[draws]
+            assert isinstance(error, DataError)
+            assert error.record == f"r{record}" and f"{record}.png" in str(error)
+
+    def test_its_length_is_that_of_the_data(self, data):
+        assert len(PackDataset(data)) == len(ANSWERS)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_loader_makes_steps_of_packs(self, data, workers):
+        """As the Trainer puts it together, errors come through loader processes too."""
+        tokens = np.array([5, 4, 3, 2, 1])
+        sampler = StepSampler(
+            [5], step_records=3, planner=StepPlanner(1, tokens, tokens, 9), strategy="sequential"
+        )
+        loader = DataLoader(PackDataset(data), batch_sampler=sampler, collate_fn=list, num_workers=workers)
+        first, second = loader
+        # 5 | 4, 3 of at most 9 tokens, then 2 and 1 together.
+        assert [[key.index for key in pack.keys] for pack in first] == [[0], [1, 2]]
+        (error,) = second
+        assert isinstance(error, DataError) and error.record == "r3"

@@ -4,6 +4,8 @@ import json
 import logging
 import pickle
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from internvl_chat.data.dataset import Draw, RecordKey, RecordSet, TrainingData, build_sets
 from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tokenizer_training import train_tokenizer
@@ -210,14 +213,14 @@ class TestFaults:
         assert str(caught.value).startswith(f"{records.spec.annotation}, line 4")
         return caught.value
 
-    @pytest.mark.parametrize("load", ["load", "encode"])
+    @pytest.mark.parametrize("load", ["load", "encode", "measure"])
     def test_missing_image(self, make, tmp_path, load):
         error = self.fail(make, text_record(2, image="nowhere.png"), load)
         assert error.record == "r2"
         assert f"the image {tmp_path / 'images' / 'nowhere.png'} does not exist" in error.message
         assert "(record 'r2')" in str(error)
 
-    @pytest.mark.parametrize("load", ["load", "encode"])
+    @pytest.mark.parametrize("load", ["load", "encode", "measure"])
     @pytest.mark.parametrize("content", [b"<html>not found</html>", b"", b"\xff\xd8\xff"])
     def test_text_named_jpg(self, make, tmp_path, load, content):
         (tmp_path / "images" / "page.jpg").write_bytes(content)
@@ -243,7 +246,7 @@ class TestFaults:
         record["conversations"][0]["value"] = "<image><image>"
         assert str(tmp_path / "images" / "nowhere.png") in self.fail(make, record).message
 
-    @pytest.mark.parametrize("load", ["record", "load", "encode"])
+    @pytest.mark.parametrize("load", ["record", "load", "encode", "measure"])
     def test_malformed_record(self, make, load):
         error = self.fail(make, {"id": "r2", "conversations": []}, load)
         assert (error.record, "no conversation" in error.message) == ("r2", True)
@@ -252,7 +255,7 @@ class TestFaults:
     def test_no_record_at_all(self, make, line):
         assert self.fail(make, line).record is None
 
-    @pytest.mark.parametrize("load", ["load", "encode"])
+    @pytest.mark.parametrize("load", ["load", "encode", "measure"])
     def test_too_long(self, make, load):
         record = text_record(2)
         record["conversations"][1]["value"] = "中" * 400
@@ -283,23 +286,65 @@ class TestLength:
         assert caplog.messages == []
 
 
-def test_estimated_lengths(make):
-    """A quarter of a token a byte of text; every record with an image fills its budget."""
-    texts = ["aaaa", "中" * 4, "a" * 41]  # 4, 12 and 41 bytes
-    records = [
-        {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "b" * 8}]}
-        for text in texts
-    ]
-    shown = text_record(0, image="nowhere.png")  # "<image>\nwhat is 0 ?" and "a 0": 19 + 3 bytes
-    many = text_record(0, image=["nowhere.png"] * 5)
-    many["conversations"][0]["value"] = "<image>" * 5  # 35 + 3 bytes
-    sets = [
-        make(records, name="text", repeat_time=2),
-        make([shown, many, shown], name="images", repeat_time=0.7),
-        make([shown], name="small", max_dynamic_patch=2),
-    ]
-    lengths = TrainingData(sets).estimated_lengths()
-    assert lengths.tolist() == [3, 5, 12, 3, 5, 12, 5 + 4 * TOKENS, 9 + 5 * TOKENS, 5 + 2 * TOKENS]
+class TestLengths:
+    @pytest.fixture
+    def sets(self, make) -> list[RecordSet]:
+        """Two texts twice, the first two of three with an image, and an image at another limit."""
+        wide, tall = (text_record(0, image=f"{name}.png") for name in ("wide", "tall"))
+        return [
+            make([text_record(0), text_record(1, more="text")], name="text", repeat_time=2),
+            make([wide, text_record(7), tall], name="images", repeat_time=0.7),
+            make([text_record(0)], name="unused", repeat_time=0.5),
+            make([wide], name="small", max_dynamic_patch=2),
+        ]
+
+    def lengths(self, sets: list[RecordSet]) -> list[Lengths]:
+        tables = [np.array([s.measure(i) for i in range(s.num_distinct)], np.int32) for s in sets]
+        return [Lengths(*table.reshape(-1, 3).T) for table in tables]
+
+    def test_measure_is_what_load_makes(self, sets):
+        for records in sets:
+            for index in range(len(records)):
+                assert records.measure(index) == records.load(index).encoded.measured
+                assert records.measure(index).tiles == len(records.load(index).tiles)
+
+    def test_records_of_an_epoch_once(self, sets):
+        assert [records.num_distinct for records in sets] == [2, 2, 0, 1]
+
+    def test_of_an_epoch_are_in_its_numbering(self, sets):
+        data = TrainingData(sets, lengths=self.lengths(sets))
+        epoch = data.epoch_lengths()
+        assert len(epoch) == len(data) == 7
+        for i in range(len(data)):
+            assert epoch[i] == data[Draw(i, 0)][0].encoded.measured
+        assert epoch.tiles.tolist() == [0, 0, 0, 0, 5, 0, 3]
+        assert {column.dtype for column in epoch.columns.values()} == {np.dtype(np.int32)}
+
+    def test_are_asked_for_but_not_given(self, sets):
+        with pytest.raises(ValueError, match="without the lengths"):
+            TrainingData(sets).epoch_lengths()
+
+    def test_of_other_sets(self, sets):
+        with pytest.raises(ValueError, match="not those of the sets"):
+            TrainingData(sets, lengths=self.lengths(sets[:1]))
+        with pytest.raises(ValueError, match="not those of the sets"):
+            TrainingData(sets[1:2], lengths=self.lengths(sets[3:]))
+
+    @pytest.mark.parametrize("file", [None, Path("cache/lengths.npz")])
+    def test_a_changed_image_is_an_error_by_name(self, sets, tmp_path, file):
+        lengths = [replace(table, file=file) for table in self.lengths(sets)]
+        before = lengths[1][0]
+        noise(10, 10).save(tmp_path / "images" / "wide.png")
+        data = TrainingData(sets, lengths=lengths)
+        error = data[Draw(4, 0)]
+        assert isinstance(error, DataError)
+        assert (error.file, error.line, error.record) == (sets[1].spec.annotation, 1, "r0")
+        assert f"{before.tokens - 4 * TOKENS} tokens ({before.supervised} supervised) and 1 tiles" in str(
+            error
+        )
+        assert f"but {before.tokens} tokens ({before.supervised} supervised) and 5 tiles" in str(error)
+        assert str(error).endswith(f"delete {file} and start again" if file else "; start again")
+        assert data[Draw(5, 0)][0].id == "r7"
 
 
 def test_tiles_lost_to_the_token_budget_are_named(tmp_path, caplog, monkeypatch):

@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from internvl_chat.data.encoding import RecordEncoder
@@ -133,6 +135,38 @@ class TestTokenBudget:
     def test_a_prompt(self, encoder):
         with pytest.raises(RecordProblem, match="max_seq_length 9"):
             encoder(max_seq_length=9).encode_prompt(conversation(1)[:1], [WIDE])
+
+
+class TestMeasure:
+    SIZES = st.tuples(st.integers(1, 900), st.integers(1, 900))
+    TEXTS = st.text("a b\n<", max_size=6) | st.sampled_from(
+        ["<image>", "<IMG_CONTEXT>", "<img>", "<|im_end|>"]
+    )
+
+    @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.data())
+    def test_finds_what_encode_makes(self, encoder, data):
+        sizes = data.draw(st.lists(self.SIZES, max_size=4))
+        texts = data.draw(st.lists(self.TEXTS, min_size=1, max_size=5))
+        turns = [Turn("user", "<image>\n" * len(sizes))]
+        turns += [Turn(("assistant", "user")[i % 2], text) for i, text in enumerate(texts)]
+        options = {"max_dynamic_patch": data.draw(st.sampled_from([1, 3, 6, 12]))}
+        options["max_seq_length"] = data.draw(st.integers(10, 300) | st.just(10_000))
+        options["use_thumbnail"] = data.draw(st.booleans())
+        options["dynamic_image_size"] = data.draw(st.booleans())
+        made = encoder(**options)
+        try:
+            expected = made.encode(turns, sizes).measured
+        except RecordProblem as problem:
+            with pytest.raises(RecordProblem) as caught:
+                made.measure(turns, sizes)
+            assert str(caught.value) == str(problem)
+        else:
+            assert made.measure(turns, sizes) == expected
+
+    def test_by_hand(self, encoder, tokenizer):
+        measured = encoder(max_dynamic_patch=8).measure(conversation(3), [WIDE, TALL, SQUARE])
+        assert measured == (len(tokenizer(text_of(3, 3, 1)).input_ids), 3, 7)
 
 
 class TestWithMaxTiles:

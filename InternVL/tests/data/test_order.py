@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_chat.data.order import StepSampler, deal, epoch_order, resampled_sizes
+from internvl_chat.data.dataset import Draw
+from internvl_chat.data.order import StepSampler, epoch_order, resampled_sizes
+from internvl_chat.data.packing import StepPlanner, cut
 
 PROCESSES = [1, 2, 3, 4]
 
@@ -88,60 +90,27 @@ class TestResampling:
         assert set(orders[0].tolist()) != set(orders[2].tolist())
 
 
-class TestDeal:
-    @settings(deadline=None, max_examples=80)
-    @given(
-        count=st.integers(0, 40),
-        processes=st.integers(1, 6),
-        lengths=st.none() | st.lists(st.integers(1, 9000), min_size=40, max_size=40),
-    )
-    def test_all_records_once_and_as_many_each(self, count, processes, lengths):
-        records = np.arange(100, 100 + count)
-        shares = deal(records, processes, None if lengths is None else np.array(lengths[:count], np.int64))
-        assert len(shares) == processes
-        assert sorted(np.concatenate(shares).tolist()) == records.tolist()
-        sizes = [len(share) for share in shares]
-        assert max(sizes) - min(sizes) <= 1
-        assert sizes == sorted(sizes, reverse=True)
-
-    def test_in_order_without_lengths(self):
-        assert [share.tolist() for share in deal(np.array([5, 3, 8, 1, 9]), 2)] == [[5, 3, 8], [1, 9]]
-
-    def test_by_length(self):
-        # Longest first, each to the lighter one that has room: 9 | 8, 7 -> 9 | 15, 6 -> 15 | 15, 2 and 1.
-        records, lengths = np.array([10, 11, 12, 13, 14, 15]), np.array([1, 9, 6, 2, 8, 7])
-        shares = deal(records, 2, lengths)
-        assert [sorted(share.tolist()) for share in shares] == [[11, 12, 13], [10, 14, 15]]
-        assert [lengths[share - 10].sum() for share in shares] == [17, 16]
-
-    def test_one_process_gets_everything_as_it_is(self):
-        assert [s.tolist() for s in deal(np.array([4, 2, 3]), 1, np.array([1, 9, 5]))] == [[4, 2, 3]]
-
-    def test_a_full_process_gets_no_more(self):
-        shares = deal(np.arange(4), 2, np.array([100, 1, 1, 1]))
-        assert [len(share) for share in shares] == [2, 2]
-        assert 0 in shares[0]
-
-    @pytest.mark.parametrize("processes", [2, 4, 8])
-    def test_loads_are_balanced(self, processes):
-        rng = np.random.default_rng(0)
-        records, lengths = np.arange(128), rng.lognormal(6, 1, 128).astype(np.int64)
-        loads = [lengths[share].sum() for share in deal(records, processes, lengths)]
-        plain = [lengths[share].sum() for share in deal(records, processes)]
-        assert max(loads) - min(loads) < 0.2 * (max(plain) - min(plain))
-
-
 SIZES = [7, 5, 11]  # 23 records
+TOKENS = np.random.default_rng(3).integers(100, 1000, 23)
+
+PLANS = {
+    "packed": {"max_packed_tokens": 1500},
+    "packed tightly": {"max_packed_tokens": 500},  # about half of the records are longer
+    "one a pack": {},
+    "three a pack": {"records_per_pack": 3},
+}
+every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
 
-def sampler(processes=1, rank=0, step=6, **options) -> StepSampler:
-    return StepSampler(
-        options.pop("sizes", SIZES), step_records=step, processes=processes, rank=rank, **options
-    )
+def sampler(processes=1, rank=0, step=6, plan=None, tokens=None, **options) -> StepSampler:
+    sizes = options.pop("sizes", SIZES)
+    tokens = TOKENS[: sum(sizes)] if tokens is None else np.array(tokens)
+    planner = StepPlanner(processes, tokens=tokens, costs=tokens.astype(np.float64) ** 1.5, **(plan or {}))
+    return StepSampler(sizes, step_records=step, planner=planner, rank=rank, **options)
 
 
-def steps_of(processes: int, epoch: int = 0, **options) -> list[list[list]]:
-    """Draws by step and rank."""
+def steps_of(processes: int, epoch: int = 0, **options) -> list[list[list[list[Draw]]]]:
+    """Draws by step, rank and pack."""
     by_rank = []
     for rank in range(processes):
         one = sampler(processes, rank, **options)
@@ -150,56 +119,125 @@ def steps_of(processes: int, epoch: int = 0, **options) -> list[list[list]]:
     return [list(step) for step in zip(*by_rank, strict=True)]
 
 
-def indices(draws) -> list[int]:
-    return [draw.index for draw in draws if draw.counts]
+def draws_of(packs: list[list[Draw]]) -> list[Draw]:
+    return [draw for pack in packs for draw in pack]
+
+
+def indices(packs: list[list[Draw]]) -> list[int]:
+    """The records that count in packs."""
+    return [draw.index for draw in draws_of(packs) if draw.counts]
 
 
 class TestStepSampler:
+    @every_plan
     @pytest.mark.parametrize("processes", PROCESSES)
-    @pytest.mark.parametrize("step", [1, 2, 4, 6, 8, 23, 30])
+    @pytest.mark.parametrize("step", [1, 2, 6, 8, 23, 30])
     @pytest.mark.parametrize(
         "options",
-        [
-            {"strategy": "random"},
-            {"strategy": "sequential"},
-            {"strategy": "group_by_length", "lengths": np.arange(23)[::-1] * 7 % 40 + 1},
-            {"resample": True},
-        ],
-        ids=["random", "sequential", "by length", "resampled"],
+        [{"strategy": "random"}, {"strategy": "sequential"}, {"resample": True}],
+        ids=["random", "sequential", "resampled"],
     )
-    def test_the_union_of_a_step_is_that_of_one_process(self, processes, step, options):
-        alone = steps_of(1, epoch=1, step=step, seed=4, **options)
-        together = steps_of(processes, epoch=1, step=step, seed=4, **options)
+    def test_the_union_of_a_step_is_that_of_one_process(self, processes, step, options, plan):
+        alone = steps_of(1, epoch=1, step=step, seed=4, plan=plan, **options)
+        together = steps_of(processes, epoch=1, step=step, seed=4, plan=plan, **options)
         assert len(alone) == len(together) == -(-23 // step) == len(sampler(processes, step=step, **options))
         for (one,), ranks in zip(alone, together, strict=True):
-            assert all(draw.counts for draw in one)
-            assert Counter(i for draws in ranks for i in indices(draws)) == Counter(indices(one))
-            assert len({len(draws) for draws in ranks}) == 1
-            assert all(draw.epoch == 1 for draws in ranks for draw in draws)
-            assert all(draw.index in indices(one) for draws in ranks for draw in draws)
+            assert all(draw.counts for draw in draws_of(one))
+            assert Counter(i for packs in ranks for i in indices(packs)) == Counter(indices(one))
+            assert len({len(packs) for packs in ranks}) == 1
+            for draw in (draw for packs in ranks for draw in draws_of(packs)):
+                assert type(draw.index) is int and draw.epoch == 1 and draw.index in indices(one)
 
+    @every_plan
+    @pytest.mark.parametrize("processes", PROCESSES)
+    @pytest.mark.parametrize("step", [4, 8, 23])
+    def test_a_filler_is_a_pack_of_the_shortest_record_where_records_are_too_few(self, processes, step, plan):
+        for ranks in steps_of(processes, step=step, seed=4, plan=plan):
+            shortest = min((i for packs in ranks for i in indices(packs)), key=lambda i: TOKENS[i])
+            for packs in ranks:
+                fillers = [pack for pack in packs if not all(draw.counts for draw in pack)]
+                assert packs[len(packs) - len(fillers) :] == fillers
+                assert fillers == [[Draw(shortest, 0, counts=False)]] * len(fillers)
+                if fillers and "max_packed_tokens" in plan:
+                    assert all(len(pack) == 1 for pack in packs)
+                elif fillers:
+                    assert len(indices(packs)) < max(len(indices(packs)) for packs in ranks)
+
+    @settings(deadline=None, max_examples=100)
+    @given(
+        tokens=st.lists(st.integers(1, 90), min_size=1, max_size=40),
+        processes=st.integers(1, 5),
+        step=st.integers(1, 20),
+        max_tokens=st.integers(20, 200),
+        seed=st.integers(0, 99),
+    )
+    def test_packed_steps_of_any_lengths(self, tokens, processes, step, max_tokens, seed):
+        """Every record once an epoch, no pack too long, as few packs as one process alone needs."""
+        steps = steps_of(
+            processes,
+            sizes=[len(tokens)],
+            tokens=tokens,
+            step=step,
+            seed=seed,
+            plan={"max_packed_tokens": max_tokens},
+        )
+        drawn = [i for ranks in steps for packs in ranks for i in indices(packs)]
+        assert sorted(drawn) == list(range(len(tokens)))
+        for ranks in steps:
+            for pack in (pack for packs in ranks for pack in packs):
+                assert len(pack) == 1 or sum(tokens[draw.index] for draw in pack) <= max_tokens
+            shares = [np.array([tokens[i] for i in indices(packs)]) for packs in ranks]
+            assert {len(packs) for packs in ranks} == {max(len(cut(share, max_tokens)) for share in shares)}
+
+    @every_plan
     @pytest.mark.parametrize("processes", PROCESSES)
     @pytest.mark.parametrize("strategy", ["random", "sequential"])
-    def test_every_record_once_an_epoch(self, processes, strategy):
-        drawn = [
-            i for step in steps_of(processes, strategy=strategy) for draws in step for i in indices(draws)
-        ]
+    def test_every_record_once_an_epoch(self, processes, strategy, plan):
+        steps = steps_of(processes, strategy=strategy, plan=plan)
+        drawn = [i for step in steps for packs in step for i in indices(packs)]
         assert sorted(drawn) == list(range(23))
 
-    def test_the_steps_follow_the_order_of_the_epoch(self):
+    @every_plan
+    @pytest.mark.parametrize("processes", PROCESSES)
+    def test_the_steps_follow_the_order_of_the_epoch(self, processes, plan):
         order = epoch_order(SIZES, seed=4, epoch=2).tolist()
-        drawn = [indices(draws) for (draws,) in steps_of(1, epoch=2, seed=4)]
-        assert drawn == [order[0:6], order[6:12], order[12:18], order[18:23]]
+        steps = steps_of(processes, epoch=2, seed=4, plan=plan)
+        drawn = [{i for packs in step for i in indices(packs)} for step in steps]
+        assert drawn == [set(order[0:6]), set(order[6:12]), set(order[12:18]), set(order[18:23])]
 
-    def test_sequential(self):
-        steps = steps_of(2, strategy="sequential")
-        assert [[indices(draws) for draws in step] for step in steps] == [
-            [[0, 1, 2], [3, 4, 5]],
-            [[6, 7, 8], [9, 10, 11]],
-            [[12, 13, 14], [15, 16, 17]],
-            [[18, 19, 20], [21, 22]],
+    def test_a_plan_changes_packs_and_not_the_records_of_a_step(self):
+        epochs = [steps_of(2, seed=4, plan=plan) for plan in PLANS.values()]
+        drawn = [[{i for packs in step for i in indices(packs)} for step in steps] for steps in epochs]
+        assert all(one == drawn[0] for one in drawn)
+        assert all(one != other for one, other in pairwise(epochs))
+
+    def test_one_process_reads_a_step_in_order(self):
+        order = epoch_order(SIZES, seed=4, epoch=0).tolist()
+        steps = steps_of(1, seed=4, plan=PLANS["three a pack"])
+        assert [[[draw.index for draw in pack] for pack in packs] for (packs,) in steps][:2] == [
+            [order[0:3], order[3:6]],
+            [order[6:9], order[9:12]],
         ]
 
+    def test_sequential_packs_by_hand(self):
+        # Costs follow tokens. 900 | 800, 300 | 900 + 300 -> 900, 200 | 800, 300; the second epoch is alike.
+        tokens = [200, 900, 300, 800, 100, 400]
+        for epoch in (0, 1):
+            steps = steps_of(
+                2,
+                epoch=epoch,
+                sizes=[4, 2],
+                tokens=tokens,
+                step=4,
+                strategy="sequential",
+                plan={"max_packed_tokens": 1000},
+            )
+            assert steps == [
+                [[[Draw(1, epoch)], [Draw(0, epoch)]], [[Draw(3, epoch)], [Draw(2, epoch)]]],
+                [[[Draw(5, epoch)]], [[Draw(4, epoch)]]],
+            ]
+
+    @pytest.mark.parametrize("plan", [{}, {"max_packed_tokens": 1}], ids=["one a pack", "packed"])
     @pytest.mark.parametrize(
         ("processes", "step", "sizes", "last"),
         [
@@ -211,33 +249,44 @@ class TestStepSampler:
             (4, 2, [4], [(1, 0), (1, 0), (0, 1), (0, 1)]),
         ],
     )
-    def test_fillers_of_the_last_step(self, processes, step, sizes, last):
-        """Per rank: draws that count, and those with weight zero."""
-        ranks = steps_of(processes, step=step, sizes=sizes)[-1]
-        assert [(len(indices(draws)), len(draws) - len(indices(draws))) for draws in ranks] == last
+    def test_fillers_of_the_last_step(self, processes, step, sizes, last, plan):
+        """Per rank: packs of one record that count, and those with weight zero; all records are alike."""
+        ranks = steps_of(processes, step=step, sizes=sizes, tokens=[5] * sum(sizes), plan=plan)[-1]
+        assert all(len(pack) == 1 for packs in ranks for pack in packs)
+        assert [(len(indices(packs)), len(packs) - len(indices(packs))) for packs in ranks] == last
 
-    def test_lengths_balance_each_step(self):
-        lengths = np.random.default_rng(3).integers(100, 1000, 23)
-        spread = {}
-        for name, options in {"by length": {"lengths": lengths}, "plain": {}}.items():
-            steps = steps_of(2, seed=1, **options)[:3]
-            loads = [[sum(lengths[i] for i in indices(draws)) for draws in step] for step in steps]
-            spread[name] = sum(max(load) - min(load) for load in loads)
-        assert spread["by length"] < spread["plain"] / 2
+    @every_plan
+    def test_costs_balance_each_step(self, plan):
+        steps = steps_of(2, seed=1, plan=plan, step=10)[:2]
+        loads = [[sum(TOKENS[i] for i in indices(packs)) for packs in step] for step in steps]
+        order = epoch_order(SIZES, seed=1, epoch=0)
+        plain = [[TOKENS[order[i : i + 5]].sum() for i in (start, start + 5)] for start in (0, 10)]
+        spread, of_plain = (sum(max(load) - min(load) for load in both) for both in (loads, plain))
+        assert spread < of_plain / 2
 
-    def test_epochs(self):
-        epochs = [steps_of(1, epoch=epoch) for epoch in range(3)]
-        assert [{draw.epoch for (draws,) in steps for draw in draws} for steps in epochs] == [{0}, {1}, {2}]
-        orders = [[i for (draws,) in steps for i in indices(draws)] for steps in epochs]
+    @every_plan
+    def test_epochs(self, plan):
+        epochs = [steps_of(1, epoch=epoch, plan=plan) for epoch in range(3)]
+        drawn = [{draw.epoch for (packs,) in steps for draw in draws_of(packs)} for steps in epochs]
+        assert drawn == [{0}, {1}, {2}]
+        orders = [[i for (packs,) in steps for i in indices(packs)] for steps in epochs]
         assert all(a != b for a, b in pairwise(orders))
 
-    def test_an_epoch_can_be_gone_back_to(self):
-        one = sampler()
+    @every_plan
+    def test_an_epoch_can_be_gone_back_to(self, plan):
+        one = sampler(plan=plan)
         first = list(one)
         one.set_epoch(1)
         assert list(one) != first
         one.set_epoch(0)
         assert list(one) == first
+
+    def test_a_change_of_the_epoch_leaves_a_begun_iteration_alone(self):
+        one = sampler()
+        expected, begun = list(one), iter(one)
+        found = [next(begun)]
+        one.set_epoch(1)
+        assert found + list(begun) == expected
 
     def test_a_step_by_its_number(self):
         one = sampler(processes=2, rank=1, seed=4)
@@ -245,3 +294,21 @@ class TestStepSampler:
         assert [len(part) for part in parts] == [6, 6, 6, 5]
         assert [i for part in parts for i in part] == epoch_order(SIZES, seed=4, epoch=1).tolist()
         assert one.step(0, 3).tolist() == epoch_order(SIZES, seed=4, epoch=0).tolist()[18:]
+
+    @every_plan
+    @pytest.mark.parametrize("rank", [0, 1, 2])
+    def test_the_packs_of_a_step_by_its_number(self, rank, plan):
+        """What a run that resumes reads is what it would have read."""
+        one = sampler(processes=3, rank=rank, seed=4, plan=plan)
+        one.set_epoch(2)
+        whole = list(one)
+        other = sampler(processes=3, rank=rank, seed=4, plan=plan)
+        assert [other.packs(2, number) for number in reversed(range(4))] == whole[::-1]
+        assert other.epoch == 0
+
+    def test_seed_decides_and_other_randomness_does_not(self):
+        np.random.seed(0)
+        first = list(sampler(seed=4, plan=PLANS["packed"]))
+        np.random.seed(1)
+        assert list(sampler(seed=4, plan=PLANS["packed"])) == first
+        assert list(sampler(seed=5, plan=PLANS["packed"])) != first

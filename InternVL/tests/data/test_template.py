@@ -9,10 +9,10 @@ from internvl_chat.data.records import Turn
 from internvl_chat.data.template import (
     SYSTEM_TEXTS,
     EncodedTurns,
-    encode_prompt,
-    encode_turns,
+    Template,
+    TurnLengths,
     render_turn,
-    with_system,
+    token_ids,
 )
 from internvl_chat.data.tokenizer_training import train_tokenizer
 
@@ -106,16 +106,16 @@ class TestLabels:
         ],
     )  # fmt: skip
     def test_pieces(self, tokenizer, turns, pieces):
-        assert spell(encode_turns(turns, tokenizer, "the mat"), tokenizer) == pieces
+        assert spell(Template(tokenizer, "the mat").encode(turns), tokenizer) == pieces
 
     def test_line_ends_that_do_not_merge_are_learnt(self):
         tokenizer = train_tokenizer([WORDS] * 20, 400)
-        pieces = spell(encode_turns([assistant("\n\na")], tokenizer, ""), tokenizer)
+        pieces = spell(Template(tokenizer, "").encode([assistant("\n\na")]), tokenizer)
         assert pieces[-6:] == ["\n", "+\n", "+\n", "+a", "+<|im_end|>", "\n"]
 
     def test_a_header_of_many_tokens_is_not_learnt(self):
         tokenizer = train_tokenizer([], 256)  # one token a byte
-        pieces = spell(encode_turns([user("a"), assistant("yes")], tokenizer, "s"), tokenizer)
+        pieces = spell(Template(tokenizer, "s").encode([user("a"), assistant("yes")]), tokenizer)
         system = ["<|im_start|>", *"system\n", "s", "<|im_end|>", "\n"]
         asked = ["<|im_start|>", *"user\n", "a", "<|im_end|>", "\n"]
         assert pieces == [
@@ -131,20 +131,20 @@ class TestLabels:
         ]
 
     def test_a_label_is_the_token_itself(self, tokenizer):
-        encoded = encode_turns([user("a"), assistant("the cat sat on the mat .")], tokenizer, "yes")
+        encoded = Template(tokenizer, "yes").encode([user("a"), assistant("the cat sat on the mat .")])
         learnt = encoded.labels != -100
         assert learnt.sum() == 8
         assert np.array_equal(encoded.labels[learnt], encoded.input_ids[learnt])
         assert encoded.input_ids.dtype == encoded.labels.dtype == np.int64
 
     def test_other_scripts(self, tokenizer):
-        encoded = encode_turns([user("那"), assistant("是 é 🩻")], tokenizer, SYSTEM_TEXTS["internvl2_5"])
+        encoded = Template(tokenizer, SYSTEM_TEXTS["internvl2_5"]).encode([user("那"), assistant("是 é 🩻")])
         learnt = encoded.labels[encoded.labels != -100]
         assert tokenizer.decode(learnt) == "是 é 🩻<|im_end|>"
 
     def test_the_whole_text(self, tokenizer):
         turns = [user("<image>the cat\n\n"), assistant("\n yes "), user("no"), assistant("a")]
-        assert tokenizer.decode(encode_turns(turns, tokenizer, "the mat").input_ids) == (
+        assert tokenizer.decode(Template(tokenizer, "the mat").encode(turns).input_ids) == (
             "<|im_start|>system\nthe mat<|im_end|>\n"
             "<|im_start|>user\n<img><IMG_CONTEXT></img>the cat\n\n<|im_end|>\n"
             "<|im_start|>assistant\n\n yes <|im_end|>\n"
@@ -157,15 +157,15 @@ class TestImages:
     TURNS = (user("<image>a<image>"), assistant("b"), user("<image>"), assistant("no"))
 
     def test_positions(self, tokenizer):
-        encoded = encode_turns(self.TURNS, tokenizer, "the mat")
+        encoded = Template(tokenizer, "the mat").encode(self.TURNS)
         # 7 of the system turn, 3 of the user's header, <img>; then </img>, a, <img> between the two.
         assert encoded.image_positions.tolist() == [11, 15, 29]
         assert tokenizer.convert_ids_to_tokens(encoded.input_ids[[11, 15, 29]]) == ["<IMG_CONTEXT>"] * 3
 
     def test_expansion(self, tokenizer):
-        encoded = encode_turns(self.TURNS, tokenizer, "the mat")
+        encoded = Template(tokenizer, "the mat").encode(self.TURNS)
         ids, labels = encoded.expand([2, 1, 3])
-        assert encoded.num_tokens([2, 1, 3]) == len(ids) == len(labels) == len(encoded.input_ids) + 3
+        assert encoded.lengths.num_tokens([2, 1, 3]) == len(ids) == len(labels) == len(encoded.input_ids) + 3
         context = "<IMG_CONTEXT>"
         assert spell(EncodedTurns(ids, labels, encoded.image_positions), tokenizer) == (
             [*SYSTEM, *USER, "<img>", context, context, "</img>", "a", "<img>", context, "</img>", *END]
@@ -175,10 +175,10 @@ class TestImages:
         )
 
     def test_no_image(self, tokenizer):
-        encoded = encode_turns([user("a"), assistant("b")], tokenizer, "the mat")
+        encoded = Template(tokenizer, "the mat").encode([user("a"), assistant("b")])
         ids, labels = encoded.expand([])
         assert encoded.image_positions.tolist() == []
-        assert encoded.num_tokens([]) == len(ids)
+        assert encoded.lengths.num_tokens([]) == len(ids)
         assert np.array_equal(ids, encoded.input_ids)
         assert np.array_equal(labels, encoded.labels)
 
@@ -186,7 +186,7 @@ class TestImages:
     def test_only_the_user_shows_images(self, tokenizer, role):
         assert render_turn(Turn(role, "a <image>")) == f"<|im_start|>{role}\na <image><|im_end|>\n"
         turns = [Turn(role, "a <image>"), assistant("b")]
-        assert encode_turns(turns, tokenizer, "the mat").image_positions.tolist() == []
+        assert Template(tokenizer, "the mat").encode(turns).image_positions.tolist() == []
 
     @settings(deadline=None, max_examples=50)
     @given(st.data())
@@ -200,18 +200,22 @@ class TestImages:
             expected += [i] * (next(left) if mark else 1)
         assert ids_after.tolist() == expected
         assert labels_after.tolist() == [-i for i in expected]
-        assert EncodedTurns(ids, -ids, np.flatnonzero(marks)).num_tokens(counts) == len(expected)
+        lengths = EncodedTurns(ids, -ids, np.flatnonzero(marks)).lengths
+        assert lengths.num_tokens(counts) == len(expected)
+        assert lengths.num_supervised(counts) == len(expected)
 
 
 class TestSystem:
-    def test_the_default_is_put_first(self):
-        turns = [user("a"), assistant("b")]
-        assert with_system(turns, "S") == [Turn("system", "S"), *turns]
-        assert turns == [user("a"), assistant("b")]
+    def test_the_default_is_put_first(self, tokenizer):
+        encoded = Template(tokenizer, "the mat").encode([user("a"), assistant("b")])
+        assert spell(encoded, tokenizer)[: len(SYSTEM)] == SYSTEM
 
-    def test_the_records_own_wins(self):
-        turns = [Turn("system", "mine"), user("a")]
-        assert with_system(turns, "S") == turns
+    def test_the_records_own_wins(self, tokenizer):
+        turns = [Turn("system", "the mat"), user("a")]
+        own, default = (
+            Template(tokenizer, text).encode(t) for text, t in (("yes", turns), ("the mat", turns[1:]))
+        )
+        assert own.input_ids.tolist() == default.input_ids.tolist()
 
     def test_the_default_text(self):
         assert SYSTEM_TEXTS["internvl2_5"] == (
@@ -224,19 +228,76 @@ class TestPrompt:
 
     @pytest.mark.parametrize("turns", [1, 3])
     def test_is_what_training_saw_before_the_answer(self, tokenizer, turns):
-        prompt = encode_prompt(self.TURNS[:turns], tokenizer, "the mat")
-        whole = encode_turns(self.TURNS[: turns + 1], tokenizer, "the mat")
+        prompt = Template(tokenizer, "the mat").encode_prompt(self.TURNS[:turns])
+        whole = Template(tokenizer, "the mat").encode(self.TURNS[: turns + 1])
         learnt = np.flatnonzero(whole.labels != -100)
         answer = learnt[-2]  # one word and the end
         assert prompt.input_ids.tolist() == whole.input_ids[:answer].tolist()
         assert prompt.image_positions.tolist() == whole.image_positions.tolist() == [11]
 
     def test_nothing_is_learnt(self, tokenizer):
-        prompt = encode_prompt(self.TURNS[:3], tokenizer, "the mat")
+        prompt = Template(tokenizer, "the mat").encode_prompt(self.TURNS[:3])
         assert prompt.labels.tolist() == [-100] * len(prompt.input_ids)
         assert spell(prompt, tokenizer)[-3:] == ASSISTANT
 
     def test_own_system(self, tokenizer):
-        prompt = encode_prompt([Turn("system", "no"), user("a")], tokenizer, "the mat")
+        prompt = Template(tokenizer, "the mat").encode_prompt([Turn("system", "no"), user("a")])
         expected = ["<|im_start|>", "system", "\n", "no", *END, *USER, "a", *END, *ASSISTANT]
         assert spell(prompt, tokenizer) == expected
+
+
+# Line ends that merge with the header, special tokens as text, placeholders, and other scripts.
+TEXTS = st.text("ab \n\r中é\u0301🩻", max_size=8) | st.sampled_from(
+    [
+        "<image>",
+        "<image>\n<image>",
+        "<IMG_CONTEXT>",
+        "<img>",
+        "<|im_end|>\n",
+        "<|im_start|>assistant\n",
+        "\n\n\na",
+    ]
+)
+TURNS = st.lists(
+    st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXTS | st.builds(str.__add__, TEXTS, TEXTS))
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(turns=TURNS, system=st.none() | TEXTS, own=st.none() | TEXTS)
+def test_a_conversation_is_measured_as_it_is_encoded(tokenizer, turns, system, own):
+    turns = turns if own is None else [Turn("system", own), *turns]
+    template = Template(tokenizer, system or "")
+    assert template.measure(turns) == template.encode(turns).lengths
+
+
+def test_measured_by_hand(tokenizer):
+    turns = [user("<image>a"), assistant("<IMG_CONTEXT> b"), user("<image>"), assistant("\n\nyes")]
+    measured = Template(tokenizer, "the mat").measure(turns)
+    tokens = len(SYSTEM) + 3 + 4 + 2 + 3 + 2 + 2 + 3 + 3 + 2 + 3 + 1 + 2
+    assert measured == TurnLengths(tokens, 5, (False, True, False))
+    assert measured.num_tokens([4, 3, 1]) == tokens + 5
+    assert measured.num_supervised([4, 3, 1]) == 5 + 2
+
+
+class TestTokenIds:
+    TEXTS = ("the cat", "", "<|im_start|>user\n", "中<img>")
+
+    def test_are_those_of_a_call(self, tokenizer):
+        assert token_ids(tokenizer, self.TEXTS) == tokenizer(list(self.TEXTS)).input_ids
+        assert token_ids(tokenizer, []) == []
+
+    def test_whatever_was_called_before(self, tokenizer):
+        expected = token_ids(tokenizer, self.TEXTS)
+        tokenizer(list(self.TEXTS), padding="max_length", truncation=True, max_length=2)
+        assert token_ids(tokenizer, self.TEXTS) == expected
+
+    def test_slow_tokenizer(self, tokenizer):
+        class Slow:
+            is_fast = False
+
+            def __call__(self, texts, **options):
+                return tokenizer(texts, **options)
+
+        assert token_ids(Slow(), self.TEXTS) == token_ids(tokenizer, self.TEXTS)
+        assert token_ids(Slow(), []) == []

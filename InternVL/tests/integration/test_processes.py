@@ -48,7 +48,8 @@ TWO = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
         pytest.param(
             "sample", {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0}, marks=pytest.mark.slow
         ),
-        pytest.param("sample", {"group_by_length": True}, marks=pytest.mark.slow),
+        pytest.param("sample", {"max_packed_tokens": 700}, marks=pytest.mark.slow),
+        pytest.param("sample", {"packing": False}, marks=pytest.mark.slow),
         pytest.param("sample", {"freeze_backbone": False, "grad_checkpoint": False}, marks=pytest.mark.slow),
     ],
 )
@@ -67,24 +68,36 @@ def test_two_processes_equal_one(tiny_model, sample_data, tmp_path, metrics, red
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
+def spread(how: str | None) -> dict:
+    """Return the flag that spreads a run's state: a ZeRO stage, or FSDP2."""
+    if how is None:
+        return {}
+    if how == "fsdp":
+        return {"fsdp": "full_shard"}
+    return {"deepspeed": SOURCE_ROOT / f"internvl_chat/shell/deepspeed/{how}.json"}
+
+
+SPREAD = ["zero1", "zero2", "zero3", "fsdp"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("how", SPREAD)
+@pytest.mark.parametrize("packing", [{}, {"max_packed_tokens": 700}, {"packing": False}])
 @pytest.mark.parametrize("recipe", [{}, {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0}])
-def test_zero_on_two_processes_equals_one(tiny_model, sample_data, tmp_path, metrics, stage, recipe):
-    config = SOURCE_ROOT / f"internvl_chat/shell/deepspeed/zero{stage}.json"
+def test_spread_over_two_processes_equals_one(
+    tiny_model, sample_data, tmp_path, metrics, how, packing, recipe
+):
     common = (metrics, tiny_model, sample_data)
-    one = losses(*common, tmp_path / "one", 1, **recipe, **ONE)
-    two = losses(*common, tmp_path / "two", 2, deepspeed=config, **recipe, **TWO)
+    one = losses(*common, tmp_path / "one", 1, **recipe, packing=False, **ONE)
+    two = losses(*common, tmp_path / "two", 2, **spread(how), **packing, **recipe, **TWO)
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=2e-5)
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, 2, 3])
-def test_resume_on_two_processes(tiny_model, sample_data, tmp_path, metrics, stage):
-    values = {**TWO, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    if stage:
-        values["deepspeed"] = SOURCE_ROOT / f"internvl_chat/shell/deepspeed/zero{stage}.json"
+@pytest.mark.parametrize("how", [None, "zero2", "zero3", "fsdp"])
+def test_resume_on_two_processes(tiny_model, sample_data, tmp_path, metrics, how):
+    values = {**TWO, **spread(how), "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     common = (metrics, tiny_model, sample_data)
     whole = losses(*common, tmp_path / "one", 2, **values)
     checkpoint = tmp_path / "one/checkpoint-2"

@@ -169,3 +169,29 @@ def test_a_run_that_is_at_its_end_takes_no_more_steps(tiny_model, augmented, tmp
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
     for name, read in open_weights(run / "model.safetensors").items():
         assert torch.equal(read(), weights[name])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_saving_at_every_step_changes_nothing(tiny_model, augmented, tmp_path, metrics, recipe):
+    """Each checkpoint is copied while the next step is computed, and holds what it would hold otherwise."""
+    runs = {}
+    for steps in (1, 5):
+        runs[steps] = tmp_path / f"every{steps}"
+        argv = arguments(tiny_model, augmented, runs[steps], recipe, save_steps=steps, bf16=True, max_steps=5)
+        assert train(argv) == 0
+    assert len(list(runs[1].glob("checkpoint-*"))) == 5
+    losses = [[row["loss"] for row in metrics(folder)] for folder in runs.values()]
+    assert losses[0] == losses[1]
+    resumed = tmp_path / "resumed"
+    checkpoint = runs[1] / "checkpoint-3"
+    again = {"resume_from_checkpoint": checkpoint, "save_steps": 1, "bf16": True, "max_steps": 5}
+    assert train(arguments(tiny_model, augmented, resumed, recipe, **again)) == 0
+    for folder in (runs[5], resumed):
+        for name, read in open_weights(folder / "checkpoint-5" / WEIGHTS[recipe]).items():
+            assert torch.equal(read(), open_weights(runs[1] / "checkpoint-5" / WEIGHTS[recipe])[name]()), name
+        states = [
+            torch.load(f / "checkpoint-5/optimizer.pt", weights_only=True)["state"] for f in (folder, runs[1])
+        ]
+        assert states[0].keys() == states[1].keys()
+        for key, state in states[0].items():
+            assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())

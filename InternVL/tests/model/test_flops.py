@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model.conftest import make_model, make_record, pack
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,6 +94,34 @@ def test_a_step_adds_up_records_supervised_tokens_and_tiles() -> None:
         counts.step([3, 2], supervised=4, tiles=6) == 3 * (10 * 5 + 3 * pairs + 7 * 4) + 100 * 6 + 2 * 20 * 6
     )
     assert counts.step([3], 0, 0) + counts.step([2], 4, 6) == counts.step([3, 2], 4, 6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    records=st.lists(
+        st.tuples(st.integers(1, 200_000), st.integers(0, 5000), st.integers(0, 40)), min_size=1, max_size=20
+    ),
+    passes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+)
+def test_many_records_at_once_are_steps_of_one_each(
+    records: list[tuple[int, int, int]], passes: tuple[int, int, int]
+) -> None:
+    counts = FlopCounter(14e9, 4e5, 1.1e9, 7e11, 4e10, *passes)
+    arrays = np.array(records, np.int32).T
+    found = counts.records(*arrays)
+    alone = [counts.step([tokens], supervised, tiles) for tokens, supervised, tiles in records]
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, alone, rtol=1e-14)
+    together = counts.step([tokens for tokens, _, _ in records], *(int(a.sum()) for a in arrays[1:]))
+    assert found.sum() == pytest.approx(together, rel=1e-12)
+
+
+def test_many_records_by_hand() -> None:
+    counts = FlopCounter(10.0, 3.0, 7.0, 100.0, 20.0, llm_passes=3, vision_passes=1, projector_passes=2)
+    found = counts.records(np.array([3, 2]), np.array([0, 4]), np.array([0, 6]))
+    assert found.tolist() == [3 * (10 * 3 + 3 * 6), 3 * (10 * 2 + 3 * 3 + 7 * 4) + 100 * 6 + 2 * 20 * 6]
+    empty = np.zeros(0, np.int32)
+    assert counts.records(empty, empty, empty).shape == (0,)
 
 
 @pytest.mark.parametrize(

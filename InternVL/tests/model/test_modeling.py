@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from model.conftest import CONTEXT, VOCABULARY, Record, make_model, make_record, pack, run_alone
+from model.conftest import CONTEXT, SHAPE, VOCABULARY, Record, make_model, make_record, pack, run_alone
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.model.modeling import InternVLChatModel
@@ -171,13 +171,14 @@ def test_a_frozen_tower_stays_in_evaluation_mode() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(frozen: bool) -> None:
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_layers_that_run_again_change_no_gradient(frozen: bool, count: int) -> None:
     plain = make_model()
     if frozen:
         freeze_tower(plain)
     saving = copy.deepcopy(plain)
-    saving.enable_gradient_checkpointing()
-    decoder = count_calls(saving.language_model.model.layers[0].mlp)
+    saving.recompute_layers(count)
+    decoder = [count_calls(layer.mlp) for layer in saving.language_model.model.layers]
     vision = count_calls(saving.vision_model.encoder.layers[0].mlp)
     losses = []
     for model in (plain.train(), saving.train()):
@@ -185,12 +186,33 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(frozen: bool)
         loss.backward()
         losses.append(loss.detach())
     assert torch.equal(*losses)
-    assert (len(decoder), len(vision)) == (2, 1 if frozen else 2)
+    assert sum(len(calls) for calls in decoder) == len(decoder) + count
+    assert len(vision) == (1 if frozen or count == 0 else 2)
     for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
         if one.grad is None:
             assert other.grad is None, name
         else:
             torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("count", "again"),
+    [
+        (0, "......"),
+        (1, ".....x"),
+        (2, "..x..x"),
+        (3, ".x.x.x"),
+        (4, ".xx.xx"),
+        (6, "xxxxxx"),
+    ],
+)
+def test_layers_that_run_again_are_spread_evenly(count: int, again: str) -> None:
+    model = make_model(dataclasses.replace(SHAPE, layers=6))
+    model.recompute_layers(6)
+    model.recompute_layers(count)  # the last call decides
+    calls = [count_calls(layer.mlp) for layer in model.language_model.model.layers]
+    model.train()(**pack(records(), labels=True)).loss.backward()
+    assert "".join(".x"[len(of_layer) - 1] for of_layer in calls) == again
 
 
 # Losses
@@ -256,6 +278,135 @@ def test_the_loss_of_a_pack_is_made_of_the_records_own(attn: str) -> None:
     loss = model(**pack(rows, labels=True), token_weights=weights).loss
     mean_of_records = torch.stack([x.mean() for x in separate]).mean()
     torch.testing.assert_close(loss, mean_of_records, atol=1e-6, rtol=0)
+
+
+# What is known beforehand
+
+
+def results(model: InternVLChatModel, inputs: dict) -> dict[str, torch.Tensor]:
+    """Losses and every gradient there is."""
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), "token losses": output.token_losses.detach(), **gradients}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def with_features(model: InternVLChatModel, inputs: dict) -> dict:
+    """The same arguments with the tower run beforehand, a tile at a time."""
+    inputs = dict(inputs)
+    tiles = inputs.pop("pixel_values")
+    features = [model.vision_features(tile[None]) for tile in tiles]
+    return {**inputs, "vision_features": torch.cat(features) if features else model.no_features()}
+
+
+def places(inputs: dict) -> dict[str, torch.Tensor]:
+    """Where features and targets are, found token by token."""
+    ids, labels = inputs["input_ids"][0].tolist(), inputs["labels"][0].tolist()
+    targets = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORE_INDEX]
+    found = {"image_places": [i for i, token in enumerate(ids) if token == CONTEXT], "target_places": targets}
+    return {name: torch.tensor(value, dtype=torch.long) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_features_made_beforehand_are_as_good_as_tiles(attn: str, frozen: bool) -> None:
+    model = make_model(attn=attn)
+    if frozen:
+        freeze_tower(model)
+    inputs = pack(records(), labels=True)
+    expected = results(model, inputs)
+    assert ("vision_model.embeddings.class_embedding" in expected) == (not frozen)
+    calls = count_calls(model.vision_model)
+    given = with_features(model, inputs)
+    assert given["vision_features"].shape == (4, 4, 128) and len(calls) == 4
+    assert given["vision_features"].requires_grad == (not frozen)
+    assert_same(results(model, given), expected)
+    assert len(calls) == 4  # forward did not run the tower once more
+
+
+def test_features_of_several_packs_made_at_once() -> None:
+    """As in training: one run of a frozen tower for the tiles of all packs of a step."""
+    model, rows = freeze_tower(make_model()), records()
+    packs = [pack(rows[:2], labels=True), pack(rows[1:], labels=True)]
+    tiles = [inputs.pop("pixel_values") for inputs in packs]
+    features = model.vision_features(torch.cat(tiles)).split([len(part) for part in tiles])
+    for inputs, of_pack, part in zip(packs, features, tiles, strict=True):
+        found = results(model, {**inputs, "vision_features": of_pack})
+        assert_same(found, results(model, {**inputs, "pixel_values": part}))
+
+
+def test_no_features_are_those_of_no_tiles() -> None:
+    model = freeze_tower(make_model())
+    inputs = pack([make_record()], labels=True)
+    calls = count_calls(model.vision_model)
+    given = with_features(model, inputs)
+    assert given["vision_features"].shape == (0, 4, 128)
+    assert given["vision_features"].shape[1:] == model.vision_features(torch.zeros(1, 3, 56, 56)).shape[1:]
+    calls.clear()
+    found = results(model, given)
+    assert calls == []
+    assert all(
+        f"mlp1.{name}" in found and not found[f"mlp1.{name}"].any() for name in model.mlp1.state_dict()
+    )
+    assert_same(found, results(model, inputs))
+    assert model.bfloat16().no_features().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("given", [("image_places",), ("target_places",), ("image_places", "target_places")])
+@pytest.mark.parametrize("rows", [records(), [make_record()]], ids=["with tiles", "text alone"])
+def test_places_that_are_given_are_those_that_are_found(rows: list[Record], given: tuple[str, ...]) -> None:
+    model, inputs = make_model(), pack(rows, labels=True)
+    known = {name: value for name, value in places(inputs).items() if name in given}
+    assert_same(results(model, {**inputs, **known}), results(model, inputs))
+
+
+def test_places_in_a_batch_of_rows_count_through_the_rows() -> None:
+    model = make_model()
+    rows = [make_record((1, 1), seed=5), make_record((2,), text=10, seed=6)]
+    ids = torch.stack([row.input_ids for row in rows])
+    pixels = torch.cat([row.pixel_values for row in rows])
+    through = (ids.flatten() == CONTEXT).nonzero().flatten()
+    assert through.max() >= ids.shape[1]
+    found = model(input_ids=ids, pixel_values=pixels, image_places=through).logits
+    assert torch.equal(found, model(input_ids=ids, pixel_values=pixels).logits)
+
+
+def test_places_decide_where_features_go_and_what_is_learnt() -> None:
+    """They are taken at their word: with the ids of ordinary tokens, with fewer targets than labels."""
+    model, record = make_model(), make_record((1,))
+    inputs = pack([record], labels=True)
+    known = places(inputs)
+    losses = model(**inputs).token_losses
+    assert torch.equal(model(**inputs, target_places=known["target_places"][1:]).token_losses, losses[1:])
+    other = torch.where(record.input_ids == CONTEXT, 3, record.input_ids)[None]
+    found = model(**{**inputs, "input_ids": other}, image_places=known["image_places"]).token_losses
+    torch.testing.assert_close(found, losses, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_places_that_do_not_match_the_tiles_are_refused(change: int, features: bool) -> None:
+    model, inputs = make_model(), pack([make_record((3,))], labels=True)
+    known = places(inputs)["image_places"]
+    wrong = known[:-1] if change < 0 else torch.cat([known, torch.tensor([0])])
+    inputs = with_features(model, inputs) if features else inputs
+    message = f"{12 + change} <IMG_CONTEXT> tokens in the text, but 12 features from 3 tiles"
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, image_places=wrong)
+
+
+def test_features_that_do_not_match_the_text_are_refused() -> None:
+    model, inputs = make_model(), with_features(make_model(), pack([make_record((3,))], labels=True))
+    inputs["vision_features"] = inputs["vision_features"][:2]
+    with pytest.raises(ValueError, match="12 <IMG_CONTEXT> tokens in the text, but 8 features from 2 tiles"):
+        model(**inputs)
 
 
 # Packed records stay apart

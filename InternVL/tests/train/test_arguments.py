@@ -27,12 +27,21 @@ def test_former_names_keep_their_meaning():
     assert run.eval_strategy == "no"
     assert run.warmup_steps == 0.03
     assert run.get_warmup_steps(1000) == 30
-    assert run.train_sampling_strategy == "group_by_length"
+    assert run.train_sampling_strategy == "random"
 
 
-def test_sequential_order_wins_over_group_by_length():
-    run = parse(group_by_length=True, train_sampling_strategy="sequential").run
-    assert run.train_sampling_strategy == "sequential"
+def test_three_way_flag_however_it_is_written():
+    for written, meant in (
+        ("auto", "auto"),
+        ("true", "True"),
+        ("False", "False"),
+        ("1", "True"),
+        (False, "False"),
+    ):
+        assert parse(grad_checkpoint=written).model.grad_checkpoint == meant
+    assert "--grad_checkpoint maybe: must be auto, True or False" in problems(
+        *flags(**{**NEEDED, "grad_checkpoint": "maybe"})
+    )
 
 
 def test_reference_defaults():

@@ -8,7 +8,9 @@ from helpers import flags
 
 from internvl_chat.data.collator import pack_samples
 from internvl_chat.data.dataset import Draw
+from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.model.flops import count_flops
 from internvl_chat.model.weights import open_weights
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checks import check_configuration
@@ -36,7 +38,8 @@ def make_trainer(tiny_model, sample_data, tmp_path):
         torch.manual_seed(0)
         model, tokenizer, preprocessing = load_for_training(plan)
         set_trainable(model, freeze_backbone=True)
-        data, sampler = load_data(plan, tokenizer, preprocessing)
+        encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(args.data.max_dynamic_patch)
+        data, sampler = load_data(args, plan.specs, encoder, count_flops(model))
         trainer = M3LLMTrainer(
             model,
             args.run,
@@ -45,6 +48,7 @@ def make_trainer(tiny_model, sample_data, tmp_path):
             normalization="imagenet",
             save_model_to=lambda folder, state: None,
             fingerprint={},
+            weight_precision="master",
         )
         trainer.create_optimizer_and_scheduler(10)
         return trainer
@@ -52,12 +56,11 @@ def make_trainer(tiny_model, sample_data, tmp_path):
     return make
 
 
-def gradients(trainer, draws) -> tuple[float, dict[str, torch.Tensor]]:
-    """Run one step's forward and backward over the drawn records."""
+def gradients(trainer, packs) -> tuple[float, dict[str, torch.Tensor]]:
+    """Run one step's forward and backward over packs of draws."""
     trainer.model.zero_grad()
-    loader = trainer.get_train_dataloader()
-    packs = loader.collate_fn([trainer.data[draw] for draw in draws])
-    loss = trainer.training_step(trainer.model, packs)
+    dataset = trainer.get_train_dataloader().dataset
+    loss = trainer.training_step(trainer.model, [dataset[draws] for draws in packs])
     return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -68,7 +71,7 @@ EXPONENTS = {"token": 0.0, "square": 0.5, "sample": 1.0}
 @pytest.mark.parametrize("reduction", EXPONENTS)
 def test_step_is_the_weighted_mean_of_its_records(make_trainer, reduction):
     trainer = make_trainer(loss_reduction=reduction)
-    loss, found = gradients(trainer, DRAWS)
+    loss, found = gradients(trainer, [DRAWS])
 
     model, total, weights = trainer.model, 0.0, 0.0
     model.zero_grad()
@@ -90,38 +93,54 @@ def test_step_is_the_weighted_mean_of_its_records(make_trainer, reduction):
         )
 
 
+CUTS = {
+    "unpacked": [[0], [1], [2], [3], [4], [5]],
+    "pairs": [[0, 1], [2, 3], [4, 5]],
+    "uneven": [[5, 2, 0], [4], [1, 3]],
+    "one pack": [[0, 1, 2, 3, 4, 5]],
+    "one pack, another order": [[3, 5, 1, 0, 4, 2]],
+}
+
+
 @pytest.mark.parametrize("reduction", EXPONENTS)
-def test_cut_into_packs_changes_nothing(make_trainer, reduction):
-    results = [
-        gradients(
-            make_trainer(
-                loss_reduction=reduction,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=6 // size,
-            ),
-            DRAWS,
-        )
-        for size in (1, 2, 6)
-    ]
-    loss, reference = results[0]
-    for other_loss, other in results[1:]:
-        assert other_loss == pytest.approx(loss, abs=1e-6)
+@pytest.mark.parametrize("checkpoint", [0, 1, 2])
+def test_cut_into_packs_changes_nothing(make_trainer, reduction, checkpoint):
+    trainer = make_trainer(loss_reduction=reduction)
+    loss, reference = gradients(trainer, [[draw] for draw in DRAWS])
+    if checkpoint:
+        trainer.model.recompute_layers(checkpoint)
+    for name, cut in CUTS.items():
+        other_loss, other = gradients(trainer, [[DRAWS[i] for i in pack] for pack in cut])
+        assert other_loss == pytest.approx(loss, abs=1e-6), name
         assert other.keys() == reference.keys()
-        for name, gradient in other.items():
-            torch.testing.assert_close(gradient, reference[name], atol=1e-6, rtol=1e-4)
+        for key, gradient in other.items():
+            torch.testing.assert_close(gradient, reference[key], atol=1e-6, rtol=1e-4)
+
+
+def test_vision_with_each_pack_changes_nothing(make_trainer):
+    """A tower that runs inside the model's own forward pass, as where weights are spread over processes."""
+    trainer = make_trainer()
+    loss, reference = gradients(trainer, [DRAWS[:3], DRAWS[3:]])
+    trainer.model.always_run_vision = True
+    other_loss, other = gradients(trainer, [DRAWS[:3], DRAWS[3:]])
+    assert other_loss == pytest.approx(loss, abs=1e-7)
+    for key, gradient in other.items():
+        torch.testing.assert_close(gradient, reference[key], atol=1e-7, rtol=1e-5)
 
 
 def test_record_of_weight_zero_changes_nothing(make_trainer):
     trainer = make_trainer()
-    loss, expected = gradients(trainer, DRAWS[:3])
-    padded_loss, found = gradients(trainer, [*DRAWS[:3], Draw(14, 0, counts=False)])
-    assert padded_loss == pytest.approx(loss, abs=1e-7)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
+    loss, expected = gradients(trainer, [DRAWS[:3]])
+    filler = Draw(14, 0, counts=False)
+    for packs in ([[*DRAWS[:3], filler]], [DRAWS[:3], [filler]]):
+        padded_loss, found = gradients(trainer, packs)
+        assert padded_loss == pytest.approx(loss, abs=1e-7)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
 
 
 def test_text_only_step_gives_the_projector_zero_gradients(make_trainer):
-    _, found = gradients(make_trainer(), [Draw(0, 0), Draw(1, 0)])
+    _, found = gradients(make_trainer(), [[Draw(0, 0), Draw(1, 0)]])
     projector = [gradient for name, gradient in found.items() if name.startswith("mlp1.")]
     assert len(projector) == 6
     assert all(not gradient.any() for gradient in projector)
@@ -210,8 +229,8 @@ def test_configuration_file_of_a_run_repeats_it(tiny_model, sample_data, tmp_pat
 def test_loss_that_is_not_a_number_ends_the_run(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
     original = M3LLMTrainer._forward
 
-    def broken(self, model, pack, weight):
-        loss = original(self, model, pack, weight)
+    def broken(self, model, pack, weight, features):
+        loss = original(self, model, pack, weight, features)
         return loss * float("nan") if self.state.global_step == 2 else loss
 
     monkeypatch.setattr(M3LLMTrainer, "_forward", broken)

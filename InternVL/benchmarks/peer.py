@@ -1,0 +1,214 @@
+"""The preset `peer`: transformers' own InternVL with its processor, under its plain Trainer, LoRA by peft.
+
+It is set up as its documentation has it: one record a micro-batch, gradient checkpointing, bfloat16, and
+everything else at its default. The loss of a step is the mean over its tokens, not over its records.
+"""
+
+import os
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models import got_ocr2
+
+from benchmarks.jobs import Clock, Job, Steps
+from benchmarks.recipes import (
+    LEARNING_RATE,
+    LOADER_WORKERS,
+    LORA_TARGETS,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    plain_lora,
+)
+from benchmarks.shapes import random_model
+from benchmarks.workload import Workload
+from internvl_chat.constants import (
+    IGNORE_INDEX,
+    IM_END,
+    IM_START,
+    IMAGE_PLACEHOLDER,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+)
+from internvl_chat.data.dataset import RecordSet
+from internvl_chat.data.tiling import NORMALIZATIONS, share_of_budget
+from internvl_chat.data.tokenizer import image_context_id
+from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<IMG_CONTEXT>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+)
+# How transformers' processor asks the tokenizer for the tokens of InternVL.
+_TOKEN_NAMES = {
+    "start_image_token": IMG_START,
+    "end_image_token": IMG_END,
+    "context_image_token": IMG_CONTEXT,
+    "video_token": "<video>",
+}
+
+Message = dict[str, Any]
+
+
+class Conversations(Dataset):
+    """Records as messages and images."""
+
+    def __init__(self, records: RecordSet) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records.record(index)
+        messages = [_message(turn.role, turn.text) for turn in record.turns]
+        if messages[0]["role"] != "system":
+            messages.insert(0, _message("system", self.records.encoder.preprocessing.system_text))
+        return {"messages": messages, "images": self.records.images(index, record)}
+
+
+def _message(role: str, text: str) -> Message:
+    """Return a turn in the form of transformers' chat templates, an image where its placeholder is."""
+    pieces = text.split(IMAGE_PLACEHOLDER) if role == "user" else [text]
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return {"role": role, "content": parts}
+
+
+class Collator:
+    """Turns one conversation into the model's inputs, with labels on the assistant's tokens."""
+
+    def __init__(self, processor: InternVLProcessor, max_dynamic_patch: int) -> None:
+        self.processor, self.max_dynamic_patch = processor, max_dynamic_patch
+        self.header = processor.tokenizer(f"{IM_START}assistant\n").input_ids
+        self.end = processor.tokenizer.convert_tokens_to_ids(IM_END)
+
+    def __call__(self, conversations: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Run the processor over a batch of one."""
+        (conversation,) = conversations
+        text = self.processor.apply_chat_template(conversation["messages"], tokenize=False)
+        images: list[Image.Image] = conversation["images"]
+        most = share_of_budget(self.max_dynamic_patch, max(len(images), 1))
+        options = {"crop_to_patches": most > 1, "max_patches": most}
+        inputs = self.processor(
+            text=text, images=images or None, return_tensors="pt", **(options if images else {})
+        )
+        labels = assistant_labels(inputs["input_ids"][0].tolist(), self.header, self.end)
+        return {**inputs, "labels": torch.tensor([labels])}
+
+
+def assistant_labels(ids: list[int], header: list[int], end: int) -> list[int]:
+    """Label what follows each assistant header, up to the end of the turn.
+
+    >>> assistant_labels([1, 7, 5, 9, 1, 8, 6, 9, 3], header=[1, 8], end=9)
+    [-100, -100, -100, -100, -100, -100, 6, 9, -100]
+    """
+    labels, inside = [], False
+    for position, token in enumerate(ids):
+        labels.append(token if inside else IGNORE_INDEX)
+        begins = ids[max(0, position + 1 - len(header)) : position + 1] == header
+        inside = begins or (inside and token != end)
+    return labels
+
+
+class ImageProcessor(InternVLProcessor):
+    """transformers' processor without its part for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: object) -> object:
+        """Accept that the part for videos is missing."""
+        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+
+def build_processor(tokenizer_folder: str, tile_size: int, tokens_per_tile: int) -> InternVLProcessor:
+    """Return transformers' processor around a tokenizer of InternVL."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, extra_special_tokens=_TOKEN_NAMES)
+    mean, std = NORMALIZATIONS["imagenet"]
+    # Without torchvision there is an image processor of its own.
+    backend = "" if find_spec("torchvision") else "Pil"
+    image_processor = getattr(got_ocr2, f"GotOcr2ImageProcessor{backend}")(
+        size={"height": tile_size, "width": tile_size}, image_mean=list(mean), image_std=list(std)
+    )
+    return ImageProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        image_seq_length=tokens_per_tile,
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+def build_model(job: Job, context_id: int, device: torch.device) -> InternVLForConditionalGeneration:
+    """Return transformers' model with the same random weights as the other presets."""
+    own = random_model(job.shape, context_id, attn="sdpa", device=device)
+    with torch.device(device):
+        model = InternVLForConditionalGeneration._from_config(
+            InternVLConfig(**to_hf_config(own.config, context_id)), dtype=torch.bfloat16
+        )
+    weights = to_hf_weights({name: lambda t=tensor: t for name, tensor in own.state_dict().items()})
+    model.load_state_dict({name: read() for name, read in weights.items()})
+    return model
+
+
+def run(job: Job, workload: Workload, clock: Clock) -> Steps:
+    """Train all steps of a job."""
+    tokenizer, recipe, config = workload.load_tokenizer(), job.settings, job.shape.config()
+    model = build_model(job, image_context_id(tokenizer), clock.device)
+    if recipe.lora_rank:
+        targets = rf".*language_model.*\.({'|'.join(LORA_TARGETS)})"
+        model = get_peft_model(model, plain_lora(recipe, targets))
+    else:
+        model.model.vision_tower.requires_grad_(False)
+    records = workload.open_records(job.shape, tokenizer)
+    processor = build_processor(workload.tokenizer, config.image_size, config.tokens_per_tile)
+    trainer = Trainer(
+        model,
+        training_arguments(job),
+        train_dataset=Conversations(records),
+        data_collator=Collator(processor, workload.max_dynamic_patch),
+        callbacks=[clock],
+    )
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    seen = [0, *(row["num_input_tokens_seen"] for row in rows)]
+    return Steps([after - before for before, after in pairwise(seen)], [row["loss"] for row in rows])
+
+
+def training_arguments(job: Job) -> TrainingArguments:
+    """Return the Trainer's arguments: the recipe's, and the defaults."""
+    return TrainingArguments(
+        output_dir=job.folder,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=job.settings.step_records,
+        gradient_checkpointing=True,
+        bf16=True,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        warmup_steps=0.03,
+        lr_scheduler_type="cosine",
+        max_steps=job.total_steps,
+        dataloader_num_workers=min(LOADER_WORKERS, os.cpu_count() or 1),
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=job.device == "cpu",
+    )

@@ -1,0 +1,88 @@
+"""The model shapes that are measured, with random weights made on the device: no file is read or written."""
+
+from dataclasses import dataclass
+
+import torch
+
+from internvl_chat.model.checkpoint import empty_model
+from internvl_chat.model.configuration import InternVLChatConfig
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.tiny import tiny_config
+from internvl_chat.model.tiny_shape import TinyShape
+
+INTERNVL3_VOCABULARY = 151_674
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model.
+
+    Attributes:
+        sizes: of both towers; the vision MLP is four times as wide as the tower.
+        mlp_width: of the language model's MLP.
+        vocabulary: rows of the embeddings and of the (untied) head.
+    """
+
+    sizes: TinyShape
+    mlp_width: int
+    vocabulary: int = INTERNVL3_VOCABULARY
+
+    def config(self) -> InternVLChatConfig:
+        """Return the model's configuration."""
+        config = tiny_config(self.sizes, self.vocabulary)
+        config.llm_config["intermediate_size"] = self.mlp_width
+        return config
+
+
+SHAPES = {
+    # For the benchmark's own tests.
+    "smoke": Shape(
+        TinyShape(56, vision_width=32, vision_layers=2, vision_heads=2, width=64, layers=2, heads=4),
+        mlp_width=176,
+        vocabulary=2048,
+    ),
+    # What a CPU can measure.
+    "mid": Shape(
+        TinyShape(448, vision_width=256, vision_layers=4, vision_heads=4, width=512, layers=8, heads=8),
+        mlp_width=1408,
+    ),
+    "internvl3-8b": Shape(
+        TinyShape(
+            448,
+            vision_width=1024,
+            vision_layers=24,
+            vision_heads=16,
+            width=3584,
+            layers=28,
+            heads=28,
+            kv_heads=4,
+        ),
+        mlp_width=18_944,
+    ),
+}
+
+
+def weightless_model(shape: Shape) -> InternVLChatModel:
+    """Return a model of that shape that has no weights at all, to count operations by."""
+    with torch.device("meta"):
+        return empty_model(shape.config(), 0, torch.bfloat16, "sdpa")
+
+
+def random_model(
+    shape: Shape, image_context_id: int, *, attn: str, device: torch.device
+) -> InternVLChatModel:
+    """Return a model of that shape in bfloat16; on one device, the same weights every time.
+
+    Matrices are normal, N(0, 0.02); biases are 0, norms 1, and layer scales as configured.
+    """
+    with torch.device(device):
+        model = empty_model(shape.config(), image_context_id, torch.bfloat16, attn)
+    generator = torch.Generator(device).manual_seed(0)
+    scale = model.config.vision_config.initializer_factor
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else scale if ".ls" in name else 1.0)
+    return model

@@ -1,0 +1,194 @@
+"""How much memory a step needs, and what follows: which layers are recomputed, how weights are stepped.
+
+Everything is counted in bytes on one device. What a decoder layer keeps for its backward pass is not guessed:
+one layer is run on a few tokens and what autograd saves is counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from internvl_chat.data.dataset import Draw
+from internvl_chat.data.length_cache import Lengths
+from internvl_chat.data.order import StepSampler
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.train.optimizer import bytes_per_parameter
+
+# Share of a device that a plan may fill; allocators round up and fragment.
+_USABLE = 0.92
+_PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class PackSize:
+    """What of a pack takes memory: its tokens, supervised tokens and tiles."""
+
+    tokens: int
+    supervised: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """What a process needs, in bytes.
+
+    Attributes:
+        weights: all weights.
+        gradients: of the trained weights.
+        trained: gradients and optimizer state, by weight precision.
+        layers: decoder layers.
+        layer_token: what a layer keeps for a token.
+        input_token: what a recomputed layer keeps for a token.
+        supervised: logits of a supervised token, their gradient and what is in work.
+        tile: features of a tile.
+    """
+
+    weights: int
+    gradients: int
+    trained: dict[str, int]
+    layers: int
+    layer_token: float
+    input_token: float
+    supervised: float
+    tile: float
+
+    def optimizer_state(self, precision: str) -> int:
+        """Return what the first optimizer step adds to weights and gradients."""
+        return max(0, self.trained[precision] - self.gradients)
+
+    def needed(self, pack: PackSize, precision: str, recomputed: int) -> float:
+        """Return what the step of a pack needs when `recomputed` layers keep their inputs only."""
+        kept = (self.layers - recomputed) * self.layer_token + recomputed * self.input_token
+        in_work = self.layer_token if recomputed else 0.0
+        activations = (kept + in_work) * pack.tokens
+        head = self.supervised * pack.supervised + self.tile * pack.tiles
+        return self.weights + self.trained[precision] + activations + head
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What was chosen.
+
+    Attributes:
+        weight_precision: of the optimizer.
+        recomputed_layers: decoder layers that keep their inputs only.
+    """
+
+    weight_precision: str
+    recomputed_layers: int
+
+
+def capacity(device: torch.device, processes: int = 1) -> int:
+    """Return the memory of a GPU, or what one of so many processes may use of the machine's, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss
+
+
+def choose(
+    model: MemoryModel, pack: PackSize, available: float, *, precision: str, grad_checkpoint: str
+) -> MemoryPlan:
+    """Choose what fits: float32 masters before stochastic rounding, and as few recomputed layers as possible.
+
+    Args:
+        model: of the process.
+        pack: the largest that is planned.
+        available: bytes of the device.
+        precision: asked for; `auto` leaves the choice.
+        grad_checkpoint: `True` recomputes all layers, `False` none, `auto` leaves the choice.
+    """
+    counts = {"True": [model.layers], "False": [0]}.get(grad_checkpoint, range(model.layers + 1))
+    usable = _USABLE * available
+    for candidate in ("master", "stochastic") if precision == "auto" else (precision,):
+        for recomputed in counts:
+            if model.needed(pack, candidate, recomputed) <= usable:
+                return MemoryPlan(candidate, recomputed)
+    return MemoryPlan("stochastic" if precision == "auto" else precision, counts[-1])
+
+
+def measure_memory(model: InternVLChatModel, *, shards: dict[str, int]) -> MemoryModel:
+    """Count what a model needs; its trainable parameters must have been chosen.
+
+    Args:
+        model: on any device.
+        shards: over how many processes `weights` and `state` (gradients and optimizer) are spread.
+    """
+    llm, config = model.language_model, model.language_model.config
+    layer = llm.get_decoder().layers[0]
+    itemsize = next(layer.parameters()).element_size()
+    hidden = config.hidden_size
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    extra = {
+        precision: sum(
+            p.numel() * (bytes_per_parameter(precision, p.dtype) - p.element_size()) for p in trained
+        )
+        for precision in ("master", "stochastic", "bf16")
+    }
+    return MemoryModel(
+        weights=weights // shards["weights"],
+        gradients=sum(p.numel() * p.element_size() for p in trained) // shards["state"],
+        trained={precision: size // shards["state"] for precision, size in extra.items()},
+        layers=len(llm.get_decoder().layers),
+        layer_token=_layer_bytes(model) / _PROBE_TOKENS,
+        input_token=hidden * itemsize,
+        supervised=config.vocab_size * (2 * itemsize + 4) + hidden * itemsize,
+        tile=4 * model.config.tokens_per_tile * hidden * itemsize,
+    )
+
+
+def _layer_bytes(model: InternVLChatModel) -> int:
+    """Return the bytes that a decoder layer keeps of `_PROBE_TOKENS` tokens."""
+    decoder = model.language_model.get_decoder()
+    layer, weight = decoder.layers[0], next(decoder.layers[0].parameters())
+    x = torch.zeros(1, _PROBE_TOKENS, model.language_model.config.hidden_size, dtype=weight.dtype)
+    x = x.to(weight.device).requires_grad_()
+    positions = torch.arange(_PROBE_TOKENS, device=x.device).unsqueeze(0)
+    rotary = decoder.rotary_emb(x, positions)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        return saved_bytes(
+            layer, lambda: layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        )
+
+
+def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
+    """Return the bytes that autograd keeps of a call, the module's own weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    storages: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # or its address would be given to another
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    del result
+    return sum(storages.values())
+
+
+def largest_anywhere(pack: PackSize, model: MemoryModel, processes: int) -> PackSize:
+    """Return the largest of all processes' packs, so that all of them choose alike."""
+    if processes == 1:
+        return pack
+    packs: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(packs, pack)
+    return max(packs, key=lambda pack: model.needed(pack, "bf16", 0))
+
+
+def largest_pack(sampler: StepSampler, lengths: Lengths, model: MemoryModel) -> tuple[PackSize, list[Draw]]:
+    """Return the pack of the first epoch that needs most memory on this process."""
+    per_token = model.layers * model.layer_token
+    needs = per_token * lengths.tokens + model.supervised * lengths.supervised + model.tile * lengths.tiles
+    packs = (draws for number in range(len(sampler)) for draws in sampler.packs(0, number))
+    largest = max(packs, key=lambda draws: sum(needs[draw.index] for draw in draws))
+    records = [draw.index for draw in largest]
+    columns = (lengths.tokens, lengths.supervised, lengths.tiles)
+    return PackSize(*(int(column[records].sum()) for column in columns)), largest
