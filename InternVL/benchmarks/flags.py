@@ -34,12 +34,17 @@ RECIPE_FLAGS: Flags = {
 }
 
 # What makes `fast` fast, beside the trainer's own defaults.
-FAST_FLAGS: dict[str, Flags] = {"cpu": {}, "cuda": {}}
+FAST_FLAGS: dict[str, Flags] = {
+    # Beyond this a CPU gains nothing by longer packs, and they cost memory.
+    "cpu": {"max_packed_tokens": 4096},
+    "cuda": {},
+}
 
 # A lever of `fast` -> the flags that turn it off.
 ABLATIONS: dict[str, Flags] = {
     "packing": {"packing": False},
     "kept activations": {"grad_checkpoint": True},
+    "float32 masters": {"weight_precision": "bf16"},
 }
 
 

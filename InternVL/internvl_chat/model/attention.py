@@ -101,22 +101,75 @@ def varlen_attention(
     if softcap is not None or s_aux is not None:
         raise ModelError("varlen attention has no soft capping and no sinks; use --attn eager")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     if cu_seq_lens_q is not None and _has_flash_kernel(query, dropout):
         window = ((sliding_window or 0) - 1, 0 if causal else -1)
         out = _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, window, scaling)
         return out.transpose(1, 2).contiguous(), None
     lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
-    outs = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        banded = sliding_window is not None and sliding_window < q.shape[2]
-        mask = _band(q.shape[2], sliding_window, causal, q.device) if banded else None
-        outs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and not banded, scale=scaling
-            )
-        )
+    segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    if causal and sliding_window is None and _prefers_blocks(query, dropout):
+        outs = [_blocked_causal(*segment, scaling) for segment in segments]
+    else:
+        outs = [_sdpa(*segment, causal, sliding_window, dropout, scaling) for segment in segments]
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Run torch's attention on one segment; (B, H, L, D) and (B, K, L, D) -> (B, H, L, D)."""
+    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
+    length = query.shape[2]
+    banded = window is not None and window < length
+    mask = _band(length, window, causal, query.device) if banded else None
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and not banded, scale=scaling
+    )
+
+
+# Queries that a CPU attends for at a time.
+_BLOCK = 128
+
+
+def _prefers_blocks(query: torch.Tensor, dropout: float) -> bool:
+    """Say whether `_blocked_causal` is faster than SDPA: in half precision on a CPU, by a factor of two."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0 and len(query) == 1
+
+
+def _blocked_causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Causal attention in blocks of queries, each against the keys up to its end only.
+
+    Scores are in the inputs' dtype and their exponentials in float32, as in transformers' eager attention.
+    The query heads of a key head are the rows of one matrix.
+
+    Args:
+        query: (1, H, L, D).
+        key: (1, K, L, D).
+        value: (1, K, L, D).
+        scaling: factor on the scores.
+
+    Returns:
+        (1, H, L, D).
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries = (query[0] * scale).unflatten(0, (key.shape[1], -1))  # (K, H / K, L, D)
+    keys, group, outs = key[0].transpose(1, 2), queries.shape[1], []
+    for start in range(0, query.shape[2], _BLOCK):
+        block = queries[:, :, start : start + _BLOCK]
+        stop = start + block.shape[2]
+        hidden = torch.full((stop - start, stop), -torch.inf, dtype=query.dtype).triu_(start + 1)
+        mask = hidden.repeat(group, 1).expand(len(queries), -1, -1)
+        scores = torch.baddbmm(mask, block.flatten(1, 2), keys[:, :, :stop])
+        outs.append((scores.softmax(-1) @ value[0, :, :stop]).unflatten(1, (group, -1)))
+    return torch.cat(outs, dim=2).flatten(0, 1).unsqueeze(0)
 
 
 def _band(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
@@ -155,8 +208,8 @@ def _flash_varlen(
 
     Args:
         query: (1, H, L, D).
-        key: (1, H, L, D).
-        value: (1, H, L, D).
+        key: (1, K, L, D).
+        value: (1, K, L, D).
         cu_seq_lens: (S,) int32, bounds of the segments.
         max_length: tokens of the longest segment.
         window: tokens seen to the left and to the right; -1 for all.
@@ -164,6 +217,7 @@ def _flash_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # (L, H, D)
     out = varlen_attn(
         q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, window_size=window, scale=scaling

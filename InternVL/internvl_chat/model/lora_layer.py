@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from internvl_chat.model.dropout import dropout
 
 
 class LoraLinear(Linear):
@@ -22,7 +25,11 @@ class LoraLinear(Linear):
             return super().forward(x, *args, **kwargs)
         (name,) = names
         base = self.base_layer(x)
-        down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight.to(x.dtype))
+        dropped = dropout(x, self.lora_dropout[name].p) if self.training and self._drops(name) else x
+        down = F.linear(dropped, self.lora_A[name].weight.to(x.dtype))
         up = self.lora_B[name].weight.to(x.dtype).t()
         flat = torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up, alpha=self.scaling[name])
         return flat.view_as(base)
+
+    def _drops(self, name: str) -> bool:
+        return isinstance(self.lora_dropout[name], nn.Dropout)

@@ -5,6 +5,7 @@ A step's loss is sum(w_t * loss_t) / sum(w_t) over all supervised tokens t of th
 the same; `square` by 1 / sqrt(n); `token` by 1 (InternVL 2.5, section 3.3).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,10 +42,14 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 _CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
-def _row_chunks(logits: torch.Tensor) -> list[slice]:
-    """Cut the rows so that a float32 copy of a part stays small."""
+def _chunks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the rows in parts, each with its float32 copy, which only lasts until the next."""
     rows = max(1, _CHUNK_BYTES.get(logits.device.type, 1 << 28) // (4 * logits.shape[1]))
-    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+    # One buffer for all parts: memory that is new each time costs a CPU more than the arithmetic.
+    buffer = logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
+    for start in range(0, len(logits), rows):
+        part = logits[start : start + rows]
+        yield slice(start, start + len(part)), buffer[: len(part)].copy_(part)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -53,8 +58,9 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         normalizers = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        for rows in _row_chunks(logits):
-            normalizers[rows] = logits[rows].float().logsumexp(dim=1)
+        for rows, part in _chunks(logits):
+            largest = part.amax(dim=1)
+            normalizers[rows] = part.sub_(largest.unsqueeze(1)).exp_().sum(dim=1).log_().add_(largest)
         ctx.save_for_backward(logits, targets, normalizers)
         return normalizers - logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
 
@@ -63,8 +69,8 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, normalizers = ctx.saved_tensors
         out = torch.empty_like(logits)
-        for rows in _row_chunks(logits):
-            part = logits[rows].to(torch.float32, copy=True).sub_(normalizers[rows].unsqueeze(1)).exp_()
+        for rows, part in _chunks(logits):
+            part.sub_(normalizers[rows].unsqueeze(1)).exp_()
             part.scatter_add_(1, targets[rows].unsqueeze(1), part.new_full((len(part), 1), -1.0))
             out[rows] = part.mul_(gradient[rows].unsqueeze(1))
         return out, None

@@ -55,6 +55,7 @@ _UNSUPPORTED = (
     ("torch_compile_backend", None, "--torch_compile True uses inductor"),
     ("torch_compile_mode", None, "--torch_compile True compiles for rows of any length"),
     ("use_liger_kernel", False, "use --use_liger"),
+    ("enable_jit_checkpoint", False, "checkpoints are written by --save_steps"),
     ("auto_find_batch_size", False, "lower --per_device_train_batch_size"),
     ("neftune_noise_alpha", None, "the embeddings are the reference's"),
     ("do_eval", False, "there is no validation while training"),

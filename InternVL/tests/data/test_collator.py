@@ -139,6 +139,62 @@ class TestPack:
         assert len(before) == pack.num_supervised == int(pack.supervised.sum())
 
 
+class TestMultiple:
+    """Rows whose length is a multiple: what is added belongs to no record."""
+
+    @pytest.fixture
+    def padded(self):
+        return pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)], multiple=4)
+
+    def test_padding_is_one_more_segment(self, padded):
+        """9 tokens of 3 records, and 3 more."""
+        assert padded.input_ids.tolist() == [[100, 101, 102, 200, 201, 202, 203, 204, 300, 0, 0, 0]]
+        assert padded.labels.tolist()[0][9:] == [-100] * 3
+        assert padded.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1, 2]]
+        assert padded.cu_seq_lens.tolist() == [0, 3, 8, 9, 12]
+        assert padded.cu_seq_lens.dtype == torch.int32
+
+    def test_the_longest_record_counts_as_a_multiple(self, padded):
+        assert padded.max_length == 8  # of 5
+        assert pack_samples([(SECOND, True)], multiple=5).max_length == 5
+
+    def test_records_and_their_sums_stay(self, pack, padded):
+        for name in ("image_places", "target_places", "tiles", "supervised", "counts", "lengths"):
+            assert torch.equal(getattr(padded, name), getattr(pack, name)), name
+        assert padded.lengths.tolist() == [3, 5, 1]
+        assert (padded.num_tokens, padded.num_supervised) == (pack.num_tokens, pack.num_supervised) == (4, 1)
+        assert padded.keys == pack.keys
+
+    @pytest.mark.parametrize("multiple", [1, 3, 9])
+    def test_a_row_that_fits_already_is_left_as_it_is(self, pack, multiple):
+        found = pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)], multiple)
+        assert found.max_length == -(-5 // multiple) * multiple
+        for name, value in vars(pack).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(found, name), value), name
+
+    @pytest.mark.parametrize("multiple", [8, 16, 128])
+    def test_padding_may_be_longer_than_every_record(self, multiple):
+        found = pack_samples([(FIRST, True)], multiple)
+        assert found.input_ids.shape == found.labels.shape == found.position_ids.shape == (1, multiple)
+        assert (found.cu_seq_lens.tolist(), found.max_length) == ([0, 3, multiple], multiple)
+        assert found.position_ids[0, 3:].tolist() == list(range(multiple - 3))
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 20))
+    def test_of_any_lengths(self, lengths, multiple):
+        samples = [(sample(i, [-100] + [7] * (n - 1)), i % 2 == 0) for i, n in enumerate(lengths)]
+        plain, found = pack_samples(samples), pack_samples(samples, multiple)
+        total = found.input_ids.shape[1]
+        assert total % multiple == 0 and sum(lengths) <= total < sum(lengths) + multiple
+        assert found.cu_seq_lens[-1] == total
+        assert found.cu_seq_lens.diff().min() > 0
+        assert found.max_length % multiple == 0 and found.max_length >= int(found.cu_seq_lens.diff().max())
+        assert found.lengths.tolist() == lengths
+        assert (found.num_tokens, found.num_supervised) == (plain.num_tokens, plain.num_supervised)
+        assert torch.equal(found.target_places, plain.target_places)
+
+
 class TestInputs:
     def test_the_text_s_are_named_as_the_model_takes_them(self, pack):
         inputs = pack.text_inputs(CPU)
@@ -230,6 +286,11 @@ class TestPackDataset:
         assert pack.image_places.tolist() == found and len(found) == 4
         learnt = [place for place, label in enumerate(pack.labels[0].tolist()) if label >= 0]
         assert pack.target_places.tolist() == [place - 1 for place in learnt]
+
+    def test_a_multiple_is_that_of_every_pack(self, data):
+        plain, padded = (PackDataset(data, multiple)[[Draw(0, 0), Draw(1, 0)]] for multiple in (1, 64))
+        assert padded.input_ids.shape[1] == -(-plain.input_ids.shape[1] // 64) * 64
+        assert torch.equal(padded.lengths, plain.lengths)
 
     def test_the_first_error_is_returned_and_not_raised(self, data):
         packs = PackDataset(data)

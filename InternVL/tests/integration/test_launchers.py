@@ -99,7 +99,7 @@ BOTH = {
     "drop_path_rate": "0.0",
     "freeze_backbone": "True", "vision_select_layer": "-1", "num_train_epochs": "1", "save_steps": "200",
     "save_total_limit": "1", "learning_rate": "5e-6", "weight_decay": "0.05", "warmup_ratio": "0.03",
-    "lr_scheduler_type": "cosine", "max_seq_length": "8192", "grad_checkpoint": "True",
+    "lr_scheduler_type": "cosine", "max_seq_length": "8192", "grad_checkpoint": "auto",
     "group_by_length": "True", "dynamic_image_size": "True", "use_thumbnail": "True", "ps_version": "v2",
     "loss_reduction": "sample",
 }  # fmt: skip

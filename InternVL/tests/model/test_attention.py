@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model.conftest import make_model, make_record, run_alone
 
 from internvl_chat.errors import ModelError, UsageError
@@ -221,6 +222,95 @@ def test_sliding_window(window: int, lengths: list[int] | None) -> None:
         scores = (query[:, :, i : i + 1] * key[:, :, seen]).sum(-1) / 8**0.5
         expected = (scores.softmax(-1).unsqueeze(-1) * value[:, :, seen]).sum(2)
         torch.testing.assert_close(out[:, i], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 400])
+def test_attention_in_blocks_is_that_of_torch(length: int, heads: int, kv_heads: int) -> None:
+    """128 queries make a block: one, a part of one, full ones, and one with a rest."""
+    for scaling in (None, 0.3):
+        qkv = inputs(length, heads, kv_heads)
+        found = attention._blocked_causal(*qkv, scaling)
+        expected = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+        direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+        mine, theirs = (torch.autograd.grad((out * direction).sum(), qkv) for out in (found, expected))
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+def count_blocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the tokens of every segment that is attended in blocks."""
+    calls, original = [], attention._blocked_causal
+
+    def counted(query: torch.Tensor, *rest: object) -> torch.Tensor:
+        calls.append(query.shape[2])
+        return original(query, *rest)
+
+    monkeypatch.setattr(attention, "_blocked_causal", counted)
+    return calls
+
+
+@pytest.mark.parametrize("lengths", [[300], [130, 5, 1, 260]])
+def test_half_precision_on_a_cpu_is_near_double_precision(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int]
+) -> None:
+    """Nothing may be further off than rounding to bfloat16 in a few places makes it: 2^-8 of what it is."""
+    blocked = count_blocked(monkeypatch)
+    exact = inputs(sum(lengths), heads=6, kv_heads=2, features=32)
+    qkv = [x.detach().bfloat16().requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    found, _ = varlen_attention(
+        Layer(), *qkv, None, cu_seq_lens_q=bounds(lengths), max_length_q=max(lengths)
+    )
+    assert blocked == lengths
+    parts = zip(*(x.split(lengths, dim=2) for x in exact), strict=True)
+    expected = torch.cat(
+        [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts], dim=2
+    )
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    mine = torch.autograd.grad((found.transpose(1, 2) * direction).sum(), qkv)
+    theirs = torch.autograd.grad((expected * direction.double()).sum(), exact)
+    pairs = [(found.transpose(1, 2), expected), *zip(mine, theirs, strict=True)]
+    for one, other in pairs:
+        assert one.dtype == torch.bfloat16
+        off = (one.double() - other).square().mean().sqrt() / other.square().mean().sqrt()
+        assert off < 2**-7
+        assert (one.double() - other).abs().max() < 2**-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_in_blocks_a_record_does_not_see_the_others(monkeypatch: pytest.MonkeyPatch, changed: int) -> None:
+    lengths = [130, 5, 1, 260]
+    blocked = count_blocked(monkeypatch)
+    qkv = [x.detach().bfloat16().requires_grad_() for x in inputs(sum(lengths), features=16)]
+    other = [x.detach().clone() for x in qkv]
+    for x in other:
+        x.split(lengths, dim=2)[changed].mul_(-3).add_(1)
+    results = []
+    for tensors in (qkv, [x.requires_grad_() for x in other]):
+        out, _ = varlen_attention(Layer(), *tensors, None, cu_seq_lens_q=bounds(lengths), max_length_q=260)
+        gradients = torch.autograd.grad(out.float().square().sum(), tensors)
+        results.append([out.transpose(1, 2), *gradients])
+    assert blocked == 2 * lengths
+    for before, after in zip(*results, strict=True):
+        for number, (one, two) in enumerate(
+            zip(before.split(lengths, dim=2), after.split(lengths, dim=2), strict=True)
+        ):
+            # A single token's weight is 1 whatever its query and key are.
+            assert torch.equal(one, two) == (number != changed) or not (one.any() or two.any())
+
+
+@pytest.mark.parametrize("place", [1, 127, 128, 250])
+def test_in_blocks_nothing_is_seen_of_what_comes_later(place: int) -> None:
+    qkv = [x.detach().bfloat16() for x in inputs(260, features=16)]
+    before = attention._blocked_causal(*qkv, None)
+    for x in qkv:
+        x[:, :, place:] = 7.0
+    after = attention._blocked_causal(*qkv, None)
+    assert torch.equal(before[:, :, :place], after[:, :, :place])
+    assert not torch.equal(before[:, :, place:], after[:, :, place:])
 
 
 @pytest.mark.parametrize("option", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])

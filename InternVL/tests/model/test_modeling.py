@@ -5,9 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from model.conftest import CONTEXT, SHAPE, VOCABULARY, Record, make_model, make_record, pack, run_alone
 
 from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.data.collator import pack_samples
+from internvl_chat.data.dataset import RecordKey, Sample
+from internvl_chat.data.encoding import Encoded
 from internvl_chat.model.modeling import InternVLChatModel
 
 ATTENTIONS = ("varlen", "sdpa", "eager")
@@ -407,6 +411,70 @@ def test_features_that_do_not_match_the_text_are_refused() -> None:
     inputs["vision_features"] = inputs["vision_features"][:2]
     with pytest.raises(ValueError, match="12 <IMG_CONTEXT> tokens in the text, but 8 features from 2 tiles"):
         model(**inputs)
+
+
+# Compiled blocks
+
+MULTIPLE = 32
+
+
+def padded(rows: list[Record]) -> dict:
+    """The arguments of a forward pass over records, padded as training pads them for compiled blocks."""
+    samples = []
+    for number, row in enumerate(rows):
+        where = (row.input_ids == CONTEXT).nonzero().flatten()
+        encoded = Encoded(row.input_ids, row.labels, where, ())
+        pixels = torch.zeros(len(row.pixel_values), 2, 2, 3, dtype=torch.uint8)
+        samples.append((Sample(RecordKey("set", number), str(number), encoded, pixels), True))
+    inputs = pack_samples(samples, MULTIPLE).text_inputs(torch.device("cpu"))
+    return {**inputs, "pixel_values": torch.cat([row.pixel_values for row in rows])}
+
+
+def rows_of_length(blocks: int) -> list[Record]:
+    """Records with five tiles that need so many times MULTIPLE tokens, of which two are missing."""
+    rows = [make_record((2,), seed=blocks), make_record((3,), text=4, seed=blocks + 1)]
+    known = sum(len(row.input_ids) for row in rows)
+    return [*rows, make_record(text=blocks * MULTIPLE - known - 4, seed=blocks + 2)]
+
+
+@pytest.fixture
+def dynamo():
+    """Compile from scratch, and leave nothing behind."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(("frozen", "recomputed"), [(True, 0), (False, 0), (True, 1)])
+def test_compiled_blocks_change_no_gradient_and_are_compiled_for_any_length(
+    dynamo, frozen: bool, recomputed: int
+) -> None:
+    plain = make_model(attn="varlen")
+    if frozen:
+        freeze_tower(plain)
+    compiled = copy.deepcopy(plain)
+    names = [name for name, _ in compiled.named_parameters()], list(compiled.state_dict())
+    compiled.compile_blocks(backend="aot_eager")
+    assert ([name for name, _ in compiled.named_parameters()], list(compiled.state_dict())) == names
+    if recomputed:
+        compiled.recompute_layers(recomputed)
+    graphs = []
+    for blocks in (2, 3, 5, 4, 7):
+        inputs = padded(rows_of_length(blocks))
+        assert inputs["input_ids"].shape == (1, blocks * MULTIPLE)
+        assert_same(results(compiled.train(), inputs), results(plain.train(), inputs))
+        graphs.append(dynamo["stats"]["unique_graphs"])
+    assert graphs[0] > 0, "nothing was compiled"
+    assert graphs[1:] == [graphs[1]] * 4
+
+
+def test_padding_changes_no_gradient() -> None:
+    model, rows = make_model(attn="varlen"), rows_of_length(3)
+    inputs = padded(rows)
+    assert inputs["input_ids"].shape[1] == sum(len(row.input_ids) for row in rows) + 2
+    assert_same(results(model, inputs), results(model, pack(rows, labels=True)))
 
 
 # Packed records stay apart

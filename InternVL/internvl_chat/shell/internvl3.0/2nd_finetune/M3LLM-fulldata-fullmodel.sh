@@ -11,7 +11,7 @@
 #   GPUS=2                     GPUs on this machine; 0 trains on the CPU
 #   NPROC=GPUS                 processes on this machine (1 on a CPU)
 #   BATCH_SIZE=2               records of an optimizer step, over all processes
-#   PER_DEVICE_BATCH_SIZE=1    records of a forward pass
+#   PER_DEVICE_BATCH_SIZE=1    records of a forward pass with --packing False
 #   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id
 #   META_PATH=shell/data/PMC-data.json   which data sets
 #   DATA_ROOT=the repository   what relative paths in the meta file count from
@@ -52,7 +52,7 @@ launch_training \
   --logging_steps 1 \
   --max_seq_length 8192 \
   --do_train True \
-  --grad_checkpoint True \
+  --grad_checkpoint auto \
   --group_by_length True \
   --dynamic_image_size True \
   --use_thumbnail True \
