@@ -37,6 +37,7 @@ from internvl_chat.model.loss import token_weight
 from internvl_chat.train.arguments import RunArguments
 from internvl_chat.train.background_save import BackgroundSaver
 from internvl_chat.train.checkpoint_folder import CheckpointFiles, CheckpointFolder, SaveModel
+from internvl_chat.train.kept_gradients import keep_vocabulary_gradients
 from internvl_chat.train.optimizer import build_optimizer
 from internvl_chat.train.output_folder import LEDGER, METRICS, PARTIAL
 from internvl_chat.train.rehearsal import Rehearsal
@@ -149,6 +150,8 @@ class M3LLMTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         # The model computes in the dtype of its weights; autocast would only look for casts that none needs.
         self.accelerator.native_amp = False
+        if args.device.type == "cpu" and args.world_size == 1 and not self.is_deepspeed_enabled:
+            keep_vocabulary_gradients(model)
         if is_sharded(model):
             # accelerate would wrap it for data-parallel training.
             self.accelerator.prepare_model = lambda model, **_: model

@@ -261,9 +261,7 @@ def test_half_precision_on_a_cpu_is_near_double_precision(
     exact = inputs(sum(lengths), heads=6, kv_heads=2, features=32)
     qkv = [x.detach().bfloat16().requires_grad_() for x in exact]
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    found, _ = varlen_attention(
-        Layer(), *qkv, None, cu_seq_lens_q=bounds(lengths), max_length_q=max(lengths)
-    )
+    found, _ = varlen_attention(Layer(), *qkv, None, cu_seq_lens_q=bounds(lengths), max_length_q=max(lengths))
     assert blocked == lengths
     parts = zip(*(x.split(lengths, dim=2) for x in exact), strict=True)
     expected = torch.cat(

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from model.conftest import CONTEXT, SHAPE, VOCABULARY, Record, make_model, make_record, pack, run_alone
+from torch._dynamo.utils import counters
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.collator import pack_samples
@@ -447,7 +447,7 @@ def dynamo():
     counters.clear()
 
 
-@pytest.mark.parametrize(("frozen", "recomputed"), [(True, 0), (False, 0), (True, 1)])
+@pytest.mark.parametrize(("frozen", "recomputed"), [(True, 1), (False, 0)])
 def test_compiled_blocks_change_no_gradient_and_are_compiled_for_any_length(
     dynamo, frozen: bool, recomputed: int
 ) -> None:
@@ -461,13 +461,13 @@ def test_compiled_blocks_change_no_gradient_and_are_compiled_for_any_length(
     if recomputed:
         compiled.recompute_layers(recomputed)
     graphs = []
-    for blocks in (2, 3, 5, 4, 7):
+    for blocks in (2, 3, 5, 4):
         inputs = padded(rows_of_length(blocks))
         assert inputs["input_ids"].shape == (1, blocks * MULTIPLE)
         assert_same(results(compiled.train(), inputs), results(plain.train(), inputs))
         graphs.append(dynamo["stats"]["unique_graphs"])
     assert graphs[0] > 0, "nothing was compiled"
-    assert graphs[1:] == [graphs[1]] * 4
+    assert graphs[1:] == [graphs[1]] * 3
 
 
 def test_padding_changes_no_gradient() -> None:

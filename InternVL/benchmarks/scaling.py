@@ -1,0 +1,209 @@
+"""What a training step costs against records, tokens, tiles and processes: one thing grows, the others stay.
+
+Records, tokens and tiles: seconds of one packed forward and backward pass, and the operations that it needs.
+Processes: records a second of the trainer under torchrun, and how evenly the records' costs are dealt. One
+command prints a table and writes JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from benchmarks.recipes import RECIPES
+from benchmarks.shapes import SHAPES, Shape, random_model
+from internvl_chat.cli import main as m3llm
+from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.data.collator import Pack, pack_samples
+from internvl_chat.data.dataset import RecordKey, Sample
+from internvl_chat.data.encoding import Encoded
+from internvl_chat.data.packing import deal
+from internvl_chat.data.synthetic import write_sample_data
+from internvl_chat.data.tiling import Grid
+from internvl_chat.model.attention import resolve_attention
+from internvl_chat.model.flops import count_flops
+from internvl_chat.model.lora import add_lora
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.train.trainable import set_trainable
+
+IMAGE_CONTEXT = 1
+SUPERVISED_SHARE = 0.11
+Row = dict[str, Any]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example: python InternVL/benchmarks/scaling.py --model mid --recipe lora --json scaling.json",
+    )
+    parser.add_argument("--model", choices=SHAPES, default="mid", help="shape, with random weights [mid]")
+    parser.add_argument("--recipe", choices=RECIPES, default="full", help="what is trained [full]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    parser.add_argument("--repeats", type=int, default=3, help="passes of which the median is taken [3]")
+    parser.add_argument("--largest", type=int, default=4096, help="most tokens of a pack [4096]")
+    parser.add_argument(
+        "--processes", type=int, nargs="*", default=[1, 2], help="process counts to run [1 2]"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = trained_model(SHAPES[args.model], args.recipe, device)
+    rows = [
+        measure(model, device, what, number, pack, args.repeats)
+        for what, number, pack in made_up_packs(SHAPES[args.model], args.largest)
+    ]
+    rows += [balance(processes) for processes in (1, 2, 4, 8, 16)]
+    rows += [run_processes(processes) for processes in args.processes]
+    for row in rows:
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in row.items()))  # fmt: skip
+    if args.json:
+        Path(args.json).write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def trained_model(shape: Shape, recipe: str, device: torch.device) -> InternVLChatModel:
+    """Return a random model, ready to train."""
+    model = random_model(shape, IMAGE_CONTEXT, attn=resolve_attention("auto", device), device=device)
+    rank = RECIPES[recipe].lora_rank
+    add_lora(model, llm_rank=rank)
+    set_trainable(model, freeze_llm=rank > 0, freeze_mlp=rank > 0, freeze_backbone=True)
+    return model.to(device).train()
+
+
+def made_up_packs(shape: Shape, largest: int) -> list[tuple[str, int, Pack]]:
+    """Return packs in which one thing doubles at a time, each with what it is and how much of it there is."""
+    per_tile = shape.config().tokens_per_tile
+    tokens, record = largest // 8, largest // 8
+    packs = [("tokens", n, pack_of(1, n, 0, shape)) for n in doubling(tokens, largest)]
+    packs += [("records", n, pack_of(n, record, 0, shape)) for n in doubling(1, largest // record)]
+    most = max(1, (largest - 64) // per_tile)
+    packs += [("tiles", n, pack_of(1, most * per_tile + 64, n, shape)) for n in doubling(1, most)]
+    return packs
+
+
+def doubling(first: int, last: int) -> list[int]:
+    """Return the numbers from the first to at most the last, each twice the one before.
+
+    >>> doubling(1, 9)
+    [1, 2, 4, 8]
+    """
+    return [first << i for i in range(64) if first << i <= last]
+
+
+def pack_of(records: int, tokens: int, tiles: int, shape: Shape) -> Pack:
+    """Return a pack of equal records of random tokens, `tiles` tiles each."""
+    config = shape.config()
+    size, context = config.image_size, config.tokens_per_tile * tiles
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for number in range(records):
+        ids = torch.randint(2, shape.vocabulary, (tokens,), generator=generator)
+        ids[8 : 8 + context] = IMAGE_CONTEXT
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        supervised = max(1, int(SUPERVISED_SHARE * (tokens - context)))
+        labels[-supervised:] = ids[-supervised:]
+        encoded = Encoded(ids, labels, torch.arange(8, 8 + context), (Grid(tiles, 1, False),) * (tiles > 0))
+        pixels = torch.zeros(tiles, size, size, 3, dtype=torch.uint8)
+        samples.append((Sample(RecordKey("made up", number), None, encoded, pixels), True))
+    return pack_samples(samples)
+
+
+def measure(
+    model: InternVLChatModel, device: torch.device, what: str, number: int, pack: Pack, repeats: int
+) -> Row:
+    """Return the seconds of a forward and backward pass, and its operations."""
+    inputs = pack.text_inputs(device)
+    inputs["pixel_values"] = pack.pixel_values(device, "imagenet", torch.bfloat16)
+
+    def forward_backward() -> None:
+        model(**inputs).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    forward_backward()
+    seconds = statistics.median(timed(forward_backward, device) for _ in range(repeats))
+    operations = count_flops(model).step(pack.lengths.tolist(), pack.num_supervised, len(pack.tiles))
+    return {
+        "against": what,
+        "number": number,
+        "seconds": seconds,
+        "gflop": operations / 1e9,
+        "gflop_per_second": operations / 1e9 / seconds,
+    }
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds that something takes."""
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def balance(processes: int, step_records: int = 128, steps: int = 50) -> Row:
+    """Return how much more than the mean the dearest process has to do, dealt by cost and in order."""
+    rng = np.random.default_rng(0)
+    by_cost, in_order = [], []
+    for _ in range(steps):
+        costs = rng.lognormal(0.0, 0.6, step_records)
+        mean = costs.sum() / processes
+        by_cost.append(max(costs[share].sum() for share in deal(costs, processes)) / mean)
+        in_order.append(max(share.sum() for share in np.array_split(costs, processes)) / mean)
+    return {
+        "against": "processes, planned",
+        "number": processes,
+        "dearest_over_mean": float(np.mean(by_cost)),
+        "in_order": float(np.mean(in_order)),
+    }
+
+
+def run_processes(processes: int) -> Row:
+    """Return records a second of the trainer with a small model under so many processes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_sample_data(folder / "data", train=8, held_out=1)
+        m3llm(
+            ["tiny-model", str(folder / "model"), "--text", str(folder / "data/train"), "--image_size", "112"]
+        )
+        flags = {
+            "model_name_or_path": folder / "model", "meta_path": folder / "data/train.json",
+            "output_dir": folder / "run", "use_cpu": True, "force_image_size": 112, "freeze_backbone": True,
+            "dynamic_image_size": True, "max_steps": 9, "save_strategy": "no", "report_to": "none",
+            "disable_tqdm": True, "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 16 // processes,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes)]
+        command += ["-m", "internvl_chat.train.internvl_chat_finetune"]
+        command += [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        source = str(Path(__file__).resolve().parents[1])
+        environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": threads}
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:]
+    records, seconds = (sum(row[key] for row in rows) for key in ("records", "seconds"))
+    return {"against": "processes, trained", "number": processes, "records_per_second": records / seconds}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

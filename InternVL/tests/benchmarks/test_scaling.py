@@ -1,0 +1,27 @@
+"""The scaling benchmark at its smallest."""
+
+import json
+import subprocess
+import sys
+
+from helpers import SOURCE_ROOT
+
+
+def test_one_thing_grows_at_a_time(tmp_path):
+    script, out = SOURCE_ROOT / "benchmarks/scaling.py", tmp_path / "rows.json"
+    options = ["--model", "smoke", "--largest", "128", "--repeats", "1", "--device", "cpu", "--processes"]
+    command = [sys.executable, str(script), *options, "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    rows = json.loads(out.read_text())["rows"]
+    numbers = {}
+    for row in rows:
+        numbers.setdefault(row["against"], []).append(row["number"])
+    assert numbers["tokens"] == [16, 32, 64, 128]
+    assert numbers["records"] == [1, 2, 4, 8]
+    assert numbers["tiles"][:3] == [1, 2, 4]
+    for kind in ("tokens", "records", "tiles"):
+        operations = [row["gflop"] for row in rows if row["against"] == kind]
+        assert operations == sorted(operations)
+    assert all(row["seconds"] > 0 for row in rows if "seconds" in row)
+    planned = [row for row in rows if row["against"] == "processes, planned"]
+    assert all(1 <= row["dearest_over_mean"] <= row["in_order"] + 1e-9 for row in planned)
