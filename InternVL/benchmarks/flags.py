@@ -35,8 +35,8 @@ RECIPE_FLAGS: Flags = {
 
 # What makes `fast` fast, beside the trainer's own defaults.
 FAST_FLAGS: dict[str, Flags] = {
-    # Beyond this a CPU gains nothing by longer packs, and they cost memory.
-    "cpu": {"max_packed_tokens": 4096},
+    # A CPU gains nothing by longer packs, which cost memory, as do float32 masters.
+    "cpu": {"max_packed_tokens": 4096, "weight_precision": "stochastic"},
     "cuda": {},
 }
 
@@ -44,7 +44,7 @@ FAST_FLAGS: dict[str, Flags] = {
 ABLATIONS: dict[str, Flags] = {
     "packing": {"packing": False},
     "kept activations": {"grad_checkpoint": True},
-    "float32 masters": {"weight_precision": "bf16"},
+    "stochastic rounding": {"weight_precision": "bf16"},
 }
 
 

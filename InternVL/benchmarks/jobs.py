@@ -189,8 +189,7 @@ def _environment(job: Job) -> dict[str, str]:
     """Return what the launchers set, too."""
     variables = {"TOKENIZERS_PARALLELISM": "false"}
     if job.device == "cpu":
-        # Threads that wait without spinning leave the cores to the loader processes.
-        variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+        variables["CUDA_VISIBLE_DEVICES"] = ""
         variables["OMP_NUM_THREADS"] = str(job.threads or os.cpu_count() or 1)
     return variables
 

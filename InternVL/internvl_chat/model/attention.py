@@ -107,7 +107,8 @@ def varlen_attention(
         return out.transpose(1, 2).contiguous(), None
     lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    if causal and sliding_window is None and _prefers_blocks(query, dropout):
+    blocked = causal and sliding_window is None and len(query) == 1 and _prefers_blocks(query, dropout)
+    if blocked:
         outs = [_blocked_causal(*segment, scaling) for segment in segments]
     else:
         outs = [_sdpa(*segment, causal, sliding_window, dropout, scaling) for segment in segments]
@@ -138,8 +139,8 @@ _BLOCK = 128
 
 
 def _prefers_blocks(query: torch.Tensor, dropout: float) -> bool:
-    """Say whether `_blocked_causal` is faster than SDPA: in half precision on a CPU, by a factor of two."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0 and len(query) == 1
+    """Say whether products of matrices that fit the cache beat SDPA: in bfloat16 on a CPU, up to twice."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0
 
 
 def _blocked_causal(
@@ -249,4 +250,7 @@ def bidirectional_attention(
 
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
         return flash_attn_func(q, k, v, dropout_p=dropout).transpose(1, 2)
+    if _prefers_blocks(query, dropout):
+        tiles = zip(query * query.shape[-1] ** -0.5, key.transpose(-2, -1), value, strict=True)
+        return torch.stack([(q @ k).softmax(dim=-1) @ v for q, k, v in tiles])
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)

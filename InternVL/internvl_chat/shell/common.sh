@@ -84,8 +84,7 @@ launch_training() {
   [[ -z ${DEEPSPEED:-} ]] || flags+=(--deepspeed "$DEEPSPEED")
   if ((GPUS == 0)); then
     flags+=(--use_cpu True)
-    # Threads that wait without spinning leave the cores to the loader processes.
-    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES=
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}
   fi
 

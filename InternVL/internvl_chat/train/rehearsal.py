@@ -126,7 +126,7 @@ class Rehearsal:
         except (torch.OutOfMemoryError, RuntimeError) as raised:
             if not is_out_of_memory(raised):
                 raise
-            error = str(raised).splitlines()[0]
+            error = str(raised).partition("\n")[0]
         # Only now are the tensors of a failed pass free.
         gc.collect()
         if error is not None:

@@ -320,8 +320,10 @@ class M3LLMTrainer(Trainer):
             model.train()
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 weights = [torch.ones(len(pack.keys), dtype=torch.float64)]
-                self._forward_backward(model, [pack], weights, 1.0, synchronise=is_sharded(model))
-            model.zero_grad(set_to_none=True)
+                try:
+                    self._forward_backward(model, [pack], weights, 1.0, synchronise=is_sharded(model))
+                finally:
+                    model.zero_grad(set_to_none=True)
 
         self.rehearsal.run(
             forward_backward,
