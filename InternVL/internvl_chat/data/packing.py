@@ -108,8 +108,12 @@ class StepPlanner:
         if equal_numbers:
             size = self.records_per_pack
             return [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
-        most = max(len(self._cut(share)) for share in shares)
-        return [[share[pack] for pack in self._cut(share, most)] for share in shares]
+        cuts = [self._cut(share) for share in shares]
+        most = max(map(len, cuts))
+        return [
+            [share[pack] for pack in (packs if len(packs) == most else self._cut(share, most))]
+            for share, packs in zip(shares, cuts, strict=True)
+        ]
 
     def _cut(self, share: np.ndarray, least: int = 1) -> list[np.ndarray]:
         return cut(self.tokens[share], self.max_packed_tokens, least)
