@@ -35,9 +35,9 @@ class FlopCounter:
     """FLOPs of the model's parts, as multiples of what they process.
 
     Attributes:
-        decoder: forward FLOPs a token in the language model's matrices, head excluded.
+        decoder: forward FLOPs a token in the language model's matrices that run for every token.
         attention: forward FLOPs a pair of a token and one it attends to.
-        head: forward FLOPs a supervised token.
+        supervised: forward FLOPs a supervised token in the others: the head's and the last layer's MLP.
         tile: forward FLOPs a tile in the vision tower.
         projector: forward FLOPs a tile in `mlp1`.
         llm_passes: forward and backward passes that training needs: 1, 2 (frozen weights) or 3.
@@ -47,7 +47,7 @@ class FlopCounter:
 
     decoder: float
     attention: float
-    head: float
+    supervised: float
     tile: float
     projector: float
     llm_passes: int
@@ -65,7 +65,7 @@ class FlopCounter:
         return self._count(tokens, tokens * (tokens + 1) / 2, supervised, tiles)
 
     def _count(self, tokens: Any, pairs: Any, supervised: Any, tiles: Any) -> Any:
-        llm = self.decoder * tokens + self.attention * pairs + self.head * supervised
+        llm = self.decoder * tokens + self.attention * pairs + self.supervised * supervised
         vision = self.vision_passes * self.tile + self.projector_passes * self.projector
         return self.llm_passes * llm + vision * tiles
 
@@ -76,6 +76,10 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
     last = model.config.select_layer
     blocks = last if last >= 0 else vision.num_hidden_layers + 1 + last
     head = config.vocab_size * config.hidden_size
+    last_mlp = 0
+    if model.is_lean:
+        mlp = model.language_model.get_decoder().layers[-1].mlp
+        last_mlp = sum(p.numel() for n, p in mlp.named_parameters() if p.ndim == 2 and ".lora_" not in n)
     embeddings = model.language_model.get_input_embeddings().weight.numel()
     llm = sum(
         p.numel() for n, p in model.language_model.named_parameters() if p.ndim == 2 and ".lora_" not in n
@@ -98,9 +102,9 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
     trains_vision = not model.vision_is_frozen
     reaches_llm = trains_llm or trains_mlp or trains_vision or model.config.use_llm_lora > 0
     return FlopCounter(
-        decoder=2.0 * (llm - embeddings - (0 if tied else head)),
+        decoder=2.0 * (llm - embeddings - (0 if tied else head) - last_mlp),
         attention=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
-        head=2.0 * head,
+        supervised=2.0 * (head + last_mlp),
         tile=float(tower),
         projector=2.0 * mlp * model.config.tokens_per_tile,
         llm_passes=3 if trains_llm else 2 if reaches_llm else 1,

@@ -7,6 +7,7 @@ language model, K tokens a tile, F width of the vision features (folded).
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
@@ -14,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.loss import token_losses
+from internvl_chat.model.lean import make_lean
 from internvl_chat.model.projector import build_projector, pixel_shuffle
 from internvl_chat.model.vision import InternVisionModel
 
@@ -53,6 +54,7 @@ class InternVLChatModel(nn.Module):
         self.mlp1 = build_projector(
             config.vision_config.hidden_size, config.hidden_size, config.downsample_ratio
         )
+        self.is_lean = make_lean(self.language_model)
         # True where processes must all run the same modules (ZeRO-3, FSDP).
         self.always_run_vision = False
         # Modules whose weights are no longer those of an adapter's base.
@@ -215,7 +217,11 @@ class InternVLChatModel(nn.Module):
         if target_places is None:
             target_places = (labels[0, 1:] != IGNORE_INDEX).nonzero().squeeze(1)
         targets = labels[0, target_places + 1]
-        logits = self.language_model(**llm_inputs, logits_to_keep=target_places).logits[0]
-        losses = token_losses(logits, targets)
+        if self.is_lean:
+            hidden = self.language_model.get_decoder()(**llm_inputs, output_places=target_places)
+            losses = self.language_model.get_output_embeddings()(hidden.last_hidden_state[0], targets)
+        else:
+            logits = self.language_model(**llm_inputs, logits_to_keep=target_places).logits[0]
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
         loss = losses.mean() if token_weights is None else (losses * token_weights).sum()
         return InternVLOutput(loss=loss, token_losses=losses)

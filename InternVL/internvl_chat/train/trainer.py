@@ -37,7 +37,7 @@ from internvl_chat.model.loss import token_weight
 from internvl_chat.train.arguments import RunArguments
 from internvl_chat.train.background_save import BackgroundSaver
 from internvl_chat.train.checkpoint_folder import CheckpointFiles, CheckpointFolder, SaveModel
-from internvl_chat.train.kept_gradients import keep_vocabulary_gradients
+from internvl_chat.train.kept_memory import keep_vocabulary_memory
 from internvl_chat.train.optimizer import build_optimizer
 from internvl_chat.train.output_folder import LEDGER, METRICS, PARTIAL
 from internvl_chat.train.rehearsal import Rehearsal
@@ -57,7 +57,7 @@ _ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 _COMPILED_MULTIPLE = 128
 
 # Tiles in the frozen vision tower at a time; more would only cost memory.
-_TILES_AT_ONCE = 64
+_TILES_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 @dataclass
@@ -151,7 +151,7 @@ class M3LLMTrainer(Trainer):
         # The model computes in the dtype of its weights; autocast would only look for casts that none needs.
         self.accelerator.native_amp = False
         if args.device.type == "cpu" and args.world_size == 1 and not self.is_deepspeed_enabled:
-            keep_vocabulary_gradients(model)
+            keep_vocabulary_memory(model)
         if is_sharded(model):
             # accelerate would wrap it for data-parallel training.
             self.accelerator.prepare_model = lambda model, **_: model
@@ -355,7 +355,7 @@ class M3LLMTrainer(Trainer):
         with torch.no_grad():
             parts = [
                 model.vision_features(normalize_tiles(part, self.normalization, dtype))
-                for part in tiles.split(_TILES_AT_ONCE)
+                for part in tiles.split(_TILES_AT_ONCE.get(tiles.device.type, 64))
                 if len(part)
             ]
         features = torch.cat(parts) if parts else model.no_features()

@@ -34,8 +34,9 @@ def torch_counts(function) -> int:
 def test_the_parts_by_hand() -> None:
     counts = count_flops(make_model())
     # Language model, a layer: q and o 64 x 64, k and v 64 x 32, three matrices of 64 x 256.
-    assert counts.decoder == 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256)
-    assert counts.head == 2 * 64 * 64
+    # Two layers, the MLP of the last for supervised tokens only.
+    assert counts.decoder == 2 * (2 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 256)
+    assert counts.supervised == 2 * (64 * 64 + 3 * 64 * 256)
     assert counts.attention == 2 * (2 * 64 + 2 * 64)  # scores and values, all heads, two layers
     # Tower: 16 patches of 3 * 14 * 14 values, then 17 tokens through two blocks.
     linear = 4 * 32 * 32 + 2 * 32 * 128
@@ -69,7 +70,7 @@ def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict) -> N
         # The rotary angles are an outer product, which torch counts too and which no matrix takes part in.
         angles = torch_counts(lambda: rotary(torch.zeros(1, tokens, 4), positions))
         found = torch_counts(lambda: model.language_model(input_ids=record.input_ids[None], use_cache=False))
-        expected = (counts.decoder + counts.head) * tokens + counts.attention * tokens**2
+        expected = (counts.decoder + counts.supervised) * tokens + counts.attention * tokens**2
         assert found - angles == expected
         found = torch_counts(lambda: model(**pack([record], labels=True)))
     # Eager attention computes the masked half as well; a step counts the pairs that matter.
@@ -82,7 +83,7 @@ def test_a_step_adds_up_records_supervised_tokens_and_tiles() -> None:
     counts = FlopCounter(
         decoder=10.0,
         attention=3.0,
-        head=7.0,
+        supervised=7.0,
         tile=100.0,
         projector=20.0,
         llm_passes=3,
@@ -148,7 +149,7 @@ def test_adapters_do_not_count_as_matrices_of_the_model() -> None:
     plain, adapted = make_model(), make_model()
     add_lora(adapted, llm_rank=8)
     set_trainable(adapted, freeze_mlp=True, freeze_backbone=True)
-    names = ("decoder", "attention", "head", "tile", "projector")
+    names = ("decoder", "attention", "supervised", "tile", "projector")
     assert [getattr(count_flops(plain), n) for n in names] == [
         getattr(count_flops(adapted), n) for n in names
     ]

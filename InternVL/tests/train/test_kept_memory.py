@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from internvl_chat.train.kept_gradients import keep_vocabulary_gradients
+from internvl_chat.train.kept_memory import keep_vocabulary_memory
 
 
 class Llm(nn.Module):
@@ -47,7 +47,7 @@ PACKS = [torch.tensor([[1, 2, 2, 0, 10]]), torch.tensor([[3, 2, 0]]), torch.tens
 def test_same_gradients_over_packs_and_steps(options, dtype):
     plain = Model(**options).to(dtype)
     kept = copy.deepcopy(plain)
-    keep_vocabulary_gradients(kept)
+    keep_vocabulary_memory(kept)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in (plain, kept)]
     for step in range(3):
         for model, optimizer in zip((plain, kept), optimizers, strict=True):
@@ -63,7 +63,7 @@ def test_same_gradients_over_packs_and_steps(options, dtype):
 
 def test_memory_is_the_same_in_every_step():
     model = Model()
-    keep_vocabulary_gradients(model)
+    keep_vocabulary_memory(model)
     places = []
     for _ in range(3):
         model.zero_grad(set_to_none=True)
@@ -75,7 +75,7 @@ def test_memory_is_the_same_in_every_step():
 def test_frozen_weights_keep_their_modules():
     model = Model()
     model.requires_grad_(False)
-    keep_vocabulary_gradients(model)
+    keep_vocabulary_memory(model)
     llm = model.language_model
     assert "forward" not in vars(llm.words)
     assert "forward" not in vars(llm.head)
@@ -83,7 +83,7 @@ def test_frozen_weights_keep_their_modules():
 
 def test_the_head_passes_its_input_gradient_on():
     model = Model()
-    keep_vocabulary_gradients(model)
+    keep_vocabulary_memory(model)
     x = torch.randn(2, 3, 6, requires_grad=True)
     model.language_model.head(x).sum().backward()
     expected = model.language_model.head.weight.detach().sum(0).expand(2, 3, 6)
