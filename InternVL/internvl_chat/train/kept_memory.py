@@ -87,8 +87,7 @@ class KeptHeadMemory(HeadMemory):
 
     def give_back(self, logits: torch.Tensor) -> None:
         """Keep the memory for later."""
-        whole = logits._base
-        self._free = logits.flatten() if whole is None else whole
+        self._free = logits.new_empty(0).set_(logits.untyped_storage())
 
     def weight_gradient(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add it where it is kept."""

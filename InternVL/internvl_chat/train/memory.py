@@ -6,8 +6,10 @@ one layer is run on a few tokens and what autograd saves is counted.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -20,16 +22,25 @@ from internvl_chat.train.optimizer import bytes_per_parameter
 
 # Share of a device that a plan may fill; allocators round up and fragment.
 _USABLE = 0.92
-_PROBE_TOKENS = 128
+# Tokens of the records by which a layer is probed; two lengths tell what grows with the square.
+_PROBES = (256, 512)
 
 
 @dataclass(frozen=True)
 class PackSize:
-    """What of a pack takes memory: its tokens, supervised tokens and tiles."""
+    """What of a pack takes memory.
+
+    Attributes:
+        tokens: of all records.
+        supervised: tokens.
+        tiles: of all records.
+        squares: sum of the squares of the records' tokens.
+    """
 
     tokens: int
     supervised: int
     tiles: int
+    squares: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class MemoryModel:
         input_token: what a recomputed layer keeps for a token.
         supervised: logits of a supervised token, their gradient and what is in work.
         tile: features of a tile.
+        layer_square: what a layer keeps for the square of a record's tokens: attention weights, where no
+            kernel does without.
     """
 
     weights: int
@@ -55,6 +68,7 @@ class MemoryModel:
     input_token: float
     supervised: float
     tile: float
+    layer_square: float = 0.0
 
     def optimizer_state(self, precision: str) -> int:
         """Return what the first optimizer step adds to weights and gradients."""
@@ -62,9 +76,10 @@ class MemoryModel:
 
     def needed(self, pack: PackSize, precision: str, recomputed: int) -> float:
         """Return what the step of a pack needs when `recomputed` layers keep their inputs only."""
-        kept = (self.layers - recomputed) * self.layer_token + recomputed * self.input_token
-        in_work = self.layer_token if recomputed else 0.0
-        activations = (kept + in_work) * pack.tokens
+        layer = self.layer_token * pack.tokens + self.layer_square * pack.squares
+        # A layer that is recomputed keeps all for as long as it is in work.
+        activations = (self.layers - recomputed + bool(recomputed)) * layer
+        activations += recomputed * self.input_token * pack.tokens
         head = self.supervised * pack.supervised + self.tile * pack.tiles
         return self.weights + self.trained[precision] + activations + head
 
@@ -129,43 +144,51 @@ def measure_memory(model: InternVLChatModel, *, shards: dict[str, int]) -> Memor
         )
         for precision in ("master", "stochastic", "bf16")
     }
+    layer_token, layer_square = _layer_bytes(model)
+    head_is_trained = llm.get_output_embeddings().weight.requires_grad
+    if model.is_lean:
+        # The gradient takes the place of the logits, and only a trained head has to wait for it.
+        logits = config.vocab_size * itemsize if head_is_trained else 0
+    else:
+        logits = config.vocab_size * (2 * itemsize + 3 * 4)
     return MemoryModel(
         weights=weights // shards["weights"],
         gradients=sum(p.numel() * p.element_size() for p in trained) // shards["state"],
         trained={precision: size // shards["state"] for precision, size in extra.items()},
         layers=len(llm.get_decoder().layers),
-        layer_token=_layer_bytes(model) / _PROBE_TOKENS,
+        layer_token=layer_token,
+        layer_square=layer_square,
         input_token=hidden * itemsize,
-        supervised=config.vocab_size * (2 * itemsize + 4) + hidden * itemsize,
+        supervised=logits + 2 * hidden * itemsize,
         tile=4 * model.config.tokens_per_tile * hidden * itemsize,
     )
 
 
-def _layer_bytes(model: InternVLChatModel) -> int:
-    """Return the bytes that a decoder layer keeps of `_PROBE_TOKENS` tokens."""
+def _layer_bytes(model: InternVLChatModel) -> tuple[float, float]:
+    """Return the bytes that a decoder layer keeps for a token, and for the square of a record's tokens."""
     decoder = model.language_model.get_decoder()
     layer, weight = decoder.layers[0], next(decoder.layers[0].parameters())
-    x = torch.zeros(1, _PROBE_TOKENS, model.language_model.config.hidden_size, dtype=weight.dtype)
-    x = x.to(weight.device).requires_grad_()
-    positions = torch.arange(_PROBE_TOKENS, device=x.device).unsqueeze(0)
-    rotary = decoder.rotary_emb(x, positions)
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        return saved_bytes(
-            layer, lambda: layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-        )
+    kept = []
+    for tokens in _PROBES:
+        x = torch.zeros(1, tokens, model.language_model.config.hidden_size, dtype=weight.dtype)
+        x = x.to(weight.device).requires_grad_()
+        inputs = {"attention_mask": None, "position_ids": torch.arange(tokens, device=x.device).unsqueeze(0)}
+        inputs["position_embeddings"] = decoder.rotary_emb(x, inputs["position_ids"])
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            kept.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)
+    square = max(0.0, (kept[1] - kept[0]) / (_PROBES[1] - _PROBES[0]))
+    return kept[0] - square * _PROBES[0], square
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
     """Return the bytes that autograd keeps of a call, the module's own weights left out."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     storages: dict[int, int] = {}
-    kept = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # or its address would be given to another
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -185,10 +208,11 @@ def largest_anywhere(pack: PackSize, model: MemoryModel, processes: int) -> Pack
 
 def largest_pack(sampler: StepSampler, lengths: Lengths, model: MemoryModel) -> tuple[PackSize, list[Draw]]:
     """Return the pack of the first epoch that needs most memory on this process."""
-    per_token = model.layers * model.layer_token
-    needs = per_token * lengths.tokens + model.supervised * lengths.supervised + model.tile * lengths.tiles
+    squares = lengths.tokens.astype(np.int64) ** 2
+    needs = model.layers * (model.layer_token * lengths.tokens + model.layer_square * squares)
+    needs += model.supervised * lengths.supervised + model.tile * lengths.tiles
     packs = (draws for number in range(len(sampler)) for draws in sampler.packs(0, number))
     largest = max(packs, key=lambda draws: sum(needs[draw.index] for draw in draws))
     records = [draw.index for draw in largest]
-    columns = (lengths.tokens, lengths.supervised, lengths.tiles)
+    columns = (lengths.tokens, lengths.supervised, lengths.tiles, squares)
     return PackSize(*(int(column[records].sum()) for column in columns)), largest

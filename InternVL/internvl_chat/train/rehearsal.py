@@ -158,7 +158,7 @@ class Rehearsal:
             flags.insert(0, "--grad_checkpoint True")
         if self.precision == "master":
             flags.append("--weight_precision stochastic")
-        flags.append("--deepspeed with a ZeRO configuration on several GPUs")
+        flags.append("--fsdp full_shard, or --deepspeed with a ZeRO configuration, on several GPUs")
         return (
             f"the largest pack ({self.pack.tokens} tokens, {self.pack.supervised} supervised, "
             f"{self.pack.tiles} tiles) does not fit into memory; what helps: {'; '.join(flags)}"

@@ -1,4 +1,4 @@
-"""Gradients in kept memory are autograd's own, step after step."""
+"""Gradients made in kept memory are autograd's own, step after step."""
 
 import copy
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from internvl_chat.train.kept_memory import keep_vocabulary_memory
+from internvl_chat.model.head import SupervisedHead
+from internvl_chat.train.kept_memory import KeptGradient, KeptHeadMemory, keep_vocabulary_memory
 
 
 class Llm(nn.Module):
@@ -15,7 +16,7 @@ class Llm(nn.Module):
     def __init__(self, tied: bool = False, padding: int | None = None) -> None:
         super().__init__()
         self.words = nn.Embedding(11, 6, padding_idx=padding)
-        self.head = nn.Linear(6, 11, bias=False)
+        self.head = SupervisedHead(6, 11, bias=False)
         if tied:
             self.head.weight = self.words.weight
 
@@ -34,9 +35,8 @@ class Model(nn.Module):
 
     def forward(self, ids):
         llm = self.language_model
-        return (
-            llm.get_output_embeddings()(llm.get_input_embeddings()(ids).tanh()).logsumexp(-1).square().sum()
-        )
+        hidden = llm.get_input_embeddings()(ids).tanh()
+        return llm.get_output_embeddings()(hidden[0], ids[0].flip(0)).square().sum()
 
 
 PACKS = [torch.tensor([[1, 2, 2, 0, 10]]), torch.tensor([[3, 2, 0]]), torch.tensor([[7, 7, 7, 7]])]
@@ -72,19 +72,46 @@ def test_memory_is_the_same_in_every_step():
     assert places[0] == places[1] == places[2]
 
 
-def test_frozen_weights_keep_their_modules():
+def test_frozen_weights_get_no_gradient():
     model = Model()
     model.requires_grad_(False)
     keep_vocabulary_memory(model)
-    llm = model.language_model
-    assert "forward" not in vars(llm.words)
-    assert "forward" not in vars(llm.head)
+    assert "forward" not in vars(model.language_model.words)
+    hidden = torch.randn(2, 6, requires_grad=True)
+    model.language_model.head(hidden, torch.tensor([1, 2])).sum().backward()
+    assert hidden.grad is not None and model.language_model.head.weight.grad is None
 
 
-def test_the_head_passes_its_input_gradient_on():
-    model = Model()
-    keep_vocabulary_memory(model)
-    x = torch.randn(2, 3, 6, requires_grad=True)
-    model.language_model.head(x).sum().backward()
-    expected = model.language_model.head.weight.detach().sum(0).expand(2, 3, 6)
-    torch.testing.assert_close(x.grad, expected)
+@pytest.mark.parametrize("trained", [True, False])
+def test_logits_in_work_are_never_written_over(trained):
+    """Three passes begin before any goes back, and then two more, the last with more rows."""
+    plain = Model().requires_grad_(trained)
+    kept = copy.deepcopy(plain)
+    keep_vocabulary_memory(kept)
+    rng = torch.Generator().manual_seed(0)
+    for rounds in (3, 1, 1):
+        hiddens = [torch.randn(4 + rounds, 6, generator=rng) for _ in range(rounds)]
+        targets = [torch.randint(11, (4 + rounds,), generator=rng) for _ in hiddens]
+        found = []
+        for model in (plain, kept):
+            model.zero_grad(set_to_none=True)
+            leaves = [hidden.clone().requires_grad_(True) for hidden in hiddens]
+            head = model.language_model.head
+            losses = [head(x, t).sum() for x, t in zip(leaves, targets, strict=True)]
+            for loss in reversed(losses):
+                loss.backward()
+            found.append([leaf.grad for leaf in leaves] + ([head.weight.grad] if trained else []))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_the_logits_memory_is_used_again_and_grows():
+    head = Model().language_model.head
+    memory = KeptHeadMemory(KeptGradient(head.weight))
+    places = []
+    for rows in (3, 2, 3, 5, 4):
+        logits = memory.take_logits(rows, torch.zeros(1, 6), head.weight)
+        assert logits.shape == (rows, 11)
+        places.append(logits.data_ptr())
+        memory.give_back(logits)
+    assert places[0] == places[1] == places[2] and places[3] == places[4] != places[0]

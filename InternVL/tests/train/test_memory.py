@@ -1,5 +1,6 @@
 """The memory plan: bytes that autograd keeps, counted by hand, and what is chosen from them."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -217,7 +218,8 @@ def test_the_largest_pack_is_that_which_needs_most(processes, max_tokens):
         for number in range(len(sampler)):
             for draws in sampler.packs(0, number):
                 records = [draw.index for draw in draws]
-                size = PackSize(*(int(c[records].sum()) for c in lengths.columns.values()))
+                sums = [int(c[records].sum()) for c in lengths.columns.values()]
+                size = PackSize(*sums, squares=int((tokens[records] ** 2).sum()))
                 sizes.append((MEMORY.needed(size, "master", 0), size, draws))
         needed, size, _ = max(sizes, key=lambda one: one[0])
         found, draws = largest_pack(sampler, lengths, MEMORY)
@@ -230,7 +232,10 @@ def test_tiles_and_supervised_tokens_make_a_pack_large_too():
     planner = StepPlanner(1, tokens, tokens)
     sampler = StepSampler([3], step_records=3, planner=planner, strategy="sequential")
     found, draws = largest_pack(sampler, Lengths(tokens, supervised, tiles), MEMORY)
-    assert (found, [draw.index for draw in draws]) == (PackSize(9, 1, 400), [1])  # 1200 of 3 beside 1000 of 2
+    assert (found, [draw.index for draw in draws]) == (
+        PackSize(9, 1, 400, 81),
+        [1],
+    )  # 1200 of 3 beside 1000 of 2
 
 
 def test_all_processes_take_the_largest_of_all(monkeypatch):
@@ -317,8 +322,12 @@ def test_what_tokens_and_tiles_need_by_hand(tiny_model, dtype, size):
     found = measure_memory(model, shards=WHOLE)
     vocabulary = model.language_model.config.vocab_size
     assert found.input_token == 48 * size
-    # Logits, their gradient, float32 work, and the token's own state.
-    assert found.supervised == vocabulary * (2 * size + 4) + 48 * size
+    # Logits, which become their gradient; the token's own state and its gradient.
+    assert found.supervised == vocabulary * size + 2 * 48 * size
+    model.language_model.requires_grad_(False)
+    assert measure_memory(model, shards=WHOLE).supervised == 2 * 48 * size
+    model.is_lean = False  # logits, their gradient, three of them in float32
+    assert measure_memory(model, shards=WHOLE).supervised == vocabulary * (2 * size + 12) + 2 * 48 * size
     assert found.tile == 4 * 4 * 48 * size
 
 
@@ -334,6 +343,36 @@ def test_what_a_layer_keeps_of_a_token_is_what_it_keeps_in_the_whole_model(tiny_
         kept_by.append(saved_bytes(llm, lambda: llm(inputs_embeds=x, use_cache=False)))
         llm.layers = layer_list
     assert found.layer_token == pytest.approx((kept_by[1] - kept_by[0]) / tokens, rel=0.02)
+
+
+def test_attention_weights_of_long_records_are_counted(tiny_model):
+    """In bf16 on a CPU a layer keeps them: 4 heads, of which causality leaves half, two bytes each."""
+    assert measure_memory(load(tiny_model, torch.float32), shards=WHOLE).layer_square == 0
+    model = load(tiny_model, torch.bfloat16)
+    found = measure_memory(model, shards=WHOLE)
+    assert found.layer_square == pytest.approx(4 * 2 / 2, rel=0.01)
+    tokens, llm = 1024, model.language_model.get_decoder()
+    x = torch.randn(1, tokens, 48, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    rotary = llm.rotary_emb(x, positions)
+    kept = saved_bytes(
+        llm.layers[0],
+        lambda: llm.layers[0](x, attention_mask=None, position_ids=positions, position_embeddings=rotary),
+    )
+    assert found.layer_token * tokens + found.layer_square * tokens**2 == pytest.approx(kept, rel=0.01)
+
+
+def test_the_longer_record_makes_a_pack_larger_where_squares_count():
+    memory = dataclasses.replace(MEMORY, layer_square=1.0)
+    tokens, none = np.array([10, 6, 6]), np.zeros(3, int)
+    planner = StepPlanner(1, tokens, tokens, max_packed_tokens=12)
+    sampler = StepSampler([3], step_records=3, planner=planner, strategy="sequential")
+    found, draws = largest_pack(sampler, Lengths(tokens, none, none), memory)
+    assert (found, [draw.index for draw in draws]) == (PackSize(10, 0, 0, 100), [0])
+    assert largest_pack(sampler, Lengths(tokens, none, none), MEMORY)[0] == PackSize(12, 0, 0, 72)
+    for recomputed, layers in ((0, 4), (1, 4), (4, 1)):  # those that keep all, and one that is in work
+        more = memory.needed(found, "bf16", recomputed) - MEMORY.needed(found, "bf16", recomputed)
+        assert more == layers * 100
 
 
 def test_recomputing_keeps_the_inputs_of_layers_only(tiny_model):
