@@ -1,8 +1,8 @@
 """The records of one data set, and of all data sets of a meta file, as samples."""
 
 import random
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,15 +94,21 @@ class RecordSet:
             DataError: it is malformed.
         """
         raw = self.file[index]
-        try:
+        identity = raw.get("id") if isinstance(raw, dict) else None
+        with self._naming(index, None if identity is None else str(identity)):
             return parse_record(raw)
-        except RecordProblem as problem:
-            identity = raw.get("id") if isinstance(raw, dict) else None
-            raise self.error(index, str(problem), None if identity is None else str(identity)) from None
 
     def error(self, index: int, message: str, record_id: str | None) -> DataError:
         """Return an error that names a record."""
         return DataError(message, file=self.spec.annotation, line=self.file.line(index), record=record_id)
+
+    @contextmanager
+    def _naming(self, index: int, record_id: str | None) -> Iterator[None]:
+        """Turn a record's problem into an error that names the record."""
+        try:
+            yield
+        except RecordProblem as problem:
+            raise self.error(index, str(problem), record_id) from None
 
     def encode(self, index: int) -> tuple[Record, Encoded]:
         """Encode a record; of its images only the headers are read.
@@ -124,10 +130,8 @@ class RecordSet:
         record = self.record(index)
         with ExitStack() as stack:
             sizes = [image.size for image in self._open(index, record, stack)]
-        try:
+        with self._naming(index, record.id):
             return self.encoder.measure(record.turns, sizes)
-        except RecordProblem as problem:
-            raise self.error(index, str(problem), record.id) from None
 
     def load(self, index: int, augment: random.Random | None = None) -> Sample:
         """Encode a record and decode its images.
@@ -176,10 +180,8 @@ class RecordSet:
         return images
 
     def _encode(self, index: int, record: Record, images: Sequence[Image.Image]) -> Encoded:
-        try:
+        with self._naming(index, record.id):
             encoded = self.encoder.encode(record.turns, [image.size for image in images])
-        except RecordProblem as problem:
-            raise self.error(index, str(problem), record.id) from None
         if encoded.num_tiles < encoded.tiles_wanted:
             logger.warning(
                 "%s, line %d (record %r): %d tiles instead of %d, to fit max_seq_length %d",

@@ -139,6 +139,11 @@ class RunArguments(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
 
     @property
+    def processes_here(self) -> int:
+        """Processes of the run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @property
     def step_records(self) -> int:
         """Records of an optimizer step over all processes."""
         return self.share_of_step * self.world_size

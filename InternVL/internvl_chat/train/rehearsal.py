@@ -5,7 +5,6 @@ the flags that would fit.
 """
 
 import gc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ def plan_memory(
     chosen = choose(
         memory,
         pack,
-        capacity(run.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        capacity(run.device, run.processes_here),
         precision=precision,
         grad_checkpoint=args.model.grad_checkpoint,
     )

@@ -173,7 +173,7 @@ class M3LLMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of this process's shares; it is dealt already, so accelerate need not."""
         # More loader processes than cores only get in each other's way.
-        cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        cores = max(1, (os.cpu_count() or 1) // self.args.processes_here)
         workers = min(self.args.dataloader_num_workers, cores)
         return DataLoader(
             self.packs,

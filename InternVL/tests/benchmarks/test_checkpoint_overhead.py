@@ -1,0 +1,35 @@
+"""The benchmark of checkpoints: its arithmetic by hand, and one run at its smallest."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import SOURCE_ROOT
+
+sys.path.insert(0, str(SOURCE_ROOT))
+
+from benchmarks.checkpoint_overhead import summarise
+
+
+def test_steps_after_a_save_beside_all() -> None:
+    """A save after every third step; the first two steps do not count."""
+    seconds = [9.0, 5.0, 1.0, 1.5, 1.0, 1.0, 2.5, 1.0, 1.0]
+    row = summarise("background", seconds, every=3, warmup=2, size=2_000_000_000)
+    assert row.after_save_seconds == [1.5, 2.5]
+    assert (row.median_seconds, row.checkpoint_gb) == (1.0, 2.0)
+    assert row.ratio == pytest.approx(2.0) and row.worst_ratio == pytest.approx(2.5)
+    assert row.seconds_a_save == pytest.approx((0.5 + 1.5) / 2)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_both_ways_to_save(tmp_path, recipe: str) -> None:
+    script, out = SOURCE_ROOT / "benchmarks/checkpoint_overhead.py", tmp_path / "rows.json"
+    options = ["--recipe", recipe, "--model", "smoke", "--device", "cpu", "--steps", "5", "--every", "2"]
+    command = [sys.executable, str(script), *options, "--warmup", "0", "--json", str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["background", "synchronous"]
+    assert all(len(row["after_save_seconds"]) == 2 and row["median_seconds"] > 0 for row in rows)
+    assert rows[0]["checkpoint_gb"] == pytest.approx(rows[1]["checkpoint_gb"], rel=0.01)
+    assert len(done.stdout.splitlines()) == 2
