@@ -12,6 +12,7 @@ from internvl_chat.model.adapter import find_base, load_adapter
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.folders import is_adapter, model_folder, read_config, write_config
 from internvl_chat.model.hf_format import from_hf_weights
+from internvl_chat.model.lean import make_lean
 from internvl_chat.model.lora import add_lora, lora_layers, unwrapped_name
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import Weights, assign_weights, read_weights, write_weights
@@ -133,6 +134,7 @@ def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None
     """Grow the language model's vocabulary; new rows of the head are the mean of the old (reference)."""
     llm = model.language_model
     llm.resize_token_embeddings(size, mean_resizing=False)
+    make_lean(llm)
     with torch.no_grad():
         head = llm.get_output_embeddings().weight
         head[-num_new:] = head[:-num_new].mean(dim=0, keepdim=True)

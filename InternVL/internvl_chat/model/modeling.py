@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.lean import make_lean
+from internvl_chat.model.lean import is_lean, make_lean
 from internvl_chat.model.projector import build_projector, pixel_shuffle
 from internvl_chat.model.vision import InternVisionModel
 
@@ -54,7 +54,7 @@ class InternVLChatModel(nn.Module):
         self.mlp1 = build_projector(
             config.vision_config.hidden_size, config.hidden_size, config.downsample_ratio
         )
-        self.is_lean = make_lean(self.language_model)
+        make_lean(self.language_model)
         # True where processes must all run the same modules (ZeRO-3, FSDP).
         self.always_run_vision = False
         # Modules whose weights are no longer those of an adapter's base.
@@ -217,7 +217,7 @@ class InternVLChatModel(nn.Module):
         if target_places is None:
             target_places = (labels[0, 1:] != IGNORE_INDEX).nonzero().squeeze(1)
         targets = labels[0, target_places + 1]
-        if self.is_lean:
+        if is_lean(self.language_model):
             hidden = self.language_model.get_decoder()(**llm_inputs, output_places=target_places)
             losses = self.language_model.get_output_embeddings()(hidden.last_hidden_state[0], targets)
         else:

@@ -24,8 +24,8 @@ def keep_vocabulary_memory(model: InternVLChatModel) -> None:
     head = model.language_model.get_output_embeddings()
     kept = {id(module.weight): KeptGradient(module.weight) for module in (words, head)}
     if type(words) is nn.Embedding and words.weight.requires_grad:
-        gradient = kept[id(words.weight)]
-        words.forward = lambda ids: _Embedding.apply(ids, words.weight, gradient, words.padding_idx)
+        words.__class__ = KeptEmbedding
+        words.kept = kept[id(words.weight)]
     if isinstance(head, SupervisedHead):
         head.memory = KeptHeadMemory(kept[id(head.weight)])
 
@@ -79,6 +79,8 @@ class KeptHeadMemory(HeadMemory):
 
     def take_logits(self, rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the memory that is free, if it is large enough."""
+        if torch.is_inference_mode_enabled():
+            return super().take_logits(rows, hidden, weight)  # it could not be used in training
         free, self._free = self._free, None
         count = rows * len(weight)
         if free is None or free.numel() < count or free.dtype != hidden.dtype:
@@ -87,6 +89,8 @@ class KeptHeadMemory(HeadMemory):
 
     def give_back(self, logits: torch.Tensor) -> None:
         """Keep the memory for later."""
+        if torch.is_inference_mode_enabled():
+            return
         self._free = logits.new_empty(0).set_(logits.untyped_storage())
 
     def weight_gradient(self, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -94,8 +98,22 @@ class KeptHeadMemory(HeadMemory):
         self._gradient.add_product(left, right)
 
 
+class KeptEmbedding(nn.Embedding):
+    """An embedding whose gradient is added to what is kept.
+
+    Attributes:
+        kept: its gradient.
+    """
+
+    kept: KeptGradient
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(..., T) -> (..., T, C)."""
+        return _Embedding.apply(ids, self.weight, self.kept, self.padding_idx)
+
+
 class _Embedding(torch.autograd.Function):
-    """An embedding whose gradient is added to what is kept."""
+    """Looks up rows, and adds their gradients where they are kept."""
 
     @staticmethod
     def forward(

@@ -17,6 +17,7 @@ from torch import nn
 from internvl_chat.data.dataset import Draw
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.order import StepSampler
+from internvl_chat.model.lean import is_lean
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train.optimizer import bytes_per_parameter
 
@@ -146,7 +147,7 @@ def measure_memory(model: InternVLChatModel, *, shards: dict[str, int]) -> Memor
     }
     layer_token, layer_square = _layer_bytes(model)
     head_is_trained = llm.get_output_embeddings().weight.requires_grad
-    if model.is_lean:
+    if is_lean(model.language_model):
         # The gradient takes the place of the logits, and only a trained head has to wait for it.
         logits = config.vocab_size * itemsize if head_is_trained else 0
     else:

@@ -157,6 +157,8 @@ class Rehearsal:
             flags.insert(0, "--grad_checkpoint True")
         if self.precision == "master":
             flags.append("--weight_precision stochastic")
+        if self.memory.trained["bf16"] < self.memory.trained[self.precision]:
+            flags.append("--weight_precision bf16 (the reference's way, in which most weights hardly move)")
         flags.append("--fsdp full_shard, or --deepspeed with a ZeRO configuration, on several GPUs")
         return (
             f"the largest pack ({self.pack.tokens} tokens, {self.pack.supervised} supervised, "

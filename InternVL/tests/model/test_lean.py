@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
 
-from internvl_chat.model.lean import make_lean
+from internvl_chat.model.lean import is_lean, make_lean
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "vocab_size": 29, "pad_token_id": 0}  # fmt: skip
@@ -39,7 +40,8 @@ TARGETS = torch.tensor([4, 4, 0, 28])
 def test_losses_and_gradients_are_those_of_the_whole_decoder(config, recomputed: bool) -> None:
     plain = make_llm(config)
     lean = copy.deepcopy(plain)
-    assert make_lean(lean)
+    make_lean(lean)
+    assert is_lean(lean) and not is_lean(plain)
     logits = plain(input_ids=IDS, use_cache=False).logits[0, PLACES]
     expected = torch.nn.functional.cross_entropy(logits, TARGETS, reduction="none")
     if recomputed:
@@ -67,5 +69,23 @@ def test_all_logits_are_there_when_asked_for(config) -> None:
 def test_other_kinds_of_layers_are_left_as_they_are() -> None:
     llm = make_llm(PhiConfig(**SMALL))
     kinds = [type(module) for module in llm.modules()]
-    assert not make_lean(llm)
+    make_lean(llm)
+    assert not is_lean(llm)
     assert [type(module) for module in llm.modules()] == kinds
+
+
+def test_again_changes_nothing_and_a_new_head_is_lean_again() -> None:
+    llm = make_llm(CONFIGS["qwen2"])
+    make_lean(llm)
+    kind = type(llm.get_decoder().layers[-1])
+    llm.resize_token_embeddings(31, mean_resizing=False)
+    assert not is_lean(llm)
+    make_lean(llm)
+    assert is_lean(llm) and type(llm.get_decoder().layers[-1]) is kind
+
+
+def test_a_head_with_adapters_is_not_lean() -> None:
+    llm = make_llm(CONFIGS["qwen2"])
+    make_lean(llm)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head"]), llm)
+    assert not is_lean(llm)

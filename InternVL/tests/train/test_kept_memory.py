@@ -76,7 +76,7 @@ def test_frozen_weights_get_no_gradient():
     model = Model()
     model.requires_grad_(False)
     keep_vocabulary_memory(model)
-    assert "forward" not in vars(model.language_model.words)
+    assert type(model.language_model.words) is nn.Embedding
     hidden = torch.randn(2, 6, requires_grad=True)
     model.language_model.head(hidden, torch.tensor([1, 2])).sum().backward()
     assert hidden.grad is not None and model.language_model.head.weight.grad is None
@@ -115,3 +115,33 @@ def test_the_logits_memory_is_used_again_and_grows():
         places.append(logits.data_ptr())
         memory.give_back(logits)
     assert places[0] == places[1] == places[2] and places[3] == places[4] != places[0]
+
+
+def test_a_copy_has_weights_and_gradients_of_its_own():
+    model = Model()
+    keep_vocabulary_memory(model)
+    model(PACKS[0]).backward()
+    other = copy.deepcopy(model)
+    other.zero_grad(set_to_none=True)
+    before = [p.grad.clone() for p in model.parameters()]
+    with torch.no_grad():
+        other.language_model.words.weight.zero_()
+    fresh = Model()
+    with torch.no_grad():
+        fresh.language_model.words.weight.zero_()
+    loss, expected = other(PACKS[1]), fresh(PACKS[1])
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for mine, right in zip(other.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, right.grad)
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_training_goes_on_after_inference():
+    model = Model()
+    keep_vocabulary_memory(model)
+    with torch.inference_mode():
+        model(PACKS[0])
+    model(PACKS[0]).backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -326,7 +326,7 @@ def test_what_tokens_and_tiles_need_by_hand(tiny_model, dtype, size):
     assert found.supervised == vocabulary * size + 2 * 48 * size
     model.language_model.requires_grad_(False)
     assert measure_memory(model, shards=WHOLE).supervised == 2 * 48 * size
-    model.is_lean = False  # logits, their gradient, three of them in float32
+    model.language_model.lm_head.__class__ = nn.Linear  # logits, their gradient, three of them in float32
     assert measure_memory(model, shards=WHOLE).supervised == vocabulary * (2 * size + 12) + 2 * 48 * size
     assert found.tile == 4 * 4 * 48 * size
 

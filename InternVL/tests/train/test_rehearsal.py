@@ -134,9 +134,14 @@ def test_layers_are_left_alone_where_the_flag_says_so():
     assert device.tried == [0]
 
 
-@pytest.mark.parametrize("precision", ["stochastic", "bf16"])
-def test_a_precision_that_saves_already_is_not_advised(precision):
-    assert "--weight_precision" not in advice(Device(enough=100), precision=precision)
+@pytest.mark.parametrize(
+    ("precision", "advised"), [("master", ["stochastic", "bf16"]), ("stochastic", ["bf16"]), ("bf16", [])]
+)
+def test_only_a_precision_that_saves_more_is_advised(precision, advised):
+    told = advice(Device(enough=100), precision=precision)
+    assert [
+        name for name in ("master", "stochastic", "bf16") if f"--weight_precision {name}" in told
+    ] == advised
 
 
 def test_processes_go_on_alike_where_one_of_them_runs_out():
