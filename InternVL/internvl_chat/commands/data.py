@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.common import add_data_arguments, open_sets, positive
 from internvl_chat.commands.output import emit, progress, say
-from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from internvl_chat.data.dataset import RecordSet
-    from internvl_chat.data.encoding import Encoded
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +42,8 @@ def _inspect_record(
     records: RecordSet, index: int, tokenizer: PreTrainedTokenizerBase, *, with_ids: bool
 ) -> dict[str, Any]:
     """Return what a record becomes, under the names that programs read."""
+    from internvl_chat.data.encoding import supervised_spans
+
     record, encoded = records.encode(index)
     tiles = [grid.tiles for grid in encoded.grids]
     row = {
@@ -62,19 +62,6 @@ def _inspect_record(
         row["labels"] = encoded.labels.tolist()
         row["tiles_u8"] = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
     return row
-
-
-def supervised_spans(encoded: Encoded) -> list[list[int]]:
-    """Return the ids of each unbroken stretch of supervised tokens."""
-    spans: list[list[int]] = []
-    before = IGNORE_INDEX
-    for token, label in zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True):
-        if label != IGNORE_INDEX:
-            if before == IGNORE_INDEX:
-                spans.append([])
-            spans[-1].append(token)
-        before = label
-    return spans
 
 
 def _print_record(row: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.records import RecordProblem, Turn
 from internvl_chat.data.template import EncodedTurns, Template, TurnLengths
@@ -199,3 +200,16 @@ class RecordEncoder:
                     tile = pad_to_square(tile, fill)
                 finished.append(tile if tile.size == size else tile.resize(size))
         return stack_tiles(finished, options.tile_size)
+
+
+def supervised_spans(encoded: Encoded) -> list[list[int]]:
+    """Return the ids of each unbroken stretch of supervised tokens."""
+    spans: list[list[int]] = []
+    before = IGNORE_INDEX
+    for token, label in zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True):
+        if label != IGNORE_INDEX:
+            if before == IGNORE_INDEX:
+                spans.append([])
+            spans[-1].append(token)
+        before = label
+    return spans

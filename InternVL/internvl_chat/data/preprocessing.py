@@ -68,10 +68,7 @@ class Preprocessing:
         file = folder / PREPROCESSING_FILE
         if not file.is_file():
             return cls.from_model_config(model_config)
-        try:
-            loaded = cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, ModelError) as error:
-            raise ModelError(f"{file}: malformed: {error}") from None
+        loaded = cls.read(file)
         if loaded.tile_size != model_config.image_size:
             raise ModelError(
                 f"{file}: tiles of {loaded.tile_size} pixels, but the model takes {model_config.image_size}"
@@ -82,6 +79,18 @@ class Preprocessing:
                 f"{model_config.tokens_per_tile}"
             )
         return loaded
+
+    @classmethod
+    def read(cls, file: Path) -> "Preprocessing":
+        """Read a `preprocessing.json`.
+
+        Raises:
+            ModelError: it is malformed.
+        """
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, ModelError) as error:
+            raise ModelError(f"{file}: malformed: {error}") from None
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "Preprocessing":

@@ -48,12 +48,12 @@ launch_training() {
     [[ $argument != --output_dir=* ]] || OUTPUT_DIR=${argument#--output_dir=}
     previous=$argument
   done
-  local nodes=${NNODES:-1} processes accumulate per_device=${PER_DEVICE_BATCH_SIZE:-1} name value
+  local nodes=${NNODES:-1} restarts=${MAX_RESTARTS:-0} processes accumulate per_device=${PER_DEVICE_BATCH_SIZE:-1} name value
   processes=${NPROC:-$GPUS}
-  for name in GPUS BATCH_SIZE per_device processes nodes; do
+  for name in GPUS BATCH_SIZE per_device processes nodes restarts; do
     value=${!name}
     [[ $value =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name must be a whole number, found '$value'"
-    [[ $name == GPUS || $name == processes || $value -gt 0 ]] || fail "$name must be at least 1"
+    [[ $name == GPUS || $name == processes || $name == restarts || $value -gt 0 ]] || fail "$name must be at least 1"
   done
   processes=$((processes > 0 ? processes : 1))
   if ((nodes > 1)) && [[ -z ${MASTER_ADDR:-} ]]; then
@@ -80,6 +80,7 @@ launch_training() {
     --per_device_train_batch_size "$per_device"
     --gradient_accumulation_steps "$accumulate"
     --report_to "$report_to"
+    --self_test True
   )
   [[ -z ${DEEPSPEED:-} ]] || flags+=(--deepspeed "$DEEPSPEED")
   if ((GPUS == 0)); then
@@ -90,10 +91,11 @@ launch_training() {
 
   PYTHON=${PYTHON:-$([[ -x $REPOSITORY/.venv/bin/python ]] && echo "$REPOSITORY/.venv/bin/python" || find_python)}
   command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such interpreter"
-  export WANDB_DIR=${WANDB_DIR:-$OUTPUT_DIR} PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+  export M3LLM_LAUNCHER=$$ WANDB_DIR=${WANDB_DIR:-$OUTPUT_DIR} PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   local start=("$PYTHON")
-  if ((processes * nodes > 1)); then
-    start+=(-m internvl_chat.train.launch --nproc_per_node "$processes" --nnodes "$nodes")
+  if ((processes * nodes > 1 || restarts > 0)); then
+    start+=(-m internvl_chat.train.launch --nproc_per_node "$processes" --nnodes "$nodes"
+      --max_restarts "$restarts")
     if ((nodes > 1)); then
       start+=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
         --master_port "${MASTER_PORT:-34229}")
@@ -109,8 +111,25 @@ launch_training() {
   [[ -e $OUTPUT_DIR ]] || created=yes
   mkdir -p "$OUTPUT_DIR" || fail "cannot make the output folder $OUTPUT_DIR"
   local log=$OUTPUT_DIR/training_log.txt status=0
-  # The terminal gets the progress bar; the log gets each line as it ended.
-  "${start[@]}" "${flags[@]}" "$@" 2>&1 | tee >(sed -u 's/.*\r//' >> "$log") || status=${PIPESTATUS[0]}
+  # The terminal gets the progress bar; the log gets each line as it ended. Both outlive the signals.
+  local output child writer
+  exec {output}> >(trap '' INT TERM USR1 HUP; tee >(sed -u 's/.*\r//' >> "$log"))
+  writer=$!
+  set -m  # in a group of its own, so that a signal of the terminal comes once, passed on from here
+  "${start[@]}" "${flags[@]}" "$@" 1>&"$output" 2>&1 {output}>&- &
+  child=$!
+  set +m
+  for name in INT TERM USR1; do
+    trap "kill -$name $child 2> /dev/null || true" "$name"
+  done
+  trap "kill -TERM $child 2> /dev/null || true" HUP
+  while kill -0 "$child" 2> /dev/null; do
+    status=0
+    wait "$child" || status=$?
+  done
+  trap - INT TERM USR1 HUP
+  exec {output}>&-
+  wait "$writer" || true
   if ((status != 0)); then
     # A run that did not even begin leaves nothing behind; whoever holds the lock has begun.
     if [[ $created == yes && -z $(find "$OUTPUT_DIR" -mindepth 1 ! -name training_log.txt -print -quit) ]]; then
@@ -118,6 +137,9 @@ launch_training() {
       rm -f "$log"
       rmdir "$OUTPUT_DIR"
       echo "$(basename "$0"): the training did not start (exit code $status)" >&2
+    elif ((status == 130 || status == 138 || status == 143)); then
+      echo "$(basename "$0"): stopped by a signal (exit code $status); the same command again goes on from the" \
+        "newest checkpoint in $OUTPUT_DIR" >&2
     else
       echo "$(basename "$0"): the training ended with exit code $status; its output is in $log" >&2
     fi

@@ -114,6 +114,16 @@ class RunArguments(TrainingArguments):
         WEIGHT_PRECISIONS,
     )
 
+    self_test: bool = _arg(
+        False, "Before training, show what is learnt and compare packed with single records (seconds)."
+    )
+    max_bad_steps: int = _arg(
+        5, "Leave out so many steps whose loss or gradient is no number; the next one ends the run."
+    )
+    hang_seconds: float = _arg(
+        1800.0, "After so many seconds without a step, print what each process does; 0 never."
+    )
+
     def __post_init__(self) -> None:
         if self.evaluation_strategy is not None and self.eval_strategy == "no":
             self.eval_strategy = self.evaluation_strategy

@@ -17,9 +17,13 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from internvl_chat.logs import get_logger
 from internvl_chat.train.fingerprint import write_fingerprint
-from internvl_chat.train.output_folder import PARTIAL
+from internvl_chat.train.manifest import write_manifest
+from internvl_chat.train.output_folder import PARTIAL, list_checkpoints
 from internvl_chat.train.quiet_file import QuietFile
+
+logger = get_logger(__name__)
 
 SaveModel = Callable[[Path, dict[str, torch.Tensor] | None], None]
 
@@ -53,13 +57,27 @@ class CheckpointFolder:
         return self.output / f"checkpoint-{self.step}"
 
     def publish(self) -> None:
-        """Add the fingerprint, bring all to the disk, give the folder its name, and delete older ones."""
+        """Add fingerprint and manifest, bring all to the disk, name the folder, and delete older ones."""
         write_fingerprint(self.partial, self.fingerprint)
+        write_manifest(self.partial)
         for path in [*self.partial.rglob("*"), self.partial]:
             _bring_to_disk(path)
         self.partial.replace(self.final)
         _bring_to_disk(self.output)
         rotate_checkpoints(str(self.output), self.keep, self.best)
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[list[Exception]]:
+        """Give a list that gets what fails; then nothing is left of this checkpoint, and training goes on."""
+        failed: list[Exception] = []
+        try:
+            yield failed
+        except Exception as error:
+            failed.append(error)
+            shutil.rmtree(self.partial, ignore_errors=True)
+            older = [path.name for path in list_checkpoints(self.output)]
+            stays = f"{older[-1]} stays the newest" if older else "there is no older one"
+            logger.error("%s was not written: %s; %s, and training goes on", self.final, error, stays)
 
 
 @dataclass(frozen=True)
@@ -81,13 +99,13 @@ class CheckpointFiles:
     pause: Callable[[float], None]
 
     def write(self, tensors: dict[str, Any]) -> None:
-        """Write all files; nothing is left of a checkpoint that fails.
+        """Write all files, or report why that failed and leave nothing.
 
         Args:
             tensors: `weights`, and the `optimizer`'s state.
         """
         partial = self.folder.partial
-        try:
+        with self.folder.failures():
             partial.mkdir(parents=True, exist_ok=True)
             if self.scheduler is not None:
                 with _without_checksum(), QuietFile(partial / OPTIMIZER_NAME, self.pause) as file:
@@ -98,10 +116,6 @@ class CheckpointFiles:
             text = json.dumps(vars(self.state), sort_keys=True)
             (partial / TRAINER_STATE_NAME).write_text(text + "\n", encoding="utf-8")
             self.folder.publish()
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            error.add_note(f"while writing {self.folder.final}")
-            raise
 
 
 @contextlib.contextmanager

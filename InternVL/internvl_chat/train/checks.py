@@ -1,6 +1,7 @@
 """What must hold before a run begins; every problem of flags, model, data and output folder at once."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from internvl_chat.model.weights import weight_files
 from internvl_chat.paths import REPOSITORY
 from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
-from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder
+from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,12 @@ def _inspect_output(args: Arguments) -> OutputFolder:
     inputs = [args.model.model_name_or_path, args.model.vision_path, args.model.llm_path, args.data.meta_path]
     paths = [Path(path) for path in inputs if path and Path(path).exists()]
     paths += [Path(read_base(path).path) for path in paths if is_adapter(path)]
-    found = inspect_output_folder(
-        Path(args.run.output_dir),
-        overwrite=args.run.overwrite_output_dir,
-        resume=args.run.resume_from_checkpoint,
-        inputs=paths,
-    )
+    folder = Path(args.run.output_dir)
+    overwrite, resume = args.run.overwrite_output_dir, args.run.resume_from_checkpoint
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and list_checkpoints(folder):
+        # What torchrun has started again goes on, wherever it first began.
+        overwrite, resume = False, "auto"
+    found = inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
     if found.resume:
         check_same_run(found.resume, fingerprint(args))
     return found
@@ -197,6 +198,8 @@ def _check_flags(args: Arguments) -> None:
     for flag, value, least in (
         ("learning_rate", run.learning_rate, 0),
         ("seed", run.seed, 0),
+        ("max_bad_steps", run.max_bad_steps, 0),
+        ("hang_seconds", run.hang_seconds, 0),
         ("dataloader_num_workers", run.dataloader_num_workers, 0),
         ("force_image_size", data.force_image_size, 1),
         ("max_seq_length", data.max_seq_length, 1),

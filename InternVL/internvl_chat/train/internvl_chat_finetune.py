@@ -5,27 +5,32 @@ Read from top to bottom: parse, check, load, freeze, data, train, save.
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import set_seed
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.errors import DataError, M3LLMError, TrainingError, UsageError
 from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
-from internvl_chat.train.checks import check_configuration
+from internvl_chat.train.checks import Plan, check_configuration
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.loading import load_data, load_for_training
 from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step, unlock_folder
 from internvl_chat.train.plots import plot_loss
 from internvl_chat.train.rehearsal import plan_memory
+from internvl_chat.train.self_test import check_packing, check_preprocessing, show_supervision
 from internvl_chat.train.sharding import shard
+from internvl_chat.train.stop_request import StopRequest, exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.trainable import format_table, set_trainable
 from internvl_chat.train.trainer import M3LLMTrainer
 
@@ -33,8 +38,12 @@ from internvl_chat.train.trainer import M3LLMTrainer
 logger = get_logger("internvl_chat.train.internvl_chat_finetune")
 
 
-def train(args: Arguments) -> None:
-    """Run a training from checked arguments to the saved model."""
+def train(args: Arguments) -> signal.Signals | None:
+    """Run a training from checked arguments to the saved model.
+
+    Returns:
+        The signal that stopped it before its end, if one did.
+    """
     plan = check_configuration(args)
     output, main_process = plan.output.path, args.run.process_index == 0
     lock = plan.output.open() if main_process else None
@@ -78,20 +87,81 @@ def train(args: Arguments) -> None:
         weight_precision=rehearsal.precision,
         rehearsal=rehearsal,
     )
-    resume = plan.output.resume
+    if args.run.self_test:
+        _self_test(plan, trainer, tokenizer, preprocessing)
+    # Until now there was nothing to save, and a signal ended the process.
+    with trainer.stop_request:
+        stopped_by = _run(plan, trainer)
+    if lock is not None:
+        unlock_folder(lock)
+    _end_together()
+    return stopped_by
+
+
+def _run(plan: Plan, trainer: M3LLMTrainer) -> signal.Signals | None:
+    """Train and save; returns the signal that ended it before that, if one did."""
+    output, resume = plan.output.path, plan.output.resume
     if resume and checkpoint_step(resume) >= trainer.total_steps:
         logger.info("%s is the end of the run already; only the model is written", resume)
         results = {}
     else:
         results = trainer.train(resume_from_checkpoint=str(resume) if resume else None).metrics
-    trainer.save_model()
-    if main_process:
+    if trainer.stops and not trainer.has_ended:
+        stopped_by = _stopped_by(trainer.stop_request)
+        logger.info(
+            "stopped by %s after step %d; the same command again goes on from there",
+            stopped_by.name, trainer.state.global_step,
+        )  # fmt: skip
+        return stopped_by
+    _save_result(trainer)
+    if plan.args.run.process_index == 0:
         plot_loss(output / METRICS, output / PLOT)
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
-        unlock_folder(lock)
+    return None
+
+
+def _self_test(
+    plan: Plan, trainer: M3LLMTrainer, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
+) -> None:
+    """Look at what is about to happen; see `self_test`."""
+    check_preprocessing(plan.source, preprocessing)
+    show_supervision(trainer.data.sets, tokenizer)
+    if plan.args.run.deepspeed:
+        logger.info("packed and single records are not compared: DeepSpeed is not set up yet")
+        return
+    first = trainer.data.sets[0]
+    samples = [first.load(index) for index in first.first(2)]
+    check_packing(trainer.model, samples, plan.args.run.device, preprocessing.normalize_type)
+
+
+def _save_result(trainer: M3LLMTrainer) -> None:
+    """Write the finished model.
+
+    Raises:
+        TrainingError: that is impossible, as on a full disk.
+    """
+    try:
+        trainer.save_model()
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{trainer.args.output_dir}: the finished model cannot be written: {error}; when there is room, "
+            "the same command again does the steps since the newest checkpoint and writes it"
+        ) from None
+
+
+def _stopped_by(stop_request: StopRequest) -> signal.Signals:
+    """Return the signal that one of the processes was sent, or the first one's where several were."""
+    sent: list[signal.Signals | None] = [stop_request.signal]
     if torch.distributed.is_initialized():
-        # All end together: a process that leaves while others still talk to it may take them down.
+        sent = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(sent, stop_request.signal)
+    return next(one for one in sent if one is not None)
+
+
+def _end_together() -> None:
+    """Wait for the others: a process that leaves while others still talk to it may take them down."""
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -104,16 +174,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in tokens or "-h" in tokens:
         build_parser().print_help()
         return 0
+    stop_with_launcher()
     try:
         args = parse_arguments(tokens)
         args.run.output_dir = str(Path(args.run.output_dir).expanduser().absolute())
-        train(args)
+        stopped_by = train(args)
     except M3LLMError as error:
         # The processes of a machine find the same faults of flags and model; a record is met by one of them.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DataError | TrainingError):
             logger.error("%s", error)
         return error.exit_code
-    return 0
+    except KeyboardInterrupt:
+        logger.error("interrupted before the first step; there is nothing to save")
+        return exit_code(signal.SIGINT)
+    return report_stop(stopped_by) if stopped_by else 0
 
 
 if __name__ == "__main__":

@@ -1,26 +1,61 @@
-"""torchrun, but that a process which fails is reported in a line, and its exit code is the launcher's.
+"""torchrun, but that signals reach the processes, and how they end is told in a line and by the exit code.
 
 The flags are torchrun's: `python -m internvl_chat.train.launch --nproc_per_node 2 -m MODULE FLAGS`.
 """
 
 import logging
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+from internvl_chat.train.stop_request import (
+    LAUNCHER,
+    SIGNALS,
+    STOPPED_BY,
+    STOPPING,
+    exit_code,
+    stop_with_launcher,
+)
+
+# torchrun would end the processes within half a minute; they save first, which may take longer.
+_OWN_FLAGS = ("--signals_to_handle", "SIGHUP,SIGQUIT")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun; returns 0, or the exit code of the process that failed first."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        torchrun(list(sys.argv[1:] if argv is None else argv))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return report(rank, failure.exitcode)
-    return 0
+    stop_with_launcher()
+    os.environ[LAUNCHER] = str(os.getpid())
+    for number in SIGNALS:
+        signal.signal(number, _pass_on)
+    with tempfile.TemporaryDirectory(prefix="m3llm-") as folder:
+        note = Path(folder) / "stopped_by"
+        os.environ[STOPPED_BY] = str(note)
+        try:
+            torchrun([*_OWN_FLAGS, *(sys.argv[1:] if argv is None else argv)])
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            return report(rank, failure.exitcode)
+        return exit_code(signal.Signals[note.read_text(encoding="utf-8")]) if note.is_file() else 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Give a signal to the processes that torchrun has started, each of which leads a session of its own."""
+    os.environ[STOPPING] = signal.Signals(number).name
+    for child in psutil.Process().children():
+        try:
+            if os.getsid(child.pid) == child.pid:
+                os.kill(child.pid, number)
+        except ProcessLookupError:
+            continue  # it has ended meanwhile
 
 
 def report(rank: int, exit_code: int) -> int:

@@ -12,6 +12,7 @@ from typing import IO
 
 from internvl_chat.errors import UsageError
 from internvl_chat.logs import get_logger
+from internvl_chat.train.manifest import find_damage
 
 logger = get_logger(__name__)
 
@@ -91,6 +92,8 @@ def lock_folder(path: Path) -> IO[str]:
         UsageError: another process holds it.
     """
     lock = (path / LOCK).open("a+")
+    # A loader process that outlives its parent for a moment must not keep the lock.
+    os.register_at_fork(after_in_child=lock.close)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -104,7 +107,7 @@ def lock_folder(path: Path) -> IO[str]:
 
 
 def unlock_folder(lock: IO[str]) -> None:
-    """Give the folder's lock back, also in the name of processes that were forked and still hold it."""
+    """Give the folder's lock back."""
     fcntl.flock(lock, fcntl.LOCK_UN)
     lock.close()
 
@@ -132,8 +135,9 @@ def inspect_output_folder(
     foreign = [name for name in contents if not _WRITTEN.fullmatch(name) and name not in _HARMLESS]
     if resume and resume.lower() not in ("auto", "true"):
         chosen = Path(resume)
-        if not (chosen / "trainer_state.json").is_file():
-            raise UsageError(f"--resume_from_checkpoint {resume}: not a checkpoint of a training run")
+        damage = find_damage(chosen) if chosen.is_dir() else "no such folder"
+        if damage:
+            raise UsageError(f"--resume_from_checkpoint {resume}: not a whole checkpoint: {damage}")
         elsewhere = chosen.resolve().parent != path.resolve()
         if elsewhere and (checkpoints or foreign or METRICS in contents):
             raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume} in")
@@ -155,8 +159,7 @@ def inspect_output_folder(
             "--overwrite_output_dir True to delete it"
         )
     if checkpoints:
-        logger.info("resuming from %s", checkpoints[-1])
-        return OutputFolder(path, checkpoints[-1], overwrite=False)
+        return OutputFolder(path, _newest_whole(checkpoints), overwrite=False)
     if resume and resume.lower() == "true":
         raise UsageError(f"--resume_from_checkpoint: {path} holds no checkpoint")
     weights = [name for name in contents if name.endswith(".safetensors")]
@@ -168,18 +171,36 @@ def inspect_output_folder(
     return OutputFolder(path, None, overwrite=False)
 
 
+def _newest_whole(checkpoints: Sequence[Path]) -> Path:
+    """Return the newest checkpoint that is as it was written.
+
+    Raises:
+        UsageError: there is none; what happened to each.
+    """
+    problems = []
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            logger.info("resuming from %s", checkpoint)
+            return checkpoint
+        logger.warning("%s is damaged and not used: %s", checkpoint, damage)
+        problems.append(f"{checkpoint} is damaged: {damage}")
+    remedy = "--overwrite_output_dir True deletes them and starts anew"
+    raise UsageError([*problems, f"there is no whole checkpoint to resume from; {remedy}"])
+
+
 def list_checkpoints(path: Path) -> list[Path]:
-    """Return the whole checkpoints of a folder, oldest first."""
+    """Return the checkpoints of a folder, oldest first."""
     if not path.is_dir():
         return []
-    found = [
-        p for p in path.iterdir() if _CHECKPOINT.fullmatch(p.name) and (p / "trainer_state.json").is_file()
-    ]
-    return sorted(found, key=checkpoint_step)
+    return sorted((p for p in path.iterdir() if _CHECKPOINT.fullmatch(p.name)), key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the optimizer steps done at a checkpoint."""
+    """Return the optimizer steps done at a checkpoint, by its name, or by its state if it was renamed."""
+    named = _CHECKPOINT.fullmatch(checkpoint.name)
+    if named:
+        return int(named[1])
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 

@@ -3,6 +3,8 @@
 SIGTERM and SIGUSR1 are what SLURM sends before it ends a job, SIGINT what Ctrl-C sends.
 """
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +17,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # File in which a process tells the launcher which signal it obeyed; set by the launcher.
 STOPPED_BY = "M3LLM_STOPPED_BY"
+
+# The launcher's process number; set by whatever starts processes that must not outlive it.
+LAUNCHER = "M3LLM_LAUNCHER"
+
+# Set by the launcher when it has passed a signal on: what it starts from then on has nothing to do.
+STOPPING = "M3LLM_STOPPING"
+
+# Of Linux's prctl: the signal that a process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
 
 # Signals that come closer together are one: a launcher passes on what a terminal also sends directly.
 _SAME_SECONDS = 1.0
@@ -57,6 +68,21 @@ class StopRequest:
                 )
 
 
+def stop_with_launcher() -> None:
+    """Let the end of the launcher, if there is one, count as SIGTERM, and end if it has been asked to stop.
+
+    A run that nobody sees would be stopped by nobody. Linux only; elsewhere nothing happens.
+    """
+    if STOPPING in os.environ:
+        sys.exit(report_stop(signal.Signals[os.environ[STOPPING]]))
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != int(launcher):
+        sys.exit(f"the launcher (process {launcher}) has ended, and so does what it has started")
+
+
 def exit_code(stopped_by: signal.Signals) -> int:
     """Return the exit code of a run that a signal has stopped, as shells count it."""
     return 128 + stopped_by
@@ -70,5 +96,6 @@ def report_stop(stopped_by: signal.Signals) -> int:
     file = os.environ.get(STOPPED_BY)
     if file is None:
         return exit_code(stopped_by)
-    Path(file).write_text(stopped_by.name, encoding="utf-8")
+    with contextlib.suppress(OSError):  # it went with the launcher
+        Path(file).write_text(stopped_by.name, encoding="utf-8")
     return 0

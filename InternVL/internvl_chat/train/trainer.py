@@ -5,12 +5,10 @@ its supervised tokens, divided by one sum of weights, whatever the packs and pro
 """
 
 import contextlib
-import copy
-import dataclasses
 import itertools
-import json
 import math
 import os
+import signal
 import time
 import weakref
 from dataclasses import dataclass
@@ -21,9 +19,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from internvl_chat.data.collator import Pack, PackDataset
@@ -35,19 +31,17 @@ from internvl_chat.logs import get_logger
 from internvl_chat.model.flops import count_flops, peak_flops
 from internvl_chat.model.loss import token_weight
 from internvl_chat.train.arguments import RunArguments
-from internvl_chat.train.background_save import BackgroundSaver
-from internvl_chat.train.checkpoint_folder import CheckpointFiles, CheckpointFolder, SaveModel
+from internvl_chat.train.checkpoint_folder import SaveModel
+from internvl_chat.train.checkpointing import CheckpointingTrainer
+from internvl_chat.train.guard import StepGuard
 from internvl_chat.train.kept_memory import keep_vocabulary_memory
 from internvl_chat.train.optimizer import build_optimizer
-from internvl_chat.train.output_folder import LEDGER, METRICS, PARTIAL
 from internvl_chat.train.rehearsal import Rehearsal
-from internvl_chat.train.sharding import (
-    gather_optimizer,
-    gather_weights,
-    is_sharded,
-    spread_optimizer,
-    whole,
-)
+from internvl_chat.train.reporting import shield_reports
+from internvl_chat.train.sharding import is_sharded, whole
+from internvl_chat.train.step_log import StepLog
+from internvl_chat.train.stop_request import StopRequest
+from internvl_chat.train.watchdog import Watchdog
 
 logger = get_logger(__name__)
 
@@ -71,6 +65,7 @@ class StepRecord:
     supervised_tokens: int
     tiles: int
     flops: float
+    left_out: str | None = None
 
 
 class _SetEpoch(TrainerCallback):
@@ -96,18 +91,19 @@ class _Rehearse(TrainerCallback):
         self.trainer.rehearse()
 
 
-class _WaitForCopies(TrainerCallback):
-    """Keeps the optimizer from changing what a checkpoint under way has yet to copy."""
+class _StopWhenAsked(TrainerCallback):
+    """Saves and ends the run after a step before which some process was asked to stop."""
 
-    def __init__(self, saver: BackgroundSaver) -> None:
-        self.saver = saver
+    def __init__(self, trainer: "M3LLMTrainer") -> None:
+        self.trainer = weakref.proxy(trainer)
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer when the gradients are there."""
-        self.saver.wait_until_copied()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the Trainer when the weights are updated."""
+        if self.trainer.stops:
+            control.should_save = control.should_training_stop = True
 
 
-class M3LLMTrainer(Trainer):
+class M3LLMTrainer(CheckpointingTrainer):
     """Trains an `InternVLChatModel` on `TrainingData`.
 
     Args:
@@ -120,6 +116,10 @@ class M3LLMTrainer(Trainer):
         fingerprint: what a run that resumes must have in common with this one.
         weight_precision: of `build_optimizer`.
         rehearsal: of the largest pack, before the first step.
+        stop_request: by which the run may be asked to stop.
+
+    Attributes:
+        stops: True once all processes know that the run is to stop.
     """
 
     def __init__(
@@ -134,19 +134,24 @@ class M3LLMTrainer(Trainer):
         fingerprint: dict[str, Any],
         weight_precision: str,
         rehearsal: Rehearsal | None = None,
+        stop_request: StopRequest | None = None,
     ) -> None:
         self.data, self.sampler, self.normalization = data, sampler, normalization
-        self.save_model_to, self.fingerprint = save_model_to, fingerprint
         self.weight_precision, self.rehearsal = weight_precision, rehearsal
         # Compiled blocks take lengths that have a divisor in common without being compiled again.
         self.packs = PackDataset(data, multiple=_COMPILED_MULTIPLE if args.compile_blocks else 1)
-        self.saver = BackgroundSaver(args.device)
+        self.stop_request, self.stops = stop_request or StopRequest(), False
+        self.guard, self.watchdog = StepGuard(args.max_bad_steps), Watchdog(args.hang_seconds)
+        self.step_log = StepLog(Path(args.output_dir))
         super().__init__(
             model=model,
             args=args,
             train_dataset=data,
-            callbacks=[_SetEpoch(sampler), _Rehearse(self), _WaitForCopies(self.saver)],
+            save_model_to=save_model_to,
+            fingerprint=fingerprint,
+            callbacks=[_SetEpoch(sampler), _Rehearse(self), _StopWhenAsked(self)],
         )
+        shield_reports(self.callback_handler)
         self.model_accepts_loss_kwargs = False
         # The model computes in the dtype of its weights; autocast would only look for casts that none needs.
         self.accelerator.native_amp = False
@@ -158,8 +163,6 @@ class M3LLMTrainer(Trainer):
         self._flop_counter = count_flops(model)
         self._step: StepRecord | None = None
         self._step_began = time.perf_counter()
-        self._checkpoint_root: Path | None = None
-        self._said_why = False
 
     @property
     def total_steps(self) -> int:
@@ -167,6 +170,11 @@ class M3LLMTrainer(Trainer):
         if self.args.max_steps > 0:
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * len(self.sampler))
+
+    @property
+    def has_ended(self) -> bool:
+        """True once the last step of the run is done."""
+        return self.state.global_step >= self.total_steps
 
     # ---- data
 
@@ -183,7 +191,7 @@ class M3LLMTrainer(Trainer):
             pin_memory=self.args.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin_worker,
             # Its own, so that beginning an epoch does not advance the randomness of dropout.
             generator=torch.Generator(),
         )
@@ -201,8 +209,18 @@ class M3LLMTrainer(Trainer):
 
         Raises:
             DataError: one of its records cannot be used.
+            TrainingError: a loader process was ended.
         """
-        shares, _ = super().get_batch_samples(*args, **kwargs)
+        self.watchdog.note(f"waiting for the records of step {self.state.global_step + 1}")
+        try:
+            shares, _ = super().get_batch_samples(*args, **kwargs)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a loader process was ended, perhaps because memory was short ({error}); the same command "
+                "again goes on from the newest checkpoint"
+            ) from None
         for pack in itertools.chain.from_iterable(shares):
             if isinstance(pack, DataError):
                 raise pack
@@ -265,18 +283,15 @@ class M3LLMTrainer(Trainer):
             sum(p.num_supervised for p in inputs),
             sum(len(p.tiles) for p in inputs),
             self.floating_point_ops(inputs),
+            self.stop_request.signal is not None,
         ]
+        self.watchdog.note(f"in step {self.state.global_step + 1}, records {_name_keys(inputs)}")
         total = self._sum_over_processes(torch.tensor(local, dtype=torch.float64))
         # Gradients are averaged over the processes, hence the factor.
-        scale = self.args.world_size / float(total[0])
+        scale = self.args.world_size / float(total[0]) if total[0] else 0.0
         weighted_sum = self._forward_backward(model, inputs, weights, scale)
         loss = self._sum_over_processes(weighted_sum.reshape(1).cpu())[0] / total[0]
-        if not math.isfinite(loss):
-            records = ", ".join(f"{key.dataset} {key.index}" for pack in inputs for key in pack.keys)
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss)}; this process's records were "
-                f"{records} (data set and index from 0). Nothing of this step was kept"
-            )
+        self.stops = bool(total[6])
         self._step = StepRecord(float(loss), learning_rate, *(int(n) for n in total[1:5]), float(total[5]))
         return loss.float().to(self.args.device)
 
@@ -394,7 +409,25 @@ class M3LLMTrainer(Trainer):
         if grad_norm is None and is_sharded(model):
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step, number = self._step, self.state.global_step + 1
+        if step is not None:
+            step.left_out = self.guard.judge(number, step.loss, float(norm), lambda: self._records_of(number))
+            if step.left_out:
+                # An optimizer leaves parameters without a gradient as they are, and so are its moments.
+                self._leave_out(model)
+        return norm
+
+    def _leave_out(self, model: nn.Module) -> None:
+        """Let the coming optimizer step change nothing.
+
+        Raises:
+            TrainingError: it cannot be kept from it.
+        """
+        if self.is_deepspeed_enabled:
+            raise TrainingError("DeepSpeed has used the gradients already; go on from the last checkpoint")
+        for parameter in model.parameters():
+            parameter.grad = None
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -426,7 +459,7 @@ class M3LLMTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         number = self.state.global_step
-        row = {
+        row: dict[str, Any] = {
             "step": number,
             "epoch": round(self.state.epoch, 6),
             "loss": round(step.loss, 7),
@@ -444,131 +477,25 @@ class M3LLMTrainer(Trainer):
         if peak:
             row["mfu"] = round(step.flops / seconds / peak / self.args.world_size, 4)
         row["max_memory_gb"] = round(_max_memory(self.args.device) / 1e9, 3)
-        folder = Path(self.args.output_dir)
-        _append_line(folder / METRICS, row)
-        epoch, position = divmod(number - 1, len(self.sampler))
-        records = [self.data.locate(int(i)) for i in self.sampler.step(epoch, position)]
-        used = [[records_of.spec.name, index] for records_of, index in records]
-        _append_line(folder / LEDGER, {"step": number, "epoch": epoch, "trained": used})
+        used: dict[str, Any] = {"step": number, "epoch": self._place_of(number)[0]}
+        if step.left_out:
+            row["left_out"] = used["left_out"] = step.left_out
+        used["trained"] = self._records_of(number)
+        self.step_log.write(row, used)
 
-    # ---- checkpoints
+    def _place_of(self, step: int) -> tuple[int, int]:
+        """Return the epoch, and the place in it, of a step counted from 1."""
+        return divmod(step - 1, len(self.sampler))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the model into a folder; called by transformers with the gathered weights where need be."""
-        if self.args.should_save:
-            self.save_model_to(Path(output_dir or self.args.output_dir), state_dict)
+    def _records_of(self, step: int) -> list[tuple[str, int]]:
+        """Return the records of a step, as data set and index in its file."""
+        places = [self.data.locate(int(i)) for i in self.sampler.step(*self._place_of(step))]
+        return [(records.spec.name, index) for records, index in places]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as transformers does; when this ends, by an error too, no checkpoint is under way."""
-        try:
-            with self.saver:
-                return super().train(*args, **kwargs)
-        finally:
-            with contextlib.suppress(OSError):
-                (Path(self.args.output_dir) / PARTIAL).rmdir()
-
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """Write a checkpoint beside the others, if possible while training goes on."""
-        folder = CheckpointFolder(
-            Path(self.args.output_dir),
-            self.state.global_step,
-            self.fingerprint,
-            keep=self.args.save_total_limit,
-            best=self.state.best_model_checkpoint,
-        )
-        reason = self._reason_to_wait()
-        if reason:
-            self._save_while_waiting(folder, reason, model, trial)
-            return
-        self.saver.wait()
-        self.store_flos()
-        if not self.args.save_only_model:
-            self._save_rng_state(str(folder.partial))  # each process its own
-            self._save_scaler(str(folder.partial))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._save_beside_training(folder)
-
-    def _save_beside_training(self, folder: CheckpointFolder) -> None:
-        """Hand all that changes with the steps to the thread that writes it."""
-        model = self.accelerator.unwrap_model(self.model)
-        tensors, scheduler = {"weights": dict(model.state_dict())}, None
-        if not self.args.save_only_model:
-            tensors["optimizer"] = self.optimizer.state_dict()
-            scheduler = copy.deepcopy(self.lr_scheduler.state_dict())
-        callbacks = [*self.callback_handler.callbacks, self.control]
-        state = dataclasses.replace(
-            self.state,
-            log_history=list(self.state.log_history),
-            stateful_callbacks=[one for one in callbacks if isinstance(one, ExportableState)],
-        )
-        files = CheckpointFiles(folder, self.save_model_to, scheduler, state, self.saver.pause)
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        self.saver.save(tensors, files.write, fixed=frozen)
-
-    def _reason_to_wait(self) -> str | None:
-        """Return why checkpoints cannot be written while training goes on; None if they can."""
-        if self.is_deepspeed_enabled or is_sharded(self.model):
-            return "with DeepSpeed and FSDP every process holds a part of the state"
-        if os.environ.get("WANDB_LOG_MODEL", "").lower() == "checkpoint":
-            return "W&B uploads each at once (WANDB_LOG_MODEL)"
-        return None
-
-    def _save_while_waiting(
-        self, folder: CheckpointFolder, reason: str, model: nn.Module, trial: object
-    ) -> None:
-        """Let transformers write a checkpoint, on all processes."""
-        if not self._said_why:
-            logger.info("training waits while checkpoints are written: %s", reason)
-            self._said_why = True
-        self._checkpoint_root = folder.partial.parent
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._checkpoint_root = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder.publish()
-        self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model into a folder, gathered on the main process where it is spread."""
-        if not is_sharded(self.model):
-            super().save_model(output_dir, _internal_call=_internal_call)
-            return
-        self._save(output_dir, gather_weights(self.model))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded(self.model):
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = gather_optimizer(self.model, self.optimizer.optimizer)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not is_sharded(self.model):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        optimizer, scheduler = (
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
-        )
-        spread_optimizer(self.model, self.optimizer.optimizer, optimizer)
-        self.lr_scheduler.load_state_dict(scheduler)
-
-    def _get_output_dir(self, trial: object) -> str:
-        return str(self._checkpoint_root or super()._get_output_dir(trial))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The model was loaded from the checkpoint when it was made; there is nothing to do."""
-
-
-def _append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append a JSON object as one line."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Train as transformers does, watched."""
+        with self.watchdog:
+            return super().train(*args, **kwargs)
 
 
 def _max_memory(device: torch.device) -> int:
@@ -580,6 +507,16 @@ def _max_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _one_thread(_: int) -> None:
-    """Keep a loader process to one thread; there are several of them."""
+def _begin_worker(_: int) -> None:
+    """Keep a loader process to one thread, as there are several, and alive while its run is asked to stop.
+
+    What asks a job to stop may send its signal to every process. A second SIGTERM is torch's own.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def _name_keys(packs: list[Pack]) -> str:
+    return ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from internvl_chat.errors import UsageError
+from internvl_chat.train.manifest import write_manifest
 from internvl_chat.train.output_folder import (
     FINISHED,
     LEDGER,
@@ -20,6 +21,7 @@ def write_checkpoint(folder, step, whole=True):
     checkpoint.mkdir(parents=True)
     if whole:
         (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        write_manifest(checkpoint)
     return checkpoint
 
 
@@ -52,7 +54,8 @@ def test_resumes_the_newest_whole_checkpoint(tmp_path):
     for step in (8, 10, 9):
         write_checkpoint(tmp_path, step)
     write_checkpoint(tmp_path, 12, whole=False)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9", "checkpoint-10"]
+    names = [p.name for p in list_checkpoints(tmp_path)]
+    assert names == ["checkpoint-8", "checkpoint-9", "checkpoint-10", "checkpoint-12"]
     assert inspect(tmp_path).resume == tmp_path / "checkpoint-10"
 
 
@@ -90,7 +93,7 @@ def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
 
 
 def test_resume_must_exist(tmp_path):
-    with pytest.raises(UsageError, match="not a checkpoint"):
+    with pytest.raises(UsageError, match="not a whole checkpoint: no such folder"):
         inspect(tmp_path, resume=str(tmp_path / "checkpoint-1"))
     with pytest.raises(UsageError, match="holds no checkpoint"):
         inspect(tmp_path, resume="True")

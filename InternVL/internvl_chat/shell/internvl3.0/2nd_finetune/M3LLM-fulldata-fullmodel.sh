@@ -17,6 +17,7 @@
 #   DATA_ROOT=the repository   what relative paths in the meta file count from
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6 (in the repository)
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    for several machines, with a shared disk
+#   MAX_RESTARTS=0             start again from the newest checkpoint, so often, when a process fails
 #   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if there is one, else python3

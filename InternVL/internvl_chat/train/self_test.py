@@ -1,0 +1,108 @@
+"""A look at what training is about to do, before it does: seconds that save hours.
+
+What is compared here is compared in earnest by the tests; this finds what is particular to a machine, its
+libraries, a checkpoint or a data set.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from internvl_chat.data.collator import Pack, pack_samples
+from internvl_chat.data.dataset import RecordSet, Sample
+from internvl_chat.data.encoding import supervised_spans
+from internvl_chat.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from internvl_chat.errors import TrainingError, UsageError
+from internvl_chat.logs import get_logger
+from internvl_chat.model.modeling import InternVLChatModel
+
+logger = get_logger(__name__)
+
+# Share by which the mean losses of packed and single records may differ: float32 has 24 bits, bf16 8.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_SHOWN = 160
+# What a checkpoint was trained with and cannot be changed by going on from it.
+_LASTING = ("template", "system_text", "normalize_type", "tile_size", "tokens_per_tile")
+
+
+def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
+    """Compare a run's inputs with what the checkpoint that it starts from was trained with.
+
+    Args:
+        source: folder of the checkpoint; one without `preprocessing.json` says nothing.
+        preprocessing: of the run.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    file = source / PREPROCESSING_FILE
+    if not file.is_file():
+        return
+    stored = Preprocessing.read(file)
+    problems = [
+        f"{file}: {name} was {getattr(stored, name)!r} there, and is {getattr(preprocessing, name)!r} here"
+        for name in _LASTING
+        if getattr(stored, name) != getattr(preprocessing, name)
+    ]
+    if problems:
+        raise UsageError(problems)
+
+
+def show_supervision(sets: Sequence[RecordSet], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log what is learnt of the first record of each data set.
+
+    Raises:
+        DataError: it cannot be used.
+        TrainingError: nothing of it is learnt.
+    """
+    for records in sets:
+        _, encoded = records.encode(0)
+        spans = [tokenizer.decode(span) for span in supervised_spans(encoded)]
+        if not spans:
+            raise TrainingError(f"data set {records.spec.name}: nothing of its first record is learnt")
+        shown = [span if len(span) <= _SHOWN else f"{span[:_SHOWN]} ..." for span in spans]
+        logger.info("data set %s learns %s", records.spec.name, "; ".join(map(repr, shown)))
+
+
+def check_packing(
+    model: InternVLChatModel, samples: Sequence[Sample], device: torch.device, normalization: str
+) -> None:
+    """Compare the losses of records packed behind one another with those of each alone.
+
+    Raises:
+        TrainingError: they differ by more than rounding, so that records see one another.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        packs = [pack_samples([(sample, True) for sample in samples])]
+        packs += [pack_samples([(sample, True)]) for sample in samples]
+        together, *single = [_mean_losses(model, pack, device, normalization) for pack in packs]
+    finally:
+        model.train(was_training)
+    alone = torch.cat(single)
+    dtype = next(model.language_model.parameters()).dtype
+    if not torch.allclose(together, alone, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]):
+        raise TrainingError(
+            f"packed records have the losses {_shown(together)}, but each alone {_shown(alone)}: the "
+            f"attention {model.attn!r} mixes records on this machine; use another (--attn) or --packing False"
+        )
+    logger.info("packed and single records have the losses %s and %s", _shown(together), _shown(alone))
+
+
+@torch.no_grad()
+def _mean_losses(
+    model: InternVLChatModel, pack: Pack, device: torch.device, normalization: str
+) -> torch.Tensor:
+    """Return each record's mean loss, (R,) on the CPU."""
+    inputs = pack.text_inputs(device)
+    dtype = model.vision_model.embeddings.patch_embedding.weight.dtype
+    pixels = pack.pixel_values(device, normalization, dtype)
+    losses = model(**inputs, pixel_values=pixels).token_losses.cpu()
+    return torch.stack([part.mean() for part in losses.split(pack.supervised.tolist())])
+
+
+def _shown(values: torch.Tensor) -> str:
+    return ", ".join(f"{value:.4f}" for value in values.tolist())

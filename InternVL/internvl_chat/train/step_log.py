@@ -1,0 +1,69 @@
+"""What a run writes of each step: a line of figures, and a line that proves which records were used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from internvl_chat.logs import get_logger
+from internvl_chat.train.output_folder import LEDGER, METRICS
+
+logger = get_logger(__name__)
+
+
+class StepLog:
+    """Appends to `metrics.jsonl` and `ledger.jsonl`; lines that a full disk refuses are kept for later.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {METRICS: AppendedFile(folder / METRICS), LEDGER: AppendedFile(folder / LEDGER)}
+
+    def write(self, figures: dict[str, Any], used: dict[str, Any]) -> None:
+        """Add a step's line to both files."""
+        self._files[METRICS].append(figures)
+        self._files[LEDGER].append(used)
+
+
+class AppendedFile:
+    """A file of JSON lines, each of which is in it whole or not yet.
+
+    Args:
+        path: of the file; it is made by the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+        self._said = False
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line after those that wait; none is lost where that is impossible for now."""
+        self._waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
+        size = None
+        try:
+            with self.path.open("ab") as stream:
+                size = stream.tell()
+                stream.write("".join(self._waiting).encode("utf-8"))
+        except OSError as error:
+            if size is not None:
+                self._cut_to(size)
+            if not self._said:
+                self._said = True
+                logger.warning(
+                    "%s: cannot be written to (%s); its lines are kept until it can",
+                    self.path,
+                    error.strerror,
+                )
+            return
+        self._waiting.clear()
+        self._said = False
+
+    def _cut_to(self, size: int) -> None:
+        """Take back what was written in part."""
+        try:
+            with self.path.open("r+b") as stream:
+                stream.truncate(size)
+        except OSError as error:
+            logger.warning("%s: may hold part of a line (%s)", self.path, error.strerror)

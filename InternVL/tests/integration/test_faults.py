@@ -1,0 +1,349 @@
+"""Runs that are stopped, killed or short of disk space come out as if nothing had been, or say what was."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from helpers import LAUNCHERS, SOURCE_ROOT, flags
+
+from internvl_chat.model.weights import open_weights
+from internvl_chat.train import checkpoint_writer
+from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.output_folder import list_checkpoints
+from internvl_chat.train.trainer import M3LLMTrainer
+
+STEPS = 12
+PATIENCE = 120
+
+
+def arguments(tiny_model, sample_data, folder, **values):
+    common = {
+        "model_name_or_path": tiny_model,
+        "meta_path": sample_data / "train.json",
+        "output_dir": folder,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "save_steps": 2,
+    }
+    return flags(**{**common, **values})
+
+
+def same_run(one, other, metrics):
+    """Assert that two output folders hold the same losses, records and weights."""
+    for key in ("step", "loss", "grad_norm", "learning_rate"):
+        assert [row[key] for row in metrics(one)] == [row[key] for row in metrics(other)], key
+    assert (one / "ledger.jsonl").read_text() == (other / "ledger.jsonl").read_text()
+    weights = [open_weights(folder / "model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, read in weights[0].items():
+        assert torch.equal(read(), weights[1][name]()), name
+
+
+# Signals
+
+
+class Launched:
+    """The launcher with a run that takes a while."""
+
+    def __init__(self, tiny_model, sample_data, folder, processes, **environment):
+        variables = {
+            "GPUS": "0", "NPROC": str(processes), "BATCH_SIZE": "4", "MODEL_PATH": str(tiny_model),
+            "META_PATH": str(sample_data / "train.json"), "OUTPUT_DIR": str(folder), "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1", "REPORT_TO": "none",
+        }  # fmt: skip
+        options = ["--force_image_size", "56", "--max_dynamic_patch", "6", "--max_steps", str(STEPS)]
+        options += ["--save_steps", "5", "--dataloader_num_workers", "1", "--disable_tqdm", "True"]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            ["bash", str(LAUNCHERS / "M3LLM-fulldata-fullmodel.sh"), *options],
+            env=os.environ | variables | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for_step(self, step):
+        """Wait until a step is done."""
+        file, began = self.folder / "metrics.jsonl", time.monotonic()
+        while not file.is_file() or len(file.read_text().splitlines()) < step:
+            assert self.process.poll() is None, self.process.stdout.read()
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.01)
+
+    def trainers(self):
+        """The training processes."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        script = "internvl_chat.train.internvl_chat_finetune"
+        return [
+            p for p in found
+            if script in (words := p.cmdline()) and "internvl_chat.train.launch" not in words
+            and p.parent().cmdline() != words
+        ]  # fmt: skip
+
+    def end(self):
+        """Wait for the end; returns exit code and output."""
+        output, _ = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, sample_data, tmp_path_factory):
+    """Finished runs by the number of processes."""
+    folders = {}
+
+    def get(processes):
+        if processes not in folders:
+            folder = tmp_path_factory.mktemp("undisturbed") / "out"
+            code, output = Launched(tiny_model, sample_data, folder, processes).end()
+            assert code == 0, output
+            folders[processes] = folder
+        return folders[processes]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "processes"),
+    [
+        ("SIGTERM", 143, 2),
+        pytest.param("SIGINT", 130, 1, marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", 138, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    undisturbed, tiny_model, sample_data, tmp_path, metrics, name, code, processes
+):
+    folder = tmp_path / "out"
+    run = Launched(tiny_model, sample_data, folder, processes)
+    run.wait_for_step(2)
+    run.process.send_signal(signal.Signals[name])
+    found, output = run.end()
+    assert found == code, output
+    assert f"stopped by {name} after step" in output
+    assert f"stopped by a signal (exit code {code}); the same command again goes on" in output
+    assert "Traceback" not in output
+    done = len(metrics(folder))
+    assert 2 <= done < STEPS
+    assert list_checkpoints(folder)[-1].name == f"checkpoint-{done}"
+    assert not (folder / "model.safetensors").exists()
+    found, output = Launched(tiny_model, sample_data, folder, processes).end()
+    assert found == 0, output
+    assert f"resuming from {folder}/checkpoint-{done}" in output
+    same_run(folder, undisturbed(processes), metrics)
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_the_job(undisturbed, tiny_model, sample_data, tmp_path, metrics):
+    """As SLURM sends it: also to the loader's processes, and to those that the launcher passes it on to."""
+    folder = tmp_path / "out"
+    run = Launched(tiny_model, sample_data, folder, 2)
+    run.wait_for_step(2)
+    for process in psutil.Process(run.process.pid).children(recursive=True):
+        process.send_signal(signal.SIGTERM)
+    run.process.send_signal(signal.SIGTERM)
+    code, output = run.end()
+    assert code == 143, output
+    assert Launched(tiny_model, sample_data, folder, 2).end()[0] == 0
+    same_run(folder, undisturbed(2), metrics)
+
+
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_killed_process_is_started_again(
+    undisturbed, tiny_model, sample_data, tmp_path, metrics, processes
+):
+    """By torchrun; the run goes on from the last checkpoint, with the same command."""
+    folder = tmp_path / "out"
+    run = Launched(tiny_model, sample_data, folder, processes, MAX_RESTARTS="2")
+    run.wait_for_step(7)
+    run.trainers()[-1].kill()
+    code, output = run.end()
+    assert code == 0, output
+    assert f"resuming from {folder}/checkpoint-5" in output
+    same_run(folder, undisturbed(processes), metrics)
+
+
+@pytest.mark.slow
+def test_without_its_launcher_a_run_saves_and_ends(undisturbed, tiny_model, sample_data, tmp_path, metrics):
+    folder = tmp_path / "out"
+    run = Launched(tiny_model, sample_data, folder, 2)
+    run.wait_for_step(2)
+    trainers = run.trainers()
+    assert len(trainers) == 2
+    run.process.kill()
+    _, alive = psutil.wait_procs(trainers, timeout=PATIENCE)
+    assert not alive
+    assert len(metrics(folder)) < STEPS
+    run.process.stdout.close()
+    assert Launched(tiny_model, sample_data, folder, 2).end()[0] == 0
+    same_run(folder, undisturbed(2), metrics)
+
+
+# Checkpoints
+
+
+def change(file, how):
+    content = bytearray(file.read_bytes())
+    if how == "cut":
+        del content[len(content) // 2 :]
+    elif how == "flipped":
+        content[len(content) // 2] ^= 4
+    elif how == "gone":
+        file.unlink()
+        return
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, sample_data, tmp_path_factory):
+    """A finished run of this process with the checkpoints 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert train(arguments(tiny_model, sample_data, folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("model.safetensors", "cut"),
+        ("optimizer.pt", "flipped"),
+        ("trainer_state.json", "gone"),
+        ("manifest.json", "cut"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    whole, tiny_model, sample_data, tmp_path, metrics, capfd, name, how
+):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole, damaged)
+    for file in ("train_results.json", "model.safetensors"):
+        (damaged / file).unlink()
+    change(damaged / "checkpoint-6" / name, how)
+    capfd.readouterr()
+    assert train(arguments(tiny_model, sample_data, damaged, resume_from_checkpoint="auto")) == 0
+    told = capfd.readouterr().err
+    assert "checkpoint-6 is damaged and not used: " in told and "checkpoint-4" in told
+    same_run(whole, damaged, metrics)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tiny_model, sample_data, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert train(arguments(tiny_model, sample_data, out, max_steps=2)) == 0
+    change(out / "checkpoint-2/optimizer.pt", "flipped")
+    checkpoint = str(out / "checkpoint-2")
+    again = arguments(tiny_model, sample_data, tmp_path / "new", resume_from_checkpoint=checkpoint)
+    assert train(again) == 2
+    assert "not a whole checkpoint: the content of optimizer.pt has changed" in capfd.readouterr().err
+
+
+def test_where_all_are_damaged_nothing_begins_anew_by_itself(tiny_model, sample_data, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert train(arguments(tiny_model, sample_data, out, max_steps=4)) == 0
+    (out / "train_results.json").unlink()
+    for step in (2, 4):
+        change(out / f"checkpoint-{step}/model.safetensors", "cut")
+    assert train(arguments(tiny_model, sample_data, out)) == 2
+    told = capfd.readouterr().err
+    assert "checkpoint-2 is damaged" in told and "checkpoint-4 is damaged" in told
+    assert "there is no whole checkpoint to resume from; --overwrite_output_dir True" in told
+    assert train(arguments(tiny_model, sample_data, out, overwrite_output_dir=True)) == 0
+
+
+def test_a_full_disk_is_told_and_training_goes_on(
+    whole, tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch
+):
+    """The second checkpoint finds no room, the third does."""
+    out = tmp_path / "out"
+    original, calls = checkpoint_writer.save_model, []
+
+    def save(model, folder, state_dict=None):
+        original(model, folder, state_dict)
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer, "save_model", save)
+    assert train(arguments(tiny_model, sample_data, out)) == 0
+    told = capfd.readouterr().err
+    assert "checkpoint-4 was not written: [Errno 28] No space left on device; checkpoint-2 stays" in told
+    assert [path.name for path in list_checkpoints(out)] == ["checkpoint-2", "checkpoint-6"]
+    same_run(whole, out, metrics)
+
+
+def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
+    """No file may be as large as the model: no checkpoint is ever whole, the steps are done all the same."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "internvl_chat.train.internvl_chat_finetune"]
+    command += map(str, arguments(tiny_model, sample_data, out))
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-", *command]
+    result = subprocess.run(
+        limited, capture_output=True, text=True, timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.count(" was not written: ") == 3
+    assert "there is no older one, and training goes on" in result.stderr
+    assert [row["step"] for row in metrics(out)] == list(range(1, 7))
+    assert not list_checkpoints(out) and not (out / "train_results.json").exists()
+    assert "the finished model cannot be written: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# Steps
+
+
+def spoiled(monkeypatch, steps, value=float("nan")):
+    original = M3LLMTrainer._forward
+
+    def forward(self, model, pack, weight, features):
+        loss = original(self, model, pack, weight, features)
+        return loss * value if self.state.global_step + 1 in steps else loss
+
+    monkeypatch.setattr(M3LLMTrainer, "_forward", forward)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_step_changes_no_weight(tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch, value):
+    """Its records are named in the log and in the ledger, and the weights after it are those before it."""
+    spoiled(monkeypatch, {3, 4}, value)
+    out = tmp_path / "out"
+    assert train(arguments(tiny_model, sample_data, out, save_steps=1)) == 0
+    told = capfd.readouterr().err
+    assert "step 3: the loss is" in told and "The step is left out (1 of 5)" in told
+    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in ledger if "left_out" in row] == [3, 4]
+    first = ledger[2]["trained"][0]
+    assert f"{first[0]} {first[1]}" in told
+    states = [open_weights(out / f"checkpoint-{step}/model.safetensors") for step in (2, 4, 5)]
+    assert all(torch.equal(read(), states[1][name]()) for name, read in states[0].items())
+    assert not all(torch.equal(read(), states[2][name]()) for name, read in states[0].items())
+    assert all(bool(read().isfinite().all()) for read in states[2].values())
+
+
+def test_too_many_bad_steps_end_the_run(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
+    spoiled(monkeypatch, {2, 4})
+    assert train(arguments(tiny_model, sample_data, tmp_path / "out", max_bad_steps=1)) == 1
+    told = capfd.readouterr().err
+    assert "That makes 2 bad steps, and --max_bad_steps is 1" in told
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 3
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# Loader processes
+
+
+def test_a_loader_process_that_is_killed_is_named(tiny_model, sample_data, tmp_path):
+    run = Launched(tiny_model, sample_data, tmp_path / "out", 1)
+    run.wait_for_step(1)
+    (trainer,) = run.trainers()
+    for loader in trainer.children():
+        if loader.cmdline() == trainer.cmdline():
+            loader.kill()
+    code, output = run.end()
+    assert code == 1, output
+    assert "a loader process was ended" in output and "Traceback" not in output
