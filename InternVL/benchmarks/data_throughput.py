@@ -1,6 +1,6 @@
 """How many records a second each stage of the data path manages, and what the length index costs.
 
-    PYTHONPATH=InternVL python InternVL/benchmarks/data_throughput.py --index-records 238000 --json data.json
+    python InternVL/benchmarks/data_throughput.py --index-records 238000 --json data.json
 
 Without `--meta` the records are a sample set that is made on the spot. The CPU seconds are those of all
 processes; they tell more than the clock where other programs run beside.
@@ -10,12 +10,15 @@ import argparse
 import json
 import os
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image

@@ -40,13 +40,6 @@ FAST_FLAGS: dict[str, Flags] = {
     "cuda": {},
 }
 
-# A lever of `fast` -> the flags that turn it off.
-ABLATIONS: dict[str, Flags] = {
-    "packing": {"packing": False},
-    "kept activations": {"grad_checkpoint": True},
-    "stochastic rounding": {"weight_precision": "bf16"},
-}
-
 
 def as_tokens(flags: Flags) -> list[str]:
     """Return flags as command-line tokens."""

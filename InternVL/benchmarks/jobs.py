@@ -36,6 +36,7 @@ class Job:
         steps: timed steps.
         threads: of the CPU; 0 for all cores.
         flags: of the training command, for `fast`.
+        without: the lever that is turned off, for `fast`.
     """
 
     preset: str
@@ -49,6 +50,7 @@ class Job:
     steps: int
     threads: int = 0
     flags: tuple[str, ...] = ()
+    without: str | None = None
 
     @property
     def settings(self) -> Recipe:
@@ -187,7 +189,8 @@ def run_in_a_process(job: Job, script: Path, number: int) -> Result:
 
 def _environment(job: Job) -> dict[str, str]:
     """Return what the launchers set, too."""
-    variables = {"TOKENIZERS_PARALLELISM": "false"}
+    # The records lie in a temporary folder, and so do their lengths.
+    variables = {"TOKENIZERS_PARALLELISM": "false", "M3LLM_CACHE": job.folder}
     if job.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
         variables["OMP_NUM_THREADS"] = str(job.threads or os.cpu_count() or 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ablations import ABLATIONS
 from benchmarks.flags import FAST_FLAGS, RECIPE_FLAGS, Flags, as_tokens
 from benchmarks.jobs import Clock, Job, Steps
 from benchmarks.recipes import LORA_DROPOUT
@@ -43,7 +44,8 @@ def arguments(job: Job, workload: Workload) -> Arguments:
         "use_llm_lora": recipe.lora_rank,
         "lora_dropout": LORA_DROPOUT,
     }
-    return parse_arguments(as_tokens(RECIPE_FLAGS | own | FAST_FLAGS[job.device]) + list(job.flags))
+    off = ABLATIONS[job.without].flags if job.without else {}
+    return parse_arguments(as_tokens(RECIPE_FLAGS | own | FAST_FLAGS[job.device] | off) + list(job.flags))
 
 
 def make_trainer(job: Job, workload: Workload, device: torch.device) -> M3LLMTrainer:
@@ -51,6 +53,8 @@ def make_trainer(job: Job, workload: Workload, device: torch.device) -> M3LLMTra
     args, tokenizer = arguments(job, workload), workload.load_tokenizer()
     attn = resolve_attention(args.model.attn, device)
     model = random_model(job.shape, image_context_id(tokenizer), attn=attn, device=device)
+    if job.without and ABLATIONS[job.without].undo:
+        ABLATIONS[job.without].undo(model)
     specs = load_meta(workload.meta, data_root=Path.cwd())
     preprocessing = prepare_model(model, args, specs)
     frozen = {name: getattr(args.model, name) for name in ("freeze_llm", "freeze_mlp", "freeze_backbone")}

@@ -21,17 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import jobs
-from benchmarks.flags import ABLATIONS, as_tokens
+from benchmarks.ablations import ablations
 from benchmarks.jobs import Job, Result
 from benchmarks.recipes import RECIPES, RECORDS_AN_EPOCH
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import Workload, prepare_workload
+from internvl_chat.errors import M3LLMError
 
 SCRIPT = Path(__file__).resolve()
 PRESETS = ("reference", "fast")
 PEER = "peer"
 COLUMNS = (
-    ("preset", "{:<28}"),
+    ("preset", "{:<37}"),
     ("recipe", "{:<7}"),
     ("model", "{:<13}"),
     ("device", "{:<6}"),
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             results = run_all(args, presets, Path(folder))
-    except RuntimeError as error:
+    except (RuntimeError, M3LLMError) as error:
         print(error, file=sys.stderr)
         return 1
     rows = [row_of(label, args, runs) for label, runs in results.items()]
@@ -154,16 +155,17 @@ def run_all(args: argparse.Namespace, presets: Sequence[str], folder: Path) -> d
 def plan_jobs(args: argparse.Namespace, presets: Sequence[str], folder: Path) -> list[Job]:
     """Return the measurements to make, in order."""
 
-    def job(preset: str, label: str, flags: Sequence[str] = ()) -> Job:
+    def job(preset: str, label: str, without: str | None = None) -> Job:
         return Job(preset=preset, label=label, recipe=args.recipe, model=args.model, device=args.device,
                    workload=str(folder / "workload.json"), folder=str(folder), warmup=args.warmup,
-                   steps=args.steps, threads=args.threads, flags=tuple(flags))  # fmt: skip
+                   steps=args.steps, threads=args.threads, without=without)  # fmt: skip
 
     found = [job(preset, preset) for preset in presets]
     if args.peers:
         found.append(job(PEER, PEER))
     if args.ablate:
-        found += [job("fast", f"fast without {name}", as_tokens(off)) for name, off in ABLATIONS.items()]
+        names = ablations(args.recipe, args.device)
+        found += [job("fast", f"fast without {name}", name) for name in names]
     return found
 
 

@@ -23,6 +23,7 @@ from internvl_chat.model.weights import weight_files
 from internvl_chat.paths import REPOSITORY
 from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
+from internvl_chat.train.optimizer import OWN_OPTIMIZERS
 from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder, list_checkpoints
 
 
@@ -173,6 +174,10 @@ def _check_flags(args: Arguments) -> None:
             "DeepSpeed keeps float32 masters" if run.deepspeed else "the weights are float32 without --bf16"
         )
         problems.append(f"--weight_precision {run.weight_precision}: {keeper}; leave it out")
+    if run.weight_precision != "auto" and run.optim not in OWN_OPTIMIZERS:
+        problems.append(
+            f"--weight_precision {run.weight_precision}: --optim {run.optim.value} steps bf16 weights as such"
+        )
     if run.max_packed_tokens < 1:
         problems.append(f"--max_packed_tokens {run.max_packed_tokens} must be at least 1")
     if not run.do_train:

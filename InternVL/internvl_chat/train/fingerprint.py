@@ -9,6 +9,10 @@ from internvl_chat.train.arguments import Arguments
 
 FINGERPRINT = "run_fingerprint.json"
 
+# What is settled only when model and data are there.
+SET_SIZES = "records of each set"
+WEIGHT_PRECISION = "weight precision"
+
 _MODEL_FLAGS = (
     "freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head", "use_llm_lora",
     "use_backbone_lora", "lora_dropout", "vision_select_layer", "ps_version",
@@ -34,16 +38,19 @@ def fingerprint(args: Arguments) -> dict[str, Any]:
     return found
 
 
+def read_fingerprint(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint remembers of its run; nothing where it has no such file."""
+    file = checkpoint / FINGERPRINT
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
     """Compare a run with the one that wrote a checkpoint.
 
     Raises:
         UsageError: names every difference.
     """
-    file = checkpoint / FINGERPRINT
-    if not file.is_file():
-        return
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_fingerprint(checkpoint)
     problems = [
         f"cannot resume {checkpoint}: {name} was {stored[name]!r} there, and is {value!r} here; "
         "give the same, or start anew in another --output_dir"

@@ -23,7 +23,13 @@ from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
 from internvl_chat.train.checks import Plan, check_configuration
-from internvl_chat.train.fingerprint import check_same_run, fingerprint
+from internvl_chat.train.fingerprint import (
+    SET_SIZES,
+    WEIGHT_PRECISION,
+    check_same_run,
+    fingerprint,
+    read_fingerprint,
+)
 from internvl_chat.train.loading import load_data, load_for_training
 from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step, unlock_folder
 from internvl_chat.train.plots import plot_loss
@@ -66,9 +72,14 @@ def train(args: Arguments) -> signal.Signals | None:
 
     encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(args.data.max_dynamic_patch)
     data, sampler = load_data(args, plan.specs, encoder, count_flops(model))
-    if plan.output.resume:
-        check_same_run(plan.output.resume, {"records of each set": data.sizes})
+    resume = plan.output.resume
+    if resume and args.run.weight_precision == "auto":
+        # What fitted then was chosen for all of the run.
+        args.run.weight_precision = read_fingerprint(resume).get(WEIGHT_PRECISION, "auto")
     rehearsal = plan_memory(args, model, sampler, data)
+    settled = {SET_SIZES: data.sizes, WEIGHT_PRECISION: rehearsal.precision}
+    if resume:
+        check_same_run(resume, settled)
     model.recompute_layers(rehearsal.recomputed)
     if args.model.use_liger:
         model.use_liger()
@@ -83,7 +94,7 @@ def train(args: Arguments) -> signal.Signals | None:
         sampler=sampler,
         normalization=preprocessing.normalize_type,
         save_model_to=checkpoint_writer(plan, model, tokenizer, preprocessing),
-        fingerprint=fingerprint(args) | {"records of each set": data.sizes},
+        fingerprint=fingerprint(args) | settled,
         weight_precision=rehearsal.precision,
         rehearsal=rehearsal,
     )

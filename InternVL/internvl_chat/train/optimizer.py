@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.training_args import OptimizerNames
+
+# The names that transformers has for what `build_optimizer` makes.
+OWN_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 WEIGHT_PRECISIONS = ("auto", "master", "stochastic", "bf16")
 

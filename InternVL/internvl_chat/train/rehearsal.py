@@ -25,6 +25,7 @@ from internvl_chat.train.memory import (
     largest_pack,
     measure_memory,
 )
+from internvl_chat.train.optimizer import OWN_OPTIMIZERS
 
 logger = get_logger(__name__)
 
@@ -46,6 +47,8 @@ def plan_memory(
     pack = largest_anywhere(own, memory, run.world_size)
     # DeepSpeed keeps float32 masters of its own.
     precision = "master" if run.deepspeed else run.weight_precision
+    if run.optim not in OWN_OPTIMIZERS:
+        precision = "bf16"
     chosen = choose(
         memory,
         pack,

@@ -20,7 +20,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from internvl_chat.data.collator import Pack, PackDataset
 from internvl_chat.data.dataset import TrainingData
@@ -35,7 +34,7 @@ from internvl_chat.train.checkpoint_folder import SaveModel
 from internvl_chat.train.checkpointing import CheckpointingTrainer
 from internvl_chat.train.guard import StepGuard
 from internvl_chat.train.kept_memory import keep_vocabulary_memory
-from internvl_chat.train.optimizer import build_optimizer
+from internvl_chat.train.optimizer import OWN_OPTIMIZERS, build_optimizer
 from internvl_chat.train.rehearsal import Rehearsal
 from internvl_chat.train.reporting import shield_reports
 from internvl_chat.train.sharding import is_sharded, whole
@@ -44,9 +43,6 @@ from internvl_chat.train.stop_request import StopRequest
 from internvl_chat.train.watchdog import Watchdog
 
 logger = get_logger(__name__)
-
-# The names that transformers has for what `build_optimizer` makes.
-_ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 _COMPILED_MULTIPLE = 128
 
@@ -89,6 +85,7 @@ class _Rehearse(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Called by the Trainer before the first step."""
         self.trainer.rehearse()
+        self.trainer.start_clock()
 
 
 class _StopWhenAsked(TrainerCallback):
@@ -241,7 +238,7 @@ class M3LLMTrainer(CheckpointingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the AdamW of `build_optimizer`, unless `--optim` names another optimizer."""
         args, model = self.args, self.model if model is None else model
-        if self.optimizer is not None or args.optim not in _ADAMW:
+        if self.optimizer is not None or args.optim not in OWN_OPTIMIZERS:
             return super().create_optimizer(model)
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -313,6 +310,10 @@ class M3LLMTrainer(CheckpointingTrainer):
                 self._backward(loss * scale)
             total += loss.detach()
         return total
+
+    def start_clock(self) -> None:
+        """Let the first step begin now."""
+        self._step_began = time.perf_counter()
 
     def rehearse(self) -> None:
         """Run the largest planned pack once, forward and backward; nothing is changed by it.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.flags import ABLATIONS, as_tokens
+from benchmarks.ablations import ABLATIONS, ablations
+from benchmarks.flags import as_tokens
 from benchmarks.jobs import Result
 from benchmarks.own_records import COUNTS, write_own_records
 from benchmarks.shapes import SHAPES
@@ -93,7 +94,23 @@ def test_any_stretch_of_records_has_the_mix_of_all(records):
 @pytest.mark.parametrize("lever", ABLATIONS)
 def test_what_turns_a_lever_off_is_known_to_the_trainer(lever, tmp_path):
     needed = {"model_name_or_path": "m", "meta_path": "m.json", "output_dir": str(tmp_path), "use_cpu": True}
-    parse_arguments(as_tokens(needed | ABLATIONS[lever]))
+    parse_arguments(as_tokens(needed | ABLATIONS[lever].flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_every_lever_off_does_the_same_work(recipe, tmp_path):
+    """`check_same_work` compares the first losses of all."""
+    out = tmp_path / "rows.json"
+    options = ["--recipe", recipe, "--model", "smoke", "--presets", "fast", "--ablate", "--steps", "1"]
+    assert main([*options, "--warmup", "0", "--device", "cpu", "--json", str(out)]) == 0
+    found = [row["preset"] for row in json.loads(out.read_text())["rows"]]
+    assert found == ["fast", *(f"fast without {name}" for name in ablations(recipe, "cpu"))]
+
+
+def test_a_meta_file_that_is_missing_is_named(capsys):
+    assert main(["--model", "smoke", "--device", "cpu", "--meta", "nosuch.json"]) == 1
+    assert "nosuch.json: no such meta file" in capsys.readouterr().err
 
 
 def test_table_without_a_reference():
