@@ -32,7 +32,7 @@ _OWN_FLAGS = ("--signals_to_handle", "SIGHUP,SIGQUIT")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun; returns 0, or the exit code of the process that failed first."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Processes that are started again would find the addresses of those before them in a store that is shared.
+    # In a store that is shared, processes that are started again find the addresses of those before them.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     stop_with_launcher()
     os.environ[LAUNCHER] = str(os.getpid())
