@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,19 @@ class OutputFolder:
         return lock
 
 
+# Those that this process holds.
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _close_inherited_locks() -> None:
+    """Give up the locks of the parent: a loader process that outlives it for a moment must not keep them."""
+    for lock in list(_locks):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
 def lock_folder(path: Path) -> IO[str]:
     """Take the folder's lock for as long as the returned file stays open.
 
@@ -92,8 +106,7 @@ def lock_folder(path: Path) -> IO[str]:
         UsageError: another process holds it.
     """
     lock = (path / LOCK).open("a+")
-    # A loader process that outlives its parent for a moment must not keep the lock.
-    os.register_at_fork(after_in_child=lock.close)
+    _locks.add(lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
