@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from benchmarks.flags import Flags
+from benchmarks.shapes import use_transformers_norms
 from internvl_chat.model import attention
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train import trainer
@@ -33,11 +34,6 @@ def _plain_head(model: InternVLChatModel) -> None:
     model.language_model.get_output_embeddings().__class__ = nn.Linear
 
 
-def _plain_norms(model: InternVLChatModel) -> None:
-    for module in model.language_model.modules():
-        vars(module).pop("forward", None)
-
-
 def _vision_by_pack(model: InternVLChatModel) -> None:
     model.always_run_vision = True
 
@@ -57,7 +53,7 @@ ABLATIONS = {
     "stochastic rounding": Ablation({"weight_precision": "bf16"}, recipes=("full",), devices=("cpu",)),
     "float32 masters": Ablation({"weight_precision": "bf16"}, recipes=("full",), devices=("cuda",)),
     "lean head and last layer": Ablation(undo=_plain_head),
-    "lean norms": Ablation(undo=_plain_norms),
+    "lean norms": Ablation(undo=use_transformers_norms),
     "one pass over all tiles": Ablation(undo=_vision_by_pack),
     "attention in blocks": Ablation(undo=_whole_attention, devices=("cpu",)),
     "kept vocabulary memory": Ablation(undo=_new_memory, devices=("cpu",)),

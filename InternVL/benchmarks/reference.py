@@ -25,7 +25,7 @@ from benchmarks.recipes import (
     Recipe,
     plain_lora,
 )
-from benchmarks.shapes import random_model
+from benchmarks.shapes import random_model, use_transformers_norms
 from benchmarks.workload import Workload
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.dataset import RecordSet
@@ -65,7 +65,7 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
     # The reference takes flash-attn (the kernel of SDPA) where it can, and eager attention elsewhere.
     attn = "sdpa" if device.type == "cuda" else "eager"
     model = random_model(job.shape, image_context_id(tokenizer), attn=attn, device=device)
-    _use_transformers_norms(model.language_model)
+    use_transformers_norms(model)
     trained = choose_trained(model, recipe)
     checkpoint_every_layer(model.language_model)
     model.train()
@@ -90,12 +90,6 @@ def choose_trained(model: InternVLChatModel, recipe: Recipe) -> list[nn.Paramete
     else:
         model.vision_model.requires_grad_(False)
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def _use_transformers_norms(language_model: PreTrainedModel) -> None:
-    """Undo `use_lean_norms`."""
-    for module in language_model.modules():
-        vars(module).pop("forward", None)
 
 
 def checkpoint_every_layer(language_model: PreTrainedModel) -> None:

@@ -86,3 +86,9 @@ def random_model(
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else scale if ".ls" in name else 1.0)
     return model
+
+
+def use_transformers_norms(model: InternVLChatModel) -> None:
+    """Undo `use_lean_norms` in a model's language model."""
+    for module in model.language_model.modules():
+        vars(module).pop("forward", None)

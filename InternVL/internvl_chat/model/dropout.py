@@ -22,6 +22,7 @@ class _BitDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, drawn: int) -> torch.Tensor:
+        """Drop `drawn` of 2^16 numbers in the mean."""
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         # Of the values from -2^15 on the first `drawn` become 0, all others -1, which keeps every bit.
         first_kept = drawn - 2**15
@@ -34,6 +35,7 @@ class _BitDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Drop the same numbers of the gradient."""
         return _masked(gradient, *ctx.saved_tensors, ctx.scale), None
 
 

@@ -171,3 +171,13 @@ class CheckpointingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The model was loaded from the checkpoint when it was made; there is nothing to do."""
+
+    def _anywhere(self, value: bool) -> bool:
+        """Say whether something is true on any process."""
+        return bool(self._sum_over_processes(torch.tensor([float(value)])).item())
+
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum float64 values over the processes; returns them on the CPU."""
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()

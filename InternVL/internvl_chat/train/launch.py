@@ -60,15 +60,15 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
             continue  # it has ended meanwhile
 
 
-def report(rank: int, exit_code: int) -> int:
+def report(rank: int, code: int) -> int:
     """Say how a process ended, unless it has spoken for itself; returns the exit code to end with."""
-    if exit_code < 0:
-        name = signal.Signals(-exit_code).name
+    if code < 0:
+        name = signal.Signals(-code).name
         sys.stderr.write(f"process {rank} was ended by {name}, and so were the others\n")
-        return 128 - exit_code
-    if exit_code > 2:
-        sys.stderr.write(f"process {rank} failed with exit code {exit_code}\n")
-    return exit_code
+        return 128 - code
+    if code > 2:
+        sys.stderr.write(f"process {rank} failed with exit code {code}\n")
+    return code
 
 
 if __name__ == "__main__":

@@ -113,9 +113,9 @@ class M3LLMTrainer(CheckpointingTrainer):
         fingerprint: what a run that resumes must have in common with this one.
         weight_precision: of `build_optimizer`.
         rehearsal: of the largest pack, before the first step.
-        stop_request: by which the run may be asked to stop.
 
     Attributes:
+        stop_request: by which the run may be asked to stop.
         stops: True once all processes know that the run is to stop.
     """
 
@@ -131,13 +131,12 @@ class M3LLMTrainer(CheckpointingTrainer):
         fingerprint: dict[str, Any],
         weight_precision: str,
         rehearsal: Rehearsal | None = None,
-        stop_request: StopRequest | None = None,
     ) -> None:
         self.data, self.sampler, self.normalization = data, sampler, normalization
         self.weight_precision, self.rehearsal = weight_precision, rehearsal
         # Compiled blocks take lengths that have a divisor in common without being compiled again.
         self.packs = PackDataset(data, multiple=_COMPILED_MULTIPLE if args.compile_blocks else 1)
-        self.stop_request, self.stops = stop_request or StopRequest(), False
+        self.stop_request, self.stops = StopRequest(), False
         self.guard, self.watchdog = StepGuard(args.max_bad_steps), Watchdog(args.hang_seconds)
         self.step_log = StepLog(Path(args.output_dir))
         super().__init__(
@@ -348,10 +347,6 @@ class M3LLMTrainer(CheckpointingTrainer):
             device,
         )
 
-    def _anywhere(self, value: bool) -> bool:
-        """Say whether something is true on any process."""
-        return bool(self._sum_over_processes(torch.tensor([float(value)])).item())
-
     def _record_weights(self, pack: Pack) -> torch.Tensor:
         """Return the weight of each record's tokens in the loss, 0 for a record that does not count; (R,)."""
         weights = [token_weight(n, self.args.loss_reduction) for n in pack.supervised.tolist()]
@@ -435,12 +430,6 @@ class M3LLMTrainer(CheckpointingTrainer):
             self.accelerator.backward(loss, scale_wrt_gas=False)
         else:
             self.accelerator.backward(loss)
-
-    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum float64 values over the processes; returns them on the CPU."""
-        if self.args.world_size == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
 
     # ---- records of the run
 
