@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from internvl_chat import __version__
-from internvl_chat.commands import data, evaluate, generate, models
+from internvl_chat.commands import check, data, evaluate, generate, models
 from internvl_chat.errors import M3LLMError
 from internvl_chat.logs import configure_logging
 
@@ -26,6 +26,9 @@ class _Command:
 
 
 _COMMANDS = (
+    _Command("data check", "Look at every record and image before training: what can be used, and why not.",
+             "m3llm data check PMC-data.json --model OpenGVLab/InternVL3-8B --report work_dirs/check",
+             check.add_arguments, check.run),
     _Command("data inspect", "Show what each record becomes: tiles, tokens, what is learnt.",
              "m3llm data inspect PMC-data.json --model OpenGVLab/InternVL3-8B --limit 3",
              data.add_inspect_arguments, data.inspect),

@@ -29,6 +29,7 @@ class DataError(M3LLMError):
         file: the annotation, meta or image file at fault.
         line: line in that file, counted from 1.
         record: the record's id, where it has one.
+        kind: a short word for what is wrong (see `data.problems`).
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class DataError(M3LLMError):
         file: Path | str | None = None,
         line: int | None = None,
         record: str | None = None,
+        kind: str = "file",
     ) -> None:
-        self.message, self.file, self.line, self.record = message, file, line, record
+        self.message, self.file, self.line, self.record, self.kind = message, file, line, record, kind
         super().__init__(message)
 
     def __str__(self) -> str:
@@ -51,12 +53,12 @@ class DataError(M3LLMError):
         return f"{place}: {self.message}" if place else self.message
 
     def __reduce__(self) -> tuple:
-        return _rebuild_data_error, (type(self), self.message, self.file, self.line, self.record)
+        return _rebuild_data_error, (type(self), self.message, self.file, self.line, self.record, self.kind)
 
 
-def _rebuild_data_error(cls: type, message: str, file: Path, line: int, record: str) -> DataError:
+def _rebuild_data_error(cls: type, message: str, file: Path, line: int, record: str, kind: str) -> DataError:
     """Unpickle a `DataError` that crosses from a loader process."""
-    return cls(message, file=file, line=line, record=record)
+    return cls(message, file=file, line=line, record=record, kind=kind)
 
 
 class UsageError(M3LLMError):

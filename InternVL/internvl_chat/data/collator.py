@@ -5,7 +5,7 @@ Shapes: R records, T tokens of all of them, U supervised tokens, N tiles, S pixe
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,17 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.dataset import Draw, RecordKey, Sample, TrainingData
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.errors import DataError
+from internvl_chat.logs import get_logger
+
+logger = get_logger(__name__)
+
+
+# Of what is no record.
+FILLER_KEY = RecordKey("", -1)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Pack:
         supervised: (R,) supervised tokens of each record.
         counts: (R,) bool, False for a record of weight zero.
         keys: where each record comes from.
+        skipped: records that belong here and turned out to be unusable.
     """
 
     input_ids: torch.Tensor
@@ -48,6 +57,7 @@ class Pack:
     supervised: torch.Tensor
     counts: torch.Tensor
     keys: tuple[RecordKey, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -130,11 +140,27 @@ class PackDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, draws: Sequence[Draw]) -> Pack | DataError:
-        """Load a pack, or return the first error among its records (torch would bury one that is raised)."""
-        samples = []
+        """Load a pack.
+
+        A record that cannot be used is returned as an error (torch would bury one that is raised) or, where
+        the data are to skip such records, left out and named in the pack.
+        """
+        samples, skipped = [], []
         for draw in draws:
             loaded = self.data[draw]
-            if isinstance(loaded, DataError):
+            if not isinstance(loaded, DataError):
+                samples.append(loaded)
+                continue
+            if not self.data.skip_bad:
                 return loaded
-            samples.append(loaded)
-        return pack_samples(samples, self.multiple)
+            logger.warning("left out of training: %s", loaded)
+            if draw.counts:
+                records, index = self.data.locate(draw.index)
+                skipped.append(Skipped(records.spec.name, index, loaded.record, loaded.message))
+        pack = pack_samples(samples or [(self._filler(), False)], self.multiple)
+        return replace(pack, skipped=tuple(skipped)) if skipped else pack
+
+    def _filler(self) -> Sample:
+        """Return what stands, with weight zero, in a pack without records: every process runs one."""
+        encoder = self.data.sets[0].encoder
+        return Sample(FILLER_KEY, None, encoder.filler(), encoder.tiles([], []))

@@ -1,9 +1,11 @@
 """The records of one data set, and of all data sets of a meta file, as samples."""
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +13,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from internvl_chat.data.bad_records import LeftOut, SkipBudget
 from internvl_chat.data.encoding import Encoded, Measured, RecordEncoder
+from internvl_chat.data.images import check_decoding, decode_image, image_size, locate_image
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.records import Record, RecordProblem, parse_record
-from internvl_chat.data.tiling import to_rgb
+from internvl_chat.data.problems import RecordProblem, show_id, show_message
+from internvl_chat.data.records import Record, parse_record
 from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger
 
@@ -94,21 +98,28 @@ class RecordSet:
             DataError: it is malformed.
         """
         raw = self.file[index]
-        identity = raw.get("id") if isinstance(raw, dict) else None
-        with self._naming(index, None if identity is None else str(identity)):
+        with self._naming(index, raw.get("id") if isinstance(raw, dict) else None):
             return parse_record(raw)
 
-    def error(self, index: int, message: str, record_id: str | None) -> DataError:
+    def error(self, index: int, message: str, record_id: object, kind: str = "structure") -> DataError:
         """Return an error that names a record."""
-        return DataError(message, file=self.spec.annotation, line=self.file.line(index), record=record_id)
+        return DataError(
+            show_message(message),
+            file=self.spec.annotation,
+            line=self.file.line(index),
+            record=show_id(record_id),
+            kind=kind,
+        )
 
     @contextmanager
-    def _naming(self, index: int, record_id: str | None) -> Iterator[None]:
+    def _naming(self, index: int, record_id: object) -> Iterator[None]:
         """Turn a record's problem into an error that names the record."""
         try:
             yield
         except RecordProblem as problem:
-            raise self.error(index, str(problem), record_id) from None
+            raise self.error(index, str(problem), record_id, problem.kind) from None
+        except RecursionError:
+            raise self.error(index, "JSON is nested too deeply", record_id, "json") from None
 
     def encode(self, index: int) -> tuple[Record, Encoded]:
         """Encode a record; of its images only the headers are read.
@@ -117,9 +128,10 @@ class RecordSet:
             DataError: it cannot be used.
         """
         record = self.record(index)
-        with ExitStack() as stack:
-            images = self._open(index, record, stack)
-            return record, self._encode(index, record, images)
+        with self._naming(index, record.id):
+            encoded = self.encoder.encode(record.turns, self._image_sizes(record, self.image_paths(record)))
+        self._tell_of_losses(index, record, encoded.measured)
+        return record, encoded
 
     def measure(self, index: int) -> Measured:
         """Return how long a record is; of its images only the headers are read.
@@ -127,11 +139,29 @@ class RecordSet:
         Raises:
             DataError: it cannot be used, in the words of `encode`.
         """
+        return self.examine(index).measured
+
+    def examine(self, index: int, *, decode: bool = False) -> "Examined":
+        """Return all that is to be known of a record before it is used.
+
+        Args:
+            index: in the file.
+            decode: also decode its images; else only their headers are read.
+
+        Raises:
+            DataError: it cannot be used, in the words of `encode`, or of `load` if its images are decoded.
+        """
         record = self.record(index)
-        with ExitStack() as stack:
-            sizes = [image.size for image in self._open(index, record, stack)]
         with self._naming(index, record.id):
-            return self.encoder.measure(record.turns, sizes)
+            paths = self.image_paths(record)
+            measured = self.encoder.measure(record.turns, self._image_sizes(record, paths))
+            for path in paths if decode else ():
+                check_decoding(path)
+        content = repr((record.turns, [str(path) for path in paths]))
+        empty = [number for number, turn in enumerate(record.turns, 1)
+                 if turn.role == "assistant" and not turn.text.strip()]  # fmt: skip
+        name = 0 if record.id is None else _hash(record.id)
+        return Examined(measured, record.id, name, _hash(content), tuple(empty))
 
     def load(self, index: int, augment: random.Random | None = None) -> Sample:
         """Encode a record and decode its images.
@@ -143,52 +173,77 @@ class RecordSet:
         Raises:
             DataError: it cannot be used.
         """
-        record = self.record(index)
-        with ExitStack() as stack:
-            images = self._open(index, record, stack)
-            encoded = self._encode(index, record, images)
+        record, encoded = self.encode(index)
+        with self._naming(index, record.id):
+            images = map(decode_image, self.image_paths(record))
             try:
                 tiles = self.encoder.tiles(images, encoded.grids, augment if self.spec.data_augment else None)
+            except RecordProblem:
+                raise
             except Exception as error:
                 names = ", ".join(record.images)
-                raise self.error(
-                    index, f"an image cannot be decoded ({names}): {error}", record.id
+                raise RecordProblem(
+                    f"an image cannot be used ({names}): {error}", "image unreadable"
                 ) from error
         return Sample(RecordKey(self.spec.name, index), record.id, encoded, tiles)
 
     def images(self, index: int, record: Record) -> list[Image.Image]:
-        """Decode a record's images as RGB."""
-        with ExitStack() as stack:
-            opened = self._open(index, record, stack)
-            try:
-                return [to_rgb(image) for image in opened]
-            except Exception as error:
-                raise self.error(index, f"an image cannot be decoded: {error}", record.id) from error
+        """Decode a record's images as RGB.
 
-    def _open(self, index: int, record: Record, stack: ExitStack) -> list[Image.Image]:
-        images = []
-        for name in record.images:
-            path = self.spec.root / name
-            try:
-                images.append(stack.enter_context(Image.open(path)))
-            except FileNotFoundError:
-                raise self.error(
-                    index, f"the image {path} does not exist; check 'root' in the meta file", record.id
-                ) from None
-            except Exception as error:
-                raise self.error(index, f"the image {path} cannot be read: {error}", record.id) from error
-        return images
-
-    def _encode(self, index: int, record: Record, images: Sequence[Image.Image]) -> Encoded:
+        Raises:
+            DataError: one of them cannot be decoded.
+        """
         with self._naming(index, record.id):
-            encoded = self.encoder.encode(record.turns, [image.size for image in images])
-        if encoded.num_tiles < encoded.tiles_wanted:
+            return [decode_image(path) for path in self.image_paths(record)]
+
+    def image_paths(self, record: Record) -> list[Path]:
+        """Return where a record's images are.
+
+        Raises:
+            RecordProblem: a path leads out of the set's root.
+        """
+        return [locate_image(self.spec.root, name) for name in record.images]
+
+    def _image_sizes(self, record: Record, paths: Sequence[Path]) -> list[tuple[int, int]]:
+        self.encoder.refuse_endless(record.turns, len(paths))
+        return [image_size(path) for path in paths]
+
+    def _tell_of_losses(self, index: int, record: Record, measured: Measured) -> None:
+        """Log what a record has to give up to fit."""
+        losses = []
+        if measured.tiles_lost:
+            losses.append(f"{measured.tiles} tiles instead of {measured.tiles + measured.tiles_lost}")
+        if measured.tokens_cut:
+            losses.append(f"the last {measured.tokens_cut} tokens are cut off")
+        if losses:
             logger.warning(
-                "%s, line %d (record %r): %d tiles instead of %d, to fit max_seq_length %d",
-                self.spec.annotation, self.file.line(index), record.id, encoded.num_tiles,
-                encoded.tiles_wanted, self.encoder.preprocessing.max_seq_length,
+                "%s, line %d (record %r): %s, to fit max_seq_length %d",
+                self.spec.annotation, self.file.line(index), show_id(record.id), " and ".join(losses),
+                self.encoder.preprocessing.max_seq_length,
             )  # fmt: skip
-        return encoded
+
+
+class Examined(NamedTuple):
+    """What is to be known of a record before it is used.
+
+    Attributes:
+        measured: how long it is.
+        id: in the file.
+        name: hash of the id, 0 for none.
+        content: hash of its conversation and the paths of its images.
+        empty_turns: numbers, from 1, of answers without text.
+    """
+
+    measured: Measured
+    id: str | None
+    name: int
+    content: int
+    empty_turns: tuple[int, ...]
+
+
+def _hash(text: str) -> int:
+    """Return 64 bits: among a million texts, two have them in common by chance with 3 in 100 million."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 class Draw(NamedTuple):
@@ -212,17 +267,36 @@ class TrainingData(Dataset):
         sets: the data sets.
         seed: of the augmentation.
         lengths: of `index_lengths(sets)`; a record that differs from them is an error.
+        left_out: records that are not used. The others keep their order.
+        max_bad_fraction: most of all records that may be left out, with those that turn out to be unusable
+            in training; None if the first of these is to end the run.
     """
 
     def __init__(
-        self, sets: Sequence[RecordSet], *, seed: int = 0, lengths: Sequence[Lengths] | None = None
+        self,
+        sets: Sequence[RecordSet],
+        *,
+        seed: int = 0,
+        lengths: Sequence[Lengths] | None = None,
+        left_out: Sequence[LeftOut] = (),
+        max_bad_fraction: float | None = None,
     ) -> None:
         self.sets, self.seed, self.lengths = list(sets), seed, lengths
+        self.left_out, self.max_bad_fraction = tuple(left_out), max_bad_fraction
         if lengths is not None and [len(n) for n in lengths] != [s.num_distinct for s in self.sets]:
             raise ValueError("the lengths are not those of the sets")
-        self._bounds = np.cumsum([0, *(s.num_used for s in self.sets)])
+        self._usable = [self._others(s, [out.index for out in left_out if out.dataset == s.spec.name])
+                        for s in self.sets]  # fmt: skip
+        self._rounds = [s.num_used // s.num_distinct if s.num_distinct else 0 for s in self.sets]
+        self._bounds = np.cumsum([0, *self.sizes])
         if not len(self):
-            raise DataError("no records are left to train on: every 'repeat_time' is too small")
+            reason = "every record is left out" if left_out else "every 'repeat_time' is too small"
+            raise DataError(f"no records are left to train on: {reason}")
+
+    @staticmethod
+    def _others(records: RecordSet, left_out: Sequence[int]) -> np.ndarray:
+        """Return the indices in its file of a set's records but those, in the file's order."""
+        return np.setdiff1d(np.arange(records.num_distinct), np.array(left_out, np.int64))
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -230,7 +304,17 @@ class TrainingData(Dataset):
     @property
     def sizes(self) -> list[int]:
         """Records of an epoch from each set, before resampling."""
-        return [s.num_used for s in self.sets]
+        return [len(usable) * rounds for usable, rounds in zip(self._usable, self._rounds, strict=True)]
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether a record that turns out to be unusable is left out of its pack."""
+        return self.max_bad_fraction is not None
+
+    def skip_budget(self) -> SkipBudget:
+        """Return what counts such records until they are too many."""
+        total = sum(records.num_distinct for records in self.sets)
+        return SkipBudget(total, self.max_bad_fraction or 0.0, self.left_out)
 
     def locate(self, index: int) -> tuple[RecordSet, int]:
         """Return the set of a record of the epoch, and its index in the set's file."""
@@ -240,7 +324,8 @@ class TrainingData(Dataset):
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a record's set, and its index in the set's file."""
         number = int(np.searchsorted(self._bounds, index, side="right")) - 1
-        return number, (index - int(self._bounds[number])) % len(self.sets[number])
+        usable = self._usable[number]
+        return number, int(usable[(index - int(self._bounds[number])) % len(usable)])
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, bool] | DataError:
         """Load a record; returns it and whether it counts.
@@ -258,14 +343,18 @@ class TrainingData(Dataset):
 
     def _compare(self, number: int, index: int, sample: Sample) -> None:
         """Raise a `DataError` where a record is not as long as it was when it was indexed."""
-        if self.lengths is None or self.lengths[number][index] == sample.encoded.measured:
+        if self.lengths is None:
             return
         lengths = self.lengths[number]
-        now, before = ("{} tokens ({} supervised) and {} tiles".format(*numbers)
-                       for numbers in (sample.encoded.measured, lengths[index]))  # fmt: skip
+        found, expected = sample.encoded.measured[:3], lengths[index][:3]
+        if found == expected:
+            return
+        now, before = (
+            "{} tokens ({} supervised) and {} tiles".format(*numbers) for numbers in (found, expected)
+        )
         remedy = f"delete {lengths.file} and start again" if lengths.file else "start again"
         message = f"{now}, but {before} when the lengths were indexed: an image has changed since; {remedy}"
-        raise self.sets[number].error(index, message, sample.id)
+        raise self.sets[number].error(index, message, sample.id, "changed")
 
     def epoch_lengths(self) -> Lengths:
         """Return the lengths of every record of the epoch, in its numbering (repeated records repeated).
@@ -275,11 +364,9 @@ class TrainingData(Dataset):
         """
         if self.lengths is None:
             raise ValueError("TrainingData was made without the lengths of its records")
-        rounds = [s.num_used // s.num_distinct if s.num_distinct else 0 for s in self.sets]
+        sets = list(zip(self.lengths, self._usable, self._rounds, strict=True))
         columns = {
-            name: np.concatenate(
-                [np.tile(lengths.columns[name], n) for lengths, n in zip(self.lengths, rounds, strict=True)]
-            )
+            name: np.concatenate([np.tile(lengths.columns[name][usable], n) for lengths, usable, n in sets])
             for name in Measured._fields
         }
         return Lengths(**columns)

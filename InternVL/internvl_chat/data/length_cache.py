@@ -1,4 +1,4 @@
-"""Lengths of a data set's records, and the folder where they are kept from one run to the next."""
+"""What is known of a data set's records before they are used, and where it is kept from run to run."""
 
 import hashlib
 import json
@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from internvl_chat.data.encoding import Measured
+from internvl_chat.data.problems import Problem
 from internvl_chat.logs import get_logger
 
 logger = get_logger(__name__)
 
 # To be raised by whoever changes what the numbers depend on: the template, the tiling, or this file.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,25 +31,63 @@ class Lengths:
         tokens: (R,) int32.
         supervised: (R,) int32, tokens that are learnt.
         tiles: (R,) int32, of all images.
+        tiles_lost: (R,) int32, given up for `max_seq_length`; none by default.
+        tokens_cut: (R,) int32, cut off for `max_seq_length`; none by default.
         file: where the numbers are cached, if they belong to one data set and are.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     tiles: np.ndarray
+    tiles_lost: np.ndarray | None = None
+    tokens_cut: np.ndarray | None = None
     file: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tiles_lost", "tokens_cut"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.zeros(len(self.tokens), np.int32))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> Measured:
         """Return the numbers of one record."""
-        return Measured(int(self.tokens[index]), int(self.supervised[index]), int(self.tiles[index]))
+        return Measured(*(int(column[index]) for column in self.columns.values()))
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """The three arrays by name."""
+        """The arrays by name."""
         return {name: getattr(self, name) for name in Measured._fields}
+
+
+@dataclass(frozen=True, eq=False)
+class RecordIndex:
+    """What is known of the R records of a data set that are used.
+
+    Attributes:
+        lengths: zeros where a record cannot be used.
+        ids: as in the file, in a form that can be shown; None for none.
+        names: (R,) uint64, hashes of the ids, 0 for none.
+        contents: (R,) uint64, hashes of conversations and image paths, 0 where a record cannot be used.
+        problems: in the order of the file; several may be of one record.
+        decoded: whether the images were decoded.
+    """
+
+    lengths: Lengths
+    ids: list[str | None]
+    names: np.ndarray
+    contents: np.ndarray
+    problems: list[Problem]
+    decoded: bool = False
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def unusable(self) -> list[int]:
+        """Indices of the records that cannot be used."""
+        return sorted({problem.index or 0 for problem in self.problems if problem.is_error})
 
 
 def default_cache() -> Path:
@@ -64,34 +103,49 @@ def default_cache() -> Path:
 
 
 def cache_file(folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Return the file of the lengths that depend on these facts (anything that JSON can hold)."""
+    """Return the file of what depends on these facts (anything that JSON can hold)."""
     text = json.dumps({"version": _VERSION, **facts}, sort_keys=True)
-    return folder / f"lengths-{hashlib.sha256(text.encode()).hexdigest()[:40]}.npz"
+    return folder / f"records-{hashlib.sha256(text.encode()).hexdigest()[:40]}.npz"
 
 
-def read_lengths(file: Path, num_records: int) -> Lengths | None:
-    """Return cached lengths, or None where there are none, or where the file is damaged."""
+def read_index(file: Path, num_records: int) -> RecordIndex | None:
+    """Return what was kept, or None where there is nothing, or where the file is damaged."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             lengths = Lengths(**{name: stored[name] for name in Measured._fields}, file=file)
+            texts = json.loads(stored["texts"].tobytes())
+            problems = [Problem(*row)._replace(file=Path(row[2])) for row in texts["problems"]]
+            index = RecordIndex(
+                lengths, texts["ids"], stored["names"], stored["contents"], problems, texts["decoded"]
+            )
     except FileNotFoundError:
         return None
     except Exception as error:
         logger.warning("the cached lengths %s cannot be read (%s); measuring again", file, error)
         return None
-    if any(a.shape != (num_records,) or a.dtype != np.int32 for a in lengths.columns.values()):
+    numbers = [(column, np.int32) for column in lengths.columns.values()]
+    numbers += [(index.names, np.uint64), (index.contents, np.uint64)]
+    if any(a.shape != (num_records,) or a.dtype != t for a, t in numbers) or len(index.ids) != num_records:
         logger.warning("the cached lengths %s are not of %d records; measuring again", file, num_records)
         return None
-    return lengths
+    return index
 
 
-def write_lengths(file: Path, lengths: Lengths) -> bool:
-    """Write lengths, in full or not at all; return whether that was possible, with a warning if not."""
+def write_index(file: Path, index: RecordIndex) -> bool:
+    """Keep an index, in full or not at all; return whether that was possible, with a warning if not."""
     unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
+    problems = [problem._replace(file=str(problem.file)) for problem in index.problems]
+    texts = json.dumps({"ids": index.ids, "problems": problems, "decoded": index.decoded})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("xb") as stream:
-            np.savez(stream, **lengths.columns)
+            np.savez(
+                stream,
+                texts=np.frombuffer(texts.encode(), np.uint8),
+                names=index.names,
+                contents=index.contents,
+                **index.lengths.columns,
+            )
         unfinished.replace(file)
     except OSError as error:
         logger.warning("the lengths cannot be kept for the next run (set M3LLM_CACHE to a folder): %s", error)

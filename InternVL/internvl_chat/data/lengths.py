@@ -1,6 +1,6 @@
-"""How long every record of the data sets is, known exactly before training and without decoding an image.
+"""What every record of the data sets is like, known exactly before training: how long, or why it is unusable.
 
-Texts are tokenised and image headers read once, by several processes; later runs read the numbers from a
+Texts are tokenised and image headers read once, by several processes; later runs read the outcome from a
 cache. What is measured here is what `RecordSet.load` makes, because both follow the same plan.
 """
 
@@ -21,9 +21,18 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from internvl_chat.data.bad_records import raise_problems
 from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.encoding import Measured
-from internvl_chat.data.length_cache import Lengths, cache_file, default_cache, read_lengths, write_lengths
+from internvl_chat.data.length_cache import (
+    Lengths,
+    RecordIndex,
+    cache_file,
+    default_cache,
+    read_index,
+    write_index,
+)
+from internvl_chat.data.problems import Problem, show_id
 from internvl_chat.data.template import plain_backend
 from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger
@@ -33,8 +42,10 @@ logger = get_logger(__name__)
 _CHUNK = 256
 # Starting a process takes as long as measuring some thousands of records, and about 400 MB.
 _RECORDS_PER_WORKER = 5000
+_DECODED_PER_WORKER = 250
 _MOST_WORKERS = 16
-_LISTED_PROBLEMS = 20
+# Settings that change no length.
+_NOT_MEASURED = ("normalize_type", "pad2square")
 
 
 def index_lengths(
@@ -44,22 +55,62 @@ def index_lengths(
 
     Args:
         sets: the data sets.
-        workers: processes that measure; by default one a core, and none beside this one for few records.
-        cache: folder of cached numbers; by default `default_cache()`.
+        workers: of `index_records`.
+        cache: of `index_records`.
 
     Raises:
-        DataError: records cannot be used. It lists the first of them; the other sets are cached all the same.
+        DataError: records cannot be used. It lists the first of them.
+    """
+    indexes = index_records(sets, workers=workers, cache=cache)
+    raise_problems([problem for index in indexes for problem in index.problems])
+    return [index.lengths for index in indexes]
+
+
+def index_records(
+    sets: Sequence[RecordSet],
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    cache: Path | None = None,
+) -> list[RecordIndex]:
+    """Return what is known of all records that are used of each set, each once, in the file's order.
+
+    A cached record that could not be used is looked at again: its image may have been repaired. The others
+    are trusted as long as annotation file, root, tokenizer and preprocessing are the same.
+
+    Args:
+        sets: the data sets.
+        decode: also decode every image; else only their headers are read.
+        workers: processes that look; by default one a core, and none beside this one for few records.
+        cache: folder of what is kept; by default `default_cache()`.
     """
     files = _cache_files(sets, cache or default_cache())
-    found = [read_lengths(file, s.num_distinct) for file, s in zip(files, sets, strict=True)]
-    missing = [number for number, lengths in enumerate(found) if lengths is None]
-    problems = _Problems()
-    for number, lengths in zip(missing, _measure([sets[i] for i in missing], workers, problems), strict=True):
-        if lengths is not None:
-            kept = write_lengths(files[number], lengths)
-            found[number] = dataclasses.replace(lengths, file=files[number] if kept else None)
-    problems.raise_if_any()
-    return [lengths for lengths in found if lengths is not None]
+    found: list[RecordIndex] = []
+    tasks: list[_Task] = []
+    for number, (file, records) in enumerate(zip(files, sets, strict=True)):
+        known = read_index(file, records.num_distinct)
+        if known is None or (decode and not known.decoded):
+            tasks.append(_Task(number, np.arange(records.num_distinct), decode))
+            known = _nothing_known(records.num_distinct, decode)
+        elif known.unusable:
+            tasks.append(_Task(number, np.array(known.unusable), known.decoded))
+        found.append(known)
+    for task, outcome in zip(tasks, _examine(sets, tasks, workers), strict=True):
+        known = found[task.set_number]
+        updated = _update(known, task, outcome)
+        file = files[task.set_number]
+        if known.lengths.file is None or updated.problems != known.problems:
+            kept = write_index(file, updated)
+            lengths = dataclasses.replace(updated.lengths, file=file if kept else None)
+            updated = dataclasses.replace(updated, lengths=lengths)
+        found[task.set_number] = updated
+    return found
+
+
+def _nothing_known(num_records: int, decode: bool) -> RecordIndex:
+    none = np.zeros(num_records, np.uint64)
+    columns = {name: np.zeros(num_records, np.int32) for name in Measured._fields}
+    return RecordIndex(Lengths(**columns), [None] * num_records, none, none, [], decode)
 
 
 def _cache_files(sets: Sequence[RecordSet], folder: Path) -> list[Path]:
@@ -69,21 +120,26 @@ def _cache_files(sets: Sequence[RecordSet], folder: Path) -> list[Path]:
     files = []
     for records in sets:
         status = records.spec.annotation.stat()
+        preprocessing = dataclasses.asdict(records.encoder.preprocessing)
         facts = {
+            "data set": records.spec.name,
             "annotation": str(records.spec.annotation.absolute()),
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
             "root": str(records.spec.root.absolute()),
             "records": records.num_distinct,
-            "preprocessing": dataclasses.asdict(records.encoder.preprocessing),
+            "preprocessing": {k: v for k, v in preprocessing.items() if k not in _NOT_MEASURED},
+            "truncate_text": records.encoder.truncate_text,
             "tokenizer": digests[id(records.encoder.tokenizer)],
         }
         files.append(cache_file(folder, facts))
     return files
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Return a hash of what decides the ids of a text: vocabulary, merges, special tokens."""
+    if tokenizer is None:
+        return "none"
     if tokenizer.is_fast:
         text = plain_backend(tokenizer).to_str()
     else:
@@ -92,105 +148,120 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _Chunk(NamedTuple):
-    """Neighbouring records of one set."""
+class _Task(NamedTuple):
+    """Records of one set that are to be looked at."""
 
     set_number: int
-    start: int
-    stop: int
+    indices: np.ndarray
+    decode: bool
 
 
-class _Measurement(NamedTuple):
-    """What became of a chunk: a row of `Measured` for each record, the first problems, how many in all."""
+class _Outcome(NamedTuple):
+    """What became of a task: a row of `Measured`, an id and hashes for each record; problems of some."""
 
     rows: np.ndarray
-    problems: list[DataError]
-    num_problems: int
+    ids: list[str | None]
+    hashes: np.ndarray
+    problems: list[Problem]
 
 
-class _Problems:
-    """Records that cannot be used: the first of them, and how many there are."""
-
-    def __init__(self) -> None:
-        self.first: list[DataError] = []
-        self.count = 0
-
-    def add(self, measurement: _Measurement) -> None:
-        """Take in those of a chunk."""
-        self.first += measurement.problems[: _LISTED_PROBLEMS - len(self.first)]
-        self.count += measurement.num_problems
-
-    def raise_if_any(self) -> None:
-        """Raise one error for all."""
-        if self.count == 1:
-            raise self.first[0]
-        if self.count:
-            more = self.count - len(self.first)
-            lines = [f"  {i}. {problem}" for i, problem in enumerate(self.first, 1)]
-            lines += [f"  ... and {more} more"] if more else []
-            raise DataError("\n".join([f"{self.count} records cannot be used:", *lines]))
+def _update(known: RecordIndex, task: _Task, outcome: _Outcome) -> RecordIndex:
+    """Return an index in which the records of a task are replaced by what became of them."""
+    rows = np.stack(list(known.lengths.columns.values()), axis=1)
+    rows[task.indices] = outcome.rows
+    hashes = np.stack([known.names, known.contents], axis=1)
+    hashes[task.indices] = outcome.hashes
+    ids = list(known.ids)
+    for index, identity in zip(task.indices.tolist(), outcome.ids, strict=True):
+        ids[index] = identity
+    again = set(task.indices.tolist())
+    problems = [problem for problem in known.problems if problem.index not in again] + outcome.problems
+    columns = dict(zip(Measured._fields, np.ascontiguousarray(rows.T), strict=True))
+    names, contents = np.ascontiguousarray(hashes.T)
+    return RecordIndex(
+        Lengths(**columns, file=known.lengths.file), ids, names, contents,
+        sorted(problems, key=lambda problem: problem.index or 0), task.decode,
+    )  # fmt: skip
 
 
-def _measure(sets: Sequence[RecordSet], workers: int | None, problems: _Problems) -> Iterator[Lengths | None]:
-    """Yield each set's lengths, None where it has problems."""
-    total = sum(s.num_distinct for s in sets)
+def _examine(sets: Sequence[RecordSet], tasks: Sequence[_Task], workers: int | None) -> Iterator[_Outcome]:
+    """Yield what becomes of each task."""
+    total = sum(len(task.indices) for task in tasks)
     if workers is None:
-        workers = min(_available_cores(), _MOST_WORKERS, total // _RECORDS_PER_WORKER)
-    chunks = [
-        _Chunk(number, start, min(start + _CHUNK, s.num_distinct))
-        for number, s in enumerate(sets)
-        for start in range(0, s.num_distinct, _CHUNK)
+        each = _DECODED_PER_WORKER if any(task.decode for task in tasks) else _RECORDS_PER_WORKER
+        workers = min(available_cores(), _MOST_WORKERS, total // each)
+    parts = [
+        [task._replace(indices=task.indices[i : i + _CHUNK]) for i in range(0, len(task.indices), _CHUNK)]
+        for task in tasks
     ]
-    bar = tqdm(total=total, desc="measuring", unit="record", delay=2, file=sys.stderr, dynamic_ncols=True)
-    with bar, _measurements(sets, chunks, workers) as measurements:
-        for records in sets:
-            table, before = np.empty((records.num_distinct, len(Measured._fields)), np.int32), problems.count
-            for start in range(0, len(table), _CHUNK):
-                measurement = next(measurements)
-                table[start : start + _CHUNK] = measurement.rows
-                problems.add(measurement)
-                bar.update(len(measurement.rows))
-            columns = dict(zip(Measured._fields, np.ascontiguousarray(table.T), strict=True))
-            yield None if problems.count > before else Lengths(**columns)
+    bar = tqdm(total=total, desc="checking", unit="record", delay=2, file=sys.stderr, dynamic_ncols=True)
+    with bar, _outcomes(sets, [part for group in parts for part in group], workers) as outcomes:
+        for group in parts:
+            done = []
+            for _ in group:
+                done.append(next(outcomes))
+                bar.update(len(done[-1].ids))
+            yield _Outcome(
+                np.concatenate([np.zeros((0, len(Measured._fields)), np.int32), *(o.rows for o in done)]),
+                [identity for o in done for identity in o.ids],
+                np.concatenate([np.zeros((0, 2), np.uint64), *(o.hashes for o in done)]),
+                [problem for o in done for problem in o.problems],
+            )
 
 
 @contextmanager
-def _measurements(
-    sets: Sequence[RecordSet], chunks: Iterable[_Chunk], workers: int
-) -> Iterator[Iterator[_Measurement]]:
-    """Give what becomes of the chunks, in order, measured by this process or by several."""
+def _outcomes(
+    sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int
+) -> Iterator[Iterator[_Outcome]]:
+    """Give what becomes of the tasks, in order, found by this process or by several."""
     if workers <= 1:
-        yield (_measure_chunk(sets, chunk) for chunk in chunks)
+        yield (_examine_here(sets, task) for task in tasks)
         return
     # A forked process could inherit a lock that a thread of the tokenizer or of torch holds.
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(sets,)
     )
     try:
-        yield pool.map(_measure_in_worker, chunks)
+        yield pool.map(_examine_in_worker, tasks)
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that measured the records ended early; perhaps the machine is short of memory"
+            "a process that checked the records ended early; perhaps the machine is short of memory"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _measure_chunk(sets: Sequence[RecordSet], chunk: _Chunk) -> _Measurement:
-    """Measure records one after the other; one with a problem gets zeros."""
-    records = sets[chunk.set_number]
-    rows = np.zeros((chunk.stop - chunk.start, len(Measured._fields)), np.int32)
-    problems: list[DataError] = []
-    for row, index in zip(rows, range(chunk.start, chunk.stop), strict=True):
+def _examine_here(sets: Sequence[RecordSet], task: _Task) -> _Outcome:
+    """Look at records one after the other; one that cannot be used gets zeros."""
+    records = sets[task.set_number]
+    rows = np.zeros((len(task.indices), len(Measured._fields)), np.int32)
+    hashes = np.zeros((len(task.indices), 2), np.uint64)
+    ids: list[str | None] = []
+    problems: list[Problem] = []
+    for row, pair, index in zip(rows, hashes, task.indices.tolist(), strict=True):
         try:
-            row[:] = records.measure(index)
-        except DataError as problem:
-            problems.append(problem)
-    return _Measurement(rows, problems[:_LISTED_PROBLEMS], len(problems))
+            examined = records.examine(index, decode=task.decode)
+        except DataError as error:
+            ids.append(error.record)
+            problems.append(_problem(records, index, error.record, error.kind, error.message))
+            continue
+        row[:] = examined.measured
+        pair[:] = examined.name, examined.content
+        ids.append(show_id(examined.id))
+        if examined.empty_turns:
+            turns = ", ".join(map(str, examined.empty_turns))
+            problems.append(_problem(records, index, ids[-1], "empty turn", f"empty answer in turn {turns}"))
+    return _Outcome(rows, ids, hashes, problems)
+
+
+def _problem(records: RecordSet, index: int, identity: str | None, kind: str, message: str) -> Problem:
+    spec = records.spec
+    return Problem(spec.name, index, spec.annotation, records.file.line(index), identity, kind, message)
 
 
 # Of a worker alone.
@@ -204,5 +275,5 @@ def _begin_worker(sets: Sequence[RecordSet]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _measure_in_worker(chunk: _Chunk) -> _Measurement:
-    return _measure_chunk(_sets, chunk)
+def _examine_in_worker(task: _Task) -> _Outcome:
+    return _examine_here(_sets, task)

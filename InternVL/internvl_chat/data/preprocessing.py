@@ -11,6 +11,8 @@ from internvl_chat.data.tiling import NORMALIZATIONS
 from internvl_chat.errors import ModelError
 
 PREPROCESSING_FILE = "preprocessing.json"
+# The number of grids to compare grows with the cube of it.
+MOST_TILES = 100
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Preprocessing:
                 f"min_dynamic_patch {self.min_dynamic_patch} must be from 1 to max_dynamic_patch "
                 f"{self.max_dynamic_patch}"
             )
+        if self.max_dynamic_patch > MOST_TILES:
+            raise ModelError(f"max_dynamic_patch {self.max_dynamic_patch} must be at most {MOST_TILES}")
 
     @classmethod
     def from_folder(cls, folder: Path, model_config: Any) -> "Preprocessing":

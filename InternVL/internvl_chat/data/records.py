@@ -5,12 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER, IMG_CONTEXT
+from internvl_chat.data.problems import RecordProblem
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-
-class RecordProblem(ValueError):
-    """Why a record cannot be used; the reader adds file, line and id."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ def parse_record(raw: Any) -> Record:
     placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
     if placeholders != len(images):
         raise RecordProblem(
-            f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the human turns, but {len(images)} images"
+            f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the human turns, but {len(images)} images",
+            kind="placeholders",
         )
     identity = raw.get("id")
     return Record(None if identity is None else str(identity), turns, images)
@@ -73,9 +71,12 @@ def _parse_turns(raw: Mapping[str, Any]) -> tuple[Turn, ...]:
         raise RecordProblem("no conversation: 'conversations' must be a list of turns")
     turns = tuple(_parse_turn(entry, number, role_key, text_key) for number, entry in enumerate(entries, 1))
     if any(turn.role == "system" for turn in turns[1:]):
-        raise RecordProblem("a system turn must be the first turn")
-    if not any(turn.role == "assistant" for turn in turns):
-        raise RecordProblem("no assistant turn ('from': 'gpt'), so there is nothing to learn")
+        raise RecordProblem("a system turn must be the first turn", kind="role")
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    if not answers:
+        raise RecordProblem("no assistant turn ('from': 'gpt'), so there is nothing to learn", kind="role")
+    if not any(map(str.strip, answers)):
+        raise RecordProblem("every answer is empty, so there is nothing to learn", kind="empty answer")
     return turns
 
 
@@ -84,7 +85,9 @@ def _parse_turn(entry: Any, number: int, role_key: str, text_key: str) -> Turn:
         raise RecordProblem(f"turn {number} must be an object with {role_key!r} and {text_key!r}")
     role, text = entry[role_key], entry[text_key]
     if not isinstance(role, str) or role not in _ROLES:
-        raise RecordProblem(f"turn {number} has the unknown role {role!r}; use system, human or gpt")
+        raise RecordProblem(
+            f"turn {number} has the unknown role {role!r:.80}; use system, human or gpt", kind="role"
+        )
     if isinstance(text, list):
         text = _join_parts(text, number)
     if not isinstance(text, str):
@@ -93,7 +96,7 @@ def _parse_turn(entry: Any, number: int, role_key: str, text_key: str) -> Turn:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RecordProblem(
-            f"turn {number} is no valid Unicode text at character {error.start + 1}"
+            f"turn {number} is no valid Unicode text at character {error.start + 1}", kind="encoding"
         ) from None
     if IMG_CONTEXT in text:
         raise RecordProblem(f"turn {number} contains the reserved token {IMG_CONTEXT}")
@@ -132,7 +135,7 @@ def _show_first(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if turn.role == "user":
             shown = replace(turn, text=f"{IMAGE_PLACEHOLDER}\n{turn.text}")
             return (*turns[:index], shown, *turns[index + 1 :])
-    raise RecordProblem("an image, but no human turn to show it in")
+    raise RecordProblem("an image, but no human turn to show it in", kind="placeholders")
 
 
 def _as_the_reference_marks_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

@@ -6,6 +6,7 @@ their text and `<|im_end|>`, not the header and not the final newline.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -96,14 +97,22 @@ class Template:
     Args:
         tokenizer: with InternVL's special tokens.
         system_text: of conversations without a system turn.
+
+    Attributes:
+        header: ids of what precedes the text of an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_text: str) -> None:
         self.tokenizer = tokenizer
         self.context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
         system = Turn("system", system_text)
-        system_ids, self._header = token_ids(tokenizer, [render_turn(system), f"{IM_START}assistant\n"])
+        system_ids, self.header = token_ids(tokenizer, [render_turn(system), f"{IM_START}assistant\n"])
         self._system = (system, system_ids)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token stands for."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def encode(self, turns: Sequence[Turn]) -> EncodedTurns:
         """Tokenise a conversation and label what is to be learnt."""
@@ -119,7 +128,7 @@ class Template:
 
     def encode_prompt(self, turns: Sequence[Turn]) -> EncodedTurns:
         """Tokenise a conversation up to where the assistant is to answer; nothing is labelled."""
-        ids = [token for _, ids in self._tokenize(turns) for token in ids] + self._header
+        ids = [token for _, ids in self._tokenize(turns) for token in ids] + self.header
         input_ids = np.array(ids, np.int64)
         labels = np.full_like(input_ids, IGNORE_INDEX)
         return EncodedTurns(input_ids, labels, np.flatnonzero(input_ids == self.context_id))
@@ -144,7 +153,7 @@ class Template:
 
     def _learnt(self, turn: Turn, num_ids: int) -> range:
         """Return which ids of a turn are learnt: an answer and its end, not its header and last newline."""
-        return range(len(self._header), num_ids - 1) if turn.role == "assistant" else range(0)
+        return range(len(self.header), num_ids - 1) if turn.role == "assistant" else range(0)
 
 
 def render_turn(turn: Turn) -> str:

@@ -105,15 +105,21 @@ def cut_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Imag
     return [*tiles, image.resize((tile_size, tile_size))] if grid.thumbnail else tiles
 
 
+def has_eight_bits(image: Image.Image) -> bool:
+    """Say whether an image's channels have at most 8 bits; Pillow would clip others to black and white."""
+    return image.mode != "F" and not image.mode.startswith("I")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in RGB, as Pillow converts it.
+    """Return an image in RGB, as Pillow converts it; one that is RGB already is not copied.
 
     Raises:
-        ValueError: it has more than 8 bits a channel; Pillow would clip such values to black and white.
+        ValueError: it has more than 8 bits a channel.
     """
-    if image.mode == "F" or image.mode.startswith("I"):
+    if not has_eight_bits(image):
         raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:

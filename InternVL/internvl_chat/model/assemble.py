@@ -12,6 +12,24 @@ from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import Weights, assign_weights, open_weights, read_weights
 
 
+def assembled_config(
+    vision_folder: Path, llm_folder: Path, downsample_ratio: float, drop_path_rate: float = 0.0
+) -> InternVLChatConfig:
+    """Return the configuration of the model that `assemble_model` builds, without reading weights.
+
+    Raises:
+        ModelError: a part's configuration is missing or does not fit.
+    """
+    raw = {
+        "model_type": "internvl_chat",
+        "vision_config": {**_read_json(vision_folder / "config.json"), "drop_path_rate": drop_path_rate},
+        "llm_config": _read_json(llm_folder / "config.json"),
+        "downsample_ratio": downsample_ratio,
+        "ps_version": "v2",
+    }
+    return InternVLChatConfig.from_dict(raw, source=f"{vision_folder} with {llm_folder}")
+
+
 def assemble_model(
     *,
     vision_folder: Path,
@@ -38,16 +56,7 @@ def assemble_model(
     Raises:
         ModelError: a part is missing or does not fit.
     """
-    vision = {**_read_json(vision_folder / "config.json"), "drop_path_rate": drop_path_rate}
-    llm = _read_json(llm_folder / "config.json")
-    raw = {
-        "model_type": "internvl_chat",
-        "vision_config": vision,
-        "llm_config": llm,
-        "downsample_ratio": downsample_ratio,
-        "ps_version": "v2",
-    }
-    config = InternVLChatConfig.from_dict(raw, source=f"{vision_folder} with {llm_folder}")
+    config = assembled_config(vision_folder, llm_folder, downsample_ratio, drop_path_rate)
     model = empty_model(config, image_context_id, dtype, attn)
     assign_weights(
         model.vision_model, _without(read_weights(vision_folder), "vision_model."), source=vision_folder

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from internvl_chat.data.bad_records import POLICIES
 from internvl_chat.data.order import STRATEGIES
 from internvl_chat.data.template import SYSTEM_TEXTS
 from internvl_chat.data.tiling import NORMALIZATIONS
@@ -85,6 +86,23 @@ class DataArguments:
     max_dynamic_patch: int = _arg(12, "Most tiles of a record; a data set's own limit wins.")
     normalize_type: str = _arg("imagenet", "Pixel statistics.", tuple(NORMALIZATIONS))
     use_data_resampling: bool = _arg(False, "Draw from the data sets by the square roots of their sizes.")
+    check: str = _arg(
+        "fast",
+        "Before weights are loaded: full decodes every image, fast reads only its header; off looks for no "
+        "duplicates.",
+        ("full", "fast", "off"),
+    )
+    on_bad_record: str = _arg(
+        "fail", "What to do with a record that cannot be used; skip leaves it out, by name.", POLICIES
+    )
+    max_bad_fraction: float = _arg(0.01, "Most records that --on_bad_record skip may leave out, as a share.")
+    truncate_text: bool = _arg(
+        False, "Cut the end of a text that is too long even with one tile an image, instead of refusing it."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must be from 0 to 1")
 
 
 @dataclass

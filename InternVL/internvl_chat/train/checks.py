@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
 from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.data.meta import DatasetSpec, load_meta
+from internvl_chat.data.meta import MOST_TILES, DatasetSpec, load_meta
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
 from internvl_chat.model.adapter import find_base, read_base
@@ -224,6 +224,8 @@ def _check_flags(args: Arguments) -> None:
             f"--min_dynamic_patch {data.min_dynamic_patch} must be from 1 to --max_dynamic_patch "
             f"{data.max_dynamic_patch}"
         )
+    if data.max_dynamic_patch > MOST_TILES:
+        problems.append(f"--max_dynamic_patch {data.max_dynamic_patch} must be at most {MOST_TILES}")
     if min(model.use_llm_lora, model.use_backbone_lora) < 0:
         problems.append("--use_llm_lora and --use_backbone_lora are ranks, from 0")
     if not 0 <= model.lora_dropout < 1:

@@ -12,6 +12,7 @@ FINGERPRINT = "run_fingerprint.json"
 # What is settled only when model and data are there.
 SET_SIZES = "records of each set"
 WEIGHT_PRECISION = "weight precision"
+LEFT_OUT = "records left out"
 
 _MODEL_FLAGS = (
     "freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head", "use_llm_lora",
@@ -24,6 +25,7 @@ _RUN_FLAGS = (
 _DATA_FLAGS = (
     "conv_style", "max_seq_length", "force_image_size", "dynamic_image_size", "use_thumbnail",
     "min_dynamic_patch", "max_dynamic_patch", "normalize_type", "pad2square", "use_data_resampling",
+    "truncate_text",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Steps that must not change the weights: those whose loss or gradient is no number."""
+"""Steps that must not change the weights: those that teach nothing, or are no numbers."""
 
 import math
 import statistics
@@ -31,22 +31,25 @@ class StepGuard:
         self.bad_steps = 0
         self._norms: deque[float] = deque(maxlen=_LATEST)
 
-    def judge(self, step: int, loss: float, norm: float, records: Callable[[], Records]) -> str | None:
+    def judge(
+        self, step: int, loss: float, norm: float, supervised: int, records: Callable[[], Records]
+    ) -> str | None:
         """Return why a step must be left out, or None if its gradients may be used.
 
         Args:
             step: its number, from 1.
             loss: of the whole step.
             norm: of all its gradients.
+            supervised: tokens that it teaches.
             records: names its records, as data set and index from 0.
 
         Raises:
             TrainingError: there were too many bad steps.
         """
-        if math.isfinite(loss) and math.isfinite(norm):
+        reason = _fault(loss, norm, supervised)
+        if reason is None:
             self._look_for_spike(step, norm, records)
             return None
-        reason = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         self.bad_steps += 1
         told = f"step {step}: {reason}; its records (data set and index from 0): {name_records(records())}"
         if self.bad_steps > self.max_bad_steps:
@@ -67,6 +70,16 @@ class StepGuard:
                     step, norm, usual, len(self._norms), name_records(records()),
                 )  # fmt: skip
         self._norms.append(norm)
+
+
+def _fault(loss: float, norm: float, supervised: int) -> str | None:
+    if not supervised:
+        return "nothing in it is supervised"
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(norm):
+        return f"the gradient's norm is {norm}"
+    return None
 
 
 def name_records(records: Records) -> str:

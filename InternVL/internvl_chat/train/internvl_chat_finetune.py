@@ -15,22 +15,24 @@ import yaml
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.errors import DataError, M3LLMError, TrainingError, UsageError
 from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.model.flops import count_flops
+from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
 from internvl_chat.train.checks import Plan, check_configuration
 from internvl_chat.train.fingerprint import (
+    LEFT_OUT,
     SET_SIZES,
     WEIGHT_PRECISION,
     check_same_run,
     fingerprint,
     read_fingerprint,
 )
-from internvl_chat.train.loading import load_data, load_for_training
+from internvl_chat.train.loading import load_encoder, load_for_training, load_records, order_records
 from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step, unlock_folder
 from internvl_chat.train.plots import plot_loss
 from internvl_chat.train.rehearsal import plan_memory
@@ -51,13 +53,43 @@ def train(args: Arguments) -> signal.Signals | None:
         The signal that stopped it before its end, if one did.
     """
     plan = check_configuration(args)
-    output, main_process = plan.output.path, args.run.process_index == 0
-    lock = plan.output.open() if main_process else None
-    if main_process:
-        (output / CONFIG).write_text(yaml.safe_dump(args.to_dict(), sort_keys=False), encoding="utf-8")
-
+    settled = read_fingerprint(plan.output.resume) if plan.output.resume else {}
+    data = load_records(args, plan.specs, load_encoder(plan), began_without=settled.get(LEFT_OUT))
+    if plan.output.resume:
+        check_same_run(plan.output.resume, {SET_SIZES: data.sizes})
+    lock = None
+    if args.run.process_index == 0:
+        lock = plan.output.open()
+        (plan.output.path / CONFIG).write_text(
+            yaml.safe_dump(args.to_dict(), sort_keys=False), encoding="utf-8"
+        )
     set_seed(args.run.seed)
     model, tokenizer, preprocessing = load_for_training(plan)
+    trainer = _build_trainer(plan, model, tokenizer, preprocessing, data)
+    if args.run.self_test:
+        _self_test(plan, trainer, tokenizer, preprocessing)
+    # Until now there was nothing to save, and a signal ended the process.
+    with trainer.stop_request:
+        stopped_by = _run(plan, trainer)
+    if lock is not None:
+        unlock_folder(lock)
+    _end_together()
+    return stopped_by
+
+
+def _build_trainer(
+    plan: Plan,
+    model: InternVLChatModel,
+    tokenizer: PreTrainedTokenizerBase,
+    preprocessing: Preprocessing,
+    data: TrainingData,
+) -> M3LLMTrainer:
+    """Choose what is trained, in which order, and in how much memory.
+
+    Raises:
+        UsageError: nothing is trained, or a checkpoint is of another run.
+    """
+    args, resume = plan.args, plan.output.resume
     rows = set_trainable(
         model,
         freeze_llm=args.model.freeze_llm,
@@ -69,13 +101,10 @@ def train(args: Arguments) -> signal.Signals | None:
     logger.info("attention: %s\n%s", plan.attn, format_table(rows))
     if not rows[-1].trainable:
         raise UsageError("with these flags nothing is trained; see the table above")
-
-    encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(args.data.max_dynamic_patch)
-    data, sampler = load_data(args, plan.specs, encoder, count_flops(model))
-    resume = plan.output.resume
     if resume and args.run.weight_precision == "auto":
         # What fitted then was chosen for all of the run.
         args.run.weight_precision = read_fingerprint(resume).get(WEIGHT_PRECISION, "auto")
+    sampler = order_records(args, data, count_flops(model))
     rehearsal = plan_memory(args, model, sampler, data)
     settled = {SET_SIZES: data.sizes, WEIGHT_PRECISION: rehearsal.precision}
     if resume:
@@ -87,26 +116,18 @@ def train(args: Arguments) -> signal.Signals | None:
         model.compile_blocks()
     if args.run.sharded:
         shard(model, args.run.device)
-    trainer = M3LLMTrainer(
+    left_out = [[out.dataset, out.index] for out in data.left_out]
+    return M3LLMTrainer(
         model,
         args.run,
         data=data,
         sampler=sampler,
         normalization=preprocessing.normalize_type,
         save_model_to=checkpoint_writer(plan, model, tokenizer, preprocessing),
-        fingerprint=fingerprint(args) | settled,
+        fingerprint=fingerprint(args) | settled | {LEFT_OUT: left_out},
         weight_precision=rehearsal.precision,
         rehearsal=rehearsal,
     )
-    if args.run.self_test:
-        _self_test(plan, trainer, tokenizer, preprocessing)
-    # Until now there was nothing to save, and a signal ended the process.
-    with trainer.stop_request:
-        stopped_by = _run(plan, trainer)
-    if lock is not None:
-        unlock_folder(lock)
-    _end_together()
-    return stopped_by
 
 
 def _run(plan: Plan, trainer: M3LLMTrainer) -> signal.Signals | None:

@@ -1,6 +1,7 @@
 """What a run writes of each step: a line of figures, and a line that proves which records were used."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ class StepLog:
         """Add a step's line to both files."""
         self._files[METRICS].append(figures)
         self._files[LEDGER].append(used)
+
+    def write_left_out(self, records: Sequence[dict[str, Any]]) -> None:
+        """Begin the ledger with the records that no step uses."""
+        self._files[LEDGER].append({"step": 0, "skipped": list(records), "trained": []})
 
 
 class AppendedFile:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.collator import Pack, PackDataset
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
@@ -61,6 +62,7 @@ class StepRecord:
     supervised_tokens: int
     tiles: int
     flops: float
+    skipped: tuple[Skipped, ...] = ()
     left_out: str | None = None
 
 
@@ -138,6 +140,7 @@ class M3LLMTrainer(CheckpointingTrainer):
         self.packs = PackDataset(data, multiple=_COMPILED_MULTIPLE if args.compile_blocks else 1)
         self.stop_request, self.stops = StopRequest(), False
         self.guard, self.watchdog = StepGuard(args.max_bad_steps), Watchdog(args.hang_seconds)
+        self.skip_budget = data.skip_budget()
         self.step_log = StepLog(Path(args.output_dir))
         super().__init__(
             model=model,
@@ -280,16 +283,35 @@ class M3LLMTrainer(CheckpointingTrainer):
             sum(len(p.tiles) for p in inputs),
             self.floating_point_ops(inputs),
             self.stop_request.signal is not None,
+            sum(len(p.skipped) for p in inputs),
         ]
         self.watchdog.note(f"in step {self.state.global_step + 1}, records {_name_keys(inputs)}")
         total = self._sum_over_processes(torch.tensor(local, dtype=torch.float64))
+        skipped = self._count_skipped(inputs) if total[7] else ()
+        # Where every record of a step is skipped, all sums are zero.
+        weight = float(total[0]) or 1.0
         # Gradients are averaged over the processes, hence the factor.
-        scale = self.args.world_size / float(total[0]) if total[0] else 0.0
-        weighted_sum = self._forward_backward(model, inputs, weights, scale)
-        loss = self._sum_over_processes(weighted_sum.reshape(1).cpu())[0] / total[0]
+        weighted_sum = self._forward_backward(model, inputs, weights, self.args.world_size / weight)
+        loss = self._sum_over_processes(weighted_sum.reshape(1).cpu())[0] / weight
         self.stops = bool(total[6])
-        self._step = StepRecord(float(loss), learning_rate, *(int(n) for n in total[1:5]), float(total[5]))
+        counts = (int(n) for n in total[1:5])
+        self._step = StepRecord(float(loss), learning_rate, *counts, float(total[5]), skipped)
         return loss.float().to(self.args.device)
+
+    def _count_skipped(self, inputs: list[Pack]) -> tuple[Skipped, ...]:
+        """Return the records of a step that turned out to be unusable, on all processes.
+
+        Raises:
+            DataError: with those of earlier steps they are too many.
+        """
+        own = [record for pack in inputs for record in pack.skipped]
+        found = [own]
+        if self.args.world_size > 1:
+            found = [own] * self.args.world_size
+            torch.distributed.all_gather_object(found, own)
+        skipped = tuple(itertools.chain.from_iterable(found))
+        self.skip_budget.spend(skipped)
+        return skipped
 
     def _forward_backward(
         self,
@@ -408,7 +430,9 @@ class M3LLMTrainer(CheckpointingTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         step, number = self._step, self.state.global_step + 1
         if step is not None:
-            step.left_out = self.guard.judge(number, step.loss, float(norm), lambda: self._records_of(number))
+            step.left_out = self.guard.judge(
+                number, step.loss, float(norm), step.supervised_tokens, lambda: self._records_of(number)
+            )
             if step.left_out:
                 # An optimizer leaves parameters without a gradient as they are, and so are its moments.
                 self._leave_out(model)
@@ -470,7 +494,10 @@ class M3LLMTrainer(CheckpointingTrainer):
         used: dict[str, Any] = {"step": number, "epoch": self._place_of(number)[0]}
         if step.left_out:
             row["left_out"] = used["left_out"] = step.left_out
-        used["trained"] = self._records_of(number)
+        skipped = {(record.dataset, record.index) for record in step.skipped}
+        used["trained"] = [place for place in self._records_of(number) if place not in skipped]
+        if skipped:
+            used["skipped"] = [record._asdict() for record in step.skipped]
         self.step_log.write(row, used)
 
     def _place_of(self, step: int) -> tuple[int, int]:
@@ -484,6 +511,8 @@ class M3LLMTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, watched."""
+        if self.data.left_out and not kwargs.get("resume_from_checkpoint") and self.is_world_process_zero():
+            self.step_log.write_left_out([record._asdict() for record in self.data.left_out])
         with self.watchdog:
             return super().train(*args, **kwargs)
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from internvl_chat.data.dataset import Draw, RecordKey, RecordSet, TrainingData, build_sets
-from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.encoding import Measured, RecordEncoder
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
@@ -239,7 +239,7 @@ class TestFaults:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         error = self.fail(make, text_record(2, image=file.name))
         assert error.record == "r2"
-        assert f"an image cannot be decoded ({file.name})" in error.message
+        assert f"the image {file} cannot be decoded: " in error.message
 
     def test_the_second_image(self, make, tmp_path):
         record = text_record(2, image=["wide.png", "nowhere.png"])
@@ -300,7 +300,7 @@ class TestLengths:
 
     def lengths(self, sets: list[RecordSet]) -> list[Lengths]:
         tables = [np.array([s.measure(i) for i in range(s.num_distinct)], np.int32) for s in sets]
-        return [Lengths(*table.reshape(-1, 3).T) for table in tables]
+        return [Lengths(*table.reshape(-1, len(Measured._fields)).T) for table in tables]
 
     def test_measure_is_what_load_makes(self, sets):
         for records in sets:

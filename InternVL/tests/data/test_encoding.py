@@ -166,7 +166,7 @@ class TestMeasure:
 
     def test_by_hand(self, encoder, tokenizer):
         measured = encoder(max_dynamic_patch=8).measure(conversation(3), [WIDE, TALL, SQUARE])
-        assert measured == (len(tokenizer(text_of(3, 3, 1)).input_ids), 3, 7)
+        assert measured == (len(tokenizer(text_of(3, 3, 1)).input_ids), 3, 7, 0, 0)
 
 
 class TestWithMaxTiles:

@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer
 
 from internvl_chat.data import lengths as lengths_module
 from internvl_chat.data.dataset import RecordSet, build_sets
-from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.encoding import Measured, RecordEncoder
 from internvl_chat.data.length_cache import default_cache
 from internvl_chat.data.lengths import Lengths, index_lengths, tokenizer_digest
 from internvl_chat.data.meta import DatasetSpec, load_meta
@@ -62,21 +62,24 @@ def make(tmp_path, tokenizer):
 @pytest.fixture
 def measured(monkeypatch) -> list[int]:
     """The indices of the records that are measured in this process."""
-    indices, measure = [], RecordSet.measure
-    monkeypatch.setattr(RecordSet, "measure", lambda self, i: (indices.append(i), measure(self, i))[1])
+    indices, examine = [], RecordSet.examine
+    monkeypatch.setattr(
+        RecordSet, "examine", lambda self, i, **options: (indices.append(i), examine(self, i, **options))[1]
+    )
     return indices
 
 
 def record(number: int, **extra) -> dict:
-    turns = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": "a cat " * number}]
+    answer = "a" + " cat" * number
+    turns = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": answer}]
     return {"id": f"r{number}", "conversations": turns, **extra}
 
 
-def encoded(records: RecordSet) -> list[tuple[int, int, int]]:
+def encoded(records: RecordSet) -> list[tuple[int, ...]]:
     return [tuple(records.encode(i)[1].measured) for i in range(records.num_distinct)]
 
 
-def rows(lengths: Lengths) -> list[tuple[int, int, int]]:
+def rows(lengths: Lengths) -> list[tuple[int, ...]]:
     return [tuple(lengths[i]) for i in range(len(lengths))]
 
 
@@ -147,7 +150,7 @@ class TestNumbers:
                 self.ended = False
 
             def map(self, function, chunks):
-                yield lengths_module._measure_chunk([records], next(iter(chunks)))
+                yield lengths_module._examine_here([records], next(iter(chunks)))
                 raise BrokenProcessPool("killed")
 
             def shutdown(self, cancel_futures):
@@ -221,13 +224,22 @@ class TestProblems:
         assert [f"line {i} " in line for i, line in enumerate(message[1:21], 1)] == [True] * 20
         assert message[21:] == ["  ... and 30 more"]
 
-    def test_are_never_cached_but_good_sets_are(self, make, cache, measured):
+    def test_are_looked_at_again_and_nothing_else(self, make, cache, measured):
         sets = [make([record(0), self.FAULTY[1]], "bad"), make([record(0)], "good")]
         problem_of(sets, cache)
-        assert len(list(cache.iterdir())) == 1
+        assert len(list(cache.iterdir())) == 2
         measured.clear()
         problem_of(sets, cache)
-        assert measured == [0, 1]
+        assert measured == [1]
+
+    def test_a_repaired_image_is_found(self, make, cache, measured, tmp_path):
+        records = make([record(0), self.FAULTY[1], record(2)])
+        problem_of([records], cache)
+        Image.new("RGB", (10, 10)).save(tmp_path / "images/nowhere.png")
+        assert rows(index_lengths([records], cache=cache)[0]) == encoded(records)
+        measured.clear()
+        assert rows(index_lengths([records], cache=cache)[0]) == encoded(records)
+        assert measured == []
 
 
 class TestCache:
@@ -293,7 +305,8 @@ class TestCache:
         file = index_lengths([records], cache=cache)[0].file
         content, columns = file.read_bytes(), np.zeros(2, np.int32)
         if damage == "other records":
-            np.savez(file, tokens=columns, supervised=columns, tiles=columns)
+            with np.load(file) as stored:
+                np.savez(file, **{**stored, **dict.fromkeys(Measured._fields, columns)})
         elif damage == "other columns":
             np.savez(file, tokens=columns)
         else:

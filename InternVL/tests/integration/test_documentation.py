@@ -54,6 +54,8 @@ def stage(tmp_path_factory, tiny_model, sample_data):
     (folder / "InternVL").symlink_to(SOURCE_ROOT)
     figure = next((sample_data / "images").glob("*_fig1.jpg"))
     (folder / "figure.jpg").write_bytes(figure.read_bytes())
+    (folder / "benchmark").mkdir()
+    (folder / "benchmark/items.json").write_text('[{"question": "What does PMC1 show?"}]')
     for name in ("M3LLM-fulldatav2-lora-lr=5e-6", "lora"):
         argv = flags(
             model_name_or_path=tiny_model,

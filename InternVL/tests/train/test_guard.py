@@ -10,8 +10,8 @@ from internvl_chat.train.guard import StepGuard, name_records
 RECORDS = [("qa-bbox", 12), ("qa-puretext", 0)]
 
 
-def judge(guard, step, loss=1.0, norm=1.0):
-    return guard.judge(step, loss, norm, lambda: RECORDS)
+def judge(guard, step, loss=1.0, norm=1.0, supervised=9):
+    return guard.judge(step, loss, norm, supervised, lambda: RECORDS)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,10 @@ def test_a_step_that_is_no_number_is_left_out_and_named(caplog, loss, norm, reas
         in caplog.text
     )
     assert "left out (1 of 1)" in caplog.text
+
+
+def test_a_step_that_teaches_nothing_is_left_out():
+    assert judge(StepGuard(1), 8, loss=0.0, norm=0.0, supervised=0) == "nothing in it is supervised"
 
 
 def test_too_many_end_the_run(caplog):

@@ -218,7 +218,8 @@ def test_the_largest_pack_is_that_which_needs_most(processes, max_tokens):
         for number in range(len(sampler)):
             for draws in sampler.packs(0, number):
                 records = [draw.index for draw in draws]
-                sums = [int(c[records].sum()) for c in lengths.columns.values()]
+                columns = (lengths.tokens, lengths.supervised, lengths.tiles)
+                sums = [int(column[records].sum()) for column in columns]
                 size = PackSize(*sums, squares=int((tokens[records] ** 2).sum()))
                 sizes.append((MEMORY.needed(size, "master", 0), size, draws))
         needed, size, _ = max(sizes, key=lambda one: one[0])

@@ -1,0 +1,65 @@
+"""Broken input by the thousand: the right result or the named error, soon, and in little memory."""
+
+import json
+import random
+import resource
+
+import pytest
+from fuzzing import fuzz_images, fuzz_metas, fuzz_records, good_records, mutate_bytes, mutate_value
+from small_sets import entry_of, smooth
+
+from internvl_chat.cli import main as m3llm
+
+MOST_MEMORY = 2e9
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    smooth(60, 20).save(tmp_path / "images/a.png")
+    smooth(20, 60, seed=1).save(tmp_path / "images/b.jpg")
+    return tmp_path
+
+
+def test_records(folder):
+    outcomes = fuzz_records(folder, seed=0, count=400)
+    assert len(outcomes) >= 8
+    assert outcomes["good"] > 40
+
+
+def test_images(folder):
+    outcomes = fuzz_images(folder, seed=0, count=150)
+    assert outcomes["good"] > 10
+    assert outcomes["image unreadable"] > 10
+
+
+def test_metas(folder):
+    outcomes = fuzz_metas(folder, seed=0, count=100)
+    assert min(outcomes.values()) > 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_command(folder, seed, capfd):
+    """Whatever is in the folder: an exit code and a message, never a traceback."""
+    rng = random.Random(seed)
+    lines = [mutate_bytes(rng, json.dumps(mutate_value(rng, good_records(rng))).encode()) for _ in range(40)]
+    (folder / "qa.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "meta.json").write_text(json.dumps({"a": entry_of(folder)}))
+    argv = ["data", "check", str(folder / "meta.json"), "--report", str(folder / "report"), "--check", "full"]
+    assert m3llm([*argv, "--against", str(folder / "images")]) == 1
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    for line in (folder / "report/problems.jsonl").read_text(encoding="utf-8").splitlines():
+        assert json.loads(line)["kind"]
+
+
+@pytest.mark.slow
+def test_ten_thousand_and_more(folder):
+    total = 0
+    for seed in range(1, 13):
+        for fuzz, count in ((fuzz_records, 700), (fuzz_images, 250), (fuzz_metas, 120)):
+            total += sum(fuzz(folder, seed, count).values())
+    assert total > 10_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MOST_MEMORY

@@ -1,0 +1,329 @@
+"""`m3llm data check`, and what training does with the same findings: before weights, and by name."""
+
+import json
+
+import pytest
+from helpers import flags
+from small_sets import noise, text_record, write_lines
+
+from internvl_chat.cli import main as m3llm
+from internvl_chat.data.dataset import RecordSet
+from internvl_chat.train import internvl_chat_finetune
+from internvl_chat.train.internvl_chat_finetune import main as train
+
+SIX = (
+    "boundingboxVQA",
+    "compound_image",
+    "multiple_subimage",
+    "puretext",
+    "single_subimage",
+    "subimage_option",
+)
+
+
+@pytest.fixture
+def rows(capfd):
+    """Run a command with --json; returns its exit code and the objects it printed."""
+
+    def run(*argv):
+        capfd.readouterr()
+        code = m3llm([str(a) for a in argv] + ["--json"])
+        return code, [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def shown(capfd):
+    """Run a command; returns its exit code, what it printed, and what it said on standard error."""
+
+    def run(*argv):
+        capfd.readouterr()
+        code = m3llm([str(a) for a in argv])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write one set of records with some images, and its meta file."""
+    (tmp_path / "images").mkdir()
+    noise(300, 100).save(tmp_path / "images/wide.png")
+    noise(300, 100).save(tmp_path / "images/cut.jpg")
+    content = (tmp_path / "images/cut.jpg").read_bytes()
+    (tmp_path / "images/cut.jpg").write_bytes(content[:-2000])
+
+    def write(*records, **entry):
+        annotation = write_lines(tmp_path / "records.jsonl", list(records))
+        settings = {"root": str(tmp_path / "images"), "annotation": str(annotation), "data_augment": False,
+                    "repeat_time": 1, **entry}  # fmt: skip
+        (tmp_path / "meta.json").write_text(json.dumps({"set": settings}))
+        return tmp_path / "meta.json"
+
+    return write
+
+
+def shows(number: int, image: str) -> dict:
+    return text_record(number, image=image)
+
+
+class TestCommand:
+    def test_good_data(self, rows, sample_data, tiny_model):
+        code, found = rows("data", "check", sample_data / "train.json", "--model", tiny_model)
+        *sets, everything = found
+        assert code == 0
+        assert len(sets) == 6
+        assert all(row["usable"] == row["records"] == 4 and row["errors"] == 0 for row in sets)
+        assert all(row["tokens_5"] <= row["tokens_50"] <= row["tokens_most"] for row in sets)
+        assert (everything["usable"], everything["errors"], everything["leaks"]) == (24, 0, 0)
+
+    def test_agrees_with_inspect(self, rows, sample_data, tiny_model):
+        _, records = rows("data", "inspect", sample_data / "train.json", "--model", tiny_model)
+        _, found = rows("data", "check", sample_data / "train.json", "--model", tiny_model)
+        for row in found[:-1]:
+            of_set = [r for r in records if r["dataset"] == row["dataset"]]
+            assert row["tokens"] == sum(r["num_tokens"] for r in of_set)
+            assert row["tiles"] == sum(r["num_tiles"] for r in of_set)
+            assert row["supervised"] == sum(r["num_supervised"] for r in of_set)
+
+    def test_bad_data(self, shown, write, tiny_model, tmp_path):
+        meta = write(text_record(0), text_record(0), shows(2, "no.png"), b"{")
+        code, out, err = shown("data", "check", meta, "--model", tiny_model, "--report", tmp_path / "report")
+        assert code == 1
+        assert "Traceback" not in err
+        for text in (
+            "records.jsonl, line 3 (record 'r2'): the image ", "records.jsonl, line 4: not valid JSON",
+            "line 2 (record 'r0'): the same id as line 1", "2 of 4 records can be used; 2 errors, 2 warnings",
+            f"report: {tmp_path / 'report/report.html'}",
+        ):  # fmt: skip
+            assert text in out
+        lines = (tmp_path / "report/problems.jsonl").read_text().splitlines()
+        assert [json.loads(line)["line"] for line in lines] == [3, 4, 2, 2]
+        assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
+            "lengths.png", "problems.jsonl", "report.html"
+        ]  # fmt: skip
+
+    def test_warnings_are_no_fault(self, rows, write, tiny_model):
+        code, found = rows("data", "check", write(text_record(0), text_record(0)), "--model", tiny_model)
+        assert (code, found[-1]["warnings"]) == (0, 2)
+
+    def test_full_decodes(self, rows, write, tiny_model):
+        meta = write(shows(0, "cut.jpg"), shows(1, "wide.png"))
+        assert rows("data", "check", meta, "--model", tiny_model)[0] == 0
+        code, found = rows("data", "check", meta, "--model", tiny_model, "--check", "full")
+        assert (code, found[0]["problems"]) == (1, {"image unreadable": 1})
+        assert found[-1]["decoded"]
+
+    def test_without_a_model_all_but_tokens(self, shown, rows, write):
+        meta = write(text_record(0), shows(1, "wide.png"), shows(2, "no.png"))
+        code, found = rows("data", "check", meta)
+        assert (code, found[0]["tokens"], found[0]["tiles"]) == (1, None, 4)
+        code, out, _ = shown("data", "check", meta)
+        assert "Tokens were not counted: that takes the model's tokenizer (--model)." in out
+
+    def test_limits_of_the_command_line(self, rows, write, tiny_model):
+        meta = write(text_record(0, answer="a cat " * 300), shows(1, "wide.png"))
+        base = ("data", "check", meta, "--model", tiny_model)
+        assert rows(*base)[0] == 0
+        code, found = rows(*base, "--max_seq_length", 300)
+        assert (code, found[0]["problems"], found[-1]["max_seq_length"]) == (1, {"too long": 1}, 300)
+        code, found = rows(*base, "--max_seq_length", 300, "--truncate_text")
+        assert (code, found[0]["problems"], found[0]["tokens_most"]) == (0, {"text cut": 1}, 300)
+        assert rows(*base, "--max_dynamic_patch", 1)[1][0]["tiles"] == 1
+
+    def test_errors_of_the_user(self, shown, write, tmp_path, tiny_model):
+        for argv, message in (
+            ((tmp_path / "no.json",), "no such meta file"),
+            (
+                (write(text_record(0)), "--against", tmp_path / "nowhere"),
+                "no such file or folder to compare with",
+            ),
+            ((write(text_record(0)), "--model", tmp_path), "no config.json"),
+        ):
+            code, _, err = shown("data", "check", *argv)
+            assert code == 1
+            assert message in err
+            assert "Traceback" not in err
+
+    def test_leaks(self, shown, rows, write, tmp_path):
+        (tmp_path / "bench").mkdir()
+        noise(300, 100).save(tmp_path / "bench/PMC42_x.png")
+        meta = write(text_record(0, id="PMC42-1"), shows(1, "wide.png"), text_record(2))
+        code, found = rows("data", "check", meta, "--against", tmp_path / "bench", "--report", tmp_path / "r")
+        assert (code, found[0]["leaks"]) == (1, {"same article": 1, "same image": 1})
+        lines = [json.loads(line) for line in (tmp_path / "r/problems.jsonl").read_text().splitlines()]
+        assert [(row["line"], row["kind"], row["severity"]) for row in lines] == [
+            (1, "same article", "leak"), (2, "same image", "leak")
+        ]  # fmt: skip
+        assert "PMC42_x.png" in lines[1]["message"]
+        (tmp_path / "other").mkdir()
+        noise(300, 100, seed=3).save(tmp_path / "other/PMC43_x.png")
+        code, out, _ = shown("data", "check", meta, "--against", tmp_path / "other")
+        assert code == 0
+        assert "compared with 1 PMC ids and 1 images" in out
+
+
+class TestRealFigures:
+    @pytest.fixture
+    def meta(self, shared, tmp_path):
+        entry = {
+            "root": str(shared / "pmc_mi/images"),
+            "data_augment": False,
+            "repeat_time": 1,
+            "length": "25",
+        }
+        sets = {name: {**entry, "annotation": str(shared / f"pmc_mi/jsonl/{name}.jsonl")} for name in SIX}
+        (tmp_path / "real.json").write_text(json.dumps(sets))
+        return tmp_path / "real.json"
+
+    def test_all_can_be_used(self, rows, meta, shared, tmp_path):
+        model = shared / "conformance/tiny"
+        code, found = rows(
+            "data", "check", meta, "--model", model, "--check", "full", "--report", tmp_path / "r"
+        )
+        assert code == 0
+        assert [row["usable"] for row in found] == [25] * 6 + [150]
+        assert found[-1]["errors"] == found[-1]["warnings"] == 0
+        assert (tmp_path / "r/problems.jsonl").read_text() == ""
+
+    def test_the_benchmark_they_come_from_is_found(self, rows, meta, shared):
+        code, found = rows("data", "check", meta, "--against", shared / "pmc_mi/benchmark")
+        assert code == 1
+        assert [row["leaks"]["same article"] for row in found[:-1] if row["dataset"] != "puretext"] == [
+            25
+        ] * 5
+        assert all(row["leaks"].get("same image") == 25 for row in found[:-1] if row["dataset"] != "puretext")
+
+    def test_half_of_it_is_told_from_the_other_half(self, rows, shared, tmp_path):
+        """The benchmark of one task finds its own items among all, and no others by their look."""
+        task = "single_subimage"
+        items = json.loads((shared / "pmc_mi/benchmark/single_subimageVQA_benchmark.json").read_text())
+        names = {name for item in items for name in item["images"]}
+        records = [
+            json.loads(line) for name in SIX for line in (shared / f"pmc_mi/jsonl/{name}.jsonl").open()
+        ]
+        shares = [
+            r
+            for r in records
+            if names & set([r["image"]] if isinstance(r.get("image"), str) else r.get("image", []))
+        ]
+        annotation = write_lines(tmp_path / "all.jsonl", records)
+        entry = {
+            "root": str(shared / "pmc_mi/images"),
+            "annotation": str(annotation),
+            "data_augment": False,
+            "repeat_time": 1,
+        }
+        (tmp_path / "all.json").write_text(json.dumps({task: entry}))
+        code, found = rows(
+            "data", "check", tmp_path / "all.json", "--against",
+            shared / "pmc_mi/benchmark/single_subimageVQA_benchmark.json",
+        )  # fmt: skip
+        assert code == 1
+        assert found[0]["leaks"]["same image"] == len(shares) >= 25
+        assert "similar image" not in found[0]["leaks"]
+
+
+class TestTraining:
+    @pytest.fixture
+    def start(self, tiny_model, tmp_path, capfd):
+        """Train for two steps; returns the exit code, standard error, and the output folder."""
+
+        def start(meta, **changes):
+            values = {"model_name_or_path": tiny_model, "meta_path": meta, "output_dir": tmp_path / "out",
+                      "max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 3,
+                      "train_sampling_strategy": "sequential"}  # fmt: skip
+            capfd.readouterr()
+            code = train(flags(**{**values, **changes}))
+            return code, capfd.readouterr().err, values["output_dir"]
+
+        return start
+
+    @pytest.fixture
+    def loaded(self, monkeypatch):
+        """Whether weights were read."""
+        calls, load = [], internvl_chat_finetune.load_for_training
+        monkeypatch.setattr(
+            internvl_chat_finetune, "load_for_training", lambda plan: (calls.append(plan), load(plan))[1]
+        )
+        return calls
+
+    def test_a_fault_is_told_before_weights_are_read(self, start, write, loaded):
+        code, err, out = start(write(text_record(0), shows(1, "no.png"), text_record(2), b"{"))
+        assert code == 1
+        assert loaded == []
+        assert not out.exists()
+        assert "2 records cannot be used:" in err
+        assert "records.jsonl, line 2 (record 'r1'): the image" in err
+        assert "records.jsonl, line 4: not valid JSON" in err
+        assert "Repair or remove what is named, or train without it, by name: --on_bad_record skip" in err
+
+    def test_full_finds_what_only_decoding_shows(self, start, write, loaded):
+        code, err, out = start(write(text_record(0), shows(1, "cut.jpg")), check="full")
+        assert (code, loaded, out.exists()) == (1, [], False)
+        assert "records.jsonl, line 2 (record 'r1'): the image" in err
+        assert "cut.jpg cannot be decoded: image file is truncated" in err
+
+    def test_skip_leaves_out_by_name(self, start, write, metrics):
+        records = [text_record(i) for i in range(6)]
+        records[1:1] = [shows(10, "no.png")]
+        code, err, out = start(write(*records), on_bad_record="skip", max_bad_fraction=0.2)
+        assert code == 0
+        assert "1 records are left out; the first of them: the image " in err
+        ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+        trained = [index for row in ledger for _, index in row.get("trained", [])]
+        assert trained == [0, 2, 3, 4, 5, 6]
+        assert [row["records"] for row in metrics(out)] == [3, 3]
+
+    def test_skip_of_a_record_that_fails_while_training(self, start, write, tmp_path):
+        records = [text_record(0), shows(1, "cut.jpg"), text_record(2), text_record(3)]
+        code, err, _ = start(write(*records), max_steps=1)
+        assert code == 1
+        assert "cut.jpg cannot be decoded" in err
+        other = tmp_path / "other"
+        code, err, _ = start(
+            write(*records), max_steps=1, on_bad_record="skip", max_bad_fraction=0.3, output_dir=other
+        )
+        assert code == 0
+        assert "left out of training: " in err
+
+    def test_too_many_to_skip(self, start, write, loaded):
+        records = [text_record(i) for i in range(9)] + [shows(9, "no.png")]
+        code, err, out = start(write(*records), on_bad_record="skip")
+        assert (code, loaded, out.exists()) == (1, [], False)
+        assert "1 of 10 records cannot be used (10.00%), more than --max_bad_fraction 0.01 allows:" in err
+        assert "(record 'r9'): the image" in err
+
+    def test_flags(self, start, write):
+        code, err, _ = start(write(text_record(0)), max_bad_fraction=2)
+        assert (code, "--max_bad_fraction 2.0 must be from 0 to 1" in err) == (2, True)
+        code, err, _ = start(write(text_record(0)), on_bad_record="ignore")
+        assert (code, "--on_bad_record: invalid choice: 'ignore'" in err) == (2, True)
+
+    def test_truncation_is_told(self, start, write):
+        meta = write(*[text_record(i, answer="a cat " * (200 if i == 1 else 1)) for i in range(4)])
+        code, err, _ = start(meta, max_seq_length=300)
+        assert code == 1
+        assert "more than max_seq_length 300" in err
+        code, err, _ = start(meta, max_seq_length=300, truncate_text=True)
+        assert code == 0
+        assert "records.jsonl, line 2 (record 'r1'): the last " in err
+        assert "text cut: 1" in err
+
+    def test_warnings_are_told(self, start, write):
+        meta = write(*[text_record(0)] * 3)
+        code, err, _ = start(meta)
+        assert code == 0
+        assert "data check (fast): 3 records, 0 cannot be used, duplicate id: 2, duplicate record: 2" in err
+        code, err, _ = start(meta, check="off", overwrite_output_dir=True)
+        assert code == 0
+        assert "duplicate" not in err
+
+    def test_the_check_makes_the_index_for_training(self, start, write, rows, tiny_model, monkeypatch):
+        """What `m3llm data check` has looked at, a run of the same settings need not look at again."""
+        meta = write(*[shows(i, "wide.png") for i in range(3)])
+        argv = ("data", "check", meta, "--model", tiny_model, "--max_dynamic_patch", 6)
+        assert rows(*argv)[0] == 0
+        monkeypatch.setattr(RecordSet, "examine", lambda *_, **__: pytest.fail("looked at again"))
+        assert start(meta, max_dynamic_patch=6)[0] == 0

@@ -1,0 +1,157 @@
+"""Images that vanish while training: their records are left out by name, or end the run; nothing shifts."""
+
+import json
+
+import pytest
+import torch
+from helpers import flags, run_training
+from small_sets import noise, text_record, write_lines
+
+from internvl_chat.model.weights import open_weights
+from internvl_chat.train.internvl_chat_finetune import main as train
+
+
+def shows(number: int) -> dict:
+    return text_record(number, answer="a cat " * (1 + number), image=f"{number}.png")
+
+
+class Folder:
+    """A data set of small images, whose lengths are known from an earlier look at it."""
+
+    def __init__(self, path, tiny_model, records):
+        self.path, self.tiny_model = path, tiny_model
+        (path / "images").mkdir(parents=True)
+        for number in range(20):
+            noise(60, 30, seed=number).save(self.image(number))
+        annotation = write_lines(path / "records.jsonl", records)
+        entry = {"root": str(path / "images"), "annotation": str(annotation), "data_augment": False,
+                 "repeat_time": 1}  # fmt: skip
+        (path / "meta.json").write_text(json.dumps({"qa": entry}))
+
+    def image(self, number):
+        return self.path / f"images/{number}.png"
+
+    def flags(self, out="out", **values):
+        common = {"model_name_or_path": self.tiny_model, "meta_path": self.path / "meta.json",
+                  "output_dir": self.path / out, "per_device_train_batch_size": 3, "max_steps": 2,
+                  "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}  # fmt: skip
+        return flags(**{**common, **values})
+
+    def train(self, out="out", **values):
+        return train(self.flags(out, **values))
+
+    def ledger(self, out="out"):
+        return [json.loads(line) for line in (self.path / out / "ledger.jsonl").read_text().splitlines()]
+
+    def weights(self, out="out"):
+        opened = open_weights(self.path / out / "model.safetensors")
+        return {name: read() for name, read in opened.items()}
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model):
+    def make(*records, name="data"):
+        return Folder(tmp_path / name, tiny_model, list(records))
+
+    return make
+
+
+@pytest.fixture
+def vanished(folder):
+    """A set of nine records whose second lost its image after it was found good."""
+    made = folder(*map(shows, range(9)))
+    assert made.train("before", max_steps=1) == 0
+    made.image(1).unlink()
+    return made
+
+
+def test_by_default_it_ends_the_run(vanished, capfd):
+    assert vanished.train() == 1
+    assert "records.jsonl, line 2 (record 'r1'): the image" in (told := capfd.readouterr().err)
+    assert "1.png does not exist" in told
+    assert "Traceback" not in told
+
+
+def test_its_step_goes_on_without_it(vanished, folder, metrics, capfd):
+    assert vanished.train(on_bad_record="skip", max_bad_fraction=0.2) == 0
+    assert "left out of training: " in capfd.readouterr().err
+    first, second = vanished.ledger()
+    assert first["trained"] == [["qa", 0], ["qa", 2]]
+    assert second["trained"] == [["qa", 3], ["qa", 4], ["qa", 5]]
+    [skipped] = first["skipped"]
+    assert (skipped["dataset"], skipped["index"], skipped["id"]) == ("qa", 1, "r1")
+    assert "1.png does not exist" in skipped["message"]
+    assert "skipped" not in second
+    assert [row["records"] for row in metrics(vanished.path / "out")] == [2, 3]
+
+    # As if it had never been in that step.
+    vanished.train("one", on_bad_record="skip", max_bad_fraction=0.2, max_steps=1)
+    never = folder(shows(0), shows(2), name="never")
+    never.train("one", max_steps=1, per_device_train_batch_size=2)
+    losses = [metrics(made.path / "one")[0]["loss"] for made in (vanished, never)]
+    assert losses[0] == losses[1]
+    weights = vanished.weights("one")
+    assert all(torch.equal(weights[name], weight) for name, weight in never.weights("one").items())
+
+
+def test_a_step_that_loses_all_of_them_changes_nothing(folder, metrics, capfd):
+    made = folder(*map(shows, range(9)))
+    assert made.train("before", max_steps=1) == 0
+    for number in (3, 4, 5):
+        made.image(number).unlink()
+    assert made.train(on_bad_record="skip", max_bad_fraction=0.5) == 0
+    assert "step 2: nothing in it is supervised" in capfd.readouterr().err
+    row = metrics(made.path / "out")[1]
+    assert (row["records"], row["loss"], row["left_out"]) == (0, 0.0, "nothing in it is supervised")
+    assert len(made.ledger()[1]["skipped"]) == 3
+    before = made.weights("before")
+    assert all(torch.equal(before[name], weight) for name, weight in made.weights().items())
+
+
+def test_too_many_end_the_run(vanished, capfd):
+    vanished.image(5).unlink()
+    assert vanished.train(on_bad_record="skip", max_bad_fraction=0.2) == 1
+    told = capfd.readouterr().err
+    assert "2 of 9 records are left out (22.22%), more than --max_bad_fraction 0.2 allows" in told
+    assert "in data set qa, number 5 from 0: the image" in told
+    assert "Traceback" not in told
+
+
+def test_the_ledger_begins_with_those_left_out_from_the_start(folder):
+    made = folder(*map(shows, [0, 1, 99, 2, 3, 4, 5]))
+    assert made.train(on_bad_record="skip", max_bad_fraction=0.2) == 0
+    start, *steps = made.ledger()
+    assert start["step"] == 0
+    [skipped] = start["skipped"]
+    assert (skipped["dataset"], skipped["index"]) == ("qa", 2)
+    assert "99.png does not exist" in skipped["message"]
+    assert [index for row in steps for _, index in row["trained"]] == [0, 1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_a_repaired_image_does_not_shift_a_run_that_goes_on(folder, strategy):
+    made = folder(*map(shows, [0, 1, 99, 2, 3, 4, 5]))
+    options = {"on_bad_record": "skip", "max_bad_fraction": 0.2, "save_steps": 1,
+               "train_sampling_strategy": strategy}  # fmt: skip
+    assert made.train("whole", **options) == 0
+    assert made.train("out", **options) == 0
+    out = made.path / "out"
+    for name in ("train_results.json", "checkpoint-2/manifest.json"):
+        (out / name).unlink()
+    noise(60, 30).save(made.image(99))
+    assert made.train("out", **options) == 0
+    assert made.ledger("out") == made.ledger("whole")
+    whole = made.weights("whole")
+    assert all(torch.equal(whole[name], weight) for name, weight in made.weights("out").items())
+
+
+@pytest.mark.slow
+def test_two_processes_tell_each_other(vanished):
+    argv = vanished.flags(on_bad_record="skip", max_bad_fraction=0.2, per_device_train_batch_size=1,
+                          gradient_accumulation_steps=2)  # fmt: skip
+    result = run_training(*argv, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert vanished.train("one", on_bad_record="skip", max_bad_fraction=0.2,
+                          per_device_train_batch_size=4) == 0  # fmt: skip
+    assert vanished.ledger() == vanished.ledger("one")
+    assert vanished.ledger()[0]["skipped"][0]["index"] == 1

@@ -1,0 +1,111 @@
+"""Small data sets for tests, with tiles of 16 pixels and 3 tokens, and the images that real ones have."""
+
+import json
+import struct
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from internvl_chat.data.dataset import RecordSet
+from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.tokenizer_training import train_tokenizer
+
+TILE, TOKENS = 16, 3
+
+
+@lru_cache(maxsize=1)
+def tokenizer():
+    return train_tokenizer(["what is this ? a cat on a mat"] * 20, 300)
+
+
+def encoder(*, truncate_text: bool = False, **options) -> RecordEncoder:
+    small = {"tile_size": TILE, "tokens_per_tile": TOKENS, "max_dynamic_patch": 4, "max_seq_length": 400}
+    return RecordEncoder(tokenizer(), Preprocessing(**{**small, **options}), truncate_text=truncate_text)
+
+
+def text_record(number: int, answer: str = "a cat", **extra) -> dict:
+    turns = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": answer}]
+    return {"id": f"r{number}", "conversations": turns, **extra}
+
+
+def image_record(number: int, *images: str, **extra) -> dict:
+    record = text_record(number, image=list(images), **extra)
+    record["conversations"][0]["value"] = "<image>\n" * len(images) + f"what is {number} ?"
+    return record
+
+
+def write_lines(file: Path, records: list) -> Path:
+    """Write objects as JSON, bytes as they are, a line each; a file that is so already stays untouched."""
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in records]
+    content = b"\n".join(lines) + b"\n"
+    if not file.is_file() or file.read_bytes() != content:
+        file.write_bytes(content)
+    return file
+
+
+def write_set(folder: Path, records: list, name: str = "qa", *, by: RecordEncoder | None = None, **entry):
+    """Write a set with its images in `folder/images`, and open it."""
+    (folder / "images").mkdir(exist_ok=True)
+    file = write_lines(folder / f"{name}.jsonl", records)
+    return RecordSet(DatasetSpec(name, folder / "images", file, **entry), by or encoder())
+
+
+def entry_of(folder: Path, name: str = "qa") -> dict:
+    """Return the meta file's entry of a set that `write_set` has written."""
+    paths = {"root": str(folder / "images"), "annotation": str(folder / f"{name}.jsonl")}
+    return {**paths, "data_augment": False, "repeat_time": 1}
+
+
+def write_meta(file: Path, sets: list[RecordSet], **entry) -> Path:
+    """Write the meta file of such sets."""
+    meta = {
+        s.spec.name: {
+            "root": str(s.spec.root),
+            "annotation": str(s.spec.annotation),
+            "data_augment": False,
+            "repeat_time": s.spec.repeat_time,
+            **entry,
+        }
+        for s in sets
+    }
+    file.write_text(json.dumps(meta))
+    return file
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture that keeps its look when it is scaled or compressed."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_png(
+    file: Path, width: int, height: int, *, bits: int = 1, colours: int = 0, row: bytes = b""
+) -> Path:
+    """Write a PNG of equal rows, of any size, without holding it in memory.
+
+    Args:
+        bits: of a channel.
+        colours: 0 for grey, 2 for RGB.
+        row: packed pixels; black by default.
+    """
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    packer = zlib.compressobj(1)
+    filtered = b"\0" + (row or bytes(-(-width * bits // 8)))
+    pixels = b"".join(packer.compress(filtered) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b""))
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return file
