@@ -7,11 +7,9 @@ all steps and the weights must be the same, bit for bit.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -19,10 +17,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import psutil
+
+from benchmarks.report import write_report
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune/M3LLM-fulldata-fullmodel.sh"
@@ -109,11 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in asdict(figures).items():
         print(f"{name:<28} {value}")
     if args.json:
-        report = {"date": datetime.date.today().isoformat(), "figures": asdict(figures)}
-        report["versions"] = {n: version(n) for n in ("torch", "transformers")}
-        report["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-        report["arguments"] = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_report(args.json, figures=asdict(figures), arguments=vars(args))
     return 0 if figures.unharmed else 1
 
 

@@ -23,6 +23,7 @@ from benchmarks.flags import as_tokens
 from benchmarks.jobs import Job
 from benchmarks.ours import make_trainer, read_metrics
 from benchmarks.recipes import RECIPES
+from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import Workload, prepare_workload
 from internvl_chat.model.adapter import BaseModel, save_adapter
@@ -98,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.append(measure(args, workload, mode, Path(folder)))
             print(format_row(args, found[-1]), flush=True)
     if args.json:
-        figures = {"arguments": {**vars(args), "folder": str(args.folder), "json": str(args.json)}}
-        figures["rows"] = [asdict(row) for row in found]
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_report(args.json, arguments=vars(args), rows=[asdict(row) for row in found])
     return 0
 
 

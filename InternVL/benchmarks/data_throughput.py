@@ -7,13 +7,12 @@ processes; they tell more than the clock where other programs run beside.
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.report import write_report
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import print_table, progress, say
 from internvl_chat.data.collator import PackDataset
@@ -59,9 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Measure, print and write."""
-    args = build_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as in training
     with tempfile.TemporaryDirectory() as scratch:
         specs, tokenizer = open_data(args, Path(scratch))
@@ -75,8 +75,8 @@ def main() -> None:
     say()
     print_rows("length index", index)
     if args.json:
-        machine = {"cores": os.cpu_count(), "max_dynamic_patch": args.max_dynamic_patch}
-        args.json.write_text(json.dumps({**machine, "stages": stages, "index": index}, indent=2) + "\n")
+        write_report(args.json, max_dynamic_patch=args.max_dynamic_patch, stages=stages, index=index)
+    return 0
 
 
 def open_data(args: argparse.Namespace, scratch: Path) -> tuple[list[DatasetSpec], PreTrainedTokenizerBase]:
@@ -221,4 +221,4 @@ def print_rows(title: str, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

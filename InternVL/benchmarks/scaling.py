@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.recipes import RECIPES
+from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES, Shape, random_model
 from internvl_chat.cli import main as m3llm
 from internvl_chat.constants import IGNORE_INDEX
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                         for key, value in row.items()))  # fmt: skip
     if args.json:
-        Path(args.json).write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+        write_report(Path(args.json), device.type, rows=rows)
     return 0
 
 

@@ -5,14 +5,10 @@ its own. One command prints a table and writes JSON; it needs no installation, n
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from benchmarks import jobs
 from benchmarks.ablations import ablations
 from benchmarks.jobs import Job, Result
 from benchmarks.recipes import RECIPES, RECORDS_AN_EPOCH
+from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import Workload, prepare_workload
 from internvl_chat.errors import M3LLMError
@@ -123,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row_of(label, args, runs) for label, runs in results.items()]
     print(format_table(rows))
     if args.json:
-        Path(args.json).write_text(json.dumps(report(rows, results, args), indent=2) + "\n", encoding="utf-8")
+        write_report(Path(args.json), args.device, **figures(rows, results, args))
     return 0
 
 
@@ -247,13 +244,11 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def report(
+def figures(
     rows: Sequence[dict[str, Any]], results: dict[str, list[Result]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return what `--json` writes."""
     first = next(iter(results.values()))[0]
-    names = ("torch", "transformers", "peft", "accelerate")
-    cuda = args.device == "cuda"
     return {
         "rows": rows,
         "ratio": ratio(rows),
@@ -262,9 +257,6 @@ def report(
             "tokens": first.tokens,
             "first_loss": {label: runs[0].first_loss for label, runs in results.items()},
         },
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "arguments": {key: value for key, value in vars(args).items() if key != "child"},
     }
 

@@ -191,6 +191,12 @@ def _stopped_by(stop_request: StopRequest) -> signal.Signals:
     return next(one for one in sent if one is not None)
 
 
+def _has_lost_a_process(error: RuntimeError) -> bool:
+    """Say whether another process ended while this one was talking to it."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
+
+
 def _end_together() -> None:
     """Wait for the others: a process that leaves while others still talk to it may take them down."""
     if torch.distributed.is_initialized():
@@ -216,6 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DataError | TrainingError):
             logger.error("%s", error)
         return error.exit_code
+    except RuntimeError as error:
+        if not _has_lost_a_process(error):
+            raise
+        logger.error("another process of this run has ended; its own message, or the launcher's, tells why")
+        return 1
     except KeyboardInterrupt:
         logger.error("interrupted before the first step; there is nothing to save")
         return exit_code(signal.SIGINT)

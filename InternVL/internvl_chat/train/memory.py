@@ -56,7 +56,8 @@ class MemoryModel:
         layer_token: what a layer keeps for a token.
         input_token: what a recomputed layer keeps for a token.
         supervised: logits of a supervised token, their gradient and what is in work.
-        tile: features of a tile.
+        tile: features of a tile, and what a vision tower that is trained keeps for it.
+        recomputed_tile: the same where any layer is recomputed.
         layer_square: what a layer keeps for the square of a record's tokens: attention weights, where no
             kernel does without.
     """
@@ -69,6 +70,7 @@ class MemoryModel:
     input_token: float
     supervised: float
     tile: float
+    recomputed_tile: float
     layer_square: float = 0.0
 
     def optimizer_state(self, precision: str) -> int:
@@ -81,8 +83,9 @@ class MemoryModel:
         # A layer that is recomputed keeps all for as long as it is in work.
         activations = (self.layers - recomputed + bool(recomputed)) * layer
         activations += recomputed * self.input_token * pack.tokens
-        head = self.supervised * pack.supervised + self.tile * pack.tiles
-        return self.weights + self.trained[precision] + activations + head
+        tile = self.recomputed_tile if recomputed else self.tile
+        inputs_and_head = self.supervised * pack.supervised + tile * pack.tiles
+        return self.weights + self.trained[precision] + activations + inputs_and_head
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def measure_memory(model: InternVLChatModel, *, shards: dict[str, int]) -> Memor
         logits = config.vocab_size * itemsize if head_is_trained else 0
     else:
         logits = config.vocab_size * (2 * itemsize + 3 * 4)
+    features = 4 * model.config.tokens_per_tile * hidden * itemsize
+    tile, recomputed_tile = _vision_bytes(model)
     return MemoryModel(
         weights=weights // shards["weights"],
         gradients=sum(p.numel() * p.element_size() for p in trained) // shards["state"],
@@ -161,7 +166,8 @@ def measure_memory(model: InternVLChatModel, *, shards: dict[str, int]) -> Memor
         layer_square=layer_square,
         input_token=hidden * itemsize,
         supervised=logits + 2 * hidden * itemsize,
-        tile=4 * model.config.tokens_per_tile * hidden * itemsize,
+        tile=features + tile,
+        recomputed_tile=features + recomputed_tile,
     )
 
 
@@ -179,6 +185,20 @@ def _layer_bytes(model: InternVLChatModel) -> tuple[float, float]:
             kept.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)
     square = max(0.0, (kept[1] - kept[0]) / (_PROBES[1] - _PROBES[0]))
     return kept[0] - square * _PROBES[0], square
+
+
+def _vision_bytes(model: InternVLChatModel) -> tuple[float, float]:
+    """Return the bytes that the vision tower keeps of a tile, and those where its blocks are recomputed."""
+    tower = model.vision_model
+    if model.vision_is_frozen:
+        return 0.0, 0.0
+    weight, config = next(tower.parameters()), tower.config
+    tile = torch.zeros(1, 3, config.image_size, config.image_size, dtype=weight.dtype, device=weight.device)
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        kept = saved_bytes(tower, partial(tower, tile))
+    layers = config.num_hidden_layers
+    inputs = layers * (config.grid**2 + 1) * config.hidden_size * weight.element_size()
+    return kept, inputs + kept / layers
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:

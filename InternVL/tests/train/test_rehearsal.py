@@ -43,7 +43,9 @@ class Device:
 def rehearsal(
     *, layers: int = 8, recomputed: int = 0, may_recompute: bool = True, precision: str = "master"
 ) -> Rehearsal:
-    memory = MemoryModel(100, 10, {"master": 60, "stochastic": 40, "bf16": 20}, layers, 10.0, 1.0, 2.0, 3.0)
+    memory = MemoryModel(
+        100, 10, {"master": 60, "stochastic": 40, "bf16": 20}, layers, 10.0, 1.0, 2.0, 3.0, 3.0
+    )
     return Rehearsal(memory, [Draw(0, 0)], PackSize(1234, 56, 7), precision, recomputed, may_recompute)
 
 
