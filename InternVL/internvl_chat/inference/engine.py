@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encoding import Encoded, RecordEncoder
 from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.records import RecordProblem, Turn
+from internvl_chat.data.records import Record, RecordProblem, Turn
 from internvl_chat.data.tiling import Grid
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.errors import DataError
@@ -55,6 +55,19 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
         question = "".join(f"{label}{IMAGE_PLACEHOLDER}\n" for label in labels) + question
     turns = [Turn("user", question)] if system is None else [Turn("system", system), Turn("user", question)]
     return Prompt(tuple(turns), tuple(images))
+
+
+def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
+    """Return the conversation of a record up to its last answer, and that answer.
+
+    Args:
+        record: a conversation.
+        images: all of the record's.
+    """
+    last = max(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
+    turns = record.turns[:last]
+    shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    return Prompt(turns, tuple(images[:shown])), record.turns[last].text
 
 
 class Engine:
