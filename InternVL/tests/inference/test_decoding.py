@@ -9,6 +9,7 @@ from inference.prompts import make_engine, mixed_prompts
 
 from internvl_chat.inference import decoding
 from internvl_chat.inference.decoding import Decoder
+from internvl_chat.inference.devices import place
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.inference.sampling import Sampling
 
@@ -137,3 +138,23 @@ def test_attention_is_as_before_when_a_token_is_there():
     tokens = engine.stream(mixed_prompts(1)[0], max_new_tokens=4)
     next(tokens)
     assert config._attn_implementation == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_on_a_gpu_do_not_depend_on_what_is_beside_them(dtype):
+    engine = make_engine()
+    engine.model.to("cuda", dtype)
+    check_identity(engine, mixed_prompts(40))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_a_model_spread_over_gpus_gives_the_same_answers():
+    prompts = mixed_prompts(12)
+    whole, parts = make_engine(), make_engine()
+    whole.model.to("cuda:0")
+    parts.model = place(parts.model, "auto")
+    found = parts.generate_ids(prompts, max_new_tokens=LENGTH)
+    assert found == whole.generate_ids(prompts, max_new_tokens=LENGTH)
