@@ -38,7 +38,7 @@ _COMMANDS = (
     _Command("eval", "Answer each record greedily and count exact matches by data set.",
              "m3llm eval held_out.json --model work_dirs/run",
              evaluate.add_eval_arguments, evaluate.exact_match),
-    _Command("generate", "Answer one question about any number of images.",
+    _Command("generate", "Answer questions about any number of images.",
              'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"',
              generate.add_arguments, generate.run),
     _Command("merge", "Fold LoRA adapters into their base: a plain checkpoint that opens everywhere.",

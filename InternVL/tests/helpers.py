@@ -54,3 +54,21 @@ def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subpro
         ["bash", str(LAUNCHERS / f"M3LLM-fulldata-{name}.sh"), *argv],
         capture_output=True, text=True, timeout=400, env=variables, cwd=cwd,
     )  # fmt: skip
+
+
+def tiny_prompts(shared: Path, engine, each: int) -> list:
+    """Return the first questions of the first real records of each task, as prompts."""
+    from internvl_chat.data.dataset import RecordSet
+    from internvl_chat.data.meta import DatasetSpec
+    from internvl_chat.inference.engine import Prompt
+
+    prompts = []
+    for file in sorted((shared / "pmc_mi/jsonl").glob("*.jsonl")):
+        records = RecordSet(DatasetSpec(file.stem, shared / "pmc_mi/images", file), engine.encoder)
+        for index in records.first(each):
+            record = records.record(index)
+            answered = [turn.role for turn in record.turns].index("assistant")
+            turns = record.turns[:answered]
+            shown = sum(turn.text.count("<image>") for turn in turns if turn.role == "user")
+            prompts.append(Prompt(turns, records.images(index, record)[:shown]))
+    return prompts

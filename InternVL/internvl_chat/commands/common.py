@@ -34,7 +34,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of commands that run the model."""
     parser.add_argument("--base", help="for adapters: where their base model is now")
-    parser.add_argument("--device", help="e.g. cpu or cuda:0 [the GPU if there is one]")
+    parser.add_argument(
+        "--device", help="cpu, cuda:0, or auto: spread over all GPUs [the GPU if there is one]"
+    )
 
 
 def positive(text: str) -> int:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -18,6 +18,11 @@ def emit(row: dict[str, Any]) -> None:
 def say(text: str = "") -> None:
     """Print a line for people."""
     print(text, flush=True)  # noqa: T201
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Print text as it is, without a line's end, on standard output or another stream."""
+    print(text, end="", flush=True, file=stream)
 
 
 def progress(items: Iterable[T], total: int | None = None, unit: str = "record") -> Iterable[T]:

@@ -306,6 +306,10 @@ class TrainingData(Dataset):
         """Records of an epoch from each set, before resampling."""
         return [len(usable) * rounds for usable, rounds in zip(self._usable, self._rounds, strict=True)]
 
+    def indices(self, number: int) -> np.ndarray:
+        """Return the indices in its file of a set's records that are used, in the file's order."""
+        return self._usable[number]
+
     @property
     def skip_bad(self) -> bool:
         """Whether a record that turns out to be unusable is left out of its pack."""

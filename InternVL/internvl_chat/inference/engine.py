@@ -1,23 +1,30 @@
 """Text and any number of images in, answers out: the one way that answers are made here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
-from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.encoding import Encoded, RecordEncoder
 from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.records import RecordProblem, Turn
-from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.data.records import Record, RecordProblem, Turn
+from internvl_chat.data.tiling import Grid
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.errors import DataError, UsageError
+from internvl_chat.errors import DataError
+from internvl_chat.inference.decoding import Decoder
+from internvl_chat.inference.devices import SPREAD, find_device, place
+from internvl_chat.inference.sampling import Sampling
+from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.checkpoint import load_model
 from internvl_chat.model.folders import model_folder, read_config
 from internvl_chat.model.modeling import InternVLChatModel
+
+# What stands for the beginning of a character whose other bytes are yet to come.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -32,35 +39,44 @@ class Prompt:
     turns: Sequence[Turn]
     images: Sequence[Image.Image] = ()
 
+    def then(self, answer: str, question: str) -> "Prompt":
+        """Return the conversation after an answer and a further question about the same images."""
+        return Prompt((*self.turns, Turn("assistant", answer), Turn("user", question)), self.images)
 
-def ask(question: str, images: Sequence[Image.Image] = ()) -> Prompt:
+
+def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = None) -> Prompt:
     """Return a prompt of one question.
 
     Images without placeholders in the question are put before it: one plainly, several with the labels
-    `Fig-0`, `Fig-1`, ... of the training data.
+    `Fig-0`, `Fig-1`, ... of the training data. Without a system text the checkpoint's own is used.
     """
     if images and IMAGE_PLACEHOLDER not in question:
         labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
         question = "".join(f"{label}{IMAGE_PLACEHOLDER}\n" for label in labels) + question
-    return Prompt((Turn("user", question),), tuple(images))
+    turns = [Turn("user", question)] if system is None else [Turn("system", system), Turn("user", question)]
+    return Prompt(tuple(turns), tuple(images))
 
 
-def _find_device(name: str | torch.device | None) -> torch.device:
-    """Return the named device, by default the GPU if there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UsageError(f"--device {name}: unknown; use cpu or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: there is no GPU here; use cpu")
-    return device
+def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
+    """Return the conversation of a record up to its last answer, and that answer.
+
+    Args:
+        record: a conversation.
+        images: all of the record's.
+    """
+    last = max(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
+    turns = record.turns[:last]
+    shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    return Prompt(turns, tuple(images[:shown])), record.turns[last].text
 
 
 class Engine:
     """A model, its tokenizer and its preprocessing, ready to answer.
 
+    An answer depends on its prompt alone, not on what is answered beside it (see `decoding`).
+
     Args:
-        model: on the device where it is to run.
+        model: on the device where it is to run; it is put into evaluation mode.
         tokenizer: of the checkpoint.
         preprocessing: of the checkpoint.
     """
@@ -71,6 +87,7 @@ class Engine:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder = RecordEncoder(tokenizer, preprocessing)
         self.end_id = tokenizer.convert_tokens_to_ids(IM_END)
+        self._newest = _ImageFeatures((), (), torch.empty(0))
 
     @classmethod
     def from_checkpoint(
@@ -85,75 +102,145 @@ class Engine:
 
         Args:
             path_or_id: folder or hub id.
-            device: by default the GPU if there is one.
+            device: by default the GPU (of this process) if there is one; `auto` spreads the model over all.
             base: for adapters, where their base is now.
             max_dynamic_patch: another limit of tiles than the checkpoint's.
         """
         folder = model_folder(path_or_id)
-        device = _find_device(device)
+        first = find_device(None if device == SPREAD else device)
         tokenizer, _ = load_tokenizer(folder)
         model = load_model(
             folder,
             image_context_id=image_context_id(tokenizer),
-            dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+            dtype=torch.float32 if first.type == "cpu" else torch.bfloat16,
             attn="sdpa",
             base=base,
-        ).to(device)
+        )
         preprocessing = Preprocessing.from_folder(folder, read_config(folder))
-        engine = cls(model, tokenizer, preprocessing)
+        engine = cls(place(model, device), tokenizer, preprocessing)
         engine.encoder = engine.encoder.with_max_tiles(max_dynamic_patch)
         return engine
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+        """Where the model's inputs are made."""
+        return self.model.language_model.get_input_embeddings().weight.device
 
-    @torch.inference_mode()
-    def generate_ids(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512) -> list[list[int]]:
-        """Answer greedily, all prompts in one batch padded on the left.
+    def generate_ids(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
+    ) -> list[list[int]]:
+        """Answer prompts; all are looked at before the first is answered.
+
+        Args:
+            prompts: any number.
+            max_new_tokens: most tokens of an answer.
+            sampling: None for the likeliest token, always.
 
         Returns:
-            The new token ids of each answer, up to and without `<|im_end|>`.
+            The new token ids of each answer, up to and without `<|im_end|>`, in the order of the prompts.
 
         Raises:
             DataError: a prompt does not fit the token budget, or placeholders and images differ.
         """
-        embeddings = [self._embed(prompt) for prompt in prompts]
-        longest = max(len(e) for e in embeddings)
-        batch = embeddings[0].new_zeros(len(embeddings), longest, embeddings[0].shape[-1])
-        mask = torch.zeros(len(embeddings), longest, dtype=torch.long, device=self.device)
-        for row, embedding in enumerate(embeddings):
-            batch[row, longest - len(embedding) :] = embedding
-            mask[row, longest - len(embedding) :] = 1
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.end_id,
-            pad_token_id=self.end_id,
+        encoded = [self._encode(prompt) for prompt in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
+        inputs = map(self._embed, prompts, encoded)
+        for number, token in self._decoder(max_new_tokens, sampling).run(inputs):
+            if token is not None:
+                answers[number].append(token)
+        return answers
+
+    def answer(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
+    ) -> list[str]:
+        """Return the text of each answer; see `generate_ids`."""
+        ids = self.generate_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        return [self._text(answer) for answer in ids]
+
+    def answer_each(
+        self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
+    ) -> Iterator[tuple[int, str]]:
+        """Answer any number of prompts, each taken when its turn comes.
+
+        Yields:
+            The number of a prompt, from 0, and its answer, as soon as that is complete.
+
+        Raises:
+            DataError: as `generate_ids`, when the turn of that prompt comes.
+        """
+        answers: dict[int, list[int]] = {}
+        inputs = (self._embed(prompt, self._encode(prompt)) for prompt in prompts)
+        for number, token in self._decoder(max_new_tokens, sampling).run(inputs):
+            ids = answers.setdefault(number, [])
+            if token is None:
+                yield number, self._text(answers.pop(number))
+            else:
+                ids.append(token)
+
+    def stream(
+        self, prompt: Prompt, *, max_new_tokens: int = 512, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """Answer one prompt piece by piece; the pieces together are what `answer` returns.
+
+        Raises:
+            DataError: as `generate_ids`.
+        """
+        embeddings = self._embed(prompt, self._encode(prompt))
+        ids: list[int] = []
+        sent = ""
+        for _, token in self._decoder(max_new_tokens, sampling).run([embeddings]):
+            if token is not None:
+                ids.append(token)
+            text = self._text(ids)
+            whole = text if token is None else text.rstrip(_INCOMPLETE)
+            if len(whole) > len(sent):
+                yield whole[len(sent) :]
+                sent = whole
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
+        return Decoder(
+            self.model.language_model, end_id=self.end_id, max_new_tokens=max_new_tokens, sampling=sampling
         )
-        answers = self.model.language_model.generate(
-            inputs_embeds=batch, attention_mask=mask, generation_config=settings
-        ).tolist()
-        return [ids[: ids.index(self.end_id)] if self.end_id in ids else ids for ids in answers]
 
-    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512) -> list[str]:
-        """Answer greedily; see `generate_ids`."""
-        ids = self.generate_ids(prompts, max_new_tokens=max_new_tokens)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    def _embed(self, prompt: Prompt) -> torch.Tensor:
-        """Return the embeddings of a prompt, (T, C)."""
+    def _encode(self, prompt: Prompt) -> Encoded:
+        """Return the ids of a prompt and how its images are cut."""
         placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in prompt.turns if t.role == "user")
         if placeholders != len(prompt.images):
             raise DataError(
                 f"{placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(prompt.images)} images"
             )
         try:
-            encoded = self.encoder.encode_prompt(prompt.turns, [image.size for image in prompt.images])
+            return self.encoder.encode_prompt(prompt.turns, [image.size for image in prompt.images])
         except RecordProblem as problem:
             raise DataError(str(problem)) from None
-        tiles = self.encoder.tiles(prompt.images, encoded.grids).to(self.device)
-        dtype = self.model.mlp1[1].weight.dtype
-        pixels = normalize_tiles(tiles, self.encoder.preprocessing.normalize_type, dtype)
-        return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), pixels)[0]
+
+    @torch.no_grad()
+    def _embed(self, prompt: Prompt, encoded: Encoded) -> torch.Tensor:
+        """Return the embeddings of a prompt, (T, C)."""
+        features = self._features(prompt.images, encoded.grids)
+        return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
+
+    def _features(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> torch.Tensor:
+        """Return the vision features of a prompt's images, kept from the newest prompt if it has the same."""
+        if not self._newest.are_of(images, grids):
+            tiles = self.encoder.tiles(images, grids).to(self.device)
+            features = tile_features(self.model, tiles, self.encoder.preprocessing.normalize_type)
+            self._newest = _ImageFeatures(tuple(images), tuple(grids), features)
+        return self._newest.features
+
+
+@dataclass(frozen=True)
+class _ImageFeatures:
+    """The vision features (N, K, F) of images that are cut in a certain way."""
+
+    images: tuple[Image.Image, ...]
+    grids: tuple[Grid, ...]
+    features: torch.Tensor
+
+    def are_of(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> bool:
+        """Say whether they are of these very images, cut in the same way."""
+        same = len(images) == len(self.images) and all(map(lambda a, b: a is b, images, self.images))
+        return bool(images) and same and tuple(grids) == self.grids

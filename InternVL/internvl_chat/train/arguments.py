@@ -74,6 +74,9 @@ class DataArguments:
     """Which data, and how text and images become tokens."""
 
     meta_path: str | None = _arg(None, "The meta file (PMC-data.json): which data sets there are.")
+    eval_meta_path: str | None = _arg(
+        None, "A meta file of held-out data sets; see --eval_strategy and --eval_steps."
+    )
     data_root: str | None = _arg(None, "Folder that relative paths in the meta file count from [repository].")
     conv_style: str = _arg("internvl2_5", "Conversation style.", tuple(SYSTEM_TEXTS))
     max_seq_length: int = _arg(8192, "Most tokens of a record; a longer one loses tiles, never image tokens.")
@@ -142,9 +145,23 @@ class RunArguments(TrainingArguments):
         1800.0, "After so many seconds without a step, print what each process does; 0 never."
     )
 
+    eval_generate: int = _arg(
+        0, "In each validation also answer so many questions of each held-out set (exact match, ROUGE-L)."
+    )
+    early_stopping_patience: int = _arg(
+        0, "End the run after so many validations in a row without a new best; 0 never."
+    )
+
     def __post_init__(self) -> None:
         if self.evaluation_strategy is not None and self.eval_strategy == "no":
             self.eval_strategy = self.evaluation_strategy
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        # Our checkpoints are loaded, and the best of them kept, in our own way.
+        self.ends_with_best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        chooses = self.ends_with_best or self.early_stopping_patience or self.save_strategy == "best"
+        if chooses and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_loss"
         if self.warmup_ratio:
             self.warmup_steps = self.warmup_ratio
         self.remove_unused_columns = False
@@ -189,6 +206,7 @@ class Arguments:
         """Return the resolved arguments without secrets, for the run's `config.yaml`."""
         run = self.run.to_dict()
         run["per_device_train_batch_size"] = self.run.records_per_pack
+        run["load_best_model_at_end"] = self.run.ends_with_best
         run["torch_compile"] = self.run.compile_blocks
         run["fsdp"] = "full_shard" if self.run.sharded else None
         run["gradient_accumulation_steps"] = self.run.share_of_step // self.run.records_per_pack

@@ -25,6 +25,8 @@ from internvl_chat.train.quiet_file import QuietFile
 
 logger = get_logger(__name__)
 
+_FORMER = "former"
+
 SaveModel = Callable[[Path, dict[str, torch.Tensor] | None], None]
 
 
@@ -62,7 +64,11 @@ class CheckpointFolder:
         write_manifest(self.partial)
         for path in [*self.partial.rglob("*"), self.partial]:
             _bring_to_disk(path)
+        if self.final.exists():
+            # Saved after the step, and once more after the validation at the end of the epoch.
+            self.final.replace(self.partial.with_name(_FORMER))
         self.partial.replace(self.final)
+        shutil.rmtree(self.output / PARTIAL / _FORMER, ignore_errors=True)
         _bring_to_disk(self.output)
         rotate_checkpoints(str(self.output), self.keep, self.best)
 

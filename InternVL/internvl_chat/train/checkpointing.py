@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from internvl_chat.logs import get_logger
@@ -78,12 +78,13 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Write a checkpoint beside the others, if possible while training goes on."""
+        output, best = Path(self.args.output_dir), self.state.best_global_step
         folder = CheckpointFolder(
-            Path(self.args.output_dir),
+            output,
             self.state.global_step,
             self.fingerprint,
             keep=self.args.save_total_limit,
-            best=self.state.best_model_checkpoint,
+            best=str(output / f"checkpoint-{best}") if best else None,
         )
         reason = self._reason_to_wait()
         if reason:
@@ -133,6 +134,11 @@ class CheckpointingTrainer(Trainer):
         self._checkpoint_root = folder.partial.parent
         with folder.failures() as failed:
             super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint is not None:
+                # It was found where it is written; where it will be follows from its step.
+                self.state.best_model_checkpoint = None
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder.partial / TRAINER_STATE_NAME))
         self._checkpoint_root = None
         if not self._anywhere(bool(failed)) and self.args.should_save:
             with folder.failures():

@@ -25,6 +25,7 @@ from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.optimizer import OWN_OPTIMIZERS
 from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder, list_checkpoints
+from internvl_chat.train.validation_flags import check_validation
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Plan:
         output: what to do with the output folder.
         source: folder of the weights to start from (a checkpoint's when resuming).
         specs: the data sets.
+        held_out: those to validate on.
         attn: the attention to use.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     output: OutputFolder
     source: Path
     specs: list[DatasetSpec]
+    held_out: list[DatasetSpec]
     attn: str
 
 
@@ -60,9 +63,7 @@ _UNSUPPORTED = (
     ("enable_jit_checkpoint", False, "checkpoints are written by --save_steps"),
     ("auto_find_batch_size", False, "lower --per_device_train_batch_size"),
     ("neftune_noise_alpha", None, "the embeddings are the reference's"),
-    ("do_eval", False, "there is no validation while training"),
     ("push_to_hub", False, "upload the finished folder"),
-    ("load_best_model_at_end", False, "there is no validation while training"),
 )
 
 
@@ -78,7 +79,9 @@ def check_configuration(args: Arguments) -> Plan:
     checks = {
         "output": lambda: _check_output(args),
         "attn": lambda: resolve_attention(args.model.attn, args.run.device, training_dtype(args)),
-        "specs": lambda: _check_data(args),
+        "specs": lambda: _check_data(args.data.meta_path, args),
+        "held_out": lambda: _check_held_out(args),
+        "validation": lambda: check_validation(args, results.get("held_out")),
         "source": lambda: _check_model(args),
         "flags": lambda: _check_flags(args),
     }
@@ -93,7 +96,8 @@ def check_configuration(args: Arguments) -> Plan:
     if problems:
         raise UsageError(problems)
     output: OutputFolder = results["output"]
-    return Plan(args, output, output.resume or results["source"], results["specs"], results["attn"])
+    source = output.resume or results["source"]
+    return Plan(args, output, source, results["specs"], results["held_out"], results["attn"])
 
 
 def _check_output(args: Arguments) -> OutputFolder:
@@ -118,7 +122,8 @@ def _check_output(args: Arguments) -> OutputFolder:
 
 
 def _inspect_output(args: Arguments) -> OutputFolder:
-    inputs = [args.model.model_name_or_path, args.model.vision_path, args.model.llm_path, args.data.meta_path]
+    inputs = [args.model.model_name_or_path, args.model.vision_path, args.model.llm_path]
+    inputs += [args.data.meta_path, args.data.eval_meta_path]
     paths = [Path(path) for path in inputs if path and Path(path).exists()]
     paths += [Path(read_base(path).path) for path in paths if is_adapter(path)]
     folder = Path(args.run.output_dir)
@@ -132,9 +137,19 @@ def _inspect_output(args: Arguments) -> OutputFolder:
     return found
 
 
-def _check_data(args: Arguments) -> list[DatasetSpec]:
-    """Read the meta file and index every annotation file."""
-    specs = load_meta(args.data.meta_path, args.data.data_root or REPOSITORY)
+def _check_held_out(args: Arguments) -> list[DatasetSpec]:
+    """Check the data sets to validate on, if there are any."""
+    if args.data.eval_meta_path is None:
+        return []
+    try:
+        return _check_data(args.data.eval_meta_path, args)
+    except DataError as error:
+        raise DataError(f"--eval_meta_path: {error}") from None
+
+
+def _check_data(meta: str, args: Arguments) -> list[DatasetSpec]:
+    """Read a meta file and index every annotation file."""
+    specs = load_meta(meta, args.data.data_root or REPOSITORY)
     problems = []
     for spec in specs:
         try:
@@ -182,8 +197,6 @@ def _check_flags(args: Arguments) -> None:
         problems.append(f"--max_packed_tokens {run.max_packed_tokens} must be at least 1")
     if not run.do_train:
         problems.append("--do_train False: this script does nothing but train")
-    if run.eval_strategy != "no":
-        problems.append(f"--eval_strategy {run.eval_strategy}: there is no validation while training; use no")
     if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
         problems.append("nothing would be trained: --max_steps (or --num_train_epochs) must be more than 0")
     if run.share_of_step < 1:
@@ -213,8 +226,6 @@ def _check_flags(args: Arguments) -> None:
             problems.append(f"--{flag} {value} must be at least {least}")
     if not 0 <= model.drop_path_rate < 1:
         problems.append(f"--drop_path_rate {model.drop_path_rate} must be from 0 to below 1")
-    if run.save_strategy == "best":
-        problems.append("--save_strategy best: there is no validation while training; use steps, epoch or no")
     if model.mlp_path and not Path(model.mlp_path).is_file():
         problems.append(f"--mlp_path {model.mlp_path}: no such file")
     if not 0 <= run.warmup_ratio < 1:

@@ -22,6 +22,7 @@ from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
+from internvl_chat.train.best_checkpoint import copy_best
 from internvl_chat.train.checkpoint_writer import checkpoint_writer
 from internvl_chat.train.checks import Plan, check_configuration
 from internvl_chat.train.fingerprint import (
@@ -32,8 +33,22 @@ from internvl_chat.train.fingerprint import (
     fingerprint,
     read_fingerprint,
 )
-from internvl_chat.train.loading import load_encoder, load_for_training, load_records, order_records
-from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step, unlock_folder
+from internvl_chat.train.loading import (
+    load_encoder,
+    load_for_training,
+    load_records,
+    order_records,
+    plan_validation,
+)
+from internvl_chat.train.output_folder import (
+    CONFIG,
+    FINISHED,
+    METRICS,
+    PLOT,
+    VALIDATION,
+    checkpoint_step,
+    unlock_folder,
+)
 from internvl_chat.train.plots import plot_loss
 from internvl_chat.train.rehearsal import plan_memory
 from internvl_chat.train.self_test import check_packing, check_preprocessing, show_supervision
@@ -41,6 +56,7 @@ from internvl_chat.train.sharding import shard
 from internvl_chat.train.stop_request import StopRequest, exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.trainable import format_table, set_trainable
 from internvl_chat.train.trainer import M3LLMTrainer
+from internvl_chat.train.validation import held_out
 
 # Not __name__, which is `__main__` where this is run as a script.
 logger = get_logger("internvl_chat.train.internvl_chat_finetune")
@@ -54,7 +70,9 @@ def train(args: Arguments) -> signal.Signals | None:
     """
     plan = check_configuration(args)
     settled = read_fingerprint(plan.output.resume) if plan.output.resume else {}
-    data = load_records(args, plan.specs, load_encoder(plan), began_without=settled.get(LEFT_OUT))
+    encoder = load_encoder(plan)
+    data = load_records(args, plan.specs, encoder, began_without=settled.get(LEFT_OUT))
+    held = load_records(args, held_out(plan.held_out), encoder) if plan.held_out else None
     if plan.output.resume:
         check_same_run(plan.output.resume, {SET_SIZES: data.sizes})
     lock = None
@@ -65,7 +83,7 @@ def train(args: Arguments) -> signal.Signals | None:
         )
     set_seed(args.run.seed)
     model, tokenizer, preprocessing = load_for_training(plan)
-    trainer = _build_trainer(plan, model, tokenizer, preprocessing, data)
+    trainer = _build_trainer(plan, model, tokenizer, preprocessing, data, held)
     if args.run.self_test:
         _self_test(plan, trainer, tokenizer, preprocessing)
     # Until now there was nothing to save, and a signal ended the process.
@@ -83,6 +101,7 @@ def _build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     preprocessing: Preprocessing,
     data: TrainingData,
+    held: TrainingData | None,
 ) -> M3LLMTrainer:
     """Choose what is trained, in which order, and in how much memory.
 
@@ -104,7 +123,8 @@ def _build_trainer(
     if resume and args.run.weight_precision == "auto":
         # What fitted then was chosen for all of the run.
         args.run.weight_precision = read_fingerprint(resume).get(WEIGHT_PRECISION, "auto")
-    sampler = order_records(args, data, count_flops(model))
+    flops = count_flops(model)
+    sampler = order_records(args, data, flops)
     rehearsal = plan_memory(args, model, sampler, data)
     settled = {SET_SIZES: data.sizes, WEIGHT_PRECISION: rehearsal.precision}
     if resume:
@@ -127,6 +147,7 @@ def _build_trainer(
         fingerprint=fingerprint(args) | settled | {LEFT_OUT: left_out},
         weight_precision=rehearsal.precision,
         rehearsal=rehearsal,
+        validation=None if held is None else plan_validation(args, held, flops),
     )
 
 
@@ -145,9 +166,9 @@ def _run(plan: Plan, trainer: M3LLMTrainer) -> signal.Signals | None:
             stopped_by.name, trainer.state.global_step,
         )  # fmt: skip
         return stopped_by
-    _save_result(trainer)
+    _save_result(plan, trainer)
     if plan.args.run.process_index == 0:
-        plot_loss(output / METRICS, output / PLOT)
+        plot_loss(output / METRICS, output / PLOT, output / VALIDATION)
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
     return None
@@ -167,14 +188,19 @@ def _self_test(
     check_packing(trainer.model, samples, plan.args.run.device, preprocessing.normalize_type)
 
 
-def _save_result(trainer: M3LLMTrainer) -> None:
-    """Write the finished model.
+def _save_result(plan: Plan, trainer: M3LLMTrainer) -> None:
+    """Write the finished model: the newest, or the best if that is asked for.
 
     Raises:
         TrainingError: that is impossible, as on a full disk.
     """
+    output, resume = plan.output.path, plan.output.resume
     try:
-        trainer.save_model()
+        if plan.args.run.ends_with_best:
+            if plan.args.run.process_index == 0:
+                copy_best(trainer.state, output, resume)
+        else:
+            trainer.save_model()
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"{trainer.args.output_dir}: the finished model cannot be written: {error}; when there is room, "

@@ -33,10 +33,13 @@ from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.checks import Plan, configure, training_dtype
+from internvl_chat.train.validation import Validation
 
 logger = get_logger(__name__)
 
 _LONGEST_CHECK = timedelta(days=2)
+# Held-out records that a process is given at a time.
+_RECORDS_AT_ONCE = 32
 
 
 def load_for_training(plan: Plan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
@@ -220,23 +223,41 @@ def order_records(args: Arguments, data: TrainingData, flops: FlopCounter) -> St
         data: of `load_records`.
         flops: what a record costs, by which the processes' shares are made equal.
     """
+    run = args.run
+    return StepSampler(
+        data.sizes,
+        step_records=run.step_records,
+        planner=_planner(args, data, flops),
+        rank=run.process_index,
+        seed=run.seed,
+        strategy=run.train_sampling_strategy,
+        resample=args.data.use_data_resampling,
+    )
+
+
+def _planner(args: Arguments, data: TrainingData, flops: FlopCounter) -> StepPlanner:
     run, lengths = args.run, data.epoch_lengths()
-    planner = StepPlanner(
+    return StepPlanner(
         run.world_size,
         tokens=lengths.tokens,
         costs=flops.records(lengths.tokens, lengths.supervised, lengths.tiles),
         max_packed_tokens=run.max_packed_tokens if run.packing else None,
         records_per_pack=run.records_per_pack,
     )
-    return StepSampler(
+
+
+def plan_validation(args: Arguments, data: TrainingData, flops: FlopCounter) -> Validation:
+    """Deal the held-out records to the processes; see `order_records`."""
+    run = args.run
+    sampler = StepSampler(
         data.sizes,
-        step_records=run.step_records,
-        planner=planner,
+        step_records=_RECORDS_AT_ONCE * run.world_size,
+        planner=_planner(args, data, flops),
         rank=run.process_index,
-        seed=run.seed,
-        strategy=run.train_sampling_strategy,
-        resample=args.data.use_data_resampling,
+        strategy="sequential",
     )
+    normalization = data.sets[0].encoder.preprocessing.normalize_type
+    return Validation(data, sampler, run.loss_reduction, run.eval_generate, normalization)
 
 
 def _check_once(sets: Sequence[RecordSet], args: Arguments) -> tuple[list[Lengths], list[LeftOut]]:

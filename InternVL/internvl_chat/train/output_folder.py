@@ -19,6 +19,7 @@ logger = get_logger(__name__)
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+VALIDATION = "validation.jsonl"
 CONFIG = "config.yaml"
 LOG = "training_log.txt"
 PLOT = "loss.png"
@@ -26,12 +27,12 @@ FINISHED = "train_results.json"
 LOCK = ".lock"
 PARTIAL = ".partial"
 
-_RECORDS_OF_A_RUN = (METRICS, LEDGER, CONFIG, PLOT, FINISHED, PARTIAL)
+_RECORDS_OF_A_RUN = (METRICS, LEDGER, VALIDATION, CONFIG, PLOT, FINISHED, PARTIAL)
 _HARMLESS = (LOG, LOCK)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run writes; everything else in its folder is somebody's own.
 _WRITTEN = re.compile(
-    r"checkpoint-\d+|\.partial|metrics\.jsonl|ledger\.jsonl|config\.yaml|loss\.png|train_results\.json|"
+    r"checkpoint-\d+|\.partial|(metrics|ledger|validation)\.jsonl|config\.yaml|loss\.png|train_results\.json|"
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
     r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|tokenizer|"
     r"tokenizer_config|vocab|added_tokens|special_tokens_map|chat_template)\.json|merges\.txt|"
@@ -81,7 +82,7 @@ class OutputFolder:
                     logger.warning("going back to step %d: deleting %s", step, later)
                     shutil.rmtree(later)
             _delete(self.path / FINISHED)
-            for name in (METRICS, LEDGER):
+            for name in (METRICS, LEDGER, VALIDATION):
                 _drop_after(self.path / name, step)
         return lock
 

@@ -2,30 +2,49 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
-def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw the loss of every step, and its running mean, from `metrics.jsonl` as a PNG."""
+def plot_loss(metrics: Path, picture: Path, validation: Path | None = None) -> None:
+    """Draw the loss of a run as a PNG.
+
+    Args:
+        metrics: the `metrics.jsonl`, of which each step's loss and its running mean are drawn.
+        picture: the file to write.
+        validation: the `validation.jsonl`, if there is one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    if not rows:
+    steps, losses = _losses(_rows(metrics))
+    if not len(steps):
         return
-    steps, losses = (np.array([row[key] for row in rows]) for key in ("step", "loss"))
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
     axes.plot(steps, losses, color="#9ec3e6", linewidth=1, label="each step")
     window = max(1, min(len(losses) // 10, 100))
     if window > 1:
         mean = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], mean, color="#1f5a96", linewidth=2, label=f"mean of {window} steps")
+    steps, losses = _losses(_rows(validation) if validation else [])
+    if len(steps):
+        axes.plot(steps, losses, "o-", color="#c8641e", linewidth=1.5, markersize=4, label="held out")
+    if len(axes.lines) > 1:
         axes.legend(frameon=False)
     axes.set(xlabel="optimizer step", ylabel="loss", title=f"{picture.parent.name}", ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def _losses(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and losses."""
+    return np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows], float)

@@ -25,14 +25,13 @@ from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.collator import Pack, PackDataset
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
-from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.errors import DataError, TrainingError
+from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.logs import get_logger
 from internvl_chat.model.flops import count_flops, peak_flops
 from internvl_chat.model.loss import token_weight
 from internvl_chat.train.arguments import RunArguments
 from internvl_chat.train.checkpoint_folder import SaveModel
-from internvl_chat.train.checkpointing import CheckpointingTrainer
 from internvl_chat.train.guard import StepGuard
 from internvl_chat.train.kept_memory import keep_vocabulary_memory
 from internvl_chat.train.optimizer import OWN_OPTIMIZERS, build_optimizer
@@ -41,14 +40,13 @@ from internvl_chat.train.reporting import shield_reports
 from internvl_chat.train.sharding import is_sharded, whole
 from internvl_chat.train.step_log import StepLog
 from internvl_chat.train.stop_request import StopRequest
+from internvl_chat.train.validating import ValidatingTrainer
+from internvl_chat.train.validation import Validation
 from internvl_chat.train.watchdog import Watchdog
 
 logger = get_logger(__name__)
 
 _COMPILED_MULTIPLE = 128
-
-# Tiles in the frozen vision tower at a time; more would only cost memory.
-_TILES_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 @dataclass
@@ -102,7 +100,7 @@ class _StopWhenAsked(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class M3LLMTrainer(CheckpointingTrainer):
+class M3LLMTrainer(ValidatingTrainer):
     """Trains an `InternVLChatModel` on `TrainingData`.
 
     Args:
@@ -115,6 +113,7 @@ class M3LLMTrainer(CheckpointingTrainer):
         fingerprint: what a run that resumes must have in common with this one.
         weight_precision: of `build_optimizer`.
         rehearsal: of the largest pack, before the first step.
+        validation: what to validate on between steps, if anything.
 
     Attributes:
         stop_request: by which the run may be asked to stop.
@@ -133,6 +132,7 @@ class M3LLMTrainer(CheckpointingTrainer):
         fingerprint: dict[str, Any],
         weight_precision: str,
         rehearsal: Rehearsal | None = None,
+        validation: Validation | None = None,
     ) -> None:
         self.data, self.sampler, self.normalization = data, sampler, normalization
         self.weight_precision, self.rehearsal = weight_precision, rehearsal
@@ -148,6 +148,7 @@ class M3LLMTrainer(CheckpointingTrainer):
             train_dataset=data,
             save_model_to=save_model_to,
             fingerprint=fingerprint,
+            validation=validation,
             callbacks=[_SetEpoch(sampler), _Rehearse(self), _StopWhenAsked(self)],
         )
         shield_reports(self.callback_handler)
@@ -179,16 +180,23 @@ class M3LLMTrainer(CheckpointingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of this process's shares; it is dealt already, so accelerate need not."""
+        return self._loader(self.packs, self.sampler, keep_workers=True)
+
+    def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader:
+        """Return the loader of this process's shares of the held-out records."""
+        return self._loader(self.validation.packs, self.validation.sampler, keep_workers=False)
+
+    def _loader(self, packs: PackDataset, sampler: StepSampler, *, keep_workers: bool) -> DataLoader:
         # More loader processes than cores only get in each other's way.
         cores = max(1, (os.cpu_count() or 1) // self.args.processes_here)
         workers = min(self.args.dataloader_num_workers, cores)
         return DataLoader(
-            self.packs,
-            batch_sampler=self.sampler,
+            packs,
+            batch_sampler=sampler,
             collate_fn=list,
             num_workers=workers,
             pin_memory=self.args.device.type == "cuda",
-            persistent_workers=workers > 0,
+            persistent_workers=keep_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             worker_init_fn=_begin_worker,
             # Its own, so that beginning an epoch does not advance the randomness of dropout.
@@ -384,14 +392,7 @@ class M3LLMTrainer(CheckpointingTrainer):
         if not model.vision_is_frozen or model.always_run_vision:
             return None
         tiles = torch.cat([pack.tiles.to(self.args.device, non_blocking=True) for pack in packs])
-        dtype = model.vision_model.embeddings.patch_embedding.weight.dtype
-        with torch.no_grad():
-            parts = [
-                model.vision_features(normalize_tiles(part, self.normalization, dtype))
-                for part in tiles.split(_TILES_AT_ONCE.get(tiles.device.type, 64))
-                if len(part)
-            ]
-        features = torch.cat(parts) if parts else model.no_features()
+        features = tile_features(model, tiles, self.normalization)
         return list(features.split([len(pack.tiles) for pack in packs]))
 
     def _forward(
@@ -465,6 +466,13 @@ class M3LLMTrainer(CheckpointingTrainer):
             self._write_step(self._step, grad_norm)
             self._step = None
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate, watched; the time that it takes belongs to no step."""
+        self.watchdog.note(f"validating after step {self.state.global_step}")
+        metrics = super().evaluate(*args, **kwargs)
+        self.start_clock()
+        return metrics
 
     def _write_step(self, step: StepRecord, grad_norm: Any) -> None:
         """Append to `metrics.jsonl` and `ledger.jsonl`."""

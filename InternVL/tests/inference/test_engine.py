@@ -187,7 +187,9 @@ def test_an_answer_is_text_without_special_tokens(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokenizer("  The scan<|endoftext|> is<box> panel B. \n").input_ids
-    monkeypatch.setattr(engine, "generate_ids", lambda prompts, max_new_tokens: [ids, []][:max_new_tokens])
+    monkeypatch.setattr(
+        engine, "generate_ids", lambda prompts, max_new_tokens, sampling: [ids, []][:max_new_tokens]
+    )
     assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == ["The scan is panel B.", ""]
 
 

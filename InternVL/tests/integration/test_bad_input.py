@@ -200,7 +200,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
     ("change", "message"),
     [
         ({"do_train": False}, "does nothing but train"),
-        ({"eval_strategy": "steps"}, "no validation while training"),
+        ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_meta_path"),
         ({"max_steps": 0}, "nothing would be trained"),
         ({"max_steps": -1, "num_train_epochs": 0}, "nothing would be trained"),
         ({"gradient_accumulation_steps": 0}, "must be at least 1"),

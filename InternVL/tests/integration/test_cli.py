@@ -185,7 +185,7 @@ def test_generate(rows, sample_data, tiny_model):
         (
             ["generate", "--model", "TINY", "--image", "/no/such.jpg", "What?"],
             1,
-            "/no/such.jpg: the image cannot",
+            "the image /no/such.jpg does not exist",
         ),
         (["generate", "--model", "/no/model", "What?"], 1, "no such model folder"),
         (["loss", "/no/meta.json", "--model", "TINY"], 1, "no such meta file"),

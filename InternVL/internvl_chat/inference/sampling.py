@@ -1,0 +1,50 @@
+"""How the next token is drawn where the likeliest is not always wanted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from internvl_chat.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draws tokens at random, each answer with randomness of its own.
+
+    With a seed a prompt is answered the same whatever is asked beside it; another seed gives another answer.
+
+    Attributes:
+        temperature: by which the logits are divided; small ones make the likeliest token likelier.
+        top_p: only the likeliest tokens that together have at least this probability are drawn.
+        seed: None for another answer each time.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.temperature < float("inf"):
+            problems.append(f"the temperature {self.temperature} must be above 0")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p {self.top_p} must be above 0 and at most 1")
+        if problems:
+            raise UsageError(problems)
+
+    def draws(self, device: torch.device) -> Callable[[torch.Tensor], int]:
+        """Return what draws the tokens of one answer, each from its logits (V,) on a device."""
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        warp = LogitsProcessorList([TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)])
+
+        def draw(logits: torch.Tensor) -> int:
+            scores = warp(None, logits.float().unsqueeze(0))
+            return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
+
+        return draw

@@ -1,0 +1,28 @@
+"""The vision tower over the tiles of images, a bounded number of them at a time."""
+
+import torch
+
+from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.model.modeling import InternVLChatModel
+
+# More at a time would only cost memory.
+_TILES_AT_ONCE = {"cpu": 8, "cuda": 64}
+
+
+@torch.no_grad()
+def tile_features(model: InternVLChatModel, tiles: torch.Tensor, normalization: str) -> torch.Tensor:
+    """Return the vision features of tiles, without a graph.
+
+    Args:
+        model: where the tiles are.
+        tiles: (N, S, S, 3) uint8; N may be 0.
+        normalization: pixel statistics.
+
+    Returns:
+        (N, K, F).
+    """
+    if not len(tiles):
+        return model.no_features()
+    dtype = model.vision_model.embeddings.patch_embedding.weight.dtype
+    parts = tiles.split(_TILES_AT_ONCE.get(tiles.device.type, _TILES_AT_ONCE["cuda"]))
+    return torch.cat([model.vision_features(normalize_tiles(part, normalization, dtype)) for part in parts])

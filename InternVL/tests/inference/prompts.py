@@ -1,0 +1,42 @@
+"""A small model and prompts of every shape, as the tests of answers use them."""
+
+import random
+
+import numpy as np
+from model.conftest import make_model
+from PIL import Image
+
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.inference.engine import Engine, Prompt, ask
+
+TEXT = ["Which panel shows the scan?", "The scan is panel B.", "What is the arrow in the figure pointing at?"]
+PREPROCESSING = Preprocessing(
+    system_text="You read figures.", tile_size=56, tokens_per_tile=4, max_dynamic_patch=6, max_seq_length=400
+)
+
+
+def make_engine(**model) -> Engine:
+    """An engine over a small model with lively weights."""
+    tokenizer = train_tokenizer(TEXT, 280)
+    llm = {"vocab_size": len(tokenizer), **model.pop("llm", {})}
+    made = make_model(llm=llm, **model)
+    made.image_context_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    return Engine(made, tokenizer, PREPROCESSING)
+
+
+def picture(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def mixed_prompts(count: int, seed: int = 0) -> list[Prompt]:
+    """Questions of one to sixty words about none to four images of several shapes, some of several turns."""
+    rng, prompts = random.Random(seed), []
+    for number in range(count):
+        words = rng.choices(["which", "panel", "shows", "the", "scan"], k=rng.randint(1, 60))
+        sizes = [rng.choice([(56, 56), (112, 56), (170, 60)]) for _ in range(rng.choice([0, 1, 1, 2, 4]))]
+        images = [picture(*size, seed=10 * number + i) for i, size in enumerate(sizes)]
+        prompt = ask(f"{' '.join(words)} {number}?", images)
+        prompts.append(prompt.then("the scan.", "And the arrow?") if number % 5 == 0 else prompt)
+    return prompts

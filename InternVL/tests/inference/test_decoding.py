@@ -1,0 +1,160 @@
+"""An answer is the same, to the last bit, whatever is answered beside it; what is kept is bounded."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from helpers import tiny_prompts
+from inference.prompts import make_engine, mixed_prompts
+
+from internvl_chat.inference import decoding
+from internvl_chat.inference.decoding import Decoder
+from internvl_chat.inference.devices import place
+from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.inference.sampling import Sampling
+
+LENGTH = 10
+
+
+class Watched(Decoder):
+    """Keeps the logits of every token, and how many answers were under way."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.logits: dict[int, list[torch.Tensor]] = {}
+        self.busy: list[int] = []
+
+    def _choose(self, rows, logits) -> None:
+        for row, answer in enumerate(rows):
+            if answer is not None:
+                self.logits.setdefault(answer.number, []).append(logits[row].clone())
+        self.busy.append(sum(answer is not None for answer in rows))
+        super()._choose(rows, logits)
+
+
+def decode(engine: Engine, prompts: Iterable[Prompt], **options) -> tuple[list[list[int]], Watched]:
+    """Return the ids of each answer, and what was watched."""
+    settings = {"end_id": engine.end_id, "max_new_tokens": LENGTH, "sampling": None, **options}
+    decoder = Watched(engine.model.language_model, **settings)
+    answers: dict[int, list[int]] = {}
+    for number, token in decoder.run(engine._embed(prompt, engine._encode(prompt)) for prompt in prompts):
+        answers.setdefault(number, []).extend([] if token is None else [token])
+    return [answers[number] for number in sorted(answers)], decoder
+
+
+def check_identity(engine: Engine, prompts: list[Prompt], **options) -> None:
+    together, watched = decode(engine, prompts, **options)
+    backwards, watched_backwards = decode(engine, prompts[::-1], **options)
+    assert len({tuple(ids) for ids in together}) > len(prompts) // 5, (
+        "the prompts must have answers of their own"
+    )
+    assert backwards[::-1] == together
+    for number, prompt in enumerate(prompts):
+        [ids], alone = decode(engine, [prompt], **options)
+        assert ids == together[number]
+        others = (watched.logits[number], watched_backwards.logits[len(prompts) - 1 - number])
+        for other in others:
+            assert len(alone.logits[0]) == len(other)
+            assert all(map(torch.equal, alone.logits[0], other)), f"prompt {number}"
+
+
+KINDS = {
+    "qwen2": {},
+    "qwen2 without grouped heads": {"llm": {"num_key_value_heads": 4}},
+    "bfloat16": {},
+    "sampled": {},
+    "varlen": {"attn": "varlen"},
+    "sliding window": {"llm": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}},
+    "llama": {"llm": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_do_not_depend_on_what_is_beside_them(kind):
+    engine = make_engine(**KINDS[kind])
+    if kind == "bfloat16":
+        engine.model.bfloat16()
+    options = {"sampling": Sampling(temperature=1.5, top_p=0.9, seed=3)} if kind == "sampled" else {}
+    check_identity(engine, mixed_prompts(40), **options)
+
+
+def test_real_records_of_the_small_reference_model(shared):
+    engine = Engine.from_checkpoint(shared / "conformance/tiny", device="cpu", max_dynamic_patch=6)
+    check_identity(engine, tiny_prompts(shared, engine, each=6))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "sliding window", "llama"])
+def test_logits_are_those_of_a_full_forward_pass(kind):
+    engine = make_engine(**KINDS[kind])
+    llm, words = engine.model.language_model, engine.model.language_model.get_input_embeddings()
+    for prompt in mixed_prompts(5, seed=1):
+        [ids], watched = decode(engine, [prompt])
+        embeddings = engine._embed(prompt, engine._encode(prompt))
+        with torch.no_grad():
+            row = torch.cat([embeddings, words(torch.tensor(ids[:-1], dtype=torch.long))])[None]
+            expected = llm(inputs_embeds=row, use_cache=False).logits[0, len(embeddings) - 1 :]
+        torch.testing.assert_close(torch.stack(watched.logits[0])[: len(ids)], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_row_that_becomes_free_is_used_again():
+    engine = make_engine()
+    prompts = mixed_prompts(20)
+    _, watched = decode(engine, prompts)
+    steps = [busy for busy in watched.busy if busy > 1]
+    assert max(steps) == 8 == decoding._ROWS["cpu"]
+    # 20 answers of up to 10 tokens in 8 rows: without using rows again there would be 3 rounds.
+    assert sum(busy == 8 for busy in steps) > LENGTH
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    engine = make_engine()
+    prompts = mixed_prompts(12)
+    expected, _ = decode(engine, prompts)
+    lengths = [len(engine._encode(prompt).input_ids) + LENGTH for prompt in prompts]
+    monkeypatch.setattr(decoding, "_MOST_KEPT", 2 * min(lengths))
+    found, watched = decode(engine, prompts)
+    assert found == expected
+    assert max(watched.busy) < 8
+
+
+def test_prompts_are_taken_when_their_turn_comes():
+    engine = make_engine()
+    taken, done = [], []
+
+    def prompts():
+        for number, prompt in enumerate(mixed_prompts(20)):
+            taken.append(number)
+            yield prompt
+
+    for number, _ in engine.answer_each(prompts(), max_new_tokens=4):
+        done.append(number)
+        assert len(taken) - len(done) <= decoding._ROWS["cpu"] + 1
+    assert sorted(done) == list(range(20))
+
+
+def test_attention_is_as_before_when_a_token_is_there():
+    engine = make_engine()
+    config = engine.model.language_model.config
+    tokens = engine.stream(mixed_prompts(1)[0], max_new_tokens=4)
+    next(tokens)
+    assert config._attn_implementation == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_on_a_gpu_do_not_depend_on_what_is_beside_them(dtype):
+    engine = make_engine()
+    engine.model.to("cuda", dtype)
+    check_identity(engine, mixed_prompts(40))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_a_model_spread_over_gpus_gives_the_same_answers():
+    prompts = mixed_prompts(12)
+    whole, parts = make_engine(), make_engine()
+    whole.model.to("cuda:0")
+    parts.model = place(parts.model, "auto")
+    found = parts.generate_ids(prompts, max_new_tokens=LENGTH)
+    assert found == whole.generate_ids(prompts, max_new_tokens=LENGTH)

@@ -1,0 +1,67 @@
+"""Tokens are drawn with the probabilities that temperature and top_p leave them."""
+
+import pytest
+import torch
+from inference.prompts import make_engine, mixed_prompts
+
+from internvl_chat.errors import UsageError
+from internvl_chat.inference.sampling import Sampling
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
+
+
+def shares(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
+    draw = sampling.draws(torch.device("cpu"))
+    found = torch.tensor([draw(LOGITS) for _ in range(draws)])
+    return torch.bincount(found, minlength=len(LOGITS)) / draws
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature(temperature):
+    expected = torch.exp(LOGITS / temperature)
+    expected /= expected.sum()
+    assert (shares(Sampling(temperature, seed=1)) - expected).abs().max() < 0.03
+
+
+def test_top_p_draws_only_the_likeliest():
+    # The first two have 0.64 and 0.24 of the probability: 0.7 needs both, 0.6 only one.
+    first_two = torch.exp(LOGITS[:2])
+    first_two /= first_two.sum()
+    found = shares(Sampling(top_p=0.7, seed=1))
+    assert (found[:2] - first_two).abs().max() < 0.03 and not found[2:].any()
+    assert shares(Sampling(top_p=0.6, seed=1))[0] == 1
+
+
+def test_a_seed_decides():
+    engine = make_engine()
+    prompts = mixed_prompts(4)
+
+    def answers(seed: int | None) -> list[list[int]]:
+        return engine.generate_ids(prompts, max_new_tokens=12, sampling=Sampling(1.5, seed=seed))
+
+    assert answers(1) == answers(1)
+    assert answers(1) != answers(2)
+    assert answers(None) != answers(None)
+
+
+def test_a_low_temperature_is_greedy():
+    engine = make_engine()
+    prompts = mixed_prompts(4)
+    sampled = engine.generate_ids(prompts, max_new_tokens=12, sampling=Sampling(1e-4, seed=1))
+    assert sampled == engine.generate_ids(prompts, max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0 must be above 0"),
+        ({"temperature": -1.0}, "temperature -1.0 must be above 0"),
+        ({"temperature": float("nan")}, "temperature nan must be above 0"),
+        ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p 1.1 must be above 0 and at most 1"),
+        ({"temperature": 0.0, "top_p": 2.0}, "2 problems"),
+    ],
+)
+def test_impossible_settings(values, message):
+    with pytest.raises(UsageError, match=message):
+        Sampling(**values)

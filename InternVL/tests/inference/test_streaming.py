@@ -1,0 +1,99 @@
+"""The pieces of an answer, and further turns about images that were seen before."""
+
+import pytest
+from inference.prompts import make_engine, mixed_prompts, picture
+
+from internvl_chat.data.records import Turn
+from internvl_chat.inference import engine as module
+from internvl_chat.inference.engine import Prompt, ask
+from internvl_chat.inference.sampling import Sampling
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(2.0, seed=5)])
+def test_pieces_together_are_the_answer(sampling):
+    engine = make_engine()
+    prompts = mixed_prompts(12)
+    answers = engine.answer(prompts, max_new_tokens=24, sampling=sampling)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        pieces = list(engine.stream(prompt, max_new_tokens=24, sampling=sampling))
+        assert "".join(pieces) == answer
+        assert all(pieces)
+    assert any(len(answer) > 20 for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "text", ["é", "naïve 漢字, 🙂!", "  a  b \n\n c  ", "x\ufffdy", "ends in half \ufffd", ""]
+)
+def test_characters_come_whole(text, monkeypatch):
+    """Characters of several tokens, white space at the ends, and signs that look like half a character."""
+    engine = make_engine()
+    ids = engine.tokenizer(text).input_ids
+
+    class Says:
+        def run(self, prompts):
+            yield from ((0, token) for token in [*ids, None])
+
+    monkeypatch.setattr(engine, "_decoder", lambda *_: Says())
+    pieces = list(engine.stream(ask("What?")))
+    assert "".join(pieces) == text.strip() == engine.answer([ask("What?")])[0]
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_a_piece_comes_before_the_answer_is_complete(monkeypatch):
+    engine = make_engine()
+    steps = []
+    forward = module.Decoder._logits
+
+    def counted(self, *args):
+        steps.append(1)
+        return forward(self, *args)
+
+    monkeypatch.setattr(module.Decoder, "_logits", counted)
+    pieces = engine.stream(mixed_prompts(1)[0], max_new_tokens=40)
+    next(pieces)
+    assert len(steps) < 10
+    list(pieces)
+    assert len(steps) > 10
+
+
+def test_answers_as_they_come_are_those_in_order():
+    engine = make_engine()
+    prompts = mixed_prompts(20)
+    expected = engine.answer(prompts, max_new_tokens=8)
+    found = dict(engine.answer_each(iter(prompts), max_new_tokens=8))
+    assert [found[number] for number in range(20)] == expected
+
+
+def test_a_further_question_is_a_further_turn():
+    images = [picture(seed=1), picture(seed=2)]
+    prompt = ask("Which?", images, system="Be brief.").then("The first.", "Why?")
+    assert prompt == Prompt(
+        (
+            Turn("system", "Be brief."),
+            Turn("user", "Fig-0: <image>\nFig-1: <image>\nWhich?"),
+            Turn("assistant", "The first."),
+            Turn("user", "Why?"),
+        ),
+        tuple(images),
+    )
+
+
+def test_images_are_looked_at_once(monkeypatch):
+    engine = make_engine()
+    looked = []
+    look = module.tile_features
+
+    def counted(model, tiles, normalization):
+        looked.append(len(tiles))
+        return look(model, tiles, normalization)
+
+    monkeypatch.setattr(module, "tile_features", counted)
+    first, second = ask("Which?", [picture(112, 56)]), ask("Which?", [picture(112, 56, seed=1)])
+    answers = engine.answer([first, first.then("The scan.", "Why?"), second, first], max_new_tokens=8)
+    assert looked == [3, 3, 3]
+    # Another limit of tiles cuts the same image in another way.
+    engine.encoder = engine.encoder.with_max_tiles(1)
+    engine.answer([first], max_new_tokens=1)
+    assert looked == [3, 3, 3, 1]
+    prompts = [first, first.then("The scan.", "Why?"), second, first]
+    assert answers == [make_engine().answer([prompt], max_new_tokens=8)[0] for prompt in prompts]

@@ -1,0 +1,124 @@
+"""`m3llm generate`: one question, several turns, and what a user may get wrong."""
+
+import io
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from internvl_chat.cli import main as m3llm
+from internvl_chat.inference.engine import Engine, ask
+from internvl_chat.inference.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def figures(sample_data):
+    return sorted((sample_data / "images").glob("*_fig*.jpg"))[:2]
+
+
+@pytest.fixture
+def generate(tiny_model, capfd):
+    """Run `generate` with the small model; returns the exit code, and what it wrote."""
+
+    def run(*argv, model=tiny_model):
+        capfd.readouterr()
+        code = m3llm(["generate", "--model", str(model), "--device", "cpu", "--max_new_tokens", "8",
+                      *map(str, argv)])  # fmt: skip
+        return code, capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    return Engine.from_checkpoint(tiny_model, device="cpu")
+
+
+def answers(engine, questions, images=(), **options):
+    """The answers to the questions of one conversation."""
+    prompt, found = ask(questions[0], images, options.pop("system", None)), []
+    for question in [*questions[1:], None]:
+        found += engine.answer([prompt], max_new_tokens=8, **options)
+        prompt = prompt.then(found[-1], question)
+    return found
+
+
+def typed(monkeypatch, text, *, terminal=False):
+    stream = io.StringIO(text)
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdin", stream)
+
+
+def test_one_answer(generate, engine, figures):
+    images = [Image.open(figure).convert("RGB") for figure in figures]
+    argv = [flag for figure in figures for flag in ("--image", figure)]
+    code, written = generate(*argv, "Which?")
+    assert (code, written.out) == (0, answers(engine, ["Which?"], images)[0] + "\n")
+    code, written = generate(*argv, "Is <image> like <image>?", "--json")
+    [row] = map(json.loads, written.out.splitlines())
+    assert row == {
+        "question": "Is <image> like <image>?",
+        "images": [str(figure) for figure in figures],
+        "answer": answers(engine, ["Is <image> like <image>?"], images)[0],
+    }
+
+
+def test_several_turns_with_a_system_text(generate, engine, figures):
+    images = [Image.open(figures[0]).convert("RGB")]
+    questions = ["Which panel?", "Why?", "And the other?"]
+    code, written = generate("--image", figures[0], "--system", "Be brief.", *questions)
+    expected = answers(engine, questions, images, system="Be brief.")
+    assert (code, written.out) == (0, "".join(f"{answer}\n" for answer in expected))
+    assert expected != answers(engine, questions, images)
+    assert expected[1] != answers(engine, ["Why?"], images, system="Be brief.")[0]
+
+
+def test_questions_from_a_file(generate, engine, monkeypatch):
+    typed(monkeypatch, "Why?\nAnd then?\n\nNot asked.\n")
+    code, written = generate("--chat", "--json", "What?")
+    rows = [json.loads(line) for line in written.out.splitlines()]
+    assert code == 0 and written.err.count("> ") == 0
+    assert [row["question"] for row in rows] == ["What?", "Why?", "And then?"]
+    assert [row["answer"] for row in rows] == answers(engine, ["What?", "Why?", "And then?"])
+
+
+def test_a_conversation_on_a_terminal(generate, engine, monkeypatch):
+    typed(monkeypatch, "What?\nWhy?\n", terminal=True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    code, written = generate("--chat")
+    assert code == 0
+    assert written.out == "".join(f"{answer}\n" for answer in answers(engine, ["What?", "Why?"]))
+    assert written.err.endswith("> > > ")
+
+
+def test_sampled_answers(generate, engine):
+    code, written = generate("What?", "--temperature", 1.5, "--top_p", 0.9, "--seed", 4)
+    expected = answers(engine, ["What?"], sampling=Sampling(1.5, 0.9, 4))
+    assert (code, written.out) == (0, expected[0] + "\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "messages"),
+    [
+        ([], 2, ["a question is missing"]),
+        (["What?", "--seed", "1"], 2, ["--top_p and --seed need --temperature"]),
+        (["What?", "--temperature", "-1", "--top_p", "3"], 2, ["temperature -1.0 must", "top_p 3.0 must"]),
+        (["What?", "--device", "gpu"], 2, ["--device gpu: unknown"]),
+        (["--image", "/no/a.jpg", "--image", "/no/b.jpg", "--image", "BROKEN", "What?"], 1,
+         ["3 problems", "/no/a.jpg does not exist", "/no/b.jpg does not exist", "broken.jpg cannot be"]),
+        (["--image", "FIGURE", "Is <image> as <image>?"], 1, ["2 <image> placeholders, but 1 images"]),
+        (["--max_dynamic_patch", "0", "What?"], 2, ["must be at least 1"]),
+    ],
+)  # fmt: skip
+def test_user_errors(generate, argv, code, messages, figures, tmp_path, capfd):
+    (tmp_path / "broken.jpg").write_bytes(figures[0].read_bytes()[:500])
+    places = {"FIGURE": figures[0], "BROKEN": tmp_path / "broken.jpg"}
+    try:
+        found, written = generate(*(places.get(text, text) for text in argv))
+    except SystemExit as stop:
+        found, written = stop.code, capfd.readouterr()
+    assert found == code
+    for message in messages:
+        assert message in written.err
+    assert not written.out

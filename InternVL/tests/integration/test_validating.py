@@ -1,0 +1,364 @@
+"""Validation while training: it measures rightly, changes nothing, keeps the best, and ends a run in time."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import flags, run_training
+
+from internvl_chat.cli import main as m3llm
+from internvl_chat.inference.engine import Engine, last_question
+from internvl_chat.metrics.overlap import exact_match
+from internvl_chat.metrics.rouge import rouge
+from internvl_chat.model.weights import open_weights
+from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.validating import ValidatingTrainer
+from internvl_chat.train.validation import Figures, Outcome, Validation
+
+pytest.importorskip("rouge", reason="the package rouge is not installed")
+
+RECIPES = {
+    "full": {},
+    "lora": {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0.1},
+}
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def augmented(sample_data, tmp_path_factory):
+    """The sample data with random augmentation, so that randomness in the loader counts too."""
+    meta = json.loads((sample_data / "train.json").read_text())
+    for entry in meta.values():
+        entry["data_augment"] = True
+    path = tmp_path_factory.mktemp("meta") / "augmented.json"
+    path.write_text(json.dumps(meta))
+    return path
+
+
+@pytest.fixture
+def arguments(tiny_model, augmented, sample_data):
+    """The command line of a small run with validation."""
+
+    def make(folder, recipe="full", **values) -> list[str]:
+        common = {
+            "model_name_or_path": tiny_model,
+            "meta_path": augmented,
+            "output_dir": folder,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "save_steps": 3,
+            "eval_meta_path": sample_data / "held_out.json",
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        }
+        return flags(**{**common, **RECIPES[recipe], **values})
+
+    return make
+
+
+def validations(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def without_time(row: dict) -> dict:
+    return {key: value for key, value in row.items() if "second" not in key and key != "max_memory_gb"}
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    name = next(name for name in WEIGHTS.values() if (one / name).is_file())
+    first, second = open_weights(one / name), open_weights(two / name)
+    return first.keys() == second.keys() and all(torch.equal(first[n](), second[n]()) for n in first)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_goes_on_as_if_there_had_been_none(arguments, tmp_path, metrics, recipe):
+    with_it, without = tmp_path / "with", tmp_path / "without"
+    loaders = {"dataloader_num_workers": 2}
+    assert train(arguments(with_it, recipe, eval_generate=2, **loaders)) == 0
+    none = {"eval_meta_path": None, "eval_strategy": None, "eval_steps": None}
+    assert train(arguments(without, recipe, **none, **loaders)) == 0
+    assert [row["step"] for row in validations(with_it)] == [2, 4, 6]
+    assert list(map(without_time, metrics(with_it))) == list(map(without_time, metrics(without)))
+    assert (with_it / "ledger.jsonl").read_text() == (without / "ledger.jsonl").read_text()
+    assert same_weights(with_it, without)
+    assert not (without / "validation.jsonl").exists()
+
+
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+@pytest.mark.parametrize("packing", [{}, {"max_packed_tokens": 300}, {"packing": False}])
+def test_losses_are_those_of_the_finished_model(arguments, sample_data, tmp_path, capfd, reduction, packing):
+    """Against `m3llm loss`, which runs each record alone."""
+    out = tmp_path / "out"
+    assert train(arguments(out, max_steps=2, loss_reduction=reduction, **packing)) == 0
+    [row] = validations(out)
+    capfd.readouterr()
+    argv = [
+        "loss",
+        sample_data / "held_out.json",
+        "--model",
+        out,
+        "--device",
+        "cpu",
+        "--max_dynamic_patch",
+        6,
+    ]
+    assert m3llm([*map(str, argv), "--json"]) == 0
+    records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    records = [record for record in records if "index" in record]
+    for name, found in {"": row, **row["sets"]}.items():
+        own = [r for r in records if name in ("", r["dataset"])]
+        weights = [1 if reduction == "sample" else r["num_supervised"] for r in own]
+        expected = sum(w * r["loss"] for w, r in zip(weights, own, strict=True)) / sum(weights)
+        assert found["loss"] == pytest.approx(expected, abs=1e-5)
+        assert found["records"] == len(own)
+        assert found["tokens"] == sum(r["num_supervised"] for r in own)
+        assert (found["em"], found["rougeL"], found["generated"]) == (None, None, 0)
+
+
+def test_answers_are_those_of_the_finished_model(arguments, sample_data, tmp_path):
+    from internvl_chat.data.dataset import build_sets
+    from internvl_chat.data.meta import load_meta
+
+    out = tmp_path / "out"
+    # Long enough at a high rate that some answers are partly right.
+    values = {"max_steps": 40, "eval_steps": 40, "save_strategy": "no", "learning_rate": 1e-2}
+    assert train(arguments(out, eval_generate=2, **values)) == 0
+    [row] = validations(out)
+    engine = Engine.from_checkpoint(out, device="cpu")
+    sets = build_sets(load_meta(sample_data / "held_out.json", sample_data), engine.encoder)
+    everything = []
+    for records in sets:
+        scores = []
+        for index in range(2):
+            record = records.record(index)
+            prompt, reference = last_question(record, records.images(index, record))
+            [answer] = engine.answer([prompt], max_new_tokens=256)
+            scores.append((exact_match(answer, reference), rouge(answer, reference)["rougeL"]))
+        found = row["sets"][records.spec.name]
+        assert found["generated"] == 2
+        assert found["em"] == pytest.approx(50 * sum(em for em, _ in scores))
+        assert found["rougeL"] == pytest.approx(50 * sum(score for _, score in scores))
+        everything += scores
+    assert row["generated"] == len(everything)
+    assert row["rougeL"] == pytest.approx(100 * sum(s for _, s in everything) / len(everything))
+    assert row["rougeL"] > 0
+
+
+def test_figures_are_reported(arguments, tmp_path):
+    out = tmp_path / "out"
+    epochs = {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
+    assert train(arguments(out, **epochs, eval_generate=1, metric_for_best_model="loss")) == 0
+    rows = validations(out)
+    assert [(row["step"], row["epoch"]) for row in rows] == [(6, 1.0), (12, 2.0)]
+    state = json.loads((out / "checkpoint-12/trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    # Saved after the last step already, and again with what the validation behind it found.
+    assert state["best_global_step"] == 12 and state["best_metric"] == rows[1]["loss"]
+    assert not (out / ".partial").exists()
+    assert [entry["eval_loss"] for entry in logged] == [row["loss"] for row in rows]
+    for name, figures in rows[1]["sets"].items():
+        for kind in ("loss", "em", "rougeL"):
+            assert logged[1][f"eval_{name}_{kind}"] == figures[kind]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Let validations find the losses that a test tells, one after the other."""
+
+    def tell(*losses: float) -> None:
+        left = iter(losses)
+
+        def run(self, model, shares, total):
+            figures = Figures(1, 1, next(left), None, None, 0)
+            return Outcome(figures, {records.spec.name: figures for records in self.data.sets})
+
+        monkeypatch.setattr(Validation, "run", run)
+
+    return tell
+
+
+def checkpoints(folder: Path) -> list[int]:
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_best_checkpoint_stays_and_becomes_the_model(arguments, told, tmp_path, recipe):
+    out, last = tmp_path / "out", tmp_path / "last"
+    told(3.0, 1.0, 2.0)
+    best = {"save_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    assert train(arguments(out, recipe, **best)) == 0
+    assert checkpoints(out) == [4, 6]
+    assert same_weights(out, out / "checkpoint-4")
+    assert not same_weights(out, out / "checkpoint-6")
+    told(3.0, 1.0, 2.0)
+    assert train(arguments(last, recipe, save_steps=2, save_total_limit=1)) == 0
+    assert checkpoints(last) == [6]
+    assert same_weights(last, out / "checkpoint-6")
+    # The same files as of a run that ends with its newest model, and it loads.
+    own = {"config.yaml", "validation.jsonl"}
+    files = [{path.name for path in folder.iterdir() if path.is_file()} - own for folder in (out, last)]
+    assert files[0] == files[1]
+    Engine.from_checkpoint(out, device="cpu")
+
+
+def test_a_new_best_is_saved_between_other_checkpoints(arguments, told, tmp_path):
+    out = tmp_path / "out"
+    told(3.0, 1.0, 2.0)
+    assert train(arguments(out, save_steps=5, metric_for_best_model="eval_loss")) == 0
+    assert checkpoints(out) == [2, 4, 5, 6]
+
+
+def test_only_the_best_is_saved(arguments, told, tmp_path):
+    out = tmp_path / "out"
+    told(3.0, 1.0, 2.0)
+    best = {"save_strategy": "best", "save_total_limit": 1, "load_best_model_at_end": True}
+    assert train(arguments(out, **best)) == 0
+    assert checkpoints(out) == [4]
+    assert same_weights(out, out / "checkpoint-4")
+
+
+def test_a_stopped_run_is_saved_although_it_is_not_the_best(arguments, told, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    told(1.0, 3.0, 2.0)
+    evaluate = ValidatingTrainer.evaluate
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            self.control.should_save = self.control.should_training_stop = True
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(ValidatingTrainer, "evaluate", stop)
+    train(arguments(out, save_strategy="best"))
+    assert checkpoints(out) == [2, 4]
+
+
+def test_training_ends_early(arguments, told, tmp_path, capfd, metrics):
+    out = tmp_path / "out"
+    told(3.0, 1.0, 2.0, 1.5, 0.5)
+    values = {"max_steps": 20, "early_stopping_patience": 2, "load_best_model_at_end": True, "save_steps": 2}
+    assert train(arguments(out, **values)) == 0
+    assert [row["step"] for row in validations(out)] == [2, 4, 6, 8]
+    assert metrics(out)[-1]["step"] == 8
+    assert (
+        "step 8: eval_loss has not improved for 2 validations; training ends early" in capfd.readouterr().err
+    )
+    assert same_weights(out, out / "checkpoint-4")
+    assert (out / "train_results.json").is_file()
+
+
+def test_best_and_patience_survive_a_restart(arguments, told, tmp_path):
+    whole, resumed, elsewhere = tmp_path / "whole", tmp_path / "resumed", tmp_path / "elsewhere"
+    losses = (3.0, 1.0, 2.0, 1.5, 1.2, 0.5)
+    values = {"max_steps": 20, "early_stopping_patience": 3, "load_best_model_at_end": True, "save_steps": 2}
+    told(*losses)
+    assert train(arguments(whole, **values)) == 0
+    assert validations(whole)[-1]["step"] == 10
+    # As if it had been killed after step 6, when one validation had passed without a new best.
+    shutil.copytree(whole, resumed)
+    for name in ("train_results.json", "model.safetensors", "checkpoint-8", "checkpoint-10"):
+        path = resumed / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    told(*losses[3:])
+    assert train(arguments(resumed, **values)) == 0
+    rows = [list(map(without_time, validations(folder))) for folder in (whole, resumed)]
+    assert rows[0] == rows[1]
+    assert same_weights(whole, resumed) and same_weights(resumed, resumed / "checkpoint-4")
+    # In another folder the best checkpoint is beside the one to go on from.
+    told(*losses[3:])
+    again = arguments(elsewhere, **values, resume_from_checkpoint=whole / "checkpoint-6")
+    assert train(again) == 0
+    assert [row["step"] for row in validations(elsewhere)] == [8, 10]
+    assert checkpoints(elsewhere) == [8, 10]
+    assert same_weights(elsewhere, whole)
+
+
+def test_a_run_that_was_killed_before_its_model_was_written(arguments, told, tmp_path):
+    out = tmp_path / "out"
+    told(3.0, 1.0, 2.0)
+    values = {"load_best_model_at_end": True, "save_steps": 2}
+    assert train(arguments(out, **values)) == 0
+    (out / "train_results.json").unlink()
+    (out / "model.safetensors").unlink()
+    assert train(arguments(out, **values)) == 0
+    assert same_weights(out, out / "checkpoint-4")
+
+
+def test_a_held_out_record_that_cannot_be_used(arguments, sample_data, tmp_path, capfd):
+    meta = json.loads((sample_data / "held_out.json").read_text())
+    name, entry = next(iter(meta.items()))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"conversations": [{"from": "human", "value": "?"}]}\n')
+    (tmp_path / "meta.json").write_text(json.dumps({name: {**entry, "annotation": str(broken)}}))
+    assert train(arguments(tmp_path / "out", eval_meta_path=tmp_path / "meta.json")) == 1
+    assert "broken.jsonl, line 1: no assistant turn" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_find_what_one_finds(arguments, tmp_path, metrics, recipe):
+    values = {
+        "eval_generate": 2, "load_best_model_at_end": True, "save_steps": 2, "early_stopping_patience": 5,
+        "lora_dropout": 0.0, "save_total_limit": 1,
+    }  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run_training(*arguments(one, recipe, **values))
+    assert result.returncode == 0, result.stderr[-3000:]
+    share = {"per_device_train_batch_size": 1}
+    result = run_training(*arguments(two, recipe, **{**values, **share}), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [validations(folder) for folder in (one, two)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [2, 4, 6]
+    for first, second in zip(*rows, strict=True):
+        for a, b in [(first, second), *((first["sets"][n], second["sets"][n]) for n in first["sets"])]:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+            assert [a[k] for k in ("records", "tokens", "generated")] == [
+                b[k] for k in ("records", "tokens", "generated")
+            ]
+    assert checkpoints(one) == checkpoints(two)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_if_there_had_been_no_validation(arguments, tmp_path, metrics):
+    share = {"per_device_train_batch_size": 1, "save_strategy": "no"}
+    none = {"eval_meta_path": None, "eval_strategy": None, "eval_steps": None}
+    for name, values in (("with", {"eval_generate": 3}), ("without", none)):
+        argv = arguments(tmp_path / name, "lora", **{**share, **values})
+        result = run_training(*argv, processes=2)
+        assert result.returncode == 0, result.stderr[-3000:]
+    found = [list(map(without_time, metrics(tmp_path / name))) for name in ("with", "without")]
+    assert found[0] == found[1]
+    assert same_weights(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp", "zero2", "zero3"])
+def test_validation_where_weights_are_spread(arguments, tmp_path, how):
+    from helpers import SOURCE_ROOT
+
+    if how != "fsdp":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    spread = {
+        "fsdp": {"fsdp": "full_shard"},
+        "zero2": {"deepspeed": SOURCE_ROOT / "internvl_chat/shell/deepspeed/zero2.json"},
+        "zero3": {"deepspeed": SOURCE_ROOT / "internvl_chat/shell/deepspeed/zero3.json"},
+    }[how]
+    one, two = tmp_path / "one", tmp_path / "two"
+    values = {"load_best_model_at_end": True, "save_steps": 2, "save_total_limit": 1}
+    assert run_training(*arguments(one, **values)).returncode == 0
+    share = {"per_device_train_batch_size": 1}
+    result = run_training(*arguments(two, **{**values, **spread, **share}), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    losses = [[row["loss"] for row in validations(folder)] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    state = json.loads((two / f"checkpoint-{checkpoints(two)[-1]}/trainer_state.json").read_text())
+    assert state["best_global_step"] in checkpoints(two)
+    assert state["best_model_checkpoint"] is None
+    result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**spread, **share}), processes=2)
+    refused = "--eval_generate 1: with" in result.stderr
+    assert refused == (how != "zero2") and (result.returncode == 0) != refused

@@ -1,0 +1,198 @@
+"""What a validation measures, which of it may choose the best model, and which flags make no sense."""
+
+import dataclasses
+import json
+
+import pytest
+from helpers import flags
+from small_sets import encoder, image_record, noise, text_record, write_set
+
+from internvl_chat.data.dataset import TrainingData
+from internvl_chat.data.lengths import index_lengths
+from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.errors import ModelError, UsageError
+from internvl_chat.inference.engine import Prompt, last_question
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.best_checkpoint import copy_best
+from internvl_chat.train.checks import check_configuration
+from internvl_chat.train.output_folder import inspect_output_folder
+from internvl_chat.train.validation import Figures, Outcome, Validation, held_out, metric_names
+
+
+def test_figures_of_sums():
+    # Two records of 4 and 6 tokens with the losses 1 and 2, each weighing the same; three answers.
+    weighted = 4 * 0.25 * 1.0 + 6 / 6 * 2.0
+    figures = Figures.of_sums([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
+    assert figures == Figures(2, 10, 1.5, pytest.approx(200 / 3), 50.0, 3)
+    nothing = Figures.of_sums([0.0] * 7)
+    assert nothing == Figures(0, 0, None, None, None, 0)
+    outcome = Outcome(figures, {"qa": figures, "empty": nothing})
+    assert outcome.metrics() == {
+        "eval_loss": 1.5, "eval_em": figures.em, "eval_rougeL": 50.0,
+        "eval_qa_loss": 1.5, "eval_qa_em": figures.em, "eval_qa_rougeL": 50.0,
+    }  # fmt: skip
+    assert json.loads(json.dumps(outcome.row()))["sets"]["empty"]["loss"] is None
+
+
+def test_names_are_those_that_are_measured():
+    assert metric_names(["a", "b"], generate=False) == ["eval_loss", "eval_a_loss", "eval_b_loss"]
+    figures = Figures(1, 1, 1.0, 1.0, 1.0, 1)
+    names = metric_names(["a", "b"], generate=True)
+    assert sorted(names) == sorted(Outcome(figures, {"a": figures, "b": figures}).metrics())
+
+
+def test_held_out_records_are_used_as_they_are_and_once(tmp_path):
+    spec = DatasetSpec("qa", tmp_path, tmp_path / "qa.jsonl", data_augment=True, repeat_time=3)
+    part = dataclasses.replace(spec, repeat_time=0.5)
+    found = held_out([spec, part])
+    assert [s.data_augment for s in found] == [False, False]
+    assert [s.repeat_time for s in found] == [1, 0.5]
+
+
+def make_validation(tmp_path, records, generate, **options) -> Validation:
+    sets = [write_set(tmp_path, records, by=encoder(**options))]
+    data = TrainingData(sets, lengths=index_lengths(sets))
+    return Validation(data, sampler=None, reduction="sample", generate=generate, normalization="imagenet")
+
+
+def test_questions_are_always_the_same_and_spread_evenly(tmp_path):
+    records = [text_record(number) for number in range(10)]
+    expected = {0: [], 1: [0], 3: [0, 3, 6], 10: list(range(10)), 99: list(range(10))}
+    for wanted, indices in expected.items():
+        assert make_validation(tmp_path, records, wanted).asked(0) == indices
+
+
+def test_records_whose_end_is_cut_are_not_asked(tmp_path):
+    records = [text_record(number, "a cat " * (400 if number == 0 else 1)) for number in range(3)]
+    validation = make_validation(tmp_path, records, 3, truncate_text=True)
+    assert validation.asked(0) == [1, 2]
+
+
+def test_the_last_question_has_the_images_shown_before_it(tmp_path):
+    record = image_record(0, "a.png", "b.png")
+    record["conversations"] += [{"from": "human", "value": "And why?"}, {"from": "gpt", "value": "On a mat."}]
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        noise(16, 16).save(tmp_path / "images" / name)
+    records = write_set(tmp_path, [record])
+    parsed = records.record(0)
+    images = records.images(0, parsed)
+    assert last_question(parsed, images) == (Prompt(parsed.turns[:3], tuple(images)), "On a mat.")
+    # A picture in a question without an answer is shown after the last answer.
+    record["conversations"].append({"from": "human", "value": "<image>?"})
+    record["image"].append("a.png")
+    parsed = write_set(tmp_path, [record], "more").record(0)
+    assert last_question(parsed, [*images, images[0]])[0].images == tuple(images)
+
+
+@pytest.fixture
+def check(tiny_model, sample_data, tmp_path):
+    """Check a command line; returns the problems."""
+
+    def problems(**values) -> list[str]:
+        common = {
+            "model_name_or_path": tiny_model,
+            "meta_path": sample_data / "train.json",
+            "output_dir": tmp_path / "out",
+        }
+        try:
+            check_configuration(parse_arguments(flags(**common, **values)))
+        except UsageError as error:
+            return error.problems
+        return []
+
+    return problems
+
+
+def test_flags_that_need_validation(check, sample_data):
+    meta = sample_data / "held_out.json"
+    for values in (
+        {"eval_meta_path": meta}, {"eval_generate": 2}, {"early_stopping_patience": 1}, {"do_eval": True},
+        {"metric_for_best_model": "eval_loss"},
+    ):  # fmt: skip
+        [problem] = check(**values)
+        [(flag, value)] = values.items()
+        assert problem == (
+            f"--{flag} {value}: there is no validation without --eval_strategy steps (or epoch)"
+        )
+    # transformers asks for the same strategies of saving and validating by itself.
+    assert "save_strategy best: there is no validation" in check(save_strategy="best")[0]
+    assert check(eval_strategy="steps") == ["--eval_strategy steps needs --eval_meta_path"]
+
+
+def test_problems_of_validation_come_together(check, sample_data, monkeypatch):
+    monkeypatch.setattr("internvl_chat.train.validation_flags.find_spec", lambda name: None)
+    problems = check(
+        eval_strategy="epoch", eval_meta_path=sample_data / "held_out.json", eval_generate=2,
+        early_stopping_patience=-1, metric_for_best_model="eval_los",
+    )  # fmt: skip
+    assert problems == [
+        "--early_stopping_patience -1 must be at least 0",
+        "--eval_generate 2: the package rouge is not installed (pip install rouge)",
+        "--metric_for_best_model eval_los: not measured; did you mean eval_loss?",
+    ]
+
+
+def test_a_metric_of_answers_needs_answers(check, sample_data):
+    common = {"eval_strategy": "steps", "eval_meta_path": sample_data / "held_out.json"}
+    assert check(**common, metric_for_best_model="rougeL", eval_generate=1) == []
+    [problem] = check(**common, metric_for_best_model="rougeL")
+    assert problem == "--metric_for_best_model rougeL: not measured; it needs --eval_generate"
+    [problem] = check(**common, metric_for_best_model="accuracy")
+    assert problem.startswith("--metric_for_best_model accuracy: not measured; use one of eval_loss, eval_em")
+
+
+def test_a_meta_file_that_is_not_there(check):
+    with pytest.raises(ModelError, match=r"^--eval_meta_path: /no/meta\.json: no such meta file"):
+        check(eval_strategy="steps", eval_meta_path="/no/meta.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "metric", "greater"),
+    [
+        ({}, None, None),
+        ({"early_stopping_patience": 2}, "eval_loss", False),
+        ({"save_strategy": "best"}, "eval_loss", False),
+        ({"load_best_model_at_end": True}, "eval_loss", False),
+        ({"metric_for_best_model": "eval_em", "early_stopping_patience": 2}, "eval_em", True),
+    ],
+)
+def test_what_chooses_the_best(values, metric, greater):
+    run = parse_arguments(flags(model_name_or_path="m", meta_path="d", output_dir="o", **values)).run
+    assert (run.metric_for_best_model, run.greater_is_better) == (metric, greater)
+
+
+def test_settings_of_validation_survive_their_own_file(tmp_path):
+    import yaml
+
+    given = {"eval_strategy": "steps", "eval_meta_path": "held.json", "load_best_model_at_end": True,
+             "early_stopping_patience": 3, "eval_generate": 4, "save_steps": 50}  # fmt: skip
+    first = parse_arguments(flags(model_name_or_path="m", meta_path="d", output_dir="o", **given))
+    assert first.run.eval_steps == 50
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.to_dict()))
+    second = parse_arguments([str(tmp_path / "config.yaml")])
+    assert second.to_dict() == first.to_dict()
+    assert second.run.ends_with_best and second.data.eval_meta_path == "held.json"
+
+
+def test_a_folder_with_validations_is_a_run_s(tmp_path):
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n')
+    assert inspect_output_folder(tmp_path, overwrite=True, resume=None).overwrite
+    found = inspect_output_folder(tmp_path, overwrite=False, resume=None)
+    found.open().close()
+    assert not (tmp_path / "validation.jsonl").exists()
+
+
+def test_no_best_model_to_end_with(tmp_path):
+    from transformers import TrainerState
+
+    from internvl_chat.errors import TrainingError
+
+    with pytest.raises(TrainingError, match="nothing was validated"):
+        copy_best(TrainerState(global_step=3), tmp_path, None)
+    with pytest.raises(TrainingError, match="checkpoint-2: it is missing"):
+        copy_best(TrainerState(global_step=3, best_global_step=2), tmp_path, None)
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(TrainingError, match=r"no manifest\.json"):
+        copy_best(TrainerState(global_step=3, best_global_step=2), tmp_path, None)
