@@ -20,6 +20,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from internvl_chat.errors import ModelError
 from internvl_chat.model import merge as merging
 from internvl_chat.model.adapter import BaseModel, save_adapter
+from internvl_chat.model.derived import STAMP
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.merge import MergeResult, merge
@@ -290,7 +291,7 @@ def test_companions_come_from_base_and_adapter_and_the_adapter_s_win(folder: Pat
     found = {
         name: text.decode()
         for name, text in contents(tmp_path / "merged").items()
-        if name not in ("model.safetensors", "config.json", merging.MERGE_FILE)
+        if name not in ("model.safetensors", "config.json", STAMP)
     }
     assert found == {
         "vocab.json": "model: vocab.json",
