@@ -142,7 +142,8 @@ def save_hf_processor(
 def _tokenizer_settings(folder: Path, max_length: int) -> dict[str, Any]:
     """Return the saved `tokenizer_config.json` with the tokens that the processor asks for by name."""
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings.pop("chat_template", None)
+    for key in ("chat_template", "is_local", "local_files_only"):
+        settings.pop(key, None)
     return settings | {
         "processor_class": PROCESSOR_CLASS,
         "model_max_length": max_length,
