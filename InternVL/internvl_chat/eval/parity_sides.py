@@ -168,13 +168,19 @@ class TransformersSide:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging as transformers_logging
 
+        shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
         try:
             self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             self.processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
         self.model, self.device, self.dtype = model.to(device).eval(), device, dtype
 
     @torch.inference_mode()
