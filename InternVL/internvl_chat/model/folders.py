@@ -36,7 +36,7 @@ _COMPANIONS = (
     "*.py",
 )
 _NOT_COMPANIONS = ("zero_to_fp32.py",)  # DeepSpeed leaves it in its checkpoints
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py")
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
 
 
 def model_folder(path_or_id: str | Path) -> Path:

@@ -33,6 +33,7 @@ from internvl_chat.train.fingerprint import (
     read_fingerprint,
 )
 from internvl_chat.train.loading import load_encoder, load_for_training, load_records, order_records
+from internvl_chat.train.model_card import count_parameters, last_validation, write_model_card
 from internvl_chat.train.output_folder import CONFIG, FINISHED, METRICS, PLOT, checkpoint_step, unlock_folder
 from internvl_chat.train.plots import plot_loss
 from internvl_chat.train.rehearsal import plan_memory
@@ -148,6 +149,8 @@ def _run(plan: Plan, trainer: M3LLMTrainer) -> signal.Signals | None:
     _save_result(trainer)
     if plan.args.run.process_index == 0:
         plot_loss(output / METRICS, output / PLOT)
+        validation = last_validation(trainer.state.log_history)
+        write_model_card(plan.args, trainer.data, count_parameters(trainer.model), validation)
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
     return None
