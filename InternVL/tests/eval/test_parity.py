@@ -23,6 +23,7 @@ from internvl_chat.eval.parity import (
     faults,
     made_up_examples,
 )
+from internvl_chat.eval.parity_sides import OwnSide
 from internvl_chat.inference.export import export_hf
 from internvl_chat.model.merge import merge
 
@@ -136,13 +137,14 @@ def test_made_up_records_are_of_every_kind(tiny_model) -> None:
 
 
 def test_made_up_records_fit_the_checkpoint(tiny_model, tmp_path) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    lengths = [len(e.images) for e in made_up_examples(Path(model))]
-    edit(Path(model) / "preprocessing.json", max_seq_length=200)
-    assert 0 < len(made_up_examples(Path(model))) < len(lengths)
-    edit(Path(model) / "preprocessing.json", max_seq_length=3)
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    side = OwnSide(model, CPU, torch.float32, None)
+    lengths = sorted(len(side.trace(e, 1).input_ids) for e in made_up_examples(model))
+    edit(model / "preprocessing.json", max_seq_length=lengths[2])
+    assert len(made_up_examples(model)) == 3
+    edit(model / "preprocessing.json", max_seq_length=3)
     with pytest.raises(Exception, match="leave the check out"):
-        made_up_examples(Path(model))
+        made_up_examples(model)
 
 
 def test_what_is_expected_of_a_merge(tiny_model, tmp_path) -> None:
