@@ -78,10 +78,11 @@ def write_large(folder: Path, tiny_model: Path, layers: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["merge", "export"])
 def test_peak_memory_does_not_grow_with_the_shards(tiny_model, tmp_path, work) -> None:
     peaks, shards = [], []
-    for layers in (2, 14):
+    for layers in (3, 14):
         source = write_large(tmp_path / f"{layers}-layers", tiny_model, layers)
         target = tmp_path / f"{layers}-{work}"
         command = [sys.executable, "-c", CHILD, str(source), str(target), work, str(SHARD)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,6 @@ def test_neither_secrets_nor_places_are_told(card, tiny_model, sample_data, tmp_
 
 
 def test_the_licence_is_the_base_s(tiny_model, sample_data, tmp_path) -> None:
-    import shutil
-
     base = Path(shutil.copytree(tiny_model, tmp_path / "InternVL3-tiny"))
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
     text = run(tmp_path / "run", base, sample_data).read_text(encoding="utf-8")
