@@ -52,8 +52,8 @@ class Difference:
         id: in the file.
         same_ids: the conversation's token ids are equal.
         same_tiles: every image has as many tiles.
-        pixels: largest difference of a pixel; None where the tiles differ in number.
-        logits: largest difference of a logit; None where the token ids differ.
+        pixels: largest difference of a pixel; None where the tiles differ in number or size.
+        logits: largest difference of a logit; None where the token ids or the vocabularies differ.
         same_answer: the greedy answers are equal.
         answers: of the first and of the second.
     """
@@ -133,6 +133,9 @@ def faults(differences: Sequence[Difference], allowed: Tolerances) -> list[str]:
         if differing:
             found.append(f"the {name} of {len(differing)} of {len(differences)} records differ, "
                          f"e.g. {differing[0].dataset} {differing[0].index}")  # fmt: skip
+    for name, field in (("pixels", "same_tiles"), ("logits", "same_ids")):
+        if any(getattr(d, field) and getattr(d, name) is None for d in differences):
+            found.append(f"the {name} are of another shape, so the two are models of different sizes")
     for name, limit in (("pixels", allowed.pixels), ("logits", allowed.logits)):
         most = max((getattr(d, name) for d in differences if getattr(d, name) is not None), default=0.0)
         if not most <= limit:

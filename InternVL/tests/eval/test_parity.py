@@ -118,6 +118,8 @@ def test_faults_by_hand() -> None:
     assert faults([replace(SAME, logits=1.1e-4)], Tolerances()) == [
         "the logits differ by up to 0.00011, more than 0.0001"
     ]
+    assert "logits are of another shape" in faults([replace(SAME, logits=None)], Tolerances())[0]
+    assert "pixels are of another shape" in faults([replace(SAME, pixels=None)], Tolerances())[0]
     half = [SAME, replace(SAME, same_answer=False)]
     assert faults(half, Tolerances(same_answers=0.5)) == []
     assert "50% of the greedy answers" in faults(half, Tolerances(same_answers=0.6))[0]
