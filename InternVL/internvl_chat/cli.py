@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from internvl_chat import __version__
-from internvl_chat.commands import check, data, evaluate, generate, models
+from internvl_chat.commands import check, convert, data, evaluate, generate, models, parity
 from internvl_chat.errors import M3LLMError
 from internvl_chat.logs import configure_logging
 
@@ -43,7 +43,13 @@ _COMMANDS = (
              generate.add_arguments, generate.run),
     _Command("merge", "Fold LoRA adapters into their base: a plain checkpoint that opens everywhere.",
              "m3llm merge work_dirs/lora work_dirs/merged",
-             models.add_merge_arguments, models.run_merge),
+             convert.add_merge_arguments, convert.run_merge),
+    _Command("export", "Write a checkpoint in transformers' own format, or back in the reference's.",
+             "m3llm export work_dirs/run work_dirs/run-hf",
+             convert.add_export_arguments, convert.run_export),
+    _Command("parity", "Compare two checkpoints or formats: tokens, tiles, pixels, logits, answers.",
+             "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8",
+             parity.add_arguments, parity.run),
     _Command("sample-data", "Draw a small data set of compound figures with questions and answers.",
              "m3llm sample-data work_dirs/sample --seed 0",
              data.add_sample_data_arguments, data.sample_data),

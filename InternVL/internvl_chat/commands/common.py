@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from internvl_chat.paths import REPOSITORY
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from internvl_chat.data.dataset import RecordSet
@@ -45,6 +46,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
     return value
+
+
+def boolean(text: str) -> bool:
+    """Parse True or False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, found {text}")
+    return text.lower() == "true"
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of `--device`, by default the GPU if there is one."""
+    from internvl_chat.inference.engine import _find_device
+
+    return _find_device(name)
 
 
 def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedTokenizerBase, Preprocessing]:

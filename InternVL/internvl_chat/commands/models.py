@@ -1,4 +1,4 @@
-"""`m3llm merge` and `m3llm tiny-model`."""
+"""`m3llm tiny-model`."""
 
 import argparse
 import dataclasses
@@ -8,31 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from internvl_chat.commands.common import positive
-from internvl_chat.commands.output import emit, say
+from internvl_chat.commands.output import say
 from internvl_chat.errors import DataError, UsageError
 from internvl_chat.model.tiny_shape import TinyShape
-
-
-def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `merge`."""
-    parser.add_argument("source", help="adapter folder, or a checkpoint wrapped in LoRA by the reference")
-    parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--base", help="for adapters: where their base model is now")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-
-
-def run_merge(args: argparse.Namespace) -> int:
-    """Merge adapters into their base."""
-    from internvl_chat.model.merge import merge
-
-    result = merge(args.source, args.target, base=args.base)
-    if args.json:
-        emit({**dataclasses.asdict(result), "folder": str(result.folder)})
-    elif result.already_merged:
-        say(f"{result.folder}: is merged already; nothing to do")
-    else:
-        say(f"{result.folder}: {result.merged_layers} layers merged")
-    return 0
 
 
 def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:

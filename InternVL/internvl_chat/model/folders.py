@@ -6,12 +6,18 @@ adapters in peft's format.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from internvl_chat.errors import ModelError
+from internvl_chat.logs import get_logger
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.hf_format import HF_MODEL_TYPE, from_hf_config
+from internvl_chat.model.hf_format import HF_MODEL_TYPE, from_hf_config, to_hf_config
+
+logger = get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+# In a folder of transformers' format that was exported: the small files as they were before.
+ORIGINAL = "original"
 
 # What else makes a folder a checkpoint: tokenizer, generation settings, the reference's code for others.
 _COMPANIONS = (
@@ -30,7 +36,7 @@ _COMPANIONS = (
     "*.py",
 )
 _NOT_COMPANIONS = ("zero_to_fp32.py",)  # DeepSpeed leaves it in its checkpoints
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py")
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
 
 
 def model_folder(path_or_id: str | Path) -> Path:
@@ -60,20 +66,62 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def is_hf_format(folder: Path) -> bool:
+    """Say whether a folder holds a model in transformers' own format."""
+    raw = _read_json(folder / "config.json")
+    return isinstance(raw, dict) and raw.get("model_type") == HF_MODEL_TYPE
+
+
 def read_config(folder: Path) -> InternVLChatConfig:
-    """Read the configuration of a folder of any kind, of adapters with their ranks."""
+    """Read the configuration of a folder of any kind, of adapters with their ranks.
+
+    Raises:
+        ModelError: there is none, or it is malformed.
+    """
+    if not is_hf_format(folder):
+        return InternVLChatConfig.from_folder(folder)
+    original = original_folder(folder)
+    return InternVLChatConfig.from_folder(original) if original else _read_hf_config(folder)
+
+
+def config_file(folder: Path) -> Path | None:
+    """Return the file that holds a folder's configuration in the reference's terms, if there is one."""
+    place = original_folder(folder) if is_hf_format(folder) else folder
+    return place / "config.json" if place else None
+
+
+def original_folder(folder: Path) -> Path | None:
+    """Return where an exported folder keeps the files that it had before, if they still describe its model.
+
+    Configuration and tokenizer there are those of the exported model, unless it was changed since, as by
+    training it further with other software.
+    """
+    original = folder / ORIGINAL
+    if not (original / "config.json").is_file() or not is_hf_format(folder):
+        return None
+    kept, found = InternVLChatConfig.from_folder(original), _read_hf_config(folder)
+    if to_hf_config(kept, 0) == to_hf_config(found, 0):
+        return original
+    logger.warning("%s: is not used, because %s is of another model", original, folder / "config.json")
+    return None
+
+
+def _read_hf_config(folder: Path) -> InternVLChatConfig:
     file = folder / "config.json"
-    if file.is_file():
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{file}: not valid JSON: {error}") from None
-        if isinstance(raw, dict) and raw.get("model_type") == HF_MODEL_TYPE:
-            try:
-                return from_hf_config(raw, source=str(file))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{file}: not transformers' InternVL: {error!r}") from None
-    return InternVLChatConfig.from_folder(folder)
+    try:
+        return from_hf_config(_read_json(file), source=str(file))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: not transformers' InternVL: {error!r}") from None
+
+
+def _read_json(file: Path) -> Any:
+    """Read a JSON file; None where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON: {error}") from None
 
 
 def write_config(config: InternVLChatConfig, folder: Path) -> None:
@@ -83,11 +131,17 @@ def write_config(config: InternVLChatConfig, folder: Path) -> None:
 
 def read_companions(source: Path) -> dict[str, bytes]:
     """Read what belongs to a checkpoint beside weights and configuration, by name."""
+    source = original_folder(source) or source
     files = {file for pattern in _COMPANIONS for file in source.glob(pattern)}
     return {file.name: file.read_bytes() for file in sorted(files) if file.name not in _NOT_COMPANIONS}
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what belongs to a checkpoint beside weights and configuration, byte for byte."""
-    for name, content in read_companions(source).items():
-        (target / name).write_bytes(content)
+    write_files(read_companions(source), target)
+
+
+def write_files(files: dict[str, bytes], folder: Path) -> None:
+    """Write files into a folder, by name."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

@@ -156,6 +156,11 @@ def from_hf_config(raw: dict[str, Any], *, source: str) -> InternVLChatConfig:
         norm_type=vision.get("norm_type", "layer_norm"),
         layer_norm_eps=vision.get("layer_norm_eps", 1e-6),
         hidden_act=vision.get("hidden_act", "gelu"),
+        num_channels=vision.get("num_channels", 3),
+        attention_dropout=vision.get("attention_dropout", 0.0),
+        dropout=vision.get("projection_dropout", 0.0),
+        initializer_range=vision.get("initializer_range", 0.02),
+        initializer_factor=vision.get("layer_scale_init_value", 0.1),
     )
     llm = {
         **raw["text_config"],

@@ -21,6 +21,7 @@ from internvl_chat.errors import ModelError
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
+SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 _PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 
@@ -72,10 +73,19 @@ def open_weights(file: Path) -> Weights:
             zipped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not, and cannot be mapped
             tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
             return {name: partial(tensors.get, name) for name in tensors}
-        handle = safe_open(file, framework="pt")
-        return {name: partial(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118
+        with safe_open(file, framework="pt") as handle:
+            return {name: partial(_read_tensor, file, name) for name in handle.keys()}  # noqa: SIM118
     except Exception as error:
         raise ModelError(f"{file}: damaged or not a weight file: {error}") from error
+
+
+def _read_tensor(file: Path, name: str) -> torch.Tensor:
+    """Read one tensor; the file is mapped for as long as the tensor lives, and no longer.
+
+    One mapping for all tensors would keep in memory whatever was read through it.
+    """
+    with safe_open(file, framework="pt") as handle:
+        return handle.get_tensor(name)
 
 
 def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial: bool = False) -> None:
@@ -123,7 +133,7 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
     """Write `model.safetensors`, or shards and an index, holding one shard in memory at a time.
 
     Args:

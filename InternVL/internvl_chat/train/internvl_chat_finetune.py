@@ -40,6 +40,7 @@ from internvl_chat.train.loading import (
     order_records,
     plan_validation,
 )
+from internvl_chat.train.model_card import count_parameters, last_validation, write_model_card
 from internvl_chat.train.output_folder import (
     CONFIG,
     FINISHED,
@@ -169,6 +170,8 @@ def _run(plan: Plan, trainer: M3LLMTrainer) -> signal.Signals | None:
     _save_result(plan, trainer)
     if plan.args.run.process_index == 0:
         plot_loss(output / METRICS, output / PLOT, output / VALIDATION)
+        validation = last_validation(trainer.state.log_history)
+        write_model_card(plan.args, trainer.data, count_parameters(trainer.model), validation)
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
     return None

@@ -24,11 +24,13 @@ CONFIG = "config.yaml"
 LOG = "training_log.txt"
 PLOT = "loss.png"
 FINISHED = "train_results.json"
+CARD = "README.md"
+CARD_MARK = "<!-- Written by m3llm when the run ended; a card without this line is never written over. -->"
 LOCK = ".lock"
 PARTIAL = ".partial"
 
 _RECORDS_OF_A_RUN = (METRICS, LEDGER, VALIDATION, CONFIG, PLOT, FINISHED, PARTIAL)
-_HARMLESS = (LOG, LOCK)
+_HARMLESS = (LOG, LOCK, CARD)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run writes; everything else in its folder is somebody's own.
 _WRITTEN = re.compile(
@@ -66,6 +68,8 @@ class OutputFolder:
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be written to: {error.strerror}") from None
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+        if self.resume is None and may_write_card(self.path):
+            _delete(self.path / CARD)
         if self.overwrite:
             names = _files_of_a_run(self.path)
             if names:
@@ -85,6 +89,12 @@ class OutputFolder:
             for name in (METRICS, LEDGER, VALIDATION):
                 _drop_after(self.path / name, step)
         return lock
+
+
+def may_write_card(folder: Path) -> bool:
+    """Say whether a folder's model card, if there is one, is an earlier run's and not somebody's own."""
+    file = folder / CARD
+    return not file.exists() or CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 # Those that this process holds.

@@ -20,11 +20,12 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from internvl_chat.errors import ModelError
 from internvl_chat.model import merge as merging
 from internvl_chat.model.adapter import BaseModel, save_adapter
+from internvl_chat.model.derived import STAMP
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.merge import MergeResult, merge
 from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.model.weights import weights_digest
+from internvl_chat.model.weights import read_weights, weights_digest, write_weights
 from internvl_chat.train.trainable import set_trainable
 
 RECORD = make_record((2, 1))
@@ -290,7 +291,7 @@ def test_companions_come_from_base_and_adapter_and_the_adapter_s_win(folder: Pat
     found = {
         name: text.decode()
         for name, text in contents(tmp_path / "merged").items()
-        if name not in ("model.safetensors", "config.json", merging.MERGE_FILE)
+        if name not in ("model.safetensors", "config.json", STAMP)
     }
     assert found == {
         "vocab.json": "model: vocab.json",
@@ -330,3 +331,42 @@ def test_unknown_keys_of_the_base_s_configuration_are_kept(folder: Path, tmp_pat
     save_trained_adapter(folder, tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "merged")
     assert json.loads((tmp_path / "merged/config.json").read_text()) == raw
+
+
+def test_a_sharded_base_gives_a_sharded_result(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "sharded"
+    base.mkdir()
+    write_weights(read_weights(folder), base, max_shard_bytes=60_000)
+    (base / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert len(list(base.glob("*.safetensors"))) > 3
+    model = save_trained_adapter(base, tmp_path / "adapter", mlp=True)
+    merge(tmp_path / "adapter", tmp_path / "merged", max_shard_bytes=60_000)
+    shards = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert len(shards) > 3 and max(file.stat().st_size for file in shards) < 100_000
+    assert_same_logits(load(tmp_path / "merged"), model)
+
+
+def test_a_check_that_fails_undoes_the_merge(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    seen: list[Path] = []
+
+    def refuse(result: Path) -> None:
+        assert_plain(result)
+        seen.append(result)
+        raise ModelError("differs")
+
+    with pytest.raises(ModelError, match="differs"):
+        merge(tmp_path / "adapter", tmp_path / "out/merged", check=refuse)
+    assert len(seen) == 1 and not list((tmp_path / "out").iterdir())
+    merge(tmp_path / "adapter", tmp_path / "out/merged", check=seen.append)
+    merge(tmp_path / "adapter", tmp_path / "out/merged", check=seen.append)
+    assert len(seen) == 2, "a merge that is there already is not checked again"
+
+
+def test_a_configuration_that_need_not_change_is_copied_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("min_dynamic_patch")
+    text = json.dumps(raw, indent=7)
+    (folder / "config.json").write_text(text)
+    merge(folder, tmp_path / "copy")
+    assert (tmp_path / "copy/config.json").read_text() == text

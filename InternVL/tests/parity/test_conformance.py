@@ -19,8 +19,10 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tiling import normalize_tiles, plan_grid
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.inference.export import export_hf
 from internvl_chat.model.checkpoint import load_model
 from internvl_chat.model.folders import read_config
+from internvl_chat.model.merge import merge
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 FILES = ("boundingboxVQA", "compound_image", "extra", "multiple_subimage", "puretext", "single_subimage",
@@ -140,6 +142,20 @@ def test_trained_lora_of_the_reference(shared, golden, encoder):
     sample = record_set(shared, "boundingboxVQA", encoder).load(0)
     expected = golden["lora_trained_loss_first_sample"]
     assert run(model, sample).loss.item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["merged", "exported", "exported and back"])
+def test_trained_lora_of_the_reference_merged(shared, golden, encoder, tmp_path, form):
+    wrapped, folder = shared / "conformance/tiny_lora_trained", tmp_path / form
+    if form == "merged":
+        merge(wrapped, folder)
+    elif form == "exported":
+        export_hf(wrapped, folder)
+    else:
+        merge(export_hf(wrapped, tmp_path / "hf").folder, folder)
+    sample = record_set(shared, "boundingboxVQA", encoder).load(0)
+    expected = golden["lora_trained_loss_first_sample"]
+    assert run(load(folder, encoder), sample).loss.item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_greedy_tokens(shared, golden, encoder):

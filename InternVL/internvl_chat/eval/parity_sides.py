@@ -1,0 +1,231 @@
+"""One checkpoint, run by this package or by transformers' own classes: what it makes of an example.
+
+Shapes: T tokens, N tiles, S pixels a side, P the last places of a conversation, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from internvl_chat.constants import IM_END
+from internvl_chat.data.dataset import RecordKey
+from internvl_chat.data.encoding import Encoded, RecordEncoder
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.problems import RecordProblem
+from internvl_chat.data.records import Turn
+from internvl_chat.data.tiling import normalize_tiles, share_of_budget
+from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.errors import DataError, ModelError
+from internvl_chat.model.checkpoint import load_model
+from internvl_chat.model.folders import is_hf_format, read_config
+
+PLACES = 32
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as both sides are given it.
+
+    Attributes:
+        key: where it comes from.
+        id: in the file.
+        turns: the last is the assistant's, and is what is compared with teacher forcing.
+        images: in RGB.
+        max_tiles: of all images; None for the checkpoint's own limit.
+    """
+
+    key: RecordKey
+    id: str | None
+    turns: tuple[Turn, ...]
+    images: tuple[Image.Image, ...]
+    max_tiles: int | None
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """The turns before the assistant's last."""
+        last = max(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
+        return self.turns[:last]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a checkpoint makes of an example.
+
+    Attributes:
+        input_ids: (T,) of the whole conversation.
+        tiles: of each image.
+        pixels: (N, 3, S, S) float32.
+        logits: (P, V) float32, at the last places of the conversation.
+        answer: greedy, to the prompt.
+    """
+
+    input_ids: torch.Tensor
+    tiles: tuple[int, ...]
+    pixels: torch.Tensor
+    logits: torch.Tensor
+    answer: str
+
+
+class Side(Protocol):
+    """A loaded checkpoint."""
+
+    def trace(self, example: Example, max_new_tokens: int) -> Trace:
+        """Run an example."""
+        ...
+
+
+def open_side(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, base: str | Path | None = None
+) -> Side:
+    """Load a checkpoint: transformers' format with transformers' own classes, any other with ours."""
+    if is_hf_format(folder):
+        return TransformersSide(folder, device, dtype)
+    return OwnSide(folder, device, dtype, base)
+
+
+def _greedy(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    end = tokenizer.convert_tokens_to_ids(IM_END)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+    )
+
+
+class OwnSide:
+    """A checkpoint of any format, run by this package.
+
+    Args:
+        folder: the checkpoint.
+        device: where it runs.
+        dtype: of its weights.
+        base: for adapters, where their base is now.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, base: str | Path | None
+    ) -> None:
+        self.tokenizer, _ = load_tokenizer(folder)
+        context = image_context_id(self.tokenizer)
+        model = load_model(folder, image_context_id=context, dtype=dtype, base=base)
+        self.model, self.device, self.dtype = model.to(device).eval(), device, dtype
+        preprocessing = Preprocessing.from_folder(folder, read_config(folder))
+        self.encoder = RecordEncoder(self.tokenizer, preprocessing)
+
+    @torch.inference_mode()
+    def trace(self, example: Example, max_new_tokens: int) -> Trace:
+        """Run an example.
+
+        Raises:
+            DataError: it cannot be encoded.
+        """
+        encoder = self.encoder.with_max_tiles(example.max_tiles)
+        sizes = [image.size for image in example.images]
+        try:
+            encoded = encoder.encode(example.turns, sizes)
+            prompt = encoder.encode_prompt(example.prompt, sizes)
+        except RecordProblem as problem:
+            raise DataError(f"{example.key}: {problem}", record=example.id) from None
+        tiles = encoder.tiles(example.images, encoded.grids)
+        pixels = normalize_tiles(tiles, encoder.preprocessing.normalize_type)
+        llm = self.model.language_model
+        logits = llm(
+            inputs_embeds=self._embed(encoded, pixels), use_cache=False, logits_to_keep=PLACES
+        ).logits[0]
+        embeddings = self._embed(prompt, pixels)
+        settings = _greedy(self.tokenizer, max_new_tokens)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device)
+        [ids] = llm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings)
+        return Trace(
+            input_ids=encoded.input_ids,
+            tiles=tuple(grid.tiles for grid in encoded.grids),
+            pixels=pixels,
+            logits=logits.float().cpu(),
+            answer=self.tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+    def _embed(self, encoded: Encoded, pixels: torch.Tensor) -> torch.Tensor:
+        ids = encoded.input_ids.unsqueeze(0).to(self.device)
+        return self.model.embed(ids, pixels.to(self.device, self.dtype))
+
+
+class TransformersSide:
+    """A checkpoint of transformers' format, run by transformers' own model and processor.
+
+    Images are resized by the processor's Pillow backend.
+
+    Args:
+        folder: the checkpoint.
+        device: where it runs.
+        dtype: of its weights.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging as transformers_logging
+
+        shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            self.processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
+        self.model, self.device, self.dtype = model.to(device).eval(), device, dtype
+
+    @torch.inference_mode()
+    def trace(self, example: Example, max_new_tokens: int) -> Trace:
+        """Run an example."""
+        inputs = self._prepare(example, example.turns, answer_follows=False)
+        pixels = inputs.get("pixel_values")
+        logits = self.model(**self._placed(inputs), use_cache=False, logits_to_keep=PLACES).logits[0]
+        prompt = self._placed(self._prepare(example, example.prompt, answer_follows=True))
+        settings = _greedy(self.processor.tokenizer, max_new_tokens)
+        ids = self.model.generate(**prompt, generation_config=settings)[0, prompt["input_ids"].shape[1] :]
+        size = self.processor.image_processor.size
+        return Trace(
+            input_ids=inputs["input_ids"][0],
+            tiles=self._tiles(inputs["input_ids"][0]),
+            pixels=torch.zeros(0, 3, size["height"], size["width"]) if pixels is None else pixels,
+            logits=logits.float().cpu(),
+            answer=self.processor.tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+    def _prepare(self, example: Example, turns: Sequence[Turn], *, answer_follows: bool) -> dict[str, Any]:
+        """Let the processor make the inputs; several images share the limit of tiles, which it is told."""
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=answer_follows)
+        limit = example.max_tiles or self.processor.image_processor.max_patches
+        share = share_of_budget(limit, max(len(example.images), 1))
+        fewest = min(self.processor.image_processor.min_patches, limit)
+        return self.processor(
+            images=list(example.images) or None,
+            text=text,
+            images_kwargs={"max_patches": share, "min_patches": fewest},
+            return_tensors="pt",
+        )
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the inputs on the model's device."""
+        placed = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        if "pixel_values" in placed:
+            placed["pixel_values"] = placed["pixel_values"].to(self.dtype)
+        return placed
+
+    def _tiles(self, input_ids: torch.Tensor) -> tuple[int, ...]:
+        """Count each image's tiles by its tokens, between the marks of its start."""
+        processor = self.processor
+        image_of_place = (input_ids == processor.start_image_token_id).cumsum(0)
+        places = image_of_place[input_ids == processor.image_token_id]
+        counts = torch.bincount(places)[1:].tolist()
+        return tuple(count // processor.image_seq_length for count in counts)

@@ -1,0 +1,217 @@
+"""The model card: what a finished run says of its model, from what it did and nothing else.
+
+Written as the `README.md` that model hubs show, with the front matter that they read.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from torch import nn
+
+from internvl_chat import __version__
+from internvl_chat.data.dataset import RecordSet, TrainingData
+from internvl_chat.errors import ModelError
+from internvl_chat.logs import get_logger
+from internvl_chat.model.adapter import read_base
+from internvl_chat.model.folders import is_adapter, model_folder
+from internvl_chat.train.arguments import Arguments
+from internvl_chat.train.fingerprint import fingerprint
+from internvl_chat.train.output_folder import CARD, CARD_MARK, METRICS, may_write_card
+
+logger = get_logger(__name__)
+
+_UNKNOWN = "unknown"
+
+_USE = """\
+For research on questions about medical figures and their panels, in the form of the training data. It is not
+a medical device: answers may be wrong in ways that read well, and no diagnosis or treatment may rest on them.
+What it does on data of another kind, in another language or from another source than below is not known.
+Limits of the base model and of the training data are limits of this model."""
+
+_COMMANDS = """\
+```bash
+m3llm generate --model FOLDER --image figure.jpg "What does panel A show?"
+{merge}m3llm export FOLDER FOLDER-hf
+```"""
+
+
+def write_model_card(
+    args: Arguments,
+    data: TrainingData,
+    parameters: tuple[int, int],
+    validation: Mapping[str, float],
+) -> None:
+    """Write `README.md` into the folder of a finished run, unless somebody's own is there.
+
+    Args:
+        args: the run's.
+        data: what was trained on.
+        parameters: of the model, all and trained.
+        validation: the last figure of each kind; empty where nothing was validated.
+    """
+    folder = Path(args.run.output_dir)
+    if not may_write_card(folder):
+        logger.warning("%s: is not of an earlier run, so no model card is written", folder / CARD)
+        return
+    steps = _read_steps(folder / METRICS)
+    base, licence = _base_names(args), _licence(args)
+    adapters = bool(args.model.use_llm_lora or args.model.use_backbone_lora)
+    sections = [
+        f"---\n{yaml.safe_dump(_front_matter(base, licence, adapters), sort_keys=False)}---\n{CARD_MARK}",
+        f"# {folder.name}",
+        f"{'Adapters (LoRA) for' if adapters else 'A fine-tuned version of'} {' and '.join(base)}.",
+        f"**Licence of the base:** {licence}.",
+        f"## Intended use and limits\n\n{_USE}",
+        "## Use\n\n" + _COMMANDS.format(merge="m3llm merge FOLDER FOLDER-merged\n" if adapters else ""),
+        "## Data\n\n" + _data(data),
+        "## Recipe\n\n" + _table(("setting", "value"), _recipe(args, parameters).items()),
+        "## Training\n\n" + _table(("", ""), _course(args, steps).items()),
+        "## Validation\n\n" + _validation(validation),
+    ]
+    (folder / CARD).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return a model's parameters, all and trained; also where DeepSpeed has spread them."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def last_validation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the last figure of each kind that validation has logged."""
+    found = {}
+    for entry in log_history:
+        found |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+    return found
+
+
+def _front_matter(base: Sequence[str], licence: str, adapters: bool) -> dict[str, Any]:
+    """Return what a hub reads; a base is named only by an id that the hub knows."""
+    ids = [name for name in base if name.count("/") == 1]
+    matter = {
+        "license": licence,
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["internvl_chat", "medical", "m3llm", "lora" if adapters else "full-fine-tuning"],
+    }
+    if adapters:
+        matter["library_name"] = "peft"
+    if ids:
+        relation = "adapter" if adapters else "finetune"
+        matter |= {"base_model": ids[0] if len(ids) == 1 else ids, "base_model_relation": relation}
+    return matter
+
+
+def _base_paths(args: Arguments) -> list[str]:
+    """Return the model that the run began from, or the parts that it was assembled from."""
+    model = args.model
+    if model.model_name_or_path is None:
+        return [model.vision_path, model.llm_path]
+    start = Path(model.model_name_or_path)
+    if is_adapter(start):
+        return [model.base_model_path or read_base(start).path]
+    return [model.model_name_or_path]
+
+
+def _base_names(args: Arguments) -> list[str]:
+    """Return hub ids as they are, and of folders the name alone, which tells nothing of their place."""
+    return [Path(path).resolve().name if Path(path).exists() else path for path in _base_paths(args)]
+
+
+def _licence(args: Arguments) -> str:
+    """Return what the base's README or configuration says of its licence."""
+    found = {_licence_of(path) for path in _base_paths(args)}
+    return found.pop() if len(found) == 1 else _UNKNOWN
+
+
+def _licence_of(path: str) -> str:
+    try:
+        folder = model_folder(path)
+        card, config = folder / "README.md", folder / "config.json"
+        matter = {}
+        if card.is_file() and (text := card.read_text(encoding="utf-8")).startswith("---"):
+            matter = yaml.safe_load(text.split("---")[1]) or {}
+        named = matter.get("license") or json.loads(config.read_text(encoding="utf-8")).get("license")
+    except (ModelError, OSError, ValueError, AttributeError, yaml.YAMLError):
+        return _UNKNOWN
+    return named if isinstance(named, str) else _UNKNOWN
+
+
+def _data(data: TrainingData) -> str:
+    rows = [
+        (records.spec.name, f"{size:,}", records.encoder.preprocessing.max_dynamic_patch,
+         records.spec.annotation.name, f"`{_sha256(records)}`")
+        for records, size in zip(data.sets, data.sizes, strict=True)
+    ]  # fmt: skip
+    header = ("data set", "records an epoch", "most tiles", "file", "SHA-256 of the file")
+    left_out = f"\n\n{len(data.left_out):,} records could not be used and were left out." * bool(
+        data.left_out
+    )
+    return _table(header, rows) + left_out
+
+
+def _sha256(records: RecordSet) -> str:
+    with records.spec.annotation.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _recipe(args: Arguments, parameters: tuple[int, int]) -> dict[str, Any]:
+    """Return the settings that a run depends on; none of them can hold a secret."""
+    run = args.run
+    length = {"max_steps": run.max_steps} if run.max_steps > 0 else {"epochs": run.num_train_epochs}
+    return {
+        "parameters": f"{parameters[0]:,}",
+        "trained parameters": f"{parameters[1]:,}",
+        **length,
+        **fingerprint(args),
+        "optimizer": str(run.optim.value),
+        "adam": f"betas {run.adam_beta1}, {run.adam_beta2}, epsilon {run.adam_epsilon}",
+    }
+
+
+def _course(args: Arguments, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the run took and where its loss ended."""
+    run = args.run
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    course: dict[str, Any] = {"hardware": f"{run.world_size} x {device}"}
+    if steps:
+        seconds = sum(step.get("seconds") or 0 for step in steps)
+        losses = [step["loss"] for step in steps if step.get("loss") is not None]
+        course |= {
+            "steps": f"{steps[-1]['step']:,}",
+            "records": f"{sum(step.get('records') or 0 for step in steps):,}",
+            "tokens": f"{sum(step.get('tokens') or 0 for step in steps):,}",
+            "time in steps": f"{seconds / 3600:.2f} h",
+        }
+        if losses:
+            last = losses[-max(1, len(losses) // 10) :]
+            course[f"loss, mean of the last {len(last)} step(s)"] = f"{sum(last) / len(last):.4f}"
+    software = {"m3llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return course | {"software": ", ".join(f"{name} {number}" for name, number in software.items())}
+
+
+def _validation(figures: Mapping[str, float]) -> str:
+    if not figures:
+        return "Nothing was validated while training."
+    return _table(("", ""), [(key.removeprefix("eval_"), f"{value:.4g}") for key, value in figures.items()])
+
+
+def _read_steps(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "step" in row]
+
+
+def _table(header: Sequence[str], rows: Any) -> str:
+    """Return a Markdown table; what would break out of its cell is escaped."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for row in rows:
+        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

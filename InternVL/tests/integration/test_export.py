@@ -1,0 +1,278 @@
+"""Export against transformers' own classes, and back, on real records and with models of many shapes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from model.conftest import make_model
+from parity.test_transformers import MODELS
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from internvl_chat.cli import main as m3llm
+from internvl_chat.data.dataset import RecordSet
+from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.errors import ModelError
+from internvl_chat.eval.parity import Tolerances, check_same
+from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.inference.export import export_hf
+from internvl_chat.model.checkpoint import load_model, save_model
+from internvl_chat.model.folders import copy_companions, read_config
+from internvl_chat.model.merge import merge
+
+TASKS = ("boundingboxVQA", "compound_image", "extra", "multiple_subimage", "puretext", "single_subimage")
+CPU = torch.device("cpu")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, but for the note of where it comes from."""
+    return {
+        file.name: file.read_bytes()
+        for file in folder.iterdir()
+        if file.is_file() and file.name != "made_from.json"
+    }
+
+
+def own_sets(shared: Path, folder: Path) -> list[RecordSet]:
+    tokenizer, _ = load_tokenizer(folder)
+    encoder = RecordEncoder(tokenizer, Preprocessing.from_folder(folder, read_config(folder)))
+    place = shared / "pmc_mi"
+    return [
+        RecordSet(DatasetSpec(task, place / "images", place / f"jsonl/{task}.jsonl"), encoder)
+        for task in TASKS
+    ]
+
+
+@pytest.fixture(scope="module")
+def exported(shared, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("export") / "hf"
+    export_hf(shared / "conformance/tiny", target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def transformers_parts(exported):
+    processor = AutoProcessor.from_pretrained(exported)
+    processor.image_processor = AutoImageProcessor.from_pretrained(exported, backend="pil")
+    return processor, AutoModelForImageTextToText.from_pretrained(exported).eval()
+
+
+@torch.inference_mode()
+def test_processor_and_model_equal_ours_on_real_records(shared, transformers_parts) -> None:
+    processor, theirs = transformers_parts
+    source = shared / "conformance/tiny"
+    tokenizer, _ = load_tokenizer(source)
+    ours = load_model(source, image_context_id=image_context_id(tokenizer)).eval()
+    numbers_of_images = set()
+    for records in own_sets(shared, source):
+        for index in records.first(3):
+            record, sample = records.record(index), records.load(index)
+            numbers_of_images.add(len(record.images))
+            messages = [{"role": turn.role, "content": turn.text} for turn in record.turns]
+            inputs = processor(
+                text=processor.apply_chat_template(messages),
+                images=records.images(index, record) or None,
+                images_kwargs={"max_patches": max(1, 12 // max(1, len(record.images)))},
+                return_tensors="pt",
+            )
+            assert torch.equal(inputs["input_ids"][0], sample.encoded.input_ids)
+            pixels = normalize_tiles(sample.tiles, "imagenet")
+            if record.images:
+                torch.testing.assert_close(inputs["pixel_values"], pixels, atol=1e-6, rtol=0)
+            expected = theirs(**inputs, use_cache=False).logits
+            found = ours(input_ids=sample.encoded.input_ids[None], pixel_values=pixels).logits
+            assert expected.std() > 0.1
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert {0, 1, 2} <= numbers_of_images
+
+
+def test_greedy_answers_equal_ours(shared, exported, transformers_parts) -> None:
+    processor, theirs = transformers_parts
+    engine = Engine.from_checkpoint(shared / "conformance/tiny", device="cpu")
+    records = own_sets(shared, shared / "conformance/tiny")[3]
+    for index in (0, 1):
+        record = records.record(index)
+        turns, images = record.turns[:1], records.images(index, record)
+        [ours] = engine.answer([Prompt(turns, images)], max_new_tokens=12)
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": turns[0].text}], add_generation_prompt=True
+        )
+        tiles = {"max_patches": max(1, 12 // len(images))}
+        inputs = processor(text=text, images=images, images_kwargs=tiles, return_tensors="pt")
+        # The end of an answer comes from the exported generation settings.
+        ids = theirs.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(ids, skip_special_tokens=True).strip() == ours
+
+
+def test_parts_with_images_go_through_the_chat_template(shared, transformers_parts) -> None:
+    processor, _ = transformers_parts
+    images = sorted((shared / "pmc_mi/images").glob("*.jpg"))[:2]
+    content = [{"type": "image", "path": str(path)} for path in images]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": "which ?"}]}]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    context = (inputs["input_ids"] == processor.image_token_id).sum()
+    assert context == 4 * len(inputs["pixel_values"]) > 0
+
+
+def test_torchvision_s_processor_cuts_the_same_tiles(shared, exported) -> None:
+    default = AutoProcessor.from_pretrained(exported).image_processor
+    pillow = AutoImageProcessor.from_pretrained(exported, backend="pil")
+    assert type(default) is not type(pillow)
+    records = own_sets(shared, shared / "conformance/tiny")[1]
+    [image] = records.images(0, records.record(0))
+    a, b = (p(image, return_tensors="pt")["pixel_values"] for p in (default, pillow))
+    assert a.shape == b.shape
+    assert 0 < (a - b).abs().mean() < 0.02
+
+
+def test_there_and_back_is_exact_to_the_byte(shared, exported, tmp_path) -> None:
+    source = shared / "conformance/tiny"
+    merge(exported, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
+
+
+def test_no_code_and_no_pickle_is_in_an_exported_folder(exported) -> None:
+    suffixes = {file.suffix for file in exported.rglob("*") if file.is_file()}
+    assert suffixes <= {".json", ".jinja", ".safetensors", ".txt"}
+    assert "auto_map" not in json.loads((exported / "config.json").read_text())
+
+
+def test_the_end_of_an_answer_is_set(exported, shared) -> None:
+    tokenizer, _ = load_tokenizer(shared / "conformance/tiny")
+    settings = GenerationConfig.from_pretrained(exported)
+    assert settings.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert settings.pad_token_id == tokenizer.pad_token_id
+
+
+SHAPES = {
+    **MODELS,
+    "Qwen3": lambda: make_model(
+        llm={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+    ),
+}
+
+
+def save_with_tokenizer(model, tiny_model: Path, folder: Path) -> None:
+    """Write a model with the tokenizer of another, whose vocabulary it gets."""
+    tokenizer, _ = load_tokenizer(tiny_model)
+    model.language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.llm_config["vocab_size"] = len(tokenizer)
+    save_model(model, folder)
+    copy_companions(tiny_model, folder)
+    Preprocessing.from_model_config(model.config).save(folder)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_models_of_other_shapes(name, tiny_model, tmp_path) -> None:
+    save_with_tokenizer(SHAPES[name](), tiny_model, tmp_path / "model")
+    differences = []
+
+    def check(result: Path) -> None:
+        differences.extend(check_same(tmp_path / "model", result, device=CPU))
+
+    export_hf(tmp_path / "model", tmp_path / "hf", check=check, max_shard_bytes=100_000)
+    assert len(differences) == 6 and max(d.logits for d in differences) <= Tolerances().logits
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    merge(tmp_path / "hf", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "model")
+
+
+def test_a_bfloat16_model_stays_bfloat16_and_exact(tiny_model, tmp_path) -> None:
+    save_with_tokenizer(make_model().bfloat16(), tiny_model, tmp_path / "model")
+    export_hf(tmp_path / "model", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+    merge(tmp_path / "hf", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "model")
+
+
+def test_a_folder_that_transformers_saved_anew_comes_back_too(exported, shared, tmp_path) -> None:
+    """Without the original files, and with weights that were trained on."""
+    model = AutoModelForImageTextToText.from_pretrained(exported)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    model.save_pretrained(tmp_path / "saved")
+    AutoProcessor.from_pretrained(exported).save_pretrained(tmp_path / "saved")
+    merge(tmp_path / "saved", tmp_path / "back")
+    found = load_file(tmp_path / "back/model.safetensors")
+    expected = load_file(shared / "conformance/tiny/model.safetensors")
+    expected["language_model.lm_head.weight"] *= 0.5
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    check_same(tmp_path / "back", tmp_path / "saved", device=CPU)
+
+
+def test_original_files_of_another_model_are_not_used(exported, tmp_path, caplog) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(exported, changed)
+    config = json.loads((changed / "config.json").read_text())
+    config["vision_feature_layer"] = -2
+    (changed / "config.json").write_text(json.dumps(config))
+    assert read_config(exported).select_layer == -1
+    assert read_config(changed).select_layer == -2
+    assert "of another model" in caplog.text
+
+
+def test_options_of_the_original_are_kept(exported, shared) -> None:
+    assert read_config(exported).raw == read_config(shared / "conformance/tiny").raw
+
+
+def test_a_wrapped_checkpoint_is_merged_on_the_way(shared, tmp_path, capsys) -> None:
+    wrapped, target = shared / "conformance/tiny_lora_trained", tmp_path / "hf"
+    assert m3llm(["export", str(wrapped), str(target), "--device", "cpu", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["checked_records"] == 6 and row["logits_difference"] < 1e-4
+    assert m3llm(["export", str(wrapped), str(target), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["already_exported"] is True
+
+
+def test_the_command_and_back(tiny_model, tmp_path, capsys) -> None:
+    hf, back = str(tmp_path / "hf"), str(tmp_path / "back")
+    assert m3llm(["export", str(tiny_model), hf, "--device", "cpu"]) == 0
+    assert m3llm(["export", "--format", "internvl", hf, back, "--device", "cpu"]) == 0
+    assert "checked on 6 made-up records" in capsys.readouterr().out
+    assert contents(Path(back)) == contents(tiny_model)
+    assert m3llm(["generate", "--model", hf, "what is this?", "--max_new_tokens", "2"]) == 0
+
+
+def test_a_result_that_differs_is_not_kept(tiny_model, tmp_path, monkeypatch, capsys) -> None:
+    from internvl_chat.inference import export
+
+    def damaged(weights):
+        theirs = real(weights)
+        head = theirs["lm_head.weight"]
+        return theirs | {"lm_head.weight": lambda: head() * 1.01}
+
+    real = export.to_hf_weights
+    monkeypatch.setattr(export, "to_hf_weights", damaged)
+    assert m3llm(["export", str(tiny_model), str(tmp_path / "out/hf"), "--device", "cpu"]) == 1
+    assert "logits differ" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert m3llm(["export", str(tiny_model), str(tmp_path / "out/hf"), "--check", "False"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"use_thumbnail": False}, "thumbnail"), ({"dynamic_image_size": False, "pad2square": True}, "pad")],
+)
+def test_preprocessing_that_transformers_lacks_is_refused(tiny_model, tmp_path, options, message) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model/preprocessing.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    with pytest.raises(ModelError, match=message):
+        export_hf(tmp_path / "model", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_target_with_other_content_is_refused(tiny_model, tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("years of work")
+    with pytest.raises(ModelError, match="choose another folder"):
+        export_hf(tiny_model, tmp_path)

@@ -1,0 +1,109 @@
+"""The model card: true to the run, readable by a hub, and never over somebody's own README."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import flags
+from huggingface_hub import ModelCard
+
+from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.model_card import last_validation
+from internvl_chat.train.output_folder import CARD, CARD_MARK, inspect_output_folder
+
+
+def run(output: Path, model: Path, sample_data: Path, **changes) -> Path:
+    settings = {
+        "model_name_or_path": model,
+        "output_dir": output,
+        "meta_path": sample_data / "train.json",
+        "freeze_llm": True,
+        "freeze_mlp": True,
+        "use_llm_lora": 4,
+        "max_steps": 2,
+        **changes,
+    }
+    assert train(flags(**settings)) == 0
+    return output / CARD
+
+
+@pytest.fixture(scope="module")
+def card(tiny_model, sample_data, tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("run") / "medical", tiny_model, sample_data)
+
+
+def row(text: str, name: str) -> list[str]:
+    """The cells behind the first one of a table's row."""
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_a_hub_accepts_the_front_matter(card) -> None:
+    data = ModelCard.load(card).data.to_dict()
+    assert data["license"] == "unknown" and data["library_name"] == "peft"
+    assert data["pipeline_tag"] == "image-text-to-text" and "lora" in data["tags"]
+    assert "base_model" not in data  # a local folder is no id that a hub knows
+
+
+def test_the_data_are_named_by_hash_and_count(card, sample_data) -> None:
+    text = card.read_text(encoding="utf-8")
+    for name, entry in json.loads((sample_data / "train.json").read_text()).items():
+        annotation = Path(entry["annotation"])
+        digest = hashlib.sha256(annotation.read_bytes()).hexdigest()
+        assert row(text, name) == ["4", "6", annotation.name, f"`{digest}`"]
+
+
+def test_recipe_and_course_are_the_run_s(card, metrics) -> None:
+    text, steps = card.read_text(encoding="utf-8"), metrics(card.parent)
+    assert row(text, "use_llm_lora") == ["4"]
+    assert row(text, "max_steps") == ["2"]
+    assert row(text, "learning_rate") == ["0.001"]
+    assert row(text, "hardware") == ["1 x CPU"]
+    assert row(text, "records") == [str(sum(step["records"] for step in steps))]
+    assert row(text, "loss, mean of the last 1 step(s)") == [f"{steps[-1]['loss']:.4f}"]
+    assert "Nothing was validated" in text
+
+
+def test_neither_secrets_nor_places_are_told(card, tiny_model, sample_data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    again = run(tmp_path / "run", tiny_model, sample_data, hub_token="hf_other_secret")
+    for text in (card.read_text(encoding="utf-8"), again.read_text(encoding="utf-8")):
+        for told in (
+            "secret",
+            str(tiny_model.parent),
+            str(sample_data),
+            str(tmp_path),
+            str(card.parent.parent),
+        ):
+            assert told not in text
+
+
+def test_the_licence_is_the_base_s(tiny_model, sample_data, tmp_path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "InternVL3-tiny"))
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
+    text = run(tmp_path / "run", base, sample_data).read_text(encoding="utf-8")
+    assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
+    assert "Adapters (LoRA) for InternVL3-tiny." in text
+
+
+def test_an_own_readme_stays(tiny_model, sample_data, tmp_path, caplog) -> None:
+    (tmp_path / CARD).write_text("# My notes\n")
+    assert run(tmp_path, tiny_model, sample_data).read_text() == "# My notes\n"
+    found = inspect_output_folder(tmp_path, overwrite=True, resume=None)
+    found.open().close()
+    assert (tmp_path / CARD).read_text() == "# My notes\n"
+
+
+def test_the_card_of_an_earlier_run_goes_with_it(tmp_path) -> None:
+    (tmp_path / CARD).write_text(f"---\nlicense: unknown\n---\n{CARD_MARK}\n")
+    inspect_output_folder(tmp_path, overwrite=False, resume=None).open().close()
+    assert not (tmp_path / CARD).exists()
+
+
+def test_the_last_figures_of_validation() -> None:
+    history = [{"loss": 2.0}, {"eval_loss": 1.5, "step": 1}, {"eval_loss": 1.25, "eval_exact": 0.5}]
+    assert last_validation(history) == {"eval_loss": 1.25, "eval_exact": 0.5}
+    assert last_validation([{"loss": 2.0}]) == {}
