@@ -2,7 +2,7 @@
 
 import warnings
 
-from internvl_chat.eval.metrics.text import words
+from internvl_chat.metrics.text import words
 
 _WEIGHTS = [(1 / n,) * n for n in range(1, 5)]
 

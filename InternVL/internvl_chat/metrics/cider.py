@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from internvl_chat.eval.metrics.text import words
+from internvl_chat.metrics.text import words
 
 _ORDERS = 4
 _SIGMA = 6.0

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from internvl_chat.errors import ModelError
 from internvl_chat.logs import get_logger
@@ -37,9 +38,8 @@ def bert_score(
     scorer = BERTScorer(
         model_type=str(model), num_layers=layer, device=device, idf=False, rescale_with_baseline=False
     )
-    longest = getattr(scorer._model.config, "max_position_embeddings", 512)
     # Without a limit of its own a tokenizer answers with 10**30, which the fast ones refuse.
-    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, longest)
+    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, _longest(scorer._model))
     pairs = zip(predictions, references, strict=True)
     worded = [i for i, texts in enumerate(pairs) if all(text.strip() for text in texts)]
     scores = [0.0] * len(predictions)
@@ -48,6 +48,14 @@ def bert_score(
         for i, score in zip(worded, found.tolist(), strict=True):
             scores[i] = score
     return scores
+
+
+def _longest(model: Any) -> int:
+    """Return how many tokens an encoder has positions for; RoBERTa's begin behind the padding's."""
+    longest = getattr(model.config, "max_position_embeddings", 512)
+    tables = (table for name, table in model.named_modules() if name.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)
+    return longest if padding is None else longest - padding - 1
 
 
 def scored_layer(name: str, model: Path) -> int:
@@ -72,7 +80,9 @@ def scored_layer(name: str, model: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{file}: does not say how many layers the model has; BERTScore needs it") from None
     if "t5" in str(model) and config.get("model_type") not in _T5:
-        raise ModelError(f"{model}: bert-score takes a path with 't5' in it for a T5 model; rename or link it")
+        raise ModelError(
+            f"{model}: bert-score takes a path with 't5' in it for a T5 model; rename or link it"
+        )
     known = {full.rpartition("/")[2]: layer for full, layer in model2layers.items()}
     for part in (name.rpartition("/")[2], *reversed(model.resolve().parts)):
         if (layer := known.get(part.rpartition("--")[2])) is not None and layer <= layers:

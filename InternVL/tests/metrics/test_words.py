@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import pytest
 
-from internvl_chat.eval.metrics.bleu import bleu
-from internvl_chat.eval.metrics.cider import cider
-from internvl_chat.eval.metrics.overlap import exact_match, word_overlap
-from internvl_chat.eval.metrics.rouge import rouge
-from internvl_chat.eval.metrics.text import words
+from internvl_chat.metrics.bleu import bleu
+from internvl_chat.metrics.cider import cider
+from internvl_chat.metrics.overlap import exact_match, word_overlap
+from internvl_chat.metrics.rouge import rouge
+from internvl_chat.metrics.text import words
 
 # (answer, reference)
 PAIRS = [
@@ -191,7 +191,14 @@ def test_word_overlap(answer, reference, expected):
 
 @pytest.mark.parametrize(
     ("answer", "reference", "expected"),
-    [(" Yes\n", "yes", 1), ("yes.", "yes", 0), ("", "", 1), ("", "a", 0), ("GRÖSSE", "größe", 0), ("Ä", "ä", 1)],
+    [
+        (" Yes\n", "yes", 1),
+        ("yes.", "yes", 0),
+        ("", "", 1),
+        ("", "a", 0),
+        ("GRÖSSE", "größe", 0),
+        ("Ä", "ä", 1),
+    ],
 )
 def test_exact_match(answer, reference, expected):
     assert exact_match(answer, reference) == expected

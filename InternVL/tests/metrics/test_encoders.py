@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from eval.encoders import write_bert, write_sentence_encoder
+from encoders import write_bert, write_sentence_encoder
 from transformers import AutoModel, AutoTokenizer
 
 from internvl_chat.errors import ModelError
-from internvl_chat.eval.metrics.bertscore import bert_score, scored_layer
-from internvl_chat.eval.metrics.sts import sentence_similarity
+from internvl_chat.metrics.bertscore import bert_score, scored_layer
+from internvl_chat.metrics.sts import sentence_similarity
 
 PAIRS = [
     ("the scan shows a mass in the left lobe .", "a mass in the right lobe ."),
@@ -39,7 +39,8 @@ def bert_score_by_hand(folder, answer: str, reference: str, layer: int) -> float
     if not answer.strip() or not reference.strip():
         return 0.0
     said, expected = (
-        torch.nn.functional.normalize(hidden_states(folder, text)[layer][0], dim=-1) for text in (answer, reference)
+        torch.nn.functional.normalize(hidden_states(folder, text)[layer][0], dim=-1)
+        for text in (answer, reference)
     )
     similarity = said @ expected.T
     precision = similarity.max(dim=1).values[1:-1].mean()

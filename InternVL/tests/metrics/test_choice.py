@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from internvl_chat.eval.metrics.choice import macro_averages, parse_choice, split_choices
+from internvl_chat.metrics.choice import macro_averages, parse_choice, split_choices
 
 CHOICES = (
     "Altered cellular behavior typical of lobular carcinoma in situ",
@@ -115,8 +115,14 @@ def test_options_without_words_are_not_found_in_an_answer():
 @pytest.mark.parametrize(
     ("question", "choices"),
     [
-        ("Which? The candidate options are: A. One\nB.Two  \n  C) Three\nD:  Four", ("One", "Two", "Three", "Four")),
-        ("Which?\nA. A. fumigatus\nB. B. subtilis\nC. C. elegans", ("A. fumigatus", "B. subtilis", "C. elegans")),
+        (
+            "Which? The candidate options are: A. One\nB.Two  \n  C) Three\nD:  Four",
+            ("One", "Two", "Three", "Four"),
+        ),
+        (
+            "Which?\nA. A. fumigatus\nB. B. subtilis\nC. C. elegans",
+            ("A. fumigatus", "B. subtilis", "C. elegans"),
+        ),
         ("Which? (A) One (B) Two", ("One", "Two")),
         ("Which? A. One B. Two C. Three", ("One", "Two", "Three")),
         ("Which?A. One\nB. Two of\ntwo lines", ("One", "Two of\ntwo lines")),
@@ -133,7 +139,9 @@ def test_macro_averages_by_hand():
     found = ["A", "B", "B", None, "D"]
     # precision: A 1, B 1/2, C 0, D 0; recall: A 1/2, B 1/2, C 0, D 0; F1: A 2/3, B 1/2.
     scores = macro_averages(expected, found)
-    assert scores == pytest.approx({"precision": 1.5 / 4, "recall": 1 / 4, "f1": (2 / 3 + 1 / 2) / 4}, abs=1e-12)
+    assert scores == pytest.approx(
+        {"precision": 1.5 / 4, "recall": 1 / 4, "f1": (2 / 3 + 1 / 2) / 4}, abs=1e-12
+    )
 
 
 def test_macro_averages_are_those_of_scikit_learn_where_every_answer_names_a_letter():
