@@ -66,7 +66,7 @@ def build_suite(
         wanted: families that are asked for; None asks for all that can be computed here.
         bertscore_model: folder or hub id; naming one asks for BERTScore.
         sts_model: folder or hub id; naming one asks for STS.
-        device: of the encoders.
+        device: of the encoders, or `auto`.
 
     Raises:
         UsageError: what is asked for cannot be computed; names every package and model that is missing.
@@ -95,7 +95,9 @@ def build_suite(
     for family, reason in missing.items():
         logger.warning("%s is not computed: %s", family, reason)
     computed = frozenset((families | asked) - missing.keys())
-    return Suite(computed, models.get("bertscore"), layer, models.get("sts"), device)
+    return Suite(
+        computed, models.get("bertscore"), layer, models.get("sts"), None if device == "auto" else device
+    )
 
 
 def _find_model(name: str) -> Path:
