@@ -131,7 +131,8 @@ def _answer(
             answered = answer_items(
                 engine, items, system, log, max_new_tokens=length, batch_size=args.batch_size
             )
-            for _ in progress(answered, total=len(items), unit="item"):
+            shown = progress(answered, total=len(items), unit="item") if process_index() == 0 else answered
+            for _ in shown:
                 pass
     wait_for_all()
     return bring_together(args.out, whole.items) if process_index() == 0 else {}
