@@ -32,12 +32,17 @@ def bert_score(
         model: folder of an encoder in transformers' format.
         layer: whose outputs are compared (`scored_layer`).
         device: by default the GPU if there is one.
+
+    Raises:
+        ModelError: the encoder cannot be loaded.
     """
     from bert_score import BERTScorer
 
-    scorer = BERTScorer(
-        model_type=str(model), num_layers=layer, device=device, idf=False, rescale_with_baseline=False
-    )
+    settings = {"num_layers": layer, "device": device, "idf": False, "rescale_with_baseline": False}
+    try:
+        scorer = BERTScorer(model_type=str(model), **settings)
+    except (OSError, ValueError, AssertionError) as error:
+        raise ModelError(f"{model}: cannot be loaded for BERTScore: {error}") from error
     # Without a limit of its own a tokenizer answers with 10**30, which the fast ones refuse.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, _longest(scorer._model))
     pairs = zip(predictions, references, strict=True)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from internvl_chat.errors import ModelError
+
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -16,11 +18,17 @@ def sentence_similarity(
         references: one for each.
         model: folder of a sentence-transformers model.
         device: by default the GPU if there is one.
+
+    Raises:
+        ModelError: the encoder cannot be loaded.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import pairwise_cos_sim
 
-    encoder = SentenceTransformer(str(model), device=device, local_files_only=True)
+    try:
+        encoder = SentenceTransformer(str(model), device=device, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{model}: cannot be loaded as a sentence encoder: {error}") from error
     embeddings = [
         encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
         for texts in (predictions, references)

@@ -108,6 +108,8 @@ def _find_model(name: str) -> Path:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if not any(file.suffix in (".safetensors", ".bin") for file in folder.rglob("*")):
+            raise ModelError(f"{name}: no weights in it (*.safetensors or *.bin)")
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"{name}: no such model folder")

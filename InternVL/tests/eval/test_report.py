@@ -21,7 +21,7 @@ EVIL = "<script>alert('x')</script> & \"quoted\" <b>bold</b>"
 
 def tasks(value: float | None = 12.345) -> dict:
     found = {name: {"items": 50, **dict.fromkeys(OPEN_METRICS, value)} for name in TITLES}
-    found["multi-choice"] = {"items": 50, **dict.fromkeys(CHOICE_METRICS, value)}
+    found["multi-choice"] = {"items": 50, "unreadable": 3, **dict.fromkeys(CHOICE_METRICS, value)}
     return found
 
 
@@ -46,7 +46,7 @@ def test_what_was_not_computed_is_a_dash_in_the_table():
 
 def test_another_benchmark_has_no_published_rows():
     text = markdown({"CT": tasks()["multi-choice"]}, benchmark="omnimedvqa", model="run")
-    assert "M3LLM-8B" not in text and "| CT | 50 | 12.3 | 12.3 | 12.3 | 12.3 |" in text
+    assert "M3LLM-8B" not in text and "| CT | 50 | 3 | 12.3 | 12.3 | 12.3 | 12.3 |" in text
 
 
 def test_published_figures():

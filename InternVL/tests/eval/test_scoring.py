@@ -132,9 +132,11 @@ def test_what_cannot_be_computed_is_said_where_nothing_was_asked_for(no_hub, cap
         ),
         (None, {"bertscore_model": "/none"}, ["bertscore: /none: no such model folder"]),
         (["bleu"], {"sts_model": "/none"}, ["sts: /none: no such model folder"]),
+        (["sts"], {"sts_model": "EMPTY"}, ["no weights in it", "--sts_model"]),
     ],
 )
-def test_what_was_asked_for_must_be_there(no_hub, wanted, models, messages):
+def test_what_was_asked_for_must_be_there(no_hub, tmp_path, wanted, models, messages):
+    models = {name: str(tmp_path) if folder == "EMPTY" else folder for name, folder in models.items()}
     with pytest.raises(UsageError) as error:
         build_suite(wanted, **models)
     assert all(message in str(error.value) for message in messages)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from encoders import write_bert, write_sentence_encoder
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
 
 from internvl_chat.errors import ModelError
 from internvl_chat.metrics.bertscore import bert_score, scored_layer
@@ -97,6 +97,23 @@ def test_a_path_that_bert_score_would_mistake(tmp_path):
     (folder / "config.json").write_text('{"num_hidden_layers": 2, "model_type": "bert"}')
     with pytest.raises(ModelError, match="rename or link"):
         scored_layer(str(folder), folder)
+
+
+def test_folders_that_cannot_be_loaded(bert, tmp_path):
+    (tmp_path / "config.json").write_bytes((bert / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="cannot be loaded for BERTScore"):
+        bert_score(["a"], ["b"], model=tmp_path, layer=1, device="cpu")
+    with pytest.raises(ModelError, match="cannot be loaded as a sentence encoder"):
+        sentence_similarity(["a"], ["b"], model=tmp_path, device="cpu")
+
+
+def test_an_encoder_whose_positions_begin_behind_the_paddings(bert, tmp_path):
+    """RoBERTa has fewer positions than its configuration says."""
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    RobertaModel(RobertaConfig(vocab_size=200, max_position_embeddings=30, **shape)).save_pretrained(tmp_path)
+    [score] = bert_score(["mass " * 100], ["mass " * 90], model=tmp_path, layer=1, device="cpu")
+    assert score == pytest.approx(1, abs=1e-5)  # both are cut to the same words
 
 
 def test_sentence_similarity(tmp_path):

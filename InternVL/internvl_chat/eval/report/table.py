@@ -30,9 +30,14 @@ def all_figures(tasks: Mapping[str, Figures]) -> list[Table]:
     for names, wanted in ((OPEN_METRICS, False), (CHOICE_METRICS, True)):
         chosen = {task: figures for task, figures in tasks.items() if is_choice(figures) == wanted}
         if chosen:
-            header = ("task", "items", *(LABELS[name] for name in names))
+            counts = ("items", "unreadable") if wanted else ("items",)
+            header = ("task", *counts, *(LABELS[name] for name in names))
             rows = [
-                (task, f"{figures['items']:,}", *(percent(figures.get(name)) for name in names))
+                (
+                    task,
+                    *(f"{figures[name]:,}" for name in counts),
+                    *(percent(figures.get(name)) for name in names),
+                )
                 for task, figures in chosen.items()
             ]
             tables.append((header, rows))
