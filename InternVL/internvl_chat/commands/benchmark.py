@@ -67,7 +67,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     system = system_texts(whole, args.prompts)
     suite = _suite(args) if process_index() == 0 else None
     if args.predictions:
-        answers = read_answers(args.predictions, benchmark.items)
+        answers = read_answers(args.predictions, benchmark.items, whole.items)
     else:
         answers = _answer(args, whole, benchmark, system)
     if suite is None:
@@ -117,7 +117,7 @@ def _answer(
     length = args.max_new_tokens or _MAX_NEW_TOKENS
     folder = model_folder(args.model).resolve()
     settings = settings_of(
-        whole, system, folder, base=args.base, max_new_tokens=length, max_dynamic_patch=args.max_dynamic_patch
+        whole, system, folder, max_new_tokens=length, max_dynamic_patch=args.max_dynamic_patch
     )
     with PredictionLog(args.out, settings, process_index()) as log:
         items = own_items(benchmark.items, log)

@@ -14,7 +14,6 @@ def settings_of(
     system: Mapping[str, str | None],
     folder: Path,
     *,
-    base: str | None,
     max_new_tokens: int,
     max_dynamic_patch: int | None,
 ) -> dict[str, object]:
@@ -24,7 +23,6 @@ def settings_of(
         benchmark: all of it, whatever part is to be answered.
         system: the system text of each task.
         folder: the checkpoint's.
-        base: where the base of adapters is, if not where it was.
         max_new_tokens: most tokens of an answer.
         max_dynamic_patch: most tiles of an item, or None for the checkpoint's.
     """
@@ -32,7 +30,6 @@ def settings_of(
         "benchmark": benchmark.name,
         "questions": items_digest(benchmark.items, system),
         "model": str(folder),
-        "base": base,
         "checkpoint": checkpoint_digest(folder),
         "max_new_tokens": max_new_tokens,
         "max_dynamic_patch": max_dynamic_patch,

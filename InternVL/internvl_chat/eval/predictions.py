@@ -21,6 +21,8 @@ from internvl_chat.model.weights import weight_files
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
+# Where the checkpoint is says nothing of what it is: its digest does.
+_ONLY_TOLD = ("model",)
 
 
 class PredictionLog:
@@ -93,7 +95,7 @@ def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
     differences = [
         f"{name} was {earlier.get(name)!r}, and is {settings.get(name)!r}"
         for name in dict.fromkeys([*earlier, *settings])
-        if earlier.get(name) != settings.get(name)
+        if earlier.get(name) != settings.get(name) and name not in _ONLY_TOLD
     ]
     if differences:
         text = format_problems(differences)
@@ -147,8 +149,13 @@ def bring_together(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
     return {key: row["prediction"] for key, row in rows.items()}
 
 
-def read_answers(file: Path, items: Sequence[Item]) -> dict[Key, str]:
+def read_answers(file: Path, items: Sequence[Item], known: Sequence[Item]) -> dict[Key, str]:
     """Read answers made elsewhere: one object a line with `task`, `index` (from 0) and `prediction`.
+
+    Args:
+        file: may also have answers to other items of the benchmark.
+        items: that must be answered.
+        known: all items of the benchmark.
 
     Raises:
         DataError: lines cannot be used, or answers are missing, double or of no item; names them all.
@@ -157,7 +164,7 @@ def read_answers(file: Path, items: Sequence[Item]) -> dict[Key, str]:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
-    known = {item.key for item in items}
+    keys = {item.key for item in known}
     answers: dict[Key, str] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -169,7 +176,7 @@ def read_answers(file: Path, items: Sequence[Item]) -> dict[Key, str]:
             problems.append(str(error))
             continue
         key = (row["task"], row["index"])
-        if key in answers or key not in known:
+        if key in answers or key not in keys:
             what = "is answered twice" if key in answers else "is no item of the benchmark"
             problems.append(str(DataError(f"{key[0]} {key[1]} {what}", file=file, line=number)))
         answers[key] = row["prediction"]

@@ -17,7 +17,7 @@ from internvl_chat.eval.predictions import (
 ITEMS = [Item("one", i, f"What {i}?", "That") for i in range(3)] + [
     Item("two", i, "Which?", "B", (Figure("a.png", "Fig-0"),), ("x", "y")) for i in range(2)
 ]
-SETTINGS = {"model": "m", "max_new_tokens": 8}
+SETTINGS = {"model": "/here", "checkpoint": "m", "max_new_tokens": 8}
 
 
 def rows(file):
@@ -69,8 +69,10 @@ def test_answers_of_another_evaluation_are_not_continued(tmp_path):
     with PredictionLog(tmp_path, SETTINGS):
         pass
     with pytest.raises(UsageError) as error:
-        PredictionLog(tmp_path, {"model": "other", "max_new_tokens": 8, "base": None})
-    assert "model was 'm', and is 'other'" in str(error.value) and "tokens" not in str(error.value)
+        PredictionLog(tmp_path, {**SETTINGS, "checkpoint": "other", "base": None})
+    assert "checkpoint was 'm', and is 'other'" in str(error.value) and "tokens" not in str(error.value)
+    with PredictionLog(tmp_path, {**SETTINGS, "model": "/moved"}) as log:
+        assert not log.done
 
 
 def test_answers_that_nobody_knows_of_what(tmp_path):
@@ -109,7 +111,15 @@ def test_answers_made_elsewhere(tmp_path):
         {"task": i.task, "index": i.index, "prediction": f"p{n}", "more": 1} for n, i in enumerate(ITEMS)
     ]
     file.write_text("\n\n".join(map(json.dumps, reversed(lines))))
-    assert read_answers(file, ITEMS) == {item.key: f"p{n}" for n, item in enumerate(ITEMS)}
+    assert read_answers(file, ITEMS, ITEMS) == {item.key: f"p{n}" for n, item in enumerate(ITEMS)}
+
+
+def test_answers_made_elsewhere_to_more_than_is_scored(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({"task": i.task, "index": i.index, "prediction": "p"}) for i in ITEMS)
+    )
+    assert read_answers(file, ITEMS[:2], ITEMS).keys() >= {item.key for item in ITEMS[:2]}
 
 
 def test_answers_made_elsewhere_that_do_not_fit(tmp_path):
@@ -118,7 +128,7 @@ def test_answers_made_elsewhere_that_do_not_fit(tmp_path):
     rows = [json.dumps({"task": task, "index": index, "prediction": ""}) for task, index in lines]
     file.write_text("\n".join([*rows, "nothing"]))
     with pytest.raises(DataError) as error:
-        read_answers(file, ITEMS)
+        read_answers(file, ITEMS, ITEMS)
     for message in (
         "line 2: one 0 is answered twice",
         "line 3: one 7 is no item",
@@ -130,7 +140,7 @@ def test_answers_made_elsewhere_that_do_not_fit(tmp_path):
     ):
         assert message in str(error.value)
     with pytest.raises(DataError, match="cannot be read"):
-        read_answers(tmp_path / "none", ITEMS)
+        read_answers(tmp_path / "none", ITEMS, ITEMS)
 
 
 def test_a_digest_changes_with_what_is_asked():
