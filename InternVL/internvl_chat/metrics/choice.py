@@ -24,8 +24,10 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
 
     Args:
         answer: what a model said.
-        choices: the options' texts; the first has the letter A.
+        choices: the options' texts, 26 at most; the first has the letter A.
     """
+    if not choices:
+        return None
     letters = ascii_uppercase[: len(choices)]
     text = unicodedata.normalize("NFKC", answer).strip()
     rules = (_whole_letter, _whole_text, _declared, _leading, _chosen, _contained)

@@ -267,6 +267,9 @@ def test_vqa(folder):
         "Which?\nA. One\nB. Two",
     ]
     assert benchmark.items[4].reference == "B"
+    write_lines(file, [{"question": "Which?", "answer": "A", "choices": [str(n) for n in range(27)]}])
+    with pytest.raises(DataError, match="27 options, more than the 26 letters"):
+        open_benchmark("vqa", file)
     write_lines(file, [{"question": "Is <image>?", "answer": "no"}])
     with pytest.raises(DataError, match=r"line 1: 1 <image> in the question, but 0 images"):
         open_benchmark("vqa", file)

@@ -107,6 +107,15 @@ def test_a_letter_beyond_the_options_is_none():
     assert parse_choice("D", CHOICES) == "D"
 
 
+def test_no_options_at_all():
+    assert parse_choice("A", ()) is None
+
+
+def test_an_answer_that_never_ends_is_read_quickly_enough():
+    for text in ("answer: " + "*" * 50_000, "(" * 50_000, "option " * 10_000, "A. " * 10_000, "\n" * 50_000):
+        parse_choice(text, CHOICES)
+
+
 def test_options_without_words_are_not_found_in_an_answer():
     assert parse_choice("what", ("+", "-")) is None
     assert parse_choice("B", ("+", "-")) == "B"

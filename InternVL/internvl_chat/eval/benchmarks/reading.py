@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from internvl_chat.constants import IMG_CONTEXT
@@ -114,16 +115,18 @@ def find_image(name: str, roots: Sequence[Path]) -> Path:
 
 def list_options(choices: Sequence[str]) -> str:
     """Return options a line each with their letters."""
-    return "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
 
 
 def right_letter(answer: str, choices: Sequence[str]) -> str:
     """Return the letter of the right option, which a benchmark gives as a letter or as the option's text.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or there are more options than letters.
     """
-    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    if len(choices) > len(ascii_uppercase):
+        raise DataError(f"{len(choices)} options, more than the {len(ascii_uppercase)} letters")
+    letters = list(ascii_uppercase[: len(choices)])
     if answer.strip().upper() in letters:
         return answer.strip().upper()
     for letter, choice in zip(letters, choices, strict=True):
