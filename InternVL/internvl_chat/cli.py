@@ -35,9 +35,10 @@ _COMMANDS = (
     _Command("loss", "Compute the teacher-forced loss of each record and data set.",
              "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json",
              evaluate.add_loss_arguments, evaluate.loss),
-    _Command("eval", "Answer each record greedily and count exact matches by data set.",
-             "m3llm eval held_out.json --model work_dirs/run",
-             evaluate.add_eval_arguments, evaluate.exact_match),
+    _Command("eval", "Evaluate on PMC-MI-Bench or another benchmark, or by exact match on a meta file.",
+             "m3llm eval --bench pmc-mi --data PMC-MI-Bench --model work_dirs/run --out work_dirs/eval; "
+             "or m3llm eval held_out.json --model work_dirs/run",
+             evaluate.add_eval_arguments, evaluate.evaluate),
     _Command("generate", "Answer questions about any number of images.",
              'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"',
              generate.add_arguments, generate.run),

@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from internvl_chat.data.preprocessing import Preprocessing
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of commands that go through the records of a meta file with a model."""
-    parser.add_argument("meta", help="meta file (as PMC-data.json)")
-    parser.add_argument("--model", required=True, help="model or adapter folder, or hub id")
+def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the arguments of commands that go through the records of a meta file with a model.
+
+    Args:
+        parser: of the command.
+        required: whether it always takes a meta file and a model.
+    """
+    count = None if required else "?"
+    parser.add_argument("meta", metavar="META", nargs=count, help="meta file (as PMC-data.json)")
+    parser.add_argument("--model", required=required, help="model or adapter folder, or hub id")
     parser.add_argument(
         "--data_root",
         default=REPOSITORY,

@@ -4,9 +4,12 @@ import argparse
 import dataclasses
 from collections import defaultdict
 
+from internvl_chat.commands.benchmark import add_benchmark_arguments, run_benchmark
 from internvl_chat.commands.common import add_data_arguments, add_model_arguments, count, open_sets, positive
 from internvl_chat.commands.output import emit, print_table, progress, say
-from internvl_chat.errors import ModelError
+from internvl_chat.errors import ModelError, UsageError
+
+_MAX_NEW_TOKENS = 128
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +46,32 @@ def loss(args: argparse.Namespace) -> int:
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `eval`."""
-    add_data_arguments(parser)
+    add_data_arguments(parser, required=False)
     add_model_arguments(parser)
-    parser.add_argument("--max_new_tokens", type=positive, default=128, help="most tokens of an answer [128]")
+    parser.add_argument(
+        "--max_new_tokens", type=positive, help="most tokens of an answer [128; of a benchmark 1024]"
+    )
     parser.add_argument("--batch_size", type=positive, default=8, help="questions answered at once [8]")
     parser.add_argument(
         "--require-above-chance", type=float, metavar="P",
         help="fail unless the closed questions are answered better than chance at this level, e.g. 0.01",
     )  # fmt: skip
+    add_benchmark_arguments(parser)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate a model on a benchmark, or by exact match on the records of a meta file."""
+    if args.bench:
+        return run_benchmark(args)
+    if not args.meta:
+        raise UsageError("give META, the meta file of records to be answered, or --bench, a benchmark")
+    if not args.model:
+        raise UsageError("--model is needed, whose answers are evaluated")
+    only = ("data", "out", "predictions", "tasks", "metrics", "bertscore_model", "sts_model", "prompts")
+    given = [f"--{name} goes with --bench" for name in only if getattr(args, name) is not None]
+    if given:
+        raise UsageError(given)
+    return exact_match(args)
 
 
 def exact_match(args: argparse.Namespace) -> int:
@@ -61,8 +82,9 @@ def exact_match(args: argparse.Namespace) -> int:
     sets, _, _ = open_sets(args)
     engine = Engine.from_checkpoint(args.model, device=args.device, base=args.base)
     answers: list[Answer] = []
+    length = args.max_new_tokens or _MAX_NEW_TOKENS
     iterator = answer_records(
-        engine, sets, limit=args.limit, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
+        engine, sets, limit=args.limit, max_new_tokens=length, batch_size=args.batch_size
     )
     for answer in progress(iterator, total=count(sets, args.limit)):
         answers.append(answer)

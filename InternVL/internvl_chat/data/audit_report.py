@@ -1,6 +1,5 @@
 """What an audit leaves behind: tables, `problems.jsonl`, a plot of the lengths, and one HTML page."""
 
-import base64
 import html
 import json
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from internvl_chat.data.audit import Audit, SetAudit
+from internvl_chat.data.html_page import html_image, html_page, html_table
 from internvl_chat.data.problems import KINDS, LEAKS, WARNINGS, Problem
 
 PROBLEMS = "problems.jsonl"
@@ -23,12 +23,6 @@ SET_HEADER = (
 )  # fmt: skip
 _SHOWN_OF_A_KIND = 100
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-td.m { overflow-wrap: anywhere; }
-img { max-width: 100%; }
 .error, .leak { color: #a11; } .warning { color: #850; }
 """
 
@@ -149,15 +143,13 @@ def _page(audit: Audit, problems: Sequence[Problem], plot: bytes) -> str:
     """Return the report as one HTML page that needs nothing else."""
     groups = group_by_kind(problems)
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>Data check</title><style>{_STYLE}</style></head><body><h1>Data check</h1>",
         f"<p>{html.escape(summary(audit, problems))}</p>",
-        _table(SET_HEADER, set_rows(audit)),
-        f"<p><img alt='How long the records are' src='data:image/png;base64,{_base64(plot)}'></p>",
+        html_table(SET_HEADER, set_rows(audit)),
+        f"<p>{html_image(plot, 'png', 'How long the records are')}</p>",
     ]
     if groups:
         rows = [(kind, severity(kind), f"{len(found):,}", KINDS[kind]) for kind, found in groups.items()]
-        parts += ["<h2>Problems by kind</h2>", _table(("kind", "", "number", "what it means"), rows)]
+        parts += ["<h2>Problems by kind</h2>", html_table(("kind", "", "number", "what it means"), rows)]
     for kind, found in groups.items():
         rows = [
             (p.dataset, "" if p.line is None else f"{p.line:,}", p.id or "", p.message)
@@ -167,9 +159,9 @@ def _page(audit: Audit, problems: Sequence[Problem], plot: bytes) -> str:
         rest = f"<p>and {more:,} more, all of them in {PROBLEMS}</p>" if more else ""
         parts.append(
             f"<details><summary class='{severity(kind)}'>{html.escape(kind)}: {len(found):,}</summary>"
-            f"{_table(('data set', 'line', 'id', 'message'), rows)}{rest}</details>"
+            f"{html_table(('data set', 'line', 'id', 'message'), rows)}{rest}</details>"
         )
-    return "\n".join([*parts, "</body></html>\n"])
+    return html_page("Data check", parts, _STYLE)
 
 
 def summary(audit: Audit, problems: Sequence[Problem]) -> str:
@@ -182,19 +174,3 @@ def summary(audit: Audit, problems: Sequence[Problem]) -> str:
     if audit.max_seq_length is None:
         return f"{text} Tokens were not counted: that takes the model's tokenizer (--model)."
     return f"{text} Records were held against {audit.max_seq_length:,} tokens."
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell(value: Any) -> str:
-    text = str(value)
-    kind = "n" if text.replace(",", "").isdigit() else "m"
-    return f"<td class='{kind}'>{html.escape(text)}</td>"
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")

@@ -1,0 +1,96 @@
+"""PMC-MI-Bench, and any folder of files in its format.
+
+A file is a JSON array (or JSONL) of objects with `question`, `gt` (the right answer; of multiple choice its
+letter), `images` (file names) and `image_indices` (what the question calls each, as `Fig-0`). Questions of
+text alone name the figure that they came from under another key, and no image is shown.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from internvl_chat.constants import IMAGE_PLACEHOLDER
+from internvl_chat.data.jsonl import RecordFile
+from internvl_chat.errors import DataError
+from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
+from internvl_chat.eval.benchmarks.reading import (
+    find_image,
+    read_items,
+    right_letter,
+    text_under,
+    texts_under,
+)
+from internvl_chat.metrics.choice import split_choices
+
+FILES = {
+    "puretext": "puretextQA_benchmark.json",
+    "multi-choice": "multiplechoiceVQA_benchmark.json",
+    "single-subimageVQA": "single_subimageVQA_benchmark.json",
+    "bboxVQA": "spatial_relation_benchmark.json",
+    "compoundVQA": "compound-imageVQA_benchmark.json",
+    "multisubimageVQA": "multiplesubimageVQA_benchmark.json",
+}
+_QUESTION_FOLDERS = (".", "benchmark", "benchmark_data")
+_IMAGE_FOLDERS = ("images", "benchmark_images", ".")
+
+
+def read_pmc_mi(data: Path) -> Benchmark:
+    """Read the six published files.
+
+    Args:
+        data: the folder of the files, or the one above `benchmark/` or `benchmark_data/`; the images are in
+            `images/` or `benchmark_images/` there or beside it, or among the files.
+
+    Raises:
+        DataError: files are missing, or items cannot be used; all of them are named.
+    """
+    folders = [data / name for name in _QUESTION_FOLDERS]
+    folder = next((f for f in folders if any((f / name).is_file() for name in FILES.values())), data)
+    missing = [name for name in FILES.values() if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"PMC-MI-Bench is incomplete: no {', '.join(missing)}", file=folder)
+    return _read("pmc-mi", {task: folder / name for task, name in FILES.items()}, folder)
+
+
+def read_folder(folder: Path) -> Benchmark:
+    """Read a user's own benchmark: every `.json` and `.jsonl` file of a folder is a task of its name.
+
+    A file of PMC-MI-Bench keeps its task, and `_benchmark` at the end of a name is left out.
+
+    Raises:
+        DataError: there is no such file, two are one task, or items cannot be used.
+    """
+    published = {name: task for task, name in FILES.items()}
+    files: dict[str, Path] = {}
+    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".jsonl")):
+        task = published.get(file.name, file.stem.removesuffix("_benchmark"))
+        if task in files:
+            raise DataError(f"{files[task].name} and {file.name} would both be the task {task}", file=folder)
+        files[task] = file
+    if not files:
+        raise DataError("no .json or .jsonl file with questions in it", file=folder)
+    return _read(folder.resolve().name, files, folder)
+
+
+def _read(name: str, files: Mapping[str, Path], folder: Path) -> Benchmark:
+    roots = [root / name for root in (folder, folder.parent) for name in _IMAGE_FOLDERS]
+    parsers = [(RecordFile(file), partial(_parse, task=task, roots=roots)) for task, file in files.items()]
+    return Benchmark(name, tuple(read_items(parsers)))
+
+
+def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path]) -> Item:
+    question, answer = text_under(raw, "question", "gt")
+    if IMAGE_PLACEHOLDER in question:
+        raise DataError(f"the question holds {IMAGE_PLACEHOLDER}, but its images are shown before it")
+    names, labels = texts_under(raw, "images"), texts_under(raw, "image_indices")
+    if names and len(names) != len(labels):
+        raise DataError(f"{len(names)} 'images', but {len(labels)} 'image_indices'")
+    # Without images the labels belong to none: a question of text alone.
+    shown = zip(names, labels, strict=False)
+    figures = tuple(Figure(name, label, find_image(name, roots)) for name, label in shown)
+    is_letter = len(answer.strip()) == 1 and answer.strip().isalpha()
+    choices = split_choices(question) if is_letter or task == "multi-choice" else ()
+    if choices or task == "multi-choice":
+        return Item(task, 0, question, right_letter(answer, choices), figures, choices)
+    return Item(task, 0, question, answer, figures)

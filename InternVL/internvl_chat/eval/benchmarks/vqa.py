@@ -1,0 +1,54 @@
+"""Any questions on images as JSONL, in the few keys that most sets have or are quickly brought into."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from internvl_chat.constants import IMAGE_PLACEHOLDER
+from internvl_chat.data.jsonl import RecordFile
+from internvl_chat.errors import DataError
+from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
+from internvl_chat.eval.benchmarks.reading import (
+    find_image,
+    list_options,
+    read_items,
+    right_letter,
+    text_under,
+    texts_under,
+)
+
+
+def read_vqa(file: Path) -> Benchmark:
+    """Read a JSONL file (or a JSON array) of questions.
+
+    An object has `question` and `answer`, and may have `image` (a path or several, relative to the file's
+    folder), `choices` (options, which are then listed under the question; `answer` is a letter or an
+    option's text) and `task` (what it is counted under; by default the file's name).
+
+    Raises:
+        DataError: the file cannot be read, or items cannot be used.
+    """
+    if not file.is_file():
+        raise DataError("no file of questions; --data must be a JSONL file", file=file)
+    items = read_items([(RecordFile(file), partial(_parse, file=file))])
+    place = {task: number for number, task in enumerate(dict.fromkeys(item.task for item in items))}
+    return Benchmark("vqa", tuple(sorted(items, key=lambda item: (place[item.task], item.index))))
+
+
+def _parse(raw: Mapping[str, Any], *, file: Path) -> Item:
+    question, answer = text_under(raw, "question", "answer")
+    [task] = text_under(raw, "task") if "task" in raw else [file.stem]
+    names = texts_under(raw, "image") or texts_under(raw, "images")
+    choices = tuple(texts_under(raw, "choices"))
+    placeholders = question.count(IMAGE_PLACEHOLDER)
+    if placeholders not in (0, len(names)):
+        raise DataError(f"{placeholders} {IMAGE_PLACEHOLDER} in the question, but {len(names)} images")
+    figures = tuple(
+        Figure(name, "" if len(names) == 1 else f"Fig-{number}", find_image(name, [file.parent]))
+        for number, name in enumerate(names)
+    )
+    if not choices:
+        return Item(task, 0, question, answer, figures)
+    asked = f"{question}\n{list_options(choices)}"
+    return Item(task, 0, asked, right_letter(answer, choices), figures, choices)

@@ -1,0 +1,93 @@
+"""One page with every item: question, figures, right answer, the model's answer and its scores."""
+
+import html
+import io
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from internvl_chat.data.html_page import html_image, html_page, html_table
+from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item, Key
+from internvl_chat.eval.report.table import LABELS, all_figures, paper_layout
+from internvl_chat.eval.scoring import Scores
+
+# A browser opens no page of a hundred thousand pictures.
+MOST_ITEMS = 500
+_THUMBNAIL = 240
+_STYLE = """
+.item { border: 1px solid #ddd; border-radius: .4rem; margin: 1rem 0; padding: .2rem 1rem; }
+.item h4 { margin: .5rem 0; } .text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.right { border-left: .4rem solid #3a8a4d; } .wrong { border-left: .4rem solid #b33; }
+figure { display: inline-block; margin: .3rem; vertical-align: top; max-width: 16rem; }
+figcaption { font-size: .8rem; color: #555; overflow-wrap: anywhere; }
+dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0; }
+.scores { color: #555; font-size: .9rem; }
+"""
+
+
+def evaluation_page(
+    benchmark: Benchmark,
+    answers: Mapping[Key, str],
+    scores: Scores,
+    *,
+    model: str,
+    pictures: Mapping[str, Path],
+) -> str:
+    """Return the page; of each task the first five hundred items are on it.
+
+    Args:
+        benchmark: the items that were answered.
+        answers: of each item.
+        scores: of the items and tasks.
+        model: what the answers are of.
+        pictures: plots with their descriptions.
+
+    Raises:
+        DataError: a figure cannot be decoded.
+    """
+    tables = paper_layout(scores.tasks, model) if benchmark.name == "pmc-mi" else []
+    parts = ["<p>In percent; - was not computed.</p>"]
+    plain = [(header, [tuple(c.strip("*") for c in row) for row in rows]) for header, rows in tables]
+    parts += [html_table(*table) for table in (*plain, *all_figures(scores.tasks))]
+    parts += [f"<p>{html_image(file.read_bytes(), 'png', text)}</p>" for text, file in pictures.items()]
+    for task in benchmark.tasks:
+        items = [item for item in benchmark.items if item.task == task]
+        more = len(items) - MOST_ITEMS
+        rest = f"<p>and {more:,} more, all of them in predictions.jsonl</p>" if more > 0 else ""
+        shown = "".join(_item(i, answers[i.key], scores.items[i.key]) for i in items[:MOST_ITEMS])
+        parts.append(
+            f"<details><summary>{html.escape(task)}: {len(items):,} items</summary>{shown}{rest}</details>"
+        )
+    _thumbnail.cache_clear()
+    return html_page(f"{benchmark.name}: {model}", parts, _STYLE)
+
+
+def _item(item: Item, answer: str, scores: Mapping[str, float]) -> str:
+    figures = "".join(_figure(figure) for figure in item.figures)
+    shown = ", ".join(f"{LABELS[name]} {value:.3f}" for name, value in scores.items())
+    kind = "" if "accuracy" not in scores else " right" if scores["accuracy"] else " wrong"
+    answered = answer
+    if item.choices:
+        answered = f"{answer}\n(read as {item.answered(answer) or 'no option'})"
+    texts = (("Question", item.question), ("Right answer", item.reference), ("Answer", answered))
+    listed = "".join(f"<dt>{name}</dt><dd class='text'>{html.escape(text)}</dd>" for name, text in texts)
+    return (
+        f"<div class='item{kind}'><h4>{html.escape(item.task)} {item.index}</h4>{figures}"
+        f"<dl>{listed}</dl><p class='scores'>{html.escape(shown)}</p></div>"
+    )
+
+
+def _figure(figure: Figure) -> str:
+    title = html.escape(f"{figure.label} {figure.name}".strip())
+    picture = html_image(_thumbnail(figure), "jpeg", figure.label or figure.name)
+    return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
+
+
+@cache
+def _thumbnail(figure: Figure) -> bytes:
+    """Return a small JPEG of a figure, which several items may show."""
+    image = figure.decode()
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return stream.getvalue()

@@ -1,0 +1,316 @@
+"""Benchmarks as their files are: what is asked, what is shown, what is right, and what is refused."""
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from small_sets import noise, write_lines
+
+from internvl_chat.data.records import Turn
+from internvl_chat.errors import DataError, UsageError
+from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+from internvl_chat.eval.benchmarks.item import Figure, Item
+from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
+from internvl_chat.eval.benchmarks.omnimed import short_modality
+from internvl_chat.eval.benchmarks.pmc_mi import FILES
+
+# Published file -> the file of training records that shares its questions.
+TRAINING = {
+    "bboxVQA": "boundingboxVQA",
+    "compoundVQA": "compound_image",
+    "multisubimageVQA": "multiple_subimage",
+    "puretext": "puretext",
+    "single-subimageVQA": "single_subimage",
+    "multi-choice": "subimage_option",
+}
+OPTIONS = "The candidate options are: A. One\nB. Two\nC. Three"
+
+
+@pytest.fixture(params=[".", "benchmark"])
+def published(request, shared):
+    return open_benchmark("pmc-mi", shared / "pmc_mi" / request.param)
+
+
+def test_the_published_files(published, shared):
+    assert published.tasks == tuple(FILES)
+    assert Counter(item.task for item in published.items) == dict.fromkeys(FILES, 25)
+    for item in published.items:
+        assert [figure.decode().mode for figure in item.figures[:1]] == ["RGB"] * bool(item.figures)
+        assert bool(item.choices) == (item.task == "multi-choice")
+    letters = [item.reference for item in published.items if item.choices]
+    raw = json.loads((shared / "pmc_mi/benchmark" / FILES["multi-choice"]).read_text())
+    assert letters == [one["gt"] for one in raw]
+    assert all(len(item.choices) == 4 for item in published.items if item.choices)
+
+
+def test_questions_are_asked_as_in_the_training_data(published, shared):
+    """The training records of the same questions, made by others, have the same turns and images."""
+    compared = 0
+    for task, name in TRAINING.items():
+        records = map(json.loads, (shared / f"pmc_mi/jsonl/{name}.jsonl").read_text().splitlines())
+        asked = {record["conversations"][0]["value"]: record for record in records}
+        for item in published.items:
+            if item.task == task and (record := asked.get(item.text)):
+                assert item.reference == record["conversations"][1]["value"]
+                assert [figure.name for figure in item.figures] == record.get("image", [])
+                compared += 1
+    assert compared >= 6 * 5
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        noise(30, 20).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def item(**values) -> dict:
+    return {"question": "What?", "gt": "That.", "images": ["a.png"], "image_indices": ["Fig-0"], **values}
+
+
+def write(folder: Path, records: list, name: str = "own_benchmark.json") -> Path:
+    (folder / name).write_text(json.dumps(records))
+    return folder
+
+
+def test_a_folder_of_ones_own(folder):
+    two = {"images": ["b.png", "a.png"], "image_indices": ["Fig-3", "Fig-1"]}
+    write(folder, [item(), item(**two), item(question=OPTIONS, gt="b")])
+    write_lines(folder / "more.jsonl", [{"question": "Only text?", "gt": "Yes"}])
+    write(folder, [item()], FILES["bboxVQA"])
+    benchmark = open_benchmark(str(folder), None)
+    assert benchmark.name == folder.name and benchmark.tasks == ("more", "own", "bboxVQA")
+    found = {i.key: i for i in benchmark.items}
+    assert found["own", 0].text == "Fig-0: <image>\nWhat?"
+    assert found["own", 1].text == "Fig-3: <image>\nFig-1: <image>\nWhat?"
+    assert [f.path.name for f in found["own", 1].figures] == ["b.png", "a.png"]
+    assert (found["own", 2].choices, found["own", 2].reference) == (("One", "Two", "Three"), "B")
+    assert found["more", 0].text == "Only text?" and not found["more", 0].figures
+    assert found["own", 0].turns("Be brief.") == (
+        Turn("system", "Be brief."),
+        Turn("user", found["own", 0].text),
+    )
+    assert [t.role for t in found["own", 0].turns(None)] == ["user"]
+
+
+def test_a_letter_alone_is_an_open_answer_where_no_options_are_listed(folder):
+    write(folder, [item(question="Which blood group?", gt="A")])
+    [found] = open_benchmark(str(folder), None).items
+    assert not found.choices and found.reference == "A"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([], "must be a JSON object, found list"),
+        (item(gt=3), "text under 'gt'"),
+        (item(question=" "), "text under 'question'"),
+        (item(images=["none.png"]), "the image none.png is not in"),
+        (item(images="a.png", image_indices=[]), "1 'images', but 0 'image_indices'"),
+        (item(images=[1]), "'images' must be a list of texts"),
+        (item(question="<image> what?"), "its images are shown before it"),
+        (item(question="<IMG_CONTEXT>?"), "reserved token"),
+        (item(question=OPTIONS, gt="D"), "the right answer 'D' is none of the 3 options"),
+    ],
+)
+def test_an_item_that_cannot_be_used(folder, record, message):
+    (folder / "own.json").write_text("[\n" + json.dumps(item()) + ",\n" + json.dumps(record) + "\n]")
+    with pytest.raises(DataError) as error:
+        open_benchmark(str(folder), None)
+    assert message in str(error.value) and "own.json, line 3: " in str(error.value)
+
+
+def test_all_faults_are_named_at_once_but_not_without_end(folder):
+    write(folder, [item(gt="")] * 30)
+    with pytest.raises(DataError, match=r"21 problems(.|\n)*and 10 more"):
+        open_benchmark(str(folder), None)
+
+
+def test_an_incomplete_benchmark(folder):
+    write(folder, [item()], FILES["bboxVQA"])
+    with pytest.raises(DataError, match="incomplete: no puretextQA_benchmark"):
+        open_benchmark("pmc-mi", folder)
+
+
+def test_a_selection(published):
+    chosen = published.select(["puretext", "bboxVQA"], 2)
+    assert [i.key for i in chosen.items] == [(t, i) for t in ("puretext", "bboxVQA") for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("pmcmi", None, "did you mean pmc-mi"),
+        ("pmc-mi", None, "needs --data"),
+        ("pmc-mi", "none", "no such file or folder"),
+        (".", ".", "leave out --data"),
+    ],
+)
+def test_where_no_benchmark_is(tmp_path, monkeypatch, name, data, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        open_benchmark(name, data and Path(data))
+
+
+def test_omnimed(folder):
+    options = {"option_A": "CT", "option_B": "MR", "option_C": "X-Ray"}
+    one = {"question": "Which modality?", "gt_answer": "MR", "image_path": "images/a.png", **options}
+    (folder / "QA_information/Open-access").mkdir(parents=True)
+    (folder / "QA_information/Restricted-access").mkdir()
+    (folder / "QA_information/Restricted-access/closed.json").write_text("[")
+    write(
+        folder / "QA_information/Open-access",
+        [
+            {**one, "modality_type": "MR (Mag-netic Resonance Imaging)"},
+            {**one, "modality": "Endoscopy", "gt_answer": "ct "},
+            {**one, "modality_type": "CT(Computed Tomography)"},
+        ],
+    )
+    benchmark = open_benchmark("omnimedvqa", folder)
+    assert [(i.key, i.reference) for i in benchmark.items] == [
+        (("CT", 0), "B"),
+        (("MR", 0), "B"),
+        (("Endoscopy", 0), "A"),
+    ]
+    assert benchmark.items[0].text == "<image>\nWhich modality?\nA. CT\nB. MR\nC. X-Ray"
+    assert benchmark.pooled
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("CT(Computed Tomography)", "CT"),
+        ("MR (Mag-netic Resonance Imaging)", "MR"),
+        ("OCT (Optical Coherence Tomography", "OCT"),
+        ("Optical Coherence Tomography", "OCT"),
+        ("Fundus Photography", "FP"),
+        ("Dermoscopy", "Der"),
+        ("Microscopy Images", "Mic"),
+        ("X-Ray", "X-Ray"),
+        ("x_ray", "X-Ray"),
+        ("ultrasound", "US"),
+        (" Infrared Reflectance Imaging ", "Infrared Reflectance Imaging"),
+    ],
+)
+def test_modalities(name, short):
+    assert short_modality(name) == short
+
+
+def test_mmmu(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    stream = io.BytesIO()
+    noise(20, 30).save(stream, "PNG")
+    picture = {"bytes": stream.getvalue(), "path": "1.png"}
+    row = {
+        "id": "validation_1",
+        "question": "What is <image 1>?",
+        "options": "['a', '<image 2>']",
+        "answer": "B",
+        "question_type": "multiple-choice",
+        "image_1": picture,
+        "image_2": picture,
+    }
+    another = {
+        **row,
+        "question": "How many?",
+        "options": "[]",
+        "answer": "['2', 'two']",
+        "question_type": "open",
+        "image_2": None,
+    }
+    for subject in SUBJECTS:
+        (tmp_path / subject).mkdir()
+        table = pyarrow.Table.from_pylist([row, another])
+        parquet.write_table(table, tmp_path / subject / "validation-00000-of-00001.parquet")
+    benchmark = open_benchmark("mmmu-med", tmp_path)
+    assert benchmark.tasks == SUBJECTS and len(benchmark.items) == 10
+    first, second = benchmark.items[:2]
+    assert first.text == "Fig-1: <image>\nFig-2: <image>\nWhat is Fig-1?\nA. a\nB. Fig-2"
+    assert first.reference == "B" and first.figures[1].decode().size == (20, 30)
+    assert second.text == "Fig-1: <image>\nHow many?" and second.accepted == ("two",)
+    assert second.correct(" Two ") and second.correct("2") and not second.correct("3")
+    (tmp_path / SUBJECTS[0] / "validation-00000-of-00001.parquet").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="not a parquet file"):
+        open_benchmark("mmmu-med", tmp_path)
+    (tmp_path / SUBJECTS[0] / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match=f"no validation-.*{SUBJECTS[0]}"):
+        open_benchmark("mmmu-med", tmp_path)
+
+
+def test_vqa(folder):
+    file = write_lines(
+        folder / "set.jsonl",
+        [
+            {"question": "What?", "answer": "That", "image": "images/a.png"},
+            {
+                "question": "Is <image> like <image>?",
+                "answer": "no",
+                "image": ["images/a.png", "images/b.png"],
+            },
+            {"question": "Both?", "answer": "yes", "images": ["images/a.png", "images/b.png"], "task": "two"},
+            {"question": "Which?", "answer": "Two", "choices": ["One", "Two"], "task": "choice"},
+            {"question": "And?", "answer": "Nothing"},
+        ],
+    )
+    benchmark = open_benchmark("vqa", file)
+    assert [i.key for i in benchmark.items] == [("set", 0), ("set", 1), ("set", 2), ("two", 0), ("choice", 0)]
+    assert [i.text for i in benchmark.items] == [
+        "<image>\nWhat?",
+        "Is <image> like <image>?",
+        "And?",
+        "Fig-0: <image>\nFig-1: <image>\nBoth?",
+        "Which?\nA. One\nB. Two",
+    ]
+    assert benchmark.items[4].reference == "B"
+    write_lines(file, [{"question": "Which?", "answer": "A", "choices": [str(n) for n in range(27)]}])
+    with pytest.raises(DataError, match="27 options, more than the 26 letters"):
+        open_benchmark("vqa", file)
+    write_lines(file, [{"question": "Is <image>?", "answer": "no"}])
+    with pytest.raises(DataError, match=r"line 1: 1 <image> in the question, but 0 images"):
+        open_benchmark("vqa", file)
+
+
+def test_an_image_that_is_damaged(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    for figure in (Figure("a", path=tmp_path / "a.png"), Figure("a", content=b"nothing")):
+        with pytest.raises(DataError, match="cannot be read"):
+            figure.decode()
+
+
+def test_system_texts(folder, published):
+    texts = system_texts(published)
+    assert len(set(texts.values())) == 6 and all(texts.values())
+    own = folder / "prompts.yaml"
+    own.write_text("puretext: Be brief.\npmc-mi: >-\n  Look\n  closely.\n")
+    assert system_texts(published, own)["puretext"] == "Be brief."
+    assert system_texts(published, own)["bboxVQA"] == "Look closely."
+    own.write_text('{"puretext": "Be brief."}')
+    assert system_texts(published, own)["bboxVQA"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("puretxt: a", "names no task of pmc-mi: puretxt; its tasks are puretext, multi-choice"),
+        ("- a", "must map"),
+        ("puretext: 3", "must map"),
+        ("a: [", "cannot be read as YAML"),
+        (None, "cannot be read as YAML"),
+    ],
+)
+def test_system_texts_that_cannot_be_used(tmp_path, published, content, message):
+    if content:
+        (tmp_path / "prompts.yaml").write_text(content)
+    with pytest.raises(DataError, match=message):
+        system_texts(published, tmp_path / "prompts.yaml")
+
+
+def test_what_is_right():
+    choice = Item("t", 0, "?", "B", choices=("One", "Two"))
+    assert choice.correct("B.") and choice.correct("two") and not choice.correct("A or B")
+    assert Item("t", 0, "?", "Größe").correct(" größe\n") and not Item("t", 0, "?", "a").correct("a.")

@@ -1,0 +1,175 @@
+"""Answers on disk: what is kept, what is refused, and how the parts of several processes come together."""
+
+import json
+
+import pytest
+
+from internvl_chat.errors import DataError, UsageError
+from internvl_chat.eval.benchmarks.item import Figure, Item
+from internvl_chat.eval.predictions import (
+    PredictionLog,
+    bring_together,
+    checkpoint_digest,
+    items_digest,
+    read_answers,
+)
+
+ITEMS = [Item("one", i, f"What {i}?", "That") for i in range(3)] + [
+    Item("two", i, "Which?", "B", (Figure("a.png", "Fig-0"),), ("x", "y")) for i in range(2)
+]
+SETTINGS = {"model": "/here", "checkpoint": "m", "max_new_tokens": 8}
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_answer_is_a_line_with_its_question(tmp_path):
+    with PredictionLog(tmp_path / "out", SETTINGS) as log:
+        for item, answer in zip(ITEMS[:1], ["größer\nals"], strict=True):
+            log.append(item, answer)
+        for item, answer in zip(ITEMS[3:4], ["B"], strict=True):
+            log.append(item, answer)
+    first, second = rows(tmp_path / "out/predictions.jsonl")
+    assert first == {
+        "task": "one",
+        "index": 0,
+        "question": "What 0?",
+        "images": [],
+        "prediction": "größer\nals",
+        "reference": "That",
+    }
+    assert second["images"] == ["a.png"] and second["reference"] == "B"
+
+
+def test_it_goes_on_without_a_line_that_was_not_finished(tmp_path):
+    with PredictionLog(tmp_path, SETTINGS) as log:
+        for item, answer in zip(ITEMS[:2], ["a", "b"], strict=True):
+            log.append(item, answer)
+    file = tmp_path / "predictions.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"task": "one", "index": 2, "prediction": "hal')
+    with PredictionLog(tmp_path, SETTINGS) as log:
+        assert log.done == {("one", 0): "a", ("one", 1): "b"}
+        for item, answer in zip(ITEMS[2:3], ["c"], strict=True):
+            log.append(item, answer)
+    assert [row["prediction"] for row in rows(file)] == ["a", "b", "c"]
+
+
+def test_parts_come_together_in_order_whoever_made_them(tmp_path):
+    with PredictionLog(tmp_path, SETTINGS, 0) as first, PredictionLog(tmp_path, SETTINGS, 1) as second:
+        for item, answer in zip(ITEMS[2:3], ["c"], strict=True):
+            first.append(item, answer)
+        for item, answer in zip([ITEMS[4], ITEMS[1]], ["e", "b"], strict=True):
+            second.append(item, answer)
+    with PredictionLog(tmp_path, SETTINGS) as log:
+        assert len(log.done) == 3
+        for item, answer in zip([ITEMS[0]], ["a"], strict=True):
+            log.append(item, answer)
+    answers = bring_together(tmp_path, ITEMS)
+    assert [row["prediction"] for row in rows(tmp_path / "predictions.jsonl")] == ["a", "b", "c", "e"]
+    assert answers == {ITEMS[i].key: p for i, p in ((0, "a"), (1, "b"), (2, "c"), (4, "e"))}
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["evaluation.json", "predictions.jsonl"]
+    assert bring_together(tmp_path, ITEMS) == answers
+
+
+def test_answers_of_another_evaluation_are_not_continued(tmp_path):
+    with PredictionLog(tmp_path, SETTINGS):
+        pass
+    with pytest.raises(UsageError) as error:
+        PredictionLog(tmp_path, {**SETTINGS, "checkpoint": "other", "base": None})
+    assert "checkpoint was 'm', and is 'other'" in str(error.value) and "tokens" not in str(error.value)
+    with PredictionLog(tmp_path, {**SETTINGS, "model": "/moved"}) as log:
+        assert not log.done
+
+
+def test_answers_that_nobody_knows_of_what(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"no evaluation\.json"):
+        PredictionLog(tmp_path, SETTINGS)
+
+
+def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
+    with PredictionLog(tmp_path, SETTINGS), pytest.raises(UsageError, match="another evaluation is writing"):
+        PredictionLog(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nothing",
+        "[]",
+        '{"task": "one", "index": 0}',
+        '{"task": 1, "index": 0, "prediction": ""}',
+        '{"task": "one", "index": true, "prediction": ""}',
+    ],
+)
+def test_a_line_that_is_none_of_ours(tmp_path, line):
+    with PredictionLog(tmp_path, SETTINGS) as log:
+        for item, answer in zip(ITEMS[:1], ["a"], strict=True):
+            log.append(item, answer)
+    with (tmp_path / "predictions.jsonl").open("a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(DataError, match=r"predictions\.jsonl, line 2: must be an object"):
+        PredictionLog(tmp_path, SETTINGS)
+
+
+def test_answers_made_elsewhere(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    lines = [
+        {"task": i.task, "index": i.index, "prediction": f"p{n}", "more": 1} for n, i in enumerate(ITEMS)
+    ]
+    file.write_text("\n\n".join(map(json.dumps, reversed(lines))))
+    assert read_answers(file, ITEMS, ITEMS) == {item.key: f"p{n}" for n, item in enumerate(ITEMS)}
+
+
+def test_answers_made_elsewhere_to_more_than_is_scored(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({"task": i.task, "index": i.index, "prediction": "p"}) for i in ITEMS)
+    )
+    assert read_answers(file, ITEMS[:2], ITEMS).keys() >= {item.key for item in ITEMS[:2]}
+
+
+def test_answers_made_elsewhere_that_do_not_fit(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    lines = [("one", 0), ("one", 0), ("one", 7), ("three", 0), ("two", 1)]
+    rows = [json.dumps({"task": task, "index": index, "prediction": ""}) for task, index in lines]
+    file.write_text("\n".join([*rows, "nothing"]))
+    with pytest.raises(DataError) as error:
+        read_answers(file, ITEMS, ITEMS)
+    for message in (
+        "line 2: one 0 is answered twice",
+        "line 3: one 7 is no item",
+        "line 4: three 0 is no item",
+        "line 6: must be",
+        "one 1 has no answer",
+        "one 2 has no answer",
+        "two 0 has no answer",
+    ):
+        assert message in str(error.value)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_answers(tmp_path / "none", ITEMS, ITEMS)
+
+
+def test_a_digest_changes_with_what_is_asked():
+    system = {"one": "a", "two": None}
+    digest = items_digest(ITEMS, system)
+    assert items_digest(list(ITEMS), dict(system)) == digest
+    assert items_digest(ITEMS, {**system, "two": "b"}) != digest
+    assert items_digest(ITEMS[:-1], system) != digest
+    assert items_digest([Item("one", 0, "What 0?", "Other"), *ITEMS[1:]], system) != digest
+
+
+def test_a_digest_changes_with_the_checkpoint(tiny_model, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    digest = checkpoint_digest(tiny_model)
+    (copy / "metrics.json").write_text("{}")  # no part of the checkpoint
+    assert checkpoint_digest(copy) == digest
+    for name in ("model.safetensors", "preprocessing.json", "tokenizer.json", "config.json"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content + b" ")
+        assert checkpoint_digest(copy) != digest, name
+        (copy / name).write_bytes(content)
+    assert checkpoint_digest(copy) == digest

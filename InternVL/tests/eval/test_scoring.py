@@ -1,0 +1,154 @@
+"""Scores of items and tasks: which metrics, which means, what is null, and what is said before answering."""
+
+import json
+import logging
+
+import pytest
+from encoders import write_bert, write_sentence_encoder
+
+from internvl_chat.errors import UsageError
+from internvl_chat.eval.benchmarks.item import Benchmark, Item
+from internvl_chat.eval.scoring import score
+from internvl_chat.metrics import suite as suites
+from internvl_chat.metrics.bleu import bleu
+from internvl_chat.metrics.cider import cider
+from internvl_chat.metrics.rouge import rouge
+from internvl_chat.metrics.suite import CHOICE_METRICS, FAMILIES, OPEN_METRICS, Suite, build_suite
+
+OPEN = [
+    ("a", "the left lobe of the lung", "the left lobe"),
+    ("a", "nothing of the kind", "a small mass"),
+    ("b", "yes", "Yes"),
+    ("b", "", "No"),
+]
+CHOICES = [("A", "A."), ("B", "The answer is B"), ("B", "A"), ("C", "I cannot say")]
+WITHOUT_MODELS = Suite(frozenset({"bleu", "rouge", "overlap", "cider", "macro"}))
+
+
+def open_benchmark() -> tuple[Benchmark, dict]:
+    numbers = [0, 1, 0, 1]
+    items = [Item(t, n, "?", reference) for n, (t, _, reference) in zip(numbers, OPEN, strict=True)]
+    return Benchmark("own", tuple(items)), {
+        i.key: answer for i, (_, answer, _) in zip(items, OPEN, strict=True)
+    }
+
+
+def choice_benchmark(**values) -> tuple[Benchmark, dict]:
+    items = [Item("c", n, "?", letter, choices=("x", "y", "z")) for n, (letter, _) in enumerate(CHOICES)]
+    return Benchmark("own", tuple(items), **values), {
+        ("c", n): answer for n, (_, answer) in enumerate(CHOICES)
+    }
+
+
+def test_open_answers():
+    benchmark, answers = open_benchmark()
+    scores = score(benchmark, answers, WITHOUT_MODELS)
+    assert list(scores.tasks) == ["a", "b"]
+    assert list(scores.tasks["a"]) == ["items", *OPEN_METRICS]
+    for name, metric in (("bleu2", bleu), ("rougeL", rouge)):
+        for task in ("a", "b"):
+            values = [metric(answer, reference)[name] for t, answer, reference in OPEN if t == task]
+            assert scores.tasks[task][name] == pytest.approx(100 * sum(values) / 2, abs=1e-9)
+    assert scores.tasks["b"]["em"] == 50 and scores.items["b", 0]["em"] == 1
+    # Frequencies are those of the task's own references.
+    expected = cider(["the left lobe of the lung", "nothing of the kind"], ["the left lobe", "a small mass"])
+    assert [scores.items["a", n]["cider"] for n in range(2)] == pytest.approx(expected)
+    assert scores.tasks["a"]["cider"] == pytest.approx(50 * sum(expected))
+    assert scores.tasks["a"]["bertscore"] is None and scores.tasks["a"]["sts"] is None
+
+
+def test_multiple_choice():
+    benchmark, answers = choice_benchmark()
+    figures = score(benchmark, answers, WITHOUT_MODELS).tasks["c"]
+    assert set(figures) == {"items", "unreadable", *CHOICE_METRICS}
+    assert (figures["items"], figures["unreadable"], figures["accuracy"]) == (4, 1, 50)
+    # A: precision 1/2, recall 1; B: 1, 1/2; C: 0, 0.
+    assert figures["precision"] == pytest.approx(100 * (0.5 + 1) / 3)
+    assert figures["recall"] == pytest.approx(100 * (1 + 0.5) / 3)
+    assert figures["f1"] == pytest.approx(100 * (2 / 3 + 2 / 3) / 3)
+
+
+def test_what_is_not_computed_is_null():
+    benchmark, answers = choice_benchmark()
+    figures = score(benchmark, answers, Suite(frozenset())).tasks["c"]
+    assert figures["accuracy"] == 50 and figures["f1"] is None
+    benchmark, answers = open_benchmark()
+    figures = score(benchmark, answers, Suite(frozenset({"bleu"}))).tasks["a"]
+    assert [name for name, value in figures.items() if value is not None] == ["items", *FAMILIES["bleu"]]
+
+
+def test_an_open_question_among_multiple_choice_counts_word_for_word():
+    benchmark, answers = choice_benchmark(pooled=True)
+    items = (
+        *benchmark.items,
+        Item("c", 4, "?", "two", accepted=("2",)),
+        Item("d", 0, "?", "A", choices=("x", "y")),
+    )
+    answers |= {("c", 4): "2", ("d", 0): "A"}
+    tasks = score(Benchmark("own", items, pooled=True), answers, WITHOUT_MODELS).tasks
+    assert tasks["c"]["accuracy"] == 60 and tasks["c"]["items"] == 5
+    assert list(tasks) == ["c", "d", "all"] and tasks["all"]["accuracy"] == pytest.approx(100 * 4 / 6)
+
+
+def test_with_encoders(tmp_path):
+    bert, sentences = write_bert(tmp_path / "bert"), write_sentence_encoder(tmp_path / "sentences")
+    suite = build_suite(None, bertscore_model=str(bert), sts_model=str(sentences), device="cpu")
+    assert suite.families == set(FAMILIES) and suite.bertscore_layer == 2
+    benchmark, answers = open_benchmark()
+    answers["b", 0] = "Yes"
+    scores = score(benchmark, answers, suite)
+    assert scores.items["b", 0]["bertscore"] == pytest.approx(1, abs=1e-5)
+    assert scores.items["b", 0]["sts"] == pytest.approx(1, abs=1e-5)
+    assert all(value is not None for figures in scores.tasks.values() for value in figures.values())
+    json.dumps(scores.tasks, allow_nan=False)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that cannot be reached."""
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+def test_what_cannot_be_computed_is_said_where_nothing_was_asked_for(no_hub, caplog):
+    logging.getLogger("internvl_chat").propagate = True
+    suite = build_suite(None)
+    assert suite.families == set(FAMILIES) - {"bertscore", "sts"}
+    assert "bertscore is not computed: microsoft/deberta-xlarge-mnli: neither" in caplog.text
+    assert "sts is not computed" in caplog.text and "--sts_model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "models", "messages"),
+    [
+        (
+            ["bleu", "bertscore", "sts"],
+            {},
+            ["bertscore: microsoft/deberta-xlarge-mnli", "sts: sentence-transformers"],
+        ),
+        (None, {"bertscore_model": "/none"}, ["bertscore: /none: no such model folder"]),
+        (["bleu"], {"sts_model": "/none"}, ["sts: /none: no such model folder"]),
+        (["sts"], {"sts_model": "EMPTY"}, ["no weights in it", "--sts_model"]),
+    ],
+)
+def test_what_was_asked_for_must_be_there(no_hub, tmp_path, wanted, models, messages):
+    models = {name: str(tmp_path) if folder == "EMPTY" else folder for name, folder in models.items()}
+    with pytest.raises(UsageError) as error:
+        build_suite(wanted, **models)
+    assert all(message in str(error.value) for message in messages)
+
+
+def test_packages_that_are_not_installed(monkeypatch, no_hub, caplog):
+    real = suites.importlib.util.find_spec
+    absent = {"nltk", "sklearn", "bert_score"}
+    monkeypatch.setattr(suites.importlib.util, "find_spec", lambda n: None if n in absent else real(n))
+    logging.getLogger("internvl_chat").propagate = True
+    assert build_suite(None).families == {"rouge", "overlap", "cider"}
+    assert "bleu is not computed: the package nltk is not installed (pip install '.[eval]')" in caplog.text
+    with pytest.raises(UsageError, match=r"2 problems(.|\n)*nltk(.|\n)*sklearn"):
+        build_suite(["bleu", "macro"])
+    assert build_suite(["rouge"]).families == {"rouge"}
