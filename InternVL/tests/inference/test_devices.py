@@ -81,3 +81,14 @@ def test_a_spread_model_gives_the_same_answers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     place(engine.model, "auto")
     assert set(moved[0].values()) == {0, 1}
+
+
+def test_what_two_processes_answer_is_what_one_does(monkeypatch):
+    prompts = mixed_prompts(9)
+    expected = make_engine().answer(prompts, max_new_tokens=8)
+    found = [""] * len(prompts)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        found[rank::2] = make_engine().answer(share(prompts), max_new_tokens=8)
+    assert found == expected

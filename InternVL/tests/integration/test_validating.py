@@ -151,18 +151,20 @@ def test_answers_are_those_of_the_finished_model(arguments, sample_data, tmp_pat
 def test_figures_are_reported(arguments, tmp_path):
     out = tmp_path / "out"
     epochs = {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
-    assert train(arguments(out, **epochs, eval_generate=1, metric_for_best_model="loss")) == 0
-    rows = validations(out)
+    values = {"eval_generate": 1, "metric_for_best_model": "loss", "eval_on_start": True}
+    assert train(arguments(out, **epochs, **values)) == 0
+    before, *rows = validations(out)
+    assert (before["step"], before["epoch"]) == (0, 0) and before["loss"] > rows[0]["loss"]
     assert [(row["step"], row["epoch"]) for row in rows] == [(6, 1.0), (12, 2.0)]
     state = json.loads((out / "checkpoint-12/trainer_state.json").read_text())
     logged = [entry for entry in state["log_history"] if "eval_loss" in entry]
     # Saved after the last step already, and again with what the validation behind it found.
     assert state["best_global_step"] == 12 and state["best_metric"] == rows[1]["loss"]
     assert not (out / ".partial").exists()
-    assert [entry["eval_loss"] for entry in logged] == [row["loss"] for row in rows]
+    assert [entry["eval_loss"] for entry in logged] == [row["loss"] for row in (before, *rows)]
     for name, figures in rows[1]["sets"].items():
         for kind in ("loss", "em", "rougeL"):
-            assert logged[1][f"eval_{name}_{kind}"] == figures[kind]
+            assert logged[2][f"eval_{name}_{kind}"] == figures[kind]
 
 
 @pytest.fixture
