@@ -63,9 +63,9 @@ def boolean(text: str) -> bool:
 
 def find_device(name: str | None) -> torch.device:
     """Return the device of `--device`, by default the GPU if there is one."""
-    from internvl_chat.inference.engine import _find_device
+    from internvl_chat.inference import devices
 
-    return _find_device(name)
+    return devices.find_device(name)
 
 
 def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedTokenizerBase, Preprocessing]:

@@ -1,7 +1,9 @@
 """Every command in the documentation works, with small stand-ins for weights and data."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,13 @@ from pathlib import Path
 import pytest
 from helpers import SOURCE_ROOT, flags
 
+from internvl_chat.cli import main as m3llm
+from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 REPOSITORY = SOURCE_ROOT.parent
-PAGES = ("README.md", "InternVL/README.md", "full_training_data/README.md")
+PAGES = ("README.md", "full_training_data/README.md", "InternVL/README.md", "InternVL/docs/data_check.md",
+         "InternVL/docs/evaluation.md", "InternVL/docs/export.md")  # fmt: skip
 SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1 --save_strategy no"
 
 # Run elsewhere: the quickstart as a slow test, this command by whoever runs the tests, and what test.sh does.
@@ -22,6 +27,7 @@ ELSEWHERE = (
     "bash InternVL/internvl_chat/shell/test.sh -m slow",
     "python3 -m venv .venv && source .venv/bin/activate",
     'pip install -e ".[dev]"',
+    'pip install -e ".[eval]"',
 )
 
 
@@ -31,7 +37,7 @@ def documented_commands() -> list[str]:
         text = (REPOSITORY / page).read_text(encoding="utf-8")
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
             folder = ""
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 line = line.split("  #")[0].strip()
                 if line.startswith("export "):
                     folder = f"{line} && "
@@ -54,8 +60,14 @@ def stage(tmp_path_factory, tiny_model, sample_data):
     (folder / "InternVL").symlink_to(SOURCE_ROOT)
     figure = next((sample_data / "images").glob("*_fig1.jpg"))
     (folder / "figure.jpg").write_bytes(figure.read_bytes())
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(figure.read_bytes())
     (folder / "benchmark").mkdir()
     (folder / "benchmark/items.json").write_text('[{"question": "What does PMC1 show?"}]')
+    shutil.copy(sample_data / "train.json", folder / "held_out.json")
+    write_small_benchmark(folder / "PMC-MI-Bench", figure)
+    rows = [json.dumps({"task": task, "index": 0, "prediction": "A"}) + "\n" for task in FILES]
+    (folder / "answers.jsonl").write_text("".join(rows))
     for name in ("M3LLM-fulldatav2-lora-lr=5e-6", "lora"):
         argv = flags(
             model_name_or_path=tiny_model,
@@ -75,23 +87,52 @@ def stage(tmp_path_factory, tiny_model, sample_data):
         max_steps=1,
     )
     assert train(argv) == 0
+    merged = folder / "work_dirs/merged"
+    assert m3llm(["merge", str(folder / "work_dirs/lora"), str(merged)]) == 0
+    assert m3llm(["export", str(merged), str(merged) + "-hf"]) == 0
     config = (run / "config.yaml").read_text().replace(str(run), str(run) + "-again")
     (run / "config.yaml").write_text(config)
     return folder
 
 
+def write_small_benchmark(folder, figure):
+    """Write one item of each task, as PMC-MI-Bench is published."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "images/figure.jpg").write_bytes(figure.read_bytes())
+    item = {
+        "question": "What? A. One\nB. Two",
+        "gt": "A",
+        "images": ["figure.jpg"],
+        "image_indices": ["Fig-0"],
+    }
+    for name in FILES.values():
+        (folder / name).write_text(json.dumps([item]))
+
+
+# What is made small, or goes elsewhere, in a documented command: pattern, and what takes its place.
+STAND_INS = (
+    (r"/models/InternVL3-8B", "{model}"),
+    (r"InternVL/internvl_chat/shell/data/PMC-data\.json", "{meta}"),
+    (r"\bGPUS=\d+ ", "GPUS=0 "),
+    (r"--eval_meta_path held_out\.json", "--eval_meta_path {stage}/held_out.json"),
+    (r"(bash M3LLM-fulldata-.*)", rf"\1 {SMALL}"),
+    (r"(m3llm (?:merge|export) .*?)(\S+)$", r"\1{out}/made"),
+    (r"--out \S+", "--out {out}/eval"),
+    (r"--predictions \S+", "--predictions {stage}/answers.jsonl"),
+    (r"(.*m3llm generate .*|.*--bench .* --model .*)", r"\1 --max_new_tokens 4"),
+    (r"(.*--chat.*)", r"echo Why? | \1"),
+    (r"torchrun ", "torchrun --standalone "),
+)
+
+
 @pytest.mark.parametrize("command", documented_commands())
 def test_command(command, stage, tiny_model, sample_data, tmp_path):
-    small = command.replace("/models/InternVL3-8B", str(tiny_model))
-    small = small.replace("InternVL/internvl_chat/shell/data/PMC-data.json", str(sample_data / "train.json"))
-    small = re.sub(r"\bGPUS=\d+ ", "GPUS=0 ", small)
-    small = small.replace("work_dirs/merged", str(stage / "work_dirs" / "merged"))
-    if "M3LLM-fulldata-" in small and "bash" in small:
-        small += f" {SMALL}"
-    if "generate" in small:
-        small = small.replace(str(stage / "work_dirs" / "merged"), str(tiny_model)) + " --max_new_tokens 4"
-    if "merge " in small:
-        small = small.replace(str(stage / "work_dirs" / "merged"), str(tmp_path / "merged"))
+    small = command
+    places = {"model": tiny_model, "meta": sample_data / "train.json", "stage": stage, "out": tmp_path}
+    for pattern, stand_in in STAND_INS:
+        for name, place in places.items():
+            stand_in = stand_in.replace(f"{{{name}}}", str(place))
+        small = re.sub(pattern, stand_in, small)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -99,6 +140,7 @@ def test_command(command, stage, tiny_model, sample_data, tmp_path):
         "META_PATH": str(sample_data / "train.json"),
         "OUTPUT_DIR": str(tmp_path / "out"),
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(SOURCE_ROOT),
     }
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", small],
