@@ -210,7 +210,7 @@ def made_up_examples(folder: Path) -> list[Example]:
         examples = examples_of([records for records in sets if _fits(records)], 1, None)
     if not examples:
         raise DataError(
-            f"{folder}: max_seq_length is too small for any made-up record; leave the check out: --check False"
+            f"{folder}: max_seq_length is too small for made-up records; leave the check out (--check False)"
         )
     return examples
 
