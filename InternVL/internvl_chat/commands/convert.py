@@ -47,7 +47,10 @@ def run_merge(args: argparse.Namespace) -> int:
     check = _Check(args)
     result = merge(args.source, args.target, base=args.base, check=check if args.check else None)
     row = {"merged_layers": result.merged_layers, "already_merged": result.already_merged}
-    said = "is merged already" if result.already_merged else f"{result.merged_layers} layers merged"
+    if result.already_merged:
+        said = "is merged already"
+    else:
+        said = f"{result.merged_layers} layers merged, in the reference's format"
     _report(args, result.folder, row, said, check)
     return 0
 

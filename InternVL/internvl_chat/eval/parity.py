@@ -209,7 +209,9 @@ def made_up_examples(folder: Path) -> list[Example]:
         sets = build_sets(load_meta(paths["held_out"], place), encoder)
         examples = examples_of([records for records in sets if _fits(records)], 1, None)
     if not examples:
-        raise DataError(f"{folder}: max_seq_length is too small for any made-up record; leave the check out")
+        raise DataError(
+            f"{folder}: max_seq_length is too small for made-up records; leave the check out (--check False)"
+        )
     return examples
 
 
@@ -251,7 +253,7 @@ def check_same(
     if problems:
         raise ModelError(
             f"the result does not do what {source} does, and was not kept: {'; '.join(problems)} "
-            f"(compared on {len(found)} made-up records in {dtype})"
+            f"(compared on {len(found)} made-up records in {dtype}; --check False would keep it)"
         )
     return found
 

@@ -14,7 +14,18 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.model.folders import read_config
 
-COMMANDS = ["data check", "data inspect", "loss", "eval", "generate", "merge", "sample-data", "tiny-model"]
+COMMANDS = [
+    "data check",
+    "data inspect",
+    "loss",
+    "eval",
+    "generate",
+    "merge",
+    "export",
+    "parity",
+    "sample-data",
+    "tiny-model",
+]
 
 
 @pytest.fixture
