@@ -3,7 +3,7 @@
 Never is one replaced by another, and never a part of one left out: the order of the others does not change.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from internvl_chat.data.problems import Problem
@@ -15,7 +15,7 @@ _LISTED = 20
 
 
 class LeftOut(NamedTuple):
-    """A record that a run leaves out from the start: name of its set, index in the file from 0, and why."""
+    """A record that a run leaves out from its start: data set, index in the file from 0, where and why."""
 
     dataset: str
     index: int
@@ -23,7 +23,7 @@ class LeftOut(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A record that turned out to be unusable in training: its set, index in the file from 0, id, and why."""
+    """A record that was unusable when its step came: data set, index in the file from 0, id, and why."""
 
     dataset: str
     index: int
@@ -77,7 +77,7 @@ def leave_out(problems: Sequence[Problem], total: int, max_fraction: float) -> l
             ),
             kind=errors[0].kind,
         )
-    return [LeftOut(problem.dataset, problem.index or 0, problem.message) for problem in errors]
+    return [LeftOut(problem.dataset, problem.index or 0, str(problem)) for problem in errors]
 
 
 class SkipBudget:
@@ -93,6 +93,10 @@ class SkipBudget:
         self.total, self.max_fraction = total, max_fraction
         self._places = {(record.dataset, record.index) for record in left_out}
 
+    def recall(self, places: Iterable[tuple[str, int]]) -> None:
+        """Count the records (data set and index) that were skipped before a run was started again."""
+        self._places.update((name, index) for name, index in places)
+
     def spend(self, skipped: Sequence[Skipped]) -> None:
         """Count records that were skipped.
 
@@ -102,11 +106,9 @@ class SkipBudget:
         self._places.update((record.dataset, record.index) for record in skipped)
         number = len(self._places)
         if skipped and number > self.max_fraction * self.total:
-            last = skipped[-1]
             raise DataError(
                 f"{number} of {self.total} records are left out ({number / self.total:.2%}), more than "
-                f"--max_bad_fraction {self.max_fraction:g} allows; the last was, in data set {last.dataset}, "
-                f"number {last.index} from 0: {last.message}. Repair what the log names and start the same "
-                "command again, or raise --max_bad_fraction if so many are to be left out",
-                record=last.id,
+                f"--max_bad_fraction {self.max_fraction:g} allows; the last: {skipped[-1].message}. "
+                "Repair what the log names and start the same command again, or raise --max_bad_fraction if "
+                "so many are to be left out"
             )

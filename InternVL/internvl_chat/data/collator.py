@@ -156,7 +156,7 @@ class PackDataset(Dataset):
             logger.warning("left out of training: %s", loaded)
             if draw.counts:
                 records, index = self.data.locate(draw.index)
-                skipped.append(Skipped(records.spec.name, index, loaded.record, loaded.message))
+                skipped.append(Skipped(records.spec.name, index, loaded.record, str(loaded)))
         pack = pack_samples(samples or [(self._filler(), False)], self.multiple)
         return replace(pack, skipped=tuple(skipped)) if skipped else pack
 

@@ -1,6 +1,7 @@
 """The records of one data set, and of all data sets of a meta file, as samples."""
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,11 @@ class RecordSet:
     def __len__(self) -> int:
         """Return the number of records in the file, each once."""
         return len(self.file)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the annotation file."""
+        with self.spec.annotation.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     @property
     def num_used(self) -> int:
@@ -270,6 +276,7 @@ class TrainingData(Dataset):
         left_out: records that are not used. The others keep their order.
         max_bad_fraction: most of all records that may be left out, with those that turn out to be unusable
             in training; None if the first of these is to end the run.
+        digests: SHA-256 of each set's annotation file, where they are to be known.
     """
 
     def __init__(
@@ -280,15 +287,19 @@ class TrainingData(Dataset):
         lengths: Sequence[Lengths] | None = None,
         left_out: Sequence[LeftOut] = (),
         max_bad_fraction: float | None = None,
+        digests: Sequence[str] = (),
     ) -> None:
         self.sets, self.seed, self.lengths = list(sets), seed, lengths
         self.left_out, self.max_bad_fraction = tuple(left_out), max_bad_fraction
+        self.digests = tuple(digests)
         if lengths is not None and [len(n) for n in lengths] != [s.num_distinct for s in self.sets]:
             raise ValueError("the lengths are not those of the sets")
         self._usable = [self._others(s, [out.index for out in left_out if out.dataset == s.spec.name])
                         for s in self.sets]  # fmt: skip
         self._rounds = [s.num_used // s.num_distinct if s.num_distinct else 0 for s in self.sets]
         self._bounds = np.cumsum([0, *self.sizes])
+        starts = itertools.accumulate(map(len, self.sets), initial=0)
+        self._first_numbers = {s.spec.name: start for s, start in zip(self.sets, starts, strict=False)}
         if not len(self):
             reason = "every record is left out" if left_out else "every 'repeat_time' is too small"
             raise DataError(f"no records are left to train on: {reason}")
@@ -319,6 +330,10 @@ class TrainingData(Dataset):
         """Return what counts such records until they are too many."""
         total = sum(records.num_distinct for records in self.sets)
         return SkipBudget(total, self.max_bad_fraction or 0.0, self.left_out)
+
+    def file_number(self, key: RecordKey) -> int:
+        """Return the number of a record among all records of all files, from 0."""
+        return self._first_numbers[key.dataset] + key.index
 
     def locate(self, index: int) -> tuple[RecordSet, int]:
         """Return the set of a record of the epoch, and its index in the set's file."""

@@ -39,6 +39,13 @@ ensure_environment() {
   echo "$stamp" > "$venv/.m3llm"
 }
 
+# Append standard input to a file, without what a progress bar has overwritten. A full disk costs lines, not the run.
+write_log() {
+  until sed -u 's/.*\r//' >> "$1"; do
+    read -r _ || break
+  done 2> /dev/null
+}
+
 # Start the training script with the given flags, on one or several processes; what follows wins.
 # Reads the environment that the launchers document.
 launch_training() {
@@ -113,7 +120,7 @@ launch_training() {
   local log=$OUTPUT_DIR/training_log.txt status=0
   # The terminal gets the progress bar; the log gets each line as it ended. Both outlive the signals.
   local output child writer
-  exec {output}> >(trap '' INT TERM USR1 HUP; tee >(sed -u 's/.*\r//' >> "$log"))
+  exec {output}> >(trap '' INT TERM USR1 HUP; tee -p >(write_log "$log"))
   writer=$!
   set -m  # in a group of its own, so that a signal of the terminal comes once, passed on from here
   "${start[@]}" "${flags[@]}" "$@" 1>&"$output" 2>&1 {output}>&- &

@@ -20,12 +20,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from internvl_chat.logs import get_logger
 from internvl_chat.train.fingerprint import write_fingerprint
 from internvl_chat.train.manifest import write_manifest
-from internvl_chat.train.output_folder import PARTIAL, list_checkpoints
+from internvl_chat.train.output_folder import FORMER, PARTIAL, list_checkpoints
 from internvl_chat.train.quiet_file import QuietFile
 
 logger = get_logger(__name__)
 
-_FORMER = "former"
 
 SaveModel = Callable[[Path, dict[str, torch.Tensor] | None], None]
 
@@ -66,9 +65,11 @@ class CheckpointFolder:
             _bring_to_disk(path)
         if self.final.exists():
             # Saved after the step, and once more after the validation at the end of the epoch.
-            self.final.replace(self.partial.with_name(_FORMER))
+            former = self.partial.with_name(self.final.name + FORMER)
+            shutil.rmtree(former, ignore_errors=True)
+            self.final.replace(former)
         self.partial.replace(self.final)
-        shutil.rmtree(self.output / PARTIAL / _FORMER, ignore_errors=True)
+        shutil.rmtree(self.partial.with_name(self.final.name + FORMER), ignore_errors=True)
         _bring_to_disk(self.output)
         rotate_checkpoints(str(self.output), self.keep, self.best)
 
@@ -83,7 +84,10 @@ class CheckpointFolder:
             shutil.rmtree(self.partial, ignore_errors=True)
             older = [path.name for path in list_checkpoints(self.output)]
             stays = f"{older[-1]} stays the newest" if older else "there is no older one"
-            logger.error("%s was not written: %s; %s, and training goes on", self.final, error, stays)
+            logger.error(
+                "%s was not written: %s (%.1f GB are free there); %s, and training goes on",
+                self.final, error, shutil.disk_usage(self.output).free / 1e9, stays,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from internvl_chat.data.dataset import TrainingData
 from internvl_chat.errors import UsageError
 from internvl_chat.train.arguments import Arguments
 
@@ -38,6 +39,15 @@ def fingerprint(args: Arguments) -> dict[str, Any]:
     found["records of a step"] = args.run.step_records
     found["DeepSpeed"] = bool(args.run.deepspeed)
     return found
+
+
+def describe_data(data: TrainingData) -> dict[str, Any]:
+    """Return what the order of the records depends on: how many of which files."""
+    contents = {
+        f"SHA-256 of the annotation file of {records.spec.name}": digest
+        for records, digest in zip(data.sets, data.digests, strict=True)
+    }
+    return {SET_SIZES: data.sizes} | contents
 
 
 def read_fingerprint(checkpoint: Path) -> dict[str, Any]:

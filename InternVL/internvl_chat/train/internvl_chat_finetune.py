@@ -27,9 +27,9 @@ from internvl_chat.train.checkpoint_writer import checkpoint_writer
 from internvl_chat.train.checks import Plan, check_configuration
 from internvl_chat.train.fingerprint import (
     LEFT_OUT,
-    SET_SIZES,
     WEIGHT_PRECISION,
     check_same_run,
+    describe_data,
     fingerprint,
     read_fingerprint,
 )
@@ -52,7 +52,7 @@ from internvl_chat.train.output_folder import (
 )
 from internvl_chat.train.plots import plot_loss
 from internvl_chat.train.rehearsal import plan_memory
-from internvl_chat.train.self_test import check_packing, check_preprocessing, show_supervision
+from internvl_chat.train.self_test import check_packing, check_preprocessing, first_samples, show_supervision
 from internvl_chat.train.sharding import shard
 from internvl_chat.train.stop_request import StopRequest, exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.trainable import format_table, set_trainable
@@ -75,7 +75,7 @@ def train(args: Arguments) -> signal.Signals | None:
     data = load_records(args, plan.specs, encoder, began_without=settled.get(LEFT_OUT))
     held = load_records(args, held_out(plan.held_out), encoder) if plan.held_out else None
     if plan.output.resume:
-        check_same_run(plan.output.resume, {SET_SIZES: data.sizes})
+        check_same_run(plan.output.resume, describe_data(data))
     lock = None
     if args.run.process_index == 0:
         lock = plan.output.open()
@@ -127,7 +127,7 @@ def _build_trainer(
     flops = count_flops(model)
     sampler = order_records(args, data, flops)
     rehearsal = plan_memory(args, model, sampler, data)
-    settled = {SET_SIZES: data.sizes, WEIGHT_PRECISION: rehearsal.precision}
+    settled = describe_data(data) | {WEIGHT_PRECISION: rehearsal.precision}
     if resume:
         check_same_run(resume, settled)
     model.recompute_layers(rehearsal.recomputed)
@@ -182,13 +182,13 @@ def _self_test(
 ) -> None:
     """Look at what is about to happen; see `self_test`."""
     check_preprocessing(plan.source, preprocessing)
-    show_supervision(trainer.data.sets, tokenizer)
+    show_supervision(trainer.data, tokenizer)
     if plan.args.run.deepspeed:
         logger.info("packed and single records are not compared: DeepSpeed is not set up yet")
         return
-    first = trainer.data.sets[0]
-    samples = [first.load(index) for index in first.first(2)]
-    check_packing(trainer.model, samples, plan.args.run.device, preprocessing.normalize_type)
+    samples = first_samples(trainer.data, 0, 2)
+    if samples:
+        check_packing(trainer.model, samples, plan.args.run.device, preprocessing.normalize_type)
 
 
 def _save_result(plan: Plan, trainer: M3LLMTrainer) -> None:
@@ -220,10 +220,18 @@ def _stopped_by(stop_request: StopRequest) -> signal.Signals:
     return next(one for one in sent if one is not None)
 
 
-def _has_lost_a_process(error: RuntimeError) -> bool:
-    """Say whether another process ended while this one was talking to it."""
+def _explain(error: RuntimeError) -> str | None:
+    """Return what an error means that torch raises, wherever the program is, when a process has ended."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return (
+            f"a loader process was ended, perhaps because memory was short ({text}); the same command again "
+            "goes on from the newest checkpoint"
+        )
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
+    if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
+        return "another process of this run has ended; its own message, or the launcher's, tells why"
+    return None
 
 
 def _end_together() -> None:
@@ -252,9 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.error("%s", error)
         return error.exit_code
     except RuntimeError as error:
-        if not _has_lost_a_process(error):
+        explanation = _explain(error)
+        if explanation is None:
             raise
-        logger.error("another process of this run has ended; its own message, or the launcher's, tells why")
+        logger.error("%s", explanation)
         return 1
     except KeyboardInterrupt:
         logger.error("interrupted before the first step; there is nothing to save")

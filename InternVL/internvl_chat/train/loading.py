@@ -38,6 +38,8 @@ from internvl_chat.train.validation import Validation
 logger = get_logger(__name__)
 
 _LONGEST_CHECK = timedelta(days=2)
+# Records that the log names; the ledger names all.
+_NAMED = 20
 # Held-out records that a process is given at a time.
 _RECORDS_AT_ONCE = 32
 
@@ -191,7 +193,7 @@ def load_records(
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
     if len(set(limits.values())) > 1:
         logger.warning("tile limits differ (%s); the model's own becomes the largest", limits)
-    lengths, left_out = _check_once(sets, args)
+    lengths, left_out, digests = _check_once(sets, args)
     if began_without is not None:
         left_out = [LeftOut(name, index, "as from the start of this run") for name, index in began_without]
     skip = args.data.on_bad_record == "skip"
@@ -201,6 +203,7 @@ def load_records(
         lengths=lengths,
         left_out=left_out,
         max_bad_fraction=args.data.max_bad_fraction if skip else None,
+        digests=digests,
     )
     for records, size in zip(sets, data.sizes, strict=True):
         logger.info(
@@ -211,7 +214,10 @@ def load_records(
             records.encoder.preprocessing.max_dynamic_patch,
         )
     if left_out:
-        logger.warning("%d records are left out; the first of them: %s", len(left_out), left_out[0].message)
+        logger.warning(
+            "%d records are left out, all of which ledger.jsonl names:\n%s",
+            len(left_out), "\n".join(f"  {one.message}" for one in left_out[:_NAMED]),
+        )  # fmt: skip
     return data
 
 
@@ -260,7 +266,7 @@ def plan_validation(args: Arguments, data: TrainingData, flops: FlopCounter) -> 
     return Validation(data, sampler, run.loss_reduction, run.eval_generate, normalization)
 
 
-def _check_once(sets: Sequence[RecordSet], args: Arguments) -> tuple[list[Lengths], list[LeftOut]]:
+def _check_once(sets: Sequence[RecordSet], args: Arguments) -> tuple[list[Lengths], list[LeftOut], list[str]]:
     """Check the records on the main process; the others are told the outcome."""
     answer: list = [None, "the main process could not check the records; see its own message"]
     group = None
@@ -269,7 +275,7 @@ def _check_once(sets: Sequence[RecordSet], args: Arguments) -> tuple[list[Length
         group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_CHECK)
     try:
         if args.run.process_index == 0:
-            answer = [_check(sets, args), None]
+            answer = [(*_check(sets, args), [records.digest() for records in sets]), None]
     except DataError as error:
         answer = [None, str(error)]
     finally:

@@ -3,7 +3,6 @@
 Written as the `README.md` that model hubs show, with the front matter that they read.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from torch import nn
 
 from internvl_chat import __version__
-from internvl_chat.data.dataset import RecordSet, TrainingData
+from internvl_chat.data.dataset import TrainingData
 from internvl_chat.errors import ModelError
 from internvl_chat.logs import get_logger
 from internvl_chat.model.adapter import read_base
@@ -145,19 +144,14 @@ def _licence_of(path: str) -> str:
 def _data(data: TrainingData) -> str:
     rows = [
         (records.spec.name, f"{size:,}", records.encoder.preprocessing.max_dynamic_patch,
-         records.spec.annotation.name, f"`{_sha256(records)}`")
-        for records, size in zip(data.sets, data.sizes, strict=True)
+         records.spec.annotation.name, f"`{digest}`")
+        for records, size, digest in zip(data.sets, data.sizes, data.digests, strict=True)
     ]  # fmt: skip
     header = ("data set", "records an epoch", "most tiles", "file", "SHA-256 of the file")
     left_out = f"\n\n{len(data.left_out):,} records could not be used and were left out." * bool(
         data.left_out
     )
     return _table(header, rows) + left_out
-
-
-def _sha256(records: RecordSet) -> str:
-    with records.spec.annotation.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _recipe(args: Arguments, parameters: tuple[int, int]) -> dict[str, Any]:

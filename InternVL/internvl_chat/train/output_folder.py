@@ -28,6 +28,8 @@ CARD = "README.md"
 CARD_MARK = "<!-- Written by m3llm when the run ended; a card without this line is never written over. -->"
 LOCK = ".lock"
 PARTIAL = ".partial"
+# Ends the name, in PARTIAL, of a checkpoint that is being replaced by one of the same step.
+FORMER = ".former"
 
 _RECORDS_OF_A_RUN = (METRICS, LEDGER, VALIDATION, CONFIG, PLOT, FINISHED, PARTIAL)
 _HARMLESS = (LOG, LOCK, CARD)
@@ -50,23 +52,32 @@ class OutputFolder:
         path: the folder.
         resume: checkpoint to go on from, or None to start anew.
         overwrite: delete an earlier run's files first.
+        found: checkpoints and results that were there when this was decided.
     """
 
     path: Path
     resume: Path | None
     overwrite: bool
+    found: tuple[str, ...] = ()
 
     def open(self) -> IO[str]:
         """Make the folder, take its lock, and clear what must not stay; returns the lock to keep.
 
         Raises:
-            UsageError: another process writes to the folder, or it cannot be made.
+            UsageError: another process writes to the folder, or has done so since it was inspected, or it
+                cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(self.path)
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be written to: {error.strerror}") from None
+        if _results(self.path) != self.found:
+            unlock_folder(lock)
+            raise UsageError(
+                f"{self.path}: another run has written to this folder while this one was starting; start the "
+                "same command again, and it goes on from what is there now"
+            )
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
         if self.resume is None and may_write_card(self.path):
             _delete(self.path / CARD)
@@ -88,6 +99,8 @@ class OutputFolder:
             _delete(self.path / FINISHED)
             for name in (METRICS, LEDGER, VALIDATION):
                 _drop_after(self.path / name, step)
+            if self.resume.resolve().parent == self.path.resolve():
+                _look_for_gaps(self.path / LEDGER, step)
         return lock
 
 
@@ -139,7 +152,7 @@ def unlock_folder(lock: IO[str]) -> None:
 def inspect_output_folder(
     path: Path, *, overwrite: bool, resume: str | None, inputs: Sequence[Path] = ()
 ) -> OutputFolder:
-    """Decide what to do with an output folder; nothing is changed.
+    """Decide what to do with an output folder; no result is changed.
 
     With checkpoints of an unfinished run the run is resumed from the newest, as the reference does.
 
@@ -154,7 +167,8 @@ def inspect_output_folder(
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: is a file; choose another --output_dir")
-    checkpoints = list_checkpoints(path)
+    _bring_back(path)
+    checkpoints, found = list_checkpoints(path), _results(path)
     contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in contents if not _WRITTEN.fullmatch(name) and name not in _HARMLESS]
     if resume and resume.lower() not in ("auto", "true"):
@@ -165,7 +179,7 @@ def inspect_output_folder(
         elsewhere = chosen.resolve().parent != path.resolve()
         if elsewhere and (checkpoints or foreign or METRICS in contents):
             raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume} in")
-        return OutputFolder(path, chosen, overwrite=False)
+        return OutputFolder(path, chosen, overwrite=False, found=found)
     if overwrite:
         if resume:
             raise UsageError("--overwrite_output_dir would delete the checkpoint to resume; drop one of them")
@@ -176,14 +190,14 @@ def inspect_output_folder(
         needed = [p for p in inputs if p.resolve() == path.resolve() or path.resolve() in p.resolve().parents]
         if needed:
             raise UsageError(f"--overwrite_output_dir would delete {needed[0]}, which this run reads")
-        return OutputFolder(path, None, overwrite=True)
+        return OutputFolder(path, None, overwrite=True, found=found)
     if FINISHED in contents and not resume:
         raise UsageError(
             f"{path}: this output folder holds a finished run; choose another --output_dir, or "
             "--overwrite_output_dir True to delete it"
         )
     if checkpoints:
-        return OutputFolder(path, _newest_whole(checkpoints), overwrite=False)
+        return OutputFolder(path, _newest_whole(checkpoints), overwrite=False, found=found)
     if resume and resume.lower() == "true":
         raise UsageError(f"--resume_from_checkpoint: {path} holds no checkpoint")
     weights = [name for name in contents if name.endswith(".safetensors")]
@@ -192,7 +206,20 @@ def inspect_output_folder(
             f"{path}: this output folder is in use (it holds {', '.join((foreign or weights)[:3])}); choose "
             "another --output_dir, or --overwrite_output_dir True to delete an earlier run in it"
         )
-    return OutputFolder(path, None, overwrite=False)
+    return OutputFolder(path, None, overwrite=False, found=found)
+
+
+def _bring_back(path: Path) -> None:
+    """Give a checkpoint its place again whose replacement was killed before it had one."""
+    for former in (path / PARTIAL).glob("*" + FORMER):
+        if not (path / former.stem).exists():
+            former.replace(path / former.stem)
+
+
+def _results(path: Path) -> tuple[str, ...]:
+    """Return the names of a folder's checkpoints, and of what only a finished run has."""
+    finished = [FINISHED] if (path / FINISHED).exists() else []
+    return (*(checkpoint.name for checkpoint in list_checkpoints(path)), *finished)
 
 
 def _newest_whole(checkpoints: Sequence[Path]) -> Path:
@@ -217,7 +244,8 @@ def list_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints of a folder, oldest first."""
     if not path.is_dir():
         return []
-    return sorted((p for p in path.iterdir() if _CHECKPOINT.fullmatch(p.name)), key=checkpoint_step)
+    folders = (p for p in path.iterdir() if _CHECKPOINT.fullmatch(p.name) and p.is_dir())
+    return sorted(folders, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -249,6 +277,17 @@ def _drop_after(path: Path, step: int) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     partial.replace(path)
+
+
+def _look_for_gaps(ledger: Path, step: int) -> None:
+    """Warn of steps up to that one that a ledger has no line of."""
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
+    missing = sorted(set(range(1, step + 1)) - {_step_of(line) for line in lines})
+    if missing:
+        logger.warning(
+            "%s: has no line of %d steps of this run, the first of them %d; which records they used follows "
+            "from the seed, but is not proved", ledger, len(missing), missing[0],
+        )  # fmt: skip
 
 
 def _step_of(line: str) -> int | None:

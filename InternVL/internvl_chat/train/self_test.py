@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.collator import Pack, pack_samples
-from internvl_chat.data.dataset import RecordSet, Sample
+from internvl_chat.data.dataset import Sample, TrainingData
 from internvl_chat.data.encoding import supervised_spans
 from internvl_chat.data.preprocessing import PREPROCESSING_FILE, Preprocessing
-from internvl_chat.errors import TrainingError, UsageError
+from internvl_chat.errors import DataError, TrainingError, UsageError
 from internvl_chat.logs import get_logger
 from internvl_chat.model.modeling import InternVLChatModel
 
@@ -23,6 +23,8 @@ logger = get_logger(__name__)
 # Share by which the mean losses of packed and single records may differ: float32 has 24 bits, bf16 8.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _SHOWN = 160
+# Records of a set that are looked at for one that can be used.
+_TRIED = 100
 # What a checkpoint was trained with and cannot be changed by going on from it.
 _LASTING = ("template", "system_text", "normalize_type", "tile_size", "tokens_per_tile")
 
@@ -50,16 +52,36 @@ def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
         raise UsageError(problems)
 
 
-def show_supervision(sets: Sequence[RecordSet], tokenizer: PreTrainedTokenizerBase) -> None:
+def first_samples(data: TrainingData, number: int, count: int) -> list[Sample]:
+    """Return the first records of a set that are used, or all of fewer.
+
+    Raises:
+        DataError: one cannot be used, and such records are not to be left out.
+    """
+    found: list[Sample] = []
+    for index in data.indices(number)[:_TRIED].tolist():
+        try:
+            found.append(data.sets[number].load(index))
+        except DataError:
+            if not data.skip_bad:
+                raise
+        if len(found) == count:
+            break
+    return found
+
+
+def show_supervision(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> None:
     """Log what is learnt of the first record of each data set.
 
     Raises:
-        DataError: it cannot be used.
+        DataError: of `first_samples`.
         TrainingError: nothing of it is learnt.
     """
-    for records in sets:
-        _, encoded = records.encode(0)
-        spans = [tokenizer.decode(span) for span in supervised_spans(encoded)]
+    for number, records in enumerate(data.sets):
+        samples = first_samples(data, number, 1)
+        if not samples:
+            continue
+        spans = [tokenizer.decode(span) for span in supervised_spans(samples[0].encoded)]
         if not spans:
             raise TrainingError(f"data set {records.spec.name}: nothing of its first record is learnt")
         shown = [span if len(span) <= _SHOWN else f"{span[:_SHOWN]} ..." for span in spans]

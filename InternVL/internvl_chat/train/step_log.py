@@ -1,6 +1,8 @@
 """What a run writes of each step: a line of figures, and a line that proves which records were used."""
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,18 @@ class StepLog:
     def write_left_out(self, records: Sequence[dict[str, Any]]) -> None:
         """Begin the ledger with the records that no step uses."""
         self._files[LEDGER].append({"step": 0, "skipped": list(records), "trained": []})
+
+    def bring_to_disk(self) -> None:
+        """Wait until the lines are on the disk, so that no checkpoint is without those before it."""
+        for file in self._files.values():
+            file.bring_to_disk()
+
+    def skipped(self) -> list[tuple[str, int]]:
+        """Return the records that earlier steps skipped, as data set and index."""
+        file = self._files[LEDGER].path
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        rows = [json.loads(line) for line in lines if '"skipped"' in line]
+        return [(one["dataset"], one["index"]) for row in rows for one in row.get("skipped", ())]
 
 
 class AppendedFile:
@@ -64,6 +78,11 @@ class AppendedFile:
             return
         self._waiting.clear()
         self._said = False
+
+    def bring_to_disk(self) -> None:
+        """Wait until the lines are on the disk; one that does not take them is told by `append`."""
+        with contextlib.suppress(OSError), self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
     def _cut_to(self, size: int) -> None:
         """Take back what was written in part."""

@@ -4,13 +4,17 @@ A batch of the loader is a process's whole share of a step, in packs. The loss o
 its supervised tokens, divided by one sum of weights, whatever the packs and processes (see `model.loss`).
 """
 
+import atexit
 import contextlib
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 import time
 import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ from transformers import TrainerCallback
 
 from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.collator import Pack, PackDataset
-from internvl_chat.data.dataset import TrainingData
+from internvl_chat.data.dataset import RecordKey, TrainingData
 from internvl_chat.data.order import StepSampler
 from internvl_chat.errors import DataError, TrainingError
 from internvl_chat.inference.tile_features import tile_features
@@ -216,18 +220,9 @@ class M3LLMTrainer(ValidatingTrainer):
 
         Raises:
             DataError: one of its records cannot be used.
-            TrainingError: a loader process was ended.
         """
         self.watchdog.note(f"waiting for the records of step {self.state.global_step + 1}")
-        try:
-            shares, _ = super().get_batch_samples(*args, **kwargs)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                f"a loader process was ended, perhaps because memory was short ({error}); the same command "
-                "again goes on from the newest checkpoint"
-            ) from None
+        shares, _ = super().get_batch_samples(*args, **kwargs)
         for pack in itertools.chain.from_iterable(shares):
             if isinstance(pack, DataError):
                 raise pack
@@ -292,10 +287,14 @@ class M3LLMTrainer(ValidatingTrainer):
             self.floating_point_ops(inputs),
             self.stop_request.signal is not None,
             sum(len(p.skipped) for p in inputs),
+            *self._sums_of_keys(
+                key for p in inputs for key, counts in zip(p.keys, p.counts, strict=True) if counts
+            ),
         ]
         self.watchdog.note(f"in step {self.state.global_step + 1}, records {_name_keys(inputs)}")
         total = self._sum_over_processes(torch.tensor(local, dtype=torch.float64))
         skipped = self._count_skipped(inputs) if total[7] else ()
+        self._compare_with_plan(total[8:].tolist(), skipped)
         # Where every record of a step is skipped, all sums are zero.
         weight = float(total[0]) or 1.0
         # Gradients are averaged over the processes, hence the factor.
@@ -305,6 +304,25 @@ class M3LLMTrainer(ValidatingTrainer):
         counts = (int(n) for n in total[1:5])
         self._step = StepRecord(float(loss), learning_rate, *counts, float(total[5]), skipped)
         return loss.float().to(self.args.device)
+
+    def _sums_of_keys(self, keys: Iterable[RecordKey]) -> tuple[float, float]:
+        """Return two sums that are equal for the same records in any order, and hardly ever for others."""
+        numbers = [self.data.file_number(key) for key in keys]
+        return float(sum(numbers)), float(sum(number * number for number in numbers))
+
+    def _compare_with_plan(self, found: list[float], skipped: Sequence[Skipped]) -> None:
+        """See that the records which the loaders brought are those that the ledger will name.
+
+        Raises:
+            TrainingError: they are others.
+        """
+        step = self.state.global_step + 1
+        planned = Counter(RecordKey(*place) for place in self._records_of(step))
+        planned.subtract(RecordKey(record.dataset, record.index) for record in skipped)
+        if list(self._sums_of_keys(planned.elements())) != found:
+            raise TrainingError(
+                f"step {step}: the loaders brought other records than were planned; nothing of it was kept"
+            )
 
     def _count_skipped(self, inputs: list[Pack]) -> tuple[Skipped, ...]:
         """Return the records of a step that turned out to be unusable, on all processes.
@@ -465,6 +483,8 @@ class M3LLMTrainer(ValidatingTrainer):
         if self._step is not None:
             self._write_step(self._step, grad_norm)
             self._step = None
+        if self.control.should_save:
+            self.step_log.bring_to_disk()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -519,7 +539,14 @@ class M3LLMTrainer(ValidatingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, watched."""
-        if self.data.left_out and not kwargs.get("resume_from_checkpoint") and self.is_world_process_zero():
+        # What is registered last is called first, so before Python waits for them.
+        atexit.register(_end_workers)
+        if kwargs.get("resume_from_checkpoint"):
+            earlier = [self.step_log.skipped() if self.is_world_process_zero() else []]
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(earlier)
+            self.skip_budget.recall(earlier[0])
+        elif self.data.left_out and self.is_world_process_zero():
             self.step_log.write_left_out([record._asdict() for record in self.data.left_out])
         with self.watchdog:
             return super().train(*args, **kwargs)
@@ -537,12 +564,22 @@ def _max_memory(device: torch.device) -> int:
 def _begin_worker(_: int) -> None:
     """Keep a loader process to one thread, as there are several, and alive while its run is asked to stop.
 
-    What asks a job to stop may send its signal to every process. A second SIGTERM is torch's own.
+    What asks a job to stop may send its signal to every process. A second SIGTERM is torch's own. Such a
+    process must be ended by `_end_workers`.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def _end_workers() -> None:
+    """End the loader processes that are left when the program ends.
+
+    Python would send them one SIGTERM, and wait for ever for those that pass over it.
+    """
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _name_keys(packs: list[Pack]) -> str:

@@ -14,7 +14,7 @@ import torch
 from helpers import LAUNCHERS, SOURCE_ROOT, flags
 
 from internvl_chat.model.weights import open_weights
-from internvl_chat.train import checkpoint_writer
+from internvl_chat.train import checkpoint_writer, internvl_chat_finetune
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.output_folder import list_checkpoints
 from internvl_chat.train.trainer import M3LLMTrainer
@@ -270,7 +270,8 @@ def test_a_full_disk_is_told_and_training_goes_on(
     monkeypatch.setattr(checkpoint_writer, "save_model", save)
     assert train(arguments(tiny_model, sample_data, out)) == 0
     told = capfd.readouterr().err
-    assert "checkpoint-4 was not written: [Errno 28] No space left on device; checkpoint-2 stays" in told
+    assert "checkpoint-4 was not written: [Errno 28] No space left on device (" in told
+    assert " GB are free there); checkpoint-2 stays" in told
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-2", "checkpoint-6"]
     same_run(whole, out, metrics)
 
@@ -292,6 +293,74 @@ def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
     assert not list_checkpoints(out) and not (out / "train_results.json").exists()
     assert "the finished model cannot be written: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_log_that_cannot_be_written_costs_lines_and_not_the_run(tiny_model, sample_data, tmp_path):
+    """By the launcher: what it writes its log with finds the disk full."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "training_log.txt").symlink_to("/dev/full")
+    code, output = Launched(tiny_model, sample_data, out, 1).end()
+    assert code == 0, output
+    assert f"finished: the model is in {out}" in output
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_record_that_is_lost_ends_a_launched_run(tiny_model, sample_data, tmp_path, processes):
+    """With a loader process, which must not hold up the end."""
+    data = tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    meta = (sample_data / "train.json").read_text().replace(str(sample_data), str(data))
+    (data / "train.json").write_text(meta)
+    assert Launched(tiny_model, data, tmp_path / "first", processes).end()[0] == 0
+    for image in (data / "images").iterdir():
+        image.write_bytes(image.read_bytes()[:-200])
+    code, output = Launched(tiny_model, data, tmp_path / "out", processes).end()
+    assert code == 1, output
+    assert "cannot be decoded: image file is truncated" in output
+    assert "Traceback" not in output
+
+
+def test_a_run_that_wrote_meanwhile_is_not_overwritten(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
+    """What has been decided about the folder is not done when it is no longer as it was then."""
+    out = tmp_path / "out"
+    assert train(arguments(tiny_model, sample_data, out, max_steps=2)) == 0
+    (out / "train_results.json").unlink()
+    original = internvl_chat_finetune.load_records
+
+    def meanwhile(*args, **kwargs):
+        shutil.copytree(out / "checkpoint-2", out / "checkpoint-4")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(internvl_chat_finetune, "load_records", meanwhile)
+    assert train(arguments(tiny_model, sample_data, out)) == 2
+    assert "another run has written to this folder while this one was starting" in capfd.readouterr().err
+    assert (out / "checkpoint-4/manifest.json").is_file()
+
+
+def test_changed_annotations_are_not_gone_on_with(tiny_model, sample_data, tmp_path, capfd):
+    data = tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    (data / "train.json").write_text(
+        (sample_data / "train.json").read_text().replace(str(sample_data), str(data))
+    )
+    out = tmp_path / "out"
+    assert train(arguments(tiny_model, data, out, max_steps=2)) == 0
+    (out / "train_results.json").unlink()
+    file = next((data / "train").glob("*.jsonl"))
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert train(arguments(tiny_model, data, out)) == 2
+    assert "SHA-256 of the annotation file of " in capfd.readouterr().err
+
+
+def test_a_ledger_with_a_gap_is_told(tiny_model, sample_data, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert train(arguments(tiny_model, sample_data, out, max_steps=4)) == 0
+    (out / "train_results.json").unlink()
+    lines = (out / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (out / "ledger.jsonl").write_text("".join(lines[:1] + lines[2:]))
+    assert train(arguments(tiny_model, sample_data, out)) == 0
+    assert "ledger.jsonl: has no line of 1 steps of this run, the first of them 2" in capfd.readouterr().err
 
 
 # Steps

@@ -7,6 +7,7 @@ import torch
 from helpers import flags, run_training
 from small_sets import noise, text_record, write_lines
 
+from internvl_chat.data.dataset import TrainingData
 from internvl_chat.model.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
 
@@ -113,7 +114,7 @@ def test_too_many_end_the_run(vanished, capfd):
     assert vanished.train(on_bad_record="skip", max_bad_fraction=0.2) == 1
     told = capfd.readouterr().err
     assert "2 of 9 records are left out (22.22%), more than --max_bad_fraction 0.2 allows" in told
-    assert "in data set qa, number 5 from 0: the image" in told
+    assert "records.jsonl, line 6 (record 'r5'): the image" in told
     assert "Traceback" not in told
 
 
@@ -143,6 +144,43 @@ def test_a_repaired_image_does_not_shift_a_run_that_goes_on(folder, strategy):
     assert made.ledger("out") == made.ledger("whole")
     whole = made.weights("whole")
     assert all(torch.equal(whole[name], weight) for name, weight in made.weights("out").items())
+
+
+def test_those_of_an_earlier_start_count(vanished, capfd):
+    """One is skipped before the run is stopped and one after it; both together are too many."""
+    options = {"on_bad_record": "skip", "max_bad_fraction": 0.2, "save_steps": 1, "max_steps": 3}
+    assert vanished.train(**{**options, "max_steps": 1}) == 0
+    (vanished.path / "out/train_results.json").unlink()
+    vanished.image(5).unlink()
+    assert vanished.train(**options) == 1
+    assert "2 of 9 records are left out" in capfd.readouterr().err
+
+
+def test_a_bad_first_record_does_not_stop_the_self_test(folder, capfd):
+    made = folder(*map(shows, [99, 0, 1, 2]))
+    assert made.train(on_bad_record="skip", max_bad_fraction=0.3, self_test=True, max_steps=1) == 0
+    assert "data set qa learns 'a cat <|im_end|>'" in capfd.readouterr().err
+
+
+def test_nor_does_one_that_vanished_since(folder, capfd):
+    made = folder(*map(shows, range(9)))
+    assert made.train("before", max_steps=1) == 0
+    made.image(0).unlink()
+    assert made.train(on_bad_record="skip", max_bad_fraction=0.3, self_test=True, max_steps=1) == 0
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_other_records_than_planned_are_noticed(folder, monkeypatch, capfd, strategy):
+    """A loader that brings a neighbour in a record's place."""
+    made = folder(*map(shows, range(9)))
+    original = TrainingData.__getitem__
+    monkeypatch.setattr(
+        TrainingData,
+        "__getitem__",
+        lambda self, draw: original(self, draw._replace(index=max(draw.index - 1, 0))),
+    )
+    assert made.train(train_sampling_strategy=strategy) == 1
+    assert "step 1: the loaders brought other records than were planned" in capfd.readouterr().err
 
 
 @pytest.mark.slow

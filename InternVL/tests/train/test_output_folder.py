@@ -10,6 +10,7 @@ from internvl_chat.train.output_folder import (
     FINISHED,
     LEDGER,
     METRICS,
+    PARTIAL,
     inspect_output_folder,
     list_checkpoints,
     lock_folder,
@@ -141,3 +142,18 @@ def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path):
     with pytest.raises(UsageError, match="is not empty"):
         inspect(tmp_path / "two", resume=str(chosen))
     assert inspect(tmp_path / "three", resume=str(chosen)).resume == chosen
+
+
+def test_a_file_that_is_named_like_a_checkpoint_is_none(tmp_path):
+    (tmp_path / "checkpoint-99").write_text("")
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_whose_replacement_was_killed_comes_back(tmp_path):
+    """It was moved aside, and its successor had no name yet."""
+    former = tmp_path / PARTIAL / "checkpoint-4.former"
+    former.mkdir(parents=True)
+    (former / "trainer_state.json").write_text("{}")
+    write_manifest(former)
+    inspected = inspect_output_folder(tmp_path, overwrite=False, resume=None)
+    assert inspected.resume == tmp_path / "checkpoint-4"
