@@ -19,8 +19,8 @@ _STATE = re.compile(
 )
 
 
-def copy_best(state: TrainerState, output: Path, resume: Path | None) -> None:
-    """Copy the model of a run's best checkpoint into its folder.
+def copy_best(state: TrainerState, output: Path, resume: Path | None) -> int:
+    """Copy the model of a run's best checkpoint into its folder; returns the step of it.
 
     Args:
         state: of the trainer, if it has trained at all.
@@ -40,7 +40,7 @@ def copy_best(state: TrainerState, output: Path, resume: Path | None) -> None:
         if damage is None:
             logger.info("the finished model is the best one, %s (%s)", checkpoint, state.best_metric)
             _copy_model(checkpoint, output)
-            return
+            return state.best_global_step
         problems.append(f"{checkpoint}: {damage}")
     raise TrainingError(
         f"there is no best model to end with ({'; '.join(problems) or 'nothing was validated'}); with "

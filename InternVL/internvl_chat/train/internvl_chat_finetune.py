@@ -40,7 +40,7 @@ from internvl_chat.train.loading import (
     order_records,
     plan_validation,
 )
-from internvl_chat.train.model_card import count_parameters, last_validation, write_model_card
+from internvl_chat.train.model_card import count_parameters, read_validation, write_model_card
 from internvl_chat.train.output_folder import (
     CONFIG,
     FINISHED,
@@ -167,10 +167,10 @@ def _run(plan: Plan, trainer: M3LLMTrainer) -> signal.Signals | None:
             stopped_by.name, trainer.state.global_step,
         )  # fmt: skip
         return stopped_by
-    _save_result(plan, trainer)
+    step = _save_result(plan, trainer)
     if plan.args.run.process_index == 0:
         plot_loss(output / METRICS, output / PLOT, output / VALIDATION)
-        validation = last_validation(trainer.state.log_history)
+        validation = read_validation(output / VALIDATION, step)
         write_model_card(plan.args, trainer.data, count_parameters(trainer.model), validation)
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
@@ -191,8 +191,11 @@ def _self_test(
         check_packing(trainer.model, samples, plan.args.run.device, preprocessing.normalize_type)
 
 
-def _save_result(plan: Plan, trainer: M3LLMTrainer) -> None:
+def _save_result(plan: Plan, trainer: M3LLMTrainer) -> int | None:
     """Write the finished model: the newest, or the best if that is asked for.
+
+    Returns:
+        The step of the best model, where it was written by this process.
 
     Raises:
         TrainingError: that is impossible, as on a full disk.
@@ -201,7 +204,7 @@ def _save_result(plan: Plan, trainer: M3LLMTrainer) -> None:
     try:
         if plan.args.run.ends_with_best:
             if plan.args.run.process_index == 0:
-                copy_best(trainer.state, output, resume)
+                return copy_best(trainer.state, output, resume)
         else:
             trainer.save_model()
     except (OSError, SafetensorError) as error:
@@ -209,6 +212,7 @@ def _save_result(plan: Plan, trainer: M3LLMTrainer) -> None:
             f"{trainer.args.output_dir}: the finished model cannot be written: {error}; when there is room, "
             "the same command again does the steps since the newest checkpoint and writes it"
         ) from None
+    return None
 
 
 def _stopped_by(stop_request: StopRequest) -> signal.Signals:

@@ -82,12 +82,21 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def last_validation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the last figure of each kind that validation has logged."""
-    found = {}
-    for entry in log_history:
-        found |= {key: value for key, value in entry.items() if key.startswith("eval_")}
-    return found
+def read_validation(file: Path, step: int | None) -> dict[str, float]:
+    """Return the figures of the validation after a step, or of the last one; nothing if there was none.
+
+    Args:
+        file: `validation.jsonl` of the run.
+        step: of the model that the card is of; None for the newest.
+    """
+    rows = [row for row in _read_steps(file) if step in (None, row["step"])]
+    parts = {"all": rows[-1]} | rows[-1]["sets"] if rows else {}
+    return {
+        f"{kind}, {name}": part[kind]
+        for name, part in parts.items()
+        for kind in ("loss", "em", "rougeL")
+        if part.get(kind) is not None
+    }
 
 
 def _front_matter(base: Sequence[str], licence: str, adapters: bool) -> dict[str, Any]:
@@ -192,7 +201,7 @@ def _course(args: Arguments, steps: Sequence[Mapping[str, Any]]) -> dict[str, An
 def _validation(figures: Mapping[str, float]) -> str:
     if not figures:
         return "Nothing was validated while training."
-    return _table(("", ""), [(key.removeprefix("eval_"), f"{value:.4g}") for key, value in figures.items()])
+    return _table(("figure", ""), [(key, f"{value:.4g}") for key, value in figures.items()])
 
 
 def _read_steps(file: Path) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ from internvl_chat.train.reporting import shield_reports
 from internvl_chat.train.sharding import is_sharded, whole
 from internvl_chat.train.step_log import StepLog
 from internvl_chat.train.stop_request import StopRequest
-from internvl_chat.train.validating import ValidatingTrainer
+from internvl_chat.train.validating_trainer import ValidatingTrainer
 from internvl_chat.train.validation import Validation
 from internvl_chat.train.watchdog import Watchdog
 

@@ -15,7 +15,7 @@ from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.model.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.validating import ValidatingTrainer
+from internvl_chat.train.validating_trainer import ValidatingTrainer
 from internvl_chat.train.validation import Figures, Outcome, Validation
 
 pytest.importorskip("rouge", reason="the package rouge is not installed")

@@ -11,7 +11,7 @@ from helpers import flags
 from huggingface_hub import ModelCard
 
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.model_card import last_validation
+from internvl_chat.train.model_card import read_validation
 from internvl_chat.train.output_folder import CARD, CARD_MARK, inspect_output_folder
 
 
@@ -103,7 +103,13 @@ def test_the_card_of_an_earlier_run_goes_with_it(tmp_path) -> None:
     assert not (tmp_path / CARD).exists()
 
 
-def test_the_last_figures_of_validation() -> None:
-    history = [{"loss": 2.0}, {"eval_loss": 1.5, "step": 1}, {"eval_loss": 1.25, "eval_exact": 0.5}]
-    assert last_validation(history) == {"eval_loss": 1.25, "eval_exact": 0.5}
-    assert last_validation([{"loss": 2.0}]) == {}
+def test_the_figures_of_validation_are_those_of_the_model(tmp_path) -> None:
+    file = tmp_path / "validation.jsonl"
+    assert read_validation(file, None) == {}
+    rows = [
+        {"step": step, "loss": loss, "em": None, "sets": {"qa": {"loss": 2 * loss, "em": 50.0}}}
+        for step, loss in ((2, 1.5), (4, 1.75))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_validation(file, None) == {"loss, all": 1.75, "loss, qa": 3.5, "em, qa": 50.0}
+    assert read_validation(file, 2) == {"loss, all": 1.5, "loss, qa": 3.0, "em, qa": 50.0}
