@@ -43,7 +43,6 @@ from internvl_chat.train.rehearsal import Rehearsal
 from internvl_chat.train.reporting import shield_reports
 from internvl_chat.train.sharding import is_sharded, whole
 from internvl_chat.train.step_log import StepLog
-from internvl_chat.train.stop_request import StopRequest
 from internvl_chat.train.validating_trainer import ValidatingTrainer
 from internvl_chat.train.validation import Validation
 from internvl_chat.train.watchdog import Watchdog
@@ -99,9 +98,15 @@ class _StopWhenAsked(TrainerCallback):
         self.trainer = weakref.proxy(trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer when the weights are updated."""
+        """Called by the Trainer when the weights are updated; the time to validate may not be given."""
         if self.trainer.stops:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the Trainer after the last step of an epoch."""
+        if self.trainer.stops:
+            control.should_evaluate = False
 
 
 class M3LLMTrainer(ValidatingTrainer):
@@ -118,10 +123,6 @@ class M3LLMTrainer(ValidatingTrainer):
         weight_precision: of `build_optimizer`.
         rehearsal: of the largest pack, before the first step.
         validation: what to validate on between steps, if anything.
-
-    Attributes:
-        stop_request: by which the run may be asked to stop.
-        stops: True once all processes know that the run is to stop.
     """
 
     def __init__(
@@ -142,7 +143,6 @@ class M3LLMTrainer(ValidatingTrainer):
         self.weight_precision, self.rehearsal = weight_precision, rehearsal
         # Compiled blocks take lengths that have a divisor in common without being compiled again.
         self.packs = PackDataset(data, multiple=_COMPILED_MULTIPLE if args.compile_blocks else 1)
-        self.stop_request, self.stops = StopRequest(), False
         self.guard, self.watchdog = StepGuard(args.max_bad_steps), Watchdog(args.hang_seconds)
         self.skip_budget = data.skip_budget()
         self.step_log = StepLog(Path(args.output_dir))

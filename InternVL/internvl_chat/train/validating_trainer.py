@@ -1,7 +1,7 @@
 """Validation between steps: what becomes of its figures, which checkpoint is best, when to stop early."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from internvl_chat.logs import get_logger
 from internvl_chat.train.arguments import RunArguments
 from internvl_chat.train.checkpointing import CheckpointingTrainer
 from internvl_chat.train.output_folder import VALIDATION
+from internvl_chat.train.sharding import is_sharded
 from internvl_chat.train.step_log import AppendedFile
+from internvl_chat.train.stop_request import StopRequest
 from internvl_chat.train.validation import Outcome, Validation
 
 logger = get_logger(__name__)
@@ -45,6 +47,10 @@ class ValidatingTrainer(CheckpointingTrainer):
         args: of the run.
         validation: what to validate on; None for no validation.
         callbacks, options: of `CheckpointingTrainer`.
+
+    Attributes:
+        stop_request: by which the run may be asked to stop.
+        stops: True once all processes know that the run is to stop.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class ValidatingTrainer(CheckpointingTrainer):
         **options: Any,
     ) -> None:
         self.validation = validation
+        self.stop_request, self.stops = StopRequest(), False
         self._validation_log = AppendedFile(Path(args.output_dir) / VALIDATION)
         early = [EarlyStop(args.early_stopping_patience)] if args.early_stopping_patience else []
         super().__init__(
@@ -72,13 +79,26 @@ class ValidatingTrainer(CheckpointingTrainer):
         # Blocks that are compiled for training would be compiled once more.
         eager = torch.compiler.set_stance("force_eager") if self.args.compile_blocks else nullcontext()
         with eager:
-            outcome = self.validation.run(model, self.get_eval_dataloader(), self._sum_over_processes)
+            outcome = self.validation.run(
+                model, self.get_eval_dataloader(), self._sum_over_processes, self._may_leave_early()
+            )
+        if outcome is None:
+            logger.warning("step %d: the validation was not finished", self.state.global_step)
+            self.stops = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         metrics = outcome.metrics()
         if self.is_world_process_zero():
             self._write(outcome, time.perf_counter() - began)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _may_leave_early(self) -> Callable[[], bool]:
+        """Return what tells that this process is to stop, where each may leave a validation by itself."""
+        if is_sharded(self.model) or self.is_deepspeed_enabled:
+            return lambda: False
+        return lambda: self.stop_request.signal is not None
 
     def _write(self, outcome: Outcome, seconds: float) -> None:
         """Append to `validation.jsonl`."""
@@ -87,7 +107,7 @@ class ValidatingTrainer(CheckpointingTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         """Have a new best saved, whatever else is; returns whether this step is saved at all."""
-        if super()._determine_best_metric(metrics, trial):
+        if metrics and super()._determine_best_metric(metrics, trial):
             self.state.best_global_step = self.state.global_step
             self.control.should_save = True
         return self.control.should_save

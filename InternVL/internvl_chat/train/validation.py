@@ -125,22 +125,30 @@ class Validation:
         self.packs = PackDataset(self.data)
 
     def run(
-        self, model: InternVLChatModel, shares: Iterable[Sequence[Pack | DataError]], total: Sum
-    ) -> Outcome:
-        """Validate a model, which is put into evaluation mode.
+        self,
+        model: InternVLChatModel,
+        shares: Iterable[Sequence[Pack | DataError]],
+        total: Sum,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Outcome | None:
+        """Validate a model, which is put into evaluation mode; None if some process was asked to stop.
 
         Args:
             model: on its device.
             shares: the packs of this process, from `packs` by `sampler`.
             total: adds up what the processes have found.
+            is_stopped: says that this process is to stop; asked after each pack.
 
         Raises:
             DataError: a record cannot be used.
         """
         model.eval()
         sums = torch.zeros(len(self.data.sets), 7, dtype=torch.float64)
-        self._add_losses(model, itertools.chain.from_iterable(shares), sums)
-        self._add_answers(model, sums)
+        packs = itertools.takewhile(lambda _: not is_stopped(), itertools.chain.from_iterable(shares))
+        self._add_losses(model, packs, sums)
+        self._add_answers(model, sums, is_stopped)
+        if total(torch.tensor([float(is_stopped())], dtype=torch.float64)).item():
+            return None
         sums = total(sums)
         names = [records.spec.name for records in self.data.sets]
         figures = [Figures.of_sums(row) for row in sums.tolist()]
@@ -165,7 +173,9 @@ class Validation:
                     added = [weight * float(found.sum()), weight * len(found), 1, len(found)]
                     sums[numbers[key.dataset], :4] += torch.tensor(added, dtype=torch.float64)
 
-    def _add_answers(self, model: InternVLChatModel, sums: torch.Tensor) -> None:
+    def _add_answers(
+        self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
+    ) -> None:
         """Add exact matches, ROUGE-L and number of this process's answers to their sets' sums."""
         own = share(
             [(number, index) for number in range(len(self.data.sets)) for index in self.asked(number)]
@@ -175,8 +185,11 @@ class Validation:
             engine = Engine(model, records.encoder.tokenizer, records.encoder.preprocessing)
             parsed = [(index, records.record(index)) for _, index in group]
             asked = [last_question(record, records.images(index, record)) for index, record in parsed]
-            answers = engine.answer([prompt for prompt, _ in asked], max_new_tokens=_LONGEST_ANSWER)
-            for (_, reference), answer in zip(asked, answers, strict=True):
+            answers = engine.answer_each((prompt for prompt, _ in asked), max_new_tokens=_LONGEST_ANSWER)
+            for place, answer in answers:
+                if is_stopped():
+                    return
+                reference = asked[place][1]
                 scores = [exact_match(answer, reference), rouge(answer, reference)["rougeL"], 1]
                 sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
 

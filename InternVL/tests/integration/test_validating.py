@@ -1,8 +1,10 @@
 """Validation while training: it measures rightly, changes nothing, keeps the best, and ends a run in time."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.model.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.trainer import M3LLMTrainer
 from internvl_chat.train.validating_trainer import ValidatingTrainer
 from internvl_chat.train.validation import Figures, Outcome, Validation
 
@@ -174,7 +177,7 @@ def told(monkeypatch):
     def tell(*losses: float) -> None:
         left = iter(losses)
 
-        def run(self, model, shares, total):
+        def run(self, model, shares, total, is_stopped):
             figures = Figures(1, 1, next(left), None, None, 0)
             return Outcome(figures, {records.spec.name: figures for records in self.data.sets})
 
@@ -364,3 +367,48 @@ def test_validation_where_weights_are_spread(arguments, tmp_path, how):
     result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**spread, **share}), processes=2)
     refused = "--eval_generate 1: with" in result.stderr
     assert refused == (how != "zero2") and (result.returncode == 0) != refused
+
+
+def test_a_signal_is_not_kept_waiting(arguments, tmp_path, metrics, monkeypatch, capfd):
+    """The second validation is given up for it; the same command then goes on."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(arguments(whole)) == 0
+    original, begun = Validation._add_losses, []
+
+    def interrupted(self, model, packs, sums):
+        begun.append(model)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, model, packs, sums)
+
+    monkeypatch.setattr(Validation, "_add_losses", interrupted)
+    assert train(arguments(out)) == 128 + signal.SIGTERM
+    assert "step 4: the validation was not finished" in capfd.readouterr().err
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4]
+    assert (out / "checkpoint-4/manifest.json").is_file()
+    assert [row["step"] for row in validations(out)] == [2]
+    assert train(arguments(out)) == 0
+    assert [row["step"] for row in validations(out)] == [2, 6]
+    assert same_weights(whole, out)
+
+
+def test_a_signal_before_a_validation_comes_first(arguments, tmp_path, metrics, monkeypatch):
+    original = M3LLMTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(M3LLMTrainer, "training_step", interrupted)
+    assert train(arguments(tmp_path / "out")) == 128 + signal.SIGTERM
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
+    assert not (tmp_path / "out/validation.jsonl").exists()
+    assert (tmp_path / "out/checkpoint-2/manifest.json").is_file()
+
+
+def test_the_model_card_is_of_the_best_model(arguments, told, tmp_path):
+    out = tmp_path / "out"
+    told(3.0, 1.0, 2.0)
+    assert train(arguments(out, load_best_model_at_end=True, save_steps=2)) == 0
+    assert "| loss, all | 1 |" in (out / "README.md").read_text()

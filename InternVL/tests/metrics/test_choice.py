@@ -92,6 +92,68 @@ ANSWERS = [
 ]
 
 
+LUNGS = ("Left lung", "Right lung", "Both lungs", "None of the above")
+
+# What a hasty reading takes for something else.
+PITFALLS = [
+    ("<think>The answer is A?</think> B", "B"),
+    ("<think>At first the answer is A</think>\n\nB", "B"),
+    ("At first the answer is A</think>\n\nThe right lung.", "B"),
+    ("The answer is A. Wait, no: B.", "B"),
+    ("The answer is A. Actually, the answer is C.", "C"),
+    ("I don't think A is correct; B", "B"),
+    ("It is not true that A is correct", None),
+    ("Neither A nor B is correct", None),
+    ("The incorrect answer is A", None),
+    ("A is the most unlikely", None),
+    ("Option A is wrong", None),
+    ("Hepatitis B is likely", None),
+    ("Vitamin A, B and C", None),
+    ("Grade A is best seen on CT. The right lung.", "B"),
+    ("Panel B is the most informative one; therefore the left lung is affected", "A"),
+    ("Based on Fig-1, panel A is correct orientation, so the Right lung", "B"),
+    ("Not the left lung", None),
+    ("Not the left lung but the right lung", "B"),
+    ("Answer B", "B"),
+    ("Answer (C)", "C"),
+    ("ANSWER C", "C"),
+    ("Answer - C", "C"),
+    ("Correct answer - C", "C"),
+    ("The answer's C", "C"),
+    ("The letter is B", "B"),
+    ("The correct one is B.", "B"),
+    ("Therefore, B.", "B"),
+    ("C, because", "C"),
+    ("C, because the left lung is clear", "C"),
+    ("C - both", "C"),
+    ("The answer is most likely (C)", "C"),
+    ("The answer is likely C", "C"),
+    ("The answer must be C", "C"),
+    ("The correct choice is clearly C.", "C"),
+    ("The answer is not A but B", "B"),
+    ("The answer is B, not A.", "B"),
+    ("The answer is B because it is not A", "B"),
+    ("正确答案是B", "B"),
+    ("答案：B", "B"),
+    ("None of the above", "D"),
+    ("It is none of the above.", "D"),
+    ("The answer is D. None of the above", "D"),
+]
+
+
+@pytest.mark.parametrize(("answer", "letter"), PITFALLS, ids=[repr(answer) for answer, _ in PITFALLS])
+def test_what_a_hasty_reading_takes_for_something_else(answer, letter):
+    assert parse_choice(answer, LUNGS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("Yes, there is no doubt", "A"), ("No, it is not.", "B"), ("yes", "A"), ("There is none", None)],
+)
+def test_yes_and_no(answer, letter):
+    assert parse_choice(answer, ("Yes", "No")) == letter
+
+
 @pytest.mark.parametrize(("answer", "letter"), ANSWERS, ids=[repr(answer) for answer, _ in ANSWERS])
 def test_the_option_that_an_answer_names(answer, letter):
     assert parse_choice(answer, CHOICES) == letter
