@@ -125,14 +125,14 @@ def _page(audit: Audit, problems: Sequence[Problem], plot: bytes) -> str:
         parts += ["<h2>Problems by kind</h2>", html_table(("kind", "", "number", "what it means"), rows)]
     for kind, found in groups.items():
         rows = [
-            (p.dataset, "" if p.line is None else f"{p.line:,}", p.id or "", p.message)
+            (p.dataset, p.file.name, "" if p.line is None else f"{p.line:,}", p.id or "", p.message)
             for p in found[:_SHOWN_OF_A_KIND]
         ]
         more = len(found) - len(rows)
         rest = f"<p>and {more:,} more, all of them in {PROBLEMS}</p>" if more else ""
         parts.append(
             f"<details><summary class='{severity(kind)}'>{html.escape(kind)}: {len(found):,}</summary>"
-            f"{html_table(('data set', 'line', 'id', 'message'), rows)}{rest}</details>"
+            f"{html_table(('data set', 'file', 'line', 'id', 'message'), rows)}{rest}</details>"
         )
     return html_page("Data check", parts, _STYLE)
 
@@ -141,7 +141,7 @@ def summary(audit: Audit, problems: Sequence[Problem]) -> str:
     """Return the outcome in a sentence or two."""
     used, usable = (sum(getattr(one, name) for one in audit.sets) for name in ("used", "usable"))
     counts = Counter(severity(problem.kind) for problem in problems)
-    looked = "decoded" if audit.decoded else "opened, and decoded only where a file ends too early"
+    looked = "decoded" if audit.decoded else "opened, and decoded where a file does not end as it should"
     text = f"{usable:,} of {used:,} records can be used; {counts['error']:,} errors, "
     text += f"{counts['warning']:,} warnings, {counts['leak']:,} leaks. Images were {looked}."
     if audit.max_seq_length is None:

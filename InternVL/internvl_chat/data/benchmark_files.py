@@ -6,6 +6,7 @@ A guard that passes over a file would say that all is well: whatever is not comp
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,7 @@ class _Gatherer:
         self._data_root = data_root
         self._images: set[Path] = set()
         self._not_found: set[str] = set()
+        self._inside: Counter[Path] = Counter()
 
     def files(self, folder: Path) -> Iterator[Path]:
         """Yield all files below a folder."""
@@ -127,6 +129,11 @@ class _Gatherer:
             self._add_image(file)
         else:
             self._warn(file, "neither an image nor text, so not compared")
+        for text, number in (+self._inside).items():
+            self._warn(
+                text, f"{number:,} images inside it as text (base64) are not compared; save them as files"
+            )
+        self._inside.clear()
 
     def _warn(self, file: Path, message: str, line: int | None = None) -> None:
         self.found.problems.append(not_compared(file, message, line))
@@ -175,9 +182,7 @@ class _Gatherer:
     ) -> None:
         """Take in what a record or a line names."""
         self._add_articles(content, str(file) if line is None else f"{file}, line {line}")
-        if inside := len(_IMAGE_AS_TEXT.findall(content)):
-            self._warn(file, f"{inside} images inside the text (base64) are not compared; save them as files",
-                       line)  # fmt: skip
+        self._inside[file] += len(_IMAGE_AS_TEXT.findall(content))
         for name in _image_names(item):
             image = next((path for folder in folders if _is_file(path := folder / name)), None)
             if image is not None:

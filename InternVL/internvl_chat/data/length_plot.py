@@ -57,6 +57,7 @@ def plot_lengths(audit: Audit, picture: Path) -> None:
     if audit.max_seq_length is not None:
         limit = f"line: max_seq_length {audit.max_seq_length:,}"
         panels[0, 0].set_title(limit, loc="left", fontsize="small", color=_LIMIT_COLOUR, pad=2)
+    figure.align_ylabels(panels[:, 0])
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
@@ -73,7 +74,8 @@ def _bins(columns: Sequence[np.ndarray], limit: int | None, *, logarithmic: bool
     most = max((int(column.max()) for column in filled), default=1)
     if not logarithmic:
         # A bar for each number, as long as they can be told apart.
-        return np.arange(-0.5, most + 1, max(1, -(-most // _BINS)))
+        step = max(1, -(-most // _BINS))
+        return np.arange(-0.5, most + step, step)
     least = max(1, min((int(column.min()) for column in filled), default=1))
     top = max(most, limit * 1.2 if limit else 0)
     # Few tokens are whole numbers far apart: several bounds would lie between two of them.
@@ -83,13 +85,14 @@ def _bins(columns: Sequence[np.ndarray], limit: int | None, *, logarithmic: bool
 
 def _draw(axes: "Axes", column: np.ndarray, bins: np.ndarray, colour: str, limit: int | None) -> None:
     """Draw one distribution with its median, and a line at the limit."""
-    axes.hist(np.maximum(column, bins[0] + 0.25), bins=bins, color=colour, alpha=0.85)
+    axes.hist(column, bins=bins, color=colour, alpha=0.85)
     if len(column):
         axes.set_title(f"median {int(np.median(column)):,}", loc="right", fontsize="small", pad=2)
     if limit is not None:
         axes.axvline(limit, color=_LIMIT_COLOUR, linewidth=1.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="y", nbins=3, integer=True)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
 
 
