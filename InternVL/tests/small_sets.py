@@ -87,6 +87,15 @@ def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def break_inside(file: Path) -> Path:
+    """Damage a PNG where only decoding shows it: its header, its end and its size stay."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 16] = bytes(16)
+    file.write_bytes(content)
+    return file
+
+
 def write_png(
     file: Path, width: int, height: int, *, bits: int = 1, colours: int = 0, row: bytes = b""
 ) -> Path:
@@ -94,7 +103,7 @@ def write_png(
 
     Args:
         bits: of a channel.
-        colours: 0 for grey, 2 for RGB.
+        colours: 0 for grey, 2 for RGB, 4 for grey and 6 for RGB with transparency.
         row: packed pixels; black by default.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import emit, print_table, say
+from internvl_chat.errors import UsageError
 from internvl_chat.paths import REPOSITORY
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         choices=("fast", "full"),
         default="fast",
-        help="full decodes every image, fast reads only its header [fast]",
+        help="full decodes every image, fast reads only its header and its end [fast]",
     )
     parser.add_argument("--max_dynamic_patch", type=positive, help="most tiles of a record [the model's]")
     parser.add_argument("--max_seq_length", type=positive, help="most tokens of a record [the model's]")
@@ -49,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         default=[],
-        help="benchmarks that nothing may be trained on: meta, JSON and JSONL files, folders of them and of "
-        "images",
+        help="benchmarks that nothing may be trained on: meta files, JSON, tables, other text, images, and "
+        "folders of these",
     )
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="write problems.jsonl, report.html and lengths.png there"
@@ -66,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.data.meta import load_meta
     from internvl_chat.data.problems import WARNINGS
 
-    specs = load_meta(args.meta, args.data_root)
-    found = audit(specs, _encoder(args), decode=args.check == "full", workers=args.workers)
+    specs, encoder = load_meta(args.meta, args.data_root), _encoder(args)
+    if args.report:
+        _make_folder(args.report)
+    found = audit(specs, encoder, decode=args.check == "full", workers=args.workers)
     leaks = _leaks(args, found) if args.against else []
     page = write_report(args.report, found, leaks) if args.report else None
     problems = [*found.problems, *leaks]
@@ -98,15 +102,25 @@ def _encoder(args: argparse.Namespace) -> RecordEncoder:
     return encoder.with_max_tiles(args.max_dynamic_patch)
 
 
+def _make_folder(folder: Path) -> None:
+    """Make the folder of the report, before the work that it reports on."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"--report {folder}: a file is in the way; give a folder, new or not") from None
+    except OSError as error:
+        raise UsageError(f"--report {folder}: the folder cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--report {folder}: nothing can be written there; give another folder")
+
+
 def _leaks(args: argparse.Namespace, found: Audit) -> list[Problem]:
-    from internvl_chat.data.leaks import find_leaks, read_benchmark
+    from internvl_chat.data.benchmark_files import read_benchmark
+    from internvl_chat.data.leaks import find_leaks
 
     benchmark = read_benchmark(args.against, args.data_root)
     if not args.json:
         say(f"compared with {len(benchmark.articles):,} PMC ids and {len(benchmark.images):,} images")
-        if benchmark.not_found:
-            say(f"{len(benchmark.not_found):,} images that are named there were not found, so not compared "
-                f"(the first: {benchmark.not_found[0]})")  # fmt: skip
     return find_leaks(found.opened, benchmark, workers=args.workers)
 
 
@@ -127,6 +141,7 @@ def _emit(found: Audit, problems: Sequence[Problem], page: Path | None) -> None:
             "errors": counts["error"],
             "warnings": counts["warning"],
             "leaks": counts["leak"],
+            "not_compared": sum(problem.kind == "not compared" for problem in problems),
             "decoded": found.decoded,
             "max_seq_length": found.max_seq_length,
             "report": None if page is None else str(page),

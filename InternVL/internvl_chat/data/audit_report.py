@@ -11,6 +11,7 @@ import numpy as np
 
 from internvl_chat.data.audit import Audit, SetAudit
 from internvl_chat.data.html_page import html_image, html_page, html_table
+from internvl_chat.data.length_plot import plot_lengths
 from internvl_chat.data.problems import KINDS, LEAKS, WARNINGS, Problem
 
 PROBLEMS = "problems.jsonl"
@@ -111,34 +112,6 @@ def _problem_line(problem: Problem) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def plot_lengths(audit: Audit, picture: Path) -> None:
-    """Draw how tokens, supervised tokens and tiles are distributed in each data set, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = ["tokens", "supervised", "tiles"] if audit.max_seq_length is not None else ["tiles"]
-    labels = {"tokens": "tokens", "supervised": "supervised tokens", "tiles": "tiles"}
-    figure, all_axes = plt.subplots(
-        1, len(names), figsize=(5 * len(names), 3.6), constrained_layout=True, squeeze=False
-    )
-    for name, axes in zip(names, all_axes[0], strict=True):
-        columns = {one.spec.name: getattr(one.lengths, name) for one in audit.sets if one.usable}
-        most = max((int(column.max()) for column in columns.values()), default=1)
-        bins = np.arange(-0.5, most + 1) if name == "tiles" else np.linspace(0, most + 1, 60)
-        for label, column in columns.items():
-            # A name that begins with "_" would be left out of the legend, and "$" would begin a formula.
-            shown = label.replace("$", r"\$")[:40]
-            axes.hist(column, bins=bins, histtype="step", linewidth=1.5, label=f" {shown}")
-        axes.set(xlabel=f"{labels[name]} of a record", ylabel="records", xlim=(bins[0], None))
-        axes.grid(alpha=0.3)
-    if all_axes[0, 0].get_legend_handles_labels()[0]:
-        all_axes[0, 0].legend(frameon=False, fontsize="small")
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-
-
 def _page(audit: Audit, problems: Sequence[Problem], plot: bytes) -> str:
     """Return the report as one HTML page that needs nothing else."""
     groups = group_by_kind(problems)
@@ -152,14 +125,14 @@ def _page(audit: Audit, problems: Sequence[Problem], plot: bytes) -> str:
         parts += ["<h2>Problems by kind</h2>", html_table(("kind", "", "number", "what it means"), rows)]
     for kind, found in groups.items():
         rows = [
-            (p.dataset, "" if p.line is None else f"{p.line:,}", p.id or "", p.message)
+            (p.dataset, p.file.name, "" if p.line is None else f"{p.line:,}", p.id or "", p.message)
             for p in found[:_SHOWN_OF_A_KIND]
         ]
         more = len(found) - len(rows)
         rest = f"<p>and {more:,} more, all of them in {PROBLEMS}</p>" if more else ""
         parts.append(
             f"<details><summary class='{severity(kind)}'>{html.escape(kind)}: {len(found):,}</summary>"
-            f"{html_table(('data set', 'line', 'id', 'message'), rows)}{rest}</details>"
+            f"{html_table(('data set', 'file', 'line', 'id', 'message'), rows)}{rest}</details>"
         )
     return html_page("Data check", parts, _STYLE)
 
@@ -168,7 +141,7 @@ def summary(audit: Audit, problems: Sequence[Problem]) -> str:
     """Return the outcome in a sentence or two."""
     used, usable = (sum(getattr(one, name) for one in audit.sets) for name in ("used", "usable"))
     counts = Counter(severity(problem.kind) for problem in problems)
-    looked = "decoded" if audit.decoded else "opened, not decoded"
+    looked = "decoded" if audit.decoded else "opened, and decoded where a file does not end as it should"
     text = f"{usable:,} of {used:,} records can be used; {counts['error']:,} errors, "
     text += f"{counts['warning']:,} warnings, {counts['leak']:,} leaks. Images were {looked}."
     if audit.max_seq_length is None:

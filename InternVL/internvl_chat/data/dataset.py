@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 
 from internvl_chat.data.bad_records import LeftOut, SkipBudget
 from internvl_chat.data.encoding import Encoded, Measured, RecordEncoder
-from internvl_chat.data.images import check_decoding, decode_image, image_size, locate_image
+from internvl_chat.data.images import check_decoding, decode_image, image_facts, image_size, locate_image
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.problems import RecordProblem, show_id, show_message
 from internvl_chat.data.records import Record, parse_record
+from internvl_chat.data.shown_images import ShownImage
 from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger
 
@@ -140,10 +141,10 @@ class RecordSet:
         return record, encoded
 
     def measure(self, index: int) -> Measured:
-        """Return how long a record is; of its images only the headers are read.
+        """Return how long a record is; its images are not decoded if they look whole.
 
         Raises:
-            DataError: it cannot be used, in the words of `encode`.
+            DataError: it cannot be used, in the words of `examine`.
         """
         return self.examine(index).measured
 
@@ -152,7 +153,7 @@ class RecordSet:
 
         Args:
             index: in the file.
-            decode: also decode its images; else only their headers are read.
+            decode: also decode its images; else only those whose file does not end as it should.
 
         Raises:
             DataError: it cannot be used, in the words of `encode`, or of `load` if its images are decoded.
@@ -160,14 +161,20 @@ class RecordSet:
         record = self.record(index)
         with self._naming(index, record.id):
             paths = self.image_paths(record)
-            measured = self.encoder.measure(record.turns, self._image_sizes(record, paths))
-            for path in paths if decode else ():
-                check_decoding(path)
+            self.encoder.refuse_endless(record.turns, len(paths))
+            facts = [image_facts(path) for path in paths]
+            measured = self.encoder.measure(record.turns, [image.size for image in facts])
+            for path, image in zip(paths, facts, strict=True):
+                if decode or not image.ends_well:
+                    check_decoding(path, image)
         content = repr((record.turns, [str(path) for path in paths]))
         empty = [number for number, turn in enumerate(record.turns, 1)
                  if turn.role == "assistant" and not turn.text.strip()]  # fmt: skip
-        name = 0 if record.id is None else _hash(record.id)
-        return Examined(measured, record.id, name, _hash(content), tuple(empty))
+        return Examined(
+            measured, record.id, 0 if record.id is None else _hash(record.id), _hash(content), tuple(empty),
+            tuple(ShownImage(name, image.num_bytes, image.mtime_ns)
+                  for name, image in zip(record.images, facts, strict=True)),
+        )  # fmt: skip
 
     def load(self, index: int, augment: random.Random | None = None) -> Sample:
         """Encode a record and decode its images.
@@ -238,6 +245,7 @@ class Examined(NamedTuple):
         name: hash of the id, 0 for none.
         content: hash of its conversation and the paths of its images.
         empty_turns: numbers, from 1, of answers without text.
+        images: its files, as they were when they were looked at.
     """
 
     measured: Measured
@@ -245,6 +253,7 @@ class Examined(NamedTuple):
     name: int
     content: int
     empty_turns: tuple[int, ...]
+    images: tuple[ShownImage, ...]
 
 
 def _hash(text: str) -> int:

@@ -26,26 +26,30 @@ class Fingerprint(NamedTuple):
     """Of one image.
 
     Attributes:
-        content: SHA-256 of the file, the first 16 bytes.
-        look: 64 bits; None for a plain area, which looks like any other.
+        content: SHA-256 of the file, the first 16 bytes; None where it cannot be read.
+        look: 64 bits; None for a plain area, which looks like any other, and where it cannot be decoded.
+        problem: why one of the two is missing, and what follows; None where nothing is.
     """
 
-    content: bytes
+    content: bytes | None
     look: int | None
+    problem: str | None = None
 
 
-def fingerprint(path: Path) -> Fingerprint | None:
-    """Return the fingerprint of an image file, or None where it cannot be decoded."""
+def fingerprint(path: Path) -> Fingerprint:
+    """Return the fingerprint of an image file, as far as it can be read."""
+    try:
+        with path.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").digest()[:16]
+    except (OSError, ValueError) as error:
+        return Fingerprint(None, None, f"it cannot be read, so not compared: {error}")
     try:
         with open_image(path) as image:
             # A JPEG can be decoded at an eighth of its size; what is lost is averaged away anyhow.
             image.draft("RGB", (8 * _SIDE, 8 * _SIDE))
-            look = perceptual_hash(to_rgb(image))
-        with path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").digest()[:16]
-    except (RecordProblem, OSError, ValueError, SyntaxError, MemoryError):
-        return None
-    return Fingerprint(content, look)
+            return Fingerprint(content, perceptual_hash(to_rgb(image)))
+    except (RecordProblem, OSError, ValueError, SyntaxError, MemoryError) as error:
+        return Fingerprint(content, None, f"only its bytes are compared, not its look: {error}")
 
 
 def perceptual_hash(image: Image.Image) -> int | None:

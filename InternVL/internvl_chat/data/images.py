@@ -5,9 +5,11 @@ import stat
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from internvl_chat.data.image_end import ends_well
 from internvl_chat.data.problems import RecordProblem
 from internvl_chat.data.tiling import has_eight_bits, to_rgb
 
@@ -49,35 +51,54 @@ def locate_image(root: Path, name: str) -> Path:
     return path
 
 
+def _file_status(path: Path) -> os.stat_result:
+    """Return size and times of an image file.
+
+    Raises:
+        RecordProblem: it does not exist, is no file, or is empty.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise _unreadable(path, "it is no file")
+    if not status.st_size:
+        raise _unreadable(path, "it is empty")
+    return status
+
+
+def _missing(path: Path) -> RecordProblem:
+    return RecordProblem(
+        f"the image {path} does not exist; check 'root' in the meta file", kind="image missing"
+    )
+
+
+def _unreadable(path: Path, why: object) -> RecordProblem:
+    return RecordProblem(f"the image {path} cannot be read: {why}", kind="image unreadable")
+
+
 def open_image(path: Path) -> Image.Image:
     """Read an image's header; close what is returned (it is a context manager).
 
     Raises:
         RecordProblem: it does not exist, is no image, has too many pixels, or more than 8 bits a channel.
     """
+    _file_status(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordProblem(f"the image {path} cannot be read: it is no file", kind="image unreadable")
-        if not status.st_size:
-            raise RecordProblem(f"the image {path} cannot be read: it is empty", kind="image unreadable")
         image = Image.open(path, formats=_formats())
     except FileNotFoundError:
-        raise RecordProblem(
-            f"the image {path} does not exist; check 'root' in the meta file", kind="image missing"
-        ) from None
+        raise _missing(path) from None
     except Image.DecompressionBombError:
         raise RecordProblem(
             f"the image {path} has more than {MAX_PIXELS:,} pixels; make it smaller", kind="image too large"
         ) from None
     except UnidentifiedImageError:
-        raise RecordProblem(
-            f"the image {path} cannot be read: it is none of {', '.join(_formats())}", kind="image unreadable"
-        ) from None
-    except RecordProblem:
-        raise
+        raise _unreadable(path, f"it is none of {', '.join(_formats())}") from None
     except Exception as error:
-        raise RecordProblem(f"the image {path} cannot be read: {error}", kind="image unreadable") from error
+        raise _unreadable(path, error) from error
     try:
         _check_header(path, image)
     except RecordProblem:
@@ -94,7 +115,7 @@ def _check_header(path: Path, image: Image.Image) -> None:
             kind="image too large",
         )
     if min(width, height) < 1:
-        raise RecordProblem(f"the image {path} cannot be read: it has no pixels", kind="image unreadable")
+        raise _unreadable(path, "it has no pixels")
     if not has_eight_bits(image):
         raise RecordProblem(
             f"the image {path} cannot be used: it has more than 8 bits a channel (mode {image.mode}); "
@@ -128,8 +149,44 @@ def decode_image(path: Path) -> Image.Image:
             ) from error
 
 
+class ImageFacts(NamedTuple):
+    """What is known of an image file before it is decoded.
+
+    Attributes:
+        size: (width, height) in pixels.
+        ends_well: whether the file ends as its format says; if not, only decoding tells if it is whole.
+        num_bytes: size of the file.
+        mtime_ns: when it was last changed.
+    """
+
+    size: tuple[int, int]
+    ends_well: bool
+    num_bytes: int
+    mtime_ns: int
+
+
+def image_facts(path: Path) -> ImageFacts:
+    """Look at an image's header and end, unless this process has done so and the file has not changed since.
+
+    Raises:
+        RecordProblem: as `open_image`.
+    """
+    status = _file_status(path)
+    return ImageFacts(*_header_and_end(path, status.st_size, status.st_mtime_ns), status.st_size,
+                      status.st_mtime_ns)  # fmt: skip
+
+
 @lru_cache(maxsize=1 << 16)
-def _decoding_problem(path: Path, size: int, changed: int) -> str | None:
+def _header_and_end(path: Path, num_bytes: int, mtime_ns: int) -> tuple[tuple[int, int], bool]:
+    with open_image(path) as image:
+        try:
+            return image.size, ends_well(path, image.format, num_bytes)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+@lru_cache(maxsize=1 << 16)
+def _decoding_problem(path: Path, num_bytes: int, mtime_ns: int) -> str | None:
     try:
         decode_image(path)
     except RecordProblem as problem:
@@ -137,14 +194,16 @@ def _decoding_problem(path: Path, size: int, changed: int) -> str | None:
     return None
 
 
-def check_decoding(path: Path) -> None:
+def check_decoding(path: Path, facts: ImageFacts) -> None:
     """Decode an image, unless this process has done so and the file has not changed since.
+
+    Args:
+        path: the file.
+        facts: of `image_facts(path)`.
 
     Raises:
         RecordProblem: as `decode_image`.
     """
-    image_size(path)
-    status = path.stat()
-    problem = _decoding_problem(path, status.st_size, status.st_mtime_ns)
+    problem = _decoding_problem(path, facts.num_bytes, facts.mtime_ns)
     if problem:
         raise RecordProblem(problem, kind="image unreadable")

@@ -15,12 +15,13 @@ import numpy as np
 
 from internvl_chat.data.encoding import Measured
 from internvl_chat.data.problems import Problem
+from internvl_chat.data.shown_images import ShownImages
 from internvl_chat.logs import get_logger
 
 logger = get_logger(__name__)
 
 # To be raised by whoever changes what the numbers depend on: the template, the tiling, or this file.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,7 @@ class RecordIndex:
         names: (R,) uint64, hashes of the ids, 0 for none.
         contents: (R,) uint64, hashes of conversations and image paths, 0 where a record cannot be used.
         problems: in the order of the file; several may be of one record.
+        images: of the records that can be used.
         decoded: whether the images were decoded.
     """
 
@@ -79,6 +81,7 @@ class RecordIndex:
     names: np.ndarray
     contents: np.ndarray
     problems: list[Problem]
+    images: ShownImages
     decoded: bool = False
 
     def __len__(self) -> int:
@@ -88,6 +91,13 @@ class RecordIndex:
     def unusable(self) -> list[int]:
         """Indices of the records that cannot be used."""
         return sorted({problem.index or 0 for problem in self.problems if problem.is_error})
+
+    def same_as(self, other: "RecordIndex") -> bool:
+        """Return whether both say the same of the same records, of which some may have been looked at again.
+
+        Images that are the same make for the same lengths.
+        """
+        return self.problems == other.problems and self.images.same_as(other.images)
 
 
 def default_cache() -> Path:
@@ -116,7 +126,13 @@ def read_index(file: Path, num_records: int) -> RecordIndex | None:
             texts = json.loads(stored["texts"].tobytes())
             problems = [Problem(*row)._replace(file=Path(row[2])) for row in texts["problems"]]
             index = RecordIndex(
-                lengths, texts["ids"], stored["names"], stored["contents"], problems, texts["decoded"]
+                lengths,
+                texts["ids"],
+                stored["names"],
+                stored["contents"],
+                problems,
+                ShownImages.from_arrays(stored, num_records),
+                texts["decoded"],
             )
     except FileNotFoundError:
         return None
@@ -145,6 +161,7 @@ def write_index(file: Path, index: RecordIndex) -> bool:
                 names=index.names,
                 contents=index.contents,
                 **index.lengths.columns,
+                **index.images.to_arrays(),
             )
         unfinished.replace(file)
     except OSError as error:

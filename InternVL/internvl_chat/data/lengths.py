@@ -33,6 +33,7 @@ from internvl_chat.data.length_cache import (
     write_index,
 )
 from internvl_chat.data.problems import Problem, show_id
+from internvl_chat.data.shown_images import ShownImage, ShownImages
 from internvl_chat.data.template import plain_backend
 from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger
@@ -75,12 +76,13 @@ def index_records(
 ) -> list[RecordIndex]:
     """Return what is known of all records that are used of each set, each once, in the file's order.
 
-    A cached record that could not be used is looked at again: its image may have been repaired. The others
-    are trusted as long as annotation file, root, tokenizer and preprocessing are the same.
+    A cached record is looked at again where it could not be used, for its image may have been repaired, and
+    where an image file has another size or time than it had, or is gone. The others are trusted as long as
+    annotation file, root, tokenizer and preprocessing are the same.
 
     Args:
         sets: the data sets.
-        decode: also decode every image; else only their headers are read.
+        decode: also decode every image; else only those whose file does not end as it should.
         workers: processes that look; by default one a core, and none beside this one for few records.
         cache: folder of what is kept; by default `default_cache()`.
     """
@@ -92,14 +94,14 @@ def index_records(
         if known is None or (decode and not known.decoded):
             tasks.append(_Task(number, np.arange(records.num_distinct), decode))
             known = _nothing_known(records.num_distinct, decode)
-        elif known.unusable:
-            tasks.append(_Task(number, np.array(known.unusable), known.decoded))
+        elif len(again := np.union1d(known.unusable, known.images.stale(records.spec.root))):
+            tasks.append(_Task(number, again.astype(np.int64), known.decoded))
         found.append(known)
     for task, outcome in zip(tasks, _examine(sets, tasks, workers), strict=True):
         known = found[task.set_number]
         updated = _update(known, task, outcome)
         file = files[task.set_number]
-        if known.lengths.file is None or updated.problems != known.problems:
+        if known.lengths.file is None or not updated.same_as(known):
             kept = write_index(file, updated)
             lengths = dataclasses.replace(updated.lengths, file=file if kept else None)
             updated = dataclasses.replace(updated, lengths=lengths)
@@ -110,7 +112,7 @@ def index_records(
 def _nothing_known(num_records: int, decode: bool) -> RecordIndex:
     none = np.zeros(num_records, np.uint64)
     columns = {name: np.zeros(num_records, np.int32) for name in Measured._fields}
-    return RecordIndex(Lengths(**columns), [None] * num_records, none, none, [], decode)
+    return RecordIndex(Lengths(**columns), [None] * num_records, none, none, [], ShownImages.none(), decode)
 
 
 def _cache_files(sets: Sequence[RecordSet], folder: Path) -> list[Path]:
@@ -157,11 +159,12 @@ class _Task(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What became of a task: a row of `Measured`, an id and hashes for each record; problems of some."""
+    """What became of a task: a row of `Measured`, id, hashes and images of each record; problems of some."""
 
     rows: np.ndarray
     ids: list[str | None]
     hashes: np.ndarray
+    images: list[tuple[ShownImage, ...]]
     problems: list[Problem]
 
 
@@ -180,7 +183,8 @@ def _update(known: RecordIndex, task: _Task, outcome: _Outcome) -> RecordIndex:
     names, contents = np.ascontiguousarray(hashes.T)
     return RecordIndex(
         Lengths(**columns, file=known.lengths.file), ids, names, contents,
-        sorted(problems, key=lambda problem: problem.index or 0), task.decode,
+        sorted(problems, key=lambda problem: problem.index or 0),
+        known.images.replace(task.indices, outcome.images), task.decode,
     )  # fmt: skip
 
 
@@ -205,6 +209,7 @@ def _examine(sets: Sequence[RecordSet], tasks: Sequence[_Task], workers: int | N
                 np.concatenate([np.zeros((0, len(Measured._fields)), np.int32), *(o.rows for o in done)]),
                 [identity for o in done for identity in o.ids],
                 np.concatenate([np.zeros((0, 2), np.uint64), *(o.hashes for o in done)]),
+                [images for o in done for images in o.images],
                 [problem for o in done for problem in o.problems],
             )
 
@@ -242,21 +247,24 @@ def _examine_here(sets: Sequence[RecordSet], task: _Task) -> _Outcome:
     rows = np.zeros((len(task.indices), len(Measured._fields)), np.int32)
     hashes = np.zeros((len(task.indices), 2), np.uint64)
     ids: list[str | None] = []
+    images: list[tuple[ShownImage, ...]] = []
     problems: list[Problem] = []
     for row, pair, index in zip(rows, hashes, task.indices.tolist(), strict=True):
         try:
             examined = records.examine(index, decode=task.decode)
         except DataError as error:
             ids.append(error.record)
+            images.append(())
             problems.append(_problem(records, index, error.record, error.kind, error.message))
             continue
         row[:] = examined.measured
         pair[:] = examined.name, examined.content
         ids.append(show_id(examined.id))
+        images.append(examined.images)
         if examined.empty_turns:
             turns = ", ".join(map(str, examined.empty_turns))
             problems.append(_problem(records, index, ids[-1], "empty turn", f"empty answer in turn {turns}"))
-    return _Outcome(rows, ids, hashes, problems)
+    return _Outcome(rows, ids, hashes, images, problems)
 
 
 def _problem(records: RecordSet, index: int, identity: str | None, kind: str, message: str) -> Problem:

@@ -17,7 +17,7 @@ ERRORS = {
     "the place of another.",
     "image outside root": "A relative image path leads out of the data set's root.",
     "image unreadable": "A file is empty, cut off, or no image.",
-    "image depth": "An image has more than 8 bits a channel and must be converted first.",
+    "image depth": "An image has grey values of more than 8 bits and must be converted first.",
     "image too large": "An image has so many pixels that decoding it is refused.",
     "too long": "The record does not fit into max_seq_length, even with one tile an image.",
     "changed": "The record is not what it was when its length was measured.",
@@ -30,6 +30,7 @@ WARNINGS = {
     "empty turn": "One of several answers is empty.",
     "duplicate id": "Another record of the same data set has the same id.",
     "duplicate record": "Another record has the same conversation and images.",
+    "not compared": "A part of a benchmark could not be read, so that the records were not held against it.",
     "length": "The data set's 'length' in the meta file is not its number of records.",
 }
 

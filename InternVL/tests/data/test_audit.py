@@ -1,18 +1,18 @@
 """The audit: every fault by name, the right numbers, duplicates, and a report that holds them all."""
 
 import json
+import os
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
-from small_sets import encoder, image_record, noise, text_record, write_lines, write_set
+from small_sets import break_inside, encoder, image_record, noise, text_record, write_lines, write_set
 
+from internvl_chat.data import images as images_module
 from internvl_chat.data import lengths as lengths_module
 from internvl_chat.data.audit import audit
 from internvl_chat.data.audit_report import (
     PAGE,
-    PLOT,
     PROBLEMS,
     group_by_kind,
     set_figures,
@@ -78,18 +78,26 @@ class TestFindings:
         assert found.problems == []
         assert (found.sets[0].records, found.sets[0].used) == (4, 2)
 
-    def test_decoding_finds_what_the_header_hides(self, check):
-        sets = {"a": [image_record(0, "wide.png"), image_record(1, "cut.jpg")]}
+    def test_a_cut_file_is_found_without_decoding_the_others(self, check):
+        found = check({"a": [image_record(0, "wide.png"), image_record(1, "cut.jpg")]})
+        assert kinds(found) == [("a", "image unreadable", 2)]
+        assert "image file is truncated" in found.problems[0].message
+        assert (found.decoded, found.sets[0].usable) == (False, 1)
+
+    def test_decoding_finds_what_header_and_end_hide(self, check, folder):
+        break_inside(folder / "images/wide.png")
+        sets = {"a": [text_record(0), image_record(1, "wide.png")]}
         assert check(sets).problems == []
         full = check(sets, decode=True)
         assert kinds(full) == [("a", "image unreadable", 2)]
         assert (full.decoded, full.sets[0].usable) == (True, 1)
 
     def test_what_full_has_found_is_found_by_fast(self, check, folder):
-        sets = {"a": [image_record(0, "cut.jpg"), text_record(1)]}
+        break_inside(folder / "images/wide.png")
+        sets = {"a": [image_record(0, "wide.png"), text_record(1)]}
         check(sets, decode=True)
         assert kinds(check(sets)) == [("a", "image unreadable", 1)]
-        noise(10, 40).save(folder / "images/cut.jpg")
+        noise(10, 40).save(folder / "images/wide.png")
         assert check(sets).problems == []
 
     def test_a_file_that_is_none(self, check, folder):
@@ -225,15 +233,6 @@ class TestReport:
         assert not re.search(r"(src|href)=['\"](?!data:)", text)
         assert "1 of 2 records can be used; 1 errors, 0 warnings, 0 leaks." in text
 
-    def test_plot(self, check, folder):
-        found = check(
-            {"a$b_": [text_record(i, answer="a cat " * i + "a") for i in range(30)], "_b": [text_record(0)]}
-        )
-        write_report(folder / "report", found)
-        with Image.open(folder / "report" / PLOT) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
-
     @pytest.mark.parametrize("by", [None, TileCounter(Preprocessing())])
     def test_of_nothing_usable(self, check, folder, by):
         found = check({"a": [b"{"]}, by=by)
@@ -297,3 +296,97 @@ class TestCache:
         assert kinds(check(sets)) == [("a", "too long", 1)]
         assert kinds(check(sets, by=encoder(truncate_text=True))) == [("a", "text cut", 1)]
         assert kinds(check(sets)) == [("a", "too long", 1)]
+
+
+# The first shows nothing, each other two of six images, and each image is shown by two.
+SHOWING = {"a": [text_record(9), *(image_record(i, f"{i}.png", f"{(i + 1) % 6}.png") for i in range(6))]}
+
+
+class TestImagesThatChange:
+    """What is kept of a record holds as long as its images are the files that were looked at."""
+
+    @pytest.fixture(autouse=True)
+    def _images(self, folder):
+        for i in range(6):
+            noise(40 + i, 20, seed=i).save(folder / f"images/{i}.png")
+
+    @pytest.fixture
+    def examined(self, monkeypatch):
+        indices, examine = [], RecordSet.examine
+        monkeypatch.setattr(
+            RecordSet,
+            "examine",
+            lambda self, i, **options: (indices.append(i), examine(self, i, **options))[1],
+        )
+        return indices
+
+    @pytest.mark.parametrize("decode", [False, True])
+    def test_only_the_records_that_show_them_are_looked_at(self, check, folder, examined, decode):
+        assert check(SHOWING, decode=decode).problems == []
+        (folder / "images/2.png").unlink()
+        cut = folder / "images/5.png"
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+        examined.clear()
+        found = check(SHOWING, decode=decode)
+        assert kinds(found) == [("a", "image missing", 3), ("a", "image missing", 4),
+                                ("a", "image unreadable", 6), ("a", "image unreadable", 7)]  # fmt: skip
+        assert examined == [2, 3, 5, 6]
+        assert found.sets[0].usable == 3
+
+    def test_they_are_found_again(self, check, folder, examined):
+        check(SHOWING)
+        content = (folder / "images/2.png").read_bytes()
+        (folder / "images/2.png").unlink()
+        assert check(SHOWING).sets[0].usable == 5
+        (folder / "images/2.png").write_bytes(content)
+        assert check(SHOWING).problems == []
+        examined.clear()
+        assert check(SHOWING).problems == []
+        assert examined == []
+
+    def test_one_that_was_replaced_is_measured_anew(self, check, folder, examined):
+        before = check(SHOWING).sets[0].lengths
+        noise(16, 16).save(folder / "images/0.png")
+        examined.clear()
+        found = check(SHOWING)
+        assert examined == [1, 6]
+        records = found.opened[0]
+        for i in range(7):
+            assert found.sets[0].lengths[i] == records.encode(i)[1].measured
+        assert found.sets[0].lengths.tiles.tolist() != before.tiles.tolist()
+        examined.clear()
+        check(SHOWING)
+        assert examined == []
+
+    def test_the_time_alone_is_a_change(self, check, folder, examined):
+        """Damage may leave the size as it is."""
+        check(SHOWING, decode=True)
+        break_inside(folder / "images/4.png")
+        status = (folder / "images/4.png").stat()
+        os.utime(folder / "images/4.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        assert kinds(check(SHOWING, decode=True)) == [
+            ("a", "image unreadable", 5),
+            ("a", "image unreadable", 6),
+        ]
+
+    def test_full_decodes_what_is_new_alone(self, check, folder, examined, monkeypatch):
+        decoded, decode = [], images_module.decode_image
+        monkeypatch.setattr(
+            images_module, "decode_image", lambda path: (decoded.append(path.name), decode(path))[1]
+        )
+        check(SHOWING, decode=True)
+        assert sorted(decoded) == [f"{i}.png" for i in range(6)]
+        noise(33, 33).save(folder / "images/3.png")
+        decoded.clear()
+        assert check(SHOWING, decode=True).problems == []
+        assert decoded == ["3.png"]
+
+    def test_several_processes_keep_the_same(self, folder, examined, monkeypatch):
+        monkeypatch.setattr(lengths_module, "_CHUNK", 2)
+        specs = [DatasetSpec("a", folder / "images", write_lines(folder / "a.jsonl", SHOWING["a"]))]
+        audit(specs, encoder(), workers=2, cache=folder / "cache")
+        assert examined == []
+        (folder / "images/0.png").unlink()
+        found = audit(specs, encoder(), workers=1, cache=folder / "cache")
+        assert examined == [1, 6]
+        assert kinds(found) == [("a", "image missing", 2), ("a", "image missing", 7)]

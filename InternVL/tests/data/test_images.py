@@ -1,5 +1,6 @@
 """Every kind of image file that real data holds: read as Pillow reads it, or refused by name."""
 
+import io
 import os
 import socket
 import struct
@@ -10,7 +11,14 @@ from PIL import Image
 from small_sets import TILE, image_record, noise, smooth, write_png, write_set
 
 from internvl_chat.data import images as images_module
-from internvl_chat.data.images import MAX_PIXELS, check_decoding, decode_image, image_size, open_image
+from internvl_chat.data.images import (
+    MAX_PIXELS,
+    check_decoding,
+    decode_image,
+    image_facts,
+    image_size,
+    open_image,
+)
 from internvl_chat.data.problems import RecordProblem
 from internvl_chat.errors import DataError
 
@@ -93,13 +101,22 @@ class TestGoodInput:
     def test_the_name_does_not_decide_the_format(self, tmp_path, save):
         self.check(tmp_path, save("png.jpg", smooth(60, 40), format="PNG"))
 
-    def test_sixteen_bits_of_each_colour_are_read_as_eight(self, tmp_path):
-        """Pillow itself takes the upper eight of such a PNG."""
+    @pytest.mark.parametrize(
+        ("colours", "pixel", "expected"),
+        [
+            (2, (0xFF00, 0x8000, 0x1234), (0xFF, 0x80, 0x12)),
+            (6, (0xFF00, 0x8000, 0x1234, 0x0100), (0xFF, 0x80, 0x12)),
+            (4, (0xA7FF, 0x0100), (0xA7, 0xA7, 0xA7)),
+        ],
+        ids=["RGB", "RGBA", "LA"],
+    )
+    def test_sixteen_bits_beside_others_are_read_as_eight(self, tmp_path, colours, pixel, expected):
+        """Pillow itself takes the upper eight of a PNG of several channels, and drops transparency."""
         (tmp_path / "images").mkdir()
-        row = struct.pack(">3H", 0xFF00, 0x8000, 0x1234) * 20
-        file = write_png(tmp_path / "images/deep.png", 20, 20, bits=16, colours=2, row=row)
+        row = struct.pack(f">{len(pixel)}H", *pixel) * 20
+        file = write_png(tmp_path / "images/deep.png", 20, 20, bits=16, colours=colours, row=row)
         self.check(tmp_path, file)
-        assert decode_image(file).getpixel((3, 3)) == (0xFF, 0x80, 0x12)
+        assert decode_image(file).getpixel((3, 3)) == expected
 
 
 class TestRefused:
@@ -133,8 +150,8 @@ class TestRefused:
         assert kind == "image unreadable"
         assert f"the image {file} cannot be decoded: image file is truncated" in message
         records = write_set(tmp_path, [image_record(0, file.name)])
-        assert records.examine(0).measured.tiles == 5
-        for look in (lambda: records.examine(0, decode=True), lambda: records.load(0)):
+        assert records.encode(0)[1].measured.tiles == 5
+        for look in (lambda: records.examine(0), lambda: records.load(0)):
             with pytest.raises(DataError, match="image file is truncated") as caught:
                 look()
             assert (caught.value.kind, caught.value.record) == ("image unreadable", "r0")
@@ -143,7 +160,7 @@ class TestRefused:
     def test_sixteen_bits_of_grey(self, save, suffix):
         deep = Image.fromarray(np.arange(60 * 40, dtype=np.uint16).reshape(40, 60) * 20)
         file = save(f"deep.{suffix}", deep)
-        for read in (image_size, decode_image, check_decoding):
+        for read in (image_size, decode_image, image_facts):
             kind, message = problem_of(read, file)
             assert kind == "image depth"
             assert message.startswith(f"the image {file} cannot be used: it has more than 8 bits a channel")
@@ -246,6 +263,108 @@ class TestDecodedOnce:
 
     def test_a_file_that_has_changed_is_decoded_again(self, tmp_path, save):
         file = save("changes.jpg", noise(60, 40))
-        check_decoding(file)
+        check_decoding(file, image_facts(file))
         file.write_bytes(file.read_bytes()[:-500])
-        assert problem_of(check_decoding, file)[0] == "image unreadable"
+        assert problem_of(check_decoding, file, image_facts(file))[0] == "image unreadable"
+
+
+class TestEnds:
+    """A file's end only says which images are to be decoded; what decoding says then counts."""
+
+    @pytest.fixture
+    def decoded(self, monkeypatch):
+        decoded, decode = [], images_module.decode_image
+        monkeypatch.setattr(
+            images_module, "decode_image", lambda path: (decoded.append(path), decode(path))[1]
+        )
+        return decoded
+
+    @pytest.fixture
+    def look(self, tmp_path):
+        """Examine a record that shows a file; returns the kind of problem, None for none."""
+
+        def look(file) -> str | None:
+            try:
+                write_set(tmp_path, [image_record(0, file.name)]).examine(0)
+            except DataError as error:
+                return error.kind
+            return None
+
+        return look
+
+    WHOLE = ("jpg", "png", "gif", "webp", "jp2", "tiff", "bmp", "ppm")
+    FOLLOWED = ("jpg", "png", "gif", "jp2")
+
+    @pytest.mark.parametrize("suffix", WHOLE)
+    def test_a_whole_file_is_not_decoded(self, save, look, decoded, suffix):
+        assert look(save(f"x.{suffix}", noise(60, 40))) is None
+        assert decoded == []
+
+    @pytest.mark.parametrize("options", [{"progressive": True}, {"quality": 20}, {"comment": b"\xff\xd9"}])
+    def test_jpegs(self, save, look, decoded, options):
+        assert look(save("x.jpg", noise(60, 40), **options)) is None
+        assert decoded == []
+
+    @pytest.mark.parametrize("share", [0.2, 0.5, 0.67, 0.9, 0.99])
+    @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "jp2"])
+    def test_a_file_that_breaks_off(self, save, look, decoded, suffix, share):
+        file = save(f"x.{suffix}", noise(200, 100))
+        content = file.read_bytes()
+        file.write_bytes(content[: int(len(content) * share)])
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except Exception:
+            expected = "image unreadable"
+        else:
+            expected = None
+        assert look(file) == expected
+        # The header may be what is cut.
+        assert decoded or expected
+
+    def test_a_jpeg_that_breaks_off_behind_its_thumbnail(self, save, look):
+        """The thumbnail is a whole JPEG, with an end of its own."""
+        with io.BytesIO() as buffer:
+            smooth(40, 30).save(buffer, "JPEG")
+            thumbnail = buffer.getvalue()
+        file = save("x.jpg", noise(60, 40))
+        content = file.read_bytes()
+        marker = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+        file.write_bytes((content[:2] + marker + content[2:])[: -len(content) // 3])
+        assert look(file) == "image unreadable"
+
+    @pytest.mark.parametrize("suffix", FOLLOWED)
+    def test_zeros_at_the_end_are_nothing(self, save, look, decoded, suffix):
+        file = save(f"x.{suffix}", noise(60, 40))
+        file.write_bytes(file.read_bytes() + bytes(700) + b"\r\n")
+        assert look(file) is None
+        assert decoded == []
+
+    @pytest.mark.parametrize("after", [b"<!-- served by a cache -->", bytes(10_000)], ids=["text", "zeros"])
+    @pytest.mark.parametrize("suffix", FOLLOWED)
+    def test_what_else_follows_is_left_to_decoding(self, save, look, decoded, suffix, after):
+        file = save(f"x.{suffix}", noise(60, 40))
+        file.write_bytes(file.read_bytes() + after)
+        assert look(file) is None
+        assert decoded == [file]
+
+    def test_a_png_filled_up_with_zeros_is_not_whole(self, save, look):
+        file = save("x.png", noise(200, 100))
+        content = file.read_bytes()
+        file.write_bytes(content[:8000] + bytes(len(content) - 8000))
+        assert look(file) == "image unreadable"
+
+    def test_once_for_all_records(self, tmp_path, save, monkeypatch):
+        looked, ends = [], images_module.ends_well
+        monkeypatch.setattr(
+            images_module, "ends_well", lambda path, *rest: (looked.append(path), ends(path, *rest))[1]
+        )
+        file = save("x.jpg", noise(60, 40))
+        records = write_set(tmp_path, [image_record(i, "x.jpg", "x.jpg") for i in range(4)])
+        for i in range(4):
+            records.examine(i)
+        assert looked == [file]
+
+    def test_real_figures_end_as_they_should(self, shared):
+        for file in sorted((shared / "pmc_mi/images").iterdir()):
+            assert image_facts(file).ends_well

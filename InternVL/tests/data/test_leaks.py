@@ -1,7 +1,10 @@
 """The leak guard: benchmark articles and images found in a training set, and nothing else."""
 
+import base64
+import hashlib
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_sets import encoder, image_record, smooth, text_record, write_meta, write_set
 
+from internvl_chat.data.benchmark_files import read_benchmark
 from internvl_chat.data.image_hash import fingerprint, near_pairs, perceptual_hash, similarity
-from internvl_chat.data.leaks import LEAST_SIMILARITY, MOST_BITS, find_leaks, read_benchmark
+from internvl_chat.data.leaks import LEAST_SIMILARITY, MOST_BITS, find_leaks
+from internvl_chat.data.problems import LEAKS
 from internvl_chat.errors import DataError
 
 
@@ -30,15 +35,21 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def leaks(folder):
+def compare(folder):
     """Compare records with the benchmark; returns line, kind and message of what was found."""
 
-    def leaks(records, *paths):
+    def compare(records, *paths):
         sets = [write_set(folder, records)]
         found = find_leaks(sets, read_benchmark(paths or [folder / "bench"], folder))
         return [(problem.line, problem.kind, problem.message) for problem in found]
 
-    return leaks
+    return compare
+
+
+@pytest.fixture
+def leaks(compare):
+    """As `compare`, without the warnings of what is not compared."""
+    return lambda *arguments: [found for found in compare(*arguments) if found[1] in LEAKS]
 
 
 class TestHash:
@@ -70,10 +81,19 @@ class TestHash:
 
     @pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff\xe0 cut"])
     def test_of_what_is_no_image(self, tmp_path, content):
+        """Its bytes have a fingerprint all the same."""
         (tmp_path / "x.jpg").write_bytes(content)
-        assert fingerprint(tmp_path / "x.jpg") is None
-        assert fingerprint(tmp_path / "nowhere.jpg") is None
+        found = fingerprint(tmp_path / "x.jpg")
+        assert found[:2] == (hashlib.sha256(content).digest()[:16], None)
+        assert found.problem.startswith("only its bytes are compared, not its look: the image ")
+        gone = fingerprint(tmp_path / "nowhere.jpg")
+        assert gone[:2] == (None, None)
+        assert gone.problem.startswith("it cannot be read, so not compared: ")
         assert similarity(tmp_path / "x.jpg", tmp_path / "x.jpg") == -1
+
+    def test_of_a_plain_area(self, tmp_path):
+        Image.new("RGB", (50, 50), (200, 10, 10)).save(tmp_path / "x.png")
+        assert fingerprint(tmp_path / "x.png")[1:] == (None, None)
 
     def test_similarity(self, folder):
         figure(0).resize((90, 70)).save(folder / "small.png")
@@ -136,6 +156,18 @@ class TestImages:
         benchmark = read_benchmark([folder / "bench"], folder)
         assert find_leaks(sets, benchmark, workers=2) == find_leaks(sets, benchmark, workers=1) != []
 
+    @pytest.mark.parametrize("cut", [100, 5000])
+    def test_the_bytes_of_what_does_not_decode(self, folder, compare, cut):
+        """It cannot be trained on as it is; but the training set holds what it must not."""
+        content = (folder / "images/b.png").read_bytes()[:cut]
+        (folder / "images/b.png").write_bytes(content)
+        (folder / "bench/x.png").write_bytes(content)
+        warning, leak = compare([image_record(0, "a.png"), image_record(1, "b.png")])
+        assert warning[:2] == (None, "not compared")
+        assert warning[2].startswith("only its bytes are compared, not its look: ")
+        a, b = folder / "images/b.png", folder / "bench/x.png"
+        assert leak == (2, "same image", f"{a} is {b}, byte for byte")
+
     def test_records_that_cannot_be_used_do_not_stop_it(self, folder, leaks):
         figure(1).save(folder / "bench/x.png")
         (folder / "images/text.png").write_text("text")
@@ -192,7 +224,11 @@ class TestBenchmark:
         (tmp_path / "bench/items.jsonl").write_text('{"images": ["x.png", "y.png"]}\n')
         found = read_benchmark([tmp_path / "bench/items.jsonl"], tmp_path)
         assert found.images == [tmp_path / place / "x.png"]
-        assert found.not_found == ["y.png"]
+        [problem] = found.problems
+        assert (problem.kind, problem.file, problem.line) == (
+            "not compared", tmp_path / "bench/items.jsonl", 1
+        )  # fmt: skip
+        assert problem.message == "the image y.png is named there, but was not found, so not compared"
 
     def test_one_object(self, tmp_path):
         (tmp_path / "x.json").write_text('{"items": {"1": {"article": "PMC4"}}}')
@@ -216,12 +252,106 @@ class TestBenchmark:
         with pytest.raises(DataError, match=r"items\.json"):
             read_benchmark([folder / "bench"], folder)
 
-    def test_a_text_file(self, tmp_path):
-        (tmp_path / "x.txt").write_text("PMC1")
-        with pytest.raises(DataError, match="neither images nor JSON"):
-            read_benchmark([tmp_path / "x.txt"], tmp_path)
-
     def test_the_published_benchmark(self, shared):
         found = read_benchmark([shared / "pmc_mi/benchmark"], shared)
-        assert (len(found.articles), len(found.images), found.not_found) == (146, 306, [])
+        assert (len(found.articles), len(found.images), found.problems) == (146, 306, [])
         assert encoder().tokenizer
+
+
+class TestWhatIsNotCompared:
+    """A folder may hold anything: it is read as far as possible, and the rest is named."""
+
+    @pytest.fixture
+    def read(self, folder):
+        """Read the benchmark; returns it and what is not compared, by file, line and message."""
+
+        def read(*paths):
+            found = read_benchmark(paths or [folder / "bench"], folder)
+            names = [(p.file.name, p.line, p.message) for p in found.problems]
+            assert all((p.kind, p.dataset, p.is_error) == ("not compared", "benchmark", False)
+                       for p in found.problems)  # fmt: skip
+            return found, names
+
+        return read
+
+    @pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.txt", "README.md", "notes", "x.yaml", "X.TSV"])
+    def test_articles_of_any_text(self, folder, read, name):
+        (folder / "bench" / name).write_bytes(b"index\tquestion\n1\tsee PMC11, \xe4 PMC12\n")
+        for paths in ((), (folder / "bench" / name,)):
+            found, names = read(*paths)
+            assert found.articles == dict.fromkeys(
+                ["PMC11", "PMC12"], f"{folder / 'bench' / name}, line 2"
+            )  # fmt: skip
+            assert names == []
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("x.tsv", "id\tfile\n1\ta, b.png\n2\t['d.png']\n3\tgone.png\n"),
+            ("x.csv", 'id,file\n1,"d.png"\n2;a, b.png\n3,gone.png\n'),
+        ],
+    )
+    def test_images_of_a_table(self, folder, read, name, content):
+        for image in ("a, b.png", "b.png", "d.png"):
+            figure(1).save(folder / "bench" / image)
+        (folder / "bench" / name).write_text(content)
+        found, names = read(folder / "bench" / name)
+        expected = ["a, b.png", "d.png"] if name == "x.tsv" else ["d.png", "b.png"]
+        assert [image.name for image in found.images] == expected
+        assert names == [(name, 4, "the image gone.png is named there, but was not found, so not compared")]
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+    @pytest.mark.parametrize("name", ["x.tsv", "x.jsonl", "x.json", "x.txt"])
+    def test_images_inside_a_text_are_named(self, folder, read, kind, name):
+        with io.BytesIO() as buffer:
+            figure(2).save(buffer, kind)
+            text = base64.b64encode(buffer.getvalue()).decode()
+        rows = [{"id": "PMC5", "image": text}, {"id": "PMC6", "image": f"data:image/x;base64,{text}"}]
+        contents = {
+            "x.tsv": "".join(f"{row['id']}\t{row['image']}\n" for row in rows),
+            "x.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+            "x.json": json.dumps({"rows": rows}),
+            "x.txt": "".join(f"{row['id']} {row['image']}\n" for row in rows),
+        }
+        (folder / "bench" / name).write_text(contents[name])
+        found, names = read()
+        assert sorted(found.articles) == ["PMC5", "PMC6"]
+        message = "2 images inside it as text (base64) are not compared; save them as files"
+        assert names == [(name, None, message)]
+
+    def test_files_of_other_kinds(self, folder, read):
+        figure(1).save(folder / "bench/picture", "PNG")
+        (folder / "bench/a.parquet").write_bytes(b"PAR1\x15\x04" + bytes(50))
+        (folder / "bench/b.csv").write_text("PMC1\n", encoding="utf-16")
+        (folder / "bench/.git").mkdir()
+        (folder / "bench/.git/index").write_bytes(bytes(50))
+        (folder / "bench/lost.json").symlink_to(folder / "nowhere")
+        (folder / "bench/linked").symlink_to(folder / "images")
+        found, names = read()
+        assert found.images == [folder / "bench/picture"]
+        assert names == [
+            ("linked", None, "a link to a folder, which is not followed; give the folder itself"),
+            ("a.parquet", None, "neither an image nor text, so not compared"),
+            ("b.csv", None, "neither an image nor text, so not compared"),
+            ("lost.json", None, "no file that can be read, so not compared"),
+        ]
+
+    def test_alone_they_are_nothing_to_compare_with(self, folder):
+        (folder / "bench/a.parquet").write_bytes(b"PAR1\x15\x04" + bytes(50))
+        for path in (folder / "bench", folder / "bench/a.parquet"):
+            with pytest.raises(DataError, match=r"no PMC ids and no images in .*neither an image nor text"):
+                read_benchmark([path], folder)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may read everything")
+    def test_a_folder_that_cannot_be_listed(self, folder):
+        figure(1).save(folder / "bench/x.png")
+        (folder / "bench/closed").mkdir(mode=0)
+        with pytest.raises(DataError, match="cannot be read"):
+            read_benchmark([folder / "bench"], folder)
+
+    def test_they_come_before_the_leaks(self, folder, compare):
+        figure(1).save(folder / "bench/x.png")
+        (folder / "bench/y.jpg").write_text("a page")
+        (folder / "bench/a.parquet").write_bytes(bytes(50))
+        found = compare([image_record(1, "b.png")])
+        assert [kind for _, kind, _ in found] == ["not compared", "not compared", "same image"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers import flags
-from small_sets import noise, text_record, write_lines
+from small_sets import break_inside, noise, text_record, write_lines
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.data.dataset import RecordSet
@@ -47,8 +47,13 @@ def shown(capfd):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write one set of records with some images, and its meta file."""
+    """Write one set of records with some images, and its meta file.
+
+    `cut.jpg` breaks off, `broken.png` is damaged where only decoding shows it.
+    """
     (tmp_path / "images").mkdir()
+    noise(300, 100).save(tmp_path / "images/broken.png")
+    break_inside(tmp_path / "images/broken.png")
     noise(300, 100).save(tmp_path / "images/wide.png")
     noise(300, 100).save(tmp_path / "images/cut.jpg")
     content = (tmp_path / "images/cut.jpg").read_bytes()
@@ -109,11 +114,46 @@ class TestCommand:
         assert (code, found[-1]["warnings"]) == (0, 2)
 
     def test_full_decodes(self, rows, write, tiny_model):
-        meta = write(shows(0, "cut.jpg"), shows(1, "wide.png"))
+        meta = write(shows(0, "broken.png"), shows(1, "wide.png"))
         assert rows("data", "check", meta, "--model", tiny_model)[0] == 0
         code, found = rows("data", "check", meta, "--model", tiny_model, "--check", "full")
         assert (code, found[0]["problems"]) == (1, {"image unreadable": 1})
         assert found[-1]["decoded"]
+
+    def test_fast_finds_what_breaks_off(self, rows, shown, write, tiny_model):
+        meta = write(shows(0, "cut.jpg"), shows(1, "wide.png"), shows(2, "broken.png"))
+        code, found = rows("data", "check", meta, "--model", tiny_model)
+        assert (code, found[0]["problems"], found[0]["usable"]) == (1, {"image unreadable": 1}, 2)
+        assert not found[-1]["decoded"]
+        _, out, _ = shown("data", "check", meta, "--model", tiny_model)
+        assert "cut.jpg cannot be decoded: image file is truncated" in out
+        assert "Images were opened, and decoded where a file does not end as it should." in out
+
+    @pytest.mark.parametrize("how", ["fast", "full"])
+    def test_images_that_change_after_a_check(self, rows, write, tiny_model, tmp_path, how):
+        for number in range(9):
+            noise(60, 30, seed=number).save(tmp_path / f"images/{number}.jpg")
+        meta = write(*(shows(i, f"{i}.jpg") for i in range(9)))
+        argv = ("data", "check", meta, "--model", tiny_model, "--check", how)
+        assert (rows(*argv)[1][0]["usable"], rows(*argv)[1][0]["usable"]) == (9, 9)
+        for number in range(4):
+            (tmp_path / f"images/{number}.jpg").unlink()
+        cut = tmp_path / "images/5.jpg"
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+        code, found = rows(*argv)
+        assert (code, found[0]["usable"]) == (1, 4)
+        assert found[0]["problems"] == {"image missing": 4, "image unreadable": 1}
+
+    @pytest.mark.parametrize("place", ["taken", "taken/report"])
+    def test_a_report_that_cannot_be_written_is_told_before_the_work(
+        self, shown, write, tmp_path, place, monkeypatch
+    ):
+        (tmp_path / "taken").write_text("a file")
+        monkeypatch.setattr(RecordSet, "examine", lambda *_, **__: pytest.fail("looked at records"))
+        code, out, err = shown("data", "check", write(text_record(0)), "--report", tmp_path / place)
+        assert (code, out) == (2, "")
+        assert f"--report {tmp_path / place}: a file is in the way; give a folder, new or not" in err
+        assert (tmp_path / "taken").read_text() == "a file"
 
     def test_without_a_model_all_but_tokens(self, shown, rows, write):
         meta = write(text_record(0), shows(1, "wide.png"), shows(2, "no.png"))
@@ -157,11 +197,34 @@ class TestCommand:
             (1, "same article", "leak"), (2, "same image", "leak")
         ]  # fmt: skip
         assert "PMC42_x.png" in lines[1]["message"]
+        assert found[-1]["not_compared"] == 0
         (tmp_path / "other").mkdir()
         noise(300, 100, seed=3).save(tmp_path / "other/PMC43_x.png")
         code, out, _ = shown("data", "check", meta, "--against", tmp_path / "other")
         assert code == 0
         assert "compared with 1 PMC ids and 1 images" in out
+
+    def test_what_of_a_benchmark_is_not_compared(self, shown, rows, write, tmp_path):
+        (tmp_path / "bench").mkdir()
+        (tmp_path / "bench/items.tsv").write_text("index\tquestion\n1\tas in PMC42\n")
+        (tmp_path / "bench/items.parquet").write_bytes(bytes(99))
+        (tmp_path / "bench/cut.jpg").write_bytes((tmp_path / "images/cut.jpg").read_bytes())
+        meta = write(text_record(0, id="PMC42-1"), shows(1, "cut.jpg"))
+        argv = ("data", "check", meta, "--against", tmp_path / "bench", "--report", tmp_path / "r")
+        code, out, _ = shown(*argv)
+        assert code == 1
+        assert "compared with 1 PMC ids and 1 images" in out
+        assert "not compared" in out
+        for name in ("items.parquet: neither an image nor text", "cut.jpg: only its bytes are compared"):
+            assert f"warning: {tmp_path / 'bench' / name}" in out
+        assert "1 errors, 2 warnings, 2 leaks" in out
+        lines = [json.loads(line) for line in (tmp_path / "r/problems.jsonl").read_text().splitlines()]
+        assert [(row["kind"], row["severity"]) for row in lines[1:]] == [
+            ("not compared", "warning"), ("not compared", "warning"), ("same article", "leak"),
+            ("same image", "leak"),
+        ]  # fmt: skip
+        assert "items.parquet" in (tmp_path / "r/report.html").read_text()
+        assert rows(*argv)[1][-1]["not_compared"] == 2
 
 
 class TestRealFigures:
@@ -277,10 +340,10 @@ class TestTraining:
         assert [row["records"] for row in metrics(out)] == [3, 3]
 
     def test_skip_of_a_record_that_fails_while_training(self, start, write, tmp_path):
-        records = [text_record(0), shows(1, "cut.jpg"), text_record(2), text_record(3)]
+        records = [text_record(0), shows(1, "broken.png"), text_record(2), text_record(3)]
         code, err, _ = start(write(*records), max_steps=1)
         assert code == 1
-        assert "cut.jpg cannot be decoded" in err
+        assert "broken.png cannot be decoded" in err
         other = tmp_path / "other"
         code, err, _ = start(
             write(*records), max_steps=1, on_bad_record="skip", max_bad_fraction=0.3, output_dir=other
@@ -319,6 +382,18 @@ class TestTraining:
         code, err, _ = start(meta, check="off", overwrite_output_dir=True)
         assert code == 0
         assert "duplicate" not in err
+
+    def test_an_image_that_vanished_since_the_check_is_told_before_weights_are_read(
+        self, start, write, rows, tiny_model, tmp_path, loaded
+    ):
+        for number in range(3):
+            noise(60, 30, seed=number).save(tmp_path / f"images/{number}.png")
+        meta = write(*[shows(i, f"{i}.png") for i in range(3)])
+        assert rows("data", "check", meta, "--model", tiny_model, "--max_dynamic_patch", 6)[0] == 0
+        (tmp_path / "images/1.png").unlink()
+        code, err, _ = start(meta, max_dynamic_patch=6)
+        assert (code, loaded) == (1, [])
+        assert "records.jsonl, line 2 (record 'r1'): the image" in err
 
     def test_the_check_makes_the_index_for_training(self, start, write, rows, tiny_model, monkeypatch):
         """What `m3llm data check` has looked at, a run of the same settings need not look at again."""
