@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Answer the questions of one conversation."""
     from internvl_chat.inference.engine import Engine, ask
 
+    if any(not question.strip() for question in args.question):
+        raise UsageError("a question is empty")
     if not args.question and not args.chat:
         raise UsageError("a question is missing; give it, or --chat to be asked for it")
     sampling = _sampling(args)

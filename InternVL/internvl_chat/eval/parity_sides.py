@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from internvl_chat.constants import IM_END
+from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.dataset import RecordKey
 from internvl_chat.data.encoding import Encoded, RecordEncoder
 from internvl_chat.data.preprocessing import Preprocessing
@@ -182,6 +182,8 @@ class TransformersSide:
             if shown:
                 transformers_logging.enable_progress_bar()
         self.model, self.device, self.dtype = model.to(device).eval(), device, dtype
+        probe = [{"role": "user", "content": IMAGE_PLACEHOLDER}]
+        self.reads_placeholders = self.processor.image_token in self.processor.apply_chat_template(probe)
 
     @torch.inference_mode()
     def trace(self, example: Example, max_new_tokens: int) -> Trace:
@@ -203,7 +205,7 @@ class TransformersSide:
 
     def _prepare(self, example: Example, turns: Sequence[Turn], *, answer_follows: bool) -> dict[str, Any]:
         """Let the processor make the inputs; several images share the limit of tiles, which it is told."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer_follows)
         limit = example.max_tiles or self.processor.image_processor.max_patches
         share = share_of_budget(limit, max(len(example.images), 1))
@@ -214,6 +216,17 @@ class TransformersSide:
             images_kwargs={"max_patches": share, "min_patches": fewest},
             return_tensors="pt",
         )
+
+    def _content(self, turn: Turn) -> str | list[dict[str, str]]:
+        """Return a turn as the chat template takes it; some know images only as parts of a message."""
+        if self.reads_placeholders or turn.role != "user" or IMAGE_PLACEHOLDER not in turn.text:
+            return turn.text
+        first, *others = turn.text.split(IMAGE_PLACEHOLDER)
+        parts = [{"type": "text", "text": first}] if first else []
+        for text in others:
+            # The template itself begins a line behind an image.
+            parts += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n")}]
+        return parts
 
     def _placed(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return the inputs on the model's device."""

@@ -54,14 +54,14 @@ def export_hf(
     """
     source, target = model_folder(source), Path(target)
     stamp = stamp_of(source, "export")
-    if is_made(target, stamp):
+    if is_made(target, stamp, checked=check is not None):
         return ExportResult(target, already_exported=True)
     model = open_plain(source, base=base)
     tokenizer, added = load_tokenizer(source)
     if added:
         raise ModelError(f"{source}: the tokenizer lacks {added} of InternVL's special tokens")
     preprocessing = Preprocessing.from_folder(source, model.config)
-    with making(target, stamp) as staging:
+    with making(target, stamp, checked=check is not None) as staging:
         config = _config(model, tokenizer)
         limit = int(config["text_config"].get("max_position_embeddings", preprocessing.max_seq_length))
         save_hf_processor(tokenizer, preprocessing, staging, limit)

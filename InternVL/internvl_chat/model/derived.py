@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from internvl_chat.errors import ModelError
 from internvl_chat.model.adapter import ADAPTER_WEIGHTS
@@ -13,54 +14,89 @@ from internvl_chat.model.folders import is_adapter
 from internvl_chat.model.weights import weights_digest
 
 STAMP = "made_from.json"
+# Settings and vocabularies, as a model folder has them; what else a run writes into it changes no result.
+_SETTINGS = (
+    "*config.json", "preprocessing.json", "base_model.json", "*token*.json", "vocab.json", "merges.txt",
+    "*.model", "chat_template.*", "*.index.json", "*.py",
+)  # fmt: skip
 
 
-def stamp_of(source: Path, work: str) -> dict[str, str]:
-    """Return what a folder made from `source` remembers: the work, and a hash of what it was done to."""
+def stamp_of(source: Path, work: str) -> dict[str, Any]:
+    """Return what a folder made from `source` remembers: the work, and a hash of all that it was done to."""
     if is_adapter(source):
-        digest = hashlib.sha256((source / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+        digest = hashlib.sha256((source / ADAPTER_WEIGHTS).read_bytes())
     else:
-        digest = weights_digest(source)
-    return {"work": work, "source_sha256": digest}
+        digest = hashlib.sha256(weights_digest(source).encode())
+    for file in sorted({file for pattern in _SETTINGS for file in source.glob(pattern)}):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return {"work": work, "source_sha256": digest.hexdigest()}
 
 
-def is_made(target: Path, stamp: dict[str, str]) -> bool:
-    """Say whether a folder is the result of this work already.
+def is_made(target: Path, stamp: dict[str, Any], *, checked: bool) -> bool:
+    """Say whether a folder is the result of this work already, with all of its files.
+
+    Args:
+        target: the folder.
+        stamp: of the work.
+        checked: whether the result must have been compared with its source.
 
     Raises:
-        ModelError: it holds something else.
+        ModelError: it holds something else, or not all.
     """
     if target.exists() and not target.is_dir():
         raise ModelError(f"{target}: is a file; choose a folder")
     if not target.exists() or not any(target.iterdir()):
         return False
     try:
-        found = json.loads((target / STAMP).read_text(encoding="utf-8"))
+        found = dict(json.loads((target / STAMP).read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        found = None  # none of ours, and so nothing that may be written over
+        found = {}  # none of ours, and so nothing that may be written over
+    files, was_checked = found.pop("files", {}), found.pop("checked", False)
     if found != stamp:
         raise ModelError(
-            f"{target}: exists and is not an earlier {stamp['work']} of the source; choose another folder"
+            f"{target}: exists and is not an earlier {stamp['work']} of the source as it is now; choose "
+            "another folder"
+        )
+    changed = sorted(files.items() - _sizes(target).items())
+    if changed:
+        raise ModelError(
+            f"{target}: {changed[0][0]} is missing or has changed since it was made; delete the folder"
+        )
+    if checked and not was_checked:
+        raise ModelError(
+            f"{target}: was made without being compared with its source; delete the folder, or give "
+            "--check False"
         )
     return True
 
 
 @contextlib.contextmanager
-def making(target: Path, stamp: dict[str, str]) -> Iterator[Path]:
+def making(target: Path, stamp: dict[str, Any], *, checked: bool) -> Iterator[Path]:
     """Yield a folder beside `target` to write into, which becomes `target` when all has gone well.
 
     Args:
         target: must be missing or empty.
         stamp: is written with it, for `is_made`.
+        checked: whether the result is compared with its source.
     """
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
-        (staging / STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
+        made = {"checked": checked, "files": _sizes(staging)}
+        (staging / STAMP).write_text(json.dumps(stamp | made, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rmdir()
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file of a folder, by its path in it."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

@@ -47,10 +47,10 @@ def merge(
     if source.resolve() == target.resolve() and not has_adapters(source) and not is_hf_format(source):
         return MergeResult(target, 0, already_merged=True)
     stamp = stamp_of(source, "merge")
-    if is_made(target, stamp):
+    if is_made(target, stamp, checked=check is not None):
         return MergeResult(target, 0, already_merged=True)
     model = open_plain(source, base=base)
-    with making(target, stamp) as staging:
+    with making(target, stamp, checked=check is not None) as staging:
         write_weights(model.weights, staging, max_shard_bytes=max_shard_bytes)
         write_files(model.companions, staging)
         (staging / "config.json").write_text(model.config_text, encoding="utf-8")

@@ -91,8 +91,8 @@ class DataArguments:
     use_data_resampling: bool = _arg(False, "Draw from the data sets by the square roots of their sizes.")
     check: str = _arg(
         "fast",
-        "Before weights are loaded: full decodes every image, fast reads only its header; off looks for no "
-        "duplicates.",
+        "Before weights are loaded: full decodes every image, fast reads its header and end; off looks for "
+        "no duplicates.",
         ("full", "fast", "off"),
     )
     on_bad_record: str = _arg(

@@ -174,3 +174,28 @@ def test_bfloat16_is_taken_where_memory_is_short(tiny_model, monkeypatch) -> Non
     short = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: short)
     assert comparison_dtype((tiny_model, tiny_model), CPU, (None, None)) == torch.bfloat16
+
+
+PARTS_ONLY = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.content is string -%}{{- message.content -}}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {{- '<IMG_CONTEXT>\\n' if part.type == 'image' else part.text -}}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def test_a_template_that_knows_images_only_as_parts(exported, changed, capsys) -> None:
+    """As of models that transformers' own script has converted; without our system text the tokens differ."""
+    (changed / "chat_template.jinja").write_text(PARTS_ONLY)
+    code, rows = run(exported, changed, capsys=capsys)
+    *records, summary = rows
+    assert code == 1 and not summary["same"] and summary["records"] == 6
+    assert all(row["same_tiles"] and not row["same_ids"] for row in records)
+    assert max(row["pixels"] for row in records) == 0

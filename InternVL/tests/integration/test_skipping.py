@@ -145,13 +145,13 @@ def test_a_repaired_image_does_not_shift_a_run_that_goes_on(folder, strategy):
     assert all(torch.equal(whole[name], weight) for name, weight in made.weights("out").items())
 
 
-def test_those_of_an_earlier_start_count(vanished, capfd):
+def test_those_of_an_earlier_start_count(damaged, capfd):
     """One is skipped before the run is stopped and one after it; both together are too many."""
     options = {"on_bad_record": "skip", "max_bad_fraction": 0.2, "save_steps": 1, "max_steps": 3}
-    assert vanished.train(**{**options, "max_steps": 1}) == 0
-    (vanished.path / "out/train_results.json").unlink()
-    vanished.image(5).unlink()
-    assert vanished.train(**options) == 1
+    assert damaged.train(**{**options, "max_steps": 1}) == 0
+    (damaged.path / "out/train_results.json").unlink()
+    break_inside(damaged.image(5))
+    assert damaged.train(**options) == 1
     assert "2 of 9 records are left out" in capfd.readouterr().err
 
 
@@ -161,10 +161,9 @@ def test_a_bad_first_record_does_not_stop_the_self_test(folder, capfd):
     assert "data set qa learns 'a cat <|im_end|>'" in capfd.readouterr().err
 
 
-def test_nor_does_one_that_vanished_since(folder, capfd):
+def test_nor_does_one_that_only_decoding_shows(folder):
     made = folder(*map(shows, range(9)))
-    assert made.train("before", max_steps=1) == 0
-    made.image(0).unlink()
+    break_inside(made.image(0))
     assert made.train(on_bad_record="skip", max_bad_fraction=0.3, self_test=True, max_steps=1) == 0
 
 

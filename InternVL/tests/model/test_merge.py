@@ -1,6 +1,7 @@
 """Merging: the numbers stay, nothing else is touched, and a failure leaves nothing behind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -370,3 +371,24 @@ def test_a_configuration_that_need_not_change_is_copied_byte_for_byte(folder: Pa
     (folder / "config.json").write_text(text)
     merge(folder, tmp_path / "copy")
     assert (tmp_path / "copy/config.json").read_text() == text
+
+
+def test_a_result_is_looked_at_before_it_is_called_made(folder: Path, tmp_path: Path) -> None:
+    """A file that is gone, settings of the source that have changed, a check that was left out."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(folder, source)
+    merge(source, target)
+    with pytest.raises(ModelError, match="was made without being compared with its source"):
+        merge(source, target, check=lambda _: None)
+    shutil.rmtree(target)
+    merge(source, target, check=lambda _: None)
+    assert merge(source, target).already_merged
+    weights = target / "model.safetensors"
+    weights.rename(target / "elsewhere")
+    with pytest.raises(ModelError, match=r"model\.safetensors is missing or has changed"):
+        merge(source, target)
+    (target / "elsewhere").rename(weights)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_dynamic_patch": 3}))
+    with pytest.raises(ModelError, match="is not an earlier merge of the source as it is now"):
+        merge(source, target)
