@@ -1,7 +1,6 @@
 """The records of one data set, and of all data sets of a meta file, as samples."""
 
 import hashlib
-import itertools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -307,8 +306,6 @@ class TrainingData(Dataset):
                         for s in self.sets]  # fmt: skip
         self._rounds = [s.num_used // s.num_distinct if s.num_distinct else 0 for s in self.sets]
         self._bounds = np.cumsum([0, *self.sizes])
-        starts = itertools.accumulate(map(len, self.sets), initial=0)
-        self._first_numbers = {s.spec.name: start for s, start in zip(self.sets, starts, strict=False)}
         if not len(self):
             reason = "every record is left out" if left_out else "every 'repeat_time' is too small"
             raise DataError(f"no records are left to train on: {reason}")
@@ -339,10 +336,6 @@ class TrainingData(Dataset):
         """Return what counts such records until they are too many."""
         total = sum(records.num_distinct for records in self.sets)
         return SkipBudget(total, self.max_bad_fraction or 0.0, self.left_out)
-
-    def file_number(self, key: RecordKey) -> int:
-        """Return the number of a record among all records of all files, from 0."""
-        return self._first_numbers[key.dataset] + key.index
 
     def locate(self, index: int) -> tuple[RecordSet, int]:
         """Return the set of a record of the epoch, and its index in the set's file."""

@@ -14,7 +14,6 @@ import signal
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,13 +219,37 @@ class M3LLMTrainer(ValidatingTrainer):
 
         Raises:
             DataError: one of its records cannot be used.
+            TrainingError: they are not those of the plan.
         """
         self.watchdog.note(f"waiting for the records of step {self.state.global_step + 1}")
         shares, _ = super().get_batch_samples(*args, **kwargs)
         for pack in itertools.chain.from_iterable(shares):
             if isinstance(pack, DataError):
                 raise pack
+        for packs in shares:
+            self._compare_with_plan(packs)
         return shares, None
+
+    def _compare_with_plan(self, packs: list[Pack]) -> None:
+        """See that the loader brought the records which the ledger will name for the coming step.
+
+        Raises:
+            TrainingError: it brought others.
+        """
+        step = self.state.global_step + 1
+        draws = itertools.chain.from_iterable(self.sampler.packs(*self._place_of(step)))
+        planned = Counter(self._key_of(draw.index) for draw in draws if draw.counts)
+        brought = Counter(
+            key for pack in packs for key, counts in zip(pack.keys, pack.counts, strict=True) if counts
+        )
+        brought.update(RecordKey(one.dataset, one.index) for pack in packs for one in pack.skipped)
+        if brought != planned:
+            raise TrainingError(f"step {step}: the loader brought other records than were planned")
+
+    def _key_of(self, index: int) -> RecordKey:
+        """Return the place of a record of the epoch."""
+        records, index = self.data.locate(index)
+        return RecordKey(records.spec.name, index)
 
     def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
         """Weights are settled in `training_step`; transformers has nothing to count."""
@@ -287,14 +310,10 @@ class M3LLMTrainer(ValidatingTrainer):
             self.floating_point_ops(inputs),
             self.stop_request.signal is not None,
             sum(len(p.skipped) for p in inputs),
-            *self._sums_of_keys(
-                key for p in inputs for key, counts in zip(p.keys, p.counts, strict=True) if counts
-            ),
         ]
         self.watchdog.note(f"in step {self.state.global_step + 1}, records {_name_keys(inputs)}")
         total = self._sum_over_processes(torch.tensor(local, dtype=torch.float64))
         skipped = self._count_skipped(inputs) if total[7] else ()
-        self._compare_with_plan(total[8:].tolist(), skipped)
         # Where every record of a step is skipped, all sums are zero.
         weight = float(total[0]) or 1.0
         # Gradients are averaged over the processes, hence the factor.
@@ -304,25 +323,6 @@ class M3LLMTrainer(ValidatingTrainer):
         counts = (int(n) for n in total[1:5])
         self._step = StepRecord(float(loss), learning_rate, *counts, float(total[5]), skipped)
         return loss.float().to(self.args.device)
-
-    def _sums_of_keys(self, keys: Iterable[RecordKey]) -> tuple[float, float]:
-        """Return two sums that are equal for the same records in any order, and hardly ever for others."""
-        numbers = [self.data.file_number(key) for key in keys]
-        return float(sum(numbers)), float(sum(number * number for number in numbers))
-
-    def _compare_with_plan(self, found: list[float], skipped: Sequence[Skipped]) -> None:
-        """See that the records which the loaders brought are those that the ledger will name.
-
-        Raises:
-            TrainingError: they are others.
-        """
-        step = self.state.global_step + 1
-        planned = Counter(RecordKey(*place) for place in self._records_of(step))
-        planned.subtract(RecordKey(record.dataset, record.index) for record in skipped)
-        if list(self._sums_of_keys(planned.elements())) != found:
-            raise TrainingError(
-                f"step {step}: the loaders brought other records than were planned; nothing of it was kept"
-            )
 
     def _count_skipped(self, inputs: list[Pack]) -> tuple[Skipped, ...]:
         """Return the records of a step that turned out to be unusable, on all processes.
@@ -534,8 +534,7 @@ class M3LLMTrainer(ValidatingTrainer):
 
     def _records_of(self, step: int) -> list[tuple[str, int]]:
         """Return the records of a step, as data set and index in its file."""
-        places = [self.data.locate(int(i)) for i in self.sampler.step(*self._place_of(step))]
-        return [(records.spec.name, index) for records, index in places]
+        return [self._key_of(int(i)) for i in self.sampler.step(*self._place_of(step))]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, watched."""
@@ -578,6 +577,8 @@ def _end_workers() -> None:
 
     Python would send them one SIGTERM, and wait for ever for those that pass over it.
     """
+    # torch's handler would take their end for an accident.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 

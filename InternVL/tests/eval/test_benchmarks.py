@@ -314,3 +314,26 @@ def test_what_is_right():
     choice = Item("t", 0, "?", "B", choices=("One", "Two"))
     assert choice.correct("B.") and choice.correct("two") and not choice.correct("A or B")
     assert Item("t", 0, "?", "Größe").correct(" größe\n") and not Item("t", 0, "?", "a").correct("a.")
+
+
+def test_a_task_of_both_kinds_becomes_two(folder):
+    """Else open answers would have no figures but accuracy."""
+    rows = [
+        {"question": "Which?", "answer": "A", "choices": ["One", "Two"]},
+        {"question": "How many?", "answer": 3},
+        {"question": "Which then?", "answer": "Two", "choices": ["One", "Two"]},
+    ]
+    items = open_benchmark("vqa", write_lines(folder / "set.jsonl", rows)).items
+    assert [(item.task, item.index, item.reference) for item in items] == [
+        ("set", 0, "A"), ("set", 1, "B"), ("set (open)", 0, "3"),
+    ]  # fmt: skip
+
+
+def test_a_damaged_image_names_its_item(folder):
+    (folder / "images/cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    file = write_lines(folder / "set.jsonl", [{"question": "?", "answer": "no", "image": "images/cut.jpg"}])
+    [item] = open_benchmark("vqa", file).items
+    with pytest.raises(DataError) as caught:
+        item.prompt(None)
+    assert str(caught.value).startswith("set, item 0: ")
+    assert str(caught.value).count("cut.jpg") == 1

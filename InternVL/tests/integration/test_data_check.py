@@ -333,7 +333,8 @@ class TestTraining:
         records[1:1] = [shows(10, "no.png")]
         code, err, out = start(write(*records), on_bad_record="skip", max_bad_fraction=0.2)
         assert code == 0
-        assert "1 records are left out; the first of them: the image " in err
+        assert "1 records are left out, all of which ledger.jsonl names:\n" in err
+        assert "records.jsonl, line 2 (record 'r10'): the image " in err
         ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
         trained = [index for row in ledger for _, index in row.get("trained", [])]
         assert trained == [0, 2, 3, 4, 5, 6]

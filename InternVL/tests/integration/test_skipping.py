@@ -178,7 +178,7 @@ def test_other_records_than_planned_are_noticed(folder, monkeypatch, capfd, stra
         lambda self, draw: original(self, draw._replace(index=max(draw.index - 1, 0))),
     )
     assert made.train(train_sampling_strategy=strategy) == 1
-    assert "step 1: the loaders brought other records than were planned" in capfd.readouterr().err
+    assert "step 1: the loader brought other records than were planned" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ class Figure:
                 file.flush()
                 return decode_image(Path(file.name))
         except RecordProblem as problem:
-            raise DataError(str(problem), file=self.path or self.name, kind=problem.kind) from None
+            held = None if self.path is not None else self.name  # else the message names the file
+            raise DataError(str(problem), file=held, kind=problem.kind) from None
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ class Item:
         Raises:
             DataError: an image cannot be used.
         """
-        return Prompt(self.turns(system), [figure.decode() for figure in self.figures])
+        try:
+            return Prompt(self.turns(system), [figure.decode() for figure in self.figures])
+        except DataError as error:
+            raise DataError(f"{self.task}, item {self.index}: {error}", kind=error.kind) from None
 
     def answered(self, prediction: str) -> str | None:
         """Return the letter that an answer to a multiple-choice question names, or None."""

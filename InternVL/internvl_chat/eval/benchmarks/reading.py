@@ -52,6 +52,21 @@ def refuse(problems: Sequence[str]) -> None:
         raise DataError(format_problems(shown))
 
 
+def apart(items: Iterable[Item]) -> list[Item]:
+    """Return items task by task, open questions apart from multiple choice.
+
+    A task that has both becomes two: their figures have the same names and mean different things.
+    """
+    items = list(items)
+    mixed = {item.task for item in items if item.choices} & {item.task for item in items if not item.choices}
+    named = [
+        item if item.choices or item.task not in mixed else replace(item, task=f"{item.task} (open)")
+        for item in items
+    ]
+    place = {task: number for number, task in enumerate(dict.fromkeys(item.task for item in named))}
+    return numbered(sorted(named, key=lambda item: place[item.task]))
+
+
 def numbered(items: Iterable[Item]) -> list[Item]:
     """Return items with their numbers in their tasks."""
     counts: Counter[str] = Counter()

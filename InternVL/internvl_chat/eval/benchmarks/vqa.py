@@ -10,6 +10,7 @@ from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.errors import DataError
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    apart,
     find_image,
     list_options,
     read_items,
@@ -24,19 +25,21 @@ def read_vqa(file: Path) -> Benchmark:
 
     An object has `question` and `answer`, and may have `image` (a path or several, relative to the file's
     folder), `choices` (options, which are then listed under the question; `answer` is a letter or an
-    option's text) and `task` (what it is counted under; by default the file's name).
+    option's text) and `task` (what it is counted under; by default the file's name). Where a task has both
+    kinds, its open questions are a task of their own.
 
     Raises:
         DataError: the file cannot be read, or items cannot be used.
     """
     if not file.is_file():
         raise DataError("no file of questions; --data must be a JSONL file", file=file)
-    items = read_items([(RecordFile(file), partial(_parse, file=file))])
-    place = {task: number for number, task in enumerate(dict.fromkeys(item.task for item in items))}
-    return Benchmark("vqa", tuple(sorted(items, key=lambda item: (place[item.task], item.index))))
+    items = apart(read_items([(RecordFile(file), partial(_parse, file=file))]))
+    return Benchmark("vqa", tuple(items))
 
 
 def _parse(raw: Mapping[str, Any], *, file: Path) -> Item:
+    if isinstance(raw.get("answer"), int | float) and not isinstance(raw["answer"], bool):
+        raw = {**raw, "answer": str(raw["answer"])}
     question, answer = text_under(raw, "question", "answer")
     [task] = text_under(raw, "task") if "task" in raw else [file.stem]
     names = texts_under(raw, "image") or texts_under(raw, "images")
