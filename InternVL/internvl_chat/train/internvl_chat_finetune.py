@@ -56,7 +56,7 @@ from internvl_chat.train.self_test import check_packing, check_preprocessing, fi
 from internvl_chat.train.sharding import shard
 from internvl_chat.train.stop_request import StopRequest, exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.trainable import format_table, set_trainable
-from internvl_chat.train.trainer import M3LLMTrainer
+from internvl_chat.train.trainer import LOADER_ENDED, M3LLMTrainer
 from internvl_chat.train.validation import held_out
 
 # Not __name__, which is `__main__` where this is run as a script.
@@ -228,10 +228,7 @@ def _explain(error: RuntimeError) -> str | None:
     """Return what an error means that torch raises, wherever the program is, when a process has ended."""
     text = str(error)
     if "DataLoader worker" in text:
-        return (
-            f"a loader process was ended, perhaps because memory was short ({text}); the same command again "
-            "goes on from the newest checkpoint"
-        )
+        return f"{LOADER_ENDED} ({text})"
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
         return "another process of this run has ended; its own message, or the launcher's, tells why"

@@ -48,6 +48,10 @@ from internvl_chat.train.watchdog import Watchdog
 
 logger = get_logger(__name__)
 
+LOADER_ENDED = (
+    "a loader process was ended, perhaps because memory was short; the same command again goes on from the "
+    "newest checkpoint"
+)
 _COMPILED_MULTIPLE = 128
 
 
@@ -219,10 +223,16 @@ class M3LLMTrainer(ValidatingTrainer):
 
         Raises:
             DataError: one of its records cannot be used.
-            TrainingError: they are not those of the plan.
+            TrainingError: they are not those of the plan, or a loader process was ended.
         """
         self.watchdog.note(f"waiting for the records of step {self.state.global_step + 1}")
-        shares, _ = super().get_batch_samples(*args, **kwargs)
+        try:
+            shares, _ = super().get_batch_samples(*args, **kwargs)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # What a loader process still had to hand over went with it.
+            if not self.args.dataloader_num_workers:
+                raise
+            raise TrainingError(f"{LOADER_ENDED} ({error!r})") from None
         for pack in itertools.chain.from_iterable(shares):
             if isinstance(pack, DataError):
                 raise pack

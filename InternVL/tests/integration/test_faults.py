@@ -416,4 +416,5 @@ def test_a_loader_process_that_is_killed_is_named(tiny_model, sample_data, tmp_p
             loader.kill()
     code, output = run.end()
     assert code == 1, output
-    assert "a loader process was ended" in output and "Traceback" not in output
+    assert "a loader process was ended" in output, output
+    assert "Traceback" not in output, output
