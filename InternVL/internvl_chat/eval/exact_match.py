@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from scipy.stats import binomtest
 
 from internvl_chat.data.dataset import RecordSet
-from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.inference.engine import Engine, last_question
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,9 @@ def _answer_batch(
     parsed = [(index, records.record(index)) for index in indices]
     prompts, references = [], []
     for index, record in parsed:
-        last = max(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
-        images = records.images(index, record)
-        prompts.append(Prompt(record.turns[:last], images))
-        references.append(record.turns[last].text)
+        prompt, reference = last_question(record, records.images(index, record))
+        prompts.append(prompt)
+        references.append(reference)
     predictions = engine.answer(prompts, max_new_tokens=max_new_tokens)
     for (index, record), prediction, reference in zip(parsed, predictions, references, strict=True):
         choices = tuple(records.file[index].get("choices") or ())

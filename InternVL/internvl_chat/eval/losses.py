@@ -34,7 +34,7 @@ def record_loss(model: InternVLChatModel, sample: Sample, normalization: str) ->
     """Return the loss of one record."""
     device = next(model.parameters()).device
     pack = pack_samples([(sample, True)])
-    pixels = pack.pixel_values(device, normalization, model.mlp1[1].weight.dtype)
+    pixels = pack.pixel_values(device, normalization, model.pixel_dtype)
     output = model(**pack.text_inputs(device), pixel_values=pixels)
     key = sample.key
     return RecordLoss(key.dataset, key.index, sample.id, output.loss.item(), sample.encoded.num_supervised)

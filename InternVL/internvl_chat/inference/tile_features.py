@@ -23,6 +23,7 @@ def tile_features(model: InternVLChatModel, tiles: torch.Tensor, normalization: 
     """
     if not len(tiles):
         return model.no_features()
-    dtype = model.vision_model.embeddings.patch_embedding.weight.dtype
     parts = tiles.split(_TILES_AT_ONCE.get(tiles.device.type, _TILES_AT_ONCE["cuda"]))
-    return torch.cat([model.vision_features(normalize_tiles(part, normalization, dtype)) for part in parts])
+    return torch.cat(
+        [model.vision_features(normalize_tiles(part, normalization, model.pixel_dtype)) for part in parts]
+    )

@@ -61,6 +61,11 @@ class InternVLChatModel(nn.Module):
         self.replaced_modules: set[str] = set()
 
     @property
+    def pixel_dtype(self) -> torch.dtype:
+        """What the vision tower takes tiles in."""
+        return self.vision_model.embeddings.patch_embedding.weight.dtype
+
+    @property
     def vision_is_frozen(self) -> bool:
         """True where no parameter of the vision tower is trained."""
         return not any(p.requires_grad for p in self.vision_model.parameters())

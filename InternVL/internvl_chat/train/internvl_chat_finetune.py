@@ -127,7 +127,7 @@ def _build_trainer(
     flops = count_flops(model)
     sampler = order_records(args, data, flops)
     rehearsal = plan_memory(args, model, sampler, data)
-    settled = describe_data(data) | {WEIGHT_PRECISION: rehearsal.precision}
+    settled = {WEIGHT_PRECISION: rehearsal.precision}
     if resume:
         check_same_run(resume, settled)
     model.recompute_layers(rehearsal.recomputed)
@@ -145,7 +145,7 @@ def _build_trainer(
         sampler=sampler,
         normalization=preprocessing.normalize_type,
         save_model_to=checkpoint_writer(plan, model, tokenizer, preprocessing),
-        fingerprint=fingerprint(args) | settled | {LEFT_OUT: left_out},
+        fingerprint=fingerprint(args) | describe_data(data) | settled | {LEFT_OUT: left_out},
         weight_precision=rehearsal.precision,
         rehearsal=rehearsal,
         validation=None if held is None else plan_validation(args, held, flops),

@@ -120,8 +120,7 @@ def _mean_losses(
 ) -> torch.Tensor:
     """Return each record's mean loss, (R,) on the CPU."""
     inputs = pack.text_inputs(device)
-    dtype = model.vision_model.embeddings.patch_embedding.weight.dtype
-    pixels = pack.pixel_values(device, normalization, dtype)
+    pixels = pack.pixel_values(device, normalization, model.pixel_dtype)
     losses = model(**inputs, pixel_values=pixels).token_losses.cpu()
     return torch.stack([part.mean() for part in losses.split(pack.supervised.tolist())])
 

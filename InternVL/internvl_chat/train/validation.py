@@ -159,12 +159,12 @@ class Validation:
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
     ) -> None:
         """Add weighted loss, weight, records and tokens of each record to its set's sums."""
-        device, dtype = next(model.parameters()).device, model.mlp1[1].weight.dtype
+        device = next(model.parameters()).device
         numbers = {records.spec.name: number for number, records in enumerate(self.data.sets)}
         for pack in packs:
             if isinstance(pack, DataError):
                 raise pack
-            pixels = pack.pixel_values(device, self.normalization, dtype)
+            pixels = pack.pixel_values(device, self.normalization, model.pixel_dtype)
             losses = model(**pack.text_inputs(device), pixel_values=pixels).token_losses.double().cpu()
             of_records = losses.split(pack.supervised.tolist())
             for key, counts, found in zip(pack.keys, pack.counts.tolist(), of_records, strict=True):
