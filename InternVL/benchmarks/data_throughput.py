@@ -28,12 +28,13 @@ from benchmarks.report import write_report
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import print_table, progress, say
 from internvl_chat.data.collator import PackDataset
-from internvl_chat.data.dataset import Draw, RecordSet, TrainingData, build_sets
+from internvl_chat.data.dataset import Draw, TrainingData, build_sets
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.lengths import index_lengths
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.synthetic import write_sample_data
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.data.tokenizer_training import train_tokenizer

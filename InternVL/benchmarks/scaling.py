@@ -28,9 +28,9 @@ from benchmarks.shapes import SHAPES, Shape, random_model
 from internvl_chat.cli import main as m3llm
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.collator import Pack, pack_samples
-from internvl_chat.data.dataset import RecordKey, Sample
 from internvl_chat.data.encoding import Encoded
 from internvl_chat.data.packing import deal
+from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.data.synthetic import write_sample_data
 from internvl_chat.data.tiling import Grid
 from internvl_chat.model.attention import resolve_attention

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from internvl_chat.model.weights import open_weights
+
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune"
 
@@ -24,11 +28,28 @@ CPU_FLAGS = {
     "disable_tqdm": True,
 }
 
+# Two ways to train, and the file that each leaves its weights in.
+RECIPES = {
+    "full": {},
+    "lora": {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0.1},
+}
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+
 
 def flags(**values) -> list[str]:
     """Return the command-line tokens of CPU_FLAGS with changes; None drops a flag."""
     merged = {**CPU_FLAGS, **values}
     return [text for name, value in merged.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def changed_weights(one: Path, other: Path) -> list[str]:
+    """Return the names of the weights that differ between two folders of models, or are in one only."""
+    name = next(name for name in WEIGHTS.values() if (one / name).is_file())
+    first, second = open_weights(one / name), open_weights(other / name)
+    common = first.keys() & second.keys()
+    return sorted(first.keys() ^ second.keys()) + [
+        name for name in sorted(common) if not torch.equal(first[name](), second[name]())
+    ]
 
 
 def run_training(*argv: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
@@ -58,8 +79,8 @@ def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subpro
 
 def tiny_prompts(shared: Path, engine, each: int) -> list:
     """Return the first questions of the first real records of each task, as prompts."""
-    from internvl_chat.data.dataset import RecordSet
     from internvl_chat.data.meta import DatasetSpec
+    from internvl_chat.data.record_set import RecordSet
     from internvl_chat.inference.engine import Prompt
 
     prompts = []

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer_training import train_tokenizer
 
 TILE, TOKENS = 16, 3

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from internvl_chat.data.dataset import RecordSet
     from internvl_chat.data.preprocessing import Preprocessing
+    from internvl_chat.data.record_set import RecordSet
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -14,7 +14,7 @@ from internvl_chat.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from internvl_chat.data.dataset import RecordSet
+    from internvl_chat.data.record_set import RecordSet
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.duplicates import find_duplicates
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.length_cache import Lengths, RecordIndex
 from internvl_chat.data.lengths import index_records
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.problems import Problem
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.errors import DataError
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.bad_records import Skipped
-from internvl_chat.data.dataset import Draw, RecordKey, Sample, TrainingData
+from internvl_chat.data.dataset import Draw, TrainingData
+from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger

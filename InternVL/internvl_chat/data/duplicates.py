@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.length_cache import RecordIndex
 from internvl_chat.data.problems import Problem
+from internvl_chat.data.record_set import RecordSet
 
 
 def find_duplicates(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:

@@ -11,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from internvl_chat.data.benchmark_files import Benchmark, articles_in, not_compared
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.image_hash import Fingerprint, fingerprint, near_pairs, similarity
 from internvl_chat.data.lengths import available_cores
 from internvl_chat.data.problems import Problem, RecordProblem, show_id, show_message
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.errors import DataError
 
 # Among 306 figures and panels of PubMed Central no two differ in less than 14 bits; scaled, recompressed and

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.bad_records import raise_problems
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.encoding import Measured
 from internvl_chat.data.length_cache import (
     Lengths,
@@ -33,6 +32,7 @@ from internvl_chat.data.length_cache import (
     write_index,
 )
 from internvl_chat.data.problems import Problem, show_id
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.shown_images import ShownImage, ShownImages
 from internvl_chat.data.template import plain_backend
 from internvl_chat.errors import DataError

@@ -112,6 +112,10 @@ class StepSampler(Sampler[list[list[Draw]]]):
             self._known = (epoch, self._order(epoch))
         return self._known[1][number * self.step_records : (number + 1) * self.step_records]
 
+    def place_of(self, step: int) -> tuple[int, int]:
+        """Return the epoch, and the place in it, of a step counted from 1."""
+        return divmod(step - 1, len(self))
+
     def packs(self, epoch: int, number: int) -> list[list[Draw]]:
         """Return the packs of this process in one step of an epoch, counted from 0."""
         records = self.step(epoch, number)

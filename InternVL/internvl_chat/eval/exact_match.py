@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest
 
-from internvl_chat.data.dataset import RecordSet
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.inference.engine import Engine, last_question
+from internvl_chat.metrics.overlap import exact_match
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        """Exact match, white space at the ends aside."""
-        return self.prediction.strip() == self.reference.strip()
+        """Exact match, case and white space at the ends aside."""
+        return bool(exact_match(self.prediction, self.reference))
 
 
 def answer_records(

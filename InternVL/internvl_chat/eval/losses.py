@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from internvl_chat.data.collator import pack_samples
-from internvl_chat.data.dataset import RecordSet, Sample
+from internvl_chat.data.record_set import RecordSet, Sample
+from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.model.modeling import InternVLChatModel
 
 
@@ -29,15 +28,11 @@ class RecordLoss:
     num_supervised: int
 
 
-@torch.inference_mode()
 def record_loss(model: InternVLChatModel, sample: Sample, normalization: str) -> RecordLoss:
     """Return the loss of one record."""
-    device = next(model.parameters()).device
-    pack = pack_samples([(sample, True)])
-    pixels = pack.pixel_values(device, normalization, model.pixel_dtype)
-    output = model(**pack.text_inputs(device), pixel_values=pixels)
+    [losses] = pack_losses(model, pack_samples([(sample, True)]), normalization)
     key = sample.key
-    return RecordLoss(key.dataset, key.index, sample.id, output.loss.item(), sample.encoded.num_supervised)
+    return RecordLoss(key.dataset, key.index, sample.id, losses.mean().item(), len(losses))
 
 
 def losses(

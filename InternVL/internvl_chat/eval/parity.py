@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from internvl_chat.data.dataset import RecordKey, RecordSet, build_sets
+from internvl_chat.data.dataset import build_sets
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import load_meta
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordKey, RecordSet
 from internvl_chat.data.synthetic import write_sample_data
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.errors import DataError, ModelError
@@ -109,7 +110,7 @@ def _difference(example: Example, a: Trace, b: Trace) -> Difference:
     same_shapes = a.logits.shape == b.logits.shape
     return Difference(
         *example.key,
-        example.id,
+        example.record.id,
         same_ids=same_ids,
         same_tiles=a.tiles == b.tiles,
         pixels=_largest(a.pixels, b.pixels) if a.pixels.shape == b.pixels.shape else None,
@@ -187,7 +188,7 @@ def examples_of(sets: Sequence[RecordSet], limit: int | None, max_tiles: int | N
             images = tuple(records.images(index, record))
             limit_of_set = records.spec.max_dynamic_patch or max_tiles
             key = RecordKey(records.spec.name, index)
-            found.append(Example(key, record.id, record.turns, images, limit_of_set))
+            found.append(Example(key, record, images, limit_of_set))
     return found
 
 

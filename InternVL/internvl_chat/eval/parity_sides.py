@@ -10,19 +10,16 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
-from internvl_chat.data.dataset import RecordKey
-from internvl_chat.data.encoding import Encoded, RecordEncoder
-from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.problems import RecordProblem
-from internvl_chat.data.records import Turn
+from internvl_chat.data.record_set import RecordKey
+from internvl_chat.data.records import Record, Turn
 from internvl_chat.data.tiling import normalize_tiles, share_of_budget
-from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.errors import DataError, ModelError
-from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.folders import is_hf_format, read_config
+from internvl_chat.inference.engine import Engine, Prompt, last_question
+from internvl_chat.model.folders import is_hf_format
 
 PLACES = 32
 
@@ -33,23 +30,20 @@ class Example:
 
     Attributes:
         key: where it comes from.
-        id: in the file.
-        turns: the last is the assistant's, and is what is compared with teacher forcing.
-        images: in RGB.
+        record: its last turn is the assistant's, and is what is compared with teacher forcing.
+        images: all of the record's, in RGB.
         max_tiles: of all images; None for the checkpoint's own limit.
     """
 
     key: RecordKey
-    id: str | None
-    turns: tuple[Turn, ...]
+    record: Record
     images: tuple[Image.Image, ...]
     max_tiles: int | None
 
     @property
-    def prompt(self) -> tuple[Turn, ...]:
-        """The turns before the assistant's last."""
-        last = max(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
-        return self.turns[:last]
+    def prompt(self) -> Prompt:
+        """The conversation before the assistant's last turn."""
+        return last_question(self.record, self.images)[0]
 
 
 @dataclass(frozen=True)
@@ -88,13 +82,6 @@ def open_side(
     return OwnSide(folder, device, dtype, base)
 
 
-def _greedy(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    end = tokenizer.convert_tokens_to_ids(IM_END)
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
-    )
-
-
 class OwnSide:
     """A checkpoint of any format, run by this package.
 
@@ -108,12 +95,8 @@ class OwnSide:
     def __init__(
         self, folder: Path, device: torch.device, dtype: torch.dtype, base: str | Path | None
     ) -> None:
-        self.tokenizer, _ = load_tokenizer(folder)
-        context = image_context_id(self.tokenizer)
-        model = load_model(folder, image_context_id=context, dtype=dtype, base=base)
-        self.model, self.device, self.dtype = model.to(device).eval(), device, dtype
-        preprocessing = Preprocessing.from_folder(folder, read_config(folder))
-        self.encoder = RecordEncoder(self.tokenizer, preprocessing)
+        self.engine = Engine.from_checkpoint(folder, device=device, dtype=dtype, base=base)
+        self.encoder = self.engine.encoder
 
     @torch.inference_mode()
     def trace(self, example: Example, max_new_tokens: int) -> Trace:
@@ -122,34 +105,23 @@ class OwnSide:
         Raises:
             DataError: it cannot be encoded.
         """
-        encoder = self.encoder.with_max_tiles(example.max_tiles)
-        sizes = [image.size for image in example.images]
+        engine = self.engine
+        engine.encoder = self.encoder.with_max_tiles(example.max_tiles)
         try:
-            encoded = encoder.encode(example.turns, sizes)
-            prompt = encoder.encode_prompt(example.prompt, sizes)
-        except RecordProblem as problem:
-            raise DataError(f"{example.key}: {problem}", record=example.id) from None
-        tiles = encoder.tiles(example.images, encoded.grids)
-        pixels = normalize_tiles(tiles, encoder.preprocessing.normalize_type)
-        llm = self.model.language_model
-        logits = llm(
-            inputs_embeds=self._embed(encoded, pixels), use_cache=False, logits_to_keep=PLACES
-        ).logits[0]
-        embeddings = self._embed(prompt, pixels)
-        settings = _greedy(self.tokenizer, max_new_tokens)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device)
-        [ids] = llm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings)
+            encoded = engine.encoder.encode(example.record.turns, [image.size for image in example.images])
+            [answer] = engine.answer([example.prompt], max_new_tokens=max_new_tokens)
+        except (RecordProblem, DataError) as problem:
+            raise DataError(f"{example.key}: {problem}", record=example.record.id) from None
+        tiles = engine.encoder.tiles(example.images, encoded.grids)
+        embeddings = engine.embed(encoded, example.images).unsqueeze(0)
+        output = engine.model.language_model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=PLACES)
         return Trace(
             input_ids=encoded.input_ids,
             tiles=tuple(grid.tiles for grid in encoded.grids),
-            pixels=pixels,
-            logits=logits.float().cpu(),
-            answer=self.tokenizer.decode(ids, skip_special_tokens=True),
+            pixels=normalize_tiles(tiles, engine.encoder.preprocessing.normalize_type),
+            logits=output.logits[0].float().cpu(),
+            answer=answer,
         )
-
-    def _embed(self, encoded: Encoded, pixels: torch.Tensor) -> torch.Tensor:
-        ids = encoded.input_ids.unsqueeze(0).to(self.device)
-        return self.model.embed(ids, pixels.to(self.device, self.dtype))
 
 
 class TransformersSide:
@@ -188,30 +160,36 @@ class TransformersSide:
     @torch.inference_mode()
     def trace(self, example: Example, max_new_tokens: int) -> Trace:
         """Run an example."""
-        inputs = self._prepare(example, example.turns, answer_follows=False)
+        inputs = self._prepare(example, example.record.turns, example.images, answer_follows=False)
         pixels = inputs.get("pixel_values")
         logits = self.model(**self._placed(inputs), use_cache=False, logits_to_keep=PLACES).logits[0]
-        prompt = self._placed(self._prepare(example, example.prompt, answer_follows=True))
-        settings = _greedy(self.processor.tokenizer, max_new_tokens)
-        ids = self.model.generate(**prompt, generation_config=settings)[0, prompt["input_ids"].shape[1] :]
+        asked = example.prompt
+        prompt = self._placed(self._prepare(example, asked.turns, asked.images, answer_follows=True))
+        end = self.processor.tokenizer.convert_tokens_to_ids(IM_END)
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+        )
+        ids = self.model.generate(**prompt, generation_config=greedy)[0, prompt["input_ids"].shape[1] :]
         size = self.processor.image_processor.size
         return Trace(
             input_ids=inputs["input_ids"][0],
             tiles=self._tiles(inputs["input_ids"][0]),
             pixels=torch.zeros(0, 3, size["height"], size["width"]) if pixels is None else pixels,
             logits=logits.float().cpu(),
-            answer=self.processor.tokenizer.decode(ids, skip_special_tokens=True),
+            answer=self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
         )
 
-    def _prepare(self, example: Example, turns: Sequence[Turn], *, answer_follows: bool) -> dict[str, Any]:
+    def _prepare(
+        self, example: Example, turns: Sequence[Turn], images: Sequence[Image.Image], *, answer_follows: bool
+    ) -> dict[str, Any]:
         """Let the processor make the inputs; several images share the limit of tiles, which it is told."""
         messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer_follows)
         limit = example.max_tiles or self.processor.image_processor.max_patches
-        share = share_of_budget(limit, max(len(example.images), 1))
+        share = share_of_budget(limit, max(len(images), 1))
         fewest = min(self.processor.image_processor.min_patches, limit)
         return self.processor(
-            images=list(example.images) or None,
+            images=list(images) or None,
             text=text,
             images_kwargs={"max_patches": share, "min_patches": fewest},
             return_tensors="pt",

@@ -95,14 +95,16 @@ class Engine:
         path_or_id: str | Path,
         *,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         base: str | Path | None = None,
         max_dynamic_patch: int | None = None,
     ) -> "Engine":
-        """Load a checkpoint of any kind: bfloat16 on a GPU, float32 on a CPU.
+        """Load a checkpoint of any kind.
 
         Args:
             path_or_id: folder or hub id.
             device: by default the GPU (of this process) if there is one; `auto` spreads the model over all.
+            dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU.
             base: for adapters, where their base is now.
             max_dynamic_patch: another limit of tiles than the checkpoint's.
         """
@@ -112,7 +114,7 @@ class Engine:
         model = load_model(
             folder,
             image_context_id=image_context_id(tokenizer),
-            dtype=torch.float32 if first.type == "cpu" else torch.bfloat16,
+            dtype=dtype or (torch.float32 if first.type == "cpu" else torch.bfloat16),
             attn="sdpa",
             base=base,
         )
@@ -144,7 +146,7 @@ class Engine:
         """
         encoded = [self._encode(prompt) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
-        inputs = map(self._embed, prompts, encoded)
+        inputs = (self.embed(e, prompt.images) for prompt, e in zip(prompts, encoded, strict=True))
         for number, token in self._decoder(max_new_tokens, sampling).run(inputs):
             if token is not None:
                 answers[number].append(token)
@@ -169,7 +171,7 @@ class Engine:
             DataError: as `generate_ids`, when the turn of that prompt comes.
         """
         answers: dict[int, list[int]] = {}
-        inputs = (self._embed(prompt, self._encode(prompt)) for prompt in prompts)
+        inputs = (self.embed(self._encode(prompt), prompt.images) for prompt in prompts)
         for number, token in self._decoder(max_new_tokens, sampling).run(inputs):
             ids = answers.setdefault(number, [])
             if token is None:
@@ -185,7 +187,7 @@ class Engine:
         Raises:
             DataError: as `generate_ids`.
         """
-        embeddings = self._embed(prompt, self._encode(prompt))
+        embeddings = self.embed(self._encode(prompt), prompt.images)
         ids: list[int] = []
         sent = ""
         for _, token in self._decoder(max_new_tokens, sampling).run([embeddings]):
@@ -196,6 +198,17 @@ class Engine:
             if len(whole) > len(sent):
                 yield whole[len(sent) :]
                 sent = whole
+
+    @torch.no_grad()
+    def embed(self, encoded: Encoded, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return the embeddings of ids with the features of their images in place, (T, C).
+
+        Args:
+            encoded: by `encoder`.
+            images: as they were when it was encoded.
+        """
+        features = self._features(images, encoded.grids)
+        return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -216,12 +229,6 @@ class Engine:
             return self.encoder.encode_prompt(prompt.turns, [image.size for image in prompt.images])
         except RecordProblem as problem:
             raise DataError(str(problem)) from None
-
-    @torch.no_grad()
-    def _embed(self, prompt: Prompt, encoded: Encoded) -> torch.Tensor:
-        """Return the embeddings of a prompt, (T, C)."""
-        features = self._features(prompt.images, encoded.grids)
-        return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
 
     def _features(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> torch.Tensor:
         """Return the vision features of a prompt's images, kept from the newest prompt if it has the same."""

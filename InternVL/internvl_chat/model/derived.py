@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_chat.errors import ModelError
+from internvl_chat.folder_lock import LOCK, lock_folder, unlock_folder
 from internvl_chat.model.adapter import ADAPTER_WEIGHTS
 from internvl_chat.model.folders import is_adapter
 from internvl_chat.model.weights import weights_digest
@@ -78,19 +79,39 @@ def making(target: Path, stamp: dict[str, Any], *, checked: bool) -> Iterator[Pa
         target: must be missing or empty.
         stamp: is written with it, for `is_made`.
         checked: whether the result is compared with its source.
+
+    Raises:
+        UsageError: another process is making it.
+        ModelError: another process has made it since it was looked at.
     """
     staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(staging)
     try:
+        if target.exists() and any(target.iterdir()):
+            raise ModelError(f"{target}: another process has made it in the meantime")
+        _empty(staging)
         yield staging
         made = {"checked": checked, "files": _sizes(staging)}
         (staging / STAMP).write_text(json.dumps(stamp | made, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rmdir()
+        (staging / LOCK).unlink()
         staging.rename(target)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        unlock_folder(lock)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what an earlier process left in a folder, but not its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -98,5 +119,5 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != LOCK
     }

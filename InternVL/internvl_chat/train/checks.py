@@ -3,15 +3,12 @@
 import dataclasses
 import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.utils import is_liger_kernel_available
 
 from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.data.meta import MOST_TILES, DatasetSpec, load_meta
+from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
 from internvl_chat.model.adapter import find_base, read_base
@@ -23,7 +20,7 @@ from internvl_chat.model.weights import weight_files
 from internvl_chat.paths import REPOSITORY
 from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.fingerprint import check_same_run, fingerprint
-from internvl_chat.train.optimizer import OWN_OPTIMIZERS
+from internvl_chat.train.flag_rules import check_flags
 from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder, list_checkpoints
 from internvl_chat.train.validation_flags import check_validation
 
@@ -49,24 +46,6 @@ class Plan:
     attn: str
 
 
-# Flags of transformers that would be ignored or fail late, what they must be, and what to use.
-_UNSUPPORTED = (
-    ("label_smoothing_factor", 0.0, "the loss is the reference's"),
-    ("dataloader_drop_last", False, "the last, short step of an epoch is used"),
-    ("data_seed", None, "--seed decides the order of the records"),
-    ("gradient_checkpointing", False, "use --grad_checkpoint"),
-    ("activation_checkpointing", False, "use --grad_checkpoint"),
-    ("fsdp_config", None, "--fsdp full_shard has no options"),
-    ("torch_compile_backend", None, "--torch_compile True uses inductor"),
-    ("torch_compile_mode", None, "--torch_compile True compiles for rows of any length"),
-    ("use_liger_kernel", False, "use --use_liger"),
-    ("enable_jit_checkpoint", False, "checkpoints are written by --save_steps"),
-    ("auto_find_batch_size", False, "lower --per_device_train_batch_size"),
-    ("neftune_noise_alpha", None, "the embeddings are the reference's"),
-    ("push_to_hub", False, "upload the finished folder"),
-)
-
-
 def check_configuration(args: Arguments) -> Plan:
     """Check everything that can be checked without reading weights.
 
@@ -83,7 +62,7 @@ def check_configuration(args: Arguments) -> Plan:
         "held_out": lambda: _check_held_out(args),
         "validation": lambda: check_validation(args, results.get("held_out")),
         "source": lambda: _check_model(args),
-        "flags": lambda: _check_flags(args),
+        "flags": lambda: check_flags(args),
     }
     for name, check in checks.items():
         try:
@@ -164,99 +143,6 @@ def _check_data(meta: str, args: Arguments) -> list[DatasetSpec]:
 def training_dtype(args: Arguments) -> torch.dtype:
     """Return the dtype of the weights: bfloat16 with `--bf16`, as the reference, else float32."""
     return torch.bfloat16 if args.run.bf16 else torch.float32
-
-
-def _check_flags(args: Arguments) -> None:
-    """Check values that only make sense together."""
-    model, data, run = args.model, args.data, args.run
-    problems = []
-    if run.fp16:
-        problems.append("--fp16: the model trains in bfloat16 (--bf16 True) or float32")
-    if model.use_liger and not is_liger_kernel_available():
-        problems.append(
-            "--use_liger True: the package liger-kernel is not installed (pip install liger-kernel)"
-        )
-    if model.use_liger and run.device.type != "cuda":
-        problems.append(
-            f"--use_liger True: its kernels need an NVIDIA GPU, and this run is on {run.device.type}"
-        )
-    if run.sharded and run.deepspeed:
-        problems.append("--fsdp and --deepspeed: both spread the weights; use one of them")
-    if run.sharded and run.world_size == 1:
-        problems.append("--fsdp full_shard: there is one process, so nothing to spread; leave it out")
-    if run.weight_precision in ("stochastic", "bf16") and (run.deepspeed or not run.bf16):
-        keeper = (
-            "DeepSpeed keeps float32 masters" if run.deepspeed else "the weights are float32 without --bf16"
-        )
-        problems.append(f"--weight_precision {run.weight_precision}: {keeper}; leave it out")
-    if run.weight_precision != "auto" and run.optim not in OWN_OPTIMIZERS:
-        problems.append(
-            f"--weight_precision {run.weight_precision}: --optim {run.optim.value} steps bf16 weights as such"
-        )
-    if run.max_packed_tokens < 1:
-        problems.append(f"--max_packed_tokens {run.max_packed_tokens} must be at least 1")
-    if not run.do_train:
-        problems.append("--do_train False: this script does nothing but train")
-    if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
-        problems.append("nothing would be trained: --max_steps (or --num_train_epochs) must be more than 0")
-    if run.share_of_step < 1:
-        problems.append("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1")
-    for flag, default, advice in _UNSUPPORTED:
-        value = getattr(run, flag, default)
-        if value != default and not (not value and not default):
-            problems.append(f"--{flag} {value}: not supported; {advice}")
-    unknown = set(run.report_to) - INTEGRATION_TO_CALLBACK.keys()
-    if unknown:
-        problems.append(f"--report_to {' '.join(sorted(unknown))}: unknown; use none or wandb")
-    problems += [
-        f"--report_to {name}: the package {name} is not installed"
-        for name in ("wandb", "tensorboard")
-        if name in run.report_to and find_spec(name) is None
-    ]
-    for flag, value, least in (
-        ("learning_rate", run.learning_rate, 0),
-        ("seed", run.seed, 0),
-        ("max_bad_steps", run.max_bad_steps, 0),
-        ("hang_seconds", run.hang_seconds, 0),
-        ("dataloader_num_workers", run.dataloader_num_workers, 0),
-        ("force_image_size", data.force_image_size, 1),
-        ("max_seq_length", data.max_seq_length, 1),
-    ):
-        if value < least:
-            problems.append(f"--{flag} {value} must be at least {least}")
-    if not 0 <= model.drop_path_rate < 1:
-        problems.append(f"--drop_path_rate {model.drop_path_rate} must be from 0 to below 1")
-    if model.mlp_path and not Path(model.mlp_path).is_file():
-        problems.append(f"--mlp_path {model.mlp_path}: no such file")
-    if not 0 <= run.warmup_ratio < 1:
-        problems.append(f"--warmup_ratio {run.warmup_ratio} must be from 0 to below 1")
-    if data.max_dynamic_patch < data.min_dynamic_patch or data.min_dynamic_patch < 1:
-        problems.append(
-            f"--min_dynamic_patch {data.min_dynamic_patch} must be from 1 to --max_dynamic_patch "
-            f"{data.max_dynamic_patch}"
-        )
-    if data.max_dynamic_patch > MOST_TILES:
-        problems.append(f"--max_dynamic_patch {data.max_dynamic_patch} must be at most {MOST_TILES}")
-    if min(model.use_llm_lora, model.use_backbone_lora) < 0:
-        problems.append("--use_llm_lora and --use_backbone_lora are ranks, from 0")
-    if not 0 <= model.lora_dropout < 1:
-        problems.append(f"--lora_dropout {model.lora_dropout} must be from 0 to below 1")
-    if model.model_name_or_path is None and (model.use_llm_lora or model.use_backbone_lora):
-        problems.append(
-            "adapters need one base on disk: train the model that is assembled from --vision_path and "
-            "--llm_path first, and give it as --model_name_or_path"
-        )
-    trains_something = (
-        not (model.freeze_llm and model.freeze_mlp and model.freeze_backbone)
-        or model.use_llm_lora
-        or model.use_backbone_lora
-        or model.unfreeze_lm_head
-        or model.unfreeze_vit_layers
-    )
-    if not trains_something:
-        problems.append("everything is frozen: nothing would be trained")
-    if problems:
-        raise UsageError(problems)
 
 
 def _check_model(args: Arguments) -> Path:

@@ -33,6 +33,7 @@ from internvl_chat.train.fingerprint import (
     fingerprint,
     read_fingerprint,
 )
+from internvl_chat.train.loader import LOADER_ENDED
 from internvl_chat.train.loading import (
     load_encoder,
     load_for_training,
@@ -56,7 +57,7 @@ from internvl_chat.train.self_test import check_packing, check_preprocessing, fi
 from internvl_chat.train.sharding import shard
 from internvl_chat.train.stop_request import StopRequest, exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.trainable import format_table, set_trainable
-from internvl_chat.train.trainer import LOADER_ENDED, M3LLMTrainer
+from internvl_chat.train.trainer import M3LLMTrainer
 from internvl_chat.train.validation import held_out
 
 # Not __name__, which is `__main__` where this is run as a script.
@@ -188,7 +189,7 @@ def _self_test(
         return
     samples = first_samples(trainer.data, 0, 2)
     if samples:
-        check_packing(trainer.model, samples, plan.args.run.device, preprocessing.normalize_type)
+        check_packing(trainer.model, samples, preprocessing.normalize_type)
 
 
 def _save_result(plan: Plan, trainer: M3LLMTrainer) -> int | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.audit import find_warnings
 from internvl_chat.data.bad_records import LeftOut, leave_out, list_problems, raise_problems
-from internvl_chat.data.dataset import RecordSet, TrainingData, build_sets
+from internvl_chat.data.dataset import TrainingData, build_sets
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.lengths import index_records
@@ -20,6 +20,7 @@ from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.packing import StepPlanner
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.template import SYSTEM_TEXTS
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.errors import DataError

@@ -108,6 +108,15 @@ def capacity(device: torch.device, processes: int = 1) -> int:
     return psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss
 
 
+def max_memory(device: torch.device) -> int:
+    """Return the most memory used so far in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def choose(
     model: MemoryModel, pack: PackSize, available: float, *, precision: str, grad_checkpoint: str
 ) -> MemoryPlan:

@@ -7,12 +7,12 @@ has a float32 master copy or is rounded at random, which keeps the small updates
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
@@ -85,6 +85,18 @@ def build_optimizer(
     if precision == "master":
         return MasterAdamW(parameter_groups, **options)
     return StochasticAdamW(parameter_groups, seed=seed, **options)
+
+
+def group_by_decay(model: nn.Module, decayed: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trained parameters as groups: those whose weights decay, by their names, and the others."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decayed].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
 
 
 class _Row(NamedTuple):

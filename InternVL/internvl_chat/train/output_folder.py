@@ -1,17 +1,15 @@
 """The folder of a run: who may write to it, what an earlier run left there, where to resume."""
 
-import fcntl
 import json
-import os
 import re
 import shutil
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from internvl_chat.errors import UsageError
+from internvl_chat.folder_lock import LOCK, lock_folder, unlock_folder
 from internvl_chat.logs import get_logger
 from internvl_chat.train.manifest import find_damage
 
@@ -26,7 +24,6 @@ PLOT = "loss.png"
 FINISHED = "train_results.json"
 CARD = "README.md"
 CARD_MARK = "<!-- Written by m3llm when the run ended; a card without this line is never written over. -->"
-LOCK = ".lock"
 PARTIAL = ".partial"
 # Ends the name, in PARTIAL, of a checkpoint that is being replaced by one of the same step.
 FORMER = ".former"
@@ -108,45 +105,6 @@ def may_write_card(folder: Path) -> bool:
     """Say whether a folder's model card, if there is one, is an earlier run's and not somebody's own."""
     file = folder / CARD
     return not file.exists() or CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
-
-
-# Those that this process holds.
-_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
-
-
-def _close_inherited_locks() -> None:
-    """Give up the locks of the parent: a loader process that outlives it for a moment must not keep them."""
-    for lock in list(_locks):
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_close_inherited_locks)
-
-
-def lock_folder(path: Path) -> IO[str]:
-    """Take the folder's lock for as long as the returned file stays open.
-
-    Raises:
-        UsageError: another process holds it.
-    """
-    lock = (path / LOCK).open("a+")
-    _locks.add(lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip()
-        raise UsageError(f"{path}: another run (process {owner}) is writing to this output folder") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
-
-
-def unlock_folder(lock: IO[str]) -> None:
-    """Give the folder's lock back."""
-    fcntl.flock(lock, fcntl.LOCK_UN)
-    lock.close()
 
 
 def inspect_output_folder(

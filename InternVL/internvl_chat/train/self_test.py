@@ -4,17 +4,20 @@ What is compared here is compared in earnest by the tests; this finds what is pa
 libraries, a checkpoint or a data set.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.collator import Pack, pack_samples
-from internvl_chat.data.dataset import Sample, TrainingData
+from internvl_chat.data.collator import pack_samples
+from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.encoding import supervised_spans
 from internvl_chat.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from internvl_chat.data.record_set import Sample
 from internvl_chat.errors import DataError, TrainingError, UsageError
+from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.logs import get_logger
 from internvl_chat.model.modeling import InternVLChatModel
 
@@ -88,9 +91,7 @@ def show_supervision(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> 
         logger.info("data set %s learns %s", records.spec.name, "; ".join(map(repr, shown)))
 
 
-def check_packing(
-    model: InternVLChatModel, samples: Sequence[Sample], device: torch.device, normalization: str
-) -> None:
+def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normalization: str) -> None:
     """Compare the losses of records packed behind one another with those of each alone.
 
     Raises:
@@ -101,10 +102,11 @@ def check_packing(
     try:
         packs = [pack_samples([(sample, True) for sample in samples])]
         packs += [pack_samples([(sample, True)]) for sample in samples]
-        together, *single = [_mean_losses(model, pack, device, normalization) for pack in packs]
+        losses = [pack_losses(model, pack, normalization) for pack in packs]
     finally:
         model.train(was_training)
-    alone = torch.cat(single)
+    means = torch.stack([loss.mean() for loss in itertools.chain.from_iterable(losses)])
+    together, alone = means.split(len(samples))
     dtype = next(model.language_model.parameters()).dtype
     if not torch.allclose(together, alone, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]):
         raise TrainingError(
@@ -112,17 +114,6 @@ def check_packing(
             f"attention {model.attn!r} mixes records on this machine; use another (--attn) or --packing False"
         )
     logger.info("packed and single records have the losses %s and %s", _shown(together), _shown(alone))
-
-
-@torch.no_grad()
-def _mean_losses(
-    model: InternVLChatModel, pack: Pack, device: torch.device, normalization: str
-) -> torch.Tensor:
-    """Return each record's mean loss, (R,) on the CPU."""
-    inputs = pack.text_inputs(device)
-    pixels = pack.pixel_values(device, normalization, model.pixel_dtype)
-    losses = model(**inputs, pixel_values=pixels).token_losses.cpu()
-    return torch.stack([part.mean() for part in losses.split(pack.supervised.tolist())])
 
 
 def _shown(values: torch.Tensor) -> str:

@@ -8,13 +8,8 @@ import atexit
 import contextlib
 import itertools
 import math
-import multiprocessing
-import os
-import signal
 import time
-import weakref
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,94 +17,37 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
 from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.collator import Pack, PackDataset
-from internvl_chat.data.dataset import RecordKey, TrainingData
+from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
+from internvl_chat.data.record_set import RecordKey
 from internvl_chat.errors import DataError, TrainingError
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.logs import get_logger
 from internvl_chat.model.flops import count_flops, peak_flops
 from internvl_chat.model.loss import token_weight
 from internvl_chat.train.arguments import RunArguments
+from internvl_chat.train.callbacks import Rehearse, SetEpoch, StopWhenAsked
 from internvl_chat.train.checkpoint_folder import SaveModel
 from internvl_chat.train.guard import StepGuard
 from internvl_chat.train.kept_memory import keep_vocabulary_memory
-from internvl_chat.train.optimizer import OWN_OPTIMIZERS, build_optimizer
+from internvl_chat.train.loader import build_loader, count_records, end_workers, naming_ended_worker
+from internvl_chat.train.memory import max_memory
+from internvl_chat.train.optimizer import OWN_OPTIMIZERS, build_optimizer, group_by_decay
 from internvl_chat.train.rehearsal import Rehearsal
 from internvl_chat.train.reporting import shield_reports
 from internvl_chat.train.sharding import is_sharded, whole
 from internvl_chat.train.step_log import StepLog
+from internvl_chat.train.step_record import StepRecord, StepSums, figures_row, ledger_row
 from internvl_chat.train.validating_trainer import ValidatingTrainer
 from internvl_chat.train.validation import Validation
 from internvl_chat.train.watchdog import Watchdog
 
 logger = get_logger(__name__)
 
-LOADER_ENDED = (
-    "a loader process was ended, perhaps because memory was short; the same command again goes on from the "
-    "newest checkpoint"
-)
 _COMPILED_MULTIPLE = 128
-
-
-@dataclass
-class StepRecord:
-    """What a step was made of, summed over all processes."""
-
-    loss: float
-    learning_rate: float
-    records: int
-    tokens: int
-    supervised_tokens: int
-    tiles: int
-    flops: float
-    skipped: tuple[Skipped, ...] = ()
-    left_out: str | None = None
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins."""
-
-    def __init__(self, sampler: StepSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer before it iterates the loader."""
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
-class _Rehearse(TrainerCallback):
-    """Rehearses the largest pack when model and optimizer are in place."""
-
-    def __init__(self, trainer: "M3LLMTrainer") -> None:
-        # A circle would keep the loader's processes alive beyond the run.
-        self.trainer = weakref.proxy(trainer)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer before the first step."""
-        self.trainer.rehearse()
-        self.trainer.start_clock()
-
-
-class _StopWhenAsked(TrainerCallback):
-    """Saves and ends the run after a step before which some process was asked to stop."""
-
-    def __init__(self, trainer: "M3LLMTrainer") -> None:
-        self.trainer = weakref.proxy(trainer)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer when the weights are updated; the time to validate may not be given."""
-        if self.trainer.stops:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the Trainer after the last step of an epoch."""
-        if self.trainer.stops:
-            control.should_evaluate = False
 
 
 class M3LLMTrainer(ValidatingTrainer):
@@ -156,7 +94,7 @@ class M3LLMTrainer(ValidatingTrainer):
             save_model_to=save_model_to,
             fingerprint=fingerprint,
             validation=validation,
-            callbacks=[_SetEpoch(sampler), _Rehearse(self), _StopWhenAsked(self)],
+            callbacks=[SetEpoch(sampler), Rehearse(self), StopWhenAsked(self)],
         )
         shield_reports(self.callback_handler)
         self.model_accepts_loss_kwargs = False
@@ -187,28 +125,11 @@ class M3LLMTrainer(ValidatingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of this process's shares; it is dealt already, so accelerate need not."""
-        return self._loader(self.packs, self.sampler, keep_workers=True)
+        return build_loader(self.args, self.packs, self.sampler, keep_workers=True)
 
     def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader:
         """Return the loader of this process's shares of the held-out records."""
-        return self._loader(self.validation.packs, self.validation.sampler, keep_workers=False)
-
-    def _loader(self, packs: PackDataset, sampler: StepSampler, *, keep_workers: bool) -> DataLoader:
-        # More loader processes than cores only get in each other's way.
-        cores = max(1, (os.cpu_count() or 1) // self.args.processes_here)
-        workers = min(self.args.dataloader_num_workers, cores)
-        return DataLoader(
-            packs,
-            batch_sampler=sampler,
-            collate_fn=list,
-            num_workers=workers,
-            pin_memory=self.args.device.type == "cuda",
-            persistent_workers=keep_workers and workers > 0,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            worker_init_fn=_begin_worker,
-            # Its own, so that beginning an epoch does not advance the randomness of dropout.
-            generator=torch.Generator(),
-        )
+        return build_loader(self.args, self.validation.packs, self.validation.sampler, keep_workers=False)
 
     def get_total_train_batch_size(self, args: RunArguments) -> int:
         """Return the records of an optimizer step over all processes."""
@@ -225,41 +146,21 @@ class M3LLMTrainer(ValidatingTrainer):
             DataError: one of its records cannot be used.
             TrainingError: they are not those of the plan, or a loader process was ended.
         """
-        self.watchdog.note(f"waiting for the records of step {self.state.global_step + 1}")
-        try:
+        step = self.state.global_step + 1
+        self.watchdog.note(f"waiting for the records of step {step}")
+        with naming_ended_worker(self.args.dataloader_num_workers):
             shares, _ = super().get_batch_samples(*args, **kwargs)
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            # What a loader process still had to hand over went with it.
-            if not self.args.dataloader_num_workers:
-                raise
-            raise TrainingError(f"{LOADER_ENDED} ({error!r})") from None
         for pack in itertools.chain.from_iterable(shares):
             if isinstance(pack, DataError):
                 raise pack
-        for packs in shares:
-            self._compare_with_plan(packs)
+        if any(count_records(packs) != self._count_planned(step) for packs in shares):
+            raise TrainingError(f"step {step}: the loader brought other records than were planned")
         return shares, None
 
-    def _compare_with_plan(self, packs: list[Pack]) -> None:
-        """See that the loader brought the records which the ledger will name for the coming step.
-
-        Raises:
-            TrainingError: it brought others.
-        """
-        step = self.state.global_step + 1
-        draws = itertools.chain.from_iterable(self.sampler.packs(*self._place_of(step)))
-        planned = Counter(self._key_of(draw.index) for draw in draws if draw.counts)
-        brought = Counter(
-            key for pack in packs for key, counts in zip(pack.keys, pack.counts, strict=True) if counts
-        )
-        brought.update(RecordKey(one.dataset, one.index) for pack in packs for one in pack.skipped)
-        if brought != planned:
-            raise TrainingError(f"step {step}: the loader brought other records than were planned")
-
-    def _key_of(self, index: int) -> RecordKey:
-        """Return the place of a record of the epoch."""
-        records, index = self.data.locate(index)
-        return RecordKey(records.spec.name, index)
+    def _count_planned(self, step: int) -> Counter[RecordKey]:
+        """Return this process's records of a step, as the ledger will name them."""
+        draws = itertools.chain.from_iterable(self.sampler.packs(*self.sampler.place_of(step)))
+        return Counter(self.data.key_of(draw.index) for draw in draws if draw.counts)
 
     def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
         """Weights are settled in `training_step`; transformers has nothing to count."""
@@ -278,16 +179,8 @@ class M3LLMTrainer(ValidatingTrainer):
         args, model = self.args, self.model if model is None else model
         if self.optimizer is not None or args.optim not in OWN_OPTIMIZERS:
             return super().create_optimizer(model)
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups[name in decayed].append(parameter)
         self.optimizer = build_optimizer(
-            [
-                {"params": groups[True], "weight_decay": args.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
+            group_by_decay(model, set(self.get_decay_parameter_names(model)), args.weight_decay),
             # DeepSpeed keeps masters of its own.
             precision="bf16" if self.is_deepspeed_enabled else self.weight_precision,
             lr=args.learning_rate,
@@ -311,27 +204,20 @@ class M3LLMTrainer(ValidatingTrainer):
         model.train()
         learning_rate = self._get_learning_rate()
         weights = [self._record_weights(pack) for pack in inputs]
-        local = [
-            sum(float((w * p.supervised).sum()) for w, p in zip(weights, inputs, strict=True)),
-            sum(int(p.counts.sum()) for p in inputs),
-            sum(p.num_tokens for p in inputs),
-            sum(p.num_supervised for p in inputs),
-            sum(len(p.tiles) for p in inputs),
-            self.floating_point_ops(inputs),
-            self.stop_request.signal is not None,
-            sum(len(p.skipped) for p in inputs),
-        ]
-        self.watchdog.note(f"in step {self.state.global_step + 1}, records {_name_keys(inputs)}")
-        total = self._sum_over_processes(torch.tensor(local, dtype=torch.float64))
-        skipped = self._count_skipped(inputs) if total[7] else ()
+        share = StepSums.of_share(
+            inputs, weights, self.floating_point_ops(inputs), self.stop_request.signal is not None
+        )
+        names = ", ".join(f"{key.dataset} {key.index}" for pack in inputs for key in pack.keys)
+        self.watchdog.note(f"in step {self.state.global_step + 1}, records {names}")
+        total = share.over_processes(self._sum_over_processes)
+        skipped = self._count_skipped(inputs) if total.skipped else ()
         # Where every record of a step is skipped, all sums are zero.
-        weight = float(total[0]) or 1.0
+        weight = total.weight or 1.0
         # Gradients are averaged over the processes, hence the factor.
         weighted_sum = self._forward_backward(model, inputs, weights, self.args.world_size / weight)
         loss = self._sum_over_processes(weighted_sum.reshape(1).cpu())[0] / weight
-        self.stops = bool(total[6])
-        counts = (int(n) for n in total[1:5])
-        self._step = StepRecord(float(loss), learning_rate, *counts, float(total[5]), skipped)
+        self.stops = total.asked_to_stop
+        self._step = StepRecord(float(loss), learning_rate, total, skipped)
         return loss.float().to(self.args.device)
 
     def _count_skipped(self, inputs: list[Pack]) -> tuple[Skipped, ...]:
@@ -460,7 +346,7 @@ class M3LLMTrainer(ValidatingTrainer):
         step, number = self._step, self.state.global_step + 1
         if step is not None:
             step.left_out = self.guard.judge(
-                number, step.loss, float(norm), step.supervised_tokens, lambda: self._records_of(number)
+                number, step.loss, float(norm), step.sums.supervised_tokens, lambda: self._records_of(number)
             )
             if step.left_out:
                 # An optimizer leaves parameters without a gradient as they are, and so are its moments.
@@ -510,46 +396,29 @@ class M3LLMTrainer(ValidatingTrainer):
         seconds, self._step_began = now - self._step_began, now
         if not self.is_world_process_zero():
             return
-        number = self.state.global_step
-        row: dict[str, Any] = {
-            "step": number,
-            "epoch": round(self.state.epoch, 6),
-            "loss": round(step.loss, 7),
-            "grad_norm": None if grad_norm is None else round(float(grad_norm), 7),
-            "learning_rate": step.learning_rate,
-            "records": step.records,
-            "tokens": step.tokens,
-            "supervised_tokens": step.supervised_tokens,
-            "tiles": step.tiles,
-            "seconds": round(seconds, 4),
-            "records_per_second": round(step.records / seconds, 3),
-            "tokens_per_second": round(step.tokens / seconds, 1),
-        }
-        peak = peak_flops(self.args.device)
-        if peak:
-            row["mfu"] = round(step.flops / seconds / peak / self.args.world_size, 4)
-        row["max_memory_gb"] = round(_max_memory(self.args.device) / 1e9, 3)
-        used: dict[str, Any] = {"step": number, "epoch": self._place_of(number)[0]}
-        if step.left_out:
-            row["left_out"] = used["left_out"] = step.left_out
-        skipped = {(record.dataset, record.index) for record in step.skipped}
-        used["trained"] = [place for place in self._records_of(number) if place not in skipped]
-        if skipped:
-            used["skipped"] = [record._asdict() for record in step.skipped]
-        self.step_log.write(row, used)
+        number, device = self.state.global_step, self.args.device
+        figures = figures_row(
+            step,
+            number=number,
+            epoch=self.state.epoch,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            seconds=seconds,
+            peak_flops=peak_flops(device),
+            processes=self.args.world_size,
+            max_memory=max_memory(device),
+        )
+        epoch, _ = self.sampler.place_of(number)
+        used = ledger_row(step, number=number, epoch=epoch, records=self._records_of(number))
+        self.step_log.write(figures, used)
 
-    def _place_of(self, step: int) -> tuple[int, int]:
-        """Return the epoch, and the place in it, of a step counted from 1."""
-        return divmod(step - 1, len(self.sampler))
-
-    def _records_of(self, step: int) -> list[tuple[str, int]]:
-        """Return the records of a step, as data set and index in its file."""
-        return [self._key_of(int(i)) for i in self.sampler.step(*self._place_of(step))]
+    def _records_of(self, step: int) -> list[RecordKey]:
+        """Return the records of a step over all processes."""
+        return [self.data.key_of(int(index)) for index in self.sampler.step(*self.sampler.place_of(step))]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, watched."""
         # What is registered last is called first, so before Python waits for them.
-        atexit.register(_end_workers)
+        atexit.register(end_workers)
         if kwargs.get("resume_from_checkpoint"):
             earlier = [self.step_log.skipped() if self.is_world_process_zero() else []]
             if self.args.world_size > 1:
@@ -559,39 +428,3 @@ class M3LLMTrainer(ValidatingTrainer):
             self.step_log.write_left_out([record._asdict() for record in self.data.left_out])
         with self.watchdog:
             return super().train(*args, **kwargs)
-
-
-def _max_memory(device: torch.device) -> int:
-    """Return the most memory used so far in bytes: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _begin_worker(_: int) -> None:
-    """Keep a loader process to one thread, as there are several, and alive while its run is asked to stop.
-
-    What asks a job to stop may send its signal to every process. A second SIGTERM is torch's own. Such a
-    process must be ended by `_end_workers`.
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-
-
-def _end_workers() -> None:
-    """End the loader processes that are left when the program ends.
-
-    Python would send them one SIGTERM, and wait for ever for those that pass over it.
-    """
-    # torch's handler would take their end for an accident.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
-def _name_keys(packs: list[Pack]) -> str:
-    return ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)

@@ -19,6 +19,7 @@ from internvl_chat.data.order import StepSampler
 from internvl_chat.errors import DataError
 from internvl_chat.inference.engine import Engine, last_question
 from internvl_chat.inference.parallel import share
+from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.model.loss import token_weight
@@ -154,23 +155,19 @@ class Validation:
         figures = [Figures.of_sums(row) for row in sums.tolist()]
         return Outcome(Figures.of_sums(sums.sum(dim=0).tolist()), dict(zip(names, figures, strict=True)))
 
-    @torch.no_grad()
     def _add_losses(
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
     ) -> None:
         """Add weighted loss, weight, records and tokens of each record to its set's sums."""
-        device = next(model.parameters()).device
         numbers = {records.spec.name: number for number, records in enumerate(self.data.sets)}
         for pack in packs:
             if isinstance(pack, DataError):
                 raise pack
-            pixels = pack.pixel_values(device, self.normalization, model.pixel_dtype)
-            losses = model(**pack.text_inputs(device), pixel_values=pixels).token_losses.double().cpu()
-            of_records = losses.split(pack.supervised.tolist())
-            for key, counts, found in zip(pack.keys, pack.counts.tolist(), of_records, strict=True):
+            losses = pack_losses(model, pack, self.normalization)
+            for key, counts, found in zip(pack.keys, pack.counts.tolist(), losses, strict=True):
                 if counts:
                     weight = token_weight(len(found), self.reduction)
-                    added = [weight * float(found.sum()), weight * len(found), 1, len(found)]
+                    added = [weight * float(found.double().sum()), weight * len(found), 1, len(found)]
                     sums[numbers[key.dataset], :4] += torch.tensor(added, dtype=torch.float64)
 
     def _add_answers(

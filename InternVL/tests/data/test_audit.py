@@ -19,12 +19,12 @@ from internvl_chat.data.audit_report import (
     set_rows,
     write_report,
 )
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.duplicates import find_duplicates
 from internvl_chat.data.encoding import TileCounter
 from internvl_chat.data.lengths import index_records
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 
 
 @pytest.fixture

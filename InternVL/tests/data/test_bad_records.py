@@ -12,9 +12,10 @@ from small_sets import encoder, image_record, noise, text_record, write_set
 
 from internvl_chat.data.bad_records import LeftOut, Skipped, leave_out, raise_problems
 from internvl_chat.data.collator import FILLER_KEY, PackDataset, pack_samples
-from internvl_chat.data.dataset import Draw, RecordKey, TrainingData
+from internvl_chat.data.dataset import Draw, TrainingData
 from internvl_chat.data.lengths import index_records
 from internvl_chat.data.problems import ERRORS, KINDS, WARNINGS, Problem, show_id, show_message
+from internvl_chat.data.record_set import RecordKey
 from internvl_chat.errors import DataError
 
 BAD = {

@@ -11,12 +11,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from internvl_chat.data.collator import Pack, PackDataset, pack_samples
-from internvl_chat.data.dataset import Draw, RecordKey, RecordSet, Sample, TrainingData
+from internvl_chat.data.dataset import Draw, TrainingData
 from internvl_chat.data.encoding import Encoded, RecordEncoder
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.packing import StepPlanner
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordKey, RecordSet, Sample
 from internvl_chat.data.tiling import Grid
 from internvl_chat.data.tokenizer_training import train_tokenizer
 from internvl_chat.errors import DataError

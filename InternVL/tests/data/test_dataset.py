@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_chat.data.dataset import Draw, RecordKey, RecordSet, TrainingData, build_sets
+from internvl_chat.data.dataset import Draw, TrainingData, build_sets
 from internvl_chat.data.encoding import Measured, RecordEncoder
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordKey, RecordSet
 from internvl_chat.data.tokenizer_training import train_tokenizer
 from internvl_chat.errors import DataError
 

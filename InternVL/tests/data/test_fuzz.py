@@ -6,21 +6,13 @@ import resource
 
 import pytest
 from fuzzing import fuzz_images, fuzz_metas, fuzz_records, good_records, mutate_bytes, mutate_value
-from small_sets import entry_of, smooth
+from small_sets import entry_of
 
 from internvl_chat.cli import main as m3llm
 
 MOST_MEMORY = 2e9
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "images").mkdir()
-    smooth(60, 20).save(tmp_path / "images/a.png")
-    smooth(20, 60, seed=1).save(tmp_path / "images/b.jpg")
-    return tmp_path
 
 
 def test_records(folder):

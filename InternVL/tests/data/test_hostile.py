@@ -5,23 +5,15 @@ import logging
 
 import pytest
 from fuzzing import soon
-from small_sets import encoder, entry_of, image_record, smooth, text_record, write_set
+from small_sets import encoder, entry_of, image_record, text_record, write_set
 
 from internvl_chat.data import jsonl
 from internvl_chat.data.audit import audit
 from internvl_chat.data.audit_report import write_report
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.errors import DataError, ModelError
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "images").mkdir()
-    smooth(60, 20).save(tmp_path / "images/a.png")
-    smooth(20, 60, seed=1).save(tmp_path / "images/b.jpg")
-    return tmp_path
 
 
 def problem_of(folder, content: bytes) -> tuple[str, str]:

@@ -13,12 +13,13 @@ from PIL import Image
 from transformers import Qwen2Tokenizer
 
 from internvl_chat.data import lengths as lengths_module
-from internvl_chat.data.dataset import RecordSet, build_sets
+from internvl_chat.data.dataset import build_sets
 from internvl_chat.data.encoding import Measured, RecordEncoder
 from internvl_chat.data.length_cache import default_cache
 from internvl_chat.data.lengths import Lengths, index_lengths, tokenizer_digest
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.data.tokenizer_training import train_tokenizer
 from internvl_chat.errors import DataError

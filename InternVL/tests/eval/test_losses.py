@@ -11,10 +11,10 @@ from model.conftest import make_model
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer_training import train_tokenizer
 from internvl_chat.errors import DataError
 from internvl_chat.eval.losses import RecordLoss, losses

@@ -134,8 +134,8 @@ def test_what_is_no_number_is_a_difference() -> None:
 def test_made_up_records_are_of_every_kind(tiny_model) -> None:
     examples = made_up_examples(tiny_model)
     assert {len(example.images) for example in examples} >= {0, 1, 2}
-    assert all(example.turns[-1].role == "assistant" for example in examples)
-    assert [e.turns for e in examples] == [e.turns for e in made_up_examples(tiny_model)]
+    assert all(example.record.turns[-1].role == "assistant" for example in examples)
+    assert [e.record.turns for e in examples] == [e.record.turns for e in made_up_examples(tiny_model)]
 
 
 def test_made_up_records_fit_the_checkpoint(tiny_model, tmp_path) -> None:

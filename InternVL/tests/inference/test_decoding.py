@@ -37,7 +37,9 @@ def decode(engine: Engine, prompts: Iterable[Prompt], **options) -> tuple[list[l
     settings = {"end_id": engine.end_id, "max_new_tokens": LENGTH, "sampling": None, **options}
     decoder = Watched(engine.model.language_model, **settings)
     answers: dict[int, list[int]] = {}
-    for number, token in decoder.run(engine._embed(prompt, engine._encode(prompt)) for prompt in prompts):
+    for number, token in decoder.run(
+        engine.embed(engine._encode(prompt), prompt.images) for prompt in prompts
+    ):
         answers.setdefault(number, []).extend([] if token is None else [token])
     return [answers[number] for number in sorted(answers)], decoder
 
@@ -89,7 +91,7 @@ def test_logits_are_those_of_a_full_forward_pass(kind):
     llm, words = engine.model.language_model, engine.model.language_model.get_input_embeddings()
     for prompt in mixed_prompts(5, seed=1):
         [ids], watched = decode(engine, [prompt])
-        embeddings = engine._embed(prompt, engine._encode(prompt))
+        embeddings = engine.embed(engine._encode(prompt), prompt.images)
         with torch.no_grad():
             row = torch.cat([embeddings, words(torch.tensor(ids[:-1], dtype=torch.long))])[None]
             expected = llm(inputs_embeds=row, use_cache=False).logits[0, len(embeddings) - 1 :]

@@ -7,9 +7,9 @@ import pytest
 from helpers import flags
 
 from internvl_chat.cli import main as m3llm
+from internvl_chat.folder_lock import lock_folder
 from internvl_chat.model.adapter import ADAPTER_WEIGHTS
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.output_folder import lock_folder
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 
@@ -236,7 +236,7 @@ def test_flags_that_make_no_sense(start, capfd, change, message):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_kernels_of_a_package_that_is_missing(start, monkeypatch, capfd, installed):
-    monkeypatch.setattr("internvl_chat.train.checks.is_liger_kernel_available", lambda: installed)
+    monkeypatch.setattr("internvl_chat.train.flag_rules.is_liger_kernel_available", lambda: installed)
     assert start(use_liger=True)[0] == 2
     error = capfd.readouterr().err
     assert ("the package liger-kernel is not installed (pip install liger-kernel)" in error) != installed

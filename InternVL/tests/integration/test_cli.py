@@ -7,10 +7,10 @@ import pytest
 
 from internvl_chat.cli import build_parser
 from internvl_chat.cli import main as m3llm
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import load_meta
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.model.folders import read_config
 

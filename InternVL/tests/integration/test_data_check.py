@@ -7,7 +7,7 @@ from helpers import flags
 from small_sets import break_inside, noise, text_record, write_lines
 
 from internvl_chat.cli import main as m3llm
-from internvl_chat.data.dataset import RecordSet
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.train import internvl_chat_finetune
 from internvl_chat.train.internvl_chat_finetune import main as train
 

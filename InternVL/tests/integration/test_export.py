@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from internvl_chat.cli import main as m3llm
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.errors import ModelError

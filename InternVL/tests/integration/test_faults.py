@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or short of disk space come out as if nothing had been, or say what was."""
 
+import functools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from helpers import LAUNCHERS, SOURCE_ROOT, flags
+from helpers import LAUNCHERS, SOURCE_ROOT, changed_weights, flags
 
 from internvl_chat.model.weights import open_weights
 from internvl_chat.train import checkpoint_writer, internvl_chat_finetune
@@ -42,10 +43,7 @@ def same_run(one, other, metrics):
     for key in ("step", "loss", "grad_norm", "learning_rate"):
         assert [row[key] for row in metrics(one)] == [row[key] for row in metrics(other)], key
     assert (one / "ledger.jsonl").read_text() == (other / "ledger.jsonl").read_text()
-    weights = [open_weights(folder / "model.safetensors") for folder in (one, other)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, read in weights[0].items():
-        assert torch.equal(read(), weights[1][name]()), name
+    assert not changed_weights(one, other)
 
 
 # Signals
@@ -96,17 +94,38 @@ class Launched:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model, sample_data, tmp_path_factory):
     """Finished runs by the number of processes."""
-    folders = {}
 
+    @functools.cache
     def get(processes):
-        if processes not in folders:
-            folder = tmp_path_factory.mktemp("undisturbed") / "out"
-            code, output = Launched(tiny_model, sample_data, folder, processes).end()
-            assert code == 0, output
-            folders[processes] = folder
-        return folders[processes]
+        folder = tmp_path_factory.mktemp("undisturbed") / "out"
+        code, output = Launched(tiny_model, sample_data, folder, processes).end()
+        assert code == 0, output
+        return folder
 
     return get
+
+
+@pytest.fixture
+def launch(tiny_model, sample_data, tmp_path):
+    """Start the launcher, always with the same output folder."""
+
+    def start(processes, **environment):
+        return Launched(tiny_model, sample_data, tmp_path / "out", processes, **environment)
+
+    return start
+
+
+@pytest.fixture
+def ends_undisturbed(undisturbed, metrics):
+    """Wait for the end of a run, which is that of one that nothing disturbed; returns its output."""
+
+    def wait(run, processes):
+        code, output = run.end()
+        assert code == 0, output
+        same_run(run.folder, undisturbed(processes), metrics)
+        return output
+
+    return wait
 
 
 @pytest.mark.parametrize(
@@ -118,10 +137,9 @@ def undisturbed(tiny_model, sample_data, tmp_path_factory):
     ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(
-    undisturbed, tiny_model, sample_data, tmp_path, metrics, name, code, processes
+    launch, ends_undisturbed, metrics, name, code, processes
 ):
-    folder = tmp_path / "out"
-    run = Launched(tiny_model, sample_data, folder, processes)
+    run = launch(processes)
     run.wait_for_step(2)
     run.process.send_signal(signal.Signals[name])
     found, output = run.end()
@@ -129,60 +147,48 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert f"stopped by {name} after step" in output
     assert f"stopped by a signal (exit code {code}); the same command again goes on" in output
     assert "Traceback" not in output
-    done = len(metrics(folder))
+    done = len(metrics(run.folder))
     assert 2 <= done < STEPS
-    assert list_checkpoints(folder)[-1].name == f"checkpoint-{done}"
-    assert not (folder / "model.safetensors").exists()
-    found, output = Launched(tiny_model, sample_data, folder, processes).end()
-    assert found == 0, output
-    assert f"resuming from {folder}/checkpoint-{done}" in output
-    same_run(folder, undisturbed(processes), metrics)
+    assert list_checkpoints(run.folder)[-1].name == f"checkpoint-{done}"
+    assert not (run.folder / "model.safetensors").exists()
+    output = ends_undisturbed(launch(processes), processes)
+    assert f"resuming from {run.folder}/checkpoint-{done}" in output
 
 
 @pytest.mark.slow
-def test_a_signal_to_every_process_of_the_job(undisturbed, tiny_model, sample_data, tmp_path, metrics):
+def test_a_signal_to_every_process_of_the_job(launch, ends_undisturbed):
     """As SLURM sends it: also to the loader's processes, and to those that the launcher passes it on to."""
-    folder = tmp_path / "out"
-    run = Launched(tiny_model, sample_data, folder, 2)
+    run = launch(2)
     run.wait_for_step(2)
     for process in psutil.Process(run.process.pid).children(recursive=True):
         process.send_signal(signal.SIGTERM)
     run.process.send_signal(signal.SIGTERM)
     code, output = run.end()
     assert code == 143, output
-    assert Launched(tiny_model, sample_data, folder, 2).end()[0] == 0
-    same_run(folder, undisturbed(2), metrics)
+    ends_undisturbed(launch(2), 2)
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_killed_process_is_started_again(
-    undisturbed, tiny_model, sample_data, tmp_path, metrics, processes
-):
+def test_a_killed_process_is_started_again(launch, ends_undisturbed, processes):
     """By torchrun; the run goes on from the last checkpoint, with the same command."""
-    folder = tmp_path / "out"
-    run = Launched(tiny_model, sample_data, folder, processes, MAX_RESTARTS="2")
+    run = launch(processes, MAX_RESTARTS="2")
     run.wait_for_step(7)
     run.trainers()[-1].kill()
-    code, output = run.end()
-    assert code == 0, output
-    assert f"resuming from {folder}/checkpoint-5" in output
-    same_run(folder, undisturbed(processes), metrics)
+    assert f"resuming from {run.folder}/checkpoint-5" in ends_undisturbed(run, processes)
 
 
 @pytest.mark.slow
-def test_without_its_launcher_a_run_saves_and_ends(undisturbed, tiny_model, sample_data, tmp_path, metrics):
-    folder = tmp_path / "out"
-    run = Launched(tiny_model, sample_data, folder, 2)
+def test_without_its_launcher_a_run_saves_and_ends(launch, ends_undisturbed, metrics):
+    run = launch(2)
     run.wait_for_step(2)
     trainers = run.trainers()
     assert len(trainers) == 2
     run.process.kill()
     _, alive = psutil.wait_procs(trainers, timeout=PATIENCE)
     assert not alive
-    assert len(metrics(folder)) < STEPS
+    assert len(metrics(run.folder)) < STEPS
     run.process.stdout.close()
-    assert Launched(tiny_model, sample_data, folder, 2).end()[0] == 0
-    same_run(folder, undisturbed(2), metrics)
+    ends_undisturbed(launch(2), 2)
 
 
 # Checkpoints
@@ -296,12 +302,12 @@ def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
     assert "Traceback" not in result.stderr
 
 
-def test_a_log_that_cannot_be_written_costs_lines_and_not_the_run(tiny_model, sample_data, tmp_path):
+def test_a_log_that_cannot_be_written_costs_lines_and_not_the_run(launch, tmp_path):
     """By the launcher: what it writes its log with finds the disk full."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "training_log.txt").symlink_to("/dev/full")
-    code, output = Launched(tiny_model, sample_data, out, 1).end()
+    code, output = launch(1).end()
     assert code == 0, output
     assert f"finished: the model is in {out}" in output
 
@@ -407,8 +413,8 @@ def test_too_many_bad_steps_end_the_run(tiny_model, sample_data, tmp_path, capfd
 # Loader processes
 
 
-def test_a_loader_process_that_is_killed_is_named(tiny_model, sample_data, tmp_path):
-    run = Launched(tiny_model, sample_data, tmp_path / "out", 1)
+def test_a_loader_process_that_is_killed_is_named(launch):
+    run = launch(1)
     run.wait_for_step(1)
     (trainer,) = run.trainers()
     for loader in trainer.children():

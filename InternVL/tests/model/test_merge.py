@@ -1,6 +1,7 @@
 """Merging: the numbers stay, nothing else is touched, and a failure leaves nothing behind."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from model.conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from internvl_chat.errors import ModelError
+from internvl_chat.errors import ModelError, UsageError
 from internvl_chat.model import merge as merging
 from internvl_chat.model.adapter import BaseModel, save_adapter
-from internvl_chat.model.derived import STAMP
+from internvl_chat.model.derived import STAMP, making
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.merge import MergeResult, merge
@@ -262,6 +263,31 @@ def test_what_a_killed_merge_left_is_no_obstacle(folder: Path, tmp_path: Path) -
     merge(tmp_path / "adapter", tmp_path / "out/merged")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["merged"]
     assert_plain(tmp_path / "out/merged")
+
+
+def test_two_merges_into_one_target_do_not_meet(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that starts while another is at work is refused; one that was overtaken leaves the result alone."""
+    source, target = tmp_path / "adapter", tmp_path / "merged"
+    save_trained_adapter(folder, source)
+    write = merging.write_weights
+
+    def refused(*args, **kwargs) -> None:
+        with pytest.raises(UsageError, match=rf"another run \(process {os.getpid()}\) is writing"):
+            merge(source, target)
+        return write(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "write_weights", refused)
+        merge(source, target)
+    assert_plain(target)
+    before = contents(target)
+
+    with pytest.raises(ModelError, match="another process has made it"), making(target, {}, checked=False):
+        pytest.fail("the target is there already")
+    assert contents(target) == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_base_must_be_the_right_one_and_may_have_moved(folder: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.collator import pack_samples
-from internvl_chat.data.dataset import RecordKey, Sample
 from internvl_chat.data.encoding import Encoded
+from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.model.modeling import InternVLChatModel
 
 ATTENTIONS = ("varlen", "sdpa", "eager")

@@ -12,10 +12,10 @@ import torch
 from helpers import flags
 
 from internvl_chat.data.collator import pack_samples
-from internvl_chat.data.dataset import RecordSet
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tiling import normalize_tiles, plan_grid
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.inference.engine import Engine, Prompt

@@ -1,0 +1,21 @@
+"""Teacher-forced losses of the tokens of packed records, without a gradient."""
+
+import torch
+
+from internvl_chat.data.collator import Pack
+from internvl_chat.model.modeling import InternVLChatModel
+
+
+@torch.no_grad()
+def pack_losses(model: InternVLChatModel, pack: Pack, normalization: str) -> list[torch.Tensor]:
+    """Return the losses of each record's supervised tokens, float32 on the CPU.
+
+    Args:
+        model: in evaluation mode.
+        pack: of records.
+        normalization: pixel statistics of the tiles.
+    """
+    device = next(model.parameters()).device
+    pixels = pack.pixel_values(device, normalization, model.pixel_dtype)
+    losses = model(**pack.text_inputs(device), pixel_values=pixels).token_losses.cpu()
+    return list(losses.split(pack.supervised.tolist()))
