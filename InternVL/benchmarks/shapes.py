@@ -78,14 +78,20 @@ def random_model(
     with torch.device(device):
         model = empty_model(shape.config(), image_context_id, torch.bfloat16, attn)
     generator = torch.Generator(device).manual_seed(0)
-    scale = model.config.vision_config.initializer_factor
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.02, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else scale if ".ls" in name else 1.0)
+            fill(name, parameter, model.config, generator)
     return model
+
+
+def fill(
+    name: str, tensor: torch.Tensor, config: InternVLChatConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """Give a weight of that name its random values, and return it."""
+    if tensor.ndim > 1:
+        return tensor.normal_(0.0, 0.02, generator=generator)
+    scale = config.vision_config.initializer_factor
+    return tensor.fill_(0.0 if name.endswith("bias") else scale if ".ls" in name else 1.0)
 
 
 def use_transformers_norms(model: InternVLChatModel) -> None:

@@ -1,0 +1,49 @@
+"""The benchmark of merging and exporting: one run at its smallest, and what it says of a failure."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import SOURCE_ROOT
+
+sys.path.insert(0, str(SOURCE_ROOT))
+
+from benchmarks.conversion_memory import main, measure, write_adapter
+from benchmarks.shapes import SHAPES
+from internvl_chat.model.checkpoint import load_model
+from internvl_chat.model.lora import lora_layers
+
+
+def test_both_commands(tmp_path) -> None:
+    script, out = SOURCE_ROOT / "benchmarks/conversion_memory.py", tmp_path / "rows.json"
+    options = ["--model", "smoke", "--check", "False", "--folder", str(tmp_path), "--json", str(out)]
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["work"], row["checked"], row["shards"]) for row in rows] == [
+        ("merge", False, 1),
+        ("export", False, 1),
+    ]
+    # More than a Python that has loaded torch, less than this machine needs for anything else.
+    assert all(0.1 < row["peak_memory_gb"] < 4 for row in rows)
+    assert done.stdout.splitlines()[1].startswith("merge")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_adapters_are_those_of_the_recipe_and_load(tmp_path) -> None:
+    adapter = write_adapter(tmp_path, SHAPES["smoke"])
+    layers = lora_layers(load_model(adapter, image_context_id=0))
+    assert len(layers) == 2 * 7
+    assert all(layer.r["default"] == 16 and layer.lora_B["default"].weight.any() for layer in layers.values())
+
+
+def test_a_command_that_fails_is_told(tmp_path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)m3llm merge ended with exit code 1:.*nowhere"):
+        measure("merge", tmp_path / "nowhere", tmp_path, "False")
+
+
+def test_an_unknown_command(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--works", "merge,fold"])
+    assert "fold is unknown" in capsys.readouterr().err
