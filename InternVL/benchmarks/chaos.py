@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,10 +29,11 @@ from benchmarks.report import write_report
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune/M3LLM-fulldata-fullmodel.sh"
 VICTIMS = ("process", "launcher", "all")
-# Share of the kills that come after a step, the most steps before them, and how long a step and a save take.
+# Share of the kills that come after a step, and the most steps before them.
 _LATE_SHARE = 0.7
 _MOST_STEPS = 8
-_STEP_SECONDS = 0.5
+# The time of so many steps is enough for a step and a save.
+_STEPS_AND_A_SAVE = 3
 # Share of the restarts before which the newest of several checkpoints is damaged.
 _DAMAGE_SHARE = 0.2
 
@@ -178,6 +180,7 @@ def disturb(args: argparse.Namespace, run: Run, folder: Path) -> Figures:
     first_step = _wait_for_step(process, calm)
     if process.wait():
         raise RuntimeError(f"the undisturbed run failed; see {calm}.log")
+    step = statistics.median(row["seconds"] for row in _rows(calm))
     figures, rng = Figures(steps=args.steps), random.Random(args.seed)
     # Numbers of the folders: their names come again.
     damaged: set[int] = set()
@@ -191,7 +194,7 @@ def disturb(args: argparse.Namespace, run: Run, folder: Path) -> Figures:
         process = run.start(chaos)
         figures.starts += 1
         if figures.kills < args.kills:
-            killed = _wait_for_moment(process, chaos, first_step, kept, rng)
+            killed = _wait_for_moment(process, chaos, first_step, step, kept, rng)
             if killed:
                 _kill(process, chaos, kept, rng, figures)
         else:
@@ -213,9 +216,18 @@ def disturb(args: argparse.Namespace, run: Run, folder: Path) -> Figures:
 
 
 def _wait_for_moment(
-    process: subprocess.Popen, output: Path, first_step: float, kept: int, rng: random.Random
+    process: subprocess.Popen, output: Path, first_step: float, step: float, kept: int, rng: random.Random
 ) -> bool:
-    """Wait for a random moment, while it starts or after some steps; returns whether it still runs then."""
+    """Wait for a random moment, while it starts or after some steps; returns whether it still runs then.
+
+    Args:
+        process: the launcher.
+        output: the run's folder.
+        first_step: seconds from its start to its first step.
+        step: seconds that a step takes.
+        kept: steps that are done for good.
+        rng: of the moments.
+    """
     until, steps = rng.uniform(0.1, first_step), 0
     if rng.random() < _LATE_SHARE:
         until, steps = 20 * first_step, rng.randint(1, _MOST_STEPS)
@@ -224,7 +236,7 @@ def _wait_for_moment(
         if process.poll() is not None:
             return False
         time.sleep(0.005)
-    time.sleep(rng.uniform(0, _STEP_SECONDS))
+    time.sleep(rng.uniform(0, _STEPS_AND_A_SAVE * step))
     return process.poll() is None
 
 
