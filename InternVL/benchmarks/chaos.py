@@ -182,12 +182,11 @@ def disturb(args: argparse.Namespace, run: Run, folder: Path) -> Figures:
         raise RuntimeError(f"the undisturbed run failed; see {calm}.log")
     step = statistics.median(row["seconds"] for row in _rows(calm))
     figures, rng = Figures(steps=args.steps), random.Random(args.seed)
-    # Numbers of the folders: their names come again.
-    damaged: set[int] = set()
+    damaged: set[tuple[int, int]] = set()
     while True:
         if figures.kills and rng.random() < _DAMAGE_SHARE:
             figures.damaged += _damage_newest(chaos, rng, damaged)
-        bad = {path.name for path in _checkpoints(chaos) if path.stat().st_ino in damaged}
+        bad = {path.name for path in _checkpoints(chaos) if _identity(path) in damaged}
         done, kept = _last_step(chaos), _newest_step(chaos, bad)
         figures.steps_done_again += done - kept
         logged = len(_lines(chaos / "training_log.txt"))
@@ -293,10 +292,10 @@ def _wait_for_step(process: subprocess.Popen, output: Path) -> float:
     return time.monotonic() - began
 
 
-def _damage_newest(output: Path, rng: random.Random, damaged: set[int]) -> bool:
+def _damage_newest(output: Path, rng: random.Random, damaged: set[tuple[int, int]]) -> bool:
     """Change or cut a file of the newest checkpoint, if there is another; returns whether it was done."""
     checkpoints = sorted(_checkpoints(output), key=_step_of)
-    if len(checkpoints) < 2 or checkpoints[-1].stat().st_ino in damaged:
+    if len(checkpoints) < 2 or _identity(checkpoints[-1]) in damaged:
         return False
     file = rng.choice([path for path in checkpoints[-1].iterdir() if path.stat().st_size])
     content = bytearray(file.read_bytes())
@@ -306,8 +305,14 @@ def _damage_newest(output: Path, rng: random.Random, damaged: set[int]) -> bool:
     else:
         del content[place:]
     file.write_bytes(content)
-    damaged.add(checkpoints[-1].stat().st_ino)
+    damaged.add(_identity(checkpoints[-1]))
     return True
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return what no other checkpoint has: names come again, and so do the numbers of deleted folders."""
+    state = folder.stat()
+    return state.st_ino, state.st_mtime_ns
 
 
 def _checkpoints(output: Path) -> list[Path]:

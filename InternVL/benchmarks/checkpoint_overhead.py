@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.flags import as_tokens
 from benchmarks.jobs import Job
+from benchmarks.options import names_of
 from benchmarks.ours import make_trainer, read_metrics
 from benchmarks.recipes import RECIPES
 from benchmarks.report import write_report
@@ -85,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.model = args.model or ("mid" if args.device == "cpu" else "internvl3-8b")
-    modes = [name.strip() for name in args.modes.split(",")]
-    if set(modes) - set(MODES):
-        parser.error(f"--modes: choose from {','.join(MODES)}")
+    modes = names_of(parser, "--modes", args.modes, MODES)
     if args.every < 2 or args.steps <= args.every or args.warmup < 0:
         parser.error("--every must be at least 2, --steps larger than it, and --warmup at least 0")
     if args.threads:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 import torch
 
+from benchmarks.options import names_of
 from benchmarks.recipes import RECIPES
 from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES, Shape, fill, weightless_model
@@ -79,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    works = [name.strip() for name in args.works.split(",")]
-    if unknown := set(works) - set(WORKS):
-        parser.error(f"--works: {', '.join(sorted(unknown))} is unknown; choose from {','.join(WORKS)}")
+    works = names_of(parser, "--works", args.works, WORKS)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         adapter = write_adapter(Path(folder), SHAPES[args.model])
         try:
@@ -147,6 +146,7 @@ def measure(work: str, source: Path, folder: Path, check: str) -> Conversion:
             with contextlib.suppress(psutil.NoSuchProcess):
                 peak = max(peak, process.memory_info().rss)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+        seconds = time.perf_counter() - began
         if command.returncode:
             log.seek(0)
             raise RuntimeError(
@@ -154,7 +154,7 @@ def measure(work: str, source: Path, folder: Path, check: str) -> Conversion:
             )
     shards = len(weight_files(target))
     shutil.rmtree(target)
-    return Conversion(work, check == "True", shards, time.perf_counter() - began, peak / 1e9)
+    return Conversion(work, check == "True", shards, seconds, peak / 1e9)
 
 
 if __name__ == "__main__":

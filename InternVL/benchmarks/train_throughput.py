@@ -19,6 +19,7 @@ import torch
 from benchmarks import jobs
 from benchmarks.ablations import ablations
 from benchmarks.jobs import Job, Result
+from benchmarks.options import names_of
 from benchmarks.recipes import RECIPES, RECORDS_AN_EPOCH
 from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES
@@ -105,10 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = RECIPES[args.recipe]
     args.steps = recipe.steps if args.steps is None else args.steps
     args.warmup = recipe.warmup if args.warmup is None else args.warmup
-    presets = [name.strip() for name in args.presets.split(",")]
-    unknown = set(presets) - set(PRESETS)
-    if unknown:
-        parser.error(f"--presets: {', '.join(sorted(unknown))} is unknown; choose from {','.join(PRESETS)}")
+    presets = names_of(parser, "--presets", args.presets, PRESETS)
     if min(args.steps, args.repeats) < 1 or args.warmup < 0:
         parser.error("--steps and --repeats must be at least 1, and --warmup at least 0")
     try:

@@ -96,8 +96,9 @@ def making(target: Path, stamp: dict[str, Any], *, checked: bool) -> Iterator[Pa
         (staging / STAMP).write_text(json.dumps(stamp | made, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rmdir()
-        (staging / LOCK).unlink()
         staging.rename(target)
+        # Not before: another process would take the folder for one that nobody is making.
+        (target / LOCK).unlink()
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

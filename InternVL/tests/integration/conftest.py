@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import RECIPES, flags
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +15,20 @@ def augmented(sample_data, tmp_path_factory):
     path = tmp_path_factory.mktemp("meta") / "augmented.json"
     path.write_text(json.dumps(meta))
     return path
+
+
+@pytest.fixture
+def small_run(tiny_model, augmented):
+    """The command line of a small run, with changes."""
+
+    def make(folder, recipe="full", **values) -> list[str]:
+        common = {
+            "model_name_or_path": tiny_model,
+            "meta_path": augmented,
+            "output_dir": folder,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        }
+        return flags(**{**common, **RECIPES[recipe], **values})
+
+    return make

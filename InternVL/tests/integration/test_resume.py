@@ -2,33 +2,20 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from helpers import RECIPES, WEIGHTS, changed_weights, flags
+from helpers import RECIPES, WEIGHTS, changed_weights
 
 from internvl_chat.model.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 
 @pytest.fixture
-def arguments(tiny_model, augmented):
-    """The command line of a small run."""
-
-    def make(folder, recipe="full", **values) -> list[str]:
-        common = {
-            "model_name_or_path": tiny_model,
-            "meta_path": augmented,
-            "output_dir": folder,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 9,  # one and a half epochs
-            "save_steps": 2,
-            "dataloader_num_workers": 2,
-        }
-        return flags(**{**common, **RECIPES[recipe], **values})
-
-    return make
+def arguments(small_run):
+    """The command line of one and a half epochs."""
+    return partial(small_run, max_steps=9, save_steps=2, dataloader_num_workers=2)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -5,10 +5,11 @@ import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import RECIPES, SOURCE_ROOT, changed_weights, flags, run_training
+from helpers import RECIPES, SOURCE_ROOT, changed_weights, run_training
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.inference.engine import Engine, last_question
@@ -23,25 +24,10 @@ pytest.importorskip("rouge", reason="the package rouge is not installed")
 
 
 @pytest.fixture
-def arguments(tiny_model, augmented, sample_data):
+def arguments(small_run, sample_data):
     """The command line of a small run with validation."""
-
-    def make(folder, recipe="full", **values) -> list[str]:
-        common = {
-            "model_name_or_path": tiny_model,
-            "meta_path": augmented,
-            "output_dir": folder,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 6,
-            "save_steps": 3,
-            "eval_meta_path": sample_data / "held_out.json",
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-        }
-        return flags(**{**common, **RECIPES[recipe], **values})
-
-    return make
+    validation = {"eval_meta_path": sample_data / "held_out.json", "eval_strategy": "steps", "eval_steps": 2}
+    return partial(small_run, max_steps=6, save_steps=3, **validation)
 
 
 def validations(folder: Path) -> list[dict]:
