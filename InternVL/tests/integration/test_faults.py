@@ -108,11 +108,14 @@ def undisturbed(tiny_model, sample_data, tmp_path_factory):
 @pytest.fixture
 def launch(tiny_model, sample_data, tmp_path):
     """Start the launcher, always with the same output folder."""
+    # Tests started in the background inherit that SIGINT is ignored, which no launcher could undo.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(processes, **environment):
         return Launched(tiny_model, sample_data, tmp_path / "out", processes, **environment)
 
-    return start
+    yield start
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
