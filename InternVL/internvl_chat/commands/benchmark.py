@@ -78,6 +78,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from internvl_chat.eval.predictions import SETTINGS
     from internvl_chat.metrics.suite import FAMILIES
 
     problems = []
@@ -89,6 +90,8 @@ def _check(args: argparse.Namespace) -> None:
         problems.append("give --model, whose answers are evaluated, or --predictions, answers made elsewhere")
     if args.model and not args.out:
         problems.append("--out DIR is needed, where the answers go")
+    if args.predictions and args.out and (args.out / SETTINGS).exists():
+        problems.append(f"--out {args.out}: holds the answers of another evaluation; choose another")
     unknown = [name for name in args.metrics or () if name not in FAMILIES]
     if unknown:
         problems.append(f"--metrics {','.join(unknown)}: known are {', '.join(FAMILIES)}")

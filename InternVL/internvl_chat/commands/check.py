@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.data.meta import load_meta
     from internvl_chat.data.problems import WARNINGS
 
+    if args.model is None and (args.max_seq_length or args.truncate_text):
+        raise UsageError("--max_seq_length and --truncate_text need --model, whose tokenizer counts")
     specs, encoder = load_meta(args.meta, args.data_root), _encoder(args)
     if args.report:
         _make_folder(args.report)

@@ -50,7 +50,8 @@ def run_merge(args: argparse.Namespace) -> int:
     if result.already_merged:
         said = "is merged already"
     else:
-        said = f"{result.merged_layers} layers merged, in the reference's format"
+        merged = f"{result.merged_layers} layers merged" if result.merged_layers else "no adapters to merge"
+        said = f"{merged}; written in the reference's format"
     _report(args, result.folder, row, said, check)
     return 0
 

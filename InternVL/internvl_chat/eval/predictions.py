@@ -193,7 +193,11 @@ def _parse_row(line: bytes, file: Path, number: int) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         valid = False
     if not valid:
-        raise DataError("must be an object with 'task', 'index' and 'prediction'", file=file, line=number)
+        raise DataError(
+            "must be an object with the texts 'task' and 'prediction' and the whole number 'index'",
+            file=file,
+            line=number,
+        )
     return row
 
 

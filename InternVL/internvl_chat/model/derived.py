@@ -22,6 +22,12 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+def refuse_inside(target: Path, source: Path) -> None:
+    """Raise `ModelError` if the target is a folder within its source, which nothing may change."""
+    if source.resolve() in target.resolve().parents:
+        raise ModelError(f"{target}: is within {source}, which is read; choose another folder")
+
+
 def stamp_of(source: Path, work: str) -> dict[str, Any]:
     """Return what a folder made from `source` remembers: the work, and a hash of all that it was done to."""
     if is_adapter(source):
@@ -85,7 +91,10 @@ def making(target: Path, stamp: dict[str, Any], *, checked: bool) -> Iterator[Pa
         ModelError: another process has made it since it was looked at.
     """
     staging = target.with_name(f".{target.name}.partial")
-    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{target}: the folder cannot be made: {error.strerror}") from None
     lock = lock_folder(staging)
     try:
         if target.exists() and any(target.iterdir()):

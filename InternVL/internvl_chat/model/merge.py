@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_chat.model.derived import is_made, making, stamp_of
+from internvl_chat.model.derived import is_made, making, refuse_inside, stamp_of
 from internvl_chat.model.folders import is_hf_format, model_folder, write_files
 from internvl_chat.model.plain import has_adapters, open_plain
 from internvl_chat.model.weights import SHARD_BYTES, write_weights
@@ -41,11 +41,12 @@ def merge(
         max_shard_bytes: most bytes of a weight file, which are held in memory at a time.
 
     Raises:
-        ModelError: the base does not match, or the target holds something else.
+        ModelError: the base does not match, or the target holds something else or is within the source.
     """
     source, target = model_folder(source), Path(target)
     if source.resolve() == target.resolve() and not has_adapters(source) and not is_hf_format(source):
         return MergeResult(target, 0, already_merged=True)
+    refuse_inside(target, source)
     stamp = stamp_of(source, "merge")
     if is_made(target, stamp, checked=check is not None):
         return MergeResult(target, 0, already_merged=True)

@@ -28,8 +28,14 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _SHOWN = 160
 # Records of a set that are looked at for one that can be used.
 _TRIED = 100
-# What a checkpoint was trained with and cannot be changed by going on from it.
-_LASTING = ("template", "system_text", "normalize_type", "tile_size", "tokens_per_tile")
+# What a checkpoint was trained with and cannot be changed by going on from it, and the flag that decides it.
+_LASTING = {
+    "template": "--conv_style",
+    "system_text": "--conv_style",
+    "normalize_type": "--normalize_type",
+    "tile_size": "--force_image_size",
+    "tokens_per_tile": "--force_image_size and --down_sample_ratio",
+}
 
 
 def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
@@ -47,8 +53,9 @@ def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
         return
     stored = Preprocessing.read(file)
     problems = [
-        f"{file}: {name} was {getattr(stored, name)!r} there, and is {getattr(preprocessing, name)!r} here"
-        for name in _LASTING
+        f"{file}: {name} was {getattr(stored, name)!r} there, and is {getattr(preprocessing, name)!r} here "
+        f"({flag})"
+        for name, flag in _LASTING.items()
         if getattr(stored, name) != getattr(preprocessing, name)
     ]
     if problems:

@@ -151,6 +151,9 @@ def test_answers_made_elsewhere(undisturbed, bench, tmp_path, capfd):
     assert m3llm([*command, "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
     assert "exact match" in capfd.readouterr().out
+    assert m3llm([*command, "--out", str(undisturbed)]) == 2
+    assert "holds the answers of another evaluation; choose another" in capfd.readouterr().err
+    assert json.loads((undisturbed / "metrics.json").read_text()) == metrics
 
 
 class Recorder:

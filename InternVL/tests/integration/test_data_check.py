@@ -172,6 +172,12 @@ class TestCommand:
         assert (code, found[0]["problems"], found[0]["tokens_most"]) == (0, {"text cut": 1}, 300)
         assert rows(*base, "--max_dynamic_patch", 1)[1][0]["tiles"] == 1
 
+    @pytest.mark.parametrize("limit", [("--max_seq_length", 300), ("--truncate_text",)])
+    def test_limits_that_nobody_counts(self, shown, write, limit):
+        code, out, err = shown("data", "check", write(text_record(0)), *limit)
+        assert (code, out) == (2, "")
+        assert "--max_seq_length and --truncate_text need --model, whose tokenizer counts" in err
+
     def test_errors_of_the_user(self, shown, write, tmp_path, tiny_model):
         for argv, message in (
             ((tmp_path / "no.json",), "no such meta file"),

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from internvl_chat.errors import ModelError, UsageError
+from internvl_chat.inference.export import export_hf
 from internvl_chat.model import merge as merging
 from internvl_chat.model.adapter import BaseModel, save_adapter
 from internvl_chat.model.derived import STAMP, making
@@ -254,6 +257,21 @@ def test_a_failure_leaves_nothing_behind(
             merge(tmp_path / "adapter", target)
     assert list(target.parent.rglob("*")) == ([target] if exists else [])
     assert merge(tmp_path / "adapter", target).merged_layers == LLM_LAYERS
+
+
+def test_a_target_that_cannot_be_made_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file/merged"
+    with pytest.raises(ModelError, match=re.escape(f"{target}: the folder cannot be made: Not a directory")):
+        merge(folder, target)
+
+
+@pytest.mark.parametrize("work", [merge, export_hf])
+def test_a_target_within_its_source_is_refused(folder: Path, work: Callable) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ModelError, match=r"is within .*, which is read"):
+        work(folder, folder / "sub/model")
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_what_a_killed_merge_left_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
