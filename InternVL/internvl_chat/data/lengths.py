@@ -261,9 +261,7 @@ def _examine_here(sets: Sequence[RecordSet], task: _Task) -> _Outcome:
         pair[:] = examined.name, examined.content
         ids.append(show_id(examined.id))
         images.append(examined.images)
-        if examined.empty_turns:
-            turns = ", ".join(map(str, examined.empty_turns))
-            problems.append(_problem(records, index, ids[-1], "empty turn", f"empty answer in turn {turns}"))
+        problems += [_problem(records, index, ids[-1], *oddity) for oddity in examined.oddities]
     return _Outcome(rows, ids, hashes, images, problems)
 
 

@@ -28,6 +28,8 @@ WARNINGS = {
     "fewer tiles": "Images are cut into fewer tiles than their limit allows, to fit max_seq_length.",
     "text cut": "The end of the text is cut off, to fit max_seq_length (--truncate_text True).",
     "empty turn": "One of several answers is empty.",
+    "turn order": "Questions and answers do not take turns: one is missing, or they are in the wrong order.",
+    "placeholder in answer": "An answer contains <image>, which shows nothing and is learnt as text.",
     "duplicate id": "Another record of the same data set has the same id.",
     "duplicate record": "Another record has the same conversation and images.",
     "not compared": "A part of a benchmark could not be read, so that the records were not held against it.",

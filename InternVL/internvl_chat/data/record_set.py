@@ -16,7 +16,7 @@ from internvl_chat.data.images import check_decoding, decode_image, image_facts,
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.problems import RecordProblem, show_id, show_message
-from internvl_chat.data.records import Record, parse_record
+from internvl_chat.data.records import Record, oddities, parse_record
 from internvl_chat.data.shown_images import ShownImage
 from internvl_chat.errors import DataError
 from internvl_chat.logs import get_logger
@@ -163,10 +163,9 @@ class RecordSet:
                 if decode or not image.ends_well:
                     check_decoding(path, image)
         content = repr((record.turns, [str(path) for path in paths]))
-        empty = [number for number, turn in enumerate(record.turns, 1)
-                 if turn.role == "assistant" and not turn.text.strip()]  # fmt: skip
         return Examined(
-            measured, record.id, 0 if record.id is None else _hash(record.id), _hash(content), tuple(empty),
+            measured, record.id, 0 if record.id is None else _hash(record.id), _hash(content),
+            tuple(oddities(record.turns)),
             tuple(ShownImage(name, image.num_bytes, image.mtime_ns)
                   for name, image in zip(record.images, facts, strict=True)),
         )  # fmt: skip
@@ -239,7 +238,7 @@ class Examined(NamedTuple):
         id: in the file.
         name: hash of the id, 0 for none.
         content: hash of its conversation and the paths of its images.
-        empty_turns: numbers, from 1, of answers without text.
+        oddities: what is strange in its conversation, as kind and message.
         images: its files, as they were when they were looked at.
     """
 
@@ -247,7 +246,7 @@ class Examined(NamedTuple):
     id: str | None
     name: int
     content: int
-    empty_turns: tuple[int, ...]
+    oddities: tuple[tuple[str, str], ...]
     images: tuple[ShownImage, ...]
 
 

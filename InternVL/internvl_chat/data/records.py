@@ -1,7 +1,8 @@
 """One record of a data set: its turns and its images, checked, whatever dialect it was written in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER, IMG_CONTEXT
@@ -60,6 +61,30 @@ def parse_record(raw: Any) -> Record:
         )
     identity = raw.get("id")
     return Record(None if identity is None else str(identity), turns, images)
+
+
+def oddities(turns: Sequence[Turn]) -> list[tuple[str, str]]:
+    """Return what is strange in a conversation that can be used: kinds of `WARNINGS`, and what it is."""
+    answers = [(number, turn.text) for number, turn in enumerate(turns, 1) if turn.role == "assistant"]
+    found = []
+    if empty := [str(number) for number, text in answers if not text.strip()]:
+        found.append(("empty turn", f"empty answer in turn {', '.join(empty)}"))
+    if marked := [str(number) for number, text in answers if IMAGE_PLACEHOLDER in text]:
+        found.append(
+            (
+                "placeholder in answer",
+                f"{IMAGE_PLACEHOLDER} in the answer of turn {', '.join(marked)} stays text",
+            )
+        )
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    if roles[0] == "assistant":
+        found.append(("turn order", "an answer comes first, without a question"))
+    if repeated := [role for role, following in pairwise(roles) if role == following]:
+        sides = "an answer follows an answer" if "assistant" in repeated else "a question follows a question"
+        found.append(("turn order", f"{sides}, with nothing between"))
+    if roles[-1] == "user":
+        found.append(("turn order", "the last question has no answer; nothing is learnt from it"))
+    return found
 
 
 def _parse_turns(raw: Mapping[str, Any]) -> tuple[Turn, ...]:

@@ -9,7 +9,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,8 @@ PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
 # Where the checkpoint is says nothing of what it is: its digest does.
 _ONLY_TOLD = ("model",)
+# Of a task, how many missing answers a message names.
+_MOST_INDICES = 5
 
 
 class PredictionLog:
@@ -179,10 +182,21 @@ def read_answers(file: Path, items: Sequence[Item], known: Sequence[Item]) -> di
             what = "is answered twice" if key in answers else "is no item of the benchmark"
             problems.append(str(DataError(f"{key[0]} {key[1]} {what}", file=file, line=number)))
         answers[key] = row["prediction"]
-    missing = [item.key for item in items if item.key not in answers]
-    problems += [f"{file}: {task} {index} has no answer" for task, index in missing]
+    problems += [f"{file}: {problem}" for problem in _unanswered(items, answers)]
     refuse(problems)
     return answers
+
+
+def _unanswered(items: Iterable[Item], answers: Mapping[Key, str]) -> Iterator[str]:
+    """Yield a sentence for each task of which answers are missing."""
+    missing: dict[str, list[int]] = defaultdict(list)
+    for item in items:
+        if item.key not in answers:
+            missing[item.task].append(item.index)
+    for task, indices in missing.items():
+        shown = ", ".join(map(str, indices[:_MOST_INDICES]))
+        more = f" and {len(indices) - _MOST_INDICES:,} more" if len(indices) > _MOST_INDICES else ""
+        yield f"{task} has no answer for index {shown}{more}"
 
 
 def _parse_row(line: bytes, file: Path, number: int) -> dict[str, Any]:

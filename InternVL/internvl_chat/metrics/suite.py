@@ -1,6 +1,7 @@
 """The metrics that an evaluation computes: their names, what each needs, and whether that is there."""
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def _find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=_NOT_DOWNLOADED))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = textwrap.shorten(str(error).strip() or type(error).__name__, 200, placeholder=" ...")
         raise ModelError(
-            f"{name}: neither a local folder nor available from the Hugging Face hub ({reason:.200})"
+            f"{name}: neither a local folder nor available from the Hugging Face hub ({reason})"
         ) from error

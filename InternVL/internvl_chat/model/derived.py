@@ -24,6 +24,8 @@ _SETTINGS = (
 
 def refuse_inside(target: Path, source: Path) -> None:
     """Raise `ModelError` if the target is a folder within its source, which nothing may change."""
+    if target.is_file():
+        raise ModelError(f"{target}: is a file; choose a folder")
     if source.resolve() in target.resolve().parents:
         raise ModelError(f"{target}: is within {source}, which is read; choose another folder")
 

@@ -85,6 +85,34 @@ class TestKinds:
         assert (problem.kind, problem.is_error, index.unusable) == ("empty turn", False, [])
         assert problem.message == "empty answer in turn 4"
 
+    @pytest.mark.parametrize(
+        ("roles", "message"),
+        [
+            ("ah", "an answer comes first, without a question"),
+            ("hah", "the last question has no answer; nothing is learnt from it"),
+            ("hha", "a question follows a question, with nothing between"),
+            ("haa", "an answer follows an answer, with nothing between"),
+            ("sahha", "an answer comes first, without a question"),
+            ("sha", None),
+            ("haha", None),
+        ],
+    )
+    def test_turns_out_of_order_are_a_warning(self, folder, roles, message):
+        names = {"s": "system", "h": "human", "a": "gpt"}
+        turns = [{"from": names[role], "value": "text"} for role in roles]
+        [index] = index_records([write_set(folder, [{"conversations": turns}])], cache=folder / "cache")
+        assert index.unusable == []
+        assert {problem.kind for problem in index.problems} == ({"turn order"} if message else set())
+        assert message is None or message in {problem.message for problem in index.problems}
+
+    def test_a_placeholder_in_an_answer_is_a_warning(self, folder):
+        turns = text_record(0, answer="See <image>.")["conversations"]
+        [index] = index_records([write_set(folder, [{"conversations": turns}])], cache=folder / "cache")
+        [problem] = index.problems
+        assert (problem.kind, problem.message) == (
+            "placeholder in answer", "<image> in the answer of turn 2 stays text"
+        )  # fmt: skip
+
 
 class TestMessages:
     def test_of_hostile_text(self):
