@@ -11,6 +11,8 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 td.m { overflow-wrap: anywhere; }
+td:first-child { min-width: 9rem; }
+.table { overflow-x: auto; }
 img { max-width: 100%; }
 """
 
@@ -32,15 +34,15 @@ def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table of texts and numbers, all escaped, numbers to the right."""
+    """Return a table of texts and numbers (`-` for an unknown one), all escaped, numbers to the right."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='table'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(value: Any) -> str:
     text = str(value)
-    kind = "n" if text.replace(",", "").replace(".", "", 1).isdigit() else "m"
+    kind = "n" if text == "-" or text.replace(",", "").replace(".", "", 1).isdigit() else "m"
     return f"<td class='{kind}'>{html.escape(text)}</td>"
 
 

@@ -64,27 +64,26 @@ def plot_radar(tasks: Mapping[str, Figures], picture: Path, *, benchmark: str, m
 
 
 def plot_bars(tasks: Mapping[str, Figures], picture: Path, *, benchmark: str, model: str) -> None:
-    """Draw the main figures of every task as a PNG, open tasks and multiple choice side by side."""
+    """Draw the main figures of every task as a PNG, open tasks above multiple choice."""
     groups = [
         ({task: f for task, f in tasks.items() if is_choice(f) == wanted}, names)
         for names, wanted in ((_BARS, False), (CHOICE, True))
     ]
     groups = [(chosen, names) for chosen, names in groups if chosen]
-    height = max(sum(len(_known(f, names)) + 1 for f in chosen.values()) for chosen, names in groups)
+    # In inches: bars of one thickness, and room for axis and legend.
+    heights = [0.24 * sum(len(_known(f, names)) + 1 for f in chosen.values()) + 1 for chosen, names in groups]
     plt = _pyplot()
-    figure, columns = plt.subplots(
-        1, len(groups), figsize=(6.5 * len(groups), max(2.5, 0.24 * height + 1)), squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
-    for axes, (chosen, names) in zip(columns[0], groups, strict=True):
-        _draw_bars(axes, chosen, names, plt.get_cmap("viridis"))
-        axes.set_ylim(height - 0.5, -1)  # bars of one thickness
+    figure = plt.figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
+    parts = figure.subfigures(len(groups), squeeze=False, height_ratios=heights)[:, 0]
+    for part, (chosen, names) in zip(parts, groups, strict=True):
+        _draw_bars(part, chosen, names, plt.get_cmap("viridis"))
     figure.suptitle(f"{_plain(benchmark)}: {_plain(model)}")
     _save(plt, figure, picture)
 
 
-def _draw_bars(axes: object, tasks: Mapping[str, Figures], names: tuple[str, ...], colours: object) -> None:
+def _draw_bars(part: object, tasks: Mapping[str, Figures], names: tuple[str, ...], colours: object) -> None:
     """Draw horizontal bars, so that no name has to be turned or cut."""
+    axes = part.subplots()
     place, ticks = 0, []
     drawn: set[str] = set()
     for task, figures in tasks.items():
@@ -98,10 +97,10 @@ def _draw_bars(axes: object, tasks: Mapping[str, Figures], names: tuple[str, ...
         ticks.append((place + (len(known) - 1) / 2, _plain(task)))
         place += len(known) + 1
     axes.set_yticks([middle for middle, _ in ticks], [name for _, name in ticks])
-    axes.set(xlim=(0, 112), xlabel="percent")
+    axes.set(xlim=(0, 112), ylim=(place - 0.5, -1), xlabel="percent")
     axes.spines[["top", "right"]].set_visible(False)
     if drawn:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=6, frameon=False, fontsize="small")
+        part.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
 
 
 def _known(figures: Figures, names: tuple[str, ...]) -> list[str]:
