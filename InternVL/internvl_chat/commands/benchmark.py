@@ -65,7 +65,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         raise UsageError(f"--tasks {','.join(unknown)}: {whole.name} has {', '.join(whole.tasks)}")
     benchmark = whole.select(args.tasks, args.limit)
     system = system_texts(whole, args.prompts)
-    suite = _suite(args) if process_index() == 0 else None
+    suite = _suite(args, benchmark) if process_index() == 0 else None
     if args.predictions:
         answers = read_answers(args.predictions, benchmark.items, whole.items)
     else:
@@ -99,11 +99,15 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(problems)
 
 
-def _suite(args: argparse.Namespace) -> Suite:
+def _suite(args: argparse.Namespace, benchmark: Benchmark) -> Suite:
     from internvl_chat.metrics.suite import build_suite
 
     return build_suite(
-        args.metrics, bertscore_model=args.bertscore_model, sts_model=args.sts_model, device=args.device
+        args.metrics,
+        has_open=any(not item.choices for item in benchmark.items),
+        bertscore_model=args.bertscore_model,
+        sts_model=args.sts_model,
+        device=args.device,
     )
 
 

@@ -38,6 +38,8 @@ class Record:
 def parse_record(raw: Any) -> Record:
     """Check and normalise a record: LLaVA/ShareGPT `conversations`, or `messages`.
 
+    Images are under `image` or `images`; without both, the parts of `messages` name them.
+
     A single image without a placeholder is shown before the first user turn (InternVL's rule). Where the
     image is a string, the reference puts the placeholder before the first turn unless that very turn has
     one; a system turn in front of `<image>` therefore begins with the placeholder as plain text.
@@ -147,11 +149,19 @@ def _join_parts(parts: list[Any], number: int) -> str:
 def _parse_images(raw: Mapping[str, Any]) -> tuple[str, ...]:
     if raw.get("image") and raw.get("images"):
         raise RecordProblem("both 'image' and 'images' are given; keep one")
-    images = raw.get("image") or raw.get("images") or []
+    images = raw.get("image") or raw.get("images") or _images_of_parts(raw)
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise RecordProblem("'image' must be a path or a list of paths")
     return tuple(images)
+
+
+def _images_of_parts(raw: Mapping[str, Any]) -> list[Any]:
+    """Return what the image parts of `messages` name; the turns have been checked."""
+    entries = [] if "conversations" in raw else raw.get("messages", [])
+    contents = [entry["content"] for entry in entries if isinstance(entry["content"], list)]
+    parts = [part for content in contents for part in content if part["type"] == "image"]
+    return [path for part in parts if (path := part.get("image") or part.get("path")) is not None]
 
 
 def _show_first(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

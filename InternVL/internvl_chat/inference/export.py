@@ -13,6 +13,7 @@ from internvl_chat.data.hf_processor import save_hf_processor
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.errors import ModelError
+from internvl_chat.model.card import carry_card
 from internvl_chat.model.derived import is_made, making, refuse_inside, stamp_of
 from internvl_chat.model.folders import ORIGINAL, model_folder, write_files
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
@@ -72,6 +73,7 @@ def export_hf(
         _write_json(staging / "generation_config.json", _generation_settings(model, tokenizer))
         _keep_original(model, staging / ORIGINAL)
         write_weights(to_hf_weights(model.weights), staging, max_shard_bytes=max_shard_bytes)
+        carry_card(source, staging, merged=model.merged_layers > 0)
         if check is not None:
             check(staging)
     return ExportResult(target, already_exported=False)

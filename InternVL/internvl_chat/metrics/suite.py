@@ -57,6 +57,7 @@ class Suite:
 def build_suite(
     wanted: Sequence[str] | None,
     *,
+    has_open: bool = True,
     bertscore_model: str | None = None,
     sts_model: str | None = None,
     device: str | None = None,
@@ -65,6 +66,7 @@ def build_suite(
 
     Args:
         wanted: families that are asked for; None asks for all that can be computed here.
+        has_open: there are open questions; without them nothing but `macro` is computed unasked.
         bertscore_model: folder or hub id; naming one asks for BERTScore.
         sts_model: folder or hub id; naming one asks for STS.
         device: of the encoders, or `auto`.
@@ -72,7 +74,7 @@ def build_suite(
     Raises:
         UsageError: what is asked for cannot be computed; names every package and model that is missing.
     """
-    families = set(FAMILIES if wanted is None else wanted)
+    families = set(wanted if wanted is not None else FAMILIES if has_open else ("macro",))
     asked = set(wanted or ())
     asked |= {f for f, model in (("bertscore", bertscore_model), ("sts", sts_model)) if model}
     missing = {

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_chat.model.card import carry_card
 from internvl_chat.model.derived import is_made, making, refuse_inside, stamp_of
 from internvl_chat.model.folders import is_hf_format, model_folder, write_files
 from internvl_chat.model.plain import has_adapters, open_plain
@@ -55,6 +56,7 @@ def merge(
         write_weights(model.weights, staging, max_shard_bytes=max_shard_bytes)
         write_files(model.companions, staging)
         (staging / "config.json").write_text(model.config_text, encoding="utf-8")
+        carry_card(source, staging, merged=model.merged_layers > 0)
         if check is not None:
             check(staging)
     return MergeResult(target, model.merged_layers, already_merged=False)

@@ -172,7 +172,9 @@ def _run(plan: Plan, trainer: M3LLMTrainer) -> signal.Signals | None:
     if plan.args.run.process_index == 0:
         plot_loss(output / METRICS, output / PLOT, output / VALIDATION)
         validation = read_validation(output / VALIDATION, step)
-        write_model_card(plan.args, trainer.data, count_parameters(trainer.model), validation)
+        held = None if trainer.validation is None else trainer.validation.data
+        parameters = count_parameters(trainer.model)
+        write_model_card(plan.args, trainer.data, held, parameters, validation)
         (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         logger.info("finished: the model is in %s", output)
     return None

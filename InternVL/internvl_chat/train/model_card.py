@@ -5,6 +5,7 @@ Written as the `README.md` that model hubs show, with the front matter that they
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from internvl_chat.data.dataset import TrainingData
 from internvl_chat.errors import ModelError
 from internvl_chat.logs import get_logger
 from internvl_chat.model.adapter import read_base
+from internvl_chat.model.card import ADAPTERS_FOR, CARD, CARD_MARK, VERSION_OF
 from internvl_chat.model.folders import is_adapter, model_folder
 from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.fingerprint import fingerprint
-from internvl_chat.train.output_folder import CARD, CARD_MARK, METRICS, may_write_card
+from internvl_chat.train.output_folder import METRICS, may_write_card
 
 logger = get_logger(__name__)
 
@@ -43,6 +45,7 @@ m3llm generate --model FOLDER --image figure.jpg "What does panel A show?"
 def write_model_card(
     args: Arguments,
     data: TrainingData,
+    held: TrainingData | None,
     parameters: tuple[int, int],
     validation: Mapping[str, float],
 ) -> None:
@@ -51,6 +54,7 @@ def write_model_card(
     Args:
         args: the run's.
         data: what was trained on.
+        held: what was validated on, if anything was.
         parameters: of the model, all and trained.
         validation: the last figure of each kind; empty where nothing was validated.
     """
@@ -64,14 +68,14 @@ def write_model_card(
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(base, licence, adapters), sort_keys=False)}---\n{CARD_MARK}",
         f"# {folder.name}",
-        f"{'Adapters (LoRA) for' if adapters else 'A fine-tuned version of'} {' and '.join(base)}.",
+        f"{ADAPTERS_FOR if adapters else VERSION_OF} {' and '.join(base)}.",
         f"**Licence of the base:** {licence}.",
         f"## Intended use and limits\n\n{_USE}",
         "## Use\n\n" + _COMMANDS.format(merge="m3llm merge FOLDER FOLDER-merged\n" if adapters else ""),
         "## Data\n\n" + _data(data),
         "## Recipe\n\n" + _table(("setting", "value"), _recipe(args, parameters).items()),
         "## Training\n\n" + _table(("", ""), _course(args, steps).items()),
-        "## Validation\n\n" + _validation(validation),
+        "## Validation\n\n" + _validation(held, validation),
     ]
     (folder / CARD).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
@@ -181,7 +185,7 @@ def _course(args: Arguments, steps: Sequence[Mapping[str, Any]]) -> dict[str, An
     """Return what the run took and where its loss ended."""
     run = args.run
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    course: dict[str, Any] = {"hardware": f"{run.world_size} x {device}"}
+    course: dict[str, Any] = {"hardware at the end": f"{run.world_size} x {device}"}
     if steps:
         seconds = sum(step.get("seconds") or 0 for step in steps)
         losses = [step["loss"] for step in steps if step.get("loss") is not None]
@@ -189,7 +193,7 @@ def _course(args: Arguments, steps: Sequence[Mapping[str, Any]]) -> dict[str, An
             "steps": f"{steps[-1]['step']:,}",
             "records": f"{sum(step.get('records') or 0 for step in steps):,}",
             "tokens": f"{sum(step.get('tokens') or 0 for step in steps):,}",
-            "time in steps": f"{seconds / 3600:.2f} h",
+            "time in steps": str(timedelta(seconds=round(seconds))),
         }
         if losses:
             last = losses[-max(1, len(losses) // 10) :]
@@ -198,10 +202,11 @@ def _course(args: Arguments, steps: Sequence[Mapping[str, Any]]) -> dict[str, An
     return course | {"software": ", ".join(f"{name} {number}" for name, number in software.items())}
 
 
-def _validation(figures: Mapping[str, float]) -> str:
-    if not figures:
+def _validation(held: TrainingData | None, figures: Mapping[str, float]) -> str:
+    if held is None or not figures:
         return "Nothing was validated while training."
-    return _table(("figure", ""), [(key, f"{value:.4g}") for key, value in figures.items()])
+    table = _table(("figure", ""), [(key, f"{value:.4g}") for key, value in figures.items()])
+    return f"{_data(held)}\n\n{table}"
 
 
 def _read_steps(file: Path) -> list[dict[str, Any]]:

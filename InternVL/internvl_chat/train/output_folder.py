@@ -11,6 +11,7 @@ from typing import IO
 from internvl_chat.errors import UsageError
 from internvl_chat.folder_lock import LOCK, lock_folder, unlock_folder
 from internvl_chat.logs import get_logger
+from internvl_chat.model.card import CARD, CARD_MARK
 from internvl_chat.train.manifest import find_damage
 
 logger = get_logger(__name__)
@@ -22,8 +23,6 @@ CONFIG = "config.yaml"
 LOG = "training_log.txt"
 PLOT = "loss.png"
 FINISHED = "train_results.json"
-CARD = "README.md"
-CARD_MARK = "<!-- Written by m3llm when the run ended; a card without this line is never written over. -->"
 PARTIAL = ".partial"
 # Ends the name, in PARTIAL, of a checkpoint that is being replaced by one of the same step.
 FORMER = ".former"

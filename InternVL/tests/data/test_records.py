@@ -51,6 +51,22 @@ class TestDialects:
         assert record.turns == (Turn("user", "A: <image>\nB: <image>\nWhich?"), Turn("assistant", "This."))
         assert record.images == ("a.png", "b.png")
 
+    @pytest.mark.parametrize("key", ["image", "path"])
+    def test_content_parts_name_their_images(self, key):
+        parts = [
+            {"type": "image", key: "a.png"},
+            {"type": "image", key: "b.png"},
+            {"type": "text", "text": "?"},
+        ]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "This."}]
+        assert parse_record({"messages": messages}).images == ("a.png", "b.png")
+        listed = parse_record({"messages": messages, "images": ["c.png", "d.png"]})
+        assert listed.images == ("c.png", "d.png")
+        del parts[1][key]
+        assert "2 <image> placeholders in the human turns, but 1 images" in problem_of({"messages": messages})
+        parts[1][key] = 3
+        assert "'image' must be a path or a list of paths" in problem_of({"messages": messages})
+
     @pytest.mark.parametrize(
         "part", [{"type": "video"}, {"type": "text"}, {"type": "text", "text": 3}, "a", {}]
     )

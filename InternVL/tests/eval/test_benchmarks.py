@@ -242,6 +242,17 @@ def test_mmmu(tmp_path):
         open_benchmark("mmmu-med", tmp_path)
 
 
+def test_what_is_wrong_in_a_file_of_one_line_is_named_by_its_number(folder):
+    file = folder / "set.json"
+    right, wrong = {"question": "What?", "answer": "This."}, {"question": "What?"}
+    file.write_text(json.dumps([wrong, right, wrong]))
+    with pytest.raises(DataError) as caught:
+        open_benchmark("vqa", file)
+    for number in (1, 3):
+        assert f"{file}, line 1: object {number} of the file: an item needs text" in str(caught.value)
+    assert "object 2" not in str(caught.value)
+
+
 def test_vqa(folder):
     file = write_lines(
         folder / "set.jsonl",

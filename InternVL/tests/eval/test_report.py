@@ -49,6 +49,11 @@ def test_another_benchmark_has_no_published_rows():
     assert "M3LLM-8B" not in text and "| CT | 50 | 3 | 12.3 | 12.3 | 12.3 | 12.3 |" in text
 
 
+def test_a_task_s_name_does_not_end_its_cell():
+    text = markdown({"C|T": tasks()["multi-choice"]}, benchmark="omnimedvqa", model="run")
+    assert r"| C\|T | 50 | 3 | 12.3 |" in text
+
+
 def test_published_figures():
     assert published("M3LLM-8B", "multi-choice", "recall") == 91.2
     assert published("M3LLM-8B", "puretext", "sts") == 86.4

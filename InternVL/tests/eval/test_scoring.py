@@ -152,3 +152,9 @@ def test_packages_that_are_not_installed(monkeypatch, no_hub, caplog):
     with pytest.raises(UsageError, match=r"2 problems(.|\n)*nltk(.|\n)*sklearn"):
         build_suite(["bleu", "macro"])
     assert build_suite(["rouge"]).families == {"rouge"}
+
+
+def test_without_open_questions_their_metrics_are_not_missed(no_hub, caplog):
+    logging.getLogger("internvl_chat").propagate = True
+    assert build_suite(None, has_open=False).families == {"macro"}
+    assert not caplog.text

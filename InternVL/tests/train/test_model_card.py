@@ -10,9 +10,12 @@ import yaml
 from helpers import flags
 from huggingface_hub import ModelCard
 
+from internvl_chat.inference.export import export_hf
+from internvl_chat.model.card import CARD, CARD_MARK
+from internvl_chat.model.merge import merge
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.model_card import read_validation
-from internvl_chat.train.output_folder import CARD, CARD_MARK, inspect_output_folder
+from internvl_chat.train.output_folder import inspect_output_folder
 
 
 def run(output: Path, model: Path, sample_data: Path, **changes) -> Path:
@@ -61,7 +64,7 @@ def test_recipe_and_course_are_the_run_s(card, metrics) -> None:
     assert row(text, "use_llm_lora") == ["4"]
     assert row(text, "max_steps") == ["2"]
     assert row(text, "learning_rate") == ["0.001"]
-    assert row(text, "hardware") == ["1 x CPU"]
+    assert row(text, "hardware at the end") == ["1 x CPU"]
     assert row(text, "records") == [str(sum(step["records"] for step in steps))]
     assert row(text, "loss, mean of the last 1 step(s)") == [f"{steps[-1]['loss']:.4f}"]
     assert "Nothing was validated" in text
@@ -87,6 +90,42 @@ def test_the_licence_is_the_base_s(tiny_model, sample_data, tmp_path) -> None:
     text = run(tmp_path / "run", base, sample_data).read_text(encoding="utf-8")
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert "Adapters (LoRA) for InternVL3-tiny." in text
+
+
+def test_the_validation_s_data_are_named_by_hash(tiny_model, sample_data, tmp_path) -> None:
+    meta = sample_data / "train.json"
+    text = run(
+        tmp_path / "run", tiny_model, sample_data, eval_meta_path=meta, eval_strategy="steps", eval_steps=2
+    ).read_text(encoding="utf-8")
+    validated = text.split("## Validation")[1]
+    for name, entry in json.loads(meta.read_text()).items():
+        digest = hashlib.sha256(Path(entry["annotation"]).read_bytes()).hexdigest()
+        assert row(validated, name)[-1] == f"`{digest}`"
+        assert float(row(validated, f"loss, {name}")[0]) > 0
+
+
+def test_the_card_goes_along_when_adapters_are_merged_and_exported(card, tmp_path) -> None:
+    text = card.read_text(encoding="utf-8")
+    merge(card.parent, tmp_path / "merged")
+    export_hf(card.parent, tmp_path / "exported")
+    merged = (tmp_path / "merged" / CARD).read_text(encoding="utf-8")
+    assert (tmp_path / "exported" / CARD).read_text(encoding="utf-8") == merged
+    data = ModelCard.load(tmp_path / "merged" / CARD).data.to_dict()
+    assert "library_name" not in data and data["license"] == "unknown"
+    [line] = [line for line in merged.splitlines() if "fine-tuned version of" in line]
+    assert line.endswith("a fine-tuned version of tiny.")
+    assert merged.split("**Licence")[1] == text.split("**Licence")[1]
+    # On the way there and back nothing is added.
+    export_hf(tmp_path / "merged", tmp_path / "there")
+    merge(tmp_path / "there", tmp_path / "back")
+    assert (tmp_path / "back" / CARD).read_text(encoding="utf-8") == merged
+
+
+def test_a_readme_of_somebody_else_s_is_copied(tiny_model, tmp_path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (base / CARD).write_bytes(b"# Mine\r\n\xff")
+    merge(base, tmp_path / "merged")
+    assert (tmp_path / "merged" / CARD).read_bytes() == b"# Mine\r\n\xff"
 
 
 def test_an_own_readme_stays(tiny_model, sample_data, tmp_path, caplog) -> None:

@@ -34,7 +34,10 @@ def read_items(files: Iterable[tuple[RecordFile, Callable[[Mapping[str, Any]], I
                     raise DataError(f"an item must be a JSON object, found {type(raw).__name__}")
                 items.append(parse(raw))
             except DataError as error:
-                problems.append(str(DataError(error.message, file=file.path, line=file.line(number))))
+                line, message = file.line(number), error.message
+                if len(file) > 1 and line == file.line(number - 1):  # as in an array that is one line
+                    message = f"object {number + 1} of the file: {message}"
+                problems.append(str(DataError(message, file=file.path, line=line)))
     refuse(problems)
     return numbered(items)
 

@@ -72,7 +72,7 @@ def markdown(tasks: Mapping[str, Figures], *, benchmark: str, model: str) -> str
     parts = [f"# {benchmark}: {model}", "In percent; - was not computed."]
     if benchmark == "pmc-mi":
         parts += ["## Beside the published figures"]
-        parts += [_render(*table) for table in paper_layout(tasks, _escape(model))]
+        parts += [_render(*table) for table in paper_layout(tasks, model)]
         parts += ["## All figures"]
     parts += [_render(*table) for table in all_figures(tasks)]
     return "\n\n".join(parts) + "\n"
@@ -80,8 +80,10 @@ def markdown(tasks: Mapping[str, Figures], *, benchmark: str, model: str) -> str
 
 def _render(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rule = [":--" if name in ("task", "model") else "--:" for name in header]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+    escaped = (tuple(map(_escape, row)) for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *escaped))
 
 
 def _escape(text: str) -> str:
+    """Return a text that does not end its cell."""
     return text.replace("|", r"\|")
