@@ -10,7 +10,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
-td.m { overflow-wrap: anywhere; }
+td.m { overflow-wrap: anywhere; min-width: 6rem; }
 td:first-child { min-width: 9rem; }
 .table { overflow-x: auto; }
 img { max-width: 100%; }
