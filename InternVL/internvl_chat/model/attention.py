@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from internvl_chat.errors import ModelError, UsageError
+from internvl_chat.model.blocked_attention import blocked_attention
 
 ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
@@ -106,12 +107,11 @@ def varlen_attention(
         out = _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, window, scaling)
         return out.transpose(1, 2).contiguous(), None
     lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    if causal and sliding_window is None and len(query) == 1 and _prefers_blocks(query, dropout):
+        out = blocked_attention(query, key, value, lengths, scaling)
+        return out.transpose(1, 2).contiguous(), None
     segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    blocked = causal and sliding_window is None and len(query) == 1 and _prefers_blocks(query, dropout)
-    if blocked:
-        outs = [_blocked_causal(*segment, scaling) for segment in segments]
-    else:
-        outs = [_sdpa(*segment, causal, sliding_window, dropout, scaling) for segment in segments]
+    outs = [_sdpa(*segment, causal, sliding_window, dropout, scaling) for segment in segments]
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -134,43 +134,9 @@ def _sdpa(
     )
 
 
-# Queries that a CPU attends for at a time.
-_BLOCK = 128
-
-
 def _prefers_blocks(query: torch.Tensor, dropout: float) -> bool:
     """Say whether products of matrices that fit the cache beat SDPA: in bfloat16 on a CPU, up to twice."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0
-
-
-def _blocked_causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """Causal attention in blocks of queries, each against the keys up to its end only.
-
-    Scores are in the inputs' dtype and their exponentials in float32, as in transformers' eager attention.
-    The query heads of a key head are the rows of one matrix.
-
-    Args:
-        query: (1, H, L, D).
-        key: (1, K, L, D).
-        value: (1, K, L, D).
-        scaling: factor on the scores.
-
-    Returns:
-        (1, H, L, D).
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    queries = (query[0] * scale).unflatten(0, (key.shape[1], -1))  # (K, H / K, L, D)
-    keys, group, outs = key[0].transpose(1, 2), queries.shape[1], []
-    for start in range(0, query.shape[2], _BLOCK):
-        block = queries[:, :, start : start + _BLOCK]
-        stop = start + block.shape[2]
-        hidden = torch.full((stop - start, stop), -torch.inf, dtype=query.dtype).triu_(start + 1)
-        mask = hidden.repeat(group, 1).expand(len(queries), -1, -1)
-        scores = torch.baddbmm(mask, block.flatten(1, 2), keys[:, :, :stop])
-        outs.append((scores.softmax(-1) @ value[0, :, :stop]).unflatten(1, (group, -1)))
-    return torch.cat(outs, dim=2).flatten(0, 1).unsqueeze(0)
 
 
 def _band(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:

@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 
 
-def dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """Set each number to zero with a probability, and divide the others by its complement.
+def drop(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, float]:
+    """Set each number to zero with a probability.
 
     On a CPU the probability of half-precision numbers is rounded to a multiple of 2^-16.
+
+    Returns:
+        What is left, and the factor that keeps its mean; where torch drops, it is in the numbers already.
     """
     drawn = round(probability * 2**16)
     if x.device.type != "cpu" or x.element_size() != 2 or not 0 < drawn < 2**16:
-        return F.dropout(x, probability)
-    return _BitDropout.apply(x, drawn)
+        return F.dropout(x, probability), 1.0
+    return _BitDropout.apply(x, drawn), 1 / (1 - drawn / 2**16)
 
 
 class _BitDropout(torch.autograd.Function):
@@ -29,13 +32,12 @@ class _BitDropout(torch.autograd.Function):
         mask = _random_bits(x.numel()).clamp_(first_dropped - 1, first_dropped).sub_(first_dropped)
         mask = mask.view(x.shape)
         ctx.save_for_backward(mask)
-        ctx.scale = 1 / (1 - drawn / 2**16)
-        return _masked(x, mask, ctx.scale)
+        return _masked(x, mask)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Drop the same numbers of the gradient."""
-        return _masked(gradient, *ctx.saved_tensors, ctx.scale), None
+        return _masked(gradient, *ctx.saved_tensors), None
 
 
 # torch.compile cannot trace numpy's generators.
@@ -47,6 +49,5 @@ def _random_bits(count: int) -> torch.Tensor:
     return torch.from_numpy(words.view(np.int16))[:count]
 
 
-def _masked(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    kept = torch.bitwise_and(x.contiguous().view(torch.int16), mask)
-    return kept.view(x.dtype).mul_(scale)
+def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.bitwise_and(x.contiguous().view(torch.int16), mask).view(x.dtype)

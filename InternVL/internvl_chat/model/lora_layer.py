@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from internvl_chat.model.dropout import dropout
+from internvl_chat.model.dropout import drop
 
 
 class LoraLinear(Linear):
@@ -25,10 +25,11 @@ class LoraLinear(Linear):
             return super().forward(x, *args, **kwargs)
         (name,) = names
         base = self.base_layer(x)
-        dropped = dropout(x, self.lora_dropout[name].p) if self.training and self._drops(name) else x
+        drops = self.training and self._drops(name)
+        dropped, factor = drop(x, self.lora_dropout[name].p) if drops else (x, 1.0)
         down = F.linear(dropped, self.lora_A[name].weight.to(x.dtype))
         up = self.lora_B[name].weight.to(x.dtype).t()
-        flat = torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up, alpha=self.scaling[name])
+        flat = torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up, alpha=factor * self.scaling[name])
         return flat.view_as(base)
 
     def _drops(self, name: str) -> bool:

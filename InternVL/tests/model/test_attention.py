@@ -1,5 +1,7 @@
 """Attention of packed records against a masked softmax written out, and the choice of kernels."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from internvl_chat.model.attention import (
     resolve_attention,
     varlen_attention,
 )
+from internvl_chat.model.blocked_attention import blocked_attention
 
 CPU = torch.device("cpu")
 
@@ -230,7 +233,7 @@ def test_attention_in_blocks_is_that_of_torch(length: int, heads: int, kv_heads:
     """128 queries make a block: one, a part of one, full ones, and one with a rest."""
     for scaling in (None, 0.3):
         qkv = inputs(length, heads, kv_heads)
-        found = attention._blocked_causal(*qkv, scaling)
+        found = blocked_attention(*qkv, [length], scaling)
         expected = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True)
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
@@ -242,13 +245,13 @@ def test_attention_in_blocks_is_that_of_torch(length: int, heads: int, kv_heads:
 
 def count_blocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the tokens of every segment that is attended in blocks."""
-    calls, original = [], attention._blocked_causal
+    calls: list[int] = []
 
-    def counted(query: torch.Tensor, *rest: object) -> torch.Tensor:
-        calls.append(query.shape[2])
-        return original(query, *rest)
+    def counted(*args: Any) -> torch.Tensor:
+        calls.extend(args[3])
+        return blocked_attention(*args)
 
-    monkeypatch.setattr(attention, "_blocked_causal", counted)
+    monkeypatch.setattr(attention, "blocked_attention", counted)
     return calls
 
 
@@ -303,10 +306,10 @@ def test_in_blocks_a_record_does_not_see_the_others(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("place", [1, 127, 128, 250])
 def test_in_blocks_nothing_is_seen_of_what_comes_later(place: int) -> None:
     qkv = [x.detach().bfloat16() for x in inputs(260, features=16)]
-    before = attention._blocked_causal(*qkv, None)
+    before = blocked_attention(*qkv, [260])
     for x in qkv:
         x[:, :, place:] = 7.0
-    after = attention._blocked_causal(*qkv, None)
+    after = blocked_attention(*qkv, [260])
     assert torch.equal(before[:, :, :place], after[:, :, :place])
     assert not torch.equal(before[:, :, place:], after[:, :, place:])
 

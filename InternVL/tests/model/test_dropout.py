@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from internvl_chat.model.dropout import dropout
+from internvl_chat.model.dropout import drop
 
 HALF = (torch.bfloat16, torch.float16)
 # Half a unit in the last place, relative.
@@ -14,6 +14,11 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.ones(shape, dtype=dtype)
+
+
+def dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
+    left, factor = drop(x, probability)
+    return left * factor
 
 
 def seeded(x: torch.Tensor, probability: float, seed: int = 0) -> torch.Tensor:
