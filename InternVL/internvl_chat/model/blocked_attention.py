@@ -61,8 +61,10 @@ class _Blocked(torch.autograd.Function):
             count = block.stop - block.start
             scores = queries[:, :, block].flatten(1, 2) @ key[:, seen].transpose(1, 2)
             scores.unflatten(1, (-1, count))[..., -count:].add_(hidden[:count, :count])
-            weights.append(scores.softmax(-1))
-            out[:, :, block] = (weights[-1] @ value[:, seen]).unflatten(1, (-1, count))
+            weight = scores.softmax(-1)
+            out[:, :, block] = (weight @ value[:, seen]).unflatten(1, (-1, count))
+            if any(ctx.needs_input_grad):
+                weights.append(weight)
         ctx.save_for_backward(queries, key, value, *weights)
         ctx.lengths, ctx.scale = lengths, scale
         return out.flatten(0, 1)
