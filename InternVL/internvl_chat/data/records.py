@@ -72,12 +72,8 @@ def oddities(turns: Sequence[Turn]) -> list[tuple[str, str]]:
     if empty := [str(number) for number, text in answers if not text.strip()]:
         found.append(("empty turn", f"empty answer in turn {', '.join(empty)}"))
     if marked := [str(number) for number, text in answers if IMAGE_PLACEHOLDER in text]:
-        found.append(
-            (
-                "placeholder in answer",
-                f"{IMAGE_PLACEHOLDER} in the answer of turn {', '.join(marked)} stays text",
-            )
-        )
+        message = f"{IMAGE_PLACEHOLDER} in the answer of turn {', '.join(marked)} stays text"
+        found.append(("placeholder in answer", message))
     roles = [turn.role for turn in turns if turn.role != "system"]
     if roles[0] == "assistant":
         found.append(("turn order", "an answer comes first, without a question"))

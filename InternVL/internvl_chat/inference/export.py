@@ -14,7 +14,7 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.errors import ModelError
 from internvl_chat.model.card import carry_card
-from internvl_chat.model.derived import is_made, making, refuse_inside, stamp_of
+from internvl_chat.model.derived import check_target, is_made, making, stamp_of
 from internvl_chat.model.folders import ORIGINAL, model_folder, write_files
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.plain import PlainModel, open_plain
@@ -55,7 +55,7 @@ def export_hf(
             within the source.
     """
     source, target = model_folder(source), Path(target)
-    refuse_inside(target, source)
+    check_target(target, source)
     stamp = stamp_of(source, "export")
     if is_made(target, stamp, checked=check is not None):
         return ExportResult(target, already_exported=True)

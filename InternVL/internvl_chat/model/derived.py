@@ -22,9 +22,9 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def refuse_inside(target: Path, source: Path) -> None:
-    """Raise `ModelError` if the target is a folder within its source, which nothing may change."""
-    if target.is_file():
+def check_target(target: Path, source: Path) -> None:
+    """Raise `ModelError` if the target is no folder, or within its source, which nothing may change."""
+    if target.exists() and not target.is_dir():
         raise ModelError(f"{target}: is a file; choose a folder")
     if source.resolve() in target.resolve().parents:
         raise ModelError(f"{target}: is within {source}, which is read; choose another folder")
@@ -45,15 +45,13 @@ def is_made(target: Path, stamp: dict[str, Any], *, checked: bool) -> bool:
     """Say whether a folder is the result of this work already, with all of its files.
 
     Args:
-        target: the folder.
+        target: the folder, after `check_target`.
         stamp: of the work.
         checked: whether the result must have been compared with its source.
 
     Raises:
         ModelError: it holds something else, or not all.
     """
-    if target.exists() and not target.is_dir():
-        raise ModelError(f"{target}: is a file; choose a folder")
     if not target.exists() or not any(target.iterdir()):
         return False
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_chat.model.card import carry_card
-from internvl_chat.model.derived import is_made, making, refuse_inside, stamp_of
+from internvl_chat.model.derived import check_target, is_made, making, stamp_of
 from internvl_chat.model.folders import is_hf_format, model_folder, write_files
 from internvl_chat.model.plain import has_adapters, open_plain
 from internvl_chat.model.weights import SHARD_BYTES, write_weights
@@ -47,7 +47,7 @@ def merge(
     source, target = model_folder(source), Path(target)
     if source.resolve() == target.resolve() and not has_adapters(source) and not is_hf_format(source):
         return MergeResult(target, 0, already_merged=True)
-    refuse_inside(target, source)
+    check_target(target, source)
     stamp = stamp_of(source, "merge")
     if is_made(target, stamp, checked=check is not None):
         return MergeResult(target, 0, already_merged=True)

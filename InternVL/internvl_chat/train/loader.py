@@ -19,7 +19,7 @@ from internvl_chat.train.arguments import RunArguments
 
 # A loader process that is forked while a thread of torch enters Python would wait for that thread's lock for
 # ever (CPython before 3.11.10 and 3.12, https://github.com/python/cpython/issues/112275). This takes the same
-# lock, and so waits until it is free: under constant contention 1 fork in 4,000 hangs, of 1 in 90 without.
+# lock, and so waits until it is free: under constant contention 1 fork in 4,000 hangs, and 1 in 90 without.
 os.register_at_fork(before=sys._current_frames)
 
 LOADER_ENDED = (
