@@ -5,6 +5,7 @@ throws them away. Here moments and arithmetic are float32, by torch's fused kern
 has a float32 master copy or is rounded at random, which keeps the small updates on average.
 """
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ WEIGHT_PRECISIONS = ("auto", "master", "stochastic", "bf16")
 
 # Elements that are cast and stepped together. On a CPU the float32 scratch must stay in the cache, yet be
 # large enough to pay for waking the threads; on a GPU it bounds memory (256 MB a buffer) and launches.
-_CPU_SLICE = 2**19
+_CPU_SLICE = 2**20
 _GPU_SLICE = 2**26
 # Slices start at multiples of this, so that vector instructions meet the elements that they meet unsliced.
 _ALIGNMENT = 64
@@ -109,16 +110,12 @@ class _Row(NamedTuple):
     step: Tensor
     master: Tensor | None
 
-    def flat_slice(self, start: int, stop: int) -> "_Row":
-        """Return the row for elements `start` to `stop`; only the gradient may be copied to be flat."""
-        return _Row(
-            self.weight.view(-1)[start:stop],
-            self.grad.reshape(-1)[start:stop],
-            self.exp_avg.view(-1)[start:stop],
-            self.exp_avg_sq.view(-1)[start:stop],
-            self.step,
-            None if self.master is None else self.master.view(-1)[start:stop],
-        )
+    def pieces(self, size: int) -> Iterator["_Row"]:
+        """Cut the row flat into pieces of at most that many elements; only the gradient may be copied for it."""
+        flat = self.weight.view(-1), self.grad.reshape(-1), self.exp_avg.view(-1), self.exp_avg_sq.view(-1)
+        masters = itertools.repeat(None) if self.master is None else self.master.view(-1).split(size)
+        for *piece, master in zip(*(tensor.split(size) for tensor in flat), masters, strict=False):
+            yield _Row(*piece, self.step, master)
 
 
 class Float32AdamW(torch.optim.Optimizer):
@@ -343,16 +340,13 @@ def _batches(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
     """
     batch: list[_Row] = []
     room = size
-    for row in rows:
-        start, count = 0, row.weight.numel()
-        while start < count:
-            stop = min(count, start + room)
-            batch.append(row.flat_slice(start, stop))
-            room -= _aligned(stop - start)
-            start = stop
-            if room == 0:
-                yield batch
-                batch, room = [], size
+    for piece in chain.from_iterable(row.pieces(size) for row in rows):
+        count = _aligned(len(piece.weight))
+        if count > room:
+            yield batch
+            batch, room = [], size
+        batch.append(piece)
+        room -= count
     if batch:
         yield batch
 
