@@ -1,9 +1,10 @@
-"""The levers of the preset `fast`, and how each is turned off alone."""
+"""The levers of the preset `fast`, and how each is pulled the other way alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers.utils import is_liger_kernel_available
 
 from benchmarks.flags import Flags
 from benchmarks.shapes import use_transformers_norms
@@ -14,7 +15,7 @@ from internvl_chat.train import trainer
 
 @dataclass(frozen=True)
 class Ablation:
-    """How a lever is turned off.
+    """How one lever is pulled the other way: most are on in `fast` and turned off.
 
     Attributes:
         flags: of the training command.
@@ -47,19 +48,30 @@ def _new_memory(model: InternVLChatModel) -> None:
     trainer.keep_vocabulary_memory = lambda model: None
 
 
+LIGER = "with Liger"
+
+# What a table calls them, behind "fast".
 ABLATIONS = {
-    "packing": Ablation({"packing": False}),
-    "kept activations": Ablation({"grad_checkpoint": True}),
-    "stochastic rounding": Ablation({"weight_precision": "bf16"}, recipes=("full",), devices=("cpu",)),
-    "float32 masters": Ablation({"weight_precision": "bf16"}, recipes=("full",), devices=("cuda",)),
-    "lean head and last layer": Ablation(undo=_plain_head),
-    "lean norms": Ablation(undo=use_transformers_norms),
-    "one pass over all tiles": Ablation(undo=_vision_by_pack),
-    "attention in blocks": Ablation(undo=_whole_attention, devices=("cpu",)),
-    "kept vocabulary memory": Ablation(undo=_new_memory, devices=("cpu",)),
+    "without packing": Ablation({"packing": False}),
+    "without kept activations": Ablation({"grad_checkpoint": True}),
+    "without stochastic rounding": Ablation(
+        {"weight_precision": "bf16"}, recipes=("full",), devices=("cpu",)
+    ),
+    "without float32 masters": Ablation({"weight_precision": "bf16"}, recipes=("full",), devices=("cuda",)),
+    "without lean head and last layer": Ablation(undo=_plain_head),
+    "without lean norms": Ablation(undo=use_transformers_norms),
+    "without one pass over all tiles": Ablation(undo=_vision_by_pack),
+    "without attention in blocks": Ablation(undo=_whole_attention, devices=("cpu",)),
+    "without kept vocabulary memory": Ablation(undo=_new_memory, devices=("cpu",)),
+    "with torch.compile": Ablation({"torch_compile": True}, devices=("cuda",)),
+    LIGER: Ablation({"use_liger": True}, devices=("cuda",)),
 }
 
 
 def ablations(recipe: str, device: str) -> dict[str, Ablation]:
-    """Return the levers of a recipe on a kind of device."""
-    return {name: one for name, one in ABLATIONS.items() if recipe in one.recipes and device in one.devices}
+    """Return the levers of a recipe on a kind of device, as far as their packages are installed."""
+    return {
+        name: one
+        for name, one in ABLATIONS.items()
+        if recipe in one.recipes and device in one.devices and (name != LIGER or is_liger_kernel_available())
+    }

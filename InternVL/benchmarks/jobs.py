@@ -36,7 +36,7 @@ class Job:
         steps: timed steps.
         threads: of the CPU; 0 for all cores.
         flags: of the training command, for `fast`.
-        without: the lever that is turned off, for `fast`.
+        variant: of `fast`, a key of `ABLATIONS`.
     """
 
     preset: str
@@ -50,7 +50,7 @@ class Job:
     steps: int
     threads: int = 0
     flags: tuple[str, ...] = ()
-    without: str | None = None
+    variant: str | None = None
 
     @property
     def settings(self) -> Recipe:

@@ -44,8 +44,8 @@ def arguments(job: Job, workload: Workload) -> Arguments:
         "use_llm_lora": recipe.lora_rank,
         "lora_dropout": LORA_DROPOUT,
     }
-    off = ABLATIONS[job.without].flags if job.without else {}
-    return parse_arguments(as_tokens(RECIPE_FLAGS | own | FAST_FLAGS[job.device] | off) + list(job.flags))
+    changed = ABLATIONS[job.variant].flags if job.variant else {}
+    return parse_arguments(as_tokens(RECIPE_FLAGS | own | FAST_FLAGS[job.device] | changed) + list(job.flags))
 
 
 def make_trainer(job: Job, workload: Workload, device: torch.device) -> M3LLMTrainer:
@@ -53,8 +53,8 @@ def make_trainer(job: Job, workload: Workload, device: torch.device) -> M3LLMTra
     args, tokenizer = arguments(job, workload), workload.load_tokenizer()
     attn = resolve_attention(args.model.attn, device)
     model = random_model(job.shape, image_context_id(tokenizer), attn=attn, device=device)
-    if job.without and ABLATIONS[job.without].undo:
-        ABLATIONS[job.without].undo(model)
+    if job.variant and ABLATIONS[job.variant].undo:
+        ABLATIONS[job.variant].undo(model)
     specs = load_meta(workload.meta, data_root=Path.cwd())
     preprocessing = prepare_model(model, args, specs)
     frozen = {name: getattr(args.model, name) for name in ("freeze_llm", "freeze_mlp", "freeze_backbone")}
@@ -63,6 +63,10 @@ def make_trainer(job: Job, workload: Workload, device: torch.device) -> M3LLMTra
     data, sampler = load_data(args, specs, encoder, count_flops(model))
     rehearsal = plan_memory(args, model, sampler, data)
     model.recompute_layers(rehearsal.recomputed)
+    if args.model.use_liger:
+        model.use_liger()
+    if args.run.compile_blocks:
+        model.compile_blocks()
     Path(args.run.output_dir).mkdir()
     return M3LLMTrainer(
         model,

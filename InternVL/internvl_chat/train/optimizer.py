@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
+from internvl_chat.train.fused_step import master_step, step_factors, stochastic_step
+from internvl_chat.train.rounding import stochastic_round_
+
 # The names that transformers has for what `build_optimizer` makes.
 OWN_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
@@ -59,6 +62,7 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     seed: int,
+    compiled: bool = False,
 ) -> torch.optim.Optimizer:
     """Return a fused AdamW that keeps bf16 weights in the way asked for.
 
@@ -73,6 +77,7 @@ def build_optimizer(
         eps: added to the root of the second moment.
         weight_decay: decoupled, so each step takes the share `lr * weight_decay` off a weight.
         seed: of the stochastic rounding.
+        compiled: whether float32 arithmetic on bf16 weights is to be one compiled pass over memory.
 
     Raises:
         ValueError: for another precision; `auto` must be resolved before.
@@ -84,8 +89,8 @@ def build_optimizer(
     if precision == "bf16" or all(p.dtype == torch.float32 for p in parameters):
         return torch.optim.AdamW(parameter_groups, fused=True, **options)
     if precision == "master":
-        return MasterAdamW(parameter_groups, **options)
-    return StochasticAdamW(parameter_groups, seed=seed, **options)
+        return MasterAdamW(parameter_groups, compiled=compiled, **options)
+    return StochasticAdamW(parameter_groups, seed=seed, compiled=compiled, **options)
 
 
 def group_by_decay(model: nn.Module, decayed: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
@@ -111,7 +116,7 @@ class _Row(NamedTuple):
     master: Tensor | None
 
     def pieces(self, size: int) -> Iterator["_Row"]:
-        """Cut the row flat into pieces of at most that many elements; only the gradient may be copied for it."""
+        """Cut the row flat into pieces of at most `size` elements; only the gradient may be copied."""
         flat = self.weight.view(-1), self.grad.reshape(-1), self.exp_avg.view(-1), self.exp_avg_sq.view(-1)
         masters = itertools.repeat(None) if self.master is None else self.master.view(-1).split(size)
         for *piece, master in zip(*(tensor.split(size) for tensor in flat), masters, strict=False):
@@ -130,6 +135,7 @@ class Float32AdamW(torch.optim.Optimizer):
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
+        compiled: whether the step of bf16 weights is one compiled pass over memory.
         extra: further options of a group, saved with the state.
 
     Raises:
@@ -147,8 +153,10 @@ class Float32AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        compiled: bool = False,
         **extra: Any,
     ) -> None:
+        self.compiled = compiled
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **extra}
         )
@@ -240,6 +248,10 @@ class MasterAdamW(Float32AdamW):
         return state
 
     def _step_bf16(self, rows: list[_Row], group: dict[str, Any], index: int) -> None:
+        if self.compiled:
+            for row, factors in _with_factors(rows, group):
+                master_step(row.weight, row.grad, row.exp_avg, row.exp_avg_sq, row.master, factors)
+            return
         scratch = torch.empty(_slice_size(rows), dtype=torch.float32, device=rows[0].weight.device)
         for batch in _batches(rows, len(scratch)):
             grads = _cast_into(scratch, [row.grad for row in batch])
@@ -267,6 +279,12 @@ class StochasticAdamW(Float32AdamW):
         # Hashed, because CPU generators use 32 bits of a seed and neighbouring seeds should not be related.
         mixed = random.Random(f"{group['seed']} {group['roundings']} {index}").getrandbits(63)
         group["roundings"] += 1
+        if self.compiled:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(mixed)
+                for row, factors in _with_factors(rows, group):
+                    stochastic_step(row.weight, row.grad, row.exp_avg, row.exp_avg_sq, factors)
+            return
         generator = torch.Generator(device).manual_seed(mixed)
         grad_scratch, weight_scratch = torch.empty(2, _slice_size(rows), dtype=torch.float32, device=device)
         noise = torch.empty_like(weight_scratch, dtype=torch.int32).random_(0, 2**16, generator=generator)
@@ -279,22 +297,6 @@ class StochasticAdamW(Float32AdamW):
             noise ^= torch.empty_like(noise[0]).random_(0, 2**16, generator=generator)
             stochastic_round_(weight_scratch, noise)
             torch._foreach_copy_([row.weight for row in batch], weights)
-
-
-def stochastic_round_(values: Tensor, noise: Tensor) -> Tensor:
-    """Round float32 `values` in place to one of the two nearest bf16 numbers, and return them.
-
-    A number that lies at the share f of the way from one bf16 number to the next, away from zero, goes to the
-    farther one with probability f. NaN stays NaN, infinities stay, and bf16 numbers stay as they are.
-
-    Args:
-        values: (N,) float32.
-        noise: (N,) int32, uniform from 0 to 2**16 - 1.
-    """
-    # A NaN whose payload is all ones would overflow into another number: all become the standard NaN.
-    values.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=-float("inf"))
-    values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
-    return values
 
 
 def _adamw(rows: Sequence[_Row], weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
@@ -317,6 +319,15 @@ def _adamw(rows: Sequence[_Row], weights: list[Tensor], grads: list[Tensor], gro
         amsgrad=False,
         maximize=False,
     )
+
+
+def _with_factors(rows: Sequence[_Row], group: dict[str, Any]) -> Iterator[tuple[_Row, Tensor]]:
+    """Yield each row flat, with the factors of its step."""
+    steps = torch.stack([row.step for row in rows]).tolist()
+    factors = {step: step_factors(group, step).to(rows[0].weight.device) for step in set(steps)}
+    for row, step in zip(rows, steps, strict=True):
+        for piece in row.pieces(max(1, row.weight.numel())):
+            yield piece, factors[step]
 
 
 def _local(tensor: Tensor | None) -> Tensor | None:

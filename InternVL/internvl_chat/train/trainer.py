@@ -188,6 +188,8 @@ class M3LLMTrainer(ValidatingTrainer):
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
             seed=args.seed,
+            # On a CPU one pass is not faster, and random numbers one by one are far slower.
+            compiled=args.compile_blocks and args.device.type == "cuda",
         )
         return self.optimizer
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablations import ABLATIONS, ablations
+from benchmarks import jobs
+from benchmarks.ablations import ABLATIONS, LIGER, ablations
 from benchmarks.flags import as_tokens
 from benchmarks.jobs import Result
 from benchmarks.own_records import COUNTS, write_own_records
@@ -91,10 +92,36 @@ def test_any_stretch_of_records_has_the_mix_of_all(records):
     assert all(Path(name).is_absolute() for record in taken for name in record.get("image", []))
 
 
-@pytest.mark.parametrize("lever", ABLATIONS)
-def test_what_turns_a_lever_off_is_known_to_the_trainer(lever, tmp_path):
+# Liger is refused without a GPU.
+@pytest.mark.parametrize("lever", [name for name in ABLATIONS if name != LIGER])
+def test_what_pulls_a_lever_is_known_to_the_trainer(lever, tmp_path):
     needed = {"model_name_or_path": "m", "meta_path": "m.json", "output_dir": str(tmp_path), "use_cpu": True}
     parse_arguments(as_tokens(needed | ABLATIONS[lever].flags))
+
+
+def test_a_variant_that_fails_is_left_out_and_told(monkeypatch, capsys, tmp_path):
+    """The others are shown all the same, and the exit code says so; a preset that fails ends it all."""
+    result = Result(
+        seconds=1.0, records=2, tokens=9, flops=1.0, peak_flops=None, peak_memory=1, first_loss=3.0
+    )
+    broken = "fast without packing"
+
+    def run(job, script, number):
+        if job.label == broken:
+            raise RuntimeError(f"{job.label} ended with exit code 1")
+        return result
+
+    monkeypatch.setattr(jobs, "run_in_a_process", run)
+    out = tmp_path / "rows.json"
+    options = ["--model", "smoke", "--presets", "fast", "--device", "cpu", "--steps", "1", "--warmup", "0"]
+    assert main([*options, "--ablate", "--repeats", "2", "--json", str(out)]) == 1
+    assert capsys.readouterr().err.count(f"{broken} ended") == 1
+    shown = [row["preset"] for row in json.loads(out.read_text())["rows"]]
+    assert broken not in shown and len(shown) == len(ablations("lora", "cpu"))
+
+    broken = "fast"
+    assert main([*options, "--json", str(out)]) == 1
+    assert "fast ended" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -105,7 +132,7 @@ def test_every_lever_off_does_the_same_work(recipe, tmp_path):
     options = ["--recipe", recipe, "--model", "smoke", "--presets", "fast", "--ablate", "--steps", "1"]
     assert main([*options, "--warmup", "0", "--device", "cpu", "--json", str(out)]) == 0
     found = [row["preset"] for row in json.loads(out.read_text())["rows"]]
-    assert found == ["fast", *(f"fast without {name}" for name in ablations(recipe, "cpu"))]
+    assert found == ["fast", *(f"fast {name}" for name in ablations(recipe, "cpu"))]
 
 
 def test_a_meta_file_that_is_missing_is_named(capsys):

@@ -15,8 +15,8 @@ from internvl_chat.train.optimizer import (
     StochasticAdamW,
     build_optimizer,
     bytes_per_parameter,
-    stochastic_round_,
 )
+from internvl_chat.train.rounding import stochastic_round_
 
 PRECISIONS = [p for p in WEIGHT_PRECISIONS if p != "auto"]
 SHAPES = [(64, 48), (7,), (1001,), (33, 5), (1,), ()]
