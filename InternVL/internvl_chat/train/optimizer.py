@@ -180,7 +180,8 @@ class Float32AdamW(torch.optim.Optimizer):
                 torch._foreach_add_([row.step for row in rows], 1)
                 wide = [row for row in rows if row.weight.dtype == torch.float32]
                 _adamw(wide, [row.weight for row in wide], [row.grad for row in wide], group)
-                narrow = [row for row in rows if row.weight.dtype == torch.bfloat16]
+                # Of a small parameter that is sharded, some processes hold nothing.
+                narrow = [row for row in rows if row.weight.dtype == torch.bfloat16 and row.weight.numel()]
                 if narrow:
                     self._step_bf16(narrow, group, index)
         return loss
@@ -326,8 +327,8 @@ def _with_factors(rows: Sequence[_Row], group: dict[str, Any]) -> Iterator[tuple
     steps = torch.stack([row.step for row in rows]).tolist()
     factors = {step: step_factors(group, step).to(rows[0].weight.device) for step in set(steps)}
     for row, step in zip(rows, steps, strict=True):
-        for piece in row.pieces(max(1, row.weight.numel())):
-            yield piece, factors[step]
+        (whole,) = row.pieces(row.weight.numel())
+        yield whole, factors[step]
 
 
 def _local(tensor: Tensor | None) -> Tensor | None:

@@ -217,6 +217,20 @@ def test_parameters_without_gradient_are_left_alone(precision):
     assert not torch.equal(used, before)
 
 
+@pytest.mark.parametrize("shapes", [[(0, 4)], [(0, 4), (3,)], [(3,), (0,)]])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_a_process_holds_may_be_empty(precision, shapes):
+    """As where a small parameter is spread over many processes."""
+    parameters = make_parameters(shapes=shapes)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = build(parameters, precision, lr=1.0)
+    moved = run(optimizer, range(2))
+    assert [not torch.equal(a, b) for a, b in zip(before, moved, strict=True)] == [
+        p.numel() > 0 for p in parameters
+    ]
+    assert {optimizer.state[p]["step"].item() for p in parameters} == {2}
+
+
 def test_rounding_follows_from_the_seed():
     """So data-parallel processes, which share it, keep the same weights."""
     first, again, other = (run(build(make_parameters(), "stochastic", seed=s), range(4)) for s in (1, 1, 2))
