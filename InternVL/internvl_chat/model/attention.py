@@ -4,6 +4,7 @@ Shapes: B batch, H query heads, K key/value heads, L tokens, D features a head, 
 """
 
 from importlib.util import find_spec
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -184,10 +185,12 @@ def _flash_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
+    shared = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    if not shared:
+        key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # (L, H, D)
     out = varlen_attn(
-        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, window_size=window, scale=scaling
+        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, window_size=window, scale=scaling, **shared
     )
     return out.transpose(0, 1).unsqueeze(0)
 

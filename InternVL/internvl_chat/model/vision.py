@@ -155,14 +155,16 @@ class InternVisionModel(nn.Module):
             (N, 1 + P, C), the class token first.
         """
         x = self.embeddings(pixel_values)
-        depth = len(self.encoder.layers)
-        last = select_layer if select_layer >= 0 else depth + 1 + select_layer
-        for layer in self.encoder.layers[:last]:
+        for layer in self.encoder.layers[: self.layers_before(select_layer)]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
         return x
+
+    def layers_before(self, select_layer: int) -> int:
+        """Return how many layers a hidden state has gone through, numbered as for `forward`."""
+        return select_layer if select_layer >= 0 else len(self.encoder.layers) + 1 + select_layer
 
     @torch.no_grad()
     def resize_positions(self, image_size: int) -> None:

@@ -6,6 +6,7 @@ All mistakes are reported at once, before anything is loaded.
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -192,6 +193,10 @@ class RunArguments(TrainingArguments):
     def step_records(self) -> int:
         """Records of an optimizer step over all processes."""
         return self.share_of_step * self.world_size
+
+    def count_steps(self, epoch_steps: int) -> int:
+        """Return the optimizer steps of the whole run, given those of an epoch."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * epoch_steps)
 
 
 @dataclass

@@ -21,7 +21,7 @@ _MODEL_FLAGS = (
 )  # fmt: skip
 _RUN_FLAGS = (
     "seed", "bf16", "loss_reduction", "train_sampling_strategy", "learning_rate", "weight_decay",
-    "warmup_ratio", "max_grad_norm",
+    "warmup_ratio", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 _DATA_FLAGS = (
     "conv_style", "max_seq_length", "force_image_size", "dynamic_image_size", "use_thumbnail",
@@ -36,6 +36,7 @@ def fingerprint(args: Arguments) -> dict[str, Any]:
     found |= {name: getattr(args.run, name) for name in _RUN_FLAGS}
     found |= {name: getattr(args.data, name) for name in _DATA_FLAGS}
     found["lr_scheduler_type"] = str(args.run.lr_scheduler_type.value)
+    found["optim"] = str(args.run.optim.value)
     found["records of a step"] = args.run.step_records
     found["DeepSpeed"] = bool(args.run.deepspeed)
     return found

@@ -17,6 +17,7 @@ _UNSUPPORTED = (
     ("label_smoothing_factor", 0.0, "the loss is the reference's"),
     ("dataloader_drop_last", False, "the last, short step of an epoch is used"),
     ("data_seed", None, "--seed decides the order of the records"),
+    ("ignore_data_skip", False, "a run that resumes goes on with the records that it has not used"),
     ("gradient_checkpointing", False, "use --grad_checkpoint"),
     ("activation_checkpointing", False, "use --grad_checkpoint"),
     ("fsdp_config", None, "--fsdp full_shard has no options"),

@@ -7,7 +7,7 @@ one layer is run on a few tokens and what autograd saves is counted.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -227,22 +227,46 @@ def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
+def of_all_processes(value: Any, processes: int) -> list[Any]:
+    """Return what each process has, so that all of them choose alike."""
+    values = [value] * processes
+    if processes > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def largest_anywhere(pack: PackSize, model: MemoryModel, processes: int) -> PackSize:
-    """Return the largest of all processes' packs, so that all of them choose alike."""
-    if processes == 1:
-        return pack
-    packs: list[Any] = [None] * processes
-    torch.distributed.all_gather_object(packs, pack)
-    return max(packs, key=lambda pack: model.needed(pack, "bf16", 0))
+    """Return the largest of all processes' packs."""
+    return max(of_all_processes(pack, processes), key=lambda pack: model.needed(pack, "bf16", 0))
 
 
-def largest_pack(sampler: StepSampler, lengths: Lengths, model: MemoryModel) -> tuple[PackSize, list[Draw]]:
-    """Return the pack of the first epoch that needs most memory on this process."""
+class LargestPack(NamedTuple):
+    """The pack that needs most memory on a process.
+
+    Attributes:
+        size: what it holds.
+        draws: its records.
+        packs: the most packs of one step, whichever they are.
+    """
+
+    size: PackSize
+    draws: list[Draw]
+    packs: int
+
+
+def largest_pack(sampler: StepSampler, lengths: Lengths, model: MemoryModel, steps: int) -> LargestPack:
+    """Return the pack of the run's `steps`, in whatever epoch, that needs most memory on this process."""
     squares = lengths.tokens.astype(np.int64) ** 2
     needs = model.layers * (model.layer_token * lengths.tokens + model.layer_square * squares)
     needs += model.supervised * lengths.supervised + model.tile * lengths.tiles
-    packs = (draws for number in range(len(sampler)) for draws in sampler.packs(0, number))
-    largest = max(packs, key=lambda draws: sum(needs[draw.index] for draw in draws))
+    need, largest, most = -1.0, [], 0
+    for step in range(1, steps + 1):
+        packs = sampler.packs(*sampler.place_of(step))
+        most = max(most, len(packs))
+        for draws in packs:
+            needed = sum(needs[draw.index] for draw in draws)
+            if needed > need:
+                need, largest = needed, draws
     records = [draw.index for draw in largest]
     columns = (lengths.tokens, lengths.supervised, lengths.tiles, squares)
-    return PackSize(*(int(column[records].sum()) for column in columns)), largest
+    return LargestPack(PackSize(*(int(column[records].sum()) for column in columns)), largest, most)

@@ -176,8 +176,6 @@ def _recipe(args: Arguments, parameters: tuple[int, int]) -> dict[str, Any]:
         "trained parameters": f"{parameters[1]:,}",
         **length,
         **fingerprint(args),
-        "optimizer": str(run.optim.value),
-        "adam": f"betas {run.adam_beta1}, {run.adam_beta2}, epsilon {run.adam_epsilon}",
     }
 
 

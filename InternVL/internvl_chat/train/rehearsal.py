@@ -24,6 +24,7 @@ from internvl_chat.train.memory import (
     largest_anywhere,
     largest_pack,
     measure_memory,
+    of_all_processes,
 )
 from internvl_chat.train.optimizer import OWN_OPTIMIZERS
 
@@ -43,8 +44,8 @@ def plan_memory(
     """
     run = args.run
     memory = measure_memory(model, shards=_shards(run))
-    own, draws = largest_pack(sampler, data.epoch_lengths(), memory)
-    pack = largest_anywhere(own, memory, run.world_size)
+    own = largest_pack(sampler, data.epoch_lengths(), memory, run.count_steps(len(sampler)))
+    pack = largest_anywhere(own.size, memory, run.world_size)
     # DeepSpeed keeps float32 masters of its own.
     precision = "master" if run.deepspeed else run.weight_precision
     if run.optim not in OWN_OPTIMIZERS:
@@ -52,12 +53,19 @@ def plan_memory(
     chosen = choose(
         memory,
         pack,
-        capacity(run.device, run.processes_here),
+        min(of_all_processes(capacity(run.device, run.processes_here), run.world_size)),
         precision=precision,
         grad_checkpoint=args.model.grad_checkpoint,
     )
-    may_recompute = args.model.grad_checkpoint == "auto"
-    return Rehearsal(memory, draws, pack, chosen.weight_precision, chosen.recomputed_layers, may_recompute)
+    return Rehearsal(
+        memory,
+        own.draws,
+        pack,
+        precision=chosen.weight_precision,
+        recomputed=chosen.recomputed_layers,
+        may_recompute=args.model.grad_checkpoint == "auto",
+        several=any(of_all_processes(own.packs > 1, run.world_size)),
+    )
 
 
 def _shards(run: RunArguments) -> dict[str, int]:
@@ -79,6 +87,7 @@ class Rehearsal:
         precision: of the weights.
         recomputed: decoder layers that are recomputed.
         may_recompute: more of them may be.
+        several: some step has several packs, so that a pack meets the gradients of the one before it.
     """
 
     memory: MemoryModel
@@ -87,6 +96,7 @@ class Rehearsal:
     precision: str
     recomputed: int
     may_recompute: bool
+    several: bool = False
 
     def run(
         self,

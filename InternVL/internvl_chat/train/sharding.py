@@ -53,5 +53,18 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def spread_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `gather_optimizer` returned, given on every process."""
+    """Load what `gather_optimizer` returned, or the state of a run that was not sharded, on every process."""
+    state = _by_name(model, optimizer, state)
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with the parameters' names for their numbers, if it has numbers."""
+    saved = [key for group in state["param_groups"] for key in group["params"]]
+    if not all(isinstance(key, int) for key in saved):
+        return state
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    own = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    name_of = dict(zip(saved, own, strict=True))
+    groups = [{**g, "params": [name_of[key] for key in g["params"]]} for g in state["param_groups"]]
+    return {"state": {name_of[key]: kept for key, kept in state["state"].items()}, "param_groups": groups}

@@ -31,7 +31,8 @@ def set_trainable(
     """Choose what is trained, with the reference's meaning of each flag, and return the table.
 
     Where a tower has adapters, they are trained and the rest of the tower is not. Unfreezing comes last:
-    `unfreeze_vit_layers` n trains the vision blocks from n on (negative from the end), 0 none of them.
+    `unfreeze_vit_layers` n trains the vision blocks from n on (negative from the end), 0 none of them. Blocks
+    behind the one that `--vision_select_layer` takes have no part in the model and are never trained.
     """
     _train(model.vision_model, not freeze_backbone and not model.config.use_backbone_lora)
     _train(model.language_model, not freeze_llm and not model.config.use_llm_lora)
@@ -43,6 +44,8 @@ def set_trainable(
         _train(model.language_model.get_output_embeddings(), True)
     if unfreeze_vit_layers:
         _train(model.vision_model.encoder.layers[unfreeze_vit_layers:], True)
+    tower = model.vision_model
+    _train(tower.encoder.layers[tower.layers_before(model.config.select_layer) :], False)
     return table(model)
 
 

@@ -7,7 +7,6 @@ its supervised tokens, divided by one sum of weights, whatever the packs and pro
 import atexit
 import contextlib
 import itertools
-import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -112,9 +111,7 @@ class M3LLMTrainer(ValidatingTrainer):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * len(self.sampler))
+        return self.args.count_steps(len(self.sampler))
 
     @property
     def has_ended(self) -> bool:
@@ -280,9 +277,10 @@ class M3LLMTrainer(ValidatingTrainer):
             # Gradients are not exchanged, but where they are spread: there `zero_grad` finds no others.
             model.train()
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                weights = [torch.ones(len(pack.keys), dtype=torch.float64)]
+                packs = [pack] * (2 if self.rehearsal.several else 1)
+                weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
                 try:
-                    self._forward_backward(model, [pack], weights, 1.0, synchronise=is_sharded(model))
+                    self._forward_backward(model, packs, weights, 1.0, synchronise=is_sharded(model))
                 finally:
                     model.zero_grad(set_to_none=True)
 

@@ -223,16 +223,18 @@ def test_the_largest_pack_is_that_which_needs_most(processes, max_tokens):
         planner = StepPlanner(processes, tokens, tokens, max_tokens, records_per_pack=2)
         sampler = StepSampler([101], step_records=12, planner=planner, rank=rank, seed=3)
         sizes = []
-        for number in range(len(sampler)):
-            for draws in sampler.packs(0, number):
+        # Another order in each epoch makes other packs.
+        for epoch, number in itertools.product(range(3), range(len(sampler))):
+            for draws in sampler.packs(epoch, number):
                 records = [draw.index for draw in draws]
                 columns = (lengths.tokens, lengths.supervised, lengths.tiles)
                 sums = [int(column[records].sum()) for column in columns]
                 size = PackSize(*sums, squares=int((tokens[records] ** 2).sum()))
                 sizes.append((MEMORY.needed(size, "master", 0), size, draws))
         needed, size, _ = max(sizes, key=lambda one: one[0])
-        found, draws = largest_pack(sampler, lengths, MEMORY)
+        found, draws, packs = largest_pack(sampler, lengths, MEMORY, 3 * len(sampler))
         assert found == size and MEMORY.needed(found, "master", 0) == needed
+        assert packs == max(len(sampler.packs(e, n)) for e in range(3) for n in range(len(sampler)))
         assert draws in [other for of_it, _, other in sizes if of_it == needed]
 
 
@@ -240,7 +242,7 @@ def test_tiles_and_supervised_tokens_make_a_pack_large_too():
     tokens, supervised, tiles = np.array([10, 9, 9]), np.array([1, 1, 500]), np.array([0, 400, 0])
     planner = StepPlanner(1, tokens, tokens)
     sampler = StepSampler([3], step_records=3, planner=planner, strategy="sequential")
-    found, draws = largest_pack(sampler, Lengths(tokens, supervised, tiles), MEMORY)
+    found, draws, _ = largest_pack(sampler, Lengths(tokens, supervised, tiles), MEMORY, 1)
     assert (found, [draw.index for draw in draws]) == (
         PackSize(9, 1, 400, 81),
         [1],
@@ -391,9 +393,9 @@ def test_the_longer_record_makes_a_pack_larger_where_squares_count():
     tokens, none = np.array([10, 6, 6]), np.zeros(3, int)
     planner = StepPlanner(1, tokens, tokens, max_packed_tokens=12)
     sampler = StepSampler([3], step_records=3, planner=planner, strategy="sequential")
-    found, draws = largest_pack(sampler, Lengths(tokens, none, none), memory)
+    found, draws, _ = largest_pack(sampler, Lengths(tokens, none, none), memory, 1)
     assert (found, [draw.index for draw in draws]) == (PackSize(10, 0, 0, 100), [0])
-    assert largest_pack(sampler, Lengths(tokens, none, none), MEMORY)[0] == PackSize(12, 0, 0, 72)
+    assert largest_pack(sampler, Lengths(tokens, none, none), MEMORY, 1).size == PackSize(12, 0, 0, 72)
     for recomputed, layers in ((0, 4), (1, 4), (4, 1)):  # those that keep all, and one that is in work
         more = memory.needed(found, "bf16", recomputed) - MEMORY.needed(found, "bf16", recomputed)
         assert more == layers * 100
