@@ -17,7 +17,7 @@ def write_report(file: Path, device: str = "cpu", **figures: Any) -> None:
     """Write figures as JSON, with date, hardware and versions.
 
     Args:
-        file: to be written.
+        file: to be written; its folder is made.
         device: `cpu` or `cuda`, on which they were measured.
         figures: anything that JSON can hold; paths become text.
     """
@@ -27,4 +27,5 @@ def write_report(file: Path, device: str = "cpu", **figures: Any) -> None:
         "hardware": torch.cuda.get_device_name() if device == "cuda" else cores,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
     }
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures | about, indent=2, default=str) + "\n", encoding="utf-8")

@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.child:
         return measure(Path(args.child))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.model = args.model or ("mid" if args.device == "cpu" else "internvl3-8b")
     recipe = RECIPES[args.recipe]
@@ -264,6 +266,7 @@ def figures(
     return {
         "rows": rows,
         "ratio": ratio(rows),
+        "rounds": {label: [run.records / run.seconds for run in runs] for label, runs in results.items()},
         "same_work": {
             "records": first.records,
             "tokens": first.tokens,

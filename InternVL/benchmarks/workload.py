@@ -19,6 +19,7 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.errors import UsageError
 
 _NAME = "benchmark"
 _OWN_VOCABULARY = 1200
@@ -104,7 +105,7 @@ def prepare_workload(
     workload = Workload(str(folder / "meta.json"), tokenizer, max_dynamic_patch, ())
     loaded = workload.load_tokenizer()
     if len(loaded) > shape.vocabulary:
-        raise ValueError(f"{tokenizer}: {len(loaded)} tokens, but the model has {shape.vocabulary}")
+        raise UsageError(f"{tokenizer}: {len(loaded)} tokens, but the model has {shape.vocabulary}")
     opened = workload.open_records(shape, loaded)
     encoded = [opened.encode(index)[1] for index in range(len(opened))]
     sizes = tuple(Size(len(e.input_ids), e.num_supervised, e.num_tiles) for e in encoded)

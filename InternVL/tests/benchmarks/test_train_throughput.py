@@ -15,6 +15,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.train_throughput import check_same_work, format_table, main
 from benchmarks.workload import Workload, prepare_workload, take_records
 from internvl_chat.data.meta import load_meta
+from internvl_chat.errors import UsageError
 from internvl_chat.train.arguments import parse_arguments
 
 KEYS = {"preset", "recipe", "model", "device", "records_per_second", "tokens_per_second", "mfu",
@@ -53,6 +54,7 @@ def test_presets_do_the_same_work(flags, records, tmp_path, capsys):
         assert row["epoch_hours"] == pytest.approx(237_748 / row["records_per_second"] / 3600)
     rates = [row["records_per_second"] for row in rows.values()]
     assert written["ratio"] == pytest.approx(rates[1] / rates[0])
+    assert [rounds for (rounds,) in written["rounds"].values()] == rates
     losses = written["same_work"]["first_loss"]
     assert losses["fast"] == pytest.approx(losses["reference"], rel=1e-3)
     assert written["same_work"]["records"] == (16 if flags[1] == "lora" else 2)
@@ -143,6 +145,19 @@ def test_a_meta_file_that_is_missing_is_named(capsys):
 def test_table_without_a_reference():
     row = dict.fromkeys(KEYS, 1.0) | {"preset": "fast", "recipe": "lora", "model": "mid", "device": "cuda"}
     assert format_table([row]).splitlines()[1].split()[-1] == "-"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    small = dataclasses.replace(SHAPES["smoke"], vocabulary=8)
+    with pytest.raises(UsageError, match="tokens, but the model has 8"):
+        prepare_workload(tmp_path, small, records=1, max_dynamic_patch=1)
+
+
+def test_a_gpu_that_is_missing_is_told_at_once(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "--device cuda: torch finds no GPU" in capsys.readouterr().err
 
 
 def test_unknown_preset_is_refused(capsys):

@@ -223,6 +223,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
         ({"torch_compile_mode": "max-autotune"}, "--torch_compile_mode max-autotune: not supported"),
         ({"use_liger_kernel": True}, "use --use_liger"),
         ({"gradient_checkpointing": True}, "use --grad_checkpoint"),
+        ({"ignore_data_skip": True}, "--ignore_data_skip True: not supported"),
     ],
 )
 def test_flags_that_make_no_sense(start, capfd, change, message):

@@ -105,3 +105,16 @@ def test_resume_on_two_processes(tiny_model, sample_data, tmp_path, metrics, how
     assert [r["loss"] for r in rest] == [r["loss"] for r in whole][2:]
     for key, read in open_weights(tmp_path / "one/model.safetensors").items():
         assert torch.equal(read(), open_weights(tmp_path / "two/model.safetensors")[key]()), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(None, "fsdp"), ("fsdp", None)])
+def test_resume_spread_otherwise(tiny_model, sample_data, tmp_path, metrics, before, after):
+    """What each parameter's moments are does not depend on how they were spread."""
+    values = {**TWO, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 1e-3}
+    common = (metrics, tiny_model, sample_data)
+    whole = losses(*common, tmp_path / "one", 2, **values, **spread(before))
+    checkpoint = tmp_path / "one/checkpoint-2"
+    rest = losses(*common, tmp_path / "two", 2, **values, **spread(after), resume_from_checkpoint=checkpoint)
+    assert [r["loss"] for r in rest] == pytest.approx([r["loss"] for r in whole][2:], abs=2e-5)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")

@@ -73,6 +73,8 @@ def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
     ("change", "message"),
     [
         ({"seed": 7}, "seed was 42 there, and is 7 here"),
+        ({"optim": "adafactor"}, "optim was 'adamw_torch_fused' there, and is 'adafactor' here"),
+        ({"adam_beta2": 0.95}, "adam_beta2 was 0.999 there, and is 0.95 here"),
         ({"gradient_accumulation_steps": 4}, "records of a step was 4 there, and is 8 here"),
         ({"use_llm_lora": 2, "freeze_llm": True}, "use_llm_lora was 0 there, and is 2 here"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy was 'random' there"),

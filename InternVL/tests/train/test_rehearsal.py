@@ -1,14 +1,23 @@
 """The rehearsal of the largest pack: what is tried when memory runs out, and that it leaves no trace."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from helpers import flags
+from transformers.training_args import OptimizerNames
 
 from internvl_chat.data.dataset import Draw
+from internvl_chat.data.length_cache import Lengths
+from internvl_chat.data.order import StepSampler
+from internvl_chat.data.packing import StepPlanner
 from internvl_chat.errors import TrainingError
+from internvl_chat.model.checkpoint import load_model
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.memory import MemoryModel, PackSize
-from internvl_chat.train.rehearsal import Rehearsal, is_out_of_memory
+from internvl_chat.train.rehearsal import Rehearsal, is_out_of_memory, plan_memory
+from internvl_chat.train.trainable import set_trainable
 from internvl_chat.train.trainer import M3LLMTrainer
 
 CPU = torch.device("cpu")
@@ -177,6 +186,31 @@ def test_the_peak_with_the_state_of_the_optimizer_must_fit_on_a_gpu(monkeypatch)
     assert (found, device.tried) == (4, [0, 2, 4])
 
 
+@pytest.mark.parametrize("others", [2**60, 0])
+def test_processes_plan_alike(tiny_model, monkeypatch, others):
+    """That with the least memory decides, or their weights would be stepped differently."""
+    model = load_model(tiny_model, image_context_id=0, dtype=torch.bfloat16)
+    set_trainable(model, freeze_backbone=True)
+    tokens = np.array([20, 30, 40])
+    data = SimpleNamespace(epoch_lengths=lambda: Lengths(tokens, tokens // 4, tokens * 0))
+    run = SimpleNamespace(
+        sharded=False, deepspeed=None, world_size=2, weight_precision="auto", processes_here=2,
+        optim=OptimizerNames.ADAMW_TORCH, device=CPU, count_steps=lambda epoch_steps: epoch_steps,
+    )  # fmt: skip
+    args = SimpleNamespace(run=run, model=SimpleNamespace(grad_checkpoint="auto"))
+
+    def gather(into: list, own: object) -> None:
+        into[:] = [own, others if type(own) is int else own]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr("internvl_chat.train.rehearsal.capacity", lambda device, processes: 2**60)
+    sampler = StepSampler([3], step_records=3, planner=StepPlanner(1, tokens, tokens, 50))
+    found = plan_memory(args, model, sampler, data)
+    layers = len(model.language_model.get_decoder().layers)
+    assert (found.precision, found.recomputed) == (("master", 0) if others else ("stochastic", layers))
+    assert found.several
+
+
 # ---- through the trainer
 
 
@@ -227,6 +261,23 @@ def test_a_rehearsal_leaves_no_trace(start, metrics, monkeypatch, capfd, bf16):
     assert len(losses[0]) == 4 and losses[0] == losses[1]
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out, other)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("flags_of_packs", "packs"), [({}, 1), ({"packing": False}, 2)])
+def test_a_pack_is_rehearsed_beside_the_gradients_of_another(start, monkeypatch, flags_of_packs, packs):
+    """Where a step has several; nothing of them stays either."""
+    seen = []
+    original = M3LLMTrainer._forward_backward
+
+    def forward_backward(trainer, model, share, weights, scale, synchronise=True):
+        seen.append(len(share))
+        assert len(weights) == len(share)
+        assert all(p.grad is None for p in model.parameters())
+        return original(trainer, model, share, weights, scale, synchronise)
+
+    monkeypatch.setattr(M3LLMTrainer, "_forward_backward", forward_backward)
+    assert start("out", **flags_of_packs)[0] == 0
+    assert len(seen) == 5 and seen[0] == packs and set(seen[1:]) == {packs}
 
 
 def test_dropout_decides_the_losses(start, metrics):
