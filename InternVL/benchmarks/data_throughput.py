@@ -53,7 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer [one trained on the sample]")
     parser.add_argument("--max_dynamic_patch", type=positive, default=12, help="most tiles a record [12]")
     parser.add_argument("--records", type=positive, default=25, help="records of each data set [25]")
-    parser.add_argument("--loader-workers", type=int, nargs="*", default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument(
+        "--loader-workers",
+        type=int,
+        nargs="*",
+        default=[0, 1, 2],
+        help="loader process counts to run [0 1 2]",
+    )
     parser.add_argument("--index-records", type=positive, help="repeat the records to so many for the index")
     parser.add_argument("--index-workers", type=positive, help="processes that index [one a core]")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
