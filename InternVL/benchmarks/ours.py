@@ -21,7 +21,7 @@ from internvl_chat.data.tokenizer import image_context_id
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import Arguments, parse_arguments
-from internvl_chat.train.loading import load_data, prepare_model
+from internvl_chat.train.loading import choose_kernels, load_data, prepare_model
 from internvl_chat.train.output_folder import METRICS
 from internvl_chat.train.rehearsal import plan_memory
 from internvl_chat.train.trainable import set_trainable
@@ -63,10 +63,7 @@ def make_trainer(job: Job, workload: Workload, device: torch.device) -> M3LLMTra
     data, sampler = load_data(args, specs, encoder, count_flops(model))
     rehearsal = plan_memory(args, model, sampler, data)
     model.recompute_layers(rehearsal.recomputed)
-    if args.model.use_liger:
-        model.use_liger()
-    if args.run.compile_blocks:
-        model.compile_blocks()
+    choose_kernels(model, args)
     Path(args.run.output_dir).mkdir()
     return M3LLMTrainer(
         model,

@@ -35,6 +35,7 @@ from internvl_chat.train.fingerprint import (
 )
 from internvl_chat.train.loader import LOADER_ENDED
 from internvl_chat.train.loading import (
+    choose_kernels,
     load_encoder,
     load_for_training,
     load_records,
@@ -52,6 +53,7 @@ from internvl_chat.train.output_folder import (
     unlock_folder,
 )
 from internvl_chat.train.plots import plot_loss
+from internvl_chat.train.processes import of_all_processes
 from internvl_chat.train.rehearsal import plan_memory
 from internvl_chat.train.self_test import check_packing, check_preprocessing, first_samples, show_supervision
 from internvl_chat.train.sharding import shard
@@ -132,10 +134,7 @@ def _build_trainer(
     if resume:
         check_same_run(resume, settled)
     model.recompute_layers(rehearsal.recomputed)
-    if args.model.use_liger:
-        model.use_liger()
-    if args.run.compile_blocks:
-        model.compile_blocks()
+    choose_kernels(model, args)
     if args.run.sharded:
         shard(model, args.run.device)
     left_out = [[out.dataset, out.index] for out in data.left_out]
@@ -220,10 +219,8 @@ def _save_result(plan: Plan, trainer: M3LLMTrainer) -> int | None:
 
 def _stopped_by(stop_request: StopRequest) -> signal.Signals:
     """Return the signal that one of the processes was sent, or the first one's where several were."""
-    sent: list[signal.Signals | None] = [stop_request.signal]
-    if torch.distributed.is_initialized():
-        sent = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(sent, stop_request.signal)
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    sent = of_all_processes(stop_request.signal, processes)
     return next(one for one in sent if one is not None)
 
 

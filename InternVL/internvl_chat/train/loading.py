@@ -126,6 +126,14 @@ def prepare_model(model: InternVLChatModel, args: Arguments, specs: Sequence[Dat
     return preprocessing
 
 
+def choose_kernels(model: InternVLChatModel, args: Arguments) -> None:
+    """Let a model compute by Liger's kernels, and by compiled blocks, where the flags say so."""
+    if args.model.use_liger:
+        model.use_liger()
+    if args.run.compile_blocks:
+        model.compile_blocks()
+
+
 def plan_preprocessing(
     config: InternVLChatConfig, args: Arguments, specs: Sequence[DatasetSpec]
 ) -> Preprocessing:

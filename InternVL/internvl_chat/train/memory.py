@@ -20,6 +20,7 @@ from internvl_chat.data.order import StepSampler
 from internvl_chat.model.lean import is_lean
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train.optimizer import bytes_per_parameter
+from internvl_chat.train.processes import of_all_processes
 
 # Share of a device that a plan may fill; allocators round up and fragment.
 _USABLE = 0.92
@@ -227,16 +228,8 @@ def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
-def of_all_processes(value: Any, processes: int) -> list[Any]:
-    """Return what each process has, so that all of them choose alike."""
-    values = [value] * processes
-    if processes > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def largest_anywhere(pack: PackSize, model: MemoryModel, processes: int) -> PackSize:
-    """Return the largest of all processes' packs."""
+    """Return the largest of all processes' packs, so that all of them choose alike."""
     return max(of_all_processes(pack, processes), key=lambda pack: model.needed(pack, "bf16", 0))
 
 

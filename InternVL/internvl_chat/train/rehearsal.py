@@ -24,9 +24,9 @@ from internvl_chat.train.memory import (
     largest_anywhere,
     largest_pack,
     measure_memory,
-    of_all_processes,
 )
 from internvl_chat.train.optimizer import OWN_OPTIMIZERS
+from internvl_chat.train.processes import of_all_processes
 
 logger = get_logger(__name__)
 

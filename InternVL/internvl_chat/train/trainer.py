@@ -35,6 +35,7 @@ from internvl_chat.train.kept_memory import keep_vocabulary_memory
 from internvl_chat.train.loader import build_loader, count_records, end_workers, naming_ended_worker
 from internvl_chat.train.memory import max_memory
 from internvl_chat.train.optimizer import OWN_OPTIMIZERS, build_optimizer, group_by_decay
+from internvl_chat.train.processes import of_all_processes
 from internvl_chat.train.rehearsal import Rehearsal
 from internvl_chat.train.reporting import shield_reports
 from internvl_chat.train.sharding import is_sharded, whole
@@ -226,10 +227,7 @@ class M3LLMTrainer(ValidatingTrainer):
             DataError: with those of earlier steps they are too many.
         """
         own = [record for pack in inputs for record in pack.skipped]
-        found = [own]
-        if self.args.world_size > 1:
-            found = [own] * self.args.world_size
-            torch.distributed.all_gather_object(found, own)
+        found = of_all_processes(own, self.args.world_size)
         skipped = tuple(itertools.chain.from_iterable(found))
         self.skip_budget.spend(skipped)
         return skipped
