@@ -249,7 +249,9 @@ def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random
         chosen = [rng.choice(trainers)]
     elif victim == "launcher":
         launcher = psutil.Process(process.pid)
-        agents = [one for one in launcher.children() if "internvl_chat.train.launch" in one.cmdline()]
+        agents = [
+            one for one in launcher.children() if "internvl_chat.train.distributed.launch" in one.cmdline()
+        ]
         chosen = [rng.choice([launcher, *agents])]  # the shell's, or torchrun's
     else:
         victim, chosen = (
@@ -274,7 +276,7 @@ def _trainers(output: Path) -> list[psutil.Process]:
         words = process.info["cmdline"] or []
         if str(output) in words and "internvl_chat.train.internvl_chat_finetune" in words:
             found.append(process)
-    return [one for one in found if "internvl_chat.train.launch" not in one.info["cmdline"]]
+    return [one for one in found if "internvl_chat.train.distributed.launch" not in one.info["cmdline"]]
 
 
 def _wait_for_all_to_end(output: Path, seconds: float = 60.0) -> None:

@@ -38,7 +38,7 @@ from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.synthetic import write_sample_data
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.data.tokenizer_training import train_tokenizer
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 Row = dict[str, Any]
 

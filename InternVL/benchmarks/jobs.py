@@ -17,7 +17,7 @@ from benchmarks.recipes import RECIPES, Recipe
 from benchmarks.shapes import SHAPES, Shape, weightless_model
 from benchmarks.workload import Workload
 from internvl_chat.model.flops import count_flops, peak_flops
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.freeze import set_trainable
 
 
 @dataclass(frozen=True)

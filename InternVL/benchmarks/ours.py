@@ -21,10 +21,10 @@ from internvl_chat.data.tokenizer import image_context_id
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import Arguments, parse_arguments
-from internvl_chat.train.loading import choose_kernels, load_data, prepare_model
-from internvl_chat.train.output_folder import METRICS
-from internvl_chat.train.rehearsal import plan_memory
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.checkpoint.run_folder import METRICS
+from internvl_chat.train.freeze import set_trainable
+from internvl_chat.train.preflight.dry_run import plan_memory
+from internvl_chat.train.setup import choose_kernels, load_data, prepare_model
 from internvl_chat.train.trainer import M3LLMTrainer
 
 

@@ -37,7 +37,7 @@ from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.lora import add_lora
 from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.freeze import set_trainable
 
 IMAGE_CONTEXT = 1
 SUPERVISED_SHARE = 0.11

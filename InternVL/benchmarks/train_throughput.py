@@ -24,7 +24,7 @@ from benchmarks.recipes import RECIPES, RECORDS_AN_EPOCH
 from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import Workload, prepare_workload
-from internvl_chat.errors import M3LLMError
+from internvl_chat.utils.errors import M3LLMError
 
 SCRIPT = Path(__file__).resolve()
 PRESETS = ("reference", "fast")

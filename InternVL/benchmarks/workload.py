@@ -19,7 +19,7 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
-from internvl_chat.errors import UsageError
+from internvl_chat.utils.errors import UsageError
 
 _NAME = "benchmark"
 _OWN_VOCABULARY = 1200

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from internvl_chat import __version__
 from internvl_chat.commands import check, convert, data, evaluate, generate, models, parity
-from internvl_chat.errors import M3LLMError
-from internvl_chat.logs import configure_logging
+from internvl_chat.utils.errors import M3LLMError
+from internvl_chat.utils.logging import configure_logging
 
 
 @dataclass(frozen=True)

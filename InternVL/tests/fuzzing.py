@@ -19,7 +19,7 @@ from internvl_chat.data.lengths import index_records
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.problems import ERRORS
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 SECONDS = 60
 

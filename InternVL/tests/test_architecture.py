@@ -11,18 +11,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "internvl_chat"
 # What each part may import beside itself.
 ALLOWED = {
     "constants": set(),
-    "errors": set(),
-    "logs": set(),
-    "paths": set(),
-    "folder_lock": {"errors"},
-    "model": {"constants", "errors", "folder_lock", "logs"},
-    "data": {"constants", "errors", "logs"},
-    "metrics": {"errors", "logs"},
-    "train": {"constants", "errors", "folder_lock", "logs", "paths", "model", "data", "inference", "metrics"},
-    "inference": {"constants", "errors", "logs", "model", "data"},
-    "eval": {"constants", "errors", "logs", "model", "data", "inference", "metrics"},
-    "commands": {"constants", "errors", "logs", "paths", "model", "data", "inference", "eval", "metrics"},
-    "cli": {"constants", "errors", "logs", "commands", "train"},
+    "utils": {"constants"},
+    "metrics": {"constants", "utils"},
+    "data": {"constants", "utils"},
+    "model": {"constants", "utils"},
+    "inference": {"constants", "utils", "model", "data"},
+    "train": {"constants", "utils", "metrics", "data", "model", "inference"},
+    "eval": {"constants", "utils", "metrics", "data", "model", "inference"},
+    "commands": {"constants", "utils", "metrics", "data", "model", "inference", "eval"},
+    "cli": {"constants", "utils", "commands", "train"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl_chat.commands.output import emit, print_table, progress, say
-from internvl_chat.errors import UsageError
+from internvl_chat.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from internvl_chat.eval.benchmarks.item import Benchmark, Key

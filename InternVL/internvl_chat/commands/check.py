@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import emit, print_table, say
-from internvl_chat.errors import UsageError
-from internvl_chat.paths import REPOSITORY
+from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.paths import REPOSITORY
 
 if TYPE_CHECKING:
     from internvl_chat.data.audit import Audit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_chat.paths import REPOSITORY
+from internvl_chat.utils.paths import REPOSITORY
 
 if TYPE_CHECKING:
     import torch

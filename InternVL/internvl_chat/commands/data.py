@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.common import add_data_arguments, open_sets, positive
 from internvl_chat.commands.output import emit, progress, say
-from internvl_chat.errors import UsageError
+from internvl_chat.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from collections import defaultdict
 from internvl_chat.commands.benchmark import add_benchmark_arguments, run_benchmark
 from internvl_chat.commands.common import add_data_arguments, add_model_arguments, count, open_sets, positive
 from internvl_chat.commands.output import emit, print_table, progress, say
-from internvl_chat.errors import ModelError, UsageError
+from internvl_chat.utils.errors import ModelError, UsageError
 
 _MAX_NEW_TOKENS = 128
 

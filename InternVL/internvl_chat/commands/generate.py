@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from internvl_chat.commands.common import add_model_arguments, positive
 from internvl_chat.commands.output import emit, say, write
-from internvl_chat.errors import DataError, UsageError, format_problems
+from internvl_chat.utils.errors import DataError, UsageError, format_problems
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import say
-from internvl_chat.errors import DataError, UsageError
 from internvl_chat.model.tiny_shape import TinyShape
+from internvl_chat.utils.errors import DataError, UsageError
 
 
 def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:

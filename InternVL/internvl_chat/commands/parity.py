@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from internvl_chat.commands.common import find_device, open_sets, positive
 from internvl_chat.commands.output import emit, print_table, progress, say
-from internvl_chat.paths import REPOSITORY
+from internvl_chat.utils.paths import REPOSITORY
 
 if TYPE_CHECKING:
     from internvl_chat.eval.parity import Difference

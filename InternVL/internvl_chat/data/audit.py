@@ -14,7 +14,7 @@ from internvl_chat.data.lengths import index_records
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.problems import Problem
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)

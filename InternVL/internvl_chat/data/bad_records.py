@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from internvl_chat.data.problems import Problem
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 POLICIES = ("fail", "skip")
 

@@ -16,7 +16,7 @@ from internvl_chat.data.images import open_image
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.meta import load_meta
 from internvl_chat.data.problems import Problem, RecordProblem, show_message
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 # What problems of a benchmark have in place of a data set's name.
 BENCHMARK = "benchmark"

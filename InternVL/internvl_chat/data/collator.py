@@ -17,8 +17,8 @@ from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.dataset import Draw, TrainingData
 from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.data.tiling import normalize_tiles
-from internvl_chat.errors import DataError
-from internvl_chat.logs import get_logger
+from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -12,7 +12,7 @@ from internvl_chat.data.encoding import Measured, RecordEncoder
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.record_set import RecordKey, RecordSet, Sample
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 
 class Draw(NamedTuple):

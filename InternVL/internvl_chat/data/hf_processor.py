@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from internvl_chat.constants import IM_END, IM_START, IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tiling import NORMALIZATIONS
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 PROCESSOR_CLASS = "InternVLProcessor"
 

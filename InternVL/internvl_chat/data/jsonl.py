@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 _CHUNK = 1 << 24
 _BOM = b"\xef\xbb\xbf"

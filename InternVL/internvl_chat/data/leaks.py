@@ -15,7 +15,7 @@ from internvl_chat.data.image_hash import Fingerprint, fingerprint, near_pairs, 
 from internvl_chat.data.lengths import available_cores
 from internvl_chat.data.problems import Problem, RecordProblem, show_id, show_message
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 # Among 306 figures and panels of PubMed Central no two differ in less than 14 bits; scaled, recompressed and
 # grey copies differ in at most 4. At the size of a training set chance comes nearer, hence the second look.

@@ -16,7 +16,7 @@ import numpy as np
 from internvl_chat.data.encoding import Measured
 from internvl_chat.data.problems import Problem
 from internvl_chat.data.shown_images import ShownImages
-from internvl_chat.logs import get_logger
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -35,8 +35,8 @@ from internvl_chat.data.problems import Problem, show_id
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.shown_images import ShownImage, ShownImages
 from internvl_chat.data.template import plain_backend
-from internvl_chat.errors import DataError
-from internvl_chat.logs import get_logger
+from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from internvl_chat.data.preprocessing import MOST_TILES
 from internvl_chat.data.problems import show_id, show_message
-from internvl_chat.errors import DataError, format_problems
-from internvl_chat.logs import get_logger
+from internvl_chat.utils.errors import DataError, format_problems
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from internvl_chat.data.template import SYSTEM_TEXTS
 from internvl_chat.data.tiling import NORMALIZATIONS
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 PREPROCESSING_FILE = "preprocessing.json"
 # The number of grids to compare grows with the cube of it.

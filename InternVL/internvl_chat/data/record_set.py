@@ -18,8 +18,8 @@ from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.problems import RecordProblem, show_id, show_message
 from internvl_chat.data.records import Record, oddities, parse_record
 from internvl_chat.data.shown_images import ShownImage
-from internvl_chat.errors import DataError
-from internvl_chat.logs import get_logger
+from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from internvl_chat.constants import IM_END, IM_START, IMG_CONTEXT, SPECIAL_TOKENS
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 
 def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:

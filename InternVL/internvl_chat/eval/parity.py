@@ -18,12 +18,12 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordKey, RecordSet
 from internvl_chat.data.synthetic import write_sample_data
 from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.errors import DataError, ModelError
 from internvl_chat.eval.parity_sides import Example, Trace, open_side
 from internvl_chat.model.adapter import find_base
 from internvl_chat.model.folders import is_adapter, read_config
 from internvl_chat.model.plain import has_adapters
 from internvl_chat.model.weights import read_weights, weight_files
+from internvl_chat.utils.errors import DataError, ModelError
 
 Progress = Callable[[Iterable[Example]], Iterable[Example]]
 

@@ -17,9 +17,9 @@ from internvl_chat.data.problems import RecordProblem
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.records import Record, Turn
 from internvl_chat.data.tiling import normalize_tiles, share_of_budget
-from internvl_chat.errors import DataError, ModelError
 from internvl_chat.inference.engine import Engine, Prompt, last_question
 from internvl_chat.model.folders import is_hf_format
+from internvl_chat.utils.errors import DataError, ModelError
 
 PLACES = 32
 

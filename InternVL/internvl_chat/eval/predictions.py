@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from internvl_chat.errors import DataError, UsageError, format_problems
 from internvl_chat.eval.benchmarks.item import Item, Key
 from internvl_chat.eval.benchmarks.reading import refuse
 from internvl_chat.model.folders import read_companions
 from internvl_chat.model.weights import weight_files
+from internvl_chat.utils.errors import DataError, UsageError, format_problems
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from internvl_chat.errors import UsageError
 from internvl_chat.inference.parallel import process_count, process_device
-from internvl_chat.logs import get_logger
 from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -14,7 +14,6 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.records import Record, RecordProblem, Turn
 from internvl_chat.data.tiling import Grid
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.errors import DataError
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import SPREAD, find_device, place
 from internvl_chat.inference.sampling import Sampling
@@ -22,6 +21,7 @@ from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.checkpoint import load_model
 from internvl_chat.model.folders import model_folder, read_config
 from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.utils.errors import DataError
 
 # What stands for the beginning of a character whose other bytes are yet to come.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

@@ -12,13 +12,13 @@ from internvl_chat.constants import IM_END
 from internvl_chat.data.hf_processor import save_hf_processor
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.errors import ModelError
 from internvl_chat.model.card import carry_card
 from internvl_chat.model.derived import check_target, is_made, making, stamp_of
 from internvl_chat.model.folders import ORIGINAL, model_folder, write_files
 from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.plain import PlainModel, open_plain
 from internvl_chat.model.weights import SHARD_BYTES, write_weights
+from internvl_chat.utils.errors import ModelError
 
 
 @dataclass(frozen=True)

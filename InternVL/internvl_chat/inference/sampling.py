@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from internvl_chat.errors import UsageError
+from internvl_chat.utils.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.errors import ModelError
-from internvl_chat.logs import get_logger
+from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

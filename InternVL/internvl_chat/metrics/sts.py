@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_chat.errors import ModelError, UsageError
-from internvl_chat.logs import get_logger
 from internvl_chat.metrics import bertscore, sts
+from internvl_chat.utils.errors import ModelError, UsageError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.folders import is_adapter, model_folder, read_config, write_config
 from internvl_chat.model.lora import (
@@ -21,6 +20,7 @@ from internvl_chat.model.lora import (
 )
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import assign_weights, open_weights, weights_digest, write_file
+from internvl_chat.utils.errors import ModelError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"

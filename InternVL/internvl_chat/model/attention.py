@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from internvl_chat.errors import ModelError, UsageError
 from internvl_chat.model.blocked_attention import blocked_attention
+from internvl_chat.utils.errors import ModelError, UsageError
 
 ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 

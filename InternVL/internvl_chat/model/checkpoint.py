@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers.initialization import no_init_weights
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.adapter import find_base, load_adapter
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.folders import is_adapter, model_folder, read_config, write_config
@@ -16,6 +15,7 @@ from internvl_chat.model.lean import make_lean
 from internvl_chat.model.lora import add_lora, lora_layers, unwrapped_name
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import Weights, assign_weights, read_weights, write_weights
+from internvl_chat.utils.errors import ModelError
 
 
 def model_weights(folder: Path) -> Weights:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 MODEL_TYPE = "internvl_chat"
 ARCHITECTURE = "InternVLChatModel"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.errors import ModelError
-from internvl_chat.folder_lock import LOCK, lock_folder, unlock_folder
 from internvl_chat.model.adapter import ADAPTER_WEIGHTS
 from internvl_chat.model.folders import is_adapter
 from internvl_chat.model.weights import weights_digest
+from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.folder_lock import LOCK, lock_folder, unlock_folder
 
 STAMP = "made_from.json"
 # Settings and vocabularies, as a model folder has them; what else a run writes into it changes no result.

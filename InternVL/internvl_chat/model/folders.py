@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.errors import ModelError
-from internvl_chat.logs import get_logger
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.hf_format import HF_MODEL_TYPE, from_hf_config, to_hf_config
+from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

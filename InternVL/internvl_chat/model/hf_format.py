@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.configuration import InternVisionConfig, InternVLChatConfig
 from internvl_chat.model.weights import Weights
+from internvl_chat.utils.errors import ModelError
 
 HF_MODEL_TYPE = "internvl"
 

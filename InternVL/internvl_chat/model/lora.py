@@ -11,9 +11,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.lora_layer import LoraLinear
 from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.utils.errors import ModelError
 
 ADAPTER_NAME = "default"
 

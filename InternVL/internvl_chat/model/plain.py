@@ -8,13 +8,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.adapter import ADAPTER_WEIGHTS, adopt_options, find_base
 from internvl_chat.model.checkpoint import model_weights, untie_distinct_head
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.folders import config_file, is_adapter, read_companions, read_config
 from internvl_chat.model.lora import merged_weight, parameter_name, read_adapter_config
 from internvl_chat.model.weights import Weights, open_weights
+from internvl_chat.utils.errors import ModelError
 
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.(?:weight|bias)$)")
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 

@@ -101,7 +101,7 @@ launch_training() {
   export M3LLM_LAUNCHER=$$ WANDB_DIR=${WANDB_DIR:-$OUTPUT_DIR} PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   local start=("$PYTHON")
   if ((processes * nodes > 1 || restarts > 0)); then
-    start+=(-m internvl_chat.train.launch --nproc_per_node "$processes" --nnodes "$nodes"
+    start+=(-m internvl_chat.train.distributed.launch --nproc_per_node "$processes" --nnodes "$nodes"
       --max_restarts "$restarts")
     if ((nodes > 1)); then
       start+=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"

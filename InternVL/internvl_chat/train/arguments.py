@@ -22,10 +22,10 @@ from internvl_chat.data.bad_records import POLICIES
 from internvl_chat.data.order import STRATEGIES
 from internvl_chat.data.template import SYSTEM_TEXTS
 from internvl_chat.data.tiling import NORMALIZATIONS
-from internvl_chat.errors import UsageError
 from internvl_chat.model.attention import ATTENTION_NAMES
 from internvl_chat.model.loss import LOSS_REDUCTIONS
-from internvl_chat.train.optimizer import WEIGHT_PRECISIONS
+from internvl_chat.train.optim.adamw import WEIGHT_PRECISIONS
+from internvl_chat.utils.errors import UsageError
 
 
 def _arg(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:

@@ -10,19 +10,19 @@ import torch
 from internvl_chat.data.jsonl import RecordFile
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
 from internvl_chat.model.adapter import find_base, read_base
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.folders import is_adapter, model_folder, read_config
 from internvl_chat.model.lora import ranks_of, read_adapter_config
 from internvl_chat.model.weights import weight_files
-from internvl_chat.paths import REPOSITORY
 from internvl_chat.train.arguments import Arguments
-from internvl_chat.train.fingerprint import check_same_run, fingerprint
+from internvl_chat.train.checkpoint.fingerprint import check_same_run, fingerprint
+from internvl_chat.train.checkpoint.run_folder import OutputFolder, inspect_output_folder, list_checkpoints
 from internvl_chat.train.flag_rules import check_flags
-from internvl_chat.train.output_folder import OutputFolder, inspect_output_folder, list_checkpoints
 from internvl_chat.train.validation_flags import check_validation
+from internvl_chat.utils.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
+from internvl_chat.utils.paths import REPOSITORY
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
 from internvl_chat.data.meta import MOST_TILES
-from internvl_chat.errors import UsageError
 from internvl_chat.train.arguments import Arguments
-from internvl_chat.train.optimizer import OWN_OPTIMIZERS
+from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS
+from internvl_chat.utils.errors import UsageError
 
 # Flags of transformers that would be ignored or fail late, what they must be, and what to use.
 _UNSUPPORTED = (

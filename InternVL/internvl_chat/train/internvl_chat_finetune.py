@@ -17,15 +17,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.errors import DataError, M3LLMError, TrainingError, UsageError
-from internvl_chat.logs import configure_logging, get_logger
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.train.arguments import Arguments, build_parser, parse_arguments
-from internvl_chat.train.best_checkpoint import copy_best
-from internvl_chat.train.checkpoint_writer import checkpoint_writer
-from internvl_chat.train.checks import Plan, check_configuration
-from internvl_chat.train.fingerprint import (
+from internvl_chat.train.checkpoint.best import copy_best
+from internvl_chat.train.checkpoint.fingerprint import (
     LEFT_OUT,
     WEIGHT_PRECISION,
     check_same_run,
@@ -33,17 +29,8 @@ from internvl_chat.train.fingerprint import (
     fingerprint,
     read_fingerprint,
 )
-from internvl_chat.train.loader import LOADER_ENDED
-from internvl_chat.train.loading import (
-    choose_kernels,
-    load_encoder,
-    load_for_training,
-    load_records,
-    order_records,
-    plan_validation,
-)
-from internvl_chat.train.model_card import count_parameters, read_validation, write_model_card
-from internvl_chat.train.output_folder import (
+from internvl_chat.train.checkpoint.model_files import checkpoint_writer
+from internvl_chat.train.checkpoint.run_folder import (
     CONFIG,
     FINISHED,
     METRICS,
@@ -52,15 +39,33 @@ from internvl_chat.train.output_folder import (
     checkpoint_step,
     unlock_folder,
 )
-from internvl_chat.train.plots import plot_loss
-from internvl_chat.train.processes import of_all_processes
-from internvl_chat.train.rehearsal import plan_memory
-from internvl_chat.train.self_test import check_packing, check_preprocessing, first_samples, show_supervision
-from internvl_chat.train.sharding import shard
-from internvl_chat.train.stop_request import StopRequest, exit_code, report_stop, stop_with_launcher
-from internvl_chat.train.trainable import format_table, set_trainable
+from internvl_chat.train.checks import Plan, check_configuration
+from internvl_chat.train.dataloader import LOADER_ENDED
+from internvl_chat.train.distributed.fsdp import shard
+from internvl_chat.train.distributed.signals import StopRequest, exit_code, report_stop, stop_with_launcher
+from internvl_chat.train.freeze import format_table, set_trainable
+from internvl_chat.train.model_card import count_parameters, read_validation, write_model_card
+from internvl_chat.train.monitor.plots import plot_loss
+from internvl_chat.train.preflight.dry_run import plan_memory
+from internvl_chat.train.preflight.sanity import (
+    check_packing,
+    check_preprocessing,
+    first_samples,
+    show_supervision,
+)
+from internvl_chat.train.setup import (
+    choose_kernels,
+    load_encoder,
+    load_for_training,
+    load_records,
+    order_records,
+    plan_validation,
+)
 from internvl_chat.train.trainer import M3LLMTrainer
 from internvl_chat.train.validation import held_out
+from internvl_chat.utils.distributed import of_all_processes
+from internvl_chat.utils.errors import DataError, M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.logging import configure_logging, get_logger
 
 # Not __name__, which is `__main__` where this is run as a script.
 logger = get_logger("internvl_chat.train.internvl_chat_finetune")

@@ -22,28 +22,28 @@ from internvl_chat.data.collator import Pack, PackDataset
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.errors import DataError, TrainingError
 from internvl_chat.inference.tile_features import tile_features
-from internvl_chat.logs import get_logger
 from internvl_chat.model.flops import count_flops, peak_flops
 from internvl_chat.model.loss import token_weight
+from internvl_chat.model.persistent_buffers import keep_vocabulary_memory
 from internvl_chat.train.arguments import RunArguments
 from internvl_chat.train.callbacks import Rehearse, SetEpoch, StopWhenAsked
-from internvl_chat.train.checkpoint_folder import SaveModel
-from internvl_chat.train.guard import StepGuard
-from internvl_chat.train.kept_memory import keep_vocabulary_memory
-from internvl_chat.train.loader import build_loader, count_records, end_workers, naming_ended_worker
-from internvl_chat.train.memory import max_memory
-from internvl_chat.train.optimizer import OWN_OPTIMIZERS, build_optimizer, group_by_decay
-from internvl_chat.train.processes import of_all_processes
-from internvl_chat.train.rehearsal import Rehearsal
-from internvl_chat.train.reporting import shield_reports
-from internvl_chat.train.sharding import is_sharded, whole
-from internvl_chat.train.step_log import StepLog
-from internvl_chat.train.step_record import StepRecord, StepSums, figures_row, ledger_row
+from internvl_chat.train.checkpoint.folder import SaveModel
+from internvl_chat.train.dataloader import build_loader, count_records, end_workers, naming_ended_worker
+from internvl_chat.train.distributed.fsdp import is_sharded, whole
+from internvl_chat.train.monitor.nan_guard import StepGuard
+from internvl_chat.train.monitor.run_log import StepLog
+from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, figures_row, ledger_row
+from internvl_chat.train.monitor.trackers import shield_reports
+from internvl_chat.train.monitor.watchdog import Watchdog
+from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, build_optimizer, group_by_decay
+from internvl_chat.train.preflight.dry_run import Rehearsal
+from internvl_chat.train.preflight.memory import max_memory
 from internvl_chat.train.validating_trainer import ValidatingTrainer
 from internvl_chat.train.validation import Validation
-from internvl_chat.train.watchdog import Watchdog
+from internvl_chat.utils.distributed import of_all_processes
+from internvl_chat.utils.errors import DataError, TrainingError
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

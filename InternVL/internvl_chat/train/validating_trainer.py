@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from internvl_chat.logs import get_logger
 from internvl_chat.train.arguments import RunArguments
-from internvl_chat.train.checkpointing import CheckpointingTrainer
-from internvl_chat.train.output_folder import VALIDATION
-from internvl_chat.train.sharding import is_sharded
-from internvl_chat.train.step_log import AppendedFile
-from internvl_chat.train.stop_request import StopRequest
+from internvl_chat.train.checkpoint.checkpointing import CheckpointingTrainer
+from internvl_chat.train.checkpoint.run_folder import VALIDATION
+from internvl_chat.train.distributed.fsdp import is_sharded
+from internvl_chat.train.distributed.signals import StopRequest
+from internvl_chat.train.monitor.run_log import AppendedFile
 from internvl_chat.train.validation import Outcome, Validation
+from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.errors import UsageError
 from internvl_chat.train.arguments import Arguments, RunArguments
 from internvl_chat.train.validation import metric_names
+from internvl_chat.utils.errors import UsageError
 
 
 def check_validation(args: Arguments, sets: Sequence[DatasetSpec] | None) -> None:

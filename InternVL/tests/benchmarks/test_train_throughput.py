@@ -15,8 +15,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.train_throughput import check_same_work, format_table, main
 from benchmarks.workload import Workload, prepare_workload, take_records
 from internvl_chat.data.meta import load_meta
-from internvl_chat.errors import UsageError
 from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.utils.errors import UsageError
 
 KEYS = {"preset", "recipe", "model", "device", "records_per_second", "tokens_per_second", "mfu",
         "peak_memory_gb", "epoch_hours"}  # fmt: skip

@@ -16,7 +16,7 @@ from internvl_chat.data.dataset import Draw, TrainingData
 from internvl_chat.data.lengths import index_records
 from internvl_chat.data.problems import ERRORS, KINDS, WARNINGS, Problem, show_id, show_message
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 BAD = {
     "json": b'{"id": "b", "conversations": [',

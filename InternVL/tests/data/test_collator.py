@@ -20,7 +20,7 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordKey, RecordSet, Sample
 from internvl_chat.data.tiling import Grid
 from internvl_chat.data.tokenizer_training import train_tokenizer
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordKey, RecordSet
 from internvl_chat.data.tokenizer_training import train_tokenizer
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 TILE, TOKENS = 16, 3
 

@@ -15,7 +15,7 @@ from internvl_chat.data.hf_processor import (
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.records import Turn, parse_record
 from internvl_chat.data.template import SYSTEM_TEXTS, Template
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 SYSTEM = 'You see "figures".\n\tBackslash \\ and {{ braces }}, 书生 and 🩻.'
 CONVERSATIONS = {

@@ -13,7 +13,7 @@ from internvl_chat.data.audit_report import write_report
 from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.errors import DataError, ModelError
+from internvl_chat.utils.errors import DataError, ModelError
 
 
 def problem_of(folder, content: bytes) -> tuple[str, str]:

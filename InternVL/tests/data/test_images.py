@@ -20,7 +20,7 @@ from internvl_chat.data.images import (
     open_image,
 )
 from internvl_chat.data.problems import RecordProblem
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import internvl_chat
 from internvl_chat.data import jsonl
 from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 SCRIPTS = "é 中文 🩻 \u2028 \x85 \ufeff"  # two of them end a line for str.splitlines

@@ -17,7 +17,7 @@ from internvl_chat.data.benchmark_files import read_benchmark
 from internvl_chat.data.image_hash import fingerprint, near_pairs, perceptual_hash, similarity
 from internvl_chat.data.leaks import LEAST_SIMILARITY, MOST_BITS, find_leaks
 from internvl_chat.data.problems import LEAKS
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 
 def figure(seed: int, size: int = 200) -> Image.Image:

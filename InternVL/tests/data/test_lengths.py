@@ -22,7 +22,7 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.data.tokenizer_training import train_tokenizer
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")

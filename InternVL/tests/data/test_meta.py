@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from internvl_chat.data.meta import DatasetSpec, load_meta
-from internvl_chat.errors import DataError
+from internvl_chat.utils.errors import DataError
 
 ENTRY = {"root": "images", "annotation": "a.jsonl", "data_augment": False, "repeat_time": 1}
 

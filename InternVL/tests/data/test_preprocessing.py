@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 OTHER = {
     "template": "internvl2_5",

@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
-from internvl_chat.errors import ModelError
+from internvl_chat.utils.errors import ModelError
 
 INTERNVL_TOKENS = [
     "<img>",

@@ -9,12 +9,12 @@ import pytest
 from small_sets import noise, write_lines
 
 from internvl_chat.data.records import Turn
-from internvl_chat.errors import DataError, UsageError
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
 from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
 from internvl_chat.eval.benchmarks.omnimed import short_modality
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
+from internvl_chat.utils.errors import DataError, UsageError
 
 # Published file -> the file of training records that shares its questions.
 TRAINING = {

@@ -16,9 +16,9 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.records import Turn
 from internvl_chat.data.tokenizer_training import train_tokenizer
-from internvl_chat.errors import DataError
 from internvl_chat.eval.exact_match import Answer, answer_records, beats_chance
 from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.utils.errors import DataError
 
 RECORDS = {
     "closed": [

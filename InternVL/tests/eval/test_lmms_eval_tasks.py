@@ -12,13 +12,13 @@ from conftest import REPOSITORY
 from encoders import write_bert, write_sentence_encoder
 from small_sets import noise
 
-from internvl_chat.errors import UsageError
 from internvl_chat.eval import lmms_eval_tasks
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.eval.lmms_eval_tasks import functions
 from internvl_chat.eval.scoring import score
 from internvl_chat.metrics.suite import CHOICE_METRICS, OPEN_METRICS, Suite, build_suite
+from internvl_chat.utils.errors import UsageError
 
 FOLDER = Path(lmms_eval_tasks.__file__).parent
 TEMPLATE = FOLDER / "_default_template.yaml"

@@ -16,9 +16,9 @@ from internvl_chat.data.meta import DatasetSpec
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tokenizer_training import train_tokenizer
-from internvl_chat.errors import DataError
 from internvl_chat.eval.losses import RecordLoss, losses
 from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.utils.errors import DataError
 
 SYSTEM = "You read figures."
 PREPROCESSING = Preprocessing(

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.data.meta import load_meta
-from internvl_chat.errors import ModelError
 from internvl_chat.eval import parity
 from internvl_chat.eval.parity import (
     Difference,
@@ -26,6 +25,7 @@ from internvl_chat.eval.parity import (
 from internvl_chat.eval.parity_sides import OwnSide
 from internvl_chat.inference.export import export_hf
 from internvl_chat.model.merge import merge
+from internvl_chat.utils.errors import ModelError
 
 CPU = torch.device("cpu")
 SAME = Difference("qa", 0, "r0", True, True, 0.0, 0.0, True, ("a", "a"))

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from internvl_chat.errors import DataError, UsageError
 from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.eval.predictions import (
     PredictionLog,
@@ -13,6 +12,7 @@ from internvl_chat.eval.predictions import (
     items_digest,
     read_answers,
 )
+from internvl_chat.utils.errors import DataError, UsageError
 
 ITEMS = [Item("one", i, f"What {i}?", "That") for i in range(3)] + [
     Item("two", i, "Which?", "B", (Figure("a.png", "Fig-0"),), ("x", "y")) for i in range(2)

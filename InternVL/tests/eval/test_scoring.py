@@ -6,7 +6,6 @@ import logging
 import pytest
 from encoders import write_bert, write_sentence_encoder
 
-from internvl_chat.errors import UsageError
 from internvl_chat.eval.benchmarks.item import Benchmark, Item
 from internvl_chat.eval.scoring import score
 from internvl_chat.metrics import suite as suites
@@ -14,6 +13,7 @@ from internvl_chat.metrics.bleu import bleu
 from internvl_chat.metrics.cider import cider
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.metrics.suite import CHOICE_METRICS, FAMILIES, OPEN_METRICS, Suite, build_suite
+from internvl_chat.utils.errors import UsageError
 
 OPEN = [
     ("a", "the left lobe of the lung", "the left lobe"),

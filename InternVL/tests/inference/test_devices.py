@@ -4,10 +4,10 @@ import pytest
 import torch
 from inference.prompts import make_engine, mixed_prompts
 
-from internvl_chat.errors import UsageError
 from internvl_chat.inference import devices
 from internvl_chat.inference.devices import balanced_map, find_device, place, spread
 from internvl_chat.inference.parallel import process_count, process_device, process_index, share
+from internvl_chat.utils.errors import UsageError
 
 
 def test_parts_of_processes(monkeypatch):

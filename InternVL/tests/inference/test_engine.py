@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.records import Turn
 from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
-from internvl_chat.errors import DataError
 from internvl_chat.inference.engine import Engine, Prompt, ask
 from internvl_chat.model.adapter import BaseModel, save_adapter
 from internvl_chat.model.checkpoint import load_model, save_model
@@ -21,7 +20,8 @@ from internvl_chat.model.folders import copy_companions
 from internvl_chat.model.lora import add_lora
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import weights_digest
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.freeze import set_trainable
+from internvl_chat.utils.errors import DataError
 
 TEXT = ["Which panel shows the scan?", "The scan is panel B.", "What is the arrow in the figure pointing at?"]
 SYSTEM = "You read figures."

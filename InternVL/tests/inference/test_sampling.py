@@ -4,8 +4,8 @@ import pytest
 import torch
 from inference.prompts import make_engine, mixed_prompts
 
-from internvl_chat.errors import UsageError
 from internvl_chat.inference.sampling import Sampling
+from internvl_chat.utils.errors import UsageError
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
 

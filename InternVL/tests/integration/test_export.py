@@ -18,13 +18,13 @@ from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.errors import ModelError
 from internvl_chat.eval.parity import Tolerances, check_same
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.inference.export import export_hf
 from internvl_chat.model.checkpoint import load_model, save_model
 from internvl_chat.model.folders import copy_companions, read_config
 from internvl_chat.model.merge import merge
+from internvl_chat.utils.errors import ModelError
 
 TASKS = ("boundingboxVQA", "compound_image", "extra", "multiple_subimage", "puretext", "single_subimage")
 CPU = torch.device("cpu")

@@ -16,9 +16,10 @@ import torch
 from helpers import LAUNCHERS, SOURCE_ROOT, changed_weights, flags
 
 from internvl_chat.model.weights import open_weights
-from internvl_chat.train import checkpoint_writer, internvl_chat_finetune
+from internvl_chat.train import internvl_chat_finetune
+from internvl_chat.train.checkpoint import model_files as checkpoint_writer
+from internvl_chat.train.checkpoint.run_folder import list_checkpoints
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.output_folder import list_checkpoints
 from internvl_chat.train.trainer import M3LLMTrainer
 
 STEPS = 12
@@ -81,7 +82,7 @@ class Launched:
         script = "internvl_chat.train.internvl_chat_finetune"
         return [
             p for p in found
-            if script in (words := p.cmdline()) and "internvl_chat.train.launch" not in words
+            if script in (words := p.cmdline()) and "internvl_chat.train.distributed.launch" not in words
             and p.parent().cmdline() != words
         ]  # fmt: skip
 

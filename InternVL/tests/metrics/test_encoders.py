@@ -5,9 +5,9 @@ import torch
 from encoders import write_bert, write_sentence_encoder
 from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
 
-from internvl_chat.errors import ModelError
 from internvl_chat.metrics.bertscore import bert_score, scored_layer
 from internvl_chat.metrics.sts import sentence_similarity
+from internvl_chat.utils.errors import ModelError
 
 PAIRS = [
     ("the scan shows a mass in the left lobe .", "a mass in the right lobe ."),

@@ -21,7 +21,7 @@ from internvl_chat.model.lora import add_lora
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, tiny_config
 from internvl_chat.model.weights import weights_digest
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.freeze import set_trainable
 
 VOCABULARY = 64
 CONTEXT = 60  # the id that stands for an image feature

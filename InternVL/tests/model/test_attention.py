@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from model.conftest import make_model, make_record, run_alone
 
-from internvl_chat.errors import ModelError, UsageError
 from internvl_chat.model import attention
 from internvl_chat.model.attention import (
     ATTENTION_NAMES,
@@ -16,6 +15,7 @@ from internvl_chat.model.attention import (
     varlen_attention,
 )
 from internvl_chat.model.blocked_attention import blocked_attention
+from internvl_chat.utils.errors import ModelError, UsageError
 
 CPU = torch.device("cpu")
 

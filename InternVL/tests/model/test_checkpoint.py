@@ -21,7 +21,6 @@ from model.conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.adapter import (
     ADAPTER_WEIGHTS,
     BASE_FILE,
@@ -37,7 +36,8 @@ from internvl_chat.model.lora import add_lora, lora_dropout, lora_layers
 from internvl_chat.model.merge import merge
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import read_weights, weights_digest
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.freeze import set_trainable
+from internvl_chat.utils.errors import ModelError
 
 RECORD = make_record((2, 1))
 

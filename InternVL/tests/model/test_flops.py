@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from internvl_chat.model.flops import FlopCounter, count_flops, peak_flops
 from internvl_chat.model.lora import add_lora
 from internvl_chat.model.tiny import TinyShape
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.freeze import set_trainable
 
 SHAPES = {
     "grouped heads": TinyShape(

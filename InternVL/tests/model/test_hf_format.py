@@ -7,9 +7,9 @@ import torch
 from model.conftest import CONTEXT, make_config, make_model
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.hf_format import from_hf_config, from_hf_weights, to_hf_config, to_hf_weights
 from internvl_chat.model.weights import Weights, read_weights, write_weights
+from internvl_chat.utils.errors import ModelError
 
 NAMES = {
     "vision_model.embeddings.class_embedding": "model.vision_tower.embeddings.cls_token",

@@ -9,7 +9,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model.adapter import BaseModel, save_adapter
 from internvl_chat.model.checkpoint import load_model, save_model
 from internvl_chat.model.lora import (
@@ -28,7 +27,8 @@ from internvl_chat.model.lora import (
 )
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import weights_digest
-from internvl_chat.train.trainable import ModuleRow, format_table, set_trainable, table
+from internvl_chat.train.freeze import ModuleRow, format_table, set_trainable, table
+from internvl_chat.utils.errors import ModelError
 
 LINEAR_LAYERS = {
     "self_attn.q_proj",

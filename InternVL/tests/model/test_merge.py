@@ -21,7 +21,6 @@ from model.conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from internvl_chat.errors import ModelError, UsageError
 from internvl_chat.inference.export import export_hf
 from internvl_chat.model import merge as merging
 from internvl_chat.model.adapter import BaseModel, save_adapter
@@ -31,7 +30,8 @@ from internvl_chat.model.lora import add_lora, lora_layers
 from internvl_chat.model.merge import MergeResult, merge
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import read_weights, weights_digest, write_weights
-from internvl_chat.train.trainable import set_trainable
+from internvl_chat.train.freeze import set_trainable
+from internvl_chat.utils.errors import ModelError, UsageError
 
 RECORD = make_record((2, 1))
 LLM_LAYERS, VISION_LAYERS = 2 * 7, 2 * 4

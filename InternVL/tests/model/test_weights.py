@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from internvl_chat.errors import ModelError
 from internvl_chat.model import weights
 from internvl_chat.model.weights import (
     INDEX_FILE,
@@ -22,6 +21,7 @@ from internvl_chat.model.weights import (
     write_file,
     write_weights,
 )
+from internvl_chat.utils.errors import ModelError
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from helpers import flags
 
-from internvl_chat.errors import UsageError
 from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.utils.errors import UsageError
 
 NEEDED = {"output_dir": "out", "meta_path": "meta.json", "model_name_or_path": "model"}
 

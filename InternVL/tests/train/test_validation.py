@@ -10,13 +10,13 @@ from small_sets import encoder, image_record, noise, text_record, write_set
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.lengths import index_lengths
 from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.errors import ModelError, UsageError
 from internvl_chat.inference.engine import Prompt, last_question
 from internvl_chat.train.arguments import parse_arguments
-from internvl_chat.train.best_checkpoint import copy_best
+from internvl_chat.train.checkpoint.best import copy_best
+from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
 from internvl_chat.train.checks import check_configuration
-from internvl_chat.train.output_folder import inspect_output_folder
 from internvl_chat.train.validation import Figures, Outcome, Validation, held_out, metric_names
+from internvl_chat.utils.errors import ModelError, UsageError
 
 
 def test_figures_of_sums():
@@ -187,7 +187,7 @@ def test_a_folder_with_validations_is_a_run_s(tmp_path):
 def test_no_best_model_to_end_with(tmp_path):
     from transformers import TrainerState
 
-    from internvl_chat.errors import TrainingError
+    from internvl_chat.utils.errors import TrainingError
 
     with pytest.raises(TrainingError, match="nothing was validated"):
         copy_best(TrainerState(global_step=3), tmp_path, None)

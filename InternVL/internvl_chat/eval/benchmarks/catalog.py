@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from internvl_chat.errors import DataError, UsageError
 from internvl_chat.eval.benchmarks.item import Benchmark
 from internvl_chat.eval.benchmarks.mmmu import read_mmmu
 from internvl_chat.eval.benchmarks.omnimed import read_omnimed
 from internvl_chat.eval.benchmarks.pmc_mi import read_folder, read_pmc_mi
 from internvl_chat.eval.benchmarks.vqa import read_vqa
+from internvl_chat.utils.errors import DataError, UsageError
 
 READERS: dict[str, Callable[[Path], Benchmark]] = {
     "pmc-mi": read_pmc_mi,

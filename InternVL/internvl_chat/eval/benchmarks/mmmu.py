@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.errors import DataError, UsageError
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
     check_text,
@@ -16,6 +15,7 @@ from internvl_chat.eval.benchmarks.reading import (
     right_letter,
     text_under,
 )
+from internvl_chat.utils.errors import DataError, UsageError
 
 SUBJECTS = (
     "Basic_Medical_Science",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.errors import DataError
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
     find_image,
@@ -15,6 +14,7 @@ from internvl_chat.eval.benchmarks.reading import (
     right_letter,
     text_under,
 )
+from internvl_chat.utils.errors import DataError
 
 # The names of the published tables, by how a modality's own name begins or what it contains.
 _MODALITIES = {

@@ -12,7 +12,6 @@ from typing import Any
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.errors import DataError
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
     find_image,
@@ -22,6 +21,7 @@ from internvl_chat.eval.benchmarks.reading import (
     texts_under,
 )
 from internvl_chat.metrics.choice import split_choices
+from internvl_chat.utils.errors import DataError
 
 FILES = {
     "puretext": "puretextQA_benchmark.json",

@@ -9,8 +9,8 @@ from typing import Any
 
 from internvl_chat.constants import IMG_CONTEXT
 from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.errors import DataError, format_problems
 from internvl_chat.eval.benchmarks.item import Item
+from internvl_chat.utils.errors import DataError, format_problems
 
 _MOST_SHOWN = 20
 

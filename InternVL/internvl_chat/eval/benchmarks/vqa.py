@@ -7,7 +7,6 @@ from typing import Any
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.errors import DataError
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
     apart,
@@ -18,6 +17,7 @@ from internvl_chat.eval.benchmarks.reading import (
     text_under,
     texts_under,
 )
+from internvl_chat.utils.errors import DataError
 
 
 def read_vqa(file: Path) -> Benchmark:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
-from internvl_chat.errors import UsageError
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.eval.scoring import score
 from internvl_chat.metrics.suite import FAMILIES, Suite, build_suite
+from internvl_chat.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset

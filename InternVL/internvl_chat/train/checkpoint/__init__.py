@@ -1,0 +1,1 @@
+"""Checkpoints: saving in the background, the manifest, resuming, the run folder."""

@@ -1,0 +1,255 @@
+"""The folder of a run: who may write to it, what an earlier run left there, where to resume."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from internvl_chat.model.card import CARD, CARD_MARK
+from internvl_chat.train.checkpoint.manifest import find_damage
+from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.folder_lock import LOCK, lock_folder, unlock_folder
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+VALIDATION = "validation.jsonl"
+CONFIG = "config.yaml"
+LOG = "training_log.txt"
+PLOT = "loss.png"
+FINISHED = "train_results.json"
+PARTIAL = ".partial"
+# Ends the name, in PARTIAL, of a checkpoint that is being replaced by one of the same step.
+FORMER = ".former"
+
+_RECORDS_OF_A_RUN = (METRICS, LEDGER, VALIDATION, CONFIG, PLOT, FINISHED, PARTIAL)
+_HARMLESS = (LOG, LOCK, CARD)
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What a run writes; everything else in its folder is somebody's own.
+_WRITTEN = re.compile(
+    r"checkpoint-\d+|\.partial|(metrics|ledger|validation)\.jsonl|config\.yaml|loss\.png|train_results\.json|"
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
+    r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|tokenizer|"
+    r"tokenizer_config|vocab|added_tokens|special_tokens_map|chat_template)\.json|merges\.txt|"
+    r"tokenizer\.model|chat_template\.jinja"
+)
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """An output folder as it was found.
+
+    Attributes:
+        path: the folder.
+        resume: checkpoint to go on from, or None to start anew.
+        overwrite: delete an earlier run's files first.
+        found: checkpoints and results that were there when this was decided.
+    """
+
+    path: Path
+    resume: Path | None
+    overwrite: bool
+    found: tuple[str, ...] = ()
+
+    def open(self) -> IO[str]:
+        """Make the folder, take its lock, and clear what must not stay; returns the lock to keep.
+
+        Raises:
+            UsageError: another process writes to the folder, or has done so since it was inspected, or it
+                cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(self.path)
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be written to: {error.strerror}") from None
+        if _results(self.path) != self.found:
+            unlock_folder(lock)
+            raise UsageError(
+                f"{self.path}: another run has written to this folder while this one was starting; start the "
+                "same command again, and it goes on from what is there now"
+            )
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+        if self.resume is None and may_write_card(self.path):
+            _delete(self.path / CARD)
+        if self.overwrite:
+            names = _files_of_a_run(self.path)
+            if names:
+                logger.warning("%s: deleting an earlier run (%s)", self.path, ", ".join(names))
+            for name in names:
+                _delete(self.path / name)
+        elif self.resume is None:
+            for name in _RECORDS_OF_A_RUN:
+                _delete(self.path / name)
+        else:
+            step = checkpoint_step(self.resume)
+            for later in list_checkpoints(self.path):
+                if checkpoint_step(later) > step:
+                    logger.warning("going back to step %d: deleting %s", step, later)
+                    shutil.rmtree(later)
+            _delete(self.path / FINISHED)
+            for name in (METRICS, LEDGER, VALIDATION):
+                _drop_after(self.path / name, step)
+            if self.resume.resolve().parent == self.path.resolve():
+                _look_for_gaps(self.path / LEDGER, step)
+        return lock
+
+
+def may_write_card(folder: Path) -> bool:
+    """Say whether a folder's model card, if there is one, is an earlier run's and not somebody's own."""
+    file = folder / CARD
+    return not file.exists() or CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+
+
+def inspect_output_folder(
+    path: Path, *, overwrite: bool, resume: str | None, inputs: Sequence[Path] = ()
+) -> OutputFolder:
+    """Decide what to do with an output folder; no result is changed.
+
+    With checkpoints of an unfinished run the run is resumed from the newest, as the reference does.
+
+    Args:
+        path: the folder; may be missing.
+        overwrite: start anew whatever an earlier run left.
+        resume: a checkpoint folder; `auto` or `True` for the newest; None to decide by what is there.
+        inputs: files and folders that the run reads; none of them may be overwritten.
+
+    Raises:
+        UsageError: the folder is in use, or there is nothing to resume from.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: is a file; choose another --output_dir")
+    _bring_back(path)
+    checkpoints, found = list_checkpoints(path), _results(path)
+    contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in contents if not _WRITTEN.fullmatch(name) and name not in _HARMLESS]
+    if resume and resume.lower() not in ("auto", "true"):
+        chosen = Path(resume)
+        damage = find_damage(chosen) if chosen.is_dir() else "no such folder"
+        if damage:
+            raise UsageError(f"--resume_from_checkpoint {resume}: not a whole checkpoint: {damage}")
+        elsewhere = chosen.resolve().parent != path.resolve()
+        if elsewhere and (checkpoints or foreign or METRICS in contents):
+            raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume} in")
+        return OutputFolder(path, chosen, overwrite=False, found=found)
+    if overwrite:
+        if resume:
+            raise UsageError("--overwrite_output_dir would delete the checkpoint to resume; drop one of them")
+        if contents and METRICS not in contents and not set(contents) <= {*_HARMLESS, CONFIG}:
+            raise UsageError(
+                f"{path}: holds no run of this program, and --overwrite_output_dir deletes no others"
+            )
+        needed = [p for p in inputs if p.resolve() == path.resolve() or path.resolve() in p.resolve().parents]
+        if needed:
+            raise UsageError(f"--overwrite_output_dir would delete {needed[0]}, which this run reads")
+        return OutputFolder(path, None, overwrite=True, found=found)
+    if FINISHED in contents and not resume:
+        raise UsageError(
+            f"{path}: this output folder holds a finished run; choose another --output_dir, or "
+            "--overwrite_output_dir True to delete it"
+        )
+    if checkpoints:
+        return OutputFolder(path, _newest_whole(checkpoints), overwrite=False, found=found)
+    if resume and resume.lower() == "true":
+        raise UsageError(f"--resume_from_checkpoint: {path} holds no checkpoint")
+    weights = [name for name in contents if name.endswith(".safetensors")]
+    if foreign or weights:
+        raise UsageError(
+            f"{path}: this output folder is in use (it holds {', '.join((foreign or weights)[:3])}); choose "
+            "another --output_dir, or --overwrite_output_dir True to delete an earlier run in it"
+        )
+    return OutputFolder(path, None, overwrite=False, found=found)
+
+
+def _bring_back(path: Path) -> None:
+    """Give a checkpoint its place again whose replacement was killed before it had one."""
+    for former in (path / PARTIAL).glob("*" + FORMER):
+        if not (path / former.stem).exists():
+            former.replace(path / former.stem)
+
+
+def _results(path: Path) -> tuple[str, ...]:
+    """Return the names of a folder's checkpoints, and of what only a finished run has."""
+    finished = [FINISHED] if (path / FINISHED).exists() else []
+    return (*(checkpoint.name for checkpoint in list_checkpoints(path)), *finished)
+
+
+def _newest_whole(checkpoints: Sequence[Path]) -> Path:
+    """Return the newest checkpoint that is as it was written.
+
+    Raises:
+        UsageError: there is none; what happened to each.
+    """
+    problems = []
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            logger.info("resuming from %s", checkpoint)
+            return checkpoint
+        logger.warning("%s is damaged and not used: %s", checkpoint, damage)
+        problems.append(f"{checkpoint} is damaged: {damage}")
+    remedy = "--overwrite_output_dir True deletes them and starts anew"
+    raise UsageError([*problems, f"there is no whole checkpoint to resume from; {remedy}"])
+
+
+def list_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first."""
+    if not path.is_dir():
+        return []
+    folders = (p for p in path.iterdir() if _CHECKPOINT.fullmatch(p.name) and p.is_dir())
+    return sorted(folders, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the optimizer steps done at a checkpoint, by its name, or by its state if it was renamed."""
+    named = _CHECKPOINT.fullmatch(checkpoint.name)
+    if named:
+        return int(named[1])
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _files_of_a_run(path: Path) -> list[str]:
+    """Return what a run of this program writes into its folder, as found."""
+    return sorted(p.name for p in path.iterdir() if _WRITTEN.fullmatch(p.name))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove the lines of steps that are about to be done again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _look_for_gaps(ledger: Path, step: int) -> None:
+    """Warn of steps up to that one that a ledger has no line of."""
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
+    missing = sorted(set(range(1, step + 1)) - {_step_of(line) for line in lines})
+    if missing:
+        logger.warning(
+            "%s: has no line of %d steps of this run, the first of them %d; which records they used follows "
+            "from the seed, but is not proved", ledger, len(missing), missing[0],
+        )  # fmt: skip
+
+
+def _step_of(line: str) -> int | None:
+    """Return a line's step; None for one that was cut short by a crash."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,81 @@
+"""The one place that decides which parameters are trained."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """A row of the table: a module, its parameters, and how many of them are trained."""
+
+    module: str
+    parameters: int
+    trainable: int
+
+
+def set_trainable(
+    model: InternVLChatModel,
+    *,
+    freeze_llm: bool = False,
+    freeze_mlp: bool = False,
+    freeze_backbone: bool = False,
+    unfreeze_vit_layers: int = 0,
+    unfreeze_lm_head: bool = False,
+) -> list[ModuleRow]:
+    """Choose what is trained, with the reference's meaning of each flag, and return the table.
+
+    Where a tower has adapters, they are trained and the rest of the tower is not. Unfreezing comes last:
+    `unfreeze_vit_layers` n trains the vision blocks from n on (negative from the end), 0 none of them. Blocks
+    behind the one that `--vision_select_layer` takes have no part in the model and are never trained.
+    """
+    _train(model.vision_model, not freeze_backbone and not model.config.use_backbone_lora)
+    _train(model.language_model, not freeze_llm and not model.config.use_llm_lora)
+    _train(model.mlp1, not freeze_mlp)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(True)
+    if unfreeze_lm_head:
+        _train(model.language_model.get_output_embeddings(), True)
+    if unfreeze_vit_layers:
+        _train(model.vision_model.encoder.layers[unfreeze_vit_layers:], True)
+    tower = model.vision_model
+    _train(tower.encoder.layers[tower.layers_before(model.config.select_layer) :], False)
+    return table(model)
+
+
+def _train(module: nn.Module, trained: bool) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad_(trained)
+
+
+def table(model: InternVLChatModel) -> list[ModuleRow]:
+    """Count parameters and trainable parameters by module, adapters and head apart."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        if ".lora_" in name:
+            part += " (LoRA)"
+        elif ".lm_head." in name:
+            part += ".lm_head"
+        groups.setdefault(part, []).append(parameter)
+    rows = [
+        ModuleRow(part, sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad))
+        for part, ps in groups.items()
+    ]
+    return [*rows, ModuleRow("total", sum(r.parameters for r in rows), sum(r.trainable for r in rows))]
+
+
+def format_table(rows: list[ModuleRow]) -> str:
+    """Return the table as text."""
+    lines = [f"{'module':<26} {'parameters':>15} {'trainable':>15} {'share':>8}"]
+    lines += [
+        f"{r.module:<26} {r.parameters:>15,} {r.trainable:>15,} {r.trainable / max(r.parameters, 1):>8.2%}"
+        for r in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""AdamW for bf16 weights, other optimizers and schedules."""

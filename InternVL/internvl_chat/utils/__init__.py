@@ -1,0 +1,1 @@
+"""Helpers without domain knowledge: errors, logging, paths, process groups, files."""

@@ -1,0 +1,159 @@
+"""What is done with an output folder, by what is found there."""
+
+import json
+
+import pytest
+
+from internvl_chat.train.checkpoint.manifest import write_manifest
+from internvl_chat.train.checkpoint.run_folder import (
+    FINISHED,
+    LEDGER,
+    METRICS,
+    PARTIAL,
+    inspect_output_folder,
+    list_checkpoints,
+    lock_folder,
+)
+from internvl_chat.utils.errors import UsageError
+
+
+def write_checkpoint(folder, step, whole=True):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    if whole:
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        write_manifest(checkpoint)
+    return checkpoint
+
+
+def write_steps(file, steps):
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+
+
+def inspect(folder, overwrite=False, resume=None):
+    return inspect_output_folder(folder, overwrite=overwrite, resume=resume)
+
+
+@pytest.mark.parametrize("existing", [[], ["training_log.txt"], ["metrics.jsonl", "config.yaml", ".lock"]])
+def test_starts_anew_where_nothing_would_be_lost(tmp_path, existing):
+    for name in existing:
+        (tmp_path / name).write_text("")
+    found = inspect(tmp_path)
+    assert (found.resume, found.overwrite) == (None, False)
+    with found.open():
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", *existing} - {"metrics.jsonl", "config.yaml"}
+
+
+def test_missing_folder_is_made_only_when_opened(tmp_path):
+    found = inspect(tmp_path / "a/b")
+    assert not (tmp_path / "a").exists()
+    found.open().close()
+    assert (tmp_path / "a/b").is_dir()
+
+
+def test_resumes_the_newest_whole_checkpoint(tmp_path):
+    for step in (8, 10, 9):
+        write_checkpoint(tmp_path, step)
+    write_checkpoint(tmp_path, 12, whole=False)
+    names = [p.name for p in list_checkpoints(tmp_path)]
+    assert names == ["checkpoint-8", "checkpoint-9", "checkpoint-10", "checkpoint-12"]
+    assert inspect(tmp_path).resume == tmp_path / "checkpoint-10"
+
+
+def test_opening_to_resume_drops_lines_that_will_be_written_again(tmp_path):
+    write_checkpoint(tmp_path, 2)
+    write_steps(tmp_path / METRICS, [1, 2, 3])
+    (tmp_path / LEDGER).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')  # cut short by a crash
+    (tmp_path / ".partial").mkdir()
+    inspect(tmp_path).open().close()
+    assert (tmp_path / METRICS).read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / LEDGER).read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_finished_run_is_left_alone(tmp_path):
+    write_checkpoint(tmp_path, 2)
+    (tmp_path / FINISHED).write_text("{}")
+    with pytest.raises(UsageError, match="holds a finished run"):
+        inspect(tmp_path)
+    assert inspect(tmp_path, resume="auto").resume == tmp_path / "checkpoint-2"
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"in use \(it holds thesis.txt\)"):
+        inspect(tmp_path)
+
+
+def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
+    write_checkpoint(tmp_path, 2)
+    for name in (METRICS, FINISHED, "model.safetensors", "thesis.txt", "vocab.json"):
+        (tmp_path / name).write_text("")
+    inspect(tmp_path, overwrite=True).open().close()
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "thesis.txt"}
+
+
+def test_resume_must_exist(tmp_path):
+    with pytest.raises(UsageError, match="not a whole checkpoint: no such folder"):
+        inspect(tmp_path, resume=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        inspect(tmp_path, resume="True")
+    assert inspect(tmp_path, resume="auto").resume is None
+
+
+def test_overwriting_and_resuming_exclude_each_other(tmp_path):
+    with pytest.raises(UsageError, match="drop one of them"):
+        inspect(tmp_path, overwrite=True, resume="auto")
+
+
+def test_lock_is_exclusive_and_ends_with_its_file(tmp_path):
+    lock = lock_folder(tmp_path)
+    with pytest.raises(UsageError, match="another run"):
+        lock_folder(tmp_path)
+    lock.close()
+    lock_folder(tmp_path).close()
+
+
+def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
+    for name in ("annotations.jsonl", "labels.json", "analysis.py", "vocab.json"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match="holds no run of this program"):
+        inspect(tmp_path, overwrite=True)
+    (tmp_path / METRICS).write_text("")
+    inspect(tmp_path, overwrite=True).open().close()
+    assert {p.name for p in tmp_path.iterdir()} == {
+        ".lock",
+        "annotations.jsonl",
+        "labels.json",
+        "analysis.py",
+    }
+
+
+def test_what_the_run_reads_is_never_overwritten(tmp_path):
+    (tmp_path / METRICS).write_text("")
+    for needed in (tmp_path, tmp_path / "checkpoint-2"):
+        with pytest.raises(UsageError, match="which this run reads"):
+            inspect_output_folder(tmp_path, overwrite=True, resume=None, inputs=[needed])
+
+
+def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path):
+    chosen = write_checkpoint(tmp_path / "one", 2)
+    write_checkpoint(tmp_path / "two", 4)
+    with pytest.raises(UsageError, match="is not empty"):
+        inspect(tmp_path / "two", resume=str(chosen))
+    assert inspect(tmp_path / "three", resume=str(chosen)).resume == chosen
+
+
+def test_a_file_that_is_named_like_a_checkpoint_is_none(tmp_path):
+    (tmp_path / "checkpoint-99").write_text("")
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_whose_replacement_was_killed_comes_back(tmp_path):
+    """It was moved aside, and its successor had no name yet."""
+    former = tmp_path / PARTIAL / "checkpoint-4.former"
+    former.mkdir(parents=True)
+    (former / "trainer_state.json").write_text("{}")
+    write_manifest(former)
+    inspected = inspect_output_folder(tmp_path, overwrite=False, resume=None)
+    assert inspected.resume == tmp_path / "checkpoint-4"

@@ -1,0 +1,147 @@
+"""Signals are noted, not obeyed at once; a second Ctrl-C is."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import SOURCE_ROOT
+
+from internvl_chat.train.distributed import signals as stop_request
+from internvl_chat.train.distributed.signals import (
+    LAUNCHER,
+    SIGNALS,
+    STOPPED_BY,
+    STOPPING,
+    StopRequest,
+    exit_code,
+    report_stop,
+)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted(number, capfd):
+    with StopRequest() as request:
+        assert request.signal is None
+        os.kill(os.getpid(), number)
+        assert request.signal == number
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal == number  # the first one is what the exit code tells
+    assert f"{number.name}: stopping after this step" in capfd.readouterr().err
+
+
+def test_other_processes_are_silent(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == ""
+
+
+def test_handlers_are_given_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopRequest():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+SCRIPT = """
+import os, signal, sys, time
+from internvl_chat.train.distributed.signals import StopRequest
+with StopRequest() as request:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("at once together they are one", flush=True)
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", flush=True)
+"""
+
+
+def run(script, *argv, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT)} | environment,
+    )  # fmt: skip
+
+
+def test_a_second_interrupt_stops_at_once():
+    result = run(SCRIPT, "1.2")
+    assert result.returncode == 130
+    assert result.stdout == "at once together they are one\n"
+    assert "interrupted twice: stopping at once" in result.stderr
+
+
+def test_interrupts_close_together_are_one():
+    result = run(SCRIPT, "0")
+    assert result.returncode == 0 and "still here" in result.stdout
+
+
+def test_what_a_process_tells_its_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv(STOPPED_BY, raising=False)
+    assert [report_stop(number) for number in SIGNALS] == [143, 130, 138]
+    assert exit_code(signal.SIGTERM) == 143
+    monkeypatch.setenv(STOPPED_BY, str(tmp_path / "note"))
+    assert report_stop(signal.SIGUSR1) == 0
+    assert (tmp_path / "note").read_text() == "SIGUSR1"
+    monkeypatch.setenv(STOPPED_BY, str(tmp_path / "gone/note"))
+    assert report_stop(signal.SIGUSR1) == 0
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+from internvl_chat.train.distributed.signals import StopRequest, stop_with_launcher
+if len(sys.argv) > 1:
+    stop_with_launcher()
+    with StopRequest() as request:
+        print("ready", flush=True)
+        for _ in range(200):
+            time.sleep(0.1)
+            if request.signal:
+                print(request.signal.name, flush=True)
+                break
+else:
+    os.environ["M3LLM_LAUNCHER"] = str(os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", os.environ["SCRIPT"], "child"], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    os.dup2(child.stdout.fileno(), 0)
+    os.set_inheritable(0, True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_the_end_of_the_launcher_is_a_signal(tmp_path):
+    note = tmp_path / "note"
+    script = ORPHAN.replace(
+        "print(request.signal.name, flush=True)", f"open({str(note)!r}, 'w').write(request.signal.name)"
+    )
+    result = run(script, SCRIPT=script)
+    assert result.returncode == -9
+    for _ in range(100):
+        if note.is_file() and note.read_text():
+            break
+        stop_request.time.sleep(0.1)
+    assert note.read_text() == "SIGTERM"
+
+
+STARTED = (
+    "from internvl_chat.train.distributed.signals import stop_with_launcher; "
+    "stop_with_launcher(); print('on')"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_launcher_that_is_gone_already():
+    result = run(STARTED, **{LAUNCHER: "1"})
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "the launcher (process 1) has ended, and so does what it has started\n"
+    assert run(STARTED, **{LAUNCHER: str(os.getpid())}).stdout == "on\n"
+    assert run(STARTED).stdout == "on\n"
+
+
+def test_what_is_started_again_after_a_signal_has_nothing_to_do(tmp_path):
+    note = tmp_path / "note"
+    result = run(STARTED, **{STOPPING: "SIGUSR1", STOPPED_BY: str(note)})
+    assert (result.returncode, result.stdout, note.read_text()) == (0, "", "SIGUSR1")
+    assert run(STARTED, **{STOPPING: "SIGUSR1"}).returncode == 138

@@ -1,0 +1,255 @@
+"""The optimizer step: what weighs how much, however the step is cut; and what a run writes."""
+
+import json
+
+import pytest
+import torch
+from helpers import flags
+
+from internvl_chat.data.collator import pack_samples
+from internvl_chat.data.dataset import Draw
+from internvl_chat.data.encoding import RecordEncoder
+from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.model.flops import count_flops
+from internvl_chat.model.weights import open_weights
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checks import check_configuration
+from internvl_chat.train.freeze import set_trainable
+from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.setup import load_data, load_for_training
+from internvl_chat.train.trainer import M3LLMTrainer
+
+
+@pytest.fixture
+def make_trainer(tiny_model, sample_data, tmp_path):
+    """Build a trainer over the sample data, as the training script does."""
+
+    def make(**values) -> M3LLMTrainer:
+        values = {"gradient_accumulation_steps": 6, "per_device_train_batch_size": 1, **values}
+        argv = flags(
+            model_name_or_path=tiny_model,
+            meta_path=sample_data / "train.json",
+            output_dir=tmp_path / "out",
+            grad_checkpoint=False,
+            **values,
+        )
+        args = parse_arguments(argv)
+        plan = check_configuration(args)
+        torch.manual_seed(0)
+        model, tokenizer, preprocessing = load_for_training(plan)
+        set_trainable(model, freeze_backbone=True)
+        encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(args.data.max_dynamic_patch)
+        data, sampler = load_data(args, plan.specs, encoder, count_flops(model))
+        trainer = M3LLMTrainer(
+            model,
+            args.run,
+            data=data,
+            sampler=sampler,
+            normalization="imagenet",
+            save_model_to=lambda folder, state: None,
+            fingerprint={},
+            weight_precision="master",
+        )
+        trainer.create_optimizer_and_scheduler(10)
+        return trainer
+
+    return make
+
+
+def gradients(trainer, packs) -> tuple[float, dict[str, torch.Tensor]]:
+    """Run one step's forward and backward over packs of draws."""
+    trainer.model.zero_grad()
+    dataset = trainer.get_train_dataloader().dataset
+    loss = trainer.training_step(trainer.model, [dataset[draws] for draws in packs])
+    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+DRAWS = [Draw(index, 0) for index in (0, 5, 9, 13, 18, 21)]  # one of each category, text-only first
+EXPONENTS = {"token": 0.0, "square": 0.5, "sample": 1.0}
+
+
+@pytest.mark.parametrize("reduction", EXPONENTS)
+def test_step_is_the_weighted_mean_of_its_records(make_trainer, reduction):
+    trainer = make_trainer(loss_reduction=reduction)
+    loss, found = gradients(trainer, [DRAWS])
+
+    model, total, weights = trainer.model, 0.0, 0.0
+    model.zero_grad()
+    for draw in DRAWS:
+        sample, _ = trainer.data[draw]
+        pack = pack_samples([(sample, True)])
+        logits = model(pack.input_ids, normalize_tiles(pack.tiles, "imagenet")).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[0, 1:], reduction="sum")
+        n = int((pack.labels != -100).sum())
+        total = total + losses * n ** -EXPONENTS[reduction]
+        weights += n * n ** -EXPONENTS[reduction]
+    expected = total / weights
+    expected.backward()
+
+    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    for name, gradient in found.items():
+        torch.testing.assert_close(
+            gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+CUTS = {
+    "unpacked": [[0], [1], [2], [3], [4], [5]],
+    "pairs": [[0, 1], [2, 3], [4, 5]],
+    "uneven": [[5, 2, 0], [4], [1, 3]],
+    "one pack": [[0, 1, 2, 3, 4, 5]],
+    "one pack, another order": [[3, 5, 1, 0, 4, 2]],
+}
+
+
+@pytest.mark.parametrize("reduction", EXPONENTS)
+@pytest.mark.parametrize("checkpoint", [0, 1, 2])
+def test_cut_into_packs_changes_nothing(make_trainer, reduction, checkpoint):
+    trainer = make_trainer(loss_reduction=reduction)
+    loss, reference = gradients(trainer, [[draw] for draw in DRAWS])
+    if checkpoint:
+        trainer.model.recompute_layers(checkpoint)
+    for name, cut in CUTS.items():
+        other_loss, other = gradients(trainer, [[DRAWS[i] for i in pack] for pack in cut])
+        assert other_loss == pytest.approx(loss, abs=1e-6), name
+        assert other.keys() == reference.keys()
+        for key, gradient in other.items():
+            torch.testing.assert_close(gradient, reference[key], atol=1e-6, rtol=1e-4)
+
+
+def test_vision_with_each_pack_changes_nothing(make_trainer):
+    """A tower that runs inside the model's own forward pass, as where weights are spread over processes."""
+    trainer = make_trainer()
+    loss, reference = gradients(trainer, [DRAWS[:3], DRAWS[3:]])
+    trainer.model.always_run_vision = True
+    other_loss, other = gradients(trainer, [DRAWS[:3], DRAWS[3:]])
+    assert other_loss == pytest.approx(loss, abs=1e-7)
+    for key, gradient in other.items():
+        torch.testing.assert_close(gradient, reference[key], atol=1e-7, rtol=1e-5)
+
+
+def test_record_of_weight_zero_changes_nothing(make_trainer):
+    trainer = make_trainer()
+    loss, expected = gradients(trainer, [DRAWS[:3]])
+    filler = Draw(14, 0, counts=False)
+    for packs in ([[*DRAWS[:3], filler]], [DRAWS[:3], [filler]]):
+        padded_loss, found = gradients(trainer, packs)
+        assert padded_loss == pytest.approx(loss, abs=1e-7)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
+
+
+def test_text_only_step_gives_the_projector_zero_gradients(make_trainer):
+    _, found = gradients(make_trainer(), [[Draw(0, 0), Draw(1, 0)]])
+    projector = [gradient for name, gradient in found.items() if name.startswith("mlp1.")]
+    assert len(projector) == 6
+    assert all(not gradient.any() for gradient in projector)
+
+
+def run(tiny_model, sample_data, folder, **values) -> int:
+    argv = {
+        "model_name_or_path": tiny_model,
+        "meta_path": sample_data / "train.json",
+        "output_dir": folder,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    return train(flags(**{**argv, **values}))
+
+
+FULL = {}
+LORA = {"use_llm_lora": 4, "freeze_llm": True, "freeze_mlp": True}
+BOTH_LORA = {"use_llm_lora": 4, "use_backbone_lora": 2, "freeze_llm": True}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "moves"),
+    [
+        (FULL, ("mlp1.", "language_model.")),
+        (LORA, (".lora_",)),
+        (BOTH_LORA, (".lora_", "mlp1.")),
+        ({"freeze_llm": True, "unfreeze_lm_head": True, "freeze_mlp": True}, ("language_model.lm_head.",)),
+        (
+            {"freeze_llm": True, "freeze_mlp": True, "unfreeze_vit_layers": -1},
+            ("vision_model.encoder.layers.1.",),
+        ),
+    ],
+    ids=["full", "lora", "lora in both towers", "head", "last vision layer"],
+)
+def test_what_moves_is_what_is_trained(tiny_model, sample_data, tmp_path, recipe, moves, monkeypatch):
+    before: dict[str, torch.Tensor] = {}
+    kept: list[M3LLMTrainer] = []
+    original = M3LLMTrainer.train
+
+    def watched(self, **kwargs):
+        before.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
+        kept.append(self)
+        return original(self, **kwargs)
+
+    monkeypatch.setattr(M3LLMTrainer, "train", watched)
+    assert run(tiny_model, sample_data, tmp_path / "out", max_steps=6, save_strategy="no", **recipe) == 0
+    moved = {n for n, p in kept[0].model.named_parameters() if not torch.equal(p, before[n])}
+    expected = {n for n in before if any(part in n for part in moves)}
+    # An embedding row that never occurs stays, but the matrix as a whole moves.
+    assert moved == expected
+
+
+def test_files_of_a_run(tiny_model, sample_data, tmp_path, metrics):
+    out = tmp_path / "out"
+    assert run(tiny_model, sample_data, out, num_train_epochs=1, save_steps=4, save_total_limit=1) == 0
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["epoch"] == 1
+    assert sum(row["records"] for row in rows) == 24
+    keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "records", "tokens", "supervised_tokens",
+            "tiles", "seconds", "records_per_second", "tokens_per_second", "max_memory_gb"}  # fmt: skip
+    assert keys <= rows[0].keys()
+    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    used = [tuple(record) for row in ledger for record in row["trained"]]
+    names = json.loads((sample_data / "train.json").read_text())
+    assert sorted(used) == sorted((name, index) for name in names for index in range(4))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessing.json", "config.yaml"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert not (out / ".partial").exists()
+
+
+def test_configuration_file_of_a_run_repeats_it(tiny_model, sample_data, tmp_path, metrics):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(tiny_model, sample_data, first, max_steps=3, save_strategy="no", seed=7) == 0
+    config = (first / "config.yaml").read_text().replace(str(first), str(second))
+    (tmp_path / "again.yaml").write_text(config)
+    assert train([str(tmp_path / "again.yaml")]) == 0
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (first, second)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_bfloat16_as_in_the_recipe(tiny_model, sample_data, tmp_path, metrics, recipe):
+    """Weights in bfloat16, adapters in float32, and a loss near that of float32."""
+    losses = {}
+    for bf16 in (True, False):
+        out = tmp_path / f"out{bf16}"
+        assert run(tiny_model, sample_data, out, bf16=bf16, max_steps=4, lora_dropout=0, **recipe) == 0
+        losses[bf16] = [row["loss"] for row in metrics(out)]
+        file = out / ("adapter_model.safetensors" if recipe else "model.safetensors")
+        dtypes = {read().dtype for read in open_weights(file).values()}
+        assert dtypes == {torch.bfloat16 if bf16 and not recipe else torch.float32}
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+    assert json.loads((tmp_path / "outTrue/config.json").read_text())["torch_dtype"] == (
+        "float32" if recipe else "bfloat16"
+    )
+
+
+def test_checkpoint_keeps_the_tile_limit_that_was_trained_with(tiny_model, sample_data, tmp_path):
+    meta = json.loads((sample_data / "train.json").read_text())
+    for entry in meta.values():
+        entry["max_dynamic_patch"] = 1
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(meta))
+    out = tmp_path / "out"
+    assert run(tiny_model, sample_data, out, meta_path=path, max_steps=1, max_dynamic_patch=6) == 0
+    assert json.loads((out / "preprocessing.json").read_text())["max_dynamic_patch"] == 1
+    assert json.loads((out / "config.json").read_text())["max_dynamic_patch"] == 1

@@ -1,0 +1,72 @@
+"""How inputs are made is known before weights are read, and is what the loaded model says."""
+
+import json
+import shutil
+
+import pytest
+from helpers import flags
+from safetensors.torch import save_file
+
+from internvl_chat.model.weights import open_weights
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checks import check_configuration
+from internvl_chat.train.internvl_chat_finetune import main as train
+from internvl_chat.train.setup import load_encoder, load_for_training
+
+LORA = {"use_llm_lora": 2, "freeze_llm": True, "freeze_mlp": True}
+
+
+@pytest.fixture
+def plan_of(tiny_model, sample_data, tmp_path):
+    def plan_of(**values):
+        values = {"model_name_or_path": tiny_model, "meta_path": sample_data / "train.json",
+                  "output_dir": tmp_path / "new", **values}  # fmt: skip
+        return check_configuration(parse_arguments(flags(**values)))
+
+    return plan_of
+
+
+def agree(plan) -> bool:
+    encoder = load_encoder(plan)
+    _, tokenizer, preprocessing = load_for_training(plan)
+    limit = plan.args.data.max_dynamic_patch
+    own = encoder.with_max_tiles(preprocessing.max_dynamic_patch).preprocessing
+    return (
+        own == preprocessing
+        and encoder.preprocessing.max_dynamic_patch == limit
+        and encoder.tokenizer.get_vocab() == tokenizer.get_vocab()
+    )
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"force_image_size": 112}, {"max_dynamic_patch": 1}, {"max_dynamic_patch": 9, "min_dynamic_patch": 2},
+    {"dynamic_image_size": False, "pad2square": True}, {"normalize_type": "clip", "max_seq_length": 99}, LORA,
+], ids=str)  # fmt: skip
+def test_of_a_model(plan_of, values):
+    assert agree(plan_of(**values))
+
+
+def test_of_parts(plan_of, tiny_model, tmp_path):
+    vision, llm = tmp_path / "vision", tmp_path / "llm"
+    config = json.loads((tiny_model / "config.json").read_text())
+    weights = {name: read() for name, read in open_weights(tiny_model / "model.safetensors").items()}
+    for folder, part, key in (
+        (vision, "vision_model.", "vision_config"),
+        (llm, "language_model.", "llm_config"),
+    ):
+        shutil.copytree(tiny_model, folder)
+        (folder / "config.json").write_text(json.dumps(config[key]))
+        own = {n.removeprefix(part): w for n, w in weights.items() if n.startswith(part)}
+        save_file(own, folder / "model.safetensors")
+    assert agree(plan_of(model_name_or_path=None, vision_path=vision, llm_path=llm))
+
+
+def test_of_adapters_and_of_a_run_that_goes_on(plan_of, tiny_model, sample_data, tmp_path):
+    values = {"model_name_or_path": tiny_model, "meta_path": sample_data / "train.json",
+              "output_dir": tmp_path / "run", **LORA}  # fmt: skip
+    assert train(flags(**values, max_steps=2, save_strategy="steps", save_steps=1)) == 0
+    assert agree(plan_of(model_name_or_path=tmp_path / "run", **LORA))
+    (tmp_path / "run/train_results.json").unlink()
+    plan = plan_of(output_dir=tmp_path / "run", **LORA)
+    assert plan.output.resume
+    assert agree(plan)
