@@ -87,12 +87,12 @@ class StepSampler(Sampler[list[list[Draw]]]):
     ) -> None:
         self.sizes, self.step_records, self.planner, self.rank = list(sizes), step_records, planner, rank
         self.seed, self.strategy, self.resample = seed, strategy, resample
-        self.epoch = 0
+        self.epoch = self.skip = 0
         self._known: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch of the next iteration, and how many of its steps are done already."""
+        self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
         return -(-sum(self.sizes) // self.step_records)
@@ -127,4 +127,4 @@ class StepSampler(Sampler[list[list[Draw]]]):
 
     def __iter__(self) -> Iterator[list[list[Draw]]]:
         epoch = self.epoch
-        return (self.packs(epoch, number) for number in range(len(self)))
+        return (self.packs(epoch, number) for number in range(self.skip, len(self)))

@@ -1,17 +1,15 @@
-"""The command line of training: every flag of the reference recipe, and transformers' own.
+"""The flags of training: the reference's, transformers' TrainingArguments, and this project's own.
 
-All mistakes are reported at once, before anything is loaded.
+`parse_arguments` turns the command line, or one JSON or YAML file, into a frozen `TrainConfig`. All mistakes
+are reported at once.
 """
 
 import argparse
 import difflib
 import json
-import math
-import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from internvl_chat.data.template import SYSTEM_TEXTS
 from internvl_chat.data.tiling import NORMALIZATIONS
 from internvl_chat.model.attention import ATTENTION_NAMES
 from internvl_chat.model.loss import LOSS_REDUCTIONS
+from internvl_chat.train.config import PARALLEL_MODES, TrainConfig, resolve_run
 from internvl_chat.train.optim.adamw import WEIGHT_PRECISIONS
 from internvl_chat.utils.errors import UsageError
 
@@ -36,70 +35,72 @@ def _arg(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
-    """Which model, and which of its parts are trained."""
+    """Which model to train, and which of its parts."""
 
     model_name_or_path: str | None = _arg(None, "Model folder, adapter folder or hub id to start from.")
-    base_model_path: str | None = _arg(None, "Where the base of the adapters to start from is now.")
+    base_model_path: str | None = _arg(None, "Folder of the adapters' base model, if it has moved.")
     vision_path: str | None = _arg(None, "InternViT folder, to assemble a model from its parts.")
     llm_path: str | None = _arg(None, "Language-model folder, to assemble a model from its parts.")
     mlp_path: str | None = _arg(
         None, "Weight file of the projector (mlp1), for a model assembled from its parts."
     )
-    freeze_llm: bool = _arg(False, "Do not train the language model.")
-    freeze_backbone: bool = _arg(False, "Do not train the vision tower.")
-    freeze_mlp: bool = _arg(False, "Do not train the projector.")
+    freeze_llm: bool = _arg(False, "Freeze the language model.")
+    freeze_backbone: bool = _arg(False, "Freeze the vision tower.")
+    freeze_mlp: bool = _arg(False, "Freeze the projector.")
     unfreeze_vit_layers: int = _arg(0, "Train the vision blocks from this one on (negative from the end).")
-    unfreeze_lm_head: bool = _arg(False, "Train the head although the language model is frozen.")
+    unfreeze_lm_head: bool = _arg(False, "Train the head even if the language model is frozen.")
     vision_select_layer: int = _arg(-1, "Vision layer whose output is used; -1 is the last.")
     use_backbone_lora: int = _arg(0, "LoRA rank in the vision tower; 0 for none. Alpha is twice the rank.")
     use_llm_lora: int = _arg(0, "LoRA rank in the language model; 0 for none. Alpha is twice the rank.")
     lora_dropout: float = _arg(0.05, "Dropout before the adapters.")
     grad_checkpoint: str = _arg(
         "auto",
-        "Recompute activations in the backward pass: True, False, or in as many layers as memory needs.",
+        "Activation checkpointing: True for every layer, False for none, auto for as many as memory needs.",
     )
     drop_path_rate: float = _arg(0.0, "Stochastic depth of the vision tower.")
     ps_version: str = _arg("v2", "Version of the pixel shuffle.", ("v1", "v2"))
     use_fast_tokenizer: bool = _arg(False, "Accepted for the reference; both tokenizers give the same ids.")
-    attn: str = _arg("auto", "Attention of both towers.", ATTENTION_NAMES)
+    attn: str = _arg("auto", "Attention kernel of both towers.", ATTENTION_NAMES)
     use_liger: bool = _arg(False, "Use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs).")
 
     def __post_init__(self) -> None:
-        self.grad_checkpoint = _three_way("grad_checkpoint", self.grad_checkpoint)
+        object.__setattr__(self, "grad_checkpoint", _three_way("grad_checkpoint", self.grad_checkpoint))
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
-    """Which data, and how text and images become tokens."""
+    """Which data to train on, and how text and images become tokens."""
 
-    meta_path: str | None = _arg(None, "The meta file (PMC-data.json): which data sets there are.")
-    eval_meta_path: str | None = _arg(
-        None, "A meta file of held-out data sets; see --eval_strategy and --eval_steps."
+    meta_path: str | None = _arg(None, "The meta file (PMC-data.json) with the data sets.")
+    eval_meta_path: str | None = _arg(None, "A meta file of validation data; see --eval_strategy.")
+    data_root: str | None = _arg(
+        None, "Folder that relative paths in the meta file start from [repository]."
     )
-    data_root: str | None = _arg(None, "Folder that relative paths in the meta file count from [repository].")
-    conv_style: str = _arg("internvl2_5", "Conversation style.", tuple(SYSTEM_TEXTS))
-    max_seq_length: int = _arg(8192, "Most tokens of a record; a longer one loses tiles, never image tokens.")
-    force_image_size: int = _arg(448, "Side of a tile in pixels.")
+    conv_style: str = _arg("internvl2_5", "Conversation template.", tuple(SYSTEM_TEXTS))
+    max_seq_length: int = _arg(
+        8192, "Maximum tokens of a record; a longer one loses tiles, never image tokens."
+    )
+    force_image_size: int = _arg(448, "Tile size in pixels.")
     down_sample_ratio: float = _arg(0.5, "Down-sampling of the pixel shuffle; must be the model's.")
-    pad2square: bool = _arg(False, "Pad an image of one tile to a square instead of squeezing it.")
-    dynamic_image_size: bool = _arg(False, "Cut images into tiles by their aspect ratio.")
-    use_thumbnail: bool = _arg(False, "Append the whole image to its tiles.")
-    min_dynamic_patch: int = _arg(1, "Fewest tiles of an image.")
-    max_dynamic_patch: int = _arg(12, "Most tiles of a record; a data set's own limit wins.")
+    pad2square: bool = _arg(False, "Pad a single-tile image to a square instead of resizing it to one.")
+    dynamic_image_size: bool = _arg(False, "Split images into tiles by their aspect ratio.")
+    use_thumbnail: bool = _arg(False, "Append a thumbnail of the whole image to its tiles.")
+    min_dynamic_patch: int = _arg(1, "Minimum tiles of an image.")
+    max_dynamic_patch: int = _arg(12, "Maximum tiles of a record; a data set's own limit wins.")
     normalize_type: str = _arg("imagenet", "Pixel statistics.", tuple(NORMALIZATIONS))
-    use_data_resampling: bool = _arg(False, "Draw from the data sets by the square roots of their sizes.")
+    use_data_resampling: bool = _arg(False, "Sample data sets in proportion to the square root of their size.")
     check: str = _arg(
         "fast",
-        "Before weights are loaded: full decodes every image, fast reads its header and end; off looks for "
-        "no duplicates.",
+        "Data check before weights are loaded: full decodes every image, fast reads its header and end, off "
+        "skips the search for duplicates.",
         ("full", "fast", "off"),
     )
     on_bad_record: str = _arg(
-        "fail", "What to do with a record that cannot be used; skip leaves it out, by name.", POLICIES
+        "fail", "What to do with an unusable record; skip excludes it by name.", POLICIES
     )
-    max_bad_fraction: float = _arg(0.01, "Most records that --on_bad_record skip may leave out, as a share.")
+    max_bad_fraction: float = _arg(0.01, "Largest share of records that --on_bad_record skip may exclude.")
     truncate_text: bool = _arg(
         False, "Cut the end of a text that is too long even with one tile an image, instead of refusing it."
     )
@@ -111,123 +112,62 @@ class DataArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' training arguments, with those of the reference that transformers 5 has dropped."""
+    """transformers' training flags, those of the reference that transformers 5 has dropped, and our own.
 
-    evaluation_strategy: str | None = _arg(None, "Former name of eval_strategy.")
-    overwrite_output_dir: bool = _arg(False, "Delete what an earlier run left in output_dir.")
-    warmup_ratio: float = _arg(0.0, "Share of the steps over which the learning rate rises.")
-    do_train: bool = _arg(True, "Train; there is nothing else that this script does.")
-    group_by_length: bool = _arg(False, "Accepted for the reference; steps are always dealt by cost.")
+    Only the flags are inherited: `resolve_run` gives them their meaning, once.
+    """
+
+    evaluation_strategy: str | None = _arg(None, "Former name of --eval_strategy.")
+    overwrite_output_dir: bool = _arg(False, "Delete an earlier run in output_dir.")
+    warmup_ratio: float = _arg(0.0, "Share of the steps over which the learning rate warms up.")
+    do_train: bool = _arg(True, "Accepted for the reference; the script only trains.")
+    group_by_length: bool = _arg(False, "Accepted for the reference; steps are always balanced by cost.")
     loss_reduction: str = _arg("sample", "What weighs the same in a step.", LOSS_REDUCTIONS)
     train_sampling_strategy: str = _arg("random", "Order of the records.", STRATEGIES)
-    fsdp: str = _arg(
-        "",
-        "full_shard spreads weights and all that belongs to them over the GPUs (FSDP2).",
-        ("", "full_shard"),
-    )
-    packing: bool = _arg(
-        True, "Put the records of a process's share of a step behind one another; changes no result."
-    )
-    max_packed_tokens: int = _arg(16384, "Most tokens of a packed forward pass.")
-    weight_precision: str = _arg(
+    parallel: str = _arg(
         "auto",
-        "How bf16 weights are stepped: with float32 masters, with stochastic rounding, or as the reference "
-        "does; auto takes masters where they fit, else stochastic.",
-        WEIGHT_PRECISIONS,
+        "Parallelism over several GPUs: ddp, fsdp (FSDP2), deepspeed (with --deepspeed), or auto: ddp if the "
+        "memory plan fits, else fsdp.",
+        PARALLEL_MODES,
     )
-
-    self_test: bool = _arg(
-        False, "Before training, show what is learnt and compare packed with single records (seconds)."
+    fsdp: str = _arg("", "full_shard is another name of --parallel fsdp.")
+    packing: bool = _arg(True, "Pack a rank's records of a step into one row; changes no result.")
+    max_packed_tokens: int = _arg(16384, "Maximum tokens of a packed forward pass.")
+    weight_precision: str = _arg(
+        "master",
+        "How bf16 weights are updated: with float32 masters, with stochastic rounding, or in bf16 as the "
+        "reference does (auto is the former name of master).",
+        ("auto", *WEIGHT_PRECISIONS),
     )
+    async_save: bool = _arg(True, "Write checkpoints while training goes on; False waits for each.")
+    sanity_check: bool = _arg(
+        False, "Before training, show the supervised text and compare packed with single records (seconds)."
+    )
+    self_test: bool = _arg(False, "Former name of --sanity_check.")
     max_bad_steps: int = _arg(
-        5, "Leave out so many steps whose loss or gradient is no number; the next one ends the run."
+        5, "Steps with a non-finite loss or gradient that are skipped before the run ends."
     )
-    hang_seconds: float = _arg(
-        1800.0, "After so many seconds without a step, print what each process does; 0 never."
-    )
-
+    hang_seconds: float = _arg(1800.0, "Print all stacks after this many seconds without a step; 0 never.")
     eval_generate: int = _arg(
-        0, "In each validation also answer so many questions of each held-out set (exact match, ROUGE-L)."
+        0, "Questions of each validation set to answer in each validation (exact match, ROUGE-L)."
     )
     early_stopping_patience: int = _arg(
-        0, "End the run after so many validations in a row without a new best; 0 never."
+        0, "Stop after this many validations in a row without a new best; 0 never."
     )
 
     def __post_init__(self) -> None:
-        if self.evaluation_strategy is not None and self.eval_strategy == "no":
-            self.eval_strategy = self.evaluation_strategy
-        if self.eval_steps is None:
-            self.eval_steps = self.save_steps
-        # Our checkpoints are loaded, and the best of them kept, in our own way.
-        self.ends_with_best, self.load_best_model_at_end = self.load_best_model_at_end, False
-        chooses = self.ends_with_best or self.early_stopping_patience or self.save_strategy == "best"
-        if chooses and self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_loss"
-        if self.warmup_ratio:
-            self.warmup_steps = self.warmup_ratio
-        self.remove_unused_columns = False
-        if self.use_cpu and self.ddp_backend is None and "WORLD_SIZE" in os.environ:
-            self.ddp_backend = "gloo"
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
-        if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False
-        # Our collator makes a whole optimizer step of the process's records, so that for transformers a
-        # batch is a step; the records of a forward pass and of the share are kept here.
-        self.records_per_pack = self.per_device_train_batch_size
-        self.share_of_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = self.share_of_step, 1
-        # Blocks are compiled, and layers spread, one by one; transformers would take the model as a whole.
-        self.compile_blocks, self.torch_compile = self.torch_compile, False
-        self.sharded, self.fsdp = bool(self.fsdp), None
-        super().__post_init__()
-        # One process uses one GPU; without torchrun, transformers would spread the model over all it sees.
-        self._n_gpu = min(self.n_gpu, 1)
-
-    @property
-    def processes_here(self) -> int:
-        """Processes of the run on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-    @property
-    def step_records(self) -> int:
-        """Records of an optimizer step over all processes."""
-        return self.share_of_step * self.world_size
-
-    def count_steps(self, epoch_steps: int) -> int:
-        """Return the optimizer steps of the whole run, given those of an epoch."""
-        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * epoch_steps)
-
-
-@dataclass
-class Arguments:
-    """All arguments of a training run."""
-
-    model: ModelArguments
-    data: DataArguments
-    run: RunArguments
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the resolved arguments without secrets, for the run's `config.yaml`."""
-        run = self.run.to_dict()
-        run["per_device_train_batch_size"] = self.run.records_per_pack
-        run["load_best_model_at_end"] = self.run.ends_with_best
-        run["torch_compile"] = self.run.compile_blocks
-        run["fsdp"] = "full_shard" if self.run.sharded else None
-        run["gradient_accumulation_steps"] = self.run.share_of_step // self.run.records_per_pack
-        run = {k: v for k, v in run.items() if not re.search(r"token$|secret|password", k)}
-        return {"model": vars(self.model), "data": vars(self.data), "training": run}
+        """Leave the flags as given: transformers would set up devices and environment variables here."""
 
 
 class _Parser(HfArgumentParser):
-    """A parser that raises instead of leaving the program."""
+    """A parser that raises instead of ending the program."""
 
     def error(self, message: str) -> None:
         raise UsageError(message)
 
 
 def _three_way(flag: str, value: str) -> str:
-    """Return `auto`, `True` or `False`, however it was written."""
+    """Return `auto`, `True` or `False`, however it is spelled."""
     known = (
         {"auto": "auto"}
         | dict.fromkeys(("true", "1", "yes"), "True")
@@ -252,7 +192,7 @@ def build_parser() -> HfArgumentParser:
     )
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     """Parse flags, or one configuration file.
 
     Raises:
@@ -271,15 +211,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
             flag = error.argument_name.split("/")[0] if error.argument_name else None
             problems.append(f"{flag}: {error.message}")
             tokens = _without(tokens, flag)
-    problems += _unknown_flags(unknown, parser)
+    problems += _unknown_flags(unknown)
     problems += _missing(tokens)
     if problems:
         raise UsageError(problems)
     try:
-        parsed = parser.parse_args_into_dataclasses(args=tokens, look_for_args_file=False)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+        model, data, run = parser.parse_args_into_dataclasses(args=tokens, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
-    return Arguments(*parsed)
+    return TrainConfig(model, data, resolve_run(run))
 
 
 def _missing(tokens: list[str]) -> list[str]:
@@ -291,9 +231,9 @@ def _missing(tokens: list[str]) -> list[str]:
     return problems
 
 
-def _unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) -> list[str]:
+def _unknown_flags(unknown: list[str]) -> list[str]:
     """Name each unknown flag with the nearest known one."""
-    known = [name for action in parser._actions for name in action.option_strings]
+    known = [f"--{f.name}" for kind in (ModelArguments, DataArguments, RunArguments) for f in fields(kind)]
     problems = []
     for token in unknown:
         if token.startswith("--"):
@@ -317,10 +257,7 @@ def _without(tokens: list[str], flag: str | None) -> list[str]:
 
 
 def _tokens_from_file(path: Path) -> list[str]:
-    """Return the flags that a JSON or YAML file of names and values stands for.
-
-    The `config.yaml` of a run, in which they are grouped, is accepted too.
-    """
+    """Return the flags of a JSON or YAML file; the `config.yaml` of a run, which groups them, works too."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -342,7 +279,7 @@ def _flags(values: dict[str, Any]) -> list[str]:
     """Return names and values as command-line tokens; None means not given."""
     tokens = []
     for name, value in values.items():
-        if value is None:
+        if value is None or value == "":
             continue
         if isinstance(value, list):
             tokens += [f"--{name}", *map(str, value)] if value else []

@@ -1,4 +1,4 @@
-"""The loader of the packs: how its processes begin and end, and what it brought or died of."""
+"""The dataloader: its worker processes, and what happens when one of them dies."""
 
 import contextlib
 import multiprocessing
@@ -14,53 +14,53 @@ from torch.utils.data import DataLoader
 from internvl_chat.data.collator import Pack, PackDataset
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.train.arguments import RunArguments
-from internvl_chat.utils.errors import TrainingError
+from internvl_chat.train.config import RunConfig
+from internvl_chat.utils.errors import DataError, TrainingError
 
-# A loader process that is forked while a thread of torch enters Python would wait for that thread's lock for
-# ever (CPython before 3.11.10 and 3.12, https://github.com/python/cpython/issues/112275). This takes the same
-# lock, and so waits until it is free: under constant contention 1 fork in 4,000 hangs, and 1 in 90 without.
+# A worker that is forked while a thread of torch enters Python waits for that thread's lock for ever (CPython
+# before 3.11.10 and 3.12, https://github.com/python/cpython/issues/112275). This call takes the same lock, and
+# so waits until it is free: under constant contention 1 fork in 4,000 hangs instead of 1 in 90.
 os.register_at_fork(before=sys._current_frames)
 
-LOADER_ENDED = (
-    "a loader process was ended, perhaps because memory was short; the same command again goes on from the "
+WORKER_DIED = (
+    "a dataloader worker died, perhaps because memory was short; the same command again resumes from the "
     "newest checkpoint"
 )
 
 
-def build_loader(
-    args: RunArguments, packs: PackDataset, sampler: StepSampler, *, keep_workers: bool
+def build_dataloader(
+    run: RunConfig, packs: PackDataset, sampler: StepSampler, *, keep_workers: bool
 ) -> DataLoader:
-    """Return the loader of a process's shares of the steps.
+    """Return the loader of a rank's packs, one step at a time.
 
     Args:
-        args: of the run.
+        run: the resolved flags.
         packs: what is loaded.
-        sampler: deals the records.
-        keep_workers: let the loader processes live on when an epoch ends.
+        sampler: the records of each step.
+        keep_workers: let the workers live on when an epoch ends.
     """
-    # More loader processes than cores only get in each other's way.
-    cores = max(1, (os.cpu_count() or 1) // args.processes_here)
-    workers = min(args.dataloader_num_workers, cores)
+    # More workers than cores only get in each other's way.
+    cores = max(1, (os.cpu_count() or 1) // run.local_world_size)
+    workers = min(run.dataloader_num_workers, cores)
     return DataLoader(
         packs,
         batch_sampler=sampler,
         collate_fn=list,
         num_workers=workers,
-        pin_memory=args.device.type == "cuda",
+        pin_memory=run.dataloader_pin_memory and run.device.type == "cuda",
         persistent_workers=keep_workers and workers > 0,
-        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-        worker_init_fn=_begin_worker,
-        # Its own, so that beginning an epoch does not advance the randomness of dropout.
+        prefetch_factor=run.dataloader_prefetch_factor if workers else None,
+        worker_init_fn=_start_worker,
+        # Its own, so that the start of an epoch does not advance the generator of dropout.
         generator=torch.Generator(),
     )
 
 
-def _begin_worker(_: int) -> None:
-    """Keep a loader process to one thread, as there are several, and alive while its run is asked to stop.
+def _start_worker(_: int) -> None:
+    """Keep a worker to one thread, and alive while its run is asked to stop.
 
-    What asks a job to stop may send its signal to every process. A second SIGTERM is torch's own. Such a
-    process must be ended by `end_workers`.
+    A scheduler that stops a job may send its signal to every process. A second SIGTERM has its default effect.
+    Such a process must be ended by `end_workers`.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -69,34 +69,69 @@ def _begin_worker(_: int) -> None:
 
 
 def end_workers() -> None:
-    """End the loader processes that are left when the program ends.
+    """Kill the workers that are left when the program ends.
 
-    Python would send them one SIGTERM, and wait for ever for those that pass over it.
+    Python would send them one SIGTERM, and wait for ever for those that ignore it.
     """
-    # torch's handler would take their end for an accident.
+    # torch's handler would report their end as a failure.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
 
-@contextlib.contextmanager
-def naming_ended_worker(workers: int) -> Iterator[None]:
-    """Fetch from a loader with so many processes.
+class StepLoader:
+    """Iterates over the packs of a rank, from one step to the last of the run.
 
-    Raises:
-        TrainingError: one of them was ended.
+    Args:
+        run: the resolved flags.
+        packs: what is loaded.
+        sampler: the records of each step.
     """
-    try:
-        yield
-    except (ConnectionError, EOFError, FileNotFoundError) as error:
-        # What a loader process still had to hand over went with it.
-        if not workers:
-            raise
-        raise TrainingError(f"{LOADER_ENDED} ({error!r})") from None
+
+    def __init__(self, run: RunConfig, packs: PackDataset, sampler: StepSampler) -> None:
+        self.packs, self.sampler = packs, sampler
+        self.loader = build_dataloader(run, packs, sampler, keep_workers=True)
+
+    def steps(self, first: int, last: int) -> Iterator[list[Pack]]:
+        """Yield the packs of each step from `first` to `last`, counted from 1.
+
+        Raises:
+            DataError: a record cannot be used.
+            TrainingError: the packs are not those of the plan, or a worker died.
+        """
+        step = first
+        while step <= last:
+            epoch, done = self.sampler.place_of(step)
+            self.sampler.set_epoch(epoch, skip=done)
+            batches = iter(self.loader)
+            while (packs := self._next(batches)) is not None:
+                for pack in packs:
+                    if isinstance(pack, DataError):
+                        raise pack
+                if count_records(packs) != self._planned(step):
+                    raise TrainingError(f"step {step}: the dataloader returned other records than planned")
+                yield packs
+                step += 1
+                if step > last:
+                    return
+
+    def _next(self, batches: Iterator[list[Pack | DataError]]) -> list[Pack | DataError] | None:
+        try:
+            return next(batches, None)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # What a worker still had to hand over is lost with it.
+            if not self.loader.num_workers:
+                raise
+            raise TrainingError(f"{WORKER_DIED} ({error!r})") from None
+
+    def _planned(self, step: int) -> Counter[RecordKey]:
+        """Return this rank's records of a step, as the ledger will name them."""
+        indices = [i for pack in self.sampler.packs(*self.sampler.place_of(step)) for i in pack]
+        return Counter(self.packs.data.key_of(one.index) for one in indices if one.counts)
 
 
 def count_records(packs: Iterable[Pack]) -> Counter[RecordKey]:
-    """Return the records of packs, with those that were skipped and without fillers."""
+    """Return the records of packs with those that were skipped, without dummy samples."""
     found = Counter(
         key for pack in packs for key, counts in zip(pack.keys, pack.counts, strict=True) if counts
     )

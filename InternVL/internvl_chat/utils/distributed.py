@@ -1,15 +1,117 @@
-"""What the processes of a run tell one another."""
+"""Process groups: rank, world size, and collectives of Python objects that never use the GPU.
 
+Everything here runs over gloo with a timeout of days, so that ranks may wait for rank 0 to write or check
+something; tensors of the training itself go over NCCL where there is a GPU.
+"""
+
+import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
+from torch import distributed as dist
 
 T = TypeVar("T")
 
+# How long the other ranks wait for one that writes a checkpoint or decodes every image.
+_HOST_TIMEOUT = timedelta(days=2)
 
-def of_all_processes(value: T, processes: int) -> list[T]:
-    """Return what each of so many processes gives, whatever can be pickled, in the order of their ranks."""
-    values = [value] * processes
-    if processes > 1:
-        torch.distributed.all_gather_object(values, value)
+_host_group: dist.ProcessGroup | None = None
+
+
+def rank() -> int:
+    """Return the rank of this process, from the environment that torchrun sets."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return the rank of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes of the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Return the number of processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def init_process_group(device: torch.device, timeout: timedelta) -> None:
+    """Join the run's process group; does nothing for a single process.
+
+    Args:
+        device: of this process; a GPU adds NCCL for its tensors.
+        timeout: of NCCL collectives, and of gloo collectives in the training step.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """Return the gloo group with the long timeout; None for a single process.
+
+    The first call is a collective.
+    """
+    global _host_group
+    if _host_group is None and dist.is_initialized():
+        _host_group = new_host_group()
+    return _host_group
+
+
+def new_host_group() -> dist.ProcessGroup | None:
+    """Make another gloo group with the long timeout, for a thread of its own; a collective."""
+    return dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if dist.is_initialized() else None
+
+
+def destroy_process_group() -> None:
+    """Wait for the other ranks and leave the group; a rank that left early would take the others down."""
+    global _host_group
+    if dist.is_initialized():
+        barrier()
+        _host_group = None
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier(group=host_group())
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Return the value of every rank, anything that can be pickled, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=host_group())
     return values
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Return the value of the source rank on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=host_group())
+    return box[0]
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a CPU tensor over the ranks."""
+    if not dist.is_initialized():
+        return values
+    total = values.clone()
+    dist.all_reduce(total, group=host_group())
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is set on any rank."""
+    return bool(all_reduce_sum(torch.tensor([float(flag)], dtype=torch.float64)).item())

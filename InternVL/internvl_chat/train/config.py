@@ -1,0 +1,354 @@
+"""The configuration of a run: the flags, resolved once into frozen values.
+
+Every field of transformers' TrainingArguments is used here or refused by name (`USED_FLAGS`,
+`REFUSED_FLAGS`); nothing downstream changes a value.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from internvl_chat.utils import distributed
+from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from internvl_chat.train.arguments import DataArguments, ModelArguments, RunArguments
+
+logger = get_logger(__name__)
+
+PARALLEL_MODES = ("auto", "ddp", "fsdp", "deepspeed")
+_STRATEGIES = ("no", "steps", "epoch")
+
+# Flags of transformers that change nothing here: the values that are accepted, and what to use instead.
+REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "accelerator_config": ((None,), "there is no accelerate configuration"),
+    "activation_checkpointing": ((None, False), "use --grad_checkpoint"),
+    "activation_checkpointing_kwargs": ((None,), "use --grad_checkpoint"),
+    "auto_find_batch_size": ((False,), "lower --per_device_train_batch_size or --max_packed_tokens"),
+    "average_tokens_across_devices": ((True,), "--loss_reduction says how records are weighted"),
+    "batch_eval_metrics": ((False,), "validation computes its metrics over all records"),
+    "bf16_full_eval": ((False,), "validation runs in the precision of the weights"),
+    "data_seed": ((None,), "--seed decides the order of the records"),
+    "dataloader_drop_last": ((False,), "the last, short step of an epoch is used"),
+    "dataloader_in_order": ((True,), "records always come in order"),
+    "dataloader_multiprocessing_context": ((None,), "dataloader workers are forked"),
+    "dataloader_persistent_workers": ((False, True), "training workers always persist"),
+    "ddp_backend": ((None, "nccl", "gloo"), "NCCL is used on GPUs and gloo on CPUs"),
+    "ddp_broadcast_buffers": ((None, False), "the model has no buffers that change"),
+    "ddp_find_unused_parameters": ((None, False), "every trained parameter is used in every step"),
+    "ddp_static_graph": ((None, False), "packs differ from step to step"),
+    "debug": (("", None), "use torch's own tools, such as torch.autograd.set_detect_anomaly"),
+    "do_predict": ((False,), "use m3llm eval"),
+    "enable_jit_checkpoint": ((False,), "a run that is asked to stop saves a checkpoint by itself"),
+    "eval_accumulation_steps": ((None,), "validation keeps no logits"),
+    "eval_do_concat_batches": ((True,), "validation keeps no logits"),
+    "eval_use_gather_object": ((False,), "validation keeps no logits"),
+    "fp16": ((False,), "the model trains in bfloat16 (--bf16 True) or float32"),
+    "fp16_full_eval": ((False,), "validation runs in the precision of the weights"),
+    "fsdp_config": ((None,), "--parallel fsdp has no options"),
+    "gradient_checkpointing": ((None, False), "use --grad_checkpoint"),
+    "gradient_checkpointing_kwargs": ((None,), "use --grad_checkpoint"),
+    "hub_always_push": ((False,), "upload the finished folder"),
+    "hub_model_id": ((None,), "upload the finished folder"),
+    "hub_private_repo": ((None,), "upload the finished folder"),
+    "hub_revision": ((None,), "upload the finished folder"),
+    "hub_strategy": (("every_save",), "upload the finished folder"),
+    "hub_token": ((None,), "upload the finished folder; log in with hf auth login"),
+    "ignore_data_skip": ((False,), "a resumed run continues with the records that it has not used"),
+    "include_for_metrics": (([], None), "validation measures losses and answers"),
+    "include_num_input_tokens_seen": (("no", False, "False"), "metrics.jsonl counts the tokens of each step"),
+    "label_names": ((None,), "labels come from the conversation template"),
+    "label_smoothing_factor": ((0.0,), "the loss is the reference's"),
+    "length_column_name": (("length",), "lengths are measured by the data check"),
+    "liger_kernel_config": ((None,), "use --use_liger"),
+    "log_level": (("passive",), "the console shows information, warnings and errors"),
+    "log_level_replica": (("warning",), "other ranks show warnings and errors"),
+    "log_on_each_node": ((True,), "only rank 0 logs"),
+    "logging_nan_inf_filter": ((True,), "steps with a non-finite loss are skipped and reported"),
+    "neftune_noise_alpha": ((None,), "the embeddings are the reference's"),
+    "optim_target_modules": ((None,), "no optimizer that needs it is supported"),
+    "parallelism_config": ((None,), "use --parallel"),
+    "per_device_eval_batch_size": ((8,), "validation packs records up to --max_packed_tokens"),
+    "prediction_loss_only": ((False,), "validation keeps no logits"),
+    "project": (("huggingface",), "set the tracker's own variable, such as WANDB_PROJECT"),
+    "push_to_hub": ((False,), "upload the finished folder"),
+    "remove_unused_columns": ((True, False), "records have no columns"),
+    "restore_callback_states_from_checkpoint": ((False,), "early stopping always resumes"),
+    "save_on_each_node": ((False,), "checkpoints go to one shared folder"),
+    "skip_memory_metrics": ((True,), "metrics.jsonl has the peak memory of each step"),
+    "torch_compile_backend": ((None,), "--torch_compile True uses inductor"),
+    "torch_compile_mode": ((None,), "--torch_compile True compiles for rows of any length"),
+    "torch_empty_cache_steps": ((None,), "memory is planned before training"),
+    "trackio_bucket_id": ((None,), "set trackio's own variables"),
+    "trackio_space_id": ((None,), "set trackio's own variables"),
+    "trackio_static_space_id": ((None,), "set trackio's own variables"),
+    "use_cache": ((False,), "training keeps no key-value cache"),
+    "use_liger_kernel": ((False,), "use --use_liger"),
+}
+# Set by torchrun; never a choice of the user.
+_FROM_ENVIRONMENT = ("local_rank",)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `RunArguments` and the environment resolve to; the flags' names where the meaning is the flag's.
+
+    Attributes:
+        flags: the flags as given, for `config.yaml`.
+        device: of this process.
+        rank, world_size, local_world_size: of the process group.
+        records_per_pack: of a forward pass without packing (`per_device_train_batch_size`).
+        records_per_rank: of an optimizer step on one rank.
+        records_per_step: of an optimizer step over all ranks.
+        warmup_steps: below 1 a share of all steps.
+        deepspeed: the DeepSpeed configuration as read; None without it.
+        parallel: `auto` until the memory plan has decided.
+        compile_blocks: `--torch_compile`.
+    """
+
+    flags: Mapping[str, Any]
+    output_dir: str
+    device: torch.device
+    rank: int
+    world_size: int
+    local_world_size: int
+    # steps
+    records_per_pack: int
+    records_per_rank: int
+    records_per_step: int
+    num_train_epochs: float
+    max_steps: int
+    packing: bool
+    max_packed_tokens: int
+    train_sampling_strategy: str
+    loss_reduction: str
+    seed: int
+    full_determinism: bool
+    # optimizer
+    optim: str
+    optim_args: str | None
+    learning_rate: float
+    lr_scheduler_type: str
+    lr_scheduler_kwargs: Mapping[str, Any]
+    warmup_steps: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    # computation
+    bf16: bool
+    tf32: bool | None
+    weight_precision: str
+    compile_blocks: bool
+    parallel: str
+    deepspeed: Mapping[str, Any] | None
+    ddp_bucket_cap_mb: int | None
+    ddp_timeout: int
+    # data loading
+    dataloader_num_workers: int
+    dataloader_prefetch_factor: int | None
+    dataloader_pin_memory: bool
+    # logging
+    logging_strategy: str
+    logging_steps: float
+    logging_first_step: bool
+    disable_tqdm: bool | None
+    report_to: tuple[str, ...]
+    run_name: str | None
+    # validation
+    do_eval: bool
+    eval_strategy: str
+    eval_steps: float
+    eval_delay: float
+    eval_on_start: bool
+    eval_generate: int
+    early_stopping_patience: int
+    load_best_model_at_end: bool
+    metric_for_best_model: str | None
+    greater_is_better: bool
+    # checkpoints
+    save_strategy: str
+    save_steps: float
+    save_total_limit: int | None
+    save_only_model: bool
+    async_save: bool
+    resume_from_checkpoint: str | None
+    overwrite_output_dir: bool
+    # checks
+    sanity_check: bool
+    max_bad_steps: int
+    hang_seconds: float
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights: bfloat16 with `--bf16`, as the reference, else float32."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether validation chooses a best checkpoint."""
+        return self.metric_for_best_model is not None
+
+    def count_steps(self, epoch_steps: int) -> int:
+        """Return the optimizer steps of the whole run, given those of an epoch."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * epoch_steps)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The resolved configuration of a training run."""
+
+    model: "ModelArguments"
+    data: "DataArguments"
+    run: RunConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the flags by group, for the run's `config.yaml`; no flag can hold a secret."""
+        return {"model": vars(self.model), "data": vars(self.data), "training": dict(self.run.flags)}
+
+
+# Resolved under the flag's own name, or consumed by another value (see `resolve_run`).
+_CONSUMED = ("per_device_train_batch_size", "gradient_accumulation_steps", "torch_compile", "fsdp", "use_cpu",
+             "do_train", "evaluation_strategy", "warmup_ratio", "group_by_length", "self_test")  # fmt: skip
+USED_FLAGS = frozenset({f.name for f in fields(RunConfig)} | {*_CONSUMED} | {*_FROM_ENVIRONMENT})
+
+
+def resolve_run(args: "RunArguments") -> RunConfig:
+    """Resolve the flags of a run and the environment of its process.
+
+    Raises:
+        UsageError: lists every flag that is refused or has no valid value.
+    """
+    problems = _refused(args)
+    values = {f.name: getattr(args, f.name) for f in fields(RunConfig) if hasattr(args, f.name)}
+    for name, enum in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        values[name] = _choice(name, values[name], [one.value for one in enum], problems)
+    eval_strategy = args.evaluation_strategy if args.eval_strategy in ("no", None) else args.eval_strategy
+    values["eval_strategy"] = _choice("eval_strategy", eval_strategy or "no", _STRATEGIES, problems)
+    values["logging_strategy"] = _choice("logging_strategy", args.logging_strategy, _STRATEGIES, problems)
+    values["save_strategy"] = _choice("save_strategy", args.save_strategy, (*_STRATEGIES, "best"), problems)
+    values["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, problems) or {}
+    values["deepspeed"] = _mapping("deepspeed", args.deepspeed or None, problems)
+    values["parallel"] = _parallel(args, problems)
+    if args.weight_precision == "auto":
+        logger.warning("--weight_precision auto: is now called master, on every GPU")
+        values["weight_precision"] = "master"
+
+    metric, chooses = args.metric_for_best_model, args.load_best_model_at_end or args.early_stopping_patience
+    if metric is None and (chooses or values["save_strategy"] == "best"):
+        metric = "eval_loss"
+    if args.greater_is_better is None:
+        values["greater_is_better"] = metric is not None and not metric.endswith("loss")
+    reports = args.report_to if isinstance(args.report_to, list) else [args.report_to or "none"]
+    records = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if problems:
+        raise UsageError(problems)
+    values |= {
+        "flags": _given_flags(args),
+        "output_dir": str(Path(args.output_dir).expanduser().absolute()),
+        "device": _device(args.use_cpu),
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "local_world_size": distributed.local_world_size(),
+        "records_per_pack": args.per_device_train_batch_size,
+        "records_per_rank": records,
+        "records_per_step": records * distributed.world_size(),
+        "warmup_steps": args.warmup_ratio or args.warmup_steps,
+        "compile_blocks": args.torch_compile,
+        "report_to": tuple(name for name in reports if name != "none"),
+        "eval_steps": args.eval_steps or args.save_steps,
+        "metric_for_best_model": metric,
+        "sanity_check": args.sanity_check or args.self_test,
+    }
+    return RunConfig(**values)
+
+
+def _refused(args: "RunArguments") -> list[str]:
+    """Name the flags that change nothing here."""
+    return [
+        f"--{flag} {getattr(args, flag)}: not supported; {advice}"
+        for flag, (accepted, advice) in REFUSED_FLAGS.items()
+        if hasattr(args, flag) and _plain(getattr(args, flag)) not in accepted
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Return the text of an enum, anything else as it is."""
+    return getattr(value, "value", value)
+
+
+def _choice(name: str, value: Any, known: Any, problems: list[str]) -> str:
+    value = str(_plain(value))
+    if value not in known:
+        problems.append(f"--{name} {value}: must be one of {', '.join(known)}")
+    return value
+
+
+def _mapping(name: str, value: Any, problems: list[str]) -> dict[str, Any] | None:
+    """Return a flag that is a mapping, JSON text, or the path of a JSON file."""
+    if value is None or isinstance(value, dict):
+        return value
+    try:
+        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
+        loaded = json.loads(text)
+    except OSError as error:
+        problems.append(f"--{name} {value}: cannot be read ({error.strerror})")
+    except ValueError as error:
+        problems.append(f"--{name} {value}: not valid JSON ({error})")
+    else:
+        if isinstance(loaded, dict):
+            return loaded
+        problems.append(f"--{name} {value}: must be a JSON object")
+    return None
+
+
+def _parallel(args: "RunArguments", problems: list[str]) -> str:
+    """Return the parallel mode that `--parallel`, `--fsdp` and `--deepspeed` ask for."""
+    if args.fsdp and "full_shard" not in args.fsdp.split():
+        problems.append(f"--fsdp {args.fsdp}: only full_shard is supported (--parallel fsdp)")
+    asked = {"--fsdp": "fsdp"} if args.fsdp else {}
+    asked |= {"--deepspeed": "deepspeed"} if args.deepspeed else {}
+    asked |= {f"--parallel {args.parallel}": args.parallel} if args.parallel != "auto" else {}
+    if len(set(asked.values())) > 1:
+        problems.append(f"{' and '.join(asked)}: name different kinds of parallelism; use one of them")
+    if args.parallel == "deepspeed" and not args.deepspeed:
+        problems.append("--parallel deepspeed needs --deepspeed with a ZeRO configuration")
+    return next(iter(asked.values()), "auto")
+
+
+def _device(use_cpu: bool) -> torch.device:
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", distributed.local_rank())
+
+
+def _given_flags(args: "RunArguments") -> dict[str, Any]:
+    """Return the flags that are used, as they were given."""
+    known = {f.name for f in fields(args)} & USED_FLAGS - {*_FROM_ENVIRONMENT}
+    return {name: _plain(getattr(args, name)) for name in sorted(known)}
+
+
+def set_float32_precision(config: RunConfig) -> None:
+    """Apply `--tf32`; without it torch's default stays."""
+    if config.tf32 is not None and config.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
