@@ -1,4 +1,4 @@
-"""Steps that must not change the weights: those that teach nothing, or are no numbers."""
+"""Non-finite steps: a step with a NaN or infinite loss or gradient, or without labels, is skipped."""
 
 import math
 import statistics
@@ -10,80 +10,78 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# A gradient is called a spike if its norm is so many times the median of the latest steps'.
+# A gradient norm this many times above the median of the last steps is a spike.
 _SPIKE = 10.0
-_LATEST = 100
-_FEWEST = 20
-_NAMED = 16
+_WINDOW = 100
+_MIN_STEPS = 20
+_MAX_NAMED = 16
 
 Records = Sequence[tuple[str, int]]
 
 
-class StepGuard:
-    """Judges each step before its gradients are used.
+class NanGuard:
+    """Checks each step before its gradients are used.
 
     Args:
-        max_bad_steps: so many bad steps of one start of the program are left out; the next one ends the run.
+        max_bad_steps: bad steps that are skipped since the program started; the next one ends the run.
     """
 
     def __init__(self, max_bad_steps: int) -> None:
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
-        self._norms: deque[float] = deque(maxlen=_LATEST)
+        self._norms: deque[float] = deque(maxlen=_WINDOW)
 
-    def judge(
+    def check(
         self, step: int, loss: float, norm: float, supervised: int, records: Callable[[], Records]
     ) -> str | None:
-        """Return why a step must be left out, or None if its gradients may be used.
+        """Return why a step must be skipped, or None if its gradients may be used.
 
         Args:
-            step: its number, from 1.
-            loss: of the whole step.
-            norm: of all its gradients.
-            supervised: tokens that it teaches.
-            records: names its records, as data set and index from 0.
+            step: number of the step, from 1.
+            loss: loss of the step over all ranks.
+            norm: norm of all gradients.
+            supervised: supervised tokens of the step.
+            records: returns the step's records, as data set and index from 0.
 
         Raises:
-            TrainingError: there were too many bad steps.
+            TrainingError: too many bad steps.
         """
-        reason = _fault(loss, norm, supervised)
+        reason = _reason(loss, norm, supervised)
         if reason is None:
-            self._look_for_spike(step, norm, records)
+            self._report_spike(step, norm, records)
             return None
         self.bad_steps += 1
-        told = f"step {step}: {reason}; its records (data set and index from 0): {name_records(records())}"
+        message = f"step {step}: {reason}; records (data set and index from 0): {name_records(records())}"
         if self.bad_steps > self.max_bad_steps:
             raise TrainingError(
-                f"{told}. Nothing of this step was kept. That makes {self.bad_steps} bad steps, and "
+                f"{message}. This step changed no weights. It is bad step number {self.bad_steps}, and "
                 f"--max_bad_steps is {self.max_bad_steps}"
             )
-        logger.warning("%s. The step is left out (%d of %d)", told, self.bad_steps, self.max_bad_steps)
+        logger.warning("%s. The step is skipped (%d of %d)", message, self.bad_steps, self.max_bad_steps)
         return reason
 
-    def _look_for_spike(self, step: int, norm: float, records: Callable[[], Records]) -> None:
-        if len(self._norms) >= _FEWEST:
-            usual = statistics.median(self._norms)
-            if norm > _SPIKE * usual:
-                logger.warning(
-                    "step %d: the gradient's norm is %.3g, and %.3g in the median of the last %d steps; its "
-                    "records (data set and index from 0): %s",
-                    step, norm, usual, len(self._norms), name_records(records()),
-                )  # fmt: skip
+    def _report_spike(self, step: int, norm: float, records: Callable[[], Records]) -> None:
+        median = statistics.median(self._norms) if len(self._norms) >= _MIN_STEPS else math.inf
+        if norm > _SPIKE * median:
+            logger.warning(
+                "step %d: the gradient norm is %.3g, the median of the last %d steps is %.3g; records (data set "
+                "and index from 0): %s", step, norm, len(self._norms), median, name_records(records()),
+            )  # fmt: skip
         self._norms.append(norm)
 
 
-def _fault(loss: float, norm: float, supervised: int) -> str | None:
+def _reason(loss: float, norm: float, supervised: int) -> str | None:
     if not supervised:
-        return "nothing in it is supervised"
+        return "no supervised tokens"
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not math.isfinite(norm):
-        return f"the gradient's norm is {norm}"
+        return f"the gradient norm is {norm}"
     return None
 
 
 def name_records(records: Records) -> str:
     """Return the first records as text, and how many more there are."""
-    named = ", ".join(f"{name} {index}" for name, index in records[:_NAMED])
-    more = len(records) - _NAMED
+    named = ", ".join(f"{name} {index}" for name, index in records[:_MAX_NAMED])
+    more = len(records) - _MAX_NAMED
     return f"{named} and {more} more" if more > 0 else named

@@ -1,4 +1,4 @@
-"""The picture of a run's loss."""
+"""Plot of a run's loss."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 
-def plot_loss(metrics: Path, picture: Path, validation: Path | None = None) -> None:
-    """Draw the loss of a run as a PNG.
+def plot_loss(metrics: Path, output: Path, validation: Path | None = None) -> None:
+    """Plot the loss of a run, its moving average and the validation loss.
 
     Args:
-        metrics: the `metrics.jsonl`, of which each step's loss and its running mean are drawn.
-        picture: the file to write.
-        validation: the `validation.jsonl`, if there is one.
+        metrics: the `metrics.jsonl`; without steps there is no plot.
+        output: the PNG to write.
+        validation: the `validation.jsonl`, which may be missing.
     """
     import matplotlib
 
@@ -24,19 +24,19 @@ def plot_loss(metrics: Path, picture: Path, validation: Path | None = None) -> N
     if not len(steps):
         return
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    axes.plot(steps, losses, color="#9ec3e6", linewidth=1, label="each step")
+    axes.plot(steps, losses, color="#9ec3e6", linewidth=1, label="step")
     window = max(1, min(len(losses) // 10, 100))
     if window > 1:
         mean = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], mean, color="#1f5a96", linewidth=2, label=f"mean of {window} steps")
     steps, losses = _losses(_rows(validation) if validation else [])
     if len(steps):
-        axes.plot(steps, losses, "o-", color="#c8641e", linewidth=1.5, markersize=4, label="held out")
+        axes.plot(steps, losses, "o-", color="#c8641e", linewidth=1.5, markersize=4, label="validation")
     if len(axes.lines) > 1:
         axes.legend(frameon=False)
-    axes.set(xlabel="optimizer step", ylabel="loss", title=f"{picture.parent.name}", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss", title=f"{output.parent.name}", ylim=(0, None))
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    figure.savefig(output, dpi=120)
     plt.close(figure)
 
 

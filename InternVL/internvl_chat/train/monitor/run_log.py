@@ -1,4 +1,4 @@
-"""What a run writes of each step: a line of figures, and a line that proves which records were used."""
+"""The files of a run: `metrics.jsonl`, `ledger.jsonl` (which records were trained) and `validation.jsonl`."""
 
 import contextlib
 import json
@@ -7,85 +7,87 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.train.checkpoint.run_folder import LEDGER, METRICS
+from internvl_chat.train.checkpoint.run_folder import LEDGER, METRICS, VALIDATION
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-class StepLog:
-    """Appends to `metrics.jsonl` and `ledger.jsonl`; lines that a full disk refuses are kept for later.
+class RunLog:
+    """Appends to the files of a run; lines that a full disk refuses are kept and written later.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files = {METRICS: AppendedFile(folder / METRICS), LEDGER: AppendedFile(folder / LEDGER)}
+        names = METRICS, LEDGER, VALIDATION
+        self._metrics, self._ledger, self._validation = (JsonlFile(folder / name) for name in names)
 
-    def write(self, figures: dict[str, Any], used: dict[str, Any]) -> None:
-        """Add a step's line to both files."""
-        self._files[METRICS].append(figures)
-        self._files[LEDGER].append(used)
+    def write(self, metrics_row: dict[str, Any], ledger_row: dict[str, Any]) -> None:
+        """Append a step's lines to metrics and ledger."""
+        self._metrics.append(metrics_row)
+        self._ledger.append(ledger_row)
 
-    def write_left_out(self, records: Sequence[dict[str, Any]]) -> None:
-        """Begin the ledger with the records that no step uses."""
-        self._files[LEDGER].append({"step": 0, "skipped": list(records), "trained": []})
+    def append_validation(self, row: dict[str, Any]) -> None:
+        """Append the line of a validation."""
+        self._validation.append(row)
 
-    def bring_to_disk(self) -> None:
-        """Wait until the lines are on the disk, so that no checkpoint is without those before it."""
-        for file in self._files.values():
-            file.bring_to_disk()
+    def write_excluded(self, records: Sequence[dict[str, Any]]) -> None:
+        """Begin the ledger with the records that are excluded from the start."""
+        self._ledger.append({"step": 0, "skipped": list(records), "trained": []})
+
+    def flush(self) -> None:
+        """Wait until metrics and ledger are on disk, so that a checkpoint never precedes its lines."""
+        self._metrics.flush()
+        self._ledger.flush()
 
     def skipped(self) -> list[tuple[str, int]]:
         """Return the records that earlier steps skipped, as data set and index."""
-        file = self._files[LEDGER].path
+        file = self._ledger.path
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         rows = [json.loads(line) for line in lines if '"skipped"' in line]
         return [(one["dataset"], one["index"]) for row in rows for one in row.get("skipped", ())]
 
 
-class AppendedFile:
-    """A file of JSON lines, each of which is in it whole or not yet.
+class JsonlFile:
+    """A file of JSON lines to which whole lines are appended.
 
     Args:
-        path: of the file; it is made by the first line.
+        path: the file; the first line creates it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting: list[str] = []
-        self._said = False
+        self._pending: list[str] = []
+        self._warned = False
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a line after those that wait; none is lost where that is impossible for now."""
-        self._waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
+        """Append a line after those that are pending; if that fails it stays pending."""
+        self._pending.append(json.dumps(row, ensure_ascii=False) + "\n")
         size = None
         try:
             with self.path.open("ab") as stream:
                 size = stream.tell()
-                stream.write("".join(self._waiting).encode("utf-8"))
+                stream.write("".join(self._pending).encode("utf-8"))
         except OSError as error:
             if size is not None:
-                self._cut_to(size)
-            if not self._said:
-                self._said = True
-                logger.warning(
-                    "%s: cannot be written to (%s); its lines are kept until it can",
-                    self.path,
-                    error.strerror,
-                )
+                self._truncate(size)
+            if not self._warned:
+                self._warned = True
+                message = "%s: cannot be written to (%s); its lines are kept until it can"
+                logger.warning(message, self.path, error.strerror)
             return
-        self._waiting.clear()
-        self._said = False
+        self._pending.clear()
+        self._warned = False
 
-    def bring_to_disk(self) -> None:
-        """Wait until the lines are on the disk; one that does not take them is told by `append`."""
+    def flush(self) -> None:
+        """Wait until the lines are on disk; `append` reports a disk that refuses them."""
         with contextlib.suppress(OSError), self.path.open("rb") as stream:
             os.fsync(stream.fileno())
 
-    def _cut_to(self, size: int) -> None:
-        """Take back what was written in part."""
+    def _truncate(self, size: int) -> None:
+        """Remove a line that was written in part."""
         try:
             with self.path.open("r+b") as stream:
                 stream.truncate(size)

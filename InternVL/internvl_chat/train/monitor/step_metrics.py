@@ -1,28 +1,31 @@
-"""What a step was made of, and the two lines that tell of it: `metrics.jsonl` and `ledger.jsonl`."""
+"""What a step consists of, and its lines in `metrics.jsonl` and `ledger.jsonl`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.collator import Pack
 from internvl_chat.data.record_set import RecordKey
+from internvl_chat.utils.distributed import all_reduce_sum
 
 
 class StepSums(NamedTuple):
-    """What is added up over the packs of a step, and over all processes.
+    """Sums over the packs of a step, on one rank or over all ranks.
 
     Attributes:
-        weight: of all supervised tokens in the loss.
-        records: that count.
-        tokens: of these.
-        supervised_tokens: of these.
-        tiles: of all records.
-        flops: of forward and backward.
+        weight: weights of all supervised tokens in the loss.
+        records: records without dummy samples.
+        tokens: their tokens.
+        supervised_tokens: their supervised tokens.
+        tiles: their tiles.
+        flops: FLOPs of forward and backward.
         skipped: records that turned out to be unusable.
-        asked_to_stop: whether a process was.
+        asked_to_stop: ranks that were asked to stop.
+        saving: ranks whose checkpoint is still being written.
     """
 
     weight: float
@@ -32,20 +35,20 @@ class StepSums(NamedTuple):
     tiles: int
     flops: float
     skipped: int
-    asked_to_stop: bool
+    asked_to_stop: int
+    saving: int
 
     @classmethod
-    def of_share(
-        cls, packs: Sequence[Pack], weights: Sequence[torch.Tensor], flops: float, asked_to_stop: bool
+    def of_rank(
+        cls,
+        packs: Sequence[Pack],
+        weights: Sequence[Tensor],
+        flops: float,
+        *,
+        asked_to_stop: bool,
+        saving: bool,
     ) -> "StepSums":
-        """Return the sums of one process.
-
-        Args:
-            packs: its share of the step.
-            weights: (R,) of each pack, what a token of each record weighs.
-            flops: of the share.
-            asked_to_stop: whether this process was.
-        """
+        """Return the sums of this rank; a pack's `weights` (R,) are those of its records' tokens in the loss."""
         return cls(
             weight=sum(float((w * p.supervised).sum()) for w, p in zip(weights, packs, strict=True)),
             records=sum(int(p.counts.sum()) for p in packs),
@@ -54,64 +57,65 @@ class StepSums(NamedTuple):
             tiles=sum(len(p.tiles) for p in packs),
             flops=flops,
             skipped=sum(len(p.skipped) for p in packs),
-            asked_to_stop=asked_to_stop,
+            asked_to_stop=int(asked_to_stop),
+            saving=int(saving),
         )
 
-    def over_processes(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> "StepSums":
-        """Return the sums of all processes, by what adds up float64 values over them."""
-        values = add_up(torch.tensor(self, dtype=torch.float64)).tolist()
+    def all_reduce(self) -> "StepSums":
+        """Return the sums over all ranks; a collective."""
+        values = all_reduce_sum(torch.tensor(self, dtype=torch.float64)).tolist()
         return StepSums(*(type(own)(value) for own, value in zip(self, values, strict=True)))
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepRecord:
-    """What a step was made of, over all processes.
+    """What a step consisted of, over all ranks.
 
     Attributes:
-        loss: of the whole step.
-        learning_rate: that it used.
-        sums: of its packs.
+        loss: loss of the step.
+        learning_rate: learning rate of the step.
+        grad_norm: norm of the gradients before clipping.
+        sums: sums over its packs.
         skipped: records that turned out to be unusable.
-        left_out: why the step changed no weight; None where it did.
+        skipped_because: why the step changed no weights; None if it did.
     """
 
     loss: float
     learning_rate: float
+    grad_norm: float
     sums: StepSums
     skipped: tuple[Skipped, ...] = ()
-    left_out: str | None = None
+    skipped_because: str | None = None
 
 
-def figures_row(
-    step: StepRecord,
+def metrics_row(
+    record: StepRecord,
     *,
-    number: int,
+    step: int,
     epoch: float,
-    grad_norm: float | None,
     seconds: float,
     peak_flops: float | None,
-    processes: int,
+    world_size: int,
     max_memory: int,
 ) -> dict[str, Any]:
-    """Return the step's line of `metrics.jsonl`.
+    """Return a step's line of `metrics.jsonl`.
 
     Args:
-        step: what it was made of.
-        number: of the step, from 1.
-        epoch: how many have passed after it.
-        grad_norm: before clipping.
-        seconds: that the step took.
-        peak_flops: FLOP/s of a device, None where it is not known.
-        processes: of the run, each with a device.
-        max_memory: bytes that this one used at most.
+        record: what the step consisted of.
+        step: number of the step, from 1.
+        epoch: epochs done after the step.
+        seconds: duration of the step.
+        peak_flops: FLOP/s of a device, None if unknown.
+        world_size: number of ranks, with a device each.
+        max_memory: peak memory of this rank in bytes.
     """
-    sums = step.sums
+    sums = record.sums
     row: dict[str, Any] = {
-        "step": number,
+        "step": step,
         "epoch": round(epoch, 6),
-        "loss": round(step.loss, 7),
-        "grad_norm": None if grad_norm is None else round(grad_norm, 7),
-        "learning_rate": step.learning_rate,
+        "loss": round(record.loss, 7),
+        "grad_norm": round(record.grad_norm, 7),
+        "learning_rate": record.learning_rate,
         "records": sums.records,
         "tokens": sums.tokens,
         "supervised_tokens": sums.supervised_tokens,
@@ -121,27 +125,18 @@ def figures_row(
         "tokens_per_second": round(sums.tokens / seconds, 1),
     }
     if peak_flops:
-        row["mfu"] = round(sums.flops / seconds / peak_flops / processes, 4)
+        row["mfu"] = round(sums.flops / seconds / peak_flops / world_size, 4)
     row["max_memory_gb"] = round(max_memory / 1e9, 3)
-    return row | _left_out(step)
+    return row | _skipped_because(record)
 
 
-def ledger_row(step: StepRecord, *, number: int, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:
-    """Return the step's line of `ledger.jsonl`.
-
-    Args:
-        step: what it was made of.
-        number: of the step, from 1.
-        epoch: that it belongs to, from 0.
-        records: that were planned for it.
-    """
-    skipped = {(record.dataset, record.index) for record in step.skipped}
-    trained = [record for record in records if record not in skipped]
-    row = {"step": number, "epoch": epoch, **_left_out(step), "trained": trained}
-    if skipped:
-        row["skipped"] = [record._asdict() for record in step.skipped]
-    return row
+def ledger_row(record: StepRecord, *, step: int, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:
+    """Return a step's line of `ledger.jsonl`, given its epoch (from 0) and the records planned for it."""
+    skipped = {(one.dataset, one.index) for one in record.skipped}
+    trained = [key for key in records if key not in skipped]
+    row = {"step": step, "epoch": epoch, **_skipped_because(record), "trained": trained}
+    return row | ({"skipped": [one._asdict() for one in record.skipped]} if skipped else {})
 
 
-def _left_out(step: StepRecord) -> dict[str, str]:
-    return {"left_out": step.left_out} if step.left_out else {}
+def _skipped_because(record: StepRecord) -> dict[str, str]:
+    return {"skipped_because": record.skipped_because} if record.skipped_because else {}

@@ -1,59 +1,123 @@
-"""Reports to W&B and the like, which may fail without ending the run."""
+"""W&B, TensorBoard and the other trackers of accelerate; a tracker that fails never ends a run."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import CallbackHandler
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType, clear_environment
 
+from internvl_chat.utils.distributed import rank
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-_MOST_FAILURES = 3
-_EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+_MAX_FAILURES = 3
+_PROJECT = "m3llm"
+# The variable that names the project; accelerate reads those of mlflow and clearml itself.
+_PROJECT_VARIABLES = {
+    "wandb": "WANDB_PROJECT",
+    "comet_ml": "COMET_PROJECT_NAME",
+    "swanlab": "SWANLAB_PROJECT",
+}
+# The option that names the run in its project.
+_RUN_NAME_OPTIONS = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name",
+                     "clearml": "task_name"}  # fmt: skip
 
 
-class ShieldedCallback(TrainerCallback):
-    """Passes events on; what fails is logged, and after three failures nothing more is passed on.
+def available_trackers() -> list[str]:
+    """Return the names of the trackers whose package is installed."""
+    installed, known = {str(one) for one in get_available_trackers()}, LoggerType.list()
+    return [name for name in LOGGER_TYPE_TO_CLASS if name in installed or name not in known]
+
+
+def tracker_problems(names: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the names given to `--report_to`."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            yield f"--report_to {name}: unknown; use none or {', '.join(LOGGER_TYPE_TO_CLASS)}"
+        elif name not in available_trackers():
+            yield f"--report_to {name}: not installed (pip install {name.replace('_', '-')})"
+
+
+class Trackers:
+    """The trackers of a run; failures are logged, and after three a tracker is dropped.
 
     Args:
-        callback: of a reporting service.
+        trackers: started trackers.
     """
 
-    def __init__(self, callback: TrainerCallback) -> None:
-        self.callback, self.failures = callback, 0
+    def __init__(self, trackers: Sequence[GeneralTracker]) -> None:
+        self._failures = dict.fromkeys(trackers, 0)
 
-    def handle(self, event: str, *args: Any, **kwargs: Any) -> Any:
-        """Pass one event on."""
-        if self.failures >= _MOST_FAILURES:
-            return None
-        try:
-            return getattr(self.callback, event)(*args, **kwargs)
-        except Exception as error:
-            self.failures += 1
-            name = type(self.callback).__name__
-            more = "; it gets no more reports" if self.failures == _MOST_FAILURES else ""
-            logger.warning("%s failed (%s: %s); training goes on%s", name, type(error).__name__, error, more)
-            return None
+    @classmethod
+    def start(
+        cls, names: Sequence[str], *, run_name: str | None, folder: Path | str, config: Mapping[str, Any]
+    ) -> "Trackers":
+        """Start trackers by name, on rank 0 only.
+
+        Args:
+            names: names of `available_trackers`.
+            run_name: name of the run; by default that of its folder.
+            folder: folder of the run, for trackers that write files.
+            config: flags to show with the run; may be nested.
+        """
+        started = []
+        for name in names if rank() == 0 else ():
+            try:
+                started.append(_start(name, run_name or Path(folder).name, Path(folder), config))
+            except Exception as error:
+                logger.warning("%s cannot be started (%s: %s)", name, type(error).__name__, error)
+        return cls(started)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log the numbers among the values of a step."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._call("log", numbers, step=step)
+
+    def finish(self) -> None:
+        """Finish all trackers."""
+        self._call("finish")
+
+    def _call(self, method: str, *args: Any, **options: Any) -> None:
+        for tracker, failures in list(self._failures.items()):
+            try:
+                getattr(tracker, method)(*args, **options)
+            except Exception as error:
+                self._failures[tracker] = failures + 1
+                end = ""
+                if failures + 1 == _MAX_FAILURES:
+                    del self._failures[tracker]
+                    end = "; it gets no more reports"
+                logger.warning(
+                    "%s failed (%s: %s); training goes on%s", tracker.name, type(error).__name__, error, end
+                )
 
 
-def _passing_on(event: str) -> Callable[..., Any]:
-    def pass_on(self: ShieldedCallback, *args: Any, **kwargs: Any) -> Any:
-        return self.handle(event, *args, **kwargs)
+def _start(name: str, run_name: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:
+    # accelerate needs its state. In an empty environment it takes this rank for a single process: otherwise
+    # it would set up a process group, a device and a number of threads.
+    with clear_environment():
+        PartialState(cpu=True)
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    if tracker_class.requires_logging_directory:
+        logging_dir = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(folder / "runs")
+        tracker = tracker_class(run_name, logging_dir)
+    else:
+        project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), _PROJECT)
+        options = {_RUN_NAME_OPTIONS[name]: run_name} if name in _RUN_NAME_OPTIONS else {}
+        tracker = tracker_class(project, **options)
+    tracker.start()
+    tracker.store_init_configuration(dict(_flatten(config)))
+    return tracker
 
-    pass_on.__name__ = event
-    return pass_on
 
-
-for _event in _EVENTS:
-    setattr(ShieldedCallback, _event, _passing_on(_event))
-
-
-def shield_reports(handler: CallbackHandler) -> None:
-    """Put a shield around each callback of a reporting service."""
-    services = tuple(INTEGRATION_TO_CALLBACK.values())
-    handler.callbacks = [
-        ShieldedCallback(one) if isinstance(one, services) else one for one in handler.callbacks
-    ]
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values under names with slashes; what is neither text nor a number becomes text."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,4 +1,4 @@
-"""A thread that says what a process is doing when no step has ended for a long time."""
+"""A thread that reports what this rank is doing when no step has finished for a long time."""
 
 import faulthandler
 import os
@@ -10,28 +10,28 @@ from typing import Self
 
 
 class Watchdog:
-    """Prints this process's step, records and stacks whenever nothing was noted for `seconds`.
+    """Prints this rank's activity and all stacks whenever `note` was not called for `seconds`.
 
-    It ends nothing: what waits may yet go on, and torch's own timeouts end what does not.
+    It ends nothing: a collective that waits may still complete, and torch's timeouts end one that does not.
 
     Args:
-        seconds: without news; 0 switches it off.
+        seconds: time without a note; 0 disables the watchdog.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._news = (time.monotonic(), "starting")
+        self._note = (time.monotonic(), "starting")
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def note(self, doing: str) -> None:
-        """Say what the process begins to do; the time counts from now."""
-        self._news = (time.monotonic(), doing)
+    def note(self, text: str) -> None:
+        """Note what this rank starts to do, and restart the clock."""
+        self._note = (time.monotonic(), text)
 
     def __enter__(self) -> Self:
         if self.seconds > 0:
             self._ended.clear()
-            self._news = (time.monotonic(), "starting")
+            self._note = (time.monotonic(), "starting")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -45,17 +45,17 @@ class Watchdog:
             self._thread = None
 
     def _watch(self) -> None:
-        said = 0.0
+        reported = 0.0
         while not self._ended.wait(min(1.0, self.seconds / 4)):
-            since, doing = self._news
-            silent = time.monotonic() - max(since, said)
-            if silent >= self.seconds:
-                said = time.monotonic()
-                _report(said - since, doing)
+            since, text = self._note
+            silence = time.monotonic() - max(since, reported)
+            if silence >= self.seconds:
+                reported = time.monotonic()
+                _report(reported - since, text)
 
 
-def _report(seconds: float, doing: str) -> None:
+def _report(seconds: float, text: str) -> None:
     rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"process {rank}: no step has ended for {seconds:.0f} s; it is {doing}. Its threads:\n")
+    sys.stderr.write(f"rank {rank}: no step has finished for {seconds:.0f} s; it is {text}. All stacks:\n")
     sys.stderr.flush()
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

@@ -1,0 +1,99 @@
+"""Progress on the console: one line per logging interval, and on a terminal a progress bar."""
+
+import contextlib
+import logging
+import sys
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+# Steps whose mean duration predicts the time left.
+_RECENT_STEPS = 100
+
+
+class Console:
+    """Reports the steps of a run.
+
+    Args:
+        total_steps: steps of the whole run.
+        first_step: number of the first step, from 1.
+        show_bar: show a progress bar if standard error is a terminal.
+    """
+
+    def __init__(self, total_steps: int, *, first_step: int, show_bar: bool) -> None:
+        self.total_steps = total_steps
+        self._rows: list[dict[str, Any]] = []
+        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._open = contextlib.ExitStack()
+        self._bar = None
+        if show_bar and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step - 1, unit="step", dynamic_ncols=True)
+            self._open.enter_context(self._bar)
+            self._open.enter_context(logging_redirect_tqdm([logging.getLogger("internvl_chat")]))
+
+    def step(self, row: dict[str, Any], *, due: bool = True) -> dict[str, float] | None:
+        """Add a step's `metrics_row`; if a line is due, log and return the averages since the last line."""
+        self._rows.append(row)
+        self._seconds.append(row["seconds"])
+        if self._bar is not None:
+            self._bar.update()
+        if not due:
+            return None
+        metrics = average(self._rows)
+        self._rows.clear()
+        left = (self.total_steps - row["step"]) * sum(self._seconds) / len(self._seconds)
+        logger.info("%s", format_line(row["step"], self.total_steps, metrics, left))
+        return metrics
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        self._open.close()
+
+
+def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics of an interval.
+
+    The loss is averaged over records and the gradient norm over steps, both without skipped steps; throughput
+    and MFU are averaged over time; epoch and learning rate are the last.
+    """
+    seconds, records, tokens = (sum(row[name] for row in rows) for name in ("seconds", "records", "tokens"))
+    metrics = {name: rows[-1][name] for name in ("epoch", "learning_rate")}
+    used = [row for row in rows if "skipped_because" not in row]
+    if used:
+        metrics["loss"] = sum(r["loss"] * r["records"] for r in used) / sum(r["records"] for r in used)
+        metrics["grad_norm"] = sum(row["grad_norm"] for row in used) / len(used)
+    metrics |= {"records_per_second": records / seconds, "tokens_per_second": tokens / seconds}
+    if "mfu" in rows[-1]:
+        metrics["mfu"] = sum(row["mfu"] * row["seconds"] for row in rows) / seconds
+    return metrics | {"max_memory_gb": max(row["max_memory_gb"] for row in rows)}
+
+
+def format_line(step: int, total_steps: int, metrics: dict[str, float], seconds_left: float) -> str:
+    """Return the metrics of an interval as one line."""
+    line = f"step {step}/{total_steps} ({100 * step / total_steps:.1f} %) | epoch {metrics['epoch']:.3f}"
+    if "loss" in metrics:
+        line += f" | loss {metrics['loss']:.4f}"
+    line += f" | lr {metrics['learning_rate']:.1e}"
+    if "grad_norm" in metrics:
+        line += f" | grad norm {metrics['grad_norm']:.3g}"
+    records, tokens = metrics["records_per_second"], metrics["tokens_per_second"]
+    line += f" | {records:{'.3g' if records < 1000 else ',.0f'}} records/s, {tokens:,.0f} tokens/s"
+    if "mfu" in metrics:
+        line += f" | MFU {100 * metrics['mfu']:.0f} %"
+    line += f" | {metrics['max_memory_gb']:.1f} GB"
+    return line + (f" | {format_duration(seconds_left)} left" if step < total_steps else "")
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as text: `1 h 18 min`, `18 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -1,0 +1,128 @@
+"""Optimizer and learning-rate schedule of a run."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+
+from internvl_chat.train.config import RunConfig
+from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, build_adamw
+from internvl_chat.utils.distributed import any_rank
+from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+# As in transformers: biases are recognised by name, norms by type or name.
+_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+# They need a training loop, or a choice of modules, of their own.
+_REFUSED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
+# They need a metric in every step.
+_REFUSED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
+
+
+def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of the trained parameters, of which biases and norms do not decay; a collective.
+
+    Raises:
+        UsageError: `--optim` is not supported or its package is not installed.
+    """
+    groups = group_by_decay(model, run.weight_decay)
+    if run.optim not in OWN_OPTIMIZERS:
+        optimizer, options = _library_optimizer(run)
+        return optimizer(groups, **options)
+    # DeepSpeed keeps float32 masters itself.
+    precision = run.weight_precision if run.deepspeed is None else "bf16"
+    has_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    return build_adamw(
+        groups,
+        precision=precision,
+        seed=run.seed,
+        compiled=has_bf16 and uses_compiled_step(precision, run.device),
+        lr=run.learning_rate,
+        betas=(run.adam_beta1, run.adam_beta2),
+        eps=run.adam_epsilon,
+        weight_decay=run.weight_decay,
+    )
+
+
+def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+    """Return the learning-rate schedule over the steps of the whole run.
+
+    Raises:
+        UsageError: the schedule is not supported, or its options do not fit.
+    """
+    name, warmup = run.lr_scheduler_type, run.warmup_steps
+    if name in _REFUSED_SCHEDULERS:
+        raise UsageError(
+            f"--lr_scheduler_type {name}: not supported: it needs a metric; use cosine or linear"
+        )
+    warmup_steps = int(warmup) if warmup >= 1 else math.ceil(total_steps * warmup)
+    options = dict(run.lr_scheduler_kwargs)
+    try:
+        return get_scheduler(name, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: {error}") from None
+
+
+def optimizer_problems(run: RunConfig) -> Iterator[str]:
+    """Yield what `make_optimizer` and `make_scheduler` would refuse, without a model."""
+    try:
+        if run.optim not in OWN_OPTIMIZERS:
+            _library_optimizer(run)
+    except UsageError as error:
+        yield from error.problems
+    try:
+        make_scheduler(run, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), total_steps=10**6)
+    except UsageError as error:
+        yield from error.problems
+
+
+def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trained parameters as two groups: those that decay, and biases and norms."""
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
+    trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for decays, p in trained if decays], "weight_decay": weight_decay},
+        {"params": [p for decays, p in trained if not decays], "weight_decay": 0.0},
+    ]
+
+
+@functools.cache
+def uses_compiled_step(precision: str, device: torch.device) -> bool:
+    """Return whether bf16 weights are updated in one compiled pass: on GPUs, if every rank can; a collective.
+
+    On a CPU one pass is not faster, and drawing random numbers one by one is far slower.
+    """
+    if device.type != "cuda" or precision == "bf16":
+        return False
+    return not any_rank(not _compiles(precision, device))
+
+
+def _compiles(precision: str, device: torch.device) -> bool:
+    weight = nn.Parameter(torch.zeros(1024, dtype=torch.bfloat16, device=device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        build_adamw([{"params": [weight]}], precision=precision, compiled=True, lr=0.0).step()
+    except Exception as error:
+        logger.warning("the optimizer step cannot be compiled and takes longer: %s", error)
+        return False
+    return True
+
+
+def _library_optimizer(run: RunConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return class and options of an optimizer of torch, transformers or a package that they know."""
+    from transformers import Trainer
+
+    if run.optim.startswith(_REFUSED_OPTIMIZERS):
+        raise UsageError(f"--optim {run.optim}: not supported; use adamw_torch, adafactor or sgd")
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(run)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"--optim {run.optim}: {error}; or use adamw_torch, the default") from None
