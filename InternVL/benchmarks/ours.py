@@ -1,9 +1,10 @@
-"""The preset `fast`: this project's trainer, with the recipe's flags and those that make it fast.
+"""The preset `fast`: this project's training loop, with the recipe's flags and those that make it fast.
 
-All that the benchmarks know of the trainer's inside is here.
+Everything that the benchmarks know of the loop is here.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,35 @@ from benchmarks.jobs import Clock, Job, Steps
 from benchmarks.recipes import LORA_DROPOUT
 from benchmarks.shapes import random_model
 from benchmarks.workload import Workload
+from internvl_chat.data.collator import Pack
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import load_meta
 from internvl_chat.data.tokenizer import image_context_id
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
-from internvl_chat.train.arguments import Arguments, parse_arguments
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checkpoint.model_files import WriteModel
 from internvl_chat.train.checkpoint.run_folder import METRICS
+from internvl_chat.train.checkpoint.saver import Checkpointer
+from internvl_chat.train.checkpoint.state import TrainState
+from internvl_chat.train.config import TrainConfig
 from internvl_chat.train.freeze import set_trainable
-from internvl_chat.train.preflight.dry_run import plan_memory
-from internvl_chat.train.setup import choose_kernels, load_data, prepare_model
-from internvl_chat.train.trainer import M3LLMTrainer
+from internvl_chat.train.loop import TrainingLoop
+from internvl_chat.train.monitor.step_metrics import StepRecord
+from internvl_chat.train.monitor.trackers import Trackers
+from internvl_chat.train.preflight.dry_run import run_dry_run
+from internvl_chat.train.preflight.memory import plan_memory
+from internvl_chat.train.setup import (
+    apply_kernels,
+    build_strategy,
+    load_records,
+    order_records,
+    prepare_model,
+)
 
 
-def arguments(job: Job, workload: Workload) -> Arguments:
-    """Return the training command's arguments."""
+def configuration(job: Job, workload: Workload) -> TrainConfig:
+    """Return the training command's configuration."""
     recipe, folder = job.settings, str(Path(job.folder) / "run")
     own: Flags = {
         "model_name_or_path": folder,
@@ -48,46 +63,80 @@ def arguments(job: Job, workload: Workload) -> Arguments:
     return parse_arguments(as_tokens(RECIPE_FLAGS | own | FAST_FLAGS[job.device] | changed) + list(job.flags))
 
 
-def make_trainer(job: Job, workload: Workload, device: torch.device) -> M3LLMTrainer:
-    """Return the trainer of a job; its checkpoints hold no model."""
-    args, tokenizer = arguments(job, workload), workload.load_tokenizer()
-    attn = resolve_attention(args.model.attn, device)
-    model = random_model(job.shape, image_context_id(tokenizer), attn=attn, device=device)
+def make_loop(
+    job: Job, workload: Workload, write_model: WriteModel = lambda folder, weights: None
+) -> TrainingLoop:
+    """Return the training loop of a job with a random model, ready to train.
+
+    Args:
+        job: what to train.
+        workload: the records.
+        write_model: writes the model of a checkpoint; nothing by default.
+    """
+    config, tokenizer = configuration(job, workload), workload.load_tokenizer()
+    run = config.run
+    attn = resolve_attention(config.model.attn, run.device)
+    model = random_model(job.shape, image_context_id(tokenizer), attn=attn, device=run.device)
     if job.variant and ABLATIONS[job.variant].undo:
         ABLATIONS[job.variant].undo(model)
     specs = load_meta(workload.meta, data_root=Path.cwd())
-    preprocessing = prepare_model(model, args, specs)
-    frozen = {name: getattr(args.model, name) for name in ("freeze_llm", "freeze_mlp", "freeze_backbone")}
+    preprocessing = prepare_model(model, config, specs)
+    frozen = {name: getattr(config.model, name) for name in ("freeze_llm", "freeze_mlp", "freeze_backbone")}
     set_trainable(model, **frozen)
     encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(workload.max_dynamic_patch)
-    data, sampler = load_data(args, specs, encoder, count_flops(model))
-    rehearsal = plan_memory(args, model, sampler, data)
-    model.recompute_layers(rehearsal.recomputed)
-    choose_kernels(model, args)
-    Path(args.run.output_dir).mkdir()
-    return M3LLMTrainer(
-        model,
-        args.run,
-        data=data,
-        sampler=sampler,
-        normalization=args.data.normalize_type,
-        save_model_to=lambda folder, state: None,
+    data, flops = load_records(config, specs, encoder), count_flops(model)
+    sampler = order_records(config, data, flops)
+    memory = plan_memory(config, model, sampler, data)
+    model.recompute_layers(memory.checkpointed_layers)
+    apply_kernels(model, config)
+    strategy = build_strategy(config, memory, model, run.count_steps(len(sampler)))
+    folder = Path(run.output_dir)
+    folder.mkdir()
+    checkpointer = Checkpointer(
+        folder,
+        strategy,
+        write_model,
         fingerprint={},
-        weight_precision=rehearsal.precision,
-        rehearsal=rehearsal,
+        device=run.device,
+        keep=run.save_total_limit,
+        model_only=run.save_only_model,
+        background=run.async_save,
     )
+    loop = TrainingLoop(
+        run, strategy, data, sampler, preprocessing.normalize_type, flops, checkpointer,
+        trackers=Trackers.start((), run_name=None, folder=run.output_dir, config={}), state=TrainState(),
+    )  # fmt: skip
+    run_dry_run(
+        memory,
+        lambda: loop.dry_run(memory),
+        model.recompute_layers,
+        device=run.device,
+        sharded=strategy.shards_weights,
+        grad_checkpoint=config.model.grad_checkpoint,
+        optimizer_state_loaded=False,
+    )
+    return loop
 
 
 def read_metrics(job: Job) -> list[dict[str, Any]]:
-    """Read what the trainer of a job has noted of its steps."""
+    """Read the metrics of a job's steps."""
     lines = (Path(job.folder) / "run" / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def run(job: Job, workload: Workload, clock: Clock) -> Steps:
     """Train all steps of a job."""
-    trainer = make_trainer(job, workload, clock.device)
-    trainer.add_callback(clock)
-    trainer.train()
+    loop = make_loop(job, workload)
+    train_step = loop.train_step
+
+    def timed_step(step: int, packs: Sequence[Pack]) -> StepRecord:
+        if not clock.stamps:
+            clock.tick()
+        record = train_step(step, packs)
+        clock.tick()
+        return record
+
+    loop.train_step = timed_step
+    loop.train()
     rows = read_metrics(job)
     return Steps([row["tokens"] for row in rows], [row["loss"] for row in rows])

@@ -15,7 +15,7 @@ from internvl_chat.model.head import HeadMemory, SupervisedHead
 from internvl_chat.model.modeling import InternVLChatModel
 
 
-def keep_vocabulary_memory(model: InternVLChatModel) -> None:
+def use_persistent_buffers(model: InternVLChatModel) -> None:
     """Let embedding and head use the same memory in every step, their gradients included if trained.
 
     For one process: where gradients are exchanged, autograd has to hand them over itself.

@@ -75,9 +75,7 @@ class DataArguments:
 
     meta_path: str | None = _arg(None, "The meta file (PMC-data.json) with the data sets.")
     eval_meta_path: str | None = _arg(None, "A meta file of validation data; see --eval_strategy.")
-    data_root: str | None = _arg(
-        None, "Folder that relative paths in the meta file start from [repository]."
-    )
+    data_root: str | None = _arg(None, "Folder that relative paths in the meta file start from [repository].")
     conv_style: str = _arg("internvl2_5", "Conversation template.", tuple(SYSTEM_TEXTS))
     max_seq_length: int = _arg(
         8192, "Maximum tokens of a record; a longer one loses tiles, never image tokens."
@@ -90,7 +88,9 @@ class DataArguments:
     min_dynamic_patch: int = _arg(1, "Minimum tiles of an image.")
     max_dynamic_patch: int = _arg(12, "Maximum tiles of a record; a data set's own limit wins.")
     normalize_type: str = _arg("imagenet", "Pixel statistics.", tuple(NORMALIZATIONS))
-    use_data_resampling: bool = _arg(False, "Sample data sets in proportion to the square root of their size.")
+    use_data_resampling: bool = _arg(
+        False, "Sample data sets in proportion to the square root of their size."
+    )
     check: str = _arg(
         "fast",
         "Data check before weights are loaded: full decodes every image, fast reads its header and end, off "

@@ -235,7 +235,9 @@ def resolve_run(args: "RunArguments") -> RunConfig:
         UsageError: lists every flag that is refused or has no valid value.
     """
     problems = _refused(args)
-    values = {f.name: getattr(args, f.name) for f in fields(RunConfig) if hasattr(args, f.name)}
+    # Only fields: TrainingArguments has properties, such as `device`, that set up devices.
+    given = {f.name: getattr(args, f.name) for f in fields(args)}
+    values = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     for name, enum in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         values[name] = _choice(name, values[name], [one.value for one in enum], problems)
     eval_strategy = args.evaluation_strategy if args.eval_strategy in ("no", None) else args.eval_strategy
@@ -280,10 +282,11 @@ def resolve_run(args: "RunArguments") -> RunConfig:
 
 def _refused(args: "RunArguments") -> list[str]:
     """Name the flags that change nothing here."""
+    given = {f.name for f in fields(args)}
     return [
         f"--{flag} {getattr(args, flag)}: not supported; {advice}"
         for flag, (accepted, advice) in REFUSED_FLAGS.items()
-        if hasattr(args, flag) and _plain(getattr(args, flag)) not in accepted
+        if flag in given and _plain(getattr(args, flag)) not in accepted
     ]
 
 

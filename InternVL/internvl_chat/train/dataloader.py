@@ -1,6 +1,5 @@
 """The dataloader: its worker processes, and what happens when one of them dies."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ from internvl_chat.train.config import RunConfig
 from internvl_chat.utils.errors import DataError, TrainingError
 
 # A worker that is forked while a thread of torch enters Python waits for that thread's lock for ever (CPython
-# before 3.11.10 and 3.12, https://github.com/python/cpython/issues/112275). This call takes the same lock, and
+# before 3.11.10 and 3.12, see github.com/python/cpython/issues/112275). This call takes the same lock and
 # so waits until it is free: under constant contention 1 fork in 4,000 hangs instead of 1 in 90.
 os.register_at_fork(before=sys._current_frames)
 

@@ -19,9 +19,9 @@ from internvl_chat.data.dataset import TrainingData
 from internvl_chat.model.adapter import read_base
 from internvl_chat.model.card import ADAPTERS_FOR, CARD, CARD_MARK, VERSION_OF
 from internvl_chat.model.folders import is_adapter, model_folder
-from internvl_chat.train.arguments import Arguments
 from internvl_chat.train.checkpoint.fingerprint import fingerprint
 from internvl_chat.train.checkpoint.run_folder import METRICS, may_write_card
+from internvl_chat.train.config import TrainConfig
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.logging import get_logger
 
@@ -43,28 +43,28 @@ m3llm generate --model FOLDER --image figure.jpg "What does panel A show?"
 
 
 def write_model_card(
-    args: Arguments,
+    config: TrainConfig,
     data: TrainingData,
-    held: TrainingData | None,
+    eval_data: TrainingData | None,
     parameters: tuple[int, int],
     validation: Mapping[str, float],
 ) -> None:
     """Write `README.md` into the folder of a finished run, unless somebody's own is there.
 
     Args:
-        args: the run's.
+        config: of the run.
         data: what was trained on.
-        held: what was validated on, if anything was.
+        eval_data: the validation data, if any.
         parameters: of the model, all and trained.
         validation: the last figure of each kind; empty where nothing was validated.
     """
-    folder = Path(args.run.output_dir)
+    folder = Path(config.run.output_dir)
     if not may_write_card(folder):
         logger.warning("%s: is not of an earlier run, so no model card is written", folder / CARD)
         return
     steps = _read_steps(folder / METRICS)
-    base, licence = _base_names(args), _licence(args)
-    adapters = bool(args.model.use_llm_lora or args.model.use_backbone_lora)
+    base, licence = _base_names(config), _licence(config)
+    adapters = bool(config.model.use_llm_lora or config.model.use_backbone_lora)
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(base, licence, adapters), sort_keys=False)}---\n{CARD_MARK}",
         f"# {folder.name}",
@@ -73,9 +73,9 @@ def write_model_card(
         f"## Intended use and limits\n\n{_USE}",
         "## Use\n\n" + _COMMANDS.format(merge="m3llm merge FOLDER FOLDER-merged\n" if adapters else ""),
         "## Data\n\n" + _data(data),
-        "## Recipe\n\n" + _table(("setting", "value"), _recipe(args, parameters).items()),
-        "## Training\n\n" + _table(("", ""), _course(args, steps).items()),
-        "## Validation\n\n" + _validation(held, validation),
+        "## Recipe\n\n" + _table(("setting", "value"), _recipe(config, parameters).items()),
+        "## Training\n\n" + _table(("", ""), _course(config, steps).items()),
+        "## Validation\n\n" + _validation(eval_data, validation),
     ]
     (folder / CARD).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
@@ -119,9 +119,9 @@ def _front_matter(base: Sequence[str], licence: str, adapters: bool) -> dict[str
     return matter
 
 
-def _base_paths(args: Arguments) -> list[str]:
+def _base_paths(config: TrainConfig) -> list[str]:
     """Return the model that the run began from, or the parts that it was assembled from."""
-    model = args.model
+    model = config.model
     if model.model_name_or_path is None:
         return [model.vision_path, model.llm_path]
     start = Path(model.model_name_or_path)
@@ -130,14 +130,14 @@ def _base_paths(args: Arguments) -> list[str]:
     return [model.model_name_or_path]
 
 
-def _base_names(args: Arguments) -> list[str]:
+def _base_names(config: TrainConfig) -> list[str]:
     """Return hub ids as they are, and of folders the name alone, which tells nothing of their place."""
-    return [Path(path).resolve().name if Path(path).exists() else path for path in _base_paths(args)]
+    return [Path(path).resolve().name if Path(path).exists() else path for path in _base_paths(config)]
 
 
-def _licence(args: Arguments) -> str:
+def _licence(config: TrainConfig) -> str:
     """Return what the base's README or configuration says of its licence."""
-    found = {_licence_of(path) for path in _base_paths(args)}
+    found = {_licence_of(path) for path in _base_paths(config)}
     return found.pop() if len(found) == 1 else _UNKNOWN
 
 
@@ -167,21 +167,21 @@ def _data(data: TrainingData) -> str:
     return _table(header, rows) + left_out
 
 
-def _recipe(args: Arguments, parameters: tuple[int, int]) -> dict[str, Any]:
+def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:
     """Return the settings that a run depends on; none of them can hold a secret."""
-    run = args.run
+    run = config.run
     length = {"max_steps": run.max_steps} if run.max_steps > 0 else {"epochs": run.num_train_epochs}
     return {
         "parameters": f"{parameters[0]:,}",
         "trained parameters": f"{parameters[1]:,}",
         **length,
-        **fingerprint(args),
+        **fingerprint(config),
     }
 
 
-def _course(args: Arguments, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _course(config: TrainConfig, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the run took and where its loss ended."""
-    run = args.run
+    run = config.run
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     course: dict[str, Any] = {"hardware at the end": f"{run.world_size} x {device}"}
     if steps:
@@ -200,11 +200,11 @@ def _course(args: Arguments, steps: Sequence[Mapping[str, Any]]) -> dict[str, An
     return course | {"software": ", ".join(f"{name} {number}" for name, number in software.items())}
 
 
-def _validation(held: TrainingData | None, figures: Mapping[str, float]) -> str:
-    if held is None or not figures:
+def _validation(eval_data: TrainingData | None, figures: Mapping[str, float]) -> str:
+    if eval_data is None or not figures:
         return "Nothing was validated while training."
     table = _table(("figure", ""), [(key, f"{value:.4g}") for key, value in figures.items()])
-    return f"{_data(held)}\n\n{table}"
+    return f"{_data(eval_data)}\n\n{table}"
 
 
 def _read_steps(file: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Figures on held-out records while training: losses, and how answers agree with the expected ones.
+"""Validation while training: losses on the validation sets, and how generated answers agree with references.
 
-Nothing that the training depends on is changed: no weight, no randomness, no place in the data.
+It changes nothing that training depends on: no weight, no random state, no position in the data.
 """
 
 import dataclasses
@@ -23,25 +23,23 @@ from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.model.loss import token_weight
 from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError
 
 _LONGEST_ANSWER = 256
 
-# Adds up float64 values over all processes.
-Sum = Callable[[torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True)
-class Figures:
-    """What was found on a data set, or on all.
+class EvalMetrics:
+    """Metrics of one data set, or of all.
 
     Attributes:
         records: whose loss was computed.
-        tokens: supervised tokens of these.
-        loss: weighted as in training (`--loss_reduction`); none without records.
-        em: percentage of generated answers that match exactly; none if none was generated.
-        rougeL: mean ROUGE-L F of the generated answers, in percent.
-        generated: answers.
+        tokens: their supervised tokens.
+        loss: weighted as in training (`--loss_reduction`); None without records.
+        em: percentage of generated answers that match exactly; None if none was generated.
+        rougeL: mean ROUGE-L F1 of the generated answers, in percent.
+        generated: number of answers.
     """
 
     records: int
@@ -52,52 +50,52 @@ class Figures:
     generated: int
 
     @classmethod
-    def of_sums(cls, sums: Sequence[float]) -> "Figures":
-        """Return the figures that the sums of a set's records make over all processes."""
+    def from_sums(cls, sums: Sequence[float]) -> "EvalMetrics":
+        """Return the metrics of sums over the records of a set on all ranks."""
         weighted, weights, records, tokens, matches, rouges, generated = sums
         means = (100 * total / generated if generated else None for total in (matches, rouges))
         loss = weighted / weights if weights else None
         return cls(int(records), int(tokens), loss, *means, int(generated))
 
     def measured(self) -> dict[str, float]:
-        """Return the figures that a model can be chosen by."""
+        """Return the metrics that can choose the best model."""
         found = {name: getattr(self, name) for name in ("loss", "em", "rougeL")}
         return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a validation found.
+class EvalResult:
+    """Result of a validation.
 
     Attributes:
-        everything: on all records; sets count by their records.
-        sets: on each set, by its name.
+        overall: on all records; sets count by their records.
+        sets: on each set, by name.
     """
 
-    everything: Figures
-    sets: dict[str, Figures]
+    overall: EvalMetrics
+    sets: dict[str, EvalMetrics]
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures under the names of `metric_names`."""
-        found = {f"eval_{name}": value for name, value in self.everything.measured().items()}
-        for set_name, figures in self.sets.items():
-            found |= {f"eval_{set_name}_{name}": value for name, value in figures.measured().items()}
+        """Return the metrics under the names of `metric_names`."""
+        found = {f"eval_{name}": value for name, value in self.overall.measured().items()}
+        for set_name, metrics in self.sets.items():
+            found |= {f"eval_{set_name}_{name}": value for name, value in metrics.measured().items()}
         return found
 
     def row(self) -> dict[str, Any]:
-        """Return all of it as a line of `validation.jsonl`."""
-        sets = {name: dataclasses.asdict(figures) for name, figures in self.sets.items()}
-        return dataclasses.asdict(self.everything) | {"sets": sets}
+        """Return the line of `validation.jsonl`."""
+        sets = {name: dataclasses.asdict(metrics) for name, metrics in self.sets.items()}
+        return dataclasses.asdict(self.overall) | {"sets": sets}
 
 
 def metric_names(sets: Iterable[str], *, generate: bool) -> list[str]:
-    """Return the names of what a validation measures, any of which may choose the best model."""
+    """Return the names of the metrics that a validation measures."""
     kinds = ("loss", "em", "rougeL") if generate else ("loss",)
     return [f"eval_{name}{kind}" for name in ("", *(f"{name}_" for name in sets)) for kind in kinds]
 
 
-def held_out(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
-    """Return data sets as they are to be validated on: every record as it is, and once."""
+def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
+    """Return data sets as they are validated on: every record unaugmented and once."""
     return [
         dataclasses.replace(spec, data_augment=False, repeat_time=min(spec.repeat_time, 1)) for spec in specs
     ]
@@ -105,7 +103,7 @@ def held_out(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
 
 @dataclass
 class Validation:
-    """The held-out records, and which of them this process goes through.
+    """The validation records, and which of them this rank evaluates.
 
     Attributes:
         data: the records.
@@ -128,37 +126,37 @@ class Validation:
     def run(
         self,
         model: InternVLChatModel,
-        shares: Iterable[Sequence[Pack | DataError]],
-        total: Sum,
+        batches: Iterable[Sequence[Pack | DataError]],
         is_stopped: Callable[[], bool] = lambda: False,
-    ) -> Outcome | None:
-        """Validate a model, which is put into evaluation mode; None if some process was asked to stop.
+    ) -> EvalResult | None:
+        """Validate a model; None if some rank was asked to stop. The model is left in evaluation mode.
 
         Args:
             model: on its device.
-            shares: the packs of this process, from `packs` by `sampler`.
-            total: adds up what the processes have found.
-            is_stopped: says that this process is to stop; asked after each pack.
+            batches: the packs of this rank, from `packs` by `sampler`.
+            is_stopped: whether this rank is asked to stop; called after each pack.
 
         Raises:
             DataError: a record cannot be used.
         """
         model.eval()
         sums = torch.zeros(len(self.data.sets), 7, dtype=torch.float64)
-        packs = itertools.takewhile(lambda _: not is_stopped(), itertools.chain.from_iterable(shares))
+        packs = itertools.takewhile(lambda _: not is_stopped(), itertools.chain.from_iterable(batches))
         self._add_losses(model, packs, sums)
         self._add_answers(model, sums, is_stopped)
-        if total(torch.tensor([float(is_stopped())], dtype=torch.float64)).item():
+        if distributed.any_rank(is_stopped()):
             return None
-        sums = total(sums)
+        sums = distributed.all_reduce_sum(sums)
         names = [records.spec.name for records in self.data.sets]
-        figures = [Figures.of_sums(row) for row in sums.tolist()]
-        return Outcome(Figures.of_sums(sums.sum(dim=0).tolist()), dict(zip(names, figures, strict=True)))
+        metrics = [EvalMetrics.from_sums(row) for row in sums.tolist()]
+        return EvalResult(
+            EvalMetrics.from_sums(sums.sum(dim=0).tolist()), dict(zip(names, metrics, strict=True))
+        )
 
     def _add_losses(
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
     ) -> None:
-        """Add weighted loss, weight, records and tokens of each record to its set's sums."""
+        """Add the weighted loss, weight, records and tokens of each record to the sums of its set."""
         numbers = {records.spec.name: number for number, records in enumerate(self.data.sets)}
         for pack in packs:
             if isinstance(pack, DataError):
@@ -173,7 +171,7 @@ class Validation:
     def _add_answers(
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
     ) -> None:
-        """Add exact matches, ROUGE-L and number of this process's answers to their sets' sums."""
+        """Add exact matches, ROUGE-L and the number of this rank's answers to the sums of their sets."""
         own = share(
             [(number, index) for number in range(len(self.data.sets)) for index in self.asked(number)]
         )
@@ -191,7 +189,7 @@ class Validation:
                 sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
 
     def asked(self, number: int) -> list[int]:
-        """Return the records of a set whose last question is answered: always the same, spread evenly."""
+        """Return the records of a set whose last question is answered: always the same, evenly spaced."""
         indices = self.data.indices(number)
         if self.data.lengths is not None:
             # Where the end is cut off, the question may be too long by itself.

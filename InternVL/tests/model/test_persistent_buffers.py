@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from internvl_chat.model.head import SupervisedHead
-from internvl_chat.model.persistent_buffers import KeptGradient, KeptHeadMemory, keep_vocabulary_memory
+from internvl_chat.model.persistent_buffers import KeptGradient, KeptHeadMemory, use_persistent_buffers
 
 
 class Llm(nn.Module):
@@ -47,7 +47,7 @@ PACKS = [torch.tensor([[1, 2, 2, 0, 10]]), torch.tensor([[3, 2, 0]]), torch.tens
 def test_same_gradients_over_packs_and_steps(options, dtype):
     plain = Model(**options).to(dtype)
     kept = copy.deepcopy(plain)
-    keep_vocabulary_memory(kept)
+    use_persistent_buffers(kept)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in (plain, kept)]
     for step in range(3):
         for model, optimizer in zip((plain, kept), optimizers, strict=True):
@@ -63,7 +63,7 @@ def test_same_gradients_over_packs_and_steps(options, dtype):
 
 def test_memory_is_the_same_in_every_step():
     model = Model()
-    keep_vocabulary_memory(model)
+    use_persistent_buffers(model)
     places = []
     for _ in range(3):
         model.zero_grad(set_to_none=True)
@@ -75,7 +75,7 @@ def test_memory_is_the_same_in_every_step():
 def test_frozen_weights_get_no_gradient():
     model = Model()
     model.requires_grad_(False)
-    keep_vocabulary_memory(model)
+    use_persistent_buffers(model)
     assert type(model.language_model.words) is nn.Embedding
     hidden = torch.randn(2, 6, requires_grad=True)
     model.language_model.head(hidden, torch.tensor([1, 2])).sum().backward()
@@ -87,7 +87,7 @@ def test_logits_in_work_are_never_written_over(trained):
     """Three passes begin before any goes back, and then two more, the last with more rows."""
     plain = Model().requires_grad_(trained)
     kept = copy.deepcopy(plain)
-    keep_vocabulary_memory(kept)
+    use_persistent_buffers(kept)
     rng = torch.Generator().manual_seed(0)
     for rounds in (3, 1, 1):
         hiddens = [torch.randn(4 + rounds, 6, generator=rng) for _ in range(rounds)]
@@ -119,7 +119,7 @@ def test_the_logits_memory_is_used_again_and_grows():
 
 def test_a_copy_has_weights_and_gradients_of_its_own():
     model = Model()
-    keep_vocabulary_memory(model)
+    use_persistent_buffers(model)
     model(PACKS[0]).backward()
     other = copy.deepcopy(model)
     other.zero_grad(set_to_none=True)
@@ -140,7 +140,7 @@ def test_a_copy_has_weights_and_gradients_of_its_own():
 
 def test_training_goes_on_after_inference():
     model = Model()
-    keep_vocabulary_memory(model)
+    use_persistent_buffers(model)
     with torch.inference_mode():
         model(PACKS[0])
     model(PACKS[0]).backward()

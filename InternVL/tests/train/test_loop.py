@@ -1,10 +1,11 @@
-"""The optimizer step: what weighs how much, however the step is cut; and what a run writes."""
+"""The training step: what each record weighs, however the step is packed; and the files of a run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import flags
+from helpers import flags, rounding_bound
 
 from internvl_chat.data.collator import pack_samples
 from internvl_chat.data.dataset import Draw
@@ -12,56 +13,78 @@ from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.weights import open_weights
+from internvl_chat.train import internvl_chat_finetune as script
 from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import check_configuration
+from internvl_chat.train.distributed.strategy import ReplicatedStrategy
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.setup import load_data, load_for_training
-from internvl_chat.train.trainer import M3LLMTrainer
+from internvl_chat.train.loop import TrainingLoop
+from internvl_chat.train.setup import load_for_training, load_records, order_records
+
+
+class NoCheckpoints:
+    """In the place of a checkpointer."""
+
+    busy = False
+
+    def before_optimizer_step(self) -> None:
+        pass
+
+
+class KeepsGradients(ReplicatedStrategy):
+    """A strategy that leaves gradients and weights as the backward pass left them."""
+
+    def optimizer_step(self) -> None:
+        pass
+
+    def zero_grad(self) -> None:
+        pass
 
 
 @pytest.fixture
-def make_trainer(tiny_model, sample_data, tmp_path):
-    """Build a trainer over the sample data, as the training script does."""
+def make_loop(tiny_model, sample_data, tmp_path):
+    """Build a loop over the sample data, as the training script does."""
 
-    def make(**values) -> M3LLMTrainer:
+    def make(**values) -> TrainingLoop:
         values = {"gradient_accumulation_steps": 6, "per_device_train_batch_size": 1, **values}
-        argv = flags(
-            model_name_or_path=tiny_model,
-            meta_path=sample_data / "train.json",
-            output_dir=tmp_path / "out",
-            grad_checkpoint=False,
-            **values,
+        config = parse_arguments(
+            flags(
+                model_name_or_path=tiny_model,
+                meta_path=sample_data / "train.json",
+                output_dir=tmp_path / "out",
+                max_grad_norm=0,
+                **values,
+            )
         )
-        args = parse_arguments(argv)
-        plan = check_configuration(args)
+        plan = check_configuration(config)
         torch.manual_seed(0)
         model, tokenizer, preprocessing = load_for_training(plan)
         set_trainable(model, freeze_backbone=True)
-        encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(args.data.max_dynamic_patch)
-        data, sampler = load_data(args, plan.specs, encoder, count_flops(model))
-        trainer = M3LLMTrainer(
+        encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(config.data.max_dynamic_patch)
+        data, flops = load_records(config, plan.specs, encoder), count_flops(model)
+        strategy = KeepsGradients(
             model,
-            args.run,
-            data=data,
-            sampler=sampler,
-            normalization="imagenet",
-            save_model_to=lambda folder, state: None,
-            fingerprint={},
-            weight_precision="master",
+            lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+            lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
+            config.run.device,
         )
-        trainer.create_optimizer_and_scheduler(10)
-        return trainer
+        sampler = order_records(config, data, flops)
+        return TrainingLoop(
+            config.run, strategy, data, sampler, "imagenet", flops, NoCheckpoints(), SimpleNamespace(),
+            TrainState(),
+        )  # fmt: skip
 
     return make
 
 
-def gradients(trainer, packs) -> tuple[float, dict[str, torch.Tensor]]:
-    """Run one step's forward and backward over packs of draws."""
-    trainer.model.zero_grad()
-    dataset = trainer.get_train_dataloader().dataset
-    loss = trainer.training_step(trainer.model, [dataset[draws] for draws in packs])
-    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+def gradients(loop, packs) -> tuple[float, dict[str, torch.Tensor]]:
+    """Run one step's forward and backward over packs of samples."""
+    model = loop.strategy.model
+    model.zero_grad()
+    record = loop.train_step(1, [loop.packs[indices] for indices in packs])
+    return record.loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 DRAWS = [Draw(index, 0) for index in (0, 5, 9, 13, 18, 21)]  # one of each category, text-only first
@@ -69,14 +92,14 @@ EXPONENTS = {"token": 0.0, "square": 0.5, "sample": 1.0}
 
 
 @pytest.mark.parametrize("reduction", EXPONENTS)
-def test_step_is_the_weighted_mean_of_its_records(make_trainer, reduction):
-    trainer = make_trainer(loss_reduction=reduction)
-    loss, found = gradients(trainer, [DRAWS])
+def test_step_is_the_weighted_mean_of_its_records(make_loop, reduction):
+    loop = make_loop(loss_reduction=reduction)
+    loss, found = gradients(loop, [DRAWS])
 
-    model, total, weights = trainer.model, 0.0, 0.0
+    model, total, weights = loop.strategy.model, 0.0, 0.0
     model.zero_grad()
     for draw in DRAWS:
-        sample, _ = trainer.data[draw]
+        sample, _ = loop.data[draw]
         pack = pack_samples([(sample, True)])
         logits = model(pack.input_ids, normalize_tiles(pack.tiles, "imagenet")).logits[0]
         losses = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[0, 1:], reduction="sum")
@@ -104,43 +127,43 @@ CUTS = {
 
 @pytest.mark.parametrize("reduction", EXPONENTS)
 @pytest.mark.parametrize("checkpoint", [0, 1, 2])
-def test_cut_into_packs_changes_nothing(make_trainer, reduction, checkpoint):
-    trainer = make_trainer(loss_reduction=reduction)
-    loss, reference = gradients(trainer, [[draw] for draw in DRAWS])
+def test_cut_into_packs_changes_nothing(make_loop, reduction, checkpoint):
+    loop = make_loop(loss_reduction=reduction)
+    loss, reference = gradients(loop, [[draw] for draw in DRAWS])
     if checkpoint:
-        trainer.model.recompute_layers(checkpoint)
+        loop.strategy.model.recompute_layers(checkpoint)
     for name, cut in CUTS.items():
-        other_loss, other = gradients(trainer, [[DRAWS[i] for i in pack] for pack in cut])
+        other_loss, other = gradients(loop, [[DRAWS[i] for i in pack] for pack in cut])
         assert other_loss == pytest.approx(loss, abs=1e-6), name
         assert other.keys() == reference.keys()
         for key, gradient in other.items():
             torch.testing.assert_close(gradient, reference[key], atol=1e-6, rtol=1e-4)
 
 
-def test_vision_with_each_pack_changes_nothing(make_trainer):
+def test_vision_with_each_pack_changes_nothing(make_loop):
     """A tower that runs inside the model's own forward pass, as where weights are spread over processes."""
-    trainer = make_trainer()
-    loss, reference = gradients(trainer, [DRAWS[:3], DRAWS[3:]])
-    trainer.model.always_run_vision = True
-    other_loss, other = gradients(trainer, [DRAWS[:3], DRAWS[3:]])
+    loop = make_loop()
+    loss, reference = gradients(loop, [DRAWS[:3], DRAWS[3:]])
+    loop.strategy.model.always_run_vision = True
+    other_loss, other = gradients(loop, [DRAWS[:3], DRAWS[3:]])
     assert other_loss == pytest.approx(loss, abs=1e-7)
     for key, gradient in other.items():
         torch.testing.assert_close(gradient, reference[key], atol=1e-7, rtol=1e-5)
 
 
-def test_record_of_weight_zero_changes_nothing(make_trainer):
-    trainer = make_trainer()
-    loss, expected = gradients(trainer, [DRAWS[:3]])
+def test_record_of_weight_zero_changes_nothing(make_loop):
+    loop = make_loop()
+    loss, expected = gradients(loop, [DRAWS[:3]])
     filler = Draw(14, 0, counts=False)
     for packs in ([[*DRAWS[:3], filler]], [DRAWS[:3], [filler]]):
-        padded_loss, found = gradients(trainer, packs)
+        padded_loss, found = gradients(loop, packs)
         assert padded_loss == pytest.approx(loss, abs=1e-7)
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
 
 
-def test_text_only_step_gives_the_projector_zero_gradients(make_trainer):
-    _, found = gradients(make_trainer(), [[Draw(0, 0), Draw(1, 0)]])
+def test_text_only_step_gives_the_projector_zero_gradients(make_loop):
+    _, found = gradients(make_loop(), [[Draw(0, 0), Draw(1, 0)]])
     projector = [gradient for name, gradient in found.items() if name.startswith("mlp1.")]
     assert len(projector) == 6
     assert all(not gradient.any() for gradient in projector)
@@ -178,17 +201,17 @@ BOTH_LORA = {"use_llm_lora": 4, "use_backbone_lora": 2, "freeze_llm": True}
 )
 def test_what_moves_is_what_is_trained(tiny_model, sample_data, tmp_path, recipe, moves, monkeypatch):
     before: dict[str, torch.Tensor] = {}
-    kept: list[M3LLMTrainer] = []
-    original = M3LLMTrainer.train
+    loops: list[TrainingLoop] = []
+    original = TrainingLoop.train
 
-    def watched(self, **kwargs):
-        before.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
-        kept.append(self)
-        return original(self, **kwargs)
+    def watched(self):
+        before.update({n: p.detach().clone() for n, p in self.strategy.model.named_parameters()})
+        loops.append(self)
+        return original(self)
 
-    monkeypatch.setattr(M3LLMTrainer, "train", watched)
+    monkeypatch.setattr(TrainingLoop, "train", watched)
     assert run(tiny_model, sample_data, tmp_path / "out", max_steps=6, save_strategy="no", **recipe) == 0
-    moved = {n for n, p in kept[0].model.named_parameters() if not torch.equal(p, before[n])}
+    moved = {n for n, p in loops[0].strategy.model.named_parameters() if not torch.equal(p, before[n])}
     expected = {n for n in before if any(part in n for part in moves)}
     # An embedding row that never occurs stays, but the matrix as a whole moves.
     assert moved == expected

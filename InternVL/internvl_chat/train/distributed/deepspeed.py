@@ -64,7 +64,11 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def _fill(
-    section: dict[str, Any], prefix: str, values: Mapping[str, Any], fixed: Mapping[str, Any], problems: list[str]
+    section: dict[str, Any],
+    prefix: str,
+    values: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    problems: list[str],
 ) -> None:
     for key, value in section.items():
         name = prefix + key
@@ -75,7 +79,9 @@ def _fill(
                 problems.append(f'--deepspeed: "{name}": "auto" is not known; give a value')
             section[key] = values.get(name)
         elif name in fixed and value != fixed[name] and name != "gradient_accumulation_steps":
-            problems.append(f'--deepspeed: "{name}" is {value!r}, but the flags make it {fixed[name]!r}; use "auto"')
+            problems.append(
+                f'--deepspeed: "{name}" is {value!r}, but the flags make it {fixed[name]!r}; use "auto"'
+            )
 
 
 class DeepSpeedStrategy:
@@ -152,6 +158,7 @@ class DeepSpeedStrategy:
         tied = self.model.named_parameters(remove_duplicate=False)
         if main:
             weights |= {name: weights[names[parameter]] for name, parameter in tied}
-            weights |= {name: buffer.cpu() for name, buffer in self.model.state_dict().items() if name not in weights}
+            weights |= {
+                name: buffer.cpu() for name, buffer in self.model.state_dict().items() if name not in weights
+            }
         return weights
-

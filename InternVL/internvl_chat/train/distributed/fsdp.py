@@ -9,7 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, ReplicatedStrategy, full_tensor
+from internvl_chat.train.distributed.strategy import (
+    MakeOptimizer,
+    MakeScheduler,
+    ReplicatedStrategy,
+    full_tensor,
+)
 from internvl_chat.utils import distributed
 
 

@@ -77,6 +77,7 @@ class ReplicatedStrategy:
         make_optimizer: is given the model.
         make_scheduler: is given the optimizer.
         device: of this process.
+        bucket_cap_mb: size of DDP's gradient buckets; None for torch's default.
     """
 
     shards_weights = shards_state = False
@@ -87,6 +88,7 @@ class ReplicatedStrategy:
         make_optimizer: MakeOptimizer,
         make_scheduler: MakeScheduler,
         device: torch.device,
+        bucket_cap_mb: int | None = None,
     ) -> None:
         self.model = model
         self.name = "ddp" if distributed.world_size() > 1 else "single"
@@ -98,6 +100,7 @@ class ReplicatedStrategy:
                 device_ids=[device] if device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                bucket_cap_mb=bucket_cap_mb,
             )
         self.optimizer = make_optimizer(model)
         self.scheduler = make_scheduler(self.optimizer)

@@ -1,0 +1,365 @@
+"""The training loop.
+
+A step uses the records that the sampler names, whatever the number of ranks: each rank runs its packs forward
+and backward, gradients are reduced once, and the loss is one weighted sum over all supervised tokens of the
+step divided by the sum of their weights (see `model.loss`).
+"""
+
+import itertools
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from internvl_chat.data.bad_records import Skipped
+from internvl_chat.data.collator import Pack, PackDataset
+from internvl_chat.data.dataset import TrainingData
+from internvl_chat.data.order import StepSampler
+from internvl_chat.data.record_set import RecordKey
+from internvl_chat.inference.tile_features import tile_features
+from internvl_chat.model.flops import FlopCounter, peak_flops
+from internvl_chat.model.loss import token_weight
+from internvl_chat.train.checkpoint.saver import Checkpointer
+from internvl_chat.train.checkpoint.state import TrainState
+from internvl_chat.train.config import RunConfig
+from internvl_chat.train.dataloader import StepLoader, build_dataloader
+from internvl_chat.train.distributed.signals import StopRequest
+from internvl_chat.train.distributed.strategy import Strategy
+from internvl_chat.train.monitor.console import Console
+from internvl_chat.train.monitor.nan_guard import NanGuard
+from internvl_chat.train.monitor.run_log import RunLog
+from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, ledger_row, metrics_row
+from internvl_chat.train.monitor.trackers import Trackers
+from internvl_chat.train.monitor.watchdog import Watchdog
+from internvl_chat.train.preflight.memory import MemoryPlan, max_memory
+from internvl_chat.train.validation import Validation
+from internvl_chat.utils import distributed
+from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+# Compiled blocks take rows whose lengths share a divisor without being compiled again.
+_COMPILED_MULTIPLE = 128
+
+
+@dataclass
+class TrainingLoop:
+    """Trains a model from a state to the end of the run.
+
+    Attributes:
+        run: the resolved flags.
+        strategy: model, optimizer and schedule in their parallel layout.
+        data: the training records.
+        sampler: the records of each step.
+        normalization: pixel statistics of the tiles.
+        flop_counter: FLOPs of a pack.
+        checkpointer: writes the checkpoints.
+        trackers: W&B and the like.
+        state: where training starts; updated by each step.
+        validation: what to validate on, if anything.
+        stop: the signals that ask the run to stop.
+    """
+
+    run: RunConfig
+    strategy: Strategy
+    data: TrainingData
+    sampler: StepSampler
+    normalization: str
+    flop_counter: FlopCounter
+    checkpointer: Checkpointer
+    trackers: Trackers
+    state: TrainState
+    validation: Validation | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.packs = PackDataset(self.data, multiple=_COMPILED_MULTIPLE if run.compile_blocks else 1)
+        self.loader = StepLoader(run, self.packs, self.sampler)
+        self.total_steps = run.count_steps(len(self.sampler))
+        self.run_log, self.nan_guard = RunLog(Path(run.output_dir)), NanGuard(run.max_bad_steps)
+        self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
+        self.stops = False  # agreed on by all ranks
+        self._step_began = time.perf_counter()
+
+    # ---- the run
+
+    def train(self) -> signal.Signals | None:
+        """Train to the last step; returns the signal that stopped the run before it, if one did."""
+        first = self.state.step + 1
+        self._open_ledger()
+        console = Console(self.total_steps, first_step=first, show_bar=self._show_bar())
+        with self.checkpointer, self.watchdog:
+            batches = self.loader.steps(first, self.total_steps)
+            if self.run.eval_on_start and first == 1:
+                self.validate()
+            self._step_began = time.perf_counter()
+            for step in range(first, self.total_steps + 1):
+                self.watchdog.note(f"waiting for the records of step {step}")
+                packs = next(batches)
+                record = self.train_step(step, packs)
+                self.state.step, self.state.epoch = step, step / len(self.sampler)
+                self._log(record, console)
+                if not self.stops and self._is_due("eval"):
+                    self.validate()
+                self._save(required=self.stops or step == self.total_steps, saving=record.sums.saving)
+                if self.stops:
+                    break
+        console.close()
+        return self._stopped_by() if self.state.step < self.total_steps and not self._ends_early() else None
+
+    def train_step(self, step: int, packs: Sequence[Pack]) -> StepRecord:
+        """Run one optimizer step over this rank's packs."""
+        names = ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)
+        self.watchdog.note(f"in step {step}, records {names}")
+        # Dropout depends on the step and the rank alone, so a resumed run needs no random state.
+        torch.manual_seed(_seed(self.run.seed, step, self.run.rank))
+        self.strategy.wrapped.train()
+        learning_rate = self.strategy.optimizer.param_groups[0]["lr"]
+        weights = [self._record_weights(pack) for pack in packs]
+        sums = self._sums(packs, weights)
+        skipped = self._count_skipped(packs) if sums.skipped else ()
+        # Where every record of a step is skipped, all sums are zero.
+        weight = sums.weight or 1.0
+        # Gradients are averaged over the ranks, hence the factor.
+        weighted_sum = self.forward_backward(packs, weights, self.run.world_size / weight)
+        loss = distributed.all_reduce_sum(weighted_sum.reshape(1).cpu()).item() / weight
+        self.checkpointer.before_optimizer_step()
+        norm = self.strategy.clip_gradients(self.run.max_grad_norm)
+        skipped_because = self.nan_guard.check(
+            step, loss, norm, sums.supervised_tokens, lambda: self._records_of(step)
+        )
+        if skipped_because and self.strategy.name == "deepspeed":
+            raise TrainingError("DeepSpeed has already used the gradients; resume from the last checkpoint")
+        if not skipped_because:
+            self.strategy.optimizer_step()
+        self.strategy.scheduler_step()
+        self.strategy.zero_grad()
+        self.stops = self.stops or sums.asked_to_stop
+        self.state.total_flops += sums.flops
+        return StepRecord(loss, learning_rate, norm, sums, skipped, skipped_because)
+
+    def forward_backward(
+        self, packs: Sequence[Pack], weights: Sequence[torch.Tensor], scale: float, *, sync: bool = True
+    ) -> torch.Tensor:
+        """Run packs forward and backward; returns the weighted sum of their token losses.
+
+        Args:
+            packs: of this rank.
+            weights: (R,) of each pack, the weight of a token of each record in the loss.
+            scale: factor on the loss.
+            sync: whether gradients are reduced over the ranks after the last pack.
+        """
+        device = self.run.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        features = self._vision_features(packs)
+        for number, (pack, weight) in enumerate(zip(packs, weights, strict=True)):
+            inputs = pack.text_inputs(device)
+            if features is None:
+                inputs["pixel_values"] = pack.pixel_values(device, self.normalization)
+            else:
+                inputs["vision_features"] = features[number]
+            token_weights = weight.float().repeat_interleave(pack.supervised).to(device, non_blocking=True)
+            with self.strategy.gradient_sync(sync and number + 1 == len(packs)):
+                loss = self.strategy.wrapped(**inputs, token_weights=token_weights).loss
+                self.strategy.backward(loss * scale)
+            total += loss.detach()
+        return total
+
+    def dry_run(self, memory: MemoryPlan) -> None:
+        """Run the largest pack forward and backward and discard its gradients.
+
+        Raises:
+            DataError: one of its records cannot be used.
+        """
+        pack = self.packs[memory.sample_indices]
+        if isinstance(pack, Exception):
+            raise pack
+        device = self.run.device
+        # With several packs in a step, a pack runs while the gradients of the one before are in memory.
+        packs = [pack] * (2 if memory.several_packs else 1)
+        weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
+        self.strategy.wrapped.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                # Where weights are sharded, only reduced gradients are freed by `zero_grad`.
+                self.forward_backward(packs, weights, 1.0, sync=self.strategy.shards_weights)
+            finally:
+                self.strategy.zero_grad()
+
+    def validate(self) -> None:
+        """Validate, report the metrics, and note whether they are the best so far."""
+        began, state = time.perf_counter(), self.state
+        self.watchdog.note(f"validating after step {state.step}")
+        loader = build_dataloader(
+            self.run, self.validation.packs, self.validation.sampler, keep_workers=False
+        )
+        # A rank that leaves a sharded model alone would make the others wait for it.
+        may_leave = not self.strategy.shards_weights
+        # Blocks that are compiled for training would be compiled again.
+        eager = torch.compiler.set_stance("force_eager") if self.run.compile_blocks else nullcontext()
+        with eager:
+            result = self.validation.run(
+                self.strategy.model, loader, lambda: may_leave and self.stop.signal is not None
+            )
+        if result is None:
+            logger.warning("step %d: the validation was not finished", state.step)
+            self.stops = True
+            return
+        metrics, seconds = result.metrics(), time.perf_counter() - began
+        if self.run.is_main:
+            row = {"step": state.step, "epoch": round(state.epoch, 6), "seconds": round(seconds, 4)}
+            self.run_log.append_validation(row | result.row())
+            self.trackers.log({f"eval/{k.removeprefix('eval_')}": v for k, v in metrics.items()}, state.step)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        logger.info("step %d: validation in %.0f s: %s", state.step, seconds, shown)
+        if self.run.keeps_best:
+            self._note_best(metrics)
+        self._step_began = time.perf_counter()
+
+    # ---- parts of a step
+
+    def _record_weights(self, pack: Pack) -> torch.Tensor:
+        """Return the weight of each record's tokens in the loss, 0 for a dummy sample; (R,)."""
+        weights = [token_weight(n, self.run.loss_reduction) for n in pack.supervised.tolist()]
+        return torch.tensor(weights, dtype=torch.float64) * pack.counts
+
+    def _sums(self, packs: Sequence[Pack], weights: Sequence[torch.Tensor]) -> StepSums:
+        """Sum over the ranks what the step consists of, and what each rank has to tell the others."""
+        flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
+        own = StepSums.of_rank(
+            packs,
+            weights,
+            flops,
+            asked_to_stop=self.stop.signal is not None,
+            saving=self.checkpointer.busy,
+        )
+        return own.all_reduce()
+
+    def _vision_features(self, packs: Sequence[Pack]) -> Sequence[torch.Tensor] | None:
+        """Run a frozen vision tower over the tiles of all packs at once; None if it runs with each pack.
+
+        It runs with each pack if it is trained, or if weights are sharded: then modules run only inside the
+        model's own forward pass.
+        """
+        model = self.strategy.model
+        if not model.vision_is_frozen or model.always_run_vision:
+            return None
+        tiles = torch.cat([pack.tiles.to(self.run.device, non_blocking=True) for pack in packs])
+        features = tile_features(model, tiles, self.normalization)
+        return features.split([len(pack.tiles) for pack in packs])
+
+    def _count_skipped(self, packs: Sequence[Pack]) -> tuple[Skipped, ...]:
+        """Return the records of a step that turned out to be unusable, on all ranks.
+
+        Raises:
+            DataError: with those of earlier steps they are too many.
+        """
+        own = [record for pack in packs for record in pack.skipped]
+        skipped = tuple(itertools.chain.from_iterable(distributed.all_gather_object(own)))
+        self.skip_budget.spend(skipped)
+        return skipped
+
+    def _records_of(self, step: int) -> list[RecordKey]:
+        """Return the records of a step over all ranks."""
+        return [self.data.key_of(int(index)) for index in self.sampler.step(*self.sampler.place_of(step))]
+
+    # ---- logs, checkpoints, the best model
+
+    def _open_ledger(self) -> None:
+        if self.state.step:
+            self.skip_budget.recall(distributed.broadcast_object(self.run_log.skipped()))
+        elif self.data.left_out and self.run.is_main:
+            self.run_log.write_excluded([record._asdict() for record in self.data.left_out])
+
+    def _log(self, record: StepRecord, console: Console) -> None:
+        """Write the step's lines, and report it where it is due."""
+        now = time.perf_counter()
+        seconds, self._step_began = now - self._step_began, now
+        if not self.run.is_main:
+            return
+        step = self.state.step
+        row = metrics_row(
+            record,
+            step=step,
+            epoch=self.state.epoch,
+            seconds=seconds,
+            peak_flops=peak_flops(self.run.device),
+            world_size=self.run.world_size,
+            max_memory=max_memory(self.run.device),
+        )
+        epoch, _ = self.sampler.place_of(step)
+        self.run_log.write(row, ledger_row(record, step=step, epoch=epoch, records=self._records_of(step)))
+        is_first = step == 1 and self.run.logging_first_step
+        shown = console.step(row, due=is_first or self._is_due("logging"))
+        if shown is not None:
+            self.trackers.log({f"train/{name}": value for name, value in shown.items()}, step)
+
+    def _is_due(self, what: str) -> bool:
+        """Return whether logging, validation (`eval`) or a checkpoint (`save`) is due after this step."""
+        run, step = self.run, self.state.step
+        strategy, every = getattr(run, f"{what}_strategy"), getattr(run, f"{what}_steps")
+        if what == "eval" and run.eval_delay > (step if strategy == "steps" else self.state.epoch):
+            return False
+        if strategy == "epoch":
+            return step % len(self.sampler) == 0
+        if strategy != "steps":
+            return False
+        # Below 1 it is a share of all steps. The last step is validated and saved too.
+        every = max(1, round(every if every >= 1 else every * self.total_steps))
+        return step % every == 0 or (step == self.total_steps and what != "logging")
+
+    def _save(self, *, required: bool, saving: int) -> None:
+        """Write a checkpoint if one is due; one that is not required is skipped while another is written."""
+        is_best = self.run.keeps_best and self.state.best_step == self.state.step
+        is_stopped = self.stops and not self._ends_early()
+        if not (self._is_due("save") or is_best or is_stopped):
+            return
+        if saving and not (required or is_best):
+            logger.warning(
+                "step %d: checkpoint skipped: the previous one is still being written", self.state.step
+            )
+            return
+        if self.run.is_main:
+            self.run_log.flush()
+        self.watchdog.note(f"saving after step {self.state.step}")
+        self.checkpointer.save(self.state)
+
+    def _note_best(self, metrics: dict[str, float]) -> None:
+        """Compare with the best validation so far; stop early after too many without a new best."""
+        name = f"eval_{self.run.metric_for_best_model.removeprefix('eval_')}"
+        value, best = metrics[name], self.state.best_metric
+        if best is None or (value > best if self.run.greater_is_better else value < best):
+            self.state.best_metric, self.state.best_step = value, self.state.step
+            self.state.evals_without_improvement = 0
+            return
+        self.state.evals_without_improvement += 1
+        if self._ends_early():
+            logger.info(
+                "step %d: %s has not improved for %d validations; training ends early",
+                self.state.step, name, self.state.evals_without_improvement,
+            )  # fmt: skip
+            self.stops = True
+
+    def _ends_early(self) -> bool:
+        patience = self.run.early_stopping_patience
+        return 0 < patience <= self.state.evals_without_improvement
+
+    def _stopped_by(self) -> signal.Signals | None:
+        """Return the signal that one of the ranks received."""
+        received = distributed.all_gather_object(self.stop.signal)
+        return next((one for one in received if one is not None), None)
+
+    def _show_bar(self) -> bool:
+        return self.run.is_main and not self.run.disable_tqdm
+
+
+def _seed(*numbers: int) -> int:
+    """Return a seed that mixes several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
