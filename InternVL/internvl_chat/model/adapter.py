@@ -1,7 +1,7 @@
 """Adapters on disk: peft's format, with the path and the hash of the model that they belong to."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,6 +120,18 @@ def _modules_of(names: Iterator[str]) -> set[str]:
     return {"mlp1" if name.startswith("mlp1.") else name.rpartition(".")[0] for name in names}
 
 
+def _whole_modules(model: InternVLChatModel) -> set[str]:
+    """Return the modules of a model with adapters that are trained, or were replaced, as a whole."""
+    trained = (name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
+    return _modules_of(trained) | model.replaced_modules
+
+
+def adapter_weights(model: InternVLChatModel, names: Iterable[str]) -> set[str]:
+    """Return those of the model's weights, by name, that `save_adapter` writes."""
+    whole = tuple(f"{module}." for module in _whole_modules(model))
+    return {name for name in names if ".lora_" in name or name.startswith(whole)}
+
+
 def save_adapter(
     model: InternVLChatModel,
     folder: Path,
@@ -135,15 +147,15 @@ def save_adapter(
         state_dict: the weights, where the model's own are spread over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trained = (name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
-    modules = sorted(_modules_of(trained) | model.replaced_modules)
     state_dict = model.state_dict() if state_dict is None else state_dict
+    names = adapter_weights(model, state_dict)
     kept = {
         adapter_key(name): tensor.detach().cpu().contiguous()
         for name, tensor in state_dict.items()
-        if ".lora_" in name or any(name.startswith(module + ".") for module in modules)
+        if name in names
     }
     write_file(kept, folder / ADAPTER_WEIGHTS)
+    modules = sorted(_whole_modules(model))
     adapter_config(model, base=base.path, modules_to_save=modules).save_pretrained(str(folder))
     (folder / BASE_FILE).write_text(json.dumps(asdict(base), indent=2) + "\n", encoding="utf-8")
     write_config(model.config, folder)

@@ -1,55 +1,43 @@
-"""The checkpoint that validation found best, as the model that a run ends with."""
+"""The checkpoint with the best validation, as the model that a run ends with."""
 
-import re
 import shutil
 from pathlib import Path
 
-from transformers import TrainerState
-
-from internvl_chat.train.checkpoint.manifest import find_damage
+from internvl_chat.train.checkpoint.fingerprint import FINGERPRINT
+from internvl_chat.train.checkpoint.manifest import MANIFEST, find_damage
+from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState
 from internvl_chat.utils.errors import TrainingError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# What a run needs to go on, and a model does not.
-_STATE = re.compile(
-    r"(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin|"
-    r"run_fingerprint\.json|manifest\.json|latest|zero_to_fp32\.py"
-)
+# Files that a run resumes from; what else it needs is in folders.
+_RUN_FILES = (STATE_FILE, FINGERPRINT, MANIFEST)
 
 
-def copy_best(state: TrainerState, output: Path, resume: Path | None) -> int:
-    """Copy the model of a run's best checkpoint into its folder; returns the step of it.
+def copy_best(state: TrainState, output: Path, resume: Path | None) -> int:
+    """Copy the model of a run's best checkpoint into the run's folder; returns its step.
 
     Args:
-        state: of the trainer, if it has trained at all.
+        state: of the run.
         output: folder of the run.
-        resume: checkpoint that the run went on from; the best may be older and beside it.
+        resume: checkpoint that the run resumed from; the best may be older and beside it.
 
     Raises:
-        TrainingError: no validation found a best one, or it is damaged or gone.
+        TrainingError: no validation found a best one, or it is damaged or missing.
     """
-    if resume is not None and not state.global_step:
-        state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
-    folders = [output] if resume is None else [output, resume.parent]
     problems = []
-    for folder in folders if state.best_global_step else ():
-        checkpoint = folder / f"checkpoint-{state.best_global_step}"
+    for folder in dict.fromkeys((output, resume.parent if resume else output)) if state.best_step else ():
+        checkpoint = folder / f"checkpoint-{state.best_step}"
         damage = find_damage(checkpoint) if checkpoint.is_dir() else "it is missing"
         if damage is None:
             logger.info("the finished model is the best one, %s (%s)", checkpoint, state.best_metric)
-            _copy_model(checkpoint, output)
-            return state.best_global_step
+            for file in sorted(checkpoint.iterdir()):
+                if file.is_file() and file.name not in _RUN_FILES:
+                    shutil.copyfile(file, output / file.name)
+            return state.best_step
         problems.append(f"{checkpoint}: {damage}")
     raise TrainingError(
         f"there is no best model to end with ({'; '.join(problems) or 'nothing was validated'}); with "
         "--load_best_model_at_end False the same command writes the newest model"
     )
-
-
-def _copy_model(checkpoint: Path, target: Path) -> None:
-    """Copy the files of a checkpoint but those that only a run needs."""
-    for file in sorted(checkpoint.iterdir()):
-        if file.is_file() and not _STATE.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)

@@ -1,19 +1,17 @@
-"""What must be the same for a run to go on from a checkpoint, stored in it and compared before loading."""
+"""What a run and the checkpoint that it resumes from must have in common; stored in every checkpoint."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.train.arguments import Arguments
+from internvl_chat.train.config import TrainConfig
 from internvl_chat.utils.errors import UsageError
 
 FINGERPRINT = "run_fingerprint.json"
 
-# What is settled only when model and data are there.
 SET_SIZES = "records of each set"
-WEIGHT_PRECISION = "weight precision"
-LEFT_OUT = "records left out"
+EXCLUDED = "excluded records"
 
 _MODEL_FLAGS = (
     "freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head", "use_llm_lora",
@@ -21,7 +19,8 @@ _MODEL_FLAGS = (
 )  # fmt: skip
 _RUN_FLAGS = (
     "seed", "bf16", "loss_reduction", "train_sampling_strategy", "learning_rate", "weight_decay",
-    "warmup_ratio", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
+    "lr_scheduler_type", "lr_scheduler_kwargs",
 )  # fmt: skip
 _DATA_FLAGS = (
     "conv_style", "max_seq_length", "force_image_size", "dynamic_image_size", "use_thumbnail",
@@ -30,29 +29,32 @@ _DATA_FLAGS = (
 )  # fmt: skip
 
 
-def fingerprint(args: Arguments) -> dict[str, Any]:
-    """Return what the order of the records and the optimizer's state depend on."""
-    found = {name: getattr(args.model, name) for name in _MODEL_FLAGS}
-    found |= {name: getattr(args.run, name) for name in _RUN_FLAGS}
-    found |= {name: getattr(args.data, name) for name in _DATA_FLAGS}
-    found["lr_scheduler_type"] = str(args.run.lr_scheduler_type.value)
-    found["optim"] = str(args.run.optim.value)
-    found["records of a step"] = args.run.step_records
-    found["DeepSpeed"] = bool(args.run.deepspeed)
+def fingerprint(config: TrainConfig) -> dict[str, Any]:
+    """Return what the order of the records and the optimizer state depend on.
+
+    The number of ranks and the parallel layout may change, but not to or from DeepSpeed.
+    """
+    found = {name: getattr(config.model, name) for name in _MODEL_FLAGS}
+    found |= {name: getattr(config.run, name) for name in _RUN_FLAGS}
+    found |= {name: getattr(config.data, name) for name in _DATA_FLAGS}
+    found["weight precision"] = config.run.weight_precision
+    found["records of a step"] = config.run.records_per_step
+    found["DeepSpeed"] = bool(config.run.deepspeed)
     return found
 
 
 def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return what the order of the records depends on: how many of which files."""
+    """Return what the order of the records depends on: how many of which files, and which are excluded."""
     contents = {
         f"SHA-256 of the annotation file of {records.spec.name}": digest
         for records, digest in zip(data.sets, data.digests, strict=True)
     }
-    return {SET_SIZES: data.sizes} | contents
+    excluded = [[record.dataset, int(record.index)] for record in data.left_out]
+    return {SET_SIZES: data.sizes, EXCLUDED: excluded} | contents
 
 
 def read_fingerprint(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint remembers of its run; nothing where it has no such file."""
+    """Return the fingerprint of the run that wrote a checkpoint; empty if it has none."""
     file = checkpoint / FINGERPRINT
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -63,10 +65,10 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
     Raises:
         UsageError: names every difference.
     """
-    stored = read_fingerprint(checkpoint)
+    stored, current = read_fingerprint(checkpoint), json.loads(json.dumps(current))
     problems = [
         f"cannot resume {checkpoint}: {name} was {stored[name]!r} there, and is {value!r} here; "
-        "give the same, or start anew in another --output_dir"
+        "give the same, or start again in another --output_dir"
         for name, value in current.items()
         if name in stored and stored[name] != value
     ]

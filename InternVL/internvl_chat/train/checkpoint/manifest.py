@@ -1,34 +1,126 @@
-"""The list of a checkpoint's files with their sizes and hashes, written last: what has one was once whole."""
+"""The files of a checkpoint with their sizes and hashes, written last: a folder with a manifest is complete."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
 
 _VERSION = 1
 # Hashing is bound by one core a file; disks deliver several files at a time.
 _THREADS = 8
+_PIECE = 2**26
+
+# Is called after each piece of work with the seconds that it took, and may rest.
+Pause = Callable[[float], None]
 
 
-def write_manifest(folder: Path) -> None:
-    """List all files below a folder."""
+def no_pause(seconds: float) -> None:
+    """Do not rest."""
+
+
+class FileEntry(NamedTuple):
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class HashedFile:
+    """A new file that is hashed while it is written, as a context.
+
+    Its bytes go to the disk piece by piece and leave the page cache: gigabytes of dirty pages would displace
+    the training data and cost more processor time than all else.
+
+    Args:
+        path: of the file.
+        pause: may rest after each piece.
+    """
+
+    def __init__(self, path: Path, pause: Pause) -> None:
+        self._file, self._pause = path.open("wb", buffering=0), pause
+        self._hash, self._size, self._unsynced = hashlib.sha256(), 0, 0
+        self._began = time.perf_counter()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of the data."""
+        view = memoryview(data)
+        while view:
+            piece = view[: _PIECE - self._unsynced]
+            written = self._file.write(piece)
+            self._hash.update(piece[:written])
+            self._size, self._unsynced = self._size + written, self._unsynced + written
+            view = view[written:]
+            if self._unsynced >= _PIECE:
+                self._sync()
+
+    def entry(self) -> FileEntry:
+        """Return the size and hash of what was written."""
+        return FileEntry(self._size, self._hash.hexdigest())
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._sync()
+
+    def _sync(self) -> None:
+        drop_from_cache(self._file.fileno())
+        self._unsynced = 0
+        self._pause(time.perf_counter() - self._began)
+        self._began = time.perf_counter()
+
+
+def drop_from_cache(descriptor: int) -> None:
+    """Bring a file's content to the disk and free its page cache."""
+    os.fsync(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_manifest(
+    folder: Path,
+    known: Mapping[str, FileEntry] | None = None,
+    *,
+    threads: int = _THREADS,
+    pause: Pause = no_pause,
+) -> None:
+    """List all files below a folder.
+
+    Args:
+        folder: of the checkpoint.
+        known: entries by relative name of files that were hashed while they were written.
+        threads: that hash the other files.
+        pause: as for `HashedFile`, while they do.
+
+    Raises:
+        OSError: a file is not as it was written, as where ranks do not share the disk.
+    """
+    entries = dict(known or {})
+    for name, entry in entries.items():
+        if (folder / name).stat().st_size != entry.bytes:
+            raise OSError(f"{name} is not as it was written")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hash_files(files), strict=True)
-    }
-    text = json.dumps({"version": _VERSION, "files": entries}, indent=1)
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    unknown = {name: path for name, path in names.items() if name not in entries}
+    for name, digest in zip(unknown, hash_files(unknown.values(), threads, pause), strict=True):
+        entries[name] = FileEntry(unknown[name].stat().st_size, digest)
+    listed = {name: entries[name]._asdict() for name in names}
+    text = json.dumps({"version": _VERSION, "files": listed}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def find_damage(folder: Path) -> str | None:
-    """Say what is wrong with a folder that should be as its manifest says; None if it is whole.
+    """Return what differs between a folder and its manifest; None if nothing does.
 
-    Files that the manifest does not name are nobody's concern.
+    Files that the manifest does not name are ignored.
     """
     try:
         entries = _read_entries(folder / MANIFEST)
@@ -36,37 +128,42 @@ def find_damage(folder: Path) -> str | None:
         return f"it has no {MANIFEST}, so it was never finished"
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
-    for name, (size, _) in entries.items():
+    for name, entry in entries.items():
         try:
             found = (folder / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
+        if found != entry.bytes:
+            return f"{name} has {found:,} bytes instead of {entry.bytes:,}"
     try:
         hashes = hash_files(folder / name for name in entries)
-        for (name, (_, digest)), found in zip(entries.items(), hashes, strict=True):
-            if digest != found:
+        for (name, entry), digest in zip(entries.items(), hashes, strict=True):
+            if digest != entry.sha256:
                 return f"the content of {name} has changed since it was written"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     return None
 
 
-def _read_entries(file: Path) -> dict[str, tuple[int, str]]:
-    """Return size and hash of each file."""
+def _read_entries(file: Path) -> dict[str, FileEntry]:
     loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if loaded["version"] != _VERSION:
         raise ValueError(f"version {loaded['version']!r}; this program reads {_VERSION}")
-    return {name: (entry["bytes"], entry["sha256"]) for name, entry in loaded["files"].items()}
+    return {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in loaded["files"].items()}
 
 
-def hash_files(files: Iterable[Path]) -> Iterator[str]:
+def hash_files(files: Iterable[Path], threads: int = _THREADS, pause: Pause = no_pause) -> Iterator[str]:
     """Yield the SHA-256 of each file's content, several at a time."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(_hash_file, files)
 
+    def digest(file: Path) -> str:
+        found = hashlib.sha256()
+        with file.open("rb", buffering=0) as stream:
+            began = time.perf_counter()
+            while piece := stream.read(_PIECE):
+                found.update(piece)
+                pause(time.perf_counter() - began)
+                began = time.perf_counter()
+        return found.hexdigest()
 
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(digest, files)

@@ -1,9 +1,9 @@
-"""Writing the checkpoints of a run, each complete in itself."""
+"""The model of a checkpoint: weights or adapters, tokenizer and preprocessing, complete in themselves."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.preprocessing import Preprocessing
@@ -11,73 +11,60 @@ from internvl_chat.data.tokenizer import load_tokenizer
 from internvl_chat.data.tokenizer_training import save_tokenizer
 from internvl_chat.model.adapter import BaseModel, find_base, save_adapter
 from internvl_chat.model.checkpoint import save_model
-from internvl_chat.model.folders import is_adapter, read_companions
+from internvl_chat.model.folders import is_adapter, read_companions, write_files
 from internvl_chat.model.lora import lora_layers
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import weights_digest
-from internvl_chat.train.checks import Plan
+from internvl_chat.train.checks import RunPlan
 from internvl_chat.train.setup import base_of_adapters
-from internvl_chat.utils.errors import UsageError
 
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Writes self-contained checkpoints: the model or its adapters, tokenizer, preprocessing.
+    """Writes the model in training, or its adapters, into a folder.
 
     Attributes:
         model: the model in training.
-        tokenizer: saved anew where it was changed, else copied.
+        tokenizer: of the model; written where it was changed.
         preprocessing: of the run.
-        companions: tokenizer and other files of the model that the run started from, in memory, because that
-            may have been a checkpoint which does not outlive the next one.
+        auxiliary: tokenizer and other files of the model that the run started from, by name. They are kept in
+            memory because it may be a checkpoint that is deleted after the next one.
         base: for adapters, the model that they belong to.
-        keep_tokenizer: the tokenizer files among the companions are right as they are.
+        keep_tokenizer: whether the tokenizer files in `auxiliary` are right as they are.
     """
 
     model: InternVLChatModel
     tokenizer: PreTrainedTokenizerBase
     preprocessing: Preprocessing
-    companions: dict[str, bytes]
+    auxiliary: dict[str, bytes]
     base: BaseModel | None
     keep_tokenizer: bool
 
-    def __call__(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write a checkpoint into a folder, which is made if need be.
-
-        Raises:
-            UsageError: the weights are spread over processes and were not gathered.
-        """
-        if state_dict is not None and not state_dict:
-            raise UsageError(
-                "DeepSpeed did not gather the weights, so that no model can be saved: set "
-                '"stage3_gather_16bit_weights_on_model_save": true in the ZeRO-3 configuration'
-            )
+    def __call__(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the model with these weights; the folder is made if need be."""
         if self.base is not None:
-            save_adapter(self.model, folder, self.base, state_dict)
+            save_adapter(self.model, folder, self.base, weights)
         else:
-            save_model(self.model, folder, state_dict)
-        for name, content in self.companions.items():
-            (folder / name).write_bytes(content)
+            save_model(self.model, folder, weights)
+        write_files(self.auxiliary, folder)
         if not self.keep_tokenizer:
             save_tokenizer(self.tokenizer, folder)
         self.preprocessing.save(folder)
 
 
 def checkpoint_writer(
-    plan: Plan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
+    plan: RunPlan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
 ) -> CheckpointWriter:
-    """Return what writes the run's checkpoints; hashes the base of adapters on the main process."""
-    base = None
-    if lora_layers(model) and plan.args.run.should_save:
-        base = _base_of(plan)
+    """Return the writer of the run's checkpoints; hashes the base of adapters on rank 0."""
+    base = _base_of(plan) if lora_layers(model) and plan.config.run.is_main else None
     _, added = load_tokenizer(plan.source)
-    companions = read_companions(plan.source)
-    return CheckpointWriter(model, tokenizer, preprocessing, companions, base, keep_tokenizer=added == 0)
+    auxiliary = read_companions(plan.source)
+    return CheckpointWriter(model, tokenizer, preprocessing, auxiliary, base, keep_tokenizer=added == 0)
 
 
-def _base_of(plan: Plan) -> BaseModel:
-    """Return the whole model under the adapters of this run."""
+def _base_of(plan: RunPlan) -> BaseModel:
+    """Return the full model under the adapters of this run."""
     if is_adapter(plan.source):
         return find_base(plan.source, base_of_adapters(plan))[1]
-    path = plan.args.model.model_name_or_path
+    path = plan.config.model.model_name_or_path
     return BaseModel(str(Path(path).absolute()) if Path(path).is_dir() else path, weights_digest(plan.source))

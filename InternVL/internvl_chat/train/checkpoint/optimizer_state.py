@@ -1,0 +1,244 @@
+"""Optimizer state on disk, for any number of ranks, sharded or not.
+
+Each rank writes its shards of the tensors, named "<parameter>/<state>", as safetensors files in the layout of
+`torch.distributed.checkpoint` (DCP), and reads the slices that it needs. No pickle is written or read.
+"""
+
+import contextlib
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from internvl_chat.train.checkpoint.manifest import FileEntry, HashedFile, Pause
+from internvl_chat.utils import distributed
+from internvl_chat.utils.errors import TrainingError
+
+# It is right that a single process has no process group.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
+
+# Files are closed at this size, so that several threads write them, and verify them later.
+_FILE_BYTES = 2**32
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def named_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimizer's tensors by "<parameter>/<state>", and everything else for a JSON file."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {
+        f"{names[parameter]}/{name}": value
+        for parameter, values in optimizer.state.items()
+        for name, value in values.items()
+    }
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    values = {key: value for key, value in state.items() if key not in tensors}
+    return tensors, {"param_groups": groups, "values": values}
+
+
+def share_of_rank(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str, Tensor]:
+    """Return what this rank writes: its shards, and its share by bytes of the tensors that all ranks hold.
+
+    Args:
+        tensors: of `named_state`.
+        main_bytes: that rank 0 writes besides.
+    """
+    load = [main_bytes] + [0] * (distributed.world_size() - 1)
+    own = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    for key in sorted(tensors.keys() - own.keys(), key=lambda key: (-tensors[key].nbytes, key)):
+        rank = load.index(min(load))
+        load[rank] += tensors[key].nbytes
+        if rank == distributed.rank():
+            own[key] = tensors[key]
+    return own
+
+
+class StagedPlanner(dcp.DefaultSavePlanner):
+    """Plans a save from the live tensors, and writes their host copies.
+
+    Args:
+        copies: this rank's part of each tensor.
+    """
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """See `DefaultSavePlanner`."""
+        return self._copies[index.fqn]
+
+
+class OptimizerWriter(dcp.HuggingFaceStorageWriter):
+    """Writes and hashes safetensors files, without holding a second copy of the tensors.
+
+    Args:
+        folder: is made if need be.
+        threads: that write at the same time.
+        pause: as for `HashedFile`.
+
+    Attributes:
+        entries: of the files that this rank has written, by name.
+    """
+
+    def __init__(self, folder: Path, threads: int, pause: Pause) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self._folder, self._threads, self._pause = folder, threads, pause
+        self.entries: dict[str, FileEntry] = {}
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        """See `StorageWriter`."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            files = enumerate(_split(plan.items))
+            written = list(pool.map(lambda file: self._write_file(*file, planner), files))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([result for results in written for result in results])
+        return future
+
+    def _write_file(
+        self, number: int, items: list[dcp.WriteItem], planner: dcp.SavePlanner
+    ) -> list[WriteResult]:
+        # Readers cast slices of the file in place, so large elements come first.
+        items = sorted(items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)
+        tensors = [planner.resolve_data(item).detach().cpu().contiguous() for item in items]
+        header: dict[str, Any] = {}
+        end = 0
+        for item, tensor in zip(items, tensors, strict=True):
+            start, end = end, end + tensor.nbytes
+            header[item.index.fqn] = {
+                "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+            }  # fmt: skip
+        offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items}
+        header["__metadata__"] = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        name = f"rank-{distributed.rank():05d}-{number:03d}.safetensors"
+        with HashedFile(self._folder / name, self._pause) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors:
+                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        self.entries[name] = file.entry()
+        return [
+            WriteResult(item.index, tensor.nbytes, None) for item, tensor in zip(items, tensors, strict=True)
+        ]
+
+
+def _split(items: list[dcp.WriteItem]) -> Iterator[list[dcp.WriteItem]]:
+    """Group what a rank writes into files of at most `_FILE_BYTES` (one tensor may be larger)."""
+    file: list[dcp.WriteItem] = []
+    size = 0
+    for item in items:
+        data = item.tensor_data
+        bytes_ = data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        if file and size + bytes_ > _FILE_BYTES:
+            yield file
+            file, size = [], 0
+        file.append(item)
+        size += bytes_
+    if file:
+        yield file
+
+
+def save_optimizer(
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor],
+    writer: OptimizerWriter,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write this rank's part; a collective of the group, which fails on every rank if it does on one.
+
+    Args:
+        tensors: of `share_of_rank`.
+        copies: the part of each that this rank holds, as it is to be written.
+        writer: of the folder.
+        group: of all ranks, used by nobody else at the same time.
+
+    Raises:
+        TrainingError: names the error and the rank.
+    """
+    with _first_failure():
+        dcp.save(dict(tensors), storage_writer=writer, planner=StagedPlanner(copies), process_group=group)
+
+
+@torch.no_grad()
+def load_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
+) -> None:
+    """Load what was saved by any number of ranks; a collective.
+
+    Args:
+        folder: of the files.
+        model: names the parameters.
+        optimizer: gets the state, each rank its shards.
+        saved: the second result of `named_state`.
+
+    Raises:
+        TrainingError: the files cannot be read, or are of another optimizer or model.
+    """
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+    own_names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if own_names != [group["params"] for group in saved["param_groups"]]:
+        raise TrainingError(f"{folder}: is the state of other parameters than those of this run")
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {}
+    for key, stored in reader.read_metadata().state_dict_metadata.items():
+        parameter, dtype = parameters[key.rpartition("/")[0]], stored.properties.dtype
+        # Shaped as the parameter it is sharded as the parameter; anything else is the same on every rank.
+        is_like = stored.size == parameter.shape
+        tensors[key] = (
+            torch.empty_like(parameter, dtype=dtype) if is_like else torch.empty(stored.size, dtype=dtype)
+        )
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    with _first_failure():
+        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=distributed.host_group())
+    numbers = {name: number for number, name in enumerate(chain.from_iterable(own_names))}
+    state: dict[int, dict[str, Any]] = defaultdict(dict)
+    for key, value in {**saved["values"], **tensors}.items():
+        name, _, entry = key.rpartition("/")
+        state[numbers[name]][entry] = value
+    groups = [
+        {
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()},
+            "params": [numbers[name] for name in group["params"]],
+        }
+        for group in saved["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    # torch casts state to the dtype of the weight.
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        loaded = optimizer.state[parameters[name]]
+        if entry in loaded and loaded[entry].dtype != value.dtype:
+            loaded[entry] = value.to(loaded[entry].device)
+
+
+@contextlib.contextmanager
+def _first_failure() -> Iterator[None]:
+    """Turn what DCP raises on every rank into the error of the rank that failed."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if distributed.world_size() == 1:
+            raise cause from None
+        raise TrainingError(f"rank {rank}: {cause}") from cause

@@ -1,0 +1,94 @@
+"""The model's weights for a checkpoint: what each rank copies of them, and gathering shards on rank 0."""
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+
+from internvl_chat.model.adapter import adapter_weights
+from internvl_chat.model.lora import lora_layers
+from internvl_chat.utils import distributed
+
+
+class WeightGatherer:
+    """Collects the weights of each checkpoint, those of a sharded model (FSDP2) without the GPU.
+
+    Args:
+        model: in training.
+        group: gloo, not used by anybody else while `gather` runs.
+
+    Attributes:
+        new_bytes: host memory that `prepare` has reserved and `gather` will use for the first time.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
+        self._model, self._group, self._is_main = model, group, distributed.rank() == 0
+        self._full: dict[str, Tensor] = {}
+        self._unique: dict[str, Tensor] = {}
+        self._first_name: dict[str, str] = {}
+        self._trained: set[str] = set()
+        self._has_frozen = False
+        self.new_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that `prepare` found, before sharding."""
+        return sum(weight.nbytes for weight in self._unique.values())
+
+    def prepare(self) -> dict[str, Tensor]:
+        """Return what this rank must copy: its part of the weights that training changes."""
+        weights = dict(self._model.state_dict(keep_vars=True))
+        if lora_layers(self._model):
+            kept = adapter_weights(self._model, weights)
+            weights = {name: weight for name, weight in weights.items() if name in kept}
+        # Tied weights are one parameter.
+        first: dict[int, str] = {}
+        self._first_name = {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
+        self._unique = {name: weights[name].detach() for name in first.values()}
+        self._trained = {name for name in self._unique if weights[name].requires_grad}
+        sharded = {name: weight for name, weight in self._unique.items() if isinstance(weight, DTensor)}
+        self.new_bytes = 0
+        if self._is_main:
+            new = {name: weight for name, weight in sharded.items() if name not in self._full}
+            self._full |= {name: torch.empty(w.shape, dtype=w.dtype) for name, w in new.items()}
+            self.new_bytes = sum(self._full[name].nbytes for name in new)
+        return {
+            name: local_part(self._unique[name])
+            for name in self._unique
+            if name in self._trained and (self._is_main or name in sharded)
+        }
+
+    def gather(self, copies: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return all weights by name on rank 0, none elsewhere; a collective.
+
+        Args:
+            copies: of what `prepare` returned. Frozen weights are not copied, and gathered only once.
+        """
+        for name, weight in self._unique.items():
+            if isinstance(weight, DTensor) and (name in self._trained or not self._has_frozen):
+                own = copies[name] if name in self._trained else local_part(weight)
+                self._gather_shards(name, weight, own)
+        self._has_frozen = True
+        if not self._is_main:
+            return {}
+        found = {**self._unique, **copies, **self._full}
+        return {name: found[first] for name, first in self._first_name.items()}
+
+    def _gather_shards(self, name: str, weight: DTensor, own: Tensor) -> None:
+        if weight.placements != (Shard(0),):
+            raise NotImplementedError(f"{name} is placed as {weight.placements}; expected shards of its rows")
+        if not self._is_main:
+            if own.numel():
+                dist.send(own.cpu().contiguous(), dst=0, group=self._group)
+            return
+        rows = -(-len(weight) // weight.device_mesh.size())
+        for rank, part in enumerate(self._full[name].split(rows)):
+            if rank == 0:
+                part.copy_(own)
+            else:
+                dist.recv(part, src=rank, group=self._group)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this rank holds, any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
