@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from internvl_chat import __version__
-from internvl_chat.commands import check, convert, data, evaluate, generate, models, parity
+from internvl_chat.commands import check, convert, data, doctor, evaluate, generate, models, parity
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.logging import configure_logging
 
@@ -51,6 +51,9 @@ _COMMANDS = (
     _Command("parity", "Compare two checkpoints or formats: tokens, tiles, pixels, logits, answers.",
              "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8",
              parity.add_arguments, parity.run),
+    _Command("doctor", "Check whether this machine can train, and what to do about each problem.",
+             "m3llm doctor --folder work_dirs",
+             doctor.add_arguments, doctor.run),
     _Command("sample-data", "Draw a small data set of compound figures with questions and answers.",
              "m3llm sample-data work_dirs/sample --seed 0",
              data.add_sample_data_arguments, data.sample_data),

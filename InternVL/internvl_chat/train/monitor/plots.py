@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
 
 def plot_loss(metrics: Path, output: Path, validation: Path | None = None) -> None:
     """Plot the loss of a run, its moving average and the validation loss.
@@ -15,7 +19,11 @@ def plot_loss(metrics: Path, output: Path, validation: Path | None = None) -> No
         output: the PNG to write.
         validation: the `validation.jsonl`, which may be missing.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("%s: not plotted, because matplotlib is not installed", output)
+        return
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

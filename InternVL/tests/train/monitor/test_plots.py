@@ -1,6 +1,7 @@
 """The picture of the loss."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +24,14 @@ def test_draws_a_picture_with_a_curve(tmp_path, steps):
 def test_no_steps_no_picture(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_without_matplotlib_there_is_a_warning(tmp_path, monkeypatch, caplog):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert "matplotlib is not installed" in caplog.text
     assert not (tmp_path / "loss.png").exists()
 
 
