@@ -1,74 +1,166 @@
-"""torchrun, but that signals reach the processes, and how they end is told in a line and by the exit code.
+"""torchrun wrapper: forwards signals to the workers, writes the log, and returns the workers' exit code.
 
-`python -m internvl_chat.train.distributed.launch --nproc_per_node 2 -m MODULE FLAGS` takes torchrun's flags.
+`python -m internvl_chat.train.distributed.launch --nproc_per_node 2 SCRIPT --output_dir DIR ...` takes
+torchrun's flags. If the script has a flag `--output_dir`, all output also goes to `training_log.txt` there.
 """
 
+import argparse
+import contextlib
 import logging
 import os
+import queue
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 import psutil
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 
-from internvl_chat.train.distributed.signals import (
-    LAUNCHER,
-    SIGNALS,
-    STOPPED_BY,
-    STOPPING,
-    exit_code,
-    stop_with_launcher,
-)
+from internvl_chat.train.distributed.signals import LAUNCHER, SIGNALS, STOPPED_BY, STOPPING, exit_code
+from internvl_chat.utils.logging import configure_logging, get_logger
 
-# torchrun would end the processes within half a minute; they save first, which may take longer.
-_OWN_FLAGS = ("--signals_to_handle", "SIGHUP,SIGQUIT")
+logger = get_logger("internvl_chat.train.distributed.launch")  # __name__ is `__main__` here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun; returns 0, or the exit code of the process that failed first."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # In a store that is shared, processes that are started again find the addresses of those before them.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    stop_with_launcher()
-    os.environ[LAUNCHER] = str(os.getpid())
-    for number in SIGNALS:
-        signal.signal(number, _pass_on)
+    """Run torchrun with a log; returns 0, 128 + n after signal n, or the first failing worker's exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    configure_logging()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=lambda value: Path(value).expanduser())
+    folder = parser.parse_known_args(argv)[0].output_dir
+    if folder is None:
+        return _launch(argv)
+    log, created = folder / "training_log.txt", not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log_file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError as error:
+        logger.error("cannot write to the output folder: %s", error)
+        return 2
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    with _logged_to(log_file):
+        code = _launch(argv)
+    if code and created and list(folder.iterdir()) == [log]:
+        log.unlink()
+        folder.rmdir()
+        logger.error("the training did not start (exit code %d)", code)
+    elif code in map(exit_code, SIGNALS):
+        logger.error("stopped by a signal (exit code %d); the same command again goes on in %s", code, folder)
+    elif code:
+        logger.error("the training ended with exit code %d; its output is in %s", code, log)
+    return code
+
+
+@contextlib.contextmanager
+def _logged_to(log: int) -> Iterator[None]:
+    """Let a child process copy all output to the terminal and to a log file.
+
+    It ignores signals: the workers can write until they have saved, even if the launcher is killed.
+    """
+    originals = os.dup(1), os.dup(2)
+    source, pipe = os.pipe()
+    writer = os.fork()
+    if not writer:
+        try:
+            for number in (signal.SIGHUP, signal.SIGQUIT, *SIGNALS):
+                signal.signal(number, signal.SIG_IGN)
+            os.close(pipe)
+            _copy(source, 1, log)
+        finally:
+            os._exit(0)
+    if os.isatty(1):
+        os.environ["M3LLM_TERMINAL"] = "1"  # the workers only see a pipe
+    os.dup2(pipe, 1)
+    os.dup2(pipe, 2)
+    for file in (source, pipe, log):
+        os.close(file)
+    try:
+        yield
+    finally:
+        os.dup2(originals[0], 1)
+        os.dup2(originals[1], 2)
+        for _ in range(1000):  # not for ever: what a worker left behind may keep the pipe open
+            if os.waitpid(writer, os.WNOHANG)[0]:
+                break
+            time.sleep(0.01)
+
+
+def _copy(source: int, terminal: int, log: int) -> None:
+    """Copy everything to the terminal, and lines without what carriage returns overwrote to the log."""
+    line = b""
+    while data := os.read(source, 1 << 16):
+        _write(terminal, data)
+        *lines, line = (text[text.rfind(b"\r", 0, -1) + 1 :] for text in (line + data).split(b"\n"))
+        _write(log, b"".join(text.rstrip(b"\r") + b"\n" for text in lines))
+    if line:
+        _write(log, line + b"\n")
+
+
+def _write(file: int, data: bytes) -> None:
+    """Write all, or lose it: a full disk or a closed terminal must not stop the run."""
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(file, data) :]
+
+
+def _launch(argv: list[str]) -> int:
+    """Run torchrun in a thread: the main thread handles signals even while torchrun waits for other nodes."""
+    codes: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def forward(number: int, *_: object) -> None:
+        sent = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        os.environ[STOPPING] = sent.name
+        workers = 0
+        for child in psutil.Process().children():
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(child.pid) == child.pid:  # torchrun starts each worker in its own session
+                    os.kill(child.pid, sent)
+                    workers += 1
+        if not workers:
+            codes.put(exit_code(sent))
+
     with tempfile.TemporaryDirectory(prefix="m3llm-") as folder:
         note = Path(folder) / "stopped_by"
-        os.environ[STOPPED_BY] = str(note)
-        try:
-            torchrun([*_OWN_FLAGS, *(sys.argv[1:] if argv is None else argv)])
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            return report(rank, failure.exitcode)
-        return exit_code(signal.Signals[note.read_text(encoding="utf-8")]) if note.is_file() else 0
+        os.environ |= {LAUNCHER: str(os.getpid()), STOPPED_BY: str(note), STOPPING: ""}
+        for number in (signal.SIGHUP, *SIGNALS):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, forward)
+        threading.Thread(target=lambda: codes.put(_run_torchrun(argv)), daemon=True).start()
+        code = codes.get()
+        if not code and note.is_file():
+            code = exit_code(signal.Signals[note.read_text(encoding="utf-8")])
+        return code
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Give a signal to the processes that torchrun has started, each of which leads a session of its own."""
-    os.environ[STOPPING] = signal.Signals(number).name
-    for child in psutil.Process().children():
-        try:
-            if os.getsid(child.pid) == child.pid:
-                os.kill(child.pid, number)
-        except ProcessLookupError:
-            continue  # it has ended meanwhile
+def _run_torchrun(argv: list[str]) -> int:
+    """Return torchrun's exit code; logs why it failed unless the worker did."""
+    # Imported after the fork, because importing torch starts threads.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
 
-
-def report(rank: int, code: int) -> int:
-    """Say how a process ended, unless it has spoken for itself; returns the exit code to end with."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        sys.stderr.write(f"process {rank} was ended by {name}, and so were the others\n")
-        return 128 - code
-    if code > 2:
-        sys.stderr.write(f"process {rank} failed with exit code {code}\n")
-    return code
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # In a shared store, restarted workers would find the addresses of those before them.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    try:
+        torchrun(argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0 and not os.environ[STOPPING]:
+            logger.error("rank %d was killed by %s", rank, signal.Signals(-code).name)
+        elif code > 2:
+            logger.error("rank %d failed with exit code %d", rank, code)
+        return code if code > 0 else 128 - code
+    except SystemExit as error:  # from its command line
+        return int(error.code or 0)
+    except Exception as error:
+        logger.error("torchrun failed: %s: %s", type(error).__name__, error)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: noted when they come, obeyed at the next step boundary.
+"""Signals that stop a run: recorded when they arrive, obeyed at the next step boundary.
 
-SIGTERM and SIGUSR1 are what SLURM sends before it ends a job, SIGINT what Ctrl-C sends.
+SLURM sends SIGTERM or SIGUSR1 before it ends a job; Ctrl-C sends SIGINT.
 """
 
 import contextlib
@@ -10,92 +10,83 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# File in which a process tells the launcher which signal it obeyed; set by the launcher.
-STOPPED_BY = "M3LLM_STOPPED_BY"
+# Set by the launcher for its workers.
+LAUNCHER = "M3LLM_LAUNCHER"  # its process id
+STOPPED_BY = "M3LLM_STOPPED_BY"  # file in which a worker writes the signal that it obeyed
+STOPPING = "M3LLM_STOPPING"  # the signal that workers started from now on have missed; empty if none
 
-# The launcher's process number; set by whatever starts processes that must not outlive it.
-LAUNCHER = "M3LLM_LAUNCHER"
-
-# Set by the launcher when it has passed a signal on: what it starts from then on has nothing to do.
-STOPPING = "M3LLM_STOPPING"
-
-# Of Linux's prctl: the signal that a process gets when its parent ends.
+# Linux's prctl option for the signal that a process gets when its parent ends.
 _PR_SET_PDEATHSIG = 1
 
-# Signals that come closer together are one: a launcher passes on what a terminal also sends directly.
+# Interrupts closer together count as one: a scheduler may signal both the launcher and the workers.
 _SAME_SECONDS = 1.0
 
 
 class StopRequest:
-    """Takes the signals for as long as the context lasts.
+    """Records stop signals while the context lasts.
 
-    The first one is kept in `signal`. A second SIGINT, at least a second after the first, ends the process
-    at once.
+    The first one is kept in `signal`. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._interrupted_at: float | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+    def _record(self, number: int, *_: object) -> None:
         if number == signal.SIGINT:
-            if self._interrupted_at is not None and now - self._interrupted_at >= _SAME_SECONDS:
-                # Not an exception: that would wait for threads and other processes.
-                os.write(sys.stderr.fileno(), b"interrupted twice: stopping at once, without a checkpoint\n")
-                os._exit(exit_code(signal.SIGINT))
-            self._interrupted_at = now if self._interrupted_at is None else self._interrupted_at
+            now = time.monotonic()
+            self._interrupted_at = self._interrupted_at or now
+            if now - self._interrupted_at >= _SAME_SECONDS:
+                _print("interrupted twice: stopping at once, without a checkpoint")
+                os._exit(exit_code(signal.SIGINT))  # an exception would wait for threads
         if self.signal is None:
             self.signal = signal.Signals(number)
             if os.environ.get("RANK", "0") == "0":
-                os.write(
-                    sys.stderr.fileno(),
-                    f"{self.signal.name}: stopping after this step, with a checkpoint\n".encode(),
-                )
+                _print(f"{self.signal.name}: stopping after this step, with a checkpoint")
+
+
+def _print(text: str) -> None:
+    """Write a line from a signal handler, where a logger may hold a lock."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 def stop_with_launcher() -> None:
-    """Let the end of the launcher, if there is one, count as SIGTERM, and end if it has been asked to stop.
+    """Make the end of the launcher, if there is one, count as SIGTERM (Linux only).
 
-    A run that nobody sees would be stopped by nobody. Linux only; elsewhere nothing happens.
+    Exits at once if the launcher has ended or has been told to stop.
     """
-    if STOPPING in os.environ:
-        sys.exit(report_stop(signal.Signals[os.environ[STOPPING]]))
+    if stopping := os.environ.get(STOPPING):
+        sys.exit(report_stop(signal.Signals[stopping]))
     launcher = os.environ.pop(LAUNCHER, None)
-    if launcher is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != int(launcher):
-        sys.exit(f"the launcher (process {launcher}) has ended, and so does what it has started")
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != int(launcher):
+            sys.exit(f"the launcher (process {launcher}) has ended; so does this worker")
 
 
 def exit_code(stopped_by: signal.Signals) -> int:
-    """Return the exit code of a run that a signal has stopped, as shells count it."""
+    """Return the exit code of a run that a signal stopped, as shells count it."""
     return 128 + stopped_by
 
 
 def report_stop(stopped_by: signal.Signals) -> int:
-    """Tell the launcher, if there is one, which signal was obeyed; returns this process's exit code.
-
-    A launcher would take a process that ends with another code than 0 for one to start again.
-    """
-    file = os.environ.get(STOPPED_BY)
-    if file is None:
+    """Report the signal that was obeyed to the launcher, if there is one; returns the exit code to use."""
+    if STOPPED_BY not in os.environ:
         return exit_code(stopped_by)
-    with contextlib.suppress(OSError):  # it went with the launcher
-        Path(file).write_text(stopped_by.name, encoding="utf-8")
-    return 0
+    with contextlib.suppress(OSError):  # the file is gone if the launcher is
+        Path(os.environ[STOPPED_BY]).write_text(stopped_by.name, encoding="utf-8")
+    return 0  # torchrun would restart a worker that ends with anything else

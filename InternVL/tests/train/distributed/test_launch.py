@@ -1,60 +1,294 @@
-"""Several processes: one report of a failure, and the exit code that it had."""
+"""The torchrun wrapper: exit codes, signals, restarts, and the log."""
 
+import contextlib
+import os
+import pty
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from helpers import SOURCE_ROOT
 
-SCRIPT = """
-import os, signal, sys, time
-if os.environ["RANK"] == "1":
-    {act}
-time.sleep(60)
+from internvl_chat.train.distributed import launch
+
+PATIENCE = 120
+
+# Stops at a step boundary, as training does, or ends by itself after the last step.
+STEPS = """
+import os, sys, time
+from pathlib import Path
+from internvl_chat.train.distributed.signals import StopRequest, report_stop, stop_with_launcher
+stop_with_launcher()
+folder = Path(sys.argv[2])
+(folder / "metrics.jsonl").touch()
+with StopRequest() as request:
+    print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} is ready", flush=True)
+    while not request.signal and not (folder / "end").exists():
+        time.sleep(0.02)
+    while (folder / "hang").exists():
+        time.sleep(0.02)
+if request.signal:
+    print(f"saved after {request.signal.name}", flush=True)
+    sys.exit(report_stop(request.signal))
 """
 
 
-def launch(tmp_path, act):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(act=act))
-    command = [
-        sys.executable,
-        "-m",
-        "internvl_chat.train.distributed.launch",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    return subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=120, cwd=SOURCE_ROOT
-    )
+class Launched:
+    """The launcher with a script, and its output so far."""
+
+    def __init__(self, tmp_path, script, *flags, processes=1, ignored=(), stdout=subprocess.PIPE):
+        self.folder, self.text = tmp_path / "out", ""
+        (tmp_path / "script.py").write_text(script)
+        flags = flags or ("--standalone", "--local_addr", "localhost")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "internvl_chat.train.distributed.launch", *flags,
+             "--nproc_per_node", str(processes), tmp_path / "script.py", "--output_dir", self.folder],
+            env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=stdout, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            # A test that runs in the background inherits an ignored SIGINT.
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+                                for number in (signal.SIGINT, signal.SIGHUP)],
+        )  # fmt: skip
+
+    def wait_for(self, text, times=1):
+        """Read until a text has come so often."""
+        while self.text.count(text) < times:
+            line = self.process.stdout.readline()
+            assert line, self.text
+            self.text += line
+
+    def end(self):
+        """Wait for the end; returns exit code and output."""
+        rest, _ = self.process.communicate(timeout=PATIENCE)
+        self.text += rest
+        return self.process.returncode, self.text
+
+    def log(self):
+        return (self.folder / "training_log.txt").read_text()
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def start(*args, **kwargs):
+        started.append(Launched(tmp_path, *args, **kwargs))
+        return started[-1]
+
+    yield start
+    for one in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(one.process.pid).children(recursive=True), one.process]:
+                process.kill()
 
 
 @pytest.mark.parametrize(
     ("act", "code", "report"),
     [
-        ("sys.exit(2)", 2, ""),
-        ("sys.exit(7)", 7, "process 1 failed with exit code 7"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 was ended by SIGKILL"),
+        ("sys.exit(2)", 2, "the training did not start (exit code 2)"),
+        pytest.param("sys.exit(7)", 7, "rank 1 failed with exit code 7", marks=pytest.mark.slow),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rank 1 was killed by SIGKILL"),
     ],
 )
-def test_exit_code_of_the_process_that_failed(tmp_path, act, code, report):
-    result = launch(tmp_path, act)
-    assert result.returncode == code
-    assert report in result.stderr
-    assert "Traceback" not in result.stderr
+def test_exit_code_of_the_worker_that_failed(start, act, code, report):
+    script = f"import os, signal, sys, time\nif os.environ['RANK'] == '1': {act}\ntime.sleep(60)"
+    run = start(script, processes=2)
+    found, output = run.end()
+    assert found == code
+    assert report in output
+    assert "Traceback" not in output
+    assert not run.folder.exists()
 
 
-def test_success(tmp_path):
-    script = tmp_path / "fine.py"
-    script.write_text("import os; print(os.environ['WORLD_SIZE'])")
-    command = [
-        sys.executable,
-        "-m",
-        "internvl_chat.train.distributed.launch",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    result = subprocess.run([*command, str(script)], capture_output=True, text=True, cwd=SOURCE_ROOT)
-    assert (result.returncode, result.stdout.split()) == (0, ["2", "2"])
+def test_log_and_terminal(start, tmp_path):
+    script = """
+import os, sys
+print(os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("M3LLM_TERMINAL"), flush=True)
+sys.stderr.write("step 1\\rstep 2\\r")
+sys.stderr.write("step 3\\nno end of line")
+"""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/training_log.txt").write_text("an earlier run\n")
+    run = start(script)
+    code, output = run.end()
+    assert code == 0
+    assert output == "0 1 None\nstep 1\nstep 2\nstep 3\nno end of line"  # text mode reads \r as \n
+    assert run.log() == "an earlier run\n0 1 None\nstep 3\nno end of line\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "log"),
+    [
+        ([b"one\ntwo\n"], b"one\ntwo\n"),
+        ([b"o", b"ne", b"\n"], b"one\n"),
+        ([b"one\r\n", b"two\r", b"\n"], b"one\ntwo\n"),
+        ([b"\r10 %", b"\r20 %", b"\r\r30 %\nend"], b"30 %\nend\n"),
+        ([b"10 %\r", b"20 %\r", b"next\n"], b"next\n"),
+        ([b"\n\n", b""], b"\n\n"),
+    ],
+)
+def test_log_lines(tmp_path, pieces, log):
+    source, pipe = os.pipe()
+    with (tmp_path / "terminal").open("wb") as terminal, (tmp_path / "log").open("wb") as file:
+        for piece in pieces:
+            os.write(pipe, piece)
+        os.close(pipe)
+        launch._copy(source, terminal.fileno(), file.fileno())
+    os.close(source)
+    assert (tmp_path / "log").read_bytes() == log
+    assert (tmp_path / "terminal").read_bytes() == b"".join(pieces)
+
+
+def test_progress_in_pieces_does_not_pile_up(tmp_path, monkeypatch):
+    """What carriage returns overwrote is dropped with each read, not at the end of the line."""
+    pieces = [b"\r%d %%" % i for i in range(100)] + [b""]
+    monkeypatch.setattr(launch.os, "read", lambda *_: pieces.pop(0))
+    written = {1: b"", 2: b""}
+    monkeypatch.setattr(launch, "_write", lambda file, data: written.update({file: written[file] + data}))
+    launch._copy(0, 1, 2)
+    assert written[2] == b"99 %\n"
+
+
+def test_full_disk_costs_log_lines_and_not_the_run(start, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/training_log.txt").symlink_to("/dev/full")
+    assert start("print('finished')").end() == (0, "finished\n")
+
+
+def test_output_folder_that_cannot_be_made(tmp_path, start):
+    (tmp_path / "out").write_text("a file")
+    code, output = start("print('never')").end()
+    assert code == 2
+    assert "cannot write to the output folder" in output and "never" not in output
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "obeyed"),
+    [
+        ("SIGTERM", 143, "SIGTERM"),
+        pytest.param("SIGINT", 130, "SIGINT", marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", 138, "SIGUSR1", marks=pytest.mark.slow),
+        ("SIGHUP", 143, "SIGTERM"),
+    ],
+)
+def test_signals_are_forwarded(start, name, code, obeyed):
+    """Workers that stop at a step boundary are not restarted."""
+    run = start(STEPS, "--standalone", "--max_restarts", "1", processes=2)
+    run.wait_for("is ready", times=2)
+    run.process.send_signal(signal.Signals[name])
+    found, output = run.end()
+    assert found == code, output
+    assert output.count(f"saved after {obeyed}") == output.count("saved after") == 2
+    assert output.count("stopping after this step") == 1  # rank 0 speaks
+    assert f"stopped by a signal (exit code {code}); the same command again goes on in {run.folder}" in output
+    assert output.startswith(run.log())
+
+
+def test_a_second_interrupt_ends_the_run_at_once(start, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/hang").touch()
+    run = start(STEPS)
+    run.wait_for("is ready")
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for("stopping after this step")
+    time.sleep(1.2)
+    run.process.send_signal(signal.SIGINT)
+    code, output = run.end()
+    assert code == 130
+    assert "interrupted twice" in output and "saved" not in output
+
+
+@pytest.mark.slow
+def test_what_nohup_ignores_stays_ignored(start):
+    run = start(STEPS, ignored=[signal.SIGHUP])
+    run.wait_for("is ready")
+    run.process.send_signal(signal.SIGHUP)
+    (run.folder / "end").touch()
+    code, output = run.end()
+    assert (code, "saved" in output) == (0, False)
+
+
+def test_failed_workers_are_restarted(start, tmp_path):
+    script = f"""
+import os, sys
+from pathlib import Path
+if Path({str(tmp_path / "failed")!r}).exists():
+    print("restarted", os.environ["RANK"], flush=True)
+elif os.environ["RANK"] == "0":
+    Path({str(tmp_path / "failed")!r}).touch()
+    sys.exit(3)
+"""
+    code, output = start(script, "--standalone", "--max_restarts", "2", processes=1).end()
+    assert code == 0, output
+    assert "restarted 0" in output
+
+
+def test_a_signal_before_the_workers_can_stop_ends_them_for_good(start):
+    script = """
+import time
+from internvl_chat.train.distributed.signals import stop_with_launcher
+stop_with_launcher()
+print("loading", flush=True)
+time.sleep(60)
+"""
+    run = start(script, "--standalone", "--max_restarts", "3")
+    run.wait_for("loading")
+    run.process.send_signal(signal.SIGTERM)
+    code, output = run.end()
+    assert code == 143
+    assert output.count("loading") == 1 and "the training did not start (exit code 143)" in output
+    assert not run.folder.exists()
+
+
+def test_a_signal_while_waiting_for_other_nodes(start):
+    """The wait is inside a library call, where no Python signal handler runs."""
+    flags = ["--nnodes", "2", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", "0"]
+    run = start("print('never')", *flags)
+    while not psutil.Process(run.process.pid).net_connections("tcp"):
+        assert run.process.poll() is None
+        time.sleep(0.05)
+    run.process.send_signal(signal.SIGINT)
+    code, output = run.end()
+    assert code == 130, output
+    assert "never" not in output and not run.folder.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_workers_save_and_end_when_the_launcher_is_killed(start):
+    """What they write until then still reaches terminal and log."""
+    run = start(STEPS, processes=2)
+    run.wait_for("is ready", times=2)
+    run.process.kill()
+    code, output = run.end()
+    assert code == -signal.SIGKILL
+    assert output.count("saved after SIGTERM") == 2
+    assert run.log() == output
+
+
+def test_workers_are_told_of_the_terminal(start):
+    controller, terminal = pty.openpty()
+    run = start("import os; print(os.environ['M3LLM_TERMINAL'], os.isatty(1))", stdout=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO at the end
+        while data := os.read(controller, 1024):
+            shown += data
+    os.close(controller)
+    assert run.process.wait(PATIENCE) == 0
+    assert shown == b"1 False\r\n"
+    assert run.log() == "1 False\n"
+
+
+def test_plain_torchrun_without_an_output_folder(tmp_path):
+    (tmp_path / "script.py").write_text("import os, sys; sys.stderr.write(os.environ['WORLD_SIZE'])")
+    command = [sys.executable, "-m", "internvl_chat.train.distributed.launch", "--standalone"]
+    command += ["--nproc_per_node", "2", "script.py"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "22")
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]

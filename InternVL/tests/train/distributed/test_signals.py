@@ -1,14 +1,14 @@
-"""Signals are noted, not obeyed at once; a second Ctrl-C is."""
+"""Signals are recorded and obeyed at the next step boundary; a second Ctrl-C ends the process."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import SOURCE_ROOT
 
-from internvl_chat.train.distributed import signals as stop_request
 from internvl_chat.train.distributed.signals import (
     LAUNCHER,
     SIGNALS,
@@ -21,24 +21,24 @@ from internvl_chat.train.distributed.signals import (
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted(number, capfd):
+def test_a_signal_is_recorded(number, capfd):
     with StopRequest() as request:
         assert request.signal is None
         os.kill(os.getpid(), number)
         assert request.signal == number
         os.kill(os.getpid(), signal.SIGTERM)
-        assert request.signal == number  # the first one is what the exit code tells
+        assert request.signal == number  # the first one determines the exit code
     assert f"{number.name}: stopping after this step" in capfd.readouterr().err
 
 
-def test_other_processes_are_silent(monkeypatch, capfd):
+def test_other_ranks_are_silent(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     with StopRequest():
         os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err == ""
 
 
-def test_handlers_are_given_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest():
         assert [signal.getsignal(number) for number in SIGNALS] != before
@@ -51,7 +51,7 @@ from internvl_chat.train.distributed.signals import StopRequest
 with StopRequest() as request:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
-    print("at once together they are one", flush=True)
+    print("two close together are one", flush=True)
     time.sleep(float(sys.argv[1]))
     os.kill(os.getpid(), signal.SIGINT)
     print("still here", flush=True)
@@ -68,7 +68,7 @@ def run(script, *argv, **environment):
 def test_a_second_interrupt_stops_at_once():
     result = run(SCRIPT, "1.2")
     assert result.returncode == 130
-    assert result.stdout == "at once together they are one\n"
+    assert result.stdout == "two close together are one\n"
     assert "interrupted twice: stopping at once" in result.stderr
 
 
@@ -77,7 +77,7 @@ def test_interrupts_close_together_are_one():
     assert result.returncode == 0 and "still here" in result.stdout
 
 
-def test_what_a_process_tells_its_launcher(tmp_path, monkeypatch):
+def test_a_worker_reports_the_signal_to_its_launcher(tmp_path, monkeypatch):
     monkeypatch.delenv(STOPPED_BY, raising=False)
     assert [report_stop(number) for number in SIGNALS] == [143, 130, 138]
     assert exit_code(signal.SIGTERM) == 143
@@ -121,7 +121,7 @@ def test_the_end_of_the_launcher_is_a_signal(tmp_path):
     for _ in range(100):
         if note.is_file() and note.read_text():
             break
-        stop_request.time.sleep(0.1)
+        time.sleep(0.1)
     assert note.read_text() == "SIGTERM"
 
 
@@ -135,13 +135,26 @@ STARTED = (
 def test_a_launcher_that_is_gone_already():
     result = run(STARTED, **{LAUNCHER: "1"})
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "the launcher (process 1) has ended, and so does what it has started\n"
+    assert result.stderr == "the launcher (process 1) has ended; so does this worker\n"
     assert run(STARTED, **{LAUNCHER: str(os.getpid())}).stdout == "on\n"
     assert run(STARTED).stdout == "on\n"
 
 
-def test_what_is_started_again_after_a_signal_has_nothing_to_do(tmp_path):
+def test_workers_started_after_a_signal_end(tmp_path):
     note = tmp_path / "note"
     result = run(STARTED, **{STOPPING: "SIGUSR1", STOPPED_BY: str(note)})
     assert (result.returncode, result.stdout, note.read_text()) == (0, "", "SIGUSR1")
     assert run(STARTED, **{STOPPING: "SIGUSR1"}).returncode == 138
+    assert run(STARTED, **{STOPPING: ""}).stdout == "on\n"
+
+
+def test_a_closed_terminal_does_not_keep_a_signal_from_being_recorded():
+    script = """
+import os, signal
+from internvl_chat.train.distributed.signals import StopRequest
+os.close(2)
+with StopRequest() as request:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(request.signal.name)
+"""
+    assert run(script).stdout == "SIGTERM\n"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune all of InternVL3's language model and projector; the vision tower is frozen.
+# Fine-tune InternVL3's language model and projector; the vision tower is frozen.
 #
 #   [NAME=VALUE ...] bash M3LLM-fulldata-fullmodel.sh [flags of the training script, which win]
 #
@@ -13,11 +13,12 @@
 #   BATCH_SIZE=2               records of an optimizer step, over all processes
 #   PER_DEVICE_BATCH_SIZE=1    records of a forward pass with --packing False
 #   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id
-#   META_PATH=shell/data/PMC-data.json   which data sets
-#   DATA_ROOT=the repository   what relative paths in the meta file count from
+#   META_PATH=shell/data/PMC-data.json   the datasets
+#   DATA_ROOT=the repository   base of relative paths in the meta file
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6 (in the repository)
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    for several machines, with a shared disk
-#   MAX_RESTARTS=0             start again from the newest checkpoint, so often, when a process fails
+#   MAX_RESTARTS=0             restarts from the newest checkpoint after a process failed
+#   PARALLEL=                  ddp, fsdp or deepspeed; by default DDP where it fits into memory, else FSDP2
 #   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if there is one, else python3
@@ -26,9 +27,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
 
 GPUS=${GPUS:-2}
 BATCH_SIZE=${BATCH_SIZE:-2}
+PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-1}
+MODEL_PATH=${MODEL_PATH:-OpenGVLab/InternVL3-8B}
+META_PATH=${META_PATH:-$SHELL_DIR/data/PMC-data.json}
+DATA_ROOT=${DATA_ROOT:-$REPOSITORY}
 OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+prepare_training
 
-launch_training \
+torchrun "${TORCHRUN_FLAGS[@]}" --nproc_per_node "$NPROC" "$PACKAGE/train/internvl_chat_finetune.py" \
+  --model_name_or_path "$MODEL_PATH" \
+  --meta_path "$META_PATH" \
+  --data_root "$DATA_ROOT" \
+  --output_dir "$OUTPUT_DIR" \
   --conv_style internvl2_5 \
   --use_fast_tokenizer False \
   --force_image_size 448 \
@@ -40,8 +51,10 @@ launch_training \
   --freeze_backbone True \
   --vision_select_layer -1 \
   --dataloader_num_workers 4 \
-  --bf16 "$([[ $GPUS == 0 ]] && echo False || echo True)" \
+  --bf16 True \
   --num_train_epochs 1 \
+  --per_device_train_batch_size "$PER_DEVICE_BATCH_SIZE" \
+  --gradient_accumulation_steps "$GRADIENT_ACC" \
   --evaluation_strategy no \
   --save_strategy steps \
   --save_steps 200 \
@@ -51,7 +64,8 @@ launch_training \
   --warmup_ratio 0.03 \
   --lr_scheduler_type cosine \
   --logging_steps 1 \
-  --max_seq_length 8192 \
+  --max_seq_length 16384 \
+  --max_packed_tokens 16384 \
   --do_train True \
   --grad_checkpoint auto \
   --group_by_length True \
@@ -59,4 +73,9 @@ launch_training \
   --use_thumbnail True \
   --ps_version v2 \
   --loss_reduction sample \
+  --sanity_check True \
+  --report_to "$REPORT_TO" \
+  ${PARALLEL:+--parallel "$PARALLEL"} \
+  ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} \
+  "${CPU_FLAGS[@]}" \
   "$@"

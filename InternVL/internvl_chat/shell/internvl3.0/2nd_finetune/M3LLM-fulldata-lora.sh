@@ -13,11 +13,12 @@
 #   BATCH_SIZE=16              records of an optimizer step, over all processes
 #   PER_DEVICE_BATCH_SIZE=1    records of a forward pass with --packing False
 #   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id; a LoRA checkpoint is trained further
-#   META_PATH=shell/data/PMC-data.json   which data sets
-#   DATA_ROOT=the repository   what relative paths in the meta file count from
+#   META_PATH=shell/data/PMC-data.json   the datasets
+#   DATA_ROOT=the repository   base of relative paths in the meta file
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-lora-lr=5e-6 (in the repository)
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    for several machines, with a shared disk
-#   MAX_RESTARTS=0             start again from the newest checkpoint, so often, when a process fails
+#   MAX_RESTARTS=0             restarts from the newest checkpoint after a process failed
+#   PARALLEL=                  ddp, fsdp or deepspeed; by default DDP where it fits into memory, else FSDP2
 #   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if there is one, else python3
@@ -26,9 +27,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
 
 GPUS=${GPUS:-1}
 BATCH_SIZE=${BATCH_SIZE:-16}
+PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-1}
+MODEL_PATH=${MODEL_PATH:-OpenGVLab/InternVL3-8B}
+META_PATH=${META_PATH:-$SHELL_DIR/data/PMC-data.json}
+DATA_ROOT=${DATA_ROOT:-$REPOSITORY}
 OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/work_dirs/M3LLM-fulldatav2-lora-lr=5e-6}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+prepare_training
 
-launch_training \
+torchrun "${TORCHRUN_FLAGS[@]}" --nproc_per_node "$NPROC" "$PACKAGE/train/internvl_chat_finetune.py" \
+  --model_name_or_path "$MODEL_PATH" \
+  --meta_path "$META_PATH" \
+  --data_root "$DATA_ROOT" \
+  --output_dir "$OUTPUT_DIR" \
   --conv_style internvl2_5 \
   --use_fast_tokenizer False \
   --force_image_size 448 \
@@ -41,8 +52,10 @@ launch_training \
   --use_llm_lora 16 \
   --vision_select_layer -1 \
   --dataloader_num_workers 4 \
-  --bf16 "$([[ $GPUS == 0 ]] && echo False || echo True)" \
+  --bf16 True \
   --num_train_epochs 1 \
+  --per_device_train_batch_size "$PER_DEVICE_BATCH_SIZE" \
+  --gradient_accumulation_steps "$GRADIENT_ACC" \
   --evaluation_strategy no \
   --save_strategy steps \
   --save_steps 200 \
@@ -60,4 +73,9 @@ launch_training \
   --use_thumbnail True \
   --ps_version v2 \
   --loss_reduction sample \
+  --sanity_check True \
+  --report_to "$REPORT_TO" \
+  ${PARALLEL:+--parallel "$PARALLEL"} \
+  ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} \
+  "${CPU_FLAGS[@]}" \
   "$@"
