@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from internvl_chat.model.weights import open_weights
 
@@ -26,6 +27,8 @@ CPU_FLAGS = {
     "report_to": "none",
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
+    # Every checkpoint is needed, however slow the disk is.
+    "async_save": False,
 }
 
 # Two ways to train, and the file that each leaves its weights in.
@@ -34,6 +37,59 @@ RECIPES = {
     "lora": {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0.1},
 }
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+
+
+def rounding_bound(terms: int, dtype: torch.dtype, magnitude: float) -> float:
+    """Bound the difference between two sums of the same `terms` numbers, added in two orders.
+
+    An addition rounds its partial sum by at most eps / 2, here uniformly: a variance of eps^2 / 12. Roundings
+    are independent, so that two orders differ with a standard deviation of sqrt(terms / 6) * eps, times the
+    partial sums. The bound is 2.4 deviations for partial sums that are all as large as `magnitude`, and more
+    than 5 for those of a random walk that ends there. With one term it is the worst case.
+
+    Args:
+        terms: additions on the way to a result; those of operations behind one another add up.
+        dtype: of the partial sums.
+        magnitude: the largest of them; the largest result, unless large terms cancel.
+    """
+    return terms**0.5 * torch.finfo(dtype).eps * magnitude
+
+
+def terms_of(model: nn.Module) -> int:
+    """Return the additions of a forward pass: the inner dimensions of all matrix products, one after another.
+
+    A backward pass has twice as many more, for the gradients of inputs and of weights.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return sum(layer.weight[0].numel() for layer in layers)
+
+
+def assert_within_rounding(
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    terms: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    magnitude: float | None = None,
+    name: str = "",
+) -> None:
+    """Assert that a result of `dtype` is the expected one but for the order of its sums.
+
+    Args:
+        found: the result.
+        expected: in the same or in double precision.
+        terms: see `rounding_bound`.
+        dtype: of the result.
+        magnitude: of partial sums [the largest expected value].
+        name: what is compared, for the message.
+    """
+    assert found.dtype == dtype, name
+    if magnitude is None:
+        magnitude = float(expected.abs().max()) if expected.numel() else 0.0
+    bound = rounding_bound(terms, dtype, magnitude)
+    torch.testing.assert_close(
+        found.double(), expected.double(), atol=bound, rtol=0, msg=lambda text: f"{name}: {text}"
+    )
 
 
 def flags(**values) -> list[str]:

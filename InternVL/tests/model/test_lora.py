@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_within_rounding, terms_of
 from model.conftest import CONTEXT, make_model, make_record, pack, run_alone
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -123,7 +124,7 @@ def test_an_adapted_layer_adds_twice_b_times_a() -> None:
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(2))
         expected = x @ weight.T + (0 if bias is None else bias) + 2 * (x @ a.T @ b.T)
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0, msg=name)
+        assert_within_rounding(layer(x), expected, terms_of(layer), name=name)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
@@ -372,6 +373,6 @@ def test_peft_reads_what_is_saved(tmp_path: Path, ranks: dict[str, int], train_m
 
     theirs = PeftModel.from_pretrained(load_model(base, image_context_id=CONTEXT), str(adapter)).eval()
     inputs = {"input_ids": record.input_ids[None], "pixel_values": record.pixel_values}
-    torch.testing.assert_close(theirs(**inputs).logits[0], expected, atol=1e-6, rtol=0)
+    assert_within_rounding(theirs(**inputs).logits[0], expected, terms_of(model))
     ours = load_model(adapter, image_context_id=CONTEXT).eval()
-    torch.testing.assert_close(run_alone(ours, record), expected, atol=1e-6, rtol=0)
+    assert_within_rounding(run_alone(ours, record), expected, terms_of(model))

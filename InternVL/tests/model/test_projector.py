@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import assert_within_rounding, terms_of
 
 from internvl_chat.model.projector import build_projector, pixel_shuffle
 
@@ -65,7 +66,7 @@ def test_projector_is_norm_linear_gelu_linear() -> None:
         y = y @ weights["1.weight"].T + weights["1.bias"]
         y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
         y = y @ weights["3.weight"].T + weights["3.bias"]
-        torch.testing.assert_close(projector(x).double(), y, atol=1e-4, rtol=1e-5)
+        assert_within_rounding(projector(x), y, terms_of(projector))
 
 
 def test_projector_of_another_ratio() -> None:
