@@ -3,11 +3,13 @@
 Shapes: B batch, H query heads, K key/value heads, L tokens, D features a head, S = number of segments + 1.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from internvl_chat.model.blocked_attention import blocked_attention
@@ -17,6 +19,20 @@ ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
 # The name under which transformers' language models find `varlen_attention`.
 VARLEN = "varlen"
+
+_SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def pinned_sdpa(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which SDPA on a GPU takes the flash, efficient or math kernel, in this order.
+
+    cuDNN is excluded: it builds a plan for every new shape (each number of tiles, each key length), which takes
+    about 30 ms. On other devices the context does nothing.
+
+    Args:
+        device: where the attention runs.
+    """
+    return sdpa_kernel(_SDPA_BACKENDS, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -130,9 +146,10 @@ def _sdpa(
     length = query.shape[2]
     banded = window is not None and window < length
     mask = _band(length, window, causal, query.device) if banded else None
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and not banded, scale=scaling
-    )
+    with pinned_sdpa(query.device):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and not banded, scale=scaling
+        )
 
 
 def _prefers_blocks(query: torch.Tensor, dropout: float) -> bool:
@@ -222,4 +239,6 @@ def bidirectional_attention(
     if _prefers_blocks(query, dropout):
         tiles = zip(query * query.shape[-1] ** -0.5, key.transpose(-2, -1), value, strict=True)
         return torch.stack([(q @ k).softmax(dim=-1) @ v for q, k, v in tiles])
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    # Pinned here and not around the tower, so that activation checkpointing recomputes with the same kernel.
+    with pinned_sdpa(query.device):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
