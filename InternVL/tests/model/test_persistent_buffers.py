@@ -58,7 +58,7 @@ def test_same_gradients_over_packs_and_steps(options, dtype):
             for ids in PACKS[step:]:
                 model(ids).backward()
         for (name, a), b in zip(plain.named_parameters(), kept.parameters(), strict=True):
-            # In bfloat16 products are summed in float32; head and words round each pack's gradient and the total.
+            # bfloat16 products are summed in float32; head and words round each pack's gradient and total.
             terms = 2 * (WIDTH + VOCABULARY) if dtype == torch.float32 else 4 * len(PACKS[step:])
             assert_within_rounding(b.grad, a.grad, terms, dtype=dtype, name=f"{name}, step {step}")
         for optimizer in optimizers:
