@@ -64,8 +64,8 @@ class NanGuard:
         median = statistics.median(self._norms) if len(self._norms) >= _MIN_STEPS else math.inf
         if norm > _SPIKE * median:
             logger.warning(
-                "step %d: the gradient norm is %.3g, the median of the last %d steps is %.3g; records (data set "
-                "and index from 0): %s", step, norm, len(self._norms), median, name_records(records()),
+                "step %d: the gradient norm is %.3g, the median of the last %d steps is %.3g; records (data "
+                "set and index from 0): %s", step, norm, len(self._norms), median, name_records(records()),
             )  # fmt: skip
         self._norms.append(norm)
 

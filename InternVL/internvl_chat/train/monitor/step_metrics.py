@@ -48,7 +48,7 @@ class StepSums(NamedTuple):
         asked_to_stop: bool,
         saving: bool,
     ) -> "StepSums":
-        """Return the sums of this rank; a pack's `weights` (R,) are those of its records' tokens in the loss."""
+        """Return the sums of this rank; `weights` (R,) of a pack are those of a token of each record."""
         return cls(
             weight=sum(float((w * p.supervised).sum()) for w, p in zip(weights, packs, strict=True)),
             records=sum(int(p.counts.sum()) for p in packs),

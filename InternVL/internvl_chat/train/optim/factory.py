@@ -36,6 +36,8 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     groups = group_by_decay(model, run.weight_decay)
     if run.optim not in OWN_OPTIMIZERS:
         optimizer, options = _library_optimizer(run)
+        if options.get("optim_bits") == 8:
+            _keep_embeddings_32_bit(model)
         return optimizer(groups, **options)
     # DeepSpeed keeps float32 masters itself.
     precision = run.weight_precision if run.deepspeed is None else "bf16"
@@ -79,7 +81,8 @@ def optimizer_problems(run: RunConfig) -> Iterator[str]:
     except UsageError as error:
         yield from error.problems
     try:
-        make_scheduler(run, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), total_steps=10**6)
+        probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
+        make_scheduler(run, probe, total_steps=10**6)
     except UsageError as error:
         yield from error.problems
 
@@ -102,10 +105,10 @@ def uses_compiled_step(precision: str, device: torch.device) -> bool:
     """
     if device.type != "cuda" or precision == "bf16":
         return False
-    return not any_rank(not _compiles(precision, device))
+    return not any_rank(not _can_compile(precision, device))
 
 
-def _compiles(precision: str, device: torch.device) -> bool:
+def _can_compile(precision: str, device: torch.device) -> bool:
     weight = nn.Parameter(torch.zeros(1024, dtype=torch.bfloat16, device=device))
     weight.grad = torch.zeros_like(weight)
     try:
@@ -126,3 +129,12 @@ def _library_optimizer(run: RunConfig) -> tuple[type[torch.optim.Optimizer], dic
         return Trainer.get_optimizer_cls_and_kwargs(run)
     except (ImportError, ValueError) as error:
         raise UsageError(f"--optim {run.optim}: {error}; or use adamw_torch, the default") from None
+
+
+def _keep_embeddings_32_bit(model: nn.Module) -> None:
+    """Exclude embeddings from 8-bit optimizer state, which makes them unstable, as transformers does."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})

@@ -1,17 +1,17 @@
-"""Which steps are left out, which are only remarked on, and when it is enough."""
+"""Which steps are skipped, which are only reported, and when the run ends."""
 
 import math
 
 import pytest
 
-from internvl_chat.train.monitor.nan_guard import StepGuard, name_records
+from internvl_chat.train.monitor.nan_guard import NanGuard, name_records
 from internvl_chat.utils.errors import TrainingError
 
 RECORDS = [("qa-bbox", 12), ("qa-puretext", 0)]
 
 
-def judge(guard, step, loss=1.0, norm=1.0, supervised=9):
-    return guard.judge(step, loss, norm, supervised, lambda: RECORDS)
+def check(guard, step, loss=1.0, norm=1.0, supervised=9):
+    return guard.check(step, loss, norm, supervised, lambda: RECORDS)
 
 
 @pytest.mark.parametrize(
@@ -19,49 +19,46 @@ def judge(guard, step, loss=1.0, norm=1.0, supervised=9):
     [
         (math.nan, math.nan, "the loss is nan"),
         (math.inf, 1.0, "the loss is inf"),
-        (1.0, math.inf, "the gradient's norm is inf"),
-        (1.0, math.nan, "the gradient's norm is nan"),
+        (1.0, math.inf, "the gradient norm is inf"),
+        (1.0, math.nan, "the gradient norm is nan"),
     ],
 )
-def test_a_step_that_is_no_number_is_left_out_and_named(caplog, loss, norm, reason):
-    assert judge(StepGuard(1), 8, loss, norm) == reason
-    assert (
-        f"step 8: {reason}; its records (data set and index from 0): qa-bbox 12, qa-puretext 0. "
-        in caplog.text
-    )
-    assert "left out (1 of 1)" in caplog.text
+def test_a_non_finite_step_is_skipped_and_its_records_named(caplog, loss, norm, reason):
+    assert check(NanGuard(1), 8, loss, norm) == reason
+    named = f"step 8: {reason}; records (data set and index from 0): qa-bbox 12, qa-puretext 0. "
+    assert f"{named}The step is skipped (1 of 1)" in caplog.text
 
 
-def test_a_step_that_teaches_nothing_is_left_out():
-    assert judge(StepGuard(1), 8, loss=0.0, norm=0.0, supervised=0) == "nothing in it is supervised"
+def test_a_step_without_labels_is_skipped():
+    assert check(NanGuard(1), 8, loss=0.0, norm=0.0, supervised=0) == "no supervised tokens"
 
 
 def test_too_many_end_the_run(caplog):
-    guard = StepGuard(2)
+    guard = NanGuard(2)
     for step in (3, 9):
-        assert judge(guard, step, math.nan) and judge(guard, step + 1) is None
-    with pytest.raises(TrainingError, match=r"step 20: the loss is nan.*qa-bbox 12.*3 bad steps.*is 2"):
-        judge(guard, 20, math.nan)
+        assert check(guard, step, math.nan) and check(guard, step + 1) is None
+    with pytest.raises(TrainingError, match=r"step 20: the loss is nan.*qa-bbox 12.*bad step number 3.*is 2"):
+        check(guard, 20, math.nan)
 
 
 def test_none_may_be_bad():
     with pytest.raises(TrainingError, match="--max_bad_steps is 0"):
-        judge(StepGuard(0), 1, math.nan)
+        check(NanGuard(0), 1, math.nan)
 
 
-def test_spikes_are_remarked_on_and_used(caplog):
-    guard = StepGuard(0)
+def test_spikes_are_reported_and_used(caplog):
+    guard = NanGuard(0)
     for step in range(20):
-        assert judge(guard, step, norm=2.0) is None
-    assert judge(guard, 20, norm=20.0) is None and not caplog.records
-    assert judge(guard, 21, norm=20.1) is None
-    assert "step 21: the gradient's norm is 20.1, and 2 in the median of the last 21 steps" in caplog.text
+        assert check(guard, step, norm=2.0) is None
+    assert check(guard, 20, norm=20.0) is None and not caplog.records
+    assert check(guard, 21, norm=20.1) is None
+    assert "step 21: the gradient norm is 20.1, the median of the last 21 steps is 2; records" in caplog.text
 
 
 def test_the_first_steps_are_no_spikes(caplog):
-    guard = StepGuard(0)
+    guard = NanGuard(0)
     for step in range(10):
-        judge(guard, step, norm=10.0**step)
+        check(guard, step, norm=10.0**step)
     assert not caplog.records
 
 

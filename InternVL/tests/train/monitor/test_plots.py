@@ -1,4 +1,4 @@
-"""The picture of the loss."""
+"""The plot of the loss."""
 
 import json
 import sys
@@ -11,17 +11,17 @@ from internvl_chat.train.monitor.plots import plot_loss
 
 
 @pytest.mark.parametrize("steps", [1, 5, 300])
-def test_draws_a_picture_with_a_curve(tmp_path, steps):
+def test_plots_a_curve(tmp_path, steps):
     rows = [json.dumps({"step": i + 1, "loss": 7.0 / (i + 1)}) for i in range(steps)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.width > 500
-        pixels = np.asarray(picture.convert("RGB"))
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.width > 500
+        pixels = np.asarray(image.convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
 
 
-def test_no_steps_no_picture(tmp_path):
+def test_no_steps_no_plot(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
@@ -35,14 +35,14 @@ def test_without_matplotlib_there_is_a_warning(tmp_path, monkeypatch, caplog):
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_held_out_losses_are_drawn_too(tmp_path):
+def test_validation_losses_are_plotted_too(tmp_path):
     rows = [json.dumps({"step": i + 1, "loss": 7.0 / (i + 1)}) for i in range(5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
     (tmp_path / "validation.jsonl").write_text('{"step": 2, "loss": 5.0}\n{"step": 4, "loss": null}\n')
-    pictures = []
+    images = []
     for name, validation in (("without.png", None), ("with.png", tmp_path / "validation.jsonl")):
         plot_loss(tmp_path / "metrics.jsonl", tmp_path / name, validation)
-        with Image.open(tmp_path / name) as picture:
-            pictures.append(np.asarray(picture.convert("RGB")).reshape(-1, 3))
-    orange = [(np.abs(pixels.astype(int) - (200, 100, 30)).sum(axis=1) < 30).sum() for pixels in pictures]
+        with Image.open(tmp_path / name) as image:
+            images.append(np.asarray(image.convert("RGB")).reshape(-1, 3))
+    orange = [(np.abs(pixels.astype(int) - (200, 100, 30)).sum(axis=1) < 30).sum() for pixels in images]
     assert orange[0] == 0 < orange[1]

@@ -1,4 +1,4 @@
-"""Lines of a run that a full disk refuses are written later, whole and in order."""
+"""Lines that a full disk refuses are written later, complete and in order."""
 
 import errno
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_chat.train.monitor.run_log import AppendedFile, StepLog
+from internvl_chat.train.monitor.run_log import JsonlFile, RunLog
 
 
 def rows(file):
@@ -15,7 +15,7 @@ def rows(file):
 
 @pytest.fixture
 def full(monkeypatch):
-    """A disk that takes so many bytes of the next write, or everything (None)."""
+    """A disk with room for so many bytes of the next write, or for everything (None)."""
     state = {"room": None}
     original = Path.open
 
@@ -50,8 +50,8 @@ def full(monkeypatch):
 
 
 @pytest.mark.parametrize("room", [0, 5, 30])
-def test_no_line_is_lost_and_none_is_cut(tmp_path, caplog, full, room):
-    file = AppendedFile(tmp_path / "ledger.jsonl")
+def test_no_line_is_lost_or_incomplete(tmp_path, caplog, full, room):
+    file = JsonlFile(tmp_path / "ledger.jsonl")
     file.append({"step": 1})
     full["room"] = room
     file.append({"step": 2})
@@ -63,8 +63,8 @@ def test_no_line_is_lost_and_none_is_cut(tmp_path, caplog, full, room):
     assert rows(file.path) == [{"step": 1}, {"step": 2}, {"step": 3, "records": [["größe", 1]]}, {"step": 4}]
 
 
-def test_a_folder_that_comes_later(tmp_path, caplog):
-    file = AppendedFile(tmp_path / "later/metrics.jsonl")
+def test_a_folder_that_is_created_later(tmp_path, caplog):
+    file = JsonlFile(tmp_path / "later/metrics.jsonl")
     file.append({"step": 1})
     assert "cannot be written to" in caplog.text
     file.path.parent.mkdir()
@@ -73,7 +73,28 @@ def test_a_folder_that_comes_later(tmp_path, caplog):
 
 
 def test_a_step_has_a_line_in_both_files(tmp_path):
-    log = StepLog(tmp_path)
+    log = RunLog(tmp_path)
     log.write({"step": 1, "loss": 2.5}, {"step": 1, "trained": [["a", 0]]})
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
     assert rows(tmp_path / "ledger.jsonl") == [{"step": 1, "trained": [["a", 0]]}]
+
+
+def test_validations_have_a_file_of_their_own(tmp_path):
+    log = RunLog(tmp_path)
+    log.append_validation({"step": 1, "loss": 2.5})
+    log.flush()
+    assert rows(tmp_path / "validation.jsonl") == [{"step": 1, "loss": 2.5}]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_ledger_tells_which_records_were_skipped(tmp_path):
+    log = RunLog(tmp_path)
+    assert log.skipped() == []
+    log.write_excluded([{"dataset": "a", "index": 3, "message": "no such file"}])
+    log.write(
+        {}, {"step": 1, "trained": [["a", 0]], "skipped": [{"dataset": "b", "index": 1, "message": "x"}]}
+    )
+    log.write({}, {"step": 2, "skipped_because": "the loss is nan", "trained": [["a", 1]]})
+    log.flush()
+    assert rows(tmp_path / "ledger.jsonl")[0]["step"] == 0
+    assert RunLog(tmp_path).skipped() == [("a", 3), ("b", 1)]

@@ -1,10 +1,13 @@
-"""A step's two lines, against what was written by hand."""
+"""A step's two lines, against lines written by hand."""
 
-import pytest
+from types import SimpleNamespace
+
+import torch
 
 from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, figures_row, ledger_row
+from internvl_chat.train.monitor import step_metrics
+from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, ledger_row, metrics_row
 
 SUMS = StepSums(
     weight=2.0,
@@ -14,53 +17,69 @@ SUMS = StepSums(
     tiles=7,
     flops=6e12,
     skipped=0,
-    asked_to_stop=False,
+    asked_to_stop=0,
+    saving=0,
 )
 
 
-@pytest.fixture
-def step():
-    return StepRecord(loss=1.23456789, learning_rate=1e-5, sums=SUMS)
+def record(**changes):
+    return StepRecord(
+        **{"loss": 1.23456789, "learning_rate": 1e-5, "grad_norm": 0.25, "sums": SUMS} | changes
+    )
 
 
-def figures(step, **changes) -> dict:
-    return figures_row(step, **{
-        "number": 3, "epoch": 0.5, "grad_norm": 0.25, "seconds": 2.0, "peak_flops": None, "processes": 2,
+def metrics(step, **changes) -> dict:
+    return metrics_row(step, **{
+        "step": 3, "epoch": 0.5, "seconds": 2.0, "peak_flops": None, "world_size": 2,
         "max_memory": 1_500_000_000,
     } | changes)  # fmt: skip
 
 
-def test_figures(step):
-    assert figures(step) == {
+def test_metrics():
+    assert metrics(record()) == {
         "step": 3, "epoch": 0.5, "loss": 1.2345679, "grad_norm": 0.25, "learning_rate": 1e-5, "records": 4,
         "tokens": 100, "supervised_tokens": 30, "tiles": 7, "seconds": 2.0, "records_per_second": 2.0,
         "tokens_per_second": 50.0, "max_memory_gb": 1.5,
     }  # fmt: skip
 
 
-def test_figures_where_the_peak_of_the_devices_is_known(step):
-    assert figures(step, peak_flops=6e12)["mfu"] == 0.25
+def test_mfu_if_the_peak_of_the_devices_is_known():
+    assert metrics(record(), peak_flops=6e12)["mfu"] == 0.25
 
 
-def test_the_ledger_names_what_was_trained_and_what_was_not(step):
+def test_the_ledger_names_trained_and_skipped_records():
     records = [RecordKey("a", 0), RecordKey("b", 5)]
-    plain = ledger_row(step, number=3, epoch=0, records=records)
+    plain = ledger_row(record(), step=3, epoch=0, records=records)
     assert plain == {"step": 3, "epoch": 0, "trained": [("a", 0), ("b", 5)]}
-    step.skipped = (Skipped("b", 5, "r5", "is no image"),)
-    assert ledger_row(step, number=3, epoch=0, records=records) == {
+    skipped = (Skipped("b", 5, "r5", "is no image"),)
+    assert ledger_row(record(skipped=skipped), step=3, epoch=0, records=records) == {
         "step": 3, "epoch": 0, "trained": [("a", 0)],
         "skipped": [{"dataset": "b", "index": 5, "id": "r5", "message": "is no image"}],
     }  # fmt: skip
 
 
-def test_a_step_that_was_left_out_says_why_in_both(step):
-    step.left_out = "the loss is nan"
-    for row in (figures(step), ledger_row(step, number=3, epoch=0, records=[])):
-        assert row["left_out"] == "the loss is nan"
+def test_both_lines_say_why_a_step_was_skipped():
+    skipped = record(skipped_because="the loss is nan")
+    for row in (metrics(skipped), ledger_row(skipped, step=3, epoch=0, records=[])):
+        assert row["skipped_because"] == "the loss is nan"
 
 
-def test_sums_of_two_processes_keep_their_types():
-    asked = SUMS._replace(asked_to_stop=True)
-    total = asked.over_processes(lambda values: 2 * values)
-    assert total == StepSums(4.0, 8, 200, 60, 14, 12e12, 0, True)
-    assert [type(value) for value in total] == [float, int, int, int, int, float, int, bool]
+def test_sums_of_a_rank():
+    def pack(supervised, counts, tokens, tiles, skipped):
+        supervised = torch.tensor(supervised)
+        return SimpleNamespace(
+            supervised=supervised, counts=torch.tensor(counts), num_tokens=tokens, tiles=[None] * tiles,
+            num_supervised=int(supervised.sum()), skipped=[None] * skipped,
+        )  # fmt: skip
+
+    packs = [pack([3, 5], [1, 1], 20, 2, 0), pack([4], [0], 9, 1, 2)]
+    weights = [torch.tensor([0.5, 2.0]), torch.tensor([0.0])]
+    sums = StepSums.of_rank(packs, weights, 6e9, asked_to_stop=True, saving=False)
+    assert sums == StepSums(11.5, 2, 29, 12, 3, 6e9, 2, 1, 0)
+
+
+def test_sums_over_ranks_keep_their_types(monkeypatch):
+    monkeypatch.setattr(step_metrics, "all_reduce_sum", lambda values: 2 * values)
+    total = SUMS._replace(asked_to_stop=1, saving=1).all_reduce()
+    assert total == StepSums(4.0, 8, 200, 60, 14, 12e12, 0, 2, 2)
+    assert [type(value) for value in total] == [float, int, int, int, int, float, int, int, int]

@@ -1,4 +1,4 @@
-"""Silence is reported with what was being done and where every thread is; news are not."""
+"""Silence is reported with the activity of the rank and all stacks."""
 
 import time
 
@@ -14,12 +14,14 @@ def test_a_long_silence_is_reported(monkeypatch, capfd):
     with Watchdog(0.4) as watchdog:
         watchdog.note("in step 7, records qa-bbox 12")
         stuck_in_a_collective()
-    told = capfd.readouterr().err
-    assert "process 3: no step has ended for 0 s; it is in step 7, records qa-bbox 12. Its threads:" in told
-    assert "in stuck_in_a_collective" in told
+    reported = capfd.readouterr().err
+    assert (
+        "rank 3: no step has finished for 0 s; it is in step 7, records qa-bbox 12. All stacks:" in reported
+    )
+    assert "in stuck_in_a_collective" in reported
 
 
-def test_news_keep_it_quiet(capfd):
+def test_notes_keep_it_quiet(capfd):
     with Watchdog(1.0) as watchdog:
         for step in range(15):
             watchdog.note(f"in step {step}")
@@ -27,7 +29,7 @@ def test_news_keep_it_quiet(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_zero_switches_it_off(capfd):
+def test_zero_disables_it(capfd):
     with Watchdog(0) as watchdog:
         watchdog.note("in step 1")
         time.sleep(0.3)

@@ -1,0 +1,270 @@
+"""Optimizers and schedules by their flags: those of transformers, decayed alike, or refused by name."""
+
+import itertools
+import math
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import SchedulerType, Trainer, get_scheduler
+from transformers.optimization import Adafactor
+from transformers.training_args import OptimizerNames
+
+from internvl_chat.model.lora import add_lora
+from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.tiny import tiny_config
+from internvl_chat.model.tiny_shape import TinyShape
+from internvl_chat.train.arguments import RunArguments
+from internvl_chat.train.config import resolve_run
+from internvl_chat.train.optim import factory
+from internvl_chat.train.optim.adamw import Float32AdamW
+from internvl_chat.train.optim.factory import (
+    OWN_OPTIMIZERS,
+    group_by_decay,
+    make_optimizer,
+    make_scheduler,
+    optimizer_problems,
+    uses_compiled_step,
+)
+from internvl_chat.utils.errors import UsageError
+
+SHAPE = TinyShape(
+    image_size=56, vision_width=32, vision_layers=2, vision_heads=2, width=64, layers=2, heads=4, kv_heads=2
+)
+
+
+def resolve(**flags):
+    return resolve_run(RunArguments(output_dir="out", use_cpu=True, **flags))
+
+
+def make_model(**vision):
+    raw = tiny_config(SHAPE, 64).to_dict()
+    raw["vision_config"].update(vision)
+    return InternVLChatModel(type(tiny_config(SHAPE, 64)).from_dict(raw), 60, "sdpa")
+
+
+def two_layers(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.LayerNorm(4)).to(dtype)
+
+
+def step(optimizer, model):
+    model(torch.tensor([1, 2])).float().square().sum().backward()
+    optimizer.step()
+
+
+class TestDecay:
+    @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_the_same_parameters_as_with_transformers_decay(self, norm, lora):
+        model = make_model(norm_type=norm)
+        if lora:
+            add_lora(model, llm_rank=2, vision_rank=2)
+        decayed, others = group_by_decay(model, 0.05)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        expected = set(Trainer.get_decay_parameter_names(None, model))
+        assert {names[p] for p in decayed["params"]} == {
+            name for name, p in model.named_parameters() if name in expected and p.requires_grad
+        }
+        assert {p for group in (decayed, others) for p in group["params"]} == {
+            p for p in model.parameters() if p.requires_grad
+        }
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+        assert decayed["params"] and others["params"]
+
+    def test_frozen_parameters_are_left_out(self):
+        model = two_layers()
+        model[1].requires_grad_(False)
+        assert sum(len(group["params"]) for group in group_by_decay(model, 0.1)) == 3
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("name", OWN_OPTIMIZERS)
+    @pytest.mark.parametrize("precision", ["master", "stochastic"])
+    def test_own_adamw(self, name, precision):
+        run = resolve(
+            optim=name, bf16=True, weight_precision=precision, learning_rate=1e-4, weight_decay=0.1, seed=7,
+            adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6,
+        )  # fmt: skip
+        optimizer = make_optimizer(run, two_layers(torch.bfloat16))
+        assert type(optimizer) is Float32AdamW
+        assert optimizer.stochastic == (precision == "stochastic") and not optimizer.compiled
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"], group["eps"], group["seed"]) == (1e-4, (0.8, 0.95), 1e-6, 7)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+    def test_deepspeed_keeps_the_masters(self):
+        run = resolve(bf16=True, deepspeed={"zero_optimization": {"stage": 1}}, parallel="deepspeed")
+        assert type(make_optimizer(run, two_layers(torch.bfloat16))) is torch.optim.AdamW
+
+    @pytest.mark.parametrize(
+        ("name", "cls"),
+        [("adafactor", Adafactor), ("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad),
+         ("rmsprop", torch.optim.RMSprop)],
+    )  # fmt: skip
+    def test_optimizers_of_torch_and_transformers(self, name, cls):
+        model = two_layers()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = make_optimizer(resolve(optim=name, learning_rate=0.01, weight_decay=0.05), model)
+        step(optimizer, model)
+        assert type(optimizer) is cls
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+        assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def test_options_of_an_optimizer(self):
+        optimizer = make_optimizer(
+            resolve(optim="sgd", optim_args="momentum=0.9,nesterov=true"), two_layers()
+        )
+        assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
+
+    @pytest.mark.parametrize("arguments", ["momentum", "momentum=much"])
+    def test_options_that_cannot_be_read_are_refused(self, arguments):
+        with pytest.raises(UsageError, match="--optim sgd: "):
+            make_optimizer(resolve(optim="sgd", optim_args=arguments), two_layers())
+
+    @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+    def test_the_package_of_an_optimizer_is_named(self):
+        run = resolve(optim="lion_32bit")
+        with pytest.raises(
+            UsageError, match=r"--optim lion_32bit: .*pip install -U bitsandbytes.*adamw_torch"
+        ):
+            make_optimizer(run, two_layers())
+        assert len(list(optimizer_problems(run))) == 1
+
+    @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+    def test_embeddings_keep_32_bit_state(self):
+        model = nn.Sequential(nn.Embedding(8192, 4), nn.Linear(4, 4096))
+        optimizer = make_optimizer(resolve(optim="lion_8bit"), model)
+        step(optimizer, model)
+        states = {name: optimizer.state[p]["state1"].dtype for name, p in model.named_parameters()}
+        assert states["0.weight"] == torch.float32 and states["1.weight"] == torch.uint8
+
+    def test_every_optimizer_of_transformers_works_or_is_refused_by_name(self):
+        for name in OptimizerNames:
+            run = resolve(optim=name.value)
+            try:
+                make_optimizer(run, two_layers())
+            except UsageError as error:
+                assert f"--optim {name.value}: " in str(error) and "use adamw_torch" in str(error)
+                assert list(optimizer_problems(run)) == error.problems
+            else:
+                assert not list(optimizer_problems(run))
+
+    @pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw", "apollo_adamw", "schedule_free_sgd"])
+    def test_optimizers_that_need_another_loop_are_refused(self, name):
+        with pytest.raises(UsageError, match=f"--optim {name}: not supported"):
+            make_optimizer(resolve(optim=name), two_layers())
+
+
+class TestCompiledStep:
+    def test_never_on_a_cpu(self):
+        assert not uses_compiled_step("master", torch.device("cpu"))
+
+    @pytest.mark.parametrize("precision", ["master", "stochastic", "bf16"])
+    @pytest.mark.parametrize("other_rank_fails", [False, True])
+    def test_on_a_gpu_if_every_rank_can(self, monkeypatch, precision, other_rank_fails):
+        monkeypatch.setattr(factory, "_can_compile", lambda precision, device: True)
+        monkeypatch.setattr(factory, "any_rank", lambda fails: fails or other_rank_fails)
+        uses_compiled_step.cache_clear()
+        used = uses_compiled_step(precision, torch.device("cuda", 0))
+        uses_compiled_step.cache_clear()
+        assert used == (precision != "bf16" and not other_rank_fails)
+
+    def test_it_is_the_default_on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(factory, "uses_compiled_step", lambda precision, device: True)
+        optimizer = make_optimizer(resolve(bf16=True, torch_compile=False), two_layers(torch.bfloat16))
+        assert optimizer.compiled
+
+    @pytest.mark.parametrize("precision", ["master", "stochastic"])
+    def test_a_compiler_that_fails_is_reported(self, monkeypatch, caplog, precision):
+        def fail(*_):
+            raise RuntimeError("Failed to find C compiler")
+
+        assert factory._can_compile(precision, torch.device("cpu"))
+        monkeypatch.setattr("internvl_chat.train.optim.adamw.fused_step", fail)
+        assert not factory._can_compile(precision, torch.device("cpu"))
+        assert "the optimizer step cannot be compiled" in caplog.text
+        assert "Failed to find C compiler" in caplog.text
+
+
+def rates(scheduler, optimizer, steps):
+    """Return the learning rates of the first steps."""
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+OPTIONS = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"lr_end": 0.1, "power": 2.0},
+    "warmup_stable_decay": {"num_decay_steps": 10},
+}
+
+
+class TestSchedule:
+    def make(self, total_steps=100, **flags):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return rates(make_scheduler(resolve(**flags), optimizer, total_steps), optimizer, total_steps)
+
+    def test_the_recipe(self):
+        """3 % of 70 steps are 2.1: three steps of warm-up, then a cosine to zero."""
+        found = self.make(total_steps=70, lr_scheduler_type="cosine", warmup_ratio=0.03)
+        warmup = [0, 1 / 3, 2 / 3]
+        cosine = [0.5 * (1 + math.cos(math.pi * i / 67)) for i in range(67)]
+        assert found == pytest.approx(warmup + cosine, abs=1e-12)
+
+    @pytest.mark.parametrize("warmup", [0, 0.03, 0.5, 1, 7, 7.5])
+    @pytest.mark.parametrize("total", [1, 2, 70, 118_874])
+    def test_warmup_as_transformers_counts_it(self, monkeypatch, warmup, total):
+        seen = []
+        monkeypatch.setattr(factory, "get_scheduler", lambda *arguments, **_: seen.append(arguments))
+        make_scheduler(resolve(warmup_steps=warmup), None, total)
+        arguments = SimpleNamespace(warmup_steps=warmup)
+        assert seen == [("linear", None, RunArguments.get_warmup_steps(arguments, total), total)]
+
+    @pytest.mark.parametrize("name", [one.value for one in SchedulerType])
+    def test_every_schedule_of_transformers_works_or_is_refused_by_name(self, name):
+        options = OPTIONS.get(name, {})
+        flags = {"lr_scheduler_type": name, "lr_scheduler_kwargs": options, "warmup_steps": 5,
+                 "learning_rate": 1.0}  # fmt: skip
+        if name in ("reduce_lr_on_plateau", "greedy"):
+            with pytest.raises(
+                UsageError, match=f"--lr_scheduler_type {name}: not supported: it needs a metric"
+            ):
+                self.make(**flags)
+            return
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        expected = get_scheduler(name, optimizer, 5, 100, scheduler_specific_kwargs=options)
+        assert self.make(**flags) == rates(expected, optimizer, 100)
+        assert not list(optimizer_problems(resolve(**flags)))
+
+    def test_options_that_do_not_fit_are_refused(self):
+        run = resolve(lr_scheduler_type="cosine", lr_scheduler_kwargs={"colour": "red"})
+        (problem,) = optimizer_problems(run)
+        assert problem.startswith("--lr_scheduler_type cosine: check --lr_scheduler_kwargs: ")
+        assert "colour" in problem
+
+    def test_all_problems_at_once(self):
+        run = resolve(optim="lomo", lr_scheduler_type="greedy")
+        assert [problem.split(":")[0] for problem in optimizer_problems(run)] == [
+            "--optim lomo",
+            "--lr_scheduler_type greedy",
+        ]
+
+    def test_the_schedule_resumes(self):
+        flags = {"lr_scheduler_type": "cosine", "warmup_steps": 5}
+        whole = self.make(**flags)
+        optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2)]
+        first, second = (make_scheduler(resolve(**flags), optimizer, 100) for optimizer in optimizers)
+        found = rates(first, optimizers[0], 30)
+        second.load_state_dict(first.state_dict())
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+        assert list(itertools.chain(found, rates(second, optimizers[1], 70))) == whole
