@@ -1,4 +1,4 @@
-"""The last step of quickstart.sh: a short table of what was reached, and whether it is enough."""
+"""The last step of quickstart.sh: print the results, and check that training had an effect."""
 
 import json
 import sys
@@ -24,14 +24,14 @@ def loss_at_ends(metrics: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def shortcomings(work: Path) -> list[str]:
-    """Return what a quickstart folder falls short of; empty if all is well."""
+    """Return the results of a quickstart folder that are too bad; empty if all is well."""
     found = []
     first, last = loss_at_ends(read_jsonl(work / "full/metrics.jsonl"))
     if not last <= LOSS_MUST_FALL_TO * first:
-        found.append(f"the training loss fell from {first:.3f} to {last:.3f} only, not by half")
+        found.append(f"the training loss fell only from {first:.3f} to {last:.3f}, not by half")
     test = read_jsonl(work / "answers.jsonl")[-1]
     if not test.get("questions") or not test["p_value"] < SIGNIFICANCE:
-        found.append(f"the closed questions are not answered better than chance: {test}")
+        found.append(f"the closed questions are answered no better than by chance: {test}")
     return found
 
 
@@ -78,7 +78,7 @@ def report(work: Path) -> None:
 
 
 def main() -> int:
-    """Report on the folder given on the command line; 1 if it falls short."""
+    """Report on the folder given on the command line; returns 1 if a result is too bad."""
     work = Path(sys.argv[1])
     report(work)
     problems = shortcomings(work)

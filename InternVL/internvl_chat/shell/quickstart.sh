@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to an answered question: made-up data, a small random model, both launchers, merge, evaluation.
+# From nothing to an answered question: synthetic data, a small random model, both launchers, merge, evaluation.
 #
 #   bash quickstart.sh       needs Python 3.11+ and the package registry; no GPU, no weights; about 6 minutes
 #
-# Environment: WORK_DIR (work_dirs/quickstart in the repository) is deleted and made anew.
+# Environment: WORK_DIR (work_dirs/quickstart in the repository) is deleted and created again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -12,7 +12,7 @@ LAUNCHERS=$SHELL_DIR/internvl3.0/2nd_finetune
 
 step() { printf '\n== %s\n' "$*"; }
 m3llm() { PYTHONPATH=$SOURCE_ROOT "$PYTHON" -m internvl_chat.cli "$@"; }
-# The recipe's flags with those that a model this small wants: small tiles, a high learning rate.
+# What a small model needs beside the recipe: small tiles and a high learning rate.
 small=(--force_image_size 112 --max_dynamic_patch 1 --grad_checkpoint False --logging_steps 25)
 
 step "1/8 set-up"
