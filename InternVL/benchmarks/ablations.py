@@ -10,7 +10,7 @@ from benchmarks.flags import Flags
 from benchmarks.shapes import use_transformers_norms
 from internvl_chat.model import attention
 from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.train import trainer
+from internvl_chat.train import setup
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,17 @@ class Ablation:
 
     Attributes:
         flags: of the training command.
-        undo: what is done to the model before the trainer is made.
+        undo: what is done to the model before training is set up.
         recipes: in which it is a lever.
         devices: on which it is one.
+        dtypes: in which it is one.
     """
 
     flags: Flags = field(default_factory=dict)
     undo: Callable[[InternVLChatModel], None] | None = None
     recipes: tuple[str, ...] = ("lora", "full")
     devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
 
 
 def _plain_head(model: InternVLChatModel) -> None:
@@ -45,7 +47,7 @@ def _whole_attention(model: InternVLChatModel) -> None:
 
 
 def _new_memory(model: InternVLChatModel) -> None:
-    trainer.keep_vocabulary_memory = lambda model: None
+    setup.use_persistent_buffers = lambda model: None
 
 
 LIGER = "with Liger"
@@ -55,23 +57,28 @@ ABLATIONS = {
     "without packing": Ablation({"packing": False}),
     "without kept activations": Ablation({"grad_checkpoint": True}),
     "without stochastic rounding": Ablation(
-        {"weight_precision": "bf16"}, recipes=("full",), devices=("cpu",)
+        {"weight_precision": "bf16"}, recipes=("full",), devices=("cpu",), dtypes=("bfloat16",)
     ),
-    "without float32 masters": Ablation({"weight_precision": "bf16"}, recipes=("full",), devices=("cuda",)),
+    "without float32 masters": Ablation(
+        {"weight_precision": "bf16"}, recipes=("full",), devices=("cuda",), dtypes=("bfloat16",)
+    ),
     "without lean head and last layer": Ablation(undo=_plain_head),
-    "without lean norms": Ablation(undo=use_transformers_norms),
+    "without lean norms": Ablation(undo=use_transformers_norms, dtypes=("bfloat16",)),
     "without one pass over all tiles": Ablation(undo=_vision_by_pack),
-    "without attention in blocks": Ablation(undo=_whole_attention, devices=("cpu",)),
+    "without attention in blocks": Ablation(undo=_whole_attention, devices=("cpu",), dtypes=("bfloat16",)),
     "without kept vocabulary memory": Ablation(undo=_new_memory, devices=("cpu",)),
     "with torch.compile": Ablation({"torch_compile": True}, devices=("cuda",)),
     LIGER: Ablation({"use_liger": True}, devices=("cuda",)),
 }
 
 
-def ablations(recipe: str, device: str) -> dict[str, Ablation]:
-    """Return the levers of a recipe on a kind of device, as far as their packages are installed."""
+def ablations(recipe: str, device: str, dtype: str) -> dict[str, Ablation]:
+    """Return the levers of a recipe on a device in a dtype, as far as their packages are installed."""
     return {
         name: one
         for name, one in ABLATIONS.items()
-        if recipe in one.recipes and device in one.devices and (name != LIGER or is_liger_kernel_available())
+        if recipe in one.recipes
+        and device in one.devices
+        and dtype in one.dtypes
+        and (name != LIGER or is_liger_kernel_available())
     }

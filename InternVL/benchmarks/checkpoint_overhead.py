@@ -5,14 +5,12 @@ model go to the folder for temporary files, or to `--folder`, and are deleted.
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,13 +20,14 @@ import torch
 from benchmarks.flags import as_tokens
 from benchmarks.jobs import Job
 from benchmarks.options import names_of
-from benchmarks.ours import make_trainer, read_metrics
+from benchmarks.ours import make_loop, read_metrics
 from benchmarks.recipes import RECIPES
 from benchmarks.report import write_report
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, default_dtype
 from benchmarks.workload import Workload, prepare_workload
 from internvl_chat.model.adapter import BaseModel, save_adapter
 from internvl_chat.model.checkpoint import save_model
+from internvl_chat.model.modeling import InternVLChatModel
 
 MODES = ("background", "synchronous")
 LIMIT = 1.5
@@ -98,7 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.append(measure(args, workload, mode, Path(folder)))
             print(format_row(args, found[-1]), flush=True)
     if args.json:
-        write_report(args.json, arguments=vars(args), rows=[asdict(row) for row in found])
+        dtype = default_dtype(args.device)
+        write_report(
+            args.json,
+            args.device,
+            arguments=vars(args) | {"dtype": dtype},
+            rows=[asdict(row) for row in found],
+        )
     return 0
 
 
@@ -123,7 +128,7 @@ def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Pat
     folder = folder / mode
     folder.mkdir()
     saving = {"save_strategy": "steps", "save_steps": args.every, "save_total_limit": 1}
-    saving["logging_strategy"] = "no"
+    saving |= {"logging_strategy": "no", "async_save": mode == "background"}
     job = Job(
         preset="fast",
         label=mode,
@@ -135,16 +140,11 @@ def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Pat
         warmup=args.warmup,
         steps=args.steps,
         flags=tuple(as_tokens(saving)),
+        dtype=default_dtype(args.device),
     )
     torch.manual_seed(0)
-    trainer = make_trainer(job, workload, torch.device(args.device))
-    if RECIPES[args.recipe].lora_rank:
-        trainer.save_model_to = partial(_save_adapter, trainer.model)
-    else:
-        trainer.save_model_to = partial(save_model, trainer.model)
-    trainer.saver.in_background = mode == "background"
-    with contextlib.redirect_stdout(sys.stderr):  # where transformers prints its own figures
-        trainer.train()
+    loop = make_loop(job, workload, _save_adapter if RECIPES[args.recipe].lora_rank else save_model)
+    loop.train()
     seconds = [row["seconds"] for row in read_metrics(job)]
     return summarise(mode, seconds, args.every, args.warmup, folder_bytes(folder / "run"))
 
@@ -175,7 +175,7 @@ def summarise(mode: str, seconds: Sequence[float], every: int, warmup: int, size
 
 def folder_bytes(run: Path) -> int:
     """Return the size of the checkpoint in a run's folder."""
-    return sum(file.stat().st_size for file in run.glob("checkpoint-*/*"))
+    return sum(file.stat().st_size for file in run.glob("checkpoint-*/**/*") if file.is_file())
 
 
 def format_row(args: argparse.Namespace, row: Overhead) -> str:
@@ -189,10 +189,8 @@ def format_row(args: argparse.Namespace, row: Overhead) -> str:
     )
 
 
-def _save_adapter(
-    model: torch.nn.Module, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
-    save_adapter(model, folder, BaseModel("random weights", "0" * 64), state_dict)
+def _save_adapter(model: InternVLChatModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_adapter(model, folder, BaseModel("random weights", "0" * 64), weights)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         nargs="*",
         default=[0, 1, 2],
-        help="loader process counts to run [0 1 2]",
+        help="dataloader worker counts to run [0 1 2]",
     )
     parser.add_argument("--index-records", type=positive, help="repeat the records to so many for the index")
     parser.add_argument("--index-workers", type=positive, help="processes that index [one a core]")
@@ -165,7 +165,7 @@ def loader_rows(sets: list[RecordSet], records: int, workers: list[int]) -> list
 
 
 def one_thread(worker: int) -> None:
-    """Keep a loader process to one core, as the trainer does."""
+    """Keep a dataloader worker to one core, as training does."""
     torch.set_num_threads(1)
 
 

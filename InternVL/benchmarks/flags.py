@@ -12,7 +12,6 @@ RECIPE_FLAGS: Flags = {
     "freeze_backbone": True,
     "vision_select_layer": -1,
     "dataloader_num_workers": LOADER_WORKERS,
-    "bf16": True,
     "num_train_epochs": 1,
     "save_strategy": "no",
     "learning_rate": LEARNING_RATE,
@@ -33,12 +32,12 @@ RECIPE_FLAGS: Flags = {
     "train_sampling_strategy": "sequential",
 }
 
-# What makes `fast` fast, beside the trainer's own defaults.
-FAST_FLAGS: dict[str, Flags] = {
-    # A CPU gains nothing by longer packs, which cost memory, as do float32 masters.
-    "cpu": {"max_packed_tokens": 4096, "weight_precision": "stochastic"},
-    "cuda": {},
-}
+
+def fast_flags(device: str, bf16: bool) -> Flags:
+    """Return what makes `fast` fast, beside the defaults of training."""
+    # A CPU gains nothing by longer packs, which cost memory, as do float32 masters of bf16 weights.
+    flags: Flags = {"max_packed_tokens": 4096} if device == "cpu" else {}
+    return flags | ({"weight_precision": "stochastic"} if device == "cpu" and bf16 else {})
 
 
 def as_tokens(flags: Flags) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.recipes import RECIPES, Recipe
-from benchmarks.shapes import SHAPES, Shape, weightless_model
+from benchmarks.shapes import DTYPES, SHAPES, Shape, weightless_model
 from benchmarks.workload import Workload
 from internvl_chat.model.flops import count_flops, peak_flops
 from internvl_chat.train.freeze import set_trainable
@@ -37,6 +37,7 @@ class Job:
         threads: of the CPU; 0 for all cores.
         flags: of the training command, for `fast`.
         variant: of `fast`, a key of `ABLATIONS`.
+        dtype: of weights and activations, a key of `DTYPES`.
     """
 
     preset: str
@@ -51,6 +52,7 @@ class Job:
     threads: int = 0
     flags: tuple[str, ...] = ()
     variant: str | None = None
+    dtype: str = "bfloat16"
 
     @property
     def settings(self) -> Recipe:
@@ -61,6 +63,16 @@ class Job:
     def shape(self) -> Shape:
         """The model's shape."""
         return SHAPES[self.model]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return DTYPES[self.dtype]
+
+    @property
+    def bf16(self) -> bool:
+        """Whether to train in bfloat16."""
+        return self.torch_dtype == torch.bfloat16
 
     @property
     def total_steps(self) -> int:

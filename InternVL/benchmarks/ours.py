@@ -4,14 +4,13 @@ Everything that the benchmarks know of the loop is here.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.ablations import ABLATIONS
-from benchmarks.flags import FAST_FLAGS, RECIPE_FLAGS, Flags, as_tokens
+from benchmarks.flags import RECIPE_FLAGS, Flags, as_tokens, fast_flags
 from benchmarks.jobs import Clock, Job, Steps
 from benchmarks.recipes import LORA_DROPOUT
 from benchmarks.shapes import random_model
@@ -23,7 +22,6 @@ from internvl_chat.data.tokenizer import image_context_id
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import parse_arguments
-from internvl_chat.train.checkpoint.model_files import WriteModel
 from internvl_chat.train.checkpoint.run_folder import METRICS
 from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
@@ -42,6 +40,9 @@ from internvl_chat.train.setup import (
     prepare_model,
 )
 
+# The memory plan, beside the metrics.
+PLAN = "memory_plan.json"
+
 
 def configuration(job: Job, workload: Workload) -> TrainConfig:
     """Return the training command's configuration."""
@@ -54,29 +55,33 @@ def configuration(job: Job, workload: Workload) -> TrainConfig:
         "max_dynamic_patch": workload.max_dynamic_patch,
         "force_image_size": job.shape.sizes.image_size,
         "use_cpu": job.device == "cpu",
+        "bf16": job.bf16,
         "freeze_llm": recipe.lora_rank > 0,
         "freeze_mlp": recipe.lora_rank > 0,
         "use_llm_lora": recipe.lora_rank,
         "lora_dropout": LORA_DROPOUT,
     }
     changed = ABLATIONS[job.variant].flags if job.variant else {}
-    return parse_arguments(as_tokens(RECIPE_FLAGS | own | FAST_FLAGS[job.device] | changed) + list(job.flags))
+    chosen = RECIPE_FLAGS | own | fast_flags(job.device, job.bf16) | changed
+    return parse_arguments(as_tokens(chosen) + list(job.flags))
 
 
 def make_loop(
-    job: Job, workload: Workload, write_model: WriteModel = lambda folder, weights: None
+    job: Job, workload: Workload, write_model: Callable[..., None] = lambda model, folder, weights: None
 ) -> TrainingLoop:
     """Return the training loop of a job with a random model, ready to train.
 
     Args:
         job: what to train.
         workload: the records.
-        write_model: writes the model of a checkpoint; nothing by default.
+        write_model: writes the weights of a checkpoint; is given model, folder and weights.
     """
     config, tokenizer = configuration(job, workload), workload.load_tokenizer()
     run = config.run
     attn = resolve_attention(config.model.attn, run.device)
-    model = random_model(job.shape, image_context_id(tokenizer), attn=attn, device=run.device)
+    model = random_model(
+        job.shape, image_context_id(tokenizer), attn=attn, device=run.device, dtype=job.torch_dtype
+    )
     if job.variant and ABLATIONS[job.variant].undo:
         ABLATIONS[job.variant].undo(model)
     specs = load_meta(workload.meta, data_root=Path.cwd())
@@ -92,10 +97,14 @@ def make_loop(
     strategy = build_strategy(config, memory, model, run.count_steps(len(sampler)))
     folder = Path(run.output_dir)
     folder.mkdir()
+    plan = {
+        name: getattr(memory, name) for name in ("parallel", "checkpointed_layers", "components", "total")
+    }
+    (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
     checkpointer = Checkpointer(
         folder,
         strategy,
-        write_model,
+        partial(write_model, model),
         fingerprint={},
         device=run.device,
         keep=run.save_total_limit,

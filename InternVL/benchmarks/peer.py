@@ -1,7 +1,8 @@
 """The preset `peer`: transformers' own InternVL with its processor, under its plain Trainer, LoRA by peft.
 
-It is set up as its documentation has it: one record a micro-batch, gradient checkpointing, bfloat16, and
-everything else at its default. The loss of a step is the mean over its tokens, not over its records.
+It is set up as its documentation has it: one record a micro-batch, gradient checkpointing, bfloat16 (float32
+on a CPU that emulates it), and everything else at its default. The loss of a step is the mean over its
+tokens, not over its records.
 """
 
 import os
@@ -154,10 +155,10 @@ def build_processor(tokenizer_folder: str, tile_size: int, tokens_per_tile: int)
 
 def build_model(job: Job, context_id: int, device: torch.device) -> InternVLForConditionalGeneration:
     """Return transformers' model with the same random weights as the other presets."""
-    own = random_model(job.shape, context_id, attn="sdpa", device=device)
+    own = random_model(job.shape, context_id, attn="sdpa", device=device, dtype=job.torch_dtype)
     with torch.device(device):
         model = InternVLForConditionalGeneration._from_config(
-            InternVLConfig(**to_hf_config(own.config, context_id)), dtype=torch.bfloat16
+            InternVLConfig(**to_hf_config(own.config, context_id)), dtype=job.torch_dtype
         )
     weights = to_hf_weights({name: lambda t=tensor: t for name, tensor in own.state_dict().items()})
     model.load_state_dict({name: read() for name, read in weights.items()})
@@ -195,7 +196,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=job.settings.step_records,
         gradient_checkpointing=True,
-        bf16=True,
+        bf16=job.bf16,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,

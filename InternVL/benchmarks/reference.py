@@ -64,7 +64,9 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
     tokenizer, device, recipe = workload.load_tokenizer(), clock.device, job.settings
     # The reference takes flash-attn (the kernel of SDPA) where it can, and eager attention elsewhere.
     attn = "sdpa" if device.type == "cuda" else "eager"
-    model = random_model(job.shape, image_context_id(tokenizer), attn=attn, device=device)
+    model = random_model(
+        job.shape, image_context_id(tokenizer), attn=attn, device=device, dtype=job.torch_dtype
+    )
     use_transformers_norms(model)
     trained = choose_trained(model, recipe)
     checkpoint_every_layer(model.language_model)
@@ -121,7 +123,9 @@ def train_step(
     total, tokens = torch.zeros((), device=device), 0
     for _ in range(accumulate):
         batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=model.language_model.dtype == torch.bfloat16
+        ):
             loss = record_loss(model, **batch)
         (loss / accumulate).backward()
         total += loss.detach() / accumulate
@@ -141,7 +145,7 @@ def record_loss(
 ) -> torch.Tensor:
     """Return the mean loss of one record's supervised tokens."""
     text = model.language_model.get_input_embeddings()(input_ids)
-    features = model.image_features(pixel_values.to(torch.bfloat16))[image_flags].flatten(0, 1)
+    features = model.image_features(pixel_values.to(text.dtype))[image_flags].flatten(0, 1)
     places = (input_ids == model.image_context_id).unsqueeze(-1)
     embeddings = text.masked_scatter(places, features.to(text.dtype))
     logits = model.language_model(inputs_embeds=embeddings, use_cache=False).logits.float()

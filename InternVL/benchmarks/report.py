@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from internvl_chat.utils.hardware import cpu_bf16_instructions
+
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -21,7 +23,8 @@ def write_report(file: Path, device: str = "cpu", **figures: Any) -> None:
         device: `cpu` or `cuda`, on which they were measured.
         figures: anything that JSON can hold; paths become text.
     """
-    cores = f"{os.cpu_count()} {platform.machine()} CPU cores"
+    instructions = ", ".join(cpu_bf16_instructions()) or "no bf16 instructions"
+    cores = f"{os.cpu_count()} {platform.machine()} CPU cores ({instructions})"
     about = {
         "date": datetime.date.today().isoformat(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else cores,

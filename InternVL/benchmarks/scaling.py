@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.recipes import RECIPES
 from benchmarks.report import write_report
-from benchmarks.shapes import SHAPES, Shape, random_model
+from benchmarks.shapes import DTYPES, SHAPES, Shape, default_dtype, random_model
 from internvl_chat.cli import main as m3llm
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.collator import Pack, pack_samples
@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = trained_model(SHAPES[args.model], args.recipe, device)
+    dtype = default_dtype(device.type)
+    if dtype == "float32":
+        print("This CPU has no bf16 instructions: all passes are in float32.")
+    model = trained_model(SHAPES[args.model], args.recipe, device, DTYPES[dtype])
     rows = [
         measure(model, device, what, number, pack, args.repeats)
         for what, number, pack in made_up_packs(SHAPES[args.model], args.largest)
@@ -82,13 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                         for key, value in row.items()))  # fmt: skip
     if args.json:
-        write_report(Path(args.json), device.type, rows=rows)
+        write_report(Path(args.json), device.type, dtype=dtype, rows=rows)
     return 0
 
 
-def trained_model(shape: Shape, recipe: str, device: torch.device) -> InternVLChatModel:
+def trained_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype) -> InternVLChatModel:
     """Return a random model, ready to train."""
-    model = random_model(shape, IMAGE_CONTEXT, attn=resolve_attention("auto", device), device=device)
+    attn = resolve_attention("auto", device)
+    model = random_model(shape, IMAGE_CONTEXT, attn=attn, device=device, dtype=dtype)
     rank = RECIPES[recipe].lora_rank
     add_lora(model, llm_rank=rank)
     set_trainable(model, freeze_llm=rank > 0, freeze_mlp=rank > 0, freeze_backbone=True)
@@ -138,7 +142,7 @@ def measure(
 ) -> Row:
     """Return the seconds of a forward and backward pass, and its operations."""
     inputs = pack.text_inputs(device)
-    inputs["pixel_values"] = pack.pixel_values(device, "imagenet", torch.bfloat16)
+    inputs["pixel_values"] = pack.pixel_values(device, "imagenet", model.language_model.dtype)
 
     def forward_backward() -> None:
         model(**inputs).loss.backward()

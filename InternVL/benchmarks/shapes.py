@@ -9,8 +9,10 @@ from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.tiny import tiny_config
 from internvl_chat.model.tiny_shape import TinyShape
+from internvl_chat.utils.hardware import cpu_bf16_instructions
 
 INTERNVL3_VOCABULARY = 151_674
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ SHAPES = {
 }
 
 
+def default_dtype(device: str) -> str:
+    """Return `float32` on a CPU without bf16 instructions, which takes minutes for a step in bf16."""
+    return "float32" if device == "cpu" and not cpu_bf16_instructions() else "bfloat16"
+
+
 def weightless_model(shape: Shape) -> InternVLChatModel:
     """Return a model of that shape that has no weights at all, to count operations by."""
     with torch.device("meta"):
@@ -69,14 +76,19 @@ def weightless_model(shape: Shape) -> InternVLChatModel:
 
 
 def random_model(
-    shape: Shape, image_context_id: int, *, attn: str, device: torch.device
+    shape: Shape,
+    image_context_id: int,
+    *,
+    attn: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> InternVLChatModel:
-    """Return a model of that shape in bfloat16; on one device, the same weights every time.
+    """Return a model of that shape; on one device, the same weights every time.
 
     Matrices are normal, N(0, 0.02); biases are 0, norms 1, and layer scales as configured.
     """
     with torch.device(device):
-        model = empty_model(shape.config(), image_context_id, torch.bfloat16, attn)
+        model = empty_model(shape.config(), image_context_id, dtype, attn)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

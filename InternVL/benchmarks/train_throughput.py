@@ -22,7 +22,7 @@ from benchmarks.jobs import Job, Result
 from benchmarks.options import names_of
 from benchmarks.recipes import RECIPES, RECORDS_AN_EPOCH
 from benchmarks.report import write_report
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import DTYPES, SHAPES, default_dtype
 from benchmarks.workload import Workload, prepare_workload
 from internvl_chat.utils.errors import M3LLMError
 
@@ -34,6 +34,7 @@ COLUMNS = (
     ("recipe", "{:<7}"),
     ("model", "{:<13}"),
     ("device", "{:<6}"),
+    ("dtype", "{:<8}"),
     ("records_per_second", "{:>10.3f}"),
     ("tokens_per_second", "{:>9.0f}"),
     ("mfu", "{:>6.1%}"),
@@ -45,6 +46,7 @@ HEADS = (
     "recipe",
     "model",
     "device",
+    "dtype",
     "records/s",
     "tokens/s",
     "mfu",
@@ -90,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=int, default=0, help="CPU threads of a process [all cores]")
     add("--device", choices=("cpu", "cuda"), help="where to train [cuda if there is one]")
+    add("--dtype", choices=tuple(DTYPES), help="of all presets [float32 on a CPU without bf16 instructions]")
     add("--json", metavar="FILE", help="also write the table here")
     add("--child", help=argparse.SUPPRESS)
     return parser
@@ -104,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dtype is None:
+        args.dtype = default_dtype(args.device)
+        if args.dtype == "float32":
+            print("This CPU has no bf16 instructions: all presets train in float32.", file=sys.stderr)
     args.model = args.model or ("mid" if args.device == "cpu" else "internvl3-8b")
     recipe = RECIPES[args.recipe]
     args.steps = recipe.steps if args.steps is None else args.steps
@@ -165,17 +172,19 @@ def run_all(orders: Sequence[Job], repeats: int) -> dict[str, list[Result]]:
 
 def plan_jobs(args: argparse.Namespace, presets: Sequence[str], folder: Path) -> list[Job]:
     """Return the measurements to make, in order."""
+    dtype = args.dtype or default_dtype(args.device)
 
     def job(preset: str, label: str, variant: str | None = None) -> Job:
         return Job(preset=preset, label=label, recipe=args.recipe, model=args.model, device=args.device,
                    workload=str(folder / "workload.json"), folder=str(folder), warmup=args.warmup,
-                   steps=args.steps, threads=args.threads, variant=variant)  # fmt: skip
+                   steps=args.steps, threads=args.threads, variant=variant,
+                   dtype=dtype)  # fmt: skip
 
     found = [job(preset, preset) for preset in presets]
     if args.peers:
         found.append(job(PEER, PEER))
     if args.ablate:
-        names = ablations(args.recipe, args.device)
+        names = ablations(args.recipe, args.device, dtype)
         found += [job("fast", f"fast {name}", name) for name in names]
     return found
 
@@ -224,6 +233,7 @@ def row_of(label: str, args: argparse.Namespace, runs: Sequence[Result]) -> dict
         "recipe": args.recipe,
         "model": args.model,
         "device": args.device,
+        "dtype": args.dtype,
         "records_per_second": rate,
         "tokens_per_second": first.tokens / seconds,
         "mfu": first.flops / seconds / first.peak_flops if first.peak_flops else None,
@@ -244,7 +254,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as text, each also in multiples of the reference."""
     widths = [len(form.format(0) if "." in form else form.format("")) for _, form in COLUMNS]
     head = [
-        f"{name:{'<' if i < 4 else '>'}{width}}"
+        f"{name:{'<' if i < 5 else '>'}{width}}"
         for i, (name, width) in enumerate(zip(HEADS[:-1], widths, strict=True))
     ]
     lines = [" ".join([*head, f"{HEADS[-1]:>7}"])]

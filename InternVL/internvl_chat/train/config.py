@@ -16,6 +16,7 @@ import torch
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from internvl_chat.data.dataloader import LoaderOptions
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
@@ -203,6 +204,12 @@ class RunConfig:
     def keeps_best(self) -> bool:
         """Whether validation chooses a best checkpoint."""
         return self.metric_for_best_model is not None
+
+    @property
+    def loader_options(self) -> LoaderOptions:
+        """Options of the dataloader."""
+        pin = self.dataloader_pin_memory and self.device.type == "cuda"
+        return LoaderOptions(self.dataloader_num_workers, self.dataloader_prefetch_factor, pin)
 
     def count_steps(self, epoch_steps: int) -> int:
         """Return the optimizer steps of the whole run, given those of an epoch."""

@@ -17,6 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
+from internvl_chat.data.dataloader import WORKER_DIED, end_workers
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.preprocessing import Preprocessing
 from internvl_chat.model.flops import count_flops
@@ -42,7 +43,6 @@ from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_sta
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import RunPlan, check_configuration, sharded_generation_problem
 from internvl_chat.train.config import TrainConfig, set_float32_precision
-from internvl_chat.train.dataloader import WORKER_DIED, end_workers
 from internvl_chat.train.distributed.signals import exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.freeze import format_table, set_trainable
 from internvl_chat.train.loop import TrainingLoop

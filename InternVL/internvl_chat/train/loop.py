@@ -18,6 +18,7 @@ import torch
 
 from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.collator import Pack, PackDataset
+from internvl_chat.data.dataloader import StepLoader
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.record_set import RecordKey
@@ -27,7 +28,6 @@ from internvl_chat.model.loss import token_weight
 from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.config import RunConfig
-from internvl_chat.train.dataloader import StepLoader, build_dataloader
 from internvl_chat.train.distributed.signals import StopRequest
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.train.monitor.console import Console
@@ -81,7 +81,7 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         run = self.run
         self.packs = PackDataset(self.data, multiple=_COMPILED_MULTIPLE if run.compile_blocks else 1)
-        self.loader = StepLoader(run, self.packs, self.sampler)
+        self.loader = StepLoader(self.packs, self.sampler, run.loader_options)
         self.total_steps = run.count_steps(len(self.sampler))
         self.run_log, self.nan_guard = RunLog(Path(run.output_dir)), NanGuard(run.max_bad_steps)
         self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
@@ -197,15 +197,14 @@ class TrainingLoop:
         """Validate, report the metrics, and note whether they are the best so far."""
         began, state = time.perf_counter(), self.state
         self.watchdog.note(f"validating after step {state.step}")
-        loader = build_dataloader(
-            self.run, self.validation.packs, self.validation.sampler, keep_workers=False
-        )
+        validation = self.validation
+        loader = self.run.loader_options.build(validation.packs, validation.sampler, keep_workers=False)
         # A rank that leaves a sharded model alone would make the others wait for it.
         may_leave = not self.strategy.shards_weights
         # Blocks that are compiled for training would be compiled again.
         eager = torch.compiler.set_stance("force_eager") if self.run.compile_blocks else nullcontext()
         with eager:
-            result = self.validation.run(
+            result = validation.run(
                 self.strategy.model, loader, lambda: may_leave and self.stop.signal is not None
             )
         if result is None:
@@ -219,7 +218,7 @@ class TrainingLoop:
             self.trackers.log({f"eval/{k.removeprefix('eval_')}": v for k, v in metrics.items()}, state.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: validation in %.0f s: %s", state.step, seconds, shown)
-        if self.run.keeps_best:
+        if self.run.keeps_best and state.step:
             self._note_best(metrics)
         self._step_began = time.perf_counter()
 

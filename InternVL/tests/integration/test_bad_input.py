@@ -199,7 +199,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"do_train": False}, "does nothing but train"),
+        ({"do_train": False}, "this script only trains"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_meta_path"),
         ({"max_steps": 0}, "nothing would be trained"),
         ({"max_steps": -1, "num_train_epochs": 0}, "nothing would be trained"),
@@ -212,8 +212,8 @@ def test_output_folder_in_use(start, tmp_path, capfd):
         ({"down_sample_ratio": 0.25}, "is not the model's 0.5"),
         ({"force_image_size": 50}, "is not a whole number of tokens"),
         ({"lr_scheduler_type": "zigzag"}, "--lr_scheduler_type"),
-        ({"fsdp": "full_shard"}, "--fsdp full_shard: there is one process, so nothing to spread"),
-        ({"fsdp": "hybrid"}, "--fsdp: invalid choice: 'hybrid'"),
+        ({"fsdp": "full_shard"}, "--parallel fsdp: there is one process, so nothing to shard"),
+        ({"fsdp": "hybrid"}, "--fsdp hybrid: only full_shard is supported"),
         ({"weight_precision": "stochastic"}, "--weight_precision stochastic: the weights are float32"),
         ({"weight_precision": "bf16"}, "--weight_precision bf16: the weights are float32 without --bf16"),
         ({"weight_precision": "half"}, "--weight_precision: invalid choice: 'half'"),
@@ -237,21 +237,22 @@ def test_flags_that_make_no_sense(start, capfd, change, message):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_kernels_of_a_package_that_is_missing(start, monkeypatch, capfd, installed):
-    monkeypatch.setattr("internvl_chat.train.flag_rules.is_liger_kernel_available", lambda: installed)
+    monkeypatch.setattr("internvl_chat.train.checks.is_liger_kernel_available", lambda: installed)
     assert start(use_liger=True)[0] == 2
     error = capfd.readouterr().err
     assert ("the package liger-kernel is not installed (pip install liger-kernel)" in error) != installed
     assert "its kernels need an NVIDIA GPU" in error
 
 
-def test_weights_are_spread_in_one_way_only(start, tmp_path, capfd):
+def test_weights_are_sharded_in_one_way_only(start, tmp_path, capfd):
     pytest.importorskip("deepspeed")
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}))
-    code, out = start(fsdp="full_shard", deepspeed=path, weight_precision="stochastic", bf16=True)
+    assert start(fsdp="full_shard", deepspeed=path)[0] == 2
+    assert "--fsdp and --deepspeed: name different kinds of parallelism" in capfd.readouterr().err
+    code, out = start(deepspeed=path, weight_precision="stochastic", bf16=True)
     assert code == 2
     error = capfd.readouterr().err
-    assert "--fsdp and --deepspeed: both spread the weights; use one of them" in error
     assert "--weight_precision stochastic: DeepSpeed keeps float32 masters; leave it out" in error
     assert "Traceback" not in error
     assert not out.exists()

@@ -1,31 +1,54 @@
-"""A run on two processes is the run on one with the same global batch."""
+"""A run on several ranks is the run on one with the same global batch, whatever the parallelism."""
+
+import json
 
 import pytest
-import torch
 from helpers import SOURCE_ROOT, flags, run_training
 
 from internvl_chat.model.weights import open_weights
 
-SIX_STEPS = {"num_train_epochs": 1, "save_strategy": "no", "max_grad_norm": 0.5}
+THREE_STEPS = {"num_train_epochs": 1, "save_strategy": "no", "max_grad_norm": 0.5}
+LORA = {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0}
+DEEPSPEED = SOURCE_ROOT / "internvl_chat/shell/deepspeed"
+LAYOUTS = {
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp"},
+    **{f"zero{stage}": {"deepspeed": DEEPSPEED / f"zero{stage}.json"} for stage in (1, 2, 3)},
+}
+# Losses are means of the same numbers in another order.
+TOLERANCE = 1e-5
 
 
-def losses(metrics, tiny_model, sample_data, folder, processes, **values):
-    argv = flags(
-        model_name_or_path=tiny_model,
-        meta_path=sample_data / "train.json",
-        output_dir=folder,
-        **{**SIX_STEPS, **values},
-    )
-    result = run_training(*argv, processes=processes)
+def train(metrics, tiny_model, sample_data, folder, ranks, **values) -> list[dict]:
+    """Train and return the rows of `metrics.jsonl`; a step has 10 of the 24 records, the last one 4."""
+    records = {1: (5, 2), 2: (1, 5), 4: (1, 3)}[ranks]
+    argv = {
+        "model_name_or_path": tiny_model,
+        "meta_path": sample_data / "train.json",
+        "output_dir": folder,
+        "per_device_train_batch_size": records[0],
+        "gradient_accumulation_steps": records[1],
+        **THREE_STEPS,
+    }
+    result = run_training(*flags(**{**argv, **values}), processes=ranks)
     assert result.returncode == 0, result.stderr[-3000:]
     return metrics(folder)
 
 
+def assert_same_losses(one: list[dict], other: list[dict], keys=("loss", "grad_norm")) -> None:
+    for key in ("records", "tokens", "supervised_tokens"):
+        assert [row[key] for row in one] == [row[key] for row in other]
+    for key in keys:
+        assert [row[key] for row in other] == pytest.approx([row[key] for row in one], abs=TOLERANCE), key
+
+
+def assert_same_ledger(one, other) -> None:
+    assert (one / "ledger.jsonl").read_text() == (other / "ledger.jsonl").read_text()
+
+
 def assert_same_weights(one, two):
     """Compare what two runs saved; Adam makes a large step of a tiny difference, so on the average."""
-    name = (
-        "adapter_model.safetensors" if (one / "adapter_model.safetensors").exists() else "model.safetensors"
-    )
+    name = next(n for n in ("adapter_model.safetensors", "model.safetensors") if (one / n).exists())
     first, second = (open_weights(folder / name) for folder in (one, two))
     assert first.keys() == second.keys()
     for key, read in first.items():
@@ -34,87 +57,91 @@ def assert_same_weights(one, two):
         assert (a - b).abs().mean() < 2e-5, key
 
 
-# 24 records in steps of 10: the last step has 4, and with 2 a pack the cut is uneven.
-ONE = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
-TWO = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
+@pytest.fixture(scope="module")
+def one_rank(tiny_model, sample_data, tmp_path_factory):
+    """Train on one rank, each configuration once; returns its folder."""
+    done = {}
+
+    def run(metrics, **values):
+        key = json.dumps({name: str(value) for name, value in values.items()}, sort_keys=True)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("one") / "run"
+            train(metrics, tiny_model, sample_data, folder, 1, **values)
+            done[key] = folder
+        return done[key]
+
+    return run
+
+
+ALWAYS = [("ddp", 2, {}), ("fsdp", 2, {}), ("zero2", 2, LORA)]
+REST = [
+    (layout, ranks, {"loss_reduction": reduction, **recipe})
+    for layout in LAYOUTS
+    for ranks in (2, 4)
+    for recipe in ({}, LORA)
+    for reduction in ("sample", "token", "square")
+]
+OTHER = [
+    ("ddp", 2, {"max_packed_tokens": 700}),
+    ("fsdp", 2, {"max_packed_tokens": 700}),
+    ("ddp", 2, {"packing": False}),
+    ("zero3", 2, {"packing": False}),
+    ("ddp", 2, {"freeze_backbone": False, "grad_checkpoint": False}),
+    ("fsdp", 2, {"freeze_backbone": False, "grad_checkpoint": True}),
+]
 
 
 @pytest.mark.parametrize(
-    ("reduction", "recipe"),
-    [
-        ("sample", {}),
-        pytest.param("token", {}, marks=pytest.mark.slow),
-        pytest.param("square", {}, marks=pytest.mark.slow),
-        pytest.param(
-            "sample", {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0}, marks=pytest.mark.slow
-        ),
-        pytest.param("sample", {"max_packed_tokens": 700}, marks=pytest.mark.slow),
-        pytest.param("sample", {"packing": False}, marks=pytest.mark.slow),
-        pytest.param("sample", {"freeze_backbone": False, "grad_checkpoint": False}, marks=pytest.mark.slow),
-    ],
+    ("layout", "ranks", "values"),
+    [*ALWAYS, *(pytest.param(*case, marks=pytest.mark.slow) for case in (*REST, *OTHER))],
 )
-def test_two_processes_equal_one(tiny_model, sample_data, tmp_path, metrics, reduction, recipe):
-    common = (metrics, tiny_model, sample_data)
-    values = {"loss_reduction": reduction, **recipe}
-    one = losses(*common, tmp_path / "one", 1, **values, **ONE)
-    two = losses(*common, tmp_path / "two", 2, **values, **TWO)
-    assert [r["records"] for r in one] == [r["records"] for r in two] == [10, 10, 4]
-    for key in ("tokens", "supervised_tokens"):
-        assert [r[key] for r in one] == [r[key] for r in two]
-    for key in ("loss", "grad_norm"):
-        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], abs=2e-5)
-    ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("one", "two")]
-    assert ledgers[0] == ledgers[1]
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
-
-
-def spread(how: str | None) -> dict:
-    """Return the flag that spreads a run's state: a ZeRO stage, or FSDP2."""
-    if how is None:
-        return {}
-    if how == "fsdp":
-        return {"fsdp": "full_shard"}
-    return {"deepspeed": SOURCE_ROOT / f"internvl_chat/shell/deepspeed/{how}.json"}
-
-
-SPREAD = ["zero1", "zero2", "zero3", "fsdp"]
+def test_ranks_equal_one(tiny_model, sample_data, tmp_path, metrics, one_rank, layout, ranks, values):
+    # With 4 ranks a step has 12 records.
+    steps = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2} if ranks == 4 else {}
+    one = one_rank(metrics, **values, **steps)
+    several = train(
+        metrics, tiny_model, sample_data, tmp_path / "several", ranks, **LAYOUTS[layout], **values
+    )
+    assert_same_losses(metrics(one), several)
+    assert_same_ledger(one, tmp_path / "several")
+    assert_same_weights(one, tmp_path / "several")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", SPREAD)
-@pytest.mark.parametrize("packing", [{}, {"max_packed_tokens": 700}, {"packing": False}])
-@pytest.mark.parametrize("recipe", [{}, {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0}])
-def test_spread_over_two_processes_equals_one(
-    tiny_model, sample_data, tmp_path, metrics, how, packing, recipe
-):
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero2", "zero3"])
+def test_resume_is_exact_on_two_ranks(tiny_model, sample_data, tmp_path, metrics, layout):
+    values = {**LAYOUTS[layout], "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    values["async_save"] = False  # every checkpoint is needed
     common = (metrics, tiny_model, sample_data)
-    one = losses(*common, tmp_path / "one", 1, **recipe, packing=False, **ONE)
-    two = losses(*common, tmp_path / "two", 2, **spread(how), **packing, **recipe, **TWO)
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=2e-5)
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [None, "zero2", "zero3", "fsdp"])
-def test_resume_on_two_processes(tiny_model, sample_data, tmp_path, metrics, how):
-    values = {**TWO, **spread(how), "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    common = (metrics, tiny_model, sample_data)
-    whole = losses(*common, tmp_path / "one", 2, **values)
+    whole = train(*common, tmp_path / "one", 2, **values)
     checkpoint = tmp_path / "one/checkpoint-2"
-    rest = losses(*common, tmp_path / "two", 2, **values, resume_from_checkpoint=checkpoint)
-    assert [r["loss"] for r in rest] == [r["loss"] for r in whole][2:]
-    for key, read in open_weights(tmp_path / "one/model.safetensors").items():
-        assert torch.equal(read(), open_weights(tmp_path / "two/model.safetensors")[key]()), key
+    rest = train(*common, tmp_path / "two", 2, **values, resume_from_checkpoint=checkpoint)
+    assert [row["loss"] for row in rest] == [row["loss"] for row in whole][2:]
+    first, second = (open_weights(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for key, read in first.items():
+        assert (read() == second[key]()).all(), key
+
+
+MOVES = [("ddp", 2), ("fsdp", 2), ("ddp", 1), ("fsdp", 4), ("ddp", 4), ("ddp", 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(None, "fsdp"), ("fsdp", None)])
-def test_resume_spread_otherwise(tiny_model, sample_data, tmp_path, metrics, before, after):
-    """What each parameter's moments are does not depend on how they were spread."""
-    values = {**TWO, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 1e-3}
+@pytest.mark.parametrize("recipe", [{}, LORA], ids=["full", "lora"])
+def test_a_run_moves_between_layouts_and_numbers_of_ranks(tiny_model, sample_data, tmp_path, metrics, recipe):
+    """Six steps on six layouts, each resumed from the last, are six steps on one rank."""
+
+    def values(ranks: int, steps: int) -> dict:
+        batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks}
+        saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "async_save": False}
+        # The schedule must not depend on where a part of the run ends.
+        return {**batch, **saving, **recipe, "max_steps": steps, "lr_scheduler_type": "constant"}
+
     common = (metrics, tiny_model, sample_data)
-    whole = losses(*common, tmp_path / "one", 2, **values, **spread(before))
-    checkpoint = tmp_path / "one/checkpoint-2"
-    rest = losses(*common, tmp_path / "two", 2, **values, **spread(after), resume_from_checkpoint=checkpoint)
-    assert [r["loss"] for r in rest] == pytest.approx([r["loss"] for r in whole][2:], abs=2e-5)
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    one = train(*common, tmp_path / "one", 1, **values(1, len(MOVES)))
+    for step, (layout, ranks) in enumerate(MOVES, start=1):
+        several = LAYOUTS[layout] if ranks > 1 else {}
+        moved = train(*common, tmp_path / "moved", ranks, **values(ranks, step), **several)
+        (tmp_path / "moved/train_results.json").unlink()
+    assert [row["step"] for row in moved] == [row["step"] for row in one]
+    assert_same_losses(one, moved)
+    assert_same_ledger(tmp_path / "one", tmp_path / "moved")

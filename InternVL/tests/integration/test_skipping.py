@@ -100,9 +100,9 @@ def test_a_step_that_loses_all_of_them_changes_nothing(folder, metrics, capfd):
     for number in (3, 4, 5):
         break_inside(made.image(number))
     assert made.train(on_bad_record="skip", max_bad_fraction=0.5) == 0
-    assert "step 2: nothing in it is supervised" in capfd.readouterr().err
+    assert "step 2: no supervised tokens" in capfd.readouterr().err
     row = metrics(made.path / "out")[1]
-    assert (row["records"], row["loss"], row["left_out"]) == (0, 0.0, "nothing in it is supervised")
+    assert (row["records"], row["loss"], row["skipped_because"]) == (0, 0.0, "no supervised tokens")
     assert len(made.ledger()[1]["skipped"]) == 3
     before = made.weights("before")
     assert all(torch.equal(before[name], weight) for name, weight in made.weights().items())
@@ -155,16 +155,16 @@ def test_those_of_an_earlier_start_count(damaged, capfd):
     assert "2 of 9 records are left out" in capfd.readouterr().err
 
 
-def test_a_bad_first_record_does_not_stop_the_self_test(folder, capfd):
+def test_a_bad_first_record_does_not_stop_the_sanity_check(folder, capfd):
     made = folder(*map(shows, [99, 0, 1, 2]))
-    assert made.train(on_bad_record="skip", max_bad_fraction=0.3, self_test=True, max_steps=1) == 0
-    assert "data set qa learns 'a cat <|im_end|>'" in capfd.readouterr().err
+    assert made.train(on_bad_record="skip", max_bad_fraction=0.3, sanity_check=True, max_steps=1) == 0
+    assert "qa: first supervised span: 'a cat <|im_end|>'" in capfd.readouterr().err
 
 
 def test_nor_does_one_that_only_decoding_shows(folder):
     made = folder(*map(shows, range(9)))
     break_inside(made.image(0))
-    assert made.train(on_bad_record="skip", max_bad_fraction=0.3, self_test=True, max_steps=1) == 0
+    assert made.train(on_bad_record="skip", max_bad_fraction=0.3, sanity_check=True, max_steps=1) == 0
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential"])
@@ -178,7 +178,7 @@ def test_other_records_than_planned_are_noticed(folder, monkeypatch, capfd, stra
         lambda self, draw: original(self, draw._replace(index=max(draw.index - 1, 0))),
     )
     assert made.train(train_sampling_strategy=strategy) == 1
-    assert "step 1: the loader brought other records than were planned" in capfd.readouterr().err
+    assert "step 1: the dataloader returned other records than planned" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from internvl_chat.inference.engine import Engine, last_question
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.trainer import M3LLMTrainer
-from internvl_chat.train.validating_trainer import ValidatingTrainer
-from internvl_chat.train.validation import Figures, Outcome, Validation
+from internvl_chat.train.loop import TrainingLoop
+from internvl_chat.train.monitor.trackers import Trackers
+from internvl_chat.train.validation import EvalMetrics, EvalResult, Validation
 
 pytest.importorskip("rouge", reason="the package rouge is not installed")
 
@@ -112,23 +112,27 @@ def test_answers_are_those_of_the_finished_model(arguments, sample_data, tmp_pat
     assert row["rougeL"] > 0
 
 
-def test_figures_are_reported(arguments, tmp_path):
+def test_metrics_are_reported(arguments, tmp_path, monkeypatch):
+    logged: list[dict] = []
+    monkeypatch.setattr(
+        Trackers, "log", lambda self, values, step: logged.append({"step": step, **values})
+    )
     out = tmp_path / "out"
     epochs = {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
-    values = {"eval_generate": 1, "metric_for_best_model": "loss", "eval_on_start": True}
+    values = {"eval_generate": 1, "metric_for_best_model": "loss", "eval_on_start": True, "logging_steps": 4}
     assert train(arguments(out, **epochs, **values)) == 0
     before, *rows = validations(out)
     assert (before["step"], before["epoch"]) == (0, 0) and before["loss"] > rows[0]["loss"]
     assert [(row["step"], row["epoch"]) for row in rows] == [(6, 1.0), (12, 2.0)]
     state = json.loads((out / "checkpoint-12/trainer_state.json").read_text())
-    logged = [entry for entry in state["log_history"] if "eval_loss" in entry]
-    # Saved after the last step already, and again with what the validation behind it found.
     assert state["best_global_step"] == 12 and state["best_metric"] == rows[1]["loss"]
     assert not (out / ".partial").exists()
-    assert [entry["eval_loss"] for entry in logged] == [row["loss"] for row in (before, *rows)]
-    for name, figures in rows[1]["sets"].items():
+    assert [row["step"] for row in logged if "train/loss" in row] == [4, 8, 12]
+    reported = [row for row in logged if "eval/loss" in row]
+    assert [row["eval/loss"] for row in reported] == [row["loss"] for row in (before, *rows)]
+    for name, metrics_of_set in rows[1]["sets"].items():
         for kind in ("loss", "em", "rougeL"):
-            assert logged[2][f"eval_{name}_{kind}"] == figures[kind]
+            assert reported[2][f"eval/{name}_{kind}"] == metrics_of_set[kind]
 
 
 @pytest.fixture
@@ -138,9 +142,9 @@ def told(monkeypatch):
     def tell(*losses: float) -> None:
         left = iter(losses)
 
-        def run(self, model, shares, total, is_stopped):
-            figures = Figures(1, 1, next(left), None, None, 0)
-            return Outcome(figures, {records.spec.name: figures for records in self.data.sets})
+        def run(self, model, batches, is_stopped):
+            figures = EvalMetrics(1, 1, next(left), None, None, 0)
+            return EvalResult(figures, {records.spec.name: figures for records in self.data.sets})
 
         monkeypatch.setattr(Validation, "run", run)
 
@@ -191,14 +195,13 @@ def test_only_the_best_is_saved(arguments, told, tmp_path):
 def test_a_stopped_run_is_saved_although_it_is_not_the_best(arguments, told, tmp_path, monkeypatch):
     out = tmp_path / "out"
     told(1.0, 3.0, 2.0)
-    evaluate = ValidatingTrainer.evaluate
+    validate = TrainingLoop.validate
 
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 4:
-            self.control.should_save = self.control.should_training_stop = True
-        return evaluate(self, *args, **kwargs)
+    def stop(self):
+        self.stops |= self.state.step == 4
+        return validate(self)
 
-    monkeypatch.setattr(ValidatingTrainer, "evaluate", stop)
+    monkeypatch.setattr(TrainingLoop, "validate", stop)
     train(arguments(out, save_strategy="best"))
     assert checkpoints(out) == [2, 4]
 
@@ -323,7 +326,6 @@ def test_validation_where_weights_are_spread(arguments, tmp_path, how):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     state = json.loads((two / f"checkpoint-{checkpoints(two)[-1]}/trainer_state.json").read_text())
     assert state["best_global_step"] in checkpoints(two)
-    assert state["best_model_checkpoint"] is None
     result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**spread, **share}), processes=2)
     refused = "--eval_generate 1: with" in result.stderr
     assert refused == (how != "zero2") and (result.returncode == 0) != refused
@@ -353,14 +355,14 @@ def test_a_signal_is_not_kept_waiting(arguments, tmp_path, metrics, monkeypatch,
 
 
 def test_a_signal_before_a_validation_comes_first(arguments, tmp_path, metrics, monkeypatch):
-    original = M3LLMTrainer.training_step
+    original = TrainingLoop.train_step
 
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 1:
+    def interrupted(self, step, packs):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
+        return original(self, step, packs)
 
-    monkeypatch.setattr(M3LLMTrainer, "training_step", interrupted)
+    monkeypatch.setattr(TrainingLoop, "train_step", interrupted)
     assert train(arguments(tmp_path / "out")) == 128 + signal.SIGTERM
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
     assert not (tmp_path / "out/validation.jsonl").exists()

@@ -39,6 +39,9 @@ class KeepsGradients(ReplicatedStrategy):
     def optimizer_step(self) -> None:
         pass
 
+    def scheduler_step(self) -> None:
+        pass
+
     def zero_grad(self) -> None:
         pass
 

@@ -29,7 +29,7 @@ def plan_of(tiny_model, sample_data, tmp_path):
 def agree(plan) -> bool:
     encoder = load_encoder(plan)
     _, tokenizer, preprocessing = load_for_training(plan)
-    limit = plan.args.data.max_dynamic_patch
+    limit = plan.config.data.max_dynamic_patch
     own = encoder.with_max_tiles(preprocessing.max_dynamic_patch).preprocessing
     return (
         own == preprocessing

@@ -15,18 +15,18 @@ from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
 from internvl_chat.train.checks import check_configuration
-from internvl_chat.train.validation import Figures, Outcome, Validation, held_out, metric_names
+from internvl_chat.train.validation import EvalMetrics, EvalResult, Validation, metric_names, validation_specs
 from internvl_chat.utils.errors import ModelError, UsageError
 
 
 def test_figures_of_sums():
     # Two records of 4 and 6 tokens with the losses 1 and 2, each weighing the same; three answers.
     weighted = 4 * 0.25 * 1.0 + 6 / 6 * 2.0
-    figures = Figures.of_sums([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
-    assert figures == Figures(2, 10, 1.5, pytest.approx(200 / 3), 50.0, 3)
-    nothing = Figures.of_sums([0.0] * 7)
-    assert nothing == Figures(0, 0, None, None, None, 0)
-    outcome = Outcome(figures, {"qa": figures, "empty": nothing})
+    figures = EvalMetrics.from_sums([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
+    assert figures == EvalMetrics(2, 10, 1.5, pytest.approx(200 / 3), 50.0, 3)
+    nothing = EvalMetrics.from_sums([0.0] * 7)
+    assert nothing == EvalMetrics(0, 0, None, None, None, 0)
+    outcome = EvalResult(figures, {"qa": figures, "empty": nothing})
     assert outcome.metrics() == {
         "eval_loss": 1.5, "eval_em": figures.em, "eval_rougeL": 50.0,
         "eval_qa_loss": 1.5, "eval_qa_em": figures.em, "eval_qa_rougeL": 50.0,
@@ -36,15 +36,15 @@ def test_figures_of_sums():
 
 def test_names_are_those_that_are_measured():
     assert metric_names(["a", "b"], generate=False) == ["eval_loss", "eval_a_loss", "eval_b_loss"]
-    figures = Figures(1, 1, 1.0, 1.0, 1.0, 1)
+    figures = EvalMetrics(1, 1, 1.0, 1.0, 1.0, 1)
     names = metric_names(["a", "b"], generate=True)
-    assert sorted(names) == sorted(Outcome(figures, {"a": figures, "b": figures}).metrics())
+    assert sorted(names) == sorted(EvalResult(figures, {"a": figures, "b": figures}).metrics())
 
 
 def test_held_out_records_are_used_as_they_are_and_once(tmp_path):
     spec = DatasetSpec("qa", tmp_path, tmp_path / "qa.jsonl", data_augment=True, repeat_time=3)
     part = dataclasses.replace(spec, repeat_time=0.5)
-    found = held_out([spec, part])
+    found = validation_specs([spec, part])
     assert [s.data_augment for s in found] == [False, False]
     assert [s.repeat_time for s in found] == [1, 0.5]
 
@@ -121,14 +121,14 @@ def test_flags_that_need_validation(check, sample_data):
 
 
 def test_problems_of_validation_come_together(check, sample_data, monkeypatch):
-    monkeypatch.setattr("internvl_chat.train.validation_flags.find_spec", lambda name: None)
+    monkeypatch.setattr("internvl_chat.train.checks.find_spec", lambda name: None)
     problems = check(
         eval_strategy="epoch", eval_meta_path=sample_data / "held_out.json", eval_generate=2,
         early_stopping_patience=-1, metric_for_best_model="eval_los",
     )  # fmt: skip
     assert problems == [
         "--early_stopping_patience -1 must be at least 0",
-        "--eval_generate 2: the package rouge is not installed (pip install rouge)",
+        "--eval_generate 2: rouge is not installed (pip install rouge)",
         "--metric_for_best_model eval_los: not measured; did you mean eval_loss?",
     ]
 
@@ -150,7 +150,7 @@ def test_a_meta_file_that_is_not_there(check):
 @pytest.mark.parametrize(
     ("values", "metric", "greater"),
     [
-        ({}, None, None),
+        ({}, None, False),
         ({"early_stopping_patience": 2}, "eval_loss", False),
         ({"save_strategy": "best"}, "eval_loss", False),
         ({"load_best_model_at_end": True}, "eval_loss", False),
@@ -172,7 +172,7 @@ def test_settings_of_validation_survive_their_own_file(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.to_dict()))
     second = parse_arguments([str(tmp_path / "config.yaml")])
     assert second.to_dict() == first.to_dict()
-    assert second.run.ends_with_best and second.data.eval_meta_path == "held.json"
+    assert second.run.load_best_model_at_end and second.data.eval_meta_path == "held.json"
 
 
 def test_a_folder_with_validations_is_a_run_s(tmp_path):
@@ -185,14 +185,13 @@ def test_a_folder_with_validations_is_a_run_s(tmp_path):
 
 
 def test_no_best_model_to_end_with(tmp_path):
-    from transformers import TrainerState
-
+    from internvl_chat.train.checkpoint.state import TrainState
     from internvl_chat.utils.errors import TrainingError
 
     with pytest.raises(TrainingError, match="nothing was validated"):
-        copy_best(TrainerState(global_step=3), tmp_path, None)
+        copy_best(TrainState(step=3), tmp_path, None)
     with pytest.raises(TrainingError, match="checkpoint-2: it is missing"):
-        copy_best(TrainerState(global_step=3, best_global_step=2), tmp_path, None)
+        copy_best(TrainState(step=3, best_step=2), tmp_path, None)
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(TrainingError, match=r"no manifest\.json"):
-        copy_best(TrainerState(global_step=3, best_global_step=2), tmp_path, None)
+        copy_best(TrainState(step=3, best_step=2), tmp_path, None)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from internvl_chat.data.collator import Pack, PackDataset
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.train.config import RunConfig
+from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, TrainingError
 
 # A worker that is forked while a thread of torch enters Python waits for that thread's lock for ever (CPython
@@ -27,39 +28,50 @@ WORKER_DIED = (
 )
 
 
-def build_dataloader(
-    run: RunConfig, packs: PackDataset, sampler: StepSampler, *, keep_workers: bool
-) -> DataLoader:
-    """Return the loader of a rank's packs, one step at a time.
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Options of the dataloader.
 
-    Args:
-        run: the resolved flags.
-        packs: what is loaded.
-        sampler: the records of each step.
-        keep_workers: let the workers live on when an epoch ends.
+    Attributes:
+        workers: worker processes; 0 loads in the training process.
+        prefetch_factor: steps that a worker prepares ahead; None for torch's default.
+        pin_memory: put packs into page-locked memory, for a GPU.
     """
-    # More workers than cores only get in each other's way.
-    cores = max(1, (os.cpu_count() or 1) // run.local_world_size)
-    workers = min(run.dataloader_num_workers, cores)
-    return DataLoader(
-        packs,
-        batch_sampler=sampler,
-        collate_fn=list,
-        num_workers=workers,
-        pin_memory=run.dataloader_pin_memory and run.device.type == "cuda",
-        persistent_workers=keep_workers and workers > 0,
-        prefetch_factor=run.dataloader_prefetch_factor if workers else None,
-        worker_init_fn=_start_worker,
-        # Its own, so that the start of an epoch does not advance the generator of dropout.
-        generator=torch.Generator(),
-    )
+
+    workers: int = 0
+    prefetch_factor: int | None = None
+    pin_memory: bool = False
+
+    def build(self, packs: PackDataset, sampler: StepSampler, *, keep_workers: bool) -> DataLoader:
+        """Return the loader of a rank's packs, one step at a time.
+
+        Args:
+            packs: what is loaded.
+            sampler: the records of each step.
+            keep_workers: let the workers live on when an epoch ends.
+        """
+        # More workers than cores only get in each other's way.
+        cores = max(1, (os.cpu_count() or 1) // distributed.local_world_size())
+        workers = min(self.workers, cores)
+        return DataLoader(
+            packs,
+            batch_sampler=sampler,
+            collate_fn=list,
+            num_workers=workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=keep_workers and workers > 0,
+            prefetch_factor=self.prefetch_factor if workers else None,
+            worker_init_fn=_start_worker,
+            # Its own, so that the start of an epoch does not advance the generator of dropout.
+            generator=torch.Generator(),
+        )
 
 
 def _start_worker(_: int) -> None:
     """Keep a worker to one thread, and alive while its run is asked to stop.
 
-    A scheduler that stops a job may send its signal to every process. A second SIGTERM has its default effect.
-    Such a process must be ended by `end_workers`.
+    A scheduler that stops a job may send its signal to every process. A second SIGTERM ends the worker. It must
+    be ended by `end_workers`.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,14 +94,14 @@ class StepLoader:
     """Iterates over the packs of a rank, from one step to the last of the run.
 
     Args:
-        run: the resolved flags.
         packs: what is loaded.
         sampler: the records of each step.
+        options: of the dataloader.
     """
 
-    def __init__(self, run: RunConfig, packs: PackDataset, sampler: StepSampler) -> None:
+    def __init__(self, packs: PackDataset, sampler: StepSampler, options: LoaderOptions) -> None:
         self.packs, self.sampler = packs, sampler
-        self.loader = build_dataloader(run, packs, sampler, keep_workers=True)
+        self.loader = options.build(packs, sampler, keep_workers=True)
 
     def steps(self, first: int, last: int) -> Iterator[list[Pack]]:
         """Yield the packs of each step from `first` to `last`, counted from 1.

@@ -1,0 +1,162 @@
+"""Items that run the repository's own commands: doctor, both launchers, a stopped run, DeepSpeed."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.check import Check, Skipped
+
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
+SHELL = SOURCE_ROOT / "internvl_chat/shell"
+_STEPS = {"lora": 4, "full": 40}
+_WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
+_FLAGS = {
+    "force_image_size": 112,
+    "max_dynamic_patch": 1,
+    "learning_rate": 1e-3,
+    "save_steps": 20,
+    "dataloader_num_workers": 2,
+    "disable_tqdm": True,
+}
+
+
+def doctor(check: Check) -> None:
+    """What the machine has."""
+    result = subprocess.run(
+        [*_m3llm(), "doctor", "--json", "--folder", str(check.folder)],
+        stdout=subprocess.PIPE, text=True, env=_environment(check),
+    )  # fmt: skip
+    report = json.loads(result.stdout)
+    check.add(**report)
+    for problem in report["problems"]:
+        check.expect(problem["severity"] != "error", problem["what"])
+    gpus = [f"{gpu['name']}, {gpu['memory_gb']} GB" for gpu in report["gpus"] or ()]
+    check.summary = f"{', '.join(gpus) or 'no GPU'}, torch {(report['torch'] or {}).get('version')}"
+
+
+def launchers(check: Check) -> None:
+    """Both launchers on a tiny model."""
+    for recipe in _STEPS:
+        output = check.folder / recipe
+        began = time.monotonic()
+        code = start(check, recipe, output).wait()
+        rows = read_rows(output)
+        check.add(**{recipe: {"exit_code": code, "seconds": round(time.monotonic() - began, 1),
+                              "losses": [row["loss"] for row in rows]}})  # fmt: skip
+        check.expect(code == 0, f"{recipe} ended with exit code {code}")
+        check.expect(len(rows) == _STEPS[recipe], f"{recipe} has the metrics of {len(rows)} steps")
+        check.expect(all(math.isfinite(row["loss"]) for row in rows), f"{recipe} has a non-finite loss")
+        check.expect((output / _WEIGHTS[recipe]).is_file(), f"{recipe} has written no model")
+    check.summary = ", ".join(f"{recipe} {figures['seconds']} s" for recipe, figures in check.figures.items())
+
+
+def resume(check: Check) -> None:
+    """A run that is stopped by a signal and started again has the losses of one that was not."""
+    whole, stopped = check.work / "launchers/full", check.folder / "stopped"
+    if not (whole / "train_results.json").is_file():
+        shutil.rmtree(whole, ignore_errors=True)
+        if code := start(check, "full", whole).wait():
+            raise RuntimeError(f"the run that is not stopped ended with exit code {code}")
+    process = start(check, "full", stopped)
+    while process.poll() is None and not read_rows(stopped):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, steps = process.wait(), len(read_rows(stopped))
+    check.add(stopped_after=steps, exit_code=code)
+    check.expect(code == 128 + signal.SIGTERM, f"the stopped run ended with exit code {code}")
+    check.expect(0 < steps < _STEPS["full"], f"the run was stopped after {steps} steps")
+    code = start(check, "full", stopped).wait()
+    check.expect(code == 0, f"the resumed run ended with exit code {code}")
+    expected, found = read_rows(whole), read_rows(stopped)
+    errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected, strict=False)]
+    # On a GPU the kernels' sums have no fixed order, and weights are bf16, whose epsilon is 2 ** -7.
+    check.compare("losses", max(errors, default=math.nan), 2**-7 if check.on_gpu else 1e-6)
+    check.expect(len(found) == len(expected), f"{len(found)} steps, not {len(expected)}")
+    ledgers = [(folder / "ledger.jsonl").read_text(encoding="utf-8") for folder in (whole, stopped)]
+    check.expect(ledgers[0] == ledgers[1], "the resumed run trained other records")
+    check.summary = f"stopped after step {steps} of {len(expected)}"
+
+
+def deepspeed(check: Check) -> None:
+    """ZeRO-1 and ZeRO-3 on one process have the losses of a run without DeepSpeed."""
+    if find_spec("deepspeed") is None:
+        raise Skipped("deepspeed is not installed")
+    expected = [row["loss"] for row in read_rows(check.work / "launchers/lora")]
+    for stage in (1, 3):
+        output = check.folder / f"zero{stage}"
+        config = SHELL / f"deepspeed/zero{stage}.json"
+        code = start(check, "lora", output, DEEPSPEED=str(config)).wait()
+        check.expect(code == 0, f"ZeRO-{stage} ended with exit code {code}")
+        errors = [abs(a["loss"] / b - 1) for a, b in zip(read_rows(output), expected, strict=False)]
+        if errors:
+            # bf16 weights on a GPU (epsilon 2 ** -7); float32 on a CPU, summed in another order.
+            check.compare(f"zero{stage}", max(errors), 2**-7 if check.on_gpu else 1e-4)
+    check.summary = "losses as without DeepSpeed" if expected else "no losses to compare with"
+
+
+def start(check: Check, recipe: str, output: Path, **variables: str) -> subprocess.Popen:
+    """Start a launcher on a tiny model."""
+    data, model = _tiny(check)
+    name = {"lora": "M3LLM-fulldata-lora.sh", "full": "M3LLM-fulldata-fullmodel.sh"}[recipe]
+    flags = _FLAGS | {"max_steps": _STEPS[recipe]}
+    tokens = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+    own = {
+        "GPUS": "1" if check.on_gpu else "0",
+        "NPROC": "1",
+        "MODEL_PATH": str(model),
+        "META_PATH": str(data / "train.json"),
+        "OUTPUT_DIR": str(output),
+        "REPORT_TO": "none",
+    }
+    return subprocess.Popen(
+        ["bash", str(SHELL / "internvl3.0/2nd_finetune" / name), *tokens],
+        stdin=subprocess.DEVNULL,
+        env=_environment(check) | own | variables,
+    )
+
+
+def read_rows(output: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run so far."""
+    file = output / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _tiny(check: Check) -> tuple[Path, Path]:
+    """Return a folder of sample data and a tiny model, both made by the first item that needs them."""
+    data, model = check.work / "data", check.work / "tiny"
+    if not model.is_dir():
+        shutil.rmtree(data, ignore_errors=True)
+        for command in (
+            ["sample-data", str(data), "--train", "20", "--held-out", "1"],
+            ["tiny-model", str(model), "--text", str(data / "train")],
+        ):
+            subprocess.run([*_m3llm(), *command], check=True, env=_environment(check))
+    return data, model
+
+
+def _m3llm() -> list[str]:
+    return [sys.executable, "-m", "internvl_chat.cli"]
+
+
+def _environment(check: Check) -> dict[str, str]:
+    unwanted = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "WANDB_API_KEY",
+        "DEEPSPEED",
+        "PARALLEL",
+    )
+    paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    clean = {name: value for name, value in os.environ.items() if name not in unwanted}
+    return clean | {"PYTHONPATH": os.pathsep.join(paths)}

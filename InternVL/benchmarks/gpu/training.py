@@ -1,0 +1,212 @@
+"""Items that train random models: speed, checkpoints, memory, FSDP2, compiled blocks."""
+
+import dataclasses
+import gc
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from benchmarks import train_throughput
+from benchmarks.gpu.check import Check, Skipped
+from benchmarks.jobs import Job, Result, peak_memory, run_in_a_process
+from benchmarks.ours import PLAN, make_loop, read_metrics
+from benchmarks.recipes import RECIPES
+from benchmarks.shapes import SHAPES
+from benchmarks.workload import Workload, prepare_workload
+
+SCRIPT = Path(train_throughput.__file__).resolve()
+_MODELS = {"small": "smoke", "8b": "internvl3-8b"}
+# Models for questions that do not need the real size.
+_LESSER_MODELS = {"small": "smoke", "8b": "mid"}
+_STEPS = {"small": ["--steps", "1", "--warmup", "1"], "8b": []}
+_GB = 1e9
+# What a plan leaves out: the workspaces of cuBLAS, and the rounding of the allocator.
+_UNPLANNED, _UNPLANNED_SHARE = 0.3 * _GB, 0.1
+# Of a step's loss in bf16, whose epsilon is 2 ** -7.
+_LOSS_TOLERANCE = 2**-7
+
+
+def train_lora(check: Check) -> None:
+    """LoRA of rank 16 with 16 records a step, beside the reference."""
+    _train(check, "lora", [()])
+
+
+def train_full(check: Check) -> None:
+    """Full training with 2 records a step, in the most exact precision that fits, beside the reference."""
+    precisions = ("master", "stochastic", "bf16") if check.on_gpu else ("stochastic",)
+    _train(check, "full", [("--weight_precision", precision) for precision in precisions])
+
+
+def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
+    """Measure the preset `fast` with the first flags that fit into memory, and then the reference."""
+    fast, reference = _jobs(check, recipe, ["fast", "reference"])
+    refusals = []
+    for number, flags in enumerate(choices):
+        # A plan that does not fit names the flags that would.
+        if refusals and f"{' '.join(flags)} (" not in refusals[0]:
+            continue
+        try:
+            row = _measure(check, dataclasses.replace(fast, flags=flags), number)
+            break
+        except RuntimeError as error:
+            if "does not fit" not in str(error):
+                raise
+            refusals.append(str(error)[-2000:])
+            check.add(refused=refusals)
+    else:
+        raise Skipped(f"{recipe} training does not fit: {refusals[0]}")
+    check.add(fast=row, flags=" ".join(flags))
+    check.summary = _describe(row, " ".join(flags))
+    planned = row["plan"]["total"]
+    check.expect(
+        not check.on_gpu or row["peak_memory_gb"] * _GB <= planned * (1 + _UNPLANNED_SHARE) + _UNPLANNED,
+        f"{row['peak_memory_gb']:.1f} GB are used, and {planned / _GB:.1f} GB were planned",
+    )
+    try:
+        other = _measure(check, reference, len(choices))
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        check.add(reference="out of memory")
+        check.summary += "; the reference is out of memory"
+        return
+    ratio = row["records_per_second"] / other["records_per_second"]
+    check.add(reference=other, ratio=ratio)
+    check.summary += f"; reference {_describe(other)}; {ratio:.2f} times the reference"
+    results = [Result(**one.pop("result")) for one in (row, other)]
+    train_throughput.check_same_work(dict(zip(("fast", "reference"), results, strict=True)))
+
+
+def compiled_blocks(check: Check) -> None:
+    """LoRA with compiled blocks has the loss of the eager one; both speeds."""
+    (job,) = _jobs(check, "lora", ["fast"])
+    row = _measure(check, dataclasses.replace(job, flags=("--torch_compile", "True")), 0)
+    check.add(compiled=row)
+    check.summary = _describe(row, "compiled")
+    eager = ((check.result_of("train-lora") or {}).get("figures") or {}).get("fast")
+    eager = eager or _measure(check, job, 1)
+    check.add(eager=eager)
+    losses = [one["first_loss"] for one in (row, eager)]
+    check.compare("first loss", abs(losses[0] / losses[1] - 1), train_throughput.LOSS_TOLERANCE)
+    check.summary += f"; {row['records_per_second'] / eager['records_per_second']:.2f} times the eager speed"
+
+
+def checkpoint(check: Check) -> None:
+    """Saving LoRA checkpoints while training goes on: size, and the steps after a save."""
+    file = check.folder / "rows.json"
+    steps = {"small": ["--steps", "8", "--every", "3"], "8b": ["--steps", "6", "--every", "3"]}[check.size]
+    subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("checkpoint_overhead.py")), "--recipe", "lora", "--model",
+         _MODELS[check.size], "--device", check.device, "--modes", "background", "--warmup", "1", *steps,
+         "--folder", str(check.folder), "--json", str(file)],
+        check=True,
+    )  # fmt: skip
+    (row,) = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    check.add(**row)
+    # On a CPU the save takes the cores of the step, which at this size is shorter than the save.
+    check.expect(
+        not check.on_gpu or row["ratio"] <= 1.5, f"a step after a save takes {row['ratio']:.2f} times"
+    )
+    check.summary = (
+        f"{row['checkpoint_gb']:.2f} GB; the step after a save takes {row['ratio']:.2f} times the median of "
+        f"{row['median_seconds']:.2f} s"
+    )
+
+
+def memory(check: Check) -> None:
+    """The memory that was planned is the memory that is used."""
+    shares = []
+    for recipe in ("lora", "full"):
+        for checkpointed in ("False", "True"):
+            name = f"{recipe}, --grad_checkpoint {checkpointed}"
+            rows = _in_this_process(check, name, recipe, ("--grad_checkpoint", checkpointed))
+            plan, used = rows[0]["plan"], peak_memory(torch.device(check.device))
+            check.add(**{name: {"planned_gb": plan["total"] / _GB, "used_gb": used / _GB, "plan": plan}})
+            if check.on_gpu:  # on a CPU this process and its libraries are the greatest part
+                limit = plan["total"] * (1 + _UNPLANNED_SHARE) + _UNPLANNED
+                check.expect(
+                    used <= limit, f"{name}: {used / _GB:.2f} GB used, {plan['total'] / _GB:.2f} planned"
+                )
+                shares.append(f"{used / plan['total']:.2f}")
+    check.summary = f"used over planned: {', '.join(shares)}" if shares else "not compared on a CPU"
+
+
+def fsdp(check: Check) -> None:
+    """FSDP2 on one process has the losses of training without it."""
+    expected = [row["loss"] for row in _in_this_process(check, "single", "full", ())]
+    backend = "cpu:gloo,cuda:nccl" if check.on_gpu else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    rows = _in_this_process(check, "fsdp", "full", ("--parallel", "fsdp"))
+    dist.destroy_process_group()
+    found = [row["loss"] for row in rows]
+    check.add(parallel=rows[0]["plan"]["parallel"], losses={"fsdp": found, "single": expected})
+    check.expect(rows[0]["plan"]["parallel"] == "fsdp", "FSDP2 was not used")
+    check.expect(len(found) == len(expected), f"{len(found)} steps, not {len(expected)}")
+    errors = [abs(a / b - 1) for a, b in zip(found, expected, strict=False)]
+    check.compare("losses", max(errors, default=math.nan), _LOSS_TOLERANCE)
+    check.summary = f"losses of {len(found)} steps as without FSDP2"
+
+
+def _jobs(check: Check, recipe: str, presets: list[str]) -> list[Job]:
+    """Prepare the records of all steps, and return the jobs of `train_throughput.py`."""
+    argv = ["--recipe", recipe, "--model", _MODELS[check.size], "--device", check.device, *_STEPS[check.size]]
+    args = train_throughput.build_parser().parse_args(argv)
+    args.steps = RECIPES[recipe].steps if args.steps is None else args.steps
+    args.warmup = RECIPES[recipe].warmup if args.warmup is None else args.warmup
+    train_throughput.prepare(args, check.folder)
+    return train_throughput.plan_jobs(args, presets, check.folder)
+
+
+def _measure(check: Check, job: Job, number: int) -> dict[str, Any]:
+    """Run a job in a process of its own; returns its row, the memory plan of `fast`, and the raw result."""
+    result = run_in_a_process(job, SCRIPT, number)
+    row = train_throughput.row_of(job.label, job, [result])
+    row |= {"first_loss": result.first_loss, "result": dataclasses.asdict(result)}
+    plan = check.folder / f"job{number}/run" / PLAN
+    return row | ({"plan": json.loads(plan.read_text(encoding="utf-8"))} if plan.is_file() else {})
+
+
+def _in_this_process(check: Check, name: str, recipe: str, flags: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Train a small model for some steps; returns the metrics of each with the memory plan."""
+    device, folder = torch.device(check.device), check.folder / name
+    folder.mkdir()
+    job = Job(
+        preset="fast", label=name, recipe=recipe, model=_LESSER_MODELS[check.size], device=check.device,
+        workload="", folder=str(folder), warmup=0, steps=3, flags=flags,
+    )  # fmt: skip
+    gc.collect()
+    if check.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(0)
+    make_loop(job, _workload(check, job)).train()
+    plan = json.loads((folder / "run" / PLAN).read_text(encoding="utf-8"))
+    return [row | {"plan": plan} for row in read_metrics(job)]
+
+
+def _workload(check: Check, job: Job) -> Workload:
+    """Return records for a small model, prepared once."""
+    folder = check.folder / job.recipe
+    file = folder / "workload.json"
+    if not file.is_file():
+        folder.mkdir()
+        records = job.settings.step_records * job.total_steps
+        prepare_workload(
+            folder, SHAPES[job.model], records=records, max_dynamic_patch=1, context_tokens=230
+        ).save(file)
+    return Workload.load(file)
+
+
+def _describe(row: dict[str, Any], flags: str = "") -> str:
+    mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
+    return (
+        f"{flags.removeprefix('--')} {row['records_per_second']:.3g} records/s, "
+        f"{row['tokens_per_second']:.0f} tokens/s{mfu}, {row['peak_memory_gb']:.1f} GB, an epoch in "
+        f"{row['epoch_hours']:.1f} h"
+    ).strip()

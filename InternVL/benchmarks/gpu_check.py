@@ -1,0 +1,220 @@
+"""Acceptance run on one GPU: kernels, launchers, resuming, memory, decoding, compilation and the 8B shape.
+
+Every item runs in a process of its own, is timed, and does not end the others when it fails. Nothing is
+downloaded: models are random, and records are drawn. Without a GPU the same items run at small size.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+
+from benchmarks.gpu.check import SIZES, Check, read_result
+
+SCRIPT = Path(__file__).resolve()
+REPOSITORY = SCRIPT.parents[2]
+RESULTS, LOG = "gpu_check.json", "gpu_check.log"
+# With less time left an item is not started.
+_LEAST_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to check.
+
+    Attributes:
+        name: in the table.
+        function: `module:function` in `benchmarks.gpu`, which is given a `Check`.
+        seconds: most that it may take.
+    """
+
+    name: str
+    function: str
+    seconds: int
+
+
+# By value: what is at the end may find no time left.
+ITEMS = (
+    Item("doctor", "launchers:doctor", 60),
+    Item("attention", "kernels:attention", 60),
+    Item("launchers", "launchers:launchers", 120),
+    Item("train-lora", "training:train_lora", 150),
+    Item("train-full", "training:train_full", 180),
+    Item("decoding", "decoding:decoding", 75),
+    Item("resume", "launchers:resume", 120),
+    Item("checkpoint", "training:checkpoint", 90),
+    Item("memory", "training:memory", 60),
+    Item("optimizer", "kernels:optimizer", 60),
+    Item("fsdp", "training:fsdp", 60),
+    Item("deepspeed", "launchers:deepspeed", 90),
+    Item("compile", "training:compiled_blocks", 150),
+)
+NAMES = tuple(item.name for item in ITEMS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The exit code is 1 if an item failed.\n\n"
+        "Example: bash InternVL/internvl_chat/shell/gpu_check.sh --out work_dirs/gpu_check",
+    )
+    add = parser.add_argument
+    add("--size", choices=SIZES, help="of the models [8b on a GPU, small on a CPU]")
+    add("--out", type=Path, default=REPOSITORY / "work_dirs/gpu_check",
+        help=f"folder of {RESULTS} and {LOG} [work_dirs/gpu_check]")  # fmt: skip
+    add("--minutes", type=float, default=10.0, help="items that do not fit into this time are skipped [10]")
+    add("--items", default=",".join(NAMES), help="only these, comma-separated [all]")
+    add("--device", choices=("cpu", "cuda"), help="[cuda if there is a GPU]")
+    add("--child", nargs=2, metavar=("ITEM", "FOLDER"), help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    began = time.monotonic()
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    chosen = [name.strip() for name in args.items.split(",")]
+    if unknown := set(chosen) - set(NAMES):
+        parser.error(f"--items: {', '.join(sorted(unknown))} is unknown; choose from {','.join(NAMES)}")
+    if args.child:
+        name, work = args.child
+        (item,) = (item for item in ITEMS if item.name == name)
+        Check(name, Path(work), args.size, args.device).run(_function(item))
+        return 0
+    args.device = args.device or _find_device()
+    args.size = args.size or ("8b" if args.device == "cuda" else "small")
+    args.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, Any]] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as work,
+        (args.out / LOG).open("w", encoding="utf-8") as log,
+    ):
+        for item in ITEMS:
+            if item.name not in chosen:
+                continue
+            left = 60 * args.minutes - (time.monotonic() - began)
+            results[item.name] = result = run_item(item, args, Path(work), left, log)
+            print(
+                f"{item.name}: {result['status']} in {result['seconds']:.0f} s", file=sys.stderr, flush=True
+            )
+            # After every item, so that a run that is killed leaves what it has found.
+            write_results(args, results, time.monotonic() - began)
+    print(format_table(results))
+    print(f"{args.out / RESULTS}; the output of all items is in {args.out / LOG}")
+    return 1 if any(result["status"] == "failed" for result in results.values()) else 0
+
+
+def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log: IO[str]) -> dict[str, Any]:
+    """Run an item in a process of its own, for at most its own time and the time left."""
+    if left < _LEAST_SECONDS:
+        return {"status": "skipped", "why": "no time is left", "summary": "", "figures": {}, "seconds": 0.0}
+    seconds, began = min(item.seconds, left), time.monotonic()
+    print(f"==== {item.name}", file=log, flush=True)
+    command = [sys.executable, str(SCRIPT), "--child", item.name, str(work), "--size", args.size,
+               "--device", args.device]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        env=os.environ | environment(args.device, work), start_new_session=True,
+    )  # fmt: skip
+    why = None
+    try:
+        code = process.wait(seconds)
+        if code:
+            why = f"it ended with exit code {code}"
+    except subprocess.TimeoutExpired:
+        why = f"it took longer than {seconds:.0f} s"
+    finally:
+        end_processes(process)
+    result = read_result(work, item.name) or {"status": "failed", "summary": "", "figures": {}}
+    if why is not None:
+        result |= {"status": "failed", "why": why}
+        for file in sorted((work / item.name).rglob("log.txt")):  # of the item's own processes
+            text = file.read_text(encoding="utf-8", errors="replace")
+            print(f"---- {file.relative_to(work)}\n{text[-2000:]}", file=log, flush=True)
+    return result | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def environment(device: str, work: Path) -> dict[str, str]:
+    """Return the variables of every item: the launchers' own, no downloads, nothing kept."""
+    variables = {
+        "PYTHON": sys.executable,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+        "M3LLM_CACHE": str(work / "cache"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return variables | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+
+
+def end_processes(process: subprocess.Popen) -> None:
+    """Kill an item that still runs, and all processes that it has started."""
+    try:
+        running = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for one in running:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def write_results(args: argparse.Namespace, results: dict[str, dict[str, Any]], seconds: float) -> None:
+    """Write the results so far, with date, hardware and versions."""
+    facts = results.get("doctor", {}).get("figures", {})
+    gpus, packages = facts.get("gpus") or [], facts.get("packages") or {}
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": gpus[0]["name"] if gpus else f"{os.cpu_count()} CPU cores",
+        "versions": packages.get("installed", {}),
+        "device": args.device,
+        "size": args.size,
+        "seconds": round(seconds, 1),
+        "ok": all(result["status"] != "failed" for result in results.values()),
+        "items": [{"name": name, **result} for name, result in results.items()],
+    }
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    (args.out / RESULTS).write_text(text + "\n", encoding="utf-8")
+
+
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the results as text, one line an item."""
+    rows = [("item", "status", "seconds", "")]
+    for name, result in results.items():
+        note = "; ".join(filter(None, (result["why"], result["summary"]))).replace("\n", " ")
+        rows.append((name, result["status"], f"{result['seconds']:.0f}", note[:400]))
+    return "\n".join(f"{a:<11} {b:<8} {c:>7}  {d}".rstrip() for a, b, c, d in rows)
+
+
+def _function(item: Item) -> Any:
+    module, _, name = item.function.partition(":")
+    return getattr(import_module(f"benchmarks.gpu.{module}"), name)
+
+
+def _find_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
