@@ -1,4 +1,4 @@
-"""The files of a checkpoint with their sizes and hashes, written last: a folder with a manifest is complete."""
+"""Sizes and hashes of the files of a checkpoint, written last: a folder with a manifest is complete."""
 
 import hashlib
 import json

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -201,7 +202,11 @@ def load_optimizer(
         raise TrainingError(f"{folder}: is the state of other parameters than those of this run")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = {}
-    for key, stored in reader.read_metadata().state_dict_metadata.items():
+    try:
+        metadata = reader.read_metadata()
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder}: cannot be read: {error}") from None
+    for key, stored in metadata.state_dict_metadata.items():
         parameter, dtype = parameters[key.rpartition("/")[0]], stored.properties.dtype
         # Shaped as the parameter it is sharded as the parameter; anything else is the same on every rank.
         is_like = stored.size == parameter.shape

@@ -172,6 +172,7 @@ class Checkpointer:
     def _prepare(self, state: TrainState) -> tuple[_Job, bool]:
         """Return what is to be written, copied if it can be written in the background."""
         strategy, values = self._strategy, state.to_json()
+        self._buffers.follow_training()
         if self._is_deepspeed:
             return _Job(state, json.dumps(values), weights=strategy.full_weights()), False
         local, optimizer = self._weights.prepare(), {}
@@ -197,7 +198,8 @@ class Checkpointer:
         error, entries = job.error, {}
         try:
             self._agree(error)
-            entries = self._write_files(partial, job)
+            with self._buffers.stream():
+                entries = self._write_files(partial, job)
         except Exception as failure:
             error = failure
             if not isinstance(error, OSError | SafetensorError | M3LLMError):
@@ -218,10 +220,10 @@ class Checkpointer:
         Raises:
             TrainingError: names the first rank that has an error; a rank with one raises that.
         """
-        found = [(error and str(error), value)]
+        found = [(None if error is None else str(error) or repr(error), value)]
         if self._group is not None:
-            found = [None] * distributed.world_size()
-            dist.all_gather_object(found, (error and str(error), value), group=self._group)
+            own, found = found[0], found * distributed.world_size()
+            dist.all_gather_object(found, own, group=self._group)
         if error is not None:
             raise error
         for rank, (problem, _) in enumerate(found):
@@ -245,8 +247,7 @@ class Checkpointer:
         if self._is_main:
             began = time.perf_counter()
             partial.mkdir(parents=True, exist_ok=True)
-            with self._buffers.stream():
-                self._write_model(partial, weights)
+            self._write_model(partial, weights)
             self._pause(time.perf_counter() - began)
             (partial / STATE_FILE).write_text(job.text + "\n", encoding="utf-8")
             write_fingerprint(partial, self._fingerprint)

@@ -48,8 +48,6 @@ class HostBuffers:
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Start to copy tensors to the host; on a CPU they are copied on return."""
         self._allocate(self._missing(tensors))
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with self.stream():
             for name, tensor in tensors.items():
                 self._buffers[name].copy_(tensor, non_blocking=True)
@@ -61,6 +59,11 @@ class HostBuffers:
     def stream(self) -> torch.cuda.StreamContext:
         """Return the context that runs GPU work on the stream of the copies; does nothing on a CPU."""
         return torch.cuda.stream(self._stream)
+
+    def follow_training(self) -> None:
+        """Let later work on the stream run after the GPU work that training has launched so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def block_device(self) -> None:
         """Let later GPU work, such as the optimizer's, wait for the copies; this thread goes on."""

@@ -1,0 +1,249 @@
+"""A small model in every layout, and processes that save and load it: helpers of the checkpoint tests."""
+
+import io
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from internvl_chat.model.weights import write_file
+from internvl_chat.train.checkpoint import saver
+from internvl_chat.train.checkpoint.manifest import HashedFile
+from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
+from internvl_chat.train.checkpoint.staging import HostBuffers
+from internvl_chat.train.checkpoint.state import TrainState
+from internvl_chat.train.checkpoint.weights import local_part
+from internvl_chat.train.distributed.strategy import full_tensor
+from internvl_chat.train.optim.adamw import build_adamw
+from internvl_chat.utils import distributed
+
+CPU = torch.device("cpu")
+PATIENCE = 120
+
+
+class Toy(nn.Module):
+    """Weights of which some ranks hold nothing, a tied head, a frozen layer and a buffer."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.words = nn.Embedding(7, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 1)])
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.register_buffer("scale", torch.ones(2))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.to(dtype)
+
+
+def master_adamw(groups):
+    return build_adamw(groups, precision="master", lr=0.1, weight_decay=0.0)
+
+
+class ToyStrategy:
+    """A toy on one process, replicated, or sharded by FSDP2."""
+
+    def __init__(self, layout, make_optimizer=master_adamw, dtype=torch.bfloat16):
+        self.name, self.model = layout, Toy(dtype)
+        self.shards_weights = self.shards_state = layout == "fsdp"
+        if layout == "fsdp":
+            mesh = init_device_mesh("cpu", (distributed.world_size(),))
+            for layer in self.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [{"params": trained[:1], "weight_decay": 0.1}, {"params": trained[1:]}]
+        self.optimizer = make_optimizer(groups)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+
+    def train(self, steps, first=0):
+        """Do steps whose gradients depend on the step alone."""
+        for step in range(first, first + steps):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                    if isinstance(parameter, DTensor):
+                        grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements)
+                    parameter.grad = grad
+            self.optimizer.step()
+            self.scheduler.step()
+
+    def full_weights(self):
+        return {name: full_tensor(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def full_state(self):
+        """Everything that a resumed run must have in common with this one."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        state = {
+            f"{names[p]}/{key}": full_tensor(value).clone() if isinstance(value, torch.Tensor) else value
+            for p, values in self.optimizer.state.items()
+            for key, value in values.items()
+        }
+        options = [
+            {k: v for k, v in g.items() if k not in ("params", "differentiable")}
+            for g in self.optimizer.param_groups
+        ]
+        return state, options, self.scheduler.state_dict()
+
+
+def write_toy(folder, weights):
+    """Write the weights as one file, tied ones once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unique = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(weights.items())}
+    write_file({name: tensor.contiguous() for name, tensor in unique.values()}, folder / "model.safetensors")
+
+
+def checkpointer(output, strategy, write_model=write_toy, **options):
+    """A checkpointer with defaults for tests."""
+    options = {"keep": None, "model_only": False, "background": True, "device": CPU} | options
+    return Checkpointer(output, strategy, write_model, fingerprint={"seed": 1}, **options)
+
+
+def assert_same_state(one, other):
+    """Assert that two results of `full_state` agree in every bit."""
+    assert one[0].keys() == other[0].keys()
+    for key, value in one[0].items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other[0][key].dtype, key
+            assert torch.equal(value, other[0][key]), key
+        else:
+            assert value == other[0][key], key
+    assert one[1:] == other[1:]
+
+
+def run_ranks(world_size, function, *arguments):
+    """Call a function of this module in several processes with a process group; returns their results."""
+    context = multiprocessing.get_context("forkserver")
+    # Its imports take most of the time of a process.
+    context.set_forkserver_preload(["internvl_chat.train.checkpoint.saver", "torch.distributed.fsdp"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers = context.Queue()
+    processes = [
+        context.Process(target=_run_rank, args=(rank, world_size, port, answers, function, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results, began = {}, time.monotonic()
+    try:
+        while len(results) < world_size:
+            is_over = any(p.exitcode for p in processes) or time.monotonic() - began > PATIENCE
+            try:
+                rank, result, error = answers.get(timeout=1)
+            except queue.Empty:
+                assert not is_over, f"only the ranks {sorted(results)} of {world_size} have answered"
+                continue
+            assert error is None, f"rank {rank}:\n{error}"
+            results[rank] = result
+    finally:
+        for process in processes:
+            process.join(5 if len(results) == world_size else 0)
+            process.kill()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _run_rank(rank, world_size, port, answers, function, arguments):
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group(CPU, timedelta(seconds=PATIENCE))
+        answers.put((rank, function(*arguments), None))
+        distributed.destroy_process_group()
+    except BaseException:
+        answers.put((rank, None, traceback.format_exc()))
+
+
+# Called in every rank
+
+
+def move(layout, source, target, reference):
+    """Load a checkpoint, assert that nothing has changed, and save it; returns elements read and held."""
+    strategy, read = ToyStrategy(layout), []
+    read_data = dcp.HuggingFaceStorageReader.read_data
+
+    def record(self, plan, planner):
+        read.extend(item.lengths.numel() for item in plan.items)
+        return read_data(self, plan, planner)
+
+    dcp.HuggingFaceStorageReader.read_data = record
+    try:
+        state = load_training_state(source, strategy)
+    finally:
+        dcp.HuggingFaceStorageReader.read_data = read_data
+    assert_same_state(strategy.full_state(), torch.load(reference))
+    tensors = [v for values in strategy.optimizer.state.values() for v in values.values()]
+    held = sum(local_part(tensor).numel() for tensor in tensors)
+    if target is not None:
+        with checkpointer(target, strategy) as writer:
+            writer.save(state)
+            writer.before_optimizer_step()
+            strategy.train(1, first=9)
+    return sum(read), held
+
+
+def save_with_failures(layout, output):
+    """Save five checkpoints, three of which fail on one rank; returns what this rank logged."""
+    strategy, rank = ToyStrategy(layout), distributed.rank()
+    log = io.StringIO()
+    logging.getLogger("internvl_chat").addHandler(logging.StreamHandler(log))
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    failures = {
+        2: (HashedFile, "write", 1),
+        3: (HostBuffers, "copy", 1),
+        4: (saver, "write_manifest", 0),
+    }
+    with checkpointer(output, strategy) as writer:
+        for step in range(1, 6):
+            strategy.train(1, first=step)
+            place, name, failing = failures.get(step, (None, "", None))
+            working = getattr(place, name, None)
+            if rank == failing:
+                setattr(place, name, fail)
+            writer.save(TrainState(step=step))
+            writer.before_optimizer_step()
+            writer.wait()
+            if rank == failing:
+                setattr(place, name, working)
+            distributed.barrier()
+            assert not list((output / ".partial").iterdir())
+    return log.getvalue()
+
+
+def save_and_be_killed(output):
+    """Save a checkpoint, and die in the middle of the next."""
+    strategy = ToyStrategy("single")
+    strategy.train(1)
+    with checkpointer(output, strategy) as writer:
+        writer.save(TrainState(step=1))
+    write_manifest = saver.write_manifest
+
+    def die(*arguments, **options):
+        write_manifest(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    saver.write_manifest = die
+    checkpointer(output, strategy, background=False).save(TrainState(step=2))

@@ -1,0 +1,160 @@
+"""Optimizer state moves between layouts and numbers of ranks without a changed bit, and without pickles."""
+
+import json
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from checkpoint_ranks import (
+    Toy,
+    ToyStrategy,
+    assert_same_state,
+    checkpointer,
+    master_adamw,
+    move,
+    run_ranks,
+)
+from safetensors.torch import load_file
+from transformers import Adafactor
+
+from internvl_chat.train.checkpoint import optimizer_state
+from internvl_chat.train.checkpoint.manifest import MANIFEST, find_damage, hash_files
+from internvl_chat.train.checkpoint.saver import load_training_state
+from internvl_chat.train.checkpoint.state import TrainState
+from internvl_chat.train.optim.adamw import build_adamw
+from internvl_chat.utils.errors import TrainingError, UsageError
+
+STATE = TrainState(step=3, epoch=0.5, best_step=2, best_metric=1.25, total_flops=1e15)
+
+
+def save(output, strategy, **options):
+    with checkpointer(output, strategy, **options) as saver:
+        saver.save(STATE)
+    return output / f"checkpoint-{STATE.step}"
+
+
+def trained(**options):
+    strategy = ToyStrategy("single", **options)
+    strategy.train(3)
+    return strategy
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A checkpoint of one process, and its state."""
+    folder, strategy = tmp_path_factory.mktemp("source"), trained()
+    torch.save(strategy.full_state(), folder / "reference.pt")
+    return save(folder, strategy), folder / "reference.pt"
+
+
+def test_state_moves_between_layouts_and_numbers_of_ranks(source, tmp_path):
+    checkpoint, reference = source
+    for world_size, layout in ((2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp")):
+        target = tmp_path / f"{world_size} {layout}"
+        for read, held in run_ranks(world_size, move, layout, checkpoint, target, reference):
+            assert read == held  # a rank reads its shards, and nothing else
+        checkpoint = target / checkpoint.name
+        assert find_damage(checkpoint) is None
+        files = sorted((checkpoint / "optimizer").iterdir())
+        assert [file.name for file in files] == [
+            f"rank-{rank:05d}-000.safetensors" for rank in range(world_size)
+        ]
+        if layout == "ddp":
+            # Each rank writes its share of what all of them hold.
+            tensors = [load_file(file) for file in files]
+            assert set(Counter(key for file in tensors for key in file).values()) == {1}
+            sizes = [sum(tensor.nbytes for tensor in file.values()) for file in tensors]
+            assert max(sizes) < sum(sizes)
+        weights = load_file(checkpoint / "model.safetensors")
+        for name, weight in Toy().state_dict().items():
+            assert torch.equal(weights[name], weight) if name in weights else name == "head.weight"
+    strategy = ToyStrategy("single")
+    assert load_training_state(checkpoint, strategy) == STATE
+    assert_same_state(strategy.full_state(), torch.load(reference))
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "dtype"),
+    [
+        (master_adamw, torch.float32),
+        (
+            lambda groups: build_adamw(groups, precision="stochastic", lr=0.1, weight_decay=0.0),
+            torch.bfloat16,
+        ),
+        (lambda groups: build_adamw(groups, precision="bf16", lr=0.1, weight_decay=0.0), torch.bfloat16),
+        (lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9), torch.float32),
+        # Float32 state of bf16 weights, numbers that are no tensors, and shapes that are not the weights'.
+        (lambda groups: Adafactor(groups, lr=0.1, relative_step=False), torch.bfloat16),
+    ],
+    ids=["float32", "stochastic", "bf16", "sgd", "adafactor"],
+)
+def test_resumed_steps_are_those_of_an_uninterrupted_run(tmp_path, make_optimizer, dtype):
+    options = {"make_optimizer": make_optimizer, "dtype": dtype}
+    undisturbed, resumed = trained(**options), ToyStrategy("single", **options)
+    checkpoint = save(tmp_path, undisturbed)
+    load_training_state(checkpoint, resumed)
+    assert_same_state(resumed.full_state(), undisturbed.full_state())
+    resumed.model.load_state_dict(undisturbed.model.state_dict())
+    for strategy in (undisturbed, resumed):
+        strategy.train(2, first=3)
+    assert_same_state(resumed.full_state(), undisturbed.full_state())
+    for name, weight in undisturbed.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_files_are_hashed_while_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizer_state, "_FILE_BYTES", 200)
+    hashed = []
+
+    def count(files, *arguments):
+        hashed.extend(files := list(files))
+        return hash_files(files, *arguments)
+
+    monkeypatch.setattr("internvl_chat.train.checkpoint.manifest.hash_files", count)
+    checkpoint = save(tmp_path, trained())
+    files = sorted((checkpoint / "optimizer").iterdir())
+    assert len(files) > 2
+    assert not set(files) & set(hashed)
+    entries = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    for file, digest in zip(files, hash_files(files), strict=True):
+        assert entries[f"optimizer/{file.name}"] == {"bytes": file.stat().st_size, "sha256": digest}
+    strategy = ToyStrategy("single")
+    load_training_state(checkpoint, strategy)
+    assert_same_state(strategy.full_state(), trained().full_state())
+
+
+class Malicious:
+    """Unpickling it is noticed."""
+
+    loaded = False
+
+    def __reduce__(self):
+        return setattr, (Malicious, "loaded", True)
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    checkpoint = save(tmp_path, trained())
+    folder = checkpoint / "optimizer"
+    for name in (".metadata", "__0_0.distcp"):
+        (folder / name).write_bytes(pickle.dumps(Malicious()))
+    load_training_state(checkpoint, ToyStrategy("single"))
+    (folder / "rank-00000-000.safetensors").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(TrainingError, match="optimizer: cannot be read"):
+        load_training_state(checkpoint, ToyStrategy("single"))
+    assert not Malicious.loaded
+
+
+def test_state_of_other_parameters_is_refused(tmp_path):
+    checkpoint, other = save(tmp_path, trained()), ToyStrategy("single")
+    other.optimizer.param_groups[0]["params"].reverse()
+    other.optimizer.param_groups[1]["params"].reverse()
+    with pytest.raises(TrainingError, match="is the state of other parameters"):
+        load_training_state(checkpoint, other)
+
+
+def test_without_optimizer_state_nothing_is_resumed(tmp_path):
+    checkpoint = save(tmp_path, trained(), model_only=True)
+    assert not (checkpoint / "optimizer").exists()
+    with pytest.raises(UsageError, match="holds no optimizer state"):
+        load_training_state(checkpoint, ToyStrategy("single"))

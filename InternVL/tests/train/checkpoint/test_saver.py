@@ -1,0 +1,304 @@
+"""Saving while training goes on: what is written, who waits for whom, and what happens to errors."""
+
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoint_ranks import (
+    CPU,
+    ToyStrategy,
+    checkpointer,
+    run_ranks,
+    save_and_be_killed,
+    save_with_failures,
+    write_toy,
+)
+from safetensors.torch import load_file
+
+from internvl_chat.train.checkpoint import staging
+from internvl_chat.train.checkpoint.manifest import find_damage
+from internvl_chat.train.checkpoint.run_folder import inspect_output_folder, list_checkpoints
+from internvl_chat.train.checkpoint.saver import load_training_state
+from internvl_chat.train.checkpoint.staging import HostBuffers
+from internvl_chat.train.checkpoint.state import TrainState
+
+PATIENCE = 20  # seconds after which a thread that should have gone on is stuck
+
+
+def names(output):
+    return [path.name for path in list_checkpoints(output)]
+
+
+@pytest.fixture
+def strategy():
+    strategy = ToyStrategy("single")
+    strategy.train(1)
+    return strategy
+
+
+class Disk:
+    """Stands for a slow disk: a write goes on only when it may."""
+
+    def __init__(self, write_model=write_toy):
+        self.started, self.may_go_on, self.write_model = threading.Event(), threading.Event(), write_model
+
+    def __call__(self, folder, weights):
+        self.started.set()
+        assert self.may_go_on.wait(PATIENCE)
+        self.write_model(folder, weights)
+
+
+@pytest.fixture
+def disk():
+    disk = Disk()
+    yield disk
+    disk.may_go_on.set()
+
+
+class TestCheckpoint:
+    def test_holds_what_a_run_resumes_from(self, tmp_path, strategy):
+        state = TrainState(
+            3, 0.5, best_step=2, best_metric=0.25, evals_without_improvement=1, total_flops=9.0
+        )
+        with checkpointer(tmp_path, strategy) as saver:
+            saver.save(state)
+        folder = tmp_path / "checkpoint-3"
+        assert {path.name for path in folder.iterdir()} == {
+            "model.safetensors", "optimizer", "trainer_state.json", "run_fingerprint.json", "manifest.json",
+        }  # fmt: skip
+        values = json.loads((folder / "trainer_state.json").read_text())
+        found = [values[key] for key in ("global_step", "epoch", "best_global_step", "best_metric")]
+        assert found == [3, 0.5, 2, 0.25]
+        assert load_training_state(folder, ToyStrategy("single")) == state
+        assert not (tmp_path / ".partial").exists()
+
+    def test_tied_weights_are_one_and_frozen_ones_are_not_copied(self, tmp_path, strategy):
+        given = {}
+
+        def write(folder, weights):
+            given.update({name: tensor.data_ptr() for name, tensor in weights.items()})
+            write_toy(folder, weights)
+
+        with checkpointer(tmp_path, strategy, write) as saver:
+            saver.save(TrainState(step=1))
+        live = {name: tensor.data_ptr() for name, tensor in strategy.model.state_dict().items()}
+        assert given.keys() == live.keys()
+        assert given["words.weight"] == given["head.weight"] != live["words.weight"]
+        for name in live:
+            is_fixed = name.startswith(("frozen", "scale"))
+            assert (given[name] == live[name]) == is_fixed, name
+        assert "head.weight" not in load_file(tmp_path / "checkpoint-1/model.safetensors")
+
+    def test_older_ones_go_when_the_new_one_is_complete(self, tmp_path, strategy):
+        found = []
+
+        def watch(folder, weights):
+            found.append(names(tmp_path))
+            write_toy(folder, weights)
+
+        (tmp_path / "checkpoint-1-mine").mkdir()
+        with checkpointer(tmp_path, strategy, watch, keep=2) as saver:
+            for step in (8, 9, 10, 11):
+                saver.save(TrainState(step=step, best_step=8))
+        assert found[2:] == [["checkpoint-8", "checkpoint-9"], ["checkpoint-8", "checkpoint-10"]]
+        assert names(tmp_path) == ["checkpoint-8", "checkpoint-11"]
+        assert (tmp_path / "checkpoint-1-mine").is_dir()
+
+    def test_saved_again_it_is_replaced(self, tmp_path, strategy):
+        with checkpointer(tmp_path, strategy) as saver:
+            for epoch in (1.0, 2.0):
+                saver.save(TrainState(step=3, epoch=epoch))
+        assert load_training_state(tmp_path / "checkpoint-3", ToyStrategy("single")).epoch == 2
+        assert names(tmp_path) == ["checkpoint-3"]
+
+    def test_the_finished_model_is_written_in_the_foreground(self, tmp_path, strategy):
+        def fail(folder, weights):
+            raise OSError(28, "No space left on device")
+
+        saver = checkpointer(tmp_path, strategy)
+        saver.save_model(tmp_path / "model")
+        written = load_file(tmp_path / "model/model.safetensors")
+        assert torch.equal(written["words.weight"], strategy.model.words.weight)
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer(tmp_path, strategy, fail).save_model(tmp_path)
+
+
+class TestBackground:
+    def test_writes_what_was_there_while_training_goes_on(self, tmp_path, strategy, disk):
+        weight, state = strategy.model.words.weight.detach().clone(), TrainState(step=1)
+        with checkpointer(tmp_path, strategy, disk) as saver:
+            saver.save(state)
+            saver.before_optimizer_step()
+            state.step = 2
+            strategy.train(3, first=1)
+            assert saver.busy
+            assert names(tmp_path) == []
+            disk.may_go_on.set()
+        assert not saver.busy
+        found = ToyStrategy("single")
+        assert load_training_state(tmp_path / "checkpoint-1", found) == TrainState(step=1)
+        assert found.full_state()[0]["words.weight/step"] == 1
+        assert torch.equal(load_file(tmp_path / "checkpoint-1/model.safetensors")["words.weight"], weight)
+
+    def test_second_save_waits_for_the_first(self, tmp_path, strategy, disk):
+        with checkpointer(tmp_path, strategy, disk) as saver:
+            saver.save(TrainState(step=1))
+            assert disk.started.wait(PATIENCE)
+            threading.Timer(0.05, disk.may_go_on.set).start()
+            saver.save(TrainState(step=2))
+            assert names(tmp_path)[0] == "checkpoint-1"
+
+    def test_in_the_foreground_nothing_is_copied(self, tmp_path, strategy, monkeypatch):
+        monkeypatch.setattr(HostBuffers, "copy", lambda *_: pytest.fail("copied"))
+        saver = checkpointer(tmp_path, strategy, background=False)
+        saver.save(TrainState(step=1))
+        assert names(tmp_path) == ["checkpoint-1"]
+
+    def test_buffers_are_used_again(self, tmp_path, strategy):
+        places = []
+
+        def write(folder, weights):
+            places.append({name: tensor.data_ptr() for name, tensor in weights.items()})
+            write_toy(folder, weights)
+
+        with checkpointer(tmp_path, strategy, write) as saver:
+            for step in (1, 2, 3):
+                saver.save(TrainState(step=step))
+        assert places[0] == places[1] == places[2]
+
+    def test_without_memory_for_copies_training_waits(self, tmp_path, strategy, monkeypatch, caplog):
+        live, places = strategy.model.words.weight.data_ptr(), []
+        needed = sum(t.nbytes for t in strategy.model.parameters() if t.requires_grad)
+        needed += sum(v.nbytes for values in strategy.optimizer.state.values() for v in values.values())
+
+        def write(folder, weights):
+            places.append(weights["words.weight"].data_ptr())
+            write_toy(folder, weights)
+
+        with checkpointer(tmp_path, strategy, write) as saver:
+            for step, factor in enumerate((1.19, 1.19, 1.21, 0.0)):
+                free = SimpleNamespace(available=factor * needed)
+                monkeypatch.setattr(staging.psutil, "virtual_memory", lambda free=free: free)
+                saver.save(TrainState(step=step))
+                saver.wait()
+        assert [place == live for place in places] == [True, True, False, False]
+        assert caplog.text.count("training waits while checkpoints are written") == 1
+
+    def test_on_a_cpu_the_thread_rests_until_somebody_waits(self, tmp_path, strategy, disk):
+        with checkpointer(tmp_path, strategy, disk) as saver:
+            rested = threading.Event()
+            disk.write_model = lambda *_: (saver._pause(PATIENCE), rested.set())
+            saver.save(TrainState(step=1))
+            disk.may_go_on.set()
+            assert not rested.wait(0.05)
+            began = time.perf_counter()
+            saver.wait()
+            assert rested.is_set()
+            assert time.perf_counter() - began < PATIENCE
+
+    def test_leaving_ends_the_save_and_keeps_an_error_of_training(self, tmp_path, strategy, disk):
+        threading.Timer(0.05, disk.may_go_on.set).start()
+        with pytest.raises(KeyboardInterrupt), checkpointer(tmp_path, strategy, disk) as saver:
+            saver.save(TrainState(step=1))
+            raise KeyboardInterrupt
+        assert names(tmp_path) == ["checkpoint-1"]
+
+
+class TestBuffers:
+    def test_hold_the_numbers_of_any_tensor(self):
+        tensors = {
+            "transposed": torch.arange(6.0).reshape(2, 3).T, "scalar": torch.tensor(3.0),
+            "empty": torch.empty(0, 3), "bf16": torch.arange(5, dtype=torch.bfloat16),
+            "int8": torch.arange(3, dtype=torch.int8),
+        }  # fmt: skip
+        buffers = HostBuffers(CPU)
+        copies = buffers.copy(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(copies[name], tensor) and copies[name].dtype == tensor.dtype
+        copies = buffers.copy({"scalar": torch.ones(3), "bf16": tensors["bf16"] + 1})
+        assert copies["scalar"].tolist() == [1, 1, 1]
+        assert copies["bf16"].tolist() == [1, 2, 3, 4, 5]
+
+    def test_share_blocks(self, monkeypatch):
+        monkeypatch.setattr(staging, "_BLOCK_BYTES", 200)
+        tensors = {str(n): torch.full((10,), float(n)) for n in range(9)} | {"large": torch.ones(100)}
+        copies = HostBuffers(CPU).copy(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(copies[name], tensor)
+        assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4
+
+
+class TestFailures:
+    @pytest.mark.parametrize("background", [True, False])
+    def test_a_full_disk_leaves_the_last_checkpoint(self, tmp_path, strategy, caplog, background):
+        def write(folder, weights):
+            write_toy(folder, weights)
+            if folder.name == "checkpoint-2":
+                raise OSError(28, "No space left on device")
+
+        with checkpointer(tmp_path, strategy, write, background=background) as saver:
+            for step in (1, 2, 2, 3):
+                saver.save(TrainState(step=step))
+        reason = "[Errno 28] No space left on device"
+        assert f"{tmp_path / 'checkpoint-2'} was not written: {reason}" in caplog.text
+        assert "checkpoint-1 stays the newest, and training goes on" in caplog.text
+        assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+        assert not (tmp_path / ".partial").exists()
+
+    def test_a_failed_replacement_leaves_the_first(self, tmp_path, strategy, monkeypatch):
+        with checkpointer(tmp_path, strategy) as saver:
+            saver.save(TrainState(step=1, epoch=1.0))
+            saver.wait()
+            monkeypatch.setattr(strategy.scheduler, "state_dict", lambda: {"no": object()})
+            saver.save(TrainState(step=1, epoch=2.0))
+        assert load_training_state(tmp_path / "checkpoint-1", ToyStrategy("single")).epoch == 1
+
+    @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+    def test_one_rank_fails(self, tmp_path, layout):
+        logs = run_ranks(2, save_with_failures, layout, tmp_path)
+        assert names(tmp_path) == ["checkpoint-1", "checkpoint-5"]
+        assert find_damage(tmp_path / "checkpoint-5") is None
+        reason = "[Errno 28] No space left on device"
+        for step, rank in ((2, "rank 1: "), (3, "rank 1: "), (4, "")):
+            assert f"checkpoint-{step} was not written: {rank}{reason}" in logs[0]
+        assert "was not written" not in logs[1]
+
+    def test_a_killed_process_leaves_the_last_checkpoint(self, tmp_path):
+        with pytest.raises(AssertionError, match="have answered"):
+            run_ranks(1, save_and_be_killed, tmp_path)
+        assert (tmp_path / ".partial/checkpoint-2/manifest.json").exists()
+        found = inspect_output_folder(tmp_path, overwrite=False, resume=None)
+        assert found.resume == tmp_path / "checkpoint-1"
+        found.open().close()
+        assert not (tmp_path / ".partial").exists()
+
+
+class TestDeepSpeed:
+    def test_its_engine_saves_and_loads_in_the_foreground(self, tmp_path, strategy):
+        calls = []
+
+        class Engine:
+            def save_checkpoint(self, folder, tag, **_):
+                calls.append(("save", folder, tag, threading.current_thread() is threading.main_thread()))
+
+            def load_checkpoint(self, folder, tag, **_):
+                calls.append(("load", folder, tag))
+                return folder, {}
+
+        strategy.name, strategy.engine = "deepspeed", Engine()
+        (tmp_path / "checkpoint-1/deepspeed").mkdir(parents=True)
+        with checkpointer(tmp_path, strategy) as saver:
+            saver.save(TrainState(step=1))
+        folder = tmp_path / "checkpoint-1"
+        assert "optimizer" not in json.loads((folder / "trainer_state.json").read_text())
+        (folder / "deepspeed").mkdir()
+        assert load_training_state(folder, strategy) == TrainState(step=1)
+        (_, written, tag, in_foreground), (_, read, read_tag) = calls
+        assert in_foreground and tag == read_tag
+        assert (written, read) == (
+            str(tmp_path / ".partial/checkpoint-1/deepspeed"),
+            str(folder / "deepspeed"),
+        )
