@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.child:
         name, work = args.child
         (item,) = (item for item in ITEMS if item.name == name)
-        Check(name, Path(work), args.size, args.device).run(_function(item))
+        Check(name, Path(work), args.size, args.device).run(lambda check: _function(item)(check))
         return 0
     args.device = args.device or _find_device()
     args.size = args.size or ("8b" if args.device == "cuda" else "small")

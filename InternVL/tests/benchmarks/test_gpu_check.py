@@ -1,0 +1,187 @@
+"""The acceptance run at small size on a CPU: what it reports, and that it needs few packages."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import SOURCE_ROOT
+
+from benchmarks import gpu_check
+from benchmarks.gpu.check import Check, Skipped, read_result
+from benchmarks.gpu_check import NAMES, Item, main, run_item
+
+SCRIPT = SOURCE_ROOT / "internvl_chat/shell/gpu_check.sh"
+# Requirements of the package that the acceptance run does without, and what only the tests and `eval` need.
+UNNEEDED = ("bert_score", "deepspeed", "matplotlib", "nltk", "pandas", "pyarrow", "rouge", "scipy",
+            "sentence_transformers", "sentencepiece", "sklearn", "wandb")  # fmt: skip
+
+
+@pytest.fixture
+def bare(tmp_path) -> dict[str, str]:
+    """The environment of a Python in which the unneeded packages cannot be imported."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    code = f"import sys\nsys.modules.update(dict.fromkeys({UNNEEDED!r}))\n"
+    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+    paths = os.pathsep.join([str(folder), str(SOURCE_ROOT)])
+    return os.environ | {"PYTHONPATH": paths, "PYTHON": sys.executable}
+
+
+def check_script(out, environment, *flags):
+    """Run the script; returns its exit code, output and report."""
+    result = subprocess.run(
+        ["bash", str(SCRIPT), "--out", str(out), "--device", "cpu", *flags],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    report = json.loads((out / "gpu_check.json").read_text(encoding="utf-8"))
+    return result.returncode, result.stdout, report
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "Example: bash InternVL/internvl_chat/shell/gpu_check.sh" in text
+    assert "--child" not in text
+
+
+def test_unknown_items_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--items", "attention,sound"])
+    assert end.value.code == 2
+    assert "--items: sound is unknown; choose from doctor,attention" in capsys.readouterr().err
+
+
+def test_all_that_is_imported_is_installed_on_a_bare_machine(bare):
+    code = (
+        "import sys\n"
+        "from benchmarks.gpu import decoding, kernels, launchers, training\n"
+        "import benchmarks.checkpoint_overhead, benchmarks.ours, benchmarks.reference\n"
+        "import internvl_chat.train.internvl_chat_finetune\n"
+        f"assert not any(sys.modules[name] for name in {UNNEEDED!r})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_kernels_at_small_size(bare, tmp_path):
+    code, out, report = check_script(tmp_path / "out", bare, "--items", "attention")
+    assert code == 0, out
+    assert report["ok"]
+    assert (report["size"], report["device"]) == ("small", "cpu")
+    [item] = report["items"]
+    assert (item["name"], item["status"], item["why"]) == ("attention", "ok", "")
+    assert item["seconds"] > 0
+    assert len(item["figures"]) == 18
+    for figure in item["figures"].values():
+        assert 0 <= figure["error"] <= figure["tolerance"] < 0.1
+    assert "attention   ok" in out
+    assert "==== attention" in (tmp_path / "out/gpu_check.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_everything_at_small_size(bare, tmp_path):
+    code, out, report = check_script(tmp_path / "out", bare)
+    items = {item["name"]: item for item in report["items"]}
+    assert code == 0, out
+    assert tuple(items) == NAMES
+    assert items["deepspeed"]["status"] == "skipped"
+    assert {item["status"] for name, item in items.items() if name != "deepspeed"} <= {"ok", "skipped"}
+    for recipe in ("train-lora", "train-full"):
+        figures = items[recipe]["figures"]
+        rates = [figures[preset]["records_per_second"] for preset in ("fast", "reference")]
+        assert figures["ratio"] == pytest.approx(rates[0] / rates[1])
+        assert figures["fast"]["plan"]["components"]["weights"] > 0
+    assert items["launchers"]["figures"]["full"]["exit_code"] == 0
+    assert items["resume"]["figures"]["stopped_after"] > 0
+    assert items["fsdp"]["figures"]["parallel"] == "fsdp"
+    assert items["doctor"]["figures"]["ready"]
+    assert report["versions"]["torch"]
+
+
+def test_no_time_left(tmp_path, capsys):
+    assert main(["--minutes", "0", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
+    assert {(item["status"], item["why"]) for item in report["items"]} == {("skipped", "no time is left")}
+    assert len(report["items"]) == len(NAMES)
+    assert capsys.readouterr().out.count("no time is left") == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("item", "why"),
+    [
+        (Item("attention", "kernels:attention", 1), "it took longer than 1 s"),
+        (Item("unknown", "kernels:unknown", 60), "it ended with exit code 1"),
+    ],
+)
+def test_an_item_that_is_slow_or_broken_fails_alone(item, why, tmp_path):
+    args = argparse.Namespace(size="small", device="cpu")
+    with (tmp_path / "log").open("w") as log:
+        result = run_item(item, args, tmp_path, 100.0, log)
+    assert (result["status"], result["why"]) == ("failed", why)
+
+
+def test_a_failed_item_is_the_exit_code(monkeypatch, tmp_path):
+    statuses = {"doctor": "ok", "attention": "failed", "launchers": "skipped"}
+
+    def run(item, *_):
+        return {"status": statuses[item.name], "why": "", "summary": "", "figures": {}, "seconds": 1.0}
+
+    monkeypatch.setattr(gpu_check, "run_item", run)
+    argv = ["--device", "cpu", "--out", str(tmp_path), "--items"]
+    assert main([*argv, "doctor,launchers"]) == 0
+    assert main([*argv, "doctor,attention,launchers"]) == 1
+    assert not json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))["ok"]
+
+
+def run_check(item, work):
+    check = Check("item", work, "small", "cpu")
+    check.run(item)
+    return read_result(work, "item")
+
+
+def test_statuses_of_an_item(tmp_path, capsys):
+    def passes(check):
+        check.compare("sum", 0.5, 1.0)
+        check.summary = "half"
+
+    def skips(check):
+        raise Skipped("no such package")
+
+    def raises(check):
+        check.add(before=1)
+        raise ValueError("broken")
+
+    def differs(check):
+        check.compare("sum", math.nan, 1.0)
+        check.expect(False, "other records")
+
+    assert run_check(passes, tmp_path) == {
+        "status": "ok", "why": "", "summary": "half", "figures": {"sum": {"error": 0.5, "tolerance": 1.0}},
+    }  # fmt: skip
+    assert run_check(skips, tmp_path)["why"] == "no such package"
+    result = run_check(raises, tmp_path)
+    assert (result["status"], result["why"], result["figures"]) == (
+        "failed",
+        "ValueError: broken",
+        {"before": 1},
+    )
+    assert "ValueError: broken" in capsys.readouterr().err
+    result = run_check(differs, tmp_path)
+    assert (result["status"], result["why"]) == ("failed", "sum: error nan, tolerance 1; other records")
+
+
+def test_a_stopped_item_leaves_its_figures(tmp_path):
+    check = Check("item", tmp_path, "small", "cpu")
+    check.add(first=1.0)
+    result = read_result(tmp_path, "item")
+    assert (result["status"], result["why"], result["figures"]) == (
+        "failed",
+        "it was stopped",
+        {"first": 1.0},
+    )
