@@ -1,265 +1,295 @@
-"""How much memory a step needs, and what follows: which layers are recomputed, how weights are stepped.
+"""Memory plan: what a rank needs by component, and the parallel layout and activation checkpointing that fit.
 
-Everything is counted in bytes on one device. What a decoder layer keeps for its backward pass is not guessed:
-one layer is run on a few tokens and what autograd saves is counted.
+All sizes are in bytes. Memory decides neither `--weight_precision` nor anything else that changes results.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import itertools
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch import nn
 
-from internvl_chat.data.dataset import Draw
-from internvl_chat.data.length_cache import Lengths
+from internvl_chat.data.dataset import Draw, TrainingData
 from internvl_chat.data.order import StepSampler
-from internvl_chat.model.lean import is_lean
 from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.train.optim.adamw import bytes_per_parameter
-from internvl_chat.utils.distributed import of_all_processes
+from internvl_chat.train.config import RunConfig, TrainConfig
+from internvl_chat.train.optim.adamw import (
+    OWN_OPTIMIZERS,
+    WEIGHT_PRECISIONS,
+    bytes_per_parameter,
+    scratch_bytes,
+)
+from internvl_chat.train.optim.factory import uses_compiled_step
+from internvl_chat.train.preflight.activations import PackSize, measure_activations
+from internvl_chat.utils.distributed import all_gather_object
+from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.logging import get_logger
 
-# Share of a device that a plan may fill; allocators round up and fragment.
-_USABLE = 0.92
-# Tokens of the records by which a layer is probed; two lengths tell what grows with the square.
-_PROBES = (256, 512)
+logger = get_logger(__name__)
 
-
-@dataclass(frozen=True)
-class PackSize:
-    """What of a pack takes memory.
-
-    Attributes:
-        tokens: of all records.
-        supervised: tokens.
-        tiles: of all records.
-        squares: sum of the squares of the records' tokens.
-    """
-
-    tokens: int
-    supervised: int
-    tiles: int
-    squares: int = 0
-
-
-@dataclass(frozen=True)
-class MemoryModel:
-    """What a process needs, in bytes.
-
-    Attributes:
-        weights: all weights.
-        gradients: of the trained weights.
-        trained: gradients and optimizer state, by weight precision.
-        layers: decoder layers.
-        layer_token: what a layer keeps for a token.
-        input_token: what a recomputed layer keeps for a token.
-        supervised: logits of a supervised token, their gradient and what is in work.
-        tile: features of a tile, and what a vision tower that is trained keeps for it.
-        recomputed_tile: the same where any layer is recomputed.
-        layer_square: what a layer keeps for the square of a record's tokens: attention weights, where no
-            kernel does without.
-    """
-
-    weights: int
-    gradients: int
-    trained: dict[str, int]
-    layers: int
-    layer_token: float
-    input_token: float
-    supervised: float
-    tile: float
-    recomputed_tile: float
-    layer_square: float = 0.0
-
-    def optimizer_state(self, precision: str) -> int:
-        """Return what the first optimizer step adds to weights and gradients."""
-        return max(0, self.trained[precision] - self.gradients)
-
-    def needed(self, pack: PackSize, precision: str, recomputed: int) -> float:
-        """Return what the step of a pack needs when `recomputed` layers keep their inputs only."""
-        layer = self.layer_token * pack.tokens + self.layer_square * pack.squares
-        # A layer that is recomputed keeps all for as long as it is in work.
-        activations = (self.layers - recomputed + bool(recomputed)) * layer
-        activations += recomputed * self.input_token * pack.tokens
-        tile = self.recomputed_tile if recomputed else self.tile
-        inputs_and_head = self.supervised * pack.supervised + tile * pack.tiles
-        return self.weights + self.trained[precision] + activations + inputs_and_head
+# Share of a GPU's free memory that a plan may use; the allocator rounds up and fragments.
+_USABLE = 0.95
+_PROCESS_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of cgroups v2 and v1: folder, limit, usage, prefix of the statistics.
+_CGROUP_FILES = {
+    "": ("", "memory.max", "memory.current", ""),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+# Parameters that ZeRO-3 gathers, with DeepSpeed's defaults.
+_ZERO3_GATHERED = {"max_live_parameters": 1e9, "prefetch_bucket_size": 5e7}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was chosen.
+    """The plan of a run, the same on all ranks.
 
     Attributes:
-        weight_precision: of the optimizer.
-        recomputed_layers: decoder layers that keep their inputs only.
+        parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
+        checkpointed_layers: decoder layers with activation checkpointing, of `layers`.
+        components, available: memory that a rank needs, by component, and may use.
+        pack, sample_indices: the largest pack of any rank and step, and its records.
+        several_packs: whether a step has several packs.
+        fitting_flags: returns the flags whose planned total is at most a limit, each with that total.
     """
 
-    weight_precision: str
-    recomputed_layers: int
+    parallel: str
+    checkpointed_layers: int
+    components: dict[str, float]
+    available: float
+    pack: PackSize
+    sample_indices: list[Draw]
+    several_packs: bool
+    layers: int
+    fitting_flags: Callable[[float], dict[str, float]] = field(compare=False, repr=False)
+
+    @property
+    def total(self) -> float:
+        """The planned peak; activations are freed before the optimizer needs its scratch."""
+        sizes = dict(self.components)
+        persistent = sum(sizes.pop(name) for name in ("weights", "gradients", "optimizer state"))
+        return persistent + max(sizes.pop("optimizer scratch"), sum(sizes.values()))
+
+    def table(self) -> str:
+        """Return the plan as a block of text."""
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.components.items())
+        return (
+            f"memory plan in GB per rank ({self.parallel}, {self.checkpointed_layers} of {self.layers} "
+            f"decoder layers checkpointed): {gigabytes(self.total)} of {gigabytes(self.available)}\n"
+            f"  {parts}\n  largest pack: {self.pack.tokens} tokens ({self.pack.supervised} supervised), "
+            f"{self.pack.tiles} tiles"
+        )
+
+    def error(self, reason: str, limit: float) -> TrainingError:
+        """Return the error of a run that does not fit, with the flags whose plan needs at most `limit`."""
+        flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
+        found = ", or ".join(flags) or "none of them alone; use more or larger GPUs, or LoRA"
+        return TrainingError(f"{reason}\n{self.table()}\nflags that would fit: {found}")
 
 
-def capacity(device: torch.device, processes: int = 1) -> int:
-    """Return the memory of a GPU, or what one of so many processes may use of the machine's, in bytes."""
+def plan_memory(
+    config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
+) -> MemoryPlan:
+    """Choose the parallel layout and the checkpointed layers for the largest pack of the run; a collective.
+
+    The model has its trained parameters chosen, and may be on any device.
+
+    Raises:
+        TrainingError: the run does not fit; the message has the plan and the flags that would fit.
+    """
+    run, planner = config.run, _Planner(config, model, sampler, data)
+    replicated = "ddp" if run.world_size > 1 else "single"
+    plan = planner.plan(replicated if run.parallel in ("auto", "ddp") else run.parallel)
+    if run.parallel == "auto" and run.world_size > 1:
+        needs = f"ddp needs {gigabytes(plan.total)} of {gigabytes(plan.available)} GB per rank"
+        if plan.total > plan.available:
+            plan = planner.plan("fsdp")
+        logger.info("--parallel auto: %s, because %s", plan.parallel, needs)
+    if plan.total > plan.available:
+        raise plan.error("the largest pack does not fit into memory", plan.available)
+    logger.info("%s", plan.table())
+    return plan
+
+
+class _Planner:
+    """Plans a run, also with one flag changed."""
+
+    def __init__(
+        self, config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
+    ) -> None:
+        run, self.sampler, self.lengths = config.run, sampler, data.epoch_lengths()
+        self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
+        self.precision = run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
+        share = _USABLE if run.device.type == "cuda" else 1
+        own = share * available_memory(run.device, run.local_world_size)
+        self.available = min(all_gather_object(own))
+        self.activations = measure_activations(model, run.device)
+        self.packs = self.largest_packs(sampler.planner.max_packed_tokens)
+        compiled = uses_compiled_step(self.precision, run.device)
+        # Not when they are needed: sharding changes the parameters.
+        keys = itertools.product(("single", "ddp", "fsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True))
+        self.layouts = {key: layout_memory(model, run, *key, compiled=compiled) for key in keys}
+
+    def plan(self, parallel: str, **changed: Any) -> MemoryPlan:
+        """Return the plan with the fewest checkpointed layers that fits, or with the most.
+
+        `precision`, `checkpoint` and `packs` may be changed.
+        """
+        packs, several = changed.get("packs", self.packs)
+        layout = self.layouts[parallel, changed.get("precision", self.precision), several]
+        checkpoint, layers = changed.get("checkpoint", self.checkpoint), self.activations.layers
+        for count in {"True": [layers], "False": [0]}.get(checkpoint, range(layers + 1)):
+            of_packs = [(self.activations.of(pack, count), pack, records) for pack, records in packs]
+            of_pack, pack, records = max(of_packs, key=lambda one: sum(one[0].values()))
+            plan = MemoryPlan(
+                parallel, count, layout | of_pack, self.available, pack, records, several, layers,
+                partial(self.fitting_flags, parallel),
+            )  # fmt: skip
+            if plan.total <= self.available:
+                break
+        return plan
+
+    def fitting_flags(self, parallel: str, limit: float) -> dict[str, float]:
+        """Change one flag at a time; return those whose planned total is at most `limit`, with that total."""
+        totals = {"--parallel fsdp": self.plan("fsdp").total}
+        for name in WEIGHT_PRECISIONS:
+            totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
+        totals["--grad_checkpoint True"] = self.plan(parallel, checkpoint="True").total
+        tokens, total = self.sampler.planner.max_packed_tokens or 0, limit + 1
+        while total > limit and tokens > self.lengths.tokens.max():
+            tokens //= 2
+            total = self.plan(parallel, packs=self.largest_packs(tokens)).total
+            totals[f"--max_packed_tokens {tokens}"] = total
+        return {flag: total for flag, total in totals.items() if total <= limit}
+
+    def largest_packs(self, max_packed_tokens: int | None) -> tuple[list[tuple[PackSize, list[Draw]]], bool]:
+        """Return the packs of any step and rank that need most memory, and whether a step has several packs.
+
+        There are two: the largest without activation checkpointing, and with it.
+        """
+        planner = dataclasses.replace(self.sampler.planner, max_packed_tokens=max_packed_tokens)
+        tokens = self.lengths.tokens.astype(np.int64)
+        columns = PackSize(tokens, self.lengths.supervised, self.lengths.tiles, tokens**2)
+        counts = (0, self.activations.layers)
+        needs = np.stack([sum(self.activations.of(columns, count).values()) for count in counts])
+        largest, several = [(-1.0, [], 0)] * 2, False
+        for step in range(1, self.steps + 1):
+            epoch, number = self.sampler.place_of(step)
+            ranks = planner(self.sampler.step(epoch, number))
+            several = several or max(map(len, ranks)) > 1
+            for pack in itertools.chain.from_iterable(ranks):
+                found = [(needed, pack, epoch) for needed in needs[:, pack].sum(axis=1)]
+                largest = [max(pair, key=lambda one: one[0]) for pair in zip(largest, found, strict=True)]
+        return [
+            (PackSize(*(int(c[pack].sum()) for c in columns)), [Draw(int(i), epoch) for i in pack])
+            for _, pack, epoch in largest
+        ], several
+
+
+def layout_memory(
+    model: InternVLChatModel,
+    run: RunConfig,
+    parallel: str,
+    precision: str,
+    several_packs: bool,
+    *,
+    compiled: bool,
+) -> dict[str, int]:
+    """Return the memory of weights, gradients, optimizer and communication by component.
+
+    `several_packs`: gradients of several packs are accumulated; `compiled`: the optimizer step is.
+    """
+    trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], run.world_size, 0
+    weights, gradients = _size(model.parameters()), _size(trained)
+    state = sum(p.numel() * bytes_per_parameter(precision, p.dtype) for p in trained) - 2 * gradients
+    scratch = scratch_bytes(precision, trained, "cuda" if run.device.type == "cuda" else "cpu", compiled)
+    if parallel == "ddp":
+        # Gradients are views of DDP's buckets. One at a time is copied there, but packs before the last one
+        # accumulate theirs outside of the buckets.
+        buffers = gradients if several_packs else max(p.nbytes for p in trained)
+    elif parallel == "fsdp":
+        layers = [*model.vision_model.encoder.layers, *model.language_model.get_decoder().layers]
+        inside = {p for layer in layers for p in layer.parameters()}
+        layer = max(_size(layer.parameters()) for layer in layers)
+        layer_gradients = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
+        # Unsharded are the root for a whole pass, two layers (one is prefetched), and gradients until they
+        # are reduced: after each layer, but only in the last pack.
+        unsharded = layer_gradients + _size(p for p in trained if p not in inside)
+        gradients = gradients // ranks + (gradients if several_packs else unsharded)
+        weights = weights // ranks + _size(p for p in model.parameters() if p not in inside)
+        state, buffers = state // ranks, 2 * layer + layer_gradients
+    elif parallel == "deepspeed":
+        zero = (run.deepspeed or {}).get("zero_optimization", {})
+        stage, numel = int(zero.get("stage", 0)), sum(p.numel() for p in trained)
+
+        def shard(size: int, first_stage: int) -> int:
+            return size // (ranks if stage >= first_stage else 1)
+
+        def elements(name: str, default: float) -> int:
+            value = zero.get(name, default)
+            return model.config.hidden_size**2 if value == "auto" else int(float(value))
+
+        weights, gradients = shard(weights, 3), shard(gradients, 2)
+        # DeepSpeed has float32 masters and moments, and converts the gradients to float32 in a step.
+        state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
+        buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
+        buffers = buckets * min(elements("reduce_bucket_size", 5e8), numel)
+        if stage == 3:
+            gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
+            buffers += min(gathered, sum(p.numel() for p in model.parameters()))
+        buffers *= trained[0].element_size()
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            state = scratch = 0
+        if zero.get("offload_param", {}).get("device", "none") != "none":
+            weights = 0
+    names = ("weights", "gradients", "optimizer state", "optimizer scratch", "communication buffers")
+    return dict(zip(names, (weights, gradients, state, scratch, buffers), strict=True))
+
+
+def _size(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.nbytes for p in parameters)
+
+
+def available_memory(device: torch.device, local_ranks: int = 1) -> int:
+    """Return the memory this process may use, including what it uses now: of its GPU, or of the machine."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = min(psutil.virtual_memory().available, _cgroup_free())
+    return free // local_ranks + psutil.Process().memory_info().rss
+
+
+def _cgroup_free() -> int:
+    """Return what the limits of this process's cgroups (v1 and v2) leave; page cache counts as free."""
+    free = [sys.maxsize]
+    for line in _PROCESS_CGROUPS.read_text().splitlines() if _PROCESS_CGROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _CGROUP_FILES:
+            continue
+        root, limit, usage, prefix = _CGROUP_FILES[controllers]
+        group = _CGROUPS / root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+                room = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(room + int(stat[f"{prefix}inactive_file"]) + int(stat[f"{prefix}active_file"]))
+    return min(free)
 
 
 def max_memory(device: torch.device) -> int:
-    """Return the most memory used so far in bytes: of the GPU, or of this process."""
+    """Return the peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def choose(
-    model: MemoryModel, pack: PackSize, available: float, *, precision: str, grad_checkpoint: str
-) -> MemoryPlan:
-    """Choose what fits: float32 masters before stochastic rounding, and as few recomputed layers as possible.
-
-    Args:
-        model: of the process.
-        pack: the largest that is planned.
-        available: bytes of the device.
-        precision: asked for; `auto` leaves the choice.
-        grad_checkpoint: `True` recomputes all layers, `False` none, `auto` leaves the choice.
-    """
-    counts = {"True": [model.layers], "False": [0]}.get(grad_checkpoint, range(model.layers + 1))
-    usable = _USABLE * available
-    for candidate in ("master", "stochastic") if precision == "auto" else (precision,):
-        for recomputed in counts:
-            if model.needed(pack, candidate, recomputed) <= usable:
-                return MemoryPlan(candidate, recomputed)
-    return MemoryPlan("stochastic" if precision == "auto" else precision, counts[-1])
-
-
-def measure_memory(model: InternVLChatModel, *, shards: dict[str, int]) -> MemoryModel:
-    """Count what a model needs; its trainable parameters must have been chosen.
-
-    Args:
-        model: on any device.
-        shards: over how many processes `weights` and `state` (gradients and optimizer) are spread.
-    """
-    llm, config = model.language_model, model.language_model.config
-    layer = llm.get_decoder().layers[0]
-    itemsize = next(layer.parameters()).element_size()
-    hidden = config.hidden_size
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    extra = {
-        precision: sum(
-            p.numel() * (bytes_per_parameter(precision, p.dtype) - p.element_size()) for p in trained
-        )
-        for precision in ("master", "stochastic", "bf16")
-    }
-    layer_token, layer_square = _layer_bytes(model)
-    head_is_trained = llm.get_output_embeddings().weight.requires_grad
-    if is_lean(model.language_model):
-        # The gradient takes the place of the logits, and only a trained head has to wait for it.
-        logits = config.vocab_size * itemsize if head_is_trained else 0
-    else:
-        logits = config.vocab_size * (2 * itemsize + 3 * 4)
-    features = 4 * model.config.tokens_per_tile * hidden * itemsize
-    tile, recomputed_tile = _vision_bytes(model)
-    return MemoryModel(
-        weights=weights // shards["weights"],
-        gradients=sum(p.numel() * p.element_size() for p in trained) // shards["state"],
-        trained={precision: size // shards["state"] for precision, size in extra.items()},
-        layers=len(llm.get_decoder().layers),
-        layer_token=layer_token,
-        layer_square=layer_square,
-        input_token=hidden * itemsize,
-        supervised=logits + 2 * hidden * itemsize,
-        tile=features + tile,
-        recomputed_tile=features + recomputed_tile,
-    )
-
-
-def _layer_bytes(model: InternVLChatModel) -> tuple[float, float]:
-    """Return the bytes that a decoder layer keeps for a token, and for the square of a record's tokens."""
-    decoder = model.language_model.get_decoder()
-    layer, weight = decoder.layers[0], next(decoder.layers[0].parameters())
-    kept = []
-    for tokens in _PROBES:
-        x = torch.zeros(1, tokens, model.language_model.config.hidden_size, dtype=weight.dtype)
-        x = x.to(weight.device).requires_grad_()
-        inputs = {"attention_mask": None, "position_ids": torch.arange(tokens, device=x.device).unsqueeze(0)}
-        inputs["position_embeddings"] = decoder.rotary_emb(x, inputs["position_ids"])
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            kept.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)
-    square = max(0.0, (kept[1] - kept[0]) / (_PROBES[1] - _PROBES[0]))
-    return kept[0] - square * _PROBES[0], square
-
-
-def _vision_bytes(model: InternVLChatModel) -> tuple[float, float]:
-    """Return the bytes that the vision tower keeps of a tile, and those where its blocks are recomputed."""
-    tower = model.vision_model
-    if model.vision_is_frozen:
-        return 0.0, 0.0
-    weight, config = next(tower.parameters()), tower.config
-    tile = torch.zeros(1, 3, config.image_size, config.image_size, dtype=weight.dtype, device=weight.device)
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        kept = saved_bytes(tower, partial(tower, tile))
-    layers = config.num_hidden_layers
-    inputs = layers * (config.grid**2 + 1) * config.hidden_size * weight.element_size()
-    return kept, inputs + kept / layers
-
-
-def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
-    """Return the bytes that autograd keeps of a call, the module's own weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    del result
-    return sum(storages.values())
-
-
-def largest_anywhere(pack: PackSize, model: MemoryModel, processes: int) -> PackSize:
-    """Return the largest of all processes' packs, so that all of them choose alike."""
-    return max(of_all_processes(pack, processes), key=lambda pack: model.needed(pack, "bf16", 0))
-
-
-class LargestPack(NamedTuple):
-    """The pack that needs most memory on a process.
-
-    Attributes:
-        size: what it holds.
-        draws: its records.
-        packs: the most packs of one step, whichever they are.
-    """
-
-    size: PackSize
-    draws: list[Draw]
-    packs: int
-
-
-def largest_pack(sampler: StepSampler, lengths: Lengths, model: MemoryModel, steps: int) -> LargestPack:
-    """Return the pack of the run's `steps`, in whatever epoch, that needs most memory on this process."""
-    squares = lengths.tokens.astype(np.int64) ** 2
-    needs = model.layers * (model.layer_token * lengths.tokens + model.layer_square * squares)
-    needs += model.supervised * lengths.supervised + model.tile * lengths.tiles
-    need, largest, most = -1.0, [], 0
-    for step in range(1, steps + 1):
-        packs = sampler.packs(*sampler.place_of(step))
-        most = max(most, len(packs))
-        for draws in packs:
-            needed = sum(needs[draw.index] for draw in draws)
-            if needed > need:
-                need, largest = needed, draws
-    records = [draw.index for draw in largest]
-    columns = (lengths.tokens, lengths.supervised, lengths.tiles, squares)
-    return LargestPack(PackSize(*(int(column[records].sum()) for column in columns)), largest, most)
+def gigabytes(size: float) -> str:
+    """Return a size in GB as text."""
+    return f"{size / 1e9:.4g}"

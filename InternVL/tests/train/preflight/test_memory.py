@@ -1,425 +1,514 @@
-"""The memory plan: bytes that autograd keeps, counted by hand, and what is chosen from them."""
+"""The memory plan: components by hand for every parallel layout, and what is chosen from them."""
 
-import dataclasses
 import itertools
-import math
-import random
+import json
+import logging
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
+from benchmarks.shapes import SHAPES, weightless_model
 from internvl_chat.data.length_cache import Lengths
 from internvl_chat.data.order import StepSampler
 from internvl_chat.data.packing import StepPlanner
 from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.lora import add_lora
 from internvl_chat.train.freeze import set_trainable
-from internvl_chat.train.preflight.memory import (
-    MemoryModel,
-    MemoryPlan,
-    PackSize,
-    capacity,
-    choose,
-    largest_anywhere,
-    largest_pack,
-    measure_memory,
-    saved_bytes,
-)
+from internvl_chat.train.preflight import memory
+from internvl_chat.train.preflight.activations import Activations, PackSize
+from internvl_chat.train.preflight.memory import MemoryPlan, available_memory, layout_memory, plan_memory
+from internvl_chat.utils.errors import TrainingError
 
-CPU = torch.device("cpu")
-WHOLE = {"weights": 1, "state": 1}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NAMES = ("weights", "gradients", "optimizer state", "optimizer scratch", "communication buffers")
 
-# ---- what autograd keeps
+# ---- weights, gradients, optimizer and communication
 
 
-def kept(module: nn.Module, x: torch.Tensor) -> int:
-    return saved_bytes(module, lambda: module(x))
+def run_of(ranks: int = 1, zero: dict | None = None, device: torch.device = CPU, **values) -> SimpleNamespace:
+    deepspeed = None if zero is None else {"zero_optimization": zero}
+    return SimpleNamespace(
+        device=device, world_size=ranks, local_world_size=ranks, deepspeed=deepspeed, **values
+    )
 
 
-def rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """(5, 4) numbers, as if from a layer before."""
-    return torch.ones(5, 4, dtype=dtype, requires_grad=True)
+def components(
+    model, parallel: str, ranks: int, precision: str = "master", zero=None, *, several=False, compiled=True
+) -> dict[str, int]:
+    return layout_memory(model, run_of(ranks, zero), parallel, precision, several, compiled=compiled)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])
-def test_a_matrix_keeps_its_input(dtype, size):
-    """The weight's gradient needs the input; the input's gradient needs the weight, which is there anyway."""
-    assert kept(nn.Linear(4, 3, dtype=dtype), rows(dtype)) == 5 * 4 * size
+@pytest.fixture(scope="module")
+def full_8b():
+    """InternVL3-8B for full training (language model and projector), without weights."""
+    model = weightless_model(SHAPES["internvl3-8b"])
+    set_trainable(model, freeze_llm=False, freeze_mlp=False, freeze_backbone=True)
+    return model
 
 
-def test_a_frozen_matrix_keeps_nothing():
-    assert kept(nn.Linear(4, 3).requires_grad_(False), rows()) == 0
+# Of InternVL3-8B, by hand.
+VOCABULARY, WIDTH, INNER = 151_674, 3584, 18_944
+EMBEDDING = VOCABULARY * WIDTH
+ATTENTION = WIDTH * (WIDTH + 2 * 512) + WIDTH + 2 * 512 + WIDTH * WIDTH  # q, k, v with biases; o
+LAYER = ATTENTION + 3 * WIDTH * INNER + 2 * WIDTH
+PROJECTOR = 2 * 4096 + 4096 * WIDTH + WIDTH + WIDTH * WIDTH + WIDTH
+TRAINED = 28 * LAYER + 2 * EMBEDDING + WIDTH + PROJECTOR
+BLOCK = 4 * 1024 * 1024 + 2 * 1024 * 4096 + 4 * 1024 + 1024 + 4096 + 6 * 1024  # biases, norms, layer scales
+VISION_ROOT = 3 * 14 * 14 * 1024 + 1024 + 1024 + 1025 * 1024  # patches, class token, positions
+ALL = TRAINED + 24 * BLOCK + VISION_ROOT
 
 
-def test_a_matrix_that_is_no_parameter_is_counted():
-    other = torch.ones(4, 3)
-    assert saved_bytes(nn.Linear(4, 3), lambda: rows() @ other) == 4 * 3 * 4
+def test_full_training_of_8b_on_one_gpu(full_8b):
+    """15.9 GB weights, 15.3 gradients, and 91.7 of state: 61.1 moments, 30.6 masters."""
+    found = components(full_8b, "single", 1)
+    assert found == dict(zip(NAMES, (2 * ALL, 2 * TRAINED, 12 * TRAINED, 0, 0), strict=True))
+    assert [round(size / 1e9, 1) for size in found.values()] == [15.9, 15.3, 91.7, 0, 0]
+    assert round(8 * TRAINED / 1e9, 1) == 61.1 and round(4 * TRAINED / 1e9, 1) == 30.6
+    states = {p: components(full_8b, "single", 1, p)["optimizer state"] for p in ("stochastic", "bf16")}
+    assert states == {"stochastic": 8 * TRAINED, "bf16": 4 * TRAINED}
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_ddp_holds_gradients_once(full_8b, ranks):
+    """In its buckets; only the largest, of the embedding, is there a second time while it is copied."""
+    single, ddp = components(full_8b, "single", 1), components(full_8b, "ddp", ranks)
+    assert ddp == single | {"communication buffers": 2 * EMBEDDING}
+
+
+def test_ddp_accumulates_gradients_outside_of_the_buckets(full_8b):
+    """Those of packs before the last one; see `test_unreduced_gradients_are_no_bucket_views`."""
+    found = components(full_8b, "ddp", 2, several=True)
+    assert found["gradients"] == found["communication buffers"] == 2 * TRAINED
 
 
 @pytest.mark.parametrize(
-    ("layers", "numbers"),
-    [
-        ([nn.Sigmoid()], 5 * 4),  # its output
-        ([nn.Linear(4, 3), nn.Sigmoid()], 5 * 4 + 5 * 3),
-        ([nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)], 5 * 4 + 5 * 3),  # the output is the next input
-        ([nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 2)], 5 * 4 + 2 * 5 * 3),  # its input, and its output
-        ([nn.Identity()], 0),
-    ],
-    ids=["sigmoid", "matrix, sigmoid", "matrix, sigmoid, matrix", "matrix, silu, matrix", "nothing"],
+    ("ranks", "gigabytes"), [(2, [10.2, 10.3, 45.8, 0, 1.4]), (8, [4.2, 4.6, 11.5, 0, 1.4])]
 )
-def test_what_several_layers_keep_is_counted_once(layers, numbers):
-    assert kept(nn.Sequential(*layers), rows()) == 4 * numbers
+def test_fsdp_of_8b(full_8b, ranks, gigabytes):
+    """A share of everything; beside it the root, two gathered layers, and the gradients being reduced."""
+    found = components(full_8b, "fsdp", ranks)
+    root = 2 * (2 * EMBEDDING + WIDTH + PROJECTOR)
+    assert found == {
+        "weights": 2 * ALL // ranks + root + 2 * VISION_ROOT,
+        "gradients": 2 * TRAINED // ranks + root + 2 * LAYER,
+        "optimizer state": 12 * TRAINED // ranks,
+        "optimizer scratch": 0,
+        "communication buffers": 2 * 2 * LAYER + 2 * LAYER,
+    }
+    assert [round(size / 1e9, 1) for size in found.values()] == gigabytes
+    several = components(full_8b, "fsdp", ranks, several=True)
+    assert several == found | {"gradients": 2 * TRAINED // ranks + 2 * TRAINED}
 
 
-def test_views_of_one_memory_are_counted_once():
-    x = rows()
-    assert saved_bytes(nn.Identity(), lambda: x * x.view(5, 4)) == 80
-    assert saved_bytes(nn.Identity(), lambda: x.T @ x) == 80
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_zero_1_shards_only_the_optimizer(full_8b, ranks):
+    """Its gradients are full; masters and moments are in float32, whatever `--weight_precision` says."""
+    bucket = 10**8
+    for precision in ("master", "bf16"):
+        found = components(full_8b, "deepspeed", ranks, precision, {"stage": 1, "reduce_bucket_size": bucket})
+        sizes = (2 * ALL, 2 * TRAINED, 12 * TRAINED // ranks, 4 * TRAINED // ranks, 2 * bucket)
+        assert found == dict(zip(NAMES, sizes, strict=True))
 
 
-def test_every_output_of_a_chain_is_counted():
-    """Each is kept for its own derivative, although no name is left for it."""
-
-    def call() -> torch.Tensor:
-        x = rows()
-        for _ in range(10):
-            x = x.sigmoid()
-        return x
-
-    assert saved_bytes(nn.Identity(), call) == 10 * 80
-
-
-def test_nothing_is_kept_of_what_needs_no_gradient():
-    frozen = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).requires_grad_(False)
-    assert kept(frozen, torch.ones(5, 4)) == 0
+def test_zero_2_and_3(full_8b):
+    zero = {"stage": 2, "reduce_bucket_size": "1e8", "overlap_comm": True}
+    found = components(full_8b, "deepspeed", 2, zero=zero)
+    sizes = (2 * ALL, TRAINED, 6 * TRAINED, 2 * TRAINED, 2 * 2 * 10**8)
+    assert found == dict(zip(NAMES, sizes, strict=True))
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "overlap_comm": False}
+    zero |= {"stage3_max_live_parameters": 3e8, "stage3_prefetch_bucket_size": "auto"}
+    found = components(full_8b, "deepspeed", 2, zero=zero)
+    sizes = (ALL, TRAINED, 6 * TRAINED, 2 * TRAINED, 2 * (WIDTH**2 + 3 * 10**8 + WIDTH**2))
+    assert found == dict(zip(NAMES, sizes, strict=True))
 
 
-def test_it_counts_where_gradients_are_switched_off():
-    with torch.no_grad():
-        assert kept(nn.Linear(4, 3), rows()) == 80
-        assert not torch.is_grad_enabled()
+def test_zero_with_offloading(full_8b):
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    found = components(full_8b, "deepspeed", 2, zero=zero)
+    assert (found["weights"], found["optimizer state"], found["optimizer scratch"]) == (ALL, 0, 0)
+    zero["offload_param"] = {"device": "nvme"}
+    assert components(full_8b, "deepspeed", 2, zero=zero)["weights"] == 0
 
 
-# ---- what a step needs
+def load(folder, dtype: torch.dtype = torch.bfloat16):
+    model = load_model(folder, image_context_id=0, dtype=dtype, attn="varlen")
+    set_trainable(model, freeze_llm=False, freeze_mlp=False, freeze_backbone=True)
+    return model.train()
 
 
-MEMORY = MemoryModel(
-    weights=100,
-    gradients=10,
-    trained={"master": 60, "stochastic": 40, "bf16": 20},
+def test_float32_weights_need_no_masters(tiny_model):
+    model = load(tiny_model, torch.float32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for precision in ("master", "stochastic", "bf16"):
+        found = components(model, "single", 1, precision, compiled=False)
+        assert (found["optimizer state"], found["optimizer scratch"]) == (8 * trained, 0)
+
+
+def test_an_eager_optimizer_step_needs_scratch(tiny_model):
+    """Float32 copies of the largest matrix: of its gradient, and for stochastic rounding two more."""
+    model = load(tiny_model)
+    largest = max(p.numel() for p in model.parameters())
+    scratch = {p: components(model, "single", 1, p, compiled=False) for p in ("master", "stochastic")}
+    assert scratch["master"]["optimizer scratch"] == 4 * largest
+    assert scratch["stochastic"]["optimizer scratch"] == 12 * largest
+    assert components(model, "single", 1, compiled=True)["optimizer scratch"] == 0
+
+
+# ---- the peak
+
+
+def a_plan(**values) -> MemoryPlan:
+    sizes = (100, 50, 200, values.pop("scratch", 0), 10)
+    parts = dict(zip(NAMES, sizes, strict=True)) | {"activations": 60, "logits": 7, "vision": 3}
+    plan = {
+        "parallel": "single", "checkpointed_layers": 1, "components": parts, "available": 1000,
+        "pack": PackSize(1234, 56, 7), "sample_indices": [], "several_packs": False, "layers": 4,
+        "fitting_flags": lambda limit: {},
+    }  # fmt: skip
+    return MemoryPlan(**(plan | values))
+
+
+@pytest.mark.parametrize(("scratch", "total"), [(0, 430), (80, 430), (81, 431), (1000, 1350)])
+def test_scratch_and_activations_are_not_in_memory_together(scratch, total):
+    assert a_plan(scratch=scratch).total == total
+
+
+def test_the_table_names_every_component():
+    table = a_plan(available=8e10).table()
+    assert "memory plan in GB per rank (single, 1 of 4 decoder layers checkpointed): 4.3e-07 of 80\n" in table
+    assert "largest pack: 1234 tokens (56 supervised), 7 tiles" in table
+    assert all(f"{name} " in table for name in (*NAMES, "activations", "logits", "vision"))
+
+
+# ---- what is chosen
+
+# Weights, gradients, state and activations of the small runs below are of this order.
+ACTIVATIONS = Activations(
     layers=4,
-    layer_token=10.0,
-    input_token=1.0,
-    supervised=2.0,
-    tile=3.0,
-    recomputed_tile=3.0,
+    layer_token=10_000.0,
+    layer_square=0.0,
+    input_token=100.0,
+    supervised=2000.0,
+    tile=3000.0,
+    checkpointed_tile=3000.0,
 )
-# 5 * 2 + 2 * 3 = 16 for the head and the tiles.
-PACK = PackSize(tokens=10, supervised=5, tiles=2)
+TOKENS = np.array([100, 80, 60, 40, 90, 70, 50, 30])
+LENGTHS = Lengths(TOKENS, TOKENS // 10, TOKENS // 50)
 
 
-@pytest.mark.parametrize(
-    ("precision", "recomputed", "needed"),
-    [
-        ("master", 0, 100 + 60 + 4 * 10 * 10 + 16),
-        ("stochastic", 0, 100 + 40 + 4 * 10 * 10 + 16),
-        ("bf16", 0, 100 + 20 + 4 * 10 * 10 + 16),
-        # Three layers keep all, one its input, and one is in work.
-        ("master", 1, 100 + 60 + (3 * 10 + 1 + 10) * 10 + 16),
-        ("master", 2, 100 + 60 + (2 * 10 + 2 + 10) * 10 + 16),
-        ("master", 4, 100 + 60 + (4 + 10) * 10 + 16),
-    ],
-)
-def test_what_a_step_needs(precision, recomputed, needed):
-    assert MEMORY.needed(PACK, precision, recomputed) == needed
+class Run:
+    """A run of 8 records on devices with so many bytes."""
+
+    def __init__(self, model, monkeypatch, *, ranks: int = 1) -> None:
+        self.model, self.monkeypatch, self.ranks = model, monkeypatch, ranks
+        monkeypatch.setattr(memory, "measure_activations", lambda model, device: ACTIVATIONS)
+        monkeypatch.setattr(memory, "all_gather_object", lambda value: [value] * ranks)
+        known = {}
+
+        def once(model, run, *key, compiled):
+            key = (*key, compiled, json.dumps(run.deepspeed))
+            if key not in known:
+                known[key] = layout_memory(model, run, *key[:3], compiled=compiled)
+            return known[key]
+
+        monkeypatch.setattr(memory, "layout_memory", once)
+
+    def plan(self, available: float = 1e12, **flags) -> MemoryPlan:
+        self.monkeypatch.setattr(memory, "available_memory", lambda device, ranks: available)
+        values = {
+            "parallel": "auto", "weight_precision": "master", "optim": "adamw_torch",
+            "grad_checkpoint": "auto", "max_packed_tokens": 400, "count_steps": lambda steps: steps, **flags,
+        }  # fmt: skip
+        packed, checkpoint = values.pop("max_packed_tokens"), values.pop("grad_checkpoint")
+        run = run_of(self.ranks, **values)
+        config = SimpleNamespace(run=run, model=SimpleNamespace(grad_checkpoint=checkpoint))
+        planner = StepPlanner(self.ranks, TOKENS, TOKENS, packed)
+        sampler = StepSampler([8], step_records=8, planner=planner, strategy="sequential")
+        return plan_memory(config, self.model, sampler, SimpleNamespace(epoch_lengths=lambda: LENGTHS))
+
+    def error(self, available: float, **flags) -> str:
+        with pytest.raises(TrainingError) as caught:
+            self.plan(available, **flags)
+        return str(caught.value)
+
+    def flags_named(self, available: float, **flags) -> list[str]:
+        text = self.error(available, **flags).partition("flags that would fit: ")[2]
+        return re.findall(r"(--\w+ \w+) \(", text)
 
 
-def test_what_the_first_optimizer_step_adds():
-    assert [MEMORY.optimizer_state(name) for name in MEMORY.trained] == [50, 30, 10]
+@pytest.fixture
+def model(tiny_model):
+    return load(tiny_model)
 
 
-def plan(needed: float, precision: str = "auto", grad_checkpoint: str = "auto") -> MemoryPlan:
-    """What is chosen where as many bytes may be used; 92 % of a device may be."""
-    available = math.nextafter(needed / 0.92, math.inf)
-    return choose(MEMORY, PACK, available, precision=precision, grad_checkpoint=grad_checkpoint)
+def test_as_few_layers_as_possible_are_checkpointed(model, monkeypatch):
+    run = Run(model, monkeypatch)
+    largest = run.plan(grad_checkpoint="False")
+    layer, kept = largest.pack.tokens * 10_000, largest.pack.tokens * 100
+    # One checkpointed layer saves nothing: it is recomputed while the others are in memory.
+    totals = {n: largest.total - max(0, n - 1) * layer + n * kept for n in range(5)}
+    assert run.plan(grad_checkpoint="True").total == totals[4]
+    for available in np.linspace(totals[4], totals[1], 50):
+        plan = run.plan(available)
+        assert plan.total == totals[plan.checkpointed_layers] <= available
+        assert all(totals[n] > available for n in range(plan.checkpointed_layers))
+        assert plan.parallel == "single"
 
 
-@pytest.mark.parametrize(
-    ("usable", "precision", "recomputed"),
-    [
-        (1000, "master", 0),
-        (576, "master", 0),
-        # One recomputed layer is no use: it is in work while the others are there.
-        (575, "master", 2),
-        (496, "master", 2),
-        (495, "master", 3),
-        (405, "master", 4),
-        # Masters come first, however many layers are recomputed for them.
-        (316, "master", 4),
-        (315, "stochastic", 4),
-        (296, "stochastic", 4),
-        (10, "stochastic", 4),  # nothing fits: the least there is
-    ],
-)
-def test_masters_come_first_and_then_the_fewest_recomputed_layers(usable, precision, recomputed):
-    assert plan(usable) == MemoryPlan(precision, recomputed)
+@pytest.mark.parametrize(("flag", "layers"), [("True", 4), ("False", 0)])
+def test_checkpointing_that_is_asked_for_is_done(model, monkeypatch, flag, layers):
+    assert Run(model, monkeypatch).plan(grad_checkpoint=flag).checkpointed_layers == layers
 
 
 @pytest.mark.parametrize("precision", ["master", "stochastic", "bf16"])
-@pytest.mark.parametrize("usable", [10, 1000])
-def test_a_precision_that_is_asked_for_is_taken(precision, usable):
-    assert plan(usable, precision) == MemoryPlan(precision, 4 if usable == 10 else 0)
+def test_memory_never_changes_the_weight_precision(model, monkeypatch, precision):
+    """The state planned is that of the flag, with much memory and with hardly enough."""
+    run = Run(model, monkeypatch)
+    much = run.plan(weight_precision=precision)
+    least = run.plan(grad_checkpoint="True", weight_precision=precision).total
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = trained * {"master": 12, "stochastic": 8, "bf16": 4}[precision]
+    for plan in (much, run.plan(least, weight_precision=precision)):
+        assert plan.components["optimizer state"] == state
+    text = run.error(least - 1, weight_precision=precision)
+    assert f"optimizer state {state / 1e9:.4g}," in text
 
 
-@pytest.mark.parametrize(("asked", "recomputed"), [("True", 4), ("False", 0)])
+def test_other_optimizers_are_planned_with_states_of_the_weights_dtype(model, monkeypatch):
+    run = Run(model, monkeypatch)
+    assert run.plan(optim="adafactor").components == run.plan(weight_precision="bf16").components
+
+
+def test_auto_takes_ddp_where_it_fits_and_else_fsdp(model, monkeypatch, caplog):
+    run = Run(model, monkeypatch, ranks=2)
+    with caplog.at_level(logging.INFO):
+        plan = run.plan()
+        assert (plan.parallel, plan.checkpointed_layers) == ("ddp", 0)
+        assert f"--parallel auto: ddp, because ddp needs {plan.total / 1e9:.4g} of 1000 GB" in caplog.text
+        least = run.plan(parallel="ddp", grad_checkpoint="True").total
+        assert run.plan(least).parallel == "ddp"  # rather with checkpointing than sharded
+        caplog.clear()
+        # The activations of a small model are most of it, so that FSDP saves little.
+        fsdp = run.plan(parallel="fsdp", grad_checkpoint="True").total
+        assert fsdp < least
+        assert run.plan(least - 1).parallel == "fsdp"
+    assert f"--parallel auto: fsdp, because ddp needs {least / 1e9:.4g} of" in caplog.text
+    assert "per rank (fsdp, 4 of 4 decoder layers checkpointed)" in caplog.text
+    assert "per rank (fsdp" in run.error(fsdp - 1)
+
+
 @pytest.mark.parametrize(
-    ("usable", "precision"), [(1000, "master"), (10, "stochastic")], ids=["enough", "too little"]
+    ("ranks", "asked", "taken"),
+    [
+        (1, "auto", "single"),
+        (1, "ddp", "single"),
+        (2, "ddp", "ddp"),
+        (1, "fsdp", "fsdp"),
+        (2, "fsdp", "fsdp"),
+    ],
 )
-def test_recomputing_that_is_asked_for_is_done(asked, recomputed, usable, precision):
-    assert plan(usable, grad_checkpoint=asked) == MemoryPlan(precision, recomputed)
+def test_the_parallel_layout_that_is_asked_for_is_taken(model, monkeypatch, ranks, asked, taken):
+    assert Run(model, monkeypatch, ranks=ranks).plan(parallel=asked).parallel == taken
 
 
-def test_without_recomputing_stochastic_rounding_may_be_what_fits():
-    assert plan(575, grad_checkpoint="False") == MemoryPlan("stochastic", 0)
-    assert plan(315, grad_checkpoint="True") == MemoryPlan("stochastic", 4)
+def test_deepspeed_is_planned_by_its_configuration(model, monkeypatch):
+    run = Run(model, monkeypatch, ranks=2)
+    plans = [run.plan(parallel="deepspeed", zero={"stage": stage}) for stage in (1, 2, 3)]
+    assert all(plan.parallel == "deepspeed" for plan in plans)
+    gradients = [plan.components["gradients"] for plan in plans]
+    assert gradients[0] == 2 * gradients[1] == 2 * gradients[2]
+    weights = [plan.components["weights"] for plan in plans]
+    assert weights[0] == weights[1] == 2 * weights[2]
 
 
-def test_tiles_need_less_where_layers_are_recomputed():
-    memory = dataclasses.replace(MEMORY, recomputed_tile=1.0)
-    assert memory.needed(PACK, "master", 0) == MEMORY.needed(PACK, "master", 0)
-    assert memory.needed(PACK, "master", 1) == MEMORY.needed(PACK, "master", 1) - 2 * (3 - 1)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("checkpoint", ["auto", "False"])
+@pytest.mark.parametrize("precision", ["master", "stochastic", "bf16"])
+def test_the_flags_named_would_fit_and_no_others(model, monkeypatch, ranks, checkpoint, precision):
+    """Each is tried by planning again with it, for capacities down to a tenth of what is needed."""
+    run = Run(model, monkeypatch, ranks=ranks)
+    asked = {"parallel": "ddp", "grad_checkpoint": checkpoint, "weight_precision": precision}
+    least = run.plan(**asked | {"grad_checkpoint": {"auto": "True"}.get(checkpoint, checkpoint)}).total
+    named = set()
+    for share in (0.1, 0.5, 0.7, 0.8, 0.9, 0.95, 0.999):
+        available = share * least
+        flags = run.flags_named(available, **asked)
+        named.update(flags)
+        tried = [f"--weight_precision {p}" for p in ("master", "stochastic", "bf16")]
+        tried += ["--parallel fsdp", "--grad_checkpoint True"]
+        tried += [f"--max_packed_tokens {n}" for n in (200, 100, 50)]
+        fits = []
+        for flag in tried:
+            name, value = flag.removeprefix("--").split()
+            try:
+                run.plan(available, **asked | {name: int(value) if value.isdigit() else value})
+                fits.append(flag)
+            except TrainingError:
+                continue
+        # Of the limits on tokens only the largest that fits is named.
+        limits = [flag for flag in fits if "tokens" in flag]
+        assert sorted(flags) == sorted(set(fits) - set(limits[1:]))
+    assert ("--grad_checkpoint True" in named) == (checkpoint == "False")
+    assert "--max_packed_tokens 200" in named
+    if precision == "master":
+        assert {"--weight_precision stochastic", "--weight_precision bf16"} <= named
 
 
-def test_what_is_chosen_is_the_first_that_fits_of_all():
-    draw = random.Random(0)
-    for _ in range(300):
-        layers = draw.randint(1, 6)
-        memory = MemoryModel(
-            draw.randint(0, 50), 5, {"master": draw.randint(40, 80), "stochastic": draw.randint(5, 40)},
-            layers, draw.uniform(1, 9), draw.uniform(0, 1), 1.0, 1.0, 1.0,
-        )  # fmt: skip
-        pack = PackSize(draw.randint(1, 20), 3, 2)
-        available = draw.uniform(0, 1200)
-        options = itertools.product(("master", "stochastic"), range(layers + 1))
-        fits = [o for o in options if memory.needed(pack, *o) <= 0.92 * available]
-        found = choose(memory, pack, available, precision="auto", grad_checkpoint="auto")
-        assert (found.weight_precision, found.recomputed_layers) == (fits or [("stochastic", layers)])[0]
+def test_where_no_flag_helps_the_message_says_so(model, monkeypatch):
+    text = Run(model, monkeypatch).error(1000)
+    assert "the largest pack does not fit into memory\nmemory plan in GB per rank (single, 4 of 4" in text
+    assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
+    assert text.endswith("flags that would fit: none of them alone; use more or larger GPUs, or LoRA")
+
+
+def test_8b_on_one_h100(full_8b, monkeypatch):
+    """122.9 GB of full training do not fit into 79.6; only bf16 moments without masters would."""
+    run = Run(full_8b, monkeypatch)
+    flags = run.flags_named(0.95 * 78 * 2**30, weight_precision="master")
+    assert flags == ["--weight_precision bf16"]
+    # On eight GPUs full training is sharded, without a change of precision.
+    plan = Run(full_8b, monkeypatch, ranks=8).plan(0.95 * 78 * 2**30)
+    assert plan.parallel == "fsdp" and plan.components["optimizer state"] == 12 * TRAINED // 8
+
+
+def test_ranks_plan_for_the_one_with_least_memory(model, monkeypatch):
+    run = Run(model, monkeypatch, ranks=2)
+    least = run.plan(parallel="ddp", grad_checkpoint="True").total
+    monkeypatch.setattr(memory, "all_gather_object", lambda value: [value, least])
+    plan = run.plan()
+    assert (plan.available, plan.checkpointed_layers) == (least, 4)
+
+
+def test_a_gpu_is_planned_with_a_reserve_and_a_compiled_step(model, monkeypatch):
+    monkeypatch.setattr(memory, "uses_compiled_step", lambda precision, device: device == CUDA)
+    plan = Run(model, monkeypatch).plan(1e11, device=CUDA)
+    assert plan.available == 0.95e11 and plan.components["optimizer scratch"] == 0
+    plan = Run(model, monkeypatch).plan(1e11)
+    assert plan.available == 1e11 and plan.components["optimizer scratch"] > 0
 
 
 # ---- the largest pack
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("max_tokens", [None, 300])
-def test_the_largest_pack_is_that_which_needs_most(processes, max_tokens):
+@pytest.mark.parametrize("checkpoint", ["True", "False"])
+def test_the_largest_pack_of_all_ranks_and_epochs(model, monkeypatch, ranks, max_tokens, checkpoint):
     rng = np.random.default_rng(0)
     tokens = rng.integers(20, 200, 101)
     lengths = Lengths(tokens, rng.integers(1, 20, 101), rng.integers(0, 7, 101))
-    for rank in range(processes):
-        planner = StepPlanner(processes, tokens, tokens, max_tokens, records_per_pack=2)
-        sampler = StepSampler([101], step_records=12, planner=planner, rank=rank, seed=3)
-        sizes = []
-        # Another order in each epoch makes other packs.
-        for epoch, number in itertools.product(range(3), range(len(sampler))):
-            for draws in sampler.packs(epoch, number):
+    activations = Activations(4, 10.0, 0.02, 1.0, 50.0, 30.0, 90.0)
+    monkeypatch.setattr(memory, "measure_activations", lambda model, device: activations)
+    monkeypatch.setattr(memory, "all_gather_object", lambda value: [1e12] * ranks)
+    planner = StepPlanner(ranks, tokens, tokens, max_tokens, records_per_pack=2)
+    samplers = [StepSampler([101], step_records=12, planner=planner, rank=r, seed=3) for r in range(ranks)]
+    needed, packs_of_a_step = {}, 0
+    # Another order in each epoch makes other packs.
+    for epoch, number in itertools.product(range(3), range(len(samplers[0]))):
+        for sampler in samplers:
+            packs = sampler.packs(epoch, number)
+            packs_of_a_step = max(packs_of_a_step, len(packs))
+            for draws in packs:
                 records = [draw.index for draw in draws]
-                columns = (lengths.tokens, lengths.supervised, lengths.tiles)
-                sums = [int(column[records].sum()) for column in columns]
-                size = PackSize(*sums, squares=int((tokens[records] ** 2).sum()))
-                sizes.append((MEMORY.needed(size, "master", 0), size, draws))
-        needed, size, _ = max(sizes, key=lambda one: one[0])
-        found, draws, packs = largest_pack(sampler, lengths, MEMORY, 3 * len(sampler))
-        assert found == size and MEMORY.needed(found, "master", 0) == needed
-        assert packs == max(len(sampler.packs(e, n)) for e in range(3) for n in range(len(sampler)))
-        assert draws in [other for of_it, _, other in sizes if of_it == needed]
+                sums = [int(c[records].sum()) for c in (tokens, lengths.supervised, lengths.tiles, tokens**2)]
+                size = PackSize(*sums)
+                count = {"True": 4, "False": 0}[checkpoint]
+                needed[tuple(draws)] = (sum(activations.of(size, count).values()), size)
+    values = {"parallel": "auto", "weight_precision": "master", "optim": "adamw_torch"}
+    run = run_of(ranks, count_steps=lambda n: 3 * n, **values)
+    config = SimpleNamespace(run=run, model=SimpleNamespace(grad_checkpoint=checkpoint))
+    plans = [
+        plan_memory(config, model, sampler, SimpleNamespace(epoch_lengths=lambda: lengths))
+        for sampler in samplers
+    ]
+    most = max(need for need, _ in needed.values())
+    for plan in plans:
+        assert needed[tuple(plan.sample_indices)] == (pytest.approx(most), plan.pack)
+        assert plan.several_packs == (packs_of_a_step > 1)
+        assert plan == plans[0]
 
 
-def test_tiles_and_supervised_tokens_make_a_pack_large_too():
-    tokens, supervised, tiles = np.array([10, 9, 9]), np.array([1, 1, 500]), np.array([0, 400, 0])
-    planner = StepPlanner(1, tokens, tokens)
-    sampler = StepSampler([3], step_records=3, planner=planner, strategy="sequential")
-    found, draws, _ = largest_pack(sampler, Lengths(tokens, supervised, tiles), MEMORY, 1)
-    assert (found, [draw.index for draw in draws]) == (
-        PackSize(9, 1, 400, 81),
-        [1],
-    )  # 1200 of 3 beside 1000 of 2
-
-
-def test_all_processes_take_the_largest_of_all(monkeypatch):
-    assert largest_anywhere(PACK, MEMORY, 1) is PACK
-    others = [PACK, PackSize(5, 5, 200), PackSize(10, 6, 2)]
-
-    def gather(into: list, own: PackSize) -> None:
-        assert own is PACK
-        into[:] = others
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert largest_anywhere(PACK, MEMORY, 3) == others[1]
-
-
-def test_processes_share_the_memory_that_is_free(monkeypatch):
-    class Free:
-        available = 12_000_000_000
-
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
-    own = psutil.Process().memory_info().rss
-    assert capacity(CPU) == pytest.approx(12e9 + own, abs=5e7)
-    assert capacity(CPU, processes=3) == pytest.approx(4e9 + own, abs=5e7)
-
-
-# ---- what a model needs
-
-
-def load(folder, dtype: torch.dtype = torch.bfloat16, lora: int = 0, **freeze):
-    model = load_model(folder, image_context_id=0, dtype=dtype, attn="varlen")
-    if lora:
-        add_lora(model, llm_rank=lora)
-    frozen = {"freeze_llm": False, "freeze_mlp": False, "freeze_backbone": True, **freeze}
-    set_trainable(model, **frozen)
-    return model.train()
-
-
-@pytest.fixture(scope="module")
-def numbers(tiny_model) -> dict[str, int]:
-    """How many numbers each part of the model on disk has."""
-    shapes = {name: tensor.shape for name, tensor in load_file(tiny_model / "model.safetensors").items()}
-    parts = ("vision_model", "mlp1", "language_model")
-    return {p: sum(s.numel() for n, s in shapes.items() if n.startswith(p + ".")) for p in parts}
-
-
-# Bytes of gradient and optimizer state: 2 and masters, momentum and variance in float32; or in bfloat16.
-STATE = {"master": 2 + 12, "stochastic": 2 + 8, "bf16": 2 + 4}
-
-
-@pytest.mark.parametrize("shards", [WHOLE, {"weights": 1, "state": 2}, {"weights": 4, "state": 4}])
-def test_weights_gradients_and_state_by_hand(tiny_model, numbers, shards):
-    found = measure_memory(load(tiny_model), shards=shards)
-    trained = numbers["mlp1"] + numbers["language_model"]
-    assert found.weights == 2 * sum(numbers.values()) // shards["weights"]
-    assert found.gradients == 2 * trained // shards["state"]
-    assert found.trained == {name: size * trained // shards["state"] for name, size in STATE.items()}
-    assert found.layers == 2
-
-
-def test_float32_weights_are_stepped_alike_whatever_the_precision(tiny_model, numbers):
-    found = measure_memory(load(tiny_model, torch.float32), shards=WHOLE)
-    trained = numbers["mlp1"] + numbers["language_model"]
-    assert (found.weights, found.gradients) == (4 * sum(numbers.values()), 4 * trained)
-    assert set(found.trained.values()) == {(4 + 8) * trained}
-
-
-def test_only_adapters_need_gradients_where_only_they_are_trained(tiny_model, numbers):
-    """Width 48, 4 heads and 2 key/value heads of 12; a rank-4 adapter of an a x b matrix has 4 (a + b)."""
-    model = load(tiny_model, lora=4, freeze_llm=True, freeze_mlp=True)
-    config = model.language_model.config
-    width, inner = 48, config.intermediate_size
-    shapes = [(width, 48), (width, 24), (width, 24), (48, width)]
-    shapes += [(width, inner), (width, inner), (inner, width)]
-    adapters = 2 * 4 * sum(a + b for a, b in shapes)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapters
-    found = measure_memory(model, shards=WHOLE)
-    size = next(p for n, p in model.named_parameters() if ".lora_" in n).element_size()
-    assert found.weights == 2 * sum(numbers.values()) + size * adapters
-    assert found.gradients == size * adapters
-
-
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_what_tokens_and_tiles_need_by_hand(tiny_model, dtype, size):
-    model = load(tiny_model, dtype)
-    found = measure_memory(model, shards=WHOLE)
-    vocabulary = model.language_model.config.vocab_size
-    assert found.input_token == 48 * size
-    # Logits, which become their gradient; the token's own state and its gradient.
-    assert found.supervised == vocabulary * size + 2 * 48 * size
-    model.language_model.requires_grad_(False)
-    assert measure_memory(model, shards=WHOLE).supervised == 2 * 48 * size
-    model.language_model.lm_head.__class__ = nn.Linear  # logits, their gradient, three of them in float32
-    assert measure_memory(model, shards=WHOLE).supervised == vocabulary * (2 * size + 12) + 2 * 48 * size
-    assert found.tile == found.recomputed_tile == 4 * 4 * 48 * size
-
-
-def test_a_vision_tower_that_is_trained_keeps_its_activations(tiny_model):
-    """The tower of three tiles beside that of two: each keeps its own input, and nothing else is shared."""
-    model = load(tiny_model, torch.float32)
-    frozen = measure_memory(model, shards=WHOLE)
-    model.vision_model.requires_grad_(True)
-    trained, tower = measure_memory(model, shards=WHOLE), model.vision_model
-    side = tower.config.image_size
-    two, three = (saved_bytes(tower, lambda n=n: tower(torch.zeros(n, 3, side, side))) for n in (2, 3))
-    assert trained.tile - frozen.tile == pytest.approx(three - two, rel=0.02)
-    layers, positions = tower.config.num_hidden_layers, tower.config.grid**2 + 1
-    inputs = layers * positions * tower.config.hidden_size * 4
-    kept = trained.tile - frozen.tile
-    assert trained.recomputed_tile - frozen.recomputed_tile == pytest.approx(inputs + kept / layers)
-
-
-def test_what_a_layer_keeps_of_a_token_is_what_it_keeps_in_the_whole_model(tiny_model):
-    """Two layers beside one: the difference of what autograd keeps in the language model."""
-    model = load(tiny_model, torch.float32)
-    found, llm = measure_memory(model, shards=WHOLE), model.language_model.get_decoder()
-    tokens, kept_by = 96, []
-    x = torch.randn(1, tokens, 48, requires_grad=True)
-    for layers in (1, 2):
-        layer_list, llm.config.num_hidden_layers = llm.layers, layers
-        llm.layers = llm.layers[:layers]
-        kept_by.append(saved_bytes(llm, lambda: llm(inputs_embeds=x, use_cache=False)))
-        llm.layers = layer_list
-    assert found.layer_token == pytest.approx((kept_by[1] - kept_by[0]) / tokens, rel=0.02)
-
-
-def test_attention_weights_of_long_records_are_counted(tiny_model):
-    """In bf16 on a CPU a layer keeps them: 4 heads, of which causality leaves half, two bytes each."""
-    assert measure_memory(load(tiny_model, torch.float32), shards=WHOLE).layer_square == 0
-    model = load(tiny_model, torch.bfloat16)
-    found = measure_memory(model, shards=WHOLE)
-    assert found.layer_square == pytest.approx(4 * 2 / 2, rel=0.01)
-    tokens, llm = 1024, model.language_model.get_decoder()
-    x = torch.randn(1, tokens, 48, dtype=torch.bfloat16, requires_grad=True)
-    positions = torch.arange(tokens)[None]
-    rotary = llm.rotary_emb(x, positions)
-    kept = saved_bytes(
-        llm.layers[0],
-        lambda: llm.layers[0](x, attention_mask=None, position_ids=positions, position_embeddings=rotary),
+def test_checkpointing_changes_which_pack_is_the_largest(model, monkeypatch):
+    """Long answers need logits whatever is checkpointed."""
+    tokens, supervised = np.array([100, 60]), np.array([1, 60])
+    monkeypatch.setattr(memory, "measure_activations", lambda *_: Activations(4, 10.0, 0, 1.0, 20.0, 0, 0))
+    config = SimpleNamespace(
+        run=run_of(count_steps=lambda n: n, parallel="auto", weight_precision="bf16", optim="adamw_torch"),
+        model=SimpleNamespace(grad_checkpoint="False"),
     )
-    assert found.layer_token * tokens + found.layer_square * tokens**2 == pytest.approx(kept, rel=0.01)
+    data = SimpleNamespace(epoch_lengths=lambda: Lengths(tokens, supervised, tokens * 0))
+    sampler = StepSampler([2], step_records=2, planner=StepPlanner(1, tokens, tokens, 100))
+    assert plan_memory(config, model, sampler, data).pack.tokens == 100  # 5020 beside 4200
+    config.model.grad_checkpoint = "True"
+    assert plan_memory(config, model, sampler, data).pack.tokens == 60  # 2420 beside 2640
 
 
-def test_the_longer_record_makes_a_pack_larger_where_squares_count():
-    memory = dataclasses.replace(MEMORY, layer_square=1.0)
-    tokens, none = np.array([10, 6, 6]), np.zeros(3, int)
-    planner = StepPlanner(1, tokens, tokens, max_packed_tokens=12)
-    sampler = StepSampler([3], step_records=3, planner=planner, strategy="sequential")
-    found, draws, _ = largest_pack(sampler, Lengths(tokens, none, none), memory, 1)
-    assert (found, [draw.index for draw in draws]) == (PackSize(10, 0, 0, 100), [0])
-    assert largest_pack(sampler, Lengths(tokens, none, none), MEMORY, 1).size == PackSize(12, 0, 0, 72)
-    for recomputed, layers in ((0, 4), (1, 4), (4, 1)):  # those that keep all, and one that is in work
-        more = memory.needed(found, "bf16", recomputed) - MEMORY.needed(found, "bf16", recomputed)
-        assert more == layers * 100
+# ---- available memory
 
 
-def test_recomputing_keeps_the_inputs_of_layers_only(tiny_model):
-    model = load(tiny_model, torch.float32)
-    found, llm = measure_memory(model, shards=WHOLE), model.language_model.get_decoder()
-    tokens, kept_by = 96, []
-    x = torch.randn(1, tokens, 48, requires_grad=True)
-    for recomputed in (0, 1):
-        model.recompute_layers(recomputed)
-        kept_by.append(saved_bytes(llm, lambda: llm(inputs_embeds=x, use_cache=False)))
-    saved = (found.layer_token - found.input_token) * tokens
-    assert kept_by[0] - kept_by[1] == pytest.approx(saved, rel=0.05)
+def test_memory_of_a_gpu_is_what_is_free_and_what_this_process_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    assert available_memory(CUDA) == available_memory(CUDA, 8) == 90
 
 
-def test_measuring_leaves_the_model_and_the_random_numbers_alone(tiny_model):
-    model = load(tiny_model, lora=4)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    first = measure_memory(model, shards=WHOLE)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert measure_memory(model, shards=WHOLE) == first
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with 100 GB free, on which this process uses 1 GB; returns where its cgroups are."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 10**9))
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=10**9))
+    monkeypatch.setattr(memory, "_PROCESS_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "fs")
+    return tmp_path
+
+
+def write_group(folder, names: tuple[str, str], limit, usage: int, stat: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, usage), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in stat.items()))
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+V2 = ("memory.max", "memory.current")
+CACHE = {"inactive_file": 2 * 10**9, "active_file": 10**9}
+
+
+def test_ranks_of_a_machine_share_its_free_memory(machine):
+    assert available_memory(CPU) == 101 * 10**9
+    assert available_memory(CPU, 4) == 26 * 10**9
+
+
+def test_a_container_with_a_limit(machine):
+    """cgroup v2: 40 GB, of which 10 are used, 3 of them page cache."""
+    (machine / "cgroup").write_text("0::/\n")
+    write_group(machine / "fs", V2, 40 * 10**9, 10 * 10**9, CACHE)
+    assert available_memory(CPU) == (33 + 1) * 10**9
+    assert available_memory(CPU, 3) == (11 + 1) * 10**9
+
+
+def test_the_tightest_group_above_the_process_counts(machine):
+    (machine / "cgroup").write_text("0::/job/step\n")
+    write_group(machine / "fs/job/step", V2, "max", 10**9, CACHE)
+    write_group(machine / "fs/job", V2, 20 * 10**9, 10 * 10**9, CACHE)
+    assert available_memory(CPU) == (13 + 1) * 10**9
+
+
+def test_cgroup_v1(machine):
+    text = "9:cpu,cpuacct:/x\n4:memory:/docker/abc\n0::/\n"
+    (machine / "cgroup").write_text(text)
+    stat = {"total_inactive_file": 10**9, "total_active_file": 0, "inactive_file": 0}
+    write_group(machine / "fs/memory", V1, 30 * 10**9, 10 * 10**9, stat)  # seen from inside of the container
+    assert available_memory(CPU) == (21 + 1) * 10**9
+    write_group(machine / "fs/memory/docker/abc", V1, 9223372036854771712, 10 * 10**9, stat)
+    assert available_memory(CPU) == (21 + 1) * 10**9
+
+
+def test_a_plan_can_be_compared_and_read(model, monkeypatch):
+    """Ranks exchange nothing but their memory, so that plans must be equal by themselves."""
+    run = Run(model, monkeypatch, ranks=2)
+    assert run.plan() == run.plan()
+    assert json.dumps(run.plan().components)
