@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ from internvl_chat.utils.errors import TrainingError
 # It is right that a single process has no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 
-# Files are closed at this size, so that several threads write them, and verify them later.
-_FILE_BYTES = 2**32
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -73,33 +71,19 @@ def share_of_rank(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str, T
     return own
 
 
-class StagedPlanner(dcp.DefaultSavePlanner):
-    """Plans a save from the live tensors, and writes their host copies.
-
-    Args:
-        copies: this rank's part of each tensor.
-    """
+class _StagedPlanner(dcp.DefaultSavePlanner):
+    """Plans a save from the live tensors, and writes copies of this rank's parts."""
 
     def __init__(self, copies: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
         self._copies = copies
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """See `DefaultSavePlanner`."""
         return self._copies[index.fqn]
 
 
-class OptimizerWriter(dcp.HuggingFaceStorageWriter):
-    """Writes and hashes safetensors files, without holding a second copy of the tensors.
-
-    Args:
-        folder: is made if need be.
-        threads: that write at the same time.
-        pause: as for `HashedFile`.
-
-    Attributes:
-        entries: of the files that this rank has written, by name.
-    """
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Writes and hashes safetensors files, one a thread, without a second copy of the tensors."""
 
     def __init__(self, folder: Path, threads: int, pause: Pause) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -107,77 +91,65 @@ class OptimizerWriter(dcp.HuggingFaceStorageWriter):
         self.entries: dict[str, FileEntry] = {}
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        """See `StorageWriter`."""
+        # Readers cast slices of a file in place, so large elements come first.
+        items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)
         with ThreadPoolExecutor(self._threads) as pool:
-            files = enumerate(_split(plan.items))
-            written = list(pool.map(lambda file: self._write_file(*file, planner), files))
+            files = [items[number :: self._threads] for number in range(min(self._threads, len(items)))]
+            written = list(pool.map(self._write_file, count(), files, repeat(planner)))
         future: Future[list[WriteResult]] = Future()
-        future.set_result([result for results in written for result in results])
+        future.set_result(list(chain.from_iterable(written)))
         return future
 
     def _write_file(
         self, number: int, items: list[dcp.WriteItem], planner: dcp.SavePlanner
     ) -> list[WriteResult]:
-        # Readers cast slices of the file in place, so large elements come first.
-        items = sorted(items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)
         tensors = [planner.resolve_data(item).detach().cpu().contiguous() for item in items]
         header: dict[str, Any] = {}
-        end = 0
+        offsets, end = {}, 0
         for item, tensor in zip(items, tensors, strict=True):
             start, end = end, end + tensor.nbytes
             header[item.index.fqn] = {
                 "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
             }  # fmt: skip
-        offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items}
+            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         header["__metadata__"] = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        name = f"rank-{distributed.rank():05d}-{number:03d}.safetensors"
+        name = f"rank-{distributed.rank():05d}-{number:02d}.safetensors"
         with HashedFile(self._folder / name, self._pause) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors:
                 file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         self.entries[name] = file.entry()
-        return [
-            WriteResult(item.index, tensor.nbytes, None) for item, tensor in zip(items, tensors, strict=True)
-        ]
-
-
-def _split(items: list[dcp.WriteItem]) -> Iterator[list[dcp.WriteItem]]:
-    """Group what a rank writes into files of at most `_FILE_BYTES` (one tensor may be larger)."""
-    file: list[dcp.WriteItem] = []
-    size = 0
-    for item in items:
-        data = item.tensor_data
-        bytes_ = data.chunk.sizes.numel() * data.properties.dtype.itemsize
-        if file and size + bytes_ > _FILE_BYTES:
-            yield file
-            file, size = [], 0
-        file.append(item)
-        size += bytes_
-    if file:
-        yield file
+        return [WriteResult(item.index, t.nbytes, None) for item, t in zip(items, tensors, strict=True)]
 
 
 def save_optimizer(
+    folder: Path,
     tensors: Mapping[str, Tensor],
     copies: Mapping[str, Tensor],
-    writer: OptimizerWriter,
+    *,
+    threads: int,
+    pause: Pause,
     group: dist.ProcessGroup | None,
-) -> None:
-    """Write this rank's part; a collective of the group, which fails on every rank if it does on one.
+) -> dict[str, FileEntry]:
+    """Write this rank's part; returns its files. A collective that fails on every rank if it does on one.
 
     Args:
+        folder: is made if need be.
         tensors: of `share_of_rank`.
-        copies: the part of each that this rank holds, as it is to be written.
-        writer: of the folder.
-        group: of all ranks, used by nobody else at the same time.
+        copies: this rank's part of each, as it is to be written.
+        threads: that write at the same time, a file each.
+        pause: as for `HashedFile`.
+        group: of all ranks, for this alone.
 
     Raises:
-        TrainingError: names the error and the rank.
+        OSError: a file cannot be written; with several ranks this is a `TrainingError`.
     """
+    writer = _Writer(folder, threads, pause)
     with _first_failure():
-        dcp.save(dict(tensors), storage_writer=writer, planner=StagedPlanner(copies), process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=_StagedPlanner(copies), process_group=group)
+    return writer.entries
 
 
 @torch.no_grad()

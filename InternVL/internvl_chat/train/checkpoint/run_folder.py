@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what an earlier run left there, where to resume."""
+"""The output folder of a run: who may write to it, what an earlier run left there, where to resume."""
 
 import json
 import re
@@ -24,13 +24,13 @@ LOG = "training_log.txt"
 PLOT = "loss.png"
 FINISHED = "train_results.json"
 PARTIAL = ".partial"
-# Ends the name, in PARTIAL, of a checkpoint that is being replaced by one of the same step.
+# Suffix, in PARTIAL, of a checkpoint that is being replaced by one of the same step.
 FORMER = ".former"
 
-_RECORDS_OF_A_RUN = (METRICS, LEDGER, VALIDATION, CONFIG, PLOT, FINISHED, PARTIAL)
+_LOGS = (METRICS, LEDGER, VALIDATION)
 _HARMLESS = (LOG, LOCK, CARD)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What a run writes; everything else in its folder is somebody's own.
+# Files that a run writes; others in its folder belong to the user.
 _WRITTEN = re.compile(
     r"checkpoint-\d+|\.partial|(metrics|ledger|validation)\.jsonl|config\.yaml|loss\.png|train_results\.json|"
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
@@ -46,7 +46,7 @@ class OutputFolder:
 
     Attributes:
         path: the folder.
-        resume: checkpoint to go on from, or None to start anew.
+        resume: checkpoint to resume from; None to start from the beginning.
         overwrite: delete an earlier run's files first.
         found: checkpoints and results that were there when this was decided.
     """
@@ -57,7 +57,7 @@ class OutputFolder:
     found: tuple[str, ...] = ()
 
     def open(self) -> IO[str]:
-        """Make the folder, take its lock, and clear what must not stay; returns the lock to keep.
+        """Make the folder, take its lock, and delete what must not stay; returns the lock to keep.
 
         Raises:
             UsageError: another process writes to the folder, or has done so since it was inspected, or it
@@ -72,36 +72,37 @@ class OutputFolder:
             unlock_folder(lock)
             raise UsageError(
                 f"{self.path}: another run has written to this folder while this one was starting; start the "
-                "same command again, and it goes on from what is there now"
+                "same command again to resume from what is there now"
             )
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
         if self.resume is None and may_write_card(self.path):
             _delete(self.path / CARD)
         if self.overwrite:
-            names = _files_of_a_run(self.path)
+            names = sorted(p.name for p in self.path.iterdir() if _WRITTEN.fullmatch(p.name))
             if names:
                 logger.warning("%s: deleting an earlier run (%s)", self.path, ", ".join(names))
-            for name in names:
-                _delete(self.path / name)
-        elif self.resume is None:
-            for name in _RECORDS_OF_A_RUN:
-                _delete(self.path / name)
         else:
-            step = checkpoint_step(self.resume)
-            for later in list_checkpoints(self.path):
-                if checkpoint_step(later) > step:
-                    logger.warning("going back to step %d: deleting %s", step, later)
-                    shutil.rmtree(later)
-            _delete(self.path / FINISHED)
-            for name in (METRICS, LEDGER, VALIDATION):
-                _drop_after(self.path / name, step)
-            if self.resume.resolve().parent == self.path.resolve():
-                _look_for_gaps(self.path / LEDGER, step)
+            names = [FINISHED] if self.resume else [*_LOGS, CONFIG, PLOT, FINISHED]
+        for name in names:
+            _delete(self.path / name)
+        if self.resume:
+            self._go_back(checkpoint_step(self.resume))
         return lock
+
+    def _go_back(self, step: int) -> None:
+        """Delete checkpoints and log lines after a step."""
+        for later in list_checkpoints(self.path):
+            if checkpoint_step(later) > step:
+                logger.warning("going back to step %d: deleting %s", step, later)
+                shutil.rmtree(later)
+        for name in _LOGS:
+            _drop_after(self.path / name, step)
+        if self.resume.resolve().parent == self.path.resolve():
+            _look_for_gaps(self.path / LEDGER, step)
 
 
 def may_write_card(folder: Path) -> bool:
-    """Say whether a folder's model card, if there is one, is an earlier run's and not somebody's own."""
+    """Return whether a folder has no model card, or one that an earlier run has written."""
     file = folder / CARD
     return not file.exists() or CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
 
@@ -109,13 +110,13 @@ def may_write_card(folder: Path) -> bool:
 def inspect_output_folder(
     path: Path, *, overwrite: bool, resume: str | None, inputs: Sequence[Path] = ()
 ) -> OutputFolder:
-    """Decide what to do with an output folder; no result is changed.
+    """Decide what to do with an output folder, without changing any result.
 
-    With checkpoints of an unfinished run the run is resumed from the newest, as the reference does.
+    An unfinished run is resumed from its newest undamaged checkpoint, as in the reference.
 
     Args:
         path: the folder; may be missing.
-        overwrite: start anew whatever an earlier run left.
+        overwrite: start from the beginning whatever an earlier run left.
         resume: a checkpoint folder; `auto` or `True` for the newest; None to decide by what is there.
         inputs: files and folders that the run reads; none of them may be overwritten.
 
@@ -124,15 +125,18 @@ def inspect_output_folder(
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: is a file; choose another --output_dir")
-    _bring_back(path)
+    for former in (path / PARTIAL).glob("*" + FORMER):
+        # The process was killed after it moved this checkpoint aside, before the new one had its name.
+        if not (path / former.stem).exists():
+            former.replace(path / former.stem)
     checkpoints, found = list_checkpoints(path), _results(path)
     contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in contents if not _WRITTEN.fullmatch(name) and name not in _HARMLESS]
     if resume and resume.lower() not in ("auto", "true"):
         chosen = Path(resume)
-        damage = find_damage(chosen) if chosen.is_dir() else "no such folder"
-        if damage:
-            raise UsageError(f"--resume_from_checkpoint {resume}: not a whole checkpoint: {damage}")
+        problem = _resume_problem(chosen) if chosen.is_dir() else "no such folder"
+        if problem:
+            raise UsageError(f"--resume_from_checkpoint {resume}: not a whole checkpoint: {problem}")
         elsewhere = chosen.resolve().parent != path.resolve()
         if elsewhere and (checkpoints or foreign or METRICS in contents):
             raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume} in")
@@ -157,20 +161,13 @@ def inspect_output_folder(
         return OutputFolder(path, _newest_whole(checkpoints), overwrite=False, found=found)
     if resume and resume.lower() == "true":
         raise UsageError(f"--resume_from_checkpoint: {path} holds no checkpoint")
-    weights = [name for name in contents if name.endswith(".safetensors")]
-    if foreign or weights:
+    in_use = foreign or [name for name in contents if name.endswith(".safetensors")]
+    if in_use:
         raise UsageError(
-            f"{path}: this output folder is in use (it holds {', '.join((foreign or weights)[:3])}); choose "
-            "another --output_dir, or --overwrite_output_dir True to delete an earlier run in it"
+            f"{path}: this output folder is in use (it holds {', '.join(in_use[:3])}); choose another "
+            "--output_dir, or --overwrite_output_dir True to delete an earlier run in it"
         )
     return OutputFolder(path, None, overwrite=False, found=found)
-
-
-def _bring_back(path: Path) -> None:
-    """Give a checkpoint its place again whose replacement was killed before it had one."""
-    for former in (path / PARTIAL).glob("*" + FORMER):
-        if not (path / former.stem).exists():
-            former.replace(path / former.stem)
 
 
 def _results(path: Path) -> tuple[str, ...]:
@@ -183,18 +180,28 @@ def _newest_whole(checkpoints: Sequence[Path]) -> Path:
     """Return the newest checkpoint that is as it was written.
 
     Raises:
-        UsageError: there is none; what happened to each.
+        UsageError: there is none; names what is wrong with each.
     """
     problems = []
     for checkpoint in reversed(checkpoints):
-        damage = find_damage(checkpoint)
-        if damage is None:
+        problem = _resume_problem(checkpoint)
+        if problem is None:
             logger.info("resuming from %s", checkpoint)
             return checkpoint
-        logger.warning("%s is damaged and not used: %s", checkpoint, damage)
-        problems.append(f"{checkpoint} is damaged: {damage}")
-    remedy = "--overwrite_output_dir True deletes them and starts anew"
+        logger.warning("%s is damaged and not used: %s", checkpoint, problem)
+        problems.append(f"{checkpoint} is damaged: {problem}")
+    remedy = "--overwrite_output_dir True deletes them and starts from the beginning"
     raise UsageError([*problems, f"there is no whole checkpoint to resume from; {remedy}"])
+
+
+def _resume_problem(checkpoint: Path) -> str | None:
+    """Return why a run cannot resume from a checkpoint."""
+    if (checkpoint / "optimizer.pt").is_file():
+        return (
+            "its optimizer state is of an earlier version of this program; start a new run with it as "
+            "--model_name_or_path"
+        )
+    return find_damage(checkpoint)
 
 
 def list_checkpoints(path: Path) -> list[Path]:
@@ -213,11 +220,6 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
-def _files_of_a_run(path: Path) -> list[str]:
-    """Return what a run of this program writes into its folder, as found."""
-    return sorted(p.name for p in path.iterdir() if _WRITTEN.fullmatch(p.name))
-
-
 def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -226,7 +228,7 @@ def _delete(path: Path) -> None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Remove the lines of steps that are about to be done again."""
+    """Delete the lines of later steps."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -237,18 +239,18 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def _look_for_gaps(ledger: Path, step: int) -> None:
-    """Warn of steps up to that one that a ledger has no line of."""
+    """Warn if a ledger lacks lines of steps up to that one."""
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     missing = sorted(set(range(1, step + 1)) - {_step_of(line) for line in lines})
     if missing:
         logger.warning(
-            "%s: has no line of %d steps of this run, the first of them %d; which records they used follows "
-            "from the seed, but is not proved", ledger, len(missing), missing[0],
+            "%s: has no line of %d steps of this run, the first of them %d; their records follow from the "
+            "seed, but are not on record", ledger, len(missing), missing[0],
         )  # fmt: skip
 
 
 def _step_of(line: str) -> int | None:
-    """Return a line's step; None for one that was cut short by a crash."""
+    """Return a line's step; None if the line was cut short by a crash."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

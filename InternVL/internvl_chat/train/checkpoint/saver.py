@@ -13,7 +13,7 @@ import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +26,6 @@ from torch import distributed as dist
 from internvl_chat.train.checkpoint.fingerprint import write_fingerprint
 from internvl_chat.train.checkpoint.manifest import FileEntry, drop_from_cache, write_manifest
 from internvl_chat.train.checkpoint.optimizer_state import (
-    OptimizerWriter,
     load_optimizer,
     named_state,
     save_optimizer,
@@ -44,6 +43,7 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 WriteModel = Callable[[Path, dict[str, Tensor]], None]
+WriteFiles = Callable[[Path], dict[str, FileEntry]]
 
 OPTIMIZER = "optimizer"
 DEEPSPEED = "deepspeed"
@@ -52,27 +52,6 @@ _TAG = "state"
 # On a CPU the thread rests this many times longer than it works, so that no step takes much longer.
 _REST = 4.0
 _GPU_THREADS = 4
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What one save writes.
-
-    Attributes:
-        state: of the run.
-        text: of `trainer_state.json`.
-        optimizer: the tensors that this rank writes, as they are in training.
-        tensors: this rank's parts of optimizer and weights, as they are to be written.
-        weights: all of them where the strategy gathers them itself.
-        error: why this rank can not take part.
-    """
-
-    state: TrainState
-    text: str = ""
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] | None = None
-    error: Exception | None = None
 
 
 class Checkpointer:
@@ -108,7 +87,8 @@ class Checkpointer:
         self._fingerprint, self._keep, self._model_only = fingerprint, keep, model_only
         self._is_deepspeed, self._is_main = strategy.name == "deepspeed", distributed.rank() == 0
         self._background = background and not self._is_deepspeed
-        self._threads = 1 if device.type == "cpu" else _GPU_THREADS
+        self._rests = device.type == "cpu"
+        self._threads = 1 if self._rests else _GPU_THREADS
         self._group = distributed.new_host_group()  # of the thread alone
         self._buffers, self._weights = HostBuffers(device), WeightGatherer(strategy.model, self._group)
         self._thread: threading.Thread | None = None
@@ -123,17 +103,18 @@ class Checkpointer:
     def save(self, state: TrainState) -> None:
         """Save a checkpoint of the steps done; returns when the copies for it have begun."""
         self.wait()
-        state = replace(state)
+        write_files, in_background, error = None, False, None
         try:
-            job, in_background = self._prepare(state)
-        except Exception as error:
-            job, in_background = _Job(state, error=error), False
+            write_files, in_background = self._prepare(state)
+        except Exception as failure:
+            error = failure
+        write = partial(self._write, state.step, state.best_step, write_files, error)
         if not in_background:
-            self._write(job)
+            write()
             return
         self._is_awaited.clear()
         # Not a daemon: a process that ends waits for it.
-        self._thread = threading.Thread(target=self._write_in_background, args=(job,), name="checkpoint")
+        self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
 
     def before_optimizer_step(self) -> None:
@@ -169,50 +150,47 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 (self._output / PARTIAL).rmdir()
 
-    def _prepare(self, state: TrainState) -> tuple[_Job, bool]:
-        """Return what is to be written, copied if it can be written in the background."""
+    def _prepare(self, state: TrainState) -> tuple[WriteFiles, bool]:
+        """Copy the state; returns what writes it, and whether that can be in the background."""
         strategy, values = self._strategy, state.to_json()
         self._buffers.follow_training()
         if self._is_deepspeed:
-            return _Job(state, json.dumps(values), weights=strategy.full_weights()), False
+            weights = strategy.full_weights()
+            return partial(self._write_files, json.dumps(values), {}, {}, weights), False
         local, optimizer = self._weights.prepare(), {}
         if not self._model_only:
             tensors, rest = named_state(strategy.model, strategy.optimizer)
             optimizer = share_of_rank(tensors, self._weights.nbytes)
             local |= {key: local_part(tensor) for key, tensor in optimizer.items()}
             values |= {"optimizer": rest, "scheduler": strategy.scheduler.state_dict()}
-        in_background = self._background and self._buffers.have_room(local, self._weights.new_bytes)
+        in_background = self._background and self._buffers.have_room(local)
         copies = self._buffers.copy(local) if in_background else local
-        return _Job(state, json.dumps(values), optimizer, copies), in_background
+        return partial(self._write_files, json.dumps(values), optimizer, copies, None), in_background
 
-    def _write_in_background(self, job: _Job) -> None:
-        try:
-            self._write(job)
-        except Exception as error:
-            # The others are gone: this rank is about to fail as well.
-            logger.error("checkpoint-%d was not written: %s", job.state.step, error)
-
-    def _write(self, job: _Job) -> None:
+    def _write(
+        self, step: int, best_step: int | None, write_files: WriteFiles | None, error: Exception | None
+    ) -> None:
         """Write and publish a checkpoint; a collective that fails on all ranks if it does on one."""
-        partial = self._output / PARTIAL / f"checkpoint-{job.state.step}"
-        error, entries = job.error, {}
+        partial_folder, entries = self._output / PARTIAL / f"checkpoint-{step}", {}
         try:
             self._agree(error)
             with self._buffers.stream():
-                entries = self._write_files(partial, job)
+                entries = write_files(partial_folder)
         except Exception as failure:
             error = failure
             if not isinstance(error, OSError | SafetensorError | M3LLMError):
-                logger.error("%s:", partial, exc_info=error)
+                logger.error("%s:", partial_folder, exc_info=error)
         try:
             hashed = self._agree(error, entries)
             if self._is_main:
-                self._publish(partial, job.state, dict(ChainMap(*hashed)))
+                self._publish(partial_folder, best_step, dict(ChainMap(*hashed)))
         except Exception as failure:
             if self._is_main:
-                self._give_up(partial, failure)
-        if self._group is not None:
-            dist.barrier(self._group)
+                self._give_up(partial_folder, failure)
+        # Where it fails another rank has ended, and training is about to fail as well.
+        with contextlib.suppress(RuntimeError):
+            if self._group is not None:
+                dist.barrier(self._group)
 
     def _agree(self, error: Exception | None, value: Any = None) -> list[Any]:
         """Return the values of all ranks.
@@ -231,53 +209,68 @@ class Checkpointer:
                 raise TrainingError(f"rank {rank}: {problem}")
         return [value for _, value in found]
 
-    def _write_files(self, partial: Path, job: _Job) -> dict[str, FileEntry]:
-        """Write this rank's files; returns the entries of those that were hashed meanwhile."""
+    def _write_files(
+        self,
+        text: str,
+        optimizer: dict[str, Tensor],
+        copies: dict[str, Tensor],
+        weights: dict[str, Tensor] | None,
+        folder: Path,
+    ) -> dict[str, FileEntry]:
+        """Write this rank's files; returns the entries of those that were hashed meanwhile.
+
+        Args:
+            text: of `trainer_state.json`.
+            optimizer: the tensors that this rank writes, as they are in training.
+            copies: this rank's parts of optimizer and weights.
+            weights: all of them, where the strategy has gathered them itself.
+            folder: of the checkpoint.
+        """
         self._buffers.synchronize()
-        weights = self._weights.gather(job.tensors) if job.weights is None else job.weights
+        weights = self._weights.gather(copies) if weights is None else weights
         entries = {}
         if self._is_deepspeed and not self._model_only:
             self._strategy.engine.save_checkpoint(
-                str(partial / DEEPSPEED), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+                str(folder / DEEPSPEED), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
             )
         elif not self._model_only:
-            writer = OptimizerWriter(partial / OPTIMIZER, self._threads, self._pause)
-            save_optimizer(job.optimizer, job.tensors, writer, self._group)
-            entries = {f"{OPTIMIZER}/{name}": entry for name, entry in writer.entries.items()}
+            options = {"threads": self._threads, "pause": self._pause, "group": self._group}
+            written = save_optimizer(folder / OPTIMIZER, optimizer, copies, **options)
+            entries = {f"{OPTIMIZER}/{name}": entry for name, entry in written.items()}
         if self._is_main:
             began = time.perf_counter()
-            partial.mkdir(parents=True, exist_ok=True)
-            self._write_model(partial, weights)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_model(folder, weights)
             self._pause(time.perf_counter() - began)
-            (partial / STATE_FILE).write_text(job.text + "\n", encoding="utf-8")
-            write_fingerprint(partial, self._fingerprint)
+            (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+            write_fingerprint(folder, self._fingerprint)
         return entries
 
-    def _publish(self, partial: Path, state: TrainState, entries: dict[str, FileEntry]) -> None:
-        """Add the manifest, bring everything to the disk, rename the folder, and delete older ones."""
-        write_manifest(partial, entries, threads=self._threads, pause=self._pause)
-        for path in [*partial.rglob("*"), partial]:
+    def _publish(self, folder: Path, best_step: int | None, entries: dict[str, FileEntry]) -> None:
+        """Add the manifest, sync everything to the disk, rename the folder, and delete older checkpoints."""
+        write_manifest(folder, entries, threads=self._threads, pause=self._pause)
+        for path in [*folder.rglob("*"), folder]:
             _sync(path)
-        final, former = self._output / partial.name, partial.with_name(partial.name + FORMER)
+        final, former = self._output / folder.name, folder.with_name(folder.name + FORMER)
         if final.exists():
             # Saved after the step, and again after the validation at the end of the epoch.
             shutil.rmtree(former, ignore_errors=True)
             final.replace(former)
-        partial.replace(final)
+        folder.replace(final)
         shutil.rmtree(former, ignore_errors=True)
         _sync(self._output)
         checkpoints = list_checkpoints(self._output)
         surplus = len(checkpoints) - self._keep if self._keep else 0
-        old = [path for path in checkpoints[:-1] if checkpoint_step(path) != state.best_step]
+        old = [path for path in checkpoints[:-1] if checkpoint_step(path) != best_step]
         for path in old[: max(surplus, 0)]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _give_up(self, partial: Path, error: Exception) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+    def _give_up(self, folder: Path, error: Exception) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
         older = [path.name for path in list_checkpoints(self._output)]
         logger.error(
             "%s was not written: %s (%.1f GB are free there); %s, and training goes on",
-            self._output / partial.name,
+            self._output / folder.name,
             error,
             shutil.disk_usage(self._output).free / 1e9,
             f"{older[-1]} stays the newest" if older else "there is no older one",
@@ -285,7 +278,7 @@ class Checkpointer:
 
     def _pause(self, seconds: float) -> None:
         """Rest after so many seconds of work, if it took them from training and nobody waits."""
-        if self._threads == 1:
+        if self._rests:
             self._is_awaited.wait(_REST * seconds)
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-import psutil
 import torch
 from torch import Tensor
 
 from internvl_chat.utils import distributed
+from internvl_chat.utils.hardware import available_host_memory
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -32,10 +32,10 @@ class HostBuffers:
         self._copied: torch.cuda.Event | None = None
         self._warned = False
 
-    def have_room(self, tensors: Mapping[str, Tensor], extra: int) -> bool:
-        """Return whether new buffers and `extra` bytes fit into this rank's share of the free memory."""
-        needed = _FREE_FACTOR * (extra + sum(tensor.nbytes for tensor in self._missing(tensors).values()))
-        free = psutil.virtual_memory().available / distributed.local_world_size()
+    def have_room(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether the buffers that are missing fit into this rank's share of the free memory."""
+        needed = _FREE_FACTOR * sum(tensor.nbytes for tensor in self._missing(tensors).values())
+        free = available_host_memory() / distributed.local_world_size()
         if needed > free and not self._warned:
             self._warned = True
             logger.warning(

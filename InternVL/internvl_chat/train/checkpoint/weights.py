@@ -16,9 +16,6 @@ class WeightGatherer:
     Args:
         model: in training.
         group: gloo, not used by anybody else while `gather` runs.
-
-    Attributes:
-        new_bytes: host memory that `prepare` has reserved and `gather` will use for the first time.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -28,7 +25,6 @@ class WeightGatherer:
         self._first_name: dict[str, str] = {}
         self._trained: set[str] = set()
         self._has_frozen = False
-        self.new_bytes = 0
 
     @property
     def nbytes(self) -> int:
@@ -47,14 +43,12 @@ class WeightGatherer:
         self._unique = {name: weights[name].detach() for name in first.values()}
         self._trained = {name for name in self._unique if weights[name].requires_grad}
         sharded = {name: weight for name, weight in self._unique.items() if isinstance(weight, DTensor)}
-        self.new_bytes = 0
         if self._is_main:
-            new = {name: weight for name, weight in sharded.items() if name not in self._full}
-            self._full |= {name: torch.empty(w.shape, dtype=w.dtype) for name, w in new.items()}
-            self.new_bytes = sum(self._full[name].nbytes for name in new)
+            new = sharded.keys() - self._full.keys()
+            self._full |= {name: torch.empty(sharded[name].shape, dtype=sharded[name].dtype) for name in new}
         return {
-            name: local_part(self._unique[name])
-            for name in self._unique
+            name: local_part(weight)
+            for name, weight in self._unique.items()
             if name in self._trained and (self._is_main or name in sharded)
         }
 

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,8 +179,7 @@ class TestBackground:
 
         with checkpointer(tmp_path, strategy, write) as saver:
             for step, factor in enumerate((1.19, 1.19, 1.21, 0.0)):
-                free = SimpleNamespace(available=factor * needed)
-                monkeypatch.setattr(staging.psutil, "virtual_memory", lambda free=free: free)
+                monkeypatch.setattr(staging, "available_host_memory", lambda free=factor * needed: free)
                 saver.save(TrainState(step=step))
                 saver.wait()
         assert [place == live for place in places] == [True, True, False, False]
