@@ -20,8 +20,8 @@ PAGES = ("README.md", "full_training_data/README.md", "InternVL/README.md", "Int
          "InternVL/docs/evaluation.md", "InternVL/docs/export.md")  # fmt: skip
 SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1"
 
-# Run elsewhere: quickstart and acceptance run as slow tests, this command by whoever runs the tests, and what test.sh
-# does.
+# Run elsewhere: quickstart and acceptance run as slow tests, this command by whoever runs the tests, and what
+# test.sh does.
 ELSEWHERE = (
     "bash InternVL/internvl_chat/shell/quickstart.sh",
     "bash InternVL/internvl_chat/shell/gpu_check.sh --out work_dirs/gpu_check",
