@@ -199,7 +199,8 @@ class Float32AdamW(torch.optim.Optimizer):
                 torch.manual_seed(noise_seed)
             for one in parameters:
                 (flat,) = one.split(one.weight.numel())
-                fused_step(*flat[:-1], factors[one.step])
+                # `data` is no view: torch would compile again for other shapes of what is viewed.
+                fused_step(*(None if t is None else t.data for t in flat[:-1]), factors[one.step])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of any precision, in float32 (torch would cast it to the dtype of the weights).

@@ -109,7 +109,7 @@ def uses_compiled_step(precision: str, device: torch.device) -> bool:
 
 
 def _can_compile(precision: str, device: torch.device) -> bool:
-    weight = nn.Parameter(torch.zeros(1024, dtype=torch.bfloat16, device=device))
+    weight = nn.Parameter(torch.zeros(2**20, dtype=torch.bfloat16, device=device))
     weight.grad = torch.zeros_like(weight)
     try:
         build_adamw([{"params": [weight]}], precision=precision, compiled=True, lr=0.0).step()

@@ -157,11 +157,16 @@ def test_non_finite_weights_stay_as_they_are(value):
 
 
 @pytest.mark.parametrize("precision", ["master", "stochastic"])
-def test_one_compilation_for_all_sizes(precision):
+def test_one_compilation_for_all_shapes(precision):
+    """Also for gradients that are views of DDP's buckets, or transposed."""
     torch._dynamo.reset()
+    weights = make_weights([(8, 8), (8, 4), (7,), (2, 3, 4, 4), (1, 1, 8), (9, 1)])
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = build(weights, precision)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for count in (1001, 64, 4096):
-            tensors = [torch.zeros(count) for _ in range(4)]
-            if precision == "stochastic":
-                tensors[3] = None
-            fused_step(torch.zeros(count).bfloat16(), *tensors, step_factors(OPTIONS, 1))
+        optimizer.step()
+        weights[0].grad = torch.ones_like(weights[0]).t()
+        bucket = torch.ones(100).bfloat16()
+        weights[1].grad, weights[2].grad = bucket[5:37].view(8, 4), bucket[37:44]
+        optimizer.step()
