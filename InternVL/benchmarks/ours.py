@@ -3,6 +3,7 @@
 Everything that the benchmarks know of the loop is here.
 """
 
+import atexit
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from benchmarks.recipes import LORA_DROPOUT
 from benchmarks.shapes import random_model
 from benchmarks.workload import Workload
 from internvl_chat.data.collator import Pack
+from internvl_chat.data.dataloader import end_workers
 from internvl_chat.data.encoding import RecordEncoder
 from internvl_chat.data.meta import load_meta
 from internvl_chat.data.tokenizer import image_context_id
@@ -76,6 +78,7 @@ def make_loop(
         workload: the records.
         write_model: writes the weights of a checkpoint; is given model, folder and weights.
     """
+    atexit.register(end_workers)  # the process would wait for them
     config, tokenizer = configuration(job, workload), workload.load_tokenizer()
     run = config.run
     attn = resolve_attention(config.model.attn, run.device)
