@@ -105,8 +105,7 @@ def metrics_row(
         step: number of the step, from 1.
         epoch: epochs done after the step.
         seconds: duration of the step.
-        peak_flops: FLOP/s of a device, None if unknown.
-        world_size: number of ranks, with a device each.
+        peak_flops: FLOP/s of one of the `world_size` devices, None if unknown.
         max_memory: peak memory of this rank in bytes.
     """
     sums = record.sums

@@ -7,7 +7,7 @@ is rounded stochastically, which preserves small updates on average.
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +56,7 @@ def build_adamw(
         groups: parameter groups.
         precision: `master` (a float32 copy of each bf16 weight), `stochastic` (stochastic rounding; less
             memory) or `bf16` (weights and moments in bf16, as the reference trains).
-        seed: seed of the stochastic rounding.
-        compiled: update bf16 weights in one compiled pass over memory.
-        options: `lr`, `betas`, `eps` and `weight_decay`.
+        seed, compiled, options: see `Float32AdamW`.
 
     Raises:
         ValueError: unknown precision.
@@ -131,12 +129,8 @@ class Float32AdamW(torch.optim.Optimizer):
                 raise TypeError(f"trained parameters are float32 or bfloat16, not {parameter.dtype}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; returns the loss of the closure, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient; closures are not supported."""
         for index, group in enumerate(self.param_groups):
             slices = [self._next_step(p) for p in group["params"] if p.grad is not None]
             float32 = [one for one in slices if one.weight.dtype == torch.float32]
@@ -148,7 +142,6 @@ class Float32AdamW(torch.optim.Optimizer):
                 noise_seed = random.Random(f"{group['seed']} {group['roundings']} {index}").getrandbits(63)
                 group["roundings"] += 1
                 (self._update_compiled if self.compiled else self._update)(bf16, group, noise_seed)
-        return loss
 
     def _next_step(self, parameter: Tensor) -> _Slice:
         """Return what the next step of a parameter uses; its state is made in the first."""
@@ -212,7 +205,7 @@ class Float32AdamW(torch.optim.Optimizer):
             group.setdefault(name, self.defaults[name])
         parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        names = {"step", "exp_avg", "exp_avg_sq"} | ({"master"} if not self.stochastic else set())
+        names = ("step", "exp_avg", "exp_avg_sq", *(() if self.stochastic else ("master",)))
         for parameter, key in zip(parameters, saved, strict=True):
             if key in state_dict["state"]:
                 self.state[parameter] = {
@@ -232,10 +225,9 @@ def _adamw(
     steps = torch.tensor([one.step - 1.0 for one in slices], dtype=torch.float32)
     steps = list(steps.to(weights[0].device, non_blocking=True).unbind())
     moments = [one.exp_avg for one in slices], [one.exp_avg_sq for one in slices]
-    beta1, beta2 = group["betas"]
     options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
-    switches = {"fused": True, "amsgrad": False, "maximize": False}
-    adamw(weights, grads, *moments, [], steps, beta1=beta1, beta2=beta2, **options, **switches)
+    options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+    adamw(weights, grads, *moments, [], steps, fused=True, amsgrad=False, maximize=False, **options)
 
 
 def _local(tensor: Tensor | None) -> Tensor | None:

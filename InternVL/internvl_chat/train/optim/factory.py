@@ -75,16 +75,13 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
     """Yield what `make_optimizer` and `make_scheduler` would refuse, without a model."""
-    try:
-        if run.optim not in OWN_OPTIMIZERS:
-            _library_optimizer(run)
-    except UsageError as error:
-        yield from error.problems
-    try:
-        probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
-        make_scheduler(run, probe, total_steps=10**6)
-    except UsageError as error:
-        yield from error.problems
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
+    library = [] if run.optim in OWN_OPTIMIZERS else [functools.partial(_library_optimizer, run)]
+    for check in (*library, functools.partial(make_scheduler, run, probe, 10**6)):
+        try:
+            check()
+        except UsageError as error:
+            yield from error.problems
 
 
 def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

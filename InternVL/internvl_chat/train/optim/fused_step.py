@@ -23,12 +23,7 @@ def step_factors(group: Mapping[str, Any], step: int) -> Tensor:
 
 @torch.compile(dynamic=True, fullgraph=True)
 def fused_step(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    master: Tensor | None,
-    factors: Tensor,
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, factors: Tensor
 ) -> None:
     """Update a bf16 weight in float32: its master, rounded to nearest, or itself, rounded stochastically.
 

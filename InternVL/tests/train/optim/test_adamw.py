@@ -311,19 +311,6 @@ def test_sharded_parameters_are_updated_as_others():
         distributed.destroy_process_group()
 
 
-def test_closure_is_called_with_gradients_and_its_loss_returned():
-    (parameter,) = make_parameters(shapes=[(8,)])
-    optimizer = build([parameter], "master")
-
-    def closure():
-        loss = parameter.float().square().sum()
-        loss.backward()
-        return loss.item()
-
-    assert optimizer.step(closure) > 0
-    assert "master" in optimizer.state[parameter]
-
-
 def test_float32_alone_and_the_reference_are_torch_adamw():
     assert type(build(make_parameters(torch.float32), "master")) is torch.optim.AdamW
     assert type(build(make_parameters(), "bf16")) is torch.optim.AdamW
