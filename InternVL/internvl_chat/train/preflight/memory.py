@@ -6,12 +6,9 @@ All sizes are in bytes. Memory decides neither `--weight_precision` nor anything
 import dataclasses
 import itertools
 import resource
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,18 +29,13 @@ from internvl_chat.train.optim.factory import uses_compiled_step
 from internvl_chat.train.preflight.activations import PackSize, measure_activations
 from internvl_chat.utils.distributed import all_gather_object
 from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.hardware import available_host_memory
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 # Share of a GPU's free memory that a plan may use; the allocator rounds up and fragments.
 _USABLE = 0.95
-_PROCESS_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Of cgroups v2 and v1: folder, limit, usage, prefix of the statistics.
-_CGROUP_FILES = {
-    "": ("", "memory.max", "memory.current", ""),
-    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-}
 # Parameters that ZeRO-3 gathers, with DeepSpeed's defaults.
 _ZERO3_GATHERED = {"max_live_parameters": 1e9, "prefetch_bucket_size": 5e7}
 
@@ -218,14 +210,14 @@ def layout_memory(
     elif parallel == "fsdp":
         layers = [*model.vision_model.encoder.layers, *model.language_model.get_decoder().layers]
         inside = {p for layer in layers for p in layer.parameters()}
-        layer = max(_size(layer.parameters()) for layer in layers)
-        layer_gradients = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
-        # Unsharded are the root for a whole pass, two layers (one is prefetched), and gradients until they
-        # are reduced: after each layer, but only in the last pack.
-        unsharded = layer_gradients + _size(p for p in trained if p not in inside)
-        gradients = gradients // ranks + (gradients if several_packs else unsharded)
-        weights = weights // ranks + _size(p for p in model.parameters() if p not in inside)
-        state, buffers = state // ranks, 2 * layer + layer_gradients
+        root = [p for p in model.parameters() if p not in inside]
+        # The root is unsharded for a whole pass, and gradients until they are reduced: after each layer, but
+        # only in the last pack. Buffers hold up to three layers: gathered, being gathered, being reduced.
+        unreduced = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
+        reduced = gradients // ranks + _size(p for p in root if p.requires_grad)
+        gradients = unreduced + (gradients if several_packs else reduced)
+        weights, state = weights // ranks + _size(root), state // ranks
+        buffers = 3 * max(_size(layer.parameters()) for layer in layers)
     elif parallel == "deepspeed":
         zero = (run.deepspeed or {}).get("zero_optimization", {})
         stage, numel = int(zero.get("stage", 0)), sum(p.numel() for p in trained)
@@ -262,25 +254,7 @@ def available_memory(device: torch.device, local_ranks: int = 1) -> int:
     """Return the memory this process may use, including what it uses now: of its GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free = min(psutil.virtual_memory().available, _cgroup_free())
-    return free // local_ranks + psutil.Process().memory_info().rss
-
-
-def _cgroup_free() -> int:
-    """Return what the limits of this process's cgroups (v1 and v2) leave; page cache counts as free."""
-    free = [sys.maxsize]
-    for line in _PROCESS_CGROUPS.read_text().splitlines() if _PROCESS_CGROUPS.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in _CGROUP_FILES:
-            continue
-        root, limit, usage, prefix = _CGROUP_FILES[controllers]
-        group = _CGROUPS / root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # no such file, or no limit ("max")
-                room = int((folder / limit).read_text()) - int((folder / usage).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                free.append(room + int(stat[f"{prefix}inactive_file"]) + int(stat[f"{prefix}active_file"]))
-    return min(free)
+    return available_host_memory() // local_ranks + psutil.Process().memory_info().rss
 
 
 def max_memory(device: torch.device) -> int:

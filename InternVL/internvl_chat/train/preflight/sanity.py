@@ -47,7 +47,7 @@ def run_sanity_checks(
     """
     check_preprocessing(source, preprocessing)
     show_supervision(data, tokenizer)
-    samples = first_samples(data, 0, 2)
+    samples = first_samples(data, 0, 4)
     if samples:
         check_packing(model, samples, preprocessing.normalize_type)
 

@@ -20,6 +20,7 @@ from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight import memory
 from internvl_chat.train.preflight.activations import Activations, PackSize
 from internvl_chat.train.preflight.memory import MemoryPlan, available_memory, layout_memory, plan_memory
+from internvl_chat.utils import hardware
 from internvl_chat.utils.errors import TrainingError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -88,7 +89,7 @@ def test_ddp_accumulates_gradients_outside_of_the_buckets(full_8b):
     ("ranks", "gigabytes"), [(2, [10.2, 10.3, 45.8, 0, 1.4]), (8, [4.2, 4.6, 11.5, 0, 1.4])]
 )
 def test_fsdp_of_8b(full_8b, ranks, gigabytes):
-    """A share of everything; beside it the root, two gathered layers, and the gradients being reduced."""
+    """A share of everything; beside it the root with its gradients, and one layer's gradients and buffers."""
     found = components(full_8b, "fsdp", ranks)
     root = 2 * (2 * EMBEDDING + WIDTH + PROJECTOR)
     assert found == {
@@ -96,11 +97,11 @@ def test_fsdp_of_8b(full_8b, ranks, gigabytes):
         "gradients": 2 * TRAINED // ranks + root + 2 * LAYER,
         "optimizer state": 12 * TRAINED // ranks,
         "optimizer scratch": 0,
-        "communication buffers": 2 * 2 * LAYER + 2 * LAYER,
+        "communication buffers": 3 * 2 * LAYER,
     }
     assert [round(size / 1e9, 1) for size in found.values()] == gigabytes
     several = components(full_8b, "fsdp", ranks, several=True)
-    assert several == found | {"gradients": 2 * TRAINED // ranks + 2 * TRAINED}
+    assert several == found | {"gradients": 2 * TRAINED + 2 * LAYER}
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
@@ -455,56 +456,24 @@ def test_memory_of_a_gpu_is_what_is_free_and_what_this_process_has(monkeypatch):
     assert available_memory(CUDA) == available_memory(CUDA, 8) == 90
 
 
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """A machine with 100 GB free, on which this process uses 1 GB; returns where its cgroups are."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 10**9))
+@pytest.mark.parametrize(("local_ranks", "available"), [(1, 101), (4, 26)])
+def test_ranks_of_a_machine_share_its_free_memory(monkeypatch, local_ranks, available):
+    """100 GB are free, and this process has 1 GB already."""
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 100 * 10**9)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=10**9))
-    monkeypatch.setattr(memory, "_PROCESS_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "fs")
-    return tmp_path
+    assert available_memory(CPU, local_ranks) == available * 10**9
 
 
-def write_group(folder, names: tuple[str, str], limit, usage: int, stat: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in zip(names, (limit, usage), strict=True):
-        (folder / name).write_text(f"{value}\n")
-    (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in stat.items()))
-
-
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-V2 = ("memory.max", "memory.current")
-CACHE = {"inactive_file": 2 * 10**9, "active_file": 10**9}
-
-
-def test_ranks_of_a_machine_share_its_free_memory(machine):
-    assert available_memory(CPU) == 101 * 10**9
-    assert available_memory(CPU, 4) == 26 * 10**9
-
-
-def test_a_container_with_a_limit(machine):
-    """cgroup v2: 40 GB, of which 10 are used, 3 of them page cache."""
-    (machine / "cgroup").write_text("0::/\n")
-    write_group(machine / "fs", V2, 40 * 10**9, 10 * 10**9, CACHE)
-    assert available_memory(CPU) == (33 + 1) * 10**9
-    assert available_memory(CPU, 3) == (11 + 1) * 10**9
-
-
-def test_the_tightest_group_above_the_process_counts(machine):
-    (machine / "cgroup").write_text("0::/job/step\n")
-    write_group(machine / "fs/job/step", V2, "max", 10**9, CACHE)
-    write_group(machine / "fs/job", V2, 20 * 10**9, 10 * 10**9, CACHE)
-    assert available_memory(CPU) == (13 + 1) * 10**9
-
-
-def test_cgroup_v1(machine):
-    text = "9:cpu,cpuacct:/x\n4:memory:/docker/abc\n0::/\n"
-    (machine / "cgroup").write_text(text)
-    stat = {"total_inactive_file": 10**9, "total_active_file": 0, "inactive_file": 0}
-    write_group(machine / "fs/memory", V1, 30 * 10**9, 10 * 10**9, stat)  # seen from inside of the container
-    assert available_memory(CPU) == (21 + 1) * 10**9
-    write_group(machine / "fs/memory/docker/abc", V1, 9223372036854771712, 10 * 10**9, stat)
-    assert available_memory(CPU) == (21 + 1) * 10**9
+def test_ranks_in_a_container_share_its_limit(monkeypatch, tmp_path):
+    """90 GB are free on the machine; the cgroup allows 40, of which 10 are used, 2 of them page cache."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=90 * 10**9))
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=10**9))
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(hardware, "_OWN_CGROUPS", tmp_path / "own")
+    files = {"own": "0::/", "memory.max": "40", "memory.current": "10", "memory.stat": "inactive_file 2"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}000000000\n" if text[-1].isdigit() else f"{text}\n")
+    assert available_memory(CPU, 2) == (32 // 2 + 1) * 10**9
 
 
 def test_a_plan_can_be_compared_and_read(model, monkeypatch):

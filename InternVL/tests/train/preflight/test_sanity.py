@@ -207,8 +207,8 @@ def answered(model, supervised: int, seed: int) -> list[Sample]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("confidence", "loss"), [(2.0, 5.6), (20.0, 1.4), (60.0, 0.34)])
-def test_rounding_of_short_answers_passes(tiny_model, dtype, confidence, loss):
+@pytest.mark.parametrize(("confidence", "range_of_losses"), [(2.0, (5, 6)), (20.0, (1, 2)), (60.0, (0, 1))])
+def test_rounding_of_short_answers_passes(tiny_model, dtype, confidence, range_of_losses):
     """Answers of one to five tokens that the model hardly knows, or is sure of.
 
     In bf16 a tolerance of 2 % and at least 0.02 of a record's mean loss would refuse some of them.
@@ -224,7 +224,7 @@ def test_rounding_of_short_answers_passes(tiny_model, dtype, confidence, loss):
         refused += not torch.allclose(*means, rtol=2e-2, atol=2e-2)
         losses.append(means[1].mean())
         check_packing(model, samples, "imagenet")
-    assert torch.stack(losses).mean() == pytest.approx(loss, rel=0.3)
+    assert range_of_losses[0] < torch.stack(losses).mean() < range_of_losses[1]
     if dtype == torch.bfloat16 and confidence == 60:
         assert refused
 
