@@ -248,11 +248,7 @@ def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random
     if victim == "process" and trainers:
         chosen = [rng.choice(trainers)]
     elif victim == "launcher":
-        launcher = psutil.Process(process.pid)
-        agents = [
-            one for one in launcher.children() if "internvl_chat.train.distributed.launch" in one.cmdline()
-        ]
-        chosen = [rng.choice([launcher, *agents])]  # the shell's, or torchrun's
+        chosen = [psutil.Process(process.pid)]
     else:
         victim, chosen = (
             "all",
@@ -274,9 +270,11 @@ def _trainers(output: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if str(output) in words and "internvl_chat.train.internvl_chat_finetune" in words:
+        is_training = any(word.endswith("train/internvl_chat_finetune.py") for word in words)
+        # The process that writes the log has the launcher's command line.
+        if str(output) in words and is_training and "internvl_chat.train.distributed.launch" not in words:
             found.append(process)
-    return [one for one in found if "internvl_chat.train.distributed.launch" not in one.info["cmdline"]]
+    return found
 
 
 def _wait_for_all_to_end(output: Path, seconds: float = 60.0) -> None:

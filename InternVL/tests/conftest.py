@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.data.synthetic import write_sample_data
@@ -14,10 +16,22 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = REPOSITORY / "InternVL/internvl_chat/shell/internvl3.0/2nd_finetune"
 
 
+# No test depends on the speed of the machine.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tests run side by side; more threads would only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiler_cache():
+    """torch's compiler would run code that was compiled for another CPU capability."""
+    name = f"torchinductor-tests-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / name)
 
 
 @pytest.fixture(autouse=True, scope="session")

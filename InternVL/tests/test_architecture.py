@@ -101,3 +101,11 @@ def test_help_is_quick_to_import():
     code = "import sys, internvl_chat.cli as cli; cli.build_parser(); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_no_override_of_a_trainer():
+    """The training loop is our own: nothing derives from transformers' Trainer."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                assert not any("Trainer" in ast.unparse(base) for base in node.bases), f"{path}: {node.name}"

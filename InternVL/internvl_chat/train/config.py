@@ -10,23 +10,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from internvl_chat.data.dataloader import LoaderOptions
+from internvl_chat.train.flags import DataArguments, ModelArguments, RunArguments
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
 
-if TYPE_CHECKING:
-    from internvl_chat.train.arguments import DataArguments, ModelArguments, RunArguments
-
 logger = get_logger(__name__)
 
-PARALLEL_MODES = ("auto", "ddp", "fsdp", "deepspeed")
 _STRATEGIES = ("no", "steps", "epoch")
 
 # Flags of transformers that change nothing here: the values that are accepted, and what to use instead.
@@ -220,8 +217,8 @@ class RunConfig:
 class TrainConfig:
     """The resolved configuration of a training run."""
 
-    model: "ModelArguments"
-    data: "DataArguments"
+    model: ModelArguments
+    data: DataArguments
     run: RunConfig
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,7 +232,7 @@ _CONSUMED = ("per_device_train_batch_size", "gradient_accumulation_steps", "torc
 USED_FLAGS = frozenset({f.name for f in fields(RunConfig)} | {*_CONSUMED} | {*_FROM_ENVIRONMENT})
 
 
-def resolve_run(args: "RunArguments") -> RunConfig:
+def resolve_run(args: RunArguments) -> RunConfig:
     """Resolve the flags of a run and the environment of its process.
 
     Raises:
@@ -287,7 +284,7 @@ def resolve_run(args: "RunArguments") -> RunConfig:
     return RunConfig(**values)
 
 
-def _refused(args: "RunArguments") -> list[str]:
+def _refused(args: RunArguments) -> list[str]:
     """Name the flags that change nothing here."""
     given = {f.name for f in fields(args)}
     return [
@@ -327,7 +324,7 @@ def _mapping(name: str, value: Any, problems: list[str]) -> dict[str, Any] | Non
     return None
 
 
-def _parallel(args: "RunArguments", problems: list[str]) -> str:
+def _parallel(args: RunArguments, problems: list[str]) -> str:
     """Return the parallel mode that `--parallel`, `--fsdp` and `--deepspeed` ask for."""
     if args.fsdp and "full_shard" not in args.fsdp.split():
         problems.append(f"--fsdp {args.fsdp}: only full_shard is supported (--parallel fsdp)")
@@ -347,7 +344,7 @@ def _device(use_cpu: bool) -> torch.device:
     return torch.device("cuda", distributed.local_rank())
 
 
-def _given_flags(args: "RunArguments") -> dict[str, Any]:
+def _given_flags(args: RunArguments) -> dict[str, Any]:
     """Return the flags that are used, as they were given."""
     known = {f.name for f in fields(args)} & USED_FLAGS - {*_FROM_ENVIRONMENT}
     return {name: _plain(getattr(args, name)) for name in sorted(known)}

@@ -78,13 +78,8 @@ class Launched:
 
     def trainers(self):
         """The training processes."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        script = "internvl_chat.train.internvl_chat_finetune"
-        return [
-            p for p in found
-            if script in (words := p.cmdline()) and "internvl_chat.train.distributed.launch" not in words
-            and p.parent().cmdline() != words
-        ]  # fmt: skip
+        children = psutil.Process(self.process.pid).children()
+        return [one for one in children if "internvl_chat.train.distributed.launch" not in one.cmdline()]
 
     def end(self):
         """Wait for the end; returns exit code and output."""

@@ -36,7 +36,7 @@ _WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
     r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|tokenizer|"
     r"tokenizer_config|vocab|added_tokens|special_tokens_map|chat_template)\.json|merges\.txt|"
-    r"tokenizer\.model|chat_template\.jinja"
+    r"tokenizer\.model|chat_template\.jinja|wandb|runs"
 )
 
 

@@ -1,0 +1,70 @@
+"""The private names of libraries that the package uses, each with a test that fails if its meaning changes."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from test_architecture import FILES, PACKAGE
+from torch import nn
+
+# Python's own, and torch's multi-tensor operators, are private by name only.
+_NOT_PRIVATE = {"_asdict", "_fields", "_replace", "_make", "_exit", "_current_frames"}
+
+
+def private_names(path) -> set[str]:
+    """Return the private names that a file uses of objects other than those of its own classes."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    own = {a.attr for a in attributes if isinstance(a.value, ast.Name) and a.value.id in ("self", "cls")}
+    own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    found = {a.attr for a in attributes} - own
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("internvl_chat"):
+            found |= {alias.name for alias in node.names}
+    private = {name for name in found if name.startswith("_") and not name.startswith("__")}
+    return {name for name in private - _NOT_PRIVATE if not name.startswith("_foreach_")}
+
+
+def peft_registers_custom_modules():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from internvl_chat.model.lora_layer import LoraLinear
+
+    config = LoraConfig(r=2, target_modules=["0"])
+    config._register_custom_module({nn.Linear: LoraLinear})
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(3, 3)))
+    assert type(model[0]) is LoraLinear
+
+
+def torch_differentiates_softmax():
+    scores = torch.randn(2, 5, requires_grad=True)
+    above = torch.randn(2, 5)
+    weights = scores.softmax(-1)
+    weights.backward(above)
+    found = torch._softmax_backward_data(above, weights.detach(), -1, scores.dtype)
+    torch.testing.assert_close(found, scores.grad)
+
+
+def bert_score_has_model_and_tokenizer():
+    bert_score = pytest.importorskip("bert_score", reason="bert-score is not installed")
+    source = ast.unparse(ast.parse(Path(bert_score.scorer.__file__).read_text(encoding="utf-8")))
+    assert "self._tokenizer = " in source and "self._model = " in source
+
+
+TESTS = {
+    ("model/lora.py", "_register_custom_module"): peft_registers_custom_modules,
+    ("model/blocked_attention.py", "_softmax_backward_data"): torch_differentiates_softmax,
+    ("metrics/bertscore.py", "_model"): bert_score_has_model_and_tokenizer,
+    ("metrics/bertscore.py", "_tokenizer"): bert_score_has_model_and_tokenizer,
+}
+
+
+@pytest.mark.parametrize("name", TESTS, ids=":".join)
+def test_private_name_means_what_it_did(name):
+    TESTS[name]()
+
+
+def test_no_other_private_name_is_used():
+    found = {(str(path.relative_to(PACKAGE)), name) for path in FILES for name in private_names(path)}
+    assert found == TESTS.keys()
