@@ -28,7 +28,8 @@ PARTIAL = ".partial"
 FORMER = ".former"
 
 _LOGS = (METRICS, LEDGER, VALIDATION)
-_HARMLESS = (LOG, LOCK, CARD)
+# Trackers write to folders of their own.
+_HARMLESS = (LOG, LOCK, CARD, "runs", "wandb")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Files that a run writes; others in its folder belong to the user.
 _WRITTEN = re.compile(
@@ -36,7 +37,7 @@ _WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
     r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|tokenizer|"
     r"tokenizer_config|vocab|added_tokens|special_tokens_map|chat_template)\.json|merges\.txt|"
-    r"tokenizer\.model|chat_template\.jinja|wandb|runs"
+    r"tokenizer\.model|chat_template\.jinja"
 )
 
 
