@@ -15,7 +15,6 @@ from internvl_chat.data.synthetic import write_sample_data
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = REPOSITORY / "InternVL/internvl_chat/shell/internvl3.0/2nd_finetune"
 
-
 # No test depends on the speed of the machine.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")

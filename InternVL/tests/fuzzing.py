@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from helpers import HANG_SECONDS
 from PIL import Image
 from small_sets import encoder, entry_of, image_record, smooth, text_record, write_set
 
@@ -20,8 +21,6 @@ from internvl_chat.data.meta import DatasetSpec, load_meta
 from internvl_chat.data.problems import ERRORS
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.utils.errors import DataError
-
-SECONDS = 60
 
 # Fragments that have broken parsers before.
 SPLINTERS = (
@@ -39,16 +38,16 @@ VALUES = (
 
 @contextmanager
 def soon():
-    """Fail where something takes minutes."""
+    """Fail where something never ends."""
 
     def late(*_):
-        pytest.fail(f"took more than {SECONDS} seconds")
+        pytest.fail(f"took more than {HANG_SECONDS} seconds")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    signal.alarm(HANG_SECONDS)
     try:
         yield
     finally:

@@ -13,6 +13,9 @@ from internvl_chat.model.weights import open_weights
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune"
 
+# Nothing takes so long, however slow or busy the machine is: this guards against tests that hang.
+HANG_SECONDS = 1800
+
 # What a small model on a CPU needs beside the recipe.
 CPU_FLAGS = {
     "use_cpu": True,
@@ -108,7 +111,7 @@ def changed_weights(one: Path, other: Path) -> list[str]:
     ]
 
 
-def run_training(*argv: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
+def run_training(*argv: str, processes: int = 1) -> subprocess.CompletedProcess:
     """Run the training script in processes of its own."""
     start = [sys.executable]
     if processes > 1:
@@ -120,7 +123,7 @@ def run_training(*argv: str, processes: int = 1, timeout: int = 240) -> subproce
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
 
 
 def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -129,7 +132,7 @@ def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subpro
     variables = {**clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         ["bash", str(LAUNCHERS / f"M3LLM-fulldata-{name}.sh"), *argv],
-        capture_output=True, text=True, timeout=400, env=variables, cwd=cwd,
+        capture_output=True, text=True, timeout=HANG_SECONDS, env=variables, cwd=cwd,
     )  # fmt: skip
 
 

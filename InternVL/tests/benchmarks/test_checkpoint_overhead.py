@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import SOURCE_ROOT
+from helpers import HANG_SECONDS, SOURCE_ROOT
 
 sys.path.insert(0, str(SOURCE_ROOT))
 
@@ -27,7 +27,7 @@ def test_both_ways_to_save(tmp_path, recipe: str) -> None:
     script, out = SOURCE_ROOT / "benchmarks/checkpoint_overhead.py", tmp_path / "rows.json"
     options = ["--recipe", recipe, "--model", "smoke", "--device", "cpu", "--steps", "5", "--every", "2"]
     command = [sys.executable, str(script), *options, "--warmup", "0", "--json", str(out)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG_SECONDS)
     rows = json.loads(out.read_text())["rows"]
     assert [row["mode"] for row in rows] == ["background", "synchronous"]
     assert all(len(row["after_save_seconds"]) == 2 and row["median_seconds"] > 0 for row in rows)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import SOURCE_ROOT
+from helpers import HANG_SECONDS, SOURCE_ROOT
 
 sys.path.insert(0, str(SOURCE_ROOT))
 
@@ -19,7 +19,7 @@ def test_both_commands(tmp_path) -> None:
     script, out = SOURCE_ROOT / "benchmarks/conversion_memory.py", tmp_path / "rows.json"
     options = ["--model", "smoke", "--check", "False", "--folder", str(tmp_path), "--json", str(out)]
     command = [sys.executable, str(script), *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG_SECONDS)
     rows = json.loads(out.read_text())["rows"]
     assert [(row["work"], row["checked"], row["shards"]) for row in rows] == [
         ("merge", False, 1),

@@ -4,9 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-SOURCE_ROOT = Path(__file__).resolve().parents[2]
+from helpers import HANG_SECONDS, SOURCE_ROOT
 
 
 def test_figures_of_a_few_records(tmp_path):
@@ -24,7 +23,8 @@ def test_figures_of_a_few_records(tmp_path):
     ]
     result = subprocess.run(
         [sys.executable, str(SOURCE_ROOT / "benchmarks/data_throughput.py"), *flags, "--json", str(file)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
+        capture_output=True, text=True, timeout=HANG_SECONDS,
+        env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads(file.read_text())

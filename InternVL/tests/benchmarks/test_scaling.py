@@ -4,15 +4,19 @@ import json
 import subprocess
 import sys
 
-from helpers import SOURCE_ROOT
+from helpers import HANG_SECONDS, SOURCE_ROOT
+
+from benchmarks.shapes import default_dtype
 
 
 def test_one_thing_grows_at_a_time(tmp_path):
     script, out = SOURCE_ROOT / "benchmarks/scaling.py", tmp_path / "rows.json"
     options = ["--model", "smoke", "--largest", "128", "--repeats", "1", "--device", "cpu", "--processes"]
     command = [sys.executable, str(script), *options, "--json", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
-    rows = json.loads(out.read_text())["rows"]
+    subprocess.run(command, check=True, capture_output=True, timeout=HANG_SECONDS)
+    written = json.loads(out.read_text())
+    rows = written["rows"]
+    assert written["dtype"] == default_dtype("cpu")
     numbers = {}
     for row in rows:
         numbers.setdefault(row["against"], []).append(row["number"])

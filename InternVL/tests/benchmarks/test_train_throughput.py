@@ -5,20 +5,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import rounding_bound, terms_of
 
 from benchmarks import jobs
 from benchmarks.ablations import ABLATIONS, LIGER, ablations
-from benchmarks.flags import as_tokens
+from benchmarks.flags import as_tokens, fast_flags
 from benchmarks.jobs import Result
 from benchmarks.own_records import COUNTS, write_own_records
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, default_dtype, weightless_model
 from benchmarks.train_throughput import check_same_work, format_table, main
 from benchmarks.workload import Workload, prepare_workload, take_records
 from internvl_chat.data.meta import load_meta
 from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.utils import hardware
 from internvl_chat.utils.errors import UsageError
 
-KEYS = {"preset", "recipe", "model", "device", "records_per_second", "tokens_per_second", "mfu",
+KEYS = {"preset", "recipe", "model", "device", "dtype", "records_per_second", "tokens_per_second", "mfu",
         "peak_memory_gb", "epoch_hours"}  # fmt: skip
 
 
@@ -36,10 +39,44 @@ def records(tmp_path_factory) -> Path:
     return write_own_records(tmp_path_factory.mktemp("records"), context_tokens=0)
 
 
+@pytest.fixture
+def cpu(monkeypatch, tmp_path):
+    """Make /proc/cpuinfo one with these instructions."""
+
+    def pretend(*instructions: str) -> None:
+        file = tmp_path / "cpuinfo"
+        file.write_text(f"processor\t: 0\nflags\t\t: fpu avx2 {' '.join(instructions)}\n")
+        monkeypatch.setattr(hardware, "_CPU_INFO", file)
+
+    return pretend
+
+
 @pytest.mark.parametrize(
-    "flags", [["--recipe", "full"], ["--recipe", "lora", "--peers"]], ids=["full", "lora"]
+    ("instructions", "device", "dtype"),
+    [
+        (["avx512f", "avx512_bf16"], "cpu", "bfloat16"),
+        (["amx_bf16"], "cpu", "bfloat16"),
+        (["avx512f", "avx512_vnni"], "cpu", "float32"),
+        ([], "cpu", "float32"),
+        ([], "cuda", "bfloat16"),
+    ],
 )
-def test_presets_do_the_same_work(flags, records, tmp_path, capsys):
+def test_dtype_by_the_instructions_of_the_cpu(cpu, instructions, device, dtype):
+    cpu(*instructions)
+    assert default_dtype(device) == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        (["--recipe", "full"], "bfloat16"),
+        (["--recipe", "lora", "--peers"], "bfloat16"),
+        (["--recipe", "lora", "--peers"], "float32"),
+    ],
+    ids=["full", "lora", "lora without bf16 instructions"],
+)
+def test_presets_do_the_same_work(cpu, flags, dtype, records, tmp_path, capsys):
+    cpu(*(["avx512_bf16"] if dtype == "bfloat16" else []))
     out = tmp_path / "out.json"
     argv = ["--model", "smoke", "--device", "cpu", "--meta", str(records), "--steps", "1", "--warmup", "1"]
     assert main([*argv, "--threads", "1", "--json", str(out), *flags]) == 0
@@ -49,6 +86,7 @@ def test_presets_do_the_same_work(flags, records, tmp_path, capsys):
     for row in rows.values():
         assert row.keys() == KEYS
         assert (row["recipe"], row["model"], row["device"]) == (flags[1], "smoke", "cpu")
+        assert row["dtype"] == dtype
         assert min(row[key] for key in KEYS if "_" in key) > 0
         assert row["mfu"] is None
         assert row["epoch_hours"] == pytest.approx(237_748 / row["records_per_second"] / 3600)
@@ -56,9 +94,18 @@ def test_presets_do_the_same_work(flags, records, tmp_path, capsys):
     assert written["ratio"] == pytest.approx(rates[1] / rates[0])
     assert [rounds for (rounds,) in written["rounds"].values()] == rates
     losses = written["same_work"]["first_loss"]
-    assert losses["fast"] == pytest.approx(losses["reference"], rel=1e-3)
+    shape = SHAPES["smoke"]
+    terms = terms_of(weightless_model(shape)) + shape.vocabulary
+    # In float32 nothing differs but the order of sums; a mean of losses is finer than a loss in bfloat16.
+    tolerance = 1e-3 if dtype == "bfloat16" else rounding_bound(terms, torch.float32, 1)
+    assert losses["fast"] == pytest.approx(losses["reference"], rel=tolerance)
+    assert written["arguments"]["dtype"] == dtype
     assert written["same_work"]["records"] == (16 if flags[1] == "lora" else 2)
-    table = capsys.readouterr().out.splitlines()
+    table, messages = (text.splitlines() for text in capsys.readouterr())
+    assert ("This CPU has no bf16 instructions: all presets train in float32." in messages) == (
+        dtype == "float32"
+    )
+    assert table[1].split()[4] == dtype
     assert len(table) == 1 + len(rows)
     assert table[1].split()[-1] == "1.00"
 
@@ -119,7 +166,7 @@ def test_a_variant_that_fails_is_left_out_and_told(monkeypatch, capsys, tmp_path
     assert main([*options, "--ablate", "--repeats", "2", "--json", str(out)]) == 1
     assert capsys.readouterr().err.count(f"{broken} ended") == 1
     shown = [row["preset"] for row in json.loads(out.read_text())["rows"]]
-    assert broken not in shown and len(shown) == len(ablations("lora", "cpu"))
+    assert broken not in shown and len(shown) == len(ablations("lora", "cpu", default_dtype("cpu")))
 
     broken = "fast"
     assert main([*options, "--json", str(out)]) == 1
@@ -127,14 +174,23 @@ def test_a_variant_that_fails_is_left_out_and_told(monkeypatch, capsys, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("recipe", ["lora", "full"])
-def test_every_lever_off_does_the_same_work(recipe, tmp_path):
+def test_every_lever_off_does_the_same_work(recipe, dtype, tmp_path):
     """`check_same_work` compares the first losses of all."""
     out = tmp_path / "rows.json"
     options = ["--recipe", recipe, "--model", "smoke", "--presets", "fast", "--ablate", "--steps", "1"]
-    assert main([*options, "--warmup", "0", "--device", "cpu", "--json", str(out)]) == 0
+    options += ["--warmup", "0", "--device", "cpu", "--dtype", dtype]
+    assert main([*options, "--json", str(out)]) == 0
     found = [row["preset"] for row in json.loads(out.read_text())["rows"]]
-    assert found == ["fast", *(f"fast {name}" for name in ablations(recipe, "cpu"))]
+    assert found == ["fast", *(f"fast {name}" for name in ablations(recipe, "cpu", dtype))]
+
+
+def test_levers_of_bf16_are_none_in_float32():
+    assert ablations("full", "cpu", "float32").keys() < ablations("full", "cpu", "bfloat16").keys()
+    for one in ablations("full", "cpu", "float32").values():
+        assert "weight_precision" not in one.flags
+    assert "weight_precision" not in fast_flags("cpu", bf16=False)
 
 
 def test_a_meta_file_that_is_missing_is_named(capsys):

@@ -199,7 +199,7 @@ class TestOrder:
         assert torch.equal(first, second.flip(0))
         assert not torch.equal(first[0], first[1])
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(
         sets=st.lists(
             st.tuples(st.lists(st.sampled_from(["good", *BAD]), min_size=1, max_size=8),

@@ -118,7 +118,7 @@ class TestPack:
         with pytest.raises(ValueError, match="first token of a record is never a target"):
             pack_samples(samples)
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(
         st.lists(
             st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6
@@ -181,7 +181,7 @@ class TestMultiple:
         assert (found.cu_seq_lens.tolist(), found.max_length) == ([0, 3, multiple], multiple)
         assert found.position_ids[0, 3:].tolist() == list(range(multiple - 3))
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 20))
     def test_of_any_lengths(self, lengths, multiple):
         samples = [(sample(i, [-100] + [7] * (n - 1)), i % 2 == 0) for i, n in enumerate(lengths)]

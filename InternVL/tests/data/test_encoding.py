@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -26,7 +26,7 @@ def tokenizer():
     return train_tokenizer(["what is this ? a cat on a mat"] * 20, 300)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def encoder(tokenizer):
     def make(**options) -> RecordEncoder:
         small = {"tile_size": TILE, "tokens_per_tile": TOKENS, "system_text": "s", "max_seq_length": 10_000}
@@ -143,7 +143,7 @@ class TestMeasure:
         ["<image>", "<IMG_CONTEXT>", "<img>", "<|im_end|>"]
     )
 
-    @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=200)
     @given(st.data())
     def test_finds_what_encode_makes(self, encoder, data):
         sizes = data.draw(st.lists(self.SIZES, max_size=4))

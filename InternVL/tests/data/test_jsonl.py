@@ -67,7 +67,7 @@ def test_records_and_their_lines(write, monkeypatch, content, values, lines, chu
     assert lines_of(records) == lines
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.lists(
         st.one_of(st.dictionaries(st.text(max_size=4), st.text(max_size=12), max_size=2), st.none()),

@@ -100,7 +100,7 @@ class TestHash:
         assert similarity(folder / "images/a.png", folder / "small.png") > LEAST_SIMILARITY
         assert similarity(folder / "images/a.png", folder / "images/b.png") < 0.9
 
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(
         first=st.lists(st.integers(0, 2**64 - 1), max_size=9),
         second=st.lists(st.integers(0, 2**64 - 1), max_size=9),

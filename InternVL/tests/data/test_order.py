@@ -16,7 +16,7 @@ PROCESSES = [1, 2, 3, 4]
 
 
 class TestEpochOrder:
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(
         sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
         seed=st.integers(0, 2**31),
@@ -61,7 +61,7 @@ class TestResampling:
     def test_sizes(self, sizes, draws):
         assert resampled_sizes(sizes) == draws
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(st.lists(st.integers(1, 2000), min_size=1, max_size=6))
     def test_sizes_follow_the_square_roots(self, sizes):
         draws, roots = resampled_sizes(sizes), [size**0.5 for size in sizes]
@@ -163,7 +163,7 @@ class TestStepSampler:
                 elif fillers:
                     assert len(indices(packs)) < max(len(indices(packs)) for packs in ranks)
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(
         tokens=st.lists(st.integers(1, 90), min_size=1, max_size=40),
         processes=st.integers(1, 5),

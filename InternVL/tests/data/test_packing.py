@@ -66,7 +66,7 @@ class TestDeal:
         assert lists(deal(np.array([2, 5]), 4, equal_numbers=equal_numbers)) == [[1], [0], [], []]
         assert lists(deal(np.zeros(0), 3, equal_numbers=equal_numbers)) == [[], [], []]
 
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     @given(
         costs=st.lists(st.floats(0.5, 1e15) | st.integers(1, 9), max_size=40),
         processes=st.integers(1, 6),
@@ -84,7 +84,7 @@ class TestDeal:
             sizes = [len(share) for share in shares]
             assert sizes == [len(part) for part in np.array_split(costs, processes)]
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(costs=st.lists(st.integers(1, 100), min_size=1, max_size=6), processes=st.integers(1, 3))
     def test_the_dearest_share_is_near_the_best_possible(self, costs, processes):
         """Dearest first comes within a third of the optimum (Graham, SIAM J. Appl. Math. 17, 1969)."""
@@ -137,7 +137,7 @@ class TestCut:
     def test_more_packs_than_are_needed(self, least, packs):
         assert lists(cut(np.array([5, 4, 3, 2]), 100, least)) == packs
 
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(
         tokens=st.lists(st.integers(1, 90), max_size=40),
         max_tokens=st.integers(10, 100),
@@ -153,13 +153,13 @@ class TestCut:
         assert len(packs) >= max(at_least, min(least, len(tokens)))
         assert lists(packs) == lists(cut(tokens.copy(), max_tokens, least))
 
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(tokens=st.lists(st.integers(1, 60), min_size=1, max_size=8), max_tokens=st.integers(5, 60))
     def test_at_most_one_pack_more_than_the_fewest_possible(self, tokens, max_tokens):
         found, fewest = len(cut(np.array(tokens), max_tokens)), fewest_packs(tokens, max_tokens)
         assert fewest <= found <= fewest + 1
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(
         tokens=st.lists(st.integers(1, 80), min_size=1, max_size=30),
         max_tokens=st.integers(20, 60),
@@ -171,7 +171,7 @@ class TestCut:
         least = min(len(cut(tokens, max_tokens)) + more, len(tokens))
         assert len(cut(tokens, max_tokens, least)) == least
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(tokens=st.lists(st.integers(1, 50), min_size=1, max_size=30), max_tokens=st.integers(50, 200))
     def test_packs_are_about_equally_long(self, tokens, max_tokens):
         """Each record went to what was the shortest pack, so no two differ by more than a record."""
@@ -238,7 +238,7 @@ class TestStepPlanner:
         # Two by two, or 500 + 100 and 400 + 200: here it is the same.
         assert [lists(packs) for packs in plan] == [[[4, 0], [3, 1]]]
 
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(step=steps(), processes=st.integers(1, 6), max_tokens=st.integers(10, 120))
     def test_what_holds_of_packing(self, step, processes, max_tokens):
         tokens, costs, records = step
@@ -254,7 +254,7 @@ class TestStepPlanner:
         assert most == max(alone)
         assert [lists(packs) for packs in planner(records.copy())] == [lists(packs) for packs in plan]
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(step=steps(), processes=st.integers(1, 6), size=st.integers(1, 5))
     def test_what_holds_of_a_fixed_number_of_records_a_pack(self, step, processes, size):
         tokens, costs, records = step
@@ -266,7 +266,7 @@ class TestStepPlanner:
         assert all(len(pack) == size for packs in plan for pack in packs[:-1])
         assert [len(packs) for packs in plan] == [ceil(number / size) for number in numbers]
 
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(step=steps(), processes=st.integers(1, 4), seed=st.integers(0, 99))
     def test_the_length_of_other_steps_records_does_not_matter(self, step, processes, seed):
         tokens, costs, records = step

@@ -86,7 +86,7 @@ some = st.builds(ShownImage, st.sampled_from("abcd"), st.integers(0, 2), st.inte
 
 
 class TestReplace:
-    @settings(deadline=None, max_examples=80)
+    @settings(max_examples=80)
     @given(
         first=st.lists(st.lists(some, max_size=3), min_size=5, max_size=5),
         again=st.dictionaries(st.integers(0, 4), st.lists(some, max_size=3)),

@@ -188,7 +188,7 @@ class TestImages:
         turns = [Turn(role, "a <image>"), assistant("b")]
         assert Template(tokenizer, "the mat").encode(turns).image_positions.tolist() == []
 
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(st.data())
     def test_expansion_repeats_in_place(self, data):
         marks = data.draw(st.lists(st.booleans(), min_size=1, max_size=20))
@@ -263,7 +263,7 @@ TURNS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(turns=TURNS, system=st.none() | TEXTS, own=st.none() | TEXTS)
 def test_a_conversation_is_measured_as_it_is_encoded(tokenizer, turns, system, own):
     turns = turns if own is None else [Turn("system", own), *turns]

@@ -93,7 +93,7 @@ class TestClosestGrid:
     def test_ties_of_different_shapes(self, size, grid):
         assert closest_grid(*size, 1, 5, 448) == grid
 
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     @given(
         width=st.integers(1, 6000),
         height=st.integers(1, 6000),

@@ -64,7 +64,7 @@ class TestIds:
         assert len(tokenizer(TEXTS[0]).input_ids) < len(train_tokenizer(TEXTS, 256)(TEXTS[0]).input_ids)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
 @example(" .")
 @example("a , b 's n't  \r\n\t")

@@ -106,7 +106,7 @@ def test_the_option_outlives_another_tile_limit():
     assert not encoder().with_max_tiles(2).truncate_text
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     texts=st.lists(st.text("ab <>\n中é", max_size=40), min_size=2, max_size=6),
     shown=st.lists(st.booleans(), min_size=3, max_size=3),

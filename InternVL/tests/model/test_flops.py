@@ -97,7 +97,7 @@ def test_a_step_adds_up_records_supervised_tokens_and_tiles() -> None:
     assert counts.step([3], 0, 0) + counts.step([2], 4, 6) == counts.step([3, 2], 4, 6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     records=st.lists(
         st.tuples(st.integers(1, 200_000), st.integers(0, 5000), st.integers(0, 40)), min_size=1, max_size=20

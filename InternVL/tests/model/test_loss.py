@@ -123,7 +123,7 @@ def test_values_and_gradients_of_torch_whatever_the_chunks(
     assert_gradients(gradient, torch_s_gradient(logits, targets), logits)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     rows=st.integers(0, 9), columns=st.integers(1, 12), per_chunk=st.integers(1, 10), seed=st.integers(0, 999)
 )
