@@ -41,6 +41,9 @@ def run_dry_run(
         TrainingError: the pack does not fit; the message has the plan.
     """
     checkpointed = plan.checkpointed_layers
+    if plan.parallel == "deepspeed":
+        logger.info("no dry run: DeepSpeed would add its gradients to those of the first step")
+        return checkpointed
     while True:
         shortage = _shortage(plan, forward_backward, device, optimizer_state_loaded)
         if shortage is None if sharded else not any_rank(shortage is not None):

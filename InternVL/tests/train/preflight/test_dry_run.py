@@ -116,6 +116,14 @@ def test_a_sharded_model_is_never_run_again():
     assert device.tried == [0]
 
 
+def test_deepspeed_is_left_alone(caplog):
+    """Its engine frees gradients in a step only: the first one would use those of the dry run too."""
+    device = Device(enough=100, start=3)
+    with caplog.at_level(logging.INFO):
+        assert device.run(parallel="deepspeed", sharded=True) == 3
+    assert not device.tried and "no dry run" in caplog.text
+
+
 def test_ranks_go_on_alike_where_one_of_them_runs_out(monkeypatch):
     """This one fits at once; another says twice that it does not."""
     answers, own = iter([True, True, False]), []
