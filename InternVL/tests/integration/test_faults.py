@@ -217,7 +217,7 @@ def whole(tiny_model, sample_data, tmp_path_factory):
     ("name", "how"),
     [
         ("model.safetensors", "cut"),
-        ("optimizer/rank-00000-000.safetensors", "flipped"),
+        ("optimizer/rank-00000-00.safetensors", "flipped"),
         ("trainer_state.json", "gone"),
         ("manifest.json", "cut"),
     ],
@@ -240,12 +240,12 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_damaged_checkpoint_is_refused_by_name(tiny_model, sample_data, tmp_path, capfd):
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, max_steps=2)) == 0
-    change(out / "checkpoint-2/optimizer/rank-00000-000.safetensors", "flipped")
+    change(out / "checkpoint-2/optimizer/rank-00000-00.safetensors", "flipped")
     checkpoint = str(out / "checkpoint-2")
     again = arguments(tiny_model, sample_data, tmp_path / "new", resume_from_checkpoint=checkpoint)
     assert train(again) == 2
     assert (
-        "not a whole checkpoint: the content of optimizer/rank-00000-000.safetensors has changed" in capfd.readouterr().err
+        "not a whole checkpoint: the content of optimizer/rank-00000-00.safetensors has changed" in capfd.readouterr().err
     )
 
 
