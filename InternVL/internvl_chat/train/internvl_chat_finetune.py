@@ -151,18 +151,15 @@ def train(config: TrainConfig) -> signal.Signals | None:
     )
     if run.sanity_check:
         run_sanity_checks(plan.source, model, data, tokenizer, preprocessing)
-    if memory.parallel == "deepspeed":
-        logger.info("no dry run: DeepSpeed would keep the gradients of the largest pack")
-    else:
-        run_dry_run(
-            memory,
-            lambda: loop.dry_run(memory),
-            model.recompute_layers,
-            device=run.device,
-            sharded=strategy.shards_weights,
-            grad_checkpoint=config.model.grad_checkpoint,
-            optimizer_state_loaded=bool(strategy.optimizer.state),
-        )
+    run_dry_run(
+        memory,
+        lambda: loop.dry_run(memory),
+        model.recompute_layers,
+        device=run.device,
+        sharded=strategy.shards_weights,
+        grad_checkpoint=config.model.grad_checkpoint,
+        optimizer_state_loaded=bool(strategy.optimizer.state),
+    )
     logger.info("output: %s, %d of %d steps are done", plan.output.path, state.step, steps)
     # Until now there was nothing to save, and a signal ended the process.
     with loop.stop:
