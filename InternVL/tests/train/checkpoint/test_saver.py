@@ -17,12 +17,15 @@ from checkpoint_ranks import (
 )
 from safetensors.torch import load_file
 
+from internvl_chat.model.checkpoint import load_model
+from internvl_chat.model.lora import add_lora
 from internvl_chat.train.checkpoint import staging
 from internvl_chat.train.checkpoint.manifest import find_damage
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder, list_checkpoints
 from internvl_chat.train.checkpoint.saver import load_training_state
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
+from internvl_chat.train.freeze import set_trainable
 
 PATIENCE = 20  # seconds after which a thread that should have gone on is stuck
 
@@ -90,6 +93,19 @@ class TestCheckpoint:
             is_fixed = name.startswith(("frozen", "scale"))
             assert (given[name] == live[name]) == is_fixed, name
         assert "head.weight" not in load_file(tmp_path / "checkpoint-1/model.safetensors")
+
+    def test_of_a_model_with_adapters_only_they_are_written(self, tmp_path, tiny_model):
+        model, given = load_model(tiny_model, image_context_id=0), []
+        add_lora(model, llm_rank=2, vision_rank=0, dropout=0.0)
+        set_trainable(model, freeze_llm=True, freeze_mlp=False, freeze_backbone=True)
+        strategy = ToyStrategy("single")
+        strategy.model = model
+        strategy.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+        with checkpointer(tmp_path, strategy, lambda _, weights: given.extend(weights)) as saver:
+            saver.save(TrainState(step=1))
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert given == [name for name in model.state_dict() if name in trained]
+        assert any(".lora_" in name for name in given) and any(name.startswith("mlp1.") for name in given)
 
     def test_older_ones_go_when_the_new_one_is_complete(self, tmp_path, strategy):
         found = []
