@@ -16,13 +16,13 @@ from benchmarks.gpu.check import Check, Skipped
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 SHELL = SOURCE_ROOT / "internvl_chat/shell"
-_STEPS = {"lora": 4, "full": 40}
+_STEPS = {"lora": 3, "full": 20}
 _WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 _FLAGS = {
     "force_image_size": 112,
     "max_dynamic_patch": 1,
     "learning_rate": 1e-3,
-    "save_steps": 20,
+    "save_steps": 10,
     "dataloader_num_workers": 2,
     "disable_tqdm": True,
 }
@@ -111,6 +111,7 @@ def start(check: Check, recipe: str, output: Path, **variables: str) -> subproce
     own = {
         "GPUS": "1" if check.on_gpu else "0",
         "NPROC": "1",
+        "BATCH_SIZE": "2" if recipe == "full" else "16" if check.on_gpu else "4",
         "MODEL_PATH": str(model),
         "META_PATH": str(data / "train.json"),
         "OUTPUT_DIR": str(output),
