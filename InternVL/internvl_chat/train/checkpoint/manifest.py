@@ -34,8 +34,8 @@ class FileEntry(NamedTuple):
 class HashedFile:
     """A new file that is hashed while it is written, as a context.
 
-    Its bytes go to the disk piece by piece and leave the page cache: gigabytes of dirty pages would displace
-    the training data and cost more processor time than all else.
+    Its bytes are synced to the disk and leave the page cache piece by piece: gigabytes of dirty pages would
+    displace the training data and slow down every process.
 
     Args:
         path: of the file.

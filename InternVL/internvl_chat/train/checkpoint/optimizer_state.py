@@ -181,10 +181,8 @@ def load_optimizer(
     for key, stored in metadata.state_dict_metadata.items():
         parameter, dtype = parameters[key.rpartition("/")[0]], stored.properties.dtype
         # Shaped as the parameter it is sharded as the parameter; anything else is the same on every rank.
-        is_like = stored.size == parameter.shape
-        tensors[key] = (
-            torch.empty_like(parameter, dtype=dtype) if is_like else torch.empty(stored.size, dtype=dtype)
-        )
+        like = parameter if stored.size == parameter.shape else torch.empty(stored.size)
+        tensors[key] = torch.empty_like(like, dtype=dtype)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
     with _first_failure():
         dcp.load(tensors, storage_reader=reader, planner=planner, process_group=distributed.host_group())
@@ -194,12 +192,9 @@ def load_optimizer(
         name, _, entry = key.rpartition("/")
         state[numbers[name]][entry] = value
     groups = [
-        {
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()},
-            "params": [numbers[name] for name in group["params"]],
-        }
-        for group in saved["param_groups"]
+        {k: tuple(v) if isinstance(v, list) else v for k, v in g.items()} for g in saved["param_groups"]
     ]
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
     # torch casts state to the dtype of the weight.
     for key, value in tensors.items():

@@ -219,12 +219,8 @@ class Checkpointer:
     ) -> dict[str, FileEntry]:
         """Write this rank's files; returns the entries of those that were hashed meanwhile.
 
-        Args:
-            text: of `trainer_state.json`.
-            optimizer: the tensors that this rank writes, as they are in training.
-            copies: this rank's parts of optimizer and weights.
-            weights: all of them, where the strategy has gathered them itself.
-            folder: of the checkpoint.
+        `text` is of `trainer_state.json`, `optimizer` has the live tensors that this rank writes, `copies`
+        its parts of optimizer and weights, and `weights` all weights if the strategy has gathered them.
         """
         self._buffers.synchronize()
         weights = self._weights.gather(copies) if weights is None else weights
