@@ -157,3 +157,11 @@ def test_a_checkpoint_whose_replacement_was_killed_comes_back(tmp_path):
     write_manifest(former)
     inspected = inspect_output_folder(tmp_path, overwrite=False, resume=None)
     assert inspected.resume == tmp_path / "checkpoint-4"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 2)
+    (checkpoint / "optimizer.pt").write_bytes(b"pickled")
+    for resume in (None, "auto", str(checkpoint)):
+        with pytest.raises(UsageError, match="of an earlier version of this program"):
+            inspect(tmp_path, resume=resume)
