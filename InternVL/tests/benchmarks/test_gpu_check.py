@@ -6,13 +6,17 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import SOURCE_ROOT
 
 from benchmarks import gpu_check
+from benchmarks.gpu import training
 from benchmarks.gpu.check import Check, Skipped, read_result
 from benchmarks.gpu_check import NAMES, Item, main, run_item
+from benchmarks.jobs import Result
+from benchmarks.ours import PLAN
 
 SCRIPT = SOURCE_ROOT / "internvl_chat/shell/gpu_check.sh"
 # Requirements of the package that the acceptance run does without, and what only the tests and `eval` need.
@@ -185,3 +189,49 @@ def test_a_stopped_item_leaves_its_figures(tmp_path):
         "it was stopped",
         {"first": 1.0},
     )
+
+
+@pytest.fixture
+def fake_jobs(monkeypatch):
+    """Let jobs on a GPU of 80 GB end as they would: masters do not fit, nor does the reference."""
+    plan = {"parallel": "single", "checkpointed_layers": 4, "components": {"weights": 16e9}, "total": 64e9}
+    refusal = (
+        "TrainingError: the largest pack does not fit into memory\nmemory plan: 123 of 80\n"
+        "flags that would fit: --weight_precision bf16 (62 GB)"
+    )
+    ran = []
+
+    def run(job, script, number):
+        ran.append((job.label, *job.flags))
+        if "master" in job.flags:
+            raise RuntimeError(refusal)
+        if job.label == "reference":
+            raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 14.3 GiB")
+        folder = Path(job.folder) / f"job{number}/run"
+        folder.mkdir(parents=True)
+        (folder / PLAN).write_text(json.dumps(plan))
+        return Result(seconds=3.0, records=24, tokens=21_000, flops=1e15, peak_flops=989e12,
+                      peak_memory=66 * 10**9, first_loss=11.9)  # fmt: skip
+
+    monkeypatch.setattr(training, "run_in_a_process", run)
+    monkeypatch.setattr(training.train_throughput, "prepare", lambda args, folder: None)
+    return ran
+
+
+def test_full_training_in_the_most_exact_precision_that_fits(fake_jobs, tmp_path):
+    check = Check("train-full", tmp_path, "8b", "cuda")
+    check.run(training.train_full)
+    result = read_result(tmp_path, "train-full")
+    assert fake_jobs == [
+        ("fast", "--weight_precision", "master"),
+        ("fast", "--weight_precision", "bf16"),
+        ("reference",),
+    ]
+    assert (result["status"], result["why"]) == ("ok", "")
+    figures = result["figures"]
+    assert "memory plan: 123 of 80" in figures["refused"][0]
+    assert figures["fast"]["records_per_second"] == 8.0
+    assert figures["fast"]["epoch_hours"] == pytest.approx(237_748 / 8 / 3600)
+    assert figures["full, used over planned memory"] == pytest.approx(66 / 64)
+    assert figures["reference"] == "out of memory"
+    assert "weight_precision bf16 8 records/s" in result["summary"]
