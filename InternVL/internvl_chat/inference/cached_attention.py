@@ -1,48 +1,269 @@
-"""Attention with kept keys and values, each conversation by itself.
+"""Decoding attention over a padded cache of keys and values.
 
-No conversation is padded to the length of another, so that it is computed beside others as it is alone.
+Answers of similar size share a bank: tensors with a slot for each answer, all slots with the same capacity.
+An answer depends neither on its slot nor on the other answers, to the last bit:
 
-Shapes: B rows, H query heads, K key/value heads, L tokens, D features a head.
+- On a GPU a step makes one SDPA call for each bank, in which a mask hides the padding. It takes the efficient
+  kernel: flash, which would split the keys by the number of slots, takes no mask. Each slot and key head is a
+  thread block of its own, which goes through its keys in blocks of 64 or 128. `_BLOCK` is a multiple of that,
+  so no block is shorter because another answer is. A block that is masked entirely adds nothing: its weights
+  are exp(-inf) = 0, and the running maximum and sum stay. This needs finite values, so unused positions are
+  zeroed.
+- On a CPU a step makes one SDPA call for each answer. In a call for several, the alignment of a thread's
+  buffers, and with it the last bits of a product, depends on which thread computes an answer. Together these
+  calls take as long as one for all.
+
+Shapes: W rows of a step, S slots, H query heads, K key/value heads, G = H / K, L tokens, D features a head.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from internvl_chat.model.attention import varlen_attention
+from internvl_chat.model.attention import pinned_sdpa, varlen_attention
 
 _CACHED = "cached"
+_BLOCK = 512
+_ONE_CALL_PER_ANSWER = ("cpu",)
 
 
-class RowCache:
-    """Keys and values of one conversation in every layer, with room for a known number of tokens.
-
-    Args:
-        capacity: most tokens.
+class _Bank:
+    """Keys and values of answers with the same capacity, in every layer.
 
     Attributes:
-        length: tokens that are kept; whoever runs the model counts them, when all layers have run.
+        capacity: most tokens of a slot.
+        slots: number of slots; the tensors of a layer grow to it when a prompt is written.
+        used: slots in use.
+        layers: keys and values of each layer, (S, K, capacity, D).
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self._layers: dict[int, torch.Tensor] = {}
+        self.capacity, self.slots = capacity, 0
+        self.used: set[int] = set()
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the keys and values of new tokens, (K, L, D), and return those of all so far."""
-        if layer not in self._layers:
-            self._layers[layer] = key.new_empty(2, key.shape[0], self.capacity, key.shape[2])
-        kept, end = self._layers[layer], self.length + key.shape[1]
-        kept[0, :, self.length : end], kept[1, :, self.length : end] = key, value
-        return kept[0, :, :end], kept[1, :, :end]
+    def write(self, slot: int, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store the keys and values of a prompt, (K, L, D), and zero the rest of the slot."""
+        old = self.layers.get(layer, ())
+        missing = self.slots - (len(old[0]) if old else 0)
+        if missing:
+            new = [x.new_zeros(missing, len(x), self.capacity, x.shape[2]) for x in (key, value)]
+            self.layers[layer] = tuple(map(torch.cat, zip(old, new, strict=True))) if old else tuple(new)
+        for stored, x in zip(self.layers[layer], (key, value), strict=True):
+            stored[slot, :, : x.shape[1]] = x
+            stored[slot, :, x.shape[1] :] = 0
+
+
+@dataclass
+class Slot:
+    """The part of the cache that holds one answer.
+
+    Attributes:
+        bank: where it is.
+        index: number of the slot in the bank.
+        length: tokens stored; the caller updates it when all layers have run.
+    """
+
+    bank: _Bank
+    index: int
+    length: int = 0
+
+    def release(self) -> None:
+        """Make the slot free for another answer."""
+        self.bank.used.remove(self.index)
+
+
+class KVCache:
+    """Allocates slots within a memory bound.
+
+    Args:
+        rows: most slots in use at a time.
+        max_tokens: most tokens allocated, free slots included; a single longer answer is accepted alone.
+    """
+
+    def __init__(self, rows: int, max_tokens: int) -> None:
+        self.rows, self.max_tokens = rows, max_tokens
+        self.banks: list[_Bank] = []
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that memory is allocated for."""
+        return sum(bank.capacity * bank.slots for bank in self.banks)
+
+    def reserve(self, tokens: int) -> Slot | None:
+        """Return a slot for at most `tokens`, prompt and answer; None if it must wait for other answers."""
+        blocks = -(-tokens // _BLOCK)
+        capacity = _BLOCK << (blocks - 1).bit_length()  # powers of two, so that there are few banks
+        bank = next((b for b in self.banks if b.capacity == capacity), None) or _Bank(capacity)
+        if len(bank.used) == bank.slots:
+            self.banks = [b for b in self.banks if b.used]
+            room = (self.max_tokens - self.tokens) // capacity
+            if room < 1 and self.banks:
+                return None
+            bank.slots += max(1, min(bank.slots, room, self.rows - bank.slots))
+            self.banks = [*(b for b in self.banks if b is not bank), bank]
+        index = min(set(range(bank.slots)) - bank.used)
+        bank.used.add(index)
+        return Slot(bank, index)
+
+
+class Prefill:
+    """A forward pass over the tokens of one prompt.
+
+    Args:
+        slot: where its keys and values are stored.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.slots = [slot]
+
+
+class DecodeStep:
+    """A forward pass over the newest token of every answer.
+
+    Args:
+        rows: slot of each row; None for a row that is empty, whose output is 0.
+    """
+
+    def __init__(self, rows: Sequence[Slot | None]) -> None:
+        self.slots = [slot for slot in rows if slot is not None]
+        row_of = {id(slot): row for row, slot in enumerate(rows)}
+        banks = {id(slot.bank): slot.bank for slot in self.slots}
+        self.parts = [
+            _BankStep(bank, {row_of[id(slot)]: slot for slot in self.slots if slot.bank is bank})
+            for bank in banks.values()
+        ]
+
+
+class _BankStep:
+    """The rows of a step whose slots are in one bank.
+
+    Args:
+        bank: with the keys and values.
+        rows: slot of each row.
+    """
+
+    def __init__(self, bank: _Bank, rows: dict[int, Slot]) -> None:
+        self.bank, self.rows = bank, rows
+        self._indices: dict[torch.device, _Indices] = {}
+        self._masks: dict[tuple[torch.device, torch.dtype, int | None], torch.Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Store the new keys and values of this bank's rows, attend, and write the results into `out`.
+
+        Args:
+            layer: index of the layer.
+            query: (W, H, 1, D).
+            key: (W, K, 1, D).
+            value: (W, K, 1, D).
+            scaling: factor on the scores.
+            window: tokens that a token sees, itself included.
+            out: (W, H, 1, D).
+        """
+        heads, device = key.shape[1], query.device
+        if device not in self._indices:
+            self._indices[device] = _Indices.of(self.rows, heads, self.bank.capacity, device)
+        at = self._indices[device]
+        stored = self.bank.layers[layer]
+        for kept, new in zip(stored, (key, value), strict=True):
+            kept.view(-1, kept.shape[3]).index_copy_(
+                0, at.targets, new.flatten(0, 2).index_select(0, at.sources)
+            )
+        # The query heads of a key head are queries of their own, so that keys need not be repeated.
+        if device.type in _ONE_CALL_PER_ANSWER:
+            for row, slot in self.rows.items():
+                end = slot.length + 1
+                seen = slice(0 if window is None else max(0, end - window), end)
+                keys, values = (kept[slot.index : slot.index + 1, :, seen] for kept in stored)
+                queries = query[row].view(1, heads, -1, query.shape[3])  # (1, K, G, D)
+                found = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
+                out[row] = found.reshape(out.shape[1:])
+            return
+        mask = self._mask(device, query.dtype, window)
+        keys, values = (kept[: len(mask), :, : mask.shape[3]] for kept in stored)
+        queries = query.index_select(0, at.row_of_slot).view(
+            len(mask), heads, -1, query.shape[3]
+        )  # (S, K, G, D)
+        with pinned_sdpa(device):
+            found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        found = found.reshape(len(mask), *out.shape[1:])
+        out.index_copy_(0, at.rows, found.index_select(0, at.slots))
+
+    def _mask(self, device: torch.device, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        """Return what is added to the scores, (S, 1, 1, L): 0 where a token is seen, -inf elsewhere."""
+        key = (device, dtype, window)
+        if key not in self._masks:
+            length = -(-(1 + max(slot.length for slot in self.rows.values())) // _BLOCK) * _BLOCK
+            distance = self._indices[device].newest[:, None] - torch.arange(length, device=device)
+            hidden = distance < 0
+            if window is not None:
+                hidden |= distance >= window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            self._masks[key] = mask[:, None, None]
+        return self._masks[key]
+
+
+class _Indices(NamedTuple):
+    """Positions of a step's rows in their bank; n rows, S slots up to the last one in use.
+
+    Attributes:
+        rows: (n,) numbers of the rows.
+        slots: (n,) slot of each row.
+        row_of_slot: (S,) row of each slot, row 0 for a free one.
+        newest: (S,) position of the newest token, -1 in a free slot.
+        sources: (n * K,) key heads of the rows, among those of all W rows.
+        targets: (n * K,) positions of their newest keys in the bank.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    row_of_slot: torch.Tensor
+    newest: torch.Tensor
+    sources: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: dict[int, Slot], heads: int, capacity: int, device: torch.device) -> "_Indices":
+        """Return the indices of rows with their slots.
+
+        Args:
+            rows: slot of each row.
+            heads: K.
+            capacity: capacity of the bank's slots.
+            device: where the indices are needed.
+        """
+        slots = [slot.index for slot in rows.values()]
+        row_of_slot, newest = [0] * (1 + max(slots)), [-1] * (1 + max(slots))
+        for row, slot in rows.items():
+            row_of_slot[slot.index], newest[slot.index] = row, slot.length
+        sources = [row * heads + head for row in rows for head in range(heads)]
+        targets = [
+            (slot.index * heads + head) * capacity + slot.length
+            for slot in rows.values()
+            for head in range(heads)
+        ]
+        lists = (list(rows), slots, row_of_slot, newest, sources, targets)
+        joined = torch.tensor([number for numbers in lists for number in numbers], device=device)  # one copy
+        return cls(*joined.split([len(numbers) for numbers in lists]))
 
 
 @contextlib.contextmanager
 def cached_attention(language_model: PreTrainedModel) -> Iterator[None]:
-    """Let a language model take `row_caches` in its forward pass."""
+    """Let a language model take `kv_pass`, a `Prefill` or `DecodeStep`, in its forward pass."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = _CACHED
@@ -59,45 +280,36 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    row_caches: Sequence[RowCache | None],
+    kv_pass: Prefill | DecodeStep,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks for it: for all tokens of one new conversation, or one more of each.
+    """Attend in transformers' calling convention.
 
     Args:
         module: the attention layer.
-        query: (1, H, L, D) or (B, H, 1, D).
-        key: (1, K, L, D) or (B, K, 1, D).
+        query: (1, H, L, D) of a prompt, or (W, H, 1, D).
+        key: (1, K, L, D), or (W, K, 1, D).
         value: as `key`.
-        attention_mask: none is made for this attention.
-        row_caches: of each row; a row without one is empty, and nothing is computed for it.
+        attention_mask: not made for this attention.
+        kv_pass: what the tokens are.
         scaling: factor on the scores.
-        sliding_window: tokens that a token sees, itself among them.
+        sliding_window: tokens that a token sees, itself included.
         options: of `varlen_attention`.
 
     Returns:
-        (B, L, H, D).
+        (1, L, H, D) or (W, 1, H, D), and None for the weights.
     """
-    kept = [
-        None if cache is None else cache.extend(module.layer_idx, key[row], value[row])
-        for row, cache in enumerate(row_caches)
-    ]
-    if query.shape[2] > 1:
+    if isinstance(kv_pass, Prefill):
+        [slot] = kv_pass.slots
+        slot.bank.write(slot.index, module.layer_idx, key[0], value[0])
         return varlen_attention(
             module, query, key, value, None, scaling=scaling, sliding_window=sliding_window, **options
         )
     out = torch.zeros_like(query)
-    for row, pair in enumerate(kept):
-        if pair is not None:
-            keys, values = (x if sliding_window is None else x[:, -sliding_window:] for x in pair)
-            # The query heads of a key head are queries of their own: that head need not be repeated.
-            grouped = query[row].unflatten(0, (len(keys), -1)).squeeze(2)  # (K, H / K, D)
-            found = F.scaled_dot_product_attention(
-                grouped.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale=scaling
-            )
-            out[row] = found[0].flatten(0, 1).unsqueeze(1)
+    for part in kv_pass.parts:
+        part.attend(module.layer_idx, query, key, value, scaling, sliding_window, out)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,9 +1,9 @@
-"""From the embeddings of prompts to tokens, many prompts at a time, each as if it were alone.
+"""Batched decoding in which an answer does not depend on its batch.
 
-A prompt runs through the model by itself. Then the newest token of each answer under way is a row of a matrix
-whose height is fixed, and attention takes each row by itself. What comes out of a row depends neither on the
-others nor on how many are in use: so an answer is the same, to the last bit, whatever is answered beside it.
-When one ends, the next prompt takes its row.
+A prompt runs through the model alone. After that, the newest token of each answer is a row of a matrix with a
+fixed number of rows, and attention treats each row separately (see `cached_attention`). The result of a row
+depends neither on the other rows nor on how many are in use, so an answer is the same, to the last bit,
+whatever is answered beside it. When an answer ends, the next prompt takes its row.
 
 Shapes: T tokens of a prompt, C width, W rows, V vocabulary.
 """
@@ -14,31 +14,31 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from internvl_chat.inference.cached_attention import RowCache, cached_attention
+from internvl_chat.inference.cached_attention import DecodeStep, KVCache, Prefill, Slot, cached_attention
 from internvl_chat.inference.sampling import Sampling
 
-# Rows of a decoding step. On a GPU the weights' way through memory is what costs, not the rows.
+# Rows of a decoding step. A GPU spends its time reading the weights, however many rows there are.
 _ROWS = {"cpu": 8, "cuda": 32}
-# Most tokens that keys and values are kept of: 57 kB each for InternVL3-8B.
-_MOST_KEPT = 1 << 16
+# Most tokens of the KV cache: 57 kB each for InternVL3-8B.
+_MAX_CACHED_TOKENS = 1 << 16
 
 
 @dataclass
 class _Answer:
-    """An answer under way.
+    """An answer in progress.
 
     Attributes:
-        number: of its prompt.
-        cache: of its row.
-        left: tokens that it may yet have.
-        draw: chooses a token by its logits; None for the likeliest.
-        token: the newest.
+        index: index of its prompt.
+        slot: its keys and values.
+        remaining: tokens that it may still get.
+        sample: chooses a token by its logits; None for the most likely one.
+        token: the newest token.
     """
 
-    number: int
-    cache: RowCache
-    left: int
-    draw: Callable[[torch.Tensor], int] | None
+    index: int
+    slot: Slot
+    remaining: int
+    sample: Callable[[torch.Tensor], int] | None
     token: int = -1
 
 
@@ -49,7 +49,7 @@ class Decoder:
         language_model: a decoder of transformers with a head.
         end_id: the token that ends an answer.
         max_new_tokens: most tokens of an answer.
-        sampling: None for the likeliest token, always.
+        sampling: None for greedy decoding.
     """
 
     def __init__(
@@ -57,91 +57,85 @@ class Decoder:
     ) -> None:
         self.language_model, self.end_id = language_model, end_id
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
-        self.words = language_model.get_input_embeddings()
+        self.embed_tokens = language_model.get_input_embeddings()
 
     @torch.no_grad()
     def run(self, prompts: Iterable[torch.Tensor]) -> Iterator[tuple[int, int | None]]:
         """Answer prompts, as many at a time as rows and memory allow.
 
         Args:
-            prompts: embeddings (T, C) each, taken when there is a row for it.
+            prompts: embeddings (T, C) each; the next one is taken when it can start.
 
         Yields:
-            The number of a prompt with the next token of its answer, or with None when that is complete.
+            The index of a prompt with the next token of its answer, or with None when the answer is complete.
         """
         waiting = enumerate(prompts)
         following = next(waiting, None)
-        rows: list[_Answer | None] = []
+        row_count = _ROWS.get(self.embed_tokens.weight.device.type, _ROWS["cuda"])
+        rows: list[_Answer | None] = [None] * row_count
+        cache = KVCache(row_count, _MAX_CACHED_TOKENS)
         while following is not None or any(rows):
-            while following is not None and (place := self._find_row(rows, following[1])) is not None:
-                answer = self._begin(*following)
-                yield from self._tell(answer)
-                rows[place] = answer if answer.left else None
+            while following is not None and None in rows:
+                slot = cache.reserve(len(following[1]) + self.max_new_tokens)
+                if slot is None:
+                    break
+                row = rows.index(None)
+                rows[row] = self._start(*following, slot)
+                yield from self._emit(rows, row)
                 following = next(waiting, None)
             if any(rows):
                 self._step(rows)
-            for place, answer in enumerate(rows):
+            for row, answer in enumerate(rows):
                 if answer is not None:
-                    yield from self._tell(answer)
-                    rows[place] = answer if answer.left else None
+                    yield from self._emit(rows, row)
 
-    def _find_row(self, rows: list[_Answer | None], embeddings: torch.Tensor) -> int | None:
-        """Return a free row for a prompt; None if there is none, or no memory beside the others."""
-        if not rows:
-            rows += [None] * _ROWS.get(embeddings.device.type, _ROWS["cuda"])
-        kept = sum(answer.cache.capacity for answer in rows if answer is not None)
-        if None not in rows or (kept and kept + len(embeddings) + self.max_new_tokens > _MOST_KEPT):
-            return None
-        return rows.index(None)
-
-    def _begin(self, number: int, embeddings: torch.Tensor) -> _Answer:
+    def _start(self, index: int, embeddings: torch.Tensor, slot: Slot) -> _Answer:
         """Run a prompt through the model, and choose the first token of its answer."""
-        cache = RowCache(len(embeddings) + self.max_new_tokens)
-        draw = self.sampling.draws(embeddings.device) if self.sampling else None
-        answer = _Answer(number, cache, self.max_new_tokens, draw)
+        sample = self.sampling.draws(embeddings.device) if self.sampling else None
+        answer = _Answer(index, slot, self.max_new_tokens, sample)
         positions = torch.arange(len(embeddings), device=embeddings.device).unsqueeze(0)
-        self._choose([answer], self._logits(embeddings.unsqueeze(0), positions, [cache]))
+        self._choose([answer], self._logits(embeddings.unsqueeze(0), positions, Prefill(slot)))
         return answer
 
     def _step(self, rows: list[_Answer | None]) -> None:
         """Give each answer its next token."""
         tokens = [[self.end_id if answer is None else answer.token] for answer in rows]
-        positions = [[0 if answer is None else answer.cache.length] for answer in rows]
-        device = self.words.weight.device
-        embeddings = self.words(torch.tensor(tokens, device=device))  # (W, 1, C)
-        caches = [None if answer is None else answer.cache for answer in rows]
-        self._choose(rows, self._logits(embeddings, torch.tensor(positions, device=device), caches))
+        positions = [[0 if answer is None else answer.slot.length] for answer in rows]
+        device = self.embed_tokens.weight.device
+        embeddings = self.embed_tokens(torch.tensor(tokens, device=device))  # (W, 1, C)
+        step = DecodeStep([None if answer is None else answer.slot for answer in rows])
+        self._choose(rows, self._logits(embeddings, torch.tensor(positions, device=device), step))
 
     def _logits(
-        self, embeddings: torch.Tensor, positions: torch.Tensor, caches: list[RowCache | None]
+        self, embeddings: torch.Tensor, positions: torch.Tensor, kv_pass: Prefill | DecodeStep
     ) -> torch.Tensor:
-        """Return the logits (B, V) behind the last token of (B, L, C)."""
+        """Return the logits (W, V) after the last token of (W, T, C)."""
         with cached_attention(self.language_model):
             output = self.language_model(
                 inputs_embeds=embeddings,
                 position_ids=positions,
                 use_cache=False,
                 logits_to_keep=1,
-                row_caches=caches,
+                kv_pass=kv_pass,
             )
-        for cache in caches:
-            if cache is not None:
-                cache.length += embeddings.shape[1]
+        for slot in kv_pass.slots:
+            slot.length += embeddings.shape[1]
         return output.logits[:, -1].to(embeddings.device)
 
     def _choose(self, rows: list[_Answer | None], logits: torch.Tensor) -> None:
         """Set the newest token of each answer."""
-        likeliest = logits.float().argmax(dim=-1).tolist()
+        most_likely = logits.float().argmax(dim=-1).tolist()
         for row, answer in enumerate(rows):
             if answer is not None:
-                answer.token = answer.draw(logits[row]) if answer.draw else likeliest[row]
+                answer.token = answer.sample(logits[row]) if answer.sample else most_likely[row]
 
-    def _tell(self, answer: _Answer) -> Iterator[tuple[int, int | None]]:
-        """Yield an answer's newest token, and its end."""
-        if answer.token == self.end_id:
-            answer.left = 0
-        else:
-            answer.left -= 1
-            yield answer.number, answer.token
-        if not answer.left:
-            yield answer.number, None
+    def _emit(self, rows: list[_Answer | None], row: int) -> Iterator[tuple[int, int | None]]:
+        """Yield an answer's newest token; if it was the last, free its row and yield the end."""
+        answer = rows[row]
+        answer.remaining = 0 if answer.token == self.end_id else answer.remaining - 1
+        if answer.token != self.end_id:
+            yield answer.index, answer.token
+        if not answer.remaining:
+            rows[row] = None
+            answer.slot.release()
+            yield answer.index, None

@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_prompts
 from inference.prompts import make_engine, mixed_prompts
 
-from internvl_chat.inference import decoding
+from internvl_chat.inference import cached_attention, decoding
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import place
 from internvl_chat.inference.engine import Engine, Prompt
@@ -27,7 +27,7 @@ class Watched(Decoder):
     def _choose(self, rows, logits) -> None:
         for row, answer in enumerate(rows):
             if answer is not None:
-                self.logits.setdefault(answer.number, []).append(logits[row].clone())
+                self.logits.setdefault(answer.index, []).append(logits[row].clone())
         self.busy.append(sum(answer is not None for answer in rows))
         super()._choose(rows, logits)
 
@@ -112,11 +112,10 @@ def test_what_is_kept_is_bounded(monkeypatch):
     engine = make_engine()
     prompts = mixed_prompts(12)
     expected, _ = decode(engine, prompts)
-    lengths = [len(engine._encode(prompt).input_ids) + LENGTH for prompt in prompts]
-    monkeypatch.setattr(decoding, "_MOST_KEPT", 2 * min(lengths))
+    monkeypatch.setattr(decoding, "_MAX_CACHED_TOKENS", 3 * cached_attention._BLOCK)
     found, watched = decode(engine, prompts)
     assert found == expected
-    assert max(watched.busy) < 8
+    assert max(watched.busy) == 3
 
 
 def test_prompts_are_taken_when_their_turn_comes():
