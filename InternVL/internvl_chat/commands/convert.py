@@ -35,7 +35,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         type=boolean,
         default=True,
-        help="compare source and result on made-up records, and keep no result that differs [True]",
+        help="compare source and result on synthetic records, and keep no result that differs [True]",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
@@ -105,5 +105,5 @@ def _report(args: argparse.Namespace, folder: Path, row: dict[str, Any], said: s
         return
     say(f"{folder}: {said}")
     if check.found:
-        say("checked on {checked_records} made-up records: the same tokens, tiles and pixels; logits differ "
-            "by at most {logits_difference:.2g}".format(**check.row))  # fmt: skip
+        say("checked on {checked_records} synthetic records: the same tokens, tiles and pixels; logits "
+            "differ by at most {logits_difference:.2g}".format(**check.row))  # fmt: skip

@@ -21,31 +21,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `parity`."""
     parser.add_argument("first", help="model or adapter folder; transformers' format is run by transformers")
     parser.add_argument("second", help="another, or the same in another format")
-    parser.add_argument("--meta", help="meta file of the records to compare on [made-up records]")
+    parser.add_argument("--meta", help="meta file of the records to compare on [synthetic records]")
     parser.add_argument(
         "--data_root",
         default=REPOSITORY,
         type=Path,
         help="folder that relative paths in the meta file count from [the repository]",
     )
-    parser.add_argument("--limit", type=positive, default=8, metavar="N", help="records of each set [8]")
+    parser.add_argument("--limit", type=positive, default=8, metavar="N", help="records of each dataset [8]")
     parser.add_argument("--max_dynamic_patch", type=positive, help="most tiles of a record [each model's]")
     parser.add_argument("--max_new_tokens", type=positive, default=16, help="most tokens of an answer [16]")
     parser.add_argument("--base_first", help="for adapters: where the base of the first is now")
     parser.add_argument("--base_second", help="for adapters: where the base of the second is now")
     parser.add_argument("--device", help="e.g. cpu or cuda:0 [the GPU if there is one]")
-    for flag, default, meaning in (
-        ("--pixel_tolerance", 1e-5, "largest difference of a normalised pixel"),
-        ("--logit_tolerance", 1e-4, "largest difference of a logit"),
-        ("--same_answers", 1.0, "least share of equal greedy answers"),
+    for flag, meaning, default in (
+        ("--pixel_tolerance", "largest difference of a normalised pixel", "1e-05"),
+        ("--logit_tolerance", "largest difference of a logit / largest logit", "what rounding explains"),
+        ("--same_answers", "smallest share of equal greedy answers", "1; in 16 bits 0"),
     ):
-        parser.add_argument(flag, type=float, default=default, metavar="X", help=f"{meaning} [{default:g}]")
+        parser.add_argument(flag, type=float, metavar="X", help=f"{meaning} [{default}]")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare two checkpoints; returns 1 if they differ by more than is allowed."""
-    from internvl_chat.eval.parity import Tolerances, compare, comparison_dtype, faults
+    from internvl_chat.eval.parity import compare, comparison_dtype, faults, rounding_tolerances
     from internvl_chat.model.folders import model_folder
 
     folders = model_folder(args.first), model_folder(args.second)
@@ -66,7 +66,14 @@ def run(args: argparse.Namespace) -> int:
         differences.append(difference)
         if args.json:
             emit(dataclasses.asdict(difference))
-    allowed = Tolerances(args.pixel_tolerance, args.logit_tolerance, args.same_answers)
+    allowed = rounding_tolerances(*folders, dtype)
+    for field, value in (
+        ("pixels", args.pixel_tolerance),
+        ("logits", args.logit_tolerance),
+        ("same_answers", args.same_answers),
+    ):
+        if value is not None:
+            allowed = dataclasses.replace(allowed, **{field: value})
     problems = faults(differences, allowed)
     arithmetic = str(dtype).removeprefix("torch.")
     if args.json:
@@ -77,29 +84,32 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems:
             say(f"differs: {problem}")
         if not problems:
-            say(f"the same within {allowed.pixels:g} (pixels) and {allowed.logits:g} (logits, {arithmetic})")
+            say(
+                f"the same within {allowed.pixels:g} (pixels) and {allowed.logits:.2g} of the largest logit "
+                f"({arithmetic})"
+            )
     return int(bool(problems))
 
 
 def _examples(args: argparse.Namespace, first: Path) -> list[Example]:
     """Return the records to compare on, read by the first checkpoint's rules."""
-    from internvl_chat.eval.parity import examples_of, made_up_examples
+    from internvl_chat.eval.parity import examples_of, synthetic_examples
 
     if args.meta is None:
-        return made_up_examples(first)
+        return synthetic_examples(first)
     sets, _, _ = open_sets(argparse.Namespace(**vars(args), model=first))
     return examples_of(sets, args.limit, args.max_dynamic_patch)
 
 
 def _show(differences: Sequence[Difference]) -> None:
-    """Print a row for each data set."""
-    header = ("data set", "records", "same tokens", "same tiles", "pixels", "logits", "same answers")
+    """Print a row for each dataset."""
+    header = ("dataset", "records", "same tokens", "same tiles", "pixels", "logits", "same answers")
     rows = []
     for name in dict.fromkeys(d.dataset for d in differences):
-        of_set = [d for d in differences if d.dataset == name]
-        equal = [sum(getattr(d, f) for d in of_set) for f in ("same_ids", "same_tiles", "same_answer")]
-        most = [_most([getattr(d, field) for d in of_set]) for field in ("pixels", "logits")]
-        rows.append((name, len(of_set), *equal[:2], *most, equal[2]))
+        own = [d for d in differences if d.dataset == name]
+        equal = [sum(getattr(d, f) for d in own) for f in ("same_ids", "same_tiles", "same_answer")]
+        most = [_most([getattr(d, field) for d in own]) for field in ("pixels", "logits")]
+        rows.append((name, len(own), *equal[:2], *most, equal[2]))
     print_table(header, rows)
 
 

@@ -1,6 +1,6 @@
-"""One checkpoint, run by this package or by transformers' own classes: what it makes of an example.
+"""Run an example through one checkpoint, by this package or by transformers' own classes.
 
-Shapes: T tokens, N tiles, S pixels a side, P the last places of a conversation, V vocabulary.
+Shapes: T tokens, N tiles, S pixels a side, P last positions of a conversation, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,23 @@ from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.records import Record, Turn
 from internvl_chat.data.tiling import normalize_tiles, share_of_budget
 from internvl_chat.inference.engine import Engine, Prompt, last_question
+from internvl_chat.model.attention import pinned_sdpa
 from internvl_chat.model.folders import is_hf_format
 from internvl_chat.utils.errors import DataError, ModelError
 
-PLACES = 32
+# Positions at the end of a conversation whose logits are compared.
+POSITIONS = 32
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as both sides are given it.
+    """A conversation as given to both sides.
 
     Attributes:
-        key: where it comes from.
-        record: its last turn is the assistant's, and is what is compared with teacher forcing.
-        images: all of the record's, in RGB.
-        max_tiles: of all images; None for the checkpoint's own limit.
+        key: its dataset and index.
+        record: its last message is the assistant's, whose logits are compared (teacher forcing).
+        images: all images of the record, in RGB.
+        max_tiles: most tiles of all images; None for the checkpoint's own limit.
     """
 
     key: RecordKey
@@ -42,20 +44,20 @@ class Example:
 
     @property
     def prompt(self) -> Prompt:
-        """The conversation before the assistant's last turn."""
+        """The conversation before the assistant's last message."""
         return last_question(self.record, self.images)[0]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a checkpoint makes of an example.
+    """The results of an example.
 
     Attributes:
         input_ids: (T,) of the whole conversation.
-        tiles: of each image.
+        tiles: number of tiles of each image.
         pixels: (N, 3, S, S) float32.
-        logits: (P, V) float32, at the last places of the conversation.
-        answer: greedy, to the prompt.
+        logits: (P, V) float32, at the last positions of the conversation.
+        answer: greedy answer to the prompt.
     """
 
     input_ids: torch.Tensor
@@ -76,7 +78,7 @@ class Side(Protocol):
 def open_side(
     folder: Path, *, device: torch.device, dtype: torch.dtype, base: str | Path | None = None
 ) -> Side:
-    """Load a checkpoint: transformers' format with transformers' own classes, any other with ours."""
+    """Load a checkpoint: transformers' format with transformers' own classes, all others with ours."""
     if is_hf_format(folder):
         return TransformersSide(folder, device, dtype)
     return OwnSide(folder, device, dtype, base)
@@ -114,7 +116,10 @@ class OwnSide:
             raise DataError(f"{example.key}: {problem}", record=example.record.id) from None
         tiles = engine.encoder.tiles(example.images, encoded.grids)
         embeddings = engine.embed(encoded, example.images).unsqueeze(0)
-        output = engine.model.language_model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=PLACES)
+        with pinned_sdpa(engine.device):
+            output = engine.model.language_model(
+                inputs_embeds=embeddings, use_cache=False, logits_to_keep=POSITIONS
+            )
         return Trace(
             input_ids=encoded.input_ids,
             tiles=tuple(grid.tiles for grid in encoded.grids),
@@ -162,27 +167,29 @@ class TransformersSide:
         """Run an example."""
         inputs = self._prepare(example, example.record.turns, example.images, answer_follows=False)
         pixels = inputs.get("pixel_values")
-        logits = self.model(**self._placed(inputs), use_cache=False, logits_to_keep=PLACES).logits[0]
+        with pinned_sdpa(self.device):
+            output = self.model(**self._on_device(inputs), use_cache=False, logits_to_keep=POSITIONS)
         asked = example.prompt
-        prompt = self._placed(self._prepare(example, asked.turns, asked.images, answer_follows=True))
+        prompt = self._on_device(self._prepare(example, asked.turns, asked.images, answer_follows=True))
         end = self.processor.tokenizer.convert_tokens_to_ids(IM_END)
         greedy = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
         )
-        ids = self.model.generate(**prompt, generation_config=greedy)[0, prompt["input_ids"].shape[1] :]
+        with pinned_sdpa(self.device):
+            ids = self.model.generate(**prompt, generation_config=greedy)[0, prompt["input_ids"].shape[1] :]
         size = self.processor.image_processor.size
         return Trace(
             input_ids=inputs["input_ids"][0],
             tiles=self._tiles(inputs["input_ids"][0]),
             pixels=torch.zeros(0, 3, size["height"], size["width"]) if pixels is None else pixels,
-            logits=logits.float().cpu(),
+            logits=output.logits[0].float().cpu(),
             answer=self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
         )
 
     def _prepare(
         self, example: Example, turns: Sequence[Turn], images: Sequence[Image.Image], *, answer_follows: bool
     ) -> dict[str, Any]:
-        """Let the processor make the inputs; several images share the limit of tiles, which it is told."""
+        """Make the inputs with the processor, which must be told that several images share the tile limit."""
         messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer_follows)
         limit = example.max_tiles or self.processor.image_processor.max_patches
@@ -196,27 +203,27 @@ class TransformersSide:
         )
 
     def _content(self, turn: Turn) -> str | list[dict[str, str]]:
-        """Return a turn as the chat template takes it; some know images only as parts of a message."""
+        """Return a message as the chat template takes it; some know images only as parts of a message."""
         if self.reads_placeholders or turn.role != "user" or IMAGE_PLACEHOLDER not in turn.text:
             return turn.text
         first, *others = turn.text.split(IMAGE_PLACEHOLDER)
         parts = [{"type": "text", "text": first}] if first else []
         for text in others:
-            # The template itself begins a line behind an image.
+            # The template itself starts a new line after an image.
             parts += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n")}]
         return parts
 
-    def _placed(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the inputs on the model's device."""
-        placed = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        if "pixel_values" in placed:
-            placed["pixel_values"] = placed["pixel_values"].to(self.dtype)
-        return placed
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the inputs on the model's device, pixels in its dtype."""
+        moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        if "pixel_values" in moved:
+            moved["pixel_values"] = moved["pixel_values"].to(self.dtype)
+        return moved
 
     def _tiles(self, input_ids: torch.Tensor) -> tuple[int, ...]:
-        """Count each image's tiles by its tokens, between the marks of its start."""
+        """Count each image's tiles by its tokens after the image's start token."""
         processor = self.processor
-        image_of_place = (input_ids == processor.start_image_token_id).cumsum(0)
-        places = image_of_place[input_ids == processor.image_token_id]
-        counts = torch.bincount(places)[1:].tolist()
+        image_of_position = (input_ids == processor.start_image_token_id).cumsum(0)
+        image_of_token = image_of_position[input_ids == processor.image_token_id]
+        counts = torch.bincount(image_of_token)[1:].tolist()
         return tuple(count // processor.image_seq_length for count in counts)

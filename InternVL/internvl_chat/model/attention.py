@@ -26,8 +26,8 @@ _SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 def pinned_sdpa(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which SDPA on a GPU takes the flash, efficient or math kernel, in this order.
 
-    cuDNN is excluded: it builds a plan for every new shape (each number of tiles, each key length), which takes
-    about 30 ms. On other devices the context does nothing.
+    cuDNN is excluded: for every new shape (number of tiles, key length) it builds a plan, which takes about
+    30 ms. On other devices the context does nothing.
 
     Args:
         device: where the attention runs.
@@ -146,9 +146,10 @@ def _sdpa(
     length = query.shape[2]
     banded = window is not None and window < length
     mask = _band(length, window, causal, query.device) if banded else None
+    causal = causal and not banded
     with pinned_sdpa(query.device):
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and not banded, scale=scaling
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
         )
 
 
