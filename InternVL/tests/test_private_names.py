@@ -52,7 +52,26 @@ def bert_score_has_model_and_tokenizer():
     assert "self._tokenizer = " in source and "self._model = " in source
 
 
+def transformers_reads_the_attention_by_name():
+    """`set_attn_implementation` walks through all modules, which is too slow for every decoding step."""
+    from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=9, num_hidden_layers=1, **sizes)).eval()
+    calls = []
+
+    def attend(module, query, key, value, attention_mask, **options):
+        calls.append(attention_mask)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("test of a private name", attend)
+    model.config._attn_implementation = "test of a private name"
+    model(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+    assert calls == [None]
+
+
 TESTS = {
+    ("inference/cached_attention.py", "_attn_implementation"): transformers_reads_the_attention_by_name,
     ("model/lora.py", "_register_custom_module"): peft_registers_custom_modules,
     ("model/blocked_attention.py", "_softmax_backward_data"): torch_differentiates_softmax,
     ("metrics/bertscore.py", "_model"): bert_score_has_model_and_tokenizer,
