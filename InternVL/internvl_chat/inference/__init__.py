@@ -1,1 +1,1 @@
-"""Answers from a checkpoint."""
+"""Generating answers with a checkpoint."""

@@ -91,7 +91,7 @@ class Decoder:
 
     def _start(self, index: int, embeddings: torch.Tensor, slot: Slot) -> _Answer:
         """Run a prompt through the model, and choose the first token of its answer."""
-        sample = self.sampling.draws(embeddings.device) if self.sampling else None
+        sample = self.sampling.sampler(embeddings.device) if self.sampling else None
         answer = _Answer(index, slot, self.max_new_tokens, sample)
         positions = torch.arange(len(embeddings), device=embeddings.device).unsqueeze(0)
         self._choose([answer], self._logits(embeddings.unsqueeze(0), positions, Prefill(slot)))

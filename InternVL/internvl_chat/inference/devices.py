@@ -1,4 +1,4 @@
-"""Where a model runs: on one device, or spread over several."""
+"""Placing a model on one device, or spreading it over several."""
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ def spread(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatModel
 
     Args:
         model: on the CPU.
-        device_map: a device for each module, as of `balanced_map`.
+        device_map: a device for each module, as returned by `balanced_map`.
     """
     from accelerate import dispatch_model
 
@@ -66,14 +66,14 @@ def spread(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatModel
 
 
 def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
-    """Share a model's decoder layers out so that each device gets about the same number of bytes.
+    """Distribute a model's decoder layers so that each device gets about the same number of bytes.
 
-    Vision tower, projector and word embeddings are on the first device, where the inputs are made; the last
-    has the head.
+    Vision tower, projector and word embeddings go to the first device, where the inputs are made; the head goes
+    to the last.
 
     Args:
-        model: whose layers are to be shared out.
-        devices: how many there are.
+        model: the model to distribute.
+        devices: number of devices.
     """
     llm = model.language_model
     decoder = llm.get_decoder()
@@ -84,12 +84,12 @@ def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
     if llm.get_output_embeddings().weight is llm.get_input_embeddings().weight:
         first, last = [*first, last.pop()], last
     sizes = [_bytes(*first), *map(_bytes, layers), _bytes(*last)]
-    total, passed, places = sum(sizes), 0, []
+    total, passed, device_of = sum(sizes), 0, []
     for size in sizes:
-        places.append(min(int((passed + size / 2) / total * devices), devices - 1))
+        device_of.append(min(int((passed + size / 2) / total * devices), devices - 1))
         passed += size
     device_map: DeviceMap = {names[module]: 0 for module in first}
-    device_map |= {names[layer]: place for layer, place in zip(layers, places[1:-1], strict=True)}
+    device_map |= {names[layer]: device for layer, device in zip(layers, device_of[1:-1], strict=True)}
     return device_map | {names[module]: devices - 1 for module in last}
 
 

@@ -1,4 +1,4 @@
-"""Text and any number of images in, answers out: the one way that answers are made here."""
+"""Answer prompts of text and any number of images; every answer of this package is made here."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from internvl_chat.model.folders import model_folder, read_config
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.utils.errors import DataError
 
-# What stands for the beginning of a character whose other bytes are yet to come.
+# The decoded text of a character whose last bytes are still missing.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -32,7 +32,7 @@ class Prompt:
     """A conversation to be continued by the assistant.
 
     Attributes:
-        turns: with one placeholder in the user's turns for each image.
+        turns: the messages, with one placeholder in the user's messages for each image.
         images: in the order of the placeholders.
     """
 
@@ -47,8 +47,8 @@ class Prompt:
 def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = None) -> Prompt:
     """Return a prompt of one question.
 
-    Images without placeholders in the question are put before it: one plainly, several with the labels
-    `Fig-0`, `Fig-1`, ... of the training data. Without a system text the checkpoint's own is used.
+    Images without placeholders in the question are put before it, several with the labels `Fig-0`, `Fig-1`,
+    ... of the training data. Without a system text the checkpoint's own is used.
     """
     if images and IMAGE_PLACEHOLDER not in question:
         labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
@@ -62,7 +62,7 @@ def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt
 
     Args:
         record: a conversation.
-        images: all of the record's.
+        images: all images of the record.
     """
     last = max(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
     turns = record.turns[:last]
@@ -73,12 +73,12 @@ def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt
 class Engine:
     """A model, its tokenizer and its preprocessing, ready to answer.
 
-    An answer depends on its prompt alone, not on what is answered beside it (see `decoding`).
+    An answer depends on its prompt alone, not on its batch (see `decoding`).
 
     Args:
-        model: on the device where it is to run; it is put into evaluation mode.
-        tokenizer: of the checkpoint.
-        preprocessing: of the checkpoint.
+        model: on the device where it runs; it is put into evaluation mode.
+        tokenizer: the checkpoint's tokenizer.
+        preprocessing: the checkpoint's preprocessing.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Engine:
 
         Args:
             path_or_id: folder or hub id.
-            device: by default the GPU (of this process) if there is one; `auto` spreads the model over all.
-            dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU.
+            device: by default the GPU of this rank if there is one; `auto` spreads the model over all GPUs.
+            dtype: dtype of the weights; by default bfloat16 on a GPU and float32 on a CPU.
             base: for adapters, where their base is now.
-            max_dynamic_patch: another limit of tiles than the checkpoint's.
+            max_dynamic_patch: tile limit [the checkpoint's].
         """
         folder = model_folder(path_or_id)
         first = find_device(None if device == SPREAD else device)
@@ -125,18 +125,18 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs are made."""
+        """Device of the model's inputs."""
         return self.model.language_model.get_input_embeddings().weight.device
 
     def generate_ids(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """Answer prompts; all are looked at before the first is answered.
+        """Answer prompts; all are checked before the first is answered.
 
         Args:
             prompts: any number.
             max_new_tokens: most tokens of an answer.
-            sampling: None for the likeliest token, always.
+            sampling: None for greedy decoding.
 
         Returns:
             The new token ids of each answer, up to and without `<|im_end|>`, in the order of the prompts.
@@ -147,9 +147,9 @@ class Engine:
         encoded = [self._encode(prompt) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         inputs = (self.embed(e, prompt.images) for prompt, e in zip(prompts, encoded, strict=True))
-        for number, token in self._decoder(max_new_tokens, sampling).run(inputs):
+        for index, token in self._decoder(max_new_tokens, sampling).run(inputs):
             if token is not None:
-                answers[number].append(token)
+                answers[index].append(token)
         return answers
 
     def answer(
@@ -162,27 +162,27 @@ class Engine:
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[tuple[int, str]]:
-        """Answer any number of prompts, each taken when its turn comes.
+        """Answer any number of prompts; each is taken when it can start.
 
         Yields:
-            The number of a prompt, from 0, and its answer, as soon as that is complete.
+            The index of a prompt and its answer, as soon as that is complete.
 
         Raises:
-            DataError: as `generate_ids`, when the turn of that prompt comes.
+            DataError: as `generate_ids`, when that prompt is taken.
         """
         answers: dict[int, list[int]] = {}
         inputs = (self.embed(self._encode(prompt), prompt.images) for prompt in prompts)
-        for number, token in self._decoder(max_new_tokens, sampling).run(inputs):
-            ids = answers.setdefault(number, [])
+        for index, token in self._decoder(max_new_tokens, sampling).run(inputs):
+            ids = answers.setdefault(index, [])
             if token is None:
-                yield number, self._text(answers.pop(number))
+                yield index, self._text(answers.pop(index))
             else:
                 ids.append(token)
 
     def stream(
         self, prompt: Prompt, *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """Answer one prompt piece by piece; the pieces together are what `answer` returns.
+        """Answer one prompt piece by piece; joined, the pieces are what `answer` returns.
 
         Raises:
             DataError: as `generate_ids`.
@@ -194,18 +194,18 @@ class Engine:
             if token is not None:
                 ids.append(token)
             text = self._text(ids)
-            whole = text if token is None else text.rstrip(_INCOMPLETE)
-            if len(whole) > len(sent):
-                yield whole[len(sent) :]
-                sent = whole
+            complete = text if token is None else text.rstrip(_INCOMPLETE)
+            if len(complete) > len(sent):
+                yield complete[len(sent) :]
+                sent = complete
 
     @torch.no_grad()
     def embed(self, encoded: Encoded, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the embeddings of ids with the features of their images in place, (T, C).
+        """Return the embeddings of ids with the features of their images inserted, (T, C).
 
         Args:
-            encoded: by `encoder`.
-            images: as they were when it was encoded.
+            encoded: result of `encoder`.
+            images: the images that were encoded with it.
         """
         features = self._features(images, encoded.grids)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
@@ -219,7 +219,7 @@ class Engine:
         )
 
     def _encode(self, prompt: Prompt) -> Encoded:
-        """Return the ids of a prompt and how its images are cut."""
+        """Return the ids of a prompt and the tile grids of its images."""
         placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in prompt.turns if t.role == "user")
         if placeholders != len(prompt.images):
             raise DataError(
@@ -231,7 +231,7 @@ class Engine:
             raise DataError(str(problem)) from None
 
     def _features(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> torch.Tensor:
-        """Return the vision features of a prompt's images, kept from the newest prompt if it has the same."""
+        """Return the vision features of a prompt's images; those of the newest prompt are cached."""
         if not self._newest.are_of(images, grids):
             tiles = self.encoder.tiles(images, grids).to(self.device)
             features = tile_features(self.model, tiles, self.encoder.preprocessing.normalize_type)
@@ -241,13 +241,13 @@ class Engine:
 
 @dataclass(frozen=True)
 class _ImageFeatures:
-    """The vision features (N, K, F) of images that are cut in a certain way."""
+    """The vision features (N, K, F) of images and their tile grids."""
 
     images: tuple[Image.Image, ...]
     grids: tuple[Grid, ...]
     features: torch.Tensor
 
     def are_of(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> bool:
-        """Say whether they are of these very images, cut in the same way."""
+        """Return whether they belong to these very images and grids."""
         same = len(images) == len(self.images) and all(map(lambda a, b: a is b, images, self.images))
         return bool(images) and same and tuple(grids) == self.grids

@@ -1,4 +1,4 @@
-"""Exporting a checkpoint to transformers' own format, which loads there without any code of ours."""
+"""Export of a checkpoint to transformers' own format, which loads there without our code."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from internvl_chat.utils.errors import ModelError
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did: the folder written, and whether there was anything to do."""
+    """The folder written, and whether it was exported before."""
 
     folder: Path
     already_exported: bool
@@ -39,16 +39,16 @@ def export_hf(
 ) -> ExportResult:
     """Write a checkpoint of any kind as transformers' `InternVLForConditionalGeneration`.
 
-    Model, processor, tokenizer, chat template and generation settings; adapters are merged on the way. What
-    has no place there, the configuration in the reference's terms and the files beside it, is kept under
-    `original`, from which `merge` writes the reference's format again, bit for bit.
+    Writes model, processor, tokenizer, chat template and generation settings; adapters are merged. Files that
+    transformers has no place for, such as the configuration in the reference's terms, are kept under
+    `original`; from these `merge` writes the reference's format again, bit for bit.
 
     Args:
         source: folder or hub id.
         target: folder to write; must be new, empty, or the result of an earlier export of `source`.
         base: for adapters, where their base is now.
-        check: is given the finished folder before it becomes the target; what it raises undoes the export.
-        max_shard_bytes: most bytes of a weight file, which are held in memory at a time.
+        check: called with the finished folder before it becomes the target; an exception undoes the export.
+        max_shard_bytes: most bytes of a weight file, and of weights in memory at a time.
 
     Raises:
         ModelError: transformers has no such model or preprocessing, or the target holds something else or is
@@ -80,7 +80,7 @@ def export_hf(
 
 
 def _config(model: PlainModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return transformers' `config.json`, with the dtype that the weights have."""
+    """Return transformers' `config.json`, with the dtype of the weights."""
     dtype = str(model.weights["language_model.model.embed_tokens.weight"]().dtype).removeprefix("torch.")
     config = to_hf_config(model.config, image_context_id(tokenizer)) | {"dtype": dtype}
     config["vision_config"]["dtype"] = config["text_config"]["dtype"] = dtype

@@ -1,4 +1,4 @@
-"""The processes that torchrun has started, each with a part of the work; none of them waits for another."""
+"""Ranks started by torchrun, each with its share of the work and without communication between them."""
 
 import os
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ T = TypeVar("T")
 
 
 def process_index() -> int:
-    """Return this process's number among all, from 0."""
+    """Return the rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def process_count() -> int:
-    """Return how many processes there are; 1 without torchrun."""
+    """Return the world size; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_device() -> torch.device:
-    """Return the GPU of this process, its own where there are several processes, or else the CPU."""
+    """Return the GPU of this rank, or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's part: of n processes, every n-th item.
+    """Return the items of this rank: with n ranks, every n-th item.
 
     >>> share(["a", "b", "c"])
     ['a', 'b', 'c']

@@ -1,4 +1,4 @@
-"""How the next token is drawn where the likeliest is not always wanted."""
+"""Sampling of the next token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from internvl_chat.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draws tokens at random, each answer with randomness of its own.
+    """Samples tokens at random, with a random generator for each answer.
 
-    With a seed a prompt is answered the same whatever is asked beside it; another seed gives another answer.
+    With a seed an answer does not depend on the other prompts; another seed gives another answer.
 
     Attributes:
-        temperature: by which the logits are divided; small ones make the likeliest token likelier.
-        top_p: only the likeliest tokens that together have at least this probability are drawn.
+        temperature: divides the logits; below 1 it favours the most likely tokens.
+        top_p: only the most likely tokens that together have at least this probability are sampled.
         seed: None for another answer each time.
     """
 
@@ -34,8 +34,8 @@ class Sampling:
         if problems:
             raise UsageError(problems)
 
-    def draws(self, device: torch.device) -> Callable[[torch.Tensor], int]:
-        """Return what draws the tokens of one answer, each from its logits (V,) on a device."""
+    def sampler(self, device: torch.device) -> Callable[[torch.Tensor], int]:
+        """Return a function that samples the tokens of one answer, each from its logits (V,) on a device."""
         generator = torch.Generator(device)
         if self.seed is None:
             generator.seed()
@@ -43,8 +43,8 @@ class Sampling:
             generator.manual_seed(self.seed)
         warp = LogitsProcessorList([TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)])
 
-        def draw(logits: torch.Tensor) -> int:
+        def sample(logits: torch.Tensor) -> int:
             scores = warp(None, logits.float().unsqueeze(0))
             return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
 
-        return draw
+        return sample

@@ -1,22 +1,22 @@
-"""The vision tower over the tiles of images, a bounded number of them at a time."""
+"""Vision features of tiles, a bounded number of tiles at a time."""
 
 import torch
 
 from internvl_chat.data.tiling import normalize_tiles
 from internvl_chat.model.modeling import InternVLChatModel
 
-# More at a time would only cost memory.
+# Larger batches cost memory and save no time.
 _TILES_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 @torch.no_grad()
 def tile_features(model: InternVLChatModel, tiles: torch.Tensor, normalization: str) -> torch.Tensor:
-    """Return the vision features of tiles, without a graph.
+    """Return the vision features of tiles, without gradients.
 
     Args:
-        model: where the tiles are.
+        model: on the device of the tiles.
         tiles: (N, S, S, 3) uint8; N may be 0.
-        normalization: pixel statistics.
+        normalization: name of the pixel statistics.
 
     Returns:
         (N, K, F).

@@ -1,4 +1,4 @@
-"""Teacher-forced losses of the tokens of packed records, without a gradient."""
+"""Teacher-forced token losses of packed records, without gradients."""
 
 import torch
 
@@ -12,8 +12,8 @@ def pack_losses(model: InternVLChatModel, pack: Pack, normalization: str) -> lis
 
     Args:
         model: in evaluation mode.
-        pack: of records.
-        normalization: pixel statistics of the tiles.
+        pack: the packed records.
+        normalization: name of the pixel statistics.
     """
     device = next(model.parameters()).device
     pixels = pack.pixel_values(device, normalization, model.pixel_dtype)

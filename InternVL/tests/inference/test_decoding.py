@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import tiny_prompts
 from inference.prompts import make_engine, mixed_prompts
 
@@ -12,6 +13,8 @@ from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import place
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.inference.sampling import Sampling
+from internvl_chat.model import attention
+from internvl_chat.model.attention import pinned_sdpa
 
 LENGTH = 10
 
@@ -139,6 +142,25 @@ def test_attention_is_as_before_when_a_token_is_there():
     tokens = engine.stream(mixed_prompts(1)[0], max_new_tokens=4)
     next(tokens)
     assert config._attn_implementation == "sdpa"
+
+
+def test_kernels_are_pinned(monkeypatch):
+    """As on a GPU: one call for all answers, and cuDNN is allowed in none of them, prompts included."""
+    allowed, sdpa = [], F.scaled_dot_product_attention
+
+    def watched(*args, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa(*args, **options)
+
+    engine, prompts = make_engine(), mixed_prompts(3)
+    expected, _ = decode(engine, prompts)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(cached_attention, "_ONE_CALL_PER_ANSWER", ())
+    for module in (attention, cached_attention):
+        monkeypatch.setattr(module, "pinned_sdpa", lambda device: pinned_sdpa(torch.device("cuda")))
+    found, _ = decode(engine, prompts)
+    assert found == expected
+    assert allowed and not any(allowed)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Tokens are drawn with the probabilities that temperature and top_p leave them."""
+"""Tokens are sampled with the probabilities that temperature and top_p leave them."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from internvl_chat.utils.errors import UsageError
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
 
 
-def shares(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
-    draw = sampling.draws(torch.device("cpu"))
-    found = torch.tensor([draw(LOGITS) for _ in range(draws)])
-    return torch.bincount(found, minlength=len(LOGITS)) / draws
+def shares(sampling: Sampling, count: int = 4000) -> torch.Tensor:
+    sample = sampling.sampler(torch.device("cpu"))
+    found = torch.tensor([sample(LOGITS) for _ in range(count)])
+    return torch.bincount(found, minlength=len(LOGITS)) / count
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -23,7 +23,7 @@ def test_temperature(temperature):
     assert (shares(Sampling(temperature, seed=1)) - expected).abs().max() < 0.03
 
 
-def test_top_p_draws_only_the_likeliest():
+def test_top_p_samples_only_the_most_likely():
     # The first two have 0.64 and 0.24 of the probability: 0.7 needs both, 0.6 only one.
     first_two = torch.exp(LOGITS[:2])
     first_two /= first_two.sum()

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from helpers import assert_within_rounding, terms_of
 from model.conftest import make_model, make_record, run_alone
 
+from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model import attention
 from internvl_chat.model.attention import (
     ATTENTION_NAMES,
     bidirectional_attention,
+    pinned_sdpa,
     resolve_attention,
     varlen_attention,
 )
@@ -234,6 +236,54 @@ def test_dropped_weights_are_made_up_for_by_the_others(name: str) -> None:
     draws = torch.stack([bidirectional_attention(zeros, zeros, ones, name, dropout=0.5) for _ in range(200)])
     assert set(draws.flatten().tolist()) == {0.0, 0.5, 1.0, 1.5, 2.0}
     assert draws[..., 0].mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_cudnn_is_excluded_on_a_gpu_only() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    with pinned_sdpa(CPU):
+        assert enabled() == before
+    with pinned_sdpa(torch.device("cuda")):
+        assert not enabled() and torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+    assert enabled() == before
+
+
+@pytest.fixture
+def cudnn_allowed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Pin kernels on a CPU as on a GPU; a list that says of every SDPA call whether cuDNN was allowed."""
+    calls: list[bool] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "pinned_sdpa", lambda device: pinned_sdpa(torch.device("cuda")))
+    return calls
+
+
+def test_kernels_are_pinned_in_training(cudnn_allowed: list[bool]) -> None:
+    """Both towers, with activation checkpointing, which calls attention again in the backward pass."""
+    model = make_model(attn="varlen")
+    model.recompute_layers(1)
+    record = make_record((2,))
+    run_alone(model.train(), record).float().square().mean().backward()
+    vision, llm = len(model.vision_model.encoder.layers), len(model.language_model.get_decoder().layers)
+    assert len(cudnn_allowed) == 2 * vision + llm + 1 and not any(cudnn_allowed)
+
+
+def test_kernels_are_pinned_in_a_frozen_tower(cudnn_allowed: list[bool]) -> None:
+    tile_features(make_model(), torch.zeros(3, 56, 56, 3, dtype=torch.uint8), "imagenet")
+    assert cudnn_allowed == [False, False]
+
+
+def test_pinned_attention_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "pinned_sdpa", lambda device: pinned_sdpa(torch.device("cuda")))
+    qkv = inputs(7, heads=3, kv_heads=3, rows=2)
+    compiled = torch.compile(bidirectional_attention, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*qkv, name="sdpa"), bidirectional_attention(*qkv, name="sdpa"))
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
