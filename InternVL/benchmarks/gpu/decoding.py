@@ -62,7 +62,6 @@ def _unpinned() -> Iterator[None]:
     """Let torch choose the backend of its attention."""
     with contextlib.ExitStack() as stack:
         for module in (attention, cached_attention):
-            if hasattr(module, "pinned_sdpa"):
-                choose = mock.patch.object(module, "pinned_sdpa", lambda device: contextlib.nullcontext())
-                stack.enter_context(choose)
+            choose = mock.patch.object(module, "pinned_sdpa", lambda device: contextlib.nullcontext())
+            stack.enter_context(choose)
         yield

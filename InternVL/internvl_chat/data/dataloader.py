@@ -70,8 +70,8 @@ class LoaderOptions:
 def _start_worker(_: int) -> None:
     """Keep a worker to one thread, and alive while its run is asked to stop.
 
-    A scheduler that stops a job may send its signal to every process. A second SIGTERM ends the worker. It must
-    be ended by `end_workers`.
+    A scheduler that stops a job may send its signal to every process. A second SIGTERM ends the worker, and
+    `end_workers` ends those that are left.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

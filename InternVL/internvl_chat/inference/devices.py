@@ -68,8 +68,8 @@ def spread(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatModel
 def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
     """Distribute a model's decoder layers so that each device gets about the same number of bytes.
 
-    Vision tower, projector and word embeddings go to the first device, where the inputs are made; the head goes
-    to the last.
+    Vision tower, projector and word embeddings go to the first device, where the inputs are made; the head
+    goes to the last.
 
     Args:
         model: the model to distribute.

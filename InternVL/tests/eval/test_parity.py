@@ -87,8 +87,8 @@ def test_another_limit_of_tiles_is_found(tiny_model, changed, capsys) -> None:
     assert code == 1
     assert any("tiles" in fault for fault in rows[-1]["faults"])
     assert any("token ids" in fault for fault in rows[-1]["faults"])
-    spoilt = [row for row in rows[:-1] if not row["same_tiles"]]
-    assert spoilt and all(row["pixels"] is None and row["logits"] is None for row in spoilt)
+    changed_rows = [row for row in rows[:-1] if not row["same_tiles"]]
+    assert changed_rows and all(row["pixels"] is None and row["logits"] is None for row in changed_rows)
 
 
 def test_other_pixel_statistics_are_found(tiny_model, changed, capsys) -> None:
@@ -112,7 +112,7 @@ def test_the_table_names_what_differs(tiny_model, changed, capsys) -> None:
     assert "same tokens" in out and "differs: the pixels differ by up to" in out
 
 
-def test_a_folder_that_transformers_cannot_load_is_told(tiny_model, changed, capsys) -> None:
+def test_a_folder_that_transformers_cannot_load_is_reported(tiny_model, changed, capsys) -> None:
     (changed / "model.safetensors").unlink()
     assert m3llm(["parity", str(tiny_model), str(changed), "--device", "cpu"]) == 1
     assert str(changed) in capsys.readouterr().err
@@ -305,7 +305,7 @@ PARTS_ONLY = """\
 """
 
 
-def test_a_template_that_knows_images_only_as_parts(exported, changed, capsys) -> None:
+def test_a_template_that_takes_images_only_as_parts(exported, changed, capsys) -> None:
     """As of models that transformers' own script has converted; without our system text the tokens differ."""
     (changed / "chat_template.jinja").write_text(PARTS_ONLY)
     code, rows = run(exported, changed, capsys=capsys)

@@ -245,7 +245,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny_model, sample_data, tmp_pa
     again = arguments(tiny_model, sample_data, tmp_path / "new", resume_from_checkpoint=checkpoint)
     assert train(again) == 2
     assert (
-        "not a whole checkpoint: the content of optimizer/rank-00000-00.safetensors has changed" in capfd.readouterr().err
+        "not a whole checkpoint: the content of optimizer/rank-00000-00.safetensors has changed"
+        in capfd.readouterr().err
     )
 
 

@@ -114,9 +114,7 @@ def test_answers_are_those_of_the_finished_model(arguments, sample_data, tmp_pat
 
 def test_metrics_are_reported(arguments, tmp_path, monkeypatch):
     logged: list[dict] = []
-    monkeypatch.setattr(
-        Trackers, "log", lambda self, values, step: logged.append({"step": step, **values})
-    )
+    monkeypatch.setattr(Trackers, "log", lambda self, values, step: logged.append({"step": step, **values}))
     out = tmp_path / "out"
     epochs = {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
     values = {"eval_generate": 1, "metric_for_best_model": "loss", "eval_on_start": True, "logging_steps": 4}
