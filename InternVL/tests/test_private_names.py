@@ -1,4 +1,4 @@
-"""The private names of libraries that the package uses, each with a test that fails if its meaning changes."""
+"""Private names of libraries that the package uses, each with a test that fails if its meaning changes."""
 
 import ast
 from pathlib import Path

@@ -138,7 +138,7 @@ def test_a_run_that_is_at_its_end_takes_no_more_steps(arguments, tmp_path, metri
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saving_at_every_step_changes_nothing(arguments, tmp_path, metrics, recipe):
-    """Each checkpoint is copied and written while training goes on, and holds what it would hold otherwise."""
+    """Checkpoints that are written while training goes on hold what they would hold otherwise."""
     waits, background = tmp_path / "waits", tmp_path / "background"
     for folder, asynchronous in ((waits, False), (background, True)):
         values = {"save_steps": 1, "bf16": True, "max_steps": 5, "async_save": asynchronous}
