@@ -8,6 +8,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -134,7 +135,7 @@ def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log:
                "--device", args.device]  # fmt: skip
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        env=os.environ | environment(args.device, work), start_new_session=True,
+        env=os.environ | environment(args.device, work),
     )  # fmt: skip
     why = None
     try:
@@ -220,4 +221,6 @@ def _find_device() -> str:
 
 
 if __name__ == "__main__":
+    # An item at work is ended as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
