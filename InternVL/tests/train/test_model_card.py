@@ -72,7 +72,8 @@ def test_recipe_and_course_are_the_run_s(card, metrics) -> None:
 
 def test_neither_secrets_nor_places_are_told(card, tiny_model, sample_data, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    again = run(tmp_path / "run", tiny_model, sample_data, hub_token="hf_other_secret")
+    monkeypatch.setenv("WANDB_API_KEY", "another_secret")
+    again = run(tmp_path / "run", tiny_model, sample_data)
     for text in (card.read_text(encoding="utf-8"), again.read_text(encoding="utf-8")):
         for told in (
             "secret",
