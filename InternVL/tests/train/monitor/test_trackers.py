@@ -196,4 +196,4 @@ def test_wandb_without_a_network(tmp_path, monkeypatch, caplog):
     trackers = start("wandb", seed=3)
     trackers.log({"train/loss": 0.5}, 1)
     trackers.finish()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("internvl_chat")]
