@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import HANG_SECONDS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,7 +31,7 @@ from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils import distributed
 
 CPU = torch.device("cpu")
-PATIENCE = 120
+PATIENCE = HANG_SECONDS
 
 
 class Toy(nn.Module):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import SOURCE_ROOT
+from helpers import HANG_SECONDS, SOURCE_ROOT
 from small_sets import noise
 
 from internvl_chat.cli import main as m3llm
@@ -254,7 +254,7 @@ def test_two_processes_give_what_one_gives(undisturbed, bench, tiny_model, tmp_p
         "--nproc_per_node",
         "2",
     )
-    out, error = process.communicate(timeout=300)
+    out, error = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, error[-3000:]
     assert lines(tmp_path) == lines(undisturbed)
     assert (tmp_path / "metrics.json").read_bytes() == (undisturbed / "metrics.json").read_bytes()
@@ -266,13 +266,13 @@ def test_two_processes_give_what_one_gives(undisturbed, bench, tiny_model, tmp_p
 def test_an_evaluation_that_was_killed_goes_on(bench, tiny_model, tmp_path):
     command = argv(bench, tiny_model, tmp_path / "out", "--max_new_tokens", "200")
     process = start(command)
-    file, deadline = tmp_path / "out/predictions.jsonl", time.monotonic() + 200
+    file, deadline = tmp_path / "out/predictions.jsonl", time.monotonic() + HANG_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         if file.is_file() and file.read_bytes().count(b"\n") >= 3:
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_SECONDS)
     answered = file.read_bytes().count(b"\n")
     assert process.returncode == -signal.SIGKILL and 3 <= answered < 11
     assert m3llm(command) == 0

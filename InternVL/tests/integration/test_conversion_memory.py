@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HANG_SECONDS
 from model.conftest import make_config
 
 from internvl_chat.model.checkpoint import empty_model
@@ -86,7 +87,7 @@ def test_peak_memory_does_not_grow_with_the_shards(tiny_model, tmp_path, work) -
         source = write_large(tmp_path / f"{layers}-layers", tiny_model, layers)
         target = tmp_path / f"{layers}-{work}"
         command = [sys.executable, "-c", CHILD, str(source), str(target), work, str(SHARD)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
         assert result.returncode == 0, result.stderr
         peaks.append(json.loads(result.stdout.splitlines()[-1]))
         shards.append(len(list(target.glob("*.safetensors"))))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import SOURCE_ROOT, flags
+from helpers import HANG_SECONDS, SOURCE_ROOT, flags
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
@@ -149,7 +149,7 @@ def test_command(command, stage, tiny_model, sample_data, tmp_path):
     }
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", small],
-        capture_output=True, text=True, cwd=stage, env=environment, timeout=300,
+        capture_output=True, text=True, cwd=stage, env=environment, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert result.returncode == 0, f"{small}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
@@ -159,7 +159,7 @@ def test_quickstart(tmp_path):
     """The whole quickstart, in an environment that is there already."""
     environment = {**os.environ, "WORK_DIR": str(tmp_path / "quickstart")}
     command = ["bash", str(SOURCE_ROOT / "internvl_chat/shell/quickstart.sh")]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "closed questions" in result.stdout
     for path in ("full/loss.png", "merged/model.safetensors", "lora/adapter_model.safetensors"):

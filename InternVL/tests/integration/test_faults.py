@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from helpers import LAUNCHERS, SOURCE_ROOT, changed_weights, flags
+from helpers import HANG_SECONDS, LAUNCHERS, SOURCE_ROOT, changed_weights, flags
 
 from internvl_chat.model.weights import open_weights
 from internvl_chat.train import internvl_chat_finetune
@@ -23,7 +23,7 @@ from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.loop import TrainingLoop
 
 STEPS = 12
-PATIENCE = 120
+PATIENCE = HANG_SECONDS
 
 
 def arguments(tiny_model, sample_data, folder, **values):

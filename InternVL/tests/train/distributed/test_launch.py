@@ -10,11 +10,11 @@ import time
 
 import psutil
 import pytest
-from helpers import SOURCE_ROOT
+from helpers import HANG_SECONDS, SOURCE_ROOT
 
 from internvl_chat.train.distributed import launch
 
-PATIENCE = 120
+PATIENCE = HANG_SECONDS
 
 # Stops at a step boundary, as training does, or ends by itself after the last step.
 STEPS = """

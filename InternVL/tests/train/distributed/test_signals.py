@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from helpers import SOURCE_ROOT
+from helpers import HANG_SECONDS, SOURCE_ROOT
 
 from internvl_chat.train.distributed.signals import (
     LAUNCHER,
@@ -60,7 +60,7 @@ with StopRequest() as request:
 
 def run(script, *argv, **environment):
     return subprocess.run(
-        [sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=HANG_SECONDS,
         env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT)} | environment,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from helpers import HANG_SECONDS
 
 from internvl_chat.train.monitor.trackers import Trackers, available_trackers, tracker_problems
 
@@ -168,7 +169,7 @@ def test_accelerate_changes_nothing_of_the_process():
     environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere"}
     environment.pop("OMP_NUM_THREADS", None)
     result = subprocess.run(
-        [sys.executable, "-c", PROCESS], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROCESS], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert result.returncode == 0, result.stderr
     assert "cannot be started" not in result.stderr

@@ -10,7 +10,7 @@ import dry_run_ranks
 import pytest
 import torch
 from dry_run_ranks import OUT, Device
-from helpers import SOURCE_ROOT, flags
+from helpers import HANG_SECONDS, SOURCE_ROOT, flags
 
 from internvl_chat.train import internvl_chat_finetune
 from internvl_chat.train.internvl_chat_finetune import main as train
@@ -193,7 +193,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     started = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
     try:
         # Rank 0 waits for rank 1 until that has ended, as the launcher would end it.
-        assert [process.wait(timeout=120) for process in reversed(started)] == [0, 0]
+        assert [process.wait(timeout=HANG_SECONDS) for process in reversed(started)] == [0, 0]
     finally:
         for process in started:
             process.kill()
