@@ -73,8 +73,9 @@ class Check:
         try:
             item(self)
         except Skipped as skipped:
-            self._write("skipped", str(skipped))
-            return
+            if not self.failures:
+                self._write("skipped", str(skipped))
+                return
         except Exception as error:
             traceback.print_exc()
             self.failures.append(f"{type(error).__name__}: {error}")

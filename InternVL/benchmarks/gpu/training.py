@@ -59,6 +59,8 @@ def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
         except RuntimeError as error:
             if "does not fit" not in str(error):
                 raise
+            is_planned = "does not fit into memory" in str(error)
+            check.expect(is_planned, f"{' '.join((recipe, *flags))}: the plan fits, but the dry run does not")
             refusals.append(str(error)[-2000:])
             check.add(refused=refusals)
     else:

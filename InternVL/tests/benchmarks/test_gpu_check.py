@@ -235,3 +235,14 @@ def test_full_training_in_the_most_exact_precision_that_fits(fake_jobs, tmp_path
     assert figures["full, used over planned memory"] == pytest.approx(66 / 64)
     assert figures["reference"] == "out of memory"
     assert "weight_precision bf16 8 records/s" in result["summary"]
+
+
+def test_a_dry_run_that_contradicts_its_plan_is_a_failure(monkeypatch, tmp_path):
+    def run(job, script, number):
+        raise RuntimeError("TrainingError: the largest pack does not fit: CUDA out of memory")
+
+    monkeypatch.setattr(training, "run_in_a_process", run)
+    monkeypatch.setattr(training.train_throughput, "prepare", lambda args, folder: None)
+    Check("train-lora", tmp_path, "8b", "cuda").run(training.train_lora)
+    result = read_result(tmp_path, "train-lora")
+    assert (result["status"], result["why"]) == ("failed", "lora: the plan fits, but the dry run does not")
