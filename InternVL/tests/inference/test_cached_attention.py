@@ -19,13 +19,17 @@ FEATURES = 16
 class Conversation:
     """Random queries, keys and values of one answer, the same whenever they are made from the same seed."""
 
+    device = torch.device("cpu")
+
     def __init__(
         self, seed: int, prompt: int, new: int, heads: int, kv_heads: int, dtype: torch.dtype
     ) -> None:
         rng = torch.Generator().manual_seed(seed)
         self.prompt, self.new = prompt, new
         shapes = ((heads, FEATURES), (kv_heads, FEATURES), (kv_heads, FEATURES))
-        self.qkv = [torch.randn(prompt + new, *shape, generator=rng).to(dtype) for shape in shapes]
+        self.qkv = [
+            torch.randn(prompt + new, *shape, generator=rng).to(self.device, dtype) for shape in shapes
+        ]
         self.outputs: list[torch.Tensor] = []
         self.slot: Slot | None = None
 
@@ -89,6 +93,22 @@ def step(rows: list[Conversation | None], window: int | None) -> None:
 HEADS = {"grouped": (6, 2), "one key head": (4, 1), "not grouped": (2, 2), "one head": (1, 1)}
 
 
+def check_independence(heads: tuple[int, int], dtype: torch.dtype, window: int | None) -> None:
+    """Prompts of 1 to 2100 tokens: within a block, at its end, over several, and in several banks."""
+    rng = random.Random(0)
+    prompts = [1, 2, 500, 511, 512, 513, 1023, 1100, 2100, *(rng.randint(1, 1500) for _ in range(5))]
+    sizes = [(seed, prompt, rng.randint(1, 8), *heads) for seed, prompt in enumerate(prompts)]
+    together = [Conversation(*size, dtype) for size in sizes]
+    decode(together, window)
+    backwards = [Conversation(*size, dtype) for size in sizes]
+    decode(backwards[::-1], window)
+    for size, one, other in zip(sizes, together, backwards, strict=True):
+        alone = Conversation(*size, dtype)
+        decode([alone], window)
+        for outputs in zip(alone.outputs, one.outputs, other.outputs, strict=True):
+            assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2]), size
+
+
 @pytest.fixture(params=["one call per answer", "one call per answer, two threads", "one call for all"])
 def calls(request, monkeypatch):
     """Both ways to attend; one call for all, as on a GPU, is exact on a CPU with one thread only."""
@@ -108,19 +128,17 @@ def calls(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("calls")
 def test_neighbours_change_nothing(heads, dtype, window) -> None:
-    """Prompts of 1 to 2100 tokens: within a block, at its end, over several, and in several banks."""
-    rng = random.Random(0)
-    prompts = [1, 2, 500, 511, 512, 513, 1023, 1100, 2100, *(rng.randint(1, 1500) for _ in range(5))]
-    sizes = [(seed, prompt, rng.randint(1, 8), *HEADS[heads]) for seed, prompt in enumerate(prompts)]
-    together = [Conversation(*size, dtype) for size in sizes]
-    decode(together, window)
-    backwards = [Conversation(*size, dtype) for size in sizes]
-    decode(backwards[::-1], window)
-    for size, one, other in zip(sizes, together, backwards, strict=True):
-        alone = Conversation(*size, dtype)
-        decode([alone], window)
-        for outputs in zip(alone.outputs, one.outputs, other.outputs, strict=True):
-            assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2]), size
+    check_independence(HEADS[heads], dtype, window)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("window", [None, 20, 700])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_change_nothing_on_a_gpu(monkeypatch, heads, dtype, window) -> None:
+    monkeypatch.setattr(Conversation, "device", torch.device("cuda"))
+    check_independence(HEADS[heads], dtype, window)
 
 
 @pytest.mark.parametrize("window", [None, 20, 700])
