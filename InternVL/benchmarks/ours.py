@@ -32,7 +32,6 @@ from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.monitor.step_metrics import StepRecord
 from internvl_chat.train.monitor.trackers import Trackers
-from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import plan_memory
 from internvl_chat.train.setup import (
     apply_kernels,
@@ -118,15 +117,7 @@ def make_loop(
         run, strategy, data, sampler, preprocessing.normalize_type, flops, checkpointer,
         trackers=Trackers.start((), run_name=None, folder=run.output_dir, config={}), state=TrainState(),
     )  # fmt: skip
-    run_dry_run(
-        memory,
-        lambda: loop.dry_run(memory),
-        model.recompute_layers,
-        device=run.device,
-        sharded=strategy.shards_weights,
-        grad_checkpoint=config.model.grad_checkpoint,
-        optimizer_state_loaded=False,
-    )
+    loop.dry_run(memory, config.model.grad_checkpoint)
     return loop
 
 

@@ -61,7 +61,7 @@ class ToyStrategy:
 
     def __init__(self, layout, make_optimizer=master_adamw, dtype=torch.bfloat16):
         self.name, self.model = layout, Toy(dtype)
-        self.shards_weights = self.shards_state = layout == "fsdp"
+        self.shards_weights = layout == "fsdp"
         if layout == "fsdp":
             mesh = init_device_mesh("cpu", (distributed.world_size(),))
             for layer in self.model.layers:

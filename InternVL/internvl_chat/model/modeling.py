@@ -70,6 +70,11 @@ class InternVLChatModel(nn.Module):
         """True where no parameter of the vision tower is trained."""
         return not any(p.requires_grad for p in self.vision_model.parameters())
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of both towers."""
+        return [*self.vision_model.encoder.layers, *self.language_model.get_decoder().layers]
+
     def train(self, mode: bool = True) -> "InternVLChatModel":
         """Set the training mode; a frozen vision tower stays in evaluation mode (no dropout)."""
         super().train(mode)
@@ -93,7 +98,7 @@ class InternVLChatModel(nn.Module):
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the blocks of both towers, each kind once for rows of any length; names stay the same."""
-        for layer in [*self.language_model.get_decoder().layers, *self.vision_model.encoder.layers]:
+        for layer in self.blocks:
             layer.compile(backend=backend, dynamic=True)
 
     def use_liger(self) -> None:

@@ -49,7 +49,6 @@ from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.model_card import count_parameters, read_validation, write_model_card
 from internvl_chat.train.monitor.plots import plot_loss
 from internvl_chat.train.monitor.trackers import Trackers
-from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import plan_memory
 from internvl_chat.train.preflight.sanity import run_sanity_checks
 from internvl_chat.train.setup import (
@@ -151,15 +150,7 @@ def train(config: TrainConfig) -> signal.Signals | None:
     )
     if run.sanity_check:
         run_sanity_checks(plan.source, model, data, tokenizer, preprocessing)
-    run_dry_run(
-        memory,
-        lambda: loop.dry_run(memory),
-        model.recompute_layers,
-        device=run.device,
-        sharded=strategy.shards_weights,
-        grad_checkpoint=config.model.grad_checkpoint,
-        optimizer_state_loaded=bool(strategy.optimizer.state),
-    )
+    loop.dry_run(memory, config.model.grad_checkpoint)
     logger.info("output: %s, %d of %d steps are done", plan.output.path, state.step, steps)
     # Until now there was nothing to save, and a signal ended the process.
     with loop.stop:

@@ -36,6 +36,7 @@ from internvl_chat.train.monitor.run_log import RunLog
 from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, ledger_row, metrics_row
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.monitor.watchdog import Watchdog
+from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import MemoryPlan, max_memory
 from internvl_chat.train.validation import Validation
 from internvl_chat.utils import distributed
@@ -172,12 +173,25 @@ class TrainingLoop:
             total += loss.detach()
         return total
 
-    def dry_run(self, memory: MemoryPlan) -> None:
-        """Run the largest pack forward and backward and discard its gradients.
+    def dry_run(self, memory: MemoryPlan, grad_checkpoint: str) -> None:
+        """Run the largest pack before training; checkpoint more layers where memory runs out (`run_dry_run`).
 
         Raises:
             DataError: one of its records cannot be used.
+            TrainingError: it does not fit.
         """
+        run_dry_run(
+            memory,
+            lambda: self._run_largest_pack(memory),
+            self.strategy.model.recompute_layers,
+            device=self.run.device,
+            sharded=self.strategy.shards_weights,
+            grad_checkpoint=grad_checkpoint,
+            optimizer_state_loaded=bool(self.strategy.optimizer.state),
+        )
+
+    def _run_largest_pack(self, memory: MemoryPlan) -> None:
+        """Run the largest pack forward and backward and discard its gradients."""
         pack = self.packs[memory.sample_indices]
         if isinstance(pack, Exception):
             raise pack
@@ -273,7 +287,9 @@ class TrainingLoop:
 
     def _open_ledger(self) -> None:
         if self.state.step:
-            self.skip_budget.recall(distributed.broadcast_object(self.run_log.skipped()))
+            self.skip_budget.recall(
+                distributed.broadcast_object(self.run_log.skipped() if self.run.is_main else [])
+            )
         elif self.data.left_out and self.run.is_main:
             self.run_log.write_excluded([record._asdict() for record in self.data.left_out])
 

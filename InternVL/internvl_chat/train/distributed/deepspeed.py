@@ -95,7 +95,6 @@ class DeepSpeedStrategy:
     """
 
     name = "deepspeed"
-    shards_state = True
 
     def __init__(
         self,

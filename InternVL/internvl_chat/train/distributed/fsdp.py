@@ -28,7 +28,7 @@ class FSDPStrategy(ReplicatedStrategy):
         device: of this process.
     """
 
-    shards_weights = shards_state = True
+    shards_weights = True
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class FSDPStrategy(ReplicatedStrategy):
     ) -> None:
         model.to(device)
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
-        for layer in [*model.vision_model.encoder.layers, *model.language_model.get_decoder().layers]:
+        for layer in model.blocks:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         model.always_run_vision = True

@@ -32,7 +32,6 @@ class Strategy(Protocol):
         scheduler: of the learning rate.
         shards_weights: whether a rank holds only a part of each weight outside of the forward pass; all
             ranks must then run the same modules.
-        shards_state: whether a rank holds only a part of the optimizer state.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Strategy(Protocol):
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     shards_weights: bool
-    shards_state: bool
 
     def gradient_sync(self, last: bool) -> AbstractContextManager:
         """Return the context of a forward and backward pass: gradients are reduced after the last only."""
@@ -80,7 +78,7 @@ class ReplicatedStrategy:
         bucket_cap_mb: size of DDP's gradient buckets; None for torch's default.
     """
 
-    shards_weights = shards_state = False
+    shards_weights = False
 
     def __init__(
         self,

@@ -208,7 +208,7 @@ def layout_memory(
         # accumulate theirs outside of the buckets.
         buffers = gradients if several_packs else max(p.nbytes for p in trained)
     elif parallel == "fsdp":
-        layers = [*model.vision_model.encoder.layers, *model.language_model.get_decoder().layers]
+        layers = model.blocks
         inside = {p for layer in layers for p in layer.parameters()}
         root = [p for p in model.parameters() if p not in inside]
         # The root is unsharded for a whole pass, and gradients until they are reduced: after each layer, but

@@ -12,7 +12,6 @@ import torch
 from dry_run_ranks import OUT, Device
 from helpers import HANG_SECONDS, SOURCE_ROOT, flags
 
-from internvl_chat.train import internvl_chat_finetune
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.preflight import dry_run
@@ -252,7 +251,7 @@ def test_a_dry_run_leaves_no_trace(start, metrics, monkeypatch, capfd, bf16):
     code, out = start("with", bf16=bf16)
     assert code == 0
     assert "dry run: planned" in capfd.readouterr().err
-    monkeypatch.setattr(internvl_chat_finetune, "run_dry_run", lambda *_, **__: 0)
+    monkeypatch.setattr("internvl_chat.train.loop.run_dry_run", lambda *_, **__: 0)
     code, other = start("without", bf16=bf16)
     assert code == 0
     assert "dry run: planned" not in capfd.readouterr().err
