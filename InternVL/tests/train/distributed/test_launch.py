@@ -22,16 +22,17 @@ import os, sys, time
 from pathlib import Path
 from internvl_chat.train.distributed.signals import StopRequest, report_stop, stop_with_launcher
 stop_with_launcher()
+sys.stdout.reconfigure(line_buffering=True)  # both ranks share a pipe: one write per line
 folder = Path(sys.argv[2])
 (folder / "metrics.jsonl").touch()
 with StopRequest() as request:
-    print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} is ready", flush=True)
+    sys.stdout.write(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} is ready\\n")
     while not request.signal and not (folder / "end").exists():
         time.sleep(0.02)
     while (folder / "hang").exists():
         time.sleep(0.02)
 if request.signal:
-    print(f"saved after {request.signal.name}", flush=True)
+    sys.stdout.write(f"saved after {request.signal.name}\\n")
     sys.exit(report_stop(request.signal))
 """
 
@@ -56,9 +57,9 @@ class Launched:
     def wait_for(self, text, times=1):
         """Read until a text has come so often."""
         while self.text.count(text) < times:
-            line = self.process.stdout.readline()
-            assert line, self.text
-            self.text += line
+            data = os.read(self.process.stdout.fileno(), 1 << 16)  # `communicate` skips what readline buffers
+            assert data, self.text
+            self.text += data.decode()
 
     def end(self):
         """Wait for the end; returns exit code and output."""
