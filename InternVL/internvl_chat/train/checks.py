@@ -20,6 +20,7 @@ from internvl_chat.model.lora import ranks_of, read_adapter_config
 from internvl_chat.model.weights import weight_files
 from internvl_chat.train.checkpoint.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.checkpoint.run_folder import OutputFolder, inspect_output_folder, list_checkpoints
+from internvl_chat.train.checkpoint.saver import check_resumable
 from internvl_chat.train.config import RunConfig, TrainConfig, is_restarted
 from internvl_chat.train.distributed.deepspeed import resolve_deepspeed, zero_stage
 from internvl_chat.train.monitor.trackers import tracker_problems
@@ -301,6 +302,7 @@ def _inspect_output(config: TrainConfig) -> OutputFolder:
         overwrite, resume = False, "auto"
     found = inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
     if found.resume:
+        check_resumable(found.resume)
         check_same_run(found.resume, fingerprint(config))
     return found
 

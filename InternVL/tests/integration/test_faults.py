@@ -177,7 +177,8 @@ def test_a_killed_process_is_started_again(launch, ends_undisturbed, processes):
     run = launch(processes, MAX_RESTARTS="2")
     run.wait_until((run.folder / "checkpoint-5").is_dir)  # it is written in the background
     run.trainers()[-1].kill()
-    assert re.search(rf"resuming from {run.folder}/checkpoint-(5|10)$", ends_undisturbed(run, processes), re.M)
+    output = ends_undisturbed(run, processes)
+    assert re.search(rf"resuming from {run.folder}/checkpoint-(5|10)$", output, re.M)
 
 
 @pytest.mark.slow

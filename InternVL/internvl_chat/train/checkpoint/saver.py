@@ -287,14 +287,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_resumable(checkpoint: Path) -> None:
+    """Check that a checkpoint holds more than a model.
+
+    Raises:
+        UsageError: there is no optimizer state.
+    """
+    if not (checkpoint / DEEPSPEED).is_dir() and "optimizer" not in read_state_file(checkpoint):
+        raise UsageError(f"{checkpoint}: holds no optimizer state to resume from (--save_only_model)")
+
+
 def load_training_state(checkpoint: Path, strategy: Strategy) -> TrainState:
     """Load optimizer and scheduler of a checkpoint that any number of ranks has written; a collective.
 
     The model is loaded from the same checkpoint when it is made.
 
     Raises:
-        UsageError: the checkpoint holds a model only.
-        TrainingError: it is of another optimizer or model.
+        TrainingError: the state is of another optimizer or model.
     """
     saved = read_state_file(checkpoint)
     if strategy.name == "deepspeed" and (checkpoint / DEEPSPEED).is_dir():
@@ -302,10 +311,8 @@ def load_training_state(checkpoint: Path, strategy: Strategy) -> TrainState:
         loaded, _ = strategy.engine.load_checkpoint(folder, tag=_TAG, load_module_strict=False)
         if loaded is None:
             raise TrainingError(f"{folder}: DeepSpeed cannot load this state")
-    elif "optimizer" in saved:
+    else:
         folder = checkpoint / OPTIMIZER
         load_optimizer(folder, strategy.model, strategy.optimizer, saved["optimizer"])
         strategy.scheduler.load_state_dict(saved["scheduler"])
-    else:
-        raise UsageError(f"{checkpoint}: holds no optimizer state to resume from (--save_only_model)")
     return TrainState.from_json(saved)

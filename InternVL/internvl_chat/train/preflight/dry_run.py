@@ -7,6 +7,7 @@ import torch
 
 from internvl_chat.train.preflight.memory import MemoryPlan, available_memory, gigabytes, max_memory
 from internvl_chat.utils.distributed import any_rank
+from internvl_chat.utils.errors import TrainingError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -50,7 +51,7 @@ def run_dry_run(
             return checkpointed
         if sharded or grad_checkpoint != "auto" or checkpointed >= plan.layers:
             reason = f"the largest pack does not fit: {shortage or 'another rank is short of memory'}"
-            raise plan.error(reason, int(0.9 * plan.total))
+            raise TrainingError(plan.explain_shortage(reason, int(0.9 * plan.total)))
         checkpointed = min(plan.layers, checkpointed + max(1, plan.layers // 4))
         logger.warning(
             "the largest pack does not fit: checkpointing %d of %d decoder layers", checkpointed, plan.layers

@@ -28,7 +28,7 @@ from internvl_chat.train.optim.adamw import (
 from internvl_chat.train.optim.factory import uses_compiled_step
 from internvl_chat.train.preflight.activations import PackSize, measure_activations
 from internvl_chat.utils.distributed import all_gather_object
-from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.hardware import available_host_memory
 from internvl_chat.utils.logging import get_logger
 
@@ -80,11 +80,11 @@ class MemoryPlan:
             f"{self.pack.tiles} tiles"
         )
 
-    def error(self, reason: str, limit: float) -> TrainingError:
-        """Return the error of a run that does not fit, with the flags whose plan needs at most `limit`."""
+    def explain_shortage(self, reason: str, limit: float) -> str:
+        """Return the message of a run that does not fit, with the flags whose plan needs at most `limit`."""
         flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
         found = ", or ".join(flags) or "none of them alone; use more or larger GPUs, or LoRA"
-        return TrainingError(f"{reason}\n{self.table()}\nflags that would fit: {found}")
+        return f"{reason}\n{self.table()}\nflags that would fit: {found}"
 
 
 def plan_memory(
@@ -95,7 +95,7 @@ def plan_memory(
     The model has its trained parameters chosen, and may be on any device.
 
     Raises:
-        TrainingError: the run does not fit; the message has the plan and the flags that would fit.
+        UsageError: the run does not fit; the message has the plan and the flags that would fit.
     """
     run, planner = config.run, _Planner(config, model, sampler, data)
     replicated = "ddp" if run.world_size > 1 else "single"
@@ -106,7 +106,7 @@ def plan_memory(
             plan = planner.plan("fsdp")
         logger.info("--parallel auto: %s, because %s", plan.parallel, needs)
     if plan.total > plan.available:
-        raise plan.error("the largest pack does not fit into memory", plan.available)
+        raise UsageError(plan.explain_shortage("the largest pack does not fit into memory", plan.available))
     logger.info("%s", plan.table())
     return plan
 
@@ -151,9 +151,11 @@ class _Planner:
 
     def fitting_flags(self, parallel: str, limit: float) -> dict[str, float]:
         """Change one flag at a time; return those whose planned total is at most `limit`, with that total."""
-        totals = {"--parallel fsdp": self.plan("fsdp").total}
-        for name in WEIGHT_PRECISIONS:
-            totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
+        totals = {}
+        if parallel != "deepspeed":  # which does not take these flags
+            totals["--parallel fsdp"] = self.plan("fsdp").total
+            for name in WEIGHT_PRECISIONS:
+                totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
         totals["--grad_checkpoint True"] = self.plan(parallel, checkpoint="True").total
         tokens, total = self.sampler.planner.max_packed_tokens or 0, limit + 1
         while total > limit and tokens > self.lengths.tokens.max():

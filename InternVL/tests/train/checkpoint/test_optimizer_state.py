@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import Adafactor
 
 from internvl_chat.train.checkpoint.manifest import MANIFEST, find_damage, hash_files
-from internvl_chat.train.checkpoint.saver import load_training_state
+from internvl_chat.train.checkpoint.saver import check_resumable, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils.errors import TrainingError, UsageError
@@ -158,4 +158,4 @@ def test_without_optimizer_state_nothing_is_resumed(tmp_path):
     checkpoint = save(tmp_path, trained(), model_only=True)
     assert not (checkpoint / "optimizer").exists()
     with pytest.raises(UsageError, match="holds no optimizer state"):
-        load_training_state(checkpoint, ToyStrategy("single"))
+        check_resumable(checkpoint)

@@ -21,7 +21,7 @@ from internvl_chat.train.preflight import memory
 from internvl_chat.train.preflight.activations import Activations, PackSize
 from internvl_chat.train.preflight.memory import MemoryPlan, available_memory, layout_memory, plan_memory
 from internvl_chat.utils import hardware
-from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.errors import UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = ("weights", "gradients", "optimizer state", "optimizer scratch", "communication buffers")
@@ -231,7 +231,7 @@ class Run:
         return plan_memory(config, self.model, sampler, SimpleNamespace(epoch_lengths=lambda: LENGTHS))
 
     def error(self, available: float, **flags) -> str:
-        with pytest.raises(TrainingError) as caught:
+        with pytest.raises(UsageError) as caught:
             self.plan(available, **flags)
         return str(caught.value)
 
@@ -257,6 +257,15 @@ def test_as_few_layers_as_possible_are_checkpointed(model, monkeypatch):
         assert plan.total == totals[plan.checkpointed_layers] <= available
         assert all(totals[n] > available for n in range(plan.checkpointed_layers))
         assert plan.parallel == "single"
+
+
+def test_flags_that_deepspeed_refuses_are_not_named(model, monkeypatch):
+    run = Run(model, monkeypatch, ranks=2)
+    flags = {"parallel": "deepspeed", "zero": {"stage": 2}}
+    needed = run.plan(grad_checkpoint="True", **flags).total
+    named = run.flags_named(needed, grad_checkpoint="False", **flags)
+    assert "--grad_checkpoint True" in named
+    assert not any(flag.startswith(("--parallel", "--weight_precision")) for flag in named)
 
 
 @pytest.mark.parametrize(("flag", "layers"), [("True", 4), ("False", 0)])
@@ -347,7 +356,7 @@ def test_the_flags_named_would_fit_and_no_others(model, monkeypatch, ranks, chec
             try:
                 run.plan(available, **asked | {name: int(value) if value.isdigit() else value})
                 fits.append(flag)
-            except TrainingError:
+            except UsageError:
                 continue
         # Of the limits on tokens only the largest that fits is named.
         limits = [flag for flag in fits if "tokens" in flag]
