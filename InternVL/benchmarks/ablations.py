@@ -9,7 +9,7 @@ from transformers.utils import is_liger_kernel_available
 from benchmarks.flags import Flags
 from benchmarks.shapes import use_transformers_norms
 from internvl_chat.model import attention
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train import setup
 
 

@@ -25,9 +25,9 @@ from benchmarks.recipes import RECIPES
 from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES, default_dtype
 from benchmarks.workload import Workload, prepare_workload
-from internvl_chat.model.adapter import BaseModel, save_adapter
-from internvl_chat.model.checkpoint import save_model
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.io.adapter import BaseModel, save_adapter
+from internvl_chat.model.io.checkpoint import save_model
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 MODES = ("background", "synchronous")
 LIMIT = 1.5

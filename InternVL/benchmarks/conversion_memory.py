@@ -25,13 +25,13 @@ from benchmarks.options import names_of
 from benchmarks.recipes import RECIPES
 from benchmarks.report import write_report
 from benchmarks.shapes import SHAPES, Shape, fill, weightless_model
-from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
-from internvl_chat.model.adapter import BaseModel, save_adapter
-from internvl_chat.model.folders import copy_companions, write_config
-from internvl_chat.model.lora import add_lora
-from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.model.weights import weight_files, weights_digest, write_weights
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.model.io.adapter import BaseModel, save_adapter
+from internvl_chat.model.io.folders import copy_companions, write_config
+from internvl_chat.model.io.weights import weight_files, weights_digest, write_weights
+from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 WORKS = ("merge", "export")

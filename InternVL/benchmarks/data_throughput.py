@@ -27,17 +27,17 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.report import write_report
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import print_table, progress, say
-from internvl_chat.data.collator import PackDataset
+from internvl_chat.data.batching.collator import PackDataset
 from internvl_chat.data.dataset import Draw, TrainingData, build_sets
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.data.lengths import index_lengths
-from internvl_chat.data.meta import DatasetSpec, load_meta
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer import load_tokenizer
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
+from internvl_chat.data.index.build import index_lengths
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.synthetic import write_sample_data
-from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.data.sources.meta import DatasetSpec, load_meta
+from internvl_chat.data.synthetic.sample_data import write_sample_data
 from internvl_chat.utils.errors import DataError
 
 Row = dict[str, Any]

@@ -16,11 +16,11 @@ from benchmarks.jobs import Clock, Job, Steps
 from benchmarks.recipes import LORA_DROPOUT
 from benchmarks.shapes import random_model
 from benchmarks.workload import Workload
-from internvl_chat.data.collator import Pack
-from internvl_chat.data.dataloader import end_workers
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import load_meta
-from internvl_chat.data.tokenizer import image_context_id
+from internvl_chat.data.batching.collator import Pack
+from internvl_chat.data.batching.dataloader import end_workers
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.tokenizer import image_context_id
+from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import parse_arguments

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_chat.data.synthetic import write_sample_data
+from internvl_chat.data.synthetic.sample_data import write_sample_data
 
 # Words that are one token each, with the space before them, in InternVL3's vocabulary.
 _WORDS = """

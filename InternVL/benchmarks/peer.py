@@ -44,10 +44,10 @@ from internvl_chat.constants import (
     IMG_END,
     IMG_START,
 )
+from internvl_chat.data.encode.tiling import NORMALIZATIONS, share_of_budget
+from internvl_chat.data.encode.tokenizer import image_context_id
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tiling import NORMALIZATIONS, share_of_budget
-from internvl_chat.data.tokenizer import image_context_id
-from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
+from internvl_chat.model.io.hf_format import to_hf_config, to_hf_weights
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"

@@ -28,10 +28,10 @@ from benchmarks.recipes import (
 from benchmarks.shapes import random_model, use_transformers_norms
 from benchmarks.workload import Workload
 from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.data.encode.tiling import normalize_tiles
+from internvl_chat.data.encode.tokenizer import image_context_id
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tiling import normalize_tiles
-from internvl_chat.data.tokenizer import image_context_id
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 Batch = dict[str, torch.Tensor]
 

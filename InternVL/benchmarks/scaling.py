@@ -27,16 +27,16 @@ from benchmarks.report import write_report
 from benchmarks.shapes import DTYPES, SHAPES, Shape, default_dtype, random_model
 from internvl_chat.cli import main as m3llm
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.data.collator import Pack, pack_samples
-from internvl_chat.data.encoding import Encoded
-from internvl_chat.data.packing import deal
+from internvl_chat.data.batching.collator import Pack, pack_samples
+from internvl_chat.data.batching.packing import deal
+from internvl_chat.data.encode.encoder import Encoded
+from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.record_set import RecordKey, Sample
-from internvl_chat.data.synthetic import write_sample_data
-from internvl_chat.data.tiling import Grid
+from internvl_chat.data.synthetic.sample_data import write_sample_data
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
-from internvl_chat.model.lora import add_lora
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.freeze import set_trainable
 
 IMAGE_CONTEXT = 1

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from internvl_chat.model.checkpoint import empty_model
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.io.checkpoint import empty_model
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import tiny_config
 from internvl_chat.model.tiny_shape import TinyShape
 from internvl_chat.utils.hardware import cpu_bf16_instructions

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.own_records import write_own_records
 from benchmarks.shapes import Shape
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.data.meta import DatasetSpec, load_meta
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer import load_tokenizer
+from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.utils.errors import UsageError
 
 _NAME = "benchmark"

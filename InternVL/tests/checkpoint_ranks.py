@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from internvl_chat.model.weights import write_file
+from internvl_chat.model.io.weights import write_file
 from internvl_chat.train.checkpoint import saver
 from internvl_chat.train.checkpoint.manifest import HashedFile
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from internvl_chat.cli import main as m3llm
-from internvl_chat.data.synthetic import write_sample_data
+from internvl_chat.data.synthetic.sample_data import write_sample_data
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = REPOSITORY / "InternVL/internvl_chat/shell/internvl3.0/2nd_finetune"

@@ -14,12 +14,12 @@ from helpers import HANG_SECONDS
 from PIL import Image
 from small_sets import encoder, entry_of, image_record, smooth, text_record, write_set
 
-from internvl_chat.data.audit import audit
-from internvl_chat.data.images import MAX_PIXELS
-from internvl_chat.data.lengths import index_records
-from internvl_chat.data.meta import DatasetSpec, load_meta
-from internvl_chat.data.problems import ERRORS
+from internvl_chat.data.audit.checks import audit
+from internvl_chat.data.index.build import index_records
 from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources.images import MAX_PIXELS
+from internvl_chat.data.sources.meta import DatasetSpec, load_meta
+from internvl_chat.data.sources.problems import ERRORS
 from internvl_chat.utils.errors import DataError
 
 # Fragments that have broken parsers before.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from internvl_chat.model.weights import open_weights
+from internvl_chat.model.io.weights import open_weights
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune"
@@ -138,8 +138,8 @@ def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subpro
 
 def tiny_prompts(shared: Path, engine, each: int) -> list:
     """Return the first questions of the first real records of each task, as prompts."""
-    from internvl_chat.data.meta import DatasetSpec
     from internvl_chat.data.record_set import RecordSet
+    from internvl_chat.data.sources.meta import DatasetSpec
     from internvl_chat.inference.engine import Prompt
 
     prompts = []

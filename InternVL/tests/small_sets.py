@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.data.sources.meta import DatasetSpec
 
 TILE, TOKENS = 16, 3
 

@@ -16,9 +16,10 @@ ALLOWED = {
     "data": {"constants", "utils"},
     "model": {"constants", "utils"},
     "inference": {"constants", "utils", "model", "data"},
-    "train": {"constants", "utils", "metrics", "data", "model", "inference"},
+    "convert": {"constants", "utils", "model", "data", "inference"},
+    "train": {"constants", "utils", "metrics", "data", "model", "inference", "convert"},
     "eval": {"constants", "utils", "metrics", "data", "model", "inference"},
-    "commands": {"constants", "utils", "metrics", "data", "model", "inference", "eval"},
+    "commands": {"constants", "utils", "metrics", "data", "model", "inference", "convert", "eval"},
     "cli": {"constants", "utils", "commands", "train"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -29,7 +29,7 @@ def private_names(path) -> set[str]:
 def peft_registers_custom_modules():
     from peft import LoraConfig, inject_adapter_in_model
 
-    from internvl_chat.model.lora_layer import LoraLinear
+    from internvl_chat.model.lora.layer import LoraLinear
 
     config = LoraConfig(r=2, target_modules=["0"])
     config._register_custom_module({nn.Linear: LoraLinear})
@@ -72,8 +72,8 @@ def transformers_reads_the_attention_by_name():
 
 TESTS = {
     ("inference/cached_attention.py", "_attn_implementation"): transformers_reads_the_attention_by_name,
-    ("model/lora.py", "_register_custom_module"): peft_registers_custom_modules,
-    ("model/blocked_attention.py", "_softmax_backward_data"): torch_differentiates_softmax,
+    ("model/lora/injection.py", "_register_custom_module"): peft_registers_custom_modules,
+    ("model/kernels/cpu/blocked_attention.py", "_softmax_backward_data"): torch_differentiates_softmax,
     ("metrics/bertscore.py", "_model"): bert_score_has_model_and_tokenizer,
     ("metrics/bertscore.py", "_tokenizer"): bert_score_has_model_and_tokenizer,
 }

@@ -120,7 +120,7 @@ def _answer(
     from internvl_chat.eval.processes import wait_for_all
     from internvl_chat.inference.engine import Engine
     from internvl_chat.inference.parallel import process_index
-    from internvl_chat.model.folders import model_folder
+    from internvl_chat.model.io.folders import model_folder
 
     length = args.max_new_tokens or _MAX_NEW_TOKENS
     folder = model_folder(args.model).resolve()

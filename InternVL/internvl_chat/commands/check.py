@@ -15,9 +15,9 @@ from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.paths import REPOSITORY
 
 if TYPE_CHECKING:
-    from internvl_chat.data.audit import Audit
-    from internvl_chat.data.encoding import RecordEncoder
-    from internvl_chat.data.problems import Problem
+    from internvl_chat.data.audit.checks import Audit
+    from internvl_chat.data.encode.encoder import RecordEncoder
+    from internvl_chat.data.sources.problems import Problem
 
 _SHOWN_OF_A_KIND = 3
 
@@ -63,10 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the data sets of a meta file; returns 1 if anything in them cannot be used, or leaks."""
-    from internvl_chat.data.audit import audit
-    from internvl_chat.data.audit_report import write_report
-    from internvl_chat.data.meta import load_meta
-    from internvl_chat.data.problems import WARNINGS
+    from internvl_chat.data.audit.checks import audit
+    from internvl_chat.data.audit.report import write_report
+    from internvl_chat.data.sources.meta import load_meta
+    from internvl_chat.data.sources.problems import WARNINGS
 
     if args.model is None and (args.max_seq_length or args.truncate_text):
         raise UsageError("--max_seq_length and --truncate_text need --model, whose tokenizer counts")
@@ -88,10 +88,10 @@ def _encoder(args: argparse.Namespace) -> RecordEncoder:
     """Return how records would be encoded with the model, or what only counts tiles without one."""
     import dataclasses
 
-    from internvl_chat.data.encoding import RecordEncoder, TileCounter
-    from internvl_chat.data.preprocessing import Preprocessing
-    from internvl_chat.data.tokenizer import load_tokenizer
-    from internvl_chat.model.folders import model_folder, read_config
+    from internvl_chat.data.encode.encoder import RecordEncoder, TileCounter
+    from internvl_chat.data.encode.preprocessing import Preprocessing
+    from internvl_chat.data.encode.tokenizer import load_tokenizer
+    from internvl_chat.model.io.folders import model_folder, read_config
 
     if args.model is None:
         return TileCounter(Preprocessing()).with_max_tiles(args.max_dynamic_patch)
@@ -117,8 +117,8 @@ def _make_folder(folder: Path) -> None:
 
 
 def _leaks(args: argparse.Namespace, found: Audit) -> list[Problem]:
-    from internvl_chat.data.benchmark_files import read_benchmark
-    from internvl_chat.data.leaks import find_leaks
+    from internvl_chat.data.audit.benchmark_files import read_benchmark
+    from internvl_chat.data.audit.contamination import find_leaks
 
     benchmark = read_benchmark(args.against, args.data_root)
     if not args.json:
@@ -127,8 +127,8 @@ def _leaks(args: argparse.Namespace, found: Audit) -> list[Problem]:
 
 
 def _emit(found: Audit, problems: Sequence[Problem], page: Path | None) -> None:
-    from internvl_chat.data.audit_report import set_figures, severity
-    from internvl_chat.data.problems import LEAKS
+    from internvl_chat.data.audit.report import set_figures, severity
+    from internvl_chat.data.sources.problems import LEAKS
 
     for one in found.sets:
         row = set_figures(one, with_tokens=found.max_seq_length is not None)
@@ -152,8 +152,8 @@ def _emit(found: Audit, problems: Sequence[Problem], page: Path | None) -> None:
 
 
 def _show(found: Audit, problems: Sequence[Problem], page: Path | None) -> None:
-    from internvl_chat.data.audit_report import SET_HEADER, group_by_kind, set_rows, severity, summary
-    from internvl_chat.data.problems import KINDS
+    from internvl_chat.data.audit.report import SET_HEADER, group_by_kind, set_rows, severity, summary
+    from internvl_chat.data.sources.problems import KINDS
 
     print_table(SET_HEADER, set_rows(found))
     groups = group_by_kind(problems)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from internvl_chat.data.preprocessing import Preprocessing
+    from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.record_set import RecordSet
 
 
@@ -71,11 +71,11 @@ def find_device(name: str | None) -> torch.device:
 def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedTokenizerBase, Preprocessing]:
     """Open the data sets of a command with `add_data_arguments`; needs no weights."""
     from internvl_chat.data.dataset import build_sets
-    from internvl_chat.data.encoding import RecordEncoder
-    from internvl_chat.data.meta import load_meta
-    from internvl_chat.data.preprocessing import Preprocessing
-    from internvl_chat.data.tokenizer import load_tokenizer
-    from internvl_chat.model.folders import model_folder, read_config
+    from internvl_chat.data.encode.encoder import RecordEncoder
+    from internvl_chat.data.encode.preprocessing import Preprocessing
+    from internvl_chat.data.encode.tokenizer import load_tokenizer
+    from internvl_chat.data.sources.meta import load_meta
+    from internvl_chat.model.io.folders import model_folder, read_config
 
     folder = model_folder(args.model)
     tokenizer, _ = load_tokenizer(folder)

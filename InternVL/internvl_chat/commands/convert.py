@@ -42,7 +42,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Merge adapters into their base."""
-    from internvl_chat.model.merge import merge
+    from internvl_chat.convert.merge import merge
 
     check = _Check(args)
     result = merge(args.source, args.target, base=args.base, check=check if args.check else None)
@@ -58,7 +58,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Write a checkpoint in the other format."""
-    from internvl_chat.inference.export import export_hf
+    from internvl_chat.convert.export import export_hf
 
     if args.format == "internvl":
         return run_merge(args)
@@ -80,8 +80,8 @@ class _Check:
         self.args, self.found = args, []
 
     def __call__(self, result: Path) -> None:
-        from internvl_chat.eval.parity import check_same
-        from internvl_chat.model.folders import model_folder
+        from internvl_chat.convert.parity import check_same
+        from internvl_chat.model.io.folders import model_folder
 
         self.found = check_same(
             model_folder(self.args.source),

@@ -42,7 +42,7 @@ def _inspect_record(
     records: RecordSet, index: int, tokenizer: PreTrainedTokenizerBase, *, with_ids: bool
 ) -> dict[str, Any]:
     """Return what a record becomes, under the names that programs read."""
-    from internvl_chat.data.encoding import supervised_spans
+    from internvl_chat.data.encode.encoder import supervised_spans
 
     record, encoded = records.encode(index)
     tiles = [grid.tiles for grid in encoded.grids]
@@ -86,7 +86,7 @@ def add_sample_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sample_data(args: argparse.Namespace) -> int:
     """Write a sample data set."""
-    from internvl_chat.data.synthetic import write_sample_data
+    from internvl_chat.data.synthetic.sample_data import write_sample_data
 
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")

@@ -81,8 +81,8 @@ def _open_images(paths: Sequence[str]) -> list[Image.Image]:
     Raises:
         DataError: names all that cannot be used.
     """
-    from internvl_chat.data.images import decode_image
-    from internvl_chat.data.problems import RecordProblem
+    from internvl_chat.data.sources.images import decode_image
+    from internvl_chat.data.sources.problems import RecordProblem
 
     images, problems = [], []
     for path in paths:

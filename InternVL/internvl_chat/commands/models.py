@@ -34,9 +34,9 @@ def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tiny_model(args: argparse.Namespace) -> int:
     """Write a small model with random weights."""
-    from internvl_chat.data.preprocessing import Preprocessing
-    from internvl_chat.data.tokenizer import image_context_id
-    from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
+    from internvl_chat.data.encode.preprocessing import Preprocessing
+    from internvl_chat.data.encode.tokenizer import image_context_id
+    from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
     from internvl_chat.model.tiny import build_tiny_model, save_tiny_model
 
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):

@@ -13,8 +13,8 @@ from internvl_chat.commands.output import emit, print_table, progress, say
 from internvl_chat.utils.paths import REPOSITORY
 
 if TYPE_CHECKING:
-    from internvl_chat.eval.parity import Difference
-    from internvl_chat.eval.parity_sides import Example
+    from internvl_chat.convert.parity import Difference
+    from internvl_chat.convert.parity_sides import Example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare two checkpoints; returns 1 if they differ by more than is allowed."""
-    from internvl_chat.eval.parity import compare, comparison_dtype, faults, rounding_tolerances
-    from internvl_chat.model.folders import model_folder
+    from internvl_chat.convert.parity import compare, comparison_dtype, faults, rounding_tolerances
+    from internvl_chat.model.io.folders import model_folder
 
     folders = model_folder(args.first), model_folder(args.second)
     bases = (args.base_first, args.base_second)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _examples(args: argparse.Namespace, first: Path) -> list[Example]:
     """Return the records to compare on, read by the first checkpoint's rules."""
-    from internvl_chat.eval.parity import examples_of, synthetic_examples
+    from internvl_chat.convert.parity import examples_of, synthetic_examples
 
     if args.meta is None:
         return synthetic_examples(first)

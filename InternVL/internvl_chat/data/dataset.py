@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from internvl_chat.data.bad_records import LeftOut, SkipBudget
-from internvl_chat.data.encoding import Measured, RecordEncoder
-from internvl_chat.data.length_cache import Lengths
-from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.data.encode.encoder import Measured, RecordEncoder
+from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordKey, RecordSet, Sample
+from internvl_chat.data.sources.meta import DatasetSpec
+from internvl_chat.data.sources.skip_policy import LeftOut, SkipBudget
 from internvl_chat.utils.errors import DataError
 
 

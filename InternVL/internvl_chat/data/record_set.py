@@ -11,13 +11,19 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from internvl_chat.data.encoding import Encoded, Measured, RecordEncoder
-from internvl_chat.data.images import check_decoding, decode_image, image_facts, image_size, locate_image
-from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.problems import RecordProblem, show_id, show_message
-from internvl_chat.data.records import Record, oddities, parse_record
-from internvl_chat.data.shown_images import ShownImage
+from internvl_chat.data.encode.encoder import Encoded, Measured, RecordEncoder
+from internvl_chat.data.sources.images import (
+    check_decoding,
+    decode_image,
+    image_facts,
+    image_size,
+    locate_image,
+)
+from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.data.sources.meta import DatasetSpec
+from internvl_chat.data.sources.problems import RecordProblem, show_id, show_message
+from internvl_chat.data.sources.records import Record, oddities, parse_record
+from internvl_chat.data.sources.shown_images import ShownImage
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from internvl_chat.data.collator import pack_samples
+from internvl_chat.data.batching.collator import pack_samples
 from internvl_chat.data.record_set import RecordSet, Sample
 from internvl_chat.inference.token_losses import pack_losses
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from internvl_chat.eval.benchmarks.item import Item, Key
 from internvl_chat.eval.benchmarks.reading import refuse
-from internvl_chat.model.folders import read_companions
-from internvl_chat.model.weights import weight_files
+from internvl_chat.model.io.folders import read_companions
+from internvl_chat.model.io.weights import weight_files
 from internvl_chat.utils.errors import DataError, UsageError, format_problems
 
 PREDICTIONS = "predictions.jsonl"

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from internvl_chat.inference.parallel import process_count, process_device
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
 

@@ -9,18 +9,18 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
-from internvl_chat.data.encoding import Encoded, RecordEncoder
-from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.records import Record, RecordProblem, Turn
-from internvl_chat.data.tiling import Grid
-from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.data.encode.encoder import Encoded, RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tiling import Grid
+from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.data.sources.records import Record, RecordProblem, Turn
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import SPREAD, find_device, place
 from internvl_chat.inference.sampling import Sampling
 from internvl_chat.inference.tile_features import tile_features
-from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.folders import model_folder, read_config
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.io.folders import model_folder, read_config
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import DataError
 
 # The decoded text of a character whose last bytes are still missing.

@@ -2,8 +2,8 @@
 
 import torch
 
-from internvl_chat.data.tiling import normalize_tiles
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.data.encode.tiling import normalize_tiles
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Larger batches cost memory and save no time.
 _TILES_AT_ONCE = {"cpu": 8, "cuda": 64}

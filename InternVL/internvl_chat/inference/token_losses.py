@@ -2,8 +2,8 @@
 
 import torch
 
-from internvl_chat.data.collator import Pack
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.data.batching.collator import Pack
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 
 @torch.no_grad()

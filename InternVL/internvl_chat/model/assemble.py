@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from internvl_chat.model.checkpoint import empty_model
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.model.weights import Weights, assign_weights, open_weights, read_weights
+from internvl_chat.model.io.checkpoint import empty_model
+from internvl_chat.model.io.weights import Weights, assign_weights, open_weights, read_weights
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
 
 

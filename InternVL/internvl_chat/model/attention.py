@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
-from internvl_chat.model.blocked_attention import blocked_attention
+from internvl_chat.model.kernels.cpu.blocked_attention import blocked_attention
 from internvl_chat.utils.errors import ModelError, UsageError
 
 ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from internvl_chat.model.lean import is_lean
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.kernels.supervised_positions import is_lean
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
 _PEAKS = (

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from internvl_chat.model.checkpoint import save_model
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.io.checkpoint import save_model
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny_shape import TinyShape
 
 

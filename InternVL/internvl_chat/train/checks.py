@@ -9,15 +9,15 @@ from pathlib import Path
 
 from transformers.utils import is_liger_kernel_available
 
-from internvl_chat.data.jsonl import RecordFile
-from internvl_chat.data.meta import MOST_TILES, DatasetSpec, load_meta
-from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.model.adapter import find_base, read_base
+from internvl_chat.data.encode.tokenizer import load_tokenizer
+from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.data.sources.meta import MOST_TILES, DatasetSpec, load_meta
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.folders import is_adapter, model_folder, read_config
-from internvl_chat.model.lora import ranks_of, read_adapter_config
-from internvl_chat.model.weights import weight_files
+from internvl_chat.model.io.adapter import find_base, read_base
+from internvl_chat.model.io.folders import is_adapter, model_folder, read_config
+from internvl_chat.model.io.weights import weight_files
+from internvl_chat.model.lora.injection import ranks_of, read_adapter_config
 from internvl_chat.train.checkpoint.fingerprint import check_same_run, fingerprint
 from internvl_chat.train.checkpoint.run_folder import OutputFolder, inspect_output_folder, list_checkpoints
 from internvl_chat.train.checkpoint.saver import check_resumable

@@ -16,7 +16,7 @@ import torch
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from internvl_chat.data.dataloader import LoaderOptions
+from internvl_chat.data.batching.dataloader import LoaderOptions
 from internvl_chat.train.flags import DataArguments, ModelArguments, RunArguments
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from internvl_chat.data.bad_records import POLICIES
-from internvl_chat.data.order import STRATEGIES
-from internvl_chat.data.template import SYSTEM_TEXTS
-from internvl_chat.data.tiling import NORMALIZATIONS
+from internvl_chat.data.batching.sampler import STRATEGIES
+from internvl_chat.data.encode.conversation import SYSTEM_TEXTS
+from internvl_chat.data.encode.tiling import NORMALIZATIONS
+from internvl_chat.data.sources.skip_policy import POLICIES
 from internvl_chat.model.attention import ATTENTION_NAMES
 from internvl_chat.model.loss import LOSS_REDUCTIONS
 from internvl_chat.train.optim.adamw import WEIGHT_PRECISIONS

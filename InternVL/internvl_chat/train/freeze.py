@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)

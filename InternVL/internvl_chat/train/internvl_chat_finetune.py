@@ -17,9 +17,9 @@ import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from internvl_chat.data.dataloader import WORKER_DIED, end_workers
+from internvl_chat.data.batching.dataloader import WORKER_DIED, end_workers
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.model.flops import count_flops
 from internvl_chat.train.arguments import build_parser, parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from internvl_chat.data.bad_records import Skipped
-from internvl_chat.data.collator import Pack, PackDataset
-from internvl_chat.data.dataloader import StepLoader
+from internvl_chat.data.batching.collator import Pack, PackDataset
+from internvl_chat.data.batching.dataloader import StepLoader
+from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.data.order import StepSampler
 from internvl_chat.data.record_set import RecordKey
+from internvl_chat.data.sources.skip_policy import Skipped
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.flops import FlopCounter, peak_flops
 from internvl_chat.model.loss import token_weight

@@ -16,9 +16,9 @@ from torch import nn
 
 from internvl_chat import __version__
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.model.adapter import read_base
-from internvl_chat.model.card import ADAPTERS_FOR, CARD, CARD_MARK, VERSION_OF
-from internvl_chat.model.folders import is_adapter, model_folder
+from internvl_chat.model.io.adapter import read_base
+from internvl_chat.model.io.card import ADAPTERS_FOR, CARD, CARD_MARK, VERSION_OF
+from internvl_chat.model.io.folders import is_adapter, model_folder
 from internvl_chat.train.checkpoint.fingerprint import fingerprint
 from internvl_chat.train.checkpoint.run_folder import METRICS, may_write_card
 from internvl_chat.train.config import TrainConfig

@@ -9,27 +9,27 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.audit import find_warnings
-from internvl_chat.data.bad_records import LeftOut, leave_out, list_problems, raise_problems
+from internvl_chat.data.audit.checks import find_warnings
+from internvl_chat.data.batching.packing import StepPlanner
+from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData, build_sets
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.length_cache import Lengths
-from internvl_chat.data.lengths import index_records
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.order import StepSampler
-from internvl_chat.data.packing import StepPlanner
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.conversation import SYSTEM_TEXTS
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.data.index.build import index_records
+from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.template import SYSTEM_TEXTS
-from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.data.sources.meta import DatasetSpec
+from internvl_chat.data.sources.skip_policy import LeftOut, leave_out, list_problems, raise_problems
 from internvl_chat.model.assemble import assemble_model, assembled_config
-from internvl_chat.model.checkpoint import load_model, resize_vocabulary
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.flops import FlopCounter
-from internvl_chat.model.folders import is_adapter, model_folder, read_config
-from internvl_chat.model.lora import add_lora, lora_layers
-from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.model.persistent_buffers import use_persistent_buffers
+from internvl_chat.model.io.checkpoint import load_model, resize_vocabulary
+from internvl_chat.model.io.folders import is_adapter, model_folder, read_config
+from internvl_chat.model.kernels.cpu.persistent_buffers import use_persistent_buffers
+from internvl_chat.model.lora.injection import add_lora, lora_layers
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.checks import RunPlan, apply_flags
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy, resolve_deepspeed

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from internvl_chat.data.collator import Pack, PackDataset
+from internvl_chat.data.batching.collator import Pack, PackDataset
+from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.order import StepSampler
+from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Engine, last_question
 from internvl_chat.inference.parallel import share
 from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.model.loss import token_weight
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(SOURCE_ROOT))
 
 from benchmarks.conversion_memory import main, measure, write_adapter
 from benchmarks.shapes import SHAPES
-from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.lora import lora_layers
+from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.lora.injection import lora_layers
 
 
 def test_both_commands(tmp_path) -> None:

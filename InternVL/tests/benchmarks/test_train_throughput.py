@@ -16,7 +16,7 @@ from benchmarks.own_records import COUNTS, write_own_records
 from benchmarks.shapes import SHAPES, default_dtype, weightless_model
 from benchmarks.train_throughput import check_same_work, format_table, main
 from benchmarks.workload import Workload, prepare_workload, take_records
-from internvl_chat.data.meta import load_meta
+from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.utils import hardware
 from internvl_chat.utils.errors import UsageError

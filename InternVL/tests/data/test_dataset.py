@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from internvl_chat.data.dataset import Draw, TrainingData, build_sets
-from internvl_chat.data.encoding import Measured, RecordEncoder
-from internvl_chat.data.length_cache import Lengths
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.encoder import Measured, RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
+from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordKey, RecordSet
-from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.utils.errors import DataError
 
 TILE, TOKENS = 16, 3
@@ -352,7 +352,7 @@ def test_tiles_lost_to_the_token_budget_are_named(tmp_path, caplog, monkeypatch)
     """A record that does not fit loses tiles, and says so with file, line and id."""
     import logging
 
-    from internvl_chat.data.tokenizer_training import train_tokenizer
+    from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 
     monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
     Image.new("RGB", (400, 100)).save(tmp_path / "wide.png")

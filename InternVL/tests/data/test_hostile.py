@@ -7,12 +7,12 @@ import pytest
 from fuzzing import soon
 from small_sets import encoder, entry_of, image_record, text_record, write_set
 
-from internvl_chat.data import jsonl
-from internvl_chat.data.audit import audit
-from internvl_chat.data.audit_report import write_report
-from internvl_chat.data.meta import DatasetSpec, load_meta
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.audit.checks import audit
+from internvl_chat.data.audit.report import write_report
+from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources import jsonl
+from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.utils.errors import DataError, ModelError
 
 
@@ -211,7 +211,7 @@ class TestMetas:
             assert len(load_meta(folder / "meta.json", folder)) == 20_000
 
     def test_a_file_of_records(self, folder, monkeypatch):
-        monkeypatch.setattr("internvl_chat.data.meta._LARGEST_FILE", 100)
+        monkeypatch.setattr("internvl_chat.data.sources.meta._LARGEST_FILE", 100)
         (folder / "meta.json").write_text("{" + " " * 200 + "}")
         with pytest.raises(DataError, match="too large for a meta file; is it a file of records"):
             load_meta(folder / "meta.json", folder)

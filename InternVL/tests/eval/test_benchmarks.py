@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_sets import noise, write_lines
 
-from internvl_chat.data.records import Turn
+from internvl_chat.data.sources.records import Turn
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
 from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS

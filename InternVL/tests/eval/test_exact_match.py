@@ -10,12 +10,12 @@ from model.conftest import make_model
 from PIL import Image
 from scipy.stats import binom
 
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.records import Turn
-from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.data.sources.meta import DatasetSpec
+from internvl_chat.data.sources.records import Turn
 from internvl_chat.eval.exact_match import Answer, answer_records, beats_chance
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.utils.errors import DataError

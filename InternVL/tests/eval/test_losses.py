@@ -12,13 +12,13 @@ from model.conftest import make_model
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.eval.losses import RecordLoss, losses
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import DataError
 
 SYSTEM = "You read figures."

@@ -6,8 +6,8 @@ import numpy as np
 from model.conftest import make_model
 from PIL import Image
 
-from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.tokenizer_training import train_tokenizer
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.inference.engine import Engine, Prompt, ask
 
 TEXT = ["Which panel shows the scan?", "The scan is panel B.", "What is the arrow in the figure pointing at?"]

@@ -10,16 +10,16 @@ from model.conftest import make_model
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.records import Turn
-from internvl_chat.data.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.data.sources.records import Turn
 from internvl_chat.inference.engine import Engine, Prompt, ask
-from internvl_chat.model.adapter import BaseModel, save_adapter
-from internvl_chat.model.checkpoint import load_model, save_model
-from internvl_chat.model.folders import copy_companions
-from internvl_chat.model.lora import add_lora
-from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.model.weights import weights_digest
+from internvl_chat.model.io.adapter import BaseModel, save_adapter
+from internvl_chat.model.io.checkpoint import load_model, save_model
+from internvl_chat.model.io.folders import copy_companions
+from internvl_chat.model.io.weights import weights_digest
+from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.utils.errors import DataError
 

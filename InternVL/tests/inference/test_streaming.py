@@ -3,7 +3,7 @@
 import pytest
 from inference.prompts import make_engine, mixed_prompts, picture
 
-from internvl_chat.data.records import Turn
+from internvl_chat.data.sources.records import Turn
 from internvl_chat.inference import engine as module
 from internvl_chat.inference.engine import Prompt, ask
 from internvl_chat.inference.sampling import Sampling

@@ -7,7 +7,7 @@ import pytest
 from helpers import flags
 
 from internvl_chat.cli import main as m3llm
-from internvl_chat.model.adapter import ADAPTER_WEIGHTS
+from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.utils.folder_lock import lock_folder
 

@@ -7,12 +7,12 @@ import pytest
 
 from internvl_chat.cli import build_parser
 from internvl_chat.cli import main as m3llm
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import load_meta
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer import load_tokenizer
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.model.folders import read_config
+from internvl_chat.data.sources.meta import load_meta
+from internvl_chat.model.io.folders import read_config
 
 COMMANDS = [
     "data check",

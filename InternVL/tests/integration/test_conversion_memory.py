@@ -11,18 +11,18 @@ import torch
 from helpers import HANG_SECONDS
 from model.conftest import make_config
 
-from internvl_chat.model.checkpoint import empty_model
-from internvl_chat.model.folders import copy_companions, write_config
+from internvl_chat.model.io.checkpoint import empty_model
+from internvl_chat.model.io.folders import copy_companions, write_config
+from internvl_chat.model.io.weights import write_weights
 from internvl_chat.model.tiny import TinyShape
-from internvl_chat.model.weights import write_weights
 
 SHARD = 24 << 20
 # In a process of its own: what it held at most, in bytes, beside what the libraries take.
 CHILD = """
 import json, sys, threading, time
 from pathlib import Path
-from internvl_chat.inference.export import export_hf
-from internvl_chat.model.merge import merge
+from internvl_chat.convert.export import export_hf
+from internvl_chat.convert.merge import merge
 import psutil
 
 source, target, work, shard = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

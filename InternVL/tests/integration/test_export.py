@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from internvl_chat.cli import main as m3llm
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.convert.export import export_hf
+from internvl_chat.convert.merge import merge
+from internvl_chat.convert.parity import check_same
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tiling import normalize_tiles
+from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tiling import normalize_tiles
-from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.eval.parity import check_same
+from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Engine, Prompt
-from internvl_chat.inference.export import export_hf
-from internvl_chat.model.checkpoint import load_model, save_model
-from internvl_chat.model.folders import copy_companions, read_config
-from internvl_chat.model.merge import merge
+from internvl_chat.model.io.checkpoint import load_model, save_model
+from internvl_chat.model.io.folders import copy_companions, read_config
 from internvl_chat.utils.errors import ModelError
 
 TASKS = ("boundingboxVQA", "compound_image", "extra", "multiple_subimage", "puretext", "single_subimage")
@@ -244,7 +244,7 @@ def test_the_command_and_back(tiny_model, tmp_path, capsys) -> None:
 
 
 def test_a_result_that_differs_is_not_kept(tiny_model, tmp_path, monkeypatch, capsys) -> None:
-    from internvl_chat.inference import export
+    from internvl_chat.convert import export
 
     def damaged(weights):
         theirs = real(weights)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import HANG_SECONDS, LAUNCHERS, SOURCE_ROOT, changed_weights, flags
 
-from internvl_chat.model.weights import open_weights
+from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train import internvl_chat_finetune
 from internvl_chat.train.checkpoint import model_files as checkpoint_writer
 from internvl_chat.train.checkpoint.run_folder import list_checkpoints

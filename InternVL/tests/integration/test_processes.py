@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import SOURCE_ROOT, flags, run_training
 
-from internvl_chat.model.weights import open_weights
+from internvl_chat.model.io.weights import open_weights
 
 THREE_STEPS = {"num_train_epochs": 1, "save_strategy": "no", "max_grad_norm": 0.5}
 LORA = {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0}

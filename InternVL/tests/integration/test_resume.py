@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import RECIPES, WEIGHTS, changed_weights
 
-from internvl_chat.model.weights import open_weights
+from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 

@@ -8,7 +8,7 @@ from helpers import flags, run_training
 from small_sets import break_inside, noise, text_record, write_lines
 
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.model.weights import open_weights
+from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 

@@ -85,7 +85,7 @@ def test_losses_are_those_of_the_finished_model(arguments, sample_data, tmp_path
 
 def test_answers_are_those_of_the_finished_model(arguments, sample_data, tmp_path):
     from internvl_chat.data.dataset import build_sets
-    from internvl_chat.data.meta import load_meta
+    from internvl_chat.data.sources.meta import load_meta
 
     out = tmp_path / "out"
     # Long enough at a high rate that some answers are partly right.

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.model.adapter import BaseModel, save_adapter
-from internvl_chat.model.checkpoint import load_model, save_model
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.lora import add_lora
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.io.adapter import BaseModel, save_adapter
+from internvl_chat.model.io.checkpoint import load_model, save_model
+from internvl_chat.model.io.weights import weights_digest
+from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, tiny_config
-from internvl_chat.model.weights import weights_digest
 from internvl_chat.train.freeze import set_trainable
 
 VOCABULARY = 64

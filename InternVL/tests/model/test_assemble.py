@@ -11,7 +11,7 @@ from model.conftest import CONTEXT, make_model, make_record, run_alone
 from safetensors.torch import load_file, save_file
 
 from internvl_chat.model.assemble import assemble_model
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
 
 RECORD = make_record((2, 1))

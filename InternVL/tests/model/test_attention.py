@@ -17,7 +17,7 @@ from internvl_chat.model.attention import (
     resolve_attention,
     varlen_attention,
 )
-from internvl_chat.model.blocked_attention import blocked_attention
+from internvl_chat.model.kernels.cpu.blocked_attention import blocked_attention
 from internvl_chat.utils.errors import ModelError, UsageError
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 from model.conftest import make_config
 from transformers import LlamaConfig, Qwen2Config
 
-from internvl_chat.model.checkpoint import empty_model
 from internvl_chat.model.configuration import InternVisionConfig, InternVLChatConfig
+from internvl_chat.model.io.checkpoint import empty_model
 from internvl_chat.utils.errors import ModelError
 
 # The keys of a published checkpoint that this program does not use, beside those that it does.

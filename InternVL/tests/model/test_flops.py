@@ -11,7 +11,7 @@ from model.conftest import make_model, make_record, pack
 from torch.utils.flop_counter import FlopCounterMode
 
 from internvl_chat.model.flops import FlopCounter, count_flops, peak_flops
-from internvl_chat.model.lora import add_lora
+from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.model.tiny import TinyShape
 from internvl_chat.train.freeze import set_trainable
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from model.conftest import CONTEXT, SHAPE, VOCABULARY, make_record, pack, run_alone
 
-from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, build_tiny_model, save_tiny_model, tiny_config
 
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from helpers import flags
 
-from internvl_chat.data.collator import pack_samples
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.meta import DatasetSpec
-from internvl_chat.data.preprocessing import Preprocessing
+from internvl_chat.convert.export import export_hf
+from internvl_chat.convert.merge import merge
+from internvl_chat.data.batching.collator import pack_samples
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tiling import normalize_tiles, plan_grid
+from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.tiling import normalize_tiles, plan_grid
-from internvl_chat.data.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Engine, Prompt
-from internvl_chat.inference.export import export_hf
-from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.folders import read_config
-from internvl_chat.model.merge import merge
+from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.io.folders import read_config
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 FILES = ("boundingboxVQA", "compound_image", "extra", "multiple_subimage", "puretext", "single_subimage",

@@ -11,8 +11,8 @@ from helpers import assert_within_rounding, terms_of
 from model.conftest import CONTEXT, SHAPE, Record, make_model, make_record, pack, run_alone
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from internvl_chat.model.hf_format import to_hf_config, to_hf_weights
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.io.hf_format import to_hf_config, to_hf_weights
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape
 
 MODELS: dict[str, Callable[[], InternVLChatModel]] = {

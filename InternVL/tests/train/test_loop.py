@@ -7,12 +7,12 @@ import pytest
 import torch
 from helpers import assert_within_rounding, flags, rounding_bound, terms_of
 
-from internvl_chat.data.collator import pack_samples
+from internvl_chat.data.batching.collator import pack_samples
 from internvl_chat.data.dataset import Draw
-from internvl_chat.data.encoding import RecordEncoder
-from internvl_chat.data.tiling import normalize_tiles
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.tiling import normalize_tiles
 from internvl_chat.model.flops import count_flops
-from internvl_chat.model.weights import open_weights
+from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import check_configuration

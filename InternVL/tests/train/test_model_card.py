@@ -10,9 +10,9 @@ import yaml
 from helpers import flags
 from huggingface_hub import ModelCard
 
-from internvl_chat.inference.export import export_hf
-from internvl_chat.model.card import CARD, CARD_MARK
-from internvl_chat.model.merge import merge
+from internvl_chat.convert.export import export_hf
+from internvl_chat.convert.merge import merge
+from internvl_chat.model.io.card import CARD, CARD_MARK
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.model_card import read_validation

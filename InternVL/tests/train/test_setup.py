@@ -7,7 +7,7 @@ import pytest
 from helpers import flags
 from safetensors.torch import save_file
 
-from internvl_chat.model.weights import open_weights
+from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.internvl_chat_finetune import main as train

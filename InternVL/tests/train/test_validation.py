@@ -8,8 +8,8 @@ from helpers import flags
 from small_sets import encoder, image_record, noise, text_record, write_set
 
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.data.lengths import index_lengths
-from internvl_chat.data.meta import DatasetSpec
+from internvl_chat.data.index.build import index_lengths
+from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Prompt, last_question
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
-from internvl_chat.data.images import decode_image
-from internvl_chat.data.problems import RecordProblem
-from internvl_chat.data.records import Turn
+from internvl_chat.data.sources.images import decode_image
+from internvl_chat.data.sources.problems import RecordProblem
+from internvl_chat.data.sources.records import Turn
 from internvl_chat.inference.engine import Prompt
 from internvl_chat.metrics.choice import parse_choice
 from internvl_chat.utils.errors import DataError

@@ -8,7 +8,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from internvl_chat.constants import IMG_CONTEXT
-from internvl_chat.data.jsonl import RecordFile
+from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Item
 from internvl_chat.utils.errors import DataError, format_problems
 

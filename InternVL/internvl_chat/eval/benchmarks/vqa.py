@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
-from internvl_chat.data.jsonl import RecordFile
+from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
     apart,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from internvl_chat.data.html_page import html_image, html_page, html_table
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item, Key
 from internvl_chat.eval.report.table import LABELS, all_figures, paper_layout
 from internvl_chat.eval.scoring import Scores
+from internvl_chat.utils.html import html_image, html_page, html_table
 
 # A browser opens no page of a hundred thousand pictures.
 MOST_ITEMS = 500

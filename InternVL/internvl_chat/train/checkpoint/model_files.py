@@ -6,15 +6,15 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.preprocessing import Preprocessing
-from internvl_chat.data.tokenizer import load_tokenizer
-from internvl_chat.data.tokenizer_training import save_tokenizer
-from internvl_chat.model.adapter import BaseModel, find_base, save_adapter
-from internvl_chat.model.checkpoint import save_model
-from internvl_chat.model.folders import is_adapter, read_companions, write_files
-from internvl_chat.model.lora import lora_layers
-from internvl_chat.model.modeling import InternVLChatModel
-from internvl_chat.model.weights import weights_digest
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer import load_tokenizer
+from internvl_chat.data.encode.tokenizer_training import save_tokenizer
+from internvl_chat.model.io.adapter import BaseModel, find_base, save_adapter
+from internvl_chat.model.io.checkpoint import save_model
+from internvl_chat.model.io.folders import is_adapter, read_companions, write_files
+from internvl_chat.model.io.weights import weights_digest
+from internvl_chat.model.lora.injection import lora_layers
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.checks import RunPlan
 from internvl_chat.train.setup import base_of_adapters
 

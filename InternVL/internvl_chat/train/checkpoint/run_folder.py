@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from internvl_chat.model.card import CARD, CARD_MARK
+from internvl_chat.model.io.card import CARD, CARD_MARK
 from internvl_chat.train.checkpoint.manifest import find_damage
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.folder_lock import LOCK, lock_folder, unlock_folder

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from internvl_chat.model.adapter import adapter_weights
-from internvl_chat.model.lora import lora_layers
+from internvl_chat.model.io.adapter import adapter_weights
+from internvl_chat.model.lora.injection import lora_layers
 from internvl_chat.utils import distributed
 
 

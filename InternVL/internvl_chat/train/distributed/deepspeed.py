@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig
 from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler
 from internvl_chat.utils import distributed

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.distributed.strategy import (
     MakeOptimizer,
     MakeScheduler,

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from internvl_chat.data.bad_records import Skipped
-from internvl_chat.data.collator import Pack
+from internvl_chat.data.batching.collator import Pack
 from internvl_chat.data.record_set import RecordKey
+from internvl_chat.data.sources.skip_policy import Skipped
 from internvl_chat.utils.distributed import all_reduce_sum
 
 

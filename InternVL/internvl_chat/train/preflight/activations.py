@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from internvl_chat.model.lean import is_lean
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.kernels.supervised_positions import is_lean
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Record lengths for which a layer is measured; two show what grows with the square of the length.
 _PROBES = (256, 512)

@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 import torch
 
+from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import Draw, TrainingData
-from internvl_chat.data.order import StepSampler
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.optim.adamw import (
     OWN_OPTIMIZERS,

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.collator import Pack, pack_samples
+from internvl_chat.data.batching.collator import Pack, pack_samples
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.data.encoding import supervised_spans
-from internvl_chat.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from internvl_chat.data.encode.encoder import supervised_spans
+from internvl_chat.data.encode.preprocessing import PREPROCESSING_FILE, Preprocessing
 from internvl_chat.data.record_set import Sample
 from internvl_chat.inference.token_losses import pack_losses
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import DataError, TrainingError, UsageError
 from internvl_chat.utils.logging import get_logger
 

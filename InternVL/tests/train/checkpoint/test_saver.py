@@ -17,8 +17,8 @@ from checkpoint_ranks import (
 from helpers import HANG_SECONDS
 from safetensors.torch import load_file
 
-from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.lora import add_lora
+from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.train.checkpoint import staging
 from internvl_chat.train.checkpoint.manifest import find_damage
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder, list_checkpoints

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from internvl_chat.data.bad_records import Skipped
 from internvl_chat.data.record_set import RecordKey
+from internvl_chat.data.sources.skip_policy import Skipped
 from internvl_chat.train.monitor import step_metrics
 from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, ledger_row, metrics_row
 

@@ -12,8 +12,8 @@ from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
-from internvl_chat.model.lora import add_lora
-from internvl_chat.model.modeling import InternVLChatModel
+from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import tiny_config
 from internvl_chat.model.tiny_shape import TinyShape
 from internvl_chat.train.arguments import RunArguments

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from internvl_chat.model.attention import varlen_attention
-from internvl_chat.model.checkpoint import load_model
-from internvl_chat.model.lora import add_lora
+from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight.activations import (
     Activations,

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks.shapes import SHAPES, weightless_model
-from internvl_chat.data.length_cache import Lengths
-from internvl_chat.data.order import StepSampler
-from internvl_chat.data.packing import StepPlanner
-from internvl_chat.model.checkpoint import load_model
+from internvl_chat.data.batching.packing import StepPlanner
+from internvl_chat.data.batching.sampler import StepSampler
+from internvl_chat.data.index.cache import Lengths
+from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight import memory
 from internvl_chat.train.preflight.activations import Activations, PackSize

@@ -10,12 +10,12 @@ import torch
 from transformers import AttentionInterface
 
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.data.encoding import Encoded
-from internvl_chat.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from internvl_chat.data.encode.encoder import Encoded
+from internvl_chat.data.encode.preprocessing import PREPROCESSING_FILE, Preprocessing
 from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.model.attention import varlen_attention
-from internvl_chat.model.checkpoint import load_model
+from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.train.preflight import sanity
 from internvl_chat.train.preflight.sanity import (
     check_packing,

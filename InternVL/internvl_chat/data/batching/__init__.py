@@ -1,0 +1,1 @@
+"""Which records form a step, and how they are packed into rows."""

@@ -1,0 +1,167 @@
+"""Samples behind one another in one row, with what attention and the loss need to keep them apart.
+
+Shapes: R records, T tokens of all of them, U supervised tokens, N tiles, S pixels a side.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.data.dataset import Draw, TrainingData
+from internvl_chat.data.encode.tiling import normalize_tiles
+from internvl_chat.data.record_set import RecordKey, Sample
+from internvl_chat.data.sources.skip_policy import Skipped
+from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+# Of what is no record.
+FILLER_KEY = RecordKey("", -1)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Records for one forward pass.
+
+    Attributes:
+        input_ids: (1, T).
+        labels: (1, T).
+        image_places: places in the row of the tokens that the tiles' features replace.
+        target_places: (U,) places in the row of the tokens whose next one is supervised.
+        position_ids: (1, T), from 0 in each record.
+        cu_seq_lens: (R + 1,) int32, where each record begins, and the end of the last; one more entry where
+            padding follows, which is a segment of its own.
+        max_length: tokens of the longest record.
+        tiles: (N, S, S, 3) uint8, of all records in order.
+        supervised: (R,) supervised tokens of each record.
+        counts: (R,) bool, False for a record of weight zero.
+        keys: where each record comes from.
+        skipped: records that belong here and turned out to be unusable.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    image_places: torch.Tensor
+    target_places: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    max_length: int
+    tiles: torch.Tensor
+    supervised: torch.Tensor
+    counts: torch.Tensor
+    keys: tuple[RecordKey, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each record, (R,)."""
+        return self.cu_seq_lens.diff()[: len(self.keys)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the records that count."""
+        return int((self.lengths * self.counts).sum())
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens of the records that count."""
+        return int((self.supervised * self.counts).sum())
+
+    def text_inputs(self, device: torch.device) -> dict[str, Any]:
+        """Return the arguments of the model's forward pass on a device, all but the tiles."""
+        names = ("input_ids", "labels", "image_places", "target_places", "position_ids", "cu_seq_lens")
+        inputs: dict[str, Any] = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
+        inputs["max_length"] = self.max_length
+        return inputs
+
+    def pixel_values(
+        self, device: torch.device, normalization: str, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Return the tiles on a device, normalised there, (N, 3, S, S)."""
+        return normalize_tiles(self.tiles.to(device, non_blocking=True), normalization, dtype)
+
+    def pin_memory(self) -> "Pack":
+        """Return the pack in page-locked memory, which copies to a GPU while it computes."""
+        return Pack(
+            **{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        )
+
+
+def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> Pack:
+    """Put samples behind one another.
+
+    Args:
+        samples: each with whether it counts in the loss.
+        multiple: pad the row to a multiple of so many tokens.
+    """
+    encoded = [sample.encoded for sample, _ in samples]
+    lengths = [len(e.input_ids) for e in encoded]
+    labels = torch.cat([e.labels for e in encoded])
+    bounds = list(itertools.accumulate(lengths, initial=0))
+    if (labels[bounds[:-1]] != IGNORE_INDEX).any():
+        raise ValueError("the first token of a record is never a target")
+    padding = -bounds[-1] % multiple
+    segments = lengths + [padding] * (padding > 0)
+    return Pack(
+        input_ids=F.pad(torch.cat([e.input_ids for e in encoded]), (0, padding)).unsqueeze(0),
+        labels=F.pad(labels, (0, padding), value=IGNORE_INDEX).unsqueeze(0),
+        image_places=torch.cat([e.image_places + start for e, start in zip(encoded, bounds, strict=False)]),
+        target_places=(labels[1:] != IGNORE_INDEX).nonzero().squeeze(1),
+        position_ids=torch.cat([torch.arange(n) for n in segments]).unsqueeze(0),
+        cu_seq_lens=torch.tensor(list(itertools.accumulate(segments, initial=0)), dtype=torch.int32),
+        max_length=-(-max(segments) // multiple) * multiple,
+        tiles=torch.cat([sample.tiles for sample, _ in samples]),
+        supervised=torch.tensor([e.num_supervised for e in encoded]),
+        counts=torch.tensor([counts for _, counts in samples]),
+        keys=tuple(sample.key for sample, _ in samples),
+    )
+
+
+@dataclass(frozen=True)
+class PackDataset(Dataset):
+    """Records as packs: what is asked for is the list of a pack's draws.
+
+    Attributes:
+        data: the records.
+        multiple: of `pack_samples`.
+    """
+
+    data: TrainingData
+    multiple: int = 1
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draws: Sequence[Draw]) -> Pack | DataError:
+        """Load a pack.
+
+        A record that cannot be used is returned as an error (torch would bury one that is raised) or, where
+        the data are to skip such records, left out and named in the pack.
+        """
+        samples, skipped = [], []
+        for draw in draws:
+            loaded = self.data[draw]
+            if not isinstance(loaded, DataError):
+                samples.append(loaded)
+                continue
+            if not self.data.skip_bad:
+                return loaded
+            logger.warning("left out of training: %s", loaded)
+            if draw.counts:
+                records, index = self.data.locate(draw.index)
+                skipped.append(Skipped(records.spec.name, index, loaded.record, str(loaded)))
+        pack = pack_samples(samples or [(self._filler(), False)], self.multiple)
+        return replace(pack, skipped=tuple(skipped)) if skipped else pack
+
+    def _filler(self) -> Sample:
+        """Return what stands, with weight zero, in a pack without records: every process runs one."""
+        encoder = self.data.sets[0].encoder
+        return Sample(FILLER_KEY, None, encoder.filler(), encoder.tiles([], []))

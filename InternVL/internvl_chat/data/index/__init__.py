@@ -1,0 +1,1 @@
+"""Lengths of all records, computed before training and cached."""

@@ -1,0 +1,1 @@
+"""Reading what users bring: the meta file, annotation files, records and images."""

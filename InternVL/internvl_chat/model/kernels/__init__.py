@@ -1,0 +1,1 @@
+"""Optional fast paths; `apply_kernels` is the only entry."""

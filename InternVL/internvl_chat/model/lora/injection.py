@@ -1,0 +1,176 @@
+"""LoRA adapters in the language model and the vision tower, through peft.
+
+Adapters are injected in place, so that every other parameter keeps its name but for `base_layer`.
+"""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch import nn
+
+from internvl_chat.model.lora.layer import LoraLinear
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+from internvl_chat.utils.errors import ModelError
+
+ADAPTER_NAME = "default"
+
+VISION_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+_LLAMA_TARGETS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.down_proj",
+    "mlp.up_proj",
+)
+_PHI3_TARGETS = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
+
+
+def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
+    """Return the linear layers that the reference adapts: all of attention and feed-forward.
+
+    Raises:
+        ModelError: the language model names its layers in a way that is not known here.
+    """
+    names = [name for name, _ in language_model.named_modules()]
+    for targets in (_LLAMA_TARGETS, _PHI3_TARGETS):
+        if all(any(name.endswith(target) for name in names) for target in targets):
+            return targets
+    raise ModelError(
+        f"LoRA targets are not known for {type(language_model).__name__}; train the full model instead"
+    )
+
+
+def add_lora(
+    model: InternVLChatModel, *, llm_rank: int = 0, vision_rank: int = 0, dropout: float = 0.05
+) -> None:
+    """Wrap the linear layers of one or both towers; alpha is always twice the rank, as in the reference.
+
+    Adapter weights are float32 whatever the model's dtype. The ranks are noted in the configuration.
+    A tower whose rank is 0 is left alone.
+    """
+    towers = (
+        (model.language_model, llm_rank, llm_targets),
+        (model.vision_model, vision_rank, lambda _: VISION_TARGETS),
+    )
+    for tower, rank, targets in towers:
+        if rank:
+            inject_adapter_in_model(_lora_config(rank, targets(tower), dropout), tower, ADAPTER_NAME)
+            cast_adapter_dtype(tower, ADAPTER_NAME)
+    model.config.use_llm_lora, model.config.use_backbone_lora = llm_rank, vision_rank
+
+
+def _lora_config(rank: int, targets: tuple[str, ...], dropout: float) -> LoraConfig:
+    """Return peft's configuration of one tower."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(targets))
+    config._register_custom_module({nn.Linear: LoraLinear})
+    return config
+
+
+def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list[str]) -> LoraConfig:
+    """Return one peft configuration that describes the adapters of both towers.
+
+    Args:
+        model: a model with adapters.
+        base: path or hub id of the model that they belong to.
+        modules_to_save: modules that were trained whole, and are stored beside the adapters.
+    """
+    llm_rank, vision_rank = model.config.use_llm_lora, model.config.use_backbone_lora
+    targets = list(llm_targets(model.language_model)) if llm_rank else []
+    config = _lora_config(llm_rank or vision_rank, tuple(targets), lora_dropout(model))
+    if vision_rank:
+        config.target_modules = targets + list(VISION_TARGETS)
+    if llm_rank and vision_rank not in (0, llm_rank):
+        config.rank_pattern = dict.fromkeys(VISION_TARGETS, vision_rank)
+        config.alpha_pattern = dict.fromkeys(VISION_TARGETS, 2 * vision_rank)
+    config.base_model_name_or_path = base
+    config.modules_to_save = modules_to_save or None
+    config.inference_mode = True
+    return config
+
+
+def ranks_of(config: LoraConfig) -> tuple[int, int]:
+    """Return the ranks (language model, vision tower) of a peft configuration of `adapter_config`."""
+    targets = set(config.target_modules)
+    vision = targets.issuperset(VISION_TARGETS)
+    llm = bool(targets - set(VISION_TARGETS))
+    vision_rank = config.rank_pattern.get(VISION_TARGETS[0], config.r) if vision else 0
+    return (config.r if llm else 0), vision_rank
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the adapted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def lora_dropout(model: nn.Module) -> float:
+    """Return the dropout of the model's adapters."""
+    layer = next(iter(lora_layers(model).values()))
+    return getattr(layer.lora_dropout[ADAPTER_NAME], "p", 0.0)
+
+
+def adapter_key(name: str) -> str:
+    """Return peft's name on disk of a parameter of the model.
+
+    >>> adapter_key("language_model.model.layers.0.mlp.up_proj.lora_A.default.weight")
+    'base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight'
+    """
+    return "base_model.model." + name.replace(f".{ADAPTER_NAME}.", ".")
+
+
+def parameter_name(key: str) -> str:
+    """Return the model's name of a parameter from peft's name on disk; the inverse of `adapter_key`."""
+    name = key.removeprefix("base_model.model.")
+    for part in (".lora_A.", ".lora_B."):
+        name = name.replace(part, f"{part}{ADAPTER_NAME}.")
+    return name
+
+
+def unwrapped_name(name: str) -> str:
+    """Return our name of a parameter of the reference's LoRA-wrapped checkpoint.
+
+    >>> unwrapped_name("language_model.base_model.model.lm_head.weight")
+    'language_model.lm_head.weight'
+    """
+    for tower in ("language_model.", "vision_model."):
+        if name.startswith(tower + "base_model.model."):
+            return tower + name.removeprefix(tower + "base_model.model.")
+    return name
+
+
+def merged_weight(
+    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float = 2.0
+) -> torch.Tensor:
+    """Return W + s * B A, computed in float32, in W's dtype; (O, I), (R, I), (O, R) -> (O, I).
+
+    The scaling alpha / rank is 2 in this project and in the reference.
+    """
+    delta = scaling * (lora_b.float() @ lora_a.float())
+    return (weight.float() + delta).to(weight.dtype)
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read `adapter_config.json`.
+
+    Raises:
+        ModelError: it is no LoRA configuration of this project's kind.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ModelError(f"{file}: not a LoRA configuration: {error}") from None
+    targets = config.target_modules
+    scalings = {config.lora_alpha / config.r}
+    scalings |= {config.alpha_pattern.get(key, 2 * rank) / rank for key, rank in config.rank_pattern.items()}
+    if not isinstance(targets, set | list) or scalings != {2.0} or config.use_rslora or config.use_dora:
+        raise ModelError(
+            f"{file}: expected plain LoRA, a list of target modules, alpha = 2 * rank; found {targets!r}, "
+            f"rank {config.r}, alpha {config.lora_alpha}, rsLoRA {config.use_rslora}, DoRA {config.use_dora}"
+        )
+    return config

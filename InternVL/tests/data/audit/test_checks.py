@@ -1,0 +1,392 @@
+"""The audit: every fault by name, the right numbers, duplicates, and a report that holds them all."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from small_sets import break_inside, encoder, image_record, noise, text_record, write_lines, write_set
+
+from internvl_chat.data.audit.checks import audit
+from internvl_chat.data.audit.duplicates import find_duplicates
+from internvl_chat.data.audit.report import (
+    PAGE,
+    PROBLEMS,
+    group_by_kind,
+    set_figures,
+    set_rows,
+    write_report,
+)
+from internvl_chat.data.encode.encoder import TileCounter
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.index import build as lengths_module
+from internvl_chat.data.index.build import index_records
+from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources import images as images_module
+from internvl_chat.data.sources.meta import DatasetSpec
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    noise(40, 10).save(tmp_path / "images/wide.png")
+    noise(100, 400).save(tmp_path / "images/cut.jpg")
+    content = (tmp_path / "images/cut.jpg").read_bytes()
+    (tmp_path / "images/cut.jpg").write_bytes(content[: len(content) // 2])
+    return tmp_path
+
+
+@pytest.fixture
+def check(folder):
+    """Write sets and audit them; `by` encodes."""
+
+    def check(sets: dict[str, list], *, by=None, decode=False, **entries):
+        specs = []
+        for name, records in sets.items():
+            file = write_lines(folder / f"{name}.jsonl", records)
+            specs.append(DatasetSpec(name, folder / "images", file, **entries.get(name, {})))
+        return audit(specs, by or encoder(), decode=decode, cache=folder / "cache")
+
+    return check
+
+
+def kinds(found) -> list[tuple[str, str, int | None]]:
+    return [(problem.dataset, problem.kind, problem.line) for problem in found.problems]
+
+
+class TestFindings:
+    def test_all_good(self, check):
+        found = check({"a": [text_record(0), image_record(1, "wide.png")], "b": [text_record(2)]})
+        assert found.problems == []
+        assert [(one.records, one.used, one.usable) for one in found.sets] == [(2, 2, 2), (1, 1, 1)]
+        records = found.opened[0]
+        for i in range(2):
+            assert found.sets[0].lengths[i] == records.encode(i)[1].measured
+
+    def test_every_fault_with_its_line(self, check):
+        bad = [text_record(0), {"id": "x"}, image_record(2, "no.png"), b"{", text_record(4, answer="")]
+        found = check({"a": bad, "b": [text_record(1)]})
+        assert kinds(found) == [
+            ("a", "structure", 2), ("a", "image missing", 3), ("a", "json", 4), ("a", "empty answer", 5)
+        ]  # fmt: skip
+        assert [one.usable for one in found.sets] == [1, 1]
+        assert len(found.sets[0].lengths) == 1
+
+    def test_only_what_is_used_is_looked_at(self, check):
+        found = check({"a": [text_record(0), text_record(1), b"{", b"{"]}, a={"repeat_time": 0.5})
+        assert found.problems == []
+        assert (found.sets[0].records, found.sets[0].used) == (4, 2)
+
+    def test_a_cut_file_is_found_without_decoding_the_others(self, check):
+        found = check({"a": [image_record(0, "wide.png"), image_record(1, "cut.jpg")]})
+        assert kinds(found) == [("a", "image unreadable", 2)]
+        assert "image file is truncated" in found.problems[0].message
+        assert (found.decoded, found.sets[0].usable) == (False, 1)
+
+    def test_decoding_finds_what_header_and_end_hide(self, check, folder):
+        break_inside(folder / "images/wide.png")
+        sets = {"a": [text_record(0), image_record(1, "wide.png")]}
+        assert check(sets).problems == []
+        full = check(sets, decode=True)
+        assert kinds(full) == [("a", "image unreadable", 2)]
+        assert (full.decoded, full.sets[0].usable) == (True, 1)
+
+    def test_what_full_has_found_is_found_by_fast(self, check, folder):
+        break_inside(folder / "images/wide.png")
+        sets = {"a": [image_record(0, "wide.png"), text_record(1)]}
+        check(sets, decode=True)
+        assert kinds(check(sets)) == [("a", "image unreadable", 1)]
+        noise(10, 40).save(folder / "images/wide.png")
+        assert check(sets).problems == []
+
+    def test_a_file_that_is_none(self, check, folder):
+        files = {"gone": folder / "gone.jsonl", "empty": write_lines(folder / "empty.jsonl", [])}
+        files["array"] = write_lines(folder / "array.json", [b'[{"a": 1},', b'{"b": }]'])
+        files["good"] = write_lines(folder / "good.jsonl", [text_record(0)])
+        specs = [DatasetSpec(name, folder, file) for name, file in files.items()]
+        found = audit(specs, encoder(), cache=folder / "cache")
+        assert kinds(found) == [("gone", "file", None), ("empty", "file", None), ("array", "json", 2)]
+        assert [one.usable for one in found.sets] == [0, 0, 0, 1]
+        assert [s.spec.name for s in found.opened] == ["good"]
+
+    def test_length(self, check):
+        found = check({"a": [text_record(0)]}, a={"length": 3})
+        [problem] = found.problems
+        assert (problem.kind, problem.line) == ("length", None)
+        assert problem.message == "'length' is 3 in the meta file, but there are 1 records"
+
+    def test_what_is_given_up_for_the_limit(self, check):
+        by = encoder(max_seq_length=200, truncate_text=True)
+        records = [image_record(0, "wide.png"), text_record(1, answer="a cat " * 100), text_record(2)]
+        found = check({"a": records}, by=by)
+        [tiles, text] = found.problems
+        assert (tiles.kind, tiles.line) == ("fewer tiles", 1)
+        assert re.fullmatch(r"\d tiles instead of 5", tiles.message)
+        assert (text.kind, text.line) == ("text cut", 2)
+        assert not any(problem.is_error for problem in found.problems)
+
+    def test_without_a_tokenizer(self, check):
+        by = TileCounter(Preprocessing(tile_size=16, max_dynamic_patch=4))
+        sets = {"a": [image_record(0, "wide.png"), text_record(1), image_record(2, "no.png"), b"{"]}
+        found = check(sets, by=by)
+        assert kinds(found) == [("a", "image missing", 3), ("a", "json", 4)]
+        assert found.max_seq_length is None
+        assert found.sets[0].lengths.tiles.tolist() == [5, 0]
+        assert set_figures(found.sets[0], with_tokens=False)["tokens"] is None
+        limited = check({"b": [image_record(0, "wide.png")]}, by=by, b={"max_dynamic_patch": 2})
+        assert limited.sets[0].lengths.tiles.tolist() == [3]
+
+    def test_by_several_processes(self, check, monkeypatch, folder):
+        monkeypatch.setattr(lengths_module, "_CHUNK", 3)
+        records = [image_record(i, "wide.png") if i % 3 else text_record(i) for i in range(12)]
+        records[4] = records[9] = image_record(4, "cut.jpg")
+        specs = [DatasetSpec("a", folder / "images", write_lines(folder / "a.jsonl", records))]
+        alone = audit(specs, encoder(), decode=True, workers=1, cache=folder / "one")
+        together = audit(specs, encoder(), decode=True, workers=2, cache=folder / "two")
+        assert alone.problems == together.problems
+        assert kinds(alone) == [("a", "image unreadable", 5), ("a", "image unreadable", 10)]
+        for name, column in alone.sets[0].lengths.columns.items():
+            assert np.array_equal(column, together.sets[0].lengths.columns[name])
+
+
+class TestDuplicates:
+    def find(self, folder, *sets) -> list[tuple[str, int, str, str]]:
+        opened = [write_set(folder, records, f"s{i}") for i, records in enumerate(sets)]
+        indexes = index_records(opened, cache=folder / "cache")
+        return [(p.dataset, p.line, p.kind, p.message) for p in find_duplicates(opened, indexes)]
+
+    def test_none(self, folder):
+        assert self.find(folder, [text_record(0), text_record(1)], [text_record(2)]) == []
+
+    def test_ids_within_a_set(self, folder):
+        a = [text_record(0), text_record(1, id="r0"), text_record(2, id=None), text_record(3, id=None)]
+        assert self.find(folder, a, [text_record(5, id="r0")]) == [
+            ("s0", 2, "duplicate id", "the same id as line 1")
+        ]
+
+    def test_records_between_sets(self, folder):
+        a, b = [text_record(0), text_record(1)], [text_record(7, id="other"), text_record(1, id="again")]
+        assert self.find(folder, a, b) == [
+            ("s1", 2, "duplicate record", "the same conversation and images as line 2 of data set s0")
+        ]
+
+    def test_records_within_a_set(self, folder):
+        a = [text_record(0, id=str(i)) for i in range(3)]
+        assert self.find(folder, a) == [
+            ("s0", line, "duplicate record", "the same conversation and images as line 1") for line in (2, 3)
+        ]
+
+    def test_other_images_are_other_records(self, folder):
+        noise(10, 40).save(folder / "images/tall.png")
+        assert self.find(folder, [image_record(0, "wide.png"), image_record(0, "tall.png", id="b")]) == []
+
+    def test_records_that_cannot_be_used_are_none(self, folder):
+        assert self.find(folder, [image_record(0, "no.png"), image_record(0, "no.png", id="b")]) == []
+
+    def test_against_a_plain_search(self, folder):
+        rng = np.random.default_rng(0)
+        sets = [
+            [text_record(int(n), id=f"{rng.integers(6)}") for n in rng.integers(8, size=12)] for _ in range(3)
+        ]
+        seen, expected = {}, []
+        for i, records in enumerate(sets):
+            ids, of_ids, of_records = {}, [], []
+            for line, record in enumerate(records, 1):
+                if record["id"] in ids:
+                    of_ids.append((f"s{i}", line, "duplicate id", f"the same id as line {ids[record['id']]}"))
+                ids.setdefault(record["id"], line)
+                key = json.dumps(record["conversations"])
+                if key in seen:
+                    j, first = seen[key]
+                    place = f"line {first}" + (f" of data set s{j}" if j != i else "")
+                    of_records.append(
+                        (f"s{i}", line, "duplicate record", f"the same conversation and images as {place}")
+                    )
+                seen.setdefault(key, (i, line))
+            expected += of_ids + of_records
+        assert self.find(folder, *sets) == expected
+
+
+class TestReport:
+    def test_problems(self, check, folder):
+        found = check({"a": [text_record(0), text_record(0), {"id": "x"}], "b": [b"\xff", text_record(1)]})
+        write_report(folder / "report", found)
+        rows = [json.loads(line) for line in (folder / "report" / PROBLEMS).read_text().splitlines()]
+        assert [(r["dataset"], r["line"], r["id"], r["kind"], r["severity"]) for r in rows] == [
+            ("a", 3, "x", "structure", "error"),
+            ("a", 2, "r0", "duplicate id", "warning"),
+            ("a", 2, "r0", "duplicate record", "warning"),
+            ("b", 1, None, "encoding", "error"),
+        ]
+        assert {r["file"] for r in rows} == {str(folder / "a.jsonl"), str(folder / "b.jsonl")}
+        assert all(set(r) == {"file", "line", "dataset", "id", "kind", "severity", "message"} for r in rows)
+
+    def test_page_is_one_file_and_hostile_text_stays_text(self, check, folder):
+        nasty = "<script>alert(1)</script>"
+        found = check({nasty.replace("/", "-"): [{"id": nasty}, text_record(0)]})
+        page = write_report(folder / "report", found)
+        text = page.read_text(encoding="utf-8")
+        assert page.name == PAGE
+        assert "<script" not in text
+        assert "&lt;script&gt;alert(1)" in text
+        assert not re.search(r"(src|href)=['\"](?!data:)", text)
+        assert "1 of 2 records can be used; 1 errors, 0 warnings, 0 leaks." in text
+
+    @pytest.mark.parametrize("by", [None, TileCounter(Preprocessing())])
+    def test_of_nothing_usable(self, check, folder, by):
+        found = check({"a": [b"{"]}, by=by)
+        assert write_report(folder / "report", found).is_file()
+
+    def test_figures(self, check):
+        answers = ["a" + " cat" * n for n in range(101)]
+        found = check({"a": [text_record(0, answer=answer, id=answer) for answer in answers]})
+        figures = set_figures(found.sets[0], with_tokens=True)
+        tokens = sorted(found.sets[0].lengths.tokens.tolist())
+        assert [figures[f"tokens_{name}"] for name in ("5", "50", "95", "most")] == [
+            tokens[5], tokens[50], tokens[95], tokens[100]
+        ]  # fmt: skip
+        assert figures["tokens"] == sum(tokens)
+        assert figures["supervised"] == sum(found.sets[0].lengths.supervised.tolist())
+        assert set_rows(found)[0][:4] == ("a", "101", "101", "0")
+
+    def test_kinds_are_listed_errors_first(self, check):
+        found = check({"a": [text_record(0), text_record(0), b"{"]})
+        assert list(group_by_kind(found.problems)) == ["json", "duplicate id", "duplicate record"]
+
+
+class TestCache:
+    @pytest.fixture
+    def examined(self, monkeypatch):
+        indices, examine = [], RecordSet.examine
+
+        def counted(self, index, *, decode=False):
+            indices.append((index, decode))
+            return examine(self, index, decode=decode)
+
+        monkeypatch.setattr(RecordSet, "examine", counted)
+        return indices
+
+    def test_a_second_check_looks_at_problems_alone(self, check, examined):
+        sets = {"a": [text_record(0), text_record(0), {"id": "x"}, text_record(3)]}
+        first = check(sets)
+        examined.clear()
+        second = check(sets)
+        assert examined == [(2, False)]
+        assert second.problems == first.problems
+        assert second.sets[0].lengths.tokens.tolist() == first.sets[0].lengths.tokens.tolist()
+
+    def test_fast_does_not_stand_for_full(self, check, examined):
+        sets = {"a": [image_record(0, "wide.png")]}
+        check(sets)
+        check(sets, decode=True)
+        assert examined == [(0, False), (0, True)]
+        check(sets)
+        check(sets, decode=True)
+        assert len(examined) == 2
+
+    def test_problems_are_looked_at_as_thoroughly_as_before(self, check, examined):
+        sets = {"a": [image_record(0, "cut.jpg")]}
+        check(sets, decode=True)
+        check(sets)
+        assert examined == [(0, True), (0, True)]
+
+    def test_truncation_is_another_outcome(self, check):
+        sets = {"a": [text_record(0, answer="a cat " * 300)]}
+        assert kinds(check(sets)) == [("a", "too long", 1)]
+        assert kinds(check(sets, by=encoder(truncate_text=True))) == [("a", "text cut", 1)]
+        assert kinds(check(sets)) == [("a", "too long", 1)]
+
+
+# The first shows nothing, each other two of six images, and each image is shown by two.
+SHOWING = {"a": [text_record(9), *(image_record(i, f"{i}.png", f"{(i + 1) % 6}.png") for i in range(6))]}
+
+
+class TestImagesThatChange:
+    """What is kept of a record holds as long as its images are the files that were looked at."""
+
+    @pytest.fixture(autouse=True)
+    def _images(self, folder):
+        for i in range(6):
+            noise(40 + i, 20, seed=i).save(folder / f"images/{i}.png")
+
+    @pytest.fixture
+    def examined(self, monkeypatch):
+        indices, examine = [], RecordSet.examine
+        monkeypatch.setattr(
+            RecordSet,
+            "examine",
+            lambda self, i, **options: (indices.append(i), examine(self, i, **options))[1],
+        )
+        return indices
+
+    @pytest.mark.parametrize("decode", [False, True])
+    def test_only_the_records_that_show_them_are_looked_at(self, check, folder, examined, decode):
+        assert check(SHOWING, decode=decode).problems == []
+        (folder / "images/2.png").unlink()
+        cut = folder / "images/5.png"
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+        examined.clear()
+        found = check(SHOWING, decode=decode)
+        assert kinds(found) == [("a", "image missing", 3), ("a", "image missing", 4),
+                                ("a", "image unreadable", 6), ("a", "image unreadable", 7)]  # fmt: skip
+        assert examined == [2, 3, 5, 6]
+        assert found.sets[0].usable == 3
+
+    def test_they_are_found_again(self, check, folder, examined):
+        check(SHOWING)
+        content = (folder / "images/2.png").read_bytes()
+        (folder / "images/2.png").unlink()
+        assert check(SHOWING).sets[0].usable == 5
+        (folder / "images/2.png").write_bytes(content)
+        assert check(SHOWING).problems == []
+        examined.clear()
+        assert check(SHOWING).problems == []
+        assert examined == []
+
+    def test_one_that_was_replaced_is_measured_anew(self, check, folder, examined):
+        before = check(SHOWING).sets[0].lengths
+        noise(16, 16).save(folder / "images/0.png")
+        examined.clear()
+        found = check(SHOWING)
+        assert examined == [1, 6]
+        records = found.opened[0]
+        for i in range(7):
+            assert found.sets[0].lengths[i] == records.encode(i)[1].measured
+        assert found.sets[0].lengths.tiles.tolist() != before.tiles.tolist()
+        examined.clear()
+        check(SHOWING)
+        assert examined == []
+
+    def test_the_time_alone_is_a_change(self, check, folder, examined):
+        """Damage may leave the size as it is."""
+        check(SHOWING, decode=True)
+        break_inside(folder / "images/4.png")
+        status = (folder / "images/4.png").stat()
+        os.utime(folder / "images/4.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        assert kinds(check(SHOWING, decode=True)) == [
+            ("a", "image unreadable", 5),
+            ("a", "image unreadable", 6),
+        ]
+
+    def test_full_decodes_what_is_new_alone(self, check, folder, examined, monkeypatch):
+        decoded, decode = [], images_module.decode_image
+        monkeypatch.setattr(
+            images_module, "decode_image", lambda path: (decoded.append(path.name), decode(path))[1]
+        )
+        check(SHOWING, decode=True)
+        assert sorted(decoded) == [f"{i}.png" for i in range(6)]
+        noise(33, 33).save(folder / "images/3.png")
+        decoded.clear()
+        assert check(SHOWING, decode=True).problems == []
+        assert decoded == ["3.png"]
+
+    def test_several_processes_keep_the_same(self, folder, examined, monkeypatch):
+        monkeypatch.setattr(lengths_module, "_CHUNK", 2)
+        specs = [DatasetSpec("a", folder / "images", write_lines(folder / "a.jsonl", SHOWING["a"]))]
+        audit(specs, encoder(), workers=2, cache=folder / "cache")
+        assert examined == []
+        (folder / "images/0.png").unlink()
+        found = audit(specs, encoder(), workers=1, cache=folder / "cache")
+        assert examined == [1, 6]
+        assert kinds(found) == [("a", "image missing", 2), ("a", "image missing", 7)]

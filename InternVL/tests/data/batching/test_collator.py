@@ -1,0 +1,318 @@
+"""Packs of hand-made samples: what lies where, and what of it counts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from internvl_chat.data.batching.collator import Pack, PackDataset, pack_samples
+from internvl_chat.data.batching.packing import StepPlanner
+from internvl_chat.data.batching.sampler import StepSampler
+from internvl_chat.data.dataset import Draw, TrainingData
+from internvl_chat.data.encode.encoder import Encoded, RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tiling import Grid
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
+from internvl_chat.data.record_set import RecordKey, RecordSet, Sample
+from internvl_chat.data.sources.meta import DatasetSpec
+from internvl_chat.utils.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+def sample(number: int, labels: list[int], tiles: int = 0, places: tuple[int, ...] = ()) -> Sample:
+    """A sample with as many tokens as labels: ids are 100, 101, ... in the first, 200, ... in the second."""
+    ids = torch.arange(len(labels)) + 100 * number
+    grids = (Grid(tiles, 1, False),) if tiles else ()
+    encoded = Encoded(ids, torch.tensor(labels), torch.tensor(places, dtype=torch.int64), grids)
+    pixels = torch.full((tiles, 2, 2, 3), number, dtype=torch.uint8)
+    return Sample(RecordKey("set", number), f"id{number}", encoded, pixels)
+
+
+FIRST = sample(1, [-100, -100, 102], tiles=2, places=(0, 1))
+SECOND = sample(2, [-100, 201, 202, -100, 204])
+THIRD = sample(3, [-100], tiles=1, places=(0,))
+
+
+@pytest.fixture
+def pack():
+    return pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)])
+
+
+class TestPack:
+    def test_records_behind_one_another(self, pack):
+        assert pack.input_ids.tolist() == [[100, 101, 102, 200, 201, 202, 203, 204, 300]]
+        assert pack.labels.tolist() == [[-100, -100, 102, -100, 201, 202, -100, 204, -100]]
+
+    def test_positions_begin_anew(self, pack):
+        assert pack.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0]]
+
+    def test_bounds(self, pack):
+        assert pack.cu_seq_lens.tolist() == [0, 3, 8, 9]
+        assert pack.cu_seq_lens.dtype == torch.int32
+        assert pack.max_length == 5
+
+    def test_tiles_in_order(self, pack):
+        assert pack.tiles.shape == (3, 2, 2, 3)
+        assert pack.tiles.dtype == torch.uint8
+        assert pack.tiles[:, 0, 0, 0].tolist() == [1, 1, 3]
+
+    def test_places_of_features_in_the_row(self, pack):
+        assert pack.image_places.tolist() == [0, 1, 8]
+        assert pack.image_places.dtype == torch.int64
+
+    def test_places_before_supervised_tokens(self, pack):
+        """Tokens 102, 201, 202 and 204 are learnt, from the ones before them; FIRST's neighbour is not."""
+        assert pack.target_places.tolist() == [1, 3, 4, 6]
+        assert pack.target_places.dtype == torch.int64
+        assert pack.labels[0, pack.target_places + 1].tolist() == [102, 201, 202, 204]
+
+    def test_supervised_and_counts(self, pack):
+        assert pack.supervised.tolist() == [1, 3, 0]
+        assert pack.counts.tolist() == [True, False, True]
+        assert pack.counts.dtype == torch.bool
+
+    def test_keys(self, pack):
+        assert pack.keys == (RecordKey("set", 1), RecordKey("set", 2), RecordKey("set", 3))
+
+    def test_sums_leave_out_what_does_not_count(self, pack):
+        assert (pack.num_tokens, pack.num_supervised) == (3 + 1, 1)
+
+    @pytest.mark.parametrize(
+        ("counts", "tokens", "supervised"),
+        [((True, True), 8, 4), ((False, True), 5, 3), ((False, False), 0, 0)],
+    )
+    def test_sums(self, counts, tokens, supervised):
+        pack = pack_samples(list(zip((FIRST, SECOND), counts, strict=True)))
+        assert (pack.num_tokens, pack.num_supervised) == (tokens, supervised)
+
+    def test_one_record(self):
+        pack = pack_samples([(SECOND, True)])
+        assert pack.input_ids.tolist() == [[200, 201, 202, 203, 204]]
+        assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4]]
+        assert pack.cu_seq_lens.tolist() == [0, 5]
+        assert pack.tiles.shape == (0, 2, 2, 3)
+        assert pack.image_places.tolist() == [] and pack.image_places.dtype == torch.int64
+        assert pack.target_places.tolist() == [0, 1, 3]
+
+    def test_nothing_supervised(self):
+        pack = pack_samples([(THIRD, True), (THIRD, True)])
+        assert pack.target_places.shape == (0,)
+        assert (pack.image_places.tolist(), pack.num_supervised) == ([0, 1], 0)
+
+    def test_the_same_record_twice(self):
+        pack = pack_samples([(FIRST, True), (FIRST, False)])
+        assert pack.cu_seq_lens.tolist() == [0, 3, 6]
+        assert (pack.num_tokens, len(pack.tiles), pack.keys[0]) == (3, 4, pack.keys[1])
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_the_first_token_of_a_record_is_no_target(self, place):
+        """Behind another record it would be predicted from that record's last token."""
+        samples = [(FIRST, True)]
+        samples.insert(place, (sample(4, [400, 401]), True))
+        with pytest.raises(ValueError, match="first token of a record is never a target"):
+            pack_samples(samples)
+
+    @settings(max_examples=60)
+    @given(
+        st.lists(
+            st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6
+        )
+    )
+    def test_places_of_any_records(self, records):
+        """Each token is one of a feature, supervised, both or neither; the row is gone through for both."""
+        samples = []
+        for number, tokens in enumerate(records):
+            learnt = [-100, *(7 if supervised else -100 for _, supervised in tokens[1:])]
+            features = tuple(i for i, (feature, _) in enumerate(tokens) if feature)
+            samples.append((sample(number, learnt, places=features), True))
+        pack = pack_samples(samples)
+        row = [(number, i) for number, tokens in enumerate(records) for i in range(len(tokens))]
+        expected = [place for place, (number, i) in enumerate(row) if records[number][i][0]]
+        assert pack.image_places.tolist() == expected
+        before = [place - 1 for place, (number, i) in enumerate(row) if i and records[number][i][1]]
+        assert pack.target_places.tolist() == before
+        assert len(before) == pack.num_supervised == int(pack.supervised.sum())
+
+
+class TestMultiple:
+    """Rows whose length is a multiple: what is added belongs to no record."""
+
+    @pytest.fixture
+    def padded(self):
+        return pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)], multiple=4)
+
+    def test_padding_is_one_more_segment(self, padded):
+        """9 tokens of 3 records, and 3 more."""
+        assert padded.input_ids.tolist() == [[100, 101, 102, 200, 201, 202, 203, 204, 300, 0, 0, 0]]
+        assert padded.labels.tolist()[0][9:] == [-100] * 3
+        assert padded.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1, 2]]
+        assert padded.cu_seq_lens.tolist() == [0, 3, 8, 9, 12]
+        assert padded.cu_seq_lens.dtype == torch.int32
+
+    def test_the_longest_record_counts_as_a_multiple(self, padded):
+        assert padded.max_length == 8  # of 5
+        assert pack_samples([(SECOND, True)], multiple=5).max_length == 5
+
+    def test_records_and_their_sums_stay(self, pack, padded):
+        for name in ("image_places", "target_places", "tiles", "supervised", "counts", "lengths"):
+            assert torch.equal(getattr(padded, name), getattr(pack, name)), name
+        assert padded.lengths.tolist() == [3, 5, 1]
+        assert (padded.num_tokens, padded.num_supervised) == (pack.num_tokens, pack.num_supervised) == (4, 1)
+        assert padded.keys == pack.keys
+
+    @pytest.mark.parametrize("multiple", [1, 3, 9])
+    def test_a_row_that_fits_already_is_left_as_it_is(self, pack, multiple):
+        found = pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)], multiple)
+        assert found.max_length == -(-5 // multiple) * multiple
+        for name, value in vars(pack).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(found, name), value), name
+
+    @pytest.mark.parametrize("multiple", [8, 16, 128])
+    def test_padding_may_be_longer_than_every_record(self, multiple):
+        found = pack_samples([(FIRST, True)], multiple)
+        assert found.input_ids.shape == found.labels.shape == found.position_ids.shape == (1, multiple)
+        assert (found.cu_seq_lens.tolist(), found.max_length) == ([0, 3, multiple], multiple)
+        assert found.position_ids[0, 3:].tolist() == list(range(multiple - 3))
+
+    @settings(max_examples=60)
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 20))
+    def test_of_any_lengths(self, lengths, multiple):
+        samples = [(sample(i, [-100] + [7] * (n - 1)), i % 2 == 0) for i, n in enumerate(lengths)]
+        plain, found = pack_samples(samples), pack_samples(samples, multiple)
+        total = found.input_ids.shape[1]
+        assert total % multiple == 0 and sum(lengths) <= total < sum(lengths) + multiple
+        assert found.cu_seq_lens[-1] == total
+        assert found.cu_seq_lens.diff().min() > 0
+        assert found.max_length % multiple == 0 and found.max_length >= int(found.cu_seq_lens.diff().max())
+        assert found.lengths.tolist() == lengths
+        assert (found.num_tokens, found.num_supervised) == (plain.num_tokens, plain.num_supervised)
+        assert torch.equal(found.target_places, plain.target_places)
+
+
+class TestInputs:
+    def test_the_text_s_are_named_as_the_model_takes_them(self, pack):
+        inputs = pack.text_inputs(CPU)
+        tensors = ("input_ids", "labels", "image_places", "target_places", "position_ids", "cu_seq_lens")
+        assert inputs.keys() == {*tensors, "max_length"}
+        assert all(torch.equal(inputs[name], getattr(pack, name)) for name in tensors)
+        assert inputs["max_length"] == 5
+
+    def test_on_the_device_that_is_asked_for(self, pack):
+        meta = torch.device("meta")
+        inputs = pack.text_inputs(meta)
+        assert {value.device for value in inputs.values() if isinstance(value, torch.Tensor)} == {meta}
+        assert pack.pixel_values(meta, "imagenet").device == meta
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_tiles_are_normalised_by_imagenet_s_means(self, pack, dtype):
+        pixels = pack.pixel_values(CPU, "imagenet", dtype)
+        assert (pixels.shape, pixels.dtype) == ((3, 3, 2, 2), dtype)
+        means, deviations = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        for found, value in zip(pixels, (1, 1, 3), strict=True):
+            expected = torch.from_numpy((value / 255 - means) / deviations)[:, None, None].expand(3, 2, 2)
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+    def test_float32_where_nothing_else_is_asked_for(self, pack):
+        assert pack.pixel_values(CPU, "siglip").dtype == torch.float32
+
+    def test_no_tiles(self):
+        assert pack_samples([(SECOND, True)]).pixel_values(CPU, "imagenet").shape == (0, 3, 2, 2)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: page-locked memory")
+    def test_page_locked_memory(self, pack):
+        pinned = pack.pin_memory()
+        for name, value in vars(pack).items():
+            if isinstance(value, torch.Tensor):
+                assert getattr(pinned, name).is_pinned() and torch.equal(getattr(pinned, name), value)
+            else:
+                assert getattr(pinned, name) == value
+
+
+ANSWERS = ["One.", "Two of them.", "Three, I think.", "It is four.", "Five."]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> TrainingData:
+    """Five records, every second with an image of one shade; the images of 3 and of 4 are missing."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for number, answer in enumerate(ANSWERS):
+        turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": answer}]
+        record = {"id": f"r{number}", "conversations": turns}
+        if number in (1, 3, 4):
+            turns[0]["value"] = "<image>\nHow many?"
+            record["image"] = f"{number}.png"
+        if number == 1:
+            Image.new("RGB", (56, 56), (40, 40, 40)).save(folder / "1.png")
+        records.append(record)
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = Preprocessing(tile_size=56, tokens_per_tile=4, max_dynamic_patch=1, max_seq_length=400)
+    encoder = RecordEncoder(train_tokenizer(["How many? " + " ".join(ANSWERS)], 300), options)
+    spec = DatasetSpec("numbers", folder, folder / "a.jsonl")
+    return TrainingData([RecordSet(spec, encoder)])
+
+
+class TestPackDataset:
+    @pytest.mark.parametrize(
+        "draws",
+        [
+            [Draw(0, 0)],
+            [Draw(2, 0), Draw(0, 0), Draw(1, 0)],
+            [Draw(1, 3), Draw(1, 3, counts=False)],
+            (Draw(2, 1, counts=False),),
+        ],
+    )
+    def test_a_pack_of_the_draws_in_their_order(self, data, draws):
+        pack = PackDataset(data)[draws]
+        assert isinstance(pack, Pack)
+        assert pack.keys == tuple(RecordKey("numbers", draw.index) for draw in draws)
+        assert pack.counts.tolist() == [draw.counts for draw in draws]
+        samples = [data.sets[0].load(draw.index) for draw in draws]
+        assert pack.input_ids[0].tolist() == [i for one in samples for i in one.encoded.input_ids.tolist()]
+        assert torch.equal(pack.tiles, torch.cat([one.tiles for one in samples]))
+
+    def test_places_are_those_of_the_image_s_tokens_and_of_labels(self, data):
+        pack = PackDataset(data)[[Draw(0, 0), Draw(1, 0), Draw(2, 0)]]
+        context = data.sets[0].encoder.template.context_id
+        found = [place for place, token in enumerate(pack.input_ids[0].tolist()) if token == context]
+        assert pack.image_places.tolist() == found and len(found) == 4
+        learnt = [place for place, label in enumerate(pack.labels[0].tolist()) if label >= 0]
+        assert pack.target_places.tolist() == [place - 1 for place in learnt]
+
+    def test_a_multiple_is_that_of_every_pack(self, data):
+        plain, padded = (PackDataset(data, multiple)[[Draw(0, 0), Draw(1, 0)]] for multiple in (1, 64))
+        assert padded.input_ids.shape[1] == -(-plain.input_ids.shape[1] // 64) * 64
+        assert torch.equal(padded.lengths, plain.lengths)
+
+    def test_the_first_error_is_returned_and_not_raised(self, data):
+        packs = PackDataset(data)
+        for draws, record in (([Draw(0, 0), Draw(4, 0), Draw(3, 0)], 4), ([Draw(3, 0), Draw(4, 0)], 3)):
+            error = packs[draws]
+            assert isinstance(error, DataError)
+            assert error.record == f"r{record}" and f"{record}.png" in str(error)
+
+    def test_its_length_is_that_of_the_data(self, data):
+        assert len(PackDataset(data)) == len(ANSWERS)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_loader_makes_steps_of_packs(self, data, workers):
+        """As the Trainer puts it together, errors come through loader processes too."""
+        tokens = np.array([5, 4, 3, 2, 1])
+        sampler = StepSampler(
+            [5], step_records=3, planner=StepPlanner(1, tokens, tokens, 9), strategy="sequential"
+        )
+        loader = DataLoader(PackDataset(data), batch_sampler=sampler, collate_fn=list, num_workers=workers)
+        first, second = loader
+        # 5 | 4, 3 of at most 9 tokens, then 2 and 1 together.
+        assert [[key.index for key in pack.keys] for pack in first] == [[0], [1, 2]]
+        (error,) = second
+        assert isinstance(error, DataError) and error.record == "r3"

@@ -1,0 +1,97 @@
+"""The chat template, as transformers renders it, against our own; the settings of the processor."""
+
+from dataclasses import replace
+
+import pytest
+from small_sets import tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from internvl_chat.data.encode.conversation import SYSTEM_TEXTS, Template
+from internvl_chat.data.encode.hf_processor import (
+    chat_template,
+    image_processor_settings,
+    save_hf_processor,
+    unknown_options,
+)
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.sources.records import Turn, parse_record
+from internvl_chat.utils.errors import ModelError
+
+SYSTEM = 'You see "figures".\n\tBackslash \\ and {{ braces }}, 书生 and 🩻.'
+CONVERSATIONS = {
+    "question": [("user", "what is this ?")],
+    "image": [("user", "<image>\nwhat is this ?"), ("assistant", "a cat")],
+    "labelled": [("user", "Fig-0: <image>\nFig-1: <image>\nwhich ?"), ("assistant", "Fig-1")],
+    "own system": [("system", "be brief  \n"), ("user", " a cat "), ("assistant", "\n on a mat \n")],
+    "turns": [("user", "<image> a"), ("assistant", "b <image>"), ("user", "c"), ("assistant", "d")],
+    "marks": [("user", "{{ x }} {% y %} <b>&amp;</b> <|im_end|>"), ("assistant", "é ü 你")],
+    "empty": [("user", ""), ("assistant", "")],
+}
+
+
+def render(messages: list[dict], system: str = SYSTEM, **options) -> str:
+    [text], _ = render_jinja_template(
+        conversations=[messages], chat_template=chat_template(system), **options
+    )
+    return text
+
+
+@pytest.mark.parametrize("system", [SYSTEM, SYSTEM_TEXTS["internvl2_5"], ""])
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_the_text_has_our_token_ids(turns, system) -> None:
+    ours = Template(tokenizer(), system).encode([Turn(*turn) for turn in turns])
+    messages = [{"role": role, "content": text} for role, text in turns]
+    text = render(messages, system)
+    text = text.replace(
+        "<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>"
+    )  # as the processor does with one tile of one token
+    assert tokenizer()(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
+
+
+def test_the_place_of_an_answer_is_ours() -> None:
+    ours = Template(tokenizer(), SYSTEM).encode_prompt([Turn("user", "what is this ?")])
+    text = render([{"role": "user", "content": "what is this ?"}], add_generation_prompt=True)
+    assert tokenizer()(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
+
+
+def test_parts_are_joined_as_in_records_of_messages() -> None:
+    parts = [
+        {"type": "text", "text": "Fig-0: "},
+        {"type": "image"},
+        {"type": "text", "text": "Fig-1: "},
+        {"type": "image"},
+        {"type": "text", "text": "which ?"},
+    ]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Fig-1"}]
+    record = parse_record({"messages": messages, "images": ["a.png", "b.png"]})
+    plain = [{"role": turn.role, "content": turn.text} for turn in record.turns]
+    assert render(messages) == render(plain)
+    assert "Fig-0: <IMG_CONTEXT>\nFig-1: <IMG_CONTEXT>\nwhich ?" in render(messages)
+
+
+def test_a_video_is_refused() -> None:
+    with pytest.raises(Exception, match="text or an image"):
+        render([{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}])
+
+
+def test_settings_of_the_image_processor() -> None:
+    settings = image_processor_settings(
+        Preprocessing(tile_size=56, min_dynamic_patch=2, max_dynamic_patch=6, normalize_type="siglip")
+    )
+    assert settings["size"] == {"height": 56, "width": 56}
+    assert (settings["min_patches"], settings["max_patches"]) == (2, 6)
+    assert settings["image_mean"] == settings["image_std"] == [0.5, 0.5, 0.5]
+    one = image_processor_settings(Preprocessing(dynamic_image_size=False, max_dynamic_patch=6))
+    assert (one["min_patches"], one["max_patches"]) == (1, 1)
+
+
+def test_what_the_processor_cannot_do_is_refused(tmp_path) -> None:
+    fine = Preprocessing()
+    assert not unknown_options(fine)
+    assert not unknown_options(replace(fine, pad2square=True))  # tiles are square already
+    assert not unknown_options(replace(fine, use_thumbnail=False, max_dynamic_patch=1))
+    assert "thumbnail" in unknown_options(replace(fine, use_thumbnail=False))[0]
+    padded = replace(fine, dynamic_image_size=False, pad2square=True)
+    with pytest.raises(ModelError, match="pad2square"):
+        save_hf_processor(tokenizer(), padded, tmp_path, 100)
+    assert not list(tmp_path.iterdir())

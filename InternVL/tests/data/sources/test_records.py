@@ -1,0 +1,248 @@
+"""Records in every dialect that is read, and the message for each that is not."""
+
+import pytest
+
+from internvl_chat.data.sources.records import Record, RecordProblem, Turn, parse_record
+
+ASK, ANSWER = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}
+TURNS = (Turn("user", "What?"), Turn("assistant", "This."))
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+def problem_of(raw) -> str:
+    with pytest.raises(RecordProblem) as caught:
+        parse_record(raw)
+    return str(caught.value)
+
+
+class TestDialects:
+    def test_conversations(self):
+        raw = {"id": "a1", "conversations": [ASK, ANSWER], "source": "kept and ignored"}
+        assert parse_record(raw) == Record("a1", TURNS, ())
+
+    def test_messages(self):
+        raw = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]}
+        assert parse_record(raw) == Record(None, TURNS, ())
+
+    @pytest.mark.parametrize("role", ["human", "user"])
+    @pytest.mark.parametrize("side", ["gpt", "assistant"])
+    def test_role_names_mix(self, role, side):
+        raw = {"conversations": [{"from": role, "value": "What?"}, {"from": side, "value": "This."}]}
+        assert parse_record(raw).turns == TURNS
+
+    def test_conversations_win_over_messages(self):
+        raw = {"conversations": [ASK, ANSWER], "messages": [{"role": "user", "content": "else"}]}
+        assert parse_record(raw).turns == TURNS
+
+    def test_content_parts(self):
+        parts = [
+            {"type": "text", "text": "A: "},
+            {"type": "image"},
+            {"type": "text", "text": "B: "},
+            {"type": "image"},
+            {"type": "text", "text": "Which?"},
+        ]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "This."}]}
+        raw = {"messages": [{"role": "user", "content": parts}, answer], "images": ["a.png", "b.png"]}
+        record = parse_record(raw)
+        assert record.turns == (Turn("user", "A: <image>\nB: <image>\nWhich?"), Turn("assistant", "This."))
+        assert record.images == ("a.png", "b.png")
+
+    @pytest.mark.parametrize("key", ["image", "path"])
+    def test_content_parts_name_their_images(self, key):
+        parts = [
+            {"type": "image", key: "a.png"},
+            {"type": "image", key: "b.png"},
+            {"type": "text", "text": "?"},
+        ]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "This."}]
+        assert parse_record({"messages": messages}).images == ("a.png", "b.png")
+        listed = parse_record({"messages": messages, "images": ["c.png", "d.png"]})
+        assert listed.images == ("c.png", "d.png")
+        del parts[1][key]
+        assert "2 <image> placeholders in the human turns, but 1 images" in problem_of({"messages": messages})
+        parts[1][key] = 3
+        assert "'image' must be a path or a list of paths" in problem_of({"messages": messages})
+
+    @pytest.mark.parametrize(
+        "part", [{"type": "video"}, {"type": "text"}, {"type": "text", "text": 3}, "a", {}]
+    )
+    def test_content_part_of_another_kind(self, part):
+        raw = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
+        assert "turn 1 has a content part that is neither text nor image" in problem_of(raw)
+
+    @pytest.mark.parametrize(("given", "kept"), [("x", "x"), (7, "7"), (0, "0"), (None, None)])
+    def test_id(self, given, kept):
+        assert parse_record({"id": given, "conversations": [ASK, ANSWER]}).id == kept
+
+    def test_many_turns_keep_their_order_and_text(self):
+        texts = ["a", "", " b \n", "中\n\n", "<|im_end|>", "c"]
+        entries = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        turns = parse_record({"conversations": entries}).turns
+        assert [turn.text for turn in turns] == texts
+        assert [turn.role for turn in turns] == ["user", "assistant"] * 3
+
+
+class TestImages:
+    @pytest.mark.parametrize("none", [{}, {"image": None}, {"image": ""}, {"image": []}, {"images": None}])
+    def test_none(self, none):
+        assert parse_record({"conversations": [ASK, ANSWER], **none}) == Record(None, TURNS, ())
+
+    @pytest.mark.parametrize("given", [{"image": "a.png"}, {"image": ["a.png"]}, {"images": ["a.png"]}])
+    def test_one_with_its_placeholder(self, given):
+        record = parse_record({"conversations": [human("See <image>: what?"), ANSWER], **given})
+        assert record.turns[0].text == "See <image>: what?"
+        assert record.images == ("a.png",)
+
+    @pytest.mark.parametrize("given", ["a.png", ["a.png"]])
+    def test_one_without_placeholder_is_shown_first(self, given):
+        record = parse_record({"conversations": [ASK, ANSWER, human("And?"), ANSWER], "image": given})
+        assert [turn.text for turn in record.turns] == ["<image>\nWhat?", "This.", "And?", "This."]
+
+    def test_the_placeholder_may_be_in_a_later_turn(self):
+        record = parse_record(
+            {"conversations": [ASK, ANSWER, human("<image>And?"), ANSWER], "image": "a.png"}
+        )
+        assert [turn.text for turn in record.turns] == ["What?", "This.", "<image>And?", "This."]
+
+    def test_a_placeholder_that_only_the_assistant_says_shows_nothing(self):
+        answer = {"from": "gpt", "value": "An <image>."}
+        record = parse_record({"conversations": [ASK, answer], "image": "a.png"})
+        assert [turn.text for turn in record.turns] == ["<image>\nWhat?", "An <image>."]
+
+    def test_several_in_order(self):
+        record = parse_record(
+            {
+                "conversations": [human("<image><image>"), ANSWER, human("<image>"), ANSWER],
+                "image": ["c", "a", "b"],
+            }
+        )
+        assert record.images == ("c", "a", "b")
+
+    @pytest.mark.parametrize(
+        ("text", "images", "placeholders"),
+        [
+            ("What?", ["a", "b"], 0),
+            ("<image>", ["a", "b"], 1),
+            ("<image><image>", ["a"], 2),
+            ("<image><image><image>", ["a", "b"], 3),
+            ("<image>", [], 1),
+            ("<image><image>", "a", 2),
+        ],
+    )
+    def test_counts_that_differ_are_both_told(self, text, images, placeholders):
+        count = 1 if images == "a" else len(images)
+        message = problem_of({"conversations": [human(text), ANSWER], "image": images})
+        assert f"{placeholders} <image> placeholders" in message
+        assert f"{count} images" in message
+
+    @pytest.mark.parametrize("wrong", [3, {"path": "a.png"}, ["a.png", None], [""], [["a.png"]], True])
+    def test_no_path(self, wrong):
+        assert "'image' must be a path or a list of paths" in problem_of(
+            {"conversations": [human("<image>"), ANSWER], "image": wrong}
+        )
+
+    def test_one_but_no_human_turn(self):
+        assert "no human turn to show it in" in problem_of({"conversations": [ANSWER], "image": "a.png"})
+
+
+class TestSystem:
+    def test_first(self):
+        record = parse_record({"conversations": [{"from": "system", "value": "Be brief."}, ASK, ANSWER]})
+        assert record.turns == (Turn("system", "Be brief."), *TURNS)
+
+    @pytest.mark.parametrize("place", [1, 2])
+    def test_later_is_an_error(self, place):
+        entries = [ASK, ANSWER]
+        entries.insert(place, {"from": "system", "value": "Be brief."})
+        assert "a system turn must be the first turn" in problem_of({"conversations": entries})
+
+    @pytest.mark.parametrize(
+        ("system", "question", "image", "system_read", "question_read"),
+        [
+            # A string: the reference marks the first turn, unless that very turn has a placeholder.
+            ("S", "<image>\nQ", "a.png", "<image>\nS", "<image>\nQ"),
+            ("S <image>", "<image>\nQ", "a.png", "S <image>", "<image>\nQ"),
+            # A list is taken as it is.
+            ("S", "<image>\nQ", ["a.png"], "S", "<image>\nQ"),
+            # Without a placeholder the image is shown in the first human turn.
+            ("S", "Q", "a.png", "S", "<image>\nQ"),
+            ("S", "Q", ["a.png"], "S", "<image>\nQ"),
+            ("S <image>", "Q", "a.png", "S <image>", "<image>\nQ"),
+            # Nothing to mark.
+            ("S", "Q", "", "S", "Q"),
+            ("S", "Q", None, "S", "Q"),
+        ],
+    )
+    def test_with_an_image(self, system, question, image, system_read, question_read):
+        entries = [{"from": "system", "value": system}, human(question), ANSWER]
+        record = parse_record({"conversations": entries, "image": image})
+        assert [turn.text for turn in record.turns] == [system_read, question_read, "This."]
+
+    def test_string_image_without_system_is_not_marked_twice(self):
+        record = parse_record({"conversations": [human("Q <image>"), ANSWER], "image": "a.png"})
+        assert record.turns[0].text == "Q <image>"
+
+
+class TestProblems:
+    @pytest.mark.parametrize(("raw", "kind"), [([], "list"), (None, "NoneType"), ("a", "str"), (3, "int")])
+    def test_no_object(self, raw, kind):
+        assert problem_of(raw) == f"a record must be a JSON object, found {kind}"
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            {},
+            {"conversations": []},
+            {"conversations": None},
+            {"conversations": {"from": "gpt"}},
+            {"messages": []},
+        ],
+    )
+    def test_no_conversation(self, raw):
+        assert "no conversation" in problem_of(raw)
+
+    @pytest.mark.parametrize(
+        "turn", ["hi", None, {}, {"from": "gpt"}, {"value": "a"}, {"role": "user", "content": "a"}]
+    )
+    def test_no_turn(self, turn):
+        message = problem_of({"conversations": [ASK, turn]})
+        assert message == "turn 2 must be an object with 'from' and 'value'"
+
+    def test_no_turn_of_messages(self):
+        assert problem_of({"messages": [ASK]}) == "turn 1 must be an object with 'role' and 'content'"
+
+    @pytest.mark.parametrize("role", ["bot", "Human", "", None, 1, ["gpt"]])
+    def test_unknown_role(self, role):
+        message = problem_of({"conversations": [ASK, {"from": role, "value": "a"}]})
+        assert f"turn 2 has the unknown role {role!r}" in message
+
+    @pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (3, "int"), ({"a": 1}, "dict")])
+    def test_text_that_is_none(self, value, kind):
+        message = problem_of({"conversations": [ASK, {"from": "gpt", "value": value}]})
+        assert message == f"turn 2: 'value' must be text, found {kind}"
+
+    @pytest.mark.parametrize("entries", [[ASK], [ASK, ASK], [{"from": "system", "value": "S"}, ASK]])
+    def test_no_assistant_turn(self, entries):
+        assert "no assistant turn" in problem_of({"conversations": entries})
+
+    @pytest.mark.parametrize("role", ["system", "human", "gpt"])
+    def test_reserved_token(self, role):
+        entries = [{"from": role, "value": "a <IMG_CONTEXT> b"}, ASK, ANSWER]
+        assert problem_of({"conversations": entries}) == "turn 1 contains the reserved token <IMG_CONTEXT>"
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_images_beside_an_empty_image_are_shown(empty):
+    turns = [human("<image> What?"), {"from": "gpt", "value": "That."}]
+    record = parse_record({"image": empty, "images": ["a.png"], "conversations": turns})
+    assert record.images == ("a.png",)
+
+
+def test_image_and_images_at_once():
+    turns = [human("<image> What?"), {"from": "gpt", "value": "That."}]
+    raw = {"image": "a.png", "images": ["b.png"], "conversations": turns}
+    assert "both 'image' and 'images'" in problem_of(raw)

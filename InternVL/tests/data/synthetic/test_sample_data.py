@@ -1,0 +1,225 @@
+"""Checks the sample data as written: its files, that it is reproducible, and what pixels can prove.
+The description that questions are made from is not used here; the other synthetic tests start from it."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from internvl_chat.data.synthetic.figures import Figure
+from internvl_chat.data.synthetic.sample_data import DATASETS, write_sample_data
+
+TRAIN, HELD_OUT = 6, 3
+COUNTS = {"train": TRAIN, "held_out": HELD_OUT}
+PACK = np.array([1 << 16, 1 << 8, 1])
+
+
+@pytest.fixture(scope="module")
+def metas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_sample_data(tmp_path_factory.mktemp("sample") / "data", train=TRAIN, held_out=HELD_OUT)
+
+
+@pytest.fixture(scope="module")
+def images(metas: dict[str, Path]) -> Path:
+    return metas["train"].parent / "images"
+
+
+def records_of(metas: dict[str, Path], split: str) -> dict[str, list[dict]]:
+    """The records of a split by category, read the way its meta file says."""
+    meta = json.loads(metas[split].read_text(encoding="utf-8"))
+    lines = {name: Path(entry["annotation"]).read_text(encoding="utf-8") for name, entry in meta.items()}
+    return {DATASETS[name]: [json.loads(line) for line in text.splitlines()] for name, text in lines.items()}
+
+
+def prompt(record: dict) -> str:
+    return record["conversations"][0]["value"]
+
+
+def answer(record: dict) -> str:
+    return record["conversations"][1]["value"]
+
+
+def test_meta_files_have_the_training_format(metas: dict[str, Path]) -> None:
+    assert set(metas) == {"train", "held_out"}
+    for split, path in metas.items():
+        assert path.name == f"{split}.json"
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        assert list(meta) == list(DATASETS)
+        for name, entry in meta.items():
+            assert entry == {
+                "root": str(path.parent / "images"),
+                "annotation": str(path.parent / split / f"{DATASETS[name]}.jsonl"),
+                "data_augment": False,
+                "repeat_time": 1,
+                "length": COUNTS[split],
+            }
+            assert Path(entry["root"]).is_absolute() and Path(entry["annotation"]).is_absolute()
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_records_are_well_formed(metas: dict[str, Path], images: Path, split: str) -> None:
+    identities = []
+    for category, records in records_of(metas, split).items():
+        assert len(records) == COUNTS[split]
+        for record in records:
+            identities.append(record["id"])
+            assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"]
+            assert prompt(record).strip() and answer(record).strip()
+            assert prompt(record).count("<image>") == len(record.get("image", []))
+            if category == "puretext":
+                assert "image" not in record
+                continue
+            header = "".join(f"Fig-{number}: <image>\n" for number in range(len(record["image"])))
+            assert prompt(record).startswith(header)
+            assert all((images / name).is_file() for name in record["image"])
+            assert len(set(record["image"])) == len(record["image"])
+            assert all(name.startswith(f"{record['image'][0]}_") for name in record["image"][1:])
+    assert len(set(identities)) == len(identities)
+
+
+def test_images_open_with_real_sizes_and_modes(images: Path) -> None:
+    modes = Counter()
+    for path in images.iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+            modes[picture.format, picture.mode] += 1
+            assert picture.format == {".jpg": "JPEG", ".png": "PNG"}[path.suffix]
+            if path.stem.endswith("_fig1"):
+                assert picture.mode == "RGB" and 700 <= picture.width <= 1600
+            else:
+                assert 250 <= picture.width <= 700 and 250 <= picture.height <= 700
+    assert set(modes) == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    root = str(folder).encode()
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes().replace(root, b"ROOT") for path in files}
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(
+    metas: dict[str, Path], tmp_path: Path
+) -> None:
+    first = contents(metas["train"].parent)
+    write_sample_data(tmp_path / "same", train=TRAIN, held_out=HELD_OUT)
+    assert contents(tmp_path / "same") == first
+    write_sample_data(tmp_path / "other", seed=1, train=TRAIN, held_out=HELD_OUT)
+    other = contents(tmp_path / "other")
+    differing = [name for name in first if name.endswith((".jpg", ".png", ".jsonl"))]
+    assert len(differing) > 12 and all(other.get(name) != first[name] for name in differing)
+
+
+def test_splits_share_no_image(metas: dict[str, Path], images: Path) -> None:
+    used = {
+        split: {name for records in by_category.values() for r in records for name in r.get("image", [])}
+        for split, by_category in ((split, records_of(metas, split)) for split in COUNTS)
+    }
+    assert used["train"] and used["held_out"] and not used["train"] & used["held_out"]
+    assert len({path.read_bytes() for path in images.iterdir()}) == len(list(images.iterdir()))
+
+
+def test_the_number_of_panel_files_is_the_answer(images: Path, metas: dict[str, Path]) -> None:
+    counted = 0
+    for split in COUNTS:
+        for record in records_of(metas, split)["compound_image"]:
+            if record.get("choices") == ["2", "3", "4", "5", "6"]:
+                counted += 1
+                assert len(list(images.glob(f"{record['image'][0]}_*"))) == int(answer(record))
+    assert counted >= 2
+
+
+def locate(crop: Image.Image, figure: Image.Image) -> tuple[int, int]:
+    """The only place, (left, top) in pixels, where `figure` holds exactly the pixels of `crop`."""
+    big, small = np.asarray(figure, np.int32) @ PACK, np.asarray(crop, np.int32) @ PACK
+    last_top, last_left = np.array(big.shape) - small.shape
+    _, first, counts = np.unique(small, return_index=True, return_counts=True)
+    rare = [np.unravel_index(first[index], small.shape) for index in np.argsort(counts)[:200]]
+    row, column = rare[0]
+    reachable = big[row : row + last_top + 1, column : column + last_left + 1]
+    tops, lefts = np.nonzero(reachable == small[row, column])
+    for row, column in rare[1:]:
+        kept = big[tops + row, lefts + column] == small[row, column]
+        tops, lefts = tops[kept], lefts[kept]
+    height, width = small.shape
+    places = [
+        (left, top)
+        for left, top in zip(lefts.tolist(), tops.tolist(), strict=True)
+        if np.array_equal(big[top : top + height, left : left + width], small)
+    ]
+    assert len(places) == 1
+    return places[0]
+
+
+def test_boxes_and_order_of_panels_agree_with_the_pixels_of_a_lossless_figure(images: Path) -> None:
+    figure_paths = list(images.glob("SYN????_fig1.png"))
+    assert figure_paths
+    for path in figure_paths:
+        places = []
+        with Image.open(path) as figure:
+            for crop_path in sorted(images.glob(f"{path.name}_*")):
+                with Image.open(crop_path) as crop:
+                    places.append(locate(crop, figure))
+        assert places == sorted(places, key=lambda place: (place[1], place[0]))
+        assert len(set(places)) == len(places) >= 2
+
+
+def test_positions_written_to_disk_are_true_of_the_pixels(images: Path, metas: dict[str, Path]) -> None:
+    """Independent of any description: find both crops in the lossless figures and compare their places."""
+    checked = 0
+    for split in COUNTS:
+        for record in records_of(metas, split)["bbox"]:
+            if not record["image"][0].endswith(".png"):
+                continue
+            figure, first, second = (Image.open(images / name) for name in record["image"])
+            (left_1, top_1), (left_2, top_2) = locate(first, figure), locate(second, figure)
+            truth = {
+                "left": left_1 + first.width <= left_2,
+                "right": left_2 + second.width <= left_1,
+                "above": top_1 + first.height <= top_2,
+                "below": top_2 + second.height <= top_1,
+            }
+            if answer(record) in ("yes", "no"):
+                assert (answer(record) == "yes") == truth["left" if "left of" in prompt(record) else "above"]
+            else:
+                said = set(re.findall(r"\b(?:left|right|above|below)\b", answer(record)))
+                assert said == {side for side, holds in truth.items() if holds}
+            checked += 1
+    assert checked >= 1
+
+
+def test_a_folder_that_holds_something_is_refused(metas: dict[str, Path], tmp_path: Path) -> None:
+    before = contents(metas["train"].parent)
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        write_sample_data(metas["train"].parent, train=1, held_out=1)
+    assert contents(metas["train"].parent) == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        write_sample_data(tmp_path / "file", train=1, held_out=1)
+
+
+@pytest.mark.parametrize("counts", [{"train": 0}, {"held_out": -1}])
+def test_a_count_below_one_is_refused_before_anything_is_written(counts: dict, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        write_sample_data(tmp_path / "data", **counts)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_interrupted_run_leaves_no_meta_file_and_progress_sees_every_figure(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def stop_at_third(figures: Iterable[Figure]) -> Iterator[Figure]:
+        for figure in figures:
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(figure.name)
+            yield figure
+
+    with pytest.raises(KeyboardInterrupt):
+        write_sample_data(tmp_path / "data", train=1, held_out=1, progress=stop_at_third)
+    assert seen == sorted(seen) and len(list((tmp_path / "data" / "images").glob("SYN????_fig1.???"))) == 3
+    assert not list((tmp_path / "data").rglob("*.json"))
