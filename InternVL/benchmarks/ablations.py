@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
 from transformers.utils import is_liger_kernel_available
 
 from benchmarks.flags import Flags
-from benchmarks.shapes import use_transformers_norms
 from internvl_chat.model import attention
+from internvl_chat.model.kernels import apply
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.train import setup
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,12 @@ class Ablation:
 
 
 def _plain_head(model: InternVLChatModel) -> None:
-    """Logits at supervised positions by transformers, and cross-entropy in float32; the whole last layer."""
-    model.language_model.get_output_embeddings().__class__ = nn.Linear
+    """Logits at labeled positions by transformers, and cross-entropy in float32; the whole last layer."""
+    apply.supervise_positions = lambda model: None
+
+
+def _transformers_norms(model: InternVLChatModel) -> None:
+    apply.fuse_norms = lambda module: None
 
 
 def _vision_by_pack(model: InternVLChatModel) -> None:
@@ -46,8 +48,8 @@ def _whole_attention(model: InternVLChatModel) -> None:
     attention._prefers_blocks = lambda query, dropout: False
 
 
-def _new_memory(model: InternVLChatModel) -> None:
-    setup.use_persistent_buffers = lambda model: None
+def _new_buffers(model: InternVLChatModel) -> None:
+    apply.use_persistent_buffers = lambda llm: None
 
 
 LIGER = "with Liger"
@@ -62,11 +64,11 @@ ABLATIONS = {
     "without float32 masters": Ablation(
         {"weight_precision": "bf16"}, recipes=("full",), devices=("cuda",), dtypes=("bfloat16",)
     ),
-    "without lean head and last layer": Ablation(undo=_plain_head),
-    "without lean norms": Ablation(undo=use_transformers_norms, dtypes=("bfloat16",)),
+    "without supervised head and last layer": Ablation(undo=_plain_head),
+    "without fused norms": Ablation(undo=_transformers_norms, devices=("cuda",)),
     "without one pass over all tiles": Ablation(undo=_vision_by_pack),
     "without attention in blocks": Ablation(undo=_whole_attention, devices=("cpu",), dtypes=("bfloat16",)),
-    "without kept vocabulary memory": Ablation(undo=_new_memory, devices=("cpu",)),
+    "without persistent buffers": Ablation(undo=_new_buffers, devices=("cpu",)),
     "with torch.compile": Ablation({"torch_compile": True}, devices=("cuda",)),
     LIGER: Ablation({"use_liger": True}, devices=("cuda",)),
 }

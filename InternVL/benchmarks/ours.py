@@ -23,6 +23,7 @@ from internvl_chat.data.encode.tokenizer import image_context_id
 from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.flops import count_flops
+from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.run_folder import METRICS
 from internvl_chat.train.checkpoint.saver import Checkpointer
@@ -33,13 +34,7 @@ from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.monitor.step_metrics import StepRecord
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.preflight.memory import plan_memory
-from internvl_chat.train.setup import (
-    apply_kernels,
-    build_strategy,
-    load_records,
-    order_records,
-    prepare_model,
-)
+from internvl_chat.train.setup import build_strategy, load_records, order_records, prepare_model
 
 # The memory plan, beside the metrics.
 PLAN = "memory_plan.json"
@@ -90,12 +85,16 @@ def make_loop(
     preprocessing = prepare_model(model, config, specs)
     frozen = {name: getattr(config.model, name) for name in ("freeze_llm", "freeze_mlp", "freeze_backbone")}
     set_trainable(model, **frozen)
+    apply_kernels(
+        model, run.device, liger=config.model.use_liger, persistent_buffers=run.device.type == "cpu"
+    )
     encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(workload.max_dynamic_patch)
     data, flops = load_records(config, specs, encoder), count_flops(model)
     sampler = order_records(config, data, flops)
     memory = plan_memory(config, model, sampler, data)
     model.recompute_layers(memory.checkpointed_layers)
-    apply_kernels(model, config)
+    if run.compile_blocks:
+        model.compile_blocks()
     strategy = build_strategy(config, memory, model, run.count_steps(len(sampler)))
     folder = Path(run.output_dir)
     folder.mkdir()

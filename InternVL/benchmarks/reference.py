@@ -25,7 +25,7 @@ from benchmarks.recipes import (
     Recipe,
     plain_lora,
 )
-from benchmarks.shapes import random_model, use_transformers_norms
+from benchmarks.shapes import random_model
 from benchmarks.workload import Workload
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.encode.tiling import normalize_tiles
@@ -67,7 +67,6 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
     model = random_model(
         job.shape, image_context_id(tokenizer), attn=attn, device=device, dtype=job.torch_dtype
     )
-    use_transformers_norms(model)
     trained = choose_trained(model, recipe)
     checkpoint_every_layer(model.language_model)
     model.train()

@@ -104,9 +104,3 @@ def fill(
         return tensor.normal_(0.0, 0.02, generator=generator)
     scale = config.vision_config.initializer_factor
     return tensor.fill_(0.0 if name.endswith("bias") else scale if ".ls" in name else 1.0)
-
-
-def use_transformers_norms(model: InternVLChatModel) -> None:
-    """Undo `use_lean_norms` in a model's language model."""
-    for module in model.language_model.modules():
-        vars(module).pop("forward", None)

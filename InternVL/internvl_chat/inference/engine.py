@@ -20,6 +20,7 @@ from internvl_chat.inference.sampling import Sampling
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.model.io.folders import model_folder, read_config
+from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import DataError
 
@@ -118,6 +119,7 @@ class Engine:
             attn="sdpa",
             base=base,
         )
+        apply_kernels(model, first)
         preprocessing = Preprocessing.from_folder(folder, read_config(folder))
         engine = cls(place(model, device), tokenizer, preprocessing)
         engine.encoder = engine.encoder.with_max_tiles(max_dynamic_patch)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from internvl_chat.model.kernels.supervised_positions import is_lean
+from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
@@ -78,7 +78,7 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
     blocks = last if last >= 0 else vision.num_hidden_layers + 1 + last
     head = config.vocab_size * config.hidden_size
     last_mlp = 0
-    if is_lean(model.language_model):
+    if has_supervised_head(model):
         mlp = model.language_model.get_decoder().layers[-1].mlp
         last_mlp = sum(p.numel() for n, p in mlp.named_parameters() if p.ndim == 2 and ".lora_" not in n)
     embeddings = model.language_model.get_input_embeddings().weight.numel()

@@ -5,17 +5,16 @@ language model, K tokens a tile, F width of the vision features (folded).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.integrations.liger import apply_liger_kernel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.kernels.supervised_positions import is_lean, make_lean
 from internvl_chat.model.modeling_intern_vit import InternVisionModel
 from internvl_chat.model.projector import build_projector, pixel_shuffle
 
@@ -54,7 +53,8 @@ class InternVLChatModel(nn.Module):
         self.mlp1 = build_projector(
             config.vision_config.hidden_size, config.hidden_size, config.downsample_ratio
         )
-        make_lean(self.language_model)
+        # `apply_kernels` replaces it.
+        self.loss_function = next_token_losses
         # True where processes must all run the same modules (ZeRO-3, FSDP).
         self.always_run_vision = False
         # Modules whose weights are no longer those of an adapter's base.
@@ -101,13 +101,6 @@ class InternVLChatModel(nn.Module):
         for layer in self.blocks:
             layer.compile(backend=backend, dynamic=True)
 
-    def use_liger(self) -> None:
-        """Replace the language model's RMSNorm, SwiGLU and RoPE by Liger's kernels (NVIDIA GPUs)."""
-        kernels = {"rope": True, "swiglu": True, "rms_norm": True}
-        # The head runs at the supervised tokens only, which is less than Liger's fused head computes.
-        heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-        apply_liger_kernel(self.language_model, kernels | heads)
-
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run the vision tower and fold its patches, (N, 3, S, S) -> (N, K, F); without a graph if frozen."""
         config = self.config
@@ -142,7 +135,7 @@ class InternVLChatModel(nn.Module):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
-        image_places: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed text and put the tiles' features in the place of their `<IMG_CONTEXT>` tokens.
 
@@ -150,7 +143,7 @@ class InternVLChatModel(nn.Module):
             input_ids: (B, T).
             pixel_values: all tiles of all rows in order, (N, 3, S, S); N may be 0.
             vision_features: what `vision_features` made of the tiles, instead of them, (N, K, F).
-            image_places: of the `<IMG_CONTEXT>` tokens in the rows behind one another; found if not given.
+            image_positions: of the `<IMG_CONTEXT>` tokens in the rows behind one another; found if not given.
 
         Returns:
             (B, T, C).
@@ -163,14 +156,14 @@ class InternVLChatModel(nn.Module):
             self.image_features(pixel_values) if vision_features is None else self.mlp1(vision_features)
         )
         tiles, features = len(features), features.flatten(0, 1)
-        if image_places is None:
-            image_places = (input_ids.flatten() == self.image_context_id).nonzero().squeeze(1)
-        if len(image_places) != len(features):
+        if image_positions is None:
+            image_positions = (input_ids.flatten() == self.image_context_id).nonzero().squeeze(1)
+        if len(image_positions) != len(features):
             raise ValueError(
-                f"{len(image_places)} <IMG_CONTEXT> tokens in the text, but {len(features)} features "
+                f"{len(image_positions)} <IMG_CONTEXT> tokens in the text, but {len(features)} features "
                 f"from {tiles} tiles"
             )
-        rows = text.flatten(0, 1).index_copy(0, image_places, features.to(text.dtype))
+        rows = text.flatten(0, 1).index_copy(0, image_positions, features.to(text.dtype))
         return rows.unflatten(0, input_ids.shape)
 
     def forward(
@@ -183,8 +176,8 @@ class InternVLChatModel(nn.Module):
         cu_seq_lens: torch.Tensor | None = None,
         max_length: int | None = None,
         vision_features: torch.Tensor | None = None,
-        image_places: torch.Tensor | None = None,
-        target_places: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
     ) -> InternVLOutput:
         """Run one row of records packed behind one another, or a batch of single rows of equal length.
 
@@ -202,14 +195,14 @@ class InternVLChatModel(nn.Module):
             cu_seq_lens: (records + 1,) int32, bounds of the records.
             max_length: tokens of the longest record.
             vision_features: of `vision_features`, instead of `pixel_values`, (N, K, F).
-            image_places: of the `<IMG_CONTEXT>` tokens in the row.
-            target_places: (U,) places whose next token is supervised.
+            image_positions: of the `<IMG_CONTEXT>` tokens in the row.
+            label_positions: (U,) places whose next token is supervised.
 
         Returns:
             Losses with labels; the logits of every position without.
         """
         llm_inputs = {
-            "inputs_embeds": self.embed(input_ids, pixel_values, vision_features, image_places),
+            "inputs_embeds": self.embed(input_ids, pixel_values, vision_features, image_positions),
             "position_ids": position_ids,
             "use_cache": False,
         }
@@ -224,14 +217,24 @@ class InternVLChatModel(nn.Module):
             return InternVLOutput(logits=self.language_model(**llm_inputs).logits)
         if len(input_ids) != 1:
             raise ValueError("losses are computed for one packed row; got a batch of rows with labels")
-        if target_places is None:
-            target_places = (labels[0, 1:] != IGNORE_INDEX).nonzero().squeeze(1)
-        targets = labels[0, target_places + 1]
-        if is_lean(self.language_model):
-            hidden = self.language_model.get_decoder()(**llm_inputs, output_places=target_places)
-            losses = self.language_model.get_output_embeddings()(hidden.last_hidden_state[0], targets)
-        else:
-            logits = self.language_model(**llm_inputs, logits_to_keep=target_places).logits[0]
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        if label_positions is None:
+            label_positions = (labels[0, 1:] != IGNORE_INDEX).nonzero().squeeze(1)
+        targets = labels[0, label_positions + 1]
+        losses = self.loss_function(self.language_model, llm_inputs, label_positions, targets)
         loss = losses.mean() if token_weights is None else (losses * token_weights).sum()
         return InternVLOutput(loss=loss, token_losses=losses)
+
+
+def next_token_losses(
+    llm: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Return the cross-entropy of targets (U,) that follow positions (U,) of one row; (U,) float32.
+
+    Args:
+        llm: the language model.
+        inputs: its arguments for a row (1, T).
+        positions: at which logits are computed.
+        targets: the token ids that they should predict.
+    """
+    logits = llm(**inputs, logits_to_keep=positions).logits[0]
+    return F.cross_entropy(logits.float(), targets, reduction="none")

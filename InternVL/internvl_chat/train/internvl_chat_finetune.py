@@ -21,6 +21,7 @@ from internvl_chat.data.batching.dataloader import WORKER_DIED, end_workers
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.model.flops import count_flops
+from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.train.arguments import build_parser, parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.fingerprint import (
@@ -52,7 +53,6 @@ from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.preflight.memory import plan_memory
 from internvl_chat.train.preflight.sanity import run_sanity_checks
 from internvl_chat.train.setup import (
-    apply_kernels,
     build_strategy,
     load_encoder,
     load_for_training,
@@ -111,6 +111,12 @@ def train(config: TrainConfig) -> signal.Signals | None:
     logger.info("model: %s, attention: %s\n%s", plan.source, plan.attn, format_table(rows))
     if not rows[-1].trainable:
         raise UsageError("with these flags nothing is trained; see the table above")
+    apply_kernels(
+        model,
+        run.device,
+        liger=config.model.use_liger,
+        persistent_buffers=run.device.type == "cpu" and run.world_size == 1,
+    )
 
     # Steps, memory and parallelism
     flops = count_flops(model)
@@ -120,7 +126,8 @@ def train(config: TrainConfig) -> signal.Signals | None:
     if memory.parallel == "fsdp" and run.eval_generate:
         raise UsageError(sharded_generation_problem(run, "FSDP (chosen by --parallel auto)"))
     model.recompute_layers(memory.checkpointed_layers)
-    apply_kernels(model, config)
+    if run.compile_blocks:
+        model.compile_blocks()
     strategy = build_strategy(config, memory, model, steps)
     state = load_training_state(resume, strategy) if resume else TrainState()
 

@@ -27,7 +27,6 @@ from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.flops import FlopCounter
 from internvl_chat.model.io.checkpoint import load_model, resize_vocabulary
 from internvl_chat.model.io.folders import is_adapter, model_folder, read_config
-from internvl_chat.model.kernels.cpu.persistent_buffers import use_persistent_buffers
 from internvl_chat.model.lora.injection import add_lora, lora_layers
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.checks import RunPlan, apply_flags
@@ -112,14 +111,6 @@ def prepare_model(
     model.config.max_dynamic_patch = preprocessing.max_dynamic_patch
     model.config.min_dynamic_patch = preprocessing.min_dynamic_patch
     return preprocessing
-
-
-def apply_kernels(model: InternVLChatModel, config: TrainConfig) -> None:
-    """Switch on Liger's kernels and compiled blocks where the flags say so."""
-    if config.model.use_liger:
-        model.use_liger()
-    if config.run.compile_blocks:
-        model.compile_blocks()
 
 
 def plan_preprocessing(
@@ -320,9 +311,4 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
     if memory.parallel == "fsdp":
         return FSDPStrategy(model, optimizer, scheduler, run.device)
     model.to(run.device)
-    strategy = ReplicatedStrategy(
-        model, optimizer, scheduler, run.device, bucket_cap_mb=run.ddp_bucket_cap_mb
-    )
-    if run.device.type == "cpu" and run.world_size == 1:
-        use_persistent_buffers(model)
-    return strategy
+    return ReplicatedStrategy(model, optimizer, scheduler, run.device, bucket_cap_mb=run.ddp_bucket_cap_mb)

@@ -11,6 +11,7 @@ from model.conftest import make_model, make_record, pack
 from torch.utils.flop_counter import FlopCounterMode
 
 from internvl_chat.model.flops import FlopCounter, count_flops, peak_flops
+from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.model.tiny import TinyShape
 from internvl_chat.train.freeze import set_trainable
@@ -32,7 +33,9 @@ def torch_counts(function) -> int:
 
 
 def test_the_parts_by_hand() -> None:
-    counts = count_flops(make_model())
+    model = make_model()
+    apply_kernels(model, torch.device("cpu"))
+    counts = count_flops(model)
     # Language model, a layer: q and o 64 x 64, k and v 64 x 32, three matrices of 64 x 256.
     # Two layers, the MLP of the last for supervised tokens only.
     assert counts.decoder == 2 * (2 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 256)
@@ -60,8 +63,11 @@ def test_the_tower_and_projector_by_torch_s_counter(shape: TinyShape) -> None:
     ids=["qwen2", "tied", "llama", "qwen3"],
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict) -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict, kernels: bool) -> None:
     model = make_model(shape, attn="eager", llm=llm)
+    if kernels:
+        apply_kernels(model, torch.device("cpu"))
     model.vision_model.requires_grad_(False)
     counts, record = count_flops(model), make_record(text=12)
     tokens, supervised = len(record.input_ids), int((record.labels >= 0).sum())

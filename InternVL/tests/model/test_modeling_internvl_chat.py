@@ -258,7 +258,7 @@ def test_the_head_sees_the_positions_before_supervised_tokens_alone() -> None:
     calls = count_calls(model.language_model.lm_head)
     supervised = sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows)
     output = model(**pack(rows, labels=True))
-    assert calls == [(supervised, 64)]
+    assert calls == [(1, supervised, 64)]
     assert output.token_losses.shape == (supervised,)
     assert 0 < supervised < sum(len(row.input_ids) for row in rows)
 
@@ -328,7 +328,10 @@ def places(inputs: dict) -> dict[str, torch.Tensor]:
     """Where features and targets are, found token by token."""
     ids, labels = inputs["input_ids"][0].tolist(), inputs["labels"][0].tolist()
     targets = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORE_INDEX]
-    found = {"image_places": [i for i, token in enumerate(ids) if token == CONTEXT], "target_places": targets}
+    found = {
+        "image_positions": [i for i, token in enumerate(ids) if token == CONTEXT],
+        "label_positions": targets,
+    }
     return {name: torch.tensor(value, dtype=torch.long) for name, value in found.items()}
 
 
@@ -377,7 +380,9 @@ def test_no_features_are_those_of_no_tiles() -> None:
     assert model.bfloat16().no_features().dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("given", [("image_places",), ("target_places",), ("image_places", "target_places")])
+@pytest.mark.parametrize(
+    "given", [("image_positions",), ("label_positions",), ("image_positions", "label_positions")]
+)
 @pytest.mark.parametrize("rows", [records(), [make_record()]], ids=["with tiles", "text alone"])
 def test_places_that_are_given_are_those_that_are_found(rows: list[Record], given: tuple[str, ...]) -> None:
     model, inputs = make_model(), pack(rows, labels=True)
@@ -392,7 +397,7 @@ def test_places_in_a_batch_of_rows_count_through_the_rows() -> None:
     pixels = torch.cat([row.pixel_values for row in rows])
     through = (ids.flatten() == CONTEXT).nonzero().flatten()
     assert through.max() >= ids.shape[1]
-    found = model(input_ids=ids, pixel_values=pixels, image_places=through).logits
+    found = model(input_ids=ids, pixel_values=pixels, image_positions=through).logits
     assert torch.equal(found, model(input_ids=ids, pixel_values=pixels).logits)
 
 
@@ -402,9 +407,9 @@ def test_places_decide_where_features_go_and_what_is_learnt() -> None:
     inputs = pack([record], labels=True)
     known = places(inputs)
     losses = model(**inputs).token_losses
-    assert torch.equal(model(**inputs, target_places=known["target_places"][1:]).token_losses, losses[1:])
+    assert torch.equal(model(**inputs, label_positions=known["label_positions"][1:]).token_losses, losses[1:])
     other = torch.where(record.input_ids == CONTEXT, 3, record.input_ids)[None]
-    found = model(**{**inputs, "input_ids": other}, image_places=known["image_places"]).token_losses
+    found = model(**{**inputs, "input_ids": other}, image_positions=known["image_positions"]).token_losses
     torch.testing.assert_close(found, losses, atol=1e-6, rtol=0)
 
 
@@ -412,12 +417,12 @@ def test_places_decide_where_features_go_and_what_is_learnt() -> None:
 @pytest.mark.parametrize("change", [-1, 1])
 def test_places_that_do_not_match_the_tiles_are_refused(change: int, features: bool) -> None:
     model, inputs = make_model(), pack([make_record((3,))], labels=True)
-    known = places(inputs)["image_places"]
+    known = places(inputs)["image_positions"]
     wrong = known[:-1] if change < 0 else torch.cat([known, torch.tensor([0])])
     inputs = with_features(model, inputs) if features else inputs
     message = f"{12 + change} <IMG_CONTEXT> tokens in the text, but 12 features from 3 tiles"
     with pytest.raises(ValueError, match=message):
-        model(**inputs, image_places=wrong)
+        model(**inputs, image_positions=wrong)
 
 
 def test_features_that_do_not_match_the_text_are_refused() -> None:

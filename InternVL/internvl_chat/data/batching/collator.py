@@ -34,8 +34,8 @@ class Pack:
     Attributes:
         input_ids: (1, T).
         labels: (1, T).
-        image_places: places in the row of the tokens that the tiles' features replace.
-        target_places: (U,) places in the row of the tokens whose next one is supervised.
+        image_positions: places in the row of the tokens that the tiles' features replace.
+        label_positions: (U,) places in the row of the tokens whose next one is supervised.
         position_ids: (1, T), from 0 in each record.
         cu_seq_lens: (R + 1,) int32, where each record begins, and the end of the last; one more entry where
             padding follows, which is a segment of its own.
@@ -49,8 +49,8 @@ class Pack:
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    image_places: torch.Tensor
-    target_places: torch.Tensor
+    image_positions: torch.Tensor
+    label_positions: torch.Tensor
     position_ids: torch.Tensor
     cu_seq_lens: torch.Tensor
     max_length: int
@@ -77,7 +77,7 @@ class Pack:
 
     def text_inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments of the model's forward pass on a device, all but the tiles."""
-        names = ("input_ids", "labels", "image_places", "target_places", "position_ids", "cu_seq_lens")
+        names = ("input_ids", "labels", "image_positions", "label_positions", "position_ids", "cu_seq_lens")
         inputs: dict[str, Any] = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
         inputs["max_length"] = self.max_length
         return inputs
@@ -113,8 +113,10 @@ def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> P
     return Pack(
         input_ids=F.pad(torch.cat([e.input_ids for e in encoded]), (0, padding)).unsqueeze(0),
         labels=F.pad(labels, (0, padding), value=IGNORE_INDEX).unsqueeze(0),
-        image_places=torch.cat([e.image_places + start for e, start in zip(encoded, bounds, strict=False)]),
-        target_places=(labels[1:] != IGNORE_INDEX).nonzero().squeeze(1),
+        image_positions=torch.cat(
+            [e.image_positions + start for e, start in zip(encoded, bounds, strict=False)]
+        ),
+        label_positions=(labels[1:] != IGNORE_INDEX).nonzero().squeeze(1),
         position_ids=torch.cat([torch.arange(n) for n in segments]).unsqueeze(0),
         cu_seq_lens=torch.tensor(list(itertools.accumulate(segments, initial=0)), dtype=torch.int32),
         max_length=-(-max(segments) // multiple) * multiple,

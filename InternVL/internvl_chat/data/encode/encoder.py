@@ -51,7 +51,7 @@ class Encoded:
     Attributes:
         input_ids: (T,) int64.
         labels: (T,) int64, `IGNORE_INDEX` where nothing is learnt.
-        image_places: places in `input_ids` of the tokens that the tiles' features replace.
+        image_positions: places in `input_ids` of the tokens that the tiles' features replace.
         grids: how each image is cut.
         tiles_wanted: tiles that the images would have had without `max_seq_length`.
         tokens_cut: tokens cut off the end, where that was allowed.
@@ -59,7 +59,7 @@ class Encoded:
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    image_places: torch.Tensor
+    image_positions: torch.Tensor
     grids: tuple[Grid, ...]
     tiles_wanted: int = 0
     tokens_cut: int = 0
@@ -202,19 +202,19 @@ class RecordEncoder:
         return Encoded(*arrays, fit.grids, fit.tiles_wanted, fit.excess)
 
     def _cut(
-        self, ids: np.ndarray, labels: np.ndarray, image_places: np.ndarray, excess: int
+        self, ids: np.ndarray, labels: np.ndarray, image_positions: np.ndarray, excess: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cut tokens off the end, as long as every image stays whole and something is left to learn."""
         kept = len(ids) - excess
         # Behind the last token of an image comes the one that closes it.
-        if len(image_places) and image_places[-1] + 2 > kept:
+        if len(image_positions) and image_positions[-1] + 2 > kept:
             what_is_lost = "an image"
         elif not (labels[:kept] != IGNORE_INDEX).any():
             what_is_lost = "all that is learnt"
         else:
             return ids[:kept].copy(), labels[:kept].copy()
         raise RecordProblem(
-            f"{len(ids)} tokens{_LEAST if len(image_places) else ''}, more than max_seq_length "
+            f"{len(ids)} tokens{_LEAST if len(image_positions) else ''}, more than max_seq_length "
             f"{kept}; cut to that, it would lose {what_is_lost}",
             kind="too long",
         )

@@ -12,7 +12,6 @@ from internvl_chat.model.io.adapter import find_base, load_adapter
 from internvl_chat.model.io.folders import is_adapter, model_folder, read_config, write_config
 from internvl_chat.model.io.hf_format import from_hf_weights
 from internvl_chat.model.io.weights import Weights, assign_weights, read_weights, write_weights
-from internvl_chat.model.kernels.supervised_positions import make_lean
 from internvl_chat.model.lora.injection import add_lora, lora_layers, unwrapped_name
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
@@ -134,7 +133,6 @@ def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None
     """Grow the language model's vocabulary; new rows of the head are the mean of the old (reference)."""
     llm = model.language_model
     llm.resize_token_embeddings(size, mean_resizing=False)
-    make_lean(llm)
     with torch.no_grad():
         head = llm.get_output_embeddings().weight
         head[-num_new:] = head[:-num_new].mean(dim=0, keepdim=True)

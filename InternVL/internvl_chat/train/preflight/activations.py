@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from internvl_chat.model.kernels.supervised_positions import is_lean
+from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Record lengths for which a layer is measured; two show what grows with the square of the length.
@@ -62,7 +62,7 @@ def measure_activations(model: InternVLChatModel, device: torch.device) -> Activ
     llm = model.language_model
     itemsize, hidden = model.mlp1[0].weight.element_size(), llm.config.hidden_size
     logits = llm.config.vocab_size * (2 * itemsize + 3 * 4)
-    if is_lean(llm):
+    if has_supervised_head(model):
         # The gradient replaces the logits, and is kept only for a trained head.
         logits = llm.config.vocab_size * itemsize if llm.get_output_embeddings().weight.requires_grad else 0
     features, tower = 4 * model.config.tokens_per_tile * hidden * itemsize, _vision_bytes(model, device)

@@ -63,14 +63,14 @@ class TestPack:
         assert pack.tiles[:, 0, 0, 0].tolist() == [1, 1, 3]
 
     def test_places_of_features_in_the_row(self, pack):
-        assert pack.image_places.tolist() == [0, 1, 8]
-        assert pack.image_places.dtype == torch.int64
+        assert pack.image_positions.tolist() == [0, 1, 8]
+        assert pack.image_positions.dtype == torch.int64
 
     def test_places_before_supervised_tokens(self, pack):
         """Tokens 102, 201, 202 and 204 are learnt, from the ones before them; FIRST's neighbour is not."""
-        assert pack.target_places.tolist() == [1, 3, 4, 6]
-        assert pack.target_places.dtype == torch.int64
-        assert pack.labels[0, pack.target_places + 1].tolist() == [102, 201, 202, 204]
+        assert pack.label_positions.tolist() == [1, 3, 4, 6]
+        assert pack.label_positions.dtype == torch.int64
+        assert pack.labels[0, pack.label_positions + 1].tolist() == [102, 201, 202, 204]
 
     def test_supervised_and_counts(self, pack):
         assert pack.supervised.tolist() == [1, 3, 0]
@@ -97,13 +97,13 @@ class TestPack:
         assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4]]
         assert pack.cu_seq_lens.tolist() == [0, 5]
         assert pack.tiles.shape == (0, 2, 2, 3)
-        assert pack.image_places.tolist() == [] and pack.image_places.dtype == torch.int64
-        assert pack.target_places.tolist() == [0, 1, 3]
+        assert pack.image_positions.tolist() == [] and pack.image_positions.dtype == torch.int64
+        assert pack.label_positions.tolist() == [0, 1, 3]
 
     def test_nothing_supervised(self):
         pack = pack_samples([(THIRD, True), (THIRD, True)])
-        assert pack.target_places.shape == (0,)
-        assert (pack.image_places.tolist(), pack.num_supervised) == ([0, 1], 0)
+        assert pack.label_positions.shape == (0,)
+        assert (pack.image_positions.tolist(), pack.num_supervised) == ([0, 1], 0)
 
     def test_the_same_record_twice(self):
         pack = pack_samples([(FIRST, True), (FIRST, False)])
@@ -134,9 +134,9 @@ class TestPack:
         pack = pack_samples(samples)
         row = [(number, i) for number, tokens in enumerate(records) for i in range(len(tokens))]
         expected = [place for place, (number, i) in enumerate(row) if records[number][i][0]]
-        assert pack.image_places.tolist() == expected
+        assert pack.image_positions.tolist() == expected
         before = [place - 1 for place, (number, i) in enumerate(row) if i and records[number][i][1]]
-        assert pack.target_places.tolist() == before
+        assert pack.label_positions.tolist() == before
         assert len(before) == pack.num_supervised == int(pack.supervised.sum())
 
 
@@ -160,7 +160,7 @@ class TestMultiple:
         assert pack_samples([(SECOND, True)], multiple=5).max_length == 5
 
     def test_records_and_their_sums_stay(self, pack, padded):
-        for name in ("image_places", "target_places", "tiles", "supervised", "counts", "lengths"):
+        for name in ("image_positions", "label_positions", "tiles", "supervised", "counts", "lengths"):
             assert torch.equal(getattr(padded, name), getattr(pack, name)), name
         assert padded.lengths.tolist() == [3, 5, 1]
         assert (padded.num_tokens, padded.num_supervised) == (pack.num_tokens, pack.num_supervised) == (4, 1)
@@ -193,13 +193,13 @@ class TestMultiple:
         assert found.max_length % multiple == 0 and found.max_length >= int(found.cu_seq_lens.diff().max())
         assert found.lengths.tolist() == lengths
         assert (found.num_tokens, found.num_supervised) == (plain.num_tokens, plain.num_supervised)
-        assert torch.equal(found.target_places, plain.target_places)
+        assert torch.equal(found.label_positions, plain.label_positions)
 
 
 class TestInputs:
     def test_the_text_s_are_named_as_the_model_takes_them(self, pack):
         inputs = pack.text_inputs(CPU)
-        tensors = ("input_ids", "labels", "image_places", "target_places", "position_ids", "cu_seq_lens")
+        tensors = ("input_ids", "labels", "image_positions", "label_positions", "position_ids", "cu_seq_lens")
         assert inputs.keys() == {*tensors, "max_length"}
         assert all(torch.equal(inputs[name], getattr(pack, name)) for name in tensors)
         assert inputs["max_length"] == 5
@@ -284,9 +284,9 @@ class TestPackDataset:
         pack = PackDataset(data)[[Draw(0, 0), Draw(1, 0), Draw(2, 0)]]
         context = data.sets[0].encoder.template.context_id
         found = [place for place, token in enumerate(pack.input_ids[0].tolist()) if token == context]
-        assert pack.image_places.tolist() == found and len(found) == 4
+        assert pack.image_positions.tolist() == found and len(found) == 4
         learnt = [place for place, label in enumerate(pack.labels[0].tolist()) if label >= 0]
-        assert pack.target_places.tolist() == [place - 1 for place in learnt]
+        assert pack.label_positions.tolist() == [place - 1 for place in learnt]
 
     def test_a_multiple_is_that_of_every_pack(self, data):
         plain, padded = (PackDataset(data, multiple)[[Draw(0, 0), Draw(1, 0)]] for multiple in (1, 64))

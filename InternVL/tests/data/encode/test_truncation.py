@@ -48,7 +48,7 @@ def test_the_end_is_cut_to_the_limit():
     assert len(cut.input_ids) == 100
     assert torch.equal(cut.input_ids, whole.input_ids[:100])
     assert torch.equal(cut.labels, whole.labels[:100])
-    assert torch.equal(cut.image_places, whole.image_places)
+    assert torch.equal(cut.image_positions, whole.image_positions)
     assert cut.tokens_cut == cut.measured.tokens_cut == len(whole.input_ids) - 100
     assert whole.tokens_cut == 0
 
@@ -77,7 +77,7 @@ def test_an_image_is_never_cut():
     by = encoder(max_seq_length=10_000)
     whole = by.encode(turns, [(10, 10)])
     # The last of the image's tokens, and the one that closes it.
-    needed = int(whole.image_places[-1]) + 2
+    needed = int(whole.image_positions[-1]) + 2
     message = problem_of(encoder(max_seq_length=needed - 1, truncate_text=True), turns, [(10, 10)])
     assert message.endswith(f"more than max_seq_length {needed - 1}; cut to that, it would lose an image")
     cut = encoder(max_seq_length=needed, truncate_text=True).encode(turns, [(10, 10)])
@@ -133,7 +133,7 @@ def test_measured_as_encoded_and_whole_images(texts, shown, size, limit):
     ids = found.input_ids.tolist()
     names = ("<img>", "</img>", "<IMG_CONTEXT>")
     begin, end, context = (ids.count(tokenizer().convert_tokens_to_ids(name)) for name in names)
-    assert context == found.num_tiles * TOKENS == len(found.image_places)
+    assert context == found.num_tiles * TOKENS == len(found.image_positions)
     assert begin == end == len(sizes)
     event("cut" if found.tokens_cut else "whole")
     if found.tokens_cut:

@@ -9,7 +9,7 @@ from helpers import assert_within_rounding
 from torch import nn
 
 from internvl_chat.model.kernels import supervised_head as head_module
-from internvl_chat.model.kernels.supervised_head import HeadMemory, SupervisedHead
+from internvl_chat.model.kernels.supervised_head import HeadBuffers, SupervisedHead
 
 WIDTH, VOCABULARY = 6, 11
 # A logit is a sum over the width, a loss over the vocabulary; gradients take both once more.
@@ -102,13 +102,13 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(head_module, "_ROWS", 2)
     sizes = []
 
-    class Memory(HeadMemory):
+    class Memory(HeadBuffers):
         def take_logits(self, rows, hidden, weight):
             sizes.append(rows)
             return super().take_logits(rows, hidden, weight)
 
     head, (hidden, targets, _) = make_head(), draw(7)
-    head.memory = Memory()
+    head.buffers = Memory()
     expected = F.cross_entropy(hidden @ head.weight.t(), targets, reduction="none")
     with torch.no_grad():
         assert_within_rounding(head(hidden, targets), expected, FORWARD)

@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 
 from internvl_chat.model.attention import varlen_attention
 from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight.activations import (
@@ -142,12 +143,12 @@ def test_tokens_and_tiles_by_hand(tiny_model, dtype, size):
     found = measure_activations(model, CPU)
     vocabulary = model.language_model.config.vocab_size
     assert (found.layers, found.input_token) == (2, 48 * size)
-    # Logits, which become their gradient; the token's hidden state and its gradient.
-    assert found.supervised == vocabulary * size + 2 * 48 * size
+    # Logits, their gradient, three of them in float32; the token's hidden state and its gradient.
+    assert found.supervised == vocabulary * (2 * size + 12) + 2 * 48 * size
+    apply_kernels(model, CPU)  # the gradient overwrites the logits
+    assert measure_activations(model, CPU).supervised == vocabulary * size + 2 * 48 * size
     model.language_model.requires_grad_(False)
     assert measure_activations(model, CPU).supervised == 2 * 48 * size
-    model.language_model.lm_head.__class__ = nn.Linear  # logits, their gradient, three of them in float32
-    assert measure_activations(model, CPU).supervised == vocabulary * (2 * size + 12) + 2 * 48 * size
     assert found.tile == found.checkpointed_tile == 4 * 4 * 48 * size
 
 

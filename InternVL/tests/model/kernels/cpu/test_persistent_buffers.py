@@ -8,8 +8,8 @@ from helpers import assert_within_rounding
 from torch import nn
 
 from internvl_chat.model.kernels.cpu.persistent_buffers import (
-    KeptGradient,
-    KeptHeadMemory,
+    PersistentGradient,
+    PersistentHeadBuffers,
     use_persistent_buffers,
 )
 from internvl_chat.model.kernels.supervised_head import SupervisedHead
@@ -33,6 +33,9 @@ class Llm(nn.Module):
     def get_output_embeddings(self):
         return self.head
 
+    def set_input_embeddings(self, module):
+        self.words = module
+
 
 class Model(nn.Module):
     def __init__(self, **options) -> None:
@@ -54,7 +57,7 @@ PACKS = [torch.tensor([[1, 2, 2, 0, 10]]), torch.tensor([[3, 2, 0]]), torch.tens
 def test_same_gradients_over_packs_and_steps(options, dtype):
     plain = Model(**options).to(dtype)
     kept = copy.deepcopy(plain)
-    use_persistent_buffers(kept)
+    use_persistent_buffers(kept.language_model)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in (plain, kept)]
     for step in range(3):
         for model, optimizer in zip((plain, kept), optimizers, strict=True):
@@ -71,7 +74,7 @@ def test_same_gradients_over_packs_and_steps(options, dtype):
 
 def test_memory_is_the_same_in_every_step():
     model = Model()
-    use_persistent_buffers(model)
+    use_persistent_buffers(model.language_model)
     places = []
     for _ in range(3):
         model.zero_grad(set_to_none=True)
@@ -83,7 +86,7 @@ def test_memory_is_the_same_in_every_step():
 def test_frozen_weights_get_no_gradient():
     model = Model()
     model.requires_grad_(False)
-    use_persistent_buffers(model)
+    use_persistent_buffers(model.language_model)
     assert type(model.language_model.words) is nn.Embedding
     hidden = torch.randn(2, 6, requires_grad=True)
     model.language_model.head(hidden, torch.tensor([1, 2])).sum().backward()
@@ -95,7 +98,7 @@ def test_logits_in_work_are_never_written_over(trained):
     """Three passes begin before any goes back, and then two more, the last with more rows."""
     plain = Model().requires_grad_(trained)
     kept = copy.deepcopy(plain)
-    use_persistent_buffers(kept)
+    use_persistent_buffers(kept.language_model)
     rng = torch.Generator().manual_seed(0)
     for rounds in (3, 1, 1):
         hiddens = [torch.randn(4 + rounds, 6, generator=rng) for _ in range(rounds)]
@@ -115,7 +118,7 @@ def test_logits_in_work_are_never_written_over(trained):
 
 def test_the_logits_memory_is_used_again_and_grows():
     head = Model().language_model.head
-    memory = KeptHeadMemory(KeptGradient(head.weight))
+    memory = PersistentHeadBuffers(PersistentGradient(head.weight))
     places = []
     for rows in (3, 2, 3, 5, 4):
         logits = memory.take_logits(rows, torch.zeros(1, 6), head.weight)
@@ -127,7 +130,7 @@ def test_the_logits_memory_is_used_again_and_grows():
 
 def test_a_copy_has_weights_and_gradients_of_its_own():
     model = Model()
-    use_persistent_buffers(model)
+    use_persistent_buffers(model.language_model)
     model(PACKS[0]).backward()
     other = copy.deepcopy(model)
     other.zero_grad(set_to_none=True)
@@ -148,7 +151,7 @@ def test_a_copy_has_weights_and_gradients_of_its_own():
 
 def test_training_goes_on_after_inference():
     model = Model()
-    use_persistent_buffers(model)
+    use_persistent_buffers(model.language_model)
     with torch.inference_mode():
         model(PACKS[0])
     model(PACKS[0]).backward()
