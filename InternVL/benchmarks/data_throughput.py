@@ -28,7 +28,7 @@ from benchmarks.report import write_report
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import print_table, progress, say
 from internvl_chat.data.batching.collator import PackDataset
-from internvl_chat.data.dataset import Draw, TrainingData, build_sets
+from internvl_chat.data.dataset import SampleIndex, TrainingData, build_sets
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import load_tokenizer
@@ -126,7 +126,7 @@ def stage_rows(picked: list[tuple[RecordSet, int]]) -> list[Row]:
     stages: dict[str, Callable[[], Any]] = {
         "parse": lambda: [records.record(i) for records, i in picked],
         "image headers": lambda: [image_size(path) for path in paths],
-        "tokenise": lambda: [encoder.template.measure(record.turns) for _, _, record in parsed],
+        "tokenise": lambda: [encoder.template.measure(record.messages) for _, _, record in parsed],
         "measure (the above)": lambda: [records.measure(i) for records, i in picked],
         "encode whole": lambda: [records.encode(i) for records, i in picked],
         "decode images": lambda: [len(records.images(i, record)) for records, i, record in parsed],
@@ -150,7 +150,7 @@ def loader_rows(sets: list[RecordSet], records: int, workers: list[int]) -> list
     for count in workers:
         loader = DataLoader(
             PackDataset(data),
-            sampler=[[Draw(i, epoch=0)] for i in range(len(data))],
+            sampler=[[SampleIndex(i, epoch=0)] for i in range(len(data))],
             batch_size=None,
             num_workers=count,
             persistent_workers=count > 0,

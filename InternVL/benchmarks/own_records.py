@@ -14,7 +14,7 @@ _WORDS = """
     liver brain blood level high low increase after before treatment time area region dark bright signal
     between first second both each large small positive negative red green blue line mean significant
 """.split()  # noqa: SIM905
-# Tokens of a record beside its text: the system turn, the turns' frames; and an image's name and brackets.
+# Tokens of a record beside its text: the system message, the messages' frames; and an image's name and brackets.
 _FRAME_TOKENS = 62
 _IMAGE_FRAME_TOKENS = 7
 _TILE_TOKENS = 256
@@ -84,11 +84,11 @@ def _record(counts: Counts, context_tokens: int, figures: list[str], rng: random
     shown = "".join(f"Fig-{i}: <image>\n" for i in range(len(images)))
     per_image = _TILE_TOKENS + _IMAGE_FRAME_TOKENS
     question = counts.tokens - counts.supervised - _FRAME_TOKENS - counts.tiles * per_image + context_tokens
-    turns = [
+    messages = [
         {"from": "human", "value": shown + _text(question, rng)},
         {"from": "gpt", "value": _text(counts.supervised - 1, rng)},
     ]
-    return {"conversations": turns, **({"image": images} if images else {})}
+    return {"conversations": messages, **({"image": images} if images else {})}
 
 
 def _text(mean_words: float, rng: random.Random) -> str:

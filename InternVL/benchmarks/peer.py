@@ -76,14 +76,14 @@ class Conversations(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records.record(index)
-        messages = [_message(turn.role, turn.text) for turn in record.turns]
+        messages = [_message(message.role, message.content) for message in record.messages]
         if messages[0]["role"] != "system":
             messages.insert(0, _message("system", self.records.encoder.preprocessing.system_text))
         return {"messages": messages, "images": self.records.images(index, record)}
 
 
 def _message(role: str, text: str) -> Message:
-    """Return a turn in the form of transformers' chat templates, an image where its placeholder is."""
+    """Return a message in the form of transformers' chat templates, an image where its placeholder is."""
     pieces = text.split(IMAGE_PLACEHOLDER) if role == "user" else [text]
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(pieces):
@@ -115,7 +115,7 @@ class Collator:
 
 
 def assistant_labels(ids: list[int], header: list[int], end: int) -> list[int]:
-    """Label what follows each assistant header, up to the end of the turn.
+    """Label what follows each assistant header, up to the end of the message.
 
     >>> assistant_labels([1, 7, 5, 9, 1, 8, 6, 9, 3], header=[1, 8], end=9)
     [-100, -100, -100, -100, -100, -100, 6, 9, -100]

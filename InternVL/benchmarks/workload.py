@@ -144,4 +144,6 @@ def _with_absolute_images(raw: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _texts(raw: dict[str, Any]) -> list[str]:
-    return [turn["value"] for turn in raw.get("conversations", ()) if isinstance(turn.get("value"), str)]
+    return [
+        message["value"] for message in raw.get("conversations", ()) if isinstance(message.get("value"), str)
+    ]

@@ -106,16 +106,16 @@ def mutate_value(rng: random.Random, value):
 def good_records(rng: random.Random) -> dict:
     """Return a record that can be used."""
     number = rng.randrange(100)
-    turns = text_record(number)["conversations"]
+    messages = text_record(number)["conversations"]
     shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}
     return rng.choice(
         [
             text_record(number),
             image_record(number, "a.png"),
             image_record(number, "a.png", "b.jpg"),
-            {"id": number, "image": "b.jpg", "conversations": turns},
+            {"id": number, "image": "b.jpg", "conversations": messages},
             {"messages": [shown, {"role": "assistant", "content": "a"}], "images": ["a.png"]},
-            {"conversations": [{"from": "system", "value": "s"}, *turns]},
+            {"conversations": [{"from": "system", "value": "s"}, *messages]},
         ]
     )
 

@@ -147,8 +147,8 @@ def tiny_prompts(shared: Path, engine, each: int) -> list:
         records = RecordSet(DatasetSpec(file.stem, shared / "pmc_mi/images", file), engine.encoder)
         for index in records.first(each):
             record = records.record(index)
-            answered = [turn.role for turn in record.turns].index("assistant")
-            turns = record.turns[:answered]
-            shown = sum(turn.text.count("<image>") for turn in turns if turn.role == "user")
-            prompts.append(Prompt(turns, records.images(index, record)[:shown]))
+            answered = [message.role for message in record.messages].index("assistant")
+            messages = record.messages[:answered]
+            shown = sum(message.content.count("<image>") for message in messages if message.role == "user")
+            prompts.append(Prompt(messages, records.images(index, record)[:shown]))
     return prompts

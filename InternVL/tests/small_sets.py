@@ -29,8 +29,8 @@ def encoder(*, truncate_text: bool = False, **options) -> RecordEncoder:
 
 
 def text_record(number: int, answer: str = "a cat", **extra) -> dict:
-    turns = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": answer}]
-    return {"id": f"r{number}", "conversations": turns, **extra}
+    messages = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": answer}]
+    return {"id": f"r{number}", "conversations": messages, **extra}
 
 
 def image_record(number: int, *images: str, **extra) -> dict:

@@ -75,7 +75,7 @@ def _texts(path: Path) -> Iterator[str]:
                 yield line
                 continue
             try:
-                turns = json.loads(line).get("conversations", [])
+                messages = json.loads(line).get("conversations", [])
             except (ValueError, AttributeError) as error:
                 raise DataError(f"not a record: {error}", file=file) from None
-            yield from (turn["value"] for turn in turns)
+            yield from (message["value"] for message in messages)

@@ -16,7 +16,7 @@ from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encode.tiling import normalize_tiles, share_of_budget
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.sources.problems import RecordProblem
-from internvl_chat.data.sources.records import Record, Turn
+from internvl_chat.data.sources.records import Message, Record
 from internvl_chat.inference.engine import Engine, Prompt, last_question
 from internvl_chat.model.attention import pinned_sdpa
 from internvl_chat.model.io.folders import is_hf_format
@@ -110,7 +110,7 @@ class OwnSide:
         engine = self.engine
         engine.encoder = self.encoder.with_max_tiles(example.max_tiles)
         try:
-            encoded = engine.encoder.encode(example.record.turns, [image.size for image in example.images])
+            encoded = engine.encoder.encode(example.record.messages, [image.size for image in example.images])
             [answer] = engine.answer([example.prompt], max_new_tokens=max_new_tokens)
         except (RecordProblem, DataError) as problem:
             raise DataError(f"{example.key}: {problem}", record=example.record.id) from None
@@ -165,12 +165,12 @@ class TransformersSide:
     @torch.inference_mode()
     def trace(self, example: Example, max_new_tokens: int) -> Trace:
         """Run an example."""
-        inputs = self._prepare(example, example.record.turns, example.images, answer_follows=False)
+        inputs = self._prepare(example, example.record.messages, example.images, answer_follows=False)
         pixels = inputs.get("pixel_values")
         with pinned_sdpa(self.device):
             output = self.model(**self._on_device(inputs), use_cache=False, logits_to_keep=POSITIONS)
         asked = example.prompt
-        prompt = self._on_device(self._prepare(example, asked.turns, asked.images, answer_follows=True))
+        prompt = self._on_device(self._prepare(example, asked.messages, asked.images, answer_follows=True))
         end = self.processor.tokenizer.convert_tokens_to_ids(IM_END)
         greedy = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
@@ -187,10 +187,15 @@ class TransformersSide:
         )
 
     def _prepare(
-        self, example: Example, turns: Sequence[Turn], images: Sequence[Image.Image], *, answer_follows: bool
+        self,
+        example: Example,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image],
+        *,
+        answer_follows: bool,
     ) -> dict[str, Any]:
         """Make the inputs with the processor, which must be told that several images share the tile limit."""
-        messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
+        messages = [{"role": message.role, "content": self._content(message)} for message in messages]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer_follows)
         limit = example.max_tiles or self.processor.image_processor.max_patches
         share = share_of_budget(limit, max(len(images), 1))
@@ -202,11 +207,11 @@ class TransformersSide:
             return_tensors="pt",
         )
 
-    def _content(self, turn: Turn) -> str | list[dict[str, str]]:
+    def _content(self, message: Message) -> str | list[dict[str, str]]:
         """Return a message as the chat template takes it; some know images only as parts of a message."""
-        if self.reads_placeholders or turn.role != "user" or IMAGE_PLACEHOLDER not in turn.text:
-            return turn.text
-        first, *others = turn.text.split(IMAGE_PLACEHOLDER)
+        if self.reads_placeholders or message.role != "user" or IMAGE_PLACEHOLDER not in message.content:
+            return message.content
+        first, *others = message.content.split(IMAGE_PLACEHOLDER)
         parts = [{"type": "text", "text": first}] if first else []
         for text in others:
             # The template itself starts a new line after an image.

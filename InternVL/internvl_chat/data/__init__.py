@@ -1,1 +1,1 @@
-"""From the meta file to packed tensors: records, tiles, turns, labels, datasets."""
+"""From the meta file to packed tensors: records, tiles, messages, labels, datasets."""

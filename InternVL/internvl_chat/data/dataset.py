@@ -11,11 +11,11 @@ from internvl_chat.data.encode.encoder import Measured, RecordEncoder
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordKey, RecordSet, Sample
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.data.sources.skip_policy import LeftOut, SkipBudget
+from internvl_chat.data.sources.skip_policy import ExcludedRecord, SkipBudget
 from internvl_chat.utils.errors import DataError
 
 
-class Draw(NamedTuple):
+class SampleIndex(NamedTuple):
     """One use of a record in training.
 
     Attributes:
@@ -36,7 +36,7 @@ class TrainingData(Dataset):
         sets: the data sets.
         seed: of the augmentation.
         lengths: of `index_lengths(sets)`; a record that differs from them is an error.
-        left_out: records that are not used. The others keep their order.
+        excluded: records that are not used. The others keep their order.
         max_bad_fraction: most of all records that may be left out, with those that turn out to be unusable
             in training; None if the first of these is to end the run.
         digests: SHA-256 of each set's annotation file, where they are to be known.
@@ -48,27 +48,27 @@ class TrainingData(Dataset):
         *,
         seed: int = 0,
         lengths: Sequence[Lengths] | None = None,
-        left_out: Sequence[LeftOut] = (),
+        excluded: Sequence[ExcludedRecord] = (),
         max_bad_fraction: float | None = None,
         digests: Sequence[str] = (),
     ) -> None:
         self.sets, self.seed, self.lengths = list(sets), seed, lengths
-        self.left_out, self.max_bad_fraction = tuple(left_out), max_bad_fraction
+        self.excluded, self.max_bad_fraction = tuple(excluded), max_bad_fraction
         self.digests = tuple(digests)
         if lengths is not None and [len(n) for n in lengths] != [s.num_distinct for s in self.sets]:
             raise ValueError("the lengths are not those of the sets")
-        self._usable = [self._others(s, [out.index for out in left_out if out.dataset == s.spec.name])
+        self._usable = [self._others(s, [out.index for out in excluded if out.dataset == s.spec.name])
                         for s in self.sets]  # fmt: skip
         self._rounds = [s.num_used // s.num_distinct if s.num_distinct else 0 for s in self.sets]
         self._bounds = np.cumsum([0, *self.sizes])
         if not len(self):
-            reason = "every record is left out" if left_out else "every 'repeat_time' is too small"
+            reason = "every record is left out" if excluded else "every 'repeat_time' is too small"
             raise DataError(f"no records are left to train on: {reason}")
 
     @staticmethod
-    def _others(records: RecordSet, left_out: Sequence[int]) -> np.ndarray:
+    def _others(records: RecordSet, excluded: Sequence[int]) -> np.ndarray:
         """Return the indices in its file of a set's records but those, in the file's order."""
-        return np.setdiff1d(np.arange(records.num_distinct), np.array(left_out, np.int64))
+        return np.setdiff1d(np.arange(records.num_distinct), np.array(excluded, np.int64))
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -90,7 +90,7 @@ class TrainingData(Dataset):
     def skip_budget(self) -> SkipBudget:
         """Return what counts such records until they are too many."""
         total = sum(records.num_distinct for records in self.sets)
-        return SkipBudget(total, self.max_bad_fraction or 0.0, self.left_out)
+        return SkipBudget(total, self.max_bad_fraction or 0.0, self.excluded)
 
     def locate(self, index: int) -> tuple[RecordSet, int]:
         """Return the set of a record of the epoch, and its index in the set's file."""
@@ -108,19 +108,19 @@ class TrainingData(Dataset):
         usable = self._usable[number]
         return number, int(usable[(index - int(self._bounds[number])) % len(usable)])
 
-    def __getitem__(self, draw: Draw) -> tuple[Sample, bool] | DataError:
+    def __getitem__(self, sample_index: SampleIndex) -> tuple[Sample, bool] | DataError:
         """Load a record; returns it and whether it counts.
 
         An error is returned, not raised: torch would bury one from a loader process in its traceback.
         """
-        number, index = self._place(draw.index)
-        rng = random.Random(f"{self.seed}/{draw.epoch}/{draw.index}")
+        number, index = self._place(sample_index.index)
+        rng = random.Random(f"{self.seed}/{sample_index.epoch}/{sample_index.index}")
         try:
             sample = self.sets[number].load(index, rng)
             self._compare(number, index, sample)
         except DataError as error:
             return error
-        return sample, draw.counts
+        return sample, sample_index.counts
 
     def _compare(self, number: int, index: int, sample: Sample) -> None:
         """Raise a `DataError` where a record is not as long as it was when it was indexed."""

@@ -22,7 +22,7 @@ from internvl_chat.data.sources.images import (
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.problems import RecordProblem, show_id, show_message
-from internvl_chat.data.sources.records import Record, oddities, parse_record
+from internvl_chat.data.sources.records import Record, find_warnings, parse_record
 from internvl_chat.data.sources.shown_images import ShownImage
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
@@ -137,7 +137,9 @@ class RecordSet:
         """
         record = self.record(index)
         with self._naming(index, record.id):
-            encoded = self.encoder.encode(record.turns, self._image_sizes(record, self.image_paths(record)))
+            encoded = self.encoder.encode(
+                record.messages, self._image_sizes(record, self.image_paths(record))
+            )
         self._tell_of_losses(index, record, encoded.measured)
         return record, encoded
 
@@ -162,16 +164,16 @@ class RecordSet:
         record = self.record(index)
         with self._naming(index, record.id):
             paths = self.image_paths(record)
-            self.encoder.refuse_endless(record.turns, len(paths))
+            self.encoder.refuse_endless(record.messages, len(paths))
             facts = [image_facts(path) for path in paths]
-            measured = self.encoder.measure(record.turns, [image.size for image in facts])
+            measured = self.encoder.measure(record.messages, [image.size for image in facts])
             for path, image in zip(paths, facts, strict=True):
                 if decode or not image.ends_well:
                     check_decoding(path, image)
-        content = repr((record.turns, [str(path) for path in paths]))
+        content = repr((record.messages, [str(path) for path in paths]))
         return Examined(
             measured, record.id, 0 if record.id is None else _hash(record.id), _hash(content),
-            tuple(oddities(record.turns)),
+            tuple(find_warnings(record.messages)),
             tuple(ShownImage(name, image.num_bytes, image.mtime_ns)
                   for name, image in zip(record.images, facts, strict=True)),
         )  # fmt: skip
@@ -218,7 +220,7 @@ class RecordSet:
         return [locate_image(self.spec.root, name) for name in record.images]
 
     def _image_sizes(self, record: Record, paths: Sequence[Path]) -> list[tuple[int, int]]:
-        self.encoder.refuse_endless(record.turns, len(paths))
+        self.encoder.refuse_endless(record.messages, len(paths))
         return [image_size(path) for path in paths]
 
     def _tell_of_losses(self, index: int, record: Record, measured: Measured) -> None:
@@ -244,7 +246,7 @@ class Examined(NamedTuple):
         id: in the file.
         name: hash of the id, 0 for none.
         content: hash of its conversation and the paths of its images.
-        oddities: what is strange in its conversation, as kind and message.
+        find_warnings: what is strange in its conversation, as kind and message.
         images: its files, as they were when they were looked at.
     """
 
@@ -252,7 +254,7 @@ class Examined(NamedTuple):
     id: str | None
     name: int
     content: int
-    oddities: tuple[tuple[str, str], ...]
+    find_warnings: tuple[tuple[str, str], ...]
     images: tuple[ShownImage, ...]
 
 

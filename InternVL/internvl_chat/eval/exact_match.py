@@ -19,7 +19,7 @@ class Answer:
         index: of the record in the set, from 0.
         id: in the file.
         prediction: the model's answer.
-        reference: the assistant's last turn.
+        reference: the assistant's last message.
         choices: all admissible answers where the record names them (`choices`), else none.
     """
 

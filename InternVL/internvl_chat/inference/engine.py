@@ -13,7 +13,7 @@ from internvl_chat.data.encode.encoder import Encoded, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.data.sources.records import Record, RecordProblem, Turn
+from internvl_chat.data.sources.records import Message, Record, RecordProblem
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import SPREAD, find_device, place
 from internvl_chat.inference.sampling import Sampling
@@ -33,16 +33,16 @@ class Prompt:
     """A conversation to be continued by the assistant.
 
     Attributes:
-        turns: the messages, with one placeholder in the user's messages for each image.
+        messages: the messages, with one placeholder in the user's messages for each image.
         images: in the order of the placeholders.
     """
 
-    turns: Sequence[Turn]
+    messages: Sequence[Message]
     images: Sequence[Image.Image] = ()
 
     def then(self, answer: str, question: str) -> "Prompt":
         """Return the conversation after an answer and a further question about the same images."""
-        return Prompt((*self.turns, Turn("assistant", answer), Turn("user", question)), self.images)
+        return Prompt((*self.messages, Message("assistant", answer), Message("user", question)), self.images)
 
 
 def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = None) -> Prompt:
@@ -54,8 +54,12 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
     if images and IMAGE_PLACEHOLDER not in question:
         labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
         question = "".join(f"{label}{IMAGE_PLACEHOLDER}\n" for label in labels) + question
-    turns = [Turn("user", question)] if system is None else [Turn("system", system), Turn("user", question)]
-    return Prompt(tuple(turns), tuple(images))
+    messages = (
+        [Message("user", question)]
+        if system is None
+        else [Message("system", system), Message("user", question)]
+    )
+    return Prompt(tuple(messages), tuple(images))
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
@@ -65,10 +69,10 @@ def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt
         record: a conversation.
         images: all images of the record.
     """
-    last = max(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
-    turns = record.turns[:last]
-    shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    return Prompt(turns, tuple(images[:shown])), record.turns[last].text
+    last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
+    messages = record.messages[:last]
+    shown = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
+    return Prompt(messages, tuple(images[:shown])), record.messages[last].content
 
 
 class Engine:
@@ -222,13 +226,13 @@ class Engine:
 
     def _encode(self, prompt: Prompt) -> Encoded:
         """Return the ids of a prompt and the tile grids of its images."""
-        placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in prompt.turns if t.role == "user")
+        placeholders = sum(t.content.count(IMAGE_PLACEHOLDER) for t in prompt.messages if t.role == "user")
         if placeholders != len(prompt.images):
             raise DataError(
                 f"{placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(prompt.images)} images"
             )
         try:
-            return self.encoder.encode_prompt(prompt.turns, [image.size for image in prompt.images])
+            return self.encoder.encode_prompt(prompt.messages, [image.size for image in prompt.images])
         except RecordProblem as problem:
             raise DataError(str(problem)) from None
 

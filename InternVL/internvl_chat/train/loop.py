@@ -281,7 +281,7 @@ class TrainingLoop:
 
     def _records_of(self, step: int) -> list[RecordKey]:
         """Return the records of a step over all ranks."""
-        return [self.data.key_of(int(index)) for index in self.sampler.step(*self.sampler.place_of(step))]
+        return [self.data.key_of(int(index)) for index in self.sampler.step(*self.sampler.position_of(step))]
 
     # ---- logs, checkpoints, the best model
 
@@ -290,8 +290,8 @@ class TrainingLoop:
             self.skip_budget.recall(
                 distributed.broadcast_object(self.run_log.skipped() if self.run.is_main else [])
             )
-        elif self.data.left_out and self.run.is_main:
-            self.run_log.write_excluded([record._asdict() for record in self.data.left_out])
+        elif self.data.excluded and self.run.is_main:
+            self.run_log.write_excluded([record._asdict() for record in self.data.excluded])
 
     def _log(self, record: StepRecord, console: Console) -> None:
         """Write the step's lines, and report it where it is due."""
@@ -309,7 +309,7 @@ class TrainingLoop:
             world_size=self.run.world_size,
             max_memory=max_memory(self.run.device),
         )
-        epoch, _ = self.sampler.place_of(step)
+        epoch, _ = self.sampler.position_of(step)
         self.run_log.write(row, ledger_row(record, step=step, epoch=epoch, records=self._records_of(step)))
         is_first = step == 1 and self.run.logging_first_step
         shown = console.step(row, due=is_first or self._is_due("logging"))

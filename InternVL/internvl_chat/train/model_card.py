@@ -161,10 +161,10 @@ def _data(data: TrainingData) -> str:
         for records, size, digest in zip(data.sets, data.sizes, data.digests, strict=True)
     ]  # fmt: skip
     header = ("data set", "records an epoch", "most tiles", "file", "SHA-256 of the file")
-    left_out = f"\n\n{len(data.left_out):,} records could not be used and were left out." * bool(
-        data.left_out
+    excluded = f"\n\n{len(data.excluded):,} records could not be used and were left out." * bool(
+        data.excluded
     )
-    return _table(header, rows) + left_out
+    return _table(header, rows) + excluded
 
 
 def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:

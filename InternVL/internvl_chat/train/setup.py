@@ -21,7 +21,12 @@ from internvl_chat.data.index.build import index_records
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.data.sources.skip_policy import LeftOut, leave_out, list_problems, raise_problems
+from internvl_chat.data.sources.skip_policy import (
+    ExcludedRecord,
+    exclude_records,
+    list_problems,
+    raise_problems,
+)
 from internvl_chat.model.assemble import assemble_model, assembled_config
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.flops import FlopCounter
@@ -155,7 +160,7 @@ def load_records(
     specs: Sequence[DatasetSpec],
     encoder: RecordEncoder,
     *,
-    excluded: Sequence[tuple[str, int]] | None = None,
+    resumed_exclusions: Sequence[tuple[str, int]] | None = None,
 ) -> TrainingData:
     """Open the data sets, and check every record before it is used.
 
@@ -163,25 +168,27 @@ def load_records(
         config: the resolved flags.
         specs: the data sets.
         encoder: of `load_encoder`.
-        excluded: the records (data set and index) that a resumed run has excluded from its start. It excludes
+        resumed_exclusions: the records (data set and index) that a resumed run has resumed_exclusions from its start. It excludes
             the same, whatever was repaired or damaged since, so that the order stays.
 
     Raises:
-        DataError: names the unusable records, unless they are to be excluded.
+        DataError: names the unusable records, unless they are to be resumed_exclusions.
     """
     sets = build_sets(specs, encoder)
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
     if len(set(limits.values())) > 1:
         logger.warning("tile limits differ (%s); the model's own becomes the largest", limits)
-    lengths, left_out, digests = _check_once(sets, config)
-    if excluded is not None:
-        left_out = [LeftOut(name, index, "as from the start of this run") for name, index in excluded]
+    lengths, excluded, digests = _check_once(sets, config)
+    if resumed_exclusions is not None:
+        excluded = [
+            ExcludedRecord(name, index, "as from the start of this run") for name, index in resumed_exclusions
+        ]
     skip = config.data.on_bad_record == "skip"
     data = TrainingData(
         sets,
         seed=config.run.seed,
         lengths=lengths,
-        left_out=left_out,
+        excluded=excluded,
         max_bad_fraction=config.data.max_bad_fraction if skip else None,
         digests=digests,
     )
@@ -190,10 +197,10 @@ def load_records(
         for s, size in zip(sets, data.sizes, strict=True)
     ]
     logger.info("data: %d records an epoch\n%s", len(data), "\n".join(rows))
-    if left_out:
+    if excluded:
         logger.warning(
-            "%d records are excluded; ledger.jsonl names all of them:\n%s",
-            len(left_out), "\n".join(f"  {one.message}" for one in left_out[:_NAMED]),
+            "%d records are resumed_exclusions; ledger.jsonl names all of them:\n%s",
+            len(excluded), "\n".join(f"  {one.message}" for one in excluded[:_NAMED]),
         )  # fmt: skip
     return data
 
@@ -245,7 +252,7 @@ def plan_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter)
 
 def _check_once(
     sets: Sequence[RecordSet], config: TrainConfig
-) -> tuple[list[Lengths], list[LeftOut], list[str]]:
+) -> tuple[list[Lengths], list[ExcludedRecord], list[str]]:
     """Check the records on rank 0 and broadcast the outcome."""
     found, problem = None, "rank 0 could not check the records; see its own message"
     try:
@@ -261,18 +268,18 @@ def _check_once(
     return found
 
 
-def _check(sets: Sequence[RecordSet], config: TrainConfig) -> tuple[list[Lengths], list[LeftOut]]:
-    """Return the lengths of the records, and those that are excluded.
+def _check(sets: Sequence[RecordSet], config: TrainConfig) -> tuple[list[Lengths], list[ExcludedRecord]]:
+    """Return the lengths of the records, and those that are resumed_exclusions.
 
     Raises:
-        DataError: there are too many of them, or any if none is to be excluded.
+        DataError: there are too many of them, or any if none is to be resumed_exclusions.
     """
     data = config.data
     indexes = index_records(sets, decode=data.check == "full")
     problems = [problem for index in indexes for problem in index.problems]
-    left_out: list[LeftOut] = []
+    excluded: list[ExcludedRecord] = []
     if data.on_bad_record == "skip":
-        left_out = leave_out(problems, sum(map(len, indexes)), data.max_bad_fraction)
+        excluded = exclude_records(problems, sum(map(len, indexes)), data.max_bad_fraction)
     else:
         try:
             raise_problems(problems)
@@ -286,12 +293,12 @@ def _check(sets: Sequence[RecordSet], config: TrainConfig) -> tuple[list[Lengths
         counts = Counter(warning.kind for warning in warnings)
         logger.info(
             "data check (%s): %d records, %d cannot be used%s",
-            data.check, sum(map(len, indexes)), len(left_out),
+            data.check, sum(map(len, indexes)), len(excluded),
             "".join(f", {kind}: {count}" for kind, count in counts.items()),
         )  # fmt: skip
         if warnings:
             logger.warning("the data check found\n%s", "\n".join(list_problems(warnings, 10)))
-    return [index.lengths for index in indexes], left_out
+    return [index.lengths for index in indexes], excluded
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:

@@ -246,8 +246,10 @@ def test_tolerances_of_the_real_model() -> None:
 def test_synthetic_records_are_of_every_kind(tiny_model) -> None:
     examples = synthetic_examples(tiny_model)
     assert {len(example.images) for example in examples} >= {0, 1, 2}
-    assert all(example.record.turns[-1].role == "assistant" for example in examples)
-    assert [e.record.turns for e in examples] == [e.record.turns for e in synthetic_examples(tiny_model)]
+    assert all(example.record.messages[-1].role == "assistant" for example in examples)
+    assert [e.record.messages for e in examples] == [
+        e.record.messages for e in synthetic_examples(tiny_model)
+    ]
 
 
 def test_synthetic_records_fit_the_checkpoint(tiny_model, tmp_path) -> None:

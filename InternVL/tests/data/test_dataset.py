@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_chat.data.dataset import Draw, TrainingData, build_sets
+from internvl_chat.data.dataset import SampleIndex, TrainingData, build_sets
 from internvl_chat.data.encode.encoder import Measured, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
@@ -37,8 +37,8 @@ def _warnings_are_seen(monkeypatch):
 
 
 def text_record(number: int, **extra) -> dict:
-    turns = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": f"a {number}"}]
-    return {"id": f"r{number}", "conversations": turns, **extra}
+    messages = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": f"a {number}"}]
+    return {"id": f"r{number}", "conversations": messages, **extra}
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -72,11 +72,11 @@ class TestRecordsOfAnEpoch:
 
     def test_a_fraction_takes_the_first(self, make):
         data = TrainingData([make([text_record(i) for i in range(10)], repeat_time=0.3)])
-        assert [data[Draw(i, 0)][0].id for i in range(len(data))] == ["r0", "r1", "r2"]
+        assert [data[SampleIndex(i, 0)][0].id for i in range(len(data))] == ["r0", "r1", "r2"]
 
     def test_a_whole_number_goes_round(self, make):
         data = TrainingData([make([text_record(i) for i in range(2)], repeat_time=3)])
-        assert [data[Draw(i, 0)][0].id for i in range(len(data))] == ["r0", "r1"] * 3
+        assert [data[SampleIndex(i, 0)][0].id for i in range(len(data))] == ["r0", "r1"] * 3
 
     def test_several_sets(self, make):
         shapes = [("a", 3, 1), ("b", 4, 0.1), ("c", 2, 3), ("d", 5, 0.5), ("e", 1, 1)]
@@ -92,7 +92,9 @@ class TestRecordsOfAnEpoch:
         assert len(data) == len(expected)
         located = [data.locate(i) for i in range(len(data))]
         assert [(records.spec.name, index) for records, index in located] == expected
-        assert [data[Draw(i, 0)][0].key for i in range(len(data))] == [RecordKey(*key) for key in expected]
+        assert [data[SampleIndex(i, 0)][0].key for i in range(len(data))] == [
+            RecordKey(*key) for key in expected
+        ]
         with pytest.raises(IndexError):
             data.locate(len(data))
 
@@ -104,7 +106,7 @@ class TestRecordsOfAnEpoch:
 
     @pytest.mark.parametrize("counts", [True, False])
     def test_whether_it_counts_is_handed_on(self, make, counts):
-        sample, handed_on = TrainingData([make([text_record(0)])])[Draw(0, 0, counts)]
+        sample, handed_on = TrainingData([make([text_record(0)])])[SampleIndex(0, 0, counts)]
         assert (sample.id, handed_on) == ("r0", counts)
 
 
@@ -171,7 +173,7 @@ class TestAugmentation:
         return data
 
     def tiles(self, data: TrainingData, index: int = 0, epoch: int = 0) -> torch.Tensor:
-        return data[Draw(index, epoch)][0].tiles
+        return data[SampleIndex(index, epoch)][0].tiles
 
     def test_the_same_in_any_process_and_order(self, data):
         first, second = data(), data()
@@ -188,12 +190,14 @@ class TestAugmentation:
         assert len({tiles.numpy().tobytes() for tiles in variants}) == len(variants)
 
     def test_whether_it_counts_makes_no_difference(self, data):
-        assert torch.equal(data()[Draw(1, 2, False)][0].tiles, data()[Draw(1, 2, True)][0].tiles)
+        assert torch.equal(
+            data()[SampleIndex(1, 2, False)][0].tiles, data()[SampleIndex(1, 2, True)][0].tiles
+        )
 
     def test_only_where_the_entry_asks_for_it(self, data):
         plain = data(augment=False)
         reference = noise(40, 10).resize((4 * TILE, TILE))
-        for draw in (Draw(0, 0), Draw(0, 1), Draw(3, 0)):
+        for draw in (SampleIndex(0, 0), SampleIndex(0, 1), SampleIndex(3, 0)):
             tiles = plain[draw][0].tiles.numpy()
             assert np.array_equal(np.concatenate(tiles[:4], axis=1), reference)
 
@@ -317,7 +321,7 @@ class TestLengths:
         epoch = data.epoch_lengths()
         assert len(epoch) == len(data) == 7
         for i in range(len(data)):
-            assert epoch[i] == data[Draw(i, 0)][0].encoded.measured
+            assert epoch[i] == data[SampleIndex(i, 0)][0].encoded.measured
         assert epoch.tiles.tolist() == [0, 0, 0, 0, 5, 0, 3]
         assert {column.dtype for column in epoch.columns.values()} == {np.dtype(np.int32)}
 
@@ -337,7 +341,7 @@ class TestLengths:
         before = lengths[1][0]
         noise(10, 10).save(tmp_path / "images" / "wide.png")
         data = TrainingData(sets, lengths=lengths)
-        error = data[Draw(4, 0)]
+        error = data[SampleIndex(4, 0)]
         assert isinstance(error, DataError)
         assert (error.file, error.line, error.record) == (sets[1].spec.annotation, 1, "r0")
         assert f"{before.tokens - 4 * TOKENS} tokens ({before.supervised} supervised) and 1 tiles" in str(
@@ -345,7 +349,7 @@ class TestLengths:
         )
         assert f"but {before.tokens} tokens ({before.supervised} supervised) and 5 tiles" in str(error)
         assert str(error).endswith(f"delete {file} and start again" if file else "; start again")
-        assert data[Draw(5, 0)][0].id == "r7"
+        assert data[SampleIndex(5, 0)][0].id == "r7"
 
 
 def test_tiles_lost_to_the_token_budget_are_named(tmp_path, caplog, monkeypatch):
@@ -356,8 +360,8 @@ def test_tiles_lost_to_the_token_budget_are_named(tmp_path, caplog, monkeypatch)
 
     monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
     Image.new("RGB", (400, 100)).save(tmp_path / "wide.png")
-    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
-    line = json.dumps({"id": "wide", "image": "wide.png", "conversations": turns})
+    messages = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    line = json.dumps({"id": "wide", "image": "wide.png", "conversations": messages})
     (tmp_path / "set.jsonl").write_text(line + "\n")
     for limit, tiles in ((1000, 5), (40, 1)):
         options = Preprocessing(

@@ -48,7 +48,7 @@ class TestLines:
 
     def test_half_a_character(self, folder):
         kind, message = problem_of(folder, json.dumps(text_record(1, answer="a\ud800")).encode())
-        assert (kind, message) == ("encoding", "turn 2 is no valid Unicode text at character 2")
+        assert (kind, message) == ("encoding", "message 2 is no valid Unicode text at character 2")
 
     def test_byte_order_mark_and_windows_lines(self, folder):
         plain = [json.dumps(text_record(i)).encode() for i in range(3)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_sets import noise, write_lines
 
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
 from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
@@ -46,7 +46,7 @@ def test_the_published_files(published, shared):
 
 
 def test_questions_are_asked_as_in_the_training_data(published, shared):
-    """The training records of the same questions, made by others, have the same turns and images."""
+    """The training records of the same questions, made by others, have the same messages and images."""
     compared = 0
     for task, name in TRAINING.items():
         records = map(json.loads, (shared / f"pmc_mi/jsonl/{name}.jsonl").read_text().splitlines())
@@ -89,11 +89,11 @@ def test_a_folder_of_ones_own(folder):
     assert [f.path.name for f in found["own", 1].figures] == ["b.png", "a.png"]
     assert (found["own", 2].choices, found["own", 2].reference) == (("One", "Two", "Three"), "B")
     assert found["more", 0].text == "Only text?" and not found["more", 0].figures
-    assert found["own", 0].turns("Be brief.") == (
-        Turn("system", "Be brief."),
-        Turn("user", found["own", 0].text),
+    assert found["own", 0].messages("Be brief.") == (
+        Message("system", "Be brief."),
+        Message("user", found["own", 0].text),
     )
-    assert [t.role for t in found["own", 0].turns(None)] == ["user"]
+    assert [t.role for t in found["own", 0].messages(None)] == ["user"]
 
 
 def test_a_letter_alone_is_an_open_answer_where_no_options_are_listed(folder):

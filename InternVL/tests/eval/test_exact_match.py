@@ -15,7 +15,7 @@ from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 from internvl_chat.eval.exact_match import Answer, answer_records, beats_chance
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.utils.errors import DataError
@@ -88,15 +88,15 @@ def test_the_last_question_of_each_record_is_asked(sets: list[RecordSet]) -> Non
         ("open", 0, "o0"),
         ("open", 1, None),
     ]
-    assert [tuple(prompt.turns) for prompt in engine.prompts] == [
-        *((Turn("user", f"<image>\nWhich {i}?"),) for i in range(5)),
+    assert [tuple(prompt.messages) for prompt in engine.prompts] == [
+        *((Message("user", f"<image>\nWhich {i}?"),) for i in range(5)),
         (
-            Turn("system", "Be brief."),
-            Turn("user", "Fig-0: <image>\nFig-1: <image>\nSame?"),
-            Turn("assistant", "No."),
-            Turn("user", "Why?"),
+            Message("system", "Be brief."),
+            Message("user", "Fig-0: <image>\nFig-1: <image>\nSame?"),
+            Message("assistant", "No."),
+            Message("user", "Why?"),
         ),
-        (Turn("user", "What?"),),
+        (Message("user", "What?"),),
     ]
     sizes = [[image.size for image in prompt.images] for prompt in engine.prompts]
     assert sizes == [[(30 + i % 2, 40)] for i in range(5)] + [[(30, 40), (31, 40)], []]
@@ -133,9 +133,9 @@ def test_a_real_engine_gives_the_same_answers_by_hand(
     engine = Engine(model, encoder.tokenizer, encoder.preprocessing)
     answers = list(answer_records(engine, sets, max_new_tokens=6, batch_size=4))
     images = [Image.open(tmp_path / f"{number}.png") for number in range(2)]
-    turns = RECORDS["open"][0]["conversations"][:4]
+    messages = RECORDS["open"][0]["conversations"][:4]
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    prompt = Prompt([Turn(roles[turn["from"]], turn["value"]) for turn in turns], images)
+    prompt = Prompt([Message(roles[message["from"]], message["value"]) for message in messages], images)
     assert answers[5].prediction == engine.answer([prompt], max_new_tokens=6)[0]
     assert len({answer.prediction for answer in answers}) > 1
 

@@ -77,8 +77,8 @@ def sets(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> list[RecordSet]:
     for name, records in RECORDS.items():
         lines = []
         for record in records:
-            turns = [{"from": role, "value": text} for role, text in record["conversations"]]
-            lines.append(json.dumps({**record, "conversations": turns}))
+            messages = [{"from": role, "value": text} for role, text in record["conversations"]]
+            lines.append(json.dumps({**record, "conversations": messages}))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         spec = DatasetSpec(name, root=tmp_path, annotation=tmp_path / f"{name}.jsonl")
         found.append(RecordSet(spec, RecordEncoder(tokenizer, PREPROCESSING)))
@@ -88,14 +88,14 @@ def sets(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> list[RecordSet]:
 def loss_by_hand(
     model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, record: dict, folder: Path
 ) -> tuple[float, int]:
-    """The mean of -log p over the words of the assistant and the end of each of its turns."""
-    turns: Sequence[tuple[str, str]] = record["conversations"]
-    if turns[0][0] != "system":
-        turns = [("system", SYSTEM), *turns]
+    """The mean of -log p over the words of the assistant and the end of each of its messages."""
+    messages: Sequence[tuple[str, str]] = record["conversations"]
+    if messages[0][0] != "system":
+        messages = [("system", SYSTEM), *messages]
     image = f"<img>{'<IMG_CONTEXT>' * 4}</img>"
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
     ids, learnt = [], []
-    for role, text in turns:
+    for role, text in messages:
         head = tokenizer(f"<|im_start|>{roles[role]}\n").input_ids
         body = tokenizer(text.replace("<image>", image)).input_ids
         tail = tokenizer("<|im_end|>\n").input_ids

@@ -31,7 +31,7 @@ def picture(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
 
 
 def mixed_prompts(count: int, seed: int = 0) -> list[Prompt]:
-    """Questions of one to sixty words about none to four images of several shapes, some of several turns."""
+    """Questions of one to sixty words about none to four images of several shapes, some of several messages."""
     rng, prompts = random.Random(seed), []
     for number in range(count):
         words = rng.choices(["which", "panel", "shows", "the", "scan"], k=rng.randint(1, 60))

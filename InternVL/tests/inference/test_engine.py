@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Engine, Prompt, ask
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
 from internvl_chat.model.io.checkpoint import load_model, save_model
@@ -59,11 +59,11 @@ def picture(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
 
 
 def ids_by_hand(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], tiles: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], tiles: Sequence[int]
 ) -> torch.Tensor:
-    """The ids of a prompt, each turn by itself, `{}` in a turn standing for an image."""
+    """The ids of a prompt, each message by itself, `{}` in a message standing for an image."""
     left, ids = list(tiles), []
-    for role, text in turns:
+    for role, text in messages:
         while "{}" in text:
             text = text.replace("{}", "<img>" + "<IMG_CONTEXT>" * 4 * left.pop(0) + "</img>", 1)
         ids += tokenizer(f"<|im_start|>{role}\n{text}<|im_end|>\n").input_ids
@@ -94,7 +94,7 @@ def likeliest(
 
 
 WIDE = picture(112, 56, seed=3)
-# Prompts as they are asked, and by hand: turns, tiles of each image, and those tiles.
+# Prompts as they are asked, and by hand: messages, tiles of each image, and those tiles.
 CASES = {
     "text": (ask("What is it?"), [("user", "What is it?")], [], []),
     "long text": (ask("What is the arrow? " * 9), [("user", "What is the arrow? " * 9)], [], []),
@@ -117,12 +117,12 @@ CASES = {
         [1, 1],
         [picture(seed=4), picture(seed=5)],
     ),
-    "several turns": (
+    "several messages": (
         Prompt(
             (
-                Turn("user", "<image>\nWhat is it?"),
-                Turn("assistant", "The scan."),
-                Turn("user", "And <image>?"),
+                Message("user", "<image>\nWhat is it?"),
+                Message("assistant", "The scan."),
+                Message("user", "And <image>?"),
             ),
             (picture(seed=6), picture(seed=7)),
         ),
@@ -134,8 +134,8 @@ CASES = {
 
 
 def expected_answer(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
-    _, turns, tiles, pictures = CASES[name]
-    ids = ids_by_hand(tokenizer, [("system", SYSTEM), *turns], tiles)
+    _, messages, tiles, pictures = CASES[name]
+    ids = ids_by_hand(tokenizer, [("system", SYSTEM), *messages], tiles)
     return likeliest(model, ids, pixels_by_hand(pictures))
 
 
@@ -170,7 +170,7 @@ def test_an_answer_ends_before_the_end_of_turn(tokenizer: PreTrainedTokenizerBas
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     names = list(CASES)
     long = [expected_answer(model, tokenizer, name) for name in names]
-    # Exchanging two rows of the head makes the model end its turn where it said the fourth token before.
+    # Exchanging two rows of the head makes the model end its message where it said the fourth token before.
     token = long[0][3]
     head = model.language_model.lm_head.weight
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_the_number_of_new_tokens(engine: Engine, tokenizer: PreTrainedTokenizer
 def test_where_a_question_shows_its_images(question: str, images: int, text: str) -> None:
     pictures = [picture(seed=seed) for seed in range(images)]
     prompt = ask(question, pictures)
-    assert prompt.turns == (Turn("user", text),)
+    assert prompt.messages == (Message("user", text),)
     assert list(prompt.images) == pictures
 
 
@@ -223,9 +223,9 @@ def test_where_a_question_shows_its_images(question: str, images: int, text: str
     [
         (ask("Is <image>?", [picture(), picture()]), "1 <image> placeholders, but 2 images"),
         (ask("Is <image>?"), "1 <image> placeholders, but 0 images"),
-        (Prompt((Turn("user", "Why?"),), (picture(),)), "0 <image> placeholders, but 1 images"),
+        (Prompt((Message("user", "Why?"),), (picture(),)), "0 <image> placeholders, but 1 images"),
         (
-            Prompt((Turn("assistant", "<image>"), Turn("user", "Why?")), (picture(),)),
+            Prompt((Message("assistant", "<image>"), Message("user", "Why?")), (picture(),)),
             "0 <image> placeholders",
         ),
     ],
@@ -238,16 +238,16 @@ def test_placeholders_and_images_that_differ(engine: Engine, prompt: Prompt, mes
 def test_a_placeholder_in_an_earlier_answer_is_text(
     engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    prompt = Prompt((Turn("user", "Why?"), Turn("assistant", "See <image>."), Turn("user", "What?")))
-    turns = [("system", SYSTEM), ("user", "Why?"), ("assistant", "See <image>."), ("user", "What?")]
-    expected = likeliest(model, ids_by_hand(tokenizer, turns, []), pixels_by_hand([]))
+    prompt = Prompt((Message("user", "Why?"), Message("assistant", "See <image>."), Message("user", "What?")))
+    messages = [("system", SYSTEM), ("user", "Why?"), ("assistant", "See <image>."), ("user", "What?")]
+    expected = likeliest(model, ids_by_hand(tokenizer, messages, []), pixels_by_hand([]))
     assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [expected]
 
 
 def test_a_prompt_s_own_system_turn_wins(
     engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    prompt = Prompt((Turn("system", "Be brief."), Turn("user", "What?")))
+    prompt = Prompt((Message("system", "Be brief."), Message("user", "What?")))
     ids = ids_by_hand(tokenizer, [("system", "Be brief."), ("user", "What?")], [])
     assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [likeliest(model, ids, pixels_by_hand([]))]
 
@@ -316,7 +316,7 @@ def test_from_adapters_whose_base_has_moved(
     save_adapter(trained, tmp_path / "adapter", BaseModel("/gone", weights_digest(checkpoint)))
     copy_companions(checkpoint, tmp_path / "adapter")
     engine = Engine.from_checkpoint(tmp_path / "adapter", device="cpu", base=checkpoint)
-    prompt, turns, tiles, pictures = CASES["one image"]
-    ids = ids_by_hand(tokenizer, [("system", SYSTEM), *turns], tiles)
+    prompt, messages, tiles, pictures = CASES["one image"]
+    ids = ids_by_hand(tokenizer, [("system", SYSTEM), *messages], tiles)
     expected = likeliest(trained.eval(), ids, pixels_by_hand(pictures))
     assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [expected]

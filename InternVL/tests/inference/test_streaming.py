@@ -1,9 +1,9 @@
-"""The pieces of an answer, and further turns about images that were seen before."""
+"""The pieces of an answer, and further messages about images that were seen before."""
 
 import pytest
 from inference.prompts import make_engine, mixed_prompts, picture
 
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 from internvl_chat.inference import engine as module
 from internvl_chat.inference.engine import Prompt, ask
 from internvl_chat.inference.sampling import Sampling
@@ -69,10 +69,10 @@ def test_a_further_question_is_a_further_turn():
     prompt = ask("Which?", images, system="Be brief.").then("The first.", "Why?")
     assert prompt == Prompt(
         (
-            Turn("system", "Be brief."),
-            Turn("user", "Fig-0: <image>\nFig-1: <image>\nWhich?"),
-            Turn("assistant", "The first."),
-            Turn("user", "Why?"),
+            Message("system", "Be brief."),
+            Message("user", "Fig-0: <image>\nFig-1: <image>\nWhich?"),
+            Message("assistant", "The first."),
+            Message("user", "Why?"),
         ),
         tuple(images),
     )

@@ -77,9 +77,12 @@ def test_meta_file(start, tmp_path, caplog, capfd, content, message):
 
 RECORDS = {
     "not valid JSON": '{"conversations": [',
-    "no assistant turn": {"conversations": TURNS[:1], "image": "x.jpg"},
+    "no assistant message": {"conversations": TURNS[:1], "image": "x.jpg"},
     "unknown role 'robot'": {"conversations": [{"from": "robot", "value": "?"}, TURNS[1]]},
-    "1 <image> placeholders in the human turns, but 2 images": {"conversations": TURNS, "image": ["a", "b"]},
+    "1 <image> placeholders in the human messages, but 2 images": {
+        "conversations": TURNS,
+        "image": ["a", "b"],
+    },
     "does not exist": {"id": "lost", "conversations": TURNS, "image": "missing.jpg"},
 }
 

@@ -173,9 +173,12 @@ def test_what_the_model_is_asked(bench, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: engine)
     (tmp_path / "prompts.yaml").write_text("open: Look closely.")
     assert m3llm(argv(bench, tiny_model, tmp_path / "out", "--prompts", str(tmp_path / "prompts.yaml"))) == 0
-    turns = [[(t.role, t.text) for t in prompt.turns] for prompt in engine.prompts]
-    assert turns[0] == [("user", "Fig-0: <image>\nWhich 0?\nA. One\nB. Two")]
-    assert turns[6] == [("system", "Look closely."), ("user", "Fig-0: <image>\nFig-1: <image>\nWhat is 2?")]
+    messages = [[(t.role, t.content) for t in prompt.messages] for prompt in engine.prompts]
+    assert messages[0] == [("user", "Fig-0: <image>\nWhich 0?\nA. One\nB. Two")]
+    assert messages[6] == [
+        ("system", "Look closely."),
+        ("user", "Fig-0: <image>\nFig-1: <image>\nWhat is 2?"),
+    ]
     sizes = [[image.size for image in prompt.images] for prompt in engine.prompts]
     assert sizes[4:7] == [[], [(60, 60)], [(130, 60), (60, 60)]]
 

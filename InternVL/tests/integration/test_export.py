@@ -74,7 +74,7 @@ def test_processor_and_model_equal_ours_on_real_records(shared, transformers_par
         for index in records.first(3):
             record, sample = records.record(index), records.load(index)
             numbers_of_images.add(len(record.images))
-            messages = [{"role": turn.role, "content": turn.text} for turn in record.turns]
+            messages = [{"role": message.role, "content": message.content} for message in record.messages]
             inputs = processor(
                 text=processor.apply_chat_template(messages),
                 images=records.images(index, record) or None,
@@ -98,10 +98,10 @@ def test_greedy_answers_equal_ours(shared, exported, transformers_parts) -> None
     records = own_sets(shared, shared / "conformance/tiny")[3]
     for index in (0, 1):
         record = records.record(index)
-        turns, images = record.turns[:1], records.images(index, record)
-        [ours] = engine.answer([Prompt(turns, images)], max_new_tokens=12)
+        messages, images = record.messages[:1], records.images(index, record)
+        [ours] = engine.answer([Prompt(messages, images)], max_new_tokens=12)
         text = processor.apply_chat_template(
-            [{"role": "user", "content": turns[0].text}], add_generation_prompt=True
+            [{"role": "user", "content": messages[0].content}], add_generation_prompt=True
         )
         tiles = {"max_patches": max(1, 12 // len(images))}
         inputs = processor(text=text, images=images, images_kwargs=tiles, return_tensors="pt")

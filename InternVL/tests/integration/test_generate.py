@@ -1,4 +1,4 @@
-"""`m3llm generate`: one question, several turns, and what a user may get wrong."""
+"""`m3llm generate`: one question, several messages, and what a user may get wrong."""
 
 import io
 import json

@@ -263,7 +263,7 @@ def test_a_held_out_record_that_cannot_be_used(arguments, sample_data, tmp_path,
     broken.write_text('{"conversations": [{"from": "human", "value": "?"}]}\n')
     (tmp_path / "meta.json").write_text(json.dumps({name: {**entry, "annotation": str(broken)}}))
     assert train(arguments(tmp_path / "out", eval_meta_path=tmp_path / "meta.json")) == 1
-    assert "broken.jsonl, line 1: no assistant turn" in capfd.readouterr().err
+    assert "broken.jsonl, line 1: no assistant message" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

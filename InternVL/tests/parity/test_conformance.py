@@ -167,7 +167,7 @@ def test_greedy_tokens(shared, golden, encoder):
         records = record_set(shared, file, encoder)
         record = records.record(index)
         images = [PIL.Image.open(records.spec.root / name) for name in record.images]
-        prompts.append(Prompt(record.turns[:1], images))
+        prompts.append(Prompt(record.messages[:1], images))
     assert engine.generate_ids(prompts, max_new_tokens=16) == golden["greedy16"]
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_within_rounding, flags, rounding_bound, terms_of
 
 from internvl_chat.data.batching.collator import pack_samples
-from internvl_chat.data.dataset import Draw
+from internvl_chat.data.dataset import SampleIndex
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.tiling import normalize_tiles
 from internvl_chat.model.flops import count_flops
@@ -99,7 +99,7 @@ def assert_same_step(loop, loss, expected, other_loss, found) -> None:
         assert_within_rounding(gradient, expected[name], terms=3 * terms, name=name)
 
 
-DRAWS = [Draw(index, 0) for index in (0, 5, 9, 13, 18, 21)]  # one of each category, text-only first
+DRAWS = [SampleIndex(index, 0) for index in (0, 5, 9, 13, 18, 21)]  # one of each category, text-only first
 EXPONENTS = {"token": 0.0, "square": 0.5, "sample": 1.0}
 
 
@@ -158,14 +158,14 @@ def test_vision_with_each_pack_changes_nothing(make_loop):
 def test_record_of_weight_zero_changes_nothing(make_loop):
     loop = make_loop()
     loss, expected = gradients(loop, [DRAWS[:3]])
-    filler = Draw(14, 0, counts=False)
+    filler = SampleIndex(14, 0, counts=False)
     for packs in ([[*DRAWS[:3], filler]], [DRAWS[:3], [filler]]):
         padded_loss, found = gradients(loop, packs)
         assert_same_step(loop, loss, expected, padded_loss, found)
 
 
 def test_text_only_step_gives_the_projector_zero_gradients(make_loop):
-    _, found = gradients(make_loop(), [[Draw(0, 0), Draw(1, 0)]])
+    _, found = gradients(make_loop(), [[SampleIndex(0, 0), SampleIndex(1, 0)]])
     projector = [gradient for name, gradient in found.items() if name.startswith("mlp1.")]
     assert len(projector) == 6
     assert all(not gradient.any() for gradient in projector)

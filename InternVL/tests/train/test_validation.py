@@ -77,7 +77,7 @@ def test_the_last_question_has_the_images_shown_before_it(tmp_path):
     records = write_set(tmp_path, [record])
     parsed = records.record(0)
     images = records.images(0, parsed)
-    assert last_question(parsed, images) == (Prompt(parsed.turns[:3], tuple(images)), "On a mat.")
+    assert last_question(parsed, images) == (Prompt(parsed.messages[:3], tuple(images)), "On a mat.")
     # A picture in a question without an answer is shown after the last answer.
     record["conversations"].append({"from": "human", "value": "<image>?"})
     record["image"].append("a.png")

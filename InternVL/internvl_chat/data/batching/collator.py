@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.data.dataset import Draw, TrainingData
+from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.data.encode.tiling import normalize_tiles
 from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.data.sources.skip_policy import Skipped
@@ -129,7 +129,7 @@ def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> P
 
 @dataclass(frozen=True)
 class PackDataset(Dataset):
-    """Records as packs: what is asked for is the list of a pack's draws.
+    """Records as packs: what is asked for is the list of a pack's sample indices.
 
     Attributes:
         data: the records.
@@ -142,23 +142,23 @@ class PackDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, draws: Sequence[Draw]) -> Pack | DataError:
+    def __getitem__(self, sample_indices: Sequence[SampleIndex]) -> Pack | DataError:
         """Load a pack.
 
         A record that cannot be used is returned as an error (torch would bury one that is raised) or, where
         the data are to skip such records, left out and named in the pack.
         """
         samples, skipped = [], []
-        for draw in draws:
-            loaded = self.data[draw]
+        for sample_index in sample_indices:
+            loaded = self.data[sample_index]
             if not isinstance(loaded, DataError):
                 samples.append(loaded)
                 continue
             if not self.data.skip_bad:
                 return loaded
             logger.warning("left out of training: %s", loaded)
-            if draw.counts:
-                records, index = self.data.locate(draw.index)
+            if sample_index.counts:
+                records, index = self.data.locate(sample_index.index)
                 skipped.append(Skipped(records.spec.name, index, loaded.record, str(loaded)))
         pack = pack_samples(samples or [(self._filler(), False)], self.multiple)
         return replace(pack, skipped=tuple(skipped)) if skipped else pack

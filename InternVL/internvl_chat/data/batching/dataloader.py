@@ -112,7 +112,7 @@ class StepLoader:
         """
         step = first
         while step <= last:
-            epoch, done = self.sampler.place_of(step)
+            epoch, done = self.sampler.position_of(step)
             self.sampler.set_epoch(epoch, skip=done)
             batches = iter(self.loader)
             while (packs := self._next(batches)) is not None:
@@ -137,7 +137,7 @@ class StepLoader:
 
     def _planned(self, step: int) -> Counter[RecordKey]:
         """Return this rank's records of a step, as the ledger will name them."""
-        indices = [i for pack in self.sampler.packs(*self.sampler.place_of(step)) for i in pack]
+        indices = [i for pack in self.sampler.packs(*self.sampler.position_of(step)) for i in pack]
         return Counter(self.packs.data.key_of(one.index) for one in indices if one.counts)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from internvl_chat.data.batching.packing import StepPlanner
-from internvl_chat.data.dataset import Draw
+from internvl_chat.data.dataset import SampleIndex
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 
@@ -58,7 +58,7 @@ def _cycle(rng: np.random.Generator, size: int, draws: int) -> np.ndarray:
     return np.concatenate([*rounds, np.zeros(0, np.int64)])[:draws].astype(np.int64)
 
 
-class StepSampler(Sampler[list[list[Draw]]]):
+class StepSampler(Sampler[list[list[SampleIndex]]]):
     """Yields, for each optimizer step of an epoch, the packs of one process.
 
     Every process sees the same number of steps, and in a step the same number of packs: where records are too
@@ -112,19 +112,19 @@ class StepSampler(Sampler[list[list[Draw]]]):
             self._known = (epoch, self._order(epoch))
         return self._known[1][number * self.step_records : (number + 1) * self.step_records]
 
-    def place_of(self, step: int) -> tuple[int, int]:
+    def position_of(self, step: int) -> tuple[int, int]:
         """Return the epoch, and the place in it, of a step counted from 1."""
         return divmod(step - 1, len(self))
 
-    def packs(self, epoch: int, number: int) -> list[list[Draw]]:
+    def packs(self, epoch: int, number: int) -> list[list[SampleIndex]]:
         """Return the packs of this process in one step of an epoch, counted from 0."""
         records = self.step(epoch, number)
         plan = self.planner(records)
-        own = [[Draw(int(index), epoch) for index in pack] for pack in plan[self.rank]]
+        own = [[SampleIndex(int(index), epoch) for index in pack] for pack in plan[self.rank]]
         missing = max(len(packs) for packs in plan) - len(own)
-        filler = [Draw(self.planner.shortest(records), epoch, counts=False)]
+        filler = [SampleIndex(self.planner.shortest(records), epoch, counts=False)]
         return own + [filler] * missing
 
-    def __iter__(self) -> Iterator[list[list[Draw]]]:
+    def __iter__(self) -> Iterator[list[list[SampleIndex]]]:
         epoch = self.epoch
         return (self.packs(epoch, number) for number in range(self.skip, len(self)))

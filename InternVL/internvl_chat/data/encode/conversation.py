@@ -1,6 +1,6 @@
-"""From turns to token ids and labels, in InternVL 2.5's conversation style.
+"""From messages to token ids and labels, in InternVL 2.5's conversation style.
 
-Each turn is `<|im_start|>ROLE\\nTEXT<|im_end|>\\n`, tokenised by itself. Only assistant turns are learnt:
+Each message is `<|im_start|>ROLE\\nTEXT<|im_end|>\\n`, tokenised by itself. Only assistant messages are learnt:
 their text and `<|im_end|>`, not the header and not the final newline.
 """
 
@@ -21,7 +21,7 @@ from internvl_chat.constants import (
     IMG_END,
     IMG_START,
 )
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 
 # The reference's default system text of each conversation style.
 SYSTEM_TEXTS = {
@@ -34,23 +34,23 @@ _IMAGE = f"{IMG_START}{IMG_CONTEXT}{IMG_END}"
 
 
 @dataclass(frozen=True)
-class TurnLengths:
+class ConversationLengths:
     """How long a conversation is whose images each still are one context token.
 
     Attributes:
-        tokens: of all turns.
+        tokens: of all messages.
         supervised: tokens that are learnt.
-        learnt_images: for each image, whether its context token is among them.
+        supervised_images: for each image, whether its context token is among them.
     """
 
     tokens: int
     supervised: int
-    learnt_images: tuple[bool, ...]
+    supervised_images: tuple[bool, ...]
 
     @property
     def num_images(self) -> int:
         """Number of context tokens."""
-        return len(self.learnt_images)
+        return len(self.supervised_images)
 
     def num_tokens(self, tokens_per_image: Sequence[int]) -> int:
         """Return the length with each image at that many tokens."""
@@ -58,12 +58,12 @@ class TurnLengths:
 
     def num_supervised(self, tokens_per_image: Sequence[int]) -> int:
         """Return how many tokens are learnt with each image at that many tokens."""
-        images = zip(tokens_per_image, self.learnt_images, strict=True)
+        images = zip(tokens_per_image, self.supervised_images, strict=True)
         return self.supervised + sum(tokens - 1 for tokens, learnt in images if learnt)
 
 
 @dataclass(frozen=True)
-class EncodedTurns:
+class EncodedConversation:
     """Ids and labels of a conversation whose images each still are one context token.
 
     Attributes:
@@ -77,10 +77,12 @@ class EncodedTurns:
     image_positions: np.ndarray
 
     @property
-    def lengths(self) -> TurnLengths:
+    def lengths(self) -> ConversationLengths:
         """The numbers that `Template.measure` finds without building ids and labels."""
         learnt = self.labels != IGNORE_INDEX
-        return TurnLengths(len(self.labels), int(learnt.sum()), tuple(learnt[self.image_positions].tolist()))
+        return ConversationLengths(
+            len(self.labels), int(learnt.sum()), tuple(learnt[self.image_positions].tolist())
+        )
 
     def expand(self, tokens_per_image: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and labels with each image's context token repeated that many times."""
@@ -92,11 +94,11 @@ class EncodedTurns:
 class Template:
     """Turns conversations into ids and labels, or only says how long they are.
 
-    What conversations share, the default system turn and the header of an answer, is tokenised once.
+    What conversations share, the default system message and the header of an answer, is tokenised once.
 
     Args:
         tokenizer: with InternVL's special tokens.
-        system_text: of conversations without a system turn.
+        system_text: of conversations without a system message.
 
     Attributes:
         header: ids of what precedes the text of an answer.
@@ -105,8 +107,8 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_text: str) -> None:
         self.tokenizer = tokenizer
         self.context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
-        system = Turn("system", system_text)
-        system_ids, self.header = token_ids(tokenizer, [render_turn(system), f"{IM_START}assistant\n"])
+        system = Message("system", system_text)
+        system_ids, self.header = token_ids(tokenizer, [render_message(system), f"{IM_START}assistant\n"])
         self._system = (system, system_ids)
 
     @cached_property
@@ -114,52 +116,52 @@ class Template:
         """Most characters that one token stands for."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def encode(self, turns: Sequence[Turn]) -> EncodedTurns:
+    def encode(self, messages: Sequence[Message]) -> EncodedConversation:
         """Tokenise a conversation and label what is to be learnt."""
-        pairs = self._tokenize(turns)
+        pairs = self._tokenize(messages)
         input_ids = np.array([token for _, ids in pairs for token in ids], np.int64)
         labels = np.full_like(input_ids, IGNORE_INDEX)
         start = 0
-        for turn, ids in pairs:
-            learnt = self._learnt(turn, len(ids))
+        for message, ids in pairs:
+            learnt = self._learnt(message, len(ids))
             labels[start + learnt.start : start + learnt.stop] = ids[learnt.start : learnt.stop]
             start += len(ids)
-        return EncodedTurns(input_ids, labels, np.flatnonzero(input_ids == self.context_id))
+        return EncodedConversation(input_ids, labels, np.flatnonzero(input_ids == self.context_id))
 
-    def encode_prompt(self, turns: Sequence[Turn]) -> EncodedTurns:
+    def encode_prompt(self, messages: Sequence[Message]) -> EncodedConversation:
         """Tokenise a conversation up to where the assistant is to answer; nothing is labelled."""
-        ids = [token for _, ids in self._tokenize(turns) for token in ids] + self.header
+        ids = [token for _, ids in self._tokenize(messages) for token in ids] + self.header
         input_ids = np.array(ids, np.int64)
         labels = np.full_like(input_ids, IGNORE_INDEX)
-        return EncodedTurns(input_ids, labels, np.flatnonzero(input_ids == self.context_id))
+        return EncodedConversation(input_ids, labels, np.flatnonzero(input_ids == self.context_id))
 
-    def measure(self, turns: Sequence[Turn]) -> TurnLengths:
-        """Return `encode(turns).lengths`, in less time."""
+    def measure(self, messages: Sequence[Message]) -> ConversationLengths:
+        """Return `encode(messages).lengths`, in less time."""
         tokens = supervised = 0
-        learnt_images: list[bool] = []
-        for turn, ids in self._tokenize(turns):
-            learnt = self._learnt(turn, len(ids))
+        supervised_images: list[bool] = []
+        for message, ids in self._tokenize(messages):
+            learnt = self._learnt(message, len(ids))
             tokens += len(ids)
             supervised += len(learnt)
             if self.context_id in ids:
-                learnt_images += [i in learnt for i, token in enumerate(ids) if token == self.context_id]
-        return TurnLengths(tokens, supervised, tuple(learnt_images))
+                supervised_images += [i in learnt for i, token in enumerate(ids) if token == self.context_id]
+        return ConversationLengths(tokens, supervised, tuple(supervised_images))
 
-    def _tokenize(self, turns: Sequence[Turn]) -> list[tuple[Turn, list[int]]]:
-        """Return each turn with its ids, a system turn at the front; the conversation's own wins."""
-        ids = token_ids(self.tokenizer, [render_turn(turn) for turn in turns])
-        pairs = list(zip(turns, ids, strict=True))
-        return pairs if turns and turns[0].role == "system" else [self._system, *pairs]
+    def _tokenize(self, messages: Sequence[Message]) -> list[tuple[Message, list[int]]]:
+        """Return each message with its ids, a system message at the front; the conversation's own wins."""
+        ids = token_ids(self.tokenizer, [render_message(message) for message in messages])
+        pairs = list(zip(messages, ids, strict=True))
+        return pairs if messages and messages[0].role == "system" else [self._system, *pairs]
 
-    def _learnt(self, turn: Turn, num_ids: int) -> range:
-        """Return which ids of a turn are learnt: an answer and its end, not its header and last newline."""
-        return range(len(self.header), num_ids - 1) if turn.role == "assistant" else range(0)
+    def _learnt(self, message: Message, num_ids: int) -> range:
+        """Return which ids of a message are learnt: an answer and its end, not its header and last newline."""
+        return range(len(self.header), num_ids - 1) if message.role == "assistant" else range(0)
 
 
-def render_turn(turn: Turn) -> str:
-    """Return a turn's text in the template, an image as one context token between its brackets."""
-    text = turn.text.replace(IMAGE_PLACEHOLDER, _IMAGE) if turn.role == "user" else turn.text
-    return f"{IM_START}{turn.role}\n{text}{IM_END}\n"
+def render_message(message: Message) -> str:
+    """Return a message's text in the template, an image as one context token between its brackets."""
+    text = message.content.replace(IMAGE_PLACEHOLDER, _IMAGE) if message.role == "user" else message.content
+    return f"{IM_START}{message.role}\n{text}{IM_END}\n"
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.data.encode.conversation import EncodedTurns, Template, TurnLengths
+from internvl_chat.data.encode.conversation import ConversationLengths, EncodedConversation, Template
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import (
     NORMALIZATIONS,
@@ -27,9 +27,9 @@ from internvl_chat.data.encode.tiling import (
     to_rgb,
 )
 from internvl_chat.data.sources.problems import RecordProblem
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 
-# So many characters, and half as many turns, are tokenised in any case if they may be cut.
+# So many characters, and half as many messages, are tokenised in any case if they may be cut.
 _CUTTABLE = 1 << 20
 _LEAST = " even with one tile an image"
 
@@ -124,58 +124,58 @@ class RecordEncoder:
         )
         return changed
 
-    def encode(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+    def encode(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> Encoded:
         """Encode a whole conversation for training.
 
         Args:
-            turns: with as many placeholders as there are images.
+            messages: with as many placeholders as there are images.
             image_sizes: (width, height) in pixels.
 
         Raises:
             RecordProblem: it does not fit into `max_seq_length`.
         """
-        self.refuse_endless(turns, len(image_sizes))
-        return self._materialise(self.template.encode(turns), image_sizes, self.truncate_text)
+        self.refuse_endless(messages, len(image_sizes))
+        return self._materialise(self.template.encode(messages), image_sizes, self.truncate_text)
 
-    def encode_prompt(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+    def encode_prompt(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> Encoded:
         """Encode a conversation up to where the assistant answers.
 
         Raises:
             RecordProblem: it does not fit into `max_seq_length`.
         """
-        self.refuse_endless(turns, len(image_sizes))
-        return self._materialise(self.template.encode_prompt(turns), image_sizes, truncate=False)
+        self.refuse_endless(messages, len(image_sizes))
+        return self._materialise(self.template.encode_prompt(messages), image_sizes, truncate=False)
 
-    def measure(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Measured:
+    def measure(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> Measured:
         """Return `encode(...).measured` without building ids.
 
         Raises:
             RecordProblem: as `encode`.
         """
-        self.refuse_endless(turns, len(image_sizes))
-        lengths = self.template.measure(turns)
+        self.refuse_endless(messages, len(image_sizes))
+        lengths = self.template.measure(messages)
         fit = self._fit(lengths, image_sizes, self.truncate_text)
         if fit.excess:
-            return self.encode(turns, image_sizes).measured
+            return self.encode(messages, image_sizes).measured
         tiles = sum(grid.tiles for grid in fit.grids)
         tokens, supervised = lengths.num_tokens(fit.tokens), lengths.num_supervised(fit.tokens)
         return Measured(tokens, supervised, tiles, fit.tiles_wanted - tiles)
 
-    def refuse_endless(self, turns: Sequence[Turn], num_images: int) -> None:
+    def refuse_endless(self, messages: Sequence[Message], num_images: int) -> None:
         """Refuse a conversation that is certain not to fit, before it costs memory to tokenise it.
 
         Raises:
-            RecordProblem: it has too many turns, images or characters.
+            RecordProblem: it has too many messages, images or characters.
         """
         most = self.preprocessing.max_seq_length
         least = _CUTTABLE if self.truncate_text else 0
-        # The beginning and the end of a turn and of an image are tokens of their own.
-        bounds = [("images", num_images, most // 2), ("turns", len(turns), max(most, least) // 2)]
+        # The beginning and the end of a message and of an image are tokens of their own.
+        bounds = [("images", num_images, most // 2), ("messages", len(messages), max(most, least) // 2)]
         characters = max(most * self.template.longest_token, least)
-        found = sum(len(turn.text) for turn in turns)
+        found = sum(len(message.content) for message in messages)
         if found > characters:
             # The tokenizer puts letters and their accents together first.
-            found = sum(len(unicodedata.normalize("NFC", turn.text)) for turn in turns)
+            found = sum(len(unicodedata.normalize("NFC", message.content)) for message in messages)
         bounds.append(("characters", found, characters))
         for what, number, bound in bounds:
             if number > bound:
@@ -190,11 +190,11 @@ class RecordEncoder:
         return Encoded(ids, labels, torch.zeros(0, dtype=torch.int64), ())
 
     def _materialise(
-        self, turns: EncodedTurns, image_sizes: Sequence[tuple[int, int]], truncate: bool
+        self, messages: EncodedConversation, image_sizes: Sequence[tuple[int, int]], truncate: bool
     ) -> Encoded:
         """Expand the images' tokens to what the plan gives them."""
-        fit = self._fit(turns.lengths, image_sizes, truncate)
-        ids, labels = turns.expand(fit.tokens)
+        fit = self._fit(messages.lengths, image_sizes, truncate)
+        ids, labels = messages.expand(fit.tokens)
         places = np.flatnonzero(ids == self.template.context_id)
         if fit.excess:
             ids, labels = self._cut(ids, labels, places, fit.excess)
@@ -219,12 +219,14 @@ class RecordEncoder:
             kind="too long",
         )
 
-    def _fit(self, turns: TurnLengths, image_sizes: Sequence[tuple[int, int]], truncate: bool) -> _Fit:
+    def _fit(
+        self, messages: ConversationLengths, image_sizes: Sequence[tuple[int, int]], truncate: bool
+    ) -> _Fit:
         """Plan every image's tiles, fewer for each where the record is too long."""
         options = self.preprocessing
-        if turns.num_images != len(image_sizes):
+        if messages.num_images != len(image_sizes):
             raise RecordProblem(
-                f"{turns.num_images} places for images in the text, but {len(image_sizes)} images",
+                f"{messages.num_images} places for images in the text, but {len(image_sizes)} images",
                 kind="placeholders",
             )
         per_image = share_of_budget(options.max_dynamic_patch, max(len(image_sizes), 1))
@@ -232,7 +234,7 @@ class RecordEncoder:
         for budget in range(per_image if image_sizes else 1, 0, -1):
             grids = tuple(self.plan_grid(size, budget) for size in image_sizes)
             tokens = tuple(grid.tiles * options.tokens_per_tile for grid in grids)
-            length = turns.num_tokens(tokens)
+            length = messages.num_tokens(tokens)
             if length <= options.max_seq_length:
                 return _Fit(grids, tokens, wanted)
         if truncate:
@@ -293,12 +295,12 @@ class TileCounter(RecordEncoder):
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.tokenizer, self.preprocessing, self.truncate_text = None, preprocessing, False
 
-    def measure(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> Measured:
+    def measure(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> Measured:
         """Return the tiles of the images, with zeros for all else."""
         per_image = share_of_budget(self.preprocessing.max_dynamic_patch, max(len(image_sizes), 1))
         return Measured(0, 0, sum(self.plan_grid(size, per_image).tiles for size in image_sizes))
 
-    def refuse_endless(self, turns: Sequence[Turn], num_images: int) -> None:
+    def refuse_endless(self, messages: Sequence[Message], num_images: int) -> None:
         """Refuse more images than fit."""
         most = self.preprocessing.max_seq_length
         if num_images > most // 2:

@@ -58,7 +58,7 @@ def chat_template(system_text: str) -> str:
     placeholder and a newline, as in records of `messages`.
 
     Args:
-        system_text: of conversations without a system turn.
+        system_text: of conversations without a system message.
     """
     literal = json.dumps(system_text, ensure_ascii=False)
     marks = {

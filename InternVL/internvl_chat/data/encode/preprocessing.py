@@ -21,7 +21,7 @@ class Preprocessing:
 
     Attributes:
         template: name of the conversation style.
-        system_text: what the system turn says where a record has none.
+        system_text: what the system message says where a record has none.
         tile_size: side of a tile in pixels.
         tokens_per_tile: language-model tokens of a tile.
         min_dynamic_patch: fewest tiles of an image.

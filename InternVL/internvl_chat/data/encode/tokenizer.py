@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
         transformers_logging.set_verbosity(level)
     unknown = [t for t in (IM_START, IM_END) if t not in tokenizer.get_vocab()]
     if unknown:
-        raise ModelError(f"{folder}: the tokenizer lacks {' and '.join(unknown)}, which frame the turns")
+        raise ModelError(f"{folder}: the tokenizer lacks {' and '.join(unknown)}, which frame the messages")
     added = tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     # Lengths are judged by our own token budget, which names the record.
     tokenizer.model_max_length = int(1e9)

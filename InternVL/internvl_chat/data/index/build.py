@@ -261,7 +261,7 @@ def _examine_here(sets: Sequence[RecordSet], task: _Task) -> _Outcome:
         pair[:] = examined.name, examined.content
         ids.append(show_id(examined.id))
         images.append(examined.images)
-        problems += [_problem(records, index, ids[-1], *oddity) for oddity in examined.oddities]
+        problems += [_problem(records, index, ids[-1], *oddity) for oddity in examined.find_warnings]
     return _Outcome(rows, ids, hashes, images, problems)
 
 

@@ -10,7 +10,7 @@ ERRORS = {
     "encoding": "The text is not valid UTF-8.",
     "line too long": "The record is larger than any real one; it is not read.",
     "structure": "The record is not an object with a conversation, or a part of it is of the wrong type.",
-    "role": "A turn is by somebody unknown, in the wrong place, or there is no answer to learn.",
+    "role": "A message is by somebody unknown, in the wrong place, or there is no answer to learn.",
     "empty answer": "Every answer is empty, so that nothing would be learnt but to say nothing.",
     "placeholders": "The <image> placeholders are not as many as the images.",
     "image missing": "An image file does not exist. The whole record is left out, so that no image takes "
@@ -27,8 +27,8 @@ ERRORS = {
 WARNINGS = {
     "fewer tiles": "Images are cut into fewer tiles than their limit allows, to fit max_seq_length.",
     "text cut": "The end of the text is cut off, to fit max_seq_length (--truncate_text True).",
-    "empty turn": "One of several answers is empty.",
-    "turn order": "Questions and answers do not take turns: one is missing, or they are in the wrong order.",
+    "empty message": "One of several answers is empty.",
+    "message order": "Questions and answers do not take turns: one is missing, or they are in the wrong order.",
     "placeholder in answer": "An answer contains <image>, which shows nothing and is learnt as text.",
     "duplicate id": "Another record of the same data set has the same id.",
     "duplicate record": "Another record has the same conversation and images.",

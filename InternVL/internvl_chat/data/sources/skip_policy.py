@@ -14,7 +14,7 @@ POLICIES = ("fail", "skip")
 _LISTED = 20
 
 
-class LeftOut(NamedTuple):
+class ExcludedRecord(NamedTuple):
     """A record that a run leaves out from its start: data set, index in the file from 0, where and why."""
 
     dataset: str
@@ -53,7 +53,7 @@ def list_problems(problems: Sequence[Problem], most: int = _LISTED) -> list[str]
     return lines + [f"  ... and {len(problems) - most} more"] * (len(problems) > most)
 
 
-def leave_out(problems: Sequence[Problem], total: int, max_fraction: float) -> list[LeftOut]:
+def exclude_records(problems: Sequence[Problem], total: int, max_fraction: float) -> list[ExcludedRecord]:
     """Return the records to leave out: all that cannot be used.
 
     Args:
@@ -77,7 +77,7 @@ def leave_out(problems: Sequence[Problem], total: int, max_fraction: float) -> l
             ),
             kind=errors[0].kind,
         )
-    return [LeftOut(problem.dataset, problem.index or 0, str(problem)) for problem in errors]
+    return [ExcludedRecord(problem.dataset, problem.index or 0, str(problem)) for problem in errors]
 
 
 class SkipBudget:
@@ -86,12 +86,12 @@ class SkipBudget:
     Args:
         total: records of all sets, each once.
         max_fraction: most of them that may be left out, with those that are left out from the start.
-        left_out: records that are left out from the start.
+        excluded: records that are left out from the start.
     """
 
-    def __init__(self, total: int, max_fraction: float, left_out: Sequence[LeftOut] = ()) -> None:
+    def __init__(self, total: int, max_fraction: float, excluded: Sequence[ExcludedRecord] = ()) -> None:
         self.total, self.max_fraction = total, max_fraction
-        self._places = {(record.dataset, record.index) for record in left_out}
+        self._places = {(record.dataset, record.index) for record in excluded}
 
     def recall(self, places: Iterable[tuple[str, int]]) -> None:
         """Count the records (data set and index) that were skipped before a run was started again."""

@@ -294,4 +294,6 @@ def _draw_arrow(image: Image.Image, finding: Finding, colour: str) -> None:
     length = 0.30 * half
     shape = [(0, 0), (0.42, 0.24), (0.42, 0.09), (1, 0.09), (1, -0.09), (0.42, -0.09), (0.42, -0.24)]
     outline = [tuple((tip + length * (along * back + aside * across)).tolist()) for along, aside in shape]
-    ImageDraw.Draw(image).polygon(outline, fill=colour, outline="white" if colour == "black" else "black")
+    ImageDraw.Draw(image).polygon(
+        outline, fill=colour, outline="white" if colour == "black" else "black"
+    )

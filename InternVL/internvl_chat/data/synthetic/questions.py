@@ -104,11 +104,11 @@ class _Asker:
 def _record(name: str, figure: Figure, question: Question) -> dict[str, object]:
     images = [figure.name, *(figure.panel_name(index) for index in question.panels)]
     header = "".join(f"Fig-{number}: <image>\n" for number in range(len(images)))
-    turns = [
+    messages = [
         {"from": "human", "value": header + question.text},
         {"from": "gpt", "value": question.answer},
     ]
-    record: dict[str, object] = {"id": name, "image": images, "conversations": turns}
+    record: dict[str, object] = {"id": name, "image": images, "conversations": messages}
     return record | {"choices": list(question.choices)} if question.choices else record
 
 

@@ -194,6 +194,6 @@ def text_records(count: int, split: str, order: Sequence[int]) -> list[dict[str,
         answer, *wordings = FACTS[order[number % len(order)]]
         usable = wordings[-1:] if split == "held_out" else wordings[:-1]
         question = usable[number // len(order) % len(usable)]
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        records.append({"id": f"puretext-{split}-{number}", "conversations": turns})
+        messages = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        records.append({"id": f"puretext-{split}-{number}", "conversations": messages})
     return records

@@ -10,7 +10,7 @@ from PIL import Image
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.images import decode_image
 from internvl_chat.data.sources.problems import RecordProblem
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Prompt
 from internvl_chat.metrics.choice import parse_choice
 from internvl_chat.utils.errors import DataError
@@ -81,7 +81,7 @@ class Item:
 
     @property
     def text(self) -> str:
-        """The user's turn: the figures with their labels as in the training data, then the question."""
+        """The user's message: the figures with their labels as in the training data, then the question."""
         if IMAGE_PLACEHOLDER in self.question:
             return self.question
         shown = [
@@ -89,10 +89,10 @@ class Item:
         ]
         return "".join(shown) + self.question
 
-    def turns(self, system: str | None) -> tuple[Turn, ...]:
-        """Return the conversation to be continued, without a system turn if that is None."""
-        asked = Turn("user", self.text)
-        return (asked,) if system is None else (Turn("system", system), asked)
+    def messages(self, system: str | None) -> tuple[Message, ...]:
+        """Return the conversation to be continued, without a system message if that is None."""
+        asked = Message("user", self.text)
+        return (asked,) if system is None else (Message("system", system), asked)
 
     def prompt(self, system: str | None) -> Prompt:
         """Return the conversation to be continued with its images decoded.
@@ -101,7 +101,7 @@ class Item:
             DataError: an image cannot be used.
         """
         try:
-            return Prompt(self.turns(system), [figure.decode() for figure in self.figures])
+            return Prompt(self.messages(system), [figure.decode() for figure in self.figures])
         except DataError as error:
             raise DataError(f"{self.task}, item {self.index}: {error}", kind=error.kind) from None
 

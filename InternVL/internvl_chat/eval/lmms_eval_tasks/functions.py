@@ -105,8 +105,8 @@ def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Return what a model without roles is asked: the system text, an empty line, and the user's turn."""
-    return "\n\n".join(turn.text for turn in _item(doc).turns(doc["system"]))
+    """Return what a model without roles is asked: the system text, an empty line, and the user's message."""
+    return "\n\n".join(message.content for message in _item(doc).messages(doc["system"]))
 
 
 def doc_to_messages(

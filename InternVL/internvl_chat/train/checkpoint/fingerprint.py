@@ -49,7 +49,7 @@ def describe_data(data: TrainingData) -> dict[str, Any]:
         f"SHA-256 of the annotation file of {records.spec.name}": digest
         for records, digest in zip(data.sets, data.digests, strict=True)
     }
-    excluded = [[record.dataset, int(record.index)] for record in data.left_out]
+    excluded = [[record.dataset, int(record.index)] for record in data.excluded]
     return {SET_SIZES: data.sizes, EXCLUDED: excluded} | contents
 
 

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from internvl_chat.data.batching.sampler import StepSampler
-from internvl_chat.data.dataset import Draw, TrainingData
+from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.optim.adamw import (
@@ -58,7 +58,7 @@ class MemoryPlan:
     components: dict[str, float]
     available: float
     pack: PackSize
-    sample_indices: list[Draw]
+    sample_indices: list[SampleIndex]
     several_packs: bool
     layers: int
     fitting_flags: Callable[[float], dict[str, float]] = field(compare=False, repr=False)
@@ -164,7 +164,9 @@ class _Planner:
             totals[f"--max_packed_tokens {tokens}"] = total
         return {flag: total for flag, total in totals.items() if total <= limit}
 
-    def largest_packs(self, max_packed_tokens: int | None) -> tuple[list[tuple[PackSize, list[Draw]]], bool]:
+    def largest_packs(
+        self, max_packed_tokens: int | None
+    ) -> tuple[list[tuple[PackSize, list[SampleIndex]]], bool]:
         """Return the packs of any step and rank that need most memory, and whether a step has several packs.
 
         There are two: the largest without activation checkpointing, and with it.
@@ -176,14 +178,14 @@ class _Planner:
         needs = np.stack([sum(self.activations.of(columns, count).values()) for count in counts])
         largest, several = [(-1.0, [], 0)] * 2, False
         for step in range(1, self.steps + 1):
-            epoch, number = self.sampler.place_of(step)
+            epoch, number = self.sampler.position_of(step)
             ranks = planner(self.sampler.step(epoch, number))
             several = several or max(map(len, ranks)) > 1
             for pack in itertools.chain.from_iterable(ranks):
                 found = [(needed, pack, epoch) for needed in needs[:, pack].sum(axis=1)]
                 largest = [max(pair, key=lambda one: one[0]) for pair in zip(largest, found, strict=True)]
         return [
-            (PackSize(*(int(c[pack].sum()) for c in columns)), [Draw(int(i), epoch) for i in pack])
+            (PackSize(*(int(c[pack].sum()) for c in columns)), [SampleIndex(int(i), epoch) for i in pack])
             for _, pack, epoch in largest
         ], several
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from internvl_chat.data.batching.collator import Pack, PackDataset, pack_samples
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
-from internvl_chat.data.dataset import Draw, TrainingData
+from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.data.encode.encoder import Encoded, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
@@ -246,10 +246,10 @@ def data(tmp_path_factory) -> TrainingData:
     folder = tmp_path_factory.mktemp("data")
     records = []
     for number, answer in enumerate(ANSWERS):
-        turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": answer}]
-        record = {"id": f"r{number}", "conversations": turns}
+        messages = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": answer}]
+        record = {"id": f"r{number}", "conversations": messages}
         if number in (1, 3, 4):
-            turns[0]["value"] = "<image>\nHow many?"
+            messages[0]["value"] = "<image>\nHow many?"
             record["image"] = f"{number}.png"
         if number == 1:
             Image.new("RGB", (56, 56), (40, 40, 40)).save(folder / "1.png")
@@ -265,10 +265,10 @@ class TestPackDataset:
     @pytest.mark.parametrize(
         "draws",
         [
-            [Draw(0, 0)],
-            [Draw(2, 0), Draw(0, 0), Draw(1, 0)],
-            [Draw(1, 3), Draw(1, 3, counts=False)],
-            (Draw(2, 1, counts=False),),
+            [SampleIndex(0, 0)],
+            [SampleIndex(2, 0), SampleIndex(0, 0), SampleIndex(1, 0)],
+            [SampleIndex(1, 3), SampleIndex(1, 3, counts=False)],
+            (SampleIndex(2, 1, counts=False),),
         ],
     )
     def test_a_pack_of_the_draws_in_their_order(self, data, draws):
@@ -281,7 +281,7 @@ class TestPackDataset:
         assert torch.equal(pack.tiles, torch.cat([one.tiles for one in samples]))
 
     def test_places_are_those_of_the_image_s_tokens_and_of_labels(self, data):
-        pack = PackDataset(data)[[Draw(0, 0), Draw(1, 0), Draw(2, 0)]]
+        pack = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]]
         context = data.sets[0].encoder.template.context_id
         found = [place for place, token in enumerate(pack.input_ids[0].tolist()) if token == context]
         assert pack.image_positions.tolist() == found and len(found) == 4
@@ -289,13 +289,18 @@ class TestPackDataset:
         assert pack.label_positions.tolist() == [place - 1 for place in learnt]
 
     def test_a_multiple_is_that_of_every_pack(self, data):
-        plain, padded = (PackDataset(data, multiple)[[Draw(0, 0), Draw(1, 0)]] for multiple in (1, 64))
+        plain, padded = (
+            PackDataset(data, multiple)[[SampleIndex(0, 0), SampleIndex(1, 0)]] for multiple in (1, 64)
+        )
         assert padded.input_ids.shape[1] == -(-plain.input_ids.shape[1] // 64) * 64
         assert torch.equal(padded.lengths, plain.lengths)
 
     def test_the_first_error_is_returned_and_not_raised(self, data):
         packs = PackDataset(data)
-        for draws, record in (([Draw(0, 0), Draw(4, 0), Draw(3, 0)], 4), ([Draw(3, 0), Draw(4, 0)], 3)):
+        for draws, record in (
+            ([SampleIndex(0, 0), SampleIndex(4, 0), SampleIndex(3, 0)], 4),
+            ([SampleIndex(3, 0), SampleIndex(4, 0)], 3),
+        ):
             error = packs[draws]
             assert isinstance(error, DataError)
             assert error.record == f"r{record}" and f"{record}.png" in str(error)

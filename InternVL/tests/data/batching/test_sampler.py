@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from internvl_chat.data.batching.packing import StepPlanner, cut
 from internvl_chat.data.batching.sampler import StepSampler, epoch_order, resampled_sizes
-from internvl_chat.data.dataset import Draw
+from internvl_chat.data.dataset import SampleIndex
 
 PROCESSES = [1, 2, 3, 4]
 
@@ -109,7 +109,7 @@ def sampler(processes=1, rank=0, step=6, plan=None, tokens=None, **options) -> S
     return StepSampler(sizes, step_records=step, planner=planner, rank=rank, **options)
 
 
-def steps_of(processes: int, epoch: int = 0, **options) -> list[list[list[list[Draw]]]]:
+def steps_of(processes: int, epoch: int = 0, **options) -> list[list[list[list[SampleIndex]]]]:
     """Draws by step, rank and pack."""
     by_rank = []
     for rank in range(processes):
@@ -119,11 +119,11 @@ def steps_of(processes: int, epoch: int = 0, **options) -> list[list[list[list[D
     return [list(step) for step in zip(*by_rank, strict=True)]
 
 
-def draws_of(packs: list[list[Draw]]) -> list[Draw]:
+def draws_of(packs: list[list[SampleIndex]]) -> list[SampleIndex]:
     return [draw for pack in packs for draw in pack]
 
 
-def indices(packs: list[list[Draw]]) -> list[int]:
+def indices(packs: list[list[SampleIndex]]) -> list[int]:
     """The records that count in packs."""
     return [draw.index for draw in draws_of(packs) if draw.counts]
 
@@ -157,7 +157,7 @@ class TestStepSampler:
             for packs in ranks:
                 fillers = [pack for pack in packs if not all(draw.counts for draw in pack)]
                 assert packs[len(packs) - len(fillers) :] == fillers
-                assert fillers == [[Draw(shortest, 0, counts=False)]] * len(fillers)
+                assert fillers == [[SampleIndex(shortest, 0, counts=False)]] * len(fillers)
                 if fillers and "max_packed_tokens" in plan:
                     assert all(len(pack) == 1 for pack in packs)
                 elif fillers:
@@ -233,8 +233,11 @@ class TestStepSampler:
                 plan={"max_packed_tokens": 1000},
             )
             assert steps == [
-                [[[Draw(1, epoch)], [Draw(0, epoch)]], [[Draw(3, epoch)], [Draw(2, epoch)]]],
-                [[[Draw(5, epoch)]], [[Draw(4, epoch)]]],
+                [
+                    [[SampleIndex(1, epoch)], [SampleIndex(0, epoch)]],
+                    [[SampleIndex(3, epoch)], [SampleIndex(2, epoch)]],
+                ],
+                [[[SampleIndex(5, epoch)]], [[SampleIndex(4, epoch)]]],
             ]
 
     @pytest.mark.parametrize("plan", [{}, {"max_packed_tokens": 1}], ids=["one a pack", "packed"])

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from internvl_chat.data.encode.conversation import (
     SYSTEM_TEXTS,
-    EncodedTurns,
+    ConversationLengths,
+    EncodedConversation,
     Template,
-    TurnLengths,
-    render_turn,
+    render_message,
     token_ids,
 )
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 
 WORDS = "the cat sat on the mat . yes no what is this ? a b system user assistant"
 
@@ -26,15 +26,15 @@ def tokenizer():
     return train_tokenizer([text] * 20, 600)
 
 
-def user(text: str) -> Turn:
-    return Turn("user", text)
+def user(text: str) -> Message:
+    return Message("user", text)
 
 
-def assistant(text: str) -> Turn:
-    return Turn("assistant", text)
+def assistant(text: str) -> Message:
+    return Message("assistant", text)
 
 
-def spell(encoded: EncodedTurns, tokenizer) -> list[str]:
+def spell(encoded: EncodedConversation, tokenizer) -> list[str]:
     """One text a token; those that are learnt begin with a plus."""
     return [
         ("+" if label != -100 else "") + tokenizer.decode([i])
@@ -53,7 +53,7 @@ IMAGE = ["<img>", "<IMG_CONTEXT>", "</img>"]
 
 class TestLabels:
     @pytest.mark.parametrize(
-        ("turns", "pieces"),
+        ("messages", "pieces"),
         [
             (
                 [user("what is this ?"), assistant("the cat")],
@@ -66,12 +66,12 @@ class TestLabels:
                 + [*USER, "yes", *END, *ASSISTANT, "+no", "+<|im_end|>", "\n"],
             ),
             (
-                [Turn("system", "yes"), user("a"), assistant("b")],
+                [Message("system", "yes"), user("a"), assistant("b")],
                 ["<|im_start|>", "system", "\n", "yes", *END]
                 + [*USER, "a", *END, *ASSISTANT, "+b", "+<|im_end|>", "\n"],
             ),
             (
-                [Turn("system", ""), assistant("b")],
+                [Message("system", ""), assistant("b")],
                 ["<|im_start|>", "system", "\n", *END, *ASSISTANT, "+b", "+<|im_end|>", "\n"],
             ),
             (
@@ -105,8 +105,8 @@ class TestLabels:
             "line ends inside", "spaces around", "line ends first", "a line end alone", "image",
         ],
     )  # fmt: skip
-    def test_pieces(self, tokenizer, turns, pieces):
-        assert spell(Template(tokenizer, "the mat").encode(turns), tokenizer) == pieces
+    def test_pieces(self, tokenizer, messages, pieces):
+        assert spell(Template(tokenizer, "the mat").encode(messages), tokenizer) == pieces
 
     def test_line_ends_that_do_not_merge_are_learnt(self):
         tokenizer = train_tokenizer([WORDS] * 20, 400)
@@ -143,8 +143,8 @@ class TestLabels:
         assert tokenizer.decode(learnt) == "是 é 🩻<|im_end|>"
 
     def test_the_whole_text(self, tokenizer):
-        turns = [user("<image>the cat\n\n"), assistant("\n yes "), user("no"), assistant("a")]
-        assert tokenizer.decode(Template(tokenizer, "the mat").encode(turns).input_ids) == (
+        messages = [user("<image>the cat\n\n"), assistant("\n yes "), user("no"), assistant("a")]
+        assert tokenizer.decode(Template(tokenizer, "the mat").encode(messages).input_ids) == (
             "<|im_start|>system\nthe mat<|im_end|>\n"
             "<|im_start|>user\n<img><IMG_CONTEXT></img>the cat\n\n<|im_end|>\n"
             "<|im_start|>assistant\n\n yes <|im_end|>\n"
@@ -158,7 +158,7 @@ class TestImages:
 
     def test_positions(self, tokenizer):
         encoded = Template(tokenizer, "the mat").encode(self.TURNS)
-        # 7 of the system turn, 3 of the user's header, <img>; then </img>, a, <img> between the two.
+        # 7 of the system message, 3 of the user's header, <img>; then </img>, a, <img> between the two.
         assert encoded.image_positions.tolist() == [11, 15, 29]
         assert tokenizer.convert_ids_to_tokens(encoded.input_ids[[11, 15, 29]]) == ["<IMG_CONTEXT>"] * 3
 
@@ -167,7 +167,7 @@ class TestImages:
         ids, labels = encoded.expand([2, 1, 3])
         assert encoded.lengths.num_tokens([2, 1, 3]) == len(ids) == len(labels) == len(encoded.input_ids) + 3
         context = "<IMG_CONTEXT>"
-        assert spell(EncodedTurns(ids, labels, encoded.image_positions), tokenizer) == (
+        assert spell(EncodedConversation(ids, labels, encoded.image_positions), tokenizer) == (
             [*SYSTEM, *USER, "<img>", context, context, "</img>", "a", "<img>", context, "</img>", *END]
             + [*ASSISTANT, "+b", "+<|im_end|>", "\n"]
             + [*USER, "<img>", context, context, context, "</img>", *END]
@@ -184,9 +184,9 @@ class TestImages:
 
     @pytest.mark.parametrize("role", ["system", "assistant"])
     def test_only_the_user_shows_images(self, tokenizer, role):
-        assert render_turn(Turn(role, "a <image>")) == f"<|im_start|>{role}\na <image><|im_end|>\n"
-        turns = [Turn(role, "a <image>"), assistant("b")]
-        assert Template(tokenizer, "the mat").encode(turns).image_positions.tolist() == []
+        assert render_message(Message(role, "a <image>")) == f"<|im_start|>{role}\na <image><|im_end|>\n"
+        messages = [Message(role, "a <image>"), assistant("b")]
+        assert Template(tokenizer, "the mat").encode(messages).image_positions.tolist() == []
 
     @settings(max_examples=50)
     @given(st.data())
@@ -194,13 +194,13 @@ class TestImages:
         marks = data.draw(st.lists(st.booleans(), min_size=1, max_size=20))
         counts = data.draw(st.lists(st.integers(1, 5), min_size=sum(marks), max_size=sum(marks)))
         ids = np.arange(len(marks))
-        ids_after, labels_after = EncodedTurns(ids, -ids, np.flatnonzero(marks)).expand(counts)
+        ids_after, labels_after = EncodedConversation(ids, -ids, np.flatnonzero(marks)).expand(counts)
         left, expected = iter(counts), []
         for i, mark in enumerate(marks):
             expected += [i] * (next(left) if mark else 1)
         assert ids_after.tolist() == expected
         assert labels_after.tolist() == [-i for i in expected]
-        lengths = EncodedTurns(ids, -ids, np.flatnonzero(marks)).lengths
+        lengths = EncodedConversation(ids, -ids, np.flatnonzero(marks)).lengths
         assert lengths.num_tokens(counts) == len(expected)
         assert lengths.num_supervised(counts) == len(expected)
 
@@ -211,9 +211,9 @@ class TestSystem:
         assert spell(encoded, tokenizer)[: len(SYSTEM)] == SYSTEM
 
     def test_the_records_own_wins(self, tokenizer):
-        turns = [Turn("system", "the mat"), user("a")]
+        messages = [Message("system", "the mat"), user("a")]
         own, default = (
-            Template(tokenizer, text).encode(t) for text, t in (("yes", turns), ("the mat", turns[1:]))
+            Template(tokenizer, text).encode(t) for text, t in (("yes", messages), ("the mat", messages[1:]))
         )
         assert own.input_ids.tolist() == default.input_ids.tolist()
 
@@ -226,10 +226,10 @@ class TestSystem:
 class TestPrompt:
     TURNS = (user("<image>\nwhat"), assistant("a"), user("no"), assistant("yes"))
 
-    @pytest.mark.parametrize("turns", [1, 3])
-    def test_is_what_training_saw_before_the_answer(self, tokenizer, turns):
-        prompt = Template(tokenizer, "the mat").encode_prompt(self.TURNS[:turns])
-        whole = Template(tokenizer, "the mat").encode(self.TURNS[: turns + 1])
+    @pytest.mark.parametrize("messages", [1, 3])
+    def test_is_what_training_saw_before_the_answer(self, tokenizer, messages):
+        prompt = Template(tokenizer, "the mat").encode_prompt(self.TURNS[:messages])
+        whole = Template(tokenizer, "the mat").encode(self.TURNS[: messages + 1])
         learnt = np.flatnonzero(whole.labels != -100)
         answer = learnt[-2]  # one word and the end
         assert prompt.input_ids.tolist() == whole.input_ids[:answer].tolist()
@@ -241,7 +241,7 @@ class TestPrompt:
         assert spell(prompt, tokenizer)[-3:] == ASSISTANT
 
     def test_own_system(self, tokenizer):
-        prompt = Template(tokenizer, "the mat").encode_prompt([Turn("system", "no"), user("a")])
+        prompt = Template(tokenizer, "the mat").encode_prompt([Message("system", "no"), user("a")])
         expected = ["<|im_start|>", "system", "\n", "no", *END, *USER, "a", *END, *ASSISTANT]
         assert spell(prompt, tokenizer) == expected
 
@@ -259,23 +259,23 @@ TEXTS = st.text("ab \n\r中é\u0301🩻", max_size=8) | st.sampled_from(
     ]
 )
 TURNS = st.lists(
-    st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXTS | st.builds(str.__add__, TEXTS, TEXTS))
+    st.builds(Message, st.sampled_from(["user", "assistant"]), TEXTS | st.builds(str.__add__, TEXTS, TEXTS))
 )
 
 
 @settings(max_examples=200)
-@given(turns=TURNS, system=st.none() | TEXTS, own=st.none() | TEXTS)
-def test_a_conversation_is_measured_as_it_is_encoded(tokenizer, turns, system, own):
-    turns = turns if own is None else [Turn("system", own), *turns]
+@given(messages=TURNS, system=st.none() | TEXTS, own=st.none() | TEXTS)
+def test_a_conversation_is_measured_as_it_is_encoded(tokenizer, messages, system, own):
+    messages = messages if own is None else [Message("system", own), *messages]
     template = Template(tokenizer, system or "")
-    assert template.measure(turns) == template.encode(turns).lengths
+    assert template.measure(messages) == template.encode(messages).lengths
 
 
 def test_measured_by_hand(tokenizer):
-    turns = [user("<image>a"), assistant("<IMG_CONTEXT> b"), user("<image>"), assistant("\n\nyes")]
-    measured = Template(tokenizer, "the mat").measure(turns)
+    messages = [user("<image>a"), assistant("<IMG_CONTEXT> b"), user("<image>"), assistant("\n\nyes")]
+    measured = Template(tokenizer, "the mat").measure(messages)
     tokens = len(SYSTEM) + 3 + 4 + 2 + 3 + 2 + 2 + 3 + 3 + 2 + 3 + 1 + 2
-    assert measured == TurnLengths(tokens, 5, (False, True, False))
+    assert measured == ConversationLengths(tokens, 5, (False, True, False))
     assert measured.num_tokens([4, 3, 1]) == tokens + 5
     assert measured.num_supervised([4, 3, 1]) == 5 + 2
 

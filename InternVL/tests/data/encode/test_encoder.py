@@ -14,7 +14,7 @@ from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
-from internvl_chat.data.sources.records import RecordProblem, Turn
+from internvl_chat.data.sources.records import Message, RecordProblem
 
 TILE, TOKENS = 16, 10
 WIDE, TALL, SQUARE = (400, 100), (100, 400), (16, 16)
@@ -35,8 +35,8 @@ def encoder(tokenizer):
     return make
 
 
-def conversation(images: int) -> list[Turn]:
-    return [Turn("user", "<image>\n" * images + "what is this ?"), Turn("assistant", "a cat")]
+def conversation(images: int) -> list[Message]:
+    return [Message("user", "<image>\n" * images + "what is this ?"), Message("assistant", "a cat")]
 
 
 def text_of(*tiles: int) -> str:
@@ -148,21 +148,21 @@ class TestMeasure:
     def test_finds_what_encode_makes(self, encoder, data):
         sizes = data.draw(st.lists(self.SIZES, max_size=4))
         texts = data.draw(st.lists(self.TEXTS, min_size=1, max_size=5))
-        turns = [Turn("user", "<image>\n" * len(sizes))]
-        turns += [Turn(("assistant", "user")[i % 2], text) for i, text in enumerate(texts)]
+        messages = [Message("user", "<image>\n" * len(sizes))]
+        messages += [Message(("assistant", "user")[i % 2], text) for i, text in enumerate(texts)]
         options = {"max_dynamic_patch": data.draw(st.sampled_from([1, 3, 6, 12]))}
         options["max_seq_length"] = data.draw(st.integers(10, 300) | st.just(10_000))
         options["use_thumbnail"] = data.draw(st.booleans())
         options["dynamic_image_size"] = data.draw(st.booleans())
         made = encoder(**options)
         try:
-            expected = made.encode(turns, sizes).measured
+            expected = made.encode(messages, sizes).measured
         except RecordProblem as problem:
             with pytest.raises(RecordProblem) as caught:
-                made.measure(turns, sizes)
+                made.measure(messages, sizes)
             assert str(caught.value) == str(problem)
         else:
-            assert made.measure(turns, sizes) == expected
+            assert made.measure(messages, sizes) == expected
 
     def test_by_hand(self, encoder, tokenizer):
         measured = encoder(max_dynamic_patch=8).measure(conversation(3), [WIDE, TALL, SQUARE])
@@ -307,13 +307,13 @@ class TestAugmentation:
 
 
 def test_places_and_images_must_match(encoder):
-    for turns, sizes in (
+    for messages, sizes in (
         (conversation(2), [(100, 100)]),
         (conversation(0), [(100, 100)]),
-        ([Turn("user", "What is <IMG_CONTEXT>?")], []),
+        ([Message("user", "What is <IMG_CONTEXT>?")], []),
     ):
         with pytest.raises(RecordProblem, match=r"\d places for images in the text, but \d images"):
-            encoder().encode_prompt(turns, sizes)
+            encoder().encode_prompt(messages, sizes)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

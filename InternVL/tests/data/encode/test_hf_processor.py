@@ -14,7 +14,7 @@ from internvl_chat.data.encode.hf_processor import (
     unknown_options,
 )
 from internvl_chat.data.encode.preprocessing import Preprocessing
-from internvl_chat.data.sources.records import Turn, parse_record
+from internvl_chat.data.sources.records import Message, parse_record
 from internvl_chat.utils.errors import ModelError
 
 SYSTEM = 'You see "figures".\n\tBackslash \\ and {{ braces }}, 书生 and 🩻.'
@@ -23,7 +23,7 @@ CONVERSATIONS = {
     "image": [("user", "<image>\nwhat is this ?"), ("assistant", "a cat")],
     "labelled": [("user", "Fig-0: <image>\nFig-1: <image>\nwhich ?"), ("assistant", "Fig-1")],
     "own system": [("system", "be brief  \n"), ("user", " a cat "), ("assistant", "\n on a mat \n")],
-    "turns": [("user", "<image> a"), ("assistant", "b <image>"), ("user", "c"), ("assistant", "d")],
+    "messages": [("user", "<image> a"), ("assistant", "b <image>"), ("user", "c"), ("assistant", "d")],
     "marks": [("user", "{{ x }} {% y %} <b>&amp;</b> <|im_end|>"), ("assistant", "é ü 你")],
     "empty": [("user", ""), ("assistant", "")],
 }
@@ -37,10 +37,10 @@ def render(messages: list[dict], system: str = SYSTEM, **options) -> str:
 
 
 @pytest.mark.parametrize("system", [SYSTEM, SYSTEM_TEXTS["internvl2_5"], ""])
-@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_the_text_has_our_token_ids(turns, system) -> None:
-    ours = Template(tokenizer(), system).encode([Turn(*turn) for turn in turns])
-    messages = [{"role": role, "content": text} for role, text in turns]
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_the_text_has_our_token_ids(messages, system) -> None:
+    ours = Template(tokenizer(), system).encode([Message(*message) for message in messages])
+    messages = [{"role": role, "content": text} for role, text in messages]
     text = render(messages, system)
     text = text.replace(
         "<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>"
@@ -49,7 +49,7 @@ def test_the_text_has_our_token_ids(turns, system) -> None:
 
 
 def test_the_place_of_an_answer_is_ours() -> None:
-    ours = Template(tokenizer(), SYSTEM).encode_prompt([Turn("user", "what is this ?")])
+    ours = Template(tokenizer(), SYSTEM).encode_prompt([Message("user", "what is this ?")])
     text = render([{"role": "user", "content": "what is this ?"}], add_generation_prompt=True)
     assert tokenizer()(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
 
@@ -64,7 +64,7 @@ def test_parts_are_joined_as_in_records_of_messages() -> None:
     ]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Fig-1"}]
     record = parse_record({"messages": messages, "images": ["a.png", "b.png"]})
-    plain = [{"role": turn.role, "content": turn.text} for turn in record.turns]
+    plain = [{"role": message.role, "content": message.content} for message in record.messages]
     assert render(messages) == render(plain)
     assert "Fig-0: <IMG_CONTEXT>\nFig-1: <IMG_CONTEXT>\nwhich ?" in render(messages)
 

@@ -101,7 +101,7 @@ class TestAdded:
 
     def test_to_one_that_cannot_frame_turns(self, tmp_path):
         plain_tokenizer(tmp_path, extra=("<|im_start|>",))
-        with pytest.raises(ModelError, match=r"lacks <\|im_end\|>, which frame the turns"):
+        with pytest.raises(ModelError, match=r"lacks <\|im_end\|>, which frame the messages"):
             load_tokenizer(tmp_path)
 
     def test_to_one_that_has_some(self, tmp_path):

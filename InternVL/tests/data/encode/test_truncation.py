@@ -11,7 +11,7 @@ from small_sets import TOKENS, image_record, noise, text_record, tokenizer, writ
 
 from internvl_chat.data.encode.conversation import Template
 from internvl_chat.data.sources.problems import RecordProblem
-from internvl_chat.data.sources.records import Turn
+from internvl_chat.data.sources.records import Message
 
 WIDE = (400, 100)
 
@@ -25,21 +25,21 @@ def encoder(**options):
     return small_sets.encoder(**{"system_text": "s", **options})
 
 
-def turns_of(*texts: str) -> list[Turn]:
-    return [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+def messages_of(*texts: str) -> list[Message]:
+    return [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
-def problem_of(by, turns, sizes) -> str:
+def problem_of(by, messages, sizes) -> str:
     with pytest.raises(RecordProblem) as caught:
-        by.encode(turns, sizes)
+        by.encode(messages, sizes)
     assert caught.value.kind == "too long"
     with pytest.raises(RecordProblem) as again:
-        by.measure(turns, sizes)
+        by.measure(messages, sizes)
     assert str(again.value) == str(caught.value)
     return str(caught.value)
 
 
-LONG = turns_of("<image>\nwhat is this ?", "a cat on a mat " * 30)
+LONG = messages_of("<image>\nwhat is this ?", "a cat on a mat " * 30)
 
 
 def test_the_end_is_cut_to_the_limit():
@@ -73,32 +73,32 @@ def test_nothing_is_cut_without_the_option():
 
 
 def test_an_image_is_never_cut():
-    turns = turns_of("what ?", "a cat " * 40, "<image>\nand this ?", "a mat")
+    messages = messages_of("what ?", "a cat " * 40, "<image>\nand this ?", "a mat")
     by = encoder(max_seq_length=10_000)
-    whole = by.encode(turns, [(10, 10)])
+    whole = by.encode(messages, [(10, 10)])
     # The last of the image's tokens, and the one that closes it.
     needed = int(whole.image_positions[-1]) + 2
-    message = problem_of(encoder(max_seq_length=needed - 1, truncate_text=True), turns, [(10, 10)])
+    message = problem_of(encoder(max_seq_length=needed - 1, truncate_text=True), messages, [(10, 10)])
     assert message.endswith(f"more than max_seq_length {needed - 1}; cut to that, it would lose an image")
-    cut = encoder(max_seq_length=needed, truncate_text=True).encode(turns, [(10, 10)])
+    cut = encoder(max_seq_length=needed, truncate_text=True).encode(messages, [(10, 10)])
     assert tokenizer().convert_ids_to_tokens(int(cut.input_ids[-1])) == "</img>"
     assert cut.num_supervised > 0
 
 
 def test_something_stays_to_be_learnt():
-    turns = turns_of("what is this " * 50, "a cat")
-    whole = encoder(max_seq_length=10_000).encode(turns, [])
+    messages = messages_of("what is this " * 50, "a cat")
+    whole = encoder(max_seq_length=10_000).encode(messages, [])
     first = int((whole.labels >= 0).nonzero()[0])
-    message = problem_of(encoder(max_seq_length=first, truncate_text=True), turns, [])
+    message = problem_of(encoder(max_seq_length=first, truncate_text=True), messages, [])
     assert message.endswith(
         f"more than max_seq_length {first}; cut to that, it would lose all that is learnt"
     )
-    assert encoder(max_seq_length=first + 1, truncate_text=True).encode(turns, []).num_supervised == 1
+    assert encoder(max_seq_length=first + 1, truncate_text=True).encode(messages, []).num_supervised == 1
 
 
 def test_a_prompt_is_never_cut():
     with pytest.raises(RecordProblem, match="more than max_seq_length 100"):
-        encoder(max_seq_length=100, truncate_text=True).encode_prompt(turns_of("what " * 200), [])
+        encoder(max_seq_length=100, truncate_text=True).encode_prompt(messages_of("what " * 200), [])
 
 
 def test_the_option_outlives_another_tile_limit():
@@ -114,20 +114,21 @@ def test_the_option_outlives_another_tile_limit():
     limit=st.integers(25, 150),
 )
 def test_measured_as_encoded_and_whole_images(texts, shown, size, limit):
-    turns = turns_of(*texts)
-    turns = [
-        Turn(t.role, "<image>" * (t.role == "user" and shown[i // 2]) + t.text) for i, t in enumerate(turns)
+    messages = messages_of(*texts)
+    messages = [
+        Message(t.role, "<image>" * (t.role == "user" and shown[i // 2]) + t.content)
+        for i, t in enumerate(messages)
     ]
-    sizes = [size] * sum(t.text.count("<image>") for t in turns if t.role == "user")
+    sizes = [size] * sum(t.content.count("<image>") for t in messages if t.role == "user")
     by, free = encoder(max_seq_length=limit, truncate_text=True), encoder(max_seq_length=100_000)
     try:
-        found = by.encode(turns, sizes)
+        found = by.encode(messages, sizes)
     except RecordProblem as problem:
         with pytest.raises(RecordProblem) as caught:
-            by.measure(turns, sizes)
+            by.measure(messages, sizes)
         assert (str(caught.value), caught.value.kind) == (str(problem), problem.kind)
         return
-    assert by.measure(turns, sizes) == found.measured
+    assert by.measure(messages, sizes) == found.measured
     assert len(found.input_ids) <= limit
     assert found.num_supervised > 0
     ids = found.input_ids.tolist()
@@ -139,7 +140,7 @@ def test_measured_as_encoded_and_whole_images(texts, shown, size, limit):
     if found.tokens_cut:
         assert len(ids) == limit
         assert all(grid.tiles == 1 for grid in found.grids)
-        one_tile = free.with_max_tiles(1).encode(turns, sizes)
+        one_tile = free.with_max_tiles(1).encode(messages, sizes)
         assert torch.equal(found.input_ids, one_tile.input_ids[:limit])
         assert torch.equal(found.labels, one_tile.labels[:limit])
         assert len(one_tile.input_ids) - limit == found.tokens_cut
@@ -170,17 +171,21 @@ class TestEndlessTexts:
 
     def test_characters(self):
         by = encoder(max_seq_length=50)
-        message = problem_of(by, turns_of("what", "中" * 3_000_000), [])
+        message = problem_of(by, messages_of("what", "中" * 3_000_000), [])
         assert message == "3,000,004 characters cannot fit into max_seq_length 50"
 
     @pytest.mark.parametrize("truncate", [False, True])
     def test_turns(self, truncate):
         by = encoder(max_seq_length=50, truncate_text=truncate)
-        assert "turns cannot fit into max_seq_length 50" in problem_of(by, turns_of(*["a"] * 600_000), [])
+        assert "messages cannot fit into max_seq_length 50" in problem_of(
+            by, messages_of(*["a"] * 600_000), []
+        )
 
     def test_images(self):
         by = encoder(max_seq_length=50)
-        assert problem_of(by, turns_of("<image>" * 26, "a"), [(1, 1)] * 26).startswith("26 images cannot fit")
+        assert problem_of(by, messages_of("<image>" * 26, "a"), [(1, 1)] * 26).startswith(
+            "26 images cannot fit"
+        )
 
 
 def test_what_may_fit_is_never_refused_untokenised():
@@ -188,10 +193,10 @@ def test_what_may_fit_is_never_refused_untokenised():
     by = encoder(max_seq_length=400)
     longest = max(set(tokenizer().get_vocab()) - {"<IMG_CONTEXT>"}, key=len)
     with pytest.raises(RecordProblem, match="tokens, more than"):
-        by.measure(turns_of("what", longest * 399), [])
-    by.refuse_endless(turns_of("e\u0301" * (400 * len(longest) - 50), "a"), 0)
+        by.measure(messages_of("what", longest * 399), [])
+    by.refuse_endless(messages_of("e\u0301" * (400 * len(longest) - 50), "a"), 0)
 
 
 def test_a_long_text_is_cut_not_refused():
     by = encoder(max_seq_length=50, truncate_text=True)
-    assert len(by.encode(turns_of("what ?", "a cat " * 20_000), []).input_ids) == 50
+    assert len(by.encode(messages_of("what ?", "a cat " * 20_000), []).input_ids) == 50

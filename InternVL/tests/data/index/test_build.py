@@ -72,8 +72,8 @@ def measured(monkeypatch) -> list[int]:
 
 def record(number: int, **extra) -> dict:
     answer = "a" + " cat" * number
-    turns = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": answer}]
-    return {"id": f"r{number}", "conversations": turns, **extra}
+    messages = [{"from": "human", "value": f"what is {number} ?"}, {"from": "gpt", "value": answer}]
+    return {"id": f"r{number}", "conversations": messages, **extra}
 
 
 def encoded(records: RecordSet) -> list[tuple[int, ...]]:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from internvl_chat.data.sources.records import Record, RecordProblem, Turn, parse_record
+from internvl_chat.data.sources.records import Message, Record, RecordProblem, parse_record
 
 ASK, ANSWER = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}
-TURNS = (Turn("user", "What?"), Turn("assistant", "This."))
+TURNS = (Message("user", "What?"), Message("assistant", "This."))
 
 
 def human(text: str) -> dict:
@@ -31,11 +31,11 @@ class TestDialects:
     @pytest.mark.parametrize("side", ["gpt", "assistant"])
     def test_role_names_mix(self, role, side):
         raw = {"conversations": [{"from": role, "value": "What?"}, {"from": side, "value": "This."}]}
-        assert parse_record(raw).turns == TURNS
+        assert parse_record(raw).messages == TURNS
 
     def test_conversations_win_over_messages(self):
         raw = {"conversations": [ASK, ANSWER], "messages": [{"role": "user", "content": "else"}]}
-        assert parse_record(raw).turns == TURNS
+        assert parse_record(raw).messages == TURNS
 
     def test_content_parts(self):
         parts = [
@@ -48,7 +48,10 @@ class TestDialects:
         answer = {"role": "assistant", "content": [{"type": "text", "text": "This."}]}
         raw = {"messages": [{"role": "user", "content": parts}, answer], "images": ["a.png", "b.png"]}
         record = parse_record(raw)
-        assert record.turns == (Turn("user", "A: <image>\nB: <image>\nWhich?"), Turn("assistant", "This."))
+        assert record.messages == (
+            Message("user", "A: <image>\nB: <image>\nWhich?"),
+            Message("assistant", "This."),
+        )
         assert record.images == ("a.png", "b.png")
 
     @pytest.mark.parametrize("key", ["image", "path"])
@@ -63,7 +66,9 @@ class TestDialects:
         listed = parse_record({"messages": messages, "images": ["c.png", "d.png"]})
         assert listed.images == ("c.png", "d.png")
         del parts[1][key]
-        assert "2 <image> placeholders in the human turns, but 1 images" in problem_of({"messages": messages})
+        assert "2 <image> placeholders in the human messages, but 1 images" in problem_of(
+            {"messages": messages}
+        )
         parts[1][key] = 3
         assert "'image' must be a path or a list of paths" in problem_of({"messages": messages})
 
@@ -72,7 +77,7 @@ class TestDialects:
     )
     def test_content_part_of_another_kind(self, part):
         raw = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
-        assert "turn 1 has a content part that is neither text nor image" in problem_of(raw)
+        assert "message 1 has a content part that is neither text nor image" in problem_of(raw)
 
     @pytest.mark.parametrize(("given", "kept"), [("x", "x"), (7, "7"), (0, "0"), (None, None)])
     def test_id(self, given, kept):
@@ -81,9 +86,9 @@ class TestDialects:
     def test_many_turns_keep_their_order_and_text(self):
         texts = ["a", "", " b \n", "中\n\n", "<|im_end|>", "c"]
         entries = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-        turns = parse_record({"conversations": entries}).turns
-        assert [turn.text for turn in turns] == texts
-        assert [turn.role for turn in turns] == ["user", "assistant"] * 3
+        messages = parse_record({"conversations": entries}).messages
+        assert [message.content for message in messages] == texts
+        assert [message.role for message in messages] == ["user", "assistant"] * 3
 
 
 class TestImages:
@@ -94,24 +99,29 @@ class TestImages:
     @pytest.mark.parametrize("given", [{"image": "a.png"}, {"image": ["a.png"]}, {"images": ["a.png"]}])
     def test_one_with_its_placeholder(self, given):
         record = parse_record({"conversations": [human("See <image>: what?"), ANSWER], **given})
-        assert record.turns[0].text == "See <image>: what?"
+        assert record.messages[0].content == "See <image>: what?"
         assert record.images == ("a.png",)
 
     @pytest.mark.parametrize("given", ["a.png", ["a.png"]])
     def test_one_without_placeholder_is_shown_first(self, given):
         record = parse_record({"conversations": [ASK, ANSWER, human("And?"), ANSWER], "image": given})
-        assert [turn.text for turn in record.turns] == ["<image>\nWhat?", "This.", "And?", "This."]
+        assert [message.content for message in record.messages] == [
+            "<image>\nWhat?",
+            "This.",
+            "And?",
+            "This.",
+        ]
 
     def test_the_placeholder_may_be_in_a_later_turn(self):
         record = parse_record(
             {"conversations": [ASK, ANSWER, human("<image>And?"), ANSWER], "image": "a.png"}
         )
-        assert [turn.text for turn in record.turns] == ["What?", "This.", "<image>And?", "This."]
+        assert [message.content for message in record.messages] == ["What?", "This.", "<image>And?", "This."]
 
     def test_a_placeholder_that_only_the_assistant_says_shows_nothing(self):
         answer = {"from": "gpt", "value": "An <image>."}
         record = parse_record({"conversations": [ASK, answer], "image": "a.png"})
-        assert [turn.text for turn in record.turns] == ["<image>\nWhat?", "An <image>."]
+        assert [message.content for message in record.messages] == ["<image>\nWhat?", "An <image>."]
 
     def test_several_in_order(self):
         record = parse_record(
@@ -146,29 +156,29 @@ class TestImages:
         )
 
     def test_one_but_no_human_turn(self):
-        assert "no human turn to show it in" in problem_of({"conversations": [ANSWER], "image": "a.png"})
+        assert "no human message to show it in" in problem_of({"conversations": [ANSWER], "image": "a.png"})
 
 
 class TestSystem:
     def test_first(self):
         record = parse_record({"conversations": [{"from": "system", "value": "Be brief."}, ASK, ANSWER]})
-        assert record.turns == (Turn("system", "Be brief."), *TURNS)
+        assert record.messages == (Message("system", "Be brief."), *TURNS)
 
     @pytest.mark.parametrize("place", [1, 2])
     def test_later_is_an_error(self, place):
         entries = [ASK, ANSWER]
         entries.insert(place, {"from": "system", "value": "Be brief."})
-        assert "a system turn must be the first turn" in problem_of({"conversations": entries})
+        assert "a system message must be the first message" in problem_of({"conversations": entries})
 
     @pytest.mark.parametrize(
         ("system", "question", "image", "system_read", "question_read"),
         [
-            # A string: the reference marks the first turn, unless that very turn has a placeholder.
+            # A string: the reference marks the first message, unless that very message has a placeholder.
             ("S", "<image>\nQ", "a.png", "<image>\nS", "<image>\nQ"),
             ("S <image>", "<image>\nQ", "a.png", "S <image>", "<image>\nQ"),
             # A list is taken as it is.
             ("S", "<image>\nQ", ["a.png"], "S", "<image>\nQ"),
-            # Without a placeholder the image is shown in the first human turn.
+            # Without a placeholder the image is shown in the first human message.
             ("S", "Q", "a.png", "S", "<image>\nQ"),
             ("S", "Q", ["a.png"], "S", "<image>\nQ"),
             ("S <image>", "Q", "a.png", "S <image>", "<image>\nQ"),
@@ -180,11 +190,11 @@ class TestSystem:
     def test_with_an_image(self, system, question, image, system_read, question_read):
         entries = [{"from": "system", "value": system}, human(question), ANSWER]
         record = parse_record({"conversations": entries, "image": image})
-        assert [turn.text for turn in record.turns] == [system_read, question_read, "This."]
+        assert [message.content for message in record.messages] == [system_read, question_read, "This."]
 
     def test_string_image_without_system_is_not_marked_twice(self):
         record = parse_record({"conversations": [human("Q <image>"), ANSWER], "image": "a.png"})
-        assert record.turns[0].text == "Q <image>"
+        assert record.messages[0].content == "Q <image>"
 
 
 class TestProblems:
@@ -206,43 +216,43 @@ class TestProblems:
         assert "no conversation" in problem_of(raw)
 
     @pytest.mark.parametrize(
-        "turn", ["hi", None, {}, {"from": "gpt"}, {"value": "a"}, {"role": "user", "content": "a"}]
+        "message", ["hi", None, {}, {"from": "gpt"}, {"value": "a"}, {"role": "user", "content": "a"}]
     )
-    def test_no_turn(self, turn):
-        message = problem_of({"conversations": [ASK, turn]})
-        assert message == "turn 2 must be an object with 'from' and 'value'"
+    def test_no_turn(self, message):
+        message = problem_of({"conversations": [ASK, message]})
+        assert message == "message 2 must be an object with 'from' and 'value'"
 
     def test_no_turn_of_messages(self):
-        assert problem_of({"messages": [ASK]}) == "turn 1 must be an object with 'role' and 'content'"
+        assert problem_of({"messages": [ASK]}) == "message 1 must be an object with 'role' and 'content'"
 
     @pytest.mark.parametrize("role", ["bot", "Human", "", None, 1, ["gpt"]])
     def test_unknown_role(self, role):
         message = problem_of({"conversations": [ASK, {"from": role, "value": "a"}]})
-        assert f"turn 2 has the unknown role {role!r}" in message
+        assert f"message 2 has the unknown role {role!r}" in message
 
     @pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (3, "int"), ({"a": 1}, "dict")])
     def test_text_that_is_none(self, value, kind):
         message = problem_of({"conversations": [ASK, {"from": "gpt", "value": value}]})
-        assert message == f"turn 2: 'value' must be text, found {kind}"
+        assert message == f"message 2: 'value' must be text, found {kind}"
 
     @pytest.mark.parametrize("entries", [[ASK], [ASK, ASK], [{"from": "system", "value": "S"}, ASK]])
     def test_no_assistant_turn(self, entries):
-        assert "no assistant turn" in problem_of({"conversations": entries})
+        assert "no assistant message" in problem_of({"conversations": entries})
 
     @pytest.mark.parametrize("role", ["system", "human", "gpt"])
     def test_reserved_token(self, role):
         entries = [{"from": role, "value": "a <IMG_CONTEXT> b"}, ASK, ANSWER]
-        assert problem_of({"conversations": entries}) == "turn 1 contains the reserved token <IMG_CONTEXT>"
+        assert problem_of({"conversations": entries}) == "message 1 contains the reserved token <IMG_CONTEXT>"
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
 def test_images_beside_an_empty_image_are_shown(empty):
-    turns = [human("<image> What?"), {"from": "gpt", "value": "That."}]
-    record = parse_record({"image": empty, "images": ["a.png"], "conversations": turns})
+    messages = [human("<image> What?"), {"from": "gpt", "value": "That."}]
+    record = parse_record({"image": empty, "images": ["a.png"], "conversations": messages})
     assert record.images == ("a.png",)
 
 
 def test_image_and_images_at_once():
-    turns = [human("<image> What?"), {"from": "gpt", "value": "That."}]
-    raw = {"image": "a.png", "images": ["b.png"], "conversations": turns}
+    messages = [human("<image> What?"), {"from": "gpt", "value": "That."}]
+    raw = {"image": "a.png", "images": ["b.png"], "conversations": messages}
     assert "both 'image' and 'images'" in problem_of(raw)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from small_sets import encoder, image_record, noise, text_record, write_set
 
 from internvl_chat.data.batching.collator import FILLER_KEY, PackDataset, pack_samples
-from internvl_chat.data.dataset import Draw, TrainingData
+from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.data.index.build import index_records
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.sources.problems import ERRORS, KINDS, WARNINGS, Problem, show_id, show_message
-from internvl_chat.data.sources.skip_policy import LeftOut, Skipped, leave_out, raise_problems
+from internvl_chat.data.sources.skip_policy import ExcludedRecord, Skipped, exclude_records, raise_problems
 from internvl_chat.utils.errors import DataError
 
 BAD = {
@@ -45,8 +45,8 @@ def open_data(sets, cache, **options) -> TrainingData:
     indexes = index_records(sets, cache=cache)
     problems = [problem for index in indexes for problem in index.problems]
     lengths = [index.lengths for index in indexes]
-    left_out = leave_out(problems, sum(map(len, indexes)), 1.0)
-    return TrainingData(sets, lengths=lengths, left_out=left_out, max_bad_fraction=0.5, **options)
+    excluded = exclude_records(problems, sum(map(len, indexes)), 1.0)
+    return TrainingData(sets, lengths=lengths, excluded=excluded, max_bad_fraction=0.5, **options)
 
 
 class TestKinds:
@@ -78,12 +78,12 @@ class TestKinds:
         assert pickle.loads(pickle.dumps(error)).kind == "role"
 
     def test_one_empty_answer_of_several_is_a_warning(self, folder):
-        turns = [*text_record(0)["conversations"], *text_record(1, answer="")["conversations"]]
-        records = write_set(folder, [{"id": "x", "conversations": turns}])
+        messages = [*text_record(0)["conversations"], *text_record(1, answer="")["conversations"]]
+        records = write_set(folder, [{"id": "x", "conversations": messages}])
         [index] = index_records([records], cache=folder / "cache")
         [problem] = index.problems
-        assert (problem.kind, problem.is_error, index.unusable) == ("empty turn", False, [])
-        assert problem.message == "empty answer in turn 4"
+        assert (problem.kind, problem.is_error, index.unusable) == ("empty message", False, [])
+        assert problem.message == "empty answer in message 4"
 
     @pytest.mark.parametrize(
         ("roles", "message"),
@@ -99,18 +99,18 @@ class TestKinds:
     )
     def test_turns_out_of_order_are_a_warning(self, folder, roles, message):
         names = {"s": "system", "h": "human", "a": "gpt"}
-        turns = [{"from": names[role], "value": "text"} for role in roles]
-        [index] = index_records([write_set(folder, [{"conversations": turns}])], cache=folder / "cache")
+        messages = [{"from": names[role], "value": "text"} for role in roles]
+        [index] = index_records([write_set(folder, [{"conversations": messages}])], cache=folder / "cache")
         assert index.unusable == []
-        assert {problem.kind for problem in index.problems} == ({"turn order"} if message else set())
+        assert {problem.kind for problem in index.problems} == ({"message order"} if message else set())
         assert message is None or message in {problem.message for problem in index.problems}
 
     def test_a_placeholder_in_an_answer_is_a_warning(self, folder):
-        turns = text_record(0, answer="See <image>.")["conversations"]
-        [index] = index_records([write_set(folder, [{"conversations": turns}])], cache=folder / "cache")
+        messages = text_record(0, answer="See <image>.")["conversations"]
+        [index] = index_records([write_set(folder, [{"conversations": messages}])], cache=folder / "cache")
         [problem] = index.problems
         assert (problem.kind, problem.message) == (
-            "placeholder in answer", "<image> in the answer of turn 2 stays text"
+            "placeholder in answer", "<image> in the answer of message 2 stays text"
         )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ class TestPolicy:
     def test_warnings_do_not_fail(self):
         warning = self.problems(1)[0]._replace(kind="duplicate id")
         raise_problems([warning])
-        assert leave_out([warning], 1, 0.0) == []
+        assert exclude_records([warning], 1, 0.0) == []
 
     @pytest.mark.parametrize(("bad", "total", "most", "fine"), [
         (1, 100, 0.01, True), (2, 100, 0.01, False), (0, 5, 0.0, True), (1, 9, 0.0, False), (5, 5, 1.0, True),
@@ -158,12 +158,12 @@ class TestPolicy:
     def test_most_that_may_be_left_out(self, bad, total, most, fine):
         problems = self.problems(bad)
         if fine:
-            assert leave_out(problems, total, most) == [
-                LeftOut("qa", i, str(problems[i])) for i in range(bad)
+            assert exclude_records(problems, total, most) == [
+                ExcludedRecord("qa", i, str(problems[i])) for i in range(bad)
             ]
             return
         with pytest.raises(DataError) as caught:
-            leave_out(problems, total, most)
+            exclude_records(problems, total, most)
         message = str(caught.value)
         assert message.startswith(f"{bad} of {total} records cannot be used ({bad / total:.2%}), more than "
                                   f"--max_bad_fraction {most:g} allows:")  # fmt: skip
@@ -183,17 +183,17 @@ class TestOrder:
         sets = [write_set(folder, records, "a", repeat_time=2), write_set(folder, records[::-1], "b")]
         data = open_data(sets, folder / "cache")
         assert data.sizes == [6, 3]
-        ids = [data[Draw(i, 0)][0].id for i in range(len(data))]
+        ids = [data[SampleIndex(i, 0)][0].id for i in range(len(data))]
         assert ids == ["r0", "r2", "r4"] * 2 + ["r4", "r2", "r0"]
-        assert [(out.dataset, out.index) for out in data.left_out] == [("a", 1), ("a", 3), ("b", 1), ("b", 3)]
-        assert all(out.message for out in data.left_out)
+        assert [(out.dataset, out.index) for out in data.excluded] == [("a", 1), ("a", 3), ("b", 1), ("b", 3)]
+        assert all(out.message for out in data.excluded)
 
     def test_a_record_with_one_image_missing_is_left_out_whole(self, folder):
         noise(10, 40, seed=1).save(folder / "images/tall.png")
         shown = [("wide.png", "tall.png"), ("nowhere.png", "wide.png", "tall.png"), ("tall.png", "wide.png")]
         shown = [image_record(number, *names) for number, names in enumerate(shown)]
         data = open_data([write_set(folder, shown)], folder / "cache")
-        samples = [data[Draw(i, 0)][0] for i in range(len(data))]
+        samples = [data[SampleIndex(i, 0)][0] for i in range(len(data))]
         assert [sample.id for sample in samples] == ["r0", "r2"]
         first, second = (sample.tiles[[2, 5]] for sample in samples)
         assert torch.equal(first, second.flip(0))
@@ -224,11 +224,11 @@ class TestOrder:
                 open_data(opened, folder / "cache")
             return
         data = open_data(opened, folder / "cache")
-        assert [data[Draw(i, 0)][0].key for i in range(len(data))] == expected
+        assert [data[SampleIndex(i, 0)][0].key for i in range(len(data))] == expected
         epoch = data.epoch_lengths()
         assert len(epoch) == len(expected)
         assert [epoch[i] for i in range(len(epoch))] == [
-            data[Draw(i, 0)][0].encoded.measured for i in range(len(data))
+            data[SampleIndex(i, 0)][0].encoded.measured for i in range(len(data))
         ]
 
     def test_nothing_is_left(self, folder):
@@ -246,7 +246,7 @@ class TestPacks:
         return data
 
     def test_a_record_that_vanishes_is_named(self, data):
-        pack = PackDataset(data)[[Draw(0, 0), Draw(1, 0), Draw(2, 0)]]
+        pack = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]]
         assert [key.index for key in pack.keys] == [0, 2]
         [skipped] = pack.skipped
         assert skipped == Skipped("qa", 1, "r1", skipped.message)
@@ -254,8 +254,8 @@ class TestPacks:
 
     def test_the_others_are_as_without_it(self, data):
         pack, alone = (
-            PackDataset(data)[[Draw(0, 0), Draw(1, 0), Draw(2, 0)]],
-            PackDataset(data)[[Draw(0, 0), Draw(2, 0)]],
+            PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]],
+            PackDataset(data)[[SampleIndex(0, 0), SampleIndex(2, 0)]],
         )
         assert alone.skipped == ()
         for name, value in vars(alone).items():
@@ -263,30 +263,30 @@ class TestPacks:
                 assert torch.equal(value, getattr(pack, name))
 
     def test_that_loses_all_its_records_still_runs(self, data):
-        pack = PackDataset(data)[[Draw(1, 0)]]
+        pack = PackDataset(data)[[SampleIndex(1, 0)]]
         assert (pack.keys, pack.counts.tolist(), pack.supervised.tolist()) == ((FILLER_KEY,), [False], [1])
         assert pack.input_ids.shape == (1, 2)
         assert (pack.num_tokens, pack.num_supervised, len(pack.tiles)) == (0, 0, 0)
         assert [skipped.index for skipped in pack.skipped] == [1]
-        assert pack.tiles.shape == PackDataset(data)[[Draw(0, 0)]].tiles.shape
-        assert len(PackDataset(data, multiple=8)[[Draw(1, 0)]].input_ids[0]) == 8
+        assert pack.tiles.shape == PackDataset(data)[[SampleIndex(0, 0)]].tiles.shape
+        assert len(PackDataset(data, multiple=8)[[SampleIndex(1, 0)]].input_ids[0]) == 8
 
     def test_a_record_of_weight_zero_is_not_counted_twice(self, data):
-        assert PackDataset(data)[[Draw(1, 0, counts=False)]].skipped == ()
+        assert PackDataset(data)[[SampleIndex(1, 0, counts=False)]].skipped == ()
 
     def test_pages_and_processes_take_it(self, data):
-        pack = PackDataset(data)[[Draw(0, 0), Draw(1, 0)]]
+        pack = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0)]]
         assert pickle.loads(pickle.dumps(pack)).skipped == pack.skipped
 
     def test_without_the_policy_it_is_an_error(self, data):
         data.max_bad_fraction = None
-        error = PackDataset(data)[[Draw(0, 0), Draw(1, 0), Draw(2, 0)]]
+        error = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]]
         assert isinstance(error, DataError)
         assert (error.record, error.kind) == ("r1", "image missing")
 
     def test_a_changed_image_is_left_out_too(self, data, folder):
         noise(10, 10).save(folder / "images/goes.png")
-        [skipped] = PackDataset(data)[[Draw(1, 0)]].skipped
+        [skipped] = PackDataset(data)[[SampleIndex(1, 0)]].skipped
         assert "an image has changed since" in skipped.message
 
 
@@ -303,5 +303,5 @@ def test_lengths_are_those_of_the_records_that_are_used(folder):
     data = open_data([write_set(folder, lines)], folder / "cache")
     assert all(a < b for a, b in pairwise(data.epoch_lengths().tokens.tolist()))
     assert np.all(data.lengths[0].tokens[[2]] == 0)
-    packed = pack_samples([data[Draw(i, 0)] for i in range(len(data))])
+    packed = pack_samples([data[SampleIndex(i, 0)] for i in range(len(data))])
     assert packed.lengths.tolist() == data.epoch_lengths().tokens.tolist()

@@ -68,7 +68,7 @@ def test_records_are_well_formed(metas: dict[str, Path], images: Path, split: st
         assert len(records) == COUNTS[split]
         for record in records:
             identities.append(record["id"])
-            assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"]
+            assert [message["from"] for message in record["conversations"]] == ["human", "gpt"]
             assert prompt(record).strip() and answer(record).strip()
             assert prompt(record).count("<image>") == len(record.get("image", []))
             if category == "puretext":
