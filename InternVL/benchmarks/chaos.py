@@ -1,12 +1,13 @@
-"""Kill a run again and again, and compare what comes out with a run that nobody disturbed.
+"""Kill a training run repeatedly and compare the result with an uninterrupted run.
 
-A small model is trained twice on the CPU by the launcher, with the same command. The second run is ended with
-SIGKILL at random moments, sometimes while it saves: one of its processes, the launcher's, or all of them; and
-now and then its newest checkpoint is damaged before it starts again. At the end the ledgers, the losses of
-all steps and the weights must be the same, bit for bit.
+The launcher trains a small model twice on the CPU with the same command. In the second run, SIGKILL hits one
+rank, the launcher, or all processes at random times, sometimes during a save; sometimes the newest checkpoint
+is corrupted before the restart. Finally, the ledgers, the losses of all steps and the weights must be
+bit-identical.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -24,38 +25,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 
-from benchmarks.report import write_report
+from benchmarks.common import write_report
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune/M3LLM-fulldata-fullmodel.sh"
 VICTIMS = ("process", "launcher", "all")
-# Share of the kills that come after a step, and the most steps before them.
-_LATE_SHARE = 0.7
-_MOST_STEPS = 8
-# The time of so many steps is enough for a step and a save.
-_STEPS_AND_A_SAVE = 3
-# Share of the restarts before which the newest of several checkpoints is damaged.
-_DAMAGE_SHARE = 0.2
+# Probability that a kill comes after a step, not during the start, and the maximum number of steps before it.
+_LATE_PROBABILITY = 0.7
+_MAX_STEPS_BEFORE_KILL = 8
+# A step and a save take less time than this number of steps.
+_STEPS_PER_SAVE = 3
+# Probability that the newest checkpoint is corrupted before a restart.
+_DAMAGE_PROBABILITY = 0.2
 
 
 @dataclass
-class Figures:
-    """What happened, and whether it left a trace.
+class Outcome:
+    """Number of disturbances, and the comparison with the uninterrupted run.
 
     Attributes:
-        kills: SIGKILLs sent to a run at work.
-        victims: how many of each kind.
-        kills_while_saving: with a checkpoint in the making.
-        kills_before_the_first_step: of a start.
-        damaged: checkpoints damaged on purpose.
-        damaged_loaded: of them, how many a run resumed from.
-        starts: of the program.
-        steps: of the run.
-        steps_done_again: lost to kills.
-        same_ledger: as that of the undisturbed run.
-        same_losses: of all steps.
-        same_weights: at the end.
-        seconds: of all.
+        kills: number of SIGKILLs.
+        victims: number of kills of each kind.
+        kills_while_saving: kills while a checkpoint was being written.
+        kills_before_the_first_step: kills before the first step after a start.
+        damaged: corrupted checkpoints.
+        damaged_loaded: corrupted checkpoints that a run resumed from.
+        starts: starts of the launcher.
+        steps: steps of the run.
+        steps_done_again: repeated steps.
+        same_ledger: whether the ledgers are equal.
+        same_losses: whether the losses of all steps are equal.
+        same_weights: whether the final weights are equal.
+        seconds: total duration.
     """
 
     kills: int = 0
@@ -73,8 +74,8 @@ class Figures:
     seconds: float = 0.0
 
     @property
-    def unharmed(self) -> bool:
-        """True if nothing of it all can be seen."""
+    def identical(self) -> bool:
+        """Whether both runs are identical and no corrupted checkpoint was loaded."""
         return self.same_ledger and self.same_losses and self.same_weights and not self.damaged_loaded
 
 
@@ -88,13 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
         "Example: python InternVL/benchmarks/chaos.py --kills 50 --json chaos.json",
     )
     add = parser.add_argument
-    add("--kills", type=int, default=50, help="how often the run is killed [50]")
-    add("--processes", type=int, default=2, help="of the run [2]")
-    add("--steps", type=int, help="of the run [8 a kill]")
-    add("--save_steps", type=int, default=2, help="steps from checkpoint to checkpoint [2]")
-    add("--seed", type=int, default=0, help="of the moments [0]")
-    add("--folder", type=Path, help="work here and keep all [temporary files]")
-    add("--json", metavar="FILE", type=Path, help="also write the figures here")
+    add("--kills", type=int, default=50, help="number of kills (default: 50)")
+    add("--processes", type=int, default=2, help="world size (default: 2)")
+    add("--steps", type=int, help="training steps (default: 8 per kill)")
+    add("--save_steps", type=int, default=2, help="steps between checkpoints (default: 2)")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    add("--folder", type=Path, help="persistent working folder (default: temporary folder)")
+    add("--json", metavar="FILE", type=Path, help="write the results as JSON")
     return parser
 
 
@@ -108,28 +109,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        figures = disturb(args, prepare(args, folder), folder)
-    for name, value in asdict(figures).items():
+        outcome = compare_runs(args, prepare(args, folder), folder)
+    for name, value in asdict(outcome).items():
         print(f"{name:<28} {value}")
     if args.json:
-        write_report(args.json, figures=asdict(figures), arguments=vars(args))
-    return 0 if figures.unharmed else 1
+        write_report(args.json, figures=asdict(outcome), arguments=vars(args))
+    return 0 if outcome.identical else 1
 
 
 @dataclass(frozen=True)
-class Run:
-    """A way to start the training; its output folder decides which run it is.
+class Launch:
+    """How to start the training.
 
     Attributes:
-        command: of the launcher, with flags.
-        environment: of the launcher.
+        command: command of the launcher with its flags.
+        environment: environment variables of the launcher.
     """
 
     command: list[str]
     environment: dict[str, str]
 
     def start(self, output: Path) -> subprocess.Popen:
-        """Begin, or go on from the newest checkpoint."""
+        """Start or resume the run in an output folder."""
         log = (output.parent / f"{output.name}.log").open("ab")
         with log:
             return subprocess.Popen(
@@ -138,8 +139,8 @@ class Run:
             )  # fmt: skip
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> Run:
-    """Make data and a model, and return how to train."""
+def prepare(args: argparse.Namespace, folder: Path) -> Launch:
+    """Create data and a model, and return the command that trains it."""
     own = os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "CUDA_VISIBLE_DEVICES": ""}
     m3llm = [sys.executable, "-m", "internvl_chat.cli"]
     data, model = folder / "data", folder / "tiny"
@@ -169,84 +170,84 @@ def prepare(args: argparse.Namespace, folder: Path) -> Run:
         "disable_tqdm": True,
     }
     tokens = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    return Run(["bash", str(LAUNCHER), *tokens], environment)
+    return Launch(["bash", str(LAUNCHER), *tokens], environment)
 
 
-def disturb(args: argparse.Namespace, run: Run, folder: Path) -> Figures:
-    """Train undisturbed, then disturbed, and compare."""
+def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outcome:
+    """Train without interruptions, then with kills, and compare the runs."""
     began = time.monotonic()
-    calm, chaos = folder / "calm", folder / "chaos"
-    process = run.start(calm)
-    first_step = _wait_for_step(process, calm)
+    baseline, interrupted = folder / "baseline", folder / "interrupted"
+    process = launch.start(baseline)
+    first_step = _wait_for_step(process, baseline)
     if process.wait():
-        raise RuntimeError(f"the undisturbed run failed; see {calm}.log")
-    step = statistics.median(row["seconds"] for row in _rows(calm))
-    figures, rng = Figures(steps=args.steps), random.Random(args.seed)
+        raise RuntimeError(f"the uninterrupted run failed; see {baseline}.log")
+    step = statistics.median(row["seconds"] for row in _rows(baseline))
+    outcome, rng = Outcome(steps=args.steps), random.Random(args.seed)
     damaged: set[tuple[int, int]] = set()
     while True:
-        if figures.kills and rng.random() < _DAMAGE_SHARE:
-            figures.damaged += _damage_newest(chaos, rng, damaged)
-        bad = {path.name for path in _checkpoints(chaos) if _identity(path) in damaged}
-        done, kept = _last_step(chaos), _newest_step(chaos, bad)
-        figures.steps_done_again += done - kept
-        logged = len(_lines(chaos / "training_log.txt"))
-        process = run.start(chaos)
-        figures.starts += 1
-        if figures.kills < args.kills:
-            killed = _wait_for_moment(process, chaos, first_step, step, kept, rng)
+        if outcome.kills and rng.random() < _DAMAGE_PROBABILITY:
+            outcome.damaged += _damage_newest(interrupted, rng, damaged)
+        corrupted = {path.name for path in _checkpoints(interrupted) if _identity(path) in damaged}
+        done, kept = _last_step(interrupted), _newest_step(interrupted, corrupted)
+        outcome.steps_done_again += done - kept
+        logged = len(_lines(interrupted / "training_log.txt"))
+        process = launch.start(interrupted)
+        outcome.starts += 1
+        if outcome.kills < args.kills:
+            killed = _wait_to_kill(process, interrupted, first_step, step, kept, rng)
             if killed:
-                _kill(process, chaos, kept, rng, figures)
+                _kill(process, interrupted, kept, rng, outcome)
         else:
             killed = False
         code = process.wait()
-        _wait_for_all_to_end(chaos)
-        figures.damaged_loaded += _resumed_from(chaos, logged) in bad
-        if (chaos / "train_results.json").is_file():
+        _wait_for_all_to_end(interrupted)
+        outcome.damaged_loaded += _resumed_from(interrupted, logged) in corrupted
+        if (interrupted / "train_results.json").is_file():
             break
         if not killed:
-            raise RuntimeError(f"a start that nobody disturbed failed with exit code {code}; see {chaos}.log")
-    if figures.kills < args.kills:
-        raise RuntimeError(f"the run was finished after {figures.kills} kills; give it more --steps")
-    figures.same_ledger = _lines(calm / "ledger.jsonl") == _lines(chaos / "ledger.jsonl")
-    figures.same_losses = _losses(calm) == _losses(chaos)
-    figures.same_weights = _weights(calm) == _weights(chaos)
-    figures.seconds = round(time.monotonic() - began, 1)
-    return figures
+            raise RuntimeError(f"a start without a kill failed with exit code {code}; see {interrupted}.log")
+    if outcome.kills < args.kills:
+        raise RuntimeError(f"the run finished after {outcome.kills} kills; increase --steps")
+    outcome.same_ledger = _lines(baseline / "ledger.jsonl") == _lines(interrupted / "ledger.jsonl")
+    outcome.same_losses = _losses(baseline) == _losses(interrupted)
+    outcome.same_weights = _weights(baseline) == _weights(interrupted)
+    outcome.seconds = round(time.monotonic() - began, 1)
+    return outcome
 
 
-def _wait_for_moment(
+def _wait_to_kill(
     process: subprocess.Popen, output: Path, first_step: float, step: float, kept: int, rng: random.Random
 ) -> bool:
-    """Wait for a random moment, while it starts or after some steps; returns whether it still runs then.
+    """Wait for a random time during the start or after some steps; returns whether the run is still alive.
 
     Args:
         process: the launcher.
-        output: the run's folder.
-        first_step: seconds from its start to its first step.
-        step: seconds that a step takes.
-        kept: steps that are done for good.
-        rng: of the moments.
+        output: run folder.
+        first_step: seconds from the start to the first step.
+        step: seconds per step.
+        kept: last step of the newest valid checkpoint.
+        rng: random number generator.
     """
     until, steps = rng.uniform(0.1, first_step), 0
-    if rng.random() < _LATE_SHARE:
-        until, steps = 20 * first_step, rng.randint(1, _MOST_STEPS)
+    if rng.random() < _LATE_PROBABILITY:
+        until, steps = 20 * first_step, rng.randint(1, _MAX_STEPS_BEFORE_KILL)
     began = time.monotonic()
     while time.monotonic() - began < until and not (steps and _last_step(output) >= kept + steps):
         if process.poll() is not None:
             return False
         time.sleep(0.005)
-    time.sleep(rng.uniform(0, _STEPS_AND_A_SAVE * step))
+    time.sleep(rng.uniform(0, _STEPS_PER_SAVE * step))
     return process.poll() is None
 
 
-def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random, figures: Figures) -> None:
-    """End one process of a run, its launcher, or all."""
+def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random, outcome: Outcome) -> None:
+    """Kill one rank, the launcher, or all processes."""
     saving = any((output / ".partial").glob("checkpoint-*"))
     stepping = _last_step(output) > kept
     victim = rng.choice(VICTIMS)
-    trainers = _trainers(output)
-    if victim == "process" and trainers:
-        chosen = [rng.choice(trainers)]
+    ranks = _ranks(output)
+    if victim == "process" and ranks:
+        chosen = [rng.choice(ranks)]
     elif victim == "launcher":
         chosen = [psutil.Process(process.pid)]
     else:
@@ -254,38 +255,36 @@ def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random
             "all",
             [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)],
         )
-    for one in chosen:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
-    figures.kills += 1
-    figures.victims[victim] += 1
-    figures.kills_while_saving += saving
-    figures.kills_before_the_first_step += not stepping
+    for process in chosen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    outcome.kills += 1
+    outcome.victims[victim] += 1
+    outcome.kills_while_saving += saving
+    outcome.kills_before_the_first_step += not stepping
 
 
-def _trainers(output: Path) -> list[psutil.Process]:
-    """Return the processes that train into a folder, whoever their parents are now."""
-    found = []
+def _ranks(output: Path) -> list[psutil.Process]:
+    """Return the ranks of a run, even if their launcher is dead."""
+    ranks = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         is_training = any(word.endswith("train/internvl_chat_finetune.py") for word in words)
-        # The process that writes the log has the launcher's command line.
+        # The torchrun wrapper has the same arguments.
         if str(output) in words and is_training and "internvl_chat.train.distributed.launch" not in words:
-            found.append(process)
-    return found
+            ranks.append(process)
+    return ranks
 
 
 def _wait_for_all_to_end(output: Path, seconds: float = 60.0) -> None:
-    """Wait until nobody works on a folder: what has lost its launcher saves, and ends by itself."""
-    _, alive = psutil.wait_procs(_trainers(output), timeout=seconds)
+    """Wait for all ranks; ranks without a launcher save and exit by themselves."""
+    _, alive = psutil.wait_procs(_ranks(output), timeout=seconds)
     if alive:
-        raise RuntimeError(f"{len(alive)} processes go on without their launcher")
+        raise RuntimeError(f"{len(alive)} ranks are still running without their launcher")
 
 
 def _wait_for_step(process: subprocess.Popen, output: Path) -> float:
-    """Return how many seconds a run takes from its start to the end of its first step."""
+    """Return the seconds until the end of the first step."""
     began = time.monotonic()
     while process.poll() is None and not _last_step(output):
         time.sleep(0.05)
@@ -293,24 +292,24 @@ def _wait_for_step(process: subprocess.Popen, output: Path) -> float:
 
 
 def _damage_newest(output: Path, rng: random.Random, damaged: set[tuple[int, int]]) -> bool:
-    """Change or cut a file of the newest checkpoint, if there is another; returns whether it was done."""
+    """Corrupt or truncate a file of the newest of several checkpoints; returns whether it did."""
     checkpoints = sorted(_checkpoints(output), key=_step_of)
     if len(checkpoints) < 2 or _identity(checkpoints[-1]) in damaged:
         return False
     file = rng.choice([path for path in checkpoints[-1].iterdir() if path.stat().st_size])
     content = bytearray(file.read_bytes())
-    place = rng.randrange(len(content))
+    position = rng.randrange(len(content))
     if rng.random() < 0.5:
-        content[place] ^= 1 << rng.randrange(8)
+        content[position] ^= 1 << rng.randrange(8)
     else:
-        del content[place:]
+        del content[position:]
     file.write_bytes(content)
     damaged.add(_identity(checkpoints[-1]))
     return True
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Return what no other checkpoint has: names come again, and so do the numbers of deleted folders."""
+    """Return a unique id of a checkpoint; names and inode numbers alone are reused."""
     state = folder.stat()
     return state.st_ino, state.st_mtime_ns
 
@@ -323,14 +322,14 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _newest_step(output: Path, bad: set[str]) -> int:
-    return max((_step_of(path) for path in _checkpoints(output) if path.name not in bad), default=0)
+def _newest_step(output: Path, excluded: set[str]) -> int:
+    return max((_step_of(path) for path in _checkpoints(output) if path.name not in excluded), default=0)
 
 
 def _resumed_from(output: Path, logged: int) -> str | None:
-    """Return the name of the checkpoint that a start went on from, by the log's lines after the first."""
-    found = [line for line in _lines(output / "training_log.txt")[logged:] if " resuming from " in line]
-    return Path(found[-1].rpartition(" ")[2]).name if found else None
+    """Return the name of the checkpoint that a start resumed from, read from new log lines."""
+    lines = [line for line in _lines(output / "training_log.txt")[logged:] if " resuming from " in line]
+    return Path(lines[-1].rpartition(" ")[2]).name if lines else None
 
 
 def _lines(file: Path) -> list[str]:
@@ -343,7 +342,7 @@ def _rows(output: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            continue  # a line that a kill cut short
+            continue  # truncated by a kill
     return rows
 
 

@@ -1,7 +1,7 @@
-"""What a checkpoint costs training: the steps after a save beside all, written in the background or not.
+"""Cost of checkpoints: duration of the steps after a save, asynchronous and synchronous.
 
-Every step trains the same records, so that steps compare. Nothing is downloaded; the checkpoints of a random
-model go to the folder for temporary files, or to `--folder`, and are deleted.
+All steps train the same records. The checkpoints of a random model are written to a temporary folder, or to
+`--folder`, and deleted. Downloads nothing.
 """
 
 import argparse
@@ -17,12 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.flags import as_tokens
+from benchmarks.common import parse_names, write_report
 from benchmarks.jobs import Job
-from benchmarks.options import names_of
-from benchmarks.ours import make_loop, read_metrics
-from benchmarks.recipes import RECIPES
-from benchmarks.report import write_report
+from benchmarks.presets.fast import make_loop, read_metrics
+from benchmarks.presets.recipes import RECIPES, as_tokens
 from benchmarks.shapes import SHAPES, default_dtype
 from benchmarks.workload import Workload, prepare_workload
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
@@ -30,21 +28,21 @@ from internvl_chat.model.io.checkpoint import save_model
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 MODES = ("background", "synchronous")
-LIMIT = 1.5
+MAX_RATIO = 1.5
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """What was measured of one way to save.
+    """Overhead of one save mode.
 
     Attributes:
         mode: one of `MODES`.
         checkpoint_gb: size of a checkpoint.
-        median_seconds: of all timed steps.
-        after_save_seconds: of each step after a save, the save included where training waits for it.
-        ratio: of the median of these to the median of all.
-        worst_ratio: of the slowest of these.
-        seconds_a_save: what a save added to the steps, wherever it did.
+        median_seconds: median duration of all timed steps.
+        after_save_seconds: duration of each step after a save, including a synchronous save.
+        ratio: median of `after_save_seconds` relative to `median_seconds`.
+        worst_ratio: maximum of `after_save_seconds` relative to `median_seconds`.
+        seconds_a_save: total time above the median, per save.
     """
 
     mode: str
@@ -66,16 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
         "\\\n  --every 4 --steps 16 --json checkpoints.json",
     )
     add = parser.add_argument
-    add("--recipe", choices=tuple(RECIPES), default="full", help="what is trained [full]")
-    add("--model", choices=tuple(SHAPES), help="shape of the model [internvl3-8b on a GPU, mid on a CPU]")
-    add("--device", choices=("cpu", "cuda"), help="where to train [cuda if there is one]")
-    add("--modes", default=",".join(MODES), help="any of background,synchronous [both]")
-    add("--every", type=int, default=4, help="steps from save to save [4]")
-    add("--steps", type=int, default=16, help="timed steps [16]")
-    add("--warmup", type=int, default=2, help="untimed steps before them [2]")
-    add("--threads", type=int, default=0, help="CPU threads [all cores]")
-    add("--folder", type=Path, help="write the checkpoints to this disk [temporary files]")
-    add("--json", metavar="FILE", type=Path, help="also write the figures here")
+    add("--recipe", choices=tuple(RECIPES), default="full", help="recipe (default: full)")
+    add("--model", choices=tuple(SHAPES), help="model shape (default: internvl3-8b on a GPU, mid on a CPU)")
+    add("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
+    add("--modes", default=",".join(MODES), help="comma-separated: background,synchronous (default: both)")
+    add("--every", type=int, default=4, help="steps between saves (default: 4)")
+    add("--steps", type=int, default=16, help="timed steps (default: 16)")
+    add("--warmup", type=int, default=2, help="untimed steps before them (default: 2)")
+    add("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    add("--folder", type=Path, help="folder of the checkpoints (default: temporary folder)")
+    add("--json", metavar="FILE", type=Path, help="write the results as JSON")
     return parser
 
 
@@ -85,30 +83,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.model = args.model or ("mid" if args.device == "cpu" else "internvl3-8b")
-    modes = names_of(parser, "--modes", args.modes, MODES)
+    modes = parse_names(parser, "--modes", args.modes, MODES)
     if args.every < 2 or args.steps <= args.every or args.warmup < 0:
         parser.error("--every must be at least 2, --steps larger than it, and --warmup at least 0")
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         workload = repeated_workload(args, Path(folder))
         for mode in modes:
-            found.append(measure(args, workload, mode, Path(folder)))
-            print(format_row(args, found[-1]), flush=True)
+            rows.append(measure(args, workload, mode, Path(folder)))
+            print(format_row(args, rows[-1]), flush=True)
     if args.json:
         dtype = default_dtype(args.device)
         write_report(
             args.json,
             args.device,
             arguments=vars(args) | {"dtype": dtype},
-            rows=[asdict(row) for row in found],
+            rows=[asdict(row) for row in rows],
         )
     return 0
 
 
 def repeated_workload(args: argparse.Namespace, folder: Path) -> Workload:
-    """Prepare one step's records, as often as there are steps."""
+    """Prepare the records of one step, repeated for every step."""
     workload = prepare_workload(
         folder,
         SHAPES[args.model],
@@ -124,7 +122,7 @@ def repeated_workload(args: argparse.Namespace, folder: Path) -> Workload:
 
 
 def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Path) -> Overhead:
-    """Train with checkpoints, written in one of the two ways."""
+    """Train and save checkpoints in the given mode."""
     folder = folder / mode
     folder.mkdir()
     saving = {"save_strategy": "steps", "save_steps": args.every, "save_total_limit": 1}
@@ -150,14 +148,14 @@ def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Pat
 
 
 def summarise(mode: str, seconds: Sequence[float], every: int, warmup: int, size: int) -> Overhead:
-    """Compare the steps after a save with all.
+    """Compare the steps after a save with all steps.
 
     Args:
         mode: one of `MODES`.
-        seconds: of each step, from the end of the one before.
-        every: steps from save to save.
-        warmup: steps that do not count.
-        size: of a checkpoint in bytes.
+        seconds: duration of each step, from the end of the previous one.
+        every: steps between saves.
+        warmup: number of untimed steps.
+        size: size of a checkpoint in bytes.
     """
     timed = seconds[warmup:]
     after = [value for done, value in enumerate(seconds) if done >= warmup and done and done % every == 0]
@@ -174,18 +172,18 @@ def summarise(mode: str, seconds: Sequence[float], every: int, warmup: int, size
 
 
 def folder_bytes(run: Path) -> int:
-    """Return the size of the checkpoint in a run's folder."""
+    """Return the size of the checkpoint in a run folder."""
     return sum(file.stat().st_size for file in run.glob("checkpoint-*/**/*") if file.is_file())
 
 
 def format_row(args: argparse.Namespace, row: Overhead) -> str:
-    """Return the figures as a line of text."""
+    """Return the result as a line of text."""
     after = statistics.median(row.after_save_seconds)
-    verdict = "within" if row.ratio <= LIMIT else "over"
+    verdict = "within" if row.ratio <= MAX_RATIO else "over"
     return (
         f"{args.recipe} {args.model} {args.device}, {row.mode}: checkpoint {row.checkpoint_gb:.2f} GB, "
         f"median step {row.median_seconds:.2f} s, after a save {after:.2f} s ({row.ratio:.2f} times, "
-        f"{verdict} {LIMIT}; worst {row.worst_ratio:.2f}), {row.seconds_a_save:+.2f} s a save"
+        f"{verdict} {MAX_RATIO}; worst {row.worst_ratio:.2f}), {row.seconds_a_save:+.2f} s per save"
     )
 
 

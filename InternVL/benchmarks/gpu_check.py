@@ -1,10 +1,11 @@
-"""Acceptance run on one GPU: kernels, launchers, resuming, memory, decoding, compilation and the 8B shape.
+"""Acceptance run on one GPU: kernels, launchers, resume, memory, decoding, compilation and the 8B shape.
 
-Every item runs in a process of its own, is timed, and does not end the others when it fails. Nothing is
-downloaded: models are random, and records are drawn. Without a GPU the same items run at small size.
+Every item runs in a separate process with a time limit; the others continue if it fails. Downloads nothing:
+models are random, records synthetic. Without a GPU the items run at small size.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -23,25 +24,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 
+from benchmarks.common import parse_names
 from benchmarks.gpu.check import SIZES, Check, read_result
 
 SCRIPT = Path(__file__).resolve()
 REPOSITORY = SCRIPT.parents[2]
 RESULTS, LOG = "gpu_check.json", "gpu_check.log"
-# With less time left an item is not started.
-_LEAST_SECONDS = 5.0
-# On a CPU, which other programs may use as well, an item may take so many times longer.
+# An item is not started with less time left.
+_MIN_SECONDS = 5.0
+# Factor on the time limits on a CPU, which may be shared.
 _CPU_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something to check.
+    """A check.
 
     Attributes:
-        name: in the table.
-        function: `module:function` in `benchmarks.gpu`, which is given a `Check`.
-        seconds: most that it may take on a GPU.
+        name: name in the table.
+        function: `module:function` in `benchmarks.gpu`; called with a `Check`.
+        seconds: time limit on a GPU.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Item:
     seconds: float
 
 
-# By value: what is at the end may find no time left.
+# Most important first: time may run out before the last items.
 ITEMS = (
     Item("doctor", "launchers:doctor", 60),
     Item("attention", "kernels:attention", 60),
@@ -78,12 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
         "Example: bash InternVL/internvl_chat/shell/gpu_check.sh --out work_dirs/gpu_check",
     )
     add = parser.add_argument
-    add("--size", choices=SIZES, help="of the models [8b on a GPU, small on a CPU]")
+    add("--size", choices=SIZES, help="model size (default: 8b on a GPU, small on a CPU)")
     add("--out", type=Path, default=REPOSITORY / "work_dirs/gpu_check",
-        help=f"folder of {RESULTS} and {LOG} [work_dirs/gpu_check]")  # fmt: skip
-    add("--minutes", type=float, default=10.0, help="items that do not fit into this time are skipped [10]")
-    add("--items", default=",".join(NAMES), help="only these, comma-separated [all]")
-    add("--device", choices=("cpu", "cuda"), help="[cuda if there is a GPU]")
+        help=f"folder for {RESULTS} and {LOG} (default: work_dirs/gpu_check)")  # fmt: skip
+    add(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="time limit; items that exceed it are skipped (default: 10)",
+    )
+    add("--items", default=",".join(NAMES), help="comma-separated items (default: all)")
+    add("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
     add("--child", nargs=2, metavar=("ITEM", "FOLDER"), help=argparse.SUPPRESS)
     return parser
 
@@ -93,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(argv)
-    chosen = [name.strip() for name in args.items.split(",")]
-    if unknown := set(chosen) - set(NAMES):
-        parser.error(f"--items: {', '.join(sorted(unknown))} is unknown; choose from {','.join(NAMES)}")
+    selected = parse_names(parser, "--items", args.items, NAMES)
     if args.child:
         name, work = args.child
         (item,) = (item for item in ITEMS if item.name == name)
@@ -110,24 +115,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.out / LOG).open("w", encoding="utf-8") as log,
     ):
         for item in ITEMS:
-            if item.name not in chosen:
+            if item.name not in selected:
                 continue
             left = 60 * args.minutes - (time.monotonic() - began)
             results[item.name] = result = run_item(item, args, Path(work), left, log)
             print(
                 f"{item.name}: {result['status']} in {result['seconds']:.0f} s", file=sys.stderr, flush=True
             )
-            # After every item, so that a run that is killed leaves what it has found.
+            # After every item, so that a killed run leaves its results so far.
             write_results(args, results, time.monotonic() - began)
     print(format_table(results))
-    print(f"{args.out / RESULTS}; the output of all items is in {args.out / LOG}")
+    print(f"results: {args.out / RESULTS}, output of all items: {args.out / LOG}")
     return 1 if any(result["status"] == "failed" for result in results.values()) else 0
 
 
 def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log: IO[str]) -> dict[str, Any]:
-    """Run an item in a process of its own, for at most its own time and the time left."""
-    if left < _LEAST_SECONDS:
-        return {"status": "skipped", "why": "no time is left", "summary": "", "figures": {}, "seconds": 0.0}
+    """Run an item in a subprocess, limited by its own time and the time left."""
+    if left < _MIN_SECONDS:
+        return {"status": "skipped", "why": "no time left", "summary": "", "figures": {}, "seconds": 0.0}
     seconds = min(item.seconds * (1 if args.device == "cuda" else _CPU_FACTOR), left)
     began = time.monotonic()
     print(f"==== {item.name}", file=log, flush=True)
@@ -141,22 +146,22 @@ def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log:
     try:
         code = process.wait(seconds)
         if code:
-            why = f"it ended with exit code {code}"
+            why = f"exit code {code}"
     except subprocess.TimeoutExpired:
-        why = f"it took longer than {seconds:.0f} s"
+        why = f"took longer than {seconds:.0f} s"
     finally:
-        end_processes(process)
+        kill_processes(process)
     result = read_result(work, item.name) or {"status": "failed", "summary": "", "figures": {}}
     if why is not None:
         result |= {"status": "failed", "why": why}
-        for file in sorted((work / item.name).rglob("log.txt")):  # of the item's own processes
+        for file in sorted((work / item.name).rglob("log.txt")):  # of the processes that the item started
             text = file.read_text(encoding="utf-8", errors="replace")
             print(f"---- {file.relative_to(work)}\n{text[-2000:]}", file=log, flush=True)
     return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def environment(device: str, work: Path) -> dict[str, str]:
-    """Return the variables of every item: the launchers' own, no downloads, nothing kept."""
+    """Return the environment of every item: like the launchers, offline, with a temporary cache."""
     variables = {
         "PYTHON": sys.executable,
         "HF_HUB_OFFLINE": "1",
@@ -168,17 +173,15 @@ def environment(device: str, work: Path) -> dict[str, str]:
     return variables | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
-def end_processes(process: subprocess.Popen) -> None:
-    """Kill an item that still runs, and all processes that it has started."""
+def kill_processes(process: subprocess.Popen) -> None:
+    """Kill an item that is still running, with all of its child processes."""
     try:
         running = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    for one in running:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
+    for child in running:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()
 
 
@@ -201,7 +204,7 @@ def write_results(args: argparse.Namespace, results: dict[str, dict[str, Any]], 
 
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:
-    """Return the results as text, one line an item."""
+    """Return the results as text, one line per item."""
     rows = [("item", "status", "seconds", "")]
     for name, result in results.items():
         note = "; ".join(filter(None, (result["why"], result["summary"]))).replace("\n", " ")
@@ -221,6 +224,6 @@ def _find_device() -> str:
 
 
 if __name__ == "__main__":
-    # An item at work is ended as well.
+    # Exit normally, so that the running item is killed as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""A measurement: its order, its clock and its result; each runs in a process of its own."""
+"""Jobs: one measurement in a subprocess, with its settings, clock and result."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.recipes import RECIPES, Recipe
+from benchmarks.presets.recipes import RECIPES, Recipe
 from benchmarks.shapes import DTYPES, SHAPES, Shape, weightless_model
 from benchmarks.workload import Workload
 from internvl_chat.model.flops import count_flops, peak_flops
@@ -22,22 +22,22 @@ from internvl_chat.train.freeze import set_trainable
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         preset: `reference`, `fast` or `peer`.
-        label: what the table calls it.
+        label: name in the table.
         recipe: `lora` or `full`.
-        model: a key of `SHAPES`.
+        model: key of `SHAPES`.
         device: `cpu` or `cuda`.
-        workload: file of the prepared records, as many as all steps need.
-        folder: for whatever the preset writes.
-        warmup: untimed steps.
-        steps: timed steps.
-        threads: of the CPU; 0 for all cores.
-        flags: of the training command, for `fast`.
-        variant: of `fast`, a key of `ABLATIONS`.
-        dtype: of weights and activations, a key of `DTYPES`.
+        workload: file of the prepared workload, with the records of all steps.
+        folder: working folder.
+        warmup: number of untimed steps.
+        steps: number of timed steps.
+        threads: CPU threads; 0 for all cores.
+        flags: extra flags of the training script, for `fast`.
+        variant: ablation of `fast`, a key of `ABLATIONS`.
+        dtype: dtype of weights and activations, a key of `DTYPES`.
     """
 
     preset: str
@@ -56,37 +56,37 @@ class Job:
 
     @property
     def settings(self) -> Recipe:
-        """The recipe."""
+        """Recipe of the job."""
         return RECIPES[self.recipe]
 
     @property
     def shape(self) -> Shape:
-        """The model's shape."""
+        """Shape of the model."""
         return SHAPES[self.model]
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
+        """Dtype of weights and activations."""
         return DTYPES[self.dtype]
 
     @property
     def bf16(self) -> bool:
-        """Whether to train in bfloat16."""
+        """Whether the job trains in bfloat16."""
         return self.torch_dtype == torch.bfloat16
 
     @property
     def total_steps(self) -> int:
-        """Steps, the untimed included."""
+        """Number of steps, including untimed ones."""
         return self.warmup + self.steps
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a preset reports of its steps.
+    """Steps of a preset.
 
     Attributes:
-        tokens: of each step, as the preset counted them.
-        losses: of each step.
+        tokens: number of tokens of each step, counted by the preset.
+        losses: loss of each step.
     """
 
     tokens: list[int]
@@ -95,16 +95,16 @@ class Steps:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured.
+    """Result of a measurement.
 
     Attributes:
-        seconds: of the timed steps.
-        records: in them.
-        tokens: in them.
-        flops: of them, without recomputation.
-        peak_flops: of the device, or None.
-        peak_memory: bytes.
-        first_loss: of the first step.
+        seconds: duration of the timed steps.
+        records: records of the timed steps.
+        tokens: tokens of the timed steps.
+        flops: operations of the timed steps, without recomputation.
+        peak_flops: peak operations per second of the device, or None if unknown.
+        peak_memory: peak memory in bytes.
+        first_loss: loss of the first step.
     """
 
     seconds: float
@@ -117,40 +117,40 @@ class Result:
 
 
 class Clock(TrainerCallback):
-    """Stamps the start and the end of every step; as a callback, in transformers' Trainer."""
+    """Record the start and the end of every step; also a callback of the Trainer of transformers."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stamps: list[float] = []
 
     def tick(self) -> None:
-        """Note the time when all work so far is done."""
+        """Synchronise the device and record the time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.stamps.append(time.perf_counter())
 
     def seconds(self, warmup: int) -> float:
-        """Return the time of all steps but the first `warmup`."""
+        """Return the duration of all steps after the first `warmup`."""
         return self.stamps[-1] - self.stamps[warmup]
 
     def on_step_begin(self, *_: object, **__: object) -> None:
-        """Called by the Trainer before a step's first forward pass."""
+        """Called by the Trainer before the first forward pass of a step."""
         if not self.stamps:
             self.tick()
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        """Called by the Trainer when the weights are updated."""
+        """Called by the Trainer after the weight update."""
         self.tick()
 
 
 def result_of(job: Job, workload: Workload, clock: Clock, steps: Steps) -> Result:
-    """Put the measurement of this process together."""
+    """Return the result of the job that ran in this process."""
     size = job.settings.step_records
     timed = workload.sizes[job.warmup * size : job.total_steps * size]
     model = weightless_model(job.shape)
-    adapters = job.settings.lora_rank
-    model.config.use_llm_lora = adapters
-    set_trainable(model, freeze_llm=adapters > 0, freeze_mlp=adapters > 0, freeze_backbone=True)
+    rank = job.settings.lora_rank
+    model.config.use_llm_lora = rank
+    set_trainable(model, freeze_llm=rank > 0, freeze_mlp=rank > 0, freeze_backbone=True)
     counter = count_flops(model)
     return Result(
         seconds=clock.seconds(job.warmup),
@@ -164,44 +164,48 @@ def result_of(job: Job, workload: Workload, clock: Clock, steps: Steps) -> Resul
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes used so far: of the GPU's allocations, or resident in this process."""
+    """Return the peak memory in bytes: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
-        # ru_maxrss would begin with what the process that started this one had used.
+        # ru_maxrss includes the memory of the parent process before exec.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_in_a_process(job: Job, script: Path, number: int) -> Result:
-    """Measure in a process of its own, so that the peak memory is this job's alone.
+def run_in_subprocess(job: Job, script: Path, number: int) -> Result:
+    """Run a job in a subprocess, so that its peak memory is measured separately.
+
+    Args:
+        job: the job.
+        script: script that runs the job with `--child`.
+        number: number of the job, for its folder.
 
     Raises:
-        RuntimeError: it failed; with the end of its output.
+        RuntimeError: the job failed; contains the end of its output.
     """
     folder = Path(job.folder) / f"job{number}"
     folder.mkdir()
-    order, answer, log = folder / "job.json", folder / "result.json", folder / "log.txt"
+    job_file, result_file, log = folder / "job.json", folder / "result.json", folder / "log.txt"
     job = dataclasses.replace(job, folder=str(folder))
-    order.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    job_file.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     with log.open("w", encoding="utf-8") as stream:
         code = subprocess.run(
-            [sys.executable, str(script), "--child", str(order)],
+            [sys.executable, str(script), "--child", str(job_file)],
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=os.environ | _environment(job),
         ).returncode
-    if code or not answer.is_file():
+    if code or not result_file.is_file():
         end = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise RuntimeError(f"{job.label} ended with exit code {code}:\n{end}")
-    return Result(**json.loads(answer.read_text(encoding="utf-8")))
+        raise RuntimeError(f"{job.label} failed with exit code {code}:\n{end}")
+    return Result(**json.loads(result_file.read_text(encoding="utf-8")))
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Return what the launchers set, too."""
-    # The records lie in a temporary folder, and so do their lengths.
+    """Return the environment variables that the launchers set as well, with a temporary cache."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "M3LLM_CACHE": job.folder}
     if job.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
@@ -209,12 +213,12 @@ def _environment(job: Job) -> dict[str, str]:
     return variables
 
 
-def read_job(order: Path) -> Job:
-    """Read the order of a child process."""
-    raw = json.loads(order.read_text(encoding="utf-8"))
+def read_job(file: Path) -> Job:
+    """Read the job of a subprocess."""
+    raw = json.loads(file.read_text(encoding="utf-8"))
     return Job(**{**raw, "flags": tuple(raw["flags"])})
 
 
-def write_result(order: Path, result: Result) -> None:
-    """Write the answer of a child process beside its order."""
-    (order.parent / "result.json").write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
+def write_result(job_file: Path, result: Result) -> None:
+    """Write the result of a subprocess next to its job file."""
+    (job_file.parent / "result.json").write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")

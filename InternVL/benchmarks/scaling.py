@@ -1,8 +1,7 @@
-"""What a training step costs against records, tokens, tiles and processes: one thing grows, the others stay.
+"""Scaling of a training step with records, tokens, tiles and ranks, one at a time.
 
-Records, tokens and tiles: seconds of one packed forward and backward pass, and the operations that it needs.
-Processes: records a second of the trainer under torchrun, and how evenly the records' costs are dealt. One
-command prints a table and writes JSON.
+Records, tokens and tiles: duration and operations of one packed forward and backward pass. Ranks: throughput
+of training under torchrun, and balance of the records' costs. Prints a table and writes JSON.
 """
 
 import argparse
@@ -22,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.recipes import RECIPES
-from benchmarks.report import write_report
+from benchmarks.common import write_report
+from benchmarks.presets.recipes import RECIPES
 from benchmarks.shapes import DTYPES, SHAPES, Shape, default_dtype, random_model
 from internvl_chat.cli import main as m3llm
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.batching.collator import Pack, pack_samples
-from internvl_chat.data.batching.packing import deal
-from internvl_chat.data.encode.encoder import Encoded
+from internvl_chat.data.batching.packing import balance_records
+from internvl_chat.data.encode.encoder import EncodedConversation
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.data.synthetic.sample_data import write_sample_data
@@ -45,25 +44,27 @@ Row = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Example: python InternVL/benchmarks/scaling.py --model mid --recipe lora --json scaling.json",
     )
-    parser.add_argument("--model", choices=SHAPES, default="mid", help="shape, with random weights [mid]")
-    parser.add_argument("--recipe", choices=RECIPES, default="full", help="what is trained [full]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    parser.add_argument("--repeats", type=int, default=3, help="passes of which the median is taken [3]")
-    parser.add_argument("--largest", type=int, default=4096, help="most tokens of a pack [4096]")
+    parser.add_argument("--model", choices=SHAPES, default="mid", help="model shape (default: mid)")
+    parser.add_argument("--recipe", choices=RECIPES, default="full", help="recipe (default: full)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="passes per measurement; reports the median (default: 3)"
+    )
+    parser.add_argument("--largest", type=int, default=4096, help="maximum tokens per pack (default: 4096)")
     parser.add_argument(
         "--processes",
         type=int,
         nargs="*",
         default=[1, 2],
-        help="process counts that train a small model on the CPU [1 2]",
+        help="world sizes for training a small model on the CPU (default: 1 2)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     return parser
 
 
@@ -74,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = default_dtype(device.type)
     if dtype == "float32":
         print("This CPU has no bf16 instructions: all passes are in float32.")
-    model = trained_model(SHAPES[args.model], args.recipe, device, DTYPES[dtype])
+    model = build_model(SHAPES[args.model], args.recipe, device, DTYPES[dtype])
     rows = [
-        measure(model, device, what, number, pack, args.repeats)
-        for what, number, pack in made_up_packs(SHAPES[args.model], args.largest)
+        measure(model, device, quantity, number, pack, args.repeats)
+        for quantity, number, pack in synthetic_packs(SHAPES[args.model], args.largest)
     ]
-    rows += [balance(processes) for processes in (1, 2, 4, 8, 16)]
-    rows += [run_processes(processes) for processes in args.processes]
+    rows += [measure_balance(world_size) for world_size in (1, 2, 4, 8, 16)]
+    rows += [measure_ranks(world_size) for world_size in args.processes]
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                         for key, value in row.items()))  # fmt: skip
@@ -89,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def trained_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype) -> InternVLChatModel:
-    """Return a random model, ready to train."""
+def build_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype) -> InternVLChatModel:
+    """Return a random model with the trainable parameters of a recipe."""
     attn = resolve_attention("auto", device)
     model = random_model(shape, IMAGE_CONTEXT, attn=attn, device=device, dtype=dtype)
     rank = RECIPES[recipe].lora_rank
@@ -99,19 +100,19 @@ def trained_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.
     return model.to(device).train()
 
 
-def made_up_packs(shape: Shape, largest: int) -> list[tuple[str, int, Pack]]:
-    """Return packs in which one thing doubles at a time, each with what it is and how much of it there is."""
+def synthetic_packs(shape: Shape, largest: int) -> list[tuple[str, int, Pack]]:
+    """Return packs in which one quantity doubles at a time, as (quantity, number, pack)."""
     per_tile = shape.config().tokens_per_tile
     tokens, record = largest // 8, largest // 8
     packs = [("tokens", n, pack_of(1, n, 0, shape)) for n in doubling(tokens, largest)]
     packs += [("records", n, pack_of(n, record, 0, shape)) for n in doubling(1, largest // record)]
-    most = max(1, (largest - 64) // per_tile)
-    packs += [("tiles", n, pack_of(1, most * per_tile + 64, n, shape)) for n in doubling(1, most)]
+    max_tiles = max(1, (largest - 64) // per_tile)
+    packs += [("tiles", n, pack_of(1, max_tiles * per_tile + 64, n, shape)) for n in doubling(1, max_tiles)]
     return packs
 
 
 def doubling(first: int, last: int) -> list[int]:
-    """Return the numbers from the first to at most the last, each twice the one before.
+    """Return `first`, doubled until it exceeds `last`.
 
     >>> doubling(1, 9)
     [1, 2, 4, 8]
@@ -120,7 +121,7 @@ def doubling(first: int, last: int) -> list[int]:
 
 
 def pack_of(records: int, tokens: int, tiles: int, shape: Shape) -> Pack:
-    """Return a pack of equal records of random tokens, `tiles` tiles each."""
+    """Return a pack of equal records with `tokens` random tokens and `tiles` tiles each."""
     config = shape.config()
     size, context = config.image_size, config.tokens_per_tile * tiles
     generator = torch.Generator().manual_seed(0)
@@ -131,16 +132,18 @@ def pack_of(records: int, tokens: int, tiles: int, shape: Shape) -> Pack:
         labels = torch.full_like(ids, IGNORE_INDEX)
         supervised = max(1, int(SUPERVISED_SHARE * (tokens - context)))
         labels[-supervised:] = ids[-supervised:]
-        encoded = Encoded(ids, labels, torch.arange(8, 8 + context), (Grid(tiles, 1, False),) * (tiles > 0))
+        encoded = EncodedConversation(
+            ids, labels, torch.arange(8, 8 + context), (Grid(tiles, 1, False),) * (tiles > 0)
+        )
         pixels = torch.zeros(tiles, size, size, 3, dtype=torch.uint8)
-        samples.append((Sample(RecordKey("made up", number), None, encoded, pixels), True))
+        samples.append((Sample(RecordKey("synthetic", number), None, encoded, pixels), True))
     return pack_samples(samples)
 
 
 def measure(
-    model: InternVLChatModel, device: torch.device, what: str, number: int, pack: Pack, repeats: int
+    model: InternVLChatModel, device: torch.device, quantity: str, number: int, pack: Pack, repeats: int
 ) -> Row:
-    """Return the seconds of a forward and backward pass, and its operations."""
+    """Measure the duration and the operations of a forward and backward pass."""
     inputs = pack.text_inputs(device)
     inputs["pixel_values"] = pack.pixel_values(device, "imagenet", model.language_model.dtype)
 
@@ -148,11 +151,11 @@ def measure(
         model(**inputs).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    timed(forward_backward, device)  # what is done once only
+    timed(forward_backward, device)  # warm-up
     seconds = statistics.median(timed(forward_backward, device) for _ in range(repeats))
     operations = count_flops(model).step(pack.lengths.tolist(), pack.num_supervised, len(pack.tiles))
     return {
-        "against": what,
+        "against": quantity,
         "number": number,
         "seconds": seconds,
         "gflop": operations / 1e9,
@@ -160,34 +163,34 @@ def measure(
     }
 
 
-def timed(work: Callable[[], None], device: torch.device) -> float:
-    """Return the seconds that something takes."""
-    begin = time.perf_counter()
-    work()
+def timed(function: Callable[[], None], device: torch.device) -> float:
+    """Return the duration of a call in seconds."""
+    start = time.perf_counter()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
-def balance(processes: int, step_records: int = 128, steps: int = 50) -> Row:
-    """Return how much more than the mean the dearest process has to do, dealt by cost and in order."""
+def measure_balance(world_size: int, step_records: int = 128, steps: int = 50) -> Row:
+    """Return the cost of the most expensive rank relative to the mean, balanced by cost and in file order."""
     rng = np.random.default_rng(0)
     by_cost, in_order = [], []
     for _ in range(steps):
         costs = rng.lognormal(0.0, 0.6, step_records)
-        mean = costs.sum() / processes
-        by_cost.append(max(costs[share].sum() for share in deal(costs, processes)) / mean)
-        in_order.append(max(share.sum() for share in np.array_split(costs, processes)) / mean)
+        mean = costs.sum() / world_size
+        by_cost.append(max(costs[part].sum() for part in balance_records(costs, world_size)) / mean)
+        in_order.append(max(part.sum() for part in np.array_split(costs, world_size)) / mean)
     return {
-        "against": "processes, planned",
-        "number": processes,
-        "dearest_over_mean": float(np.mean(by_cost)),
-        "in_order": float(np.mean(in_order)),
+        "against": "ranks, planned",
+        "number": world_size,
+        "max_over_mean": float(np.mean(by_cost)),
+        "max_over_mean_in_order": float(np.mean(in_order)),
     }
 
 
-def run_processes(processes: int) -> Row:
-    """Return records a second of the trainer with a small model under so many processes."""
+def measure_ranks(world_size: int) -> Row:
+    """Measure records per second when training a small model on `world_size` ranks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_sample_data(folder / "data", train=8, held_out=1)
@@ -199,19 +202,19 @@ def run_processes(processes: int) -> Row:
             "output_dir": folder / "run", "use_cpu": True, "force_image_size": 112, "freeze_backbone": True,
             "dynamic_image_size": True, "max_steps": 9, "save_strategy": "no", "report_to": "none",
             "disable_tqdm": True, "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 16 // processes,
+            "gradient_accumulation_steps": 16 // world_size,
         }  # fmt: skip
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
+        command += ["--nproc_per_node", str(world_size)]
         command += ["-m", "internvl_chat.train.internvl_chat_finetune"]
         command += [text for key, value in flags.items() for text in (f"--{key}", str(value))]
-        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        threads = str(max(1, (os.cpu_count() or 1) // world_size))
         source = str(Path(__file__).resolve().parents[1])
         environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": threads}
         subprocess.run(command, check=True, capture_output=True, env=environment)
         rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:]
     records, seconds = (sum(row[key] for row in rows) for key in ("records", "seconds"))
-    return {"against": "processes, trained", "number": processes, "records_per_second": records / seconds}
+    return {"against": "ranks, trained", "number": world_size, "records_per_second": records / seconds}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model shapes that are measured, with random weights made on the device: no file is read or written."""
+"""Model shapes of the benchmarks, with random weights created on the device."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,7 @@ import torch
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.checkpoint import empty_model
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.model.tiny import tiny_config
-from internvl_chat.model.tiny_shape import TinyShape
+from internvl_chat.model.tiny import TinyShape, tiny_config
 from internvl_chat.utils.hardware import cpu_bf16_instructions
 
 INTERNVL3_VOCABULARY = 151_674
@@ -20,8 +19,8 @@ class Shape:
     """Sizes of a model.
 
     Attributes:
-        sizes: of both towers; the vision MLP is four times as wide as the tower.
-        mlp_width: of the language model's MLP.
+        sizes: sizes of both towers; the vision MLP is four times as wide as the tower.
+        mlp_width: width of the MLP of the language model.
         vocabulary: rows of the embeddings and of the (untied) head.
     """
 
@@ -30,20 +29,20 @@ class Shape:
     vocabulary: int = INTERNVL3_VOCABULARY
 
     def config(self) -> InternVLChatConfig:
-        """Return the model's configuration."""
+        """Return the configuration of the model."""
         config = tiny_config(self.sizes, self.vocabulary)
         config.llm_config["intermediate_size"] = self.mlp_width
         return config
 
 
 SHAPES = {
-    # For the benchmark's own tests.
+    # For tests.
     "smoke": Shape(
         TinyShape(56, vision_width=32, vision_layers=2, vision_heads=2, width=64, layers=2, heads=4),
         mlp_width=176,
         vocabulary=2048,
     ),
-    # What a CPU can measure.
+    # For measurements on a CPU.
     "mid": Shape(
         TinyShape(448, vision_width=256, vision_layers=4, vision_heads=4, width=512, layers=8, heads=8),
         mlp_width=1408,
@@ -65,12 +64,12 @@ SHAPES = {
 
 
 def default_dtype(device: str) -> str:
-    """Return `float32` on a CPU without bf16 instructions, which takes minutes for a step in bf16."""
+    """Return `float32` for a CPU without bf16 instructions (a bf16 step takes minutes), else `bfloat16`."""
     return "float32" if device == "cpu" and not cpu_bf16_instructions() else "bfloat16"
 
 
 def weightless_model(shape: Shape) -> InternVLChatModel:
-    """Return a model of that shape that has no weights at all, to count operations by."""
+    """Return a model of the given shape on the meta device, without weights."""
     with torch.device("meta"):
         return empty_model(shape.config(), 0, torch.bfloat16, "sdpa")
 
@@ -83,9 +82,9 @@ def random_model(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
 ) -> InternVLChatModel:
-    """Return a model of that shape; on one device, the same weights every time.
+    """Return a model with random weights, reproducible on each device.
 
-    Matrices are normal, N(0, 0.02); biases are 0, norms 1, and layer scales as configured.
+    Matrices have the distribution N(0, 0.02); biases are 0, norms 1, and layer scales as configured.
     """
     with torch.device(device):
         model = empty_model(shape.config(), image_context_id, dtype, attn)
@@ -99,7 +98,7 @@ def random_model(
 def fill(
     name: str, tensor: torch.Tensor, config: InternVLChatConfig, generator: torch.Generator
 ) -> torch.Tensor:
-    """Give a weight of that name its random values, and return it."""
+    """Initialise the weight of the given name in place, and return it."""
     if tensor.ndim > 1:
         return tensor.normal_(0.0, 0.02, generator=generator)
     scale = config.vision_config.initializer_factor

@@ -1,4 +1,4 @@
-"""What is trained on: exactly the records of a run, in one file, so that all presets go through the same."""
+"""The training records of a run, written to one file so that all presets train the same records."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.own_records import write_own_records
 from benchmarks.shapes import Shape
+from benchmarks.synthetic_records import write_synthetic_records
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import load_tokenizer
@@ -22,12 +22,12 @@ from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.utils.errors import UsageError
 
 _NAME = "benchmark"
-_OWN_VOCABULARY = 1200
+_TOKENIZER_VOCABULARY = 1200
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a record costs."""
+    """Lengths of a record."""
 
     tokens: int
     supervised: int
@@ -39,10 +39,10 @@ class Workload:
     """The records of a run, prepared in a folder.
 
     Attributes:
-        meta: a meta file of one data set, whose records are to be used once each and in order.
-        tokenizer: its folder.
-        max_dynamic_patch: most tiles of a record.
-        sizes: of every record.
+        meta: meta file of one dataset, whose records are used once each and in order.
+        tokenizer: folder of the tokenizer.
+        max_dynamic_patch: maximum tiles per record.
+        sizes: lengths of each record.
     """
 
     meta: str
@@ -51,12 +51,12 @@ class Workload:
     sizes: tuple[Size, ...]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the workload as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Workload":
-        """Read what `save` has written."""
+        """Read a workload written by `save`."""
         raw = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**raw, "sizes": tuple(Size(**size) for size in raw["sizes"])})
 
@@ -65,7 +65,7 @@ class Workload:
         return load_tokenizer(Path(self.tokenizer))[0]
 
     def open_records(self, shape: Shape, tokenizer: PreTrainedTokenizerBase) -> RecordSet:
-        """Open the records, encoded for a model of that shape."""
+        """Open the records for a model of the given shape."""
         (spec,) = load_meta(self.meta, data_root=Path.cwd())
         return RecordSet(spec, RecordEncoder(tokenizer, Preprocessing.from_model_config(shape.config())))
 
@@ -80,18 +80,21 @@ def prepare_workload(
     tokenizer: str | None = None,
     context_tokens: int = 0,
 ) -> Workload:
-    """Choose the records and write them, with a tokenizer, into a folder.
+    """Sample records and write them, with a tokenizer, to a folder.
 
     Args:
-        folder: an empty one.
-        shape: of the model.
-        records: how many.
-        max_dynamic_patch: most tiles of a record.
-        meta: a meta file; without it the benchmark makes its own records.
-        tokenizer: a folder; without it one is trained on the records' text.
-        context_tokens: mean length of the context in the benchmark's own records.
+        folder: empty folder.
+        shape: shape of the model.
+        records: number of records.
+        max_dynamic_patch: maximum tiles per record.
+        meta: meta file to sample from (default: synthetic records).
+        tokenizer: folder of the tokenizer (default: train one on the text of the records).
+        context_tokens: mean context length of synthetic records.
+
+    Raises:
+        UsageError: the tokenizer has more tokens than the model.
     """
-    source = meta or write_own_records(folder / "own", context_tokens)
+    source = meta or write_synthetic_records(folder / "synthetic", context_tokens)
     raws = take_records(load_meta(source, data_root=Path.cwd()), records)
     annotation = folder / "records.jsonl"
     annotation.write_text("".join(json.dumps(raw) + "\n" for raw in raws), encoding="utf-8")
@@ -101,7 +104,7 @@ def prepare_workload(
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
         texts = [text for raw in raws for text in [*_texts(raw), Preprocessing.system_text]]
-        save_tokenizer(train_tokenizer(texts, _OWN_VOCABULARY), Path(tokenizer))
+        save_tokenizer(train_tokenizer(texts, _TOKENIZER_VOCABULARY), Path(tokenizer))
     workload = Workload(str(folder / "meta.json"), tokenizer, max_dynamic_patch, ())
     loaded = workload.load_tokenizer()
     if len(loaded) > shape.vocabulary:
@@ -113,27 +116,27 @@ def prepare_workload(
 
 
 def take_records(specs: Sequence[DatasetSpec], count: int) -> list[dict[str, Any]]:
-    """Return that many records, of each set in proportion to its size all along, images by absolute path."""
+    """Return `count` records with absolute image paths; any slice has about the mix of all datasets."""
     taken: list[dict[str, Any]] = []
     rng = random.Random(0)
     while len(taken) < count:
-        taken += list(_one_round(specs, rng))
+        taken += list(_interleave(specs, rng))
     return taken[:count]
 
 
-def _one_round(specs: Sequence[DatasetSpec], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Yield every record once; any stretch of them has about the mix of the whole."""
-    places = []
+def _interleave(specs: Sequence[DatasetSpec], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Yield every record once, datasets interleaved in proportion to their sizes."""
+    ordered = []
     for number, spec in enumerate(specs):
         file = RecordFile(spec.annotation)
         for position, index in enumerate(rng.sample(range(len(file)), len(file))):
-            places.append(((position + rng.random()) / len(file), number, file, index))
-    for _, number, file, index in sorted(places, key=lambda place: place[0]):
+            ordered.append(((position + rng.random()) / len(file), number, file, index))
+    for _, number, file, index in sorted(ordered, key=lambda entry: entry[0]):
         yield _with_absolute_images(file[index], specs[number].root)
 
 
 def _with_absolute_images(raw: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Return the record with its images' paths absolute."""
+    """Return the record with absolute image paths."""
     out = dict(raw)
     for key in ("image", "images"):
         if isinstance(out.get(key), str):

@@ -1,96 +1,85 @@
 """The command `m3llm`.
 
-Exit codes: 0 done, 1 the data or the model is at fault, 2 the command line is.
+Exit codes: 0 success, 1 error in the data or the model, 2 error in the command line.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from types import ModuleType
 
 from internvl_chat import __version__
-from internvl_chat.commands import check, convert, data, doctor, evaluate, generate, models, parity
+from internvl_chat.commands import (
+    data_check,
+    data_inspect,
+    doctor,
+    export,
+    generate,
+    loss,
+    merge,
+    parity,
+    sample_data,
+    tiny_model,
+)
+from internvl_chat.commands import eval as evaluate
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.logging import configure_logging
 
-
-@dataclass(frozen=True)
-class _Command:
-    """A subcommand: its words, what it does, an example, how it is set up and run."""
-
-    words: str
-    summary: str
-    example: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
-_COMMANDS = (
-    _Command("data check", "Look at every record and image before training: what can be used, and why not.",
-             "m3llm data check PMC-data.json --model OpenGVLab/InternVL3-8B --report work_dirs/check",
-             check.add_arguments, check.run),
-    _Command("data inspect", "Show what each record becomes: tiles, tokens, what is learnt.",
-             "m3llm data inspect PMC-data.json --model OpenGVLab/InternVL3-8B --limit 3",
-             data.add_inspect_arguments, data.inspect),
-    _Command("loss", "Compute the teacher-forced loss of each record and data set.",
-             "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json",
-             evaluate.add_loss_arguments, evaluate.loss),
-    _Command("eval", "Evaluate on PMC-MI-Bench or another benchmark, or by exact match on a meta file.",
-             "m3llm eval --bench pmc-mi --data PMC-MI-Bench --model work_dirs/run --out work_dirs/eval; "
-             "or m3llm eval held_out.json --model work_dirs/run",
-             evaluate.add_eval_arguments, evaluate.evaluate),
-    _Command("generate", "Answer questions about any number of images.",
-             'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"',
-             generate.add_arguments, generate.run),
-    _Command("merge", "Fold LoRA adapters into their base: a plain checkpoint that opens everywhere.",
-             "m3llm merge work_dirs/lora work_dirs/merged",
-             convert.add_merge_arguments, convert.run_merge),
-    _Command("export", "Write a checkpoint in transformers' own format, or back in the reference's.",
-             "m3llm export work_dirs/run work_dirs/run-hf",
-             convert.add_export_arguments, convert.run_export),
-    _Command("parity", "Compare two checkpoints or formats: tokens, tiles, pixels, logits, answers.",
-             "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8",
-             parity.add_arguments, parity.run),
-    _Command("doctor", "Check whether this machine can train, and what to do about each problem.",
-             "m3llm doctor --folder work_dirs",
-             doctor.add_arguments, doctor.run),
-    _Command("sample-data", "Draw a small data set of compound figures with questions and answers.",
-             "m3llm sample-data work_dirs/sample --seed 0",
-             data.add_sample_data_arguments, data.sample_data),
-    _Command("tiny-model", "Make a small InternVL3 with random weights and its own tokenizer.",
-             "m3llm tiny-model work_dirs/tiny --text work_dirs/sample/train",
-             models.add_tiny_model_arguments, models.run_tiny_model),
+# Name, module (with `add_arguments` and `run`), summary, example.
+_COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
+    ("data check", data_check, "Check every record and image before training.",
+     "m3llm data check PMC-data.json --model OpenGVLab/InternVL3-8B --report work_dirs/check"),
+    ("data inspect", data_inspect, "Print the tiles, tokens and supervised text of each record.",
+     "m3llm data inspect PMC-data.json --model OpenGVLab/InternVL3-8B --limit 3"),
+    ("loss", loss, "Compute the teacher-forced loss of each record and dataset.",
+     "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json"),
+    ("eval", evaluate, "Evaluate on PMC-MI-Bench or another benchmark, or by exact match on a meta file.",
+     "m3llm eval --bench pmc-mi --data PMC-MI-Bench --model work_dirs/run --out work_dirs/eval\n"
+     "         m3llm eval held_out.json --model work_dirs/run"),
+    ("generate", generate, "Answer questions about one or more images.",
+     'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"'),
+    ("merge", merge, "Merge LoRA adapters into their base model and write a standalone checkpoint.",
+     "m3llm merge work_dirs/lora work_dirs/merged"),
+    ("export", export, "Convert a checkpoint to the transformers format, or back to the reference format.",
+     "m3llm export work_dirs/run work_dirs/run-hf"),
+    ("parity", parity, "Compare two checkpoints or formats: tokens, tiles, pixels, logits and answers.",
+     "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8"),
+    ("doctor", doctor, "Check whether this machine can train, and suggest a fix for each problem.",
+     "m3llm doctor --folder work_dirs"),
+    ("sample-data", sample_data, "Create a small synthetic dataset of compound figures with questions and "
+     "answers.", "m3llm sample-data work_dirs/sample --seed 0"),
+    ("tiny-model", tiny_model, "Create a small InternVL3 model with random weights and its own tokenizer.",
+     "m3llm tiny-model work_dirs/tiny --text work_dirs/sample/train"),
 )  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+    """Return the parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="m3llm",
-        description="Fine-tune InternVL3 on compound figures, and use the result.",
+        description="Fine-tune InternVL3 on compound figures, and evaluate, export and run the result.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"m3llm {__version__}")
     groups = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
-    for command in _COMMANDS:
-        *parents, name = command.words.split()
-        group = " ".join(parents)
+    for words, module, summary, example in _COMMANDS:
+        group, _, name = words.rpartition(" ")
         if group not in groups:
-            holder = groups[""].add_parser(group, help=f"Commands on {group}.")
-            groups[group] = holder.add_subparsers(dest=f"{group}_command", required=True, metavar="COMMAND")
-        sub = groups[group].add_parser(
+            group_parser = groups[""].add_parser(group, help="Check or inspect the training data.")
+            groups[group] = group_parser.add_subparsers(required=True, metavar="COMMAND")
+        command = groups[group].add_parser(
             name,
-            help=command.summary,
-            description=command.summary,
-            epilog=f"Example: {command.example}",
+            help=summary,
+            description=summary,
+            epilog=f"Example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
-    train = groups[""].add_parser(
-        "train", add_help=False, help="Fine-tune; the flags are those of the training script (see --help)."
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    groups[""].add_parser(
+        "train", add_help=False, help="Fine-tune a model; `m3llm train --help` lists the flags."
     )
-    train.set_defaults(run=None)
     return parser
 
 

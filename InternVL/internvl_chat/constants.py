@@ -5,6 +5,9 @@ They are InternVL's: changing one makes every published checkpoint unreadable.
 
 IGNORE_INDEX = -100
 
+# Upper bound of max_dynamic_patch: planning an image takes time cubic in it.
+MAX_TILES = 100
+
 IMAGE_PLACEHOLDER = "<image>"
 
 IMG_START = "<img>"

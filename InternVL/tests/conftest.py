@@ -1,4 +1,4 @@
-"""What the tests share: the reference's figures, a small model and a small data set, made once a run."""
+"""Fixtures of all tests: the published reference data, a small model and a small dataset."""
 
 import json
 import os
@@ -15,42 +15,42 @@ from internvl_chat.data.synthetic.sample_data import write_sample_data
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = REPOSITORY / "InternVL/internvl_chat/shell/internvl3.0/2nd_finetune"
 
-# No test depends on the speed of the machine.
+# Tests must not depend on the speed of the machine.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Tests run side by side; more threads would only wait for each other."""
+    """Tests run in parallel processes; more threads would compete for the cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _compiler_cache():
-    """torch's compiler would run code that was compiled for another CPU capability."""
+    """torch's compiler would reuse code compiled for another CPU capability."""
     name = f"torchinductor-tests-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / name)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Lengths of the tests' records are kept apart from those of the user's own runs."""
+    """Separate the cached record lengths of the tests from those of the user."""
     os.environ["M3LLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference figures, `M3LLM_SHARED` or `../shared` beside the repository."""
+    """Folder of reference data: `M3LLM_SHARED`, or `shared` next to the repository."""
     folder = Path(os.environ.get("M3LLM_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "conformance").is_dir():
-        pytest.skip(f"the reference figures are missing ({folder}); set M3LLM_SHARED to their folder")
+        pytest.skip(f"no reference data in {folder}; set M3LLM_SHARED to their folder")
     return folder
 
 
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory) -> Path:
-    """A folder of `m3llm sample-data`: train.json and held_out.json, 4 and 2 records a category."""
+    """Output of `m3llm sample-data`: train.json and held_out.json, with 4 and 2 records per category."""
     folder = tmp_path_factory.mktemp("sample") / "data"
     write_sample_data(folder, train=4, held_out=2)
     return folder
@@ -58,7 +58,7 @@ def sample_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, sample_data) -> Path:
-    """A checkpoint of `m3llm tiny-model` with 56-pixel tiles: 4 tokens each."""
+    """Output of `m3llm tiny-model`, with 56-pixel tiles of 4 tokens each."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     shape = {"image_size": 56, "vision_width": 32, "width": 48, "layers": 2, "heads": 4, "kv_heads": 2}
     flags = [text for name, value in shape.items() for text in (f"--{name}", str(value))]

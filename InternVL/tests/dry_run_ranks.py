@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from internvl_chat.train.preflight.activations import PackSize
+from internvl_chat.model.memory import PackSize
 from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import MemoryPlan
 from internvl_chat.utils import distributed

@@ -1,16 +1,28 @@
-"""Small random encoders for BERTScore and sentence similarity."""
+"""Small random encoders, and their outputs, for the tests of BERTScore and sentence similarity."""
 
 from pathlib import Path
 
 import torch
+from helpers import rounding_bound, terms_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 TEXT = ["the scan shows a mass in left lobe right small . of fig is to größe µm 左肺 no yes"]
+# (answer, reference)
+ENCODER_PAIRS = [
+    ("the scan shows a mass in the left lobe .", "a mass in the right lobe ."),
+    ("yes", "no"),
+    ("Größe 3.5 µm 左肺", "größe 3 µm"),
+    ("the same text", "the same text"),
+    ("", "yes"),
+    ("yes", " \n"),
+    ("mass " * 100, "left lobe " * 100),
+]
+ANSWERS, REFERENCES = (list(side) for side in zip(*ENCODER_PAIRS, strict=True))
 
 
 def write_bert(folder: Path, layers: int = 3) -> Path:
-    """Write a BERT of 16 numbers a word, whose tokenizer knows no limit of length."""
+    """Write a BERT with 16 hidden units and a tokenizer without a length limit."""
     torch.manual_seed(0)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -41,10 +53,24 @@ def write_bert(folder: Path, layers: int = 3) -> Path:
 
 
 def write_sentence_encoder(folder: Path) -> Path:
-    """Write a sentence-transformers model that takes the mean of such a BERT's outputs."""
+    """Write a sentence-transformers model that averages the outputs of such a BERT."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
     words = Transformer(str(write_bert(folder.with_name(f"{folder.name}-bert"))))
     SentenceTransformer(modules=[words, Pooling(16)], device="cpu").save(str(folder))
     return folder
+
+
+def similarity_tolerance(folder: Path) -> float:
+    """Return the rounding bound of a similarity, which is at most 1 and sums over two encoder outputs."""
+    model = AutoModel.from_pretrained(folder)
+    return rounding_bound(2 * terms_of(model) + model.config.hidden_size, torch.float32, 1)
+
+
+def hidden_states(folder: Path, text: str) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of each layer for the tokens of a text, including [CLS] and [SEP]."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    inputs = tokenizer(text.strip(), truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True).hidden_states

@@ -1,4 +1,4 @@
-"""Broken input by the thousand, from a seed, and what must hold of each."""
+"""Fuzzing of records, images and meta files, reproducible from a seed."""
 
 import copy
 import io
@@ -22,8 +22,8 @@ from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.data.sources.problems import ERRORS
 from internvl_chat.utils.errors import DataError
 
-# Fragments that have broken parsers before.
-SPLINTERS = (
+# Byte sequences that often break parsers.
+FRAGMENTS = (
     b"\0", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r", b"\n", b'"', b"\\", b"\\u0000", b"\\ud800", b"{",
     b"}", b"[" * 2000, b"]" * 2000, b"9" * 5000, b"1e999", b"-", b"NaN", b"Infinity", b"null", b"true",
     b"<image>", b"<IMG_CONTEXT>", b"<|im_end|>", b"\xe2\x80\xa8", b" " * 3000, b"/../" * 50, b"\x1b[2J",
@@ -37,16 +37,16 @@ VALUES = (
 
 
 @contextmanager
-def soon():
-    """Fail where something never ends."""
+def time_limit():
+    """Fail if the block takes too long."""
 
-    def late(*_):
+    def fail(*_):
         pytest.fail(f"took more than {HANG_SECONDS} seconds")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(HANG_SECONDS)
     try:
         yield
@@ -56,29 +56,29 @@ def soon():
 
 
 def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Damage a content in one to four places."""
+    """Damage bytes at one to four positions."""
     out = bytearray(content)
     for _ in range(rng.randint(1, 4)):
-        place = rng.randrange(len(out) + 1)
-        length = min(rng.choice((1, 1, 4, 40)), len(out) - place)
+        position = rng.randrange(len(out) + 1)
+        length = min(rng.choice((1, 1, 4, 40)), len(out) - position)
         kind = rng.randrange(6)
         if kind == 0 and length:
-            out[place : place + length] = rng.randbytes(length)
+            out[position : position + length] = rng.randbytes(length)
         elif kind == 1:
-            del out[place : place + length]
+            del out[position : position + length]
         elif kind == 2:
-            out[place:place] = rng.choice(SPLINTERS)
+            out[position:position] = rng.choice(FRAGMENTS)
         elif kind == 3:
-            out[place:place] = out[place : place + rng.randint(1, 200)]
+            out[position:position] = out[position : position + rng.randint(1, 200)]
         elif kind == 4 and rng.random() < 0.3:
-            del out[place:]
+            del out[position:]
         elif length:
-            out[place] ^= 1 << rng.randrange(8)
+            out[position] ^= 1 << rng.randrange(8)
     return bytes(out)
 
 
 def mutate_value(rng: random.Random, value):
-    """Replace, remove or repeat something within a JSON value."""
+    """Replace, remove or duplicate parts of a JSON value."""
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         holder = value
@@ -103,8 +103,8 @@ def mutate_value(rng: random.Random, value):
     return value
 
 
-def good_records(rng: random.Random) -> dict:
-    """Return a record that can be used."""
+def valid_record(rng: random.Random) -> dict:
+    """Return a valid record."""
     number = rng.randrange(100)
     messages = text_record(number)["conversations"]
     shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}
@@ -121,14 +121,14 @@ def good_records(rng: random.Random) -> dict:
 
 
 def check_records(folder, lines: list[bytes]) -> dict[str, int]:
-    """Audit lines in one file; returns how many there are of each outcome."""
+    """Index the lines of a file; returns the number of records per outcome."""
     file = folder / "fuzz.jsonl"
     file.write_bytes(b"\n".join(line.replace(b"\n", b" ") for line in lines) + b"\n")
     try:
         records = RecordSet(DatasetSpec("fuzz", folder / "images", file), encoder())
     except DataError:
         return {"file": len(lines)}
-    with soon():
+    with time_limit():
         [index] = index_records([records], decode=True, cache=folder / "cache", workers=1)
     outcomes: dict[str, int] = {}
     bad = {problem.index: problem for problem in index.problems if problem.is_error}
@@ -137,7 +137,7 @@ def check_records(folder, lines: list[bytes]) -> dict[str, int]:
         outcomes[kind] = outcomes.get(kind, 0) + 1
         if kind == "good":
             sample = records.load(i)
-            assert sample.encoded.measured == index.lengths[i]
+            assert sample.encoded.lengths == index.lengths[i]
             assert len(sample.tiles) == index.lengths[i].tiles
             assert sample.encoded.num_supervised > 0
         else:
@@ -155,7 +155,7 @@ def check_records(folder, lines: list[bytes]) -> dict[str, int]:
 def fuzz_records(folder, seed: int, count: int) -> dict[str, int]:
     rng, lines = random.Random(seed), []
     for _ in range(count):
-        record = good_records(rng)
+        record = valid_record(rng)
         kind = rng.randrange(5)
         if kind < 3:
             record = mutate_value(rng, record)
@@ -164,9 +164,9 @@ def fuzz_records(folder, seed: int, count: int) -> dict[str, int]:
     return check_records(folder, lines)
 
 
-def seeds_of_images() -> list[tuple[str, bytes]]:
-    """Return small images of every format that is read."""
-    found = []
+def sample_images() -> list[tuple[str, bytes]]:
+    """Return small images of all supported formats."""
+    images = []
     plain = smooth(40, 30)
     for name, image, options in (
         ("JPEG", plain, {}),
@@ -185,13 +185,13 @@ def seeds_of_images() -> list[tuple[str, bytes]]:
     ):
         with io.BytesIO() as buffer:
             image.save(buffer, name, **options)
-            found.append((name.lower(), buffer.getvalue()))
-    return found
+            images.append((name.lower(), buffer.getvalue()))
+    return images
 
 
 def fuzz_images(folder, seed: int, count: int) -> dict[str, int]:
-    """Damage images, most often in their headers; what still decodes must be what Pillow makes of it."""
-    rng, originals = random.Random(seed), seeds_of_images()
+    """Damage images, mostly in their headers; what still decodes must equal Pillow's result."""
+    rng, originals = random.Random(seed), sample_images()
     outcomes: dict[str, int] = {}
     for number in range(count):
         name, content = rng.choice(originals)
@@ -200,9 +200,9 @@ def fuzz_images(folder, seed: int, count: int) -> dict[str, int]:
         file = folder / "images" / f"{number}.{name}"
         file.write_bytes(damaged)
         records = write_set(folder, [image_record(0, file.name)], max_dynamic_patch=1)
-        with soon():
+        with time_limit():
             try:
-                examined = records.examine(0, decode=True)
+                checked = records.check(0, decode=True)
             except DataError as error:
                 assert error.kind in ERRORS
                 assert str(error).isprintable()
@@ -212,7 +212,7 @@ def fuzz_images(folder, seed: int, count: int) -> dict[str, int]:
             else:
                 outcomes["good"] = outcomes.get("good", 0) + 1
                 sample = records.load(0)
-                assert sample.encoded.measured == examined.measured
+                assert sample.encoded.lengths == checked.lengths
                 with Image.open(file) as image:
                     assert image.width * image.height <= MAX_PIXELS
                     expected = np.asarray(image.convert("RGB").resize((16, 16)))
@@ -234,7 +234,7 @@ def fuzz_metas(folder, seed: int, count: int) -> dict[str, int]:
         content = json.dumps(meta).encode()
         path = folder / "meta.json"
         path.write_bytes(mutate_bytes(rng, content) if kind in (2, 3) else content)
-        with soon():
+        with time_limit():
             try:
                 specs = load_meta(path, folder)
                 found = audit(specs, encoder(), cache=folder / "cache", workers=1)

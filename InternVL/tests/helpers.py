@@ -1,4 +1,4 @@
-"""Running the training script and the launchers from tests."""
+"""Helpers of the tests: numeric tolerances, runs of the training script and of the launchers."""
 
 import os
 import subprocess
@@ -13,10 +13,10 @@ from internvl_chat.model.io.weights import open_weights
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune"
 
-# Nothing takes so long, however slow or busy the machine is: this guards against tests that hang.
+# Only a test that hangs takes so long, even on a slow or busy machine.
 HANG_SECONDS = 1800
 
-# What a small model on a CPU needs beside the recipe.
+# Flags for a small model on a CPU.
 CPU_FLAGS = {
     "use_cpu": True,
     "bf16": False,
@@ -30,11 +30,11 @@ CPU_FLAGS = {
     "report_to": "none",
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
-    # Every checkpoint is needed, however slow the disk is.
+    # Asynchronous saving skips checkpoints on slow disks.
     "async_save": False,
 }
 
-# Two ways to train, and the file that each leaves its weights in.
+# Training recipes, and the file to which each writes its weights.
 RECIPES = {
     "full": {},
     "lora": {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0.1},
@@ -43,32 +43,32 @@ WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 
 
 def rounding_bound(terms: int, dtype: torch.dtype, magnitude: float) -> float:
-    """Bound the difference between two sums of the same `terms` numbers, added in two orders.
+    """Return a bound on the difference between two sums of the same numbers in different orders.
 
-    An addition rounds its partial sum by at most eps / 2, here uniformly: a variance of eps^2 / 12. Roundings
-    are independent, so that two orders differ with a standard deviation of sqrt(terms / 6) * eps, times the
-    partial sums. The bound is 2.4 deviations for partial sums that are all as large as `magnitude`, and more
-    than 5 for those of a random walk that ends there. With one term it is the worst case.
+    Each addition rounds its partial sum by at most eps / 2, assumed uniform: a variance of eps^2 / 12.
+    Rounding errors are independent, so two orders differ with a standard deviation of sqrt(terms / 6) * eps,
+    times the partial sums. The bound is 2.4 standard deviations if all partial sums are as large as
+    `magnitude`, and more than 5 for a random walk that ends there. With one term it is the worst case.
 
     Args:
-        terms: additions on the way to a result; those of operations behind one another add up.
-        dtype: of the partial sums.
-        magnitude: the largest of them; the largest result, unless large terms cancel.
+        terms: number of additions on the way to a result, summed over consecutive operations.
+        dtype: dtype of the partial sums.
+        magnitude: largest partial sum; the largest result, unless large terms cancel.
     """
     return terms**0.5 * torch.finfo(dtype).eps * magnitude
 
 
 def terms_of(model: nn.Module) -> int:
-    """Return the additions of a forward pass: the inner dimensions of all matrix products, one after another.
+    """Return the number of additions of a forward pass: the inner dimensions of all matrix products.
 
-    A backward pass has twice as many more, for the gradients of inputs and of weights.
+    A backward pass adds twice as many, for the gradients of inputs and of weights.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     return sum(layer.weight[0].numel() for layer in layers)
 
 
 def assert_within_rounding(
-    found: torch.Tensor,
+    actual: torch.Tensor,
     expected: torch.Tensor,
     terms: int,
     *,
@@ -76,43 +76,41 @@ def assert_within_rounding(
     magnitude: float | None = None,
     name: str = "",
 ) -> None:
-    """Assert that a result of `dtype` is the expected one but for the order of its sums.
+    """Assert that a result equals the expected one up to the order of its sums.
 
     Args:
-        found: the result.
-        expected: in the same or in double precision.
+        actual: the result.
+        expected: expected result, in the same or in double precision.
         terms: see `rounding_bound`.
-        dtype: of the result.
-        magnitude: of partial sums [the largest expected value].
-        name: what is compared, for the message.
+        dtype: dtype of the result.
+        magnitude: magnitude of the partial sums [the largest expected value].
+        name: name of the value, for the message.
     """
-    assert found.dtype == dtype, name
+    assert actual.dtype == dtype, name
     if magnitude is None:
         magnitude = float(expected.abs().max()) if expected.numel() else 0.0
     bound = rounding_bound(terms, dtype, magnitude)
     torch.testing.assert_close(
-        found.double(), expected.double(), atol=bound, rtol=0, msg=lambda text: f"{name}: {text}"
+        actual.double(), expected.double(), atol=bound, rtol=0, msg=lambda text: f"{name}: {text}"
     )
 
 
 def flags(**values) -> list[str]:
-    """Return the command-line tokens of CPU_FLAGS with changes; None drops a flag."""
+    """Return CPU_FLAGS with changes as command-line arguments; None drops a flag."""
     merged = {**CPU_FLAGS, **values}
     return [text for name, value in merged.items() if value is not None for text in (f"--{name}", str(value))]
 
 
-def changed_weights(one: Path, other: Path) -> list[str]:
-    """Return the names of the weights that differ between two folders of models, or are in one only."""
-    name = next(name for name in WEIGHTS.values() if (one / name).is_file())
-    first, second = open_weights(one / name), open_weights(other / name)
-    common = first.keys() & second.keys()
-    return sorted(first.keys() ^ second.keys()) + [
-        name for name in sorted(common) if not torch.equal(first[name](), second[name]())
-    ]
+def changed_weights(first: Path, second: Path) -> list[str]:
+    """Return the names of the weights that differ between two model folders or exist in only one."""
+    file = next(name for name in WEIGHTS.values() if (first / name).is_file())
+    a, b = open_weights(first / file), open_weights(second / file)
+    differing = [name for name in sorted(a.keys() & b.keys()) if not torch.equal(a[name](), b[name]())]
+    return sorted(a.keys() ^ b.keys()) + differing
 
 
 def run_training(*argv: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run the training script in processes of its own."""
+    """Run the training script in a subprocess, with torchrun for several ranks."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -127,7 +125,7 @@ def run_training(*argv: str, processes: int = 1) -> subprocess.CompletedProcess:
 
 
 def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a launcher from a folder with the given environment."""
+    """Run a launcher in a working directory with additional environment variables."""
     clean = {k: v for k, v in os.environ.items() if k not in ("WANDB_API_KEY", "RANK", "WORLD_SIZE")}
     variables = {**clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
@@ -137,7 +135,7 @@ def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subpro
 
 
 def tiny_prompts(shared: Path, engine, each: int) -> list:
-    """Return the first questions of the first real records of each task, as prompts."""
+    """Return prompts up to the first answer, for the first published records of each task."""
     from internvl_chat.data.record_set import RecordSet
     from internvl_chat.data.sources.meta import DatasetSpec
     from internvl_chat.inference.engine import Prompt
@@ -147,8 +145,9 @@ def tiny_prompts(shared: Path, engine, each: int) -> list:
         records = RecordSet(DatasetSpec(file.stem, shared / "pmc_mi/images", file), engine.encoder)
         for index in records.first(each):
             record = records.record(index)
-            answered = [message.role for message in record.messages].index("assistant")
-            messages = record.messages[:answered]
-            shown = sum(message.content.count("<image>") for message in messages if message.role == "user")
-            prompts.append(Prompt(messages, records.images(index, record)[:shown]))
+            first_answer = [message.role for message in record.messages].index("assistant")
+            messages = record.messages[:first_answer]
+            questions = [message.content for message in messages if message.role == "user"]
+            num_images = sum(question.count("<image>") for question in questions)
+            prompts.append(Prompt(messages, records.images(index, record)[:num_images]))
     return prompts

@@ -1,4 +1,4 @@
-"""Small data sets for tests, with tiles of 16 pixels and 3 tokens, and the images that real ones have."""
+"""Small datasets and images for tests; a tile has 16 x 16 pixels and 3 tokens."""
 
 import json
 import struct
@@ -40,7 +40,7 @@ def image_record(number: int, *images: str, **extra) -> dict:
 
 
 def write_lines(file: Path, records: list) -> Path:
-    """Write objects as JSON, bytes as they are, a line each; a file that is so already stays untouched."""
+    """Write a line per record (objects as JSON, bytes unchanged) unless the file has this content."""
     lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in records]
     content = b"\n".join(lines) + b"\n"
     if not file.is_file() or file.read_bytes() != content:
@@ -49,20 +49,20 @@ def write_lines(file: Path, records: list) -> Path:
 
 
 def write_set(folder: Path, records: list, name: str = "qa", *, by: RecordEncoder | None = None, **entry):
-    """Write a set with its images in `folder/images`, and open it."""
+    """Write a dataset whose images are in `folder/images`, and open it."""
     (folder / "images").mkdir(exist_ok=True)
     file = write_lines(folder / f"{name}.jsonl", records)
     return RecordSet(DatasetSpec(name, folder / "images", file, **entry), by or encoder())
 
 
 def entry_of(folder: Path, name: str = "qa") -> dict:
-    """Return the meta file's entry of a set that `write_set` has written."""
+    """Return the meta file entry of a dataset written by `write_set`."""
     paths = {"root": str(folder / "images"), "annotation": str(folder / f"{name}.jsonl")}
     return {**paths, "data_augment": False, "repeat_time": 1}
 
 
 def write_meta(file: Path, sets: list[RecordSet], **entry) -> Path:
-    """Write the meta file of such sets."""
+    """Write the meta file of datasets from `write_set`."""
     meta = {
         s.spec.name: {
             "root": str(s.spec.root),
@@ -82,13 +82,13 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture that keeps its look when it is scaled or compressed."""
+    """Return an image that changes little when it is scaled or compressed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def break_inside(file: Path) -> Path:
-    """Damage a PNG where only decoding shows it: its header, its end and its size stay."""
+    """Damage the middle of a PNG, so that its header, end and size stay valid."""
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 16] = bytes(16)
@@ -99,12 +99,12 @@ def break_inside(file: Path) -> Path:
 def write_png(
     file: Path, width: int, height: int, *, bits: int = 1, colours: int = 0, row: bytes = b""
 ) -> Path:
-    """Write a PNG of equal rows, of any size, without holding it in memory.
+    """Write a PNG of equal rows without holding it in memory.
 
     Args:
-        bits: of a channel.
-        colours: 0 for grey, 2 for RGB, 4 for grey and 6 for RGB with transparency.
-        row: packed pixels; black by default.
+        bits: bits per channel.
+        colours: 0 for grey, 2 for RGB, 4 for grey with alpha, 6 for RGB with alpha.
+        row: packed pixels of a row [black].
     """
 
     def chunk(name: bytes, content: bytes) -> bytes:

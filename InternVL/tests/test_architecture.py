@@ -1,72 +1,181 @@
-"""The floors of the house: no import runs upward, and slow optional libraries are imported when used."""
+"""The structure of the package: floors without upward imports or cycles, small folders, mirrored tests."""
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "internvl_chat"
-# What each part may import beside itself.
-ALLOWED = {
-    "constants": set(),
-    "utils": {"constants"},
-    "metrics": {"constants", "utils"},
-    "data": {"constants", "utils"},
-    "model": {"constants", "utils"},
-    "inference": {"constants", "utils", "model", "data"},
-    "convert": {"constants", "utils", "model", "data", "inference"},
-    "train": {"constants", "utils", "metrics", "data", "model", "inference", "convert"},
-    "eval": {"constants", "utils", "metrics", "data", "model", "inference"},
-    "commands": {"constants", "utils", "metrics", "data", "model", "inference", "convert", "eval"},
-    "cli": {"constants", "utils", "commands", "train"},
-}
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "internvl_chat"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+# The floors of the package and of two of its parts, lowest first. A module imports from its own part and from
+# lower floors only; parts on the same floor do not know each other. The longest matching name decides.
+FLOORS = {
+    "": ("constants", "utils", "metrics data model", "inference", "convert", "train eval", "commands", "cli"),
+    "data": ("sources synthetic", "encode", "record_set", "index", "dataset", "batching audit"),
+    "model": (
+        "configuration loss projector kernels.cross_entropy",
+        "kernels.supervised_head",
+        "kernels.cpu",
+        "attention",
+        "modeling_intern_vit",
+        "modeling_internvl_chat",
+        "kernels",
+        "lora flops memory",
+        "io",
+        "assemble tiny",
+    ),
+}
+MAX_MODULES = 14
+MIN_LINES = 30
+# Shorter modules with a single importer, and why they stay.
+SMALL_MODULES: dict[str, str] = {}
+# Modules and packages without a test file of their own, and the tests that cover them.
+TESTED_BY = {
+    # Constants, used by all tests.
+    "constants": "test_architecture.py",
+    "utils.paths": "test_architecture.py",
+    # Commands, run as a user runs them.
+    "cli": "integration/test_cli.py",
+    "commands": "integration/test_cli.py",
+    "utils.doctor": "commands/test_doctor.py",
+    "train.flags": "train/test_arguments.py",
+    "train.config": "train/test_arguments.py",
+    "train.checks": "integration/test_bad_input.py",
+    "train.internvl_chat_finetune": "integration/test_launchers.py",
+    # Small modules with a common interface, tested together.
+    "eval.benchmarks": "eval/test_benchmarks.py",
+    "eval.lmms_eval_tasks": "eval/test_lmms_eval_tasks.py",
+    "eval.report": "eval/test_report.py",
+    "metrics.suite": "eval/test_scoring.py",
+    # Parts of a feature that is tested as a whole.
+    "convert.export": "integration/test_export.py",
+    "convert.model_card": "train/test_model_card.py",
+    "convert.parity_runners": "convert/test_parity.py",
+    "data.audit.benchmark_files": "data/audit/test_contamination.py",
+    "data.audit.duplicates": "data/audit/test_checks.py",
+    "data.audit.image_hash": "data/audit/test_contamination.py",
+    "data.audit.report": "data/audit/test_checks.py",
+    "data.batching.dataloader": "data/batching/test_collator.py",
+    "data.index.cache": "data/index/test_build.py",
+    "data.record_set": "data/test_dataset.py",
+    "data.sources.problems": "data/sources/test_skip_policy.py",
+    "data.synthetic.figures": "data/synthetic/test_panels.py",
+    "data.synthetic.text_questions": "data/synthetic/test_questions.py",
+    "eval.answering": "integration/test_benchmark.py",
+    "inference.tile_features": "inference/test_engine.py",
+    "inference.token_losses": "eval/test_losses.py",
+    "model.io.merged_checkpoint": "convert/test_merge.py",
+    "model.kernels.cpu.blocked_attention": "model/test_attention.py",
+    "train.checkpoint": "train/checkpoint/test_saver.py",
+    "train.distributed": "integration/test_processes.py",
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
 
 
 def imported(path: Path) -> set[str]:
-    """Return the modules of this package that a file imports."""
+    """Return the modules of this package that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-    return {name for name in names if name.startswith("internvl_chat.")}
+    return {name.removeprefix("internvl_chat.") for name in names} & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_import_runs_upward(path):
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for name in imported(path):
-        other = name.split(".")[1]
-        assert other == part or other in ALLOWED[part], f"{part} must not import {other}"
+IMPORTS = {name: imported(path) for name, path in MODULES.items()}
 
 
-def test_no_circle():
-    graph = {}
-    for path in FILES:
-        module = "internvl_chat." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        graph[module.removesuffix(".__init__")] = imported(path)
+def locate(name: str, floors: tuple[str, ...]) -> tuple[int, str]:
+    """Return the floor of a module, and its part on this floor."""
+    matches = [
+        (len(part), floor, part)
+        for floor, parts in enumerate(floors)
+        for part in parts.split()
+        if f"{name}.".startswith(f"{part}.")
+    ]
+    assert matches, f"{name} is on no floor"
+    return max(matches)[1:]
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_import_runs_upward(package):
+    prefix = f"{package}." if package else ""
+    for importer, modules in IMPORTS.items():
+        for module in modules:
+            if not (importer.startswith(prefix) and module.startswith(prefix)):
+                continue
+            floor, part = locate(importer.removeprefix(prefix), FLOORS[package])
+            other_floor, other_part = locate(module.removeprefix(prefix), FLOORS[package])
+            assert part == other_part or other_floor < floor, f"{importer} must not import {module}"
+
+
+def test_no_cycle():
     state: dict[str, str] = {}
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert state.get(module) != "open", f"circle: {' -> '.join((*trail, module))}"
+        assert state.get(module) != "open", f"cycle: {' -> '.join((*trail, module))}"
         if state.get(module) == "done":
             return
         state[module] = "open"
-        for other in graph.get(module, ()):
-            visit(other, (*trail, module))
+        for name in IMPORTS[module]:
+            visit(name, (*trail, module))
         state[module] = "done"
 
-    for module in graph:
+    for module in MODULES:
         visit(module, ())
-    assert all(value == "done" for value in state.values())
+    assert set(state.values()) == {"done"}
+
+
+def test_folders_are_small():
+    folders = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in folders.items() if count > MAX_MODULES} == {}
+
+
+def test_no_crumbs():
+    importers = Counter(name for modules in IMPORTS.values() for name in modules)
+    crumbs = {
+        name
+        for name, path in MODULES.items()
+        if path.name != "__init__.py"
+        and importers[name] == 1
+        and len(path.read_text(encoding="utf-8").splitlines()) < MIN_LINES
+    }
+    assert crumbs == SMALL_MODULES.keys()
+
+
+def covered_by(name: str) -> str | None:
+    """Return the entry of `TESTED_BY` for a module or one of its packages."""
+    return next((key for key in TESTED_BY if f"{name}.".startswith(f"{key}.")), None)
+
+
+def test_every_module_has_its_mirrored_test():
+    unused = set(TESTED_BY)
+    for name, path in MODULES.items():
+        mirrored = TESTS / path.relative_to(PACKAGE).parent / f"test_{path.name}"
+        if path.name == "__init__.py" or mirrored.exists():
+            continue
+        key = covered_by(name)
+        assert key, f"{name} has no {mirrored.relative_to(TESTS)}"
+        unused.discard(key)
+    assert not unused, "these modules have a test of their own, or are gone"
+    assert all((TESTS / file).is_file() for file in TESTED_BY.values())
 
 
 def test_package_imports_no_optional_library_by_itself():
-    """transformers and accelerate may look for them; our own modules name them only inside functions."""
+    """Modules import optional libraries only inside functions."""
     optional = {"deepspeed", "wandb", "flash_attn", "timm", "matplotlib"}
     optional |= {"nltk", "rouge", "bert_score", "sentence_transformers", "sklearn", "pyarrow"}
     for path in FILES:
@@ -80,21 +189,21 @@ def test_package_imports_no_optional_library_by_itself():
 def test_every_public_function_and_file_is_documented():
     for path in FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert ast.get_docstring(tree), f"{path} has no head"
+        assert ast.get_docstring(tree), f"{path} has no docstring"
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node) or _is_private(tree, node), f"{path}: {node.name}"
 
 
 def _is_private(tree: ast.Module, node: ast.AST) -> bool:
-    """Say whether a definition is inside a function or a private class."""
-    hidden = (
+    """Return whether a definition is inside a function or a private class."""
+    enclosing = (
         outer
         for outer in ast.walk(tree)
         if isinstance(outer, ast.FunctionDef)
         or (isinstance(outer, ast.ClassDef) and outer.name.startswith("_"))
     )
-    return any(outer is not node and node in ast.walk(outer) for outer in hidden)
+    return any(outer is not node and node in ast.walk(outer) for outer in enclosing)
 
 
 def test_help_is_quick_to_import():

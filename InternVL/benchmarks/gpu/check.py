@@ -1,4 +1,4 @@
-"""What an item of the acceptance run is given, and where it leaves what it finds."""
+"""Interface between the acceptance run and its items: settings, metrics and status."""
 
 import json
 import traceback
@@ -11,28 +11,28 @@ SIZES = ("small", "8b")
 
 
 class Skipped(Exception):
-    """An item does not apply to this machine; the message says why."""
+    """The item does not apply to this machine; the message gives the reason."""
 
 
 @dataclass
 class Check:
-    """An item at work.
+    """A running item.
 
     Attributes:
-        name: of the item.
-        work: folder of all items, for data and runs.
+        name: name of the item.
+        work: working folder of all items.
         size: `small` or `8b`.
         device: `cpu` or `cuda`.
-        figures: what was measured.
-        summary: a line for the table.
-        failures: what is wrong.
+        metrics: measurements, under `figures` in the result file.
+        summary: line in the table.
+        failures: failed expectations.
     """
 
     name: str
     work: Path
     size: str
     device: str
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
     failures: list[str] = field(default_factory=list)
 
@@ -43,33 +43,33 @@ class Check:
 
     @property
     def folder(self) -> Path:
-        """The item's own folder, which is made."""
+        """Folder of the item, created on first use."""
         folder = self.work / self.name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def add(self, **figures: Any) -> None:
-        """Keep figures, also if the item fails or is stopped later."""
-        self.figures |= figures
-        self._write("failed", "it was stopped")
+    def add(self, **metrics: Any) -> None:
+        """Add metrics and save them, in case the item fails or is killed later."""
+        self.metrics |= metrics
+        self._write("failed", "killed")
 
     def expect(self, condition: bool, message: str) -> None:
-        """Note a failure unless a condition holds; the item goes on."""
+        """Record a failure unless a condition holds; the item continues."""
         if not condition:
             self.failures.append(message)
 
     def compare(self, name: str, error: float, tolerance: float) -> None:
-        """Keep an error and its tolerance, and note a failure if it is larger (or NaN)."""
+        """Add an error and its tolerance; record a failure if the error is larger or NaN."""
         self.add(**{name: {"error": error, "tolerance": tolerance}})
         self.expect(error <= tolerance, f"{name}: error {error:.3g}, tolerance {tolerance:.3g}")
 
     def result_of(self, name: str) -> dict[str, Any] | None:
-        """Return what another item has found; None if it did not run."""
+        """Return the result of another item, or None if it did not run."""
         return read_result(self.work, name)
 
     def run(self, item: Callable[["Check"], None]) -> None:
-        """Run the item and write its status, reason, summary and figures."""
-        self._write("failed", "it was stopped")
+        """Run the item and write its status, reason, summary and metrics."""
+        self._write("failed", "killed")
         try:
             item(self)
         except Skipped as skipped:
@@ -82,7 +82,7 @@ class Check:
         self._write("failed" if self.failures else "ok", "; ".join(self.failures))
 
     def _write(self, status: str, why: str) -> None:
-        result = {"status": status, "why": why, "summary": self.summary, "figures": self.figures}
+        result = {"status": status, "why": why, "summary": self.summary, "figures": self.metrics}
         self.work.mkdir(parents=True, exist_ok=True)
         partial = self.work / f".{self.name}.json"
         partial.write_text(json.dumps(result, default=str), encoding="utf-8")
@@ -90,6 +90,6 @@ class Check:
 
 
 def read_result(work: Path, name: str) -> dict[str, Any] | None:
-    """Return what an item has written into the folder of all items; None if it has not begun."""
+    """Return the result of an item, or None if it has not started."""
     file = work / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,4 +1,4 @@
-"""How fast tokens are decoded, with the pinned attention backend and with the one that torch chooses."""
+"""Decoding speed, with the pinned SDPA backend and with the one that torch selects."""
 
 import contextlib
 import time
@@ -23,10 +23,10 @@ _NEW_TOKENS = {"small": 8, "8b": 48}
 
 @torch.no_grad()
 def decoding(check: Check) -> None:
-    """Tokens per second of several answers at a time, without their prompts."""
+    """Measure tokens per second by batch size, without the prompts."""
     device = torch.device(check.device)
     model = random_model(SHAPES[_MODELS[check.size]], 0, attn="sdpa", device=device).eval().language_model
-    _rate(check, model, batch=1, new_tokens=2)  # loads the kernels
+    _rate(check, model, batch=1, new_tokens=2)  # warm-up
     parts = []
     for batch in _BATCHES[check.size]:
         rates = {}
@@ -39,27 +39,27 @@ def decoding(check: Check) -> None:
 
 
 def _rate(check: Check, model: PreTrainedModel, batch: int, new_tokens: int) -> float:
-    """Return the tokens per second of as many answers at a time, after the first token of each."""
+    """Return the tokens per second of a batch, after the first token of each answer."""
     decoder = Decoder(model, end_id=model.config.vocab_size - 1, max_new_tokens=new_tokens, sampling=None)
     tokens, began = 0, 0.0
     for _, token in decoder.run(_prompts(check, model, batch)):
         tokens += token is not None
-        if tokens == batch and not began:  # all prompts have run; each token is read from the device
+        if tokens == batch and not began:  # prefill done; reading a token synchronises
             began = time.perf_counter()
     return (tokens - batch) / (time.perf_counter() - began)
 
 
 def _prompts(check: Check, model: PreTrainedModel, batch: int) -> list[Tensor]:
-    words = model.get_input_embeddings()
-    device = words.weight.device
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, _PROMPT_TOKENS[check.size])
-    return list(words(torch.randint(0, 1000, shape, device=device, generator=generator)))
+    return list(embedding(torch.randint(0, 1000, shape, device=device, generator=generator)))
 
 
 @contextlib.contextmanager
 def _unpinned() -> Iterator[None]:
-    """Let torch choose the backend of its attention."""
+    """Let torch select the SDPA backend."""
     with contextlib.ExitStack() as stack:
         for module in (attention, cached_attention):
             choose = mock.patch.object(module, "pinned_sdpa", lambda device: contextlib.nullcontext())

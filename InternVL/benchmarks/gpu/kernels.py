@@ -1,6 +1,6 @@
-"""Items that compare kernels with plain arithmetic in float64: attention, decoding, the optimizer's step.
+"""Compare kernels with plain float64 arithmetic: attention, decoding, optimizer step.
 
-Shapes: H query heads, K key/value heads, L tokens, D features a head, N tiles.
+Shapes: H query heads, K key/value heads, L tokens, D head dimension, N tiles.
 """
 
 import itertools
@@ -16,38 +16,38 @@ from benchmarks.gpu.check import Check, Skipped
 from benchmarks.shapes import Shape, random_model
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.model.attention import VARLEN, bidirectional_attention, varlen_attention
-from internvl_chat.model.tiny_shape import TinyShape
+from internvl_chat.model.tiny import TinyShape
 from internvl_chat.train.optim.adamw import build_adamw
 
 _DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-# Heads and features a head of InternVL3-8B, and smaller ones for a CPU.
+# (H, K, D) of InternVL3-8B, and smaller ones for a CPU.
 _HEADS = {"8b": (28, 4, 128), "small": (4, 2, 32)}
 _LENGTHS = {"8b": (700, 1, 33, 1500, 128), "small": (60, 1, 33, 130)}
 _TILES = {"8b": (4, 16, 1025, 64), "small": (2, 4, 65, 32)}  # (N, H, L, D)
-# Two layers with the heads of InternVL3-8B, and of the tests.
+# Two layers with the heads of InternVL3-8B, and a smaller model for a CPU.
 _DECODERS = {
     "8b": Shape(TinyShape(56, 32, 1, 2, width=3584, layers=2, heads=28, kv_heads=4), 4096, 2048),
     "small": Shape(TinyShape(56, 32, 1, 2, width=64, layers=2, heads=4, kv_heads=2), 128, 512),
 }
 _PROMPTS = {"8b": (5, 700, 64, 301), "small": (5, 70, 33)}
 _NEW_TOKENS, _END = 12, 1
-# Weights of a matrix whose optimizer step is timed.
+# Shape of the weight matrix whose optimizer step is timed.
 _WEIGHTS = {"8b": (18_944, 3_584), "small": (512, 384)}
 _LEARNING_RATE = 1e-3
 
 
 def attention(check: Check) -> None:
-    """Attention over packed records, over tiles, and of decoding, in both precisions."""
+    """Compare attention over packed records, over tiles and in decoding, in both precisions."""
     for name, dtype in _DTYPES.items():
         _packed(check, name, dtype)
         _tiles(check, name, dtype)
         _decoded(check, name, dtype)
-    worst = max(figure["error"] / figure["tolerance"] for figure in check.figures.values())
-    check.summary = f"{len(check.figures)} comparisons; errors are at most {worst:.0%} of their tolerance"
+    worst = max(metric["error"] / metric["tolerance"] for metric in check.metrics.values())
+    check.summary = f"{len(check.metrics)} comparisons; errors are at most {worst:.0%} of their tolerances"
 
 
 def _packed(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare causal attention over packed records, and its gradients, with each record by itself."""
+    """Compare causal attention over packed records, and its gradients, with separate records."""
     heads, kv_heads, features = _HEADS[check.size]
     lengths = _LENGTHS[check.size]
     shapes = [(1, h, sum(lengths), features) for h in (heads, kv_heads, kv_heads, heads)]
@@ -55,27 +55,27 @@ def _packed(check: Check, name: str, dtype: torch.dtype) -> None:
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=check.device)
 
     def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        found, _ = varlen_attention(
+        out, _ = varlen_attention(
             nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
             max_length_q=max(lengths), max_length_k=max(lengths),
         )  # fmt: skip
-        return found.transpose(1, 2)
+        return out.transpose(1, 2)
 
-    def alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def separate(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         records = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
         return torch.cat([exact_attention(*record, causal=True) for record in records], dim=2)
 
-    expected = _with_gradients(alone, [x.double() for x in (query, key, value)], upstream.double())
-    found = _with_gradients(packed, [query, key, value], upstream)
+    expected = _with_gradients(separate, [x.double() for x in (query, key, value)], upstream.double())
+    actual = _with_gradients(packed, [query, key, value], upstream)
     tolerance = attention_tolerance(query, key, max(lengths))
-    for part, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+    for part, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         check.compare(f"{VARLEN} {name} {part}", relative_error(a, b), tolerance)
 
 
 def _tiles(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare the attention of the vision tower, and its gradients."""
+    """Compare attention of the vision tower and its gradients."""
     shape = _TILES[check.size]
     query, key, value, upstream = _random([shape] * 4, dtype, check.device)
     expected = _with_gradients(exact_attention, [x.double() for x in (query, key, value)], upstream.double())
@@ -84,13 +84,13 @@ def _tiles(check: Check, name: str, dtype: torch.dtype) -> None:
     def tower(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return bidirectional_attention(query, key, value, VARLEN)
 
-    found = _with_gradients(tower, [query, key, value], upstream)
-    for part, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+    actual = _with_gradients(tower, [query, key, value], upstream)
+    for part, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         check.compare(f"tiles {name} {part}", relative_error(a, b), tolerance)
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
-    """Attend by two matrix products and a softmax."""
+    """Compute attention with two matrix products and a softmax."""
     scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
@@ -98,11 +98,11 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = Fa
 
 
 def attention_tolerance(query: Tensor, key: Tensor, length: int) -> float:
-    """Return the relative error that rounding may cause in attention and in its gradients.
+    """Return a bound on the relative rounding error of attention and its gradients.
 
-    In bf16 at most four roundings follow one another, each of up to half an epsilon: scores or their
-    gradients, weights, the sum, and the result; twice that is allowed. In float32, sums of D and of L terms
-    have random rounding errors; the error of a score, which is in an exponent, is relative in its weight.
+    In bf16 there are at most four consecutive roundings of up to half an epsilon: scores or their gradients,
+    weights, sum, result; the bound is twice that. In float32, sums of D and of L terms have random rounding
+    errors; the absolute error of a score is the relative error of its weight, as it is in an exponent.
     """
     eps = torch.finfo(query.dtype).eps
     if query.dtype == torch.bfloat16:
@@ -111,9 +111,9 @@ def attention_tolerance(query: Tensor, key: Tensor, length: int) -> float:
     return eps * (norms[0] * norms[1] + length**0.5)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over that of what is expected."""
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference relative to the norm of the expected tensor."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def _with_gradients(call: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -129,17 +129,17 @@ def _random(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> l
 
 @torch.no_grad()
 def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare the tokens of several answers with a model that keeps nothing, in float64.
+    """Compare decoded tokens with a float64 model without a cache.
 
-    A chosen token may be worse than the best one by what rounding may change of two logits.
+    The logit of a decoded token may be smaller than the largest one by the rounding error of two logits.
     """
     device = torch.device(check.device)
     model = random_model(_DECODERS[check.size], 0, attn="eager", device=device)
     model = model.language_model.to(dtype).eval()
-    words = model.get_input_embeddings()
+    embedding = model.get_input_embeddings()
     generator = torch.Generator(device).manual_seed(0)
     lengths = _PROMPTS[check.size]
-    prompts = [words(torch.randint(2, 500, (n,), device=device, generator=generator)) for n in lengths]
+    prompts = [embedding(torch.randint(2, 500, (n,), device=device, generator=generator)) for n in lengths]
 
     def decode(prompts: list[Tensor]) -> list[list[int]]:
         decoder = Decoder(model, end_id=_END, max_new_tokens=_NEW_TOKENS, sampling=None)
@@ -156,13 +156,13 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
     worst, largest = 0.0, 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         answer = answer if len(answer) == _NEW_TOKENS else [*answer, _END]
-        chosen = torch.tensor(answer, device=device)
-        inputs = torch.cat([prompt.double(), words(chosen[:-1])]).unsqueeze(0)
+        tokens = torch.tensor(answer, device=device)
+        inputs = torch.cat([prompt.double(), embedding(tokens[:-1])]).unsqueeze(0)
         logits = model(inputs_embeds=inputs, use_cache=False).logits[0, len(prompt) - 1 :]
-        regret = logits.max(dim=-1).values - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        regret = logits.max(dim=-1).values - logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         worst, largest = max(worst, regret.max().item()), max(largest, logits.abs().max().item())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # Random rounding errors of all products' sums in float32; in bf16, of some twelve results a layer too.
+    # Random rounding errors: of the float32 sums in all products; in bf16 also of some 12 results per layer.
     tolerance = 2 * sum(m.in_features for m in linear) ** 0.5 * torch.finfo(torch.float32).eps
     if dtype == torch.bfloat16:
         tolerance += 2 * (12 * model.config.num_hidden_layers) ** 0.5 * torch.finfo(dtype).eps
@@ -170,16 +170,16 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
 
 
 def optimizer(check: Check) -> None:
-    """The one-pass step of bf16 weights does what the step operation by operation does, and is faster."""
+    """Compare the compiled optimizer step of bf16 weights with the eager step: result and speed."""
     if not check.on_gpu and shutil.which("c++") is None:
-        raise Skipped("torch.compile needs a C++ compiler here")
+        raise Skipped("torch.compile needs a C++ compiler")
     steps = {
         (precision, compiled): _step(check, precision, compiled)
         for precision in ("master", "stochastic")
         for compiled in (False, True)
     }
     exact = steps["master", False].master
-    # A float32 weight is rounded twice a step, its update some 16 times, and that has both moments' errors.
+    # Per step, two roundings of the float32 weight and about 16 of its update, including both moments.
     absolute = 2 * 2**-24 * (2 * exact.abs().max().item() + 32 * _LEARNING_RATE)
     error = (steps["master", True].master - exact).abs().max().item()
     check.compare("masters", error, absolute)
@@ -187,19 +187,19 @@ def optimizer(check: Check) -> None:
         error = steps["stochastic", compiled].weight.float() - exact
         spacing = torch.finfo(torch.bfloat16).eps * exact.abs() + absolute
         check.compare(f"stochastic {name}, in spacings", (error.abs() / spacing).max().item(), 1.0)
-        # Unbiased: six standard deviations of a mean of independent errors.
+        # Unbiased: within six standard deviations of the mean of independent errors.
         deviation = error.square().mean().sqrt().item() / error.numel() ** 0.5
         check.compare(f"stochastic {name}, bias", abs(error.mean().item()), 6 * deviation)
     rates = []
     for precision in ("master", "stochastic"):
-        eager, compiled = (steps[precision, way].seconds / exact.numel() for way in (False, True))
+        eager, compiled = (steps[precision, c].seconds / exact.numel() for c in (False, True))
         check.add(**{f"{precision}, ns a weight": {"eager": 1e9 * eager, "compiled": 1e9 * compiled}})
         rates.append(f"{precision} {eager / compiled:.2f} times as fast")
     check.summary = f"compiled: {', '.join(rates)}"
 
 
 class _Step(NamedTuple):
-    """Weight and master after one step, and the time of a later one."""
+    """Weight and master after one step, and the duration of a later step."""
 
     weight: Tensor
     master: Tensor | None
@@ -216,14 +216,14 @@ def _step(check: Check, precision: str, compiled: bool) -> _Step:
     optimizer.step()
     master = optimizer.state[weight].get("master")
     after = weight.detach().clone(), None if master is None else master.clone()
-    times = []
+    durations = []
     for _ in range(5):
         _synchronize(check)
-        began = time.perf_counter()
+        start = time.perf_counter()
         optimizer.step()
         _synchronize(check)
-        times.append(time.perf_counter() - began)
-    return _Step(*after, min(times))
+        durations.append(time.perf_counter() - start)
+    return _Step(*after, min(durations))
 
 
 def _synchronize(check: Check) -> None:

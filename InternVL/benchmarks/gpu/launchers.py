@@ -1,4 +1,4 @@
-"""Items that run the repository's own commands: doctor, both launchers, a stopped run, DeepSpeed."""
+"""Items that run commands of the repository: doctor, both launchers, resume, DeepSpeed."""
 
 import json
 import math
@@ -29,7 +29,7 @@ _FLAGS = {
 
 
 def doctor(check: Check) -> None:
-    """What the machine has."""
+    """Run `m3llm doctor`."""
     result = subprocess.run(
         [*_m3llm(), "doctor", "--json", "--folder", str(check.folder)],
         stdout=subprocess.PIPE, text=True, env=_environment(check),
@@ -43,7 +43,7 @@ def doctor(check: Check) -> None:
 
 
 def launchers(check: Check) -> None:
-    """Both launchers on a tiny model."""
+    """Run both launchers on a tiny model."""
     for recipe in _STEPS:
         output = check.folder / recipe
         began = time.monotonic()
@@ -51,42 +51,42 @@ def launchers(check: Check) -> None:
         rows = read_rows(output)
         check.add(**{recipe: {"exit_code": code, "seconds": round(time.monotonic() - began, 1),
                               "losses": [row["loss"] for row in rows]}})  # fmt: skip
-        check.expect(code == 0, f"{recipe} ended with exit code {code}")
-        check.expect(len(rows) == _STEPS[recipe], f"{recipe} has the metrics of {len(rows)} steps")
+        check.expect(code == 0, f"{recipe} failed with exit code {code}")
+        check.expect(len(rows) == _STEPS[recipe], f"{recipe} has metrics of {len(rows)} steps")
         check.expect(all(math.isfinite(row["loss"]) for row in rows), f"{recipe} has a non-finite loss")
-        check.expect((output / _WEIGHTS[recipe]).is_file(), f"{recipe} has written no model")
-    check.summary = ", ".join(f"{recipe} {figures['seconds']} s" for recipe, figures in check.figures.items())
+        check.expect((output / _WEIGHTS[recipe]).is_file(), f"{recipe} did not write a model")
+    check.summary = ", ".join(f"{recipe} {run['seconds']} s" for recipe, run in check.metrics.items())
 
 
 def resume(check: Check) -> None:
-    """A run that is stopped by a signal and started again has the losses of one that was not."""
-    whole, stopped = check.work / "launchers/full", check.folder / "stopped"
-    if not (whole / "train_results.json").is_file():
-        shutil.rmtree(whole, ignore_errors=True)
-        if code := start(check, "full", whole).wait():
-            raise RuntimeError(f"the run that is not stopped ended with exit code {code}")
+    """Compare a run that was stopped by a signal and resumed with an uninterrupted run."""
+    uninterrupted, stopped = check.work / "launchers/full", check.folder / "stopped"
+    if not (uninterrupted / "train_results.json").is_file():
+        shutil.rmtree(uninterrupted, ignore_errors=True)
+        if code := start(check, "full", uninterrupted).wait():
+            raise RuntimeError(f"the uninterrupted run failed with exit code {code}")
     process = start(check, "full", stopped)
     while process.poll() is None and not read_rows(stopped):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     code, steps = process.wait(), len(read_rows(stopped))
     check.add(stopped_after=steps, exit_code=code)
-    check.expect(code == 128 + signal.SIGTERM, f"the stopped run ended with exit code {code}")
+    check.expect(code == 128 + signal.SIGTERM, f"the stopped run returned exit code {code}")
     check.expect(0 < steps < _STEPS["full"], f"the run was stopped after {steps} steps")
     code = start(check, "full", stopped).wait()
-    check.expect(code == 0, f"the resumed run ended with exit code {code}")
-    expected, found = read_rows(whole), read_rows(stopped)
-    errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected, strict=False)]
-    # On a GPU the kernels' sums have no fixed order, and weights are bf16, whose epsilon is 2 ** -7.
+    check.expect(code == 0, f"the resumed run failed with exit code {code}")
+    expected, resumed = read_rows(uninterrupted), read_rows(stopped)
+    errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(resumed, expected, strict=False)]
+    # On a GPU the order of sums varies, and weights are bf16 (epsilon 2 ** -7).
     check.compare("losses", max(errors, default=math.nan), 2**-7 if check.on_gpu else 1e-6)
-    check.expect(len(found) == len(expected), f"{len(found)} steps, not {len(expected)}")
-    ledgers = [(folder / "ledger.jsonl").read_text(encoding="utf-8") for folder in (whole, stopped)]
-    check.expect(ledgers[0] == ledgers[1], "the resumed run trained other records")
+    check.expect(len(resumed) == len(expected), f"{len(resumed)} steps instead of {len(expected)}")
+    ledgers = [(folder / "ledger.jsonl").read_text(encoding="utf-8") for folder in (uninterrupted, stopped)]
+    check.expect(ledgers[0] == ledgers[1], "the resumed run trained different records")
     check.summary = f"stopped after step {steps} of {len(expected)}"
 
 
 def deepspeed(check: Check) -> None:
-    """ZeRO-1 and ZeRO-3 on one process have the losses of a run without DeepSpeed."""
+    """Compare the losses of ZeRO-1 and ZeRO-3 on one rank with a run without DeepSpeed."""
     if find_spec("deepspeed") is None:
         raise Skipped("deepspeed is not installed")
     expected = [row["loss"] for row in read_rows(check.work / "launchers/lora")]
@@ -94,12 +94,12 @@ def deepspeed(check: Check) -> None:
         output = check.folder / f"zero{stage}"
         config = SHELL / f"deepspeed/zero{stage}.json"
         code = start(check, "lora", output, DEEPSPEED=str(config)).wait()
-        check.expect(code == 0, f"ZeRO-{stage} ended with exit code {code}")
+        check.expect(code == 0, f"ZeRO-{stage} failed with exit code {code}")
         errors = [abs(a["loss"] / b - 1) for a, b in zip(read_rows(output), expected, strict=False)]
         if errors:
-            # bf16 weights on a GPU (epsilon 2 ** -7); float32 on a CPU, summed in another order.
+            # bf16 weights on a GPU (epsilon 2 ** -7); float32 on a CPU, with another order of sums.
             check.compare(f"zero{stage}", max(errors), 2**-7 if check.on_gpu else 1e-4)
-    check.summary = "losses as without DeepSpeed" if expected else "no losses to compare with"
+    check.summary = "same losses as without DeepSpeed" if expected else "no losses to compare with"
 
 
 def start(check: Check, recipe: str, output: Path, **variables: str) -> subprocess.Popen:
@@ -108,7 +108,7 @@ def start(check: Check, recipe: str, output: Path, **variables: str) -> subproce
     name = {"lora": "M3LLM-fulldata-lora.sh", "full": "M3LLM-fulldata-fullmodel.sh"}[recipe]
     flags = _FLAGS | {"max_steps": _STEPS[recipe]}
     tokens = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    own = {
+    settings = {
         "GPUS": "1" if check.on_gpu else "0",
         "NPROC": "1",
         "BATCH_SIZE": "2" if recipe == "full" else "16" if check.on_gpu else "4",
@@ -120,7 +120,7 @@ def start(check: Check, recipe: str, output: Path, **variables: str) -> subproce
     return subprocess.Popen(
         ["bash", str(SHELL / "internvl3.0/2nd_finetune" / name), *tokens],
         stdin=subprocess.DEVNULL,
-        env=_environment(check) | own | variables,
+        env=_environment(check) | settings | variables,
     )
 
 
@@ -132,7 +132,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 
 def _tiny(check: Check) -> tuple[Path, Path]:
-    """Return a folder of sample data and a tiny model, both made by the first item that needs them."""
+    """Return the folders of sample data and a tiny model; the first item that needs them creates them."""
     data, model = check.work / "data", check.work / "tiny"
     if not model.is_dir():
         shutil.rmtree(data, ignore_errors=True)

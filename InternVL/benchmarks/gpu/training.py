@@ -1,4 +1,4 @@
-"""Items that train random models: speed, checkpoints, memory, FSDP2, compiled blocks."""
+"""Items that train random models: throughput, checkpoints, memory, FSDP2, compiled blocks."""
 
 import dataclasses
 import gc
@@ -15,42 +15,42 @@ from torch import distributed as dist
 
 from benchmarks import train_throughput
 from benchmarks.gpu.check import Check, Skipped
-from benchmarks.jobs import Job, Result, peak_memory, run_in_a_process
-from benchmarks.ours import PLAN, make_loop, read_metrics
-from benchmarks.recipes import RECIPES
+from benchmarks.jobs import Job, Result, peak_memory, run_in_subprocess
+from benchmarks.presets.fast import PLAN, make_loop, read_metrics
+from benchmarks.presets.recipes import RECIPES
 from benchmarks.shapes import SHAPES, default_dtype
 from benchmarks.workload import Workload, prepare_workload
 from internvl_chat.utils import distributed
 
 SCRIPT = Path(train_throughput.__file__).resolve()
 _MODELS = {"small": "smoke", "8b": "internvl3-8b"}
-# Models for questions that do not need the real size.
-_LESSER_MODELS = {"small": "smoke", "8b": "mid"}
+# For items that do not need the full size.
+_SMALLER_MODELS = {"small": "smoke", "8b": "mid"}
 _STEPS = {"small": ["--steps", "1", "--warmup", "1"], "8b": []}
 _GB = 1e9
-# What a plan leaves out: the workspaces of cuBLAS, and the rounding of the allocator.
-_UNPLANNED, _UNPLANNED_SHARE = 0.3 * _GB, 0.1
-# Of a step's loss in bf16, whose epsilon is 2 ** -7.
+# Not planned: cuBLAS workspaces (bytes) and fragmentation of the allocator (fraction).
+_UNPLANNED_BYTES, _UNPLANNED_FRACTION = 0.3 * _GB, 0.1
+# Relative tolerance of the loss of a step: the epsilon of bf16.
 _LOSS_TOLERANCE = 2**-7
 
 
 def train_lora(check: Check) -> None:
-    """LoRA of rank 16 with 16 records a step, beside the reference."""
+    """Measure LoRA training and compare it with the reference."""
     _train(check, "lora", [()])
 
 
 def train_full(check: Check) -> None:
-    """Full training with 2 records a step, in the most exact precision that fits, beside the reference."""
+    """Measure full training in the most exact precision that fits, and compare it with the reference."""
     precisions = [("--weight_precision", name) for name in ("master", "stochastic", "bf16")]
     _train(check, "full", precisions if check.on_gpu else [()])
 
 
 def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
-    """Measure the preset `fast` with the first flags that fit into memory, and then the reference."""
+    """Measure the preset `fast` with the first flags that fit into memory, then the reference."""
     fast, reference = _jobs(check, recipe, ["fast", "reference"])
     refusals = []
     for number, flags in enumerate(choices):
-        # A plan that does not fit names the flags that would.
+        # The error message lists the flags that would fit.
         if refusals and f"{' '.join(flags)} (" not in refusals[0]:
             continue
         try:
@@ -70,24 +70,24 @@ def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
     if check.on_gpu:
         _compare_memory(check, recipe, row["plan"]["total"], row["peak_memory_gb"] * _GB)
     try:
-        other = _measure(check, reference, len(choices))
+        reference_row = _measure(check, reference, len(choices))
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
         check.add(reference="out of memory")
         check.summary += "; the reference is out of memory"
         return
-    ratio = row["records_per_second"] / other["records_per_second"]
-    check.add(reference=other, ratio=ratio)
-    check.summary += f"; reference {_describe(other)}; {ratio:.2f} times the reference"
-    results = [Result(**one.pop("result")) for one in (row, other)]
+    ratio = row["records_per_second"] / reference_row["records_per_second"]
+    check.add(reference=reference_row, ratio=ratio)
+    check.summary += f"; reference {_describe(reference_row)}; {ratio:.2f} times the reference"
+    results = [Result(**r.pop("result")) for r in (row, reference_row)]
     train_throughput.check_same_work(dict(zip(("fast", "reference"), results, strict=True)))
 
 
 def compiled_blocks(check: Check) -> None:
-    """LoRA with compiled blocks has the loss of the eager one; both speeds."""
+    """Compare the first loss and the speed of LoRA training with and without compiled blocks."""
     if not check.on_gpu:
-        raise Skipped("compiling takes minutes on a CPU, and gains nothing there")
+        raise Skipped("compilation takes minutes on a CPU, without a gain")
     (job,) = _jobs(check, "lora", ["fast"])
     row = _measure(check, dataclasses.replace(job, flags=("--torch_compile", "True")), 0)
     check.add(compiled=row)
@@ -95,13 +95,13 @@ def compiled_blocks(check: Check) -> None:
     eager = ((check.result_of("train-lora") or {}).get("figures") or {}).get("fast")
     eager = eager or _measure(check, job, 1)
     check.add(eager=eager)
-    losses = [one["first_loss"] for one in (row, eager)]
+    losses = [r["first_loss"] for r in (row, eager)]
     check.compare("first loss", abs(losses[0] / losses[1] - 1), train_throughput.LOSS_TOLERANCE)
     check.summary += f"; {row['records_per_second'] / eager['records_per_second']:.2f} times the eager speed"
 
 
 def checkpoint(check: Check) -> None:
-    """Saving LoRA checkpoints while training goes on: size, and the steps after a save."""
+    """Measure the size of LoRA checkpoints and the steps after an asynchronous save."""
     file = check.folder / "rows.json"
     steps = {"small": ["--steps", "4", "--every", "2"], "8b": ["--steps", "6", "--every", "3"]}[check.size]
     subprocess.run(
@@ -112,7 +112,7 @@ def checkpoint(check: Check) -> None:
     )  # fmt: skip
     (row,) = json.loads(file.read_text(encoding="utf-8"))["rows"]
     check.add(**row)
-    # On a CPU the save takes the cores of the step, which at this size is shorter than the save.
+    # On a CPU the save competes with the step for cores and takes longer than the step.
     check.expect(
         not check.on_gpu or row["ratio"] <= 1.5, f"a step after a save takes {row['ratio']:.2f} times"
     )
@@ -123,45 +123,45 @@ def checkpoint(check: Check) -> None:
 
 
 def memory(check: Check) -> None:
-    """The memory that was planned is the memory that is used."""
-    shares = []
+    """Compare used with planned memory."""
+    ratios = []
     for recipe in ("lora", "full"):
         for checkpointed in ("False", "True") if check.on_gpu else ("auto",):
             name = f"{recipe}, --grad_checkpoint {checkpointed}"
-            rows = _in_this_process(check, name, recipe, ("--grad_checkpoint", checkpointed))
+            rows = _train_in_process(check, name, recipe, ("--grad_checkpoint", checkpointed))
             plan, used = rows[0]["plan"], peak_memory(torch.device(check.device))
             check.add(**{name: {"planned_gb": plan["total"] / _GB, "used_gb": used / _GB, "plan": plan}})
-            if check.on_gpu:  # on a CPU this process and its libraries are the greatest part
+            if check.on_gpu:  # on a CPU most memory belongs to the libraries
                 _compare_memory(check, name, plan["total"], used)
-                shares.append(f"{used / plan['total']:.2f}")
-    check.summary = f"used over planned: {', '.join(shares)}" if shares else "not compared on a CPU"
+                ratios.append(f"{used / plan['total']:.2f}")
+    check.summary = f"used over planned: {', '.join(ratios)}" if ratios else "not compared on a CPU"
 
 
 def fsdp(check: Check) -> None:
-    """FSDP2 on one process has the losses of training without it."""
-    expected = [row["loss"] for row in _in_this_process(check, "single", "full", ())]
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without network may not know its own name
+    """Compare the losses of FSDP2 on one rank with training without it."""
+    expected = [row["loss"] for row in _train_in_process(check, "single", "full", ())]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the hostname may not resolve offline
     backend = "cpu:gloo,cuda:nccl" if check.on_gpu else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    rows = _in_this_process(check, "fsdp", "full", ("--parallel", "fsdp"))
+    rows = _train_in_process(check, "fsdp", "full", ("--parallel", "fsdp"))
     distributed.destroy_process_group()
-    found = [row["loss"] for row in rows]
-    check.add(parallel=rows[0]["plan"]["parallel"], losses={"fsdp": found, "single": expected})
+    losses = [row["loss"] for row in rows]
+    check.add(parallel=rows[0]["plan"]["parallel"], losses={"fsdp": losses, "single": expected})
     check.expect(rows[0]["plan"]["parallel"] == "fsdp", "FSDP2 was not used")
-    check.expect(len(found) == len(expected), f"{len(found)} steps, not {len(expected)}")
-    errors = [abs(a / b - 1) for a, b in zip(found, expected, strict=False)]
+    check.expect(len(losses) == len(expected), f"{len(losses)} steps instead of {len(expected)}")
+    errors = [abs(a / b - 1) for a, b in zip(losses, expected, strict=False)]
     check.compare("losses", max(errors, default=math.nan), _LOSS_TOLERANCE)
-    check.summary = f"losses of {len(found)} steps as without FSDP2"
+    check.summary = f"{len(losses)} steps with the same losses as without FSDP2"
 
 
 def _compare_memory(check: Check, name: str, planned: float, used: float) -> None:
-    limit = planned * (1 + _UNPLANNED_SHARE) + _UNPLANNED
+    limit = planned * (1 + _UNPLANNED_FRACTION) + _UNPLANNED_BYTES
     check.add(**{f"{name}, used over planned memory": used / planned})
     check.expect(used <= limit, f"{name}: {used / _GB:.1f} GB used, {planned / _GB:.1f} GB planned")
 
 
 def _jobs(check: Check, recipe: str, presets: list[str]) -> list[Job]:
-    """Prepare the records of all steps, and return the jobs of `train_throughput.py`."""
+    """Prepare the records of all steps and return jobs of `train_throughput.py`."""
     argv = ["--recipe", recipe, "--model", _MODELS[check.size], "--device", check.device, *_STEPS[check.size]]
     args = train_throughput.build_parser().parse_args(argv)
     args.steps = RECIPES[recipe].steps if args.steps is None else args.steps
@@ -171,20 +171,20 @@ def _jobs(check: Check, recipe: str, presets: list[str]) -> list[Job]:
 
 
 def _measure(check: Check, job: Job, number: int) -> dict[str, Any]:
-    """Run a job in a process of its own; returns its row, the memory plan of `fast`, and the raw result."""
-    result = run_in_a_process(job, SCRIPT, number)
+    """Run a job in a subprocess; returns its table row, raw result and memory plan (`fast` only)."""
+    result = run_in_subprocess(job, SCRIPT, number)
     row = train_throughput.row_of(job.label, job, [result])
     row |= {"first_loss": result.first_loss, "result": dataclasses.asdict(result)}
     plan = check.folder / f"job{number}/run" / PLAN
     return row | ({"plan": json.loads(plan.read_text(encoding="utf-8"))} if plan.is_file() else {})
 
 
-def _in_this_process(check: Check, name: str, recipe: str, flags: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Train a small model for some steps; returns the metrics of each with the memory plan."""
+def _train_in_process(check: Check, name: str, recipe: str, flags: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Train a small model in this process; returns the metrics of each step with the memory plan."""
     device, folder = torch.device(check.device), check.folder / name
     folder.mkdir()
     job = Job(
-        preset="fast", label=name, recipe=recipe, model=_LESSER_MODELS[check.size], device=check.device,
+        preset="fast", label=name, recipe=recipe, model=_SMALLER_MODELS[check.size], device=check.device,
         workload="", folder=str(folder), warmup=0, steps=3, flags=flags, dtype=default_dtype(check.device),
     )  # fmt: skip
     gc.collect()
@@ -198,7 +198,7 @@ def _in_this_process(check: Check, name: str, recipe: str, flags: tuple[str, ...
 
 
 def _workload(check: Check, job: Job) -> Workload:
-    """Return records for a small model, prepared once."""
+    """Return the workload of a small model, created on first use."""
     folder = check.folder / job.recipe
     file = folder / "workload.json"
     if not file.is_file():
@@ -214,6 +214,6 @@ def _describe(row: dict[str, Any], flags: str = "") -> str:
     mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
     return (
         f"{flags.removeprefix('--')} {row['records_per_second']:.3g} records/s, "
-        f"{row['tokens_per_second']:.0f} tokens/s{mfu}, {row['peak_memory_gb']:.1f} GB, an epoch in "
-        f"{row['epoch_hours']:.1f} h"
+        f"{row['tokens_per_second']:.0f} tokens/s{mfu}, {row['peak_memory_gb']:.1f} GB, "
+        f"{row['epoch_hours']:.1f} h per epoch"
     ).strip()

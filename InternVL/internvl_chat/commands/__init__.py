@@ -1,1 +1,1 @@
-"""The commands of `m3llm`, one module a subject; libraries that load slowly are imported when used."""
+"""One module per `m3llm` subcommand; slow libraries are imported inside functions."""

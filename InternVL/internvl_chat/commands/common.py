@@ -1,4 +1,4 @@
-"""Arguments and objects that several commands share."""
+"""Arguments and setup shared by the subcommands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from internvl_chat.utils.paths import REPOSITORY
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from internvl_chat.data.encode.preprocessing import Preprocessing
@@ -18,36 +17,42 @@ if TYPE_CHECKING:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the arguments of commands that go through the records of a meta file with a model.
+    """Add the arguments of commands that run a model over the records of a meta file.
 
     Args:
-        parser: of the command.
-        required: whether it always takes a meta file and a model.
+        parser: parser of the command.
+        required: whether META and `--model` are mandatory.
     """
-    count = None if required else "?"
-    parser.add_argument("meta", metavar="META", nargs=count, help="meta file (as PMC-data.json)")
-    parser.add_argument("--model", required=required, help="model or adapter folder, or hub id")
-    parser.add_argument(
-        "--data_root",
-        default=REPOSITORY,
-        type=Path,
-        help="folder that relative paths in the meta file count from [the repository]",
-    )
-    parser.add_argument("--max_dynamic_patch", type=positive, help="most tiles of a record [the model's]")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N records of each set")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add = parser.add_argument
+    nargs = None if required else "?"
+    add("meta", metavar="META", nargs=nargs, help="meta file (like PMC-data.json)")
+    add("--model", required=required, help="model folder, adapter folder or hub id")
+    add_data_root(parser)
+    add_tile_limit(parser)
+    add("--limit", type=positive, metavar="N", help="use the first N records of each dataset")
+    add("--json", action="store_true", help="print one JSON object per line")
+
+
+def add_data_root(parser: argparse.ArgumentParser) -> None:
+    """Add `--data_root`."""
+    parser.add_argument("--data_root", default=REPOSITORY, type=Path,
+        help="folder that relative paths in the meta file start from (default: the repository)")  # fmt: skip
+
+
+def add_tile_limit(parser: argparse.ArgumentParser) -> None:
+    """Add `--max_dynamic_patch`."""
+    parser.add_argument("--max_dynamic_patch", type=positive, metavar="N",
+        help="maximum tiles per record (default: from the checkpoint)")  # fmt: skip
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of commands that run the model."""
-    parser.add_argument("--base", help="for adapters: where their base model is now")
-    parser.add_argument(
-        "--device", help="cpu, cuda:0, or auto: spread over all GPUs [the GPU if there is one]"
-    )
+    parser.add_argument("--base", help="base model of an adapter, if it has moved since training")
+    parser.add_argument("--device", help="cpu, cuda:0, or auto for all GPUs (default: GPU if available)")
 
 
 def positive(text: str) -> int:
-    """Parse a whole number from 1."""
+    """Parse a positive integer."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
@@ -61,15 +66,13 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def find_device(name: str | None) -> torch.device:
-    """Return the device of `--device`, by default the GPU if there is one."""
-    from internvl_chat.inference import devices
-
-    return devices.find_device(name)
+def comma_separated(text: str) -> list[str]:
+    """Parse comma-separated names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedTokenizerBase, Preprocessing]:
-    """Open the data sets of a command with `add_data_arguments`; needs no weights."""
+    """Open the datasets of a command with `add_data_arguments`, without reading weights."""
     from internvl_chat.data.dataset import build_sets
     from internvl_chat.data.encode.encoder import RecordEncoder
     from internvl_chat.data.encode.preprocessing import Preprocessing
@@ -79,11 +82,13 @@ def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedToke
 
     folder = model_folder(args.model)
     tokenizer, _ = load_tokenizer(folder)
-    preprocessing = Preprocessing.from_folder(folder, read_config(folder))
-    encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(args.max_dynamic_patch)
-    return build_sets(load_meta(args.meta, args.data_root), encoder), tokenizer, preprocessing
+    preprocessing = Preprocessing.from_folder(
+        folder, read_config(folder), max_dynamic_patch=args.max_dynamic_patch
+    )
+    sets = build_sets(load_meta(args.meta, args.data_root), RecordEncoder(tokenizer, preprocessing))
+    return sets, tokenizer, preprocessing
 
 
-def count(sets: Sequence[RecordSet], limit: int | None) -> int:
-    """Return how many records the first `limit` of each set are."""
+def count_records(sets: Sequence[RecordSet], limit: int | None) -> int:
+    """Return the number of records if at most `limit` of each dataset are used."""
     return sum(len(records.first(limit)) for records in sets)

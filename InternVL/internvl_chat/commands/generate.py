@@ -1,4 +1,4 @@
-"""`m3llm generate`."""
+"""`m3llm generate`: answer questions about images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_chat.commands.common import add_model_arguments, positive
-from internvl_chat.commands.output import emit, say, write
+from internvl_chat.commands.common import add_model_arguments, add_tile_limit, positive
+from internvl_chat.commands.output import echo, print_json
 from internvl_chat.utils.errors import DataError, UsageError, format_problems
 
 if TYPE_CHECKING:
@@ -22,23 +22,22 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `generate`."""
-    parser.add_argument(
-        "question", nargs="*",
-        help="text; <image> marks where each image goes. Further ones are asked after the answers",
-    )  # fmt: skip
-    parser.add_argument("--model", required=True, help="model or adapter folder, or hub id")
-    parser.add_argument("--image", action="append", default=[], help="an image; give it again for more")
-    parser.add_argument("--chat", action="store_true", help="read further questions, a line each")
-    parser.add_argument("--system", metavar="TEXT", help="system text [the model's]")
-    parser.add_argument("--max_new_tokens", type=positive, default=512, help="most tokens of an answer [512]")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0,
-        help="draw tokens at random, e.g. 0.7; 0 always takes the likeliest [0]",
-    )  # fmt: skip
-    parser.add_argument("--top_p", type=float, help="draw only from the likeliest tokens of this probability")
-    parser.add_argument("--seed", type=int, help="draw the same again")
-    parser.add_argument("--max_dynamic_patch", type=positive, help="most tiles of all images [the model's]")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each answer")
+    add = parser.add_argument
+    add("question", nargs="*",
+        help="question; <image> marks the position of an image. More questions continue the "
+        "conversation")  # fmt: skip
+    add("--model", required=True, help="model folder, adapter folder or hub id")
+    add("--image", action="append", default=[], help="image file; repeat for several images")
+    add("--chat", action="store_true", help="read further questions from standard input, one per line")
+    add("--system", metavar="TEXT", help="system message (default: the one stored with the model)")
+    add("--max_new_tokens", type=positive, metavar="N", default=512,
+        help="maximum tokens per answer (default: 512)")  # fmt: skip
+    add("--temperature", type=float, default=0.0,
+        help="sampling temperature, for example 0.7; 0 is greedy decoding (default: 0)")  # fmt: skip
+    add("--top_p", type=float, help="nucleus sampling: cumulative probability (default: 1)")
+    add("--seed", type=int, help="seed for reproducible sampling")
+    add_tile_limit(parser)
+    add("--json", action="store_true", help="print one JSON object per answer")
     add_model_arguments(parser)
 
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if any(not question.strip() for question in args.question):
         raise UsageError("a question is empty")
     if not args.question and not args.chat:
-        raise UsageError("a question is missing; give it, or --chat to be asked for it")
+        raise UsageError("no question: give one, or use --chat to type questions")
     sampling = _sampling(args)
     images = _open_images(args.image)
     engine = Engine.from_checkpoint(
@@ -60,29 +59,29 @@ def run(args: argparse.Namespace) -> int:
         prompt = prompt.then(answer, question) if prompt else ask(question, images, args.system)
         answer = _answer(engine, prompt, args, sampling)
         if args.json:
-            emit({"question": question, "images": args.image, "answer": answer})
+            print_json({"question": question, "images": args.image, "answer": answer})
     return 0
 
 
 def _sampling(args: argparse.Namespace) -> Sampling | None:
-    """Return how tokens are drawn; None for greedy."""
+    """Return the sampling options, or None for greedy decoding."""
     from internvl_chat.inference.sampling import Sampling
 
     if args.temperature:
         return Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
     if args.top_p is not None or args.seed is not None:
-        raise UsageError("--top_p and --seed need --temperature: without it the likeliest token is taken")
+        raise UsageError("--top_p and --seed need --temperature: without it decoding is greedy")
     return None
 
 
 def _open_images(paths: Sequence[str]) -> list[Image.Image]:
-    """Decode images as training does.
+    """Decode the images.
 
     Raises:
-        DataError: names all that cannot be used.
+        DataError: images are missing or cannot be decoded; lists all of them.
     """
     from internvl_chat.data.sources.images import decode_image
-    from internvl_chat.data.sources.problems import RecordProblem
+    from internvl_chat.data.sources.problems import RecordError
 
     images, problems = [], []
     for path in paths:
@@ -91,7 +90,7 @@ def _open_images(paths: Sequence[str]) -> list[Image.Image]:
             continue
         try:
             images.append(decode_image(Path(path)))
-        except RecordProblem as problem:
+        except RecordError as problem:
             problems.append(str(problem))
     if problems:
         raise DataError(format_problems(problems))
@@ -99,27 +98,26 @@ def _open_images(paths: Sequence[str]) -> list[Image.Image]:
 
 
 def _answer(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sampling | None) -> str:
-    """Return an answer; a person sees it, on a terminal while it is made."""
+    """Return an answer and, without `--json`, print it; on a terminal it is streamed."""
     options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     if args.json or not sys.stdout.isatty():
         [answer] = engine.answer([prompt], **options)
         if not args.json:
-            say(answer)
+            echo(answer)
         return answer
     pieces = []
     for piece in engine.stream(prompt, **options):
-        write(piece)
+        echo(piece, end="")
         pieces.append(piece)
-    say()
+    echo()
     return "".join(pieces)
 
 
 def _read_questions() -> Iterator[str]:
-    """Yield the lines of standard input up to its end or an empty line; a person is asked for them."""
-    person = sys.stdin.isatty()
+    """Yield the lines of standard input up to an empty line; on a terminal, show a prompt."""
     while True:
-        if person:
-            write("> ", sys.stderr)
+        if sys.stdin.isatty():
+            echo("> ", end="", stream=sys.stderr)
         question = sys.stdin.readline().strip()
         if not question:
             return

@@ -1,4 +1,4 @@
-"""What all commands print with: JSON lines for programs, tables and a progress bar for people."""
+"""Output of the subcommands: text, JSON lines, tables and a progress bar."""
 
 import json
 import sys
@@ -10,37 +10,31 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def emit(row: dict[str, Any]) -> None:
-    """Print one JSON object as a line."""
-    print(json.dumps(row, ensure_ascii=False), flush=True)  # noqa: T201
+def print_json(row: dict[str, Any]) -> None:
+    """Print one JSON object on a line."""
+    echo(json.dumps(row, ensure_ascii=False))
 
 
-def say(text: str = "") -> None:
-    """Print a line for people."""
-    print(text, flush=True)  # noqa: T201
-
-
-def write(text: str, stream: TextIO | None = None) -> None:
-    """Print text as it is, without a line's end, on standard output or another stream."""
-    print(text, end="", flush=True, file=stream)
+def echo(text: str = "", *, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Print text and flush the stream (default: standard output)."""
+    print(text, end=end, flush=True, file=stream)
 
 
 def progress(items: Iterable[T], total: int | None = None, unit: str = "record") -> Iterable[T]:
-    """Show a progress bar on standard error once two seconds have passed."""
-    return tqdm(items, total=total, unit=unit, delay=2, file=sys.stderr, dynamic_ncols=True)
+    """Show a progress bar on standard error after two seconds."""
+    return tqdm(items, total=total, unit=unit, delay=2, file=sys.stderr, dynamic_ncols=True, disable=None)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows under a header, text to the left and numbers to the right."""
+    """Print rows under a header, text left-aligned and numbers right-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
     for row in cells:
         aligned = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
-        say("  ".join(aligned).rstrip())
+        echo("  ".join(aligned).rstrip())
 
 
 def _is_number(cell: Any) -> bool:
-    return (
-        isinstance(cell, int | float) or str(cell).strip("%").replace(".", "", 1).replace(",", "").isdigit()
-    )
+    text = str(cell).strip("%").replace(".", "", 1).replace(",", "")
+    return isinstance(cell, int | float) or text.isdigit()

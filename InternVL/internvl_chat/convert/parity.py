@@ -1,6 +1,6 @@
 """Compare two checkpoints, or two formats of one: tokens, tiles, pixels, logits and greedy answers.
 
-Only one of the two is in memory at a time; the results of the first wait on disk.
+Only one checkpoint is in memory at a time; the results of the first are stored on disk.
 """
 
 import gc
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from internvl_chat.convert.parity_sides import Example, Trace, open_side
+from internvl_chat.convert.parity_runners import Example, Trace, open_runner
 from internvl_chat.data.dataset import build_sets
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
@@ -23,21 +23,22 @@ from internvl_chat.data.synthetic.sample_data import write_sample_data
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import find_base
 from internvl_chat.model.io.folders import is_adapter, read_config
-from internvl_chat.model.io.plain import has_adapters
+from internvl_chat.model.io.merged_checkpoint import has_adapters
 from internvl_chat.model.io.weights import read_weights, weight_files
 from internvl_chat.utils.errors import DataError, ModelError
+from internvl_chat.utils.hardware import available_host_memory
 
 Progress = Callable[[Iterable[Example]], Iterable[Example]]
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How much two checkpoints may differ and still pass.
+    """The largest accepted differences between two checkpoints.
 
     Attributes:
-        logits: largest difference of a logit, as a share of the record's largest logit.
-        pixels: largest difference of a normalised pixel.
-        same_answers: smallest share of equal greedy answers.
+        logits: maximum difference of a logit, as a fraction of the record's largest logit.
+        pixels: maximum difference of a normalised pixel.
+        same_answers: minimum fraction of equal greedy answers.
     """
 
     logits: float
@@ -47,19 +48,19 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two checkpoints differ on one record.
+    """The differences between two checkpoints on one record.
 
     Attributes:
-        dataset: name of its dataset.
+        dataset: name of the dataset.
         index: index in the dataset, from 0.
-        id: its id in the file.
-        same_ids: the conversation's token ids are equal.
-        same_tiles: every image has as many tiles.
-        pixels: largest difference of a pixel; None where the tiles differ in number or size.
-        logits: largest difference of a logit; None where the token ids or the vocabularies differ.
-        largest_logit: of the first checkpoint, without its sign.
-        same_answer: the greedy answers are equal.
-        answers: of the first and of the second checkpoint.
+        id: id of the record in the file.
+        same_ids: whether the token ids of the conversation are equal.
+        same_tiles: whether every image has the same number of tiles.
+        pixels: largest difference of a pixel; None if the tiles differ in number or size.
+        logits: largest difference of a logit; None if the token ids or the vocabularies differ.
+        largest_logit: largest absolute logit of the first checkpoint.
+        same_answer: whether the greedy answers are equal.
+        answers: greedy answers of both checkpoints.
     """
 
     dataset: str
@@ -75,7 +76,7 @@ class Difference:
 
     @property
     def relative_logits(self) -> float | None:
-        """`logits` as a share of `largest_logit`; infinite where a logit is not finite."""
+        """`logits` as a fraction of `largest_logit`; infinite if a logit is not finite."""
         if self.logits is None:
             return None
         if not math.isfinite(self.largest_logit):
@@ -94,28 +95,28 @@ def compare(
     max_new_tokens: int = 16,
     progress: Progress = iter,
 ) -> Iterator[Difference]:
-    """Yield how two checkpoints differ on each example.
+    """Yield the differences between two checkpoints on each example.
 
     Args:
-        first: a folder of any kind.
-        second: likewise.
-        examples: what they are given.
-        device: where they run.
-        dtype: of `comparison_dtype`.
-        bases: for adapters, where the base of each is now.
-        max_new_tokens: most tokens of an answer.
-        progress: wraps the examples that the first one is given.
+        first: folder of a checkpoint of any format.
+        second: folder of the other checkpoint.
+        examples: examples to compare on.
+        device: device to run on.
+        dtype: dtype of the weights (see `comparison_dtype`).
+        bases: base models of the two checkpoints, if they are adapters whose bases have moved.
+        max_new_tokens: maximum number of tokens of an answer.
+        progress: wraps the examples of the first checkpoint.
     """
-    with tempfile.TemporaryDirectory() as waiting:
-        side = open_side(first, device=device, dtype=dtype, base=bases[0])
+    with tempfile.TemporaryDirectory() as folder:
+        runner = open_runner(first, device=device, dtype=dtype, base=bases[0])
         for number, example in enumerate(progress(examples)):
-            torch.save(vars(side.trace(example, max_new_tokens)), Path(waiting, f"{number}.pt"))
-        del side
+            torch.save(vars(runner.run(example, max_new_tokens)), Path(folder, f"{number}.pt"))
+        del runner
         gc.collect()
-        side = open_side(second, device=device, dtype=dtype, base=bases[1])
+        runner = open_runner(second, device=device, dtype=dtype, base=bases[1])
         for number, example in enumerate(examples):
-            before = Trace(**torch.load(Path(waiting, f"{number}.pt"), weights_only=True))
-            yield _difference(example, before, side.trace(example, max_new_tokens))
+            trace = Trace(**torch.load(Path(folder, f"{number}.pt"), weights_only=True))
+            yield _difference(example, trace, runner.run(example, max_new_tokens))
 
 
 def _difference(example: Example, a: Trace, b: Trace) -> Difference:
@@ -141,41 +142,39 @@ def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def faults(differences: Sequence[Difference], allowed: Tolerances) -> list[str]:
-    """Return the differences beyond what is allowed, one sentence each."""
-    found = []
+    """Return the differences that exceed the tolerances, one sentence each."""
+    problems = []
     for name, field in (("token ids", "same_ids"), ("tiles", "same_tiles")):
         differing = [d for d in differences if not getattr(d, field)]
         if differing:
-            found.append(f"the {name} of {len(differing)} of {len(differences)} records differ, "
-                         f"e.g. {differing[0].dataset} {differing[0].index}")  # fmt: skip
+            problems.append(f"the {name} of {len(differing)} of {len(differences)} records differ, "
+                            f"e.g. {differing[0].dataset} {differing[0].index}")  # fmt: skip
     for name, field in (("pixels", "same_tiles"), ("logits", "same_ids")):
         if any(getattr(d, field) and getattr(d, name) is None for d in differences):
-            found.append(f"the {name} are of another shape, so the two are models of different sizes")
+            problems.append(f"the {name} have different shapes: these are models of different sizes")
     pixels = max((d.pixels for d in differences if d.pixels is not None), default=0.0)
     if not pixels <= allowed.pixels:
-        found.append(f"the pixels differ by up to {pixels:.3g}, more than {allowed.pixels:.3g}")
+        problems.append(f"the pixels differ by up to {pixels:.3g}, more than {allowed.pixels:.3g}")
     logits = max((d.relative_logits for d in differences if d.logits is not None), default=0.0)
     if not logits <= allowed.logits:
-        found.append(
+        problems.append(
             f"the logits differ by up to {logits:.3g} of the largest logit, more than {allowed.logits:.3g}"
         )
     same = sum(d.same_answer for d in differences) / max(len(differences), 1)
     if same < allowed.same_answers:
-        found.append(f"{same:.0%} of the greedy answers are the same, less than {allowed.same_answers:.0%}")
-    return found
+        problems.append(f"{same:.0%} of the greedy answers are equal, less than {allowed.same_answers:.0%}")
+    return problems
 
 
 def comparison_dtype(
     folders: Sequence[Path], device: torch.device, bases: Sequence[str | Path | None]
 ) -> torch.dtype:
-    """Return float32, or bfloat16 if the larger of two checkpoints does not fit into memory in float32."""
+    """Return float32 if the larger checkpoint fits into memory in float32, and otherwise bfloat16."""
     needed = max(_float32_bytes(folder, base) for folder, base in zip(folders, bases, strict=True))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+        free = available_host_memory()
     return torch.float32 if 1.2 * needed < free else torch.bfloat16
 
 
@@ -192,40 +191,38 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def examples_of(sets: Sequence[RecordSet], limit: int | None, max_tiles: int | None) -> list[Example]:
-    """Return the first records of each set as examples, their images decoded.
+    """Return the first records of each dataset as examples, with decoded images.
 
     Args:
-        sets: the datasets; the tile limit of a dataset's own entry wins.
-        limit: records of each dataset; None for all.
-        max_tiles: most tiles of a record; None for the checkpoint's own limit.
+        sets: the datasets.
+        limit: number of records per dataset; None for all.
+        max_tiles: tile limit of datasets without their own; None for the checkpoint's.
     """
-    found = []
+    examples = []
     for records in sets:
         for index in records.first(limit):
             record = records.record(index)
-            images = tuple(records.images(index, record))
-            limit_of_set = records.spec.max_dynamic_patch or max_tiles
-            key = RecordKey(records.spec.name, index)
-            found.append(Example(key, record, images, limit_of_set))
-    return found
+            key, images = RecordKey(records.spec.name, index), tuple(records.images(index, record))
+            examples.append(Example(key, record, images, records.spec.max_dynamic_patch or max_tiles))
+    return examples
 
 
 def synthetic_examples(folder: Path) -> list[Example]:
-    """Return synthetic records of every kind for a checkpoint: without an image, with one, with several.
+    """Return synthetic examples without images, with one image and with several.
 
-    Records that would lose tiles to its `max_seq_length` are excluded: other software does not drop tiles.
+    Records that exceed the checkpoint's `max_seq_length` are excluded: transformers does not drop tiles.
 
     Args:
-        folder: the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
-        DataError: none of them fits.
+        DataError: no record fits.
     """
     tokenizer, _ = load_tokenizer(folder)
     encoder = RecordEncoder(tokenizer, Preprocessing.from_folder(folder, read_config(folder)))
-    with tempfile.TemporaryDirectory() as place:
-        paths = write_sample_data(Path(place) / "sample", train=1, held_out=1)
-        sets = build_sets(load_meta(paths["held_out"], place), encoder)
+    with tempfile.TemporaryDirectory() as data_root:
+        paths = write_sample_data(Path(data_root) / "sample", train=1, held_out=1)
+        sets = build_sets(load_meta(paths["held_out"], data_root), encoder)
         examples = examples_of([records for records in sets if _fits(records)], 1, None)
     if not examples:
         raise DataError(
@@ -249,14 +246,14 @@ def check_same(
     base: str | Path | None = None,
     progress: Progress = iter,
 ) -> list[Difference]:
-    """Compare a checkpoint with what was made from it, on synthetic records; returns the differences.
+    """Compare a checkpoint with its conversion on synthetic examples; return the differences.
 
     Args:
-        source: a folder of any kind.
-        result: a folder of any kind.
-        device: where they run.
-        base: for adapters in `source`, where their base is now.
-        progress: wraps the records.
+        source: folder of the checkpoint.
+        result: folder of its conversion.
+        device: device to run on.
+        base: base model of `source`, if it is an adapter whose base has moved.
+        progress: wraps the examples.
 
     Raises:
         ModelError: they differ by more than rounding explains.
@@ -265,37 +262,37 @@ def check_same(
     bases = (base, None)
     dtype = comparison_dtype((source, result), device, bases)
     allowed = rounding_tolerances(source, result, dtype)
-    found = list(
+    differences = list(
         compare(source, result, examples, device=device, dtype=dtype, bases=bases, progress=progress)
     )
-    problems = faults(found, allowed)
+    problems = faults(differences, allowed)
     if problems:
         raise ModelError(
-            f"the result differs from {source} and was not kept: {'; '.join(problems)} "
-            f"(compared on {len(found)} synthetic records in {dtype}; --check False would keep it)"
+            f"the result differs from {source} and was discarded: {'; '.join(problems)} "
+            f"(compared on {len(differences)} synthetic records in {dtype}; --check False keeps the result)"
         )
-    return found
+    return differences
 
 
 def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolerances:
-    """Return the differences that rounding explains between two checkpoints that should be equal.
+    """Return the differences that rounding explains between two equal models.
 
-    Rounding errors are independent of each other, so n of them add up to sqrt(n) times one. One is half an
-    epsilon, and there are two sides. In float32 every addition rounds: n is the number of terms summed on the
-    way from a pixel to a logit. In 16 bits, products are summed in float32: n is the number of results stored
-    on that way. For InternVL3-8B, with largest logits of about 20, this is 1.2e-4 of them in float32 (n is a
-    million) and 0.16 of them in bfloat16.
+    n independent rounding errors add up to sqrt(n) times one error, which is half an epsilon; two models
+    double it. In float32 every addition rounds, and n is the number of terms summed between a pixel and a
+    logit. In 16 bits products are summed in float32, and n is the number of intermediate results stored. For
+    InternVL3-8B the tolerance is 1.2e-4 of the largest logit in float32 (n is a million) and 0.16 of it in
+    bfloat16.
 
-    Merged adapters stored in 16 bits round every weight once, which is like rounding the layers' results.
+    Merging adapters into 16-bit weights rounds each weight once, with an effect like rounding the results.
 
     Args:
-        first: a folder of any kind.
-        second: likewise.
-        dtype: what both compute in.
+        first: folder of a checkpoint of any format.
+        second: folder of the other checkpoint.
+        dtype: dtype of the weights in the comparison.
     """
     stored = [_stored_dtype(folder) for folder in (first, second) if not is_adapter(folder)]
     if dtype == torch.float32 and (has_adapters(first) or has_adapters(second)):
-        dtype = max(stored, key=lambda kept: torch.finfo(kept).eps, default=dtype)
+        dtype = max(stored, key=lambda stored_dtype: torch.finfo(stored_dtype).eps, default=dtype)
     summed, results = _roundings(read_config(first))
     if dtype == torch.float32:
         return Tolerances(logits=torch.finfo(dtype).eps * summed**0.5)
@@ -303,10 +300,10 @@ def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolera
 
 
 def _roundings(config: InternVLChatConfig) -> tuple[int, int]:
-    """Return the number of terms summed, and of results stored, on the way from a pixel to a logit."""
+    """Return the number of terms summed, and of results stored, between a pixel and a logit."""
     llm, vision = config.build_llm_config(), config.vision_config
     layers = [*[llm] * llm.num_hidden_layers, *[vision] * vision.num_hidden_layers]
-    # Three sums over the width (queries, output of attention, first matrix of the MLP), one over the MLP's.
+    # Three sums over the hidden size (queries, attention output, first MLP matrix), one over the MLP's width.
     summed = sum(3 * layer.hidden_size + layer.intermediate_size for layer in layers) + llm.hidden_size
-    # Norm, product and sum with the residual of both halves, weights of attention, activation.
+    # Norm, product and residual sum of attention and MLP, attention weights, activation.
     return summed, 8 * len(layers)

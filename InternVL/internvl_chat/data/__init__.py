@@ -1,1 +1,1 @@
-"""From the meta file to packed tensors: records, tiles, messages, labels, datasets."""
+"""From the meta file to batches: records, tiles, labels, packs."""

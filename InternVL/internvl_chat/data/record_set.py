@@ -1,8 +1,8 @@
-"""The records of one data set, as samples."""
+"""The records of one dataset: parse, check, measure, encode and load them by index."""
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +11,28 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from internvl_chat.data.encode.encoder import Encoded, Measured, RecordEncoder
+from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder, RecordLengths
 from internvl_chat.data.sources.images import (
+    ImageFile,
     check_decoding,
     decode_image,
-    image_facts,
+    image_info,
     image_size,
     locate_image,
 )
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.data.sources.problems import RecordProblem, show_id, show_message
-from internvl_chat.data.sources.records import Record, find_warnings, parse_record
-from internvl_chat.data.sources.shown_images import ShownImage
+from internvl_chat.data.sources.problems import RecordError, printable_id, printable_message
+from internvl_chat.data.sources.records import Record, conversation_warnings, parse_record
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.files import file_sha256
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
 class RecordKey(NamedTuple):
-    """A record's place: name of its set, and its index in the file from 0."""
+    """Identifies a record: name of its dataset, and index in the file."""
 
     dataset: str
     index: int
@@ -39,19 +40,39 @@ class RecordKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A record ready for the collator.
+    """A loaded record.
 
     Attributes:
-        key: where it comes from.
-        id: its id in the file.
+        key: dataset and index.
+        id: id in the file.
         encoded: ids, labels and grids.
         tiles: (N, S, S, 3) uint8.
     """
 
     key: RecordKey
     id: str | None
-    encoded: Encoded
+    encoded: EncodedConversation
     tiles: torch.Tensor
+
+
+class CheckedRecord(NamedTuple):
+    """Result of checking a usable record.
+
+    Attributes:
+        lengths: numbers of tokens and tiles.
+        id: id in the file.
+        id_hash: hash of the id, 0 if there is none.
+        content_hash: hash of the conversation and the image paths.
+        warnings: (kind, message) of each warning about the conversation.
+        images: the record's image files.
+    """
+
+    lengths: RecordLengths
+    id: str | None
+    id_hash: int
+    content_hash: int
+    warnings: list[tuple[str, str]]
+    images: tuple[ImageFile, ...]
 
 
 class RecordSet:
@@ -59,7 +80,7 @@ class RecordSet:
 
     Args:
         spec: the entry.
-        encoder: made with the command line's tile limit; the entry's own wins.
+        encoder: encoder with the options of the run. The entry's own tile limit takes precedence.
 
     Raises:
         DataError: the annotation file cannot be read.
@@ -67,36 +88,36 @@ class RecordSet:
 
     def __init__(self, spec: DatasetSpec, encoder: RecordEncoder) -> None:
         self.spec = spec
-        self.encoder = encoder.with_max_tiles(spec.max_dynamic_patch)
+        preprocessing = encoder.preprocessing.with_tile_limit(spec.max_dynamic_patch)
+        self.encoder = RecordEncoder(encoder.tokenizer, preprocessing, truncate_text=encoder.truncate_text)
         self.file = RecordFile(spec.annotation)
         if spec.length is not None and spec.length != len(self.file):
             logger.warning(
-                "data set %s: 'length' is %d, but %s has %d records",
+                "dataset %s: 'length' is %d, but %s has %d records",
                 spec.name, spec.length, spec.annotation, len(self.file),
             )  # fmt: skip
 
     def __len__(self) -> int:
-        """Return the number of records in the file, each once."""
+        """Return the number of records in the file."""
         return len(self.file)
 
     def digest(self) -> str:
         """Return the SHA-256 of the annotation file."""
-        with self.spec.annotation.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(self.spec.annotation)
 
     @property
     def num_used(self) -> int:
-        """Records of one epoch, after `repeat_time`."""
+        """Number of records per epoch, with repetitions."""
         repeat = self.spec.repeat_time
         return int(len(self) * repeat) if repeat < 1 else len(self) * int(repeat)
 
     @property
     def num_distinct(self) -> int:
-        """Records that an epoch uses, each counted once: the first of the file."""
+        """Number of records per epoch, without repetitions; these are the first of the file."""
         return min(len(self), self.num_used)
 
     def first(self, limit: int | None) -> range:
-        """Return the indices of the first records, of all without a limit."""
+        """Return the indices of the first `limit` records, or of all records."""
         return range(len(self) if limit is None else min(limit, len(self)))
 
     def record(self, index: int) -> Record:
@@ -106,98 +127,100 @@ class RecordSet:
             DataError: it is malformed.
         """
         raw = self.file[index]
-        with self._naming(index, raw.get("id") if isinstance(raw, dict) else None):
+        with self._errors_of(index, raw.get("id") if isinstance(raw, dict) else None):
             return parse_record(raw)
 
     def error(self, index: int, message: str, record_id: object, kind: str = "structure") -> DataError:
-        """Return an error that names a record."""
+        """Return an error with file, line and id of a record."""
         return DataError(
-            show_message(message),
+            printable_message(message),
             file=self.spec.annotation,
             line=self.file.line(index),
-            record=show_id(record_id),
+            record=printable_id(record_id),
             kind=kind,
         )
 
     @contextmanager
-    def _naming(self, index: int, record_id: object) -> Iterator[None]:
-        """Turn a record's problem into an error that names the record."""
+    def _errors_of(self, index: int, record_id: object) -> Iterator[None]:
+        """Convert a `RecordError` to a `DataError` with file, line and id."""
         try:
             yield
-        except RecordProblem as problem:
-            raise self.error(index, str(problem), record_id, problem.kind) from None
+        except RecordError as error:
+            raise self.error(index, str(error), record_id, error.kind) from None
         except RecursionError:
             raise self.error(index, "JSON is nested too deeply", record_id, "json") from None
 
-    def encode(self, index: int) -> tuple[Record, Encoded]:
-        """Encode a record; of its images only the headers are read.
+    def encode(self, index: int) -> tuple[Record, EncodedConversation]:
+        """Encode a record, reading only the headers of its images.
 
         Raises:
             DataError: it cannot be used.
         """
         record = self.record(index)
-        with self._naming(index, record.id):
-            encoded = self.encoder.encode(
-                record.messages, self._image_sizes(record, self.image_paths(record))
-            )
-        self._tell_of_losses(index, record, encoded.measured)
+        with self._errors_of(index, record.id):
+            paths = self.image_paths(record)
+            self.encoder.reject_oversized(record.messages, len(paths))
+            encoded = self.encoder.encode(record.messages, [image_size(path) for path in paths])
+        self._log_losses(index, record, encoded.lengths)
         return record, encoded
 
-    def measure(self, index: int) -> Measured:
-        """Return how long a record is; its images are not decoded if they look whole.
+    def measure(self, index: int) -> RecordLengths:
+        """Return the lengths of a record; see `check`.
 
         Raises:
-            DataError: it cannot be used, in the words of `examine`.
+            DataError: it cannot be used.
         """
-        return self.examine(index).measured
+        return self.check(index).lengths
 
-    def examine(self, index: int, *, decode: bool = False) -> "Examined":
-        """Return all that is to be known of a record before it is used.
+    def check(self, index: int, *, decode: bool = False) -> CheckedRecord:
+        """Check and measure a record.
 
         Args:
-            index: in the file.
-            decode: also decode its images; else only those whose file does not end as it should.
+            index: index in the file.
+            decode: decode its images; otherwise only those whose file does not end as its format requires.
 
         Raises:
-            DataError: it cannot be used, in the words of `encode`, or of `load` if its images are decoded.
+            DataError: it cannot be used; the same error as from `encode`, or from `load` if decoding fails.
         """
         record = self.record(index)
-        with self._naming(index, record.id):
+        with self._errors_of(index, record.id):
             paths = self.image_paths(record)
-            self.encoder.refuse_endless(record.messages, len(paths))
-            facts = [image_facts(path) for path in paths]
-            measured = self.encoder.measure(record.messages, [image.size for image in facts])
-            for path, image in zip(paths, facts, strict=True):
-                if decode or not image.ends_well:
-                    check_decoding(path, image)
-        content = repr((record.messages, [str(path) for path in paths]))
-        return Examined(
-            measured, record.id, 0 if record.id is None else _hash(record.id), _hash(content),
-            tuple(find_warnings(record.messages)),
-            tuple(ShownImage(name, image.num_bytes, image.mtime_ns)
-                  for name, image in zip(record.images, facts, strict=True)),
-        )  # fmt: skip
+            self.encoder.reject_oversized(record.messages, len(paths))
+            infos = [image_info(path) for path in paths]
+            lengths = self.encoder.measure(record.messages, [info.size for info in infos])
+            for path, info in zip(paths, infos, strict=True):
+                if decode or not info.has_end:
+                    check_decoding(path, info)
+        images = zip(record.images, infos, strict=True)
+        return CheckedRecord(
+            lengths,
+            record.id,
+            0 if record.id is None else _hash(record.id),
+            _hash(repr((record.messages, [str(path) for path in paths]))),
+            conversation_warnings(record.messages),
+            tuple(ImageFile(name, info.num_bytes, info.mtime_ns) for name, info in images),
+        )
 
     def load(self, index: int, augment: random.Random | None = None) -> Sample:
         """Encode a record and decode its images.
 
         Args:
-            index: in the file.
-            augment: randomness for a set that asks for augmentation.
+            index: index in the file.
+            augment: random generator for datasets with augmentation; None to disable it.
 
         Raises:
             DataError: it cannot be used.
         """
         record, encoded = self.encode(index)
-        with self._naming(index, record.id):
+        with self._errors_of(index, record.id):
             images = map(decode_image, self.image_paths(record))
             try:
                 tiles = self.encoder.tiles(images, encoded.grids, augment if self.spec.data_augment else None)
-            except RecordProblem:
+            except RecordError:
                 raise
             except Exception as error:
                 names = ", ".join(record.images)
-                raise RecordProblem(
+                raise RecordError(
                     f"an image cannot be used ({names}): {error}", "image unreadable"
                 ) from error
         return Sample(RecordKey(self.spec.name, index), record.id, encoded, tiles)
@@ -206,58 +229,34 @@ class RecordSet:
         """Decode a record's images as RGB.
 
         Raises:
-            DataError: one of them cannot be decoded.
+            DataError: an image cannot be decoded.
         """
-        with self._naming(index, record.id):
+        with self._errors_of(index, record.id):
             return [decode_image(path) for path in self.image_paths(record)]
 
     def image_paths(self, record: Record) -> list[Path]:
-        """Return where a record's images are.
+        """Return the paths of a record's images.
 
         Raises:
-            RecordProblem: a path leads out of the set's root.
+            RecordError: a path leaves the dataset's root.
         """
         return [locate_image(self.spec.root, name) for name in record.images]
 
-    def _image_sizes(self, record: Record, paths: Sequence[Path]) -> list[tuple[int, int]]:
-        self.encoder.refuse_endless(record.messages, len(paths))
-        return [image_size(path) for path in paths]
-
-    def _tell_of_losses(self, index: int, record: Record, measured: Measured) -> None:
-        """Log what a record has to give up to fit."""
+    def _log_losses(self, index: int, record: Record, lengths: RecordLengths) -> None:
+        """Log the tiles and tokens removed from a record to fit."""
         losses = []
-        if measured.tiles_lost:
-            losses.append(f"{measured.tiles} tiles instead of {measured.tiles + measured.tiles_lost}")
-        if measured.tokens_cut:
-            losses.append(f"the last {measured.tokens_cut} tokens are cut off")
+        if lengths.tiles_lost:
+            losses.append(f"{lengths.tiles} tiles instead of {lengths.tiles + lengths.tiles_lost}")
+        if lengths.tokens_truncated:
+            losses.append(f"the last {lengths.tokens_truncated} tokens truncated")
         if losses:
             logger.warning(
                 "%s, line %d (record %r): %s, to fit max_seq_length %d",
-                self.spec.annotation, self.file.line(index), show_id(record.id), " and ".join(losses),
+                self.spec.annotation, self.file.line(index), printable_id(record.id), " and ".join(losses),
                 self.encoder.preprocessing.max_seq_length,
             )  # fmt: skip
 
 
-class Examined(NamedTuple):
-    """What is to be known of a record before it is used.
-
-    Attributes:
-        measured: how long it is.
-        id: in the file.
-        name: hash of the id, 0 for none.
-        content: hash of its conversation and the paths of its images.
-        find_warnings: what is strange in its conversation, as kind and message.
-        images: its files, as they were when they were looked at.
-    """
-
-    measured: Measured
-    id: str | None
-    name: int
-    content: int
-    find_warnings: tuple[tuple[str, str], ...]
-    images: tuple[ShownImage, ...]
-
-
 def _hash(text: str) -> int:
-    """Return 64 bits: among a million texts, two have them in common by chance with 3 in 100 million."""
+    """Return a 64-bit hash: the probability of any collision among a million texts is 3e-8."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())

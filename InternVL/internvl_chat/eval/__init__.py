@@ -1,1 +1,1 @@
-"""Figures for a checkpoint: losses and answers over data sets."""
+"""Evaluation of checkpoints: losses, answers, benchmarks, scores and reports."""

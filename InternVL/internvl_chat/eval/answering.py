@@ -1,32 +1,52 @@
-"""A benchmark's items through the engine, each answer on disk as soon as it is complete."""
+"""Answer the items of a benchmark; each answer is on disk as soon as it is complete."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from internvl_chat.eval.benchmarks.item import Benchmark, Item
-from internvl_chat.eval.predictions import PredictionLog, checkpoint_digest, items_digest
+from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key
+from internvl_chat.eval.predictions import PredictionLog, checkpoint_digest, items_digest, merge_predictions
 from internvl_chat.inference.engine import Engine
-from internvl_chat.inference.parallel import share
+from internvl_chat.model.io.folders import model_folder
+from internvl_chat.utils.distributed import rank, shard, world_size
+
+# The rank with the longest answers may take days; if it dies, torchrun stops the others.
+_BARRIER_TIMEOUT = timedelta(days=7)
 
 
-def settings_of(
+def answer_benchmark(
     benchmark: Benchmark,
+    selected: Benchmark,
     system: Mapping[str, str | None],
-    folder: Path,
     *,
+    model: str,
+    out: Path,
+    base: str | None,
+    device: str | None,
     max_new_tokens: int,
     max_dynamic_patch: int | None,
-) -> dict[str, object]:
-    """Return what decides the answers to a benchmark, for `PredictionLog`.
+    progress: Callable[..., Iterable[Item]],
+) -> dict[Key, str]:
+    """Answer the items that have no answer yet; under torchrun each rank answers its shard.
 
     Args:
-        benchmark: all of it, whatever part is to be answered.
-        system: the system text of each task.
-        folder: the checkpoint's.
-        max_new_tokens: most tokens of an answer.
-        max_dynamic_patch: most tiles of an item, or None for the checkpoint's.
+        benchmark: the full benchmark.
+        selected: the part of it to answer.
+        system: system text of each task.
+        model: model folder, adapter folder or hub id.
+        out: folder of the answers.
+        base: base model of an adapter, if it has moved.
+        device: device of the model, or None for the default.
+        max_new_tokens: maximum tokens per answer.
+        max_dynamic_patch: maximum tiles per item, or None for the limit of the checkpoint.
+        progress: progress bar around the answered items; receives `total`.
+
+    Returns:
+        On rank 0 all answers in the output folder, on other ranks nothing.
     """
-    return {
+    folder = model_folder(model).resolve()
+    settings: dict[str, Any] = {
         "benchmark": benchmark.name,
         "questions": items_digest(benchmark.items, system),
         "model": str(folder),
@@ -34,11 +54,17 @@ def settings_of(
         "max_new_tokens": max_new_tokens,
         "max_dynamic_patch": max_dynamic_patch,
     }
-
-
-def own_items(items: Sequence[Item], log: PredictionLog) -> list[Item]:
-    """Return what this process has to answer: its share of the items, but for those that are answered."""
-    return [item for item in share(items) if item.key not in log.done]
+    with PredictionLog(out, settings, rank()) as log:
+        items = [item for item in shard(selected.items) if item.key not in log.done]
+        if items:
+            engine = Engine.from_checkpoint(
+                folder, device=device, base=base, max_dynamic_patch=max_dynamic_patch
+            )
+            answered = answer_items(engine, items, system, log, max_new_tokens=max_new_tokens)
+            for _ in progress(answered, total=len(items)) if rank() == 0 else answered:
+                pass
+    wait_for_all_ranks()
+    return merge_predictions(out, benchmark.items) if rank() == 0 else {}
 
 
 def answer_items(
@@ -49,12 +75,23 @@ def answer_items(
     *,
     max_new_tokens: int,
 ) -> Iterator[Item]:
-    """Answer items greedily and write the answers; yields each item when its answer is on disk.
+    """Answer items greedily and log the answers; yields each item once its answer is on disk.
 
     Raises:
-        DataError: an image cannot be used, or an item does not fit the model.
+        DataError: an image cannot be read, or an item does not fit the model.
     """
     prompts = (item.prompt(system[item.task]) for item in items)
     for number, answer in engine.answer_each(prompts, max_new_tokens=max_new_tokens):
         log.append(items[number], answer)
         yield items[number]
+
+
+def wait_for_all_ranks() -> None:
+    """Block until all ranks of torchrun have reached this call."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=_BARRIER_TIMEOUT)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,7 +1,8 @@
-"""Greedy answers against reference answers: exact match by data set, and whether it beats chance."""
+"""Exact match of greedy answers per dataset, and a test against chance on closed questions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy.stats import binomtest
 
@@ -12,15 +13,15 @@ from internvl_chat.metrics.overlap import exact_match
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to the last question of a record.
+    """Answer of a model to the last question of a record.
 
     Attributes:
-        dataset: name of the record's set.
-        index: of the record in the set, from 0.
-        id: in the file.
-        prediction: the model's answer.
-        reference: the assistant's last message.
-        choices: all admissible answers where the record names them (`choices`), else none.
+        dataset: name of the dataset.
+        index: index of the record in the dataset, from 0.
+        id: id in the annotation file.
+        prediction: answer of the model.
+        reference: last assistant message.
+        choices: permitted answers if the record lists them (`choices`), else empty.
     """
 
     dataset: str
@@ -32,7 +33,7 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        """Exact match, case and white space at the ends aside."""
+        """Whether the answer matches, up to case and surrounding white space."""
         return bool(exact_match(self.prediction, self.reference))
 
 
@@ -44,7 +45,7 @@ def answer_records(
     max_new_tokens: int = 128,
     batch_size: int = 8,
 ) -> Iterator[Answer]:
-    """Answer the last question of the first `limit` records of each set (of all without a limit).
+    """Answer the last question of the first `limit` records of each dataset (default: all records).
 
     Raises:
         DataError: a record cannot be used.
@@ -70,15 +71,35 @@ def _answer_batch(
         yield Answer(records.spec.name, index, record.id, prediction, reference, choices)
 
 
+def score_dataset(name: str, answers: Iterable[Answer]) -> dict[str, Any]:
+    """Return the JSON row of a dataset: exact match over all records and over the closed questions.
+
+    Fractions are None if there are no such records. Closed questions are those with `choices`.
+    """
+    answers = [answer for answer in answers if answer.dataset == name]
+    closed = [answer for answer in answers if answer.choices]
+    return {
+        "dataset": name,
+        "records": len(answers),
+        "exact_match": _accuracy(answers),
+        "closed": len(closed),
+        "closed_accuracy": _accuracy(closed),
+    }
+
+
+def _accuracy(answers: Sequence[Answer]) -> float | None:
+    return sum(answer.correct for answer in answers) / len(answers) if answers else None
+
+
 @dataclass(frozen=True)
 class ChanceTest:
-    """Whether answers to closed questions are better than guessing.
+    """Test of the accuracy on closed questions against chance.
 
     Attributes:
-        questions: how many closed questions there were.
-        correct: how many were answered rightly.
-        chance: the share that guessing would get.
-        p_value: of the one-sided binomial test against that chance.
+        questions: number of closed questions.
+        correct: number of correct answers.
+        chance: expected accuracy of random guessing.
+        p_value: p-value of the one-sided binomial test.
     """
 
     questions: int
@@ -87,11 +108,11 @@ class ChanceTest:
     p_value: float
 
 
-def beats_chance(answers: Iterable[Answer]) -> ChanceTest | None:
+def compare_with_chance(answers: Iterable[Answer]) -> ChanceTest | None:
     """Test the closed questions (those with `choices`) against chance; None if there are none.
 
-    Chance is one over the number of choices, averaged over the questions. With the mean for a common chance
-    the binomial test is on the safe side (the true spread is smaller).
+    Chance is the mean of one over the number of choices. If that number varies, the binomial test with the
+    mean is conservative: the true variance is smaller.
     """
     closed = [answer for answer in answers if answer.choices]
     if not closed:

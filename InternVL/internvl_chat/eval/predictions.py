@@ -1,8 +1,8 @@
-"""Answers on disk: written one by one, so that an evaluation that was ended goes on where it stopped.
+"""Predictions on disk, written one by one so that an interrupted evaluation can continue.
 
-Every process appends to a file of its own: the first to `predictions.jsonl`, the others to
-`predictions.1.jsonl` and so on. In the end all are brought into the benchmark's order in the first. What
-the answers were made with is in `evaluation.json`.
+Each rank appends to its own file: rank 0 to `predictions.jsonl`, rank n to `predictions.n.jsonl`. At the end
+all are merged into `predictions.jsonl` in the order of the benchmark. `evaluation.json` stores the settings
+that the answers depend on.
 """
 
 import fcntl
@@ -15,36 +15,36 @@ from pathlib import Path
 from typing import IO, Any
 
 from internvl_chat.eval.benchmarks.item import Item, Key
-from internvl_chat.eval.benchmarks.reading import refuse
-from internvl_chat.model.io.folders import read_companions
+from internvl_chat.eval.benchmarks.reading import raise_problems
+from internvl_chat.model.io.folders import read_auxiliary_files
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.utils.errors import DataError, UsageError, format_problems
+from internvl_chat.utils.files import append_json_line, file_sha256, sha256, write_json, write_json_lines
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
-# Where the checkpoint is says nothing of what it is: its digest does.
-_ONLY_TOLD = ("model",)
-# Of a task, how many missing answers a message names.
-_MOST_INDICES = 5
+# Not compared: a checkpoint may move, its digest identifies it.
+_INFORMATIONAL = ("model",)
+_MAX_INDICES_SHOWN = 5
 
 
 class PredictionLog:
-    """The answers of one process, appended to its file; those of all processes, read when it is opened.
+    """Append the predictions of one rank to its file, and know those of all ranks so far.
 
     Args:
-        folder: of the evaluation; is made if need be.
-        settings: what decides the answers, by names that a user understands.
-        process: this process's number.
+        folder: folder of the evaluation, created if needed.
+        settings: settings that the answers depend on.
+        rank: rank of this process.
 
     Raises:
-        UsageError: the folder holds answers of another evaluation, or another process is writing to it.
+        UsageError: the folder belongs to another evaluation, or another process is writing to it.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], process: int = 0) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _require_same(folder, settings)
-        self._stream = _open_own(folder / _part(process))
-        self.done = {key: row["prediction"] for key, row in read_parts(folder).items()}
+        _check_settings(folder, settings)
+        self._stream = _open_and_lock(folder / (f"predictions.{rank}.jsonl" if rank else PREDICTIONS))
+        self.done = {key: row["prediction"] for key, row in read_predictions(folder).items()}
 
     def __enter__(self) -> "PredictionLog":
         return self
@@ -53,15 +53,9 @@ class PredictionLog:
         self._stream.close()
 
     def append(self, item: Item, prediction: str) -> None:
-        """Write an answer, and see it to the disk."""
-        self._stream.write(json.dumps(_row(item, prediction), ensure_ascii=False) + "\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Write a prediction and flush it to disk."""
+        append_json_line(self._stream, _row(item, prediction))
         self.done[item.key] = prediction
-
-
-def _part(process: int) -> str:
-    return f"predictions.{process}.jsonl" if process else PREDICTIONS
 
 
 def _row(item: Item, prediction: str) -> dict[str, Any]:
@@ -75,92 +69,83 @@ def _row(item: Item, prediction: str) -> dict[str, Any]:
     }
 
 
-def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a new evaluation, or compare them with those of the one to be continued."""
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a new evaluation, or compare them with those of the one to continue."""
     file = folder / SETTINGS
-    answered = any(
-        folder.glob("predictions*.jsonl")
-    )  # before the settings, which other processes write first
+    # Before `is_file`: another rank may write the settings and its first answer in between.
+    has_predictions = any(folder.glob("predictions*.jsonl"))
     if not file.is_file():
-        if answered:
-            raise UsageError(
-                f"--out {folder}: has answers, but no {SETTINGS} that says of what; choose another"
-            )
-        partial = file.with_name(f".{SETTINGS}.{os.getpid()}")
-        partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(file)
+        if has_predictions:
+            raise UsageError(f"--out {folder}: contains predictions but no {SETTINGS}; choose another folder")
+        write_json(file, settings)
         return
     try:
-        earlier = dict(json.loads(file.read_text(encoding="utf-8")))
+        previous = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise DataError(f"not the settings of an evaluation: {error}", file=file) from None
+        raise DataError(f"invalid evaluation settings: {error}", file=file) from None
     differences = [
-        f"{name} was {earlier.get(name)!r}, and is {settings.get(name)!r}"
-        for name in dict.fromkeys([*earlier, *settings])
-        if earlier.get(name) != settings.get(name) and name not in _ONLY_TOLD
+        f"{name} was {previous.get(name)!r}, now {settings.get(name)!r}"
+        for name in dict.fromkeys([*previous, *settings])
+        if previous.get(name) != settings.get(name) and name not in _INFORMATIONAL
     ]
     if differences:
-        text = format_problems(differences)
-        raise UsageError(f"--out {folder}: holds the answers of another evaluation; choose another. {text}")
+        raise UsageError(
+            f"--out {folder}: contains the answers of another evaluation; choose another folder. "
+            f"{format_problems(differences)}"
+        )
 
 
-def _open_own(file: Path) -> IO[str]:
-    """Open a file to append to, without a line that an earlier process left unfinished, and lock it."""
-    stream = file.open("a+", encoding="utf-8")
+def _open_and_lock(file: Path) -> IO[bytes]:
+    """Open a file for appending, lock it, and remove an incomplete last line."""
+    stream = file.open("ab")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stream.close()
-        raise UsageError(f"{file}: another evaluation is writing to it; wait for it or end it") from None
+        raise UsageError(f"{file}: another evaluation is writing to it; wait for it or stop it") from None
     content = file.read_bytes()
     os.truncate(file, content.rfind(b"\n") + 1)
     return stream
 
 
-def read_parts(folder: Path) -> dict[Key, dict[str, Any]]:
-    """Return the rows of all processes' files by item.
+def read_predictions(folder: Path) -> dict[Key, dict[str, Any]]:
+    """Return the rows of the files of all ranks by item.
 
     Raises:
-        DataError: a line is none of ours.
+        DataError: a line is not a prediction.
     """
     rows: dict[Key, dict[str, Any]] = {}
     for file in sorted(folder.glob("predictions*.jsonl")):
         for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-            if line.endswith(b"\n"):  # else its process was ended, or is about to finish it
+            if line.endswith(b"\n"):  # an incomplete line is still being written, or was interrupted
                 row = _parse_row(line, file, number)
                 rows[row["task"], row["index"]] = row
     return rows
 
 
-def bring_together(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
-    """Write the answers of all processes into one file in the benchmark's order; returns them.
+def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
+    """Merge the predictions of all ranks into one file in the order of the benchmark; returns them.
 
     Raises:
-        DataError: a line is none of ours.
+        DataError: a line is not a prediction.
     """
-    rows = read_parts(folder)
-    ordered = [rows[item.key] for item in order if item.key in rows]
-    whole = folder / f".{PREDICTIONS}"
-    with whole.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-        stream.flush()
-        os.fsync(stream.fileno())
-    whole.replace(folder / PREDICTIONS)
+    rows = read_predictions(folder)
+    write_json_lines(folder / PREDICTIONS, [rows[item.key] for item in order if item.key in rows])
     for file in folder.glob("predictions.*.jsonl"):
         file.unlink()
     return {key: row["prediction"] for key, row in rows.items()}
 
 
 def read_answers(file: Path, items: Sequence[Item], known: Sequence[Item]) -> dict[Key, str]:
-    """Read answers made elsewhere: one object a line with `task`, `index` (from 0) and `prediction`.
+    """Read answers that were generated elsewhere: JSONL with `task`, `index` (from 0) and `prediction`.
 
     Args:
-        file: may also have answers to other items of the benchmark.
-        items: that must be answered.
+        file: JSONL file; it may also answer other items of the benchmark.
+        items: items that need an answer.
         known: all items of the benchmark.
 
     Raises:
-        DataError: lines cannot be used, or answers are missing, double or of no item; names them all.
+        DataError: lines are invalid, or answers are missing, duplicate or unknown; lists all problems.
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -179,24 +164,24 @@ def read_answers(file: Path, items: Sequence[Item], known: Sequence[Item]) -> di
             continue
         key = (row["task"], row["index"])
         if key in answers or key not in keys:
-            what = "is answered twice" if key in answers else "is no item of the benchmark"
-            problems.append(str(DataError(f"{key[0]} {key[1]} {what}", file=file, line=number)))
+            problem = "is answered twice" if key in answers else "is not an item of the benchmark"
+            problems.append(str(DataError(f"{key[0]} {key[1]} {problem}", file=file, line=number)))
         answers[key] = row["prediction"]
-    problems += [f"{file}: {problem}" for problem in _unanswered(items, answers)]
-    refuse(problems)
+    problems += [f"{file}: {problem}" for problem in _missing_answers(items, answers)]
+    raise_problems(problems)
     return answers
 
 
-def _unanswered(items: Iterable[Item], answers: Mapping[Key, str]) -> Iterator[str]:
-    """Yield a sentence for each task of which answers are missing."""
+def _missing_answers(items: Iterable[Item], answers: Mapping[Key, str]) -> Iterator[str]:
+    """Yield a message for each task with missing answers."""
     missing: dict[str, list[int]] = defaultdict(list)
     for item in items:
         if item.key not in answers:
             missing[item.task].append(item.index)
     for task, indices in missing.items():
-        shown = ", ".join(map(str, indices[:_MOST_INDICES]))
-        more = f" and {len(indices) - _MOST_INDICES:,} more" if len(indices) > _MOST_INDICES else ""
-        yield f"{task} has no answer for index {shown}{more}"
+        shown = ", ".join(map(str, indices[:_MAX_INDICES_SHOWN]))
+        rest = len(indices) - _MAX_INDICES_SHOWN
+        yield f"{task} has no answer for index {shown}{f' and {rest:,} more' if rest > 0 else ''}"
 
 
 def _parse_row(line: bytes, file: Path, number: int) -> dict[str, Any]:
@@ -208,7 +193,7 @@ def _parse_row(line: bytes, file: Path, number: int) -> dict[str, Any]:
         valid = False
     if not valid:
         raise DataError(
-            "must be an object with the texts 'task' and 'prediction' and the whole number 'index'",
+            "must be an object with strings 'task' and 'prediction' and an integer 'index'",
             file=file,
             line=number,
         )
@@ -216,23 +201,22 @@ def _parse_row(line: bytes, file: Path, number: int) -> dict[str, Any]:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Return the SHA-256 of what decides a checkpoint's answers: weights or adapters, settings, tokenizer."""
-    total = hashlib.sha256()
+    """Return the SHA-256 of everything in a checkpoint that its answers depend on."""
+    digest = hashlib.sha256()
     adapter = folder / "adapter_model.safetensors"
     weights = [adapter] if adapter.is_file() else weight_files(folder)
     for file in [*weights, folder / "config.json", folder / "base_model.json"]:
         if file.is_file():
-            with file.open("rb") as stream:
-                total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    for name, content in read_companions(folder).items():
-        total.update(f"{name}:{hashlib.sha256(content).hexdigest()}\n".encode())
-    return total.hexdigest()
+            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+    for name, content in read_auxiliary_files(folder).items():
+        digest.update(f"{name}:{sha256(content)}\n".encode())
+    return digest.hexdigest()
 
 
 def items_digest(items: Iterable[Item], system: Mapping[str, str | None]) -> str:
-    """Return the SHA-256 of what is asked: questions, names of figures, right answers, system texts."""
-    total = hashlib.sha256()
+    """Return the SHA-256 of questions, image names, references and system texts."""
+    digest = hashlib.sha256()
     for item in items:
-        asked = [_row(item, ""), item.text, system[item.task]]
-        total.update(json.dumps(asked, ensure_ascii=False).encode())
-    return total.hexdigest()
+        content = [_row(item, ""), item.text, system[item.task]]
+        digest.update(json.dumps(content, ensure_ascii=False).encode())
+    return digest.hexdigest()

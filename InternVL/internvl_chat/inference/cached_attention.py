@@ -1,19 +1,18 @@
-"""Decoding attention over a padded cache of keys and values.
+"""Decoding attention over a padded KV cache.
 
-Answers of similar size share a bank: tensors with a slot for each answer, all slots with the same capacity.
-An answer depends neither on its slot nor on the other answers, to the last bit:
+Answers of similar length share a bank: tensors with one slot per answer, all of the same capacity. An answer
+does not depend on its slot or on the other answers, to the last bit:
 
-- On a GPU a step makes one SDPA call for each bank, in which a mask hides the padding. It takes the efficient
-  kernel: flash, which would split the keys by the number of slots, takes no mask. Each slot and key head is a
-  thread block of its own, which goes through its keys in blocks of 64 or 128. `_BLOCK` is a multiple of that,
-  so no block is shorter because another answer is. A block that is masked entirely adds nothing: its weights
-  are exp(-inf) = 0, and the running maximum and sum stay. This needs finite values, so unused positions are
-  zeroed.
-- On a CPU a step makes one SDPA call for each answer. In a call for several, the alignment of a thread's
-  buffers, and with it the last bits of a product, depends on which thread computes an answer. Together these
-  calls take as long as one for all.
+- On a GPU, each step makes one SDPA call per bank, with a mask that hides the padding. The mask selects the
+  efficient kernel; the flash kernel does not support masks, and splits keys by the number of slots. A thread
+  block computes one slot and key head, in key blocks of 64 or 128. `_BLOCK` is a multiple of these, so the
+  size of a key block does not depend on other answers. A fully masked block changes nothing: its weights are
+  exp(-inf) = 0. This requires finite values, so unused positions are zeroed.
+- On a CPU, each step makes one SDPA call per answer. In a joint call, the alignment of a thread's buffers,
+  and so the last bits of a product, would depend on the thread that computes an answer. Separate calls take
+  no longer.
 
-Shapes: W rows of a step, S slots, H query heads, K key/value heads, G = H / K, L tokens, D features a head.
+Shapes: W rows of a step, S slots, H query heads, K key/value heads, G = H / K, L tokens, D features per head.
 """
 
 import contextlib
@@ -36,9 +35,9 @@ class _Bank:
     """Keys and values of answers with the same capacity, in every layer.
 
     Attributes:
-        capacity: most tokens of a slot.
+        capacity: maximum number of tokens of a slot.
         slots: number of slots; the tensors of a layer grow to it when a prompt is written.
-        used: slots in use.
+        used: indices of the slots in use.
         layers: keys and values of each layer, (S, K, capacity, D).
     """
 
@@ -64,9 +63,9 @@ class Slot:
     """The part of the cache that holds one answer.
 
     Attributes:
-        bank: where it is.
-        index: number of the slot in the bank.
-        length: tokens stored; the caller updates it when all layers have run.
+        bank: bank of the slot.
+        index: index of the slot in the bank.
+        length: number of stored tokens; the caller updates it after all layers have run.
     """
 
     bank: _Bank
@@ -74,7 +73,7 @@ class Slot:
     length: int = 0
 
     def release(self) -> None:
-        """Make the slot free for another answer."""
+        """Free the slot for another answer."""
         self.bank.used.remove(self.index)
 
 
@@ -82,8 +81,8 @@ class KVCache:
     """Allocates slots within a memory bound.
 
     Args:
-        rows: most slots in use at a time.
-        max_tokens: most tokens allocated, free slots included; a single longer answer is accepted alone.
+        rows: maximum number of slots in use.
+        max_tokens: maximum number of allocated tokens, free slots included; a single answer may exceed it.
     """
 
     def __init__(self, rows: int, max_tokens: int) -> None:
@@ -92,13 +91,13 @@ class KVCache:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that memory is allocated for."""
+        """Number of allocated tokens."""
         return sum(bank.capacity * bank.slots for bank in self.banks)
 
     def reserve(self, tokens: int) -> Slot | None:
-        """Return a slot for at most `tokens`, prompt and answer; None if it must wait for other answers."""
+        """Return a slot for `tokens` of prompt and answer; None if it must wait for other answers."""
         blocks = -(-tokens // _BLOCK)
-        capacity = _BLOCK << (blocks - 1).bit_length()  # powers of two, so that there are few banks
+        capacity = _BLOCK << (blocks - 1).bit_length()  # powers of two keep the number of banks small
         bank = next((b for b in self.banks if b.capacity == capacity), None) or _Bank(capacity)
         if len(bank.used) == bank.slots:
             self.banks = [b for b in self.banks if b.used]
@@ -116,7 +115,7 @@ class Prefill:
     """A forward pass over the tokens of one prompt.
 
     Args:
-        slot: where its keys and values are stored.
+        slot: slot for the keys and values.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -127,7 +126,7 @@ class DecodeStep:
     """A forward pass over the newest token of every answer.
 
     Args:
-        rows: slot of each row; None for a row that is empty, whose output is 0.
+        rows: slot of each row; None for an empty row, whose output is 0.
     """
 
     def __init__(self, rows: Sequence[Slot | None]) -> None:
@@ -144,7 +143,7 @@ class _BankStep:
     """The rows of a step whose slots are in one bank.
 
     Args:
-        bank: with the keys and values.
+        bank: the bank.
         rows: slot of each row.
     """
 
@@ -163,48 +162,46 @@ class _BankStep:
         window: int | None,
         out: torch.Tensor,
     ) -> None:
-        """Store the new keys and values of this bank's rows, attend, and write the results into `out`.
+        """Store the new keys and values of the bank's rows, attend, and write the result to `out`.
 
         Args:
             layer: index of the layer.
             query: (W, H, 1, D).
             key: (W, K, 1, D).
             value: (W, K, 1, D).
-            scaling: factor on the scores.
-            window: tokens that a token sees, itself included.
+            scaling: factor of the scores.
+            window: number of tokens that a token attends to, itself included.
             out: (W, H, 1, D).
         """
         heads, device = key.shape[1], query.device
         if device not in self._indices:
             self._indices[device] = _Indices.of(self.rows, heads, self.bank.capacity, device)
-        at = self._indices[device]
+        indices = self._indices[device]
         stored = self.bank.layers[layer]
-        for kept, new in zip(stored, (key, value), strict=True):
-            kept.view(-1, kept.shape[3]).index_copy_(
-                0, at.targets, new.flatten(0, 2).index_select(0, at.sources)
-            )
-        # The query heads of a key head are queries of their own, so that keys need not be repeated.
+        for cached, new in zip(stored, (key, value), strict=True):
+            newest = new.flatten(0, 2).index_select(0, indices.sources)
+            cached.view(-1, cached.shape[3]).index_copy_(0, indices.targets, newest)
+        # The G query heads of a key head are passed as G queries, so that keys need not be repeated.
         if device.type in _ONE_CALL_PER_ANSWER:
             for row, slot in self.rows.items():
                 end = slot.length + 1
                 seen = slice(0 if window is None else max(0, end - window), end)
-                keys, values = (kept[slot.index : slot.index + 1, :, seen] for kept in stored)
+                keys, values = (cached[slot.index : slot.index + 1, :, seen] for cached in stored)
                 queries = query[row].view(1, heads, -1, query.shape[3])  # (1, K, G, D)
-                found = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
-                out[row] = found.reshape(out.shape[1:])
+                attended = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
+                out[row] = attended.reshape(out.shape[1:])
             return
         mask = self._mask(device, query.dtype, window)
-        keys, values = (kept[: len(mask), :, : mask.shape[3]] for kept in stored)
-        queries = query.index_select(0, at.row_of_slot).view(
-            len(mask), heads, -1, query.shape[3]
-        )  # (S, K, G, D)
+        keys, values = (cached[: len(mask), :, : mask.shape[3]] for cached in stored)
+        queries = query.index_select(0, indices.row_of_slot)
+        queries = queries.view(len(mask), heads, -1, query.shape[3])  # (S, K, G, D)
         with pinned_sdpa(device):
-            found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
-        found = found.reshape(len(mask), *out.shape[1:])
-        out.index_copy_(0, at.rows, found.index_select(0, at.slots))
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        attended = attended.reshape(len(mask), *out.shape[1:])
+        out.index_copy_(0, indices.rows, attended.index_select(0, indices.slots))
 
     def _mask(self, device: torch.device, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """Return what is added to the scores, (S, 1, 1, L): 0 where a token is seen, -inf elsewhere."""
+        """Return the additive mask, (S, 1, 1, L): 0 for visible tokens, -inf for all others."""
         key = (device, dtype, window)
         if key not in self._masks:
             length = -(-(1 + max(slot.length for slot in self.rows.values())) // _BLOCK) * _BLOCK
@@ -218,15 +215,15 @@ class _BankStep:
 
 
 class _Indices(NamedTuple):
-    """Positions of a step's rows in their bank; n rows, S slots up to the last one in use.
+    """Indices of n rows in their bank, and of the S slots up to the last one in use.
 
     Attributes:
-        rows: (n,) numbers of the rows.
+        rows: (n,) indices of the rows.
         slots: (n,) slot of each row.
-        row_of_slot: (S,) row of each slot, row 0 for a free one.
-        newest: (S,) position of the newest token, -1 in a free slot.
-        sources: (n * K,) key heads of the rows, among those of all W rows.
-        targets: (n * K,) positions of their newest keys in the bank.
+        row_of_slot: (S,) row of each slot; 0 for a free slot.
+        newest: (S,) position of the newest token; -1 for a free slot.
+        sources: (n * K,) key heads of the rows, among the key heads of all W rows.
+        targets: (n * K,) positions of the newest keys in the flattened bank.
     """
 
     rows: torch.Tensor
@@ -238,13 +235,13 @@ class _Indices(NamedTuple):
 
     @classmethod
     def of(cls, rows: dict[int, Slot], heads: int, capacity: int, device: torch.device) -> "_Indices":
-        """Return the indices of rows with their slots.
+        """Return the indices of rows on a device.
 
         Args:
             rows: slot of each row.
             heads: K.
             capacity: capacity of the bank's slots.
-            device: where the indices are needed.
+            device: device of the indices.
         """
         slots = [slot.index for slot in rows.values()]
         row_of_slot, newest = [0] * (1 + max(slots)), [-1] * (1 + max(slots))
@@ -263,7 +260,7 @@ class _Indices(NamedTuple):
 
 @contextlib.contextmanager
 def cached_attention(language_model: PreTrainedModel) -> Iterator[None]:
-    """Let a language model take `kv_pass`, a `Prefill` or `DecodeStep`, in its forward pass."""
+    """Let a language model accept `kv_pass`, a `Prefill` or `DecodeStep`, in its forward pass."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = _CACHED
@@ -289,17 +286,17 @@ def _attend(
 
     Args:
         module: the attention layer.
-        query: (1, H, L, D) of a prompt, or (W, H, 1, D).
-        key: (1, K, L, D), or (W, K, 1, D).
-        value: as `key`.
-        attention_mask: not made for this attention.
-        kv_pass: what the tokens are.
-        scaling: factor on the scores.
-        sliding_window: tokens that a token sees, itself included.
-        options: of `varlen_attention`.
+        query: (1, H, L, D) in a prefill, (W, H, 1, D) in a decoding step.
+        key: (1, K, L, D) or (W, K, 1, D).
+        value: (1, K, L, D) or (W, K, 1, D).
+        attention_mask: unused.
+        kv_pass: the kind of pass and its slots.
+        scaling: factor of the scores.
+        sliding_window: number of tokens that a token attends to, itself included.
+        options: further arguments of `varlen_attention`.
 
     Returns:
-        (1, L, H, D) or (W, 1, H, D), and None for the weights.
+        (1, L, H, D) or (W, 1, H, D), and None in place of the attention weights.
     """
     if isinstance(kv_pass, Prefill):
         [slot] = kv_pass.slots

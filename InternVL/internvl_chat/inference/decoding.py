@@ -1,11 +1,10 @@
-"""Batched decoding in which an answer does not depend on its batch.
+"""Batched decoding in which an answer does not depend on the other answers of the batch, to the last bit.
 
-A prompt runs through the model alone. After that, the newest token of each answer is a row of a matrix with a
-fixed number of rows, and attention treats each row separately (see `cached_attention`). The result of a row
-depends neither on the other rows nor on how many are in use, so an answer is the same, to the last bit,
-whatever is answered beside it. When an answer ends, the next prompt takes its row.
+Prompts are prefilled one at a time. Decoding steps have a fixed number of rows, one for the newest token of
+each answer, and attention handles each row separately (see `cached_attention`), so that a row does not depend
+on the others or on their number. When an answer ends, the next prompt takes its row.
 
-Shapes: T tokens of a prompt, C width, W rows, V vocabulary.
+Shapes: T tokens of a prompt, C hidden size, W rows, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,9 +16,9 @@ from transformers import PreTrainedModel
 from internvl_chat.inference.cached_attention import DecodeStep, KVCache, Prefill, Slot, cached_attention
 from internvl_chat.inference.sampling import Sampling
 
-# Rows of a decoding step. A GPU spends its time reading the weights, however many rows there are.
+# Rows of a decoding step. On a GPU, reading the weights dominates for any of these numbers.
 _ROWS = {"cpu": 8, "cuda": 32}
-# Most tokens of the KV cache: 57 kB each for InternVL3-8B.
+# Maximum number of tokens in the KV cache: 57 kB per token for InternVL3-8B.
 _MAX_CACHED_TOKENS = 1 << 16
 
 
@@ -29,9 +28,9 @@ class _Answer:
 
     Attributes:
         index: index of its prompt.
-        slot: its keys and values.
-        remaining: tokens that it may still get.
-        sample: chooses a token by its logits; None for the most likely one.
+        slot: slot of its keys and values.
+        remaining: maximum number of further tokens.
+        sample: samples a token from logits; None for greedy decoding.
         token: the newest token.
     """
 
@@ -46,10 +45,10 @@ class Decoder:
     """Answers prompts with a language model.
 
     Args:
-        language_model: a decoder of transformers with a head.
-        end_id: the token that ends an answer.
-        max_new_tokens: most tokens of an answer.
-        sampling: None for greedy decoding.
+        language_model: causal language model of transformers.
+        end_id: id of the token that ends an answer.
+        max_new_tokens: maximum number of tokens of an answer.
+        sampling: how to sample; None for greedy decoding.
     """
 
     def __init__(
@@ -64,25 +63,25 @@ class Decoder:
         """Answer prompts, as many at a time as rows and memory allow.
 
         Args:
-            prompts: embeddings (T, C) each; the next one is taken when it can start.
+            prompts: embeddings (T, C) of each prompt; the next one is read when it can start.
 
         Yields:
-            The index of a prompt with the next token of its answer, or with None when the answer is complete.
+            The index of a prompt, and the next token of its answer or, once it is complete, None.
         """
         waiting = enumerate(prompts)
-        following = next(waiting, None)
+        upcoming = next(waiting, None)
         row_count = _ROWS.get(self.embed_tokens.weight.device.type, _ROWS["cuda"])
         rows: list[_Answer | None] = [None] * row_count
         cache = KVCache(row_count, _MAX_CACHED_TOKENS)
-        while following is not None or any(rows):
-            while following is not None and None in rows:
-                slot = cache.reserve(len(following[1]) + self.max_new_tokens)
+        while upcoming is not None or any(rows):
+            while upcoming is not None and None in rows:
+                slot = cache.reserve(len(upcoming[1]) + self.max_new_tokens)
                 if slot is None:
                     break
                 row = rows.index(None)
-                rows[row] = self._start(*following, slot)
+                rows[row] = self._start(*upcoming, slot)
                 yield from self._emit(rows, row)
-                following = next(waiting, None)
+                upcoming = next(waiting, None)
             if any(rows):
                 self._step(rows)
             for row, answer in enumerate(rows):
@@ -90,7 +89,7 @@ class Decoder:
                     yield from self._emit(rows, row)
 
     def _start(self, index: int, embeddings: torch.Tensor, slot: Slot) -> _Answer:
-        """Run a prompt through the model, and choose the first token of its answer."""
+        """Prefill a prompt, and choose the first token of its answer."""
         sample = self.sampling.sampler(embeddings.device) if self.sampling else None
         answer = _Answer(index, slot, self.max_new_tokens, sample)
         positions = torch.arange(len(embeddings), device=embeddings.device).unsqueeze(0)
@@ -98,7 +97,7 @@ class Decoder:
         return answer
 
     def _step(self, rows: list[_Answer | None]) -> None:
-        """Give each answer its next token."""
+        """Decode the next token of each answer."""
         tokens = [[self.end_id if answer is None else answer.token] for answer in rows]
         positions = [[0 if answer is None else answer.slot.length] for answer in rows]
         device = self.embed_tokens.weight.device
@@ -130,7 +129,7 @@ class Decoder:
                 answer.token = answer.sample(logits[row]) if answer.sample else most_likely[row]
 
     def _emit(self, rows: list[_Answer | None], row: int) -> Iterator[tuple[int, int | None]]:
-        """Yield an answer's newest token; if it was the last, free its row and yield the end."""
+        """Yield the newest token of an answer; after the last one, free the row and yield None."""
         answer = rows[row]
         answer.remaining = 0 if answer.token == self.end_id else answer.remaining - 1
         if answer.token != self.end_id:

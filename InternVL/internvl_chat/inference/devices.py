@@ -1,75 +1,75 @@
-"""Placing a model on one device, or spreading it over several."""
+"""Place a model on one device, or distribute its layers over several GPUs."""
 
 import torch
 from torch import nn
 
-from internvl_chat.inference.parallel import process_count, process_device
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+from internvl_chat.utils.distributed import local_rank, world_size
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-SPREAD = "auto"
+AUTO = "auto"
 
 DeviceMap = dict[str, str | int | torch.device]
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """Return the named device, by default this process's GPU if there is one.
+    """Return the named device; by default the GPU of this rank, or the CPU if there is none.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: there is no such device.
     """
     if name is None:
-        return process_device()
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", local_rank() % gpus) if gpus else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name}: unknown; use cpu, cuda:0 or {SPREAD}") from None
+        raise UsageError(f"--device {name}: unknown device; use cpu, cuda:0 or {AUTO}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        instead = f"cuda:0 to cuda:{found - 1}" if found else "cpu"
-        raise UsageError(f"--device {name}: there is no such GPU here; use {instead}")
+        gpus = torch.cuda.device_count()
+        available = f"cuda:0 to cuda:{gpus - 1}" if gpus else "cpu"
+        raise UsageError(f"--device {name}: there is no such GPU; use {available}")
     return device
 
 
 def place(model: InternVLChatModel, device: str | torch.device | None) -> InternVLChatModel:
-    """Move a model to a device, or spread it over all GPUs of this machine (`auto`).
+    """Move a model to a device, or distribute it over all GPUs of this machine (`auto`).
 
     Raises:
-        UsageError: there is no such device, or several processes would each take all GPUs.
+        UsageError: there is no such device, or each of several ranks would use all GPUs.
     """
-    if device != SPREAD:
+    if device != AUTO:
         return model.to(find_device(device))
-    if process_count() > 1:
+    if world_size() > 1:
         raise UsageError(
-            f"--device {SPREAD} spreads the model over all GPUs, and torchrun starts a process for each; "
-            "use one of them"
+            f"--device {AUTO} distributes the model over all GPUs, but torchrun starts one rank per GPU; "
+            "use only one of the two"
         )
     if torch.cuda.device_count() < 2:
-        return model.to(process_device())
-    return spread(model, balanced_map(model, torch.cuda.device_count()))
+        return model.to(find_device(None))
+    return distribute(model, balanced_map(model, torch.cuda.device_count()))
 
 
-def spread(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatModel:
-    """Put the parts of a model on the devices that a map names; accelerate carries tensors between them.
+def distribute(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatModel:
+    """Move the modules of a model to several devices; accelerate moves activations between them.
 
     Args:
-        model: on the CPU.
-        device_map: a device for each module, as returned by `balanced_map`.
+        model: model on the CPU.
+        device_map: device of each module, as returned by `balanced_map`.
     """
     from accelerate import dispatch_model
 
-    logger.info("the model is spread over %s", ", ".join(sorted({str(d) for d in device_map.values()})))
+    logger.info("the model is distributed over %s", ", ".join(sorted({str(d) for d in device_map.values()})))
     return dispatch_model(model, device_map=device_map, force_hooks=True)
 
 
 def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
-    """Distribute a model's decoder layers so that each device gets about the same number of bytes.
+    """Return a device map that balances the bytes of the decoder layers.
 
-    Vision tower, projector and word embeddings go to the first device, where the inputs are made; the head
-    goes to the last.
+    Vision tower, projector and word embeddings go to the first device, final norm and head to the last.
 
     Args:
         model: the model to distribute.
@@ -84,10 +84,10 @@ def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
     if llm.get_output_embeddings().weight is llm.get_input_embeddings().weight:
         first, last = [*first, last.pop()], last
     sizes = [_bytes(*first), *map(_bytes, layers), _bytes(*last)]
-    total, passed, device_of = sum(sizes), 0, []
+    total, before, device_of = sum(sizes), 0, []
     for size in sizes:
-        device_of.append(min(int((passed + size / 2) / total * devices), devices - 1))
-        passed += size
+        device_of.append(min(int((before + size / 2) / total * devices), devices - 1))
+        before += size
     device_map: DeviceMap = {names[module]: 0 for module in first}
     device_map |= {names[layer]: device for layer, device in zip(layers, device_of[1:-1], strict=True)}
     return device_map | {names[module]: devices - 1 for module in last}

@@ -1,5 +1,6 @@
-"""Answer prompts of text and any number of images; every answer of this package is made here."""
+"""Answer prompts of text and any number of images."""
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
-from internvl_chat.data.encode.encoder import Encoded, RecordEncoder
+from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.data.sources.records import Message, Record, RecordProblem
+from internvl_chat.data.sources.records import Message, Record, RecordError
 from internvl_chat.inference.decoding import Decoder
-from internvl_chat.inference.devices import SPREAD, find_device, place
+from internvl_chat.inference.devices import AUTO, find_device, place
 from internvl_chat.inference.sampling import Sampling
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.io.checkpoint import load_model
@@ -33,40 +34,36 @@ class Prompt:
     """A conversation to be continued by the assistant.
 
     Attributes:
-        messages: the messages, with one placeholder in the user's messages for each image.
-        images: in the order of the placeholders.
+        messages: messages; the user's messages contain one placeholder per image.
+        images: images in the order of their placeholders.
     """
 
     messages: Sequence[Message]
     images: Sequence[Image.Image] = ()
 
     def then(self, answer: str, question: str) -> "Prompt":
-        """Return the conversation after an answer and a further question about the same images."""
+        """Return the conversation continued by an answer and another question about the same images."""
         return Prompt((*self.messages, Message("assistant", answer), Message("user", question)), self.images)
 
 
 def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = None) -> Prompt:
-    """Return a prompt of one question.
+    """Return a prompt with one question.
 
-    Images without placeholders in the question are put before it, several with the labels `Fig-0`, `Fig-1`,
-    ... of the training data. Without a system text the checkpoint's own is used.
+    If the question has no placeholders, the images are inserted before it; several images get the labels
+    `Fig-0`, `Fig-1`, ... of the training data. Without a system text the checkpoint's own is used.
     """
     if images and IMAGE_PLACEHOLDER not in question:
         labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
         question = "".join(f"{label}{IMAGE_PLACEHOLDER}\n" for label in labels) + question
-    messages = (
-        [Message("user", question)]
-        if system is None
-        else [Message("system", system), Message("user", question)]
-    )
-    return Prompt(tuple(messages), tuple(images))
+    messages = () if system is None else (Message("system", system),)
+    return Prompt((*messages, Message("user", question)), tuple(images))
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
-    """Return the conversation of a record up to its last answer, and that answer.
+    """Return the conversation of a record before its last answer, and this answer.
 
     Args:
-        record: a conversation.
+        record: the record.
         images: all images of the record.
     """
     last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
@@ -76,12 +73,12 @@ def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt
 
 
 class Engine:
-    """A model, its tokenizer and its preprocessing, ready to answer.
+    """A model with its tokenizer and preprocessing.
 
-    An answer depends on its prompt alone, not on its batch (see `decoding`).
+    An answer depends only on its prompt, not on its batch (see `decoding`).
 
     Args:
-        model: on the device where it runs; it is put into evaluation mode.
+        model: the model on its device; it is set to evaluation mode.
         tokenizer: the checkpoint's tokenizer.
         preprocessing: the checkpoint's preprocessing.
     """
@@ -92,7 +89,7 @@ class Engine:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder = RecordEncoder(tokenizer, preprocessing)
         self.end_id = tokenizer.convert_tokens_to_ids(IM_END)
-        self._newest = _ImageFeatures((), (), torch.empty(0))
+        self._latest: tuple[tuple, tuple, torch.Tensor] = (), (), torch.empty(0)
 
     @classmethod
     def from_checkpoint(
@@ -104,17 +101,17 @@ class Engine:
         base: str | Path | None = None,
         max_dynamic_patch: int | None = None,
     ) -> "Engine":
-        """Load a checkpoint of any kind.
+        """Load a checkpoint of any format.
 
         Args:
             path_or_id: folder or hub id.
-            device: by default the GPU of this rank if there is one; `auto` spreads the model over all GPUs.
+            device: device; by default the GPU of this rank; `auto` distributes the model over all GPUs.
             dtype: dtype of the weights; by default bfloat16 on a GPU and float32 on a CPU.
-            base: for adapters, where their base is now.
-            max_dynamic_patch: tile limit [the checkpoint's].
+            base: base model of an adapter, if it has moved.
+            max_dynamic_patch: maximum number of tiles; by default the checkpoint's.
         """
         folder = model_folder(path_or_id)
-        first = find_device(None if device == SPREAD else device)
+        first = find_device(None if device == AUTO else device)
         tokenizer, _ = load_tokenizer(folder)
         model = load_model(
             folder,
@@ -124,10 +121,10 @@ class Engine:
             base=base,
         )
         apply_kernels(model, first)
-        preprocessing = Preprocessing.from_folder(folder, read_config(folder))
-        engine = cls(place(model, device), tokenizer, preprocessing)
-        engine.encoder = engine.encoder.with_max_tiles(max_dynamic_patch)
-        return engine
+        preprocessing = Preprocessing.from_folder(
+            folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
+        )
+        return cls(place(model, device), tokenizer, preprocessing)
 
     @property
     def device(self) -> torch.device:
@@ -137,18 +134,18 @@ class Engine:
     def generate_ids(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """Answer prompts; all are checked before the first is answered.
+        """Answer prompts; all of them are validated first.
 
         Args:
-            prompts: any number.
-            max_new_tokens: most tokens of an answer.
-            sampling: None for greedy decoding.
+            prompts: the prompts.
+            max_new_tokens: maximum number of tokens of an answer.
+            sampling: how to sample; None for greedy decoding.
 
         Returns:
             The new token ids of each answer, up to and without `<|im_end|>`, in the order of the prompts.
 
         Raises:
-            DataError: a prompt does not fit the token budget, or placeholders and images differ.
+            DataError: a prompt exceeds the token limit, or its numbers of placeholders and images differ.
         """
         encoded = [self._encode(prompt) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
@@ -168,13 +165,13 @@ class Engine:
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[tuple[int, str]]:
-        """Answer any number of prompts; each is taken when it can start.
+        """Answer a stream of prompts; each is read when it can start.
 
         Yields:
-            The index of a prompt and its answer, as soon as that is complete.
+            The index of a prompt and its answer, as soon as it is complete.
 
         Raises:
-            DataError: as `generate_ids`, when that prompt is taken.
+            DataError: see `generate_ids`; when the prompt is read.
         """
         answers: dict[int, list[int]] = {}
         inputs = (self.embed(self._encode(prompt), prompt.images) for prompt in prompts)
@@ -188,10 +185,10 @@ class Engine:
     def stream(
         self, prompt: Prompt, *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """Answer one prompt piece by piece; joined, the pieces are what `answer` returns.
+        """Yield the answer to a prompt piece by piece; joined, the pieces equal the result of `answer`.
 
         Raises:
-            DataError: as `generate_ids`.
+            DataError: see `generate_ids`.
         """
         embeddings = self.embed(self._encode(prompt), prompt.images)
         ids: list[int] = []
@@ -206,12 +203,12 @@ class Engine:
                 sent = complete
 
     @torch.no_grad()
-    def embed(self, encoded: Encoded, images: Sequence[Image.Image]) -> torch.Tensor:
+    def embed(self, encoded: EncodedConversation, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the embeddings of ids with the features of their images inserted, (T, C).
 
         Args:
-            encoded: result of `encoder`.
-            images: the images that were encoded with it.
+            encoded: the encoded prompt.
+            images: the images of the prompt.
         """
         features = self._features(images, encoded.grids)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
@@ -224,7 +221,7 @@ class Engine:
             self.model.language_model, end_id=self.end_id, max_new_tokens=max_new_tokens, sampling=sampling
         )
 
-    def _encode(self, prompt: Prompt) -> Encoded:
+    def _encode(self, prompt: Prompt) -> EncodedConversation:
         """Return the ids of a prompt and the tile grids of its images."""
         placeholders = sum(t.content.count(IMAGE_PLACEHOLDER) for t in prompt.messages if t.role == "user")
         if placeholders != len(prompt.images):
@@ -233,27 +230,15 @@ class Engine:
             )
         try:
             return self.encoder.encode_prompt(prompt.messages, [image.size for image in prompt.images])
-        except RecordProblem as problem:
+        except RecordError as problem:
             raise DataError(str(problem)) from None
 
     def _features(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> torch.Tensor:
-        """Return the vision features of a prompt's images; those of the newest prompt are cached."""
-        if not self._newest.are_of(images, grids):
+        """Return the vision features (N, K, F) of images; those of the latest prompt are cached."""
+        cached_images, cached_grids, features = self._latest
+        same = len(images) == len(cached_images) and all(map(operator.is_, images, cached_images))
+        if not (images and same and tuple(grids) == cached_grids):
             tiles = self.encoder.tiles(images, grids).to(self.device)
             features = tile_features(self.model, tiles, self.encoder.preprocessing.normalize_type)
-            self._newest = _ImageFeatures(tuple(images), tuple(grids), features)
-        return self._newest.features
-
-
-@dataclass(frozen=True)
-class _ImageFeatures:
-    """The vision features (N, K, F) of images and their tile grids."""
-
-    images: tuple[Image.Image, ...]
-    grids: tuple[Grid, ...]
-    features: torch.Tensor
-
-    def are_of(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> bool:
-        """Return whether they belong to these very images and grids."""
-        same = len(images) == len(self.images) and all(map(lambda a, b: a is b, images, self.images))
-        return bool(images) and same and tuple(grids) == self.grids
+            self._latest = tuple(images), tuple(grids), features
+        return features

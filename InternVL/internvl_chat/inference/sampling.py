@@ -1,4 +1,4 @@
-"""Sampling of the next token."""
+"""Sample the next token with temperature and nucleus sampling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,12 @@ from internvl_chat.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Samples tokens at random, with a random generator for each answer.
-
-    With a seed an answer does not depend on the other prompts; another seed gives another answer.
+    """How to sample tokens; each answer has its own random generator and does not depend on other prompts.
 
     Attributes:
-        temperature: divides the logits; below 1 it favours the most likely tokens.
-        top_p: only the most likely tokens that together have at least this probability are sampled.
-        seed: None for another answer each time.
+        temperature: divisor of the logits; below 1 it favours the most likely tokens.
+        top_p: sample from the most likely tokens with at least this total probability.
+        seed: seed of each answer; None for a different answer each time.
     """
 
     temperature: float = 1.0
@@ -28,14 +26,14 @@ class Sampling:
     def __post_init__(self) -> None:
         problems = []
         if not 0 < self.temperature < float("inf"):
-            problems.append(f"the temperature {self.temperature} must be above 0")
+            problems.append(f"temperature {self.temperature} must be above 0")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p {self.top_p} must be above 0 and at most 1")
         if problems:
             raise UsageError(problems)
 
     def sampler(self, device: torch.device) -> Callable[[torch.Tensor], int]:
-        """Return a function that samples the tokens of one answer, each from its logits (V,) on a device."""
+        """Return a function that samples a token of one answer from logits (V,)."""
         generator = torch.Generator(device)
         if self.seed is None:
             generator.seed()

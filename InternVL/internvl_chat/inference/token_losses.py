@@ -1,4 +1,4 @@
-"""Teacher-forced token losses of packed records, without gradients."""
+"""Compute the token losses of packed records with teacher forcing."""
 
 import torch
 
@@ -11,8 +11,8 @@ def pack_losses(model: InternVLChatModel, pack: Pack, normalization: str) -> lis
     """Return the losses of each record's supervised tokens, float32 on the CPU.
 
     Args:
-        model: in evaluation mode.
-        pack: the packed records.
+        model: model in evaluation mode.
+        pack: packed records.
         normalization: name of the pixel statistics.
     """
     device = next(model.parameters()).device

@@ -1,1 +1,1 @@
-"""Figures for answers by comparison with what they should be."""
+"""Metrics that compare answers with references."""

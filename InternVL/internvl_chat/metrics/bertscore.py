@@ -1,4 +1,4 @@
-"""BERTScore: words matched by their contextual embeddings, by the package `bert-score`."""
+"""BERTScore: similarity of contextual token embeddings, computed with the package `bert-score`."""
 
 import json
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ def bert_score(
     layer: int,
     device: str | None = None,
 ) -> list[float]:
-    """Return the F score of each answer, from -1 to 1; without a word on either side it is 0.
+    """Return the F score of each answer, from -1 to 1; 0 if a text is empty.
 
-    Neither rescaled by a baseline nor weighted by idf, as the published figures.
+    As in the published results, scores are neither rescaled by a baseline nor weighted by idf.
 
     Args:
         predictions: the answers.
-        references: one for each.
+        references: one reference per answer.
         model: folder of an encoder in transformers' format.
-        layer: whose outputs are compared (`scored_layer`).
-        device: by default the GPU if there is one.
+        layer: layer whose outputs are compared, see `select_layer`.
+        device: device of the encoder [GPU if available].
 
     Raises:
         ModelError: the encoder cannot be loaded.
@@ -43,38 +43,38 @@ def bert_score(
         scorer = BERTScorer(model_type=str(model), **settings)
     except (OSError, ValueError, AssertionError) as error:
         raise ModelError(f"{model}: cannot be loaded for BERTScore: {error}") from error
-    # Without a limit of its own a tokenizer answers with 10**30, which the fast ones refuse.
-    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, _longest(scorer._model))
+    # Tokenizers without a limit report 10**30, which fast tokenizers reject.
+    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, _max_length(scorer._model))
     pairs = zip(predictions, references, strict=True)
-    worded = [i for i, texts in enumerate(pairs) if all(text.strip() for text in texts)]
+    nonempty = [i for i, texts in enumerate(pairs) if all(text.strip() for text in texts)]
     scores = [0.0] * len(predictions)
-    if worded:
-        found = scorer.score([predictions[i] for i in worded], [references[i] for i in worded])[2]
-        for i, score in zip(worded, found.tolist(), strict=True):
+    if nonempty:
+        f_scores = scorer.score([predictions[i] for i in nonempty], [references[i] for i in nonempty])[2]
+        for i, score in zip(nonempty, f_scores.tolist(), strict=True):
             scores[i] = score
     return scores
 
 
-def _longest(model: Any) -> int:
-    """Return how many tokens an encoder has positions for; RoBERTa's begin behind the padding's."""
-    longest = getattr(model.config, "max_position_embeddings", 512)
+def _max_length(model: Any) -> int:
+    """Return the maximum sequence length of an encoder; RoBERTa's positions start after the padding index."""
+    length = getattr(model.config, "max_position_embeddings", 512)
     tables = (table for name, table in model.named_modules() if name.endswith("position_embeddings"))
     padding = getattr(next(tables, None), "padding_idx", None)
-    return longest if padding is None else longest - padding - 1
+    return length if padding is None else length - padding - 1
 
 
-def scored_layer(name: str, model: Path) -> int:
-    """Return which layer of a model is compared.
+def select_layer(name: str, model: Path) -> int:
+    """Return the layer whose outputs BERTScore compares.
 
-    It is the one that the authors of BERTScore found best for a model of that name, wherever it lies; for any
-    other, three quarters of the way up, where most of theirs are.
+    For models that BERTScore's authors tuned, recognised by the name of their folder, it is the best layer;
+    otherwise the layer at three quarters of the depth, where most of those are.
 
     Args:
-        name: as the user gave it.
-        model: its folder.
+        name: model name given by the user.
+        model: folder of the model.
 
     Raises:
-        ModelError: the folder holds no encoder that can be used.
+        ModelError: the folder contains no usable encoder.
     """
     from bert_score.utils import model2layers
 
@@ -83,15 +83,15 @@ def scored_layer(name: str, model: Path) -> int:
         config = json.loads(file.read_text(encoding="utf-8"))
         layers = int(config.get("num_hidden_layers") or config.get("n_layers") or config["num_layers"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{file}: does not say how many layers the model has; BERTScore needs it") from None
+        raise ModelError(f"{file}: does not contain the number of layers, which BERTScore needs") from None
     if "t5" in str(model) and config.get("model_type") not in _T5:
         raise ModelError(
-            f"{model}: bert-score takes a path with 't5' in it for a T5 model; rename or link it"
+            f"{model}: bert-score takes any path that contains 't5' for a T5 model; rename or link the folder"
         )
     known = {full.rpartition("/")[2]: layer for full, layer in model2layers.items()}
     for part in (name.rpartition("/")[2], *reversed(model.resolve().parts)):
         if (layer := known.get(part.rpartition("--")[2])) is not None and layer <= layers:
             return layer
     layer = max(1, round(0.75 * layers))
-    logger.info("BERTScore compares layer %d of the %d of %s", layer, layers, model)
+    logger.info("BERTScore uses layer %d of %d of %s", layer, layers, model)
     return layer

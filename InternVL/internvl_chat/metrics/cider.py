@@ -1,13 +1,13 @@
-"""CIDEr-D (Vedantam et al., CVPR 2015): cosines of tf-idf vectors of n-grams, with a penalty on length.
+"""CIDEr-D (Vedantam et al., CVPR 2015): cosine similarity of tf-idf n-gram vectors, with a length penalty.
 
-The same numbers as the scorer of the COCO captions evaluation, with one reference an answer.
+The scores equal those of the COCO caption evaluation with one reference per answer.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-from internvl_chat.metrics.text import words
+from internvl_chat.metrics.bleu import tokenize
 
 _ORDERS = 4
 _SIGMA = 6.0
@@ -17,31 +17,31 @@ _SCALE = 10.0
 def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """Return the score of each answer, from 0 to 10.
 
-    How much an n-gram weighs depends on how many of the references have it, so that a score is one of the
-    whole set: with a single reference every weight, and the score, is 0.
+    The weight of an n-gram depends on how many references contain it, so a score depends on the entire set.
+    With a single reference all weights are 0, and so is the score.
 
     Args:
         predictions: the answers.
-        references: one for each.
+        references: one reference per answer.
     """
-    expected = [_ngrams(words(text)) for text in references]
+    expected = [_ngrams(tokenize(text)) for text in references]
     frequency = Counter(ngram for counts in expected for ngram in counts)
-    total = math.log(len(references)) if references else 0.0
+    log_total = math.log(len(references)) if references else 0.0
 
     def vectors(counts: Counter) -> list[dict]:
-        """Return the tf-idf vector of each order of n-grams."""
-        found: list[dict] = [{} for _ in range(_ORDERS)]
+        """Return the tf-idf vector for each n-gram order."""
+        orders: list[dict] = [{} for _ in range(_ORDERS)]
         for ngram, count in counts.items():
-            found[len(ngram) - 1][ngram] = count * (total - math.log(max(1, frequency[ngram])))
-        return found
+            orders[len(ngram) - 1][ngram] = count * (log_total - math.log(max(1, frequency[ngram])))
+        return orders
 
     scores = []
     for text, reference in zip(predictions, expected, strict=True):
-        answer = _ngrams(words(text))
+        answer = _ngrams(tokenize(text))
         pairs = zip(vectors(answer), vectors(reference), strict=True)
         similarity = sum(_clipped_cosine(*pair) for pair in pairs) / _ORDERS
-        # The original counts length in pairs of words.
-        difference = _pairs(answer) - _pairs(reference)
+        # The original implementation measures length in bigrams.
+        difference = _num_bigrams(answer) - _num_bigrams(reference)
         scores.append(_SCALE * similarity * math.exp(-(difference**2) / (2 * _SIGMA**2)))
     return scores
 
@@ -51,12 +51,12 @@ def _ngrams(tokens: Sequence[str]) -> Counter:
     return Counter(tuple(tokens[i : i + n]) for n in orders for i in range(len(tokens) - n + 1))
 
 
-def _pairs(counts: Counter) -> int:
+def _num_bigrams(counts: Counter) -> int:
     return sum(count for ngram, count in counts.items() if len(ngram) == 2)
 
 
 def _clipped_cosine(answer: dict, reference: dict) -> float:
-    """Return the cosine, no n-gram of the answer counting more than in the reference."""
+    """Return the cosine similarity, with the answer's weights clipped to those of the reference."""
     norms = math.sqrt(sum(v * v for v in answer.values()) * sum(v * v for v in reference.values()))
     if not norms:
         return 0.0

@@ -1,4 +1,4 @@
-"""STS: how near in meaning an answer is to its reference, the cosine of two sentence embeddings."""
+"""STS: semantic similarity of answer and reference, the cosine of their sentence embeddings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 def sentence_similarity(
     predictions: Sequence[str], references: Sequence[str], *, model: Path, device: str | None = None
 ) -> list[float]:
-    """Return the cosine of each answer's embedding with its reference's, from -1 to 1.
+    """Return the cosine similarity of each answer and its reference, from -1 to 1.
 
     Args:
-        predictions: the answers; an empty one is embedded as it is.
-        references: one for each.
+        predictions: the answers; empty ones are embedded, too.
+        references: one reference per answer.
         model: folder of a sentence-transformers model.
-        device: by default the GPU if there is one.
+        device: device of the encoder [GPU if available].
 
     Raises:
         ModelError: the encoder cannot be loaded.

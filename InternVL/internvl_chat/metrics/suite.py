@@ -1,4 +1,4 @@
-"""The metrics that an evaluation computes: their names, what each needs, and whether that is there."""
+"""The metrics of an evaluation: their names, and the packages and models that they need."""
 
 import importlib.util
 import textwrap
@@ -12,7 +12,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Family -> the metrics that it computes of open questions, in the order of the report.
+# Family -> its metrics for open questions, in the order of the report.
 FAMILIES = {
     "bleu": ("bleu1", "bleu2", "bleu3", "bleu4"),
     "rouge": ("rouge1", "rouge2", "rougeL"),
@@ -31,20 +31,20 @@ _PACKAGES = {
     "sts": "sentence_transformers",
     "macro": "sklearn",
 }
-# What is never read of a scoring model's repository: the same weights for other programs.
-_NOT_DOWNLOADED = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "*.tflite", "coreml/*"]
+# The same weights in formats that are not used here.
+_IGNORED_FILES = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "*.tflite", "coreml/*"]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is computed.
+    """The metrics to compute.
 
     Attributes:
         families: keys of `FAMILIES`; accuracy is always computed.
-        bertscore_model: folder of the encoder of BERTScore, if it is computed.
-        bertscore_layer: whose outputs it compares.
-        sts_model: folder of the sentence encoder, if STS is computed.
-        device: of both encoders; by default the GPU if there is one.
+        bertscore_model: folder of the BERTScore encoder, if used.
+        bertscore_layer: layer whose outputs BERTScore compares.
+        sts_model: folder of the sentence encoder, if used.
+        device: device of both encoders [GPU if available].
     """
 
     families: frozenset[str]
@@ -55,71 +55,71 @@ class Suite:
 
 
 def build_suite(
-    wanted: Sequence[str] | None,
+    requested: Sequence[str] | None,
     *,
     has_open: bool = True,
     bertscore_model: str | None = None,
     sts_model: str | None = None,
     device: str | None = None,
 ) -> Suite:
-    """Find all that the metrics need, before anything is answered.
+    """Resolve the packages and models of the metrics, before any question is answered.
 
     Args:
-        wanted: families that are asked for; None asks for all that can be computed here.
-        has_open: there are open questions; without them nothing but `macro` is computed unasked.
-        bertscore_model: folder or hub id; naming one asks for BERTScore.
-        sts_model: folder or hub id; naming one asks for STS.
-        device: of the encoders, or `auto`.
+        requested: families to compute; None for all that are available.
+        has_open: whether there are open questions; otherwise the default is `macro` alone.
+        bertscore_model: folder or hub id; requests BERTScore.
+        sts_model: folder or hub id; requests STS.
+        device: device of the encoders, or `auto`.
 
     Raises:
-        UsageError: what is asked for cannot be computed; names every package and model that is missing.
+        UsageError: requested metrics cannot be computed; lists all missing packages and models.
     """
-    families = set(wanted if wanted is not None else FAMILIES if has_open else ("macro",))
-    asked = set(wanted or ())
-    asked |= {f for f, model in (("bertscore", bertscore_model), ("sts", sts_model)) if model}
+    families = set(requested if requested is not None else FAMILIES if has_open else ("macro",))
+    required = set(requested or ())
+    required |= {f for f, model in (("bertscore", bertscore_model), ("sts", sts_model)) if model}
     missing = {
         family: f"the package {package} is not installed (pip install '.[eval]')"
         for family, package in _PACKAGES.items()
-        if family in families | asked and importlib.util.find_spec(package) is None
+        if family in families | required and importlib.util.find_spec(package) is None
     }
     models: dict[str, Path] = {}
     names = {"bertscore": bertscore_model or bertscore.DEFAULT_MODEL, "sts": sts_model or sts.DEFAULT_MODEL}
     layer = 0
-    for family in (families | asked) & names.keys() - missing.keys():
+    for family in (families | required) & names.keys() - missing.keys():
         try:
             models[family] = _find_model(names[family])
             if family == "bertscore":
-                layer = bertscore.scored_layer(names[family], models[family])
+                layer = bertscore.select_layer(names[family], models[family])
         except ModelError as error:
-            missing[family] = f"{error}; give a local folder with --{family}_model"
-    refused = [f"{family}: {reason}" for family, reason in missing.items() if family in asked]
+            missing[family] = f"{error}; pass a local folder with --{family}_model"
+    refused = [f"{family}: {reason}" for family, reason in missing.items() if family in required]
     if refused:
-        raise UsageError([f"{text}, or choose others with --metrics" for text in refused])
+        raise UsageError([f"{text}, or choose other metrics with --metrics" for text in refused])
     for family, reason in missing.items():
         logger.warning("%s is not computed: %s", family, reason)
-    computed = frozenset((families | asked) - missing.keys())
+    computed = frozenset((families | required) - missing.keys())
     return Suite(
         computed, models.get("bertscore"), layer, models.get("sts"), None if device == "auto" else device
     )
 
 
 def _find_model(name: str) -> Path:
-    """Return the folder of a scoring model, downloading one that is named as on the hub.
+    """Return the folder of an encoder; a hub id is downloaded.
 
     Raises:
-        ModelError: it is not to be had.
+        ModelError: the model is not available.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any(file.suffix in (".safetensors", ".bin") for file in folder.rglob("*")):
-            raise ModelError(f"{name}: no weights in it (*.safetensors or *.bin)")
+            raise ModelError(f"{name}: contains no weights (*.safetensors or *.bin)")
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"{name}: no such model folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=_NOT_DOWNLOADED))
+        return Path(snapshot_download(name, ignore_patterns=_IGNORED_FILES))
     except Exception as error:
         reason = textwrap.shorten(str(error).strip() or type(error).__name__, 200, placeholder=" ...")
         raise ModelError(

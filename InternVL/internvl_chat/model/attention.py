@@ -1,6 +1,6 @@
-"""Attention for records packed behind one another, and the choice among the kernels.
+"""Attention for packed records and for tiles, and the choice of its implementation.
 
-Shapes: B batch, H query heads, K key/value heads, L tokens, D features a head, S = number of segments + 1.
+Shapes: B rows, H query heads, K key/value heads, L tokens, D features per head, S = number of segments + 1.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,37 +17,34 @@ from internvl_chat.utils.errors import ModelError, UsageError
 
 ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
-# The name under which transformers' language models find `varlen_attention`.
+# Name of `varlen_attention` in transformers' registry.
 VARLEN = "varlen"
 
 _SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def pinned_sdpa(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which SDPA on a GPU takes the flash, efficient or math kernel, in this order.
+    """Return a context in which SDPA on a GPU uses the flash, efficient or math kernel, in this order.
 
-    cuDNN is excluded: for every new shape (number of tiles, key length) it builds a plan, which takes about
-    30 ms. On other devices the context does nothing.
-
-    Args:
-        device: where the attention runs.
+    cuDNN is excluded, because it takes about 30 ms to plan each new shape (number of tiles, key length). On
+    other devices the context does nothing.
     """
     return sdpa_kernel(_SDPA_BACKENDS, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return the attention to use on `device`, one of `ATTENTION_NAMES` but not `auto`.
+    """Return the attention implementation for a device: one of `ATTENTION_NAMES` except `auto`.
 
-    `auto` takes flash-attn where it is installed and the GPU can run it, and otherwise the portable
-    `varlen`: the flash kernel inside torch on a GPU, SDPA for each record elsewhere.
+    `auto` selects flash-attn if it is installed and the GPU supports it, and otherwise `varlen`: torch's own
+    flash kernel on a GPU, SDPA record by record elsewhere.
 
     Args:
         name: one of `ATTENTION_NAMES`.
-        device: where the model is to run.
-        dtype: what it computes in.
+        device: device of the model.
+        dtype: dtype of the activations.
 
     Raises:
-        UsageError: the name is unknown, or the hardware or the installation cannot run it.
+        UsageError: the name is unknown, or the hardware or the installation does not support it.
     """
     if name not in ATTENTION_NAMES:
         raise UsageError(f"--attn {name!r} is unknown; choose one of {', '.join(ATTENTION_NAMES)}")
@@ -60,20 +57,20 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torc
 
 
 def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why the flash-attn package cannot run on `device`, or return None."""
+    """Return why the flash-attn package cannot run on the device; None if it can."""
     if device.type != "cuda":
-        return f"needs an NVIDIA GPU, and this run is on {device.type}"
+        return f"needs an NVIDIA GPU, but this run is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return "computes in half precision only, and this run is in float32"
+        return "computes in half precision only, but this run is in float32"
     if find_spec("flash_attn") is None:
         return "needs the package flash-attn (pip install 'm3llm[flash]')"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"needs compute capability 8.0 or more, and this GPU has {major}.{minor}"
+        return f"needs compute capability 8.0 or higher, but this GPU has {major}.{minor}"
     return None
 
 
-# The bounds of the segments are data, which a compiled graph does not see.
+# A compiled graph cannot depend on the bounds of the segments.
 @torch.compiler.disable
 def varlen_attention(
     module: torch.nn.Module,
@@ -94,30 +91,31 @@ def varlen_attention(
     """Causal attention within each segment of a packed row, in transformers' calling convention.
 
     Args:
-        module: the attention layer that calls.
-        query: (B, H, L, D); B is 1 when `cu_seq_lens_q` is given.
+        module: the attention layer.
+        query: (B, H, L, D); B is 1 with `cu_seq_lens_q`.
         key: (B, K, L, D).
         value: (B, K, L, D).
         attention_mask: must be None; segments are the only mask.
-        scaling: factor on the scores, 1 / sqrt(D) by default.
+        scaling: factor of the scores; 1 / sqrt(D) by default.
         dropout: probability of dropping an attention weight.
-        cu_seq_lens_q: (S,) int32, where each segment begins, and the end of the last. Without it every
-            row of the batch is one segment.
+        cu_seq_lens_q: (S,) int32, start of each segment and end of the last; None: each row is a segment.
         max_length_q: tokens of the longest segment.
         is_causal: overrides the layer's own setting.
-        sliding_window: tokens that each token sees, itself included.
-        softcap: must be None; scores cannot be capped here.
-        s_aux: must be None; there are no attention sinks here.
+        sliding_window: number of tokens that a token attends to, itself included.
+        softcap: must be None; not supported.
+        s_aux: must be None; attention sinks are not supported.
 
     Returns:
-        (B, L, H, D), and None for the weights.
+        (B, L, H, D), and None in place of the attention weights.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         raise ValueError(
-            "varlen attention has no padding mask and no cache; load the model with attn='sdpa' to generate"
+            "varlen attention supports neither padding masks nor a KV cache; load the model with attn='sdpa'"
         )
     if softcap is not None or s_aux is not None:
-        raise ModelError("varlen attention has no soft capping and no sinks; use --attn eager")
+        raise ModelError(
+            "varlen attention supports neither soft capping nor attention sinks; use --attn eager"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None and _has_flash_kernel(query, dropout):
         window = ((sliding_window or 0) - 1, 0 if causal else -1)
@@ -141,7 +139,7 @@ def _sdpa(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Run torch's attention on one segment; (B, H, L, D) and (B, K, L, D) -> (B, H, L, D)."""
+    """Run SDPA on one segment; (B, H, L, D), (B, K, L, D), (B, K, L, D) -> (B, H, L, D)."""
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     length = query.shape[2]
     banded = window is not None and window < length
@@ -154,12 +152,12 @@ def _sdpa(
 
 
 def _prefers_blocks(query: torch.Tensor, dropout: float) -> bool:
-    """Say whether products of matrices that fit the cache beat SDPA: in bfloat16 on a CPU, up to twice."""
+    """Return whether blocked attention is faster than SDPA: in bfloat16 on a CPU, by up to a factor of 2."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0
 
 
 def _band(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
-    """Return which tokens see which under a sliding window; (L, L) bool."""
+    """Return the mask of a sliding window, (L, L) bool."""
     distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     near = distance < window
     return near & (distance >= 0) if causal else near & (distance > -window)
@@ -171,7 +169,7 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _has_flash_kernel(query: torch.Tensor, dropout: float) -> bool:
-    """Say whether torch's own variable-length flash kernel takes these inputs."""
+    """Return whether torch's own variable-length flash kernel supports these inputs."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -190,7 +188,7 @@ def _flash_varlen(
     window: tuple[int, int],
     scaling: float | None,
 ) -> torch.Tensor:
-    """Run torch's variable-length flash attention on one packed row; returns (1, H, L, D).
+    """Run torch's variable-length flash attention on one packed row.
 
     Args:
         query: (1, H, L, D).
@@ -198,8 +196,11 @@ def _flash_varlen(
         value: (1, K, L, D).
         cu_seq_lens: (S,) int32, bounds of the segments.
         max_length: tokens of the longest segment.
-        window: tokens seen to the left and to the right; -1 for all.
-        scaling: factor on the scores.
+        window: number of tokens visible to the left and to the right; -1 for all.
+        scaling: factor of the scores.
+
+    Returns:
+        (1, H, L, D).
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -219,11 +220,13 @@ AttentionInterface.register(VARLEN, varlen_attention)
 def bidirectional_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, name: str, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Full attention within each row, for the vision tower, whose rows all have the same length.
+    """Full attention within each row, for the vision tower.
 
     Args:
-        query: (B, H, L, D), and so `key` and `value`.
-        name: an attention of `resolve_attention`; `varlen` is SDPA here.
+        query: (B, H, L, D).
+        key: (B, H, L, D).
+        value: (B, H, L, D).
+        name: a result of `resolve_attention`; `varlen` means SDPA here.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -240,6 +243,6 @@ def bidirectional_attention(
     if _prefers_blocks(query, dropout):
         tiles = zip(query * query.shape[-1] ** -0.5, key.transpose(-2, -1), value, strict=True)
         return torch.stack([(q @ k).softmax(dim=-1) @ v for q, k, v in tiles])
-    # Pinned here and not around the tower, so that activation checkpointing recomputes with the same kernel.
+    # Pinned here, not around the tower, so that activation checkpointing recomputes with the same kernel.
     with pinned_sdpa(query.device):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)

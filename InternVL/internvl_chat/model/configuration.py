@@ -1,6 +1,6 @@
 """The configuration of an InternVL-Chat checkpoint, read from and written to `config.json`.
 
-Keys that this program does not use are kept as they were, because other software reads them.
+Unknown keys are preserved for other software.
 """
 
 import copy
@@ -18,7 +18,7 @@ from internvl_chat.utils.errors import ModelError
 MODEL_TYPE = "internvl_chat"
 ARCHITECTURE = "InternVLChatModel"
 
-# Bookkeeping of the library that wrote the file: it must not steer how we build the model.
+# Written by the library that saved the file; must not influence how the model is built.
 _NOT_FOR_THE_LLM = (
     "_attn_implementation_autoset",
     "_name_or_path",
@@ -34,10 +34,7 @@ _NOT_FOR_THE_LLM = (
 
 @dataclass
 class InternVisionConfig:
-    """Shape of the InternViT tower; the defaults are those of the reference (InternViT-6B).
-
-    Sizes are in pixels (`image_size`, `patch_size`) or features (all others).
-    """
+    """Shape of the InternViT tower, with the reference's field names and defaults (InternViT-6B)."""
 
     hidden_size: int = 3200
     num_hidden_layers: int = 48
@@ -59,18 +56,18 @@ class InternVisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of a tile."""
+        """Number of patches per side of a tile."""
         return self.image_size // self.patch_size
 
 
 @dataclass
 class InternVLChatConfig:
-    """Configuration of the whole model, field names as in the reference's `config.json`.
+    """Configuration of the full model, with the field names of the reference's `config.json`.
 
     Attributes:
-        vision_config: the vision tower.
-        llm_config: the language model's dictionary as found in the file.
-        raw: the dictionary that was read; `to_dict` updates a copy of it.
+        vision_config: shape of the vision tower.
+        llm_config: configuration of the language model, as read from the file.
+        raw: the full dictionary, as read from the file.
     """
 
     vision_config: InternVisionConfig
@@ -91,41 +88,43 @@ class InternVLChatConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the language model."""
+        """Hidden size of the language model."""
         return int(self.llm_config["hidden_size"])
 
     @property
     def image_size(self) -> int:
-        """Side of a tile in pixels."""
+        """Side length of a tile in pixels."""
         return self.force_image_size or self.vision_config.image_size
 
     @property
     def tokens_per_tile(self) -> int:
-        """Language-model tokens that one tile becomes: (448 / 14)^2 * 0.5^2 = 256 for InternVL3."""
+        """Number of tokens per tile: (448 / 14)^2 * 0.5^2 = 256 for InternVL3."""
         return int((self.image_size // self.vision_config.patch_size) ** 2 * self.downsample_ratio**2)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, source: str = "config.json") -> "InternVLChatConfig":
-        """Build the configuration from the dictionary of a `config.json`.
+        """Build the configuration from the content of a `config.json`.
 
         Raises:
-            ModelError: it is not an InternVL-Chat configuration or a value is out of range; lists all.
+            ModelError: it is not an InternVL-Chat configuration, or values are invalid (lists all of them).
         """
         if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:
+            found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
             raise ModelError(
-                f"{source}: model_type is {_model_type(raw)!r}, expected {MODEL_TYPE!r} "
+                f"{source}: model_type is {found!r}, expected {MODEL_TYPE!r} "
                 "(an InternVL checkpoint in the original format)"
             )
         missing = [key for key in ("vision_config", "llm_config") if not isinstance(raw.get(key), dict)]
         if missing:
             raise ModelError(f"{source}: no {' and no '.join(missing)}")
         vision = InternVisionConfig(**_known(InternVisionConfig, raw["vision_config"]))
-        own = _known(cls, raw, leave_out=("vision_config", "llm_config", "raw"))
-        config = cls(vision_config=vision, llm_config=dict(raw["llm_config"]), raw=copy.deepcopy(raw), **own)
+        llm = dict(raw["llm_config"])
+        own = _known(cls, raw) | {"vision_config": vision, "llm_config": llm, "raw": copy.deepcopy(raw)}
+        config = cls(**own)
         try:
             problems = config.problems()
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            problems = [f"a value is of the wrong type: {error}"]
+            problems = [f"a value has the wrong type: {error}"]
         if problems:
             raise ModelError(f"{source}: " + "; ".join(problems))
         return config
@@ -143,35 +142,34 @@ class InternVLChatConfig:
         return cls.from_dict(raw, source=str(file))
 
     def problems(self) -> list[str]:
-        """Return what is inconsistent in this configuration, one sentence each."""
-        vision, found = self.vision_config, []
+        """Return the inconsistencies of this configuration, one sentence each."""
+        vision, problems = self.vision_config, []
         if vision.hidden_size % vision.num_attention_heads:
-            found.append(
-                f"vision width {vision.hidden_size} is no multiple of its {vision.num_attention_heads} heads"
+            problems.append(
+                f"vision width {vision.hidden_size} is not a multiple of {vision.num_attention_heads} heads"
             )
         if vision.norm_type not in ("layer_norm", "rms_norm"):
-            found.append(f"vision norm_type {vision.norm_type!r} is neither 'layer_norm' nor 'rms_norm'")
+            problems.append(f"vision norm_type {vision.norm_type!r} is neither 'layer_norm' nor 'rms_norm'")
         if self.ps_version not in ("v1", "v2"):
-            found.append(f"ps_version {self.ps_version!r} is neither 'v1' nor 'v2'")
+            problems.append(f"ps_version {self.ps_version!r} is neither 'v1' nor 'v2'")
         if not -vision.num_hidden_layers - 1 <= self.select_layer <= vision.num_hidden_layers:
-            found.append(f"select_layer {self.select_layer} is outside the {vision.num_hidden_layers} layers")
+            problems.append(
+                f"select_layer {self.select_layer} is outside the {vision.num_hidden_layers} layers"
+            )
         side = (self.image_size // vision.patch_size) * self.downsample_ratio
         if side != int(side) or side < 1:
-            found.append(
-                f"image size {self.image_size} / patch {vision.patch_size} * down-sample ratio "
+            problems.append(
+                f"image size {self.image_size} / patch {vision.patch_size} * downsample ratio "
                 f"{self.downsample_ratio} is not a whole number of tokens"
             )
-        return found
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the dictionary to write as `config.json`, unknown keys included."""
+        """Return the content of `config.json`, unknown keys included."""
         out = copy.deepcopy(self.raw)
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "raw"}
-        out.update(own)
-        out["vision_config"] = {
-            **copy.deepcopy(self.raw.get("vision_config", {})),
-            **dataclasses.asdict(self.vision_config),
-        }
+        vision = out.get("vision_config", {}) | dataclasses.asdict(self.vision_config)
+        out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "raw"}
+        out["vision_config"] = vision
         out["llm_config"] = _in_reference_terms(self.llm_config)
         out["model_type"] = MODEL_TYPE
         out["architectures"] = [ARCHITECTURE]
@@ -184,27 +182,27 @@ class InternVLChatConfig:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def build_llm_config(self) -> PretrainedConfig:
-        """Return the language model's configuration as an object of transformers.
+        """Return the language model's configuration as a transformers object.
 
         Raises:
-            ModelError: transformers itself has no causal language model of that type.
+            ModelError: transformers has no causal language model of this type.
         """
         model_type = self.llm_config.get("model_type")
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             names = self.llm_config.get("architectures") or [model_type]
             raise ModelError(
-                f"the language model {names[0]!r} (model_type {model_type!r}) is not one that transformers "
-                "ships, and code from checkpoints is never run; use a checkpoint with e.g. Qwen2 or Llama"
+                f"the language model {names[0]!r} (model_type {model_type!r}) is not part of "
+                "transformers, and code from checkpoints is never run; use e.g. Qwen2 or Llama"
             )
-        kept = {k: v for k, v in self.llm_config.items() if k not in _NOT_FOR_THE_LLM}
-        return AutoConfig.for_model(model_type, **kept)
+        options = {k: v for k, v in self.llm_config.items() if k not in _NOT_FOR_THE_LLM}
+        return AutoConfig.for_model(model_type, **options)
 
 
 def _in_reference_terms(llm: dict[str, Any]) -> dict[str, Any]:
-    """Return a language model's dictionary with the keys that the reference's code reads.
+    """Return a language model's configuration with the keys that the reference reads.
 
-    transformers 5 writes `rope_parameters` where its version 4 has `rope_theta` and `rope_scaling`, without
-    which the reference would take the default frequencies.
+    transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`, without which the
+    reference would use the default frequencies.
     """
     out = copy.deepcopy(llm)
     rope = out.get("rope_parameters")
@@ -218,11 +216,7 @@ def _in_reference_terms(llm: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _model_type(raw: Any) -> Any:
-    return raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-
-
-def _known(cls: type, raw: dict[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the entries of `raw` that are fields of the dataclass `cls`."""
-    names = {f.name for f in dataclasses.fields(cls)} - set(leave_out)
+def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of `raw` that are fields of a dataclass."""
+    names = {f.name for f in dataclasses.fields(cls)}
     return {key: value for key, value in raw.items() if key in names}

@@ -1,15 +1,16 @@
-"""How many floating-point operations a training step needs, and what the hardware could do."""
+"""Floating-point operations of a training step, and the peak of the hardware."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
-# Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
+# Dense bf16 peak in FLOP/s by part of the device name (data sheets, without sparsity).
 _PEAKS = (
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
@@ -24,7 +25,7 @@ _PEAKS = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    """Return the dense bf16 peak of a device in FLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -33,17 +34,17 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class FlopCounter:
-    """FLOPs of the model's parts, as multiples of what they process.
+    """FLOPs of the forward pass per unit of work, and the cost of training in forward passes.
 
     Attributes:
-        decoder: forward FLOPs a token in the language model's matrices that run for every token.
-        attention: forward FLOPs a pair of a token and one it attends to.
-        supervised: forward FLOPs a supervised token in the others: the head's and the last layer's MLP.
-        tile: forward FLOPs a tile in the vision tower.
-        projector: forward FLOPs a tile in `mlp1`.
-        llm_passes: forward and backward passes that training needs: 1, 2 (frozen weights) or 3.
-        vision_passes: likewise for the vision tower.
-        projector_passes: likewise for `mlp1`.
+        decoder: per token, in the matrices of the language model that run for every token.
+        attention: per pair of a token and one that it attends to.
+        supervised: per supervised token, in the matrices that run for no other: head and last MLP.
+        tile: per tile, in the vision tower.
+        projector: per tile, in `mlp1`.
+        llm_passes: cost of training the language model: 1 forward only, 2 frozen weights, 3 trained weights.
+        vision_passes: the same for the vision tower.
+        projector_passes: the same for `mlp1`.
     """
 
     decoder: float
@@ -56,12 +57,12 @@ class FlopCounter:
     projector_passes: int
 
     def step(self, lengths: list[int], supervised: int, tiles: int) -> float:
-        """Return the FLOPs of training on records of these lengths; recomputation is not counted."""
+        """Return the FLOPs of a step on records of these lengths, without recomputed activations."""
         pairs = sum(n * (n + 1) / 2 for n in lengths)
         return self._count(sum(lengths), pairs, supervised, tiles)
 
     def records(self, tokens: np.ndarray, supervised: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-        """Return the FLOPs of training on each of many records; arrays of one entry a record."""
+        """Return the FLOPs of training on each record; all arrays have one entry per record."""
         tokens = tokens.astype(np.float64)
         return self._count(tokens, tokens * (tokens + 1) / 2, supervised, tiles)
 
@@ -73,42 +74,34 @@ class FlopCounter:
 
 def count_flops(model: InternVLChatModel) -> FlopCounter:
     """Count the FLOPs of a model whose trainable parameters have been chosen."""
-    vision, config = model.config.vision_config, model.language_model.config
-    last = model.config.select_layer
-    blocks = last if last >= 0 else vision.num_hidden_layers + 1 + last
-    head = config.vocab_size * config.hidden_size
-    last_mlp = 0
-    if has_supervised_head(model):
-        mlp = model.language_model.get_decoder().layers[-1].mlp
-        last_mlp = sum(p.numel() for n, p in mlp.named_parameters() if p.ndim == 2 and ".lora_" not in n)
-    embeddings = model.language_model.get_input_embeddings().weight.numel()
-    llm = sum(
-        p.numel() for n, p in model.language_model.named_parameters() if p.ndim == 2 and ".lora_" not in n
-    )
-    tied = (
-        model.language_model.get_output_embeddings().weight
-        is model.language_model.get_input_embeddings().weight
-    )
+    vision, llm = model.config.vision_config, model.language_model
+    embeddings, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
+    last_mlp = _matrix_size(llm.get_decoder().layers[-1].mlp) if has_supervised_head(model) else 0
+    decoder = _matrix_size(llm) - embeddings.numel() - (0 if head is embeddings else head.numel()) - last_mlp
+    config = llm.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = vision.grid**2 + 1
+
+    tokens, blocks = vision.grid**2 + 1, model.vision_model.layers_before(model.config.select_layer)
     block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    tower = 2 * tokens * block * blocks
-    tower += 4 * tokens**2 * vision.hidden_size * blocks
-    tower += 2 * (tokens - 1) * vision.hidden_size * vision.num_channels * vision.patch_size**2
-    mlp = sum(p.numel() for p in model.mlp1.parameters() if p.ndim == 2)
-    trains_llm = any(
-        p.requires_grad and ".lora_" not in n for n, p in model.language_model.named_parameters()
-    )
+    tile = 2 * tokens * block * blocks + 4 * tokens**2 * vision.hidden_size * blocks
+    tile += 2 * (tokens - 1) * vision.hidden_size * vision.num_channels * vision.patch_size**2
+
+    trains_llm = any(p.requires_grad and ".lora_" not in name for name, p in llm.named_parameters())
     trains_mlp = any(p.requires_grad for p in model.mlp1.parameters())
     trains_vision = not model.vision_is_frozen
-    reaches_llm = trains_llm or trains_mlp or trains_vision or model.config.use_llm_lora > 0
+    reaches_llm = trains_mlp or trains_vision or model.config.use_llm_lora > 0
     return FlopCounter(
-        decoder=2.0 * (llm - embeddings - (0 if tied else head) - last_mlp),
+        decoder=2.0 * decoder,
         attention=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
-        supervised=2.0 * (head + last_mlp),
-        tile=float(tower),
-        projector=2.0 * mlp * model.config.tokens_per_tile,
+        supervised=2.0 * (head.numel() + last_mlp),
+        tile=float(tile),
+        projector=2.0 * _matrix_size(model.mlp1) * model.config.tokens_per_tile,
         llm_passes=3 if trains_llm else 2 if reaches_llm else 1,
         vision_passes=3 if trains_vision else 1,
         projector_passes=3 if trains_mlp else 2 if trains_vision else 1,
     )
+
+
+def _matrix_size(module: nn.Module) -> int:
+    """Return the number of elements of a module's weight matrices, without adapters."""
+    return sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and ".lora_" not in name)

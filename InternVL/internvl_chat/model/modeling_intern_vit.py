@@ -1,6 +1,6 @@
 """InternViT, the vision tower, with the reference's parameter names.
 
-Shapes: N tiles, P = (image size / patch size)^2 patches, C features, H heads, D = C / H.
+Shapes: N tiles, S pixels per side, P = (S / patch size)^2 patches, C features, H heads, D = C / H.
 """
 
 import torch
@@ -15,13 +15,13 @@ from internvl_chat.model.configuration import InternVisionConfig
 
 
 def _norm(config: InternVisionConfig) -> nn.Module:
-    """Return the block normalisation that the configuration names."""
+    """Return the normalisation layer of the configuration."""
     cls = LlamaRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return cls(config.hidden_size, eps=config.layer_norm_eps)
 
 
 def _drop_path(rate: float) -> nn.Module:
-    """Return timm's stochastic depth, or nothing at rate 0 (timm takes seconds to import)."""
+    """Return timm's stochastic depth, or the identity at rate 0, as timm takes seconds to import."""
     if rate == 0:
         return nn.Identity()
     from timm.layers import DropPath
@@ -30,7 +30,7 @@ def _drop_path(rate: float) -> nn.Module:
 
 
 class InternVisionEmbeddings(nn.Module):
-    """Patches, a class token and learned positions: (N, 3, S, S) -> (N, 1 + P, C)."""
+    """Patch embeddings, a class token and learned positions."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class InternVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.randn(1, 1 + config.grid**2, width))
 
     def positions(self, height: int, width: int) -> torch.Tensor:
-        """Return the position embedding for a grid of patches, bicubic where it is not the trained one."""
+        """Return the position embedding of a grid of patches, interpolated unless it is the trained grid."""
         if (height, width) == (self.grid, self.grid):
             return self.position_embedding
         cls, patches = self.position_embedding[:, :1], self.position_embedding[:, 1:]
         return torch.cat([cls, _resize_grid(patches, self.grid, height, width)], dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed normalised tiles (N, 3, S, S); returns (N, 1 + P, C)."""
+        """(N, 3, S, S) -> (N, 1 + P, C)."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (N, C, h, w)
         height, width = patches.shape[-2:]
         patches = patches.flatten(2).transpose(1, 2)
@@ -57,14 +57,14 @@ class InternVisionEmbeddings(nn.Module):
 
 
 def _resize_grid(patches: torch.Tensor, grid: int, height: int, width: int) -> torch.Tensor:
-    """Resize the positions of a square grid, (1, grid^2, C) -> (1, height * width, C)."""
+    """Interpolate the positions of a square grid (bicubic), (1, grid^2, C) -> (1, height * width, C)."""
     image = patches.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
     return image.flatten(2).transpose(1, 2).to(patches.dtype)
 
 
 class InternAttention(nn.Module):
-    """Full self-attention of a tile's tokens, optionally with normalised queries and keys."""
+    """Self-attention among the tokens of a tile, optionally with normalised queries and keys."""
 
     def __init__(self, config: InternVisionConfig, attn: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class InternAttention(nn.Module):
 
 
 class InternMLP(nn.Module):
-    """The feed-forward half of a block."""
+    """The MLP of a block."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class InternMLP(nn.Module):
 
 
 class InternVisionEncoderLayer(nn.Module):
-    """A pre-norm block with layer scale and stochastic depth on both halves."""
+    """A pre-norm transformer block with layer scale and stochastic depth."""
 
     def __init__(self, config: InternVisionConfig, attn: str, drop_path_rate: float) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class InternVisionEncoderLayer(nn.Module):
 
 
 class InternVisionEncoder(nn.Module):
-    """The stack of blocks; stochastic depth grows linearly from 0 to the configured rate."""
+    """The transformer blocks; the stochastic depth rate grows linearly from 0 to the configured rate."""
 
     def __init__(self, config: InternVisionConfig, attn: str) -> None:
         super().__init__()
@@ -130,11 +130,11 @@ class InternVisionEncoder(nn.Module):
 
 
 class InternVisionModel(nn.Module):
-    """InternViT: tiles to patch features.
+    """InternViT.
 
     Args:
-        config: its shape.
-        attn: an attention name of `resolve_attention`.
+        config: shape of the tower.
+        attn: a result of `resolve_attention`.
     """
 
     def __init__(self, config: InternVisionConfig, attn: str = "sdpa") -> None:
@@ -145,14 +145,14 @@ class InternVisionModel(nn.Module):
         self.encoder = InternVisionEncoder(config, attn)
 
     def forward(self, pixel_values: torch.Tensor, select_layer: int = -1) -> torch.Tensor:
-        """Return the hidden state after a layer, and run no layer behind it.
+        """Return a hidden state, class token first; the layers after it do not run.
 
         Args:
             pixel_values: normalised tiles (N, 3, S, S).
-            select_layer: index among the embedding's output and that of every layer, negative from the end.
+            select_layer: index of the hidden state; 0 is the embedding, -1 the output of the last layer.
 
         Returns:
-            (N, 1 + P, C), the class token first.
+            (N, 1 + P, C).
         """
         x = self.embeddings(pixel_values)
         for layer in self.encoder.layers[: self.layers_before(select_layer)]:
@@ -163,16 +163,18 @@ class InternVisionModel(nn.Module):
         return x
 
     def layers_before(self, select_layer: int) -> int:
-        """Return how many layers a hidden state has gone through, numbered as for `forward`."""
+        """Return the number of layers before the hidden state `select_layer` (see `forward`)."""
         return select_layer if select_layer >= 0 else len(self.encoder.layers) + 1 + select_layer
 
     @torch.no_grad()
     def resize_positions(self, image_size: int) -> None:
-        """Resize the position embedding for tiles of another size in pixels (bicubic, as the reference)."""
-        old, new = self.config.grid, image_size // self.config.patch_size
+        """Resize the position embedding for tiles of another size in pixels, as the reference does."""
+        grid = image_size // self.config.patch_size
         self.config.image_size = image_size
-        if old != new:
-            position = self.embeddings.position_embedding
-            resized = torch.cat([position[:, :1], _resize_grid(position[:, 1:], old, new, new)], dim=1)
-            self.embeddings.position_embedding = nn.Parameter(resized, requires_grad=position.requires_grad)
-            self.embeddings.grid = new
+        embeddings = self.embeddings
+        if grid != embeddings.grid:
+            trained = embeddings.position_embedding.requires_grad
+            embeddings.position_embedding = nn.Parameter(
+                embeddings.positions(grid, grid), requires_grad=trained
+            )
+            embeddings.grid = grid

@@ -1,6 +1,6 @@
-"""From the vision tower's patches to the language model's tokens: pixel shuffle, then `mlp1`.
+"""The projector from the vision tower's patches to the language model's tokens: pixel shuffle, then `mlp1`.
 
-Shapes: N tiles, W x H patches, C features; r = down-sample ratio (0.5).
+Shapes: N tiles, W x H patches, C features of a patch, r downsample ratio (0.5 in InternVL3).
 """
 
 import torch
@@ -8,17 +8,20 @@ from torch import nn
 
 
 def pixel_shuffle(x: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
-    """Fold 1/r x 1/r neighbouring patches into the features of one token (InternVL, v1 and v2).
-
-    v1 leaves the two spatial axes swapped, as the first InternVL-Chat models were trained; v2 does not.
+    """Concatenate the features of 1/r x 1/r neighbouring patches into one token.
 
     Args:
         x: (N, W, H, C).
         ratio: r, at most 1.
-        version: `v1` or `v2`.
+        version: `v1` swaps the two spatial axes, as in the first InternVL-Chat models; `v2` does not.
 
     Returns:
-        (N, W * r, H * r, C / r^2), axes swapped for v1.
+        (N, W * r, H * r, C / r^2), or (N, H * r, W * r, C / r^2) for v1.
+
+    Four patches of one feature become one token of four, row by row:
+
+    >>> pixel_shuffle(torch.arange(4).view(1, 2, 2, 1), 0.5, "v2").flatten().tolist()
+    [0, 1, 2, 3]
 
     >>> pixel_shuffle(torch.zeros(2, 32, 32, 1024), 0.5, "v2").shape
     torch.Size([2, 16, 16, 4096])
@@ -30,7 +33,7 @@ def pixel_shuffle(x: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
 
 
 def build_projector(vision_width: int, llm_width: int, ratio: float) -> nn.Sequential:
-    """Return `mlp1`: normalisation, linear, GELU, linear; (..., C / r^2) -> (..., llm_width)."""
+    """Return `mlp1`, LayerNorm - Linear - GELU - Linear: (..., C / r^2) -> (..., llm_width)."""
     folded = vision_width * int(1 / ratio) ** 2
     return nn.Sequential(
         nn.LayerNorm(folded), nn.Linear(folded, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)

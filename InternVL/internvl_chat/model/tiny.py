@@ -1,18 +1,65 @@
-"""A small InternVL3 with random weights, so that everything can be tried without a download."""
+"""A small InternVL3 with random weights for the quickstart, the tests and the benchmarks.
 
-import json
+Functions import what they need, so that `m3llm --help` reads `TinyShape` without loading torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from internvl_chat.utils.files import write_json
 
-from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.io.checkpoint import save_model
-from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.model.tiny_shape import TinyShape
+if TYPE_CHECKING:
+    from internvl_chat.model.configuration import InternVLChatConfig
+    from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """Sizes of a small model; the defaults train in minutes on two CPU cores.
+
+    Attributes:
+        image_size: side of a tile in pixels, a multiple of 28.
+        vision_width: hidden size of the vision tower.
+        vision_layers: blocks of the vision tower.
+        vision_heads: attention heads of the vision tower.
+        width: hidden size of the language model.
+        layers: blocks of the language model.
+        heads: query heads of the language model.
+        kv_heads: key/value heads of the language model.
+    """
+
+    image_size: int = 112
+    vision_width: int = 96
+    vision_layers: int = 2
+    vision_heads: int = 4
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+
+    def problems(self) -> list[str]:
+        """Return the inconsistencies between the sizes, one sentence each."""
+        problems = []
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            problems.append(f"--width {self.width} must be an even multiple of --heads {self.heads}")
+        if self.heads % self.kv_heads:
+            problems.append(f"--heads {self.heads} must be a multiple of --kv_heads {self.kv_heads}")
+        if self.vision_width % self.vision_heads:
+            problems.append(
+                f"--vision_width {self.vision_width} must be a multiple of --vision_heads {self.vision_heads}"
+            )
+        if self.image_size % 28:
+            problems.append(f"--image_size {self.image_size} must be a multiple of 28")
+        return problems
 
 
 def tiny_config(shape: TinyShape, vocab_size: int) -> InternVLChatConfig:
-    """Return the configuration of a small InternVL3 of that shape, in the reference's format."""
+    """Return the configuration of an InternVL3 of this shape, in the reference's format."""
+    from internvl_chat.model.configuration import InternVLChatConfig
+
     raw = {
         "model_type": "internvl_chat",
         "architectures": ["InternVLChatModel"],
@@ -66,10 +113,14 @@ def tiny_config(shape: TinyShape, vocab_size: int) -> InternVLChatConfig:
 def build_tiny_model(
     shape: TinyShape, *, vocab_size: int, image_context_id: int, seed: int = 0
 ) -> InternVLChatModel:
-    """Return a model of that shape with random weights, drawn from `seed`.
+    """Return a model of this shape with random weights.
 
-    Positions are drawn small, so that a vision tower that is never trained lets the image through.
+    The position embedding is scaled down, or it would drown the image in a vision tower that stays frozen.
     """
+    import torch
+
+    from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         model = InternVLChatModel(tiny_config(shape, vocab_size), image_context_id)
@@ -78,7 +129,9 @@ def build_tiny_model(
 
 
 def save_tiny_model(model: InternVLChatModel, folder: Path, eos_token_id: int, pad_token_id: int) -> None:
-    """Write the model with the generation settings that end an answer."""
+    """Write the model and a generation configuration with its end-of-answer and padding tokens."""
+    from internvl_chat.model.io.checkpoint import save_model
+
     save_model(model, folder)
     generation = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "generation_config.json", generation)

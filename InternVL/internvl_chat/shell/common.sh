@@ -1,4 +1,4 @@
-# Sourced by the launchers, quickstart.sh and test.sh: paths, the Python environment, and torchrun.
+# Shared by the launchers and scripts: paths, the Python environment, and torchrun.
 # shellcheck shell=bash disable=SC2034
 
 SHELL_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -11,7 +11,7 @@ fail() {
   exit 2
 }
 
-# Print the path of a Python 3.11 or newer.
+# Print the path of a Python interpreter, version 3.11 or newer.
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
@@ -23,7 +23,7 @@ find_python() {
   fail "needs Python 3.11 or newer; install it or set PYTHON"
 }
 
-# Create .venv with the package and its dependencies, unless it is up to date; sets PYTHON.
+# Create or update .venv with the package and its dependencies. Sets PYTHON.
 ensure_environment() {
   local venv=$REPOSITORY/.venv stamp
   stamp=$(cat "$REPOSITORY/requirements.txt" "$REPOSITORY/pyproject.toml" | cksum)
@@ -40,8 +40,8 @@ ensure_environment() {
   echo "$stamp" > "$venv/.m3llm"
 }
 
-# Check the environment that the launchers document. Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes
-# and restarts) and CPU_FLAGS (for the training script).
+# Check the launchers' environment variables. Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes and
+# restarts) and CPU_FLAGS (for the training script).
 prepare_training() {
   local name records threads
   NPROC=${NPROC:-$GPUS} NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0}
@@ -52,10 +52,10 @@ prepare_training() {
     ((${!name} > 0)) || fail "$name must be at least 1"
   done
   NPROC=$((NPROC > 0 ? NPROC : 1))
-  ((GPUS == 0 || NPROC <= GPUS)) || fail "NPROC=$NPROC processes need as many GPUs, but GPUS=$GPUS"
+  ((GPUS == 0 || NPROC <= GPUS)) || fail "NPROC=$NPROC ranks need as many GPUs, but GPUS=$GPUS"
   records=$((NNODES * NPROC * PER_DEVICE_BATCH_SIZE))
   ((BATCH_SIZE % records == 0)) || fail "BATCH_SIZE=$BATCH_SIZE cannot be divided by $NNODES node(s) x" \
-    "$NPROC process(es) x PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE; change one of them"
+    "$NPROC rank(s) x PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE; change one of them"
   GRADIENT_ACC=$((BATCH_SIZE / records))
 
   TORCHRUN_FLAGS=(--max_restarts "$MAX_RESTARTS")
@@ -86,7 +86,7 @@ prepare_training() {
   export PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 }
 
-# Become torchrun, in a wrapper that forwards signals and writes the log.
+# torchrun wrapper: forwards signals to the workers, writes the log and returns the workers' exit code.
 torchrun() {
   exec "$PYTHON" -m internvl_chat.train.distributed.launch "$@"
 }

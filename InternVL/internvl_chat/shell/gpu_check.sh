@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Acceptance run on one GPU, in at most ten minutes and without network: kernels, launchers, resuming, memory, decoding,
-# compilation, and the speed of the 8B shape with random weights. On a machine without a GPU all of it runs at small size.
+# Acceptance run on one GPU, at most ten minutes, without network: kernels, launchers, resume, memory, decoding,
+# compilation, and the speed of the 8B shape with random weights. Without a GPU, all items run at small size.
 #
 #   bash gpu_check.sh [--size small|8b] [--out DIR] [--minutes 10] [--items NAME,NAME]
 #
-# Needs torch, transformers, peft, accelerate, timm, torchvision and Pillow; nothing is installed.
-# Environment: PYTHON (the repository's .venv if there is one, else python3).
+# Needs torch, transformers, peft, accelerate, timm, torchvision and Pillow; installs nothing.
+# Environment: PYTHON (default: the repository's .venv if it exists, else python3).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to an answered question: synthetic data, a small random model, both launchers, merge, evaluation.
+# End-to-end demo on synthetic data: small random model, both launchers, merge, evaluation, one question.
 #
-#   bash quickstart.sh       needs Python 3.11+ and the package registry; no GPU, no weights; about 6 minutes
+#   bash quickstart.sh       needs Python 3.11+ and a package registry; no GPU, no weights; about 10 minutes on two
+#                            CPU cores, installation included
 #
-# Environment: WORK_DIR (work_dirs/quickstart in the repository) is deleted and created again.
+# Environment: WORK_DIR (default: work_dirs/quickstart in the repository) is deleted and created again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -12,7 +13,7 @@ LAUNCHERS=$SHELL_DIR/internvl3.0/2nd_finetune
 
 step() { printf '\n== %s\n' "$*"; }
 m3llm() { PYTHONPATH=$SOURCE_ROOT "$PYTHON" -m internvl_chat.cli "$@"; }
-# What a small model needs beside the recipe: small tiles and a high learning rate.
+# Overrides of the recipe for a small model.
 small=(--force_image_size 112 --max_dynamic_patch 1 --grad_checkpoint False --logging_steps 25)
 
 step "1/8 set-up"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Check the style and run the tests, without a GPU, network or weights.
+# Run the linter and the tests; needs no GPU, network or weights.
 #
 #   bash test.sh             the fast tests
-#   bash test.sh -m slow     the slow ones (more arguments go to pytest)
+#   bash test.sh -m slow     the slow tests (other arguments are passed to pytest)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

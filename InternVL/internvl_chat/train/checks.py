@@ -9,9 +9,10 @@ from pathlib import Path
 
 from transformers.utils import is_liger_kernel_available
 
+from internvl_chat.constants import MAX_TILES
 from internvl_chat.data.encode.tokenizer import load_tokenizer
 from internvl_chat.data.sources.jsonl import RecordFile
-from internvl_chat.data.sources.meta import MOST_TILES, DatasetSpec, load_meta
+from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import find_base, read_base
@@ -176,8 +177,8 @@ def _values(config: TrainConfig) -> Iterator[str]:
     least, most = data.min_dynamic_patch, data.max_dynamic_patch
     if not 1 <= least <= most:
         yield f"--min_dynamic_patch {least} must be from 1 to --max_dynamic_patch {most}"
-    if most > MOST_TILES:
-        yield f"--max_dynamic_patch {most} must be at most {MOST_TILES}"
+    if most > MAX_TILES:
+        yield f"--max_dynamic_patch {most} must be at most {MAX_TILES}"
 
 
 def _share(flag: str, value: float) -> Iterator[str]:

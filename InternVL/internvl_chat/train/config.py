@@ -16,7 +16,7 @@ import torch
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from internvl_chat.data.batching.dataloader import LoaderOptions
+from internvl_chat.data.batching.dataloader import DataLoaderOptions
 from internvl_chat.train.flags import DataArguments, ModelArguments, RunArguments
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
@@ -203,10 +203,10 @@ class RunConfig:
         return self.metric_for_best_model is not None
 
     @property
-    def loader_options(self) -> LoaderOptions:
+    def loader_options(self) -> DataLoaderOptions:
         """Options of the dataloader."""
         pin = self.dataloader_pin_memory and self.device.type == "cuda"
-        return LoaderOptions(self.dataloader_num_workers, self.dataloader_prefetch_factor, pin)
+        return DataLoaderOptions(self.dataloader_num_workers, self.dataloader_prefetch_factor, pin)
 
     def count_steps(self, epoch_steps: int) -> int:
         """Return the optimizer steps of the whole run, given those of an epoch."""

@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from internvl_chat.data.batching.dataloader import WORKER_DIED, end_workers
+from internvl_chat.data.batching.dataloader import WORKER_DIED, kill_workers
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.model.flops import count_flops
@@ -38,7 +38,6 @@ from internvl_chat.train.checkpoint.run_folder import (
     METRICS,
     PLOT,
     VALIDATION,
-    unlock_folder,
 )
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
@@ -84,7 +83,7 @@ def train(config: TrainConfig) -> signal.Signals | None:
     # Data
     encoder = load_encoder(plan)
     excluded = read_fingerprint(resume).get(EXCLUDED) if resume else None
-    data = load_records(config, plan.specs, encoder, excluded=excluded)
+    data = load_records(config, plan.specs, encoder, resumed_exclusions=excluded)
     eval_data = load_records(config, validation_specs(plan.eval_specs), encoder) if plan.eval_specs else None
     if resume:
         check_same_run(resume, describe_data(data))
@@ -125,7 +124,7 @@ def train(config: TrainConfig) -> signal.Signals | None:
     memory = plan_memory(config, model, sampler, data)
     if memory.parallel == "fsdp" and run.eval_generate:
         raise UsageError(sharded_generation_problem(run, "FSDP (chosen by --parallel auto)"))
-    model.recompute_layers(memory.checkpointed_layers)
+    model.checkpoint_layers(memory.checkpointed_layers)
     if run.compile_blocks:
         model.compile_blocks()
     strategy = build_strategy(config, memory, model, steps)
@@ -171,7 +170,7 @@ def train(config: TrainConfig) -> signal.Signals | None:
             )  # fmt: skip
     loop.trackers.finish()
     if lock is not None:
-        unlock_folder(lock)
+        lock.release()
     distributed.destroy_process_group()
     return stopped_by
 
@@ -233,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     stop_with_launcher()
     # Python runs the last registered function first, so this comes before it waits for the workers.
-    atexit.register(end_workers)
+    atexit.register(kill_workers)
     try:
         stopped_by = train(parse_arguments(tokens))
     except M3LLMError as error:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from internvl_chat.data.batching.collator import Pack, PackDataset
-from internvl_chat.data.batching.dataloader import StepLoader
+from internvl_chat.data.batching.dataloader import StepDataLoader
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.data.sources.skip_policy import Skipped
+from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.flops import FlopCounter, peak_flops
 from internvl_chat.model.loss import token_weight
@@ -82,7 +82,7 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         run = self.run
         self.packs = PackDataset(self.data, multiple=_COMPILED_MULTIPLE if run.compile_blocks else 1)
-        self.loader = StepLoader(self.packs, self.sampler, run.loader_options)
+        self.loader = StepDataLoader(self.packs, self.sampler, run.loader_options)
         self.total_steps = run.count_steps(len(self.sampler))
         self.run_log, self.nan_guard = RunLog(Path(run.output_dir)), NanGuard(run.max_bad_steps)
         self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
@@ -183,7 +183,7 @@ class TrainingLoop:
         run_dry_run(
             memory,
             lambda: self._run_largest_pack(memory),
-            self.strategy.model.recompute_layers,
+            self.strategy.model.checkpoint_layers,
             device=self.run.device,
             sharded=self.strategy.shards_weights,
             grad_checkpoint=grad_checkpoint,
@@ -212,7 +212,7 @@ class TrainingLoop:
         began, state = time.perf_counter(), self.state
         self.watchdog.note(f"validating after step {state.step}")
         validation = self.validation
-        loader = self.run.loader_options.build(validation.packs, validation.sampler, keep_workers=False)
+        loader = self.run.loader_options.build(validation.packs, validation.sampler, persistent_workers=False)
         # A rank that leaves a sharded model alone would make the others wait for it.
         may_leave = not self.strategy.shards_weights
         # Blocks that are compiled for training would be compiled again.
@@ -268,7 +268,7 @@ class TrainingLoop:
         features = tile_features(model, tiles, self.normalization)
         return features.split([len(pack.tiles) for pack in packs])
 
-    def _count_skipped(self, packs: Sequence[Pack]) -> tuple[Skipped, ...]:
+    def _count_skipped(self, packs: Sequence[Pack]) -> tuple[SkippedRecord, ...]:
         """Return the records of a step that turned out to be unusable, on all ranks.
 
         Raises:
@@ -276,7 +276,7 @@ class TrainingLoop:
         """
         own = [record for pack in packs for record in pack.skipped]
         skipped = tuple(itertools.chain.from_iterable(distributed.all_gather_object(own)))
-        self.skip_budget.spend(skipped)
+        self.skip_budget.add(skipped)
         return skipped
 
     def _records_of(self, step: int) -> list[RecordKey]:
@@ -287,7 +287,7 @@ class TrainingLoop:
 
     def _open_ledger(self) -> None:
         if self.state.step:
-            self.skip_budget.recall(
+            self.skip_budget.restore(
                 distributed.broadcast_object(self.run_log.skipped() if self.run.is_main else [])
             )
         elif self.data.excluded and self.run.is_main:

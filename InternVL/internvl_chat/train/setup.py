@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.audit.checks import find_warnings
+from internvl_chat.data.audit.checks import dataset_warnings
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData, build_sets
@@ -151,8 +151,8 @@ def load_encoder(plan: RunPlan) -> RecordEncoder:
         model_config = read_config(plan.source)
     tokenizer, _ = load_tokenizer(plan.source)
     preprocessing = plan_preprocessing(model_config, config, plan.specs)
-    encoder = RecordEncoder(tokenizer, preprocessing, truncate_text=config.data.truncate_text)
-    return encoder.with_max_tiles(config.data.max_dynamic_patch)
+    preprocessing = preprocessing.with_tile_limit(config.data.max_dynamic_patch)
+    return RecordEncoder(tokenizer, preprocessing, truncate_text=config.data.truncate_text)
 
 
 def load_records(
@@ -168,11 +168,11 @@ def load_records(
         config: the resolved flags.
         specs: the data sets.
         encoder: of `load_encoder`.
-        resumed_exclusions: the records (data set and index) that a resumed run has resumed_exclusions from its start. It excludes
-            the same, whatever was repaired or damaged since, so that the order stays.
+        resumed_exclusions: records (data set and index) that the resumed run excluded at its start. The same are
+            excluded again, even if they were repaired since, so that the order stays.
 
     Raises:
-        DataError: names the unusable records, unless they are to be resumed_exclusions.
+        DataError: names the unusable records, unless they are to be excluded.
     """
     sets = build_sets(specs, encoder)
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
@@ -199,7 +199,7 @@ def load_records(
     logger.info("data: %d records an epoch\n%s", len(data), "\n".join(rows))
     if excluded:
         logger.warning(
-            "%d records are resumed_exclusions; ledger.jsonl names all of them:\n%s",
+            "%d records are excluded; ledger.jsonl names all of them:\n%s",
             len(excluded), "\n".join(f"  {one.message}" for one in excluded[:_NAMED]),
         )  # fmt: skip
     return data
@@ -269,10 +269,10 @@ def _check_once(
 
 
 def _check(sets: Sequence[RecordSet], config: TrainConfig) -> tuple[list[Lengths], list[ExcludedRecord]]:
-    """Return the lengths of the records, and those that are resumed_exclusions.
+    """Return the lengths of the records, and the excluded records.
 
     Raises:
-        DataError: there are too many of them, or any if none is to be resumed_exclusions.
+        DataError: too many records are unusable, or any with `--on_bad_record fail`.
     """
     data = config.data
     indexes = index_records(sets, decode=data.check == "full")
@@ -289,7 +289,7 @@ def _check(sets: Sequence[RecordSet], config: TrainConfig) -> tuple[list[Lengths
     if data.check != "off":
         warnings = [problem for problem in problems if not problem.is_error]
         # A wrong 'length' is reported when its set is opened.
-        warnings += [warning for warning in find_warnings(sets, indexes) if warning.kind != "length"]
+        warnings += [warning for warning in dataset_warnings(sets, indexes) if warning.kind != "length"]
         counts = Counter(warning.kind for warning in warnings)
         logger.info(
             "data check (%s): %d records, %d cannot be used%s",

@@ -17,7 +17,6 @@ from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Engine, last_question
-from internvl_chat.inference.parallel import share
 from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
@@ -172,7 +171,7 @@ class Validation:
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
     ) -> None:
         """Add exact matches, ROUGE-L and the number of this rank's answers to the sums of their sets."""
-        own = share(
+        own = distributed.shard(
             [(number, index) for number in range(len(self.data.sets)) for index in self.asked(number)]
         )
         for number, group in itertools.groupby(own, key=lambda place: place[0]):
@@ -193,6 +192,6 @@ class Validation:
         indices = self.data.indices(number)
         if self.data.lengths is not None:
             # Where the end is cut off, the question may be too long by itself.
-            indices = indices[self.data.lengths[number].tokens_cut[indices] == 0]
+            indices = indices[self.data.lengths[number].tokens_truncated[indices] == 0]
         wanted = min(self.generate, len(indices))
         return indices[np.arange(wanted) * len(indices) // max(wanted, 1)].tolist()

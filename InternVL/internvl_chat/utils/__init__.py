@@ -1,1 +1,1 @@
-"""Helpers without domain knowledge: errors, logging, paths, process groups, files."""
+"""Helpers without domain knowledge: errors, logging, files, HTML and Markdown, distributed communication."""

@@ -1,10 +1,11 @@
-"""Process groups: rank, world size, and collectives of Python objects that never use the GPU.
+"""Rank, world size, and collectives for Python objects and CPU tensors.
 
-Everything here runs over gloo with a timeout of days, so that ranks may wait for rank 0 to write or check
-something; tensors of the training itself go over NCCL where there is a GPU.
+These collectives use gloo with a timeout of days, so that ranks can wait while rank 0 writes or checks files.
+Training itself communicates over NCCL on GPUs.
 """
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -13,38 +14,47 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
-# How long the other ranks wait for one that writes a checkpoint or decodes every image.
+# Covers writing a large checkpoint and decoding every image on one rank.
 _HOST_TIMEOUT = timedelta(days=2)
 
 _host_group: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
-    """Return the rank of this process, from the environment that torchrun sets."""
+    """Return the rank of this process, from torchrun's environment."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Return the rank of this process on its machine."""
+    """Return the rank of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """Return the number of processes of the run."""
+    """Return the number of ranks."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """Return the number of processes of the run on this machine."""
+    """Return the number of ranks on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """Return every n-th of the items for each of n ranks.
+
+    >>> shard(["a", "b", "c"])
+    ['a', 'b', 'c']
+    """
+    return items[rank() :: world_size()]
+
+
 def init_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Join the run's process group; does nothing for a single process.
+    """Join the default process group; does nothing with a single rank.
 
     Args:
-        device: of this process; a GPU adds NCCL for its tensors.
-        timeout: of NCCL collectives, and of gloo collectives in the training step.
+        device: device of this rank; a GPU adds the NCCL backend.
+        timeout: limit for collectives of the training step.
     """
     if world_size() == 1 or dist.is_initialized():
         return
@@ -55,10 +65,7 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """Return the gloo group with the long timeout; None for a single process.
-
-    The first call is a collective.
-    """
+    """Return the gloo group with the long timeout; None with a single rank. The first call is collective."""
     global _host_group
     if _host_group is None and dist.is_initialized():
         _host_group = new_host_group()
@@ -66,12 +73,12 @@ def host_group() -> dist.ProcessGroup | None:
 
 
 def new_host_group() -> dist.ProcessGroup | None:
-    """Make another gloo group with the long timeout, for a thread of its own; a collective."""
+    """Create another gloo group with the long timeout, for use in another thread; collective."""
     return dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if dist.is_initialized() else None
 
 
 def destroy_process_group() -> None:
-    """Wait for the other ranks and leave the group; a rank that left early would take the others down."""
+    """Wait for all ranks, then destroy the process group; leaving early would abort the other ranks."""
     global _host_group
     if dist.is_initialized():
         barrier()
@@ -80,13 +87,13 @@ def destroy_process_group() -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier(group=host_group())
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Return the value of every rank, anything that can be pickled, in rank order."""
+    """Return the picklable values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size()
@@ -95,12 +102,12 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
-    """Return the value of the source rank on every rank."""
+    """Return the value of the source rank on all ranks."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source, group=host_group())
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=source, group=host_group())
+    return values[0]
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing else: what the reports of the data check and of an evaluation share."""
+"""Self-contained HTML pages, for the reports of the data check and of evaluations."""
 
 import base64
 import html
@@ -18,12 +18,12 @@ img { max-width: 100%; }
 
 
 def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
-    """Return a page of parts that are HTML already.
+    """Return an HTML page.
 
     Args:
-        title: of the page, as text.
-        parts: what follows its heading.
-        style: CSS beside the common one.
+        title: title and heading, as plain text.
+        parts: HTML fragments of the body.
+        style: additional CSS.
     """
     name = html.escape(title)
     head = (
@@ -34,7 +34,7 @@ def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table of texts and numbers (`-` for an unknown one), all escaped, numbers to the right."""
+    """Return an HTML table with escaped cells; numbers, and `-` for missing ones, are right-aligned."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<div class='table'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -47,12 +47,12 @@ def _cell(value: Any) -> str:
 
 
 def html_image(content: bytes, kind: str, description: str) -> str:
-    """Return an image that is part of the page.
+    """Return an image embedded as a data URL.
 
     Args:
-        content: of the file.
+        content: the image file.
         kind: `png` or `jpeg`.
-        description: shown where the image cannot be.
+        description: alternative text.
     """
     data = base64.b64encode(content).decode("ascii")
     alt = html.escape(description, quote=True)

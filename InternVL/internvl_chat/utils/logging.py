@@ -1,30 +1,30 @@
-"""A logger that speaks once per run, not once per process."""
+"""Logging for several ranks: rank 0 logs everything, the other ranks only warnings and errors."""
 
 import logging
 import os
 import sys
 
 
-class _MainProcessOnly(logging.Filter):
-    """Let warnings of every process through, and information of the first one only."""
+class _RankFilter(logging.Filter):
+    """Drop messages below warnings on all ranks but 0, and name the rank in the others."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         rank = int(os.environ.get("RANK", "0"))
         if rank and record.levelno >= logging.WARNING:
-            record.msg = f"[process {rank}] {record.msg}"
+            record.msg = f"[rank {rank}] {record.msg}"
         return rank == 0 or record.levelno >= logging.WARNING
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module, silent below warnings except on the main process."""
+    """Return the logger of a module, with messages filtered by rank."""
     logger = logging.getLogger(name)
-    if not any(isinstance(f, _MainProcessOnly) for f in logger.filters):
-        logger.addFilter(_MainProcessOnly())
+    if not any(isinstance(f, _RankFilter) for f in logger.filters):
+        logger.addFilter(_RankFilter())
     return logger
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Write this package's log lines, with time and level, to standard error."""
+    """Log this package's messages, with time and level, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger("internvl_chat")

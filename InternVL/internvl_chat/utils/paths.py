@@ -1,4 +1,4 @@
-"""Where the repository is, which relative paths in a meta file count from by default."""
+"""Root of the repository; relative paths in meta files start there by default."""
 
 from pathlib import Path
 

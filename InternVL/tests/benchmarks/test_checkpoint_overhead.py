@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints: its arithmetic by hand, and one run at its smallest."""
+"""The checkpoint benchmark: its summary, and a small run."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ sys.path.insert(0, str(SOURCE_ROOT))
 from benchmarks.checkpoint_overhead import summarise
 
 
-def test_steps_after_a_save_beside_all() -> None:
+def test_summary_of_steps_after_a_save() -> None:
     """A save after every third step; the first two steps do not count."""
     seconds = [9.0, 5.0, 1.0, 1.5, 1.0, 1.0, 2.5, 1.0, 1.0]
     row = summarise("background", seconds, every=3, warmup=2, size=2_000_000_000)
@@ -23,7 +23,7 @@ def test_steps_after_a_save_beside_all() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["lora", "full"])
-def test_both_ways_to_save(tmp_path, recipe: str) -> None:
+def test_both_modes(tmp_path, recipe: str) -> None:
     script, out = SOURCE_ROOT / "benchmarks/checkpoint_overhead.py", tmp_path / "rows.json"
     options = ["--recipe", recipe, "--model", "smoke", "--device", "cpu", "--steps", "5", "--every", "2"]
     command = [sys.executable, str(script), *options, "--warmup", "0", "--json", str(out)]

@@ -1,4 +1,4 @@
-"""The benchmark of merging and exporting: one run at its smallest, and what it says of a failure."""
+"""The conversion benchmark: a small run and its errors."""
 
 import json
 import subprocess
@@ -25,25 +25,25 @@ def test_both_commands(tmp_path) -> None:
         ("merge", False, 1),
         ("export", False, 1),
     ]
-    # More than a Python that has loaded torch, less than this machine needs for anything else.
+    # More than torch alone, less than a model of any other shape.
     assert all(0.1 < row["peak_memory_gb"] < 4 for row in rows)
     assert done.stdout.splitlines()[1].startswith("merge")
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_the_adapters_are_those_of_the_recipe_and_load(tmp_path) -> None:
+def test_adapters_match_the_recipe(tmp_path) -> None:
     adapter = write_adapter(tmp_path, SHAPES["smoke"])
     layers = lora_layers(load_model(adapter, image_context_id=0))
     assert len(layers) == 2 * 7
     assert all(layer.r["default"] == 16 and layer.lora_B["default"].weight.any() for layer in layers.values())
 
 
-def test_a_command_that_fails_is_told(tmp_path) -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)m3llm merge ended with exit code 1:.*nowhere"):
+def test_failing_command_is_reported(tmp_path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)m3llm merge failed with exit code 1:.*nowhere"):
         measure("merge", tmp_path / "nowhere", tmp_path, "False")
 
 
-def test_an_unknown_command(capsys) -> None:
+def test_unknown_command(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--works", "merge,fold"])
     assert "fold is unknown" in capsys.readouterr().err

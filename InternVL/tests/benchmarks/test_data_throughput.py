@@ -1,4 +1,4 @@
-"""The data benchmark runs, and its figures have names that programs can rely on."""
+"""The data benchmark: a small run and its JSON report."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import sys
 from helpers import HANG_SECONDS, SOURCE_ROOT
 
 
-def test_figures_of_a_few_records(tmp_path):
-    file = tmp_path / "figures.json"
+def test_report_of_a_few_records(tmp_path):
+    file = tmp_path / "report.json"
     flags = [
         "--records",
         "2",
@@ -27,23 +27,23 @@ def test_figures_of_a_few_records(tmp_path):
         env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    figures = json.loads(file.read_text())
-    assert figures["max_dynamic_patch"] == 2
-    stages = {row["name"]: row for row in figures["stages"]}
+    report = json.loads(file.read_text())
+    assert report["max_dynamic_patch"] == 2
+    stages = {row["name"]: row for row in report["stages"]}
     assert {
         "parse",
         "image headers",
         "tokenise",
-        "encode whole",
+        "encode",
         "decode images",
-        "cut tiles",
+        "split into tiles",
     } <= stages.keys()
-    assert {"loader, 0 workers", "loader, 1 workers"} <= stages.keys()
+    assert {"dataloader, 0 workers", "dataloader, 1 workers"} <= stages.keys()
     assert {row["records"] for row in stages.values()} == {12}
     assert all(row["records_per_second"] > 0 for row in stages.values())
-    assert [(row["name"], row["records"]) for row in figures["index"]] == [
+    assert [(row["name"], row["records"]) for row in report["index"]] == [
         ("first time", 30),
         ("from cache", 30),
     ]
-    assert all(row["peak_mb"] > 0 for row in figures["index"])
+    assert all(row["peak_mb"] > 0 for row in report["index"])
     assert "decode images" in result.stdout

@@ -1,4 +1,4 @@
-"""The acceptance run at small size on a CPU: what it reports, and that it needs few packages."""
+"""The acceptance run at small size on a CPU: its report, and the packages that it needs."""
 
 import argparse
 import json
@@ -16,17 +16,17 @@ from benchmarks.gpu import training
 from benchmarks.gpu.check import Check, Skipped, read_result
 from benchmarks.gpu_check import NAMES, Item, main, run_item
 from benchmarks.jobs import Result
-from benchmarks.ours import PLAN
+from benchmarks.presets.fast import PLAN
 
 SCRIPT = SOURCE_ROOT / "internvl_chat/shell/gpu_check.sh"
-# Requirements of the package that the acceptance run does without, and what only the tests and `eval` need.
+# Packages that the acceptance run does not need.
 UNNEEDED = ("bert_score", "deepspeed", "matplotlib", "nltk", "pandas", "pyarrow", "rouge", "scipy",
             "sentence_transformers", "sentencepiece", "sklearn", "wandb")  # fmt: skip
 
 
 @pytest.fixture
 def bare(tmp_path) -> dict[str, str]:
-    """The environment of a Python in which the unneeded packages cannot be imported."""
+    """Environment variables that make the unneeded packages unimportable."""
     folder = tmp_path / "site"
     folder.mkdir()
     code = f"import sys\nsys.modules.update(dict.fromkeys({UNNEEDED!r}))\n"
@@ -61,11 +61,11 @@ def test_unknown_items_are_refused(capsys):
     assert "--items: sound is unknown; choose from doctor,attention" in capsys.readouterr().err
 
 
-def test_all_that_is_imported_is_installed_on_a_bare_machine(bare):
+def test_imports_work_without_unneeded_packages(bare):
     code = (
         "import sys\n"
         "from benchmarks.gpu import decoding, kernels, launchers, training\n"
-        "import benchmarks.checkpoint_overhead, benchmarks.ours, benchmarks.reference\n"
+        "import benchmarks.checkpoint_overhead, benchmarks.presets.fast, benchmarks.presets.reference\n"
         "import internvl_chat.train.internvl_chat_finetune\n"
         f"assert not any(sys.modules[name] for name in {UNNEEDED!r})"
     )
@@ -73,7 +73,7 @@ def test_all_that_is_imported_is_installed_on_a_bare_machine(bare):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_kernels_at_small_size(bare, tmp_path):
+def test_attention_at_small_size(bare, tmp_path):
     code, out, report = check_script(tmp_path / "out", bare, "--items", "attention")
     assert code == 0, out
     assert report["ok"]
@@ -82,8 +82,8 @@ def test_kernels_at_small_size(bare, tmp_path):
     assert (item["name"], item["status"], item["why"]) == ("attention", "ok", "")
     assert item["seconds"] > 0
     assert len(item["figures"]) == 18
-    for figure in item["figures"].values():
-        assert 0 <= figure["error"] <= figure["tolerance"] < 0.1
+    for metric in item["figures"].values():
+        assert 0 <= metric["error"] <= metric["tolerance"] < 0.1
     assert "attention   ok" in out
     assert "==== attention" in (tmp_path / "out/gpu_check.log").read_text(encoding="utf-8")
 
@@ -97,10 +97,10 @@ def test_everything_at_small_size(bare, tmp_path):
     assert items["deepspeed"]["status"] == "skipped"
     assert {item["status"] for name, item in items.items() if name != "deepspeed"} <= {"ok", "skipped"}
     for recipe in ("train-lora", "train-full"):
-        figures = items[recipe]["figures"]
-        rates = [figures[preset]["records_per_second"] for preset in ("fast", "reference")]
-        assert figures["ratio"] == pytest.approx(rates[0] / rates[1])
-        assert figures["fast"]["plan"]["components"]["weights"] > 0
+        metrics = items[recipe]["figures"]
+        rates = [metrics[preset]["records_per_second"] for preset in ("fast", "reference")]
+        assert metrics["ratio"] == pytest.approx(rates[0] / rates[1])
+        assert metrics["fast"]["plan"]["components"]["weights"] > 0
     assert items["launchers"]["figures"]["full"]["exit_code"] == 0
     assert items["resume"]["figures"]["stopped_after"] > 0
     assert items["fsdp"]["figures"]["parallel"] == "fsdp"
@@ -111,26 +111,26 @@ def test_everything_at_small_size(bare, tmp_path):
 def test_no_time_left(tmp_path, capsys):
     assert main(["--minutes", "0", "--device", "cpu", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
-    assert {(item["status"], item["why"]) for item in report["items"]} == {("skipped", "no time is left")}
+    assert {(item["status"], item["why"]) for item in report["items"]} == {("skipped", "no time left")}
     assert len(report["items"]) == len(NAMES)
-    assert capsys.readouterr().out.count("no time is left") == len(NAMES)
+    assert capsys.readouterr().out.count("no time left") == len(NAMES)
 
 
 @pytest.mark.parametrize(
     ("item", "why"),
     [
-        (Item("attention", "kernels:attention", 0.2), "it took longer than 1 s"),
-        (Item("unknown", "kernels:unknown", 60), "it ended with exit code 1"),
+        (Item("attention", "kernels:attention", 0.2), "took longer than 1 s"),
+        (Item("unknown", "kernels:unknown", 60), "exit code 1"),
     ],
 )
-def test_an_item_that_is_slow_or_broken_fails_alone(item, why, tmp_path):
+def test_slow_or_broken_item(item, why, tmp_path):
     args = argparse.Namespace(size="small", device="cpu")
     with (tmp_path / "log").open("w") as log:
         result = run_item(item, args, tmp_path, 100.0, log)
     assert (result["status"], result["why"]) == ("failed", why)
 
 
-def test_a_failed_item_is_the_exit_code(monkeypatch, tmp_path):
+def test_exit_code_of_a_failed_item(monkeypatch, tmp_path):
     statuses = {"doctor": "ok", "attention": "failed", "launchers": "skipped"}
 
     def run(item, *_):
@@ -180,20 +180,20 @@ def test_statuses_of_an_item(tmp_path, capsys):
     assert (result["status"], result["why"]) == ("failed", "sum: error nan, tolerance 1; other records")
 
 
-def test_a_stopped_item_leaves_its_figures(tmp_path):
+def test_killed_item_keeps_its_metrics(tmp_path):
     check = Check("item", tmp_path, "small", "cpu")
     check.add(first=1.0)
     result = read_result(tmp_path, "item")
     assert (result["status"], result["why"], result["figures"]) == (
         "failed",
-        "it was stopped",
+        "killed",
         {"first": 1.0},
     )
 
 
 @pytest.fixture
 def fake_jobs(monkeypatch):
-    """Let jobs on a GPU of 80 GB end as they would: masters do not fit, nor does the reference."""
+    """Fake the jobs of a GPU with 80 GB: neither float32 masters nor the reference fit."""
     plan = {"parallel": "single", "checkpointed_layers": 4, "components": {"weights": 16e9}, "total": 64e9}
     refusal = (
         "TrainingError: the largest pack does not fit into memory\nmemory plan: 123 of 80\n"
@@ -213,12 +213,12 @@ def fake_jobs(monkeypatch):
         return Result(seconds=3.0, records=24, tokens=21_000, flops=1e15, peak_flops=989e12,
                       peak_memory=66 * 10**9, first_loss=11.9)  # fmt: skip
 
-    monkeypatch.setattr(training, "run_in_a_process", run)
+    monkeypatch.setattr(training, "run_in_subprocess", run)
     monkeypatch.setattr(training.train_throughput, "prepare", lambda args, folder: None)
     return ran
 
 
-def test_full_training_in_the_most_exact_precision_that_fits(fake_jobs, tmp_path):
+def test_full_training_uses_the_most_exact_precision_that_fits(fake_jobs, tmp_path):
     check = Check("train-full", tmp_path, "8b", "cuda")
     check.run(training.train_full)
     result = read_result(tmp_path, "train-full")
@@ -228,20 +228,20 @@ def test_full_training_in_the_most_exact_precision_that_fits(fake_jobs, tmp_path
         ("reference",),
     ]
     assert (result["status"], result["why"]) == ("ok", "")
-    figures = result["figures"]
-    assert "memory plan: 123 of 80" in figures["refused"][0]
-    assert figures["fast"]["records_per_second"] == 8.0
-    assert figures["fast"]["epoch_hours"] == pytest.approx(237_748 / 8 / 3600)
-    assert figures["full, used over planned memory"] == pytest.approx(66 / 64)
-    assert figures["reference"] == "out of memory"
+    metrics = result["figures"]
+    assert "memory plan: 123 of 80" in metrics["refused"][0]
+    assert metrics["fast"]["records_per_second"] == 8.0
+    assert metrics["fast"]["epoch_hours"] == pytest.approx(237_748 / 8 / 3600)
+    assert metrics["full, used over planned memory"] == pytest.approx(66 / 64)
+    assert metrics["reference"] == "out of memory"
     assert "weight_precision bf16 8 records/s" in result["summary"]
 
 
-def test_a_dry_run_that_contradicts_its_plan_is_a_failure(monkeypatch, tmp_path):
+def test_dry_run_that_contradicts_its_plan_fails(monkeypatch, tmp_path):
     def run(job, script, number):
         raise RuntimeError("TrainingError: the largest pack does not fit: CUDA out of memory")
 
-    monkeypatch.setattr(training, "run_in_a_process", run)
+    monkeypatch.setattr(training, "run_in_subprocess", run)
     monkeypatch.setattr(training.train_throughput, "prepare", lambda args, folder: None)
     Check("train-lora", tmp_path, "8b", "cuda").run(training.train_lora)
     result = read_result(tmp_path, "train-lora")

@@ -1,4 +1,4 @@
-"""The benchmark of training at its smallest size: the same work for every preset, and what it writes."""
+"""The training benchmark at small size: equal work of all presets, and the report."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ import torch
 from helpers import rounding_bound, terms_of
 
 from benchmarks import jobs
-from benchmarks.ablations import ABLATIONS, LIGER, ablations
-from benchmarks.flags import as_tokens, fast_flags
 from benchmarks.jobs import Result
-from benchmarks.own_records import COUNTS, write_own_records
+from benchmarks.presets.ablations import ABLATIONS, LIGER, ablations
+from benchmarks.presets.recipes import as_tokens, fast_flags
 from benchmarks.shapes import SHAPES, default_dtype, weightless_model
+from benchmarks.synthetic_records import COUNTS, write_synthetic_records
 from benchmarks.train_throughput import check_same_work, format_table, main
 from benchmarks.workload import Workload, prepare_workload, take_records
 from internvl_chat.data.sources.meta import load_meta
@@ -36,12 +36,12 @@ def test_help(capsys):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    return write_own_records(tmp_path_factory.mktemp("records"), context_tokens=0)
+    return write_synthetic_records(tmp_path_factory.mktemp("records"), context_tokens=0)
 
 
 @pytest.fixture
 def cpu(monkeypatch, tmp_path):
-    """Make /proc/cpuinfo one with these instructions."""
+    """Fake /proc/cpuinfo with the given instructions."""
 
     def pretend(*instructions: str) -> None:
         file = tmp_path / "cpuinfo"
@@ -61,7 +61,7 @@ def cpu(monkeypatch, tmp_path):
         ([], "cuda", "bfloat16"),
     ],
 )
-def test_dtype_by_the_instructions_of_the_cpu(cpu, instructions, device, dtype):
+def test_default_dtype(cpu, instructions, device, dtype):
     cpu(*instructions)
     assert default_dtype(device) == dtype
 
@@ -96,7 +96,7 @@ def test_presets_do_the_same_work(cpu, flags, dtype, records, tmp_path, capsys):
     losses = written["same_work"]["first_loss"]
     shape = SHAPES["smoke"]
     terms = terms_of(weightless_model(shape)) + shape.vocabulary
-    # In float32 nothing differs but the order of sums; a mean of losses is finer than a loss in bfloat16.
+    # In float32 only the order of sums differs; a mean of losses has more precision than a bfloat16 loss.
     tolerance = 1e-3 if dtype == "bfloat16" else rounding_bound(terms, torch.float32, 1)
     assert losses["fast"] == pytest.approx(losses["reference"], rel=tolerance)
     assert written["arguments"]["dtype"] == dtype
@@ -113,26 +113,26 @@ def test_presets_do_the_same_work(cpu, flags, dtype, records, tmp_path, capsys):
 def test_presets_that_do_different_work_are_an_error():
     one = Result(seconds=1, records=2, tokens=100, flops=1, peak_flops=None, peak_memory=1, first_loss=7.0)
     check_same_work({"reference": one, "fast": dataclasses.replace(one, first_loss=7.005)})
-    for change, message in (({"tokens": 101}, "of 101 tokens"), ({"first_loss": 7.1}, "the loss 7.1")):
+    for change, message in (({"tokens": 101}, "of 101 tokens"), ({"first_loss": 7.1}, "a first loss of 7.1")):
         with pytest.raises(RuntimeError, match=message):
             check_same_work({"reference": one, "fast": dataclasses.replace(one, **change)})
 
 
-def test_own_records_have_the_counts_of_the_real_ones(records, tmp_path):
+def test_synthetic_records_have_the_published_counts(records, tmp_path):
     workload = prepare_workload(tmp_path, SHAPES["mid"], records=240, max_dynamic_patch=1, meta=str(records))
     mean = sum(counts.tokens for counts in COUNTS.values()) / len(COUNTS)
     supervised = sum(counts.supervised for counts in COUNTS.values()) / len(COUNTS)
     tiles = sum(counts.tiles for counts in COUNTS.values()) / len(COUNTS)
-    found = workload.sizes
-    assert len(found) == 240
-    assert sum(size.tokens for size in found) / 240 == pytest.approx(mean, rel=0.05)
-    assert sum(size.supervised for size in found) / 240 == pytest.approx(supervised, rel=0.1)
-    assert sum(size.tiles for size in found) / 240 == pytest.approx(tiles, rel=0.05)
+    sizes = workload.sizes
+    assert len(sizes) == 240
+    assert sum(size.tokens for size in sizes) / 240 == pytest.approx(mean, rel=0.05)
+    assert sum(size.supervised for size in sizes) / 240 == pytest.approx(supervised, rel=0.1)
+    assert sum(size.tiles for size in sizes) / 240 == pytest.approx(tiles, rel=0.05)
     workload.save(tmp_path / "workload.json")
     assert Workload.load(tmp_path / "workload.json") == workload
 
 
-def test_any_stretch_of_records_has_the_mix_of_all(records):
+def test_any_slice_has_the_mix_of_all_datasets(records):
     taken = take_records(load_meta(records, data_root=Path.cwd()), 60)
     images = [len(record.get("image", [])) for record in taken]
     for start in range(0, 60, 12):
@@ -141,15 +141,15 @@ def test_any_stretch_of_records_has_the_mix_of_all(records):
     assert all(Path(name).is_absolute() for record in taken for name in record.get("image", []))
 
 
-# Liger is refused without a GPU.
-@pytest.mark.parametrize("lever", [name for name in ABLATIONS if name != LIGER])
-def test_what_pulls_a_lever_is_known_to_the_trainer(lever, tmp_path):
+# Liger is rejected without a GPU.
+@pytest.mark.parametrize("ablation", [name for name in ABLATIONS if name != LIGER])
+def test_flags_of_ablations_are_valid(ablation, tmp_path):
     needed = {"model_name_or_path": "m", "meta_path": "m.json", "output_dir": str(tmp_path), "use_cpu": True}
-    parse_arguments(as_tokens(needed | ABLATIONS[lever].flags))
+    parse_arguments(as_tokens(needed | ABLATIONS[ablation].flags))
 
 
-def test_a_variant_that_fails_is_left_out_and_told(monkeypatch, capsys, tmp_path):
-    """The others are shown all the same, and the exit code says so; a preset that fails ends it all."""
+def test_failing_ablation_is_reported_and_skipped(monkeypatch, capsys, tmp_path):
+    """Ablations that fail are skipped with exit code 1; a failing preset ends the run."""
     result = Result(
         seconds=1.0, records=2, tokens=9, flops=1.0, peak_flops=None, peak_memory=1, first_loss=3.0
     )
@@ -157,27 +157,27 @@ def test_a_variant_that_fails_is_left_out_and_told(monkeypatch, capsys, tmp_path
 
     def run(job, script, number):
         if job.label == broken:
-            raise RuntimeError(f"{job.label} ended with exit code 1")
+            raise RuntimeError(f"{job.label} failed with exit code 1")
         return result
 
-    monkeypatch.setattr(jobs, "run_in_a_process", run)
+    monkeypatch.setattr(jobs, "run_in_subprocess", run)
     out = tmp_path / "rows.json"
     options = ["--model", "smoke", "--presets", "fast", "--device", "cpu", "--steps", "1", "--warmup", "0"]
     assert main([*options, "--ablate", "--repeats", "2", "--json", str(out)]) == 1
-    assert capsys.readouterr().err.count(f"{broken} ended") == 1
+    assert capsys.readouterr().err.count(f"{broken} failed") == 1
     shown = [row["preset"] for row in json.loads(out.read_text())["rows"]]
     assert broken not in shown and len(shown) == len(ablations("lora", "cpu", default_dtype("cpu")))
 
     broken = "fast"
     assert main([*options, "--json", str(out)]) == 1
-    assert "fast ended" in capsys.readouterr().err
+    assert "fast failed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("recipe", ["lora", "full"])
-def test_every_lever_off_does_the_same_work(recipe, dtype, tmp_path):
-    """`check_same_work` compares the first losses of all."""
+def test_ablations_do_the_same_work(recipe, dtype, tmp_path):
+    """`check_same_work` compares the first losses of all jobs."""
     out = tmp_path / "rows.json"
     options = ["--recipe", recipe, "--model", "smoke", "--presets", "fast", "--ablate", "--steps", "1"]
     options += ["--warmup", "0", "--device", "cpu", "--dtype", dtype]
@@ -186,14 +186,14 @@ def test_every_lever_off_does_the_same_work(recipe, dtype, tmp_path):
     assert found == ["fast", *(f"fast {name}" for name in ablations(recipe, "cpu", dtype))]
 
 
-def test_levers_of_bf16_are_none_in_float32():
+def test_float32_has_fewer_ablations():
     assert ablations("full", "cpu", "float32").keys() < ablations("full", "cpu", "bfloat16").keys()
-    for one in ablations("full", "cpu", "float32").values():
-        assert "weight_precision" not in one.flags
+    for ablation in ablations("full", "cpu", "float32").values():
+        assert "weight_precision" not in ablation.flags
     assert "weight_precision" not in fast_flags("cpu", bf16=False)
 
 
-def test_a_meta_file_that_is_missing_is_named(capsys):
+def test_missing_meta_file(capsys):
     assert main(["--model", "smoke", "--device", "cpu", "--meta", "nosuch.json"]) == 1
     assert "nosuch.json: no such meta file" in capsys.readouterr().err
 
@@ -203,20 +203,20 @@ def test_table_without_a_reference():
     assert format_table([row]).splitlines()[1].split()[-1] == "-"
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+def test_tokenizer_with_too_many_tokens(tmp_path):
     small = dataclasses.replace(SHAPES["smoke"], vocabulary=8)
     with pytest.raises(UsageError, match="tokens, but the model has 8"):
         prepare_workload(tmp_path, small, records=1, max_dynamic_patch=1)
 
 
-def test_a_gpu_that_is_missing_is_told_at_once(monkeypatch, capsys):
+def test_missing_gpu(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         main(["--device", "cuda"])
     assert "--device cuda: torch finds no GPU" in capsys.readouterr().err
 
 
-def test_unknown_preset_is_refused(capsys):
+def test_unknown_preset(capsys):
     with pytest.raises(SystemExit):
         main(["--presets", "fastest"])
     assert "fastest is unknown" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Parity: every kind of difference is found, and rounding is not taken for one."""
+"""Parity detects every kind of difference and tolerates rounding."""
 
 import json
 import shutil
@@ -26,10 +26,10 @@ from internvl_chat.convert.parity import (
     rounding_tolerances,
     synthetic_examples,
 )
-from internvl_chat.convert.parity_sides import OwnSide
+from internvl_chat.convert.parity_runners import OwnRunner
 from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.model.configuration import InternVLChatConfig
-from internvl_chat.model.tiny_shape import TinyShape
+from internvl_chat.model.tiny import TinyShape
 from internvl_chat.utils.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def run(*argv, capsys) -> tuple[int, list[dict]]:
     return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_two_formats_on_real_like_records(tiny_model, exported, sample_data, capsys) -> None:
+def test_two_formats_of_one_model(tiny_model, exported, sample_data, capsys) -> None:
     meta = sample_data / "held_out.json"
     code, rows = run(tiny_model, exported, "--meta", meta, "--limit", 1, capsys=capsys)
     *records, summary = rows
@@ -70,7 +70,7 @@ def test_two_formats_on_real_like_records(tiny_model, exported, sample_data, cap
     assert all(row["logits"] <= tolerance * row["largest_logit"] for row in records)
 
 
-def test_another_head_is_found(tiny_model, changed, capsys) -> None:
+def test_different_head_is_detected(tiny_model, changed, capsys) -> None:
     weights = load_file(changed / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] + 0.01
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
@@ -81,7 +81,7 @@ def test_another_head_is_found(tiny_model, changed, capsys) -> None:
     assert run(tiny_model, changed, *flags, capsys=capsys)[0] == 0
 
 
-def test_another_limit_of_tiles_is_found(tiny_model, changed, capsys) -> None:
+def test_different_tile_limit_is_detected(tiny_model, changed, capsys) -> None:
     edit(changed / "preprocessor_config.json", max_patches=2)
     code, rows = run(tiny_model, changed, capsys=capsys)
     assert code == 1
@@ -91,21 +91,21 @@ def test_another_limit_of_tiles_is_found(tiny_model, changed, capsys) -> None:
     assert changed_rows and all(row["pixels"] is None and row["logits"] is None for row in changed_rows)
 
 
-def test_other_pixel_statistics_are_found(tiny_model, changed, capsys) -> None:
+def test_different_pixel_statistics_are_detected(tiny_model, changed, capsys) -> None:
     edit(changed / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     code, rows = run(tiny_model, changed, capsys=capsys)
     assert code == 1 and any("pixels differ" in fault for fault in rows[-1]["faults"])
     assert rows[0]["dataset"] == "qa-puretext" and rows[0]["pixels"] == 0.0  # no image, no difference
 
 
-def test_another_system_text_is_found(tiny_model, changed, capsys) -> None:
+def test_different_system_text_is_detected(tiny_model, changed, capsys) -> None:
     file = changed / "chat_template.jinja"
     file.write_text(file.read_text().replace("InternVL", "Intern"))
     code, rows = run(tiny_model, changed, capsys=capsys)
     assert code == 1 and "token ids of 6 of 6 records differ" in rows[-1]["faults"][0]
 
 
-def test_the_table_names_what_differs(tiny_model, changed, capsys) -> None:
+def test_table_of_differences(tiny_model, changed, capsys) -> None:
     edit(changed / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     assert m3llm(["parity", str(tiny_model), str(changed), "--device", "cpu"]) == 1
     out = capsys.readouterr().out
@@ -125,8 +125,8 @@ def test_faults_by_hand() -> None:
     assert faults([replace(SAME, logits=2.2e-4)], allowed) == [
         "the logits differ by up to 0.00011 of the largest logit, more than 0.0001"
     ]
-    assert "logits are of another shape" in faults([replace(SAME, logits=None)], allowed)[0]
-    assert "pixels are of another shape" in faults([replace(SAME, pixels=None)], allowed)[0]
+    assert "logits have different shapes" in faults([replace(SAME, logits=None)], allowed)[0]
+    assert "pixels have different shapes" in faults([replace(SAME, pixels=None)], allowed)[0]
     half = [SAME, replace(SAME, same_answer=False)]
     assert faults(half, replace(allowed, same_answers=0.5)) == []
     assert "50% of the greedy answers" in faults(half, replace(allowed, same_answers=0.6))[0]
@@ -179,7 +179,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_real_errors_are_found(tiny_model, changed, error) -> None:
+def test_real_errors_are_detected(tiny_model, changed, error) -> None:
     """Each is at least ten times what rounding explains."""
     ERRORS[error](changed)
     allowed = rounding_tolerances(tiny_model, changed, torch.float32)
@@ -198,7 +198,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rounding_is_no_error(tiny_model, tmp_path, size) -> None:
+def test_rounding_is_tolerated(tiny_model, tmp_path, size) -> None:
     """Two sides that are each as far from double precision as ours pass, with large logits and with small."""
     model = make_model(SIZES[size])
     save_with_tokenizer(model, tiny_model, tmp_path / "model")
@@ -208,10 +208,10 @@ def test_rounding_is_no_error(tiny_model, tmp_path, size) -> None:
             change_weights(
                 tmp_path / "model", lambda weights: weights["language_model.lm_head.weight"].mul_(200)
             )
-        single, double = (OwnSide(tmp_path / "model", CPU, t, None) for t in (torch.float32, torch.float64))
+        single, double = (OwnRunner(tmp_path / "model", CPU, t, None) for t in (torch.float32, torch.float64))
         allowed = rounding_tolerances(tmp_path / "model", tmp_path / "model", torch.float32)
         for example in synthetic_examples(tmp_path / "model"):
-            a, b = (side.trace(example, 1).logits for side in (single, double))
+            a, b = (runner.run(example, 1).logits for runner in (single, double))
             largest.append(b.abs().max().item())
             assert 2 * (a - b).abs().max() <= allowed.logits * largest[-1]
     assert min(largest) < 10 and max(largest) > 200
@@ -254,8 +254,8 @@ def test_synthetic_records_are_of_every_kind(tiny_model) -> None:
 
 def test_synthetic_records_fit_the_checkpoint(tiny_model, tmp_path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    side = OwnSide(model, CPU, torch.float32, None)
-    lengths = sorted(len(side.trace(e, 1).input_ids) for e in synthetic_examples(model))
+    runner = OwnRunner(model, CPU, torch.float32, None)
+    lengths = sorted(len(runner.run(e, 1).input_ids) for e in synthetic_examples(model))
     edit(model / "preprocessing.json", max_seq_length=lengths[2])
     assert len(synthetic_examples(model)) == 3
     edit(model / "preprocessing.json", max_seq_length=3)
@@ -283,7 +283,7 @@ def test_tolerances_of_a_merge(tiny_model, tmp_path) -> None:
             check_same(adapter, base, device=CPU)
 
 
-def test_bfloat16_is_taken_where_memory_is_short(tiny_model, monkeypatch) -> None:
+def test_bfloat16_if_memory_is_short(tiny_model, monkeypatch) -> None:
     import psutil
 
     assert comparison_dtype((tiny_model, tiny_model), CPU, (None, None)) == torch.float32
@@ -307,7 +307,7 @@ PARTS_ONLY = """\
 """
 
 
-def test_a_template_that_takes_images_only_as_parts(exported, changed, capsys) -> None:
+def test_template_that_requires_image_parts(exported, changed, capsys) -> None:
     """As of models that transformers' own script has converted; without our system text the tokens differ."""
     (changed / "chat_template.jinja").write_text(PARTS_ONLY)
     code, rows = run(exported, changed, capsys=capsys)

@@ -1,4 +1,4 @@
-"""Data sets on disk: which records an epoch has, what they become, and that every fault is found by name."""
+"""Datasets on disk: records of an epoch, loaded samples, and errors that name the record."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from internvl_chat.data.dataset import SampleIndex, TrainingData, build_sets
-from internvl_chat.data.encode.encoder import Measured, RecordEncoder
+from internvl_chat.data.encode.encoder import RecordEncoder, RecordLengths
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.index.cache import Lengths
@@ -47,7 +47,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def make(tmp_path, encoder):
-    """Write records (objects, or lines as they are) and open them as a set, with images beside them."""
+    """Write records (objects, or lines as they are) and open them as a dataset with images."""
 
     def make(records, name="qa", **options) -> RecordSet:
         lines = [line if isinstance(line, str) else json.dumps(line) for line in records]
@@ -70,11 +70,11 @@ class TestRecordsOfAnEpoch:
         records = make([text_record(i) for i in range(10)], repeat_time=repeat)
         assert (len(records), records.num_used) == (10, used)
 
-    def test_a_fraction_takes_the_first(self, make):
+    def test_fraction_uses_the_first_records(self, make):
         data = TrainingData([make([text_record(i) for i in range(10)], repeat_time=0.3)])
         assert [data[SampleIndex(i, 0)][0].id for i in range(len(data))] == ["r0", "r1", "r2"]
 
-    def test_a_whole_number_goes_round(self, make):
+    def test_whole_number_repeats_the_records(self, make):
         data = TrainingData([make([text_record(i) for i in range(2)], repeat_time=3)])
         assert [data[SampleIndex(i, 0)][0].id for i in range(len(data))] == ["r0", "r1"] * 3
 
@@ -99,15 +99,15 @@ class TestRecordsOfAnEpoch:
             data.locate(len(data))
 
     @pytest.mark.parametrize("sets", [0, 1, 2])
-    def test_no_record_is_left(self, make, sets):
+    def test_no_records_left(self, make, sets):
         few = [make([text_record(0)], name=f"n{i}", repeat_time=0.5) for i in range(sets)]
-        with pytest.raises(DataError, match="no records are left"):
+        with pytest.raises(DataError, match="no records left"):
             TrainingData(few)
 
     @pytest.mark.parametrize("counts", [True, False])
-    def test_whether_it_counts_is_handed_on(self, make, counts):
-        sample, handed_on = TrainingData([make([text_record(0)])])[SampleIndex(0, 0, counts)]
-        assert (sample.id, handed_on) == ("r0", counts)
+    def test_counts_is_passed_through(self, make, counts):
+        sample, passed_on = TrainingData([make([text_record(0)])])[SampleIndex(0, 0, counts)]
+        assert (sample.id, passed_on) == ("r0", counts)
 
 
 class TestSamples:
@@ -134,7 +134,7 @@ class TestSamples:
         for tile, image in zip(sample.tiles[[2, 5]], thumbnails, strict=True):
             assert np.array_equal(tile, image.resize((TILE, TILE)))
 
-    def test_encode_plans_what_load_makes(self, make):
+    def test_encode_and_load_agree(self, make):
         records = make([text_record(0, image="wide.png"), text_record(1)])
         for index in range(2):
             record, encoded = records.encode(index)
@@ -145,17 +145,17 @@ class TestSamples:
             assert sum(grid.tiles for grid in encoded.grids) == len(sample.tiles)
 
     @pytest.mark.parametrize(("own", "tiles"), [(None, 5), (1, 1), (2, 3), (3, 4), (6, 5), (12, 5)])
-    def test_the_entrys_own_tile_limit_wins(self, make, own, tiles):
-        """40 x 10 pixels are four tiles and a thumbnail if they may."""
+    def test_tile_limit_of_the_entry_takes_precedence(self, make, own, tiles):
+        """40 x 10 pixels are four tiles and a thumbnail without a limit."""
         records = make([text_record(0, image="wide.png")], max_dynamic_patch=own)
         assert len(records.load(0).tiles) == tiles
 
-    def test_a_limit_above_the_command_lines(self, make, tmp_path):
+    def test_limit_above_that_of_the_run(self, make, tmp_path):
         noise(80, 10).save(tmp_path / "images" / "wider.png")
         records = make([text_record(0, image="wider.png")], max_dynamic_patch=8)
         assert len(records.load(0).tiles) == 9
 
-    def test_each_set_has_its_own_limit(self, make, tmp_path, encoder):
+    def test_each_dataset_has_its_own_limit(self, make, tmp_path, encoder):
         specs = [
             make([text_record(0, image="wide.png")], name=f"n{limit}", max_dynamic_patch=limit).spec
             for limit in (1, 2, None)
@@ -175,7 +175,7 @@ class TestAugmentation:
     def tiles(self, data: TrainingData, index: int = 0, epoch: int = 0) -> torch.Tensor:
         return data[SampleIndex(index, epoch)][0].tiles
 
-    def test_the_same_in_any_process_and_order(self, data):
+    def test_independent_of_process_and_order(self, data):
         first, second = data(), data()
         forwards = [self.tiles(first, i) for i in range(4)]
         random.seed(5)
@@ -183,31 +183,31 @@ class TestAugmentation:
         backwards = [self.tiles(second, i) for i in (3, 2, 1, 0)][::-1]
         assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
 
-    def test_another_seed_epoch_or_use(self, data):
+    def test_varies_with_seed_epoch_and_repetition(self, data):
         # Indices 0 and 2 are the same record, and all four show the same image.
         variants = [self.tiles(data(), i) for i in range(4)]
         variants += [self.tiles(data(), 0, epoch=1), self.tiles(data(seed=1), 0)]
         assert len({tiles.numpy().tobytes() for tiles in variants}) == len(variants)
 
-    def test_whether_it_counts_makes_no_difference(self, data):
+    def test_independent_of_counts(self, data):
         assert torch.equal(
             data()[SampleIndex(1, 2, False)][0].tiles, data()[SampleIndex(1, 2, True)][0].tiles
         )
 
-    def test_only_where_the_entry_asks_for_it(self, data):
+    def test_only_if_enabled_in_the_entry(self, data):
         plain = data(augment=False)
         reference = noise(40, 10).resize((4 * TILE, TILE))
-        for draw in (SampleIndex(0, 0), SampleIndex(0, 1), SampleIndex(3, 0)):
-            tiles = plain[draw][0].tiles.numpy()
+        for sample_index in (SampleIndex(0, 0), SampleIndex(0, 1), SampleIndex(3, 0)):
+            tiles = plain[sample_index][0].tiles.numpy()
             assert np.array_equal(np.concatenate(tiles[:4], axis=1), reference)
 
-    def test_never_outside_training(self, make):
+    def test_disabled_outside_training(self, make):
         records = make([text_record(0, image="wide.png")], data_augment=True)
         assert np.array_equal(records.load(0).tiles[4], noise(40, 10).resize((TILE, TILE)))
 
 
 class TestFaults:
-    """The faulty record is the third, on line 4, behind a blank line."""
+    """The faulty record is the third, on line 4 after a blank line."""
 
     def fail(self, make, faulty, load="load") -> DataError:
         records = make([text_record(0), "", text_record(1), faulty])
@@ -233,12 +233,12 @@ class TestFaults:
         assert error.record == "r2"
         assert f"the image {tmp_path / 'images' / 'page.jpg'} cannot be read" in error.message
 
-    def test_a_folder_for_an_image(self, make, tmp_path):
+    def test_folder_instead_of_an_image(self, make, tmp_path):
         (tmp_path / "images" / "sub").mkdir()
         assert "cannot be read" in self.fail(make, text_record(2, image="sub")).message
 
     @pytest.mark.parametrize("kind", ["png", "jpg"])
-    def test_half_an_image(self, make, tmp_path, kind):
+    def test_truncated_image(self, make, tmp_path, kind):
         file = tmp_path / "images" / f"half.{kind}"
         noise(60, 60).save(file)
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -246,7 +246,7 @@ class TestFaults:
         assert error.record == "r2"
         assert f"the image {file} cannot be decoded: " in error.message
 
-    def test_the_second_image(self, make, tmp_path):
+    def test_second_image_is_missing(self, make, tmp_path):
         record = text_record(2, image=["wide.png", "nowhere.png"])
         record["conversations"][0]["value"] = "<image><image>"
         assert str(tmp_path / "images" / "nowhere.png") in self.fail(make, record).message
@@ -257,7 +257,7 @@ class TestFaults:
         assert (error.record, "no conversation" in error.message) == ("r2", True)
 
     @pytest.mark.parametrize("line", ["{broken", "[1]"])
-    def test_no_record_at_all(self, make, line):
+    def test_not_a_record(self, make, line):
         assert self.fail(make, line).record is None
 
     @pytest.mark.parametrize("load", ["load", "encode", "measure"])
@@ -268,7 +268,7 @@ class TestFaults:
         assert error.record == "r2"
         assert "more than max_seq_length 400" in error.message
 
-    def test_crosses_processes_whole(self, make):
+    def test_error_can_be_pickled(self, make):
         error = self.fail(make, text_record(2, image="nowhere.png"))
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), str(copy)) == (DataError, str(error))
@@ -280,13 +280,13 @@ class TestFaults:
 
 
 class TestLength:
-    def test_that_differs_is_warned_about(self, make, caplog):
+    def test_warning_if_it_differs(self, make, caplog):
         records = make([text_record(0), text_record(1)], length=3)
-        assert caplog.messages == [f"data set qa: 'length' is 3, but {records.spec.annotation} has 2 records"]
+        assert caplog.messages == [f"dataset qa: 'length' is 3, but {records.spec.annotation} has 2 records"]
         assert len(records) == 2
 
     @pytest.mark.parametrize("length", [2, None])
-    def test_that_is_right_or_not_given(self, make, caplog, length):
+    def test_no_warning_if_correct_or_absent(self, make, caplog, length):
         make([text_record(0), "", text_record(1)], length=length)
         assert caplog.messages == []
 
@@ -294,7 +294,7 @@ class TestLength:
 class TestLengths:
     @pytest.fixture
     def sets(self, make) -> list[RecordSet]:
-        """Two texts twice, the first two of three with an image, and an image at another limit."""
+        """Two texts twice, two of three records, an unused dataset, and one with its own tile limit."""
         wide, tall = (text_record(0, image=f"{name}.png") for name in ("wide", "tall"))
         return [
             make([text_record(0), text_record(1, more="text")], name="text", repeat_time=2),
@@ -305,38 +305,38 @@ class TestLengths:
 
     def lengths(self, sets: list[RecordSet]) -> list[Lengths]:
         tables = [np.array([s.measure(i) for i in range(s.num_distinct)], np.int32) for s in sets]
-        return [Lengths(*table.reshape(-1, len(Measured._fields)).T) for table in tables]
+        return [Lengths(*table.reshape(-1, len(RecordLengths._fields)).T) for table in tables]
 
-    def test_measure_is_what_load_makes(self, sets):
+    def test_measure_and_load_agree(self, sets):
         for records in sets:
             for index in range(len(records)):
-                assert records.measure(index) == records.load(index).encoded.measured
+                assert records.measure(index) == records.load(index).encoded.lengths
                 assert records.measure(index).tiles == len(records.load(index).tiles)
 
-    def test_records_of_an_epoch_once(self, sets):
+    def test_number_of_distinct_records(self, sets):
         assert [records.num_distinct for records in sets] == [2, 2, 0, 1]
 
-    def test_of_an_epoch_are_in_its_numbering(self, sets):
+    def test_lengths_of_an_epoch(self, sets):
         data = TrainingData(sets, lengths=self.lengths(sets))
         epoch = data.epoch_lengths()
         assert len(epoch) == len(data) == 7
         for i in range(len(data)):
-            assert epoch[i] == data[SampleIndex(i, 0)][0].encoded.measured
+            assert epoch[i] == data[SampleIndex(i, 0)][0].encoded.lengths
         assert epoch.tiles.tolist() == [0, 0, 0, 0, 5, 0, 3]
         assert {column.dtype for column in epoch.columns.values()} == {np.dtype(np.int32)}
 
-    def test_are_asked_for_but_not_given(self, sets):
-        with pytest.raises(ValueError, match="without the lengths"):
+    def test_epoch_lengths_without_lengths(self, sets):
+        with pytest.raises(ValueError, match="without lengths"):
             TrainingData(sets).epoch_lengths()
 
-    def test_of_other_sets(self, sets):
-        with pytest.raises(ValueError, match="not those of the sets"):
+    def test_lengths_of_other_datasets(self, sets):
+        with pytest.raises(ValueError, match="do not match the datasets"):
             TrainingData(sets, lengths=self.lengths(sets[:1]))
-        with pytest.raises(ValueError, match="not those of the sets"):
+        with pytest.raises(ValueError, match="do not match the datasets"):
             TrainingData(sets[1:2], lengths=self.lengths(sets[3:]))
 
     @pytest.mark.parametrize("file", [None, Path("cache/lengths.npz")])
-    def test_a_changed_image_is_an_error_by_name(self, sets, tmp_path, file):
+    def test_changed_image_is_an_error_that_names_the_record(self, sets, tmp_path, file):
         lengths = [replace(table, file=file) for table in self.lengths(sets)]
         before = lengths[1][0]
         noise(10, 10).save(tmp_path / "images" / "wide.png")
@@ -348,12 +348,12 @@ class TestLengths:
             error
         )
         assert f"but {before.tokens} tokens ({before.supervised} supervised) and 5 tiles" in str(error)
-        assert str(error).endswith(f"delete {file} and start again" if file else "; start again")
+        assert str(error).endswith(f"delete {file} and restart" if file else "; restart")
         assert data[SampleIndex(5, 0)][0].id == "r7"
 
 
-def test_tiles_lost_to_the_token_budget_are_named(tmp_path, caplog, monkeypatch):
-    """A record that does not fit loses tiles, and says so with file, line and id."""
+def test_lost_tiles_are_logged(tmp_path, caplog, monkeypatch):
+    """The warning names file, line and id."""
     import logging
 
     from internvl_chat.data.encode.tokenizer_training import train_tokenizer
@@ -371,9 +371,9 @@ def test_tiles_lost_to_the_token_budget_are_named(tmp_path, caplog, monkeypatch)
         records = RecordSet(DatasetSpec("set", tmp_path, tmp_path / "set.jsonl"), encoder)
         caplog.clear()
         _, encoded = records.encode(0)
-        if encoded.num_tiles == encoded.tiles_wanted:
+        if not encoded.tiles_lost:
             assert not caplog.records
         else:
             assert "set.jsonl, line 1 (record 'wide')" in caplog.text
-            assert f"instead of {encoded.tiles_wanted}" in caplog.text
+            assert f"instead of {encoded.num_tiles + encoded.tiles_lost}" in caplog.text
         assert encoded.num_tiles == tiles

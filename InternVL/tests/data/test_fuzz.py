@@ -1,16 +1,16 @@
-"""Broken input by the thousand: the right result or the named error, soon, and in little memory."""
+"""Random corrupted input: correct results or errors that name the record, with little time and memory."""
 
 import json
 import random
 import resource
 
 import pytest
-from fuzzing import fuzz_images, fuzz_metas, fuzz_records, good_records, mutate_bytes, mutate_value
+from fuzzing import fuzz_images, fuzz_metas, fuzz_records, mutate_bytes, mutate_value, valid_record
 from small_sets import entry_of
 
 from internvl_chat.cli import main as m3llm
 
-MOST_MEMORY = 2e9
+MAX_MEMORY = 2e9
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -33,10 +33,10 @@ def test_metas(folder):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_command(folder, seed, capfd):
-    """Whatever is in the folder: an exit code and a message, never a traceback."""
+def test_command(folder, seed, capfd):
+    """Corrupted data gives an exit code and a message, never a traceback."""
     rng = random.Random(seed)
-    lines = [mutate_bytes(rng, json.dumps(mutate_value(rng, good_records(rng))).encode()) for _ in range(40)]
+    lines = [mutate_bytes(rng, json.dumps(mutate_value(rng, valid_record(rng))).encode()) for _ in range(40)]
     (folder / "qa.jsonl").write_bytes(b"\n".join(lines))
     (folder / "meta.json").write_text(json.dumps({"a": entry_of(folder)}))
     argv = ["data", "check", str(folder / "meta.json"), "--report", str(folder / "report"), "--check", "full"]
@@ -48,10 +48,10 @@ def test_the_command(folder, seed, capfd):
 
 
 @pytest.mark.slow
-def test_ten_thousand_and_more(folder):
+def test_ten_thousand_inputs(folder):
     total = 0
     for seed in range(1, 13):
         for fuzz, count in ((fuzz_records, 700), (fuzz_images, 250), (fuzz_metas, 120)):
             total += sum(fuzz(folder, seed, count).values())
     assert total > 10_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MOST_MEMORY
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MAX_MEMORY

@@ -1,10 +1,10 @@
-"""Lines, files and meta files that mean harm: each by the message that it gets, or the result."""
+"""Hostile lines, files and meta files, each with its error message or result."""
 
 import json
 import logging
 
 import pytest
-from fuzzing import soon
+from fuzzing import time_limit
 from small_sets import encoder, entry_of, image_record, text_record, write_set
 
 from internvl_chat.data.audit.checks import audit
@@ -21,18 +21,18 @@ def problem_of(folder, content: bytes) -> tuple[str, str]:
     first = json.dumps(text_record(0)).encode()
     file = folder / "a.jsonl"
     file.write_bytes(first + b"\n" + content + b"\n")
-    with soon():
+    with time_limit():
         found = audit([DatasetSpec("a", folder / "images", file)], encoder(), cache=folder / "cache")
     [problem] = found.problems
     assert (problem.line, found.sets[0].usable) == (2, 1)
     return problem.kind, problem.message
 
 
-def good(folder, content: bytes) -> list:
-    """Return the samples of a file's records, all of which can be used."""
+def samples_of(folder, content: bytes) -> list:
+    """Return the samples of a file of usable records."""
     file = folder / "a.jsonl"
     file.write_bytes(content)
-    with soon():
+    with time_limit():
         found = audit([DatasetSpec("a", folder / "images", file)], encoder(), cache=folder / "cache")
         assert found.problems == []
         return [found.opened[0].load(i) for i in range(found.sets[0].usable)]
@@ -46,48 +46,48 @@ class TestLines:
     def test_utf16(self, folder):
         assert problem_of(folder, json.dumps(text_record(1)).encode("utf-16-le"))[0] in ("json", "encoding")
 
-    def test_half_a_character(self, folder):
+    def test_lone_surrogate(self, folder):
         kind, message = problem_of(folder, json.dumps(text_record(1, answer="a\ud800")).encode())
-        assert (kind, message) == ("encoding", "message 2 is no valid Unicode text at character 2")
+        assert (kind, message) == ("encoding", "message 2 is not valid Unicode at character 2")
 
     def test_byte_order_mark_and_windows_lines(self, folder):
         plain = [json.dumps(text_record(i)).encode() for i in range(3)]
-        ours = good(folder, b"\xef\xbb\xbf" + b"\r\n".join(plain) + b"\r\n")
-        reference = good(folder, b"\n".join(plain))
+        ours = samples_of(folder, b"\xef\xbb\xbf" + b"\r\n".join(plain) + b"\r\n")
+        reference = samples_of(folder, b"\n".join(plain))
         assert [s.id for s in ours] == ["r0", "r1", "r2"]
         for a, b in zip(ours, reference, strict=True):
             assert a.encoded.input_ids.tolist() == b.encoded.input_ids.tolist()
 
-    def test_a_byte_order_mark_within(self, folder):
+    def test_byte_order_mark_within_the_file(self, folder):
         kind, message = problem_of(folder, b"\xef\xbb\xbf" + json.dumps(text_record(1)).encode())
         assert (kind, message.startswith("not valid JSON")) == ("json", True)
 
-    @pytest.mark.parametrize("place", ["before", "within", "between", "alone"])
-    def test_nul_bytes(self, folder, place):
+    @pytest.mark.parametrize("location", ["before", "within", "between", "alone"])
+    def test_nul_bytes(self, folder, location):
         line = json.dumps(text_record(1)).encode()
         damaged = {"before": b"\0" + line, "within": line.replace(b"a cat", b"a\0cat"),
-                   "between": line.replace(b": ", b":\0 "), "alone": bytes(20)}[place]  # fmt: skip
+                   "between": line.replace(b": ", b":\0 "), "alone": bytes(20)}[location]  # fmt: skip
         kind, message = problem_of(folder, damaged)
         assert (kind, message.startswith("not valid JSON")) == ("json", True)
 
-    def test_an_escaped_nul_is_text(self, folder):
-        [sample] = good(folder, json.dumps(text_record(1, answer="a\0cat")).encode())
+    def test_escaped_nul_is_text(self, folder):
+        [sample] = samples_of(folder, json.dumps(text_record(1, answer="a\0cat")).encode())
         assert "a\0cat" in encoder().tokenizer.decode(sample.encoded.input_ids)
 
-    def test_50_megabytes_of_something_ignored(self, folder):
+    def test_50_megabytes_of_an_ignored_key(self, folder):
         line = json.dumps(text_record(1, source="x" * 50_000_000)).encode()
-        [sample, other] = good(folder, line + b"\n" + json.dumps(text_record(2)).encode())
+        [sample, other] = samples_of(folder, line + b"\n" + json.dumps(text_record(2)).encode())
         assert [sample.id, other.id] == ["r1", "r2"]
 
     def test_50_megabytes_of_text(self, folder):
         kind, message = problem_of(folder, json.dumps(text_record(1, answer="cat " * 12_500_000)).encode())
         assert (kind, message) == ("too long", "50,000,011 characters cannot fit into max_seq_length 400")
 
-    def test_a_line_beyond_all_measure(self, folder, monkeypatch):
-        monkeypatch.setattr(jsonl, "_LONGEST_RECORD", 10_000)
+    def test_line_too_long(self, folder, monkeypatch):
+        monkeypatch.setattr(jsonl, "_MAX_RECORD_BYTES", 10_000)
         line = json.dumps(text_record(1, source="x" * 20_000)).encode()
         assert problem_of(folder, line) == (
-            "line too long", f"{len(line):,} bytes, more than the 10,000 of one record"
+            "line too long", f"{len(line):,} bytes, more than the limit of 10,000 per record"
         )  # fmt: skip
 
     def test_70_megabytes_are_not_read(self, folder, monkeypatch):
@@ -97,9 +97,9 @@ class TestLines:
         records = RecordSet(DatasetSpec("a", folder, folder / "sparse.jsonl"), encoder())
         monkeypatch.setattr("os.pread", lambda *_: pytest.fail("was read"))
         with pytest.raises(
-            DataError, match="70,000,000 bytes, more than the 67,108,864 of one record"
+            DataError, match="70,000,000 bytes, more than the limit of 67,108,864 per record"
         ) as caught:
-            records.examine(0)
+            records.check(0)
         assert caught.value.kind == "line too long"
 
     @pytest.mark.parametrize("unit", [b"[],", b"{},", b'[{"":[]}],'])
@@ -137,7 +137,7 @@ class TestLines:
     def test_a_file_of_empty_lines_takes_little_memory(self, folder):
         file = folder / "empty.jsonl"
         file.write_bytes(b"\n" * 30_000_000 + b'{"a": 1}\n')
-        with soon():
+        with time_limit():
             records = jsonl.RecordFile(file)
         assert (len(records), records.line(0)) == (1, 30_000_001)
 
@@ -146,8 +146,8 @@ class TestLines:
         kind, message = problem_of(folder, json.dumps(record).encode())
         assert (kind, message) == ("too long", "3,000 images cannot fit into max_seq_length 400")
 
-    def test_an_array_of_unheard_size(self, folder, monkeypatch):
-        monkeypatch.setattr(jsonl, "_LARGEST_ARRAY", 100)
+    def test_array_too_large(self, folder, monkeypatch):
+        monkeypatch.setattr(jsonl, "_MAX_ARRAY_BYTES", 100)
         (folder / "a.json").write_text(json.dumps([text_record(i) for i in range(9)]))
         with pytest.raises(DataError, match=r"too large for a JSON array; use \.jsonl"):
             jsonl.RecordFile(folder / "a.json")
@@ -165,16 +165,16 @@ class TestMetas:
         return read
 
     @pytest.mark.parametrize(("change", "message"), [
-        ({"max_dynamic_patch": 10**9}, "'max_dynamic_patch' must be at most 100, found 1000000000"),
-        ({"repeat_time": 10**12}, "'repeat_time' must be at most 1000, found 1000000000000"),
-        ({"repeat_time": 1e308}, "'repeat_time' must be at most 1000, found 1e+308"),
+        ({"max_dynamic_patch": 10**9}, "'max_dynamic_patch' must be a whole number from 1 to 100"),
+        ({"repeat_time": 10**12}, "a whole number up to 1000, found 1000000000000"),
+        ({"repeat_time": 1e308}, "a whole number up to 1000, found 1e+308"),
         ({"length": "9" * 4000}, "'length' must be a number of records, found '999"),
         ({"annotation": "x" * 5000}, "does not exist"),
         ({"annotation": "a\0b"}, "does not exist"),
         ({"root": "x" * 10**6, "annotation": 3}, "'annotation' must be a path, found 3"),
         ({"data_augment": "x" * 10**6}, "'data_augment' must be true or false"),
     ])  # fmt: skip
-    def test_what_no_machine_could_do(self, read, change, message):
+    def test_values_out_of_range(self, read, change, message):
         with pytest.raises(DataError) as caught:
             read(**change)
         assert message in str(caught.value)
@@ -188,13 +188,15 @@ class TestMetas:
     @pytest.mark.parametrize("name", ["x" * 10**6, "a\x1b[2J", "\ud800"])
     def test_names(self, folder, name):
         (folder / "meta.json").write_text(json.dumps({name: entry_of(folder)}))
-        with pytest.raises(DataError, match="give the data set a name of at most 200 letters") as caught:
+        with pytest.raises(
+            DataError, match="use a dataset name of at most 200 printable characters"
+        ) as caught:
             load_meta(folder / "meta.json", folder)
         assert len(str(caught.value)) < 1000
 
-    def test_an_unknown_key_of_any_size(self, read, caplog, monkeypatch):
+    def test_long_unknown_key(self, read, caplog, monkeypatch):
         monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
-        with soon():
+        with time_limit():
             assert len(read(**{"x" * 10**7: 1})) == 1
         assert len(caplog.text) < 1000
 
@@ -207,21 +209,21 @@ class TestMetas:
         entry = {"root": ".", "annotation": "qa.jsonl", "data_augment": False, "repeat_time": 1}
         write_set(folder, [text_record(0)])
         (folder / "meta.json").write_text(json.dumps({str(i): entry for i in range(20_000)}))
-        with soon():
+        with time_limit():
             assert len(load_meta(folder / "meta.json", folder)) == 20_000
 
-    def test_a_file_of_records(self, folder, monkeypatch):
-        monkeypatch.setattr("internvl_chat.data.sources.meta._LARGEST_FILE", 100)
+    def test_annotation_file_as_meta_file(self, folder, monkeypatch):
+        monkeypatch.setattr("internvl_chat.data.sources.meta._MAX_FILE_BYTES", 100)
         (folder / "meta.json").write_text("{" + " " * 200 + "}")
-        with pytest.raises(DataError, match="too large for a meta file; is it a file of records"):
+        with pytest.raises(DataError, match="too large for a meta file; is it an annotation file"):
             load_meta(folder / "meta.json", folder)
 
-    def test_tile_limits_elsewhere(self):
+    def test_tile_limit_of_preprocessing(self):
         with pytest.raises(ModelError, match="max_dynamic_patch 101 must be at most 100"):
             Preprocessing(max_dynamic_patch=101)
 
 
-def test_a_report_takes_whatever_names_there_are(folder):
+def test_report_with_hostile_names(folder):
     names = ["\ud800", "a\0", "<b>", "\x1b[2J", "x" * 5000, "中", "$x_{", "_"]
     lines = [json.dumps({"id": name, "conversations": []}).encode() for name in names]
     (folder / "a.jsonl").write_bytes(b"\n".join(lines))

@@ -1,4 +1,4 @@
-"""Benchmarks as their files are: what is asked, what is shown, what is right, and what is refused."""
+"""Readers of benchmark files: questions, images, references, and rejected input."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from internvl_chat.eval.benchmarks.omnimed import short_modality
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.utils.errors import DataError, UsageError
 
-# Published file -> the file of training records that shares its questions.
+# Task -> file of training records with the same questions.
 TRAINING = {
     "bboxVQA": "boundingboxVQA",
     "compoundVQA": "compound_image",
@@ -33,7 +33,7 @@ def published(request, shared):
     return open_benchmark("pmc-mi", shared / "pmc_mi" / request.param)
 
 
-def test_the_published_files(published, shared):
+def test_published_files(published, shared):
     assert published.tasks == tuple(FILES)
     assert Counter(item.task for item in published.items) == dict.fromkeys(FILES, 25)
     for item in published.items:
@@ -45,8 +45,8 @@ def test_the_published_files(published, shared):
     assert all(len(item.choices) == 4 for item in published.items if item.choices)
 
 
-def test_questions_are_asked_as_in_the_training_data(published, shared):
-    """The training records of the same questions, made by others, have the same messages and images."""
+def test_prompts_match_the_training_data(published, shared):
+    """Training records with the same questions have the same messages and images."""
     compared = 0
     for task, name in TRAINING.items():
         records = map(json.loads, (shared / f"pmc_mi/jsonl/{name}.jsonl").read_text().splitlines())
@@ -76,7 +76,7 @@ def write(folder: Path, records: list, name: str = "own_benchmark.json") -> Path
     return folder
 
 
-def test_a_folder_of_ones_own(folder):
+def test_custom_folder(folder):
     two = {"images": ["b.png", "a.png"], "image_indices": ["Fig-3", "Fig-1"]}
     write(folder, [item(), item(**two), item(question=OPTIONS, gt="b")])
     write_lines(folder / "more.jsonl", [{"question": "Only text?", "gt": "Yes"}])
@@ -96,7 +96,7 @@ def test_a_folder_of_ones_own(folder):
     assert [t.role for t in found["own", 0].messages(None)] == ["user"]
 
 
-def test_a_letter_alone_is_an_open_answer_where_no_options_are_listed(folder):
+def test_letter_without_options_is_an_open_answer(folder):
     write(folder, [item(question="Which blood group?", gt="A")])
     [found] = open_benchmark(str(folder), None).items
     assert not found.choices and found.reference == "A"
@@ -106,36 +106,36 @@ def test_a_letter_alone_is_an_open_answer_where_no_options_are_listed(folder):
     ("record", "message"),
     [
         ([], "must be a JSON object, found list"),
-        (item(gt=3), "text under 'gt'"),
-        (item(question=" "), "text under 'question'"),
+        (item(gt=3), "string under 'gt'"),
+        (item(question=" "), "string under 'question'"),
         (item(images=["none.png"]), "the image none.png is not in"),
         (item(images="a.png", image_indices=[]), "1 'images', but 0 'image_indices'"),
-        (item(images=[1]), "'images' must be a list of texts"),
-        (item(question="<image> what?"), "its images are shown before it"),
+        (item(images=[1]), "'images' must be a list of non-empty strings"),
+        (item(question="<image> what?"), "its images precede it"),
         (item(question="<IMG_CONTEXT>?"), "reserved token"),
-        (item(question=OPTIONS, gt="D"), "the right answer 'D' is none of the 3 options"),
+        (item(question=OPTIONS, gt="D"), "the correct answer 'D' is none of the 3 options"),
     ],
 )
-def test_an_item_that_cannot_be_used(folder, record, message):
+def test_invalid_item(folder, record, message):
     (folder / "own.json").write_text("[\n" + json.dumps(item()) + ",\n" + json.dumps(record) + "\n]")
     with pytest.raises(DataError) as error:
         open_benchmark(str(folder), None)
     assert message in str(error.value) and "own.json, line 3: " in str(error.value)
 
 
-def test_all_faults_are_named_at_once_but_not_without_end(folder):
+def test_all_problems_are_reported_up_to_a_limit(folder):
     write(folder, [item(gt="")] * 30)
     with pytest.raises(DataError, match=r"21 problems(.|\n)*and 10 more"):
         open_benchmark(str(folder), None)
 
 
-def test_an_incomplete_benchmark(folder):
+def test_incomplete_benchmark(folder):
     write(folder, [item()], FILES["bboxVQA"])
     with pytest.raises(DataError, match="incomplete: no puretextQA_benchmark"):
         open_benchmark("pmc-mi", folder)
 
 
-def test_a_selection(published):
+def test_selection(published):
     chosen = published.select(["puretext", "bboxVQA"], 2)
     assert [i.key for i in chosen.items] == [(t, i) for t in ("puretext", "bboxVQA") for i in range(2)]
 
@@ -146,10 +146,10 @@ def test_a_selection(published):
         ("pmcmi", None, "did you mean pmc-mi"),
         ("pmc-mi", None, "needs --data"),
         ("pmc-mi", "none", "no such file or folder"),
-        (".", ".", "leave out --data"),
+        (".", ".", "remove --data"),
     ],
 )
-def test_where_no_benchmark_is(tmp_path, monkeypatch, name, data, message):
+def test_unknown_or_missing_benchmark(tmp_path, monkeypatch, name, data, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         open_benchmark(name, data and Path(data))
@@ -233,7 +233,7 @@ def test_mmmu(tmp_path):
     assert first.text == "Fig-1: <image>\nFig-2: <image>\nWhat is Fig-1?\nA. a\nB. Fig-2"
     assert first.reference == "B" and first.figures[1].decode().size == (20, 30)
     assert second.text == "Fig-1: <image>\nHow many?" and second.accepted == ("two",)
-    assert second.correct(" Two ") and second.correct("2") and not second.correct("3")
+    assert second.is_correct(" Two ") and second.is_correct("2") and not second.is_correct("3")
     (tmp_path / SUBJECTS[0] / "validation-00000-of-00001.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a parquet file"):
         open_benchmark("mmmu-med", tmp_path)
@@ -242,14 +242,16 @@ def test_mmmu(tmp_path):
         open_benchmark("mmmu-med", tmp_path)
 
 
-def test_what_is_wrong_in_a_file_of_one_line_is_named_by_its_number(folder):
+def test_problems_in_a_single_line_file_have_object_numbers(folder):
     file = folder / "set.json"
     right, wrong = {"question": "What?", "answer": "This."}, {"question": "What?"}
     file.write_text(json.dumps([wrong, right, wrong]))
     with pytest.raises(DataError) as caught:
         open_benchmark("vqa", file)
     for number in (1, 3):
-        assert f"{file}, line 1: object {number} of the file: an item needs text" in str(caught.value)
+        assert f"{file}, line 1: object {number} of the file: an item needs a non-empty string" in str(
+            caught.value
+        )
     assert "object 2" not in str(caught.value)
 
 
@@ -286,7 +288,7 @@ def test_vqa(folder):
         open_benchmark("vqa", file)
 
 
-def test_an_image_that_is_damaged(tmp_path):
+def test_corrupt_image(tmp_path):
     (tmp_path / "a.png").write_bytes(b"nothing")
     for figure in (Figure("a", path=tmp_path / "a.png"), Figure("a", content=b"nothing")):
         with pytest.raises(DataError, match="cannot be read"):
@@ -307,28 +309,28 @@ def test_system_texts(folder, published):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("puretxt: a", "names no task of pmc-mi: puretxt; its tasks are puretext, multi-choice"),
+        ("puretxt: a", "not tasks of pmc-mi: puretxt; its tasks are puretext, multi-choice"),
         ("- a", "must map"),
         ("puretext: 3", "must map"),
         ("a: [", "cannot be read as YAML"),
         (None, "cannot be read as YAML"),
     ],
 )
-def test_system_texts_that_cannot_be_used(tmp_path, published, content, message):
+def test_invalid_system_texts(tmp_path, published, content, message):
     if content:
         (tmp_path / "prompts.yaml").write_text(content)
     with pytest.raises(DataError, match=message):
         system_texts(published, tmp_path / "prompts.yaml")
 
 
-def test_what_is_right():
+def test_correct_answers():
     choice = Item("t", 0, "?", "B", choices=("One", "Two"))
-    assert choice.correct("B.") and choice.correct("two") and not choice.correct("A or B")
-    assert Item("t", 0, "?", "Größe").correct(" größe\n") and not Item("t", 0, "?", "a").correct("a.")
+    assert choice.is_correct("B.") and choice.is_correct("two") and not choice.is_correct("A or B")
+    assert Item("t", 0, "?", "Größe").is_correct(" größe\n") and not Item("t", 0, "?", "a").is_correct("a.")
 
 
-def test_a_task_of_both_kinds_becomes_two(folder):
-    """Else open answers would have no figures but accuracy."""
+def test_mixed_task_is_split(folder):
+    """Otherwise open answers would have no metrics except accuracy."""
     rows = [
         {"question": "Which?", "answer": "A", "choices": ["One", "Two"]},
         {"question": "How many?", "answer": 3},
@@ -340,11 +342,13 @@ def test_a_task_of_both_kinds_becomes_two(folder):
     ]  # fmt: skip
 
 
-def test_a_damaged_image_names_its_item(folder):
-    (folder / "images/cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
-    file = write_lines(folder / "set.jsonl", [{"question": "?", "answer": "no", "image": "images/cut.jpg"}])
+def test_error_of_a_corrupt_image_names_its_item(folder):
+    (folder / "images/truncated.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    file = write_lines(
+        folder / "set.jsonl", [{"question": "?", "answer": "no", "image": "images/truncated.jpg"}]
+    )
     [item] = open_benchmark("vqa", file).items
     with pytest.raises(DataError) as caught:
         item.prompt(None)
     assert str(caught.value).startswith("set, item 0: ")
-    assert str(caught.value).count("cut.jpg") == 1
+    assert str(caught.value).count("truncated.jpg") == 1

@@ -1,4 +1,4 @@
-"""Exact match: which questions are asked, what counts as right, and the test against chance."""
+"""Exact match: prompts, correct answers, and the test against chance."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.records import Message
-from internvl_chat.eval.exact_match import Answer, answer_records, beats_chance
+from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.utils.errors import DataError
 
@@ -51,7 +51,7 @@ RECORDS = {
 
 
 class Recorder:
-    """In an engine's place: answers with what it is told, and notes what it was asked."""
+    """Fake engine that returns the given answers and records the prompts."""
 
     def __init__(self, answers: Sequence[str] = ()) -> None:
         self.answers, self.prompts, self.batches, self.limits = list(answers), [], [], set()
@@ -80,7 +80,7 @@ def sets(tmp_path: Path, encoder: RecordEncoder) -> list[RecordSet]:
     return [RecordSet(spec, encoder) for spec in specs]
 
 
-def test_the_last_question_of_each_record_is_asked(sets: list[RecordSet]) -> None:
+def test_last_question_of_each_record(sets: list[RecordSet]) -> None:
     engine = Recorder()
     answers = list(answer_records(engine, sets))
     assert [(a.dataset, a.index, a.id) for a in answers] == [
@@ -105,7 +105,7 @@ def test_the_last_question_of_each_record_is_asked(sets: list[RecordSet]) -> Non
     assert [a.choices for a in answers] == [("A", "B", "C")] * 5 + [()] * 2
 
 
-def test_predictions_go_to_their_records(sets: list[RecordSet]) -> None:
+def test_predictions_match_their_records(sets: list[RecordSet]) -> None:
     given = ["A", "A", " C\n", "a", "B.", "The scan", "That"]
     answers = list(answer_records(Recorder(given), sets, batch_size=3))
     assert [a.prediction for a in answers] == given
@@ -125,9 +125,7 @@ def test_batches_and_limits(
     assert engine.limits == {17}
 
 
-def test_a_real_engine_gives_the_same_answers_by_hand(
-    sets: list[RecordSet], encoder: RecordEncoder, tmp_path: Path
-) -> None:
+def test_real_engine(sets: list[RecordSet], encoder: RecordEncoder, tmp_path: Path) -> None:
     model = make_model(llm={"vocab_size": len(encoder.tokenizer)})
     model.image_context_id = encoder.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     engine = Engine(model, encoder.tokenizer, encoder.preprocessing)
@@ -141,7 +139,7 @@ def test_a_real_engine_gives_the_same_answers_by_hand(
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged"])
-def test_an_image_that_cannot_be_read_names_the_record(
+def test_error_of_an_unreadable_image_names_the_record(
     sets: list[RecordSet], tmp_path: Path, fault: str
 ) -> None:
     (tmp_path / "1.png").unlink()
@@ -152,7 +150,7 @@ def test_an_image_that_cannot_be_read_names_the_record(
 
 
 def answers_of(outcomes: Sequence[tuple[bool, int]]) -> list[Answer]:
-    """Answers that are right or wrong, to questions with that many choices."""
+    """Return answers for pairs of (correct, number of choices)."""
     letters = [chr(ord("A") + i) for i in range(10)]
     return [
         Answer("set", index, None, "A" if right else "B", "A", tuple(letters[:choices]))
@@ -163,8 +161,8 @@ def answers_of(outcomes: Sequence[tuple[bool, int]]) -> list[Answer]:
 @pytest.mark.parametrize(
     ("right", "questions", "choices"), [(9, 12, 4), (3, 12, 4), (0, 5, 2), (5, 5, 2), (1, 1, 3)]
 )
-def test_chance_with_equal_questions(right: int, questions: int, choices: int) -> None:
-    found = beats_chance(answers_of([(i < right, choices) for i in range(questions)]))
+def test_chance_with_equal_numbers_of_choices(right: int, questions: int, choices: int) -> None:
+    found = compare_with_chance(answers_of([(i < right, choices) for i in range(questions)]))
     assert (found.questions, found.correct) == (questions, right)
     assert found.chance == pytest.approx(1 / choices)
     # P(X >= right) by the binomial distribution's terms.
@@ -174,21 +172,21 @@ def test_chance_with_equal_questions(right: int, questions: int, choices: int) -
 
 def test_chance_by_hand() -> None:
     # Two of three right with two choices each: (3 + 1) / 8.
-    found = beats_chance(answers_of([(True, 2), (True, 2), (False, 2)]))
+    found = compare_with_chance(answers_of([(True, 2), (True, 2), (False, 2)]))
     assert found.p_value == pytest.approx(0.5)
 
 
-def test_chance_with_unequal_questions_is_on_the_safe_side() -> None:
+def test_chance_with_unequal_numbers_of_choices_is_conservative() -> None:
     outcomes = [(True, 2), (True, 4), (True, 5), (False, 2), (True, 10)]
-    found = beats_chance(answers_of(outcomes))
+    found = compare_with_chance(answers_of(outcomes))
     assert found.chance == pytest.approx((1 / 2 + 1 / 4 + 1 / 5 + 1 / 2 + 1 / 10) / 5)
     rng = np.random.default_rng(0)
     guesses = sum((rng.random(200_000) < 1 / choices).astype(int) for _, choices in outcomes)
     assert found.p_value > (guesses >= 4).mean()
 
 
-def test_open_questions_take_no_part() -> None:
+def test_open_questions_are_excluded() -> None:
     closed = answers_of([(True, 2), (False, 2)])
-    assert beats_chance([*closed, *answers_of([(True, 0)] * 5)]) == beats_chance(closed)
-    assert beats_chance(answers_of([(True, 0)])) is None
-    assert beats_chance([]) is None
+    assert compare_with_chance([*closed, *answers_of([(True, 0)] * 5)]) == compare_with_chance(closed)
+    assert compare_with_chance(answers_of([(True, 0)])) is None
+    assert compare_with_chance([]) is None

@@ -1,4 +1,4 @@
-"""The tasks for lmms-eval: what is asked, and that their metrics are those of `m3llm eval`."""
+"""lmms-eval tasks: prompts, and metrics equal to those of `m3llm eval`."""
 
 import fnmatch
 import json
@@ -23,18 +23,18 @@ from internvl_chat.utils.errors import UsageError
 FOLDER = Path(lmms_eval_tasks.__file__).parent
 TEMPLATE = FOLDER / "_default_template.yaml"
 OPTIONS = "Which one? The candidate options are: A. One\nB. Two\nC. Three"
-SAID = ["the left lobe of the lung", "nothing of the kind", ""]
-SAID_LETTERS = ["A.", "The answer is A", "I cannot say"]
+OPEN_ANSWERS = ["the left lobe of the lung", "nothing of the kind", ""]
+CHOICE_ANSWERS = ["A.", "The answer is A", "I cannot say"]
 
 
 class Loader(yaml.SafeLoader):
-    """Reads the tag of lmms-eval's files as lmms-eval does: `module.name` becomes what it names."""
+    """YAML loader that resolves `!function module.name` like lmms-eval."""
 
 
 def import_named(loader, node):
-    found = locate(loader.construct_scalar(node))
-    assert found is not None, f"{node.value} does not exist"
-    return found
+    function = locate(loader.construct_scalar(node))
+    assert function is not None, f"{node.value} does not exist"
+    return function
 
 
 Loader.add_constructor("!function", import_named)
@@ -47,7 +47,7 @@ def read(file: Path) -> dict:
 
 @pytest.fixture
 def configs() -> dict[str, dict]:
-    """The tasks' configurations by the name that the task has in `m3llm eval`."""
+    """Task configurations by the task name in `m3llm eval`."""
     read_all = [read(file) for file in sorted(FOLDER.glob("*.yaml")) if file != TEMPLATE]
     return {config["dataset_name"]: config for config in read_all if isinstance(config.get("task"), str)}
 
@@ -61,7 +61,7 @@ def encoders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def suite(encoders, monkeypatch):
-    """All metrics, with encoders that are random."""
+    """All metrics, with random encoders."""
     monkeypatch.setenv(functions.BERTSCORE_MODEL, encoders["bertscore_model"])
     monkeypatch.setenv(functions.STS_MODEL, encoders["sts_model"])
     functions._suite.cache_clear()
@@ -75,7 +75,7 @@ def record(reference: str, **values) -> dict:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """The six files, three questions in each, with two images but for the questions of text alone."""
+    """The six files, with three questions each and two images per question (none for text-only QA)."""
     (tmp_path / "images").mkdir()
     for name in ("a.png", "b.png"):
         noise(30, 20).save(tmp_path / "images" / name)
@@ -91,23 +91,23 @@ def data(tmp_path, monkeypatch) -> Path:
 
 
 def answers_to(task: str) -> list[str]:
-    return SAID_LETTERS if task == "multi-choice" else SAID
+    return CHOICE_ANSWERS if task == "multi-choice" else OPEN_ANSWERS
 
 
 def evaluate(config: dict, documents: list[dict], answers: list[str]) -> dict[str, float]:
-    """Results become figures in the way of lmms-eval."""
-    rows = [config["process_results"](doc, [said]) for doc, said in zip(documents, answers, strict=True)]
-    figures = {}
+    """Aggregate results like lmms-eval."""
+    rows = [config["process_results"](doc, [answer]) for doc, answer in zip(documents, answers, strict=True)]
+    metrics = {}
     for metric in config["metric_list"]:
         values = [row[metric["metric"]] for row in rows if metric["metric"] in row]
         if not values:
             continue
         mean = metric["aggregation"] == "mean"
-        figures[metric["metric"]] = sum(values) / len(values) if mean else metric["aggregation"](values)
-    return figures
+        metrics[metric["metric"]] = sum(values) / len(values) if mean else metric["aggregation"](values)
+    return metrics
 
 
-def test_there_is_a_task_for_each_file_and_a_group_of_them(configs):
+def test_task_for_each_file_and_their_group(configs):
     assert set(configs) == set(FILES)
     group = read(FOLDER / "pmc_mi_bench.yaml")
     assert group["task"] == [configs[task]["task"] for task in FILES]
@@ -119,7 +119,7 @@ def test_there_is_a_task_for_each_file_and_a_group_of_them(configs):
         assert names == expected
 
 
-def test_the_files_are_in_the_package():
+def test_task_files_are_packaged():
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["internvl_chat"]
     files = [f"eval/lmms_eval_tasks/{f.name}" for f in FOLDER.iterdir() if f.is_file() and f.suffix != ".py"]
@@ -129,7 +129,7 @@ def test_the_files_are_in_the_package():
         assert (FOLDER / name).read_text().strip()
 
 
-def test_what_is_asked(data):
+def test_prompts(data):
     benchmark = open_benchmark("pmc-mi", data)
     system = system_texts(benchmark)
     for task in FILES:
@@ -141,65 +141,65 @@ def test_what_is_asked(data):
             assert doc["reference"] == item.reference
             shown = functions.doc_to_visual(doc)
             assert [image.tobytes() for image in shown] == [f.decode().tobytes() for f in item.figures]
-            asked, said = functions.doc_to_messages(doc)
-            assert asked == {"role": "system", "content": [{"type": "text", "text": system[task]}]}
-            parts = [part.get("text", "<image>") for part in said["content"]]
-            assert said["role"] == "user" and "".join(parts) == item.text
-            *_, said_to_internvl = functions.doc_to_messages(doc, {"newline_after_image": True})
-            parts = [part.get("text", "<image>\n") for part in said_to_internvl["content"]]
+            system_message, user_message = functions.doc_to_messages(doc)
+            assert system_message == {"role": "system", "content": [{"type": "text", "text": system[task]}]}
+            parts = [part.get("text", "<image>") for part in user_message["content"]]
+            assert user_message["role"] == "user" and "".join(parts) == item.text
+            *_, internvl_message = functions.doc_to_messages(doc, {"newline_after_image": True})
+            parts = [part.get("text", "<image>\n") for part in internvl_message["content"]]
             assert "".join(parts) == item.text
-            urls = [part["url"] for part in said["content"] if part["type"] == "image"]
+            urls = [part["url"] for part in user_message["content"] if part["type"] == "image"]
             assert [image.tobytes() for image in urls] == [image.tobytes() for image in shown]
 
 
-def test_metrics_are_those_of_the_project(configs, data, suite):
+def test_metrics_equal_those_of_m3llm_eval(configs, data, suite):
     benchmark = open_benchmark("pmc-mi", data)
     answers = {item.key: answers_to(item.task)[item.index] for item in benchmark.items}
     expected = score(benchmark, answers, suite).tasks
     for task, config in configs.items():
-        figures = evaluate(config, functions.read_documents(task, data), answers_to(task))
-        assert figures == pytest.approx({k: v for k, v in expected[task].items() if k != "items"}, abs=1e-4)
-        assert len(figures) == len(config["metric_list"]) > 4
+        metrics = evaluate(config, functions.read_documents(task, data), answers_to(task))
+        assert metrics == pytest.approx({k: v for k, v in expected[task].items() if k != "items"}, abs=1e-4)
+        assert len(metrics) == len(config["metric_list"]) > 4
 
 
-def test_metrics_that_cannot_be_computed_are_left_out(configs, data, monkeypatch):
+def test_unavailable_metrics_are_skipped(configs, data, monkeypatch):
     monkeypatch.setattr(functions, "_suite", lambda: Suite(frozenset({"bleu", "overlap", "cider"})))
-    found = {}
+    metrics = {}
     for task in ("puretext", "multi-choice"):
-        found[task] = evaluate(configs[task], functions.read_documents(task, data), answers_to(task))
-    assert set(found["multi-choice"]) == {"accuracy", "unreadable"}
-    assert set(OPEN_METRICS) - set(found["puretext"]) == {"rouge1", "rouge2", "rougeL", "bertscore", "sts"}
+        metrics[task] = evaluate(configs[task], functions.read_documents(task, data), answers_to(task))
+    assert set(metrics["multi-choice"]) == {"accuracy", "unreadable"}
+    assert set(OPEN_METRICS) - set(metrics["puretext"]) == {"rouge1", "rouge2", "rougeL", "bertscore", "sts"}
 
 
-def test_a_folder_of_ones_own(configs, tmp_path, suite):
+def test_custom_folder(configs, tmp_path, suite):
     records = [record("B", question=OPTIONS), record("two"), record("A", question=OPTIONS)]
     (tmp_path / "organs_benchmark.json").write_text(json.dumps(records))
     documents = functions.read_documents("organs", tmp_path)
     assert [doc["system"] for doc in documents] == [None] * 3
     assert functions.doc_to_text(documents[1]) == "What is shown?"
     assert [message["role"] for message in functions.doc_to_messages(documents[1])] == ["user"]
-    # An open question among multiple choice counts word for word.
+    # Open questions in a multiple-choice task count by exact match.
     answers = ["b", "Two", "C"]
-    figures = evaluate(configs["multi-choice"], documents, answers)
+    metrics = evaluate(configs["multi-choice"], documents, answers)
     benchmark = open_benchmark(str(tmp_path), None)
-    expected = score(benchmark, {("organs", n): said for n, said in enumerate(answers)}, suite).tasks[
+    expected = score(benchmark, {("organs", n): answer for n, answer in enumerate(answers)}, suite).tasks[
         "organs"
     ]
-    assert figures == pytest.approx({k: v for k, v in expected.items() if k != "items"})
-    assert figures["accuracy"] == pytest.approx(200 / 3)
+    assert metrics == pytest.approx({k: v for k, v in expected.items() if k != "items"})
+    assert metrics["accuracy"] == pytest.approx(200 / 3)
 
 
 class Loaded(list):
-    """What lmms-eval has loaded before it asks for the documents."""
+    """Dataset that lmms-eval has loaded."""
 
     config_name = "bboxVQA"
     from_list = classmethod(lambda cls, rows: cls(rows))
 
 
-def test_the_folder_comes_from_the_environment(data, monkeypatch):
+def test_folder_from_the_environment(data, monkeypatch):
     documents = functions.process_docs(Loaded())
     assert isinstance(documents, Loaded) and documents == functions.read_documents("bboxVQA", data)
-    with pytest.raises(UsageError, match="no task organs, only compoundVQA, "):
+    with pytest.raises(UsageError, match="no task organs; the tasks are compoundVQA, "):
         functions.read_documents("organs", data)
     monkeypatch.setenv(functions.DATA, str(data / "none"))
     with pytest.raises(UsageError, match="no such file or folder"):
@@ -217,17 +217,17 @@ def test_lmms_eval_runs_the_tasks(kind, data, suite, tmp_path, monkeypatch):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    class Given(lmms):
-        """Gives the answers above."""
+    class FakeModel(lmms):
+        """Fake model that returns fixed answers."""
 
         is_simple = kind == "simple"
 
         def generate_until(self, requests):
-            asked = [self.task_dict[r.args[-2]][r.args[-1]][r.args[-3]] for r in requests]
-            for request, doc in zip(requests, asked, strict=True):
+            documents = [self.task_dict[r.args[-2]][r.args[-1]][r.args[-3]] for r in requests]
+            for request, doc in zip(requests, documents, strict=True):
                 ask = request.args[2 if self.is_simple else 1]
                 assert len(ask(doc)) == (len(doc["images"]) if self.is_simple else 2)
-            return [answers_to(doc["task"])[doc["index"]] for doc in asked]
+            return [answers_to(doc["task"])[doc["index"]] for doc in documents]
 
         def generate_until_multi_round(self, requests):
             raise NotImplementedError
@@ -237,11 +237,11 @@ def test_lmms_eval_runs_the_tasks(kind, data, suite, tmp_path, monkeypatch):
 
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
     assert manager.all_groups == ["pmc_mi_bench"] and len(manager.all_subtasks) == 6
-    found = simple_evaluate(Given(), tasks=["pmc_mi_bench"], task_manager=manager, bootstrap_iters=0)
+    found = simple_evaluate(FakeModel(), tasks=["pmc_mi_bench"], task_manager=manager, bootstrap_iters=0)
     benchmark = open_benchmark("pmc-mi", data)
     answers = {item.key: answers_to(item.task)[item.index] for item in benchmark.items}
     for task, expected in score(benchmark, answers, suite).tasks.items():
-        [figures] = [found["results"][name] for name, config in found["configs"].items()
+        [metrics] = [found["results"][name] for name, config in found["configs"].items()
                      if config["dataset_name"] == task]  # fmt: skip
-        got = {name: float(figures[f"{name},none"]) for name in expected if name != "items"}
+        got = {name: float(metrics[f"{name},none"]) for name in expected if name != "items"}
         assert got == pytest.approx({k: v for k, v in expected.items() if k != "items"}, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The loss of each record against a log-softmax over ids, labels and pixels made by hand."""
+"""Loss of each record, compared with an independent log-softmax over ids, labels and pixels."""
 
 import json
 from collections.abc import Sequence
@@ -85,23 +85,23 @@ def sets(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> list[RecordSet]:
     return found
 
 
-def loss_by_hand(
+def expected_loss(
     model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, record: dict, folder: Path
 ) -> tuple[float, int]:
-    """The mean of -log p over the words of the assistant and the end of each of its messages."""
+    """Return the mean of -log p over the assistant messages and their ends, and the number of tokens."""
     messages: Sequence[tuple[str, str]] = record["conversations"]
     if messages[0][0] != "system":
         messages = [("system", SYSTEM), *messages]
     image = f"<img>{'<IMG_CONTEXT>' * 4}</img>"
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    ids, learnt = [], []
+    ids, supervised = [], []
     for role, text in messages:
         head = tokenizer(f"<|im_start|>{roles[role]}\n").input_ids
         body = tokenizer(text.replace("<image>", image)).input_ids
         tail = tokenizer("<|im_end|>\n").input_ids
         assert len(tail) == 2
         ids += head + body + tail
-        learnt += [False] * len(head) + [role == "gpt"] * (len(body) + 1) + [False]
+        supervised += [False] * len(head) + [role == "gpt"] * (len(body) + 1) + [False]
     names = record.get("image", [])
     arrays = [
         np.asarray(Image.open(folder / n), np.float64) / 255
@@ -113,38 +113,38 @@ def loss_by_hand(
             input_ids=torch.tensor([ids]), pixel_values=torch.tensor(pixels, dtype=torch.float32)
         ).logits[0]
     exact = logits.double() - logits.double().exp().sum(dim=-1, keepdim=True).log()
-    found = [-exact[i - 1, ids[i]].item() for i in range(len(ids)) if learnt[i]]
-    return sum(found) / len(found), len(found)
+    losses = [-exact[i - 1, ids[i]].item() for i in range(len(ids)) if supervised[i]]
+    return sum(losses) / len(losses), len(losses)
 
 
 def test_every_record_in_order(
     model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, sets: list[RecordSet], tmp_path: Path
 ) -> None:
     found = list(losses(model, sets, "imagenet"))
-    places = [(name, index) for name, records in RECORDS.items() for index in range(len(records))]
-    assert [(row.dataset, row.index) for row in found] == places
+    keys = [(name, index) for name, records in RECORDS.items() for index in range(len(records))]
+    assert [(row.dataset, row.index) for row in found] == keys
     assert [row.id for row in found] == ["t0", None, "7", "8", "9"]
     for row in found:
-        loss, supervised = loss_by_hand(model, tokenizer, RECORDS[row.dataset][row.index], tmp_path)
+        loss, supervised = expected_loss(model, tokenizer, RECORDS[row.dataset][row.index], tmp_path)
         assert row.num_supervised == supervised
         assert row.loss == pytest.approx(loss, abs=rounding_bound(terms_of(model), torch.float32, loss)), row
     assert len({round(row.loss, 3) for row in found}) == len(found)
 
 
-def test_a_limit_counts_within_each_set(model: InternVLChatModel, sets: list[RecordSet]) -> None:
+def test_limit_applies_to_each_dataset(model: InternVLChatModel, sets: list[RecordSet]) -> None:
     everything = list(losses(model, sets, "imagenet"))
     for limit in (1, 2, 10):
         found = list(losses(model, sets, "imagenet", limit=limit))
         assert found == [row for row in everything if row.index < limit]
 
 
-def test_the_pixel_statistics_are_those_asked_for(model: InternVLChatModel, sets: list[RecordSet]) -> None:
+def test_pixel_statistics(model: InternVLChatModel, sets: list[RecordSet]) -> None:
     by_name = {name: list(losses(model, sets, name)) for name in ("imagenet", "siglip")}
     for one, other in zip(*by_name.values(), strict=True):
         assert (one.loss == other.loss) == (one.dataset == "text")
 
 
-def test_the_model_is_judged_in_evaluation_mode_and_keeps_no_graph(
+def test_model_is_in_evaluation_mode_without_gradients(
     tokenizer: PreTrainedTokenizerBase, sets: list[RecordSet]
 ) -> None:
     model = make_model(llm={"vocab_size": len(tokenizer), "attention_dropout": 0.5}, vision={"dropout": 0.5})
@@ -155,7 +155,7 @@ def test_the_model_is_judged_in_evaluation_mode_and_keeps_no_graph(
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_a_record_that_cannot_be_used_is_named(
+def test_error_names_the_unusable_record(
     model: InternVLChatModel, sets: list[RecordSet], tmp_path: Path
 ) -> None:
     (tmp_path / "1.png").unlink()

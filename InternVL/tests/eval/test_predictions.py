@@ -1,4 +1,4 @@
-"""Answers on disk: what is kept, what is refused, and how the parts of several processes come together."""
+"""Predictions on disk: format, resume, rejected input, and merging of ranks."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.eval.predictions import (
     PredictionLog,
-    bring_together,
     checkpoint_digest,
     items_digest,
+    merge_predictions,
     read_answers,
 )
 from internvl_chat.utils.errors import DataError, UsageError
@@ -24,7 +24,7 @@ def rows(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_every_answer_is_a_line_with_its_question(tmp_path):
+def test_each_answer_is_a_line_with_its_question(tmp_path):
     with PredictionLog(tmp_path / "out", SETTINGS) as log:
         for item, answer in zip(ITEMS[:1], ["größer\nals"], strict=True):
             log.append(item, answer)
@@ -42,7 +42,7 @@ def test_every_answer_is_a_line_with_its_question(tmp_path):
     assert second["images"] == ["a.png"] and second["reference"] == "B"
 
 
-def test_it_goes_on_without_a_line_that_was_not_finished(tmp_path):
+def test_resume_drops_an_incomplete_line(tmp_path):
     with PredictionLog(tmp_path, SETTINGS) as log:
         for item, answer in zip(ITEMS[:2], ["a", "b"], strict=True):
             log.append(item, answer)
@@ -55,7 +55,7 @@ def test_it_goes_on_without_a_line_that_was_not_finished(tmp_path):
     assert [row["prediction"] for row in rows(file)] == ["a", "b", "c"]
 
 
-def test_parts_come_together_in_order_whoever_made_them(tmp_path):
+def test_merge_of_ranks_in_benchmark_order(tmp_path):
     with PredictionLog(tmp_path, SETTINGS, 0) as first, PredictionLog(tmp_path, SETTINGS, 1) as second:
         for item, answer in zip(ITEMS[2:3], ["c"], strict=True):
             first.append(item, answer)
@@ -65,30 +65,30 @@ def test_parts_come_together_in_order_whoever_made_them(tmp_path):
         assert len(log.done) == 3
         for item, answer in zip([ITEMS[0]], ["a"], strict=True):
             log.append(item, answer)
-    answers = bring_together(tmp_path, ITEMS)
+    answers = merge_predictions(tmp_path, ITEMS)
     assert [row["prediction"] for row in rows(tmp_path / "predictions.jsonl")] == ["a", "b", "c", "e"]
     assert answers == {ITEMS[i].key: p for i, p in ((0, "a"), (1, "b"), (2, "c"), (4, "e"))}
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["evaluation.json", "predictions.jsonl"]
-    assert bring_together(tmp_path, ITEMS) == answers
+    assert merge_predictions(tmp_path, ITEMS) == answers
 
 
-def test_answers_of_another_evaluation_are_not_continued(tmp_path):
+def test_settings_of_another_evaluation_are_rejected(tmp_path):
     with PredictionLog(tmp_path, SETTINGS):
         pass
     with pytest.raises(UsageError) as error:
         PredictionLog(tmp_path, {**SETTINGS, "checkpoint": "other", "base": None})
-    assert "checkpoint was 'm', and is 'other'" in str(error.value) and "tokens" not in str(error.value)
+    assert "checkpoint was 'm', now 'other'" in str(error.value) and "tokens" not in str(error.value)
     with PredictionLog(tmp_path, {**SETTINGS, "model": "/moved"}) as log:
         assert not log.done
 
 
-def test_answers_that_nobody_knows_of_what(tmp_path):
+def test_predictions_without_settings_are_rejected(tmp_path):
     (tmp_path / "predictions.jsonl").write_text("")
     with pytest.raises(UsageError, match=r"no evaluation\.json"):
         PredictionLog(tmp_path, SETTINGS)
 
 
-def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
+def test_folder_is_locked(tmp_path):
     with PredictionLog(tmp_path, SETTINGS), pytest.raises(UsageError, match="another evaluation is writing"):
         PredictionLog(tmp_path, SETTINGS)
 
@@ -103,7 +103,7 @@ def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
         '{"task": "one", "index": true, "prediction": ""}',
     ],
 )
-def test_a_line_that_is_none_of_ours(tmp_path, line):
+def test_invalid_line(tmp_path, line):
     with PredictionLog(tmp_path, SETTINGS) as log:
         for item, answer in zip(ITEMS[:1], ["a"], strict=True):
             log.append(item, answer)
@@ -113,7 +113,7 @@ def test_a_line_that_is_none_of_ours(tmp_path, line):
         PredictionLog(tmp_path, SETTINGS)
 
 
-def test_answers_made_elsewhere(tmp_path):
+def test_external_answers(tmp_path):
     file = tmp_path / "answers.jsonl"
     lines = [
         {"task": i.task, "index": i.index, "prediction": f"p{n}", "more": 1} for n, i in enumerate(ITEMS)
@@ -122,7 +122,7 @@ def test_answers_made_elsewhere(tmp_path):
     assert read_answers(file, ITEMS, ITEMS) == {item.key: f"p{n}" for n, item in enumerate(ITEMS)}
 
 
-def test_answers_made_elsewhere_to_more_than_is_scored(tmp_path):
+def test_external_answers_to_more_items(tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text(
         "\n".join(json.dumps({"task": i.task, "index": i.index, "prediction": "p"}) for i in ITEMS)
@@ -130,7 +130,7 @@ def test_answers_made_elsewhere_to_more_than_is_scored(tmp_path):
     assert read_answers(file, ITEMS[:2], ITEMS).keys() >= {item.key for item in ITEMS[:2]}
 
 
-def test_answers_made_elsewhere_that_do_not_fit(tmp_path):
+def test_invalid_external_answers(tmp_path):
     file = tmp_path / "answers.jsonl"
     lines = [("one", 0), ("one", 0), ("one", 7), ("three", 0), ("two", 1)]
     rows = [json.dumps({"task": task, "index": index, "prediction": ""}) for task, index in lines]
@@ -139,8 +139,8 @@ def test_answers_made_elsewhere_that_do_not_fit(tmp_path):
         read_answers(file, ITEMS, ITEMS)
     for message in (
         "line 2: one 0 is answered twice",
-        "line 3: one 7 is no item",
-        "line 4: three 0 is no item",
+        "line 3: one 7 is not an item",
+        "line 4: three 0 is not an item",
         "line 6: must be",
         "one has no answer for index 1, 2",
         "two has no answer for index 0",
@@ -150,7 +150,7 @@ def test_answers_made_elsewhere_that_do_not_fit(tmp_path):
         read_answers(tmp_path / "none", ITEMS, ITEMS)
 
 
-def test_a_digest_changes_with_what_is_asked():
+def test_items_digest_depends_on_questions_and_prompts():
     system = {"one": "a", "two": None}
     digest = items_digest(ITEMS, system)
     assert items_digest(list(ITEMS), dict(system)) == digest
@@ -159,12 +159,12 @@ def test_a_digest_changes_with_what_is_asked():
     assert items_digest([Item("one", 0, "What 0?", "Other"), *ITEMS[1:]], system) != digest
 
 
-def test_a_digest_changes_with_the_checkpoint(tiny_model, tmp_path):
+def test_checkpoint_digest_depends_on_the_checkpoint(tiny_model, tmp_path):
     import shutil
 
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     digest = checkpoint_digest(tiny_model)
-    (copy / "metrics.json").write_text("{}")  # no part of the checkpoint
+    (copy / "metrics.json").write_text("{}")  # not part of the checkpoint
     assert checkpoint_digest(copy) == digest
     for name in ("model.safetensors", "preprocessing.json", "tokenizer.json", "config.json"):
         content = (copy / name).read_bytes()

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: figures, the paper's table, plots, and a page that is safe to open."""
+"""Report of an evaluation: metrics, tables, plots and HTML page."""
 
 import json
 from html.parser import HTMLParser
@@ -25,7 +25,7 @@ def tasks(value: float | None = 12.345) -> dict:
     return found
 
 
-def test_the_table_has_the_papers_layout_beside_its_rows():
+def test_table_has_the_layout_and_rows_of_the_paper():
     lines = markdown(tasks(), benchmark="pmc-mi", model="run|1").splitlines()
     assert "| multi-image VQA | InternVL3-8B | 3.8 | 22.5 | 55.7 | 71.4 |" in lines
     assert "| multi-image VQA | M3LLM-8B | 15.0 | 37.8 | 70.1 | 78.2 |" in lines
@@ -39,22 +39,22 @@ def test_the_table_has_the_papers_layout_beside_its_rows():
     assert "| task | model | accuracy | F1 | recall | precision |" in lines
 
 
-def test_what_was_not_computed_is_a_dash_in_the_table():
+def test_missing_metric_is_a_dash():
     text = markdown(tasks(None), benchmark="pmc-mi", model="run")
     assert "| text-only QA | **run** | - | - | - | - |" in text and "None" not in text
 
 
-def test_another_benchmark_has_no_published_rows():
+def test_other_benchmarks_have_no_published_rows():
     text = markdown({"CT": tasks()["multi-choice"]}, benchmark="omnimedvqa", model="run")
     assert "M3LLM-8B" not in text and "| CT | 50 | 3 | 12.3 | 12.3 | 12.3 | 12.3 |" in text
 
 
-def test_a_task_s_name_does_not_end_its_cell():
+def test_task_name_is_escaped():
     text = markdown({"C|T": tasks()["multi-choice"]}, benchmark="omnimedvqa", model="run")
     assert r"| C\|T | 50 | 3 | 12.3 |" in text
 
 
-def test_published_figures():
+def test_published_metrics():
     assert published("M3LLM-8B", "multi-choice", "recall") == 91.2
     assert published("M3LLM-8B", "puretext", "sts") == 86.4
     assert published("M3LLM-8B", "bboxVQA", "sts") is None
@@ -62,7 +62,7 @@ def test_published_figures():
     assert all(set(rows) <= set(TITLES) for rows in PUBLISHED.values())
 
 
-def test_the_radar_has_the_published_axes_that_were_computed():
+def test_radar_axes():
     assert len(radar_axes(tasks(), "pmc-mi")) == 16
     some = tasks()
     some["puretext"]["sts"] = None
@@ -74,7 +74,7 @@ def test_the_radar_has_the_published_axes_that_were_computed():
 
 
 class Page(HTMLParser):
-    """The tags, attributes and text of a page."""
+    """Tags, links and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def evaluated(tmp_path):
     return tmp_path / "out", benchmark, answers, scores
 
 
-def test_the_files(evaluated):
+def test_files(evaluated):
     folder, _, _, scores = evaluated
     assert sorted(f.name for f in folder.iterdir()) == [
         "bars.png",
@@ -119,7 +119,7 @@ def test_the_files(evaluated):
         assert len(Image.open(folder / name).convert("RGB").getcolors(1 << 24)) > 50
 
 
-def test_the_page_shows_every_item_and_runs_nothing(evaluated):
+def test_page_shows_every_item_without_scripts(evaluated):
     folder, benchmark, answers, scores = evaluated
     page = Page((folder / "report.html").read_text())
     assert not {"script", "b", "link", "iframe"} & set(page.tags)
@@ -132,24 +132,24 @@ def test_the_page_shows_every_item_and_runs_nothing(evaluated):
     assert "(read as B)" in page.text
 
 
-def test_of_a_large_task_the_first_items_are_on_the_page(evaluated, monkeypatch, tmp_path):
+def test_page_shows_the_first_items_of_a_large_task(evaluated, monkeypatch, tmp_path):
     _, benchmark, answers, scores = evaluated
-    monkeypatch.setattr(pages, "MOST_ITEMS", 2)
+    monkeypatch.setattr(pages, "MAX_ITEMS_PER_TASK", 2)
     text = pages.evaluation_page(benchmark, answers, scores, model="run", pictures={})
     page = Page(text)
-    assert page.tags.count("dl") == 4 and "and 1 more, all of them in predictions.jsonl" in page.text
+    assert page.tags.count("dl") == 4 and "and 1 more in predictions.jsonl" in page.text
 
 
-def test_there_is_no_radar_of_two_axes(tmp_path):
+def test_no_radar_with_two_axes(tmp_path):
     item = Item("only", 0, "?", "a")
     benchmark, answers = Benchmark("own", (item,)), {item.key: "a"}
     scores = score(benchmark, answers, Suite(frozenset({"overlap"})))
-    (tmp_path / "radar.png").write_bytes(b"of an earlier evaluation")
+    (tmp_path / "radar.png").write_bytes(b"from an earlier evaluation")
     write_report(tmp_path, benchmark, answers, scores, model="run")
     assert not (tmp_path / "radar.png").exists() and (tmp_path / "bars.png").exists()
 
 
-def test_nothing_computed_is_still_a_report(tmp_path):
+def test_report_without_metrics(tmp_path):
     item = Item("only", 0, "?", "a")
     benchmark, answers = Benchmark("own", (item,)), {item.key: "a"}
     scores = score(benchmark, answers, Suite(frozenset()))

@@ -1,4 +1,4 @@
-"""Scores of items and tasks: which metrics, which means, what is null, and what is said before answering."""
+"""Scores of items and tasks: metrics, means, missing metrics, and their log messages."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def test_open_answers():
             values = [metric(answer, reference)[name] for t, answer, reference in OPEN if t == task]
             assert scores.tasks[task][name] == pytest.approx(100 * sum(values) / 2, abs=1e-9)
     assert scores.tasks["b"]["em"] == 50 and scores.items["b", 0]["em"] == 1
-    # Frequencies are those of the task's own references.
+    # Document frequencies come from the references of the task.
     expected = cider(["the left lobe of the lung", "nothing of the kind"], ["the left lobe", "a small mass"])
     assert [scores.items["a", n]["cider"] for n in range(2)] == pytest.approx(expected)
     assert scores.tasks["a"]["cider"] == pytest.approx(50 * sum(expected))
@@ -59,25 +59,25 @@ def test_open_answers():
 
 def test_multiple_choice():
     benchmark, answers = choice_benchmark()
-    figures = score(benchmark, answers, WITHOUT_MODELS).tasks["c"]
-    assert set(figures) == {"items", "unreadable", *CHOICE_METRICS}
-    assert (figures["items"], figures["unreadable"], figures["accuracy"]) == (4, 1, 50)
+    metrics = score(benchmark, answers, WITHOUT_MODELS).tasks["c"]
+    assert set(metrics) == {"items", "unreadable", *CHOICE_METRICS}
+    assert (metrics["items"], metrics["unreadable"], metrics["accuracy"]) == (4, 1, 50)
     # A: precision 1/2, recall 1; B: 1, 1/2; C: 0, 0.
-    assert figures["precision"] == pytest.approx(100 * (0.5 + 1) / 3)
-    assert figures["recall"] == pytest.approx(100 * (1 + 0.5) / 3)
-    assert figures["f1"] == pytest.approx(100 * (2 / 3 + 2 / 3) / 3)
+    assert metrics["precision"] == pytest.approx(100 * (0.5 + 1) / 3)
+    assert metrics["recall"] == pytest.approx(100 * (1 + 0.5) / 3)
+    assert metrics["f1"] == pytest.approx(100 * (2 / 3 + 2 / 3) / 3)
 
 
-def test_what_is_not_computed_is_null():
+def test_missing_metrics_are_none():
     benchmark, answers = choice_benchmark()
-    figures = score(benchmark, answers, Suite(frozenset())).tasks["c"]
-    assert figures["accuracy"] == 50 and figures["f1"] is None
+    metrics = score(benchmark, answers, Suite(frozenset())).tasks["c"]
+    assert metrics["accuracy"] == 50 and metrics["f1"] is None
     benchmark, answers = open_benchmark()
-    figures = score(benchmark, answers, Suite(frozenset({"bleu"}))).tasks["a"]
-    assert [name for name, value in figures.items() if value is not None] == ["items", *FAMILIES["bleu"]]
+    metrics = score(benchmark, answers, Suite(frozenset({"bleu"}))).tasks["a"]
+    assert [name for name, value in metrics.items() if value is not None] == ["items", *FAMILIES["bleu"]]
 
 
-def test_an_open_question_among_multiple_choice_counts_word_for_word():
+def test_open_question_in_a_multiple_choice_task_counts_by_exact_match():
     benchmark, answers = choice_benchmark(pooled=True)
     items = (
         *benchmark.items,
@@ -99,13 +99,13 @@ def test_with_encoders(tmp_path):
     scores = score(benchmark, answers, suite)
     assert scores.items["b", 0]["bertscore"] == pytest.approx(1, abs=1e-5)
     assert scores.items["b", 0]["sts"] == pytest.approx(1, abs=1e-5)
-    assert all(value is not None for figures in scores.tasks.values() for value in figures.values())
+    assert all(value is not None for metrics in scores.tasks.values() for value in metrics.values())
     json.dumps(scores.tasks, allow_nan=False)
 
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """A hub that cannot be reached."""
+    """Make the hub unreachable."""
     import huggingface_hub
 
     def refuse(*_, **__):
@@ -114,7 +114,7 @@ def no_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
 
 
-def test_what_cannot_be_computed_is_said_where_nothing_was_asked_for(no_hub, caplog):
+def test_unavailable_metrics_are_logged_by_default(no_hub, caplog):
     logging.getLogger("internvl_chat").propagate = True
     suite = build_suite(None)
     assert suite.families == set(FAMILIES) - {"bertscore", "sts"}
@@ -132,17 +132,17 @@ def test_what_cannot_be_computed_is_said_where_nothing_was_asked_for(no_hub, cap
         ),
         (None, {"bertscore_model": "/none"}, ["bertscore: /none: no such model folder"]),
         (["bleu"], {"sts_model": "/none"}, ["sts: /none: no such model folder"]),
-        (["sts"], {"sts_model": "EMPTY"}, ["no weights in it", "--sts_model"]),
+        (["sts"], {"sts_model": "EMPTY"}, ["contains no weights", "--sts_model"]),
     ],
 )
-def test_what_was_asked_for_must_be_there(no_hub, tmp_path, wanted, models, messages):
+def test_requested_metrics_must_be_available(no_hub, tmp_path, wanted, models, messages):
     models = {name: str(tmp_path) if folder == "EMPTY" else folder for name, folder in models.items()}
     with pytest.raises(UsageError) as error:
         build_suite(wanted, **models)
     assert all(message in str(error.value) for message in messages)
 
 
-def test_packages_that_are_not_installed(monkeypatch, no_hub, caplog):
+def test_missing_packages(monkeypatch, no_hub, caplog):
     real = suites.importlib.util.find_spec
     absent = {"nltk", "sklearn", "bert_score"}
     monkeypatch.setattr(suites.importlib.util, "find_spec", lambda n: None if n in absent else real(n))
@@ -154,7 +154,7 @@ def test_packages_that_are_not_installed(monkeypatch, no_hub, caplog):
     assert build_suite(["rouge"]).families == {"rouge"}
 
 
-def test_without_open_questions_their_metrics_are_not_missed(no_hub, caplog):
+def test_open_metrics_are_not_needed_without_open_questions(no_hub, caplog):
     logging.getLogger("internvl_chat").propagate = True
     assert build_suite(None, has_open=False).families == {"macro"}
     assert not caplog.text

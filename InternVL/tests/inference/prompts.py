@@ -1,4 +1,4 @@
-"""A small model and prompts of every shape, as the tests of answers use them."""
+"""A small model and varied prompts for the tests of inference."""
 
 import random
 
@@ -31,7 +31,7 @@ def picture(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
 
 
 def mixed_prompts(count: int, seed: int = 0) -> list[Prompt]:
-    """Questions of one to sixty words about none to four images of several shapes, some of several messages."""
+    """Prompts with 1 to 60 words, 0 to 4 images of several shapes, and one or more messages."""
     rng, prompts = random.Random(seed), []
     for number in range(count):
         words = rng.choices(["which", "panel", "shows", "the", "scan"], k=rng.randint(1, 60))

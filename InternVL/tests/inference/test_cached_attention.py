@@ -1,4 +1,4 @@
-"""Attention over the cache: exact, independent of neighbours to the last bit, memory within its bound."""
+"""Attention over the cache: exact, independent of other answers to the last bit, bounded memory."""
 
 import random
 from types import SimpleNamespace
@@ -127,7 +127,7 @@ def calls(request, monkeypatch):
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("calls")
-def test_neighbours_change_nothing(heads, dtype, window) -> None:
+def test_other_answers_have_no_effect(heads, dtype, window) -> None:
     check_independence(HEADS[heads], dtype, window)
 
 
@@ -136,7 +136,7 @@ def test_neighbours_change_nothing(heads, dtype, window) -> None:
 @pytest.mark.parametrize("window", [None, 20, 700])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neighbours_change_nothing_on_a_gpu(monkeypatch, heads, dtype, window) -> None:
+def test_other_answers_have_no_effect_on_a_gpu(monkeypatch, heads, dtype, window) -> None:
     monkeypatch.setattr(Conversation, "device", torch.device("cuda"))
     check_independence(HEADS[heads], dtype, window)
 
@@ -144,7 +144,7 @@ def test_neighbours_change_nothing_on_a_gpu(monkeypatch, heads, dtype, window) -
 @pytest.mark.parametrize("window", [None, 20, 700])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.usefixtures("calls")
-def test_outputs_are_those_of_attention_in_double_precision(heads, window) -> None:
+def test_outputs_match_float64_attention(heads, window) -> None:
     conversations = [Conversation(seed, 200 * seed + 1, 3, *HEADS[heads], torch.float32) for seed in range(7)]
     decode(conversations, window)
     for conversation in conversations:
@@ -156,7 +156,7 @@ def test_outputs_are_those_of_attention_in_double_precision(heads, window) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("calls")
-def test_an_answer_that_was_not_finite_leaves_nothing_behind(dtype) -> None:
+def test_non_finite_answers_do_not_contaminate_their_slot(dtype) -> None:
     def make() -> list[Conversation]:
         return [Conversation(seed, 40, 4, 4, 2, dtype) for seed in range(3)]
 
@@ -186,7 +186,7 @@ def test_memory_is_bounded() -> None:
     assert cache.tokens == 8 * _BLOCK
 
 
-def test_a_free_slot_is_used_again_and_an_empty_bank_makes_room() -> None:
+def test_free_slots_are_reused_and_empty_banks_deleted() -> None:
     cache = KVCache(ROWS, 8 * _BLOCK)
     slots = [cache.reserve(_BLOCK) for _ in range(ROWS)]
     assert cache.reserve(_BLOCK) is None
@@ -199,7 +199,7 @@ def test_a_free_slot_is_used_again_and_an_empty_bank_makes_room() -> None:
     assert cache.tokens == 4 * _BLOCK
 
 
-def test_a_single_answer_beyond_the_bound_is_accepted() -> None:
+def test_single_answer_may_exceed_the_bound() -> None:
     cache = KVCache(ROWS, 2 * _BLOCK)
     slot = cache.reserve(20 * _BLOCK)
     assert slot.bank.capacity == 32 * _BLOCK

@@ -1,4 +1,4 @@
-"""An answer is the same, to the last bit, whatever is answered beside it; what is kept is bounded."""
+"""An answer does not depend on its batch, to the last bit; the cache is bounded."""
 
 from collections.abc import Iterable
 
@@ -75,7 +75,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_do_not_depend_on_what_is_beside_them(kind):
+def test_answers_do_not_depend_on_the_batch(kind):
     engine = make_engine(**KINDS[kind])
     if kind == "bfloat16":
         engine.model.bfloat16()
@@ -89,7 +89,7 @@ def test_real_records_of_the_small_reference_model(shared):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "sliding window", "llama"])
-def test_logits_are_those_of_a_full_forward_pass(kind):
+def test_logits_match_a_full_forward_pass(kind):
     engine = make_engine(**KINDS[kind])
     llm, words = engine.model.language_model, engine.model.language_model.get_input_embeddings()
     for prompt in mixed_prompts(5, seed=1):
@@ -101,7 +101,7 @@ def test_logits_are_those_of_a_full_forward_pass(kind):
         torch.testing.assert_close(torch.stack(watched.logits[0])[: len(ids)], expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_row_that_becomes_free_is_used_again():
+def test_free_rows_are_reused():
     engine = make_engine()
     prompts = mixed_prompts(20)
     _, watched = decode(engine, prompts)
@@ -111,7 +111,7 @@ def test_a_row_that_becomes_free_is_used_again():
     assert sum(busy == 8 for busy in steps) > LENGTH
 
 
-def test_what_is_kept_is_bounded(monkeypatch):
+def test_cache_is_bounded(monkeypatch):
     engine = make_engine()
     prompts = mixed_prompts(12)
     expected, _ = decode(engine, prompts)
@@ -121,7 +121,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
     assert max(watched.busy) == 3
 
 
-def test_prompts_are_taken_when_their_turn_comes():
+def test_prompts_are_read_lazily():
     engine = make_engine()
     taken, done = [], []
 
@@ -136,7 +136,7 @@ def test_prompts_are_taken_when_their_turn_comes():
     assert sorted(done) == list(range(20))
 
 
-def test_attention_is_as_before_when_a_token_is_there():
+def test_attention_implementation_is_restored():
     engine = make_engine()
     config = engine.model.language_model.config
     tokens = engine.stream(mixed_prompts(1)[0], max_new_tokens=4)
@@ -166,7 +166,7 @@ def test_kernels_are_pinned(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_answers_on_a_gpu_do_not_depend_on_what_is_beside_them(dtype):
+def test_answers_on_a_gpu_do_not_depend_on_the_batch(dtype):
     engine = make_engine()
     engine.model.to("cuda", dtype)
     check_identity(engine, mixed_prompts(40))
@@ -174,7 +174,7 @@ def test_answers_on_a_gpu_do_not_depend_on_what_is_beside_them(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
-def test_a_model_spread_over_gpus_gives_the_same_answers():
+def test_a_model_distributed_over_gpus_gives_the_same_answers():
     prompts = mixed_prompts(12)
     whole, parts = make_engine(), make_engine()
     whole.model.to("cuda:0")

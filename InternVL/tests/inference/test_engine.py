@@ -1,4 +1,4 @@
-"""Answers against a loop that takes the likeliest token of a full forward pass, from inputs made by hand."""
+"""Answers against greedy decoding with full forward passes, from inputs built by hand."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Engine, Prompt, ask
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
 from internvl_chat.model.io.checkpoint import load_model, save_model
-from internvl_chat.model.io.folders import copy_companions
+from internvl_chat.model.io.folders import read_auxiliary_files, write_files
 from internvl_chat.model.io.weights import weights_digest
 from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
@@ -140,7 +140,7 @@ def expected_answer(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_answer_is_made_of_the_likeliest_tokens(
+def test_greedy_decoding(
     engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
     expected = expected_answer(model, tokenizer, name)
@@ -148,7 +148,7 @@ def test_an_answer_is_made_of_the_likeliest_tokens(
     assert engine.generate_ids([CASES[name][0]], max_new_tokens=LENGTH) == [expected]
 
 
-def test_answers_of_a_batch_are_those_one_by_one(
+def test_batch_matches_single_prompts(
     engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = [case[0] for case in CASES.values()]
@@ -158,14 +158,14 @@ def test_answers_of_a_batch_are_those_one_by_one(
     assert engine.generate_ids(prompts[::-1], max_new_tokens=LENGTH) == expected[::-1]
 
 
-def test_the_image_counts(engine: Engine) -> None:
+def test_answer_depends_on_the_image(engine: Engine) -> None:
     answers = engine.generate_ids(
         [ask("Which?", [picture(seed=seed)]) for seed in range(4)], max_new_tokens=LENGTH
     )
     assert len({tuple(ids) for ids in answers}) > 1
 
 
-def test_an_answer_ends_before_the_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_answer_ends_at_im_end(tokenizer: PreTrainedTokenizerBase) -> None:
     model = build_model(tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     names = list(CASES)
@@ -183,7 +183,7 @@ def test_an_answer_ends_before_the_end_of_turn(tokenizer: PreTrainedTokenizerBas
     assert [engine.generate_ids([prompt], max_new_tokens=LENGTH)[0] for prompt in prompts] == expected
 
 
-def test_an_answer_is_text_without_special_tokens(
+def test_answer_has_no_special_tokens(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokenizer("  The scan<|endoftext|> is<box> panel B. \n").input_ids
@@ -193,7 +193,7 @@ def test_an_answer_is_text_without_special_tokens(
     assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == ["The scan is panel B.", ""]
 
 
-def test_the_number_of_new_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_max_new_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
     prompt = CASES["text"][0]
     answers = [engine.generate_ids([prompt], max_new_tokens=n)[0] for n in (1, 5)]
     assert [len(answer) for answer in answers] == [1, 5] and answers[0] == answers[1][:1]
@@ -211,7 +211,7 @@ def test_the_number_of_new_tokens(engine: Engine, tokenizer: PreTrainedTokenizer
         ("What does <image> mean?", 0, "What does <image> mean?"),
     ],
 )
-def test_where_a_question_shows_its_images(question: str, images: int, text: str) -> None:
+def test_placement_of_images(question: str, images: int, text: str) -> None:
     pictures = [picture(seed=seed) for seed in range(images)]
     prompt = ask(question, pictures)
     assert prompt.messages == (Message("user", text),)
@@ -230,7 +230,7 @@ def test_where_a_question_shows_its_images(question: str, images: int, text: str
         ),
     ],
 )
-def test_placeholders_and_images_that_differ(engine: Engine, prompt: Prompt, message: str) -> None:
+def test_mismatch_of_placeholders_and_images(engine: Engine, prompt: Prompt, message: str) -> None:
     with pytest.raises(DataError, match=message):
         engine.answer([ask("Why?"), prompt])
 
@@ -244,7 +244,7 @@ def test_a_placeholder_in_an_earlier_answer_is_text(
     assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [expected]
 
 
-def test_a_prompt_s_own_system_turn_wins(
+def test_system_message_of_the_prompt(
     engine: Engine, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompt = Prompt((Message("system", "Be brief."), Message("user", "What?")))
@@ -252,7 +252,7 @@ def test_a_prompt_s_own_system_turn_wins(
     assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [likeliest(model, ids, pixels_by_hand([]))]
 
 
-def test_a_prompt_that_is_too_long(engine: Engine) -> None:
+def test_too_long_prompt(engine: Engine) -> None:
     with pytest.raises(DataError, match="max_seq_length 400"):
         engine.answer([ask("What is the arrow? " * 200)])
 
@@ -265,7 +265,7 @@ def test_images_of_any_mode(engine: Engine, mode: str) -> None:
     assert one == other
 
 
-def test_the_model_is_put_into_evaluation_mode(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_model_is_in_evaluation_mode(tokenizer: PreTrainedTokenizerBase) -> None:
     model = build_model(tokenizer).train()
     assert not Engine(model, tokenizer, PREPROCESSING).model.training
 
@@ -291,7 +291,7 @@ def test_from_a_folder(checkpoint: Path, engine: Engine) -> None:
     assert loaded.generate_ids(prompts, max_new_tokens=4) == engine.generate_ids(prompts, max_new_tokens=4)
 
 
-def test_from_a_folder_with_another_limit_of_tiles(
+def test_from_a_folder_with_another_tile_limit(
     checkpoint: Path, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     loaded = Engine.from_checkpoint(checkpoint, device="cpu", max_dynamic_patch=1)
@@ -314,7 +314,7 @@ def test_from_adapters_whose_base_has_moved(
             if ".lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=rng))
     save_adapter(trained, tmp_path / "adapter", BaseModel("/gone", weights_digest(checkpoint)))
-    copy_companions(checkpoint, tmp_path / "adapter")
+    write_files(read_auxiliary_files(checkpoint), tmp_path / "adapter")
     engine = Engine.from_checkpoint(tmp_path / "adapter", device="cpu", base=checkpoint)
     prompt, messages, tiles, pictures = CASES["one image"]
     ids = ids_by_hand(tokenizer, [("system", SYSTEM), *messages], tiles)

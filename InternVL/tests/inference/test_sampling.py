@@ -1,4 +1,4 @@
-"""Tokens are sampled with the probabilities that temperature and top_p leave them."""
+"""Tokens are sampled with the probabilities given by temperature and top_p."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_top_p_samples_only_the_most_likely():
     assert shares(Sampling(top_p=0.6, seed=1))[0] == 1
 
 
-def test_a_seed_decides():
+def test_seed_determines_the_samples():
     engine = make_engine()
     prompts = mixed_prompts(4)
 
@@ -62,6 +62,6 @@ def test_a_low_temperature_is_greedy():
         ({"temperature": 0.0, "top_p": 2.0}, "2 problems"),
     ],
 )
-def test_impossible_settings(values, message):
+def test_invalid_settings(values, message):
     with pytest.raises(UsageError, match=message):
         Sampling(**values)

@@ -1,8 +1,9 @@
-"""The pieces of an answer, and further messages about images that were seen before."""
+"""Streamed answers, and follow-up questions about the same images."""
 
 import pytest
 from inference.prompts import make_engine, mixed_prompts, picture
 
+from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference import engine as module
 from internvl_chat.inference.engine import Prompt, ask
@@ -10,7 +11,7 @@ from internvl_chat.inference.sampling import Sampling
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(2.0, seed=5)])
-def test_pieces_together_are_the_answer(sampling):
+def test_joined_pieces_equal_the_answer(sampling):
     engine = make_engine()
     prompts = mixed_prompts(12)
     answers = engine.answer(prompts, max_new_tokens=24, sampling=sampling)
@@ -24,7 +25,7 @@ def test_pieces_together_are_the_answer(sampling):
 @pytest.mark.parametrize(
     "text", ["é", "naïve 漢字, 🙂!", "  a  b \n\n c  ", "x\ufffdy", "ends in half \ufffd", ""]
 )
-def test_characters_come_whole(text, monkeypatch):
+def test_characters_are_not_split(text, monkeypatch):
     """Characters of several tokens, white space at the ends, and signs that look like half a character."""
     engine = make_engine()
     ids = engine.tokenizer(text).input_ids
@@ -56,7 +57,7 @@ def test_a_piece_comes_before_the_answer_is_complete(monkeypatch):
     assert len(steps) > 10
 
 
-def test_answers_as_they_come_are_those_in_order():
+def test_answer_each_matches_answer():
     engine = make_engine()
     prompts = mixed_prompts(20)
     expected = engine.answer(prompts, max_new_tokens=8)
@@ -64,7 +65,7 @@ def test_answers_as_they_come_are_those_in_order():
     assert [found[number] for number in range(20)] == expected
 
 
-def test_a_further_question_is_a_further_turn():
+def test_follow_up_question():
     images = [picture(seed=1), picture(seed=2)]
     prompt = ask("Which?", images, system="Be brief.").then("The first.", "Why?")
     assert prompt == Prompt(
@@ -78,7 +79,7 @@ def test_a_further_question_is_a_further_turn():
     )
 
 
-def test_images_are_looked_at_once(monkeypatch):
+def test_image_features_are_cached(monkeypatch):
     engine = make_engine()
     looked = []
     look = module.tile_features
@@ -92,7 +93,8 @@ def test_images_are_looked_at_once(monkeypatch):
     answers = engine.answer([first, first.then("The scan.", "Why?"), second, first], max_new_tokens=8)
     assert looked == [3, 3, 3]
     # Another limit of tiles cuts the same image in another way.
-    engine.encoder = engine.encoder.with_max_tiles(1)
+    preprocessing = engine.encoder.preprocessing.with_tile_limit(1)
+    engine.encoder = RecordEncoder(engine.tokenizer, preprocessing)
     engine.answer([first], max_new_tokens=1)
     assert looked == [3, 3, 3, 1]
     prompts = [first, first.then("The scan.", "Why?"), second, first]

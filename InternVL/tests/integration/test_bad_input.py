@@ -1,4 +1,4 @@
-"""What bad input gets: one clear message, the right exit code, and nothing left behind."""
+"""Bad input: one clear message, the documented exit code, and no output files."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.utils.folder_lock import lock_folder
 
-TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+MESSAGES = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def start(tiny_model, sample_data, tmp_path):
 
 @pytest.fixture
 def one_set(sample_data, tmp_path):
-    """Write a meta file over one set with the given lines."""
+    """Write a meta file of one dataset with the given lines."""
 
     def write(*lines, **entry):
         annotation = tmp_path / "records.jsonl"
@@ -61,7 +61,7 @@ def one_set(sample_data, tmp_path):
         (None, "no such meta file"),
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
-        ("{}", "names no data set"),
+        ("{}", "contains no datasets"),
         ('{"a": {"root": "$NOT_SET_ANYWHERE/x"}}', "export NOT_SET_ANYWHERE=FOLDER"),
     ],
 )
@@ -77,13 +77,13 @@ def test_meta_file(start, tmp_path, caplog, capfd, content, message):
 
 RECORDS = {
     "not valid JSON": '{"conversations": [',
-    "no assistant message": {"conversations": TURNS[:1], "image": "x.jpg"},
-    "unknown role 'robot'": {"conversations": [{"from": "robot", "value": "?"}, TURNS[1]]},
+    "no assistant message": {"conversations": MESSAGES[:1], "image": "x.jpg"},
+    "unknown role 'robot'": {"conversations": [{"from": "robot", "value": "?"}, MESSAGES[1]]},
     "1 <image> placeholders in the human messages, but 2 images": {
-        "conversations": TURNS,
+        "conversations": MESSAGES,
         "image": ["a", "b"],
     },
-    "does not exist": {"id": "lost", "conversations": TURNS, "image": "missing.jpg"},
+    "does not exist": {"id": "lost", "conversations": MESSAGES, "image": "missing.jpg"},
 }
 
 
@@ -106,10 +106,10 @@ def test_record_names_file_and_line(start, one_set, capfd, message, workers):
 
 def test_broken_image(start, one_set, sample_data, capfd, tmp_path):
     image = next((sample_data / "images").glob("*.jpg"))
-    (tmp_path / "cut.jpg").write_bytes(image.read_bytes()[:2000])
+    (tmp_path / "truncated.jpg").write_bytes(image.read_bytes()[:2000])
     (tmp_path / "text.jpg").write_text("not an image")
-    for name in ("cut.jpg", "text.jpg"):
-        meta = one_set({"id": name, "conversations": TURNS, "image": name}, root=str(tmp_path))
+    for name in ("truncated.jpg", "text.jpg"):
+        meta = one_set({"id": name, "conversations": MESSAGES, "image": name}, root=str(tmp_path))
         code, _ = start(meta_path=meta)
         assert code == 1
         error = capfd.readouterr().err
@@ -194,7 +194,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
     code, _ = start(overwrite_output_dir=True)
     assert code == 2
     assert "is writing to this output folder" in capfd.readouterr().err
-    lock.close()
+    lock.release()
     code, _ = start(overwrite_output_dir=True)
     assert code == 0
 
@@ -229,7 +229,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
         ({"ignore_data_skip": True}, "--ignore_data_skip True: not supported"),
     ],
 )
-def test_flags_that_make_no_sense(start, capfd, change, message):
+def test_invalid_flags(start, capfd, change, message):
     code, out = start(**change)
     assert code == 2
     error = capfd.readouterr().err
@@ -239,7 +239,7 @@ def test_flags_that_make_no_sense(start, capfd, change, message):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_kernels_of_a_package_that_is_missing(start, monkeypatch, capfd, installed):
+def test_kernels_of_a_missing_package(start, monkeypatch, capfd, installed):
     monkeypatch.setattr("internvl_chat.train.checks.is_liger_kernel_available", lambda: installed)
     assert start(use_liger=True)[0] == 2
     error = capfd.readouterr().err
@@ -247,7 +247,7 @@ def test_kernels_of_a_package_that_is_missing(start, monkeypatch, capfd, install
     assert "its kernels need an NVIDIA GPU" in error
 
 
-def test_weights_are_sharded_in_one_way_only(start, tmp_path, capfd):
+def test_fsdp_and_deepspeed_exclude_each_other(start, tmp_path, capfd):
     pytest.importorskip("deepspeed")
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}))
@@ -261,7 +261,7 @@ def test_weights_are_sharded_in_one_way_only(start, tmp_path, capfd):
     assert not out.exists()
 
 
-def test_parts_and_adapters(tiny_model, sample_data, tmp_path, capfd):
+def test_separate_parts_exclude_adapters(tiny_model, sample_data, tmp_path, capfd):
     argv = flags(
         vision_path=tiny_model, llm_path=tiny_model, use_llm_lora=2, meta_path=sample_data / "train.json",
         output_dir=tmp_path / "out",
@@ -270,7 +270,7 @@ def test_parts_and_adapters(tiny_model, sample_data, tmp_path, capfd):
     assert "adapters need one base on disk" in capfd.readouterr().err
 
 
-def test_output_folder_that_cannot_be(start, tmp_path, capfd):
+def test_unusable_output_folder(start, tmp_path, capfd):
     (tmp_path / "out").write_text("a file")
     assert start()[0] == 2
     assert "is a file" in capfd.readouterr().err
@@ -278,6 +278,6 @@ def test_output_folder_that_cannot_be(start, tmp_path, capfd):
     assert "cannot be written to" in capfd.readouterr().err
 
 
-def test_model_path_that_is_a_file(start, tiny_model, capfd):
+def test_model_path_is_a_file(start, tiny_model, capfd):
     assert start(model_name_or_path=tiny_model / "config.json")[0] == 1
     assert "no such model folder" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""`m3llm eval --bench` from the command line: answers, what is asked, going on, several processes, errors."""
+"""`m3llm eval --bench`: answers, prompts, resume, several ranks, errors."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from helpers import HANG_SECONDS, SOURCE_ROOT
 from small_sets import noise
 
 from internvl_chat.cli import main as m3llm
-from internvl_chat.eval import processes
+from internvl_chat.eval import answering
 from internvl_chat.eval.benchmarks.pmc_mi import FILES, read_folder
 from internvl_chat.inference.engine import Engine
-from internvl_chat.metrics.choice import parse_choice
+from internvl_chat.metrics.multiple_choice import parse_choice
 from internvl_chat.metrics.rouge import rouge
 
 FAST = ("--metrics", "bleu,rouge,overlap,cider,macro", "--max_new_tokens", "6", "--device", "cpu")
@@ -47,22 +47,22 @@ def lines(out: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bench, tiny_model, tmp_path_factory) -> Path:
-    """The folder of an evaluation that was left alone."""
+def complete(bench, tiny_model, tmp_path_factory) -> Path:
+    """Output folder of an uninterrupted evaluation."""
     out = tmp_path_factory.mktemp("out") / "eval"
     assert m3llm(argv(bench, tiny_model, out)) == 0
     return out
 
 
-def test_what_is_written(undisturbed, bench):
+def test_output_files(complete, bench):
     items = read_folder(bench).items
-    rows = lines(undisturbed)
+    rows = lines(complete)
     assert [(row["task"], row["index"]) for row in rows] == [item.key for item in items]
     assert rows[-1]["question"] == items[-1].question and rows[0]["images"] == ["a.png"]
     assert all(set(r) == {"task", "index", "question", "images", "prediction", "reference"} for r in rows)
     names = {"predictions.jsonl", "evaluation.json", "metrics.json", "table.md", "bars.png", "report.html"}
-    assert names == {file.name for file in undisturbed.iterdir()}
-    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    assert names == {file.name for file in complete.iterdir()}
+    metrics = json.loads((complete / "metrics.json").read_text())
     scores = [rouge(r["prediction"], r["reference"])["rougeL"] for r in rows if r["task"] == "open"]
     assert metrics["open"]["rougeL"] == pytest.approx(100 * sum(scores) / 7, abs=1e-6)
     right = [
@@ -71,18 +71,18 @@ def test_what_is_written(undisturbed, bench):
     assert metrics["choice"]["accuracy"] == 100 * sum(right) / 4 and metrics["choice"]["items"] == 4
 
 
-def test_one_by_one_gives_the_same_answers(undisturbed, bench, tiny_model):
+def test_answers_do_not_depend_on_the_batch(complete, bench, tiny_model):
     engine = Engine.from_checkpoint(tiny_model, device="cpu")
     items = read_folder(bench).items
     alone = [engine.answer([item.prompt(None)], max_new_tokens=6)[0] for item in items]
-    assert [row["prediction"] for row in lines(undisturbed)] == alone
+    assert [row["prediction"] for row in lines(complete)] == alone
 
 
 class Stop(Exception):
-    """In a crash's place."""
+    """Simulated crash."""
 
 
-def test_an_evaluation_that_was_ended_goes_on(undisturbed, bench, tiny_model, tmp_path, monkeypatch):
+def test_interrupted_evaluation_continues(complete, bench, tiny_model, tmp_path, monkeypatch):
     real = Engine.answer_each
 
     def answer_each(self, prompts, **options):
@@ -95,18 +95,18 @@ def test_an_evaluation_that_was_ended_goes_on(undisturbed, bench, tiny_model, tm
     with pytest.raises(Stop):
         m3llm(argv(bench, tiny_model, tmp_path / "out"))
     answered = lines(tmp_path / "out")
-    assert len(answered) == 4 and all(row in lines(undisturbed) for row in answered)
+    assert len(answered) == 4 and all(row in lines(complete) for row in answered)
     assert not (tmp_path / "out/metrics.json").exists()
     monkeypatch.setattr(Engine, "answer_each", real)
     assert m3llm(argv(bench, tiny_model, tmp_path / "out")) == 0
     for name in ("predictions.jsonl", "metrics.json", "report.html"):
-        assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
-    monkeypatch.setattr(Engine, "from_checkpoint", None)  # all is answered: no model is loaded
+        assert (tmp_path / "out" / name).read_bytes() == (complete / name).read_bytes()
+    monkeypatch.setattr(Engine, "from_checkpoint", None)  # everything is answered: the model is not loaded
     assert m3llm(argv(bench, tiny_model, tmp_path / "out")) == 0
 
 
-def test_what_another_number_of_processes_began(undisturbed, bench, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "wait_for_all", lambda: None)
+def test_continue_with_another_world_size(complete, bench, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "wait_for_all_ranks", lambda: None)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert m3llm(argv(bench, tiny_model, tmp_path)) == 0
@@ -114,50 +114,50 @@ def test_what_another_number_of_processes_began(undisturbed, bench, tiny_model, 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert m3llm(argv(bench, tiny_model, tmp_path)) == 0
-    assert lines(tmp_path) == lines(undisturbed)
+    assert lines(tmp_path) == lines(complete)
     assert not (tmp_path / "predictions.1.jsonl").exists()
 
 
-def test_a_part_first_and_then_the_whole(undisturbed, bench, tiny_model, tmp_path):
+def test_subset_first_then_everything(complete, bench, tiny_model, tmp_path):
     assert m3llm(argv(bench, tiny_model, tmp_path, "--tasks", "open", "--limit", "2")) == 0
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["open"]
     assert m3llm(argv(bench, tiny_model, tmp_path)) == 0
-    assert lines(tmp_path) == lines(undisturbed)
+    assert lines(tmp_path) == lines(complete)
     assert m3llm(argv(bench, tiny_model, tmp_path, "--limit", "1")) == 0
-    assert lines(tmp_path) == lines(undisturbed)  # nothing that was answered is lost
+    assert lines(tmp_path) == lines(complete)  # no answer is lost
 
 
-def test_another_model_or_setting_does_not_go_on(undisturbed, bench, tiny_model, capfd):
-    before = (undisturbed / "predictions.jsonl").read_bytes()
-    assert m3llm(argv(bench, tiny_model, undisturbed, "--max_dynamic_patch", "1")) == 2
-    assert "max_dynamic_patch was None, and is 1" in capfd.readouterr().err
-    assert (undisturbed / "predictions.jsonl").read_bytes() == before
+def test_other_settings_are_rejected(complete, bench, tiny_model, capfd):
+    before = (complete / "predictions.jsonl").read_bytes()
+    assert m3llm(argv(bench, tiny_model, complete, "--max_dynamic_patch", "1")) == 2
+    assert "max_dynamic_patch was None, now 1" in capfd.readouterr().err
+    assert (complete / "predictions.jsonl").read_bytes() == before
 
 
-def test_answers_made_elsewhere(undisturbed, bench, tmp_path, capfd):
+def test_external_answers(complete, bench, tmp_path, capfd):
     command = [
         "eval",
         "--bench",
         str(bench),
         "--predictions",
-        str(undisturbed / "predictions.jsonl"),
+        str(complete / "predictions.jsonl"),
         *FAST[:2],
     ]
     assert m3llm([*command, "--json"]) == 0
-    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    metrics = json.loads((complete / "metrics.json").read_text())
     assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [
-        {"task": task, **figures} for task, figures in metrics.items()
+        {"task": task, **values} for task, values in metrics.items()
     ]
     assert m3llm([*command, "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
     assert "exact match" in capfd.readouterr().out
-    assert m3llm([*command, "--out", str(undisturbed)]) == 2
-    assert "holds the answers of another evaluation; choose another" in capfd.readouterr().err
-    assert json.loads((undisturbed / "metrics.json").read_text()) == metrics
+    assert m3llm([*command, "--out", str(complete)]) == 2
+    assert "contains another evaluation; choose another folder" in capfd.readouterr().err
+    assert json.loads((complete / "metrics.json").read_text()) == metrics
 
 
 class Recorder:
-    """In an engine's place: notes what it is asked."""
+    """Fake engine that records the prompts."""
 
     def __init__(self) -> None:
         self.prompts = []
@@ -168,7 +168,7 @@ class Recorder:
             yield number, "A"
 
 
-def test_what_the_model_is_asked(bench, tiny_model, tmp_path, monkeypatch):
+def test_prompts(bench, tiny_model, tmp_path, monkeypatch):
     engine = Recorder()
     monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: engine)
     (tmp_path / "prompts.yaml").write_text("open: Look closely.")
@@ -183,8 +183,8 @@ def test_what_the_model_is_asked(bench, tiny_model, tmp_path, monkeypatch):
     assert sizes[4:7] == [[], [(60, 60)], [(130, 60), (60, 60)]]
 
 
-def test_the_six_tasks(shared, tmp_path, capfd):
-    """With the small model, both of the published layout's places, and the package's system texts."""
+def test_pmc_mi_bench(shared, tmp_path, capfd):
+    """The published tasks with the small model and the built-in system texts."""
     tiny = shared / "conformance/tiny"
     more = ("--data", str(shared / "pmc_mi"), "--limit", "2")
     assert m3llm(argv(Path("pmc-mi"), tiny, tmp_path, *more)) == 0
@@ -192,7 +192,7 @@ def test_the_six_tasks(shared, tmp_path, capfd):
     assert "multi-image VQA      M3LLM-8B        15.0     37.8  70.1       78.2" in out
     assert [(r["task"], r["index"]) for r in lines(tmp_path)] == [(t, n) for t in FILES for n in range(2)]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert list(metrics) == list(FILES) and all(figures["items"] == 2 for figures in metrics.values())
+    assert list(metrics) == list(FILES) and all(values["items"] == 2 for values in metrics.values())
     assert all(row["prediction"] for row in lines(tmp_path))
     assert metrics["puretext"]["bertscore"] is None
 
@@ -201,25 +201,25 @@ def test_the_six_tasks(shared, tmp_path, capfd):
     ("more", "messages"),
     [
         ((), ["give META", "--bench"]),
-        (("meta.json",), ["--model is needed"]),
+        (("meta.json",), ["--model is required"]),
         (
             ("meta.json", "--model", "x", "--out", "o", "--tasks", "a"),
-            ["--out goes with --bench", "--tasks goes"],
+            ["--out needs --bench", "--tasks needs --bench"],
         ),
         (
             ("meta.json", "--bench", "b", "--require-above-chance", "0.1", "--metrics", "blue"),
             [
                 "4 problems",
-                "give one of them",
+                "exclude each other",
                 "--require-above-chance",
-                "give --model",
-                "--metrics blue: known are bleu",
+                "give either --model",
+                "--metrics blue: unknown; choose from bleu",
             ],
         ),
-        (("--bench", "b", "--model", "x"), ["--out DIR is needed"]),
+        (("--bench", "b", "--model", "x"), ["--out DIR is required"]),
         (
             ("--bench", "b", "--model", "x", "--predictions", "f", "--out", "o"),
-            ["give --model", "or --predictions"],
+            ["give either --model", "or --predictions"],
         ),
         (
             ("--bench", "BENCH", "--model", "x", "--out", "o", "--tasks", "none"),
@@ -231,7 +231,7 @@ def test_the_six_tasks(shared, tmp_path, capfd):
         ),
     ],
 )
-def test_impossible_command_lines(bench, more, messages, capfd, tmp_path, monkeypatch):
+def test_invalid_command_lines(bench, more, messages, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert m3llm(["eval", *(text.replace("BENCH", str(bench)) for text in more)]) == 2
     error = capfd.readouterr().err
@@ -248,7 +248,7 @@ def start(command: list[str], *launcher: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(undisturbed, bench, tiny_model, tmp_path):
+def test_two_ranks_give_the_same_result(complete, bench, tiny_model, tmp_path):
     process = start(
         argv(bench, tiny_model, tmp_path),
         "-m",
@@ -259,14 +259,14 @@ def test_two_processes_give_what_one_gives(undisturbed, bench, tiny_model, tmp_p
     )
     out, error = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, error[-3000:]
-    assert lines(tmp_path) == lines(undisturbed)
-    assert (tmp_path / "metrics.json").read_bytes() == (undisturbed / "metrics.json").read_bytes()
-    assert out.count("exact match") == 1  # one process speaks
+    assert lines(tmp_path) == lines(complete)
+    assert (tmp_path / "metrics.json").read_bytes() == (complete / "metrics.json").read_bytes()
+    assert out.count("exact match") == 1  # only rank 0 prints
     assert not (tmp_path / "predictions.1.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_was_killed_goes_on(bench, tiny_model, tmp_path):
+def test_killed_evaluation_continues(bench, tiny_model, tmp_path):
     command = argv(bench, tiny_model, tmp_path / "out", "--max_new_tokens", "200")
     process = start(command)
     file, deadline = tmp_path / "out/predictions.jsonl", time.monotonic() + HANG_SECONDS
@@ -279,5 +279,5 @@ def test_an_evaluation_that_was_killed_goes_on(bench, tiny_model, tmp_path):
     answered = file.read_bytes().count(b"\n")
     assert process.returncode == -signal.SIGKILL and 3 <= answered < 11
     assert m3llm(command) == 0
-    assert m3llm(argv(bench, tiny_model, tmp_path / "whole", "--max_new_tokens", "200")) == 0
-    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    assert m3llm(argv(bench, tiny_model, tmp_path / "complete", "--max_new_tokens", "200")) == 0
+    assert lines(tmp_path / "out") == lines(tmp_path / "complete")

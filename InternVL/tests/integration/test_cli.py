@@ -1,4 +1,4 @@
-"""The command `m3llm`: what programs read from it, and its exit codes."""
+"""The command `m3llm`: JSON output, help and exit codes."""
 
 import hashlib
 import json
@@ -23,6 +23,7 @@ COMMANDS = [
     "merge",
     "export",
     "parity",
+    "doctor",
     "sample-data",
     "tiny-model",
 ]
@@ -115,7 +116,7 @@ def test_inspect(rows, sample_data, tiny_model):
     assert [(r["dataset"], r["index"]) for r in found] == [(s.name, i) for s in specs for i in range(2)]
     tokenizer, _ = load_tokenizer(tiny_model)
     preprocessing = Preprocessing.from_folder(tiny_model, read_config(tiny_model))
-    encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(3)
+    encoder = RecordEncoder(tokenizer, preprocessing.with_tile_limit(3))
     for row in found:
         spec = next(s for s in specs if s.name == row["dataset"])
         sample = RecordSet(spec, encoder).load(row["index"])
@@ -144,14 +145,14 @@ def test_inspect_needs_no_weights(rows, sample_data, tiny_model, tmp_path):
     assert "input_ids" not in found[0]
 
 
-def test_inspect_for_people(capfd, sample_data, tiny_model):
+def test_inspect_as_text(capfd, sample_data, tiny_model):
     assert (
         m3llm(
             ["data", "inspect", str(sample_data / "train.json"), "--model", str(tiny_model), "--limit", "1"]
         )
         == 0
     )
-    assert "learns '" in capfd.readouterr().out
+    assert "supervised: '" in capfd.readouterr().out
 
 
 def test_loss(rows, sample_data, tiny_model):
@@ -175,10 +176,10 @@ def test_eval(rows, sample_data, tiny_model):
     assert code == 1  # random weights do not beat chance
 
 
-def test_eval_says_so_when_it_is_not_above_chance(capfd, sample_data, tiny_model):
+def test_eval_fails_if_not_above_chance(capfd, sample_data, tiny_model):
     argv = ["eval", str(sample_data / "held_out.json"), "--model", str(tiny_model), "--max_new_tokens", "2"]
     assert m3llm([*argv, "--limit", "1", "--require-above-chance", "0.01"]) == 1
-    assert "not answered better than chance" in capfd.readouterr().err
+    assert "not above chance" in capfd.readouterr().err
     assert m3llm([*argv, "--limit", "1"]) == 0
 
 

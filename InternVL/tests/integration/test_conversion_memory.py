@@ -12,7 +12,7 @@ from helpers import HANG_SECONDS
 from model.conftest import make_config
 
 from internvl_chat.model.io.checkpoint import empty_model
-from internvl_chat.model.io.folders import copy_companions, write_config
+from internvl_chat.model.io.folders import read_auxiliary_files, write_config, write_files
 from internvl_chat.model.io.weights import write_weights
 from internvl_chat.model.tiny import TinyShape
 
@@ -60,7 +60,7 @@ def write_large(folder: Path, tiny_model: Path, layers: int) -> Path:
     )
     config = make_config(shape, llm={"vocab_size": vocabulary})
     folder.mkdir()
-    copy_companions(tiny_model, folder)
+    write_files(read_auxiliary_files(tiny_model), folder)
     model = empty_model(config, 0, torch.float32, "sdpa")
     weights = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""`m3llm data check`, and what training does with the same findings: before weights, and by name."""
+"""`m3llm data check`, and the same check at the start of training."""
 
 import json
 
@@ -35,7 +35,7 @@ def rows(capfd):
 
 @pytest.fixture
 def shown(capfd):
-    """Run a command; returns its exit code, what it printed, and what it said on standard error."""
+    """Run a command; returns its exit code, standard output and standard error."""
 
     def run(*argv):
         capfd.readouterr()
@@ -47,17 +47,17 @@ def shown(capfd):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write one set of records with some images, and its meta file.
+    """Write a dataset with some images, and its meta file.
 
-    `cut.jpg` breaks off, `broken.png` is damaged where only decoding shows it.
+    `truncated.jpg` lacks its end; `broken.png` has an error that only decoding finds.
     """
     (tmp_path / "images").mkdir()
     noise(300, 100).save(tmp_path / "images/broken.png")
     break_inside(tmp_path / "images/broken.png")
     noise(300, 100).save(tmp_path / "images/wide.png")
-    noise(300, 100).save(tmp_path / "images/cut.jpg")
-    content = (tmp_path / "images/cut.jpg").read_bytes()
-    (tmp_path / "images/cut.jpg").write_bytes(content[:-2000])
+    noise(300, 100).save(tmp_path / "images/truncated.jpg")
+    content = (tmp_path / "images/truncated.jpg").read_bytes()
+    (tmp_path / "images/truncated.jpg").write_bytes(content[:-2000])
 
     def write(*records, **entry):
         annotation = write_lines(tmp_path / "records.jsonl", list(records))
@@ -99,7 +99,7 @@ class TestCommand:
         assert "Traceback" not in err
         for text in (
             "records.jsonl, line 3 (record 'r2'): the image ", "records.jsonl, line 4: not valid JSON",
-            "line 2 (record 'r0'): the same id as line 1", "2 of 4 records can be used; 2 errors, 2 warnings",
+            "line 2 (record 'r0'): same id as line 1", "2 of 4 records can be used; 2 errors, 2 warnings",
             f"report: {tmp_path / 'report/report.html'}",
         ):  # fmt: skip
             assert text in out
@@ -109,25 +109,25 @@ class TestCommand:
             "lengths.png", "problems.jsonl", "report.html"
         ]  # fmt: skip
 
-    def test_warnings_are_no_fault(self, rows, write, tiny_model):
+    def test_warnings_are_not_errors(self, rows, write, tiny_model):
         code, found = rows("data", "check", write(text_record(0), text_record(0)), "--model", tiny_model)
         assert (code, found[-1]["warnings"]) == (0, 2)
 
-    def test_full_decodes(self, rows, write, tiny_model):
+    def test_full_check_decodes(self, rows, write, tiny_model):
         meta = write(shows(0, "broken.png"), shows(1, "wide.png"))
         assert rows("data", "check", meta, "--model", tiny_model)[0] == 0
         code, found = rows("data", "check", meta, "--model", tiny_model, "--check", "full")
         assert (code, found[0]["problems"]) == (1, {"image unreadable": 1})
         assert found[-1]["decoded"]
 
-    def test_fast_finds_what_breaks_off(self, rows, shown, write, tiny_model):
-        meta = write(shows(0, "cut.jpg"), shows(1, "wide.png"), shows(2, "broken.png"))
+    def test_fast_check_finds_truncated_images(self, rows, shown, write, tiny_model):
+        meta = write(shows(0, "truncated.jpg"), shows(1, "wide.png"), shows(2, "broken.png"))
         code, found = rows("data", "check", meta, "--model", tiny_model)
         assert (code, found[0]["problems"], found[0]["usable"]) == (1, {"image unreadable": 1}, 2)
         assert not found[-1]["decoded"]
         _, out, _ = shown("data", "check", meta, "--model", tiny_model)
-        assert "cut.jpg cannot be decoded: image file is truncated" in out
-        assert "Images were opened, and decoded where a file does not end as it should." in out
+        assert "truncated.jpg cannot be decoded: image file is truncated" in out
+        assert "Images were opened, and decoded if the end of the file looks damaged." in out
 
     @pytest.mark.parametrize("how", ["fast", "full"])
     def test_images_that_change_after_a_check(self, rows, write, tiny_model, tmp_path, how):
@@ -144,41 +144,39 @@ class TestCommand:
         assert (code, found[0]["usable"]) == (1, 4)
         assert found[0]["problems"] == {"image missing": 4, "image unreadable": 1}
 
-    @pytest.mark.parametrize("place", ["taken", "taken/report"])
-    def test_a_report_that_cannot_be_written_is_told_before_the_work(
-        self, shown, write, tmp_path, place, monkeypatch
-    ):
+    @pytest.mark.parametrize("path", ["taken", "taken/report"])
+    def test_unwritable_report_folder_fails_before_the_check(self, shown, write, tmp_path, path, monkeypatch):
         (tmp_path / "taken").write_text("a file")
-        monkeypatch.setattr(RecordSet, "examine", lambda *_, **__: pytest.fail("looked at records"))
-        code, out, err = shown("data", "check", write(text_record(0)), "--report", tmp_path / place)
+        monkeypatch.setattr(RecordSet, "check", lambda *_, **__: pytest.fail("looked at records"))
+        code, out, err = shown("data", "check", write(text_record(0)), "--report", tmp_path / path)
         assert (code, out) == (2, "")
-        assert f"--report {tmp_path / place}: a file is in the way; give a folder, new or not" in err
+        assert f"--report {tmp_path / path}: a file is in the way; choose another folder" in err
         assert (tmp_path / "taken").read_text() == "a file"
 
-    def test_without_a_model_all_but_tokens(self, shown, rows, write):
+    def test_without_a_model_tokens_are_not_counted(self, shown, rows, write):
         meta = write(text_record(0), shows(1, "wide.png"), shows(2, "no.png"))
         code, found = rows("data", "check", meta)
         assert (code, found[0]["tokens"], found[0]["tiles"]) == (1, None, 4)
         code, out, _ = shown("data", "check", meta)
-        assert "Tokens were not counted: that takes the model's tokenizer (--model)." in out
+        assert "Tokens were not counted: pass the model's tokenizer with --model." in out
 
-    def test_limits_of_the_command_line(self, rows, write, tiny_model):
+    def test_limits_from_the_command_line(self, rows, write, tiny_model):
         meta = write(text_record(0, answer="a cat " * 300), shows(1, "wide.png"))
         base = ("data", "check", meta, "--model", tiny_model)
         assert rows(*base)[0] == 0
         code, found = rows(*base, "--max_seq_length", 300)
         assert (code, found[0]["problems"], found[-1]["max_seq_length"]) == (1, {"too long": 1}, 300)
         code, found = rows(*base, "--max_seq_length", 300, "--truncate_text")
-        assert (code, found[0]["problems"], found[0]["tokens_most"]) == (0, {"text cut": 1}, 300)
+        assert (code, found[0]["problems"], found[0]["tokens_most"]) == (0, {"text truncated": 1}, 300)
         assert rows(*base, "--max_dynamic_patch", 1)[1][0]["tiles"] == 1
 
     @pytest.mark.parametrize("limit", [("--max_seq_length", 300), ("--truncate_text",)])
-    def test_limits_that_nobody_counts(self, shown, write, limit):
+    def test_token_limits_need_a_model(self, shown, write, limit):
         code, out, err = shown("data", "check", write(text_record(0)), *limit)
         assert (code, out) == (2, "")
-        assert "--max_seq_length and --truncate_text need --model, whose tokenizer counts" in err
+        assert "--max_seq_length and --truncate_text need --model: its tokenizer counts the tokens" in err
 
-    def test_errors_of_the_user(self, shown, write, tmp_path, tiny_model):
+    def test_user_errors(self, shown, write, tmp_path, tiny_model):
         for argv, message in (
             ((tmp_path / "no.json",), "no such meta file"),
             (
@@ -210,18 +208,21 @@ class TestCommand:
         assert code == 0
         assert "compared with 1 PMC ids and 1 images" in out
 
-    def test_what_of_a_benchmark_is_not_compared(self, shown, rows, write, tmp_path):
+    def test_benchmark_files_that_are_not_compared(self, shown, rows, write, tmp_path):
         (tmp_path / "bench").mkdir()
         (tmp_path / "bench/items.tsv").write_text("index\tquestion\n1\tas in PMC42\n")
         (tmp_path / "bench/items.parquet").write_bytes(bytes(99))
-        (tmp_path / "bench/cut.jpg").write_bytes((tmp_path / "images/cut.jpg").read_bytes())
-        meta = write(text_record(0, id="PMC42-1"), shows(1, "cut.jpg"))
+        (tmp_path / "bench/truncated.jpg").write_bytes((tmp_path / "images/truncated.jpg").read_bytes())
+        meta = write(text_record(0, id="PMC42-1"), shows(1, "truncated.jpg"))
         argv = ("data", "check", meta, "--against", tmp_path / "bench", "--report", tmp_path / "r")
         code, out, _ = shown(*argv)
         assert code == 1
         assert "compared with 1 PMC ids and 1 images" in out
         assert "not compared" in out
-        for name in ("items.parquet: neither an image nor text", "cut.jpg: only its bytes are compared"):
+        for name in (
+            "items.parquet: neither an image nor text",
+            "truncated.jpg: cannot be decoded, so only its bytes are compared",
+        ):
             assert f"warning: {tmp_path / 'bench' / name}" in out
         assert "1 errors, 2 warnings, 2 leaks" in out
         lines = [json.loads(line) for line in (tmp_path / "r/problems.jsonl").read_text().splitlines()]
@@ -246,7 +247,7 @@ class TestRealFigures:
         (tmp_path / "real.json").write_text(json.dumps(sets))
         return tmp_path / "real.json"
 
-    def test_all_can_be_used(self, rows, meta, shared, tmp_path):
+    def test_all_records_are_usable(self, rows, meta, shared, tmp_path):
         model = shared / "conformance/tiny"
         code, found = rows(
             "data", "check", meta, "--model", model, "--check", "full", "--report", tmp_path / "r"
@@ -256,7 +257,7 @@ class TestRealFigures:
         assert found[-1]["errors"] == found[-1]["warnings"] == 0
         assert (tmp_path / "r/problems.jsonl").read_text() == ""
 
-    def test_the_benchmark_they_come_from_is_found(self, rows, meta, shared):
+    def test_contamination_by_their_benchmark(self, rows, meta, shared):
         code, found = rows("data", "check", meta, "--against", shared / "pmc_mi/benchmark")
         assert code == 1
         assert [row["leaks"]["same article"] for row in found[:-1] if row["dataset"] != "puretext"] == [
@@ -264,15 +265,15 @@ class TestRealFigures:
         ] * 5
         assert all(row["leaks"].get("same image") == 25 for row in found[:-1] if row["dataset"] != "puretext")
 
-    def test_half_of_it_is_told_from_the_other_half(self, rows, shared, tmp_path):
-        """The benchmark of one task finds its own items among all, and no others by their look."""
+    def test_contamination_by_one_task(self, rows, shared, tmp_path):
+        """The benchmark of one task matches its own images only."""
         task = "single_subimage"
         items = json.loads((shared / "pmc_mi/benchmark/single_subimageVQA_benchmark.json").read_text())
         names = {name for item in items for name in item["images"]}
         records = [
             json.loads(line) for name in SIX for line in (shared / f"pmc_mi/jsonl/{name}.jsonl").open()
         ]
-        shares = [
+        matching = [
             r
             for r in records
             if names & set([r["image"]] if isinstance(r.get("image"), str) else r.get("image", []))
@@ -290,7 +291,7 @@ class TestRealFigures:
             shared / "pmc_mi/benchmark/single_subimageVQA_benchmark.json",
         )  # fmt: skip
         assert code == 1
-        assert found[0]["leaks"]["same image"] == len(shares) >= 25
+        assert found[0]["leaks"]["same image"] == len(matching) >= 25
         assert "similar image" not in found[0]["leaks"]
 
 
@@ -318,7 +319,7 @@ class TestTraining:
         )
         return calls
 
-    def test_a_fault_is_told_before_weights_are_read(self, start, write, loaded):
+    def test_error_before_weights_are_read(self, start, write, loaded):
         code, err, out = start(write(text_record(0), shows(1, "no.png"), text_record(2), b"{"))
         assert code == 1
         assert loaded == []
@@ -328,13 +329,13 @@ class TestTraining:
         assert "records.jsonl, line 4: not valid JSON" in err
         assert "Repair or remove what is named, or train without it, by name: --on_bad_record skip" in err
 
-    def test_full_finds_what_only_decoding_shows(self, start, write, loaded):
-        code, err, out = start(write(text_record(0), shows(1, "cut.jpg")), check="full")
+    def test_full_check_finds_errors_in_image_data(self, start, write, loaded):
+        code, err, out = start(write(text_record(0), shows(1, "truncated.jpg")), check="full")
         assert (code, loaded, out.exists()) == (1, [], False)
         assert "records.jsonl, line 2 (record 'r1'): the image" in err
-        assert "cut.jpg cannot be decoded: image file is truncated" in err
+        assert "truncated.jpg cannot be decoded: image file is truncated" in err
 
-    def test_skip_leaves_out_by_name(self, start, write, metrics):
+    def test_skip_excludes_records_by_id(self, start, write, metrics):
         records = [text_record(i) for i in range(6)]
         records[1:1] = [shows(10, "no.png")]
         code, err, out = start(write(*records), on_bad_record="skip", max_bad_fraction=0.2)
@@ -346,7 +347,7 @@ class TestTraining:
         assert trained == [0, 2, 3, 4, 5, 6]
         assert [row["records"] for row in metrics(out)] == [3, 3]
 
-    def test_skip_of_a_record_that_fails_while_training(self, start, write, tmp_path):
+    def test_skip_of_a_record_that_fails_during_training(self, start, write, tmp_path):
         records = [text_record(0), shows(1, "broken.png"), text_record(2), text_record(3)]
         code, err, _ = start(write(*records), max_steps=1)
         assert code == 1
@@ -356,9 +357,9 @@ class TestTraining:
             write(*records), max_steps=1, on_bad_record="skip", max_bad_fraction=0.3, output_dir=other
         )
         assert code == 0
-        assert "left out of training: " in err
+        assert "record skipped: " in err
 
-    def test_too_many_to_skip(self, start, write, loaded):
+    def test_too_many_records_to_skip(self, start, write, loaded):
         records = [text_record(i) for i in range(9)] + [shows(9, "no.png")]
         code, err, out = start(write(*records), on_bad_record="skip")
         assert (code, loaded, out.exists()) == (1, [], False)
@@ -371,7 +372,7 @@ class TestTraining:
         code, err, _ = start(write(text_record(0)), on_bad_record="ignore")
         assert (code, "--on_bad_record: invalid choice: 'ignore'" in err) == (2, True)
 
-    def test_truncation_is_told(self, start, write):
+    def test_truncation_is_logged(self, start, write):
         meta = write(*[text_record(i, answer="a cat " * (200 if i == 1 else 1)) for i in range(4)])
         code, err, _ = start(meta, max_seq_length=300)
         assert code == 1
@@ -379,9 +380,9 @@ class TestTraining:
         code, err, _ = start(meta, max_seq_length=300, truncate_text=True)
         assert code == 0
         assert "records.jsonl, line 2 (record 'r1'): the last " in err
-        assert "text cut: 1" in err
+        assert "text truncated: 1" in err
 
-    def test_warnings_are_told(self, start, write):
+    def test_warnings_are_logged(self, start, write):
         meta = write(*[text_record(0)] * 3)
         code, err, _ = start(meta)
         assert code == 0
@@ -390,7 +391,7 @@ class TestTraining:
         assert code == 0
         assert "duplicate" not in err
 
-    def test_an_image_that_vanished_since_the_check_is_told_before_weights_are_read(
+    def test_image_deleted_after_the_check_is_an_error_before_weights_are_read(
         self, start, write, rows, tiny_model, tmp_path, loaded
     ):
         for number in range(3):
@@ -402,10 +403,10 @@ class TestTraining:
         assert (code, loaded) == (1, [])
         assert "records.jsonl, line 2 (record 'r1'): the image" in err
 
-    def test_the_check_makes_the_index_for_training(self, start, write, rows, tiny_model, monkeypatch):
-        """What `m3llm data check` has looked at, a run of the same settings need not look at again."""
+    def test_training_uses_the_index_of_the_check(self, start, write, rows, tiny_model, monkeypatch):
+        """Training with the same settings uses the index of `m3llm data check`."""
         meta = write(*[shows(i, "wide.png") for i in range(3)])
         argv = ("data", "check", meta, "--model", tiny_model, "--max_dynamic_patch", 6)
         assert rows(*argv)[0] == 0
-        monkeypatch.setattr(RecordSet, "examine", lambda *_, **__: pytest.fail("looked at again"))
+        monkeypatch.setattr(RecordSet, "check", lambda *_, **__: pytest.fail("looked at again"))
         assert start(meta, max_dynamic_patch=6)[0] == 0

@@ -1,4 +1,4 @@
-"""Export against transformers' own classes, and back, on real records and with models of many shapes."""
+"""Export compared with the classes of transformers, and conversion back, on real records and many shapes."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.model.io.checkpoint import load_model, save_model
-from internvl_chat.model.io.folders import copy_companions, read_config
+from internvl_chat.model.io.folders import read_auxiliary_files, read_config, write_files
 from internvl_chat.utils.errors import ModelError
 
 TASKS = ("boundingboxVQA", "compound_image", "extra", "multiple_subimage", "puretext", "single_subimage")
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, but for the note of where it comes from."""
+    """Return the files of a folder, except `made_from.json`."""
     return {
         file.name: file.read_bytes()
         for file in folder.iterdir()
@@ -42,10 +42,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def own_sets(shared: Path, folder: Path) -> list[RecordSet]:
     tokenizer, _ = load_tokenizer(folder)
     encoder = RecordEncoder(tokenizer, Preprocessing.from_folder(folder, read_config(folder)))
-    place = shared / "pmc_mi"
+    root = shared / "pmc_mi"
     return [
-        RecordSet(DatasetSpec(task, place / "images", place / f"jsonl/{task}.jsonl"), encoder)
-        for task in TASKS
+        RecordSet(DatasetSpec(task, root / "images", root / f"jsonl/{task}.jsonl"), encoder) for task in TASKS
     ]
 
 
@@ -64,7 +63,7 @@ def transformers_parts(exported):
 
 
 @torch.inference_mode()
-def test_processor_and_model_equal_ours_on_real_records(shared, transformers_parts) -> None:
+def test_processor_and_model_match_on_real_records(shared, transformers_parts) -> None:
     processor, theirs = transformers_parts
     source = shared / "conformance/tiny"
     tokenizer, _ = load_tokenizer(source)
@@ -92,7 +91,7 @@ def test_processor_and_model_equal_ours_on_real_records(shared, transformers_par
     assert {0, 1, 2} <= numbers_of_images
 
 
-def test_greedy_answers_equal_ours(shared, exported, transformers_parts) -> None:
+def test_greedy_answers_match(shared, exported, transformers_parts) -> None:
     processor, theirs = transformers_parts
     engine = Engine.from_checkpoint(shared / "conformance/tiny", device="cpu")
     records = own_sets(shared, shared / "conformance/tiny")[3]
@@ -110,7 +109,7 @@ def test_greedy_answers_equal_ours(shared, exported, transformers_parts) -> None
         assert processor.decode(ids, skip_special_tokens=True).strip() == ours
 
 
-def test_parts_with_images_go_through_the_chat_template(shared, transformers_parts) -> None:
+def test_chat_template_with_image_parts(shared, transformers_parts) -> None:
     processor, _ = transformers_parts
     images = sorted((shared / "pmc_mi/images").glob("*.jpg"))[:2]
     content = [{"type": "image", "path": str(path)} for path in images]
@@ -122,7 +121,7 @@ def test_parts_with_images_go_through_the_chat_template(shared, transformers_par
     assert context == 4 * len(inputs["pixel_values"]) > 0
 
 
-def test_torchvision_s_processor_cuts_the_same_tiles(shared, exported) -> None:
+def test_torchvision_processor_makes_the_same_tiles(shared, exported) -> None:
     default = AutoProcessor.from_pretrained(exported).image_processor
     pillow = AutoImageProcessor.from_pretrained(exported, backend="pil")
     assert type(default) is not type(pillow)
@@ -133,19 +132,19 @@ def test_torchvision_s_processor_cuts_the_same_tiles(shared, exported) -> None:
     assert 0 < (a - b).abs().mean() < 0.02
 
 
-def test_there_and_back_is_exact_to_the_byte(shared, exported, tmp_path) -> None:
+def test_round_trip_is_byte_identical(shared, exported, tmp_path) -> None:
     source = shared / "conformance/tiny"
     merge(exported, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
 
 
-def test_no_code_and_no_pickle_is_in_an_exported_folder(exported) -> None:
+def test_exported_folder_has_no_code_or_pickle(exported) -> None:
     suffixes = {file.suffix for file in exported.rglob("*") if file.is_file()}
     assert suffixes <= {".json", ".jinja", ".safetensors", ".txt"}
     assert "auto_map" not in json.loads((exported / "config.json").read_text())
 
 
-def test_the_end_of_an_answer_is_set(exported, shared) -> None:
+def test_end_of_sequence_token(exported, shared) -> None:
     tokenizer, _ = load_tokenizer(shared / "conformance/tiny")
     settings = GenerationConfig.from_pretrained(exported)
     assert settings.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -161,12 +160,12 @@ SHAPES = {
 
 
 def save_with_tokenizer(model, tiny_model: Path, folder: Path) -> None:
-    """Write a model with the tokenizer of another, whose vocabulary it gets."""
+    """Save a model with the tokenizer and the vocabulary size of the tiny model."""
     tokenizer, _ = load_tokenizer(tiny_model)
     model.language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.llm_config["vocab_size"] = len(tokenizer)
     save_model(model, folder)
-    copy_companions(tiny_model, folder)
+    write_files(read_auxiliary_files(tiny_model), folder)
     Preprocessing.from_model_config(model.config).save(folder)
 
 
@@ -185,7 +184,7 @@ def test_models_of_other_shapes(name, tiny_model, tmp_path) -> None:
     assert contents(tmp_path / "back") == contents(tmp_path / "model")
 
 
-def test_a_bfloat16_model_stays_bfloat16_and_exact(tiny_model, tmp_path) -> None:
+def test_bfloat16_round_trip(tiny_model, tmp_path) -> None:
     save_with_tokenizer(make_model().bfloat16(), tiny_model, tmp_path / "model")
     export_hf(tmp_path / "model", tmp_path / "hf")
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
@@ -194,8 +193,8 @@ def test_a_bfloat16_model_stays_bfloat16_and_exact(tiny_model, tmp_path) -> None
     assert contents(tmp_path / "back") == contents(tmp_path / "model")
 
 
-def test_a_folder_that_transformers_saved_anew_comes_back_too(exported, shared, tmp_path) -> None:
-    """Without the original files, and with weights that were trained on."""
+def test_conversion_of_a_folder_saved_by_transformers(exported, shared, tmp_path) -> None:
+    """The folder lacks the original files and has other weights."""
     model = AutoModelForImageTextToText.from_pretrained(exported)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
@@ -210,7 +209,7 @@ def test_a_folder_that_transformers_saved_anew_comes_back_too(exported, shared, 
     check_same(tmp_path / "back", tmp_path / "saved", device=CPU)
 
 
-def test_original_files_of_another_model_are_not_used(exported, tmp_path, caplog) -> None:
+def test_original_files_of_another_model_are_ignored(exported, tmp_path, caplog) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(exported, changed)
     config = json.loads((changed / "config.json").read_text())
@@ -218,14 +217,14 @@ def test_original_files_of_another_model_are_not_used(exported, tmp_path, caplog
     (changed / "config.json").write_text(json.dumps(config))
     assert read_config(exported).select_layer == -1
     assert read_config(changed).select_layer == -2
-    assert "of another model" in caplog.text
+    assert "describes another model" in caplog.text
 
 
-def test_options_of_the_original_are_kept(exported, shared) -> None:
+def test_original_configuration_is_restored(exported, shared) -> None:
     assert read_config(exported).raw == read_config(shared / "conformance/tiny").raw
 
 
-def test_a_wrapped_checkpoint_is_merged_on_the_way(shared, tmp_path, capsys) -> None:
+def test_wrapped_checkpoint_is_merged(shared, tmp_path, capsys) -> None:
     wrapped, target = shared / "conformance/tiny_lora_trained", tmp_path / "hf"
     assert m3llm(["export", str(wrapped), str(target), "--device", "cpu", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
@@ -234,7 +233,7 @@ def test_a_wrapped_checkpoint_is_merged_on_the_way(shared, tmp_path, capsys) -> 
     assert json.loads(capsys.readouterr().out)["already_exported"] is True
 
 
-def test_the_command_and_back(tiny_model, tmp_path, capsys) -> None:
+def test_command_round_trip(tiny_model, tmp_path, capsys) -> None:
     hf, back = str(tmp_path / "hf"), str(tmp_path / "back")
     assert m3llm(["export", str(tiny_model), hf, "--device", "cpu"]) == 0
     assert m3llm(["export", "--format", "internvl", hf, back, "--device", "cpu"]) == 0
@@ -243,7 +242,7 @@ def test_the_command_and_back(tiny_model, tmp_path, capsys) -> None:
     assert m3llm(["generate", "--model", hf, "what is this?", "--max_new_tokens", "2"]) == 0
 
 
-def test_a_result_that_differs_is_not_kept(tiny_model, tmp_path, monkeypatch, capsys) -> None:
+def test_different_result_is_deleted(tiny_model, tmp_path, monkeypatch, capsys) -> None:
     from internvl_chat.convert import export
 
     def damaged(weights):
@@ -263,7 +262,7 @@ def test_a_result_that_differs_is_not_kept(tiny_model, tmp_path, monkeypatch, ca
     ("options", "message"),
     [({"use_thumbnail": False}, "thumbnail"), ({"dynamic_image_size": False, "pad2square": True}, "pad")],
 )
-def test_preprocessing_that_transformers_lacks_is_refused(tiny_model, tmp_path, options, message) -> None:
+def test_unsupported_preprocessing_is_rejected(tiny_model, tmp_path, options, message) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     file = tmp_path / "model/preprocessing.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | options))
@@ -272,7 +271,7 @@ def test_preprocessing_that_transformers_lacks_is_refused(tiny_model, tmp_path, 
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_target_with_other_content_is_refused(tiny_model, tmp_path) -> None:
+def test_target_with_other_content_is_rejected(tiny_model, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("years of work")
     with pytest.raises(ModelError, match="choose another folder"):
         export_hf(tiny_model, tmp_path)

@@ -1,4 +1,4 @@
-"""`m3llm generate`: one question, several messages, and what a user may get wrong."""
+"""`m3llm generate`: one question, conversations, sampling and user errors."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def figures(sample_data):
 
 @pytest.fixture
 def generate(tiny_model, capfd):
-    """Run `generate` with the small model; returns the exit code, and what it wrote."""
+    """Run `generate` with the small model; returns the exit code and the output."""
 
     def run(*argv, model=tiny_model):
         capfd.readouterr()
@@ -36,12 +36,12 @@ def engine(tiny_model):
 
 
 def answers(engine, questions, images=(), **options):
-    """The answers to the questions of one conversation."""
-    prompt, found = ask(questions[0], images, options.pop("system", None)), []
+    """Return the answers to the questions of one conversation."""
+    prompt, result = ask(questions[0], images, options.pop("system", None)), []
     for question in [*questions[1:], None]:
-        found += engine.answer([prompt], max_new_tokens=8, **options)
-        prompt = prompt.then(found[-1], question)
-    return found
+        result += engine.answer([prompt], max_new_tokens=8, **options)
+        prompt = prompt.then(result[-1], question)
+    return result
 
 
 def typed(monkeypatch, text, *, terminal=False):
@@ -64,7 +64,7 @@ def test_one_answer(generate, engine, figures):
     }
 
 
-def test_several_turns_with_a_system_text(generate, engine, figures):
+def test_conversation_with_a_system_text(generate, engine, figures):
     images = [Image.open(figures[0]).convert("RGB")]
     questions = ["Which panel?", "Why?", "And the other?"]
     code, written = generate("--image", figures[0], "--system", "Be brief.", *questions)
@@ -101,7 +101,7 @@ def test_sampled_answers(generate, engine):
 @pytest.mark.parametrize(
     ("argv", "code", "messages"),
     [
-        ([], 2, ["a question is missing"]),
+        ([], 2, ["no question"]),
         (["What?", "--seed", "1"], 2, ["--top_p and --seed need --temperature"]),
         (["What?", "--temperature", "-1", "--top_p", "3"], 2, ["temperature -1.0 must", "top_p 3.0 must"]),
         (["What?", "--device", "gpu"], 2, ["--device gpu: unknown"]),
@@ -113,12 +113,12 @@ def test_sampled_answers(generate, engine):
 )  # fmt: skip
 def test_user_errors(generate, argv, code, messages, figures, tmp_path, capfd):
     (tmp_path / "broken.jpg").write_bytes(figures[0].read_bytes()[:500])
-    places = {"FIGURE": figures[0], "BROKEN": tmp_path / "broken.jpg"}
+    paths = {"FIGURE": figures[0], "BROKEN": tmp_path / "broken.jpg"}
     try:
-        found, written = generate(*(places.get(text, text) for text in argv))
+        exit_code, written = generate(*(paths.get(text, text) for text in argv))
     except SystemExit as stop:
-        found, written = stop.code, capfd.readouterr()
-    assert found == code
+        exit_code, written = stop.code, capfd.readouterr()
+    assert exit_code == code
     for message in messages:
         assert message in written.err
     assert not written.out

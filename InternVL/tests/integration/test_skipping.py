@@ -1,4 +1,4 @@
-"""Images that fail while training: their records are left out by name, or end the run; nothing shifts."""
+"""Images that fail during training: their records are skipped and logged, or the run stops."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_by_default_it_ends_the_run(damaged, capfd):
 
 def test_its_step_goes_on_without_it(damaged, folder, metrics, capfd):
     assert damaged.train(on_bad_record="skip", max_bad_fraction=0.2) == 0
-    assert "left out of training: " in capfd.readouterr().err
+    assert "record skipped: " in capfd.readouterr().err
     first, second = damaged.ledger()
     assert first["trained"] == [["qa", 0], ["qa", 2]]
     assert second["trained"] == [["qa", 3], ["qa", 4], ["qa", 5]]
@@ -112,7 +112,7 @@ def test_too_many_end_the_run(damaged, capfd):
     break_inside(damaged.image(5))
     assert damaged.train(on_bad_record="skip", max_bad_fraction=0.2) == 1
     told = capfd.readouterr().err
-    assert "2 of 9 records are left out (22.22%), more than --max_bad_fraction 0.2 allows" in told
+    assert "2 of 9 records are excluded or skipped (22.22%), more than --max_bad_fraction 0.2 allows" in told
     assert "records.jsonl, line 6 (record 'r5'): the image" in told
     assert "Traceback" not in told
 
@@ -152,7 +152,7 @@ def test_those_of_an_earlier_start_count(damaged, capfd):
     (damaged.path / "out/train_results.json").unlink()
     break_inside(damaged.image(5))
     assert damaged.train(**options) == 1
-    assert "2 of 9 records are left out" in capfd.readouterr().err
+    assert "2 of 9 records are excluded or skipped" in capfd.readouterr().err
 
 
 def test_a_bad_first_record_does_not_stop_the_sanity_check(folder, capfd):
@@ -178,7 +178,7 @@ def test_other_records_than_planned_are_noticed(folder, monkeypatch, capfd, stra
         lambda self, draw: original(self, draw._replace(index=max(draw.index - 1, 0))),
     )
     assert made.train(train_sampling_strategy=strategy) == 1
-    assert "step 1: the dataloader returned other records than planned" in capfd.readouterr().err
+    assert "step 1: the dataloader returned different records than planned" in capfd.readouterr().err
 
 
 @pytest.mark.slow

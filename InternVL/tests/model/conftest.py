@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
 from internvl_chat.model.io.checkpoint import load_model, save_model
 from internvl_chat.model.io.weights import weights_digest
-from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.lora.injection import add_lora, lora_layers
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, tiny_config
 from internvl_chat.train.freeze import set_trainable
@@ -103,22 +103,22 @@ def make_record(
     image_size: int = 56,
     tokens_per_tile: int = 4,
 ) -> Record:
-    """A record of random text between images of that many tiles; about half of its text is learnt."""
+    """A record with random text and images of so many tiles each; about half of its text is supervised."""
     rng = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> torch.Tensor:
         return torch.randint(0, CONTEXT, (n,), generator=rng)
 
-    parts, learnt = [words(2)], [torch.zeros(2, dtype=torch.bool)]
+    parts, supervised = [words(2)], [torch.zeros(2, dtype=torch.bool)]
     for tiles in images:
         parts += [torch.full((tiles * tokens_per_tile,), CONTEXT), words(1)]
-        learnt.append(torch.zeros(tiles * tokens_per_tile + 1, dtype=torch.bool))
+        supervised.append(torch.zeros(tiles * tokens_per_tile + 1, dtype=torch.bool))
     parts.append(words(text))
     answer = torch.rand(text, generator=rng) < 0.5
     answer[-1] = True
-    learnt.append(answer)
+    supervised.append(answer)
     ids = torch.cat(parts)
-    labels = ids.masked_fill(~torch.cat(learnt), IGNORE_INDEX)
+    labels = ids.masked_fill(~torch.cat(supervised), IGNORE_INDEX)
     pixels = torch.randn(sum(images), 3, image_size, image_size, generator=rng)
     return Record(ids, labels, pixels)
 
@@ -189,3 +189,17 @@ def folder(tmp_path: Path) -> Path:
     """A whole model on disk, that of `make_model()`."""
     save_model(make_model(), tmp_path / "model")
     return tmp_path / "model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def assert_plain(folder: Path) -> None:
+    """A merged folder is a whole model of the reference's format, without a trace of adapters."""
+    assert load_file(folder / "model.safetensors").keys() == make_model().state_dict().keys()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["use_llm_lora"], config["use_backbone_lora"]) == (0, 0)
+    assert config["model_type"] == "internvl_chat"
+    assert lora_layers(load(folder)) == {}
+    assert not (folder / "adapter_config.json").exists()

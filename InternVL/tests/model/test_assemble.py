@@ -1,4 +1,4 @@
-"""A model from parts: each part must arrive where it belongs, whatever its names and file format."""
+"""A model assembled from parts, with all naming schemes and file formats."""
 
 import dataclasses
 import json
@@ -40,7 +40,9 @@ def assemble(parts: dict[str, Path | None], **options) -> InternVLChatModel:
     return assemble_model(**parts, **{**settings, **options}).eval()
 
 
-def test_the_parts_make_the_whole(parts: dict[str, Path], whole: InternVLChatModel) -> None:
+def test_assembled_model_has_the_weights_of_its_parts(
+    parts: dict[str, Path], whole: InternVLChatModel
+) -> None:
     model = assemble(parts)
     assert torch.equal(run_alone(model, RECORD), run_alone(whole, RECORD))
     assert model.config.ps_version == "v2" and model.config.tokens_per_tile == 4
@@ -70,7 +72,7 @@ def test_a_language_model_with_a_tied_head(tmp_path: Path, parts: dict[str, Path
     assert_within_rounding(run_alone(model, record), expected, terms_of(tied.language_model))
 
 
-def test_without_a_projector_one_is_drawn(parts: dict[str, Path], whole: InternVLChatModel) -> None:
+def test_without_a_projector_its_weights_are_random(parts: dict[str, Path], whole: InternVLChatModel) -> None:
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -102,7 +104,7 @@ def test_options(parts: dict[str, Path]) -> None:
 
 
 def test_another_ratio_needs_another_projector(parts: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match=r"misshapen.*0\.bias"):
+    with pytest.raises(ModelError, match=r"mismatched.*0\.bias"):
         assemble(parts, downsample_ratio=0.25)
     model = assemble(parts | {"mlp_file": None}, downsample_ratio=0.25)
     assert (model.config.tokens_per_tile, model.mlp1[1].weight.shape) == (1, (64, 512))
@@ -111,18 +113,18 @@ def test_another_ratio_needs_another_projector(parts: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("part", ["vision_folder", "llm_folder"])
-def test_a_part_without_configuration_or_weights(parts: dict[str, Path], part: str) -> None:
+def test_missing_configuration_or_weights(parts: dict[str, Path], part: str) -> None:
     for file in parts[part].glob("*.safetensors"):
         file.unlink()
     with pytest.raises(ModelError, match="no weights") as caught:
         assemble(parts)
     assert str(parts[part]) in str(caught.value)
     (parts[part] / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"config\.json: cannot be read"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         assemble(parts)
 
 
-def test_a_part_that_does_not_fit_its_configuration(parts: dict[str, Path]) -> None:
+def test_weights_that_do_not_fit_their_configuration(parts: dict[str, Path]) -> None:
     file = parts["vision_folder"] / "model.safetensors"
     weights = load_file(file)
     del weights["encoder.layers.1.ls1"]
@@ -136,4 +138,4 @@ def test_a_projector_of_another_width(parts: dict[str, Path], tmp_path: Path) ->
     torch.save(torch.nn.Sequential(torch.nn.LayerNorm(8)).state_dict(), tmp_path / "other.bin")
     with pytest.raises(ModelError, match="4 missing") as caught:
         assemble(parts | {"mlp_file": tmp_path / "other.bin"})
-    assert "misshapen" in str(caught.value) and str(tmp_path / "other.bin") in str(caught.value)
+    assert "mismatched" in str(caught.value) and str(tmp_path / "other.bin") in str(caught.value)

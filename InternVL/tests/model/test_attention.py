@@ -1,4 +1,4 @@
-"""Attention of packed records against a masked softmax written out, and the choice of kernels."""
+"""Attention of packed records against an explicit masked softmax, and the choice of the implementation."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def masked_softmax(
     causal: bool = True,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Attention in float64 over all pairs, with those of different segments and of the future left out."""
+    """Attention in float64 over all pairs, except those of different segments or in the future."""
     q, k, v = (x.double() for x in (query, key, value))
     rows, heads, tokens, features = q.shape
     scaling = features**-0.5 if scaling is None else scaling
@@ -134,20 +134,20 @@ def test_packed_attention_and_its_gradients(
     assert_gradients((found.transpose(1, 2), expected), qkv, scaling)
 
 
-def test_the_argument_overrides_the_layer() -> None:
+def test_is_causal_argument_overrides_the_layer() -> None:
     qkv = inputs(5)
     found, _ = varlen_attention(Layer(is_causal=True), *qkv, None, is_causal=False)
     expected = masked_softmax(*qkv, [5], causal=False)
     assert_outputs(found.transpose(1, 2), expected, *qkv[:2])
 
 
-def test_without_bounds_every_row_is_one_segment() -> None:
+def test_without_bounds_each_row_is_one_segment() -> None:
     qkv = inputs(6, rows=3)
     found, _ = varlen_attention(Layer(), *qkv, None)
     assert_outputs(found.transpose(1, 2), masked_softmax(*qkv, [6]), *qkv[:2])
 
 
-def test_what_comes_later_or_in_another_record_does_not_count() -> None:
+def test_future_and_other_records_are_masked() -> None:
     lengths = [3, 4]
     qkv = inputs(7)
     options = {"cu_seq_lens_q": bounds(lengths), "max_length_q": 4}
@@ -160,22 +160,22 @@ def test_what_comes_later_or_in_another_record_does_not_count() -> None:
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
-def test_a_mask_or_a_cache_is_refused() -> None:
+def test_masks_and_caches_are_rejected() -> None:
     query, key, value = inputs(4)
-    with pytest.raises(ValueError, match=r"no padding mask and no cache.*attn='sdpa'"):
+    with pytest.raises(ValueError, match=r"neither padding masks nor a KV cache.*attn='sdpa'"):
         varlen_attention(Layer(), query, key, value, torch.ones(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="no padding mask and no cache"):
+    with pytest.raises(ValueError, match="neither padding masks nor a KV cache"):
         varlen_attention(Layer(), query[:, :, -1:], key, value, None)
 
 
 @pytest.mark.parametrize(
     ("asked", "used"), [("auto", "varlen"), ("varlen", "varlen"), ("sdpa", "sdpa"), ("eager", "eager")]
 )
-def test_choice_on_a_cpu(asked: str, used: str) -> None:
+def test_resolve_attention_on_a_cpu(asked: str, used: str) -> None:
     assert resolve_attention(asked, CPU) == used
 
 
-def test_the_flash_package_is_refused_on_a_cpu() -> None:
+def test_flash_attention_is_rejected_on_a_cpu() -> None:
     with pytest.raises(UsageError) as caught:
         resolve_attention("flash_attention_2", CPU)
     message = str(caught.value)
@@ -184,7 +184,7 @@ def test_the_flash_package_is_refused_on_a_cpu() -> None:
     assert "--attn auto" in message
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
+def test_unknown_attention_lists_the_known_ones() -> None:
     with pytest.raises(UsageError) as caught:
         resolve_attention("flash", CPU)
     assert "'flash'" in str(caught.value)
@@ -195,12 +195,12 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     ("installed", "capability", "auto", "obstacle"),
     [
         (False, (9, 0), "varlen", "pip install"),
-        (True, (7, 5), "varlen", "compute capability 8.0 or more, and this GPU has 7.5"),
+        (True, (7, 5), "varlen", "compute capability 8.0 or higher, but this GPU has 7.5"),
         (True, (8, 0), "flash_attention_2", None),
         (True, (9, 0), "flash_attention_2", None),
     ],
 )
-def test_choice_on_a_gpu(
+def test_resolve_attention_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
     installed: bool,
     capability: tuple[int, int],
@@ -220,7 +220,7 @@ def test_choice_on_a_gpu(
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "varlen"])
-def test_full_attention_of_a_tile_by_every_name(name: str) -> None:
+def test_bidirectional_attention(name: str) -> None:
     qkv = inputs(7, heads=3, kv_heads=3, rows=2)
     found = bidirectional_attention(*qkv, name=name)
     expected = masked_softmax(*qkv, [7], causal=False)
@@ -229,7 +229,7 @@ def test_full_attention_of_a_tile_by_every_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_dropped_weights_are_made_up_for_by_the_others(name: str) -> None:
+def test_attention_dropout_keeps_the_mean(name: str) -> None:
     # With values that are all one, an output is the sum of its weights: 0, 2, 4, ... over 4 at rate 1/2.
     zeros, ones = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def cudnn_allowed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_kernels_are_pinned_in_training(cudnn_allowed: list[bool]) -> None:
     """Both towers, with activation checkpointing, which calls attention again in the backward pass."""
     model = make_model(attn="varlen")
-    model.recompute_layers(1)
+    model.checkpoint_layers(1)
     record = make_record((2,))
     run_alone(model.train(), record).float().square().mean().backward()
     vision, llm = len(model.vision_model.encoder.layers), len(model.language_model.get_decoder().layers)
@@ -305,7 +305,7 @@ def test_sliding_window(window: int, lengths: list[int] | None) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 400])
-def test_attention_in_blocks_is_that_of_torch(length: int, heads: int, kv_heads: int) -> None:
+def test_blocked_attention_matches_torch(length: int, heads: int, kv_heads: int) -> None:
     """128 queries make a block: one, a part of one, full ones, and one with a rest."""
     for scaling in (None, 0.3):
         qkv = inputs(length, heads, kv_heads)
@@ -329,10 +329,8 @@ def count_blocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("lengths", [[300], [130, 5, 1, 260]])
-def test_half_precision_on_a_cpu_is_near_double_precision(
-    monkeypatch: pytest.MonkeyPatch, lengths: list[int]
-) -> None:
-    """Nothing may be further off than rounding to bfloat16 in a few places makes it: 2^-8 of what it is."""
+def test_bfloat16_accuracy_on_a_cpu(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+    """Errors are those of a few roundings to bfloat16, each at most 2^-8 of the value."""
     blocked = count_blocked(monkeypatch)
     exact = inputs(sum(lengths), heads=6, kv_heads=2, features=32)
     qkv = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -355,7 +353,7 @@ def test_half_precision_on_a_cpu_is_near_double_precision(
 
 
 @pytest.mark.parametrize("changed", range(4))
-def test_in_blocks_a_record_does_not_see_the_others(monkeypatch: pytest.MonkeyPatch, changed: int) -> None:
+def test_blocked_attention_isolates_records(monkeypatch: pytest.MonkeyPatch, changed: int) -> None:
     lengths = [130, 5, 1, 260]
     blocked = count_blocked(monkeypatch)
     qkv = [x.detach().bfloat16().requires_grad_() for x in inputs(sum(lengths), features=16)]
@@ -376,19 +374,19 @@ def test_in_blocks_a_record_does_not_see_the_others(monkeypatch: pytest.MonkeyPa
             assert torch.equal(one, two) == (number != changed) or not (one.any() or two.any())
 
 
-@pytest.mark.parametrize("place", [1, 127, 128, 250])
-def test_in_blocks_nothing_is_seen_of_what_comes_later(place: int) -> None:
+@pytest.mark.parametrize("position", [1, 127, 128, 250])
+def test_blocked_attention_is_causal(position: int) -> None:
     qkv = [x.detach().bfloat16() for x in inputs(260, features=16)]
     before = blocked_attention(*qkv, [260])
     for x in qkv:
-        x[:, :, place:] = 7.0
+        x[:, :, position:] = 7.0
     after = blocked_attention(*qkv, [260])
-    assert torch.equal(before[:, :, :place], after[:, :, :place])
-    assert not torch.equal(before[:, :, place:], after[:, :, place:])
+    assert torch.equal(before[:, :, :position], after[:, :, :position])
+    assert not torch.equal(before[:, :, position:], after[:, :, position:])
 
 
 @pytest.mark.parametrize("option", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
-def test_what_it_cannot_do_is_refused(option: dict) -> None:
+def test_unsupported_options_are_rejected(option: dict) -> None:
     query, key, value = inputs(4)
     with pytest.raises(ModelError, match="use --attn eager"):
         varlen_attention(Layer(), query, key, value, None, **option)
@@ -409,7 +407,7 @@ def test_language_model_with_a_sliding_window(attn: str) -> None:
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU: the flash kernel inside torch"
 )
 @pytest.mark.parametrize("window", [None, 7])
-def test_flash_kernel_equals_the_loop(window: int | None) -> None:
+def test_flash_kernel_matches_sdpa(window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 4, 40, 64), (1, 2, 40, 64), (1, 2, 40, 64))
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]

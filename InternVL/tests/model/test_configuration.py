@@ -1,4 +1,4 @@
-"""Configuration: what is kept, what is refused, and what the language model gets of it."""
+"""The configuration: preserved keys, validation, and the language model's part."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from internvl_chat.model.configuration import InternVisionConfig, InternVLChatCo
 from internvl_chat.model.io.checkpoint import empty_model
 from internvl_chat.utils.errors import ModelError
 
-# The keys of a published checkpoint that this program does not use, beside those that it does.
+# Keys of a published checkpoint, used and unused.
 PUBLISHED = {
     "_commit_hash": None,
     "architectures": ["InternVLChatModel"],
@@ -112,7 +112,7 @@ PUBLISHED = {
 
 # One mistake each: where it is, what it is set to, and what the message must name.
 MISTAKES = [
-    ("vision_config", "num_attention_heads", 3, "vision width 1024 is no multiple of its 3 heads"),
+    ("vision_config", "num_attention_heads", 3, "vision width 1024 is not a multiple of 3 heads"),
     ("vision_config", "norm_type", "batch_norm", "'batch_norm'"),
     (None, "ps_version", "v3", "ps_version 'v3'"),
     (None, "select_layer", 25, "select_layer 25"),
@@ -130,7 +130,7 @@ def test_reading_and_writing_changes_nothing() -> None:
     assert InternVLChatConfig.from_dict(published()).to_dict() == published()
 
 
-def test_what_this_program_changes_is_written_and_the_rest_is_kept() -> None:
+def test_changes_are_written_and_other_keys_preserved() -> None:
     config = InternVLChatConfig.from_dict(published())
     config.use_llm_lora, config.force_image_size, config.vision_config.drop_path_rate = 16, 224, 0.0
     config.llm_config["vocab_size"] = 9
@@ -158,7 +158,7 @@ def test_changing_the_dictionary_that_was_read_changes_nothing() -> None:
     assert config.to_dict() == published()
 
 
-def test_the_folder_form_reads_the_file(tmp_path: Path) -> None:
+def test_from_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published()), encoding="utf-8")
     assert InternVLChatConfig.from_folder(tmp_path).to_dict() == published()
 
@@ -178,7 +178,7 @@ def test_tokens_per_tile(image_size: int, ratio: float, tokens: int) -> None:
     assert InternVLChatConfig.from_dict(raw).tokens_per_tile == tokens
 
 
-def test_without_a_forced_size_the_tower_decides() -> None:
+def test_image_size_of_the_tower() -> None:
     raw = published() | {"force_image_size": None}
     raw["vision_config"]["image_size"] = 336
     config = InternVLChatConfig.from_dict(raw)
@@ -202,7 +202,7 @@ def test_defaults_are_the_reference_s() -> None:
 
 
 @pytest.mark.parametrize(("part", "key", "value", "message"), MISTAKES)
-def test_each_mistake_is_refused(part: str | None, key: str, value: object, message: str) -> None:
+def test_each_mistake_is_reported(part: str | None, key: str, value: object, message: str) -> None:
     raw = published()
     (raw if part is None else raw[part])[key] = value
     with pytest.raises(ModelError, match="the/file") as caught:
@@ -235,7 +235,7 @@ def test_missing_parts_are_named() -> None:
         InternVLChatConfig.from_dict(raw)
 
 
-def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_valid_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         InternVLChatConfig.from_folder(tmp_path)
     (tmp_path / "config.json").write_text("{'model_type': 1}", encoding="utf-8")
@@ -243,7 +243,7 @@ def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
         InternVLChatConfig.from_folder(tmp_path)
 
 
-def test_qwen2_gets_its_own_keys_and_not_the_bookkeeping() -> None:
+def test_qwen2_configuration() -> None:
     llm = InternVLChatConfig.from_dict(published()).build_llm_config()
     assert type(llm) is Qwen2Config
     assert (llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers) == (3584, 18944, 28)
@@ -263,7 +263,7 @@ def test_llama_works() -> None:
     assert type(model.language_model).__name__ == "LlamaForCausalLM"
 
 
-def test_a_language_model_of_remote_code_is_refused_with_the_reason() -> None:
+def test_remote_code_language_model_is_rejected() -> None:
     raw = published()
     raw["llm_config"] |= {
         "model_type": "internlm2",

@@ -1,4 +1,4 @@
-"""FLOPs: counted by hand for small shapes, and by torch's own counter for a forward pass."""
+"""FLOPs by hand for small shapes, and by torch's own counter for a forward pass."""
 
 import dataclasses
 
@@ -110,7 +110,7 @@ def test_a_step_adds_up_records_supervised_tokens_and_tiles() -> None:
     ),
     passes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
 )
-def test_many_records_at_once_are_steps_of_one_each(
+def test_records_match_single_steps(
     records: list[tuple[int, int, int]], passes: tuple[int, int, int]
 ) -> None:
     counts = FlopCounter(14e9, 4e5, 1.1e9, 7e11, 4e10, *passes)
@@ -143,7 +143,7 @@ def test_many_records_by_hand() -> None:
         ({"freeze_llm": True, "freeze_mlp": True, "freeze_backbone": True}, 0, (1, 1, 1)),
     ],
 )
-def test_passes_by_what_is_trained(flags: dict, rank: int, passes: tuple[int, int, int]) -> None:
+def test_passes_of_trained_parts(flags: dict, rank: int, passes: tuple[int, int, int]) -> None:
     model = make_model()
     add_lora(model, llm_rank=rank)
     set_trainable(model, **flags)
@@ -151,7 +151,7 @@ def test_passes_by_what_is_trained(flags: dict, rank: int, passes: tuple[int, in
     assert (counts.llm_passes, counts.vision_passes, counts.projector_passes) == passes
 
 
-def test_adapters_do_not_count_as_matrices_of_the_model() -> None:
+def test_adapters_are_not_counted() -> None:
     plain, adapted = make_model(), make_model()
     add_lora(adapted, llm_rank=8)
     set_trainable(adapted, freeze_mlp=True, freeze_backbone=True)

@@ -1,4 +1,4 @@
-"""The vision tower against formulas written out: one block, the stack, positions, stochastic depth."""
+"""The vision tower against explicit formulas: blocks, positions, stochastic depth."""
 
 import copy
 import itertools
@@ -94,7 +94,7 @@ def test_a_block(norm_type: str, qk_normalization: bool, qkv_bias: bool, attn: s
     assert_within_rounding(layer(x), expected, terms_of(layer))
 
 
-def test_layer_scale_begins_at_the_configured_factor() -> None:
+def test_initial_layer_scale() -> None:
     layer = InternVisionEncoderLayer(config(initializer_factor=0.3), "sdpa", 0.0)
     for scale in (layer.ls1, layer.ls2):
         assert torch.equal(scale, torch.full((24,), 0.3))
@@ -114,14 +114,14 @@ def test_embedding_patch_by_patch() -> None:
             for column in range(4):
                 y, x = PATCH * row, PATCH * column
                 patch = images[n, :, y : y + PATCH, x : x + PATCH].double().flatten()
-                place = 1 + 4 * row + column
-                expected[n, place] = kernel @ patch + weights["patch_embedding.bias"]
-                expected[n, place] += weights["position_embedding"][0, place]
+                position = 1 + 4 * row + column
+                expected[n, position] = kernel @ patch + weights["patch_embedding.bias"]
+                expected[n, position] += weights["position_embedding"][0, position]
     assert_within_rounding(found, expected, terms=3 * PATCH**2)
 
 
 @pytest.mark.parametrize("select_layer", range(-4, 4))
-def test_the_selected_layer_is_that_of_the_list_of_hidden_states(select_layer: int) -> None:
+def test_select_layer_indexes_hidden_states(select_layer: int) -> None:
     model = tower()
     hidden_states = [model.embeddings(tiles())]
     for layer in model.encoder.layers:
@@ -130,7 +130,7 @@ def test_the_selected_layer_is_that_of_the_list_of_hidden_states(select_layer: i
 
 
 @pytest.mark.parametrize(("select_layer", "runs"), [(-1, 3), (-2, 2), (1, 1), (0, 0)])
-def test_no_layer_behind_the_selected_one_is_run(select_layer: int, runs: int) -> None:
+def test_layers_after_select_layer_do_not_run(select_layer: int, runs: int) -> None:
     model, calls = tower(), []
     for number, layer in enumerate(model.encoder.layers):
         layer.register_forward_hook(lambda *_, n=number: calls.append(n))
@@ -174,7 +174,7 @@ def test_resizing_to_the_same_size_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("image_size", [28, 84])
-def test_tiles_of_another_size_interpolate_as_they_come(image_size: int) -> None:
+def test_tiles_of_another_size(image_size: int) -> None:
     model, resized = tower(), tower()
     resized.resize_positions(image_size)
     images = tiles(size=image_size)
@@ -183,7 +183,7 @@ def test_tiles_of_another_size_interpolate_as_they_come(image_size: int) -> None
     assert model.embeddings.position_embedding.shape == (1, 17, 24)
 
 
-def test_stochastic_depth_grows_along_the_stack() -> None:
+def test_stochastic_depth_rates() -> None:
     model = tower(drop_path_rate=0.4)
     rates = [getattr(layer.drop_path1, "drop_prob", 0.0) for layer in model.encoder.layers]
     assert rates == pytest.approx([0.0, 0.2, 0.4])
@@ -191,7 +191,7 @@ def test_stochastic_depth_grows_along_the_stack() -> None:
     assert isinstance(model.encoder.layers[0].drop_path1, nn.Identity)
 
 
-def test_stochastic_depth_drops_whole_halves_of_a_block_in_training_alone() -> None:
+def test_stochastic_depth_only_in_training() -> None:
     layer = InternVisionEncoderLayer(config(), "sdpa", 0.25)
     enliven(layer, seed=3)
     rows = 64
@@ -213,7 +213,7 @@ def test_stochastic_depth_drops_whole_halves_of_a_block_in_training_alone() -> N
     assert set(distance.argmin(dim=0).tolist()) == {0, 1, 2, 3}
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient() -> None:
+def test_gradient_checkpointing_keeps_gradients() -> None:
     plain = tower().train()
     saving = copy.deepcopy(plain)
     saving.gradient_checkpointing = True
@@ -229,7 +229,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient() -> None:
         assert torch.equal(one.grad, other.grad), name
 
 
-def test_pixels_take_the_dtype_of_the_tower() -> None:
+def test_pixels_are_converted_to_the_dtype_of_the_tower() -> None:
     model = tower().to(torch.bfloat16)
     output = model(tiles())
     assert output.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Fusion and forward pass: what meets what, what runs when, and that packed records stay apart."""
+"""Forward pass: features replace tokens, parts run when they must, packed records are independent."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.batching.collator import pack_samples
-from internvl_chat.data.encode.encoder import Encoded
+from internvl_chat.data.encode.encoder import EncodedConversation
 from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
@@ -44,18 +44,18 @@ def count_calls(module: torch.nn.Module) -> list[tuple]:
 # Fusion
 
 
-def test_features_take_the_places_of_their_tokens_in_order() -> None:
+def test_features_replace_their_tokens_in_order() -> None:
     model, record = make_model(), make_record((2, 1))
     embeddings = model.embed(record.input_ids[None], record.pixel_values)[0]
     words = model.language_model.get_input_embeddings()(record.input_ids)
     features = iter(torch.cat([model.image_features(tile[None])[0] for tile in record.pixel_values]))
-    for place, token in enumerate(record.input_ids.tolist()):
-        expected = next(features) if token == CONTEXT else words[place]
-        assert_within_rounding(embeddings[place], expected, FORWARD)
+    for position, token in enumerate(record.input_ids.tolist()):
+        expected = next(features) if token == CONTEXT else words[position]
+        assert_within_rounding(embeddings[position], expected, FORWARD)
     assert next(features, None) is None
 
 
-def test_rows_of_a_batch_share_the_tiles_in_order() -> None:
+def test_tiles_of_a_batch_are_in_row_order() -> None:
     model = make_model()
     rows = [make_record((1, 1), seed=5), make_record((2,), text=10, seed=6)]
     ids = torch.stack([row.input_ids for row in rows])
@@ -72,7 +72,7 @@ def test_rows_of_a_batch_share_the_tiles_in_order() -> None:
         (0, "12 <IMG_CONTEXT> tokens in the text, but 0 features from 0 tiles"),
     ],
 )
-def test_a_mismatch_of_tiles_and_tokens_tells_both_counts(tiles: int, message: str) -> None:
+def test_mismatch_of_tiles_and_tokens_reports_both_counts(tiles: int, message: str) -> None:
     record = make_record((3,))
     pixels = torch.zeros(tiles, 3, 56, 56)
     with pytest.raises(ValueError) as caught:
@@ -80,7 +80,7 @@ def test_a_mismatch_of_tiles_and_tokens_tells_both_counts(tiles: int, message: s
     assert message in str(caught.value)
 
 
-def test_the_options_reach_pixel_shuffle_and_tower() -> None:
+def test_options_are_passed_to_pixel_shuffle_and_tower() -> None:
     record = make_record((1,))
     outputs = [
         run_alone(make_model(**changes), record)
@@ -93,7 +93,7 @@ def test_the_options_reach_pixel_shuffle_and_tower() -> None:
 # Records without images
 
 
-def test_text_alone_gives_the_projector_zero_gradients_and_runs_no_frozen_tower() -> None:
+def test_text_only_gives_the_projector_zero_gradients() -> None:
     model = freeze_tower(make_model())
     calls = count_calls(model.vision_model)
     record = make_record()
@@ -114,7 +114,7 @@ def test_text_alone_gives_the_projector_zero_gradients_and_runs_no_frozen_tower(
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_the_tower_runs_on_a_blank_tile_where_it_is_trained_or_where_all_must_run_alike(frozen: bool) -> None:
+def test_text_only_runs_a_trained_or_required_tower(frozen: bool) -> None:
     model = make_model()
     if frozen:
         freeze_tower(model).always_run_vision = True
@@ -135,7 +135,7 @@ def test_the_tower_runs_once_for_all_tiles_of_a_pack() -> None:
     assert calls == [(4, 3, 56, 56)]
 
 
-def test_text_alone_is_read_with_everything_frozen_too() -> None:
+def test_text_only_with_everything_frozen() -> None:
     model = make_model().requires_grad_(False)
     record = make_record()
     expected = model.language_model(input_ids=record.input_ids[None], use_cache=False).logits[0]
@@ -145,7 +145,7 @@ def test_text_alone_is_read_with_everything_frozen_too() -> None:
 # Frozen and trained towers
 
 
-def test_a_frozen_tower_keeps_no_graph_and_leaves_the_projector_s() -> None:
+def test_frozen_tower_has_no_graph() -> None:
     model, seen = freeze_tower(make_model()), []
     model.vision_model.register_forward_hook(lambda _, __, output: seen.append(output))
     features = model.image_features(make_record((2,)).pixel_values)
@@ -158,7 +158,7 @@ def test_a_frozen_tower_keeps_no_graph_and_leaves_the_projector_s() -> None:
     assert unfrozen.vision_model.embeddings.class_embedding.grad.any()
 
 
-def test_one_trained_parameter_is_enough_for_a_graph() -> None:
+def test_partly_trained_tower_has_a_graph() -> None:
     model = freeze_tower(make_model())
     scale = model.vision_model.encoder.layers[-1].ls2
     scale.requires_grad_(True)
@@ -180,12 +180,12 @@ def test_a_frozen_tower_stays_in_evaluation_mode() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_layers_that_run_again_change_no_gradient(frozen: bool, count: int) -> None:
+def test_checkpointed_layers_keep_gradients(frozen: bool, count: int) -> None:
     plain = make_model()
     if frozen:
         freeze_tower(plain)
     saving = copy.deepcopy(plain)
-    saving.recompute_layers(count)
+    saving.checkpoint_layers(count)
     decoder = [count_calls(layer.mlp) for layer in saving.language_model.model.layers]
     vision = count_calls(saving.vision_model.encoder.layers[0].mlp)
     losses = []
@@ -214,10 +214,10 @@ def test_layers_that_run_again_change_no_gradient(frozen: bool, count: int) -> N
         (6, "xxxxxx"),
     ],
 )
-def test_layers_that_run_again_are_spread_evenly(count: int, again: str) -> None:
+def test_checkpointed_layers_are_evenly_spaced(count: int, again: str) -> None:
     model = make_model(dataclasses.replace(SHAPE, layers=6))
-    model.recompute_layers(6)
-    model.recompute_layers(count)  # the last call decides
+    model.checkpoint_layers(6)
+    model.checkpoint_layers(count)  # the last call decides
     calls = [count_calls(layer.mlp) for layer in model.language_model.model.layers]
     model.train()(**pack(records(), labels=True)).loss.backward()
     assert "".join(".x"[len(of_layer) - 1] for of_layer in calls) == again
@@ -226,7 +226,7 @@ def test_layers_that_run_again_are_spread_evenly(count: int, again: str) -> None
 # Losses
 
 
-def test_losses_are_those_of_a_log_softmax_over_all_logits() -> None:
+def test_losses_match_a_log_softmax() -> None:
     model, rows = make_model(), records()
     output = model(**pack(rows, labels=True))
     expected = []
@@ -234,8 +234,8 @@ def test_losses_are_those_of_a_log_softmax_over_all_logits() -> None:
         logits = logits.double()
         exact = logits - logits.exp().sum(dim=-1, keepdim=True).log()
         expected += [
-            -exact[place - 1, label]
-            for place, label in enumerate(row.labels.tolist())
+            -exact[position - 1, label]
+            for position, label in enumerate(row.labels.tolist())
             if label != IGNORE_INDEX
         ]
     assert_within_rounding(output.token_losses, torch.stack(expected), FORWARD)
@@ -243,7 +243,7 @@ def test_losses_are_those_of_a_log_softmax_over_all_logits() -> None:
     assert output.logits is None
 
 
-def test_weights_of_tokens_make_a_sum() -> None:
+def test_token_weights() -> None:
     model, rows = make_model(), records()
     inputs = pack(rows, labels=True)
     losses = model(**inputs).token_losses
@@ -253,7 +253,7 @@ def test_weights_of_tokens_make_a_sum() -> None:
     assert found.item() == pytest.approx(by_hand, rel=rounding_bound(2 * len(losses), torch.float32, 1))
 
 
-def test_the_head_sees_the_positions_before_supervised_tokens_alone() -> None:
+def test_head_runs_only_before_supervised_tokens() -> None:
     model, rows = make_model(), records()
     calls = count_calls(model.language_model.lm_head)
     supervised = sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows)
@@ -263,21 +263,21 @@ def test_the_head_sees_the_positions_before_supervised_tokens_alone() -> None:
     assert 0 < supervised < sum(len(row.input_ids) for row in rows)
 
 
-def test_without_labels_all_logits_and_no_loss() -> None:
+def test_without_labels() -> None:
     rows = records()
     output = make_model()(**pack(rows))
     assert output.logits.shape == (1, sum(len(row.input_ids) for row in rows), VOCABULARY)
     assert output.loss is None and output.token_losses is None
 
 
-def test_labels_with_a_batch_of_rows_are_refused() -> None:
+def test_labels_with_a_batch_are_rejected() -> None:
     ids = torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(ValueError, match="one packed row"):
         make_model()(input_ids=ids, pixel_values=torch.zeros(0, 3, 56, 56), labels=ids)
 
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_the_loss_of_a_pack_is_made_of_the_records_own(attn: str) -> None:
+def test_loss_of_a_pack_combines_its_records(attn: str) -> None:
     model, rows = make_model(attn=attn), records()
     separate = [model(**pack([row], labels=True)).token_losses for row in rows]
     together = model(**pack(rows, labels=True))
@@ -321,10 +321,10 @@ def with_features(model: InternVLChatModel, inputs: dict) -> dict:
     inputs = dict(inputs)
     tiles = inputs.pop("pixel_values")
     features = [model.vision_features(tile[None]) for tile in tiles]
-    return {**inputs, "vision_features": torch.cat(features) if features else model.no_features()}
+    return {**inputs, "vision_features": torch.cat(features) if features else model.empty_features()}
 
 
-def places(inputs: dict) -> dict[str, torch.Tensor]:
+def positions(inputs: dict) -> dict[str, torch.Tensor]:
     """Where features and targets are, found token by token."""
     ids, labels = inputs["input_ids"][0].tolist(), inputs["labels"][0].tolist()
     targets = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORE_INDEX]
@@ -337,7 +337,7 @@ def places(inputs: dict) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_features_made_beforehand_are_as_good_as_tiles(attn: str, frozen: bool) -> None:
+def test_precomputed_features(attn: str, frozen: bool) -> None:
     model = make_model(attn=attn)
     if frozen:
         freeze_tower(model)
@@ -352,7 +352,7 @@ def test_features_made_beforehand_are_as_good_as_tiles(attn: str, frozen: bool) 
     assert len(calls) == 4  # forward did not run the tower once more
 
 
-def test_features_of_several_packs_made_at_once() -> None:
+def test_features_of_several_packs() -> None:
     """As in training: one run of a frozen tower for the tiles of all packs of a step."""
     model, rows = freeze_tower(make_model()), records()
     packs = [pack(rows[:2], labels=True), pack(rows[1:], labels=True)]
@@ -363,7 +363,7 @@ def test_features_of_several_packs_made_at_once() -> None:
         assert_same(found, results(model, {**inputs, "pixel_values": part}))
 
 
-def test_no_features_are_those_of_no_tiles() -> None:
+def test_empty_features() -> None:
     model = freeze_tower(make_model())
     inputs = pack([make_record()], labels=True)
     calls = count_calls(model.vision_model)
@@ -377,20 +377,20 @@ def test_no_features_are_those_of_no_tiles() -> None:
         f"mlp1.{name}" in found and not found[f"mlp1.{name}"].any() for name in model.mlp1.state_dict()
     )
     assert_same(found, results(model, inputs))
-    assert model.bfloat16().no_features().dtype == torch.bfloat16
+    assert model.bfloat16().empty_features().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     "given", [("image_positions",), ("label_positions",), ("image_positions", "label_positions")]
 )
 @pytest.mark.parametrize("rows", [records(), [make_record()]], ids=["with tiles", "text alone"])
-def test_places_that_are_given_are_those_that_are_found(rows: list[Record], given: tuple[str, ...]) -> None:
+def test_given_positions_match_computed_ones(rows: list[Record], given: tuple[str, ...]) -> None:
     model, inputs = make_model(), pack(rows, labels=True)
-    known = {name: value for name, value in places(inputs).items() if name in given}
+    known = {name: value for name, value in positions(inputs).items() if name in given}
     assert_same(results(model, {**inputs, **known}), results(model, inputs))
 
 
-def test_places_in_a_batch_of_rows_count_through_the_rows() -> None:
+def test_positions_in_a_batch() -> None:
     model = make_model()
     rows = [make_record((1, 1), seed=5), make_record((2,), text=10, seed=6)]
     ids = torch.stack([row.input_ids for row in rows])
@@ -401,11 +401,11 @@ def test_places_in_a_batch_of_rows_count_through_the_rows() -> None:
     assert torch.equal(found, model(input_ids=ids, pixel_values=pixels).logits)
 
 
-def test_places_decide_where_features_go_and_what_is_learnt() -> None:
+def test_positions_determine_features_and_targets() -> None:
     """They are taken at their word: with the ids of ordinary tokens, with fewer targets than labels."""
     model, record = make_model(), make_record((1,))
     inputs = pack([record], labels=True)
-    known = places(inputs)
+    known = positions(inputs)
     losses = model(**inputs).token_losses
     assert torch.equal(model(**inputs, label_positions=known["label_positions"][1:]).token_losses, losses[1:])
     other = torch.where(record.input_ids == CONTEXT, 3, record.input_ids)[None]
@@ -415,9 +415,9 @@ def test_places_decide_where_features_go_and_what_is_learnt() -> None:
 
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_places_that_do_not_match_the_tiles_are_refused(change: int, features: bool) -> None:
+def test_mismatched_positions_are_rejected(change: int, features: bool) -> None:
     model, inputs = make_model(), pack([make_record((3,))], labels=True)
-    known = places(inputs)["image_positions"]
+    known = positions(inputs)["image_positions"]
     wrong = known[:-1] if change < 0 else torch.cat([known, torch.tensor([0])])
     inputs = with_features(model, inputs) if features else inputs
     message = f"{12 + change} <IMG_CONTEXT> tokens in the text, but 12 features from 3 tiles"
@@ -425,7 +425,7 @@ def test_places_that_do_not_match_the_tiles_are_refused(change: int, features: b
         model(**inputs, image_positions=wrong)
 
 
-def test_features_that_do_not_match_the_text_are_refused() -> None:
+def test_mismatched_features_are_rejected() -> None:
     model, inputs = make_model(), with_features(make_model(), pack([make_record((3,))], labels=True))
     inputs["vision_features"] = inputs["vision_features"][:2]
     with pytest.raises(ValueError, match="12 <IMG_CONTEXT> tokens in the text, but 8 features from 2 tiles"):
@@ -442,7 +442,7 @@ def padded(rows: list[Record]) -> dict:
     samples = []
     for number, row in enumerate(rows):
         where = (row.input_ids == CONTEXT).nonzero().flatten()
-        encoded = Encoded(row.input_ids, row.labels, where, ())
+        encoded = EncodedConversation(row.input_ids, row.labels, where, ())
         pixels = torch.zeros(len(row.pixel_values), 2, 2, 3, dtype=torch.uint8)
         samples.append((Sample(RecordKey("set", number), str(number), encoded, pixels), True))
     inputs = pack_samples(samples, MULTIPLE).text_inputs(torch.device("cpu"))
@@ -467,9 +467,7 @@ def dynamo():
 
 
 @pytest.mark.parametrize(("frozen", "recomputed"), [(True, 1), (False, 0)])
-def test_compiled_blocks_change_no_gradient_and_are_compiled_for_any_length(
-    dynamo, frozen: bool, recomputed: int
-) -> None:
+def test_compiled_blocks_keep_gradients_for_any_length(dynamo, frozen: bool, recomputed: int) -> None:
     plain = make_model(attn="varlen")
     if frozen:
         freeze_tower(plain)
@@ -478,7 +476,7 @@ def test_compiled_blocks_change_no_gradient_and_are_compiled_for_any_length(
     compiled.compile_blocks(backend="aot_eager")
     assert ([name for name, _ in compiled.named_parameters()], list(compiled.state_dict())) == names
     if recomputed:
-        compiled.recompute_layers(recomputed)
+        compiled.checkpoint_layers(recomputed)
     graphs = []
     for blocks in (2, 3, 5, 4):
         inputs = padded(rows_of_length(blocks))
@@ -489,7 +487,7 @@ def test_compiled_blocks_change_no_gradient_and_are_compiled_for_any_length(
     assert graphs[1:] == [graphs[1]] * 3
 
 
-def test_padding_changes_no_gradient() -> None:
+def test_padding_keeps_gradients() -> None:
     model, rows = make_model(attn="varlen"), rows_of_length(3)
     inputs = padded(rows)
     assert inputs["input_ids"].shape[1] == sum(len(row.input_ids) for row in rows) + 2
@@ -500,7 +498,7 @@ def test_padding_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_packed_records_equal_records_on_their_own(attn: str) -> None:
+def test_packed_records_match_single_records(attn: str) -> None:
     model, rows = make_model(attn=attn), records()
     for found, row in zip(parts(model(**pack(rows)).logits, rows), rows, strict=True):
         assert_within_rounding(found, run_alone(model, row), FORWARD)
@@ -508,7 +506,7 @@ def test_packed_records_equal_records_on_their_own(attn: str) -> None:
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_changing_the_text_of_a_record_leaves_the_others_alone(attn: str, changed: int) -> None:
+def test_text_of_a_record_does_not_affect_others(attn: str, changed: int) -> None:
     model, rows = make_model(attn=attn), records()
     before = parts(model(**pack(rows)).logits, rows)
     ids = rows[changed].input_ids
@@ -524,7 +522,7 @@ def test_changing_the_text_of_a_record_leaves_the_others_alone(attn: str, change
 
 @pytest.mark.parametrize("changed", [0, 2])
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_changing_the_tiles_of_a_record_leaves_the_others_alone(attn: str, changed: int) -> None:
+def test_tiles_of_a_record_do_not_affect_others(attn: str, changed: int) -> None:
     model, rows = make_model(attn=attn), records()
     before = parts(model(**pack(rows)).logits, rows)
     rows[changed] = dataclasses.replace(rows[changed], pixel_values=-rows[changed].pixel_values)
@@ -537,7 +535,7 @@ def test_changing_the_tiles_of_a_record_leaves_the_others_alone(attn: str, chang
 
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_the_length_of_a_neighbour_does_not_matter(attn: str) -> None:
+def test_length_of_a_neighbour_has_no_effect(attn: str) -> None:
     model, middle = make_model(attn=attn), make_record((1,), seed=8)
     for before, after in ((1, 1), (20, 3), (2, 30)):
         rows = [make_record(text=before, seed=9), middle, make_record(text=after, seed=10)]
@@ -558,8 +556,8 @@ def test_token_id_zero_is_an_ordinary_token(attn: str) -> None:
         ):
             layer.weight.copy_(layer.weight[order])
     rows = records()
-    for place in (0, 1, -1, -2):
-        rows[0].input_ids[place] = 0
+    for position in (0, 1, -1, -2):
+        rows[0].input_ids[position] = 0
     swapped = [dataclasses.replace(row, input_ids=torch.tensor(order)[row.input_ids]) for row in rows]
     found, expected = exchanged(**pack(swapped)).logits, model(**pack(rows)).logits[..., order]
     assert_within_rounding(found, expected, FORWARD)

@@ -1,4 +1,4 @@
-"""Pixel shuffle and projector against loops and formulas written out."""
+"""Pixel shuffle and projector against explicit loops and formulas."""
 
 import math
 

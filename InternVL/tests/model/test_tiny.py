@@ -1,4 +1,4 @@
-"""The tiny model: drawn from its seed alone, of the shape asked for, and complete on disk."""
+"""The tiny model depends only on its seed, has the requested shape, and is complete on disk."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def build(seed: int = 0, shape: TinyShape = SHAPE) -> InternVLChatModel:
     return build_tiny_model(shape, vocab_size=VOCABULARY, image_context_id=CONTEXT, seed=seed)
 
 
-def test_the_seed_decides_every_weight() -> None:
+def test_seed_determines_every_weight() -> None:
     torch.manual_seed(1)
     one = build(seed=3).state_dict()
     torch.manual_seed(2)
@@ -30,7 +30,7 @@ def test_the_seed_decides_every_weight() -> None:
     } <= differing
 
 
-def test_the_global_random_state_is_left_alone() -> None:
+def test_global_random_state_is_unchanged() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     build(seed=3)
@@ -55,7 +55,7 @@ def test_the_global_random_state_is_left_alone() -> None:
         TinyShape(),
     ],
 )
-def test_the_shape_is_the_one_asked_for(shape: TinyShape) -> None:
+def test_shape(shape: TinyShape) -> None:
     model = build(shape=shape)
     grid = shape.image_size // 14
     vision, llm = model.vision_model, model.language_model.model
@@ -73,7 +73,7 @@ def test_the_shape_is_the_one_asked_for(shape: TinyShape) -> None:
     assert model.language_model.lm_head.weight is not llm.embed_tokens.weight
 
 
-def test_it_has_internvl3_s_options() -> None:
+def test_internvl3_options() -> None:
     config = tiny_config(SHAPE, VOCABULARY)
     assert (config.ps_version, config.downsample_ratio, config.select_layer) == ("v2", 0.5, -1)
     assert (config.template, config.use_thumbnail, config.dynamic_image_size) == ("internvl2_5", True, True)
@@ -93,7 +93,7 @@ def test_the_image_reaches_the_answer() -> None:
     assert model.vision_model.embeddings.position_embedding.std() < 0.05
 
 
-def test_it_begins_near_a_uniform_guess_and_learns() -> None:
+def test_initial_loss_is_uniform_and_decreases() -> None:
     model, inputs = build(), pack([make_record((1,)), make_record(seed=1)], labels=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []

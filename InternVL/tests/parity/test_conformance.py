@@ -1,4 +1,4 @@
-"""Every figure of the reference implementation, within its tolerance (see the figures' own README)."""
+"""Every value of the reference implementation, within its tolerance (see conformance/README.md)."""
 
 import hashlib
 import json

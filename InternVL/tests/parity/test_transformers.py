@@ -117,7 +117,7 @@ def test_logits_loss_and_every_gradient(name: str, images: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("theirs", ["eager", "sdpa"])
 @pytest.mark.parametrize("ours", ["eager", "sdpa", "varlen"])
-def test_packed_records_equal_records_run_one_by_one(ours: str, theirs: str) -> None:
+def test_packed_records_match_single_records(ours: str, theirs: str) -> None:
     model = make_model(attn=ours)
     other = transformers_model(model, theirs)
     records = [
@@ -170,7 +170,7 @@ def test_greedy_continuations(images: tuple[int, ...]) -> None:
     assert len(set(expected.tolist())) > 3, "a constant answer would agree whatever the models do"
 
 
-def test_an_untied_head_stays_untied_in_transformers() -> None:
+def test_untied_head_in_transformers() -> None:
     model = make_model()
     other = transformers_model(model)
     assert SHAPE.width == other.lm_head.weight.shape[1]

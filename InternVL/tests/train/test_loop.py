@@ -64,7 +64,7 @@ def make_loop(tiny_model, sample_data, tmp_path):
         torch.manual_seed(0)
         model, tokenizer, preprocessing = load_for_training(plan)
         set_trainable(model, freeze_backbone=True)
-        encoder = RecordEncoder(tokenizer, preprocessing).with_max_tiles(config.data.max_dynamic_patch)
+        encoder = RecordEncoder(tokenizer, preprocessing.with_tile_limit(config.data.max_dynamic_patch))
         data, flops = load_records(config, plan.specs, encoder), count_flops(model)
         strategy = KeepsGradients(
             model,
@@ -140,7 +140,7 @@ def test_cut_into_packs_changes_nothing(make_loop, reduction, checkpoint):
     loop = make_loop(loss_reduction=reduction)
     loss, reference = gradients(loop, [[draw] for draw in DRAWS])
     if checkpoint:
-        loop.strategy.model.recompute_layers(checkpoint)
+        loop.strategy.model.checkpoint_layers(checkpoint)
     for cut in CUTS.values():
         other_loss, other = gradients(loop, [[DRAWS[i] for i in pack] for pack in cut])
         assert_same_step(loop, loss, reference, other_loss, other)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from internvl_chat.convert.export import export_hf
 from internvl_chat.convert.merge import merge
-from internvl_chat.model.io.card import CARD, CARD_MARK
+from internvl_chat.convert.model_card import CARD, CARD_MARK
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.model_card import read_validation
@@ -67,7 +67,7 @@ def test_recipe_and_course_are_the_run_s(card, metrics) -> None:
     assert row(text, "hardware at the end") == ["1 x CPU"]
     assert row(text, "records") == [str(sum(step["records"] for step in steps))]
     assert row(text, "loss, mean of the last 1 step(s)") == [f"{steps[-1]['loss']:.4f}"]
-    assert "Nothing was validated" in text
+    assert "There was no validation" in text
 
 
 def test_neither_secrets_nor_places_are_told(card, tiny_model, sample_data, tmp_path, monkeypatch) -> None:
@@ -133,13 +133,13 @@ def test_an_own_readme_stays(tiny_model, sample_data, tmp_path, caplog) -> None:
     (tmp_path / CARD).write_text("# My notes\n")
     assert run(tmp_path, tiny_model, sample_data).read_text() == "# My notes\n"
     found = inspect_output_folder(tmp_path, overwrite=True, resume=None)
-    found.open().close()
+    found.open().release()
     assert (tmp_path / CARD).read_text() == "# My notes\n"
 
 
 def test_the_card_of_an_earlier_run_goes_with_it(tmp_path) -> None:
     (tmp_path / CARD).write_text(f"---\nlicense: unknown\n---\n{CARD_MARK}\n")
-    inspect_output_folder(tmp_path, overwrite=False, resume=None).open().close()
+    inspect_output_folder(tmp_path, overwrite=False, resume=None).open().release()
     assert not (tmp_path / CARD).exists()
 
 

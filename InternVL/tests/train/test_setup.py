@@ -30,7 +30,7 @@ def agree(plan) -> bool:
     encoder = load_encoder(plan)
     _, tokenizer, preprocessing = load_for_training(plan)
     limit = plan.config.data.max_dynamic_patch
-    own = encoder.with_max_tiles(preprocessing.max_dynamic_patch).preprocessing
+    own = encoder.preprocessing.with_tile_limit(preprocessing.max_dynamic_patch)
     return (
         own == preprocessing
         and encoder.preprocessing.max_dynamic_patch == limit

@@ -8,7 +8,7 @@ from helpers import flags
 from small_sets import encoder, image_record, noise, text_record, write_set
 
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.data.index.build import index_lengths
+from internvl_chat.data.index.build import index_records
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Prompt, last_question
 from internvl_chat.train.arguments import parse_arguments
@@ -51,7 +51,7 @@ def test_held_out_records_are_used_as_they_are_and_once(tmp_path):
 
 def make_validation(tmp_path, records, generate, **options) -> Validation:
     sets = [write_set(tmp_path, records, by=encoder(**options))]
-    data = TrainingData(sets, lengths=index_lengths(sets))
+    data = TrainingData(sets, lengths=[index.lengths for index in index_records(sets)])
     return Validation(data, sampler=None, reduction="sample", generate=generate, normalization="imagenet")
 
 

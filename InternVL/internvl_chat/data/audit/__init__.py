@@ -1,1 +1,1 @@
-"""Checks of data sets: problems, duplicates, contamination, reports."""
+"""Data checks before training: faulty records, duplicates, benchmark contamination, and the report."""

@@ -1,4 +1,4 @@
-"""The audit of data sets: what can be used, how long it is, and everything that is wrong, by name."""
+"""Audit of datasets: usable records, their lengths, and all problems."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from internvl_chat.data.audit.duplicates import find_duplicates
+from internvl_chat.data.audit.duplicates import find_duplicates, record_warning
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.index.build import index_records
 from internvl_chat.data.index.cache import Lengths, RecordIndex
@@ -19,13 +19,13 @@ from internvl_chat.utils.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class SetAudit:
-    """What was found in one data set.
+    """Findings in one dataset.
 
     Attributes:
         spec: its entry in the meta file.
-        records: in the file; 0 where it cannot be read.
-        used: records that are used, each counted once.
-        lengths: of the usable ones among them.
+        records: number of records in the file; 0 if it cannot be read.
+        used: number of distinct records that `repeat_time` selects.
+        lengths: lengths of the usable records among them.
         problems: errors and warnings.
     """
 
@@ -37,24 +37,24 @@ class SetAudit:
 
     @property
     def usable(self) -> int:
-        """Records that are used and can be."""
+        """Number of usable records."""
         return len(self.lengths)
 
     @property
     def kinds(self) -> Counter[str]:
-        """How many problems there are of each kind."""
+        """Number of problems of each kind."""
         return Counter(problem.kind for problem in self.problems)
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What was found in all data sets.
+    """Findings in all datasets.
 
     Attributes:
-        sets: in the order of the meta file.
-        opened: those that can be read as records at all.
-        decoded: whether the images were decoded, not only opened.
-        max_seq_length: that records were held against; None where tokens were not counted.
+        sets: findings of each dataset, in the order of the meta file.
+        opened: datasets whose annotation file is readable.
+        decoded: whether all images were decoded, not only opened.
+        max_seq_length: limit that the records were checked against; None if tokens were not counted.
     """
 
     sets: list[SetAudit]
@@ -64,8 +64,8 @@ class Audit:
 
     @property
     def problems(self) -> list[Problem]:
-        """Those of all sets."""
-        return [problem for one in self.sets for problem in one.problems]
+        """Problems of all datasets."""
+        return [problem for findings in self.sets for problem in findings.problems]
 
 
 def audit(
@@ -76,14 +76,14 @@ def audit(
     workers: int | None = None,
     cache: Path | None = None,
 ) -> Audit:
-    """Check every record that is used.
+    """Check all records that would be used for training.
 
     Args:
-        specs: the data sets.
-        encoder: with which records would be encoded; a `TileCounter` counts no tokens.
-        decode: also decode every image; else only their headers are read.
-        workers: of `index_records`.
-        cache: of `index_records`.
+        specs: the datasets.
+        encoder: encoder of the records; without a tokenizer, tokens are not counted.
+        decode: decode every image completely, instead of reading its header and end.
+        workers: see `index_records`.
+        cache: see `index_records`.
     """
     opened: dict[str, RecordSet] = {}
     problems: dict[str, list[Problem]] = {spec.name: [] for spec in specs}
@@ -98,43 +98,39 @@ def audit(
     for index in indexes:
         for problem in index.problems:
             problems[problem.dataset].append(problem)
-    for warning in find_warnings(sets, indexes):
+    for warning in dataset_warnings(sets, indexes):
         problems[warning.dataset].append(warning)
-    known = dict(zip(opened, indexes, strict=True))
-    audits = []
-    for spec in specs:
-        records, used, lengths = 0, 0, Lengths(*np.zeros((3, 0), np.int32))
-        if spec.name in opened:
-            index = known[spec.name]
-            records, used, lengths = len(opened[spec.name]), len(index), _usable_lengths(index)
-        audits.append(SetAudit(spec, records, used, lengths, problems[spec.name]))
+    counts = {
+        name: (len(records), len(index), _usable_lengths(index))
+        for (name, records), index in zip(opened.items(), indexes, strict=True)
+    }
+    unreadable = (0, 0, Lengths(*np.zeros((3, 0), np.int32)))
+    audits = [SetAudit(spec, *counts.get(spec.name, unreadable), problems[spec.name]) for spec in specs]
     counts_tokens = encoder.tokenizer is not None
     return Audit(audits, sets, decode, encoder.preprocessing.max_seq_length if counts_tokens else None)
 
 
-def find_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:
-    """Yield what is to be said of records that can be used, beyond what their index holds.
+def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:
+    """Yield warnings about usable records: wrong `length`, lost tiles, truncated text, duplicates.
 
     Args:
-        sets: the data sets.
-        indexes: of `index_records(sets)`.
+        sets: the datasets.
+        indexes: result of `index_records(sets)`.
     """
     for records, index in zip(sets, indexes, strict=True):
         spec, lengths = records.spec, index.lengths
         if spec.length is not None and spec.length != len(records):
             message = f"'length' is {spec.length} in the meta file, but there are {len(records)} records"
             yield Problem(spec.name, None, spec.annotation, None, None, "length", message)
-        for i in np.flatnonzero(lengths.tiles_lost | lengths.tokens_cut):
-            tiles, lost, cut = lengths.tiles[i], lengths.tiles_lost[i], lengths.tokens_cut[i]
-            found = []
+        for i in np.flatnonzero(lengths.tiles_lost | lengths.tokens_truncated):
+            tiles, lost, cut = lengths.tiles[i], lengths.tiles_lost[i], lengths.tokens_truncated[i]
+            warnings = []
             if lost:
-                found.append(("fewer tiles", f"{tiles} tiles instead of {tiles + lost}"))
+                warnings.append(("fewer tiles", f"{tiles} tiles instead of {tiles + lost}"))
             if cut:
-                found.append(("text cut", f"the last {cut} tokens are cut off"))
-            for kind, message in found:
-                yield Problem(
-                    spec.name, int(i), spec.annotation, records.file.line(i), index.ids[i], kind, message
-                )
+                warnings.append(("text truncated", f"the last {cut} tokens are truncated"))
+            for kind, message in warnings:
+                yield record_warning(records, index, i, kind, message)
     yield from find_duplicates(sets, indexes)
 
 

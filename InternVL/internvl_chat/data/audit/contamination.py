@@ -1,8 +1,9 @@
-"""Whether a training set holds what it is to be judged by: articles and images of a benchmark."""
+"""Benchmark contamination: records of the training data that share articles or images with a benchmark."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -10,26 +11,26 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from internvl_chat.data.audit.benchmark_files import Benchmark, articles_in, not_compared
+from internvl_chat.data.audit.benchmark_files import Benchmark, find_articles, not_compared
 from internvl_chat.data.audit.image_hash import Fingerprint, fingerprint, near_pairs, similarity
-from internvl_chat.data.index.build import available_cores
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.sources.problems import Problem, RecordProblem, show_id, show_message
+from internvl_chat.data.sources.problems import Problem, RecordError, printable_id, printable_message
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.hardware import cpu_cores
 
-# Among 306 figures and panels of PubMed Central no two differ in less than 14 bits; scaled, recompressed and
-# grey copies differ in at most 4. At the size of a training set chance comes nearer, hence the second look.
-MOST_BITS = 8
-LEAST_SIMILARITY = 0.95
+# Among 306 figures and panels of PubMed Central, any two differ in at least 14 bits; scaled, recompressed and
+# grey copies differ in at most 4. A training set has more chance matches, hence the similarity threshold.
+MAX_DIFFERENT_BITS = 8
+MIN_SIMILARITY = 0.95
 
-# Starting a process takes as long as hashing some hundreds of images.
+# Starting a process takes as long as hashing several hundred images.
 _IMAGES_PER_WORKER = 500
 
 
-class _Use(NamedTuple):
-    """What a record shows and names: articles of the benchmark, and images by number."""
+class _Content(NamedTuple):
+    """Articles of the benchmark and images (by number) in a record."""
 
-    set_number: int
+    dataset: int
     index: int
     id: str | None
     articles: tuple[str, ...]
@@ -39,67 +40,68 @@ class _Use(NamedTuple):
 def find_leaks(
     sets: Sequence[RecordSet], benchmark: Benchmark, *, workers: int | None = None
 ) -> list[Problem]:
-    """Return what the records that are used have in common with a benchmark, in the order of the files.
+    """Return the used records that share articles or images with a benchmark, in file order.
 
-    Before it come warnings that name what of the benchmark could not be compared.
+    Warnings about parts of the benchmark that could not be compared come first.
 
     Args:
-        sets: the data sets.
-        benchmark: of `read_benchmark`.
-        workers: processes that look at images; by default one a core, and none beside this for few images.
+        sets: the datasets.
+        benchmark: result of `read_benchmark`.
+        workers: number of processes that hash images [up to one per core, depending on the number of images].
     """
     numbers: dict[Path, int] = {}
-    uses = list(_uses(sets, benchmark, numbers))
+    contents = list(_read_contents(sets, benchmark, numbers))
     images = list(numbers)
-    prints = _fingerprints([*benchmark.images, *images], workers)
-    matches = _match_images(images, benchmark.images, prints)
-    unread = [not_compared(image, why) for image in benchmark.images if (why := prints[image].problem)]
-    leaks = [problem for use in uses for problem in _problems(sets[use.set_number], use, benchmark, matches)]
-    return [*benchmark.problems, *unread, *leaks]
+    fingerprints = _fingerprints([*benchmark.images, *images], workers)
+    matches = _match_images(images, benchmark.images, fingerprints)
+    unread = [
+        not_compared(image, problem) for image in benchmark.images if (problem := fingerprints[image].problem)
+    ]
+    leaks = (_leaks(sets[content.dataset], content, benchmark, matches) for content in contents)
+    return [*benchmark.problems, *unread, *chain.from_iterable(leaks)]
 
 
-def _uses(sets: Sequence[RecordSet], benchmark: Benchmark, numbers: dict[Path, int]) -> Iterator[_Use]:
-    """Yield what each record shows and names; what cannot be read cannot be trained on either.
+def _read_contents(
+    sets: Sequence[RecordSet], benchmark: Benchmark, numbers: dict[Path, int]
+) -> Iterator[_Content]:
+    """Yield the articles and images of each record; unreadable records are skipped, as in training.
 
     Args:
-        sets: the data sets.
-        benchmark: what it is compared with.
-        numbers: of the images; new ones are added.
+        sets: the datasets.
+        benchmark: the benchmark to compare with.
+        numbers: image -> number; new images are added.
     """
     total = sum(s.num_distinct for s in sets)
-    bar = tqdm(total=total, desc="reading", unit="record", delay=2, file=sys.stderr, dynamic_ncols=True)
+    bar = tqdm(
+        total=total, desc="reading", unit="record", delay=2, file=sys.stderr, dynamic_ncols=True, disable=None
+    )
     with bar:
-        for number, records in enumerate(sets):
+        for dataset, records in enumerate(sets):
             for index in range(records.num_distinct):
                 bar.update()
                 try:
                     content, record = records.file.read(index), records.record(index)
                     paths = records.image_paths(record) if benchmark.images else []
-                except (DataError, RecordProblem):
+                except (DataError, RecordError):
                     continue
-                shared = tuple(sorted(articles_in(content) & benchmark.articles.keys()))
+                shared = tuple(sorted(find_articles(content) & benchmark.articles.keys()))
                 images = tuple(numbers.setdefault(path, len(numbers)) for path in paths)
                 if shared or images:
-                    yield _Use(number, index, show_id(record.id), shared, images)
+                    yield _Content(dataset, index, printable_id(record.id), shared, images)
 
 
 def _fingerprints(paths: Sequence[Path], workers: int | None) -> dict[Path, Fingerprint]:
-    """Return the fingerprint of each image."""
     distinct = list(dict.fromkeys(paths))
     if workers is None:
-        workers = min(available_cores(), 16, len(distinct) // _IMAGES_PER_WORKER)
-    bar = tqdm(
-        total=len(distinct), desc="comparing", unit="image", delay=2, file=sys.stderr, dynamic_ncols=True
-    )
-    found = {}
-    with bar:
-        for path, one in zip(distinct, _mapped(distinct, workers), strict=True):
-            found[path] = one
-            bar.update()
-    return found
+        workers = min(cpu_cores(), 16, len(distinct) // _IMAGES_PER_WORKER)
+    hashes = tqdm(
+        _hash_images(distinct, workers), total=len(distinct), desc="comparing", unit="image", delay=2,
+        file=sys.stderr, dynamic_ncols=True, disable=None,
+    )  # fmt: skip
+    return dict(zip(distinct, hashes, strict=True))
 
 
-def _mapped(paths: Sequence[Path], workers: int) -> Iterator[Fingerprint]:
+def _hash_images(paths: Sequence[Path], workers: int) -> Iterator[Fingerprint]:
     if workers <= 1:
         yield from map(fingerprint, paths)
         return
@@ -108,43 +110,44 @@ def _mapped(paths: Sequence[Path], workers: int) -> Iterator[Fingerprint]:
 
 
 def _match_images(
-    training: Sequence[Path], benchmark: Sequence[Path], prints: dict[Path, Fingerprint]
+    training: Sequence[Path], benchmark: Sequence[Path], fingerprints: dict[Path, Fingerprint]
 ) -> dict[int, tuple[str, str]]:
-    """Return, by the numbers of images of training, the kind of match and what it is a match with."""
+    """Return, for each matching training image by number, the kind of match and a message."""
     matches: dict[int, tuple[str, str]] = {}
-    same = {prints[path].content: path for path in reversed(benchmark)}
-    rest = []
+    same_content = {fingerprints[path].content: path for path in reversed(benchmark)}
+    candidates = []
     for number, path in enumerate(training):
-        if prints[path].content is None:
+        if fingerprints[path].content is None:
             continue
-        if (other := same.get(prints[path].content)) is not None:
-            matches[number] = ("same image", f"{path} is {other}, byte for byte")
-        elif prints[path].look is not None:
-            rest.append(number)
-    judged = [path for path in benchmark if prints[path].look is not None]
-    looks = np.array([prints[training[number]].look for number in rest], np.uint64)
-    judged_looks = np.array([prints[path].look for path in judged], np.uint64)
-    for i, j, bits in sorted(near_pairs(looks, judged_looks, MOST_BITS), key=lambda pair: pair[2]):
-        number, path, other = rest[i], training[rest[i]], judged[j]
-        if number not in matches and similarity(path, other) >= LEAST_SIMILARITY:
-            matches[number] = ("similar image", f"{path} looks like {other} ({bits} of 64 bits differ)")
+        if (copy := same_content.get(fingerprints[path].content)) is not None:
+            matches[number] = ("same image", f"{path} is identical to {copy}")
+        elif fingerprints[path].look is not None:
+            candidates.append(number)
+    decoded = [path for path in benchmark if fingerprints[path].look is not None]
+    looks = np.array([fingerprints[training[number]].look for number in candidates], np.uint64)
+    benchmark_looks = np.array([fingerprints[path].look for path in decoded], np.uint64)
+    pairs = near_pairs(looks, benchmark_looks, MAX_DIFFERENT_BITS)
+    for i, j, bits in sorted(pairs, key=lambda pair: pair[2]):
+        number, path, copy = candidates[i], training[candidates[i]], decoded[j]
+        if number not in matches and similarity(path, copy) >= MIN_SIMILARITY:
+            matches[number] = ("similar image", f"{path} looks like {copy} ({bits} of 64 bits differ)")
     return matches
 
 
-def _problems(
-    records: RecordSet, use: _Use, benchmark: Benchmark, matches: dict[int, tuple[str, str]]
+def _leaks(
+    records: RecordSet, content: _Content, benchmark: Benchmark, matches: dict[int, tuple[str, str]]
 ) -> Iterator[Problem]:
-    found: dict[str, list[str]] = {}
-    for article in use.articles:
-        found.setdefault("same article", []).append(f"{article} is in {benchmark.articles[article]}")
-    for number in use.images:
+    by_kind: dict[str, list[str]] = {}
+    for article in content.articles:
+        by_kind.setdefault("same article", []).append(f"{article} is in {benchmark.articles[article]}")
+    for number in content.images:
         if number in matches:
             kind, message = matches[number]
-            found.setdefault(kind, []).append(message)
+            by_kind.setdefault(kind, []).append(message)
     spec = records.spec
-    for kind, messages in found.items():
+    for kind, messages in by_kind.items():
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         yield Problem(
-            spec.name, use.index, spec.annotation, records.file.line(use.index), use.id, kind,
-            show_message(messages[0] + more),
+            spec.name, content.index, spec.annotation, records.file.line(content.index), content.id, kind,
+            printable_message(messages[0] + more),
         )  # fmt: skip

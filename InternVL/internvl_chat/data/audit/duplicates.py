@@ -1,4 +1,4 @@
-"""Records that are there twice: the same id within a data set, or the same content in any two places."""
+"""Duplicate records: the same id within a dataset, or the same content in any datasets."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,34 +10,33 @@ from internvl_chat.data.sources.problems import Problem
 
 
 def find_duplicates(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:
-    """Yield a warning for each record that repeats an earlier one, in the order of the files.
+    """Yield a warning for each record that repeats an earlier one, in file order.
 
-    Content is the same where conversation and image paths are; images that are copies under other names are
-    not compared.
+    Records have the same content if conversation and image paths are equal; images are not compared.
 
     Args:
-        sets: the data sets.
-        indexes: of `index_records(sets)`.
+        sets: the datasets.
+        indexes: result of `index_records(sets)`.
     """
     bounds = np.cumsum([0, *map(len, indexes)])
-    contents = np.concatenate([np.zeros(0, np.uint64), *(index.contents for index in indexes)])
+    contents = np.concatenate([np.zeros(0, np.uint64), *(index.content_hashes for index in indexes)])
     later, first = _repeated(contents)
-    where = np.searchsorted(bounds, first, side="right") - 1
+    first_set = np.searchsorted(bounds, first, side="right") - 1
     for number, (records, index) in enumerate(zip(sets, indexes, strict=True)):
-        for i, j in zip(*_repeated(index.names), strict=True):
-            yield _warning(records, index, i, "duplicate id", f"the same id as line {records.file.line(j)}")
+        for i, j in zip(*_repeated(index.id_hashes), strict=True):
+            yield record_warning(records, index, i, "duplicate id", f"same id as line {records.file.line(j)}")
         begin, end = np.searchsorted(later, bounds[number : number + 2])
-        for i, j, other in zip(later[begin:end], first[begin:end], where[begin:end], strict=True):
+        for i, j, other in zip(later[begin:end], first[begin:end], first_set[begin:end], strict=True):
             line = sets[other].file.line(j - bounds[other])
-            place = f"line {line}" if other == number else f"line {line} of data set {sets[other].spec.name}"
-            message = f"the same conversation and images as {place}"
-            yield _warning(records, index, i - bounds[number], "duplicate record", message)
+            source = f" of dataset {sets[other].spec.name}" if other != number else ""
+            message = f"same conversation and images as line {line}{source}"
+            yield record_warning(records, index, i - bounds[number], "duplicate record", message)
 
 
 def _repeated(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of values that have come before, and where each came first; 0 is no value.
+    """Return the positions of repeated values and the first position of each; zeros are ignored.
 
-    >>> [places.tolist() for places in _repeated(np.array([5, 0, 7, 5, 0, 5], np.uint64))]
+    >>> [positions.tolist() for positions in _repeated(np.array([5, 0, 7, 5, 0, 5], np.uint64))]
     [[3, 5], [0, 0]]
     """
     known = np.flatnonzero(hashes)
@@ -46,8 +45,7 @@ def _repeated(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return known[later], known[first[inverse[later]]]
 
 
-def _warning(records: RecordSet, index: RecordIndex, place: int, kind: str, message: str) -> Problem:
+def record_warning(records: RecordSet, index: RecordIndex, i: int, kind: str, message: str) -> Problem:
+    """Return a warning about a record."""
     spec = records.spec
-    return Problem(
-        spec.name, int(place), spec.annotation, records.file.line(place), index.ids[place], kind, message
-    )
+    return Problem(spec.name, int(i), spec.annotation, records.file.line(i), index.ids[i], kind, message)

@@ -1,1 +1,1 @@
-"""Which records form a step, and how they are packed into rows."""
+"""Assign records to optimizer steps, balance them across ranks, and pack them into rows."""

@@ -1,6 +1,6 @@
-"""Samples behind one another in one row, with what attention and the loss need to keep them apart.
+"""Pack samples into one row, with the positions and boundaries that attention and the loss need.
 
-Shapes: R records, T tokens of all of them, U supervised tokens, N tiles, S pixels a side.
+Shapes: R records, T tokens of all records, U supervised tokens, N tiles, S tile size in pixels.
 """
 
 import itertools
@@ -16,15 +16,13 @@ from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.data.encode.tiling import normalize_tiles
 from internvl_chat.data.record_set import RecordKey, Sample
-from internvl_chat.data.sources.skip_policy import Skipped
+from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-
-# Of what is no record.
-FILLER_KEY = RecordKey("", -1)
+DUMMY_KEY = RecordKey("", -1)
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,16 @@ class Pack:
     Attributes:
         input_ids: (1, T).
         labels: (1, T).
-        image_positions: places in the row of the tokens that the tiles' features replace.
-        label_positions: (U,) places in the row of the tokens whose next one is supervised.
-        position_ids: (1, T), from 0 in each record.
-        cu_seq_lens: (R + 1,) int32, where each record begins, and the end of the last; one more entry where
-            padding follows, which is a segment of its own.
-        max_length: tokens of the longest record.
-        tiles: (N, S, S, 3) uint8, of all records in order.
-        supervised: (R,) supervised tokens of each record.
-        counts: (R,) bool, False for a record of weight zero.
-        keys: where each record comes from.
-        skipped: records that belong here and turned out to be unusable.
+        image_positions: positions in the row that receive vision features.
+        label_positions: (U,) positions in the row whose next token is supervised.
+        position_ids: (1, T), starting at 0 in each record.
+        cu_seq_lens: (R + 1,) int32, start of each record and end of the last; padding adds a segment.
+        max_length: number of tokens of the longest record.
+        tiles: (N, S, S, 3) uint8, tiles of all records in order.
+        supervised: (R,) number of supervised tokens of each record.
+        counts: (R,) bool, False for records with weight zero.
+        keys: dataset and index of each record.
+        skipped: records of this pack that were unusable.
     """
 
     input_ids: torch.Tensor
@@ -58,25 +55,25 @@ class Pack:
     supervised: torch.Tensor
     counts: torch.Tensor
     keys: tuple[RecordKey, ...]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedRecord, ...] = ()
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Tokens of each record, (R,)."""
+        """Number of tokens of each record, (R,)."""
         return self.cu_seq_lens.diff()[: len(self.keys)]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the records that count."""
+        """Number of tokens of the records that count."""
         return int((self.lengths * self.counts).sum())
 
     @property
     def num_supervised(self) -> int:
-        """Supervised tokens of the records that count."""
+        """Number of supervised tokens of the records that count."""
         return int((self.supervised * self.counts).sum())
 
     def text_inputs(self, device: torch.device) -> dict[str, Any]:
-        """Return the arguments of the model's forward pass on a device, all but the tiles."""
+        """Return the arguments of the model's forward pass on a device, except the tiles."""
         names = ("input_ids", "labels", "image_positions", "label_positions", "position_ids", "cu_seq_lens")
         inputs: dict[str, Any] = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
         inputs["max_length"] = self.max_length
@@ -85,29 +82,29 @@ class Pack:
     def pixel_values(
         self, device: torch.device, normalization: str, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Return the tiles on a device, normalised there, (N, 3, S, S)."""
+        """Move the tiles to a device and normalise them there; (N, 3, S, S)."""
         return normalize_tiles(self.tiles.to(device, non_blocking=True), normalization, dtype)
 
     def pin_memory(self) -> "Pack":
-        """Return the pack in page-locked memory, which copies to a GPU while it computes."""
+        """Return the pack in pinned memory, for asynchronous copies to a GPU."""
         return Pack(
             **{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
         )
 
 
 def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> Pack:
-    """Put samples behind one another.
+    """Concatenate samples into one row.
 
     Args:
-        samples: each with whether it counts in the loss.
-        multiple: pad the row to a multiple of so many tokens.
+        samples: samples, and whether each counts in the loss.
+        multiple: pad the row to a multiple of this number of tokens.
     """
     encoded = [sample.encoded for sample, _ in samples]
     lengths = [len(e.input_ids) for e in encoded]
     labels = torch.cat([e.labels for e in encoded])
     bounds = list(itertools.accumulate(lengths, initial=0))
     if (labels[bounds[:-1]] != IGNORE_INDEX).any():
-        raise ValueError("the first token of a record is never a target")
+        raise ValueError("the first token of a record must not be supervised")
     padding = -bounds[-1] % multiple
     segments = lengths + [padding] * (padding > 0)
     return Pack(
@@ -129,11 +126,11 @@ def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> P
 
 @dataclass(frozen=True)
 class PackDataset(Dataset):
-    """Records as packs: what is asked for is the list of a pack's sample indices.
+    """Loads packs; each is addressed by its list of sample indices.
 
     Attributes:
         data: the records.
-        multiple: of `pack_samples`.
+        multiple: see `pack_samples`.
     """
 
     data: TrainingData
@@ -145,8 +142,8 @@ class PackDataset(Dataset):
     def __getitem__(self, sample_indices: Sequence[SampleIndex]) -> Pack | DataError:
         """Load a pack.
 
-        A record that cannot be used is returned as an error (torch would bury one that is raised) or, where
-        the data are to skip such records, left out and named in the pack.
+        An unusable record is skipped and listed in the pack if the data allows it; otherwise its error is
+        returned, because a dataloader worker would wrap a raised error in its traceback.
         """
         samples, skipped = [], []
         for sample_index in sample_indices:
@@ -156,14 +153,14 @@ class PackDataset(Dataset):
                 continue
             if not self.data.skip_bad:
                 return loaded
-            logger.warning("left out of training: %s", loaded)
+            logger.warning("record skipped: %s", loaded)
             if sample_index.counts:
                 records, index = self.data.locate(sample_index.index)
-                skipped.append(Skipped(records.spec.name, index, loaded.record, str(loaded)))
-        pack = pack_samples(samples or [(self._filler(), False)], self.multiple)
+                skipped.append(SkippedRecord(records.spec.name, index, loaded.record, str(loaded)))
+        pack = pack_samples(samples or [(self._dummy(), False)], self.multiple)
         return replace(pack, skipped=tuple(skipped)) if skipped else pack
 
-    def _filler(self) -> Sample:
-        """Return what stands, with weight zero, in a pack without records: every process runs one."""
+    def _dummy(self) -> Sample:
+        """Return a dummy sample for a pack without records, since every rank must run a forward pass."""
         encoder = self.data.sets[0].encoder
-        return Sample(FILLER_KEY, None, encoder.filler(), encoder.tiles([], []))
+        return Sample(DUMMY_KEY, None, encoder.dummy(), encoder.tiles([], []))

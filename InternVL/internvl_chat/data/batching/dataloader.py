@@ -1,4 +1,4 @@
-"""The dataloader: its worker processes, and what happens when one of them dies."""
+"""The dataloader: its options, its worker processes, and iteration by optimizer step."""
 
 import multiprocessing
 import os
@@ -17,40 +17,40 @@ from internvl_chat.data.record_set import RecordKey
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, TrainingError
 
-# A worker that is forked while a thread of torch enters Python waits for that thread's lock for ever (CPython
-# before 3.11.10 and 3.12, see github.com/python/cpython/issues/112275). This call takes the same lock and
-# so waits until it is free: under constant contention 1 fork in 4,000 hangs instead of 1 in 90.
+# A worker forked while another thread holds CPython's HEAD lock deadlocks (before 3.11.10 and 3.12, see
+# github.com/python/cpython/issues/112275). This call waits for the same lock: under constant contention,
+# 1 fork in 4,000 deadlocks instead of 1 in 90.
 os.register_at_fork(before=sys._current_frames)
 
 WORKER_DIED = (
-    "a dataloader worker died, perhaps because memory was short; the same command again resumes from the "
-    "newest checkpoint"
+    "a dataloader worker died; the machine may be out of memory. Run the same command again to resume from "
+    "the newest checkpoint"
 )
 
 
 @dataclass(frozen=True)
-class LoaderOptions:
+class DataLoaderOptions:
     """Options of the dataloader.
 
     Attributes:
-        workers: worker processes; 0 loads in the training process.
-        prefetch_factor: steps that a worker prepares ahead; None for torch's default.
-        pin_memory: put packs into page-locked memory, for a GPU.
+        workers: number of worker processes; 0 to load in the training process.
+        prefetch_factor: number of steps that each worker prefetches; None for torch's default.
+        pin_memory: copy packs to pinned memory, for a GPU.
     """
 
     workers: int = 0
     prefetch_factor: int | None = None
     pin_memory: bool = False
 
-    def build(self, packs: PackDataset, sampler: StepSampler, *, keep_workers: bool) -> DataLoader:
-        """Return the loader of a rank's packs, one step at a time.
+    def build(self, packs: PackDataset, sampler: StepSampler, *, persistent_workers: bool) -> DataLoader:
+        """Return the dataloader of a rank; each batch contains the packs of one step.
 
         Args:
-            packs: what is loaded.
-            sampler: the records of each step.
-            keep_workers: let the workers live on when an epoch ends.
+            packs: the packs.
+            sampler: the sampler of this rank.
+            persistent_workers: keep the workers alive between epochs.
         """
-        # More workers than cores only get in each other's way.
+        # Workers in excess of the cores compete with each other.
         cores = max(1, (os.cpu_count() or 1) // distributed.local_world_size())
         workers = min(self.workers, cores)
         return DataLoader(
@@ -59,19 +59,19 @@ class LoaderOptions:
             collate_fn=list,
             num_workers=workers,
             pin_memory=self.pin_memory,
-            persistent_workers=keep_workers and workers > 0,
+            persistent_workers=persistent_workers and workers > 0,
             prefetch_factor=self.prefetch_factor if workers else None,
-            worker_init_fn=_start_worker,
-            # Its own, so that the start of an epoch does not advance the generator of dropout.
+            worker_init_fn=_init_worker,
+            # Starting an epoch must not advance the generator that dropout uses.
             generator=torch.Generator(),
         )
 
 
-def _start_worker(_: int) -> None:
-    """Keep a worker to one thread, and alive while its run is asked to stop.
+def _init_worker(_: int) -> None:
+    """Limit a worker to one thread, and let it survive the first stop signal.
 
-    A scheduler that stops a job may send its signal to every process. A second SIGTERM ends the worker, and
-    `end_workers` ends those that are left.
+    A scheduler may signal every process of a job, but the training loop needs the workers until it has saved.
+    A second SIGTERM ends the worker; `kill_workers` ends the others.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -79,48 +79,50 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
-def end_workers() -> None:
-    """Kill the workers that are left when the program ends.
+def kill_workers() -> None:
+    """Kill the remaining workers when the program exits.
 
-    Python would send them one SIGTERM, and wait for ever for those that ignore it.
+    Python would send one SIGTERM and then wait indefinitely for workers that ignore it.
     """
-    # torch's handler would report their end as a failure.
+    # torch's handler would report this as a failure.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
 
-class StepLoader:
-    """Iterates over the packs of a rank, from one step to the last of the run.
+class StepDataLoader:
+    """Iterates over the packs of a rank by optimizer step, across epochs.
 
     Args:
-        packs: what is loaded.
-        sampler: the records of each step.
-        options: of the dataloader.
+        packs: the packs.
+        sampler: the sampler of this rank.
+        options: options of the dataloader.
     """
 
-    def __init__(self, packs: PackDataset, sampler: StepSampler, options: LoaderOptions) -> None:
+    def __init__(self, packs: PackDataset, sampler: StepSampler, options: DataLoaderOptions) -> None:
         self.packs, self.sampler = packs, sampler
-        self.loader = options.build(packs, sampler, keep_workers=True)
+        self.dataloader = options.build(packs, sampler, persistent_workers=True)
 
     def steps(self, first: int, last: int) -> Iterator[list[Pack]]:
         """Yield the packs of each step from `first` to `last`, counted from 1.
 
         Raises:
             DataError: a record cannot be used.
-            TrainingError: the packs are not those of the plan, or a worker died.
+            TrainingError: a worker died, or the records differ from the plan.
         """
         step = first
         while step <= last:
-            epoch, done = self.sampler.position_of(step)
-            self.sampler.set_epoch(epoch, skip=done)
-            batches = iter(self.loader)
+            epoch, skip = self.sampler.position_of(step)
+            self.sampler.set_epoch(epoch, skip)
+            batches = iter(self.dataloader)
             while (packs := self._next(batches)) is not None:
                 for pack in packs:
                     if isinstance(pack, DataError):
                         raise pack
                 if count_records(packs) != self._planned(step):
-                    raise TrainingError(f"step {step}: the dataloader returned other records than planned")
+                    raise TrainingError(
+                        f"step {step}: the dataloader returned different records than planned"
+                    )
                 yield packs
                 step += 1
                 if step > last:
@@ -130,21 +132,21 @@ class StepLoader:
         try:
             return next(batches, None)
         except (ConnectionError, EOFError, FileNotFoundError) as error:
-            # What a worker still had to hand over is lost with it.
-            if not self.loader.num_workers:
+            # The packs that the worker had not delivered are lost.
+            if not self.dataloader.num_workers:
                 raise
             raise TrainingError(f"{WORKER_DIED} ({error!r})") from None
 
     def _planned(self, step: int) -> Counter[RecordKey]:
-        """Return this rank's records of a step, as the ledger will name them."""
+        """Return this rank's records of a step, with their counts."""
         indices = [i for pack in self.sampler.packs(*self.sampler.position_of(step)) for i in pack]
-        return Counter(self.packs.data.key_of(one.index) for one in indices if one.counts)
+        return Counter(self.packs.data.key_of(i.index) for i in indices if i.counts)
 
 
 def count_records(packs: Iterable[Pack]) -> Counter[RecordKey]:
-    """Return the records of packs with those that were skipped, without dummy samples."""
-    found = Counter(
+    """Count the records in packs, including skipped records but not dummy samples."""
+    records = Counter(
         key for pack in packs for key, counts in zip(pack.keys, pack.counts, strict=True) if counts
     )
-    found.update(RecordKey(one.dataset, one.index) for pack in packs for one in pack.skipped)
-    return found
+    records.update(RecordKey(record.dataset, record.index) for pack in packs for record in pack.skipped)
+    return records

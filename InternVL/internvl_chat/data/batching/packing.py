@@ -1,7 +1,7 @@
-"""How the records of an optimizer step are spread over processes and forward passes.
+"""Balance the records of an optimizer step across ranks, and bin-pack them into forward passes.
 
-A plan is a function of the step's records and their lengths alone, so that every process knows all of it
-without asking the others. Nothing here changes what a step computes, only where and in how many pieces.
+The plan depends only on the step's records and their lengths, so ranks compute it without communication. It
+does not affect the result of a step.
 """
 
 from collections.abc import Sequence
@@ -9,67 +9,67 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# For each process its packs, for each pack the records in it.
+# The packs of each rank; each pack is an array of records.
 StepPlan = list[list[np.ndarray]]
 
 
-def deal(costs: np.ndarray, processes: int, *, equal_numbers: bool = False) -> list[np.ndarray]:
-    """Deal records to processes so that each has about the same cost: dearest first, to the cheapest process.
+def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = False) -> list[np.ndarray]:
+    """Balance the total cost of each rank: most expensive record first, to the rank with the lowest cost.
 
     Args:
-        costs: of each record, in any unit.
-        processes: how many there are.
-        equal_numbers: also the same number of records for each, but for the remainder.
+        costs: cost of each record, in any unit.
+        world_size: number of ranks.
+        equal_counts: also assign equal numbers of records, up to the remainder.
 
     Returns:
-        One array of positions in `costs` a process, in increasing order.
+        For each rank the positions of its records in `costs`, sorted.
 
-    >>> [share.tolist() for share in deal(np.array([9, 1, 1, 7]), 2)]
+    >>> [positions.tolist() for positions in balance_records(np.array([9, 1, 1, 7]), 2)]
     [[0], [1, 2, 3]]
     """
-    if processes == 1:
+    if world_size == 1:
         return [np.arange(len(costs))]
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    room = [len(part) for part in np.array_split(costs, processes)] if equal_numbers else None
-    loads = np.zeros(processes)
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
+    capacity = [len(part) for part in np.array_split(costs, world_size)] if equal_counts else None
+    loads = np.zeros(world_size)
     for i in np.argsort(-costs, kind="stable").tolist():
-        free = [p for p in range(processes) if room is None or len(shares[p]) < room[p]]
-        cheapest = min(free, key=lambda p: (loads[p], len(shares[p])))
-        shares[cheapest].append(i)
-        loads[cheapest] += costs[i]
-    return [np.array(sorted(share), np.int64) for share in shares]
+        ranks = [r for r in range(world_size) if capacity is None or len(assigned[r]) < capacity[r]]
+        rank = min(ranks, key=lambda r: (loads[r], len(assigned[r])))
+        assigned[rank].append(i)
+        loads[rank] += costs[i]
+    return [np.array(sorted(positions), np.int64) for positions in assigned]
 
 
-def cut(tokens: np.ndarray, max_tokens: int, least: int = 1) -> list[np.ndarray]:
-    """Cut records into as few packs of at most `max_tokens` as longest-first placing finds, of like length.
+def bin_pack(tokens: np.ndarray, max_tokens: int, min_packs: int = 1) -> list[np.ndarray]:
+    """Bin-pack records into few packs of similar length, longest first into the shortest pack.
 
     Args:
-        tokens: of each record; one that is longer than a pack gets one for itself.
-        max_tokens: of a pack.
-        least: how many packs there should be, if there are records enough.
+        tokens: length of each record; a record longer than `max_tokens` gets its own pack.
+        max_tokens: maximum length of a pack.
+        min_packs: minimum number of packs, if there are enough records.
 
     Returns:
-        One array of positions in `tokens` a pack, in increasing order.
+        For each pack the positions of its records in `tokens`, sorted.
 
-    >>> [pack.tolist() for pack in cut(np.array([500, 300, 400, 200]), 700)]
+    >>> [pack.tolist() for pack in bin_pack(np.array([500, 300, 400, 200]), 700)]
     [[0, 3], [1, 2]]
     """
     if not len(tokens):
         return []
-    number = max(-(-int(tokens.clip(max=max_tokens).sum()) // max_tokens), min(least, len(tokens)))
+    num_packs = max(-(-int(tokens.clip(max=max_tokens).sum()) // max_tokens), min(min_packs, len(tokens)))
     longest_first = np.argsort(-tokens, kind="stable").tolist()
     lengths = tokens.tolist()
     while True:
-        packs = _place(lengths, longest_first, max_tokens, min(number, len(lengths)))
+        packs = _fill_packs(lengths, longest_first, max_tokens, min(num_packs, len(lengths)))
         if packs is not None:
             return [np.array(sorted(pack), np.int64) for pack in packs]
-        number += 1
+        num_packs += 1
 
 
-def _place(lengths: list[int], order: list[int], max_tokens: int, number: int) -> list[list[int]] | None:
-    """Put each record into the shortest of the packs, or return None if one does not fit."""
-    packs: list[list[int]] = [[] for _ in range(number)]
-    loads = [0] * number
+def _fill_packs(lengths: list[int], order: list[int], max_tokens: int, num_packs: int) -> list | None:
+    """Add each record to the shortest pack; return None if one does not fit."""
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    loads = [0] * num_packs
     for i in order:
         shortest = loads.index(min(loads))
         if packs[shortest] and loads[shortest] + lengths[i] > max_tokens:
@@ -81,44 +81,46 @@ def _place(lengths: list[int], order: list[int], max_tokens: int, number: int) -
 
 @dataclass(frozen=True)
 class StepPlanner:
-    """Plans the optimizer steps of a run.
+    """Plans the forward passes of optimizer steps.
 
     Attributes:
-        processes: how many there are.
-        tokens: of every record of an epoch.
-        costs: of every record of an epoch, in any unit.
-        max_packed_tokens: most tokens of a pack; None packs `records_per_pack` records of any length.
-        records_per_pack: most records of a pack without `max_packed_tokens`.
+        world_size: number of ranks.
+        tokens: length of every record of an epoch.
+        costs: cost of every record of an epoch, in any unit.
+        max_packed_tokens: maximum length of a pack; None to pack a fixed number of records.
+        records_per_pack: maximum number of records per pack, without `max_packed_tokens`.
     """
 
-    processes: int
+    world_size: int
     tokens: np.ndarray
     costs: np.ndarray
     max_packed_tokens: int | None = None
     records_per_pack: int = 1
 
     def __call__(self, records: np.ndarray) -> StepPlan:
-        """Plan one step; processes may get different numbers of packs only where records are too few.
+        """Plan one step. Ranks get equal numbers of packs unless there are too few records.
 
         Args:
-            records: numbers of the step's records in the epoch.
+            records: positions of the step's records in the epoch.
         """
-        equal_numbers = self.max_packed_tokens is None
-        shares = [records[s] for s in deal(self.costs[records], self.processes, equal_numbers=equal_numbers)]
-        if equal_numbers:
+        equal_counts = self.max_packed_tokens is None
+        balanced = balance_records(self.costs[records], self.world_size, equal_counts=equal_counts)
+        local_batches = [records[positions] for positions in balanced]
+        if equal_counts:
             size = self.records_per_pack
-            return [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
-        cuts = [self._cut(share) for share in shares]
-        most = max(map(len, cuts))
+            return [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in local_batches]
+        packs = [self._pack(batch) for batch in local_batches]
+        most = max(map(len, packs))
         return [
-            [share[pack] for pack in (packs if len(packs) == most else self._cut(share, most))]
-            for share, packs in zip(shares, cuts, strict=True)
+            own if len(own) == most else self._pack(batch, most)
+            for batch, own in zip(local_batches, packs, strict=True)
         ]
 
-    def _cut(self, share: np.ndarray, least: int = 1) -> list[np.ndarray]:
-        return cut(self.tokens[share], self.max_packed_tokens, least)
+    def _pack(self, records: np.ndarray, min_packs: int = 1) -> list[np.ndarray]:
+        packs = bin_pack(self.tokens[records], self.max_packed_tokens, min_packs)
+        return [records[positions] for positions in packs]
 
     def shortest(self, records: Sequence[int] | np.ndarray) -> int:
-        """Return the record that costs least to repeat."""
+        """Return the shortest record, which costs least as a dummy sample."""
         records = np.asarray(records)
         return int(records[np.argmin(self.tokens[records])])

@@ -1,4 +1,4 @@
-"""Which records each optimizer step uses: a function of seed, epoch and step, not of the processes."""
+"""Choose the records of each optimizer step from seed, epoch and step; the number of ranks has no effect."""
 
 from collections.abc import Iterator, Sequence
 
@@ -17,12 +17,12 @@ def epoch_order(
     """Return the order of an epoch's records.
 
     Args:
-        sizes: records of each set; a record's number counts through all sets.
-        seed: of the run.
-        epoch: from 0.
-        sequential: sets and records in the order of the files.
-        resample: draw from each set in proportion to the square root of its size; the number of draws
-            stays that of all records. A small set is gone through several times, a large one in part.
+        sizes: number of records of each dataset; records are numbered across all datasets.
+        seed: seed of the run.
+        epoch: epoch, counted from 0.
+        sequential: keep the order of the files.
+        resample: sample each dataset in proportion to the square root of its size, with the same total number
+            of records. Small datasets are repeated and large ones used in part.
 
     Returns:
         (records,) int64.
@@ -32,17 +32,17 @@ def epoch_order(
     if not resample:
         return np.arange(total) if sequential else rng.permutation(total)
     starts = np.cumsum([0, *sizes[:-1]])
-    chosen = np.concatenate(
+    records = np.concatenate(
         [
-            start + _cycle(rng, size, draws)
-            for start, size, draws in zip(starts, sizes, resampled_sizes(sizes), strict=True)
+            start + _sample(rng, size, count)
+            for start, size, count in zip(starts, sizes, resampled_sizes(sizes), strict=True)
         ]
     )
-    return np.sort(chosen, kind="stable") if sequential else rng.permutation(chosen)
+    return np.sort(records, kind="stable") if sequential else rng.permutation(records)
 
 
 def resampled_sizes(sizes: Sequence[int]) -> list[int]:
-    """Return how often each set is drawn from under square-root resampling; the sum stays the same.
+    """Return the number of samples of each dataset under square-root resampling, with the same sum.
 
     >>> resampled_sizes([900, 100])
     [750, 250]
@@ -52,26 +52,26 @@ def resampled_sizes(sizes: Sequence[int]) -> list[int]:
     return np.diff(bounds, prepend=0).tolist()
 
 
-def _cycle(rng: np.random.Generator, size: int, draws: int) -> np.ndarray:
-    """Draw from `range(size)` without repeating a number before all have come."""
-    rounds = [rng.permutation(size) for _ in range(-(-draws // size))] if size else []
-    return np.concatenate([*rounds, np.zeros(0, np.int64)])[:draws].astype(np.int64)
+def _sample(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """Sample from `range(size)`, repeating a number only after all others were sampled as often."""
+    rounds = [rng.permutation(size) for _ in range(-(-count // size))] if size else []
+    return np.concatenate([*rounds, np.zeros(0, np.int64)])[:count].astype(np.int64)
 
 
 class StepSampler(Sampler[list[list[SampleIndex]]]):
-    """Yields, for each optimizer step of an epoch, the packs of one process.
+    """Yields one rank's packs of each optimizer step of an epoch.
 
-    Every process sees the same number of steps, and in a step the same number of packs: where records are too
-    few, a process gets a pack of one record with weight zero, so that none waits.
+    All ranks get the same number of steps, and of packs per step. If there are too few records, a rank gets a
+    dummy sample: a record with weight zero.
 
     Args:
-        sizes: records of each set.
-        step_records: records of a step over all processes.
-        planner: spreads a step's records.
-        rank: this process.
-        seed: of the run.
+        sizes: number of records of each dataset.
+        step_records: number of records per step over all ranks.
+        planner: assigns a step's records to ranks and packs.
+        rank: this rank.
+        seed: seed of the run.
         strategy: one of `STRATEGIES`.
-        resample: square-root resampling of the sets.
+        resample: use square-root resampling of the datasets.
     """
 
     def __init__(
@@ -88,42 +88,40 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         self.sizes, self.step_records, self.planner, self.rank = list(sizes), step_records, planner, rank
         self.seed, self.strategy, self.resample = seed, strategy, resample
         self.epoch = self.skip = 0
-        self._known: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self._cached_order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch of the next iteration, and how many of its steps are done already."""
+        """Set the epoch of the next iteration, and the number of steps to skip."""
         self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
         return -(-sum(self.sizes) // self.step_records)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(
-            self.sizes,
-            seed=self.seed,
-            epoch=epoch,
-            sequential=self.strategy == "sequential",
-            resample=self.resample,
-        )
+        if self._cached_order[0] != epoch:
+            sequential = self.strategy == "sequential"
+            order = epoch_order(
+                self.sizes, seed=self.seed, epoch=epoch, sequential=sequential, resample=self.resample
+            )
+            self._cached_order = (epoch, order)
+        return self._cached_order[1]
 
     def step(self, epoch: int, number: int) -> np.ndarray:
-        """Return the records of all processes in one step of an epoch, counted from 0."""
-        if self._known[0] != epoch:
-            self._known = (epoch, self._order(epoch))
-        return self._known[1][number * self.step_records : (number + 1) * self.step_records]
+        """Return the records of all ranks in a step of an epoch, counted from 0."""
+        return self._order(epoch)[number * self.step_records : (number + 1) * self.step_records]
 
     def position_of(self, step: int) -> tuple[int, int]:
-        """Return the epoch, and the place in it, of a step counted from 1."""
+        """Return the epoch of a step counted from 1, and the step's number within the epoch, from 0."""
         return divmod(step - 1, len(self))
 
     def packs(self, epoch: int, number: int) -> list[list[SampleIndex]]:
-        """Return the packs of this process in one step of an epoch, counted from 0."""
+        """Return this rank's packs in a step of an epoch, counted from 0."""
         records = self.step(epoch, number)
         plan = self.planner(records)
-        own = [[SampleIndex(int(index), epoch) for index in pack] for pack in plan[self.rank]]
-        missing = max(len(packs) for packs in plan) - len(own)
-        filler = [SampleIndex(self.planner.shortest(records), epoch, counts=False)]
-        return own + [filler] * missing
+        packs = [[SampleIndex(int(index), epoch) for index in pack] for pack in plan[self.rank]]
+        missing = max(map(len, plan)) - len(packs)
+        dummy_pack = [SampleIndex(self.planner.shortest(records), epoch, counts=False)]
+        return packs + [dummy_pack] * missing
 
     def __iter__(self) -> Iterator[list[list[SampleIndex]]]:
         epoch = self.epoch

@@ -1,1 +1,1 @@
-"""From a record to ids, labels and tiles."""
+"""Encode records: conversations to token ids and labels, images to tiles."""

@@ -1,7 +1,7 @@
-"""Preprocessing in the files that transformers' own InternVL processor reads, so that both prepare alike.
+"""Export preprocessing options to transformers' `InternVLProcessor`.
 
-Checked against transformers 5.24: `InternVLProcessor` with `GotOcr2ImageProcessor`. With its Pillow backend
-the pixels are the same; its torchvision backend interpolates otherwise.
+Tested with transformers 5.24 and `GotOcr2ImageProcessor`. Pixels are identical with its Pillow backend; its
+torchvision backend interpolates differently.
 """
 
 import json
@@ -15,35 +15,36 @@ from internvl_chat.constants import IM_END, IM_START, IMAGE_PLACEHOLDER, IMG_CON
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import NORMALIZATIONS
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.files import write_json
 
 PROCESSOR_CLASS = "InternVLProcessor"
 
-# The processor asks for a token that stands for a video; nothing writes this one.
-_NO_VIDEO = "</quad>"
+# The processor requires a video token; this one occurs in no text.
+_UNUSED_TOKEN = "</quad>"
 
 _TEMPLATE = """\
 {%- if not messages or messages[0].role != 'system' -%}
     {{- '@START@system\\n' + @SYSTEM@ + '@END@\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
-    {%- set turn = namespace(text='') -%}
+    {%- set ns = namespace(text='') -%}
     {%- if message.content is string -%}
-        {%- set turn.text = message.content -%}
+        {%- set ns.text = message.content -%}
     {%- else -%}
         {%- for part in message.content -%}
             {%- if part.type == 'image' -%}
-                {%- set turn.text = turn.text + '@PLACEHOLDER@\\n' -%}
+                {%- set ns.text = ns.text + '@PLACEHOLDER@\\n' -%}
             {%- elif part.type == 'text' -%}
-                {%- set turn.text = turn.text + part.text -%}
+                {%- set ns.text = ns.text + part.text -%}
             {%- else -%}
                 {{- raise_exception('a part of a message must be text or an image') -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
     {%- if message.role == 'user' -%}
-        {%- set turn.text = turn.text.replace('@PLACEHOLDER@', '@CONTEXT@') -%}
+        {%- set ns.text = ns.text.replace('@PLACEHOLDER@', '@CONTEXT@') -%}
     {%- endif -%}
-    {{- '@START@' + message.role + '\\n' + turn.text + '@END@\\n' -}}
+    {{- '@START@' + message.role + '\\n' + ns.text + '@END@\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '@START@assistant\\n' -}}
@@ -52,13 +53,13 @@ _TEMPLATE = """\
 
 
 def chat_template(system_text: str) -> str:
-    """Return the conversation style as a Jinja template.
+    """Return the conversation template in Jinja.
 
-    A message's content is text with `<image>` placeholders, or a list of parts, where an image is its
-    placeholder and a newline, as in records of `messages`.
+    A message's content is text with `<image>` placeholders, or a list of parts. As in records, an image part
+    becomes a placeholder and a newline.
 
     Args:
-        system_text: of conversations without a system message.
+        system_text: system message of conversations without one.
     """
     literal = json.dumps(system_text, ensure_ascii=False)
     marks = {
@@ -74,19 +75,19 @@ def chat_template(system_text: str) -> str:
     return text
 
 
-def unknown_options(preprocessing: Preprocessing) -> list[str]:
-    """Return the settings that transformers' processor cannot have, one sentence each."""
-    found = []
+def unsupported_options(preprocessing: Preprocessing) -> list[str]:
+    """Return a message for each option that transformers' processor does not support."""
+    messages = []
     several = preprocessing.dynamic_image_size and preprocessing.max_dynamic_patch > 1
     if several and not preprocessing.use_thumbnail:
-        found.append("use_thumbnail is off, but transformers' processor always adds the thumbnail")
+        messages.append("use_thumbnail is False, but transformers' processor always adds a thumbnail")
     if preprocessing.pad2square and not preprocessing.dynamic_image_size:
-        found.append("pad2square is on, but transformers' processor cannot pad")
-    return found
+        messages.append("pad2square is True, but transformers' processor cannot pad")
+    return messages
 
 
 def image_processor_settings(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return `preprocessor_config.json`."""
+    """Return the contents of `preprocessor_config.json`."""
     mean, deviation = NORMALIZATIONS[preprocessing.normalize_type]
     one_tile = not preprocessing.dynamic_image_size
     return {
@@ -110,37 +111,37 @@ def image_processor_settings(preprocessing: Preprocessing) -> dict[str, Any]:
 def save_hf_processor(
     tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing, folder: Path, max_length: int
 ) -> None:
-    """Write tokenizer, chat template and processor so that transformers' `AutoProcessor` loads them.
+    """Save tokenizer, chat template and processor files for transformers' `AutoProcessor`.
 
     Args:
-        tokenizer: with InternVL's special tokens.
-        preprocessing: how inputs are made.
+        tokenizer: tokenizer with InternVL's special tokens.
+        preprocessing: the preprocessing options.
         folder: an existing folder.
-        max_length: most tokens that the model takes.
+        max_length: maximum number of tokens of the model.
 
     Raises:
-        ModelError: transformers' processor cannot do what the preprocessing asks for; lists all.
+        ModelError: lists the options that transformers' processor does not support.
     """
-    problems = unknown_options(preprocessing)
+    problems = unsupported_options(preprocessing)
     if problems:
         raise ModelError("this model cannot be exported to transformers' format: " + "; ".join(problems))
     template = chat_template(preprocessing.system_text)
     tokenizer.save_pretrained(str(folder))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_settings(folder, max_length))
+    write_json(folder / "tokenizer_config.json", _tokenizer_settings(folder, max_length))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     images = image_processor_settings(preprocessing)
-    _write_json(folder / "preprocessor_config.json", images)
+    write_json(folder / "preprocessor_config.json", images)
     videos = {key: value for key, value in images.items() if not key.endswith(("_type", "_patches"))}
     videos["video_processor_type"] = "InternVLVideoProcessor"
-    _write_json(folder / "video_preprocessor_config.json", videos)
-    _write_json(
+    write_json(folder / "video_preprocessor_config.json", videos)
+    write_json(
         folder / "processor_config.json",
         {"processor_class": PROCESSOR_CLASS, "image_seq_length": preprocessing.tokens_per_tile},
     )
 
 
 def _tokenizer_settings(folder: Path, max_length: int) -> dict[str, Any]:
-    """Return the saved `tokenizer_config.json` with the tokens that the processor asks for by name."""
+    """Return the saved `tokenizer_config.json` with the tokens that the processor requires."""
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for key in ("chat_template", "is_local", "local_files_only"):
         settings.pop(key, None)
@@ -151,10 +152,6 @@ def _tokenizer_settings(folder: Path, max_length: int) -> dict[str, Any]:
             "start_image_token": IMG_START,
             "end_image_token": IMG_END,
             "context_image_token": IMG_CONTEXT,
-            "video_token": _NO_VIDEO,
+            "video_token": _UNUSED_TOKEN,
         },
     }
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How text and images become model inputs: saved with every checkpoint, so that nothing drifts apart."""
+"""Preprocessing options of text and images, saved with every checkpoint as `preprocessing.json`."""
 
 import dataclasses
 import json
@@ -6,31 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_chat.constants import MAX_TILES
 from internvl_chat.data.encode.conversation import SYSTEM_TEXTS
 from internvl_chat.data.encode.tiling import NORMALIZATIONS
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.files import write_json
 
 PREPROCESSING_FILE = "preprocessing.json"
-# The number of grids to compare grows with the cube of it.
-MOST_TILES = 100
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Everything that shapes the inputs but the tokenizer.
+    """All options, apart from the tokenizer, that determine the model's inputs.
 
     Attributes:
-        template: name of the conversation style.
-        system_text: what the system message says where a record has none.
+        template: name of the conversation template.
+        system_text: system message of records without one.
         tile_size: side of a tile in pixels.
-        tokens_per_tile: language-model tokens of a tile.
-        min_dynamic_patch: fewest tiles of an image.
-        max_dynamic_patch: most tiles of a record; several images share them.
-        dynamic_image_size: cut images into tiles; else one tile an image.
-        use_thumbnail: append the whole image to several tiles.
-        pad2square: pad instead of squeezing an image that is one tile.
+        tokens_per_tile: number of language-model tokens per tile.
+        min_dynamic_patch: minimum number of tiles per image.
+        max_dynamic_patch: maximum number of tiles per record, shared by its images.
+        dynamic_image_size: split images into tiles; otherwise each image is one tile.
+        use_thumbnail: append the downscaled image to its tiles, if there are several.
+        pad2square: pad single-tile images to a square instead of changing their aspect ratio.
         normalize_type: pixel statistics, a key of `NORMALIZATIONS`.
-        max_seq_length: most tokens of a record.
+        max_seq_length: maximum number of tokens per record.
     """
 
     template: str = "internvl2_5"
@@ -48,41 +48,46 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.normalize_type not in NORMALIZATIONS:
             raise ModelError(
-                f"normalize_type {self.normalize_type!r} is unknown; known are {', '.join(NORMALIZATIONS)}"
+                f"unknown normalize_type {self.normalize_type!r}; choose one of {', '.join(NORMALIZATIONS)}"
             )
         if not 1 <= self.min_dynamic_patch <= self.max_dynamic_patch:
             raise ModelError(
                 f"min_dynamic_patch {self.min_dynamic_patch} must be from 1 to max_dynamic_patch "
                 f"{self.max_dynamic_patch}"
             )
-        if self.max_dynamic_patch > MOST_TILES:
-            raise ModelError(f"max_dynamic_patch {self.max_dynamic_patch} must be at most {MOST_TILES}")
+        if self.max_dynamic_patch > MAX_TILES:
+            raise ModelError(f"max_dynamic_patch {self.max_dynamic_patch} must be at most {MAX_TILES}")
 
     @classmethod
-    def from_folder(cls, folder: Path, model_config: Any) -> "Preprocessing":
-        """Read a checkpoint's `preprocessing.json`, or derive it from the model's configuration.
+    def from_folder(
+        cls, folder: Path, model_config: Any, *, max_dynamic_patch: int | None = None
+    ) -> "Preprocessing":
+        """Read a checkpoint's `preprocessing.json`, or derive the options from the model's configuration.
 
         Args:
             folder: the checkpoint.
-            model_config: an `InternVLChatConfig`, used where there is no such file.
+            model_config: an `InternVLChatConfig`, used if the file does not exist.
+            max_dynamic_patch: tile limit that replaces the checkpoint's; None to keep it.
 
         Raises:
-            ModelError: the file is malformed or does not fit the model.
+            ModelError: the file is malformed or does not match the model.
         """
         file = folder / PREPROCESSING_FILE
         if not file.is_file():
-            return cls.from_model_config(model_config)
-        loaded = cls.read(file)
-        if loaded.tile_size != model_config.image_size:
-            raise ModelError(
-                f"{file}: tiles of {loaded.tile_size} pixels, but the model takes {model_config.image_size}"
-            )
-        if loaded.tokens_per_tile != model_config.tokens_per_tile:
-            raise ModelError(
-                f"{file}: {loaded.tokens_per_tile} tokens a tile, but the model makes "
-                f"{model_config.tokens_per_tile}"
-            )
-        return loaded
+            return cls.from_model_config(model_config).with_tile_limit(max_dynamic_patch)
+        options = cls.read(file)
+        for name, model_name in (("tile_size", "image_size"), ("tokens_per_tile", "tokens_per_tile")):
+            value, model_value = getattr(options, name), getattr(model_config, model_name)
+            if value != model_value:
+                raise ModelError(f"{file}: {name} is {value}, but {model_value} in the model's configuration")
+        return options.with_tile_limit(max_dynamic_patch)
+
+    def with_tile_limit(self, max_dynamic_patch: int | None) -> "Preprocessing":
+        """Return the options with another tile limit; None keeps this one."""
+        if max_dynamic_patch is None:
+            return self
+        min_tiles = min(self.min_dynamic_patch, max_dynamic_patch)
+        return dataclasses.replace(self, max_dynamic_patch=max_dynamic_patch, min_dynamic_patch=min_tiles)
 
     @classmethod
     def read(cls, file: Path) -> "Preprocessing":
@@ -98,11 +103,11 @@ class Preprocessing:
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "Preprocessing":
-        """Derive the settings from an `InternVLChatConfig`."""
+        """Derive the options from an `InternVLChatConfig`."""
         template = model_config.template or cls.template
         if template not in SYSTEM_TEXTS:
             raise ModelError(
-                f"the conversation style {template!r} is unknown; known are {', '.join(SYSTEM_TEXTS)}"
+                f"unknown conversation template {template!r}; choose one of {', '.join(SYSTEM_TEXTS)}"
             )
         return cls(
             template=template,
@@ -118,5 +123,4 @@ class Preprocessing:
 
     def save(self, folder: Path) -> None:
         """Write `preprocessing.json`."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        (folder / PREPROCESSING_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / PREPROCESSING_FILE, dataclasses.asdict(self))

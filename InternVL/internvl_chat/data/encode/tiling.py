@@ -1,6 +1,6 @@
-"""Dynamic resolution: how an image is cut into tiles (InternVL 1.5, section 3.2), and its pixels.
+"""Dynamic resolution (InternVL 1.5, section 3.2): split images into tiles of a fixed size.
 
-Geometry is integers alone, so that planning needs an image's size but not its pixels.
+Grids depend on the image size alone, so they are planned without decoding images.
 """
 
 import io
@@ -23,7 +23,7 @@ JPEG_QUALITIES = (75, 100)
 
 @dataclass(frozen=True)
 class Grid:
-    """Columns and rows that an image is cut into, and whether the whole image follows as a thumbnail."""
+    """Columns and rows of tiles of an image, and whether a thumbnail of it follows them."""
 
     columns: int
     rows: int
@@ -31,15 +31,15 @@ class Grid:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles, the thumbnail included."""
+        """Number of tiles, including the thumbnail."""
         return self.columns * self.rows + self.thumbnail
 
 
 @lru_cache(maxsize=256)
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return all (columns, rows) of that many tiles, by increasing number of tiles.
+    """Return all (columns, rows) with `min_tiles` to `max_tiles` tiles, sorted by the number of tiles.
 
-    Grids of one size keep the order of the reference's set, which decides exact ties.
+    Grids with equal numbers of tiles keep the order of the reference's set, which decides exact ties.
     """
     grids = {
         (columns, rows)
@@ -53,9 +53,9 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 
 @lru_cache(maxsize=65536)
 def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
-    """Return the (columns, rows) nearest to the image's aspect ratio.
+    """Return the (columns, rows) closest to the image's aspect ratio.
 
-    On an exact tie the later grid wins if the image has more than half of that grid's pixels.
+    In a tie the larger grid wins if the image has more than half as many pixels as the grid.
 
     >>> closest_grid(1000, 500, 1, 6, 448)
     (2, 1)
@@ -66,8 +66,8 @@ def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_s
     best, best_distance = (1, 1), float("inf")
     for columns, rows in candidate_grids(min_tiles, max_tiles):
         distance = abs(ratio - columns / rows)
-        enough = width * height > 0.5 * tile_size * tile_size * columns * rows
-        if distance < best_distance or (distance == best_distance and enough):
+        large_enough = width * height > 0.5 * tile_size * tile_size * columns * rows
+        if distance < best_distance or (distance == best_distance and large_enough):
             best, best_distance = (columns, rows), distance
     return best
 
@@ -75,7 +75,7 @@ def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_s
 def plan_grid(
     width: int, height: int, *, min_tiles: int, max_tiles: int, tile_size: int, use_thumbnail: bool
 ) -> Grid:
-    """Return the grid of one image of that size in pixels; a thumbnail only beside several tiles.
+    """Return the grid of an image of the given size; only grids of several tiles get a thumbnail.
 
     >>> plan_grid(1000, 500, min_tiles=1, max_tiles=6, tile_size=448, use_thumbnail=True).tiles
     3
@@ -84,17 +84,17 @@ def plan_grid(
     return Grid(columns, rows, thumbnail=use_thumbnail and columns * rows > 1)
 
 
-def share_of_budget(max_tiles: int, num_images: int) -> int:
-    """Return the tiles that each of several images may use; always at least one.
+def tiles_per_image(max_tiles: int, num_images: int) -> int:
+    """Return the maximum number of tiles of each image of a record, at least one.
 
-    >>> share_of_budget(12, 5), share_of_budget(6, 8)
+    >>> tiles_per_image(12, 5), tiles_per_image(6, 8)
     (2, 1)
     """
     return max(1, max_tiles // num_images)
 
 
-def cut_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Image]:
-    """Resize an RGB image to the grid (bicubic), cut it row by row, and append the thumbnail."""
+def split_into_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Image]:
+    """Resize an RGB image to the grid (bicubic), split it row by row, and append the thumbnail."""
     resized = image.resize((grid.columns * tile_size, grid.rows * tile_size))
     boxes = [
         (x * tile_size, y * tile_size, (x + 1) * tile_size, (y + 1) * tile_size)
@@ -105,25 +105,8 @@ def cut_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Imag
     return [*tiles, image.resize((tile_size, tile_size))] if grid.thumbnail else tiles
 
 
-def has_eight_bits(image: Image.Image) -> bool:
-    """Say whether an image's channels have at most 8 bits; Pillow would clip others to black and white."""
-    return image.mode != "F" and not image.mode.startswith("I")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in RGB, as Pillow converts it; one that is RGB already is not copied.
-
-    Raises:
-        ValueError: it has more than 8 bits a channel.
-    """
-    if not has_eight_bits(image):
-        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """Centre an image on a square of its longer side."""
+    """Pad an image to a square of its longer side, centred."""
     side = max(image.size)
     if image.size == (side, side):
         return image
@@ -133,7 +116,7 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image
 
 
 def degrade_jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Compress a tile as JPEG of a random quality, 75 to 100, as the reference's augmentation does."""
+    """Compress a tile as JPEG with a random quality from 75 to 100, as in the reference's augmentation."""
     with io.BytesIO() as buffer:
         image.save(buffer, format="JPEG", quality=rng.randint(*JPEG_QUALITIES))
         buffer.seek(0)
@@ -141,7 +124,7 @@ def degrade_jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def stack_tiles(tiles: list[Image.Image], tile_size: int) -> torch.Tensor:
-    """Return RGB tiles as uint8, (N, tile_size, tile_size, 3); N may be 0."""
+    """Return RGB tiles as uint8, (N, tile_size, tile_size, 3)."""
     pixels = np.zeros((len(tiles), tile_size, tile_size, 3), np.uint8)
     for i, tile in enumerate(tiles):
         pixels[i] = np.asarray(tile)
@@ -151,12 +134,12 @@ def stack_tiles(tiles: list[Image.Image], tile_size: int) -> torch.Tensor:
 def normalize_tiles(
     tiles: torch.Tensor, normalization: str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Turn uint8 tiles into the model's input, on the device where they are.
+    """Normalise uint8 tiles on their device.
 
     Args:
         tiles: (N, S, S, 3) uint8.
         normalization: a key of `NORMALIZATIONS`.
-        dtype: of the result; the arithmetic is float32.
+        dtype: dtype of the result; computed in float32.
 
     Returns:
         (N, 3, S, S).

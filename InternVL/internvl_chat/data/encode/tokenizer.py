@@ -1,4 +1,4 @@
-"""Loading a checkpoint's tokenizer, with InternVL's special tokens and never with remote code."""
+"""Load a checkpoint's tokenizer with InternVL's special tokens, without running remote code."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
     """Load the tokenizer of a model folder.
 
     Returns:
-        The tokenizer, and how many of InternVL's special tokens had to be added to it (the model's
-        vocabulary must grow by as many).
+        The tokenizer, and the number of InternVL's special tokens added to it, by which the model's
+        vocabulary must grow.
 
     Raises:
         ModelError: the folder has no usable tokenizer.
@@ -22,7 +22,7 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise ModelError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json with merges.txt)")
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it does not know InternVL-Chat's config.json, and says so
+    transformers_logging.set_verbosity_error()  # it warns about the unknown model type
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
@@ -31,13 +31,13 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
         transformers_logging.set_verbosity(level)
     unknown = [t for t in (IM_START, IM_END) if t not in tokenizer.get_vocab()]
     if unknown:
-        raise ModelError(f"{folder}: the tokenizer lacks {' and '.join(unknown)}, which frame the messages")
+        raise ModelError(f"{folder}: the tokenizer lacks {' and '.join(unknown)}, which delimit messages")
     added = tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-    # Lengths are judged by our own token budget, which names the record.
+    # max_seq_length is enforced by the encoder.
     tokenizer.model_max_length = int(1e9)
     return tokenizer, added
 
 
 def image_context_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that stands for image features."""
+    """Return the id of the token that vision features replace."""
     return tokenizer.convert_tokens_to_ids(IMG_CONTEXT)

@@ -1,4 +1,4 @@
-"""A small tokenizer of InternVL3's kind, trained on given text, for models that are made from nothing."""
+"""Train and save small tokenizers like InternVL3's, for models with random weights."""
 
 import json
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from internvl_chat.constants import IM_END, IM_START, SPECIAL_TOKENS
+from internvl_chat.utils.files import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -16,11 +17,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Train a byte-level BPE with Qwen2's normalisation and pre-tokenisation.
 
     Args:
-        texts: what to learn from.
-        vocab_size: most entries before the special tokens; at least the 256 bytes.
+        texts: training texts.
+        vocab_size: maximum size without the special tokens, at least 256.
 
     Returns:
-        A tokenizer with InternVL's special tokens behind the vocabulary, in their order.
+        A tokenizer with InternVL's special tokens after the vocabulary.
     """
     qwen = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
@@ -28,10 +29,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    learnt = json.loads(bpe.to_str())["model"]
+    model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
         unk_token=None,
         eos_token=None,
         pad_token=None,
@@ -42,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def save_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Write a tokenizer both as one file and as the vocabulary and merges that the reference's code reads."""
+    """Save a tokenizer as `tokenizer.json`, and as the separate files that the reference's code reads."""
     tokenizer.save_pretrained(str(folder))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = json.dumps(backend["model"]["vocab"], ensure_ascii=False)
@@ -50,15 +51,11 @@ def save_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path) -> None:
     merges = "".join(f"{a} {b}\n" for a, b in backend["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
     added = {token["content"]: token["id"] for token in backend["added_tokens"]}
-    _write_json(folder / "added_tokens.json", added)
+    write_json(folder / "added_tokens.json", added)
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    kept = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     config["added_tokens_decoder"] = {
-        str(token["id"]): {key: token[key] for key in kept} for token in backend["added_tokens"]
+        str(token["id"]): {key: token[key] for key in fields} for token in backend["added_tokens"]
     }
     config["additional_special_tokens"] = [token for token in added if token != END_OF_TEXT]
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)

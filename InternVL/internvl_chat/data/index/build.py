@@ -1,11 +1,10 @@
-"""What every record of the data sets is like, known exactly before training: how long, or why it is unusable.
+"""Measure and check all records before training, in parallel, with a cache across runs.
 
-Texts are tokenised and image headers read once, by several processes; later runs read the outcome from a
-cache. What is measured here is what `RecordSet.load` makes, because both follow the same plan.
+Texts are tokenised and image headers are read once. Lengths equal those of `RecordSet.load`, which uses the
+same tile plan.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.encode.conversation import plain_backend
-from internvl_chat.data.encode.encoder import Measured
+from internvl_chat.data.encode.encoder import RecordLengths
 from internvl_chat.data.index.cache import (
     Lengths,
     RecordIndex,
@@ -31,40 +30,21 @@ from internvl_chat.data.index.cache import (
     read_index,
     write_index,
 )
+from internvl_chat.data.index.image_manifest import ImageManifest
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.sources.problems import Problem, show_id
-from internvl_chat.data.sources.shown_images import ShownImage, ShownImages
-from internvl_chat.data.sources.skip_policy import raise_problems
+from internvl_chat.data.sources.images import ImageFile
+from internvl_chat.data.sources.problems import Problem, printable_id
 from internvl_chat.utils.errors import DataError
-from internvl_chat.utils.logging import get_logger
-
-logger = get_logger(__name__)
+from internvl_chat.utils.files import sha256
+from internvl_chat.utils.hardware import cpu_cores
 
 _CHUNK = 256
-# Starting a process takes as long as measuring some thousands of records, and about 400 MB.
+# Starting a worker takes about 400 MB and as long as measuring some thousands of records.
 _RECORDS_PER_WORKER = 5000
-_DECODED_PER_WORKER = 250
-_MOST_WORKERS = 16
-# Settings that change no length.
-_NOT_MEASURED = ("normalize_type", "pad2square")
-
-
-def index_lengths(
-    sets: Sequence[RecordSet], *, workers: int | None = None, cache: Path | None = None
-) -> list[Lengths]:
-    """Return the lengths of all records that are used of each set, each record once, in the file's order.
-
-    Args:
-        sets: the data sets.
-        workers: of `index_records`.
-        cache: of `index_records`.
-
-    Raises:
-        DataError: records cannot be used. It lists the first of them.
-    """
-    indexes = index_records(sets, workers=workers, cache=cache)
-    raise_problems([problem for index in indexes for problem in index.problems])
-    return [index.lengths for index in indexes]
+_DECODED_RECORDS_PER_WORKER = 250
+_MAX_WORKERS = 16
+# Preprocessing options that do not affect lengths.
+_PIXEL_OPTIONS = ("normalize_type", "pad2square")
 
 
 def index_records(
@@ -74,72 +54,72 @@ def index_records(
     workers: int | None = None,
     cache: Path | None = None,
 ) -> list[RecordIndex]:
-    """Return what is known of all records that are used of each set, each once, in the file's order.
+    """Check each dataset's records, and return their index in file order and without repetitions.
 
-    A cached record is looked at again where it could not be used, for its image may have been repaired, and
-    where an image file has another size or time than it had, or is gone. The others are trusted as long as
-    annotation file, root, tokenizer and preprocessing are the same.
+    The cache is valid as long as annotation file, root, tokenizer and preprocessing are the same. Cached
+    records are checked again if they were unusable, or if an image file changed or is missing.
 
     Args:
-        sets: the data sets.
-        decode: also decode every image; else only those whose file does not end as it should.
-        workers: processes that look; by default one a core, and none beside this one for few records.
-        cache: folder of what is kept; by default `default_cache()`.
+        sets: the datasets.
+        decode: decode every image; otherwise only images whose file does not end as its format requires.
+        workers: number of worker processes; by default one per core, or none for few records.
+        cache: cache folder; by default `default_cache()`.
     """
     files = _cache_files(sets, cache or default_cache())
-    found: list[RecordIndex] = []
+    indexes: list[RecordIndex] = []
     tasks: list[_Task] = []
     for number, (file, records) in enumerate(zip(files, sets, strict=True)):
-        known = read_index(file, records.num_distinct)
-        if known is None or (decode and not known.decoded):
+        cached = read_index(file, records.num_distinct)
+        if cached is None or (decode and not cached.decoded):
             tasks.append(_Task(number, np.arange(records.num_distinct), decode))
-            known = _nothing_known(records.num_distinct, decode)
-        elif len(again := np.union1d(known.unusable, known.images.stale(records.spec.root))):
-            tasks.append(_Task(number, again.astype(np.int64), known.decoded))
-        found.append(known)
-    for task, outcome in zip(tasks, _examine(sets, tasks, workers), strict=True):
-        known = found[task.set_number]
-        updated = _update(known, task, outcome)
-        file = files[task.set_number]
-        if known.lengths.file is None or not updated.same_as(known):
-            kept = write_index(file, updated)
-            lengths = dataclasses.replace(updated.lengths, file=file if kept else None)
+            cached = _empty_index(records.num_distinct, decode)
+        else:
+            outdated = np.union1d(cached.unusable, cached.images.changed_records(records.spec.root))
+            if len(outdated):
+                tasks.append(_Task(number, outdated.astype(np.int64), cached.decoded))
+        indexes.append(cached)
+    for task, result in zip(tasks, _check(sets, tasks, workers), strict=True):
+        cached, file = indexes[task.set_number], files[task.set_number]
+        updated = _update(cached, task, result)
+        if cached.lengths.file is None or not updated.equals(cached):
+            written = write_index(file, updated)
+            lengths = dataclasses.replace(updated.lengths, file=file if written else None)
             updated = dataclasses.replace(updated, lengths=lengths)
-        found[task.set_number] = updated
-    return found
+        indexes[task.set_number] = updated
+    return indexes
 
 
-def _nothing_known(num_records: int, decode: bool) -> RecordIndex:
-    none = np.zeros(num_records, np.uint64)
-    columns = {name: np.zeros(num_records, np.int32) for name in Measured._fields}
-    return RecordIndex(Lengths(**columns), [None] * num_records, none, none, [], ShownImages.none(), decode)
+def _empty_index(num_records: int, decode: bool) -> RecordIndex:
+    hashes = np.zeros(num_records, np.uint64)
+    lengths = Lengths(*np.zeros((len(RecordLengths._fields), num_records), np.int32))
+    return RecordIndex(lengths, [None] * num_records, hashes, hashes, [], ImageManifest.empty(), decode)
 
 
 def _cache_files(sets: Sequence[RecordSet], folder: Path) -> list[Path]:
-    """Return each set's cache file, named by everything that its numbers depend on but the images."""
+    """Return each dataset's cache file; its name depends on everything that affects lengths except images."""
     tokenizers = {id(s.encoder.tokenizer): s.encoder.tokenizer for s in sets}
     digests = {key: tokenizer_digest(tokenizer) for key, tokenizer in tokenizers.items()}
     files = []
     for records in sets:
         status = records.spec.annotation.stat()
-        preprocessing = dataclasses.asdict(records.encoder.preprocessing)
-        facts = {
-            "data set": records.spec.name,
+        options = dataclasses.asdict(records.encoder.preprocessing)
+        key = {
+            "dataset": records.spec.name,
             "annotation": str(records.spec.annotation.absolute()),
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
             "root": str(records.spec.root.absolute()),
             "records": records.num_distinct,
-            "preprocessing": {k: v for k, v in preprocessing.items() if k not in _NOT_MEASURED},
+            "preprocessing": {name: v for name, v in options.items() if name not in _PIXEL_OPTIONS},
             "truncate_text": records.encoder.truncate_text,
             "tokenizer": digests[id(records.encoder.tokenizer)],
         }
-        files.append(cache_file(folder, facts))
+        files.append(cache_file(folder, key))
     return files
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return a hash of what decides the ids of a text: vocabulary, merges, special tokens."""
+    """Return a hash of everything that determines token ids: vocabulary, merges and special tokens."""
     if tokenizer is None:
         return "none"
     if tokenizer.is_fast:
@@ -147,139 +127,144 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
     else:
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         text = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), special], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256(text.encode())
 
 
 class _Task(NamedTuple):
-    """Records of one set that are to be looked at."""
+    """Records of a dataset to check."""
 
     set_number: int
     indices: np.ndarray
     decode: bool
 
 
-class _Outcome(NamedTuple):
-    """What became of a task: a row of `Measured`, id, hashes and images of each record; problems of some."""
+class _Result(NamedTuple):
+    """Result of a task.
 
-    rows: np.ndarray
+    Attributes:
+        lengths: (N, 5) int32, one row of `RecordLengths` per record.
+        ids: id of each record.
+        hashes: (N, 2) uint64, id and content hash of each record.
+        images: image files of each record.
+        problems: problems of all records.
+    """
+
+    lengths: np.ndarray
     ids: list[str | None]
     hashes: np.ndarray
-    images: list[tuple[ShownImage, ...]]
+    images: list[tuple[ImageFile, ...]]
     problems: list[Problem]
 
 
-def _update(known: RecordIndex, task: _Task, outcome: _Outcome) -> RecordIndex:
-    """Return an index in which the records of a task are replaced by what became of them."""
-    rows = np.stack(list(known.lengths.columns.values()), axis=1)
-    rows[task.indices] = outcome.rows
-    hashes = np.stack([known.names, known.contents], axis=1)
-    hashes[task.indices] = outcome.hashes
-    ids = list(known.ids)
-    for index, identity in zip(task.indices.tolist(), outcome.ids, strict=True):
-        ids[index] = identity
-    again = set(task.indices.tolist())
-    problems = [problem for problem in known.problems if problem.index not in again] + outcome.problems
-    columns = dict(zip(Measured._fields, np.ascontiguousarray(rows.T), strict=True))
-    names, contents = np.ascontiguousarray(hashes.T)
+def _update(cached: RecordIndex, task: _Task, result: _Result) -> RecordIndex:
+    """Return an index with the results of a task."""
+    lengths = np.stack(list(cached.lengths.columns.values()))
+    lengths[:, task.indices] = result.lengths.T
+    hashes = np.stack([cached.id_hashes, cached.content_hashes])
+    hashes[:, task.indices] = result.hashes.T
+    ids, indices = list(cached.ids), task.indices.tolist()
+    for index, record_id in zip(indices, result.ids, strict=True):
+        ids[index] = record_id
+    checked = set(indices)
+    problems = [problem for problem in cached.problems if problem.index not in checked] + result.problems
     return RecordIndex(
-        Lengths(**columns, file=known.lengths.file), ids, names, contents,
+        Lengths(*lengths, file=cached.lengths.file),
+        ids,
+        *hashes,
         sorted(problems, key=lambda problem: problem.index or 0),
-        known.images.replace(task.indices, outcome.images), task.decode,
-    )  # fmt: skip
+        cached.images.update(task.indices, result.images),
+        task.decode,
+    )
 
 
-def _examine(sets: Sequence[RecordSet], tasks: Sequence[_Task], workers: int | None) -> Iterator[_Outcome]:
-    """Yield what becomes of each task."""
+def _check(sets: Sequence[RecordSet], tasks: Sequence[_Task], workers: int | None) -> Iterator[_Result]:
+    """Yield the result of each task."""
     total = sum(len(task.indices) for task in tasks)
     if workers is None:
-        each = _DECODED_PER_WORKER if any(task.decode for task in tasks) else _RECORDS_PER_WORKER
-        workers = min(available_cores(), _MOST_WORKERS, total // each)
-    parts = [
+        decode = any(task.decode for task in tasks)
+        records_per_worker = _DECODED_RECORDS_PER_WORKER if decode else _RECORDS_PER_WORKER
+        workers = min(cpu_cores(), _MAX_WORKERS, total // records_per_worker)
+    chunks = [
         [task._replace(indices=task.indices[i : i + _CHUNK]) for i in range(0, len(task.indices), _CHUNK)]
         for task in tasks
     ]
-    bar = tqdm(total=total, desc="checking", unit="record", delay=2, file=sys.stderr, dynamic_ncols=True)
-    with bar, _outcomes(sets, [part for group in parts for part in group], workers) as outcomes:
-        for group in parts:
-            done = []
-            for _ in group:
-                done.append(next(outcomes))
+    bar = tqdm(
+        total=total,
+        desc="checking",
+        unit="record",
+        delay=2,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        disable=None,
+    )
+    with bar, _run(sets, [chunk for of_task in chunks for chunk in of_task], workers) as results:
+        for of_task in chunks:
+            done = [_empty_result(0)]
+            for _ in of_task:
+                done.append(next(results))
                 bar.update(len(done[-1].ids))
-            yield _Outcome(
-                np.concatenate([np.zeros((0, len(Measured._fields)), np.int32), *(o.rows for o in done)]),
-                [identity for o in done for identity in o.ids],
-                np.concatenate([np.zeros((0, 2), np.uint64), *(o.hashes for o in done)]),
-                [images for o in done for images in o.images],
-                [problem for o in done for problem in o.problems],
+            yield _Result(
+                np.concatenate([result.lengths for result in done]),
+                [record_id for result in done for record_id in result.ids],
+                np.concatenate([result.hashes for result in done]),
+                [images for result in done for images in result.images],
+                [problem for result in done for problem in result.problems],
             )
 
 
 @contextmanager
-def _outcomes(
-    sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int
-) -> Iterator[Iterator[_Outcome]]:
-    """Give what becomes of the tasks, in order, found by this process or by several."""
+def _run(sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int) -> Iterator[Iterator[_Result]]:
+    """Provide the results of the tasks in order, computed by this process or by several workers."""
     if workers <= 1:
-        yield (_examine_here(sets, task) for task in tasks)
+        yield (_check_records(sets, task) for task in tasks)
         return
-    # A forked process could inherit a lock that a thread of the tokenizer or of torch holds.
+    # A forked process could inherit a lock held by a thread of the tokenizer or of torch.
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(sets,)
+        workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(sets,)
     )
     try:
-        yield pool.map(_examine_in_worker, tasks)
+        yield pool.map(_check_in_worker, tasks)
     except BrokenProcessPool as error:
-        raise DataError(
-            "a process that checked the records ended early; perhaps the machine is short of memory"
-        ) from error
+        raise DataError("a worker of the data check died; the machine may be out of memory") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def available_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _empty_result(num_records: int) -> _Result:
+    lengths = np.zeros((num_records, len(RecordLengths._fields)), np.int32)
+    return _Result(lengths, [], np.zeros((num_records, 2), np.uint64), [], [])
 
 
-def _examine_here(sets: Sequence[RecordSet], task: _Task) -> _Outcome:
-    """Look at records one after the other; one that cannot be used gets zeros."""
-    records = sets[task.set_number]
-    rows = np.zeros((len(task.indices), len(Measured._fields)), np.int32)
-    hashes = np.zeros((len(task.indices), 2), np.uint64)
-    ids: list[str | None] = []
-    images: list[tuple[ShownImage, ...]] = []
-    problems: list[Problem] = []
-    for row, pair, index in zip(rows, hashes, task.indices.tolist(), strict=True):
+def _check_records(sets: Sequence[RecordSet], task: _Task) -> _Result:
+    """Check records one by one; unusable ones have zero lengths and hashes."""
+    records, result = sets[task.set_number], _empty_result(len(task.indices))
+    for row, index in enumerate(task.indices.tolist()):
         try:
-            examined = records.examine(index, decode=task.decode)
+            checked = records.check(index, decode=task.decode)
         except DataError as error:
-            ids.append(error.record)
-            images.append(())
-            problems.append(_problem(records, index, error.record, error.kind, error.message))
-            continue
-        row[:] = examined.measured
-        pair[:] = examined.name, examined.content
-        ids.append(show_id(examined.id))
-        images.append(examined.images)
-        problems += [_problem(records, index, ids[-1], *oddity) for oddity in examined.find_warnings]
-    return _Outcome(rows, ids, hashes, images, problems)
+            record_id, images = error.record, ()
+            problems = [(error.kind, error.message)]
+        else:
+            record_id, images, problems = printable_id(checked.id), checked.images, checked.warnings
+            result.lengths[row] = checked.lengths
+            result.hashes[row] = checked.id_hash, checked.content_hash
+        result.ids.append(record_id)
+        result.images.append(images)
+        location = (records.spec.name, index, records.spec.annotation, records.file.line(index), record_id)
+        result.problems.extend(Problem(*location, *problem) for problem in problems)
+    return result
 
 
-def _problem(records: RecordSet, index: int, identity: str | None, kind: str, message: str) -> Problem:
-    spec = records.spec
-    return Problem(spec.name, index, spec.annotation, records.file.line(index), identity, kind, message)
-
-
-# Of a worker alone.
+# Datasets of a worker process.
 _sets: Sequence[RecordSet] = ()
 
 
-def _begin_worker(sets: Sequence[RecordSet]) -> None:
-    """Keep the sets; the processes are what is parallel, not the tokenizer."""
+def _init_worker(sets: Sequence[RecordSet]) -> None:
+    """Store the datasets, and disable the tokenizer's own threads."""
     global _sets
     _sets = sets
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _examine_in_worker(task: _Task) -> _Outcome:
-    return _examine_here(_sets, task)
+def _check_in_worker(task: _Task) -> _Result:
+    return _check_records(_sets, task)

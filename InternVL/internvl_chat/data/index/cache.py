@@ -1,87 +1,85 @@
-"""What is known of a data set's records before they are used, and where it is kept from run to run."""
+"""The index of a dataset's records, and its cache on disk."""
 
-import hashlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from internvl_chat.data.encode.encoder import Measured
+from internvl_chat.data.encode.encoder import RecordLengths
+from internvl_chat.data.index.image_manifest import ImageManifest
 from internvl_chat.data.sources.problems import Problem
-from internvl_chat.data.sources.shown_images import ShownImages
+from internvl_chat.utils.files import atomic_path, sha256
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# To be raised by whoever changes what the numbers depend on: the template, the tiling, or this file.
-_VERSION = 4
+# Increase when the template, the tiling or the format of the cache changes.
+_VERSION = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """What each of R records has.
+    """The `RecordLengths` of R records, one array per field.
 
     Attributes:
         tokens: (R,) int32.
-        supervised: (R,) int32, tokens that are learnt.
-        tiles: (R,) int32, of all images.
-        tiles_lost: (R,) int32, given up for `max_seq_length`; none by default.
-        tokens_cut: (R,) int32, cut off for `max_seq_length`; none by default.
-        file: where the numbers are cached, if they belong to one data set and are.
+        supervised: (R,) int32, supervised tokens.
+        tiles: (R,) int32, tiles of all images.
+        tiles_lost: (R,) int32, tiles removed to fit `max_seq_length`; zeros by default.
+        tokens_truncated: (R,) int32, tokens removed to fit `max_seq_length`; zeros by default.
+        file: cache file of the dataset, if any.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     tiles: np.ndarray
     tiles_lost: np.ndarray | None = None
-    tokens_cut: np.ndarray | None = None
+    tokens_truncated: np.ndarray | None = None
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tiles_lost", "tokens_cut"):
+        for name in ("tiles_lost", "tokens_truncated"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.zeros(len(self.tokens), np.int32))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: int) -> Measured:
-        """Return the numbers of one record."""
-        return Measured(*(int(column[index]) for column in self.columns.values()))
+    def __getitem__(self, index: int) -> RecordLengths:
+        """Return the lengths of one record."""
+        return RecordLengths(*(int(column[index]) for column in self.columns.values()))
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays by name."""
-        return {name: getattr(self, name) for name in Measured._fields}
+        return {name: getattr(self, name) for name in RecordLengths._fields}
 
 
 @dataclass(frozen=True, eq=False)
 class RecordIndex:
-    """What is known of the R records of a data set that are used.
+    """Lengths, ids, hashes and problems of the R records of a dataset.
 
     Attributes:
-        lengths: zeros where a record cannot be used.
-        ids: as in the file, in a form that can be shown; None for none.
-        names: (R,) uint64, hashes of the ids, 0 for none.
-        contents: (R,) uint64, hashes of conversations and image paths, 0 where a record cannot be used.
-        problems: in the order of the file; several may be of one record.
-        images: of the records that can be used.
+        lengths: zeros for unusable records.
+        ids: printable ids; None for records without one.
+        id_hashes: (R,) uint64, 0 for records without an id.
+        content_hashes: (R,) uint64, hashes of conversation and image paths; 0 for unusable records.
+        problems: problems in file order; a record may have several.
+        images: image files of the usable records.
         decoded: whether the images were decoded.
     """
 
     lengths: Lengths
     ids: list[str | None]
-    names: np.ndarray
-    contents: np.ndarray
+    id_hashes: np.ndarray
+    content_hashes: np.ndarray
     problems: list[Problem]
-    images: ShownImages
+    images: ImageManifest
     decoded: bool = False
 
     def __len__(self) -> int:
@@ -92,81 +90,73 @@ class RecordIndex:
         """Indices of the records that cannot be used."""
         return sorted({problem.index or 0 for problem in self.problems if problem.is_error})
 
-    def same_as(self, other: "RecordIndex") -> bool:
-        """Return whether both say the same of the same records, of which some may have been looked at again.
-
-        Images that are the same make for the same lengths.
-        """
-        return self.problems == other.problems and self.images.same_as(other.images)
+    def equals(self, other: "RecordIndex") -> bool:
+        """Return whether two indexes of the same annotation file agree; equal images imply equal lengths."""
+        return self.problems == other.problems and self.images.equals(other.images)
 
 
 def default_cache() -> Path:
-    """Return the folder of cached lengths: `$M3LLM_CACHE`, `$XDG_CACHE_HOME/m3llm`, `~/.cache/m3llm`."""
-    if own := os.environ.get("M3LLM_CACHE"):
-        return Path(own).expanduser()
-    if users := os.environ.get("XDG_CACHE_HOME"):
-        return Path(users) / "m3llm"
+    """Return the cache folder: `$M3LLM_CACHE`, `$XDG_CACHE_HOME/m3llm`, or `~/.cache/m3llm`."""
+    if folder := os.environ.get("M3LLM_CACHE"):
+        return Path(folder).expanduser()
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "m3llm"
     try:
         return Path("~/.cache/m3llm").expanduser()
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # no home directory, as in some containers
         return Path(tempfile.gettempdir()) / "m3llm"
 
 
-def cache_file(folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Return the file of what depends on these facts (anything that JSON can hold)."""
-    text = json.dumps({"version": _VERSION, **facts}, sort_keys=True)
-    return folder / f"records-{hashlib.sha256(text.encode()).hexdigest()[:40]}.npz"
+def cache_file(folder: Path, key: Mapping[str, Any]) -> Path:
+    """Return the cache file for a JSON-serialisable key."""
+    text = json.dumps({"version": _VERSION, **key}, sort_keys=True)
+    return folder / f"records-{sha256(text.encode())[:40]}.npz"
 
 
 def read_index(file: Path, num_records: int) -> RecordIndex | None:
-    """Return what was kept, or None where there is nothing, or where the file is damaged."""
+    """Read a cached index; return None if it does not exist or is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            lengths = Lengths(**{name: stored[name] for name in Measured._fields}, file=file)
-            texts = json.loads(stored["texts"].tobytes())
-            problems = [Problem(*row)._replace(file=Path(row[2])) for row in texts["problems"]]
+        with np.load(file, allow_pickle=False) as arrays:
+            lengths = Lengths(**{name: arrays[name] for name in RecordLengths._fields}, file=file)
+            metadata = json.loads(arrays["metadata"].tobytes())
             index = RecordIndex(
                 lengths,
-                texts["ids"],
-                stored["names"],
-                stored["contents"],
-                problems,
-                ShownImages.from_arrays(stored, num_records),
-                texts["decoded"],
+                metadata["ids"],
+                arrays["id_hashes"],
+                arrays["content_hashes"],
+                [Problem(*row)._replace(file=Path(row[2])) for row in metadata["problems"]],
+                ImageManifest.from_arrays(arrays, num_records),
+                metadata["decoded"],
             )
     except FileNotFoundError:
         return None
     except Exception as error:
-        logger.warning("the cached lengths %s cannot be read (%s); measuring again", file, error)
+        logger.warning("cannot read the length cache %s (%s); measuring again", file, error)
         return None
-    numbers = [(column, np.int32) for column in lengths.columns.values()]
-    numbers += [(index.names, np.uint64), (index.contents, np.uint64)]
-    if any(a.shape != (num_records,) or a.dtype != t for a, t in numbers) or len(index.ids) != num_records:
-        logger.warning("the cached lengths %s are not of %d records; measuring again", file, num_records)
+    columns = [(column, np.int32) for column in lengths.columns.values()]
+    columns += [(index.id_hashes, np.uint64), (index.content_hashes, np.uint64)]
+    if any(a.shape != (num_records,) or a.dtype != t for a, t in columns) or len(index.ids) != num_records:
+        logger.warning("the length cache %s is not of %d records; measuring again", file, num_records)
         return None
     return index
 
 
 def write_index(file: Path, index: RecordIndex) -> bool:
-    """Keep an index, in full or not at all; return whether that was possible, with a warning if not."""
-    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
+    """Cache an index atomically; return whether that succeeded, logging a warning if not."""
     problems = [problem._replace(file=str(problem.file)) for problem in index.problems]
-    texts = json.dumps({"ids": index.ids, "problems": problems, "decoded": index.decoded})
+    metadata = json.dumps({"ids": index.ids, "problems": problems, "decoded": index.decoded})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("xb") as stream:
+        with atomic_path(file) as partial, partial.open("xb") as stream:
             np.savez(
                 stream,
-                texts=np.frombuffer(texts.encode(), np.uint8),
-                names=index.names,
-                contents=index.contents,
+                metadata=np.frombuffer(metadata.encode(), np.uint8),
+                id_hashes=index.id_hashes,
+                content_hashes=index.content_hashes,
                 **index.lengths.columns,
                 **index.images.to_arrays(),
             )
-        unfinished.replace(file)
     except OSError as error:
-        logger.warning("the lengths cannot be kept for the next run (set M3LLM_CACHE to a folder): %s", error)
-        with suppress(OSError):
-            unfinished.unlink()
+        logger.warning("cannot write the length cache (set M3LLM_CACHE to another folder): %s", error)
         return False
     return True

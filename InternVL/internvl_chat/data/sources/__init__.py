@@ -1,1 +1,1 @@
-"""Reading what users bring: the meta file, annotation files, records and images."""
+"""User data as it is on disk: the meta file, annotation files, records and images."""

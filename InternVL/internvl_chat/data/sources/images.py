@@ -1,4 +1,4 @@
-"""Opening image files that may be anything: where they are, what they are and how large, before decoding."""
+"""Image files: locate them, read their headers and decode them; whatever cannot be used is refused."""
 
 import os
 import stat
@@ -9,43 +9,53 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from internvl_chat.data.encode.tiling import has_eight_bits, to_rgb
-from internvl_chat.data.sources.image_end import ends_well
-from internvl_chat.data.sources.problems import RecordProblem
+from internvl_chat.data.sources.problems import RecordError
 
-# Pillow's own bound, held here so that no setting of another library lifts it: 0.7 GB as RGB in memory.
+# Pillow's own default, repeated here because other libraries may raise it: 0.7 GB as decoded RGB.
 MAX_PIXELS = 178_956_970
-# Above half of that Pillow warns; the bound is ours.
+# Pillow warns from half of that on; only the limit matters here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# All that Pillow decodes by itself; it would start other programs for some of the rest (as EPS).
+# The formats that Pillow decodes itself; for others (such as EPS) it runs external programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF")
+
+_JPEG_END = b"\xff\xd9"
+_END_MARKERS = {
+    "JPEG": _JPEG_END,
+    "MPO": _JPEG_END,
+    "JPEG2000": _JPEG_END,
+    "PNG": b"IEND\xaeB`\x82",
+    "GIF": b"\0;",
+}
+# Padding that programs append to files, and how many bytes of it are searched.
+_PADDING = b"\0\r\n "
+_PADDING_WINDOW = 4096
 
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
-    """Return the formats that this build of Pillow has."""
+    """Return the accepted formats that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def locate_image(root: Path, name: str) -> Path:
-    """Return where an image of a record is.
+    """Return the path of a record's image.
 
-    A relative path must stay under the root. An absolute one is taken as it is, and symbolic links are
-    followed: both are ways to say on purpose that images are elsewhere.
+    A relative path must stay under the root. Absolute paths and symbolic links are accepted: both place
+    images elsewhere on purpose.
 
     Raises:
-        RecordProblem: the path leads out of the root.
+        RecordError: the path leaves the root.
     """
     path = root / name
     if os.pardir in name and not Path(name).is_absolute():
-        # By the letters alone: where a link leads is its maker's business.
+        # Compared as text: symbolic links may lead anywhere.
         base = os.path.abspath(root)  # noqa: PTH100
         if os.path.commonpath([base, os.path.abspath(path)]) != base:  # noqa: PTH100
-            raise RecordProblem(
+            raise RecordError(
                 f"the image {name} is outside 'root' ({root}); set 'root' in the meta file to a folder that "
-                "holds all images",
+                "contains all images",
                 kind="image outside root",
             )
     return path
@@ -55,7 +65,7 @@ def _file_status(path: Path) -> os.stat_result:
     """Return size and times of an image file.
 
     Raises:
-        RecordProblem: it does not exist, is no file, or is empty.
+        RecordError: it is missing, empty, or not a regular file.
     """
     try:
         status = path.stat()
@@ -64,27 +74,27 @@ def _file_status(path: Path) -> os.stat_result:
     except Exception as error:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
-        raise _unreadable(path, "it is no file")
+        raise _unreadable(path, "it is not a file")
     if not status.st_size:
         raise _unreadable(path, "it is empty")
     return status
 
 
-def _missing(path: Path) -> RecordProblem:
-    return RecordProblem(
+def _missing(path: Path) -> RecordError:
+    return RecordError(
         f"the image {path} does not exist; check 'root' in the meta file", kind="image missing"
     )
 
 
-def _unreadable(path: Path, why: object) -> RecordProblem:
-    return RecordProblem(f"the image {path} cannot be read: {why}", kind="image unreadable")
+def _unreadable(path: Path, reason: object) -> RecordError:
+    return RecordError(f"the image {path} cannot be read: {reason}", kind="image unreadable")
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image's header; close what is returned (it is a context manager).
+    """Read an image's header; use the result as a context manager.
 
     Raises:
-        RecordProblem: it does not exist, is no image, has too many pixels, or more than 8 bits a channel.
+        RecordError: it is missing, not an image, too large, or has more than 8 bits per channel.
     """
     _file_status(path)
     try:
@@ -92,16 +102,16 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise _missing(path) from None
     except Image.DecompressionBombError:
-        raise RecordProblem(
-            f"the image {path} has more than {MAX_PIXELS:,} pixels; make it smaller", kind="image too large"
+        raise RecordError(
+            f"the image {path} has more than {MAX_PIXELS:,} pixels; reduce its size", kind="image too large"
         ) from None
     except UnidentifiedImageError:
-        raise _unreadable(path, f"it is none of {', '.join(_formats())}") from None
+        raise _unreadable(path, f"its format is not one of {', '.join(_formats())}") from None
     except Exception as error:
         raise _unreadable(path, error) from error
     try:
         _check_header(path, image)
-    except RecordProblem:
+    except RecordError:
         image.close()
         raise
     return image
@@ -110,100 +120,139 @@ def open_image(path: Path) -> Image.Image:
 def _check_header(path: Path, image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise RecordProblem(
-            f"the image {path} has {width * height:,} pixels, more than {MAX_PIXELS:,}; make it smaller",
+        raise RecordError(
+            f"the image {path} has {width * height:,} pixels, more than {MAX_PIXELS:,}; reduce its size",
             kind="image too large",
         )
     if min(width, height) < 1:
         raise _unreadable(path, "it has no pixels")
-    if not has_eight_bits(image):
-        raise RecordProblem(
-            f"the image {path} cannot be used: it has more than 8 bits a channel (mode {image.mode}); "
-            "convert it to 8 bits",
+    if not _has_8_bit_channels(image):
+        raise RecordError(
+            f"the image {path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits",
             kind="image depth",
         )
+
+
+def _has_8_bit_channels(image: Image.Image) -> bool:
+    """Return whether an image has at most 8 bits per channel; Pillow would clip deeper ones."""
+    return image.mode != "F" and not image.mode.startswith("I")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB as Pillow does; an RGB image is returned without a copy.
+
+    Raises:
+        ValueError: it has more than 8 bits per channel.
+    """
+    if not _has_8_bit_channels(image):
+        raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Return (width, height) in pixels, from the header alone.
 
     Raises:
-        RecordProblem: as `open_image`.
+        RecordError: see `open_image`.
     """
     with open_image(path) as image:
         return image.size
 
 
 def decode_image(path: Path) -> Image.Image:
-    """Return an image in RGB, as Pillow converts it: the first frame, not turned by EXIF.
+    """Decode an image to RGB: its first frame, without applying EXIF rotation.
 
     Raises:
-        RecordProblem: as `open_image`, or it cannot be decoded.
+        RecordError: see `open_image`; also if decoding fails.
     """
     with open_image(path) as image:
         try:
             return to_rgb(image)
         except Exception as error:
-            raise RecordProblem(
+            raise RecordError(
                 f"the image {path} cannot be decoded: {error}", kind="image unreadable"
             ) from error
 
 
-class ImageFacts(NamedTuple):
-    """What is known of an image file before it is decoded.
+class ImageInfo(NamedTuple):
+    """Properties of an image file that are known without decoding it.
 
     Attributes:
         size: (width, height) in pixels.
-        ends_well: whether the file ends as its format says; if not, only decoding tells if it is whole.
-        num_bytes: size of the file.
-        mtime_ns: when it was last changed.
+        has_end: whether the file ends as its format requires. If not, it may be truncated.
+        num_bytes: file size.
+        mtime_ns: time of the last modification.
     """
 
     size: tuple[int, int]
-    ends_well: bool
+    has_end: bool
     num_bytes: int
     mtime_ns: int
 
 
-def image_facts(path: Path) -> ImageFacts:
-    """Look at an image's header and end, unless this process has done so and the file has not changed since.
+class ImageFile(NamedTuple):
+    """An image file as a record names it, with the size and modification time that identify its contents."""
+
+    name: str
+    num_bytes: int
+    mtime_ns: int
+
+
+def image_info(path: Path) -> ImageInfo:
+    """Read an image's header and end; cached per process until the file changes.
 
     Raises:
-        RecordProblem: as `open_image`.
+        RecordError: see `open_image`.
     """
     status = _file_status(path)
-    return ImageFacts(*_header_and_end(path, status.st_size, status.st_mtime_ns), status.st_size,
-                      status.st_mtime_ns)  # fmt: skip
+    num_bytes, mtime_ns = status.st_size, status.st_mtime_ns
+    return ImageInfo(*_header_and_end(path, num_bytes, mtime_ns), num_bytes, mtime_ns)
 
 
 @lru_cache(maxsize=1 << 16)
 def _header_and_end(path: Path, num_bytes: int, mtime_ns: int) -> tuple[tuple[int, int], bool]:
     with open_image(path) as image:
         try:
-            return image.size, ends_well(path, image.format, num_bytes)
+            return image.size, _has_end(path, image.format, num_bytes)
         except OSError as error:
             raise _unreadable(path, error) from error
 
 
-@lru_cache(maxsize=1 << 16)
-def _decoding_problem(path: Path, num_bytes: int, mtime_ns: int) -> str | None:
-    try:
-        decode_image(path)
-    except RecordProblem as problem:
-        return str(problem)
-    return None
+def _has_end(path: Path, image_format: str | None, num_bytes: int) -> bool:
+    """Return whether a file ends as its format requires; True for formats without an end marker.
+
+    A complete file may lack its marker, for example where other data follows.
+    """
+    if image_format not in _END_MARKERS and image_format != "WEBP":
+        return True
+    with path.open("rb", buffering=0) as stream:
+        if image_format == "WEBP":
+            # "RIFF" and the length of the rest: https://developers.google.com/speed/webp/docs/riff_container
+            return int.from_bytes(stream.read(8)[4:], "little") + 8 <= num_bytes
+        stream.seek(max(0, num_bytes - _PADDING_WINDOW))
+        return stream.read(_PADDING_WINDOW).rstrip(_PADDING).endswith(_END_MARKERS[image_format])
 
 
-def check_decoding(path: Path, facts: ImageFacts) -> None:
-    """Decode an image, unless this process has done so and the file has not changed since.
+def check_decoding(path: Path, info: ImageInfo) -> None:
+    """Check that an image decodes; cached per process until the file changes.
 
     Args:
         path: the file.
-        facts: of `image_facts(path)`.
+        info: result of `image_info(path)`.
 
     Raises:
-        RecordProblem: as `decode_image`.
+        RecordError: see `decode_image`.
     """
-    problem = _decoding_problem(path, facts.num_bytes, facts.mtime_ns)
-    if problem:
-        raise RecordProblem(problem, kind="image unreadable")
+    message = _decoding_error(path, info.num_bytes, info.mtime_ns)
+    if message:
+        raise RecordError(message, kind="image unreadable")
+
+
+@lru_cache(maxsize=1 << 16)
+def _decoding_error(path: Path, num_bytes: int, mtime_ns: int) -> str | None:
+    try:
+        decode_image(path)
+    except RecordError as error:
+        return str(error)
+    return None

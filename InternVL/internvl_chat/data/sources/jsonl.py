@@ -1,4 +1,4 @@
-"""Files of records, read one at a time by byte offset, so that memory does not grow with their size."""
+"""Random access to JSONL files and JSON arrays by byte offset, with constant memory per record."""
 
 import json
 import os
@@ -12,38 +12,38 @@ from internvl_chat.utils.errors import DataError
 
 _CHUNK = 1 << 24
 _BOM = b"\xef\xbb\xbf"
-# A line shorter than this may be blank and is looked at; a record never is that short.
-_BLANK_BELOW = 16
-# What one record may cost: bytes, and lists and objects, of which Python's own take 30 times the bytes.
-_LONGEST_RECORD = 1 << 26
-_MOST_PARTS = 200_000
-# A JSON array is read as a whole.
-_LARGEST_ARRAY = 1 << 31
+# Lines shorter than any record; they are checked for white space.
+_MAX_BLANK_BYTES = 16
+# Limits of one record. Python's lists and objects take about 30 times the bytes of their JSON.
+_MAX_RECORD_BYTES = 1 << 26
+_MAX_CONTAINERS = 200_000
+# JSON arrays are read into memory as a whole.
+_MAX_ARRAY_BYTES = 1 << 31
 
 
 class RecordFile:
     """The raw records of a JSONL file, or of a JSON array (`.json`).
 
     Args:
-        path: the file; it is indexed at once, and opened by each process that reads from it.
+        path: the file. It is scanned on construction and opened separately in each process.
 
     Raises:
-        DataError: the file cannot be read, or holds no record.
+        DataError: the file cannot be read or contains no records.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            spans = _array_spans(path) if path.suffix == ".json" else _line_spans(path)
+            # (N, 3) int64: start, end and line number of each record.
+            self._spans = _array_spans(path) if path.suffix == ".json" else _line_spans(path)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", file=path) from None
-        self._starts, self._ends, self._lines = spans
-        if not len(self._starts):
-            raise DataError("holds no record", file=path)
+        if not len(self._spans):
+            raise DataError("contains no records", file=path)
         self._descriptor: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._spans)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
@@ -52,28 +52,26 @@ class RecordFile:
         return (self[i] for i in range(len(self)))
 
     def line(self, index: int) -> int:
-        """Return the line, from 1, where a record begins."""
-        return int(self._lines[index])
+        """Return the line on which a record begins, counted from 1."""
+        return int(self._spans[index, 2])
 
     def read(self, index: int) -> bytes:
         """Return the bytes of a record.
 
         Raises:
-            DataError: they are more than any record has.
+            DataError: it exceeds the size limit.
         """
-        start, end = int(self._starts[index]), int(self._ends[index])
-        if end - start > _LONGEST_RECORD:
-            raise self._error(
-                index, f"{end - start:,} bytes, more than the {_LONGEST_RECORD:,} of one record",
-                "line too long",
-            )  # fmt: skip
+        start, end, _ = self._spans[index].tolist()
+        if end - start > _MAX_RECORD_BYTES:
+            message = f"{end - start:,} bytes, more than the limit of {_MAX_RECORD_BYTES:,} per record"
+            raise self._error(index, message, "line too long")
         return os.pread(self._open(), end - start, start)
 
     def _error(self, index: int, message: str, kind: str) -> DataError:
         return DataError(message, file=self.path, line=self.line(index), kind=kind)
 
     def _open(self) -> int:
-        """Return a descriptor of this process's own."""
+        """Return a file descriptor opened by this process."""
         if self._descriptor is None or self._descriptor[0] != os.getpid():
             self._descriptor = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         return self._descriptor[1]
@@ -82,91 +80,81 @@ class RecordFile:
         """Parse a record.
 
         Raises:
-            DataError: it is not JSON in UTF-8, or too large.
+            DataError: it is not valid JSON in UTF-8, or too large.
         """
         content, kind = self.read(index), "json"
-        if content.count(b"[") + content.count(b"{") > _MOST_PARTS:
-            raise self._error(index, f"more than {_MOST_PARTS:,} lists and objects", "structure")
+        if content.count(b"[") + content.count(b"{") > _MAX_CONTAINERS:
+            raise self._error(index, f"more than {_MAX_CONTAINERS:,} lists and objects", "structure")
         try:
             return json.loads(content.decode("utf-8"))
         except UnicodeDecodeError as error:
             message, kind = f"not UTF-8 at byte {error.start}", "encoding"
-        except json.JSONDecodeError as error:
-            message = f"not valid JSON: {error.msg} (character {error.pos + 1})"
-            if not content.strip():
-                message = "a line of nothing but white space; delete it"
-        except ValueError:
-            message = "not valid JSON: a number has too many digits"
-        except RecursionError:
-            message = "JSON is nested too deeply"
+        except (ValueError, RecursionError) as error:
+            message = describe_json_error(error)
+            if isinstance(error, json.JSONDecodeError):
+                message += f" (character {error.pos + 1})"
+                if not content.strip():
+                    message = "the line contains only white space; delete it"
         raise self._error(index, message, kind)
 
 
-Spans = tuple[np.ndarray, np.ndarray, np.ndarray]
+def describe_json_error(error: ValueError | RecursionError) -> str:
+    """Return a message for an error of Python's JSON parser."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg}"
+    if isinstance(error, RecursionError):
+        return "JSON is nested too deeply"
+    return "not valid JSON: a number has too many digits"
 
 
-def _line_spans(path: Path) -> Spans:
-    """Return where each non-blank line begins and ends, and its number."""
-    starts, ends, numbers = [], [], []
+def _line_spans(path: Path) -> np.ndarray:
+    """Return the spans of all non-blank lines."""
+    parts = [np.zeros((0, 3), np.int64)]
     with path.open("rb") as stream:
         position = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
         stream.seek(position)
-        begin, lines = position, 0
+        start, lines = position, 0
         while chunk := stream.read(_CHUNK):
-            newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position
             position += len(chunk)
-            if len(newlines):
-                begins = np.concatenate([[begin], newlines[:-1] + 1]).astype(np.int64)
-                filled = newlines > begins
-                starts.append(begins[filled])
-                ends.append(newlines[filled])
-                numbers.append(np.flatnonzero(filled) + lines + 1)
-                begin, lines = int(newlines[-1]) + 1, lines + len(newlines)
-        if position > begin:
-            starts.append(np.array([begin]))
-            ends.append(np.array([position]))
-            numbers.append(np.array([lines + 1]))
-        spans = [np.concatenate([np.zeros(0, np.int64), *arrays]) for arrays in (starts, ends, numbers)]
-        keep = np.ones(len(spans[0]), bool)
-        for i in np.flatnonzero(spans[1] - spans[0] < _BLANK_BELOW):
-            stream.seek(spans[0][i])
-            keep[i] = bool(stream.read(spans[1][i] - spans[0][i]).strip())
-    return spans[0][keep], spans[1][keep], spans[2][keep]
+            if len(ends):
+                starts = np.concatenate([[start], ends[:-1] + 1])
+                filled = np.flatnonzero(ends > starts)
+                parts.append(np.stack([starts[filled], ends[filled], filled + lines + 1], axis=1))
+                start, lines = int(ends[-1]) + 1, lines + len(ends)
+        if position > start:
+            parts.append(np.array([[start, position, lines + 1]]))
+        spans = np.concatenate(parts)
+        keep = np.ones(len(spans), bool)
+        for i in np.flatnonzero(spans[:, 1] - spans[:, 0] < _MAX_BLANK_BYTES):
+            stream.seek(spans[i, 0])
+            keep[i] = bool(stream.read(spans[i, 1] - spans[i, 0]).strip())
+    return spans[keep]
 
 
-def _array_spans(path: Path) -> Spans:
-    """Return where each element of a JSON array begins and ends, and the line where it begins.
+def _array_spans(path: Path) -> np.ndarray:
+    """Return the spans of all elements of a JSON array.
 
-    JSON's structure is ASCII, so that decoding as Latin-1 makes characters and bytes the same.
+    JSON's syntax is ASCII, and decoded as Latin-1, character offsets equal byte offsets.
     """
-    if path.stat().st_size > _LARGEST_ARRAY:
-        raise DataError("too large for a JSON array; use .jsonl, one record a line", file=path)
-    text = path.read_bytes().decode("latin-1").replace("\xef\xbb\xbf", "   ", 1)
+    if path.stat().st_size > _MAX_ARRAY_BYTES:
+        raise DataError("too large for a JSON array; use .jsonl with one record per line", file=path)
+    text = path.read_bytes().decode("latin-1").replace(_BOM.decode("latin-1"), "   ", 1)
     position = len(text) - len(text.lstrip())
     if not text.startswith("[", position):
-        raise DataError(
-            "a .json file must hold an array of records; use .jsonl for one record a line", file=path
-        )
+        message = "a .json file must contain an array of records; use .jsonl for one record per line"
+        raise DataError(message, file=path)
     decoder = json.JSONDecoder()
-    starts, ends, lines = [], [], []
+    spans, line, counted = [], 1, 0
     position = _skip_space(text, position + 1)
-    while not (text.startswith("]", position) and not starts):
-        counted, known = (starts[-1], lines[-1]) if starts else (0, 1)
-        line = known + text.count("\n", counted, position)
+    while not (text.startswith("]", position) and not spans):
+        line, counted = line + text.count("\n", counted, position), position
         try:
             _, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"not valid JSON: {error.msg}", file=path, line=error.lineno, kind="json"
-            ) from None
-        except ValueError:
-            message = "not valid JSON: a number has too many digits"
-            raise DataError(message, file=path, line=line, kind="json") from None
-        except RecursionError:
-            raise DataError("JSON is nested too deeply", file=path, line=line, kind="json") from None
-        starts.append(position)
-        ends.append(end)
-        lines.append(line)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            raise DataError(describe_json_error(error), file=path, line=line, kind="json") from None
+        spans.append((position, end, line))
         position = _skip_space(text, end)
         if text.startswith("]", position):
             break
@@ -176,13 +164,13 @@ def _array_spans(path: Path) -> Spans:
         position = _skip_space(text, position + 1)
     if text[position + 1 :].strip():
         line = text.count("\n", 0, position) + 1
-        message = "not valid JSON: something follows the array of records"
+        message = "not valid JSON: unexpected content after the array of records"
         raise DataError(message, file=path, line=line, kind="json")
-    return np.array(starts, np.int64), np.array(ends, np.int64), np.array(lines, np.int64)
+    return np.array(spans, np.int64).reshape(-1, 3)
 
 
 def _skip_space(text: str, position: int) -> int:
-    """Return the first position from `position` on that is not white space."""
+    """Return the next position that is not white space."""
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position

@@ -1,59 +1,59 @@
-"""What can be wrong with records and images: the kinds of problem, each with a sentence that explains it."""
+"""Kinds of problems with records and images, each with an explanation for the user."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-# A record with one of these cannot be used.
+# Errors: the record cannot be used.
 ERRORS = {
-    "file": "The annotation file cannot be read as records at all.",
+    "file": "The annotation file cannot be read as records.",
     "json": "The line is not valid JSON.",
     "encoding": "The text is not valid UTF-8.",
-    "line too long": "The record is larger than any real one; it is not read.",
-    "structure": "The record is not an object with a conversation, or a part of it is of the wrong type.",
-    "role": "A message is by somebody unknown, in the wrong place, or there is no answer to learn.",
-    "empty answer": "Every answer is empty, so that nothing would be learnt but to say nothing.",
-    "placeholders": "The <image> placeholders are not as many as the images.",
-    "image missing": "An image file does not exist. The whole record is left out, so that no image takes "
-    "the place of another.",
-    "image outside root": "A relative image path leads out of the data set's root.",
-    "image unreadable": "A file is empty, cut off, or no image.",
-    "image depth": "An image has grey values of more than 8 bits and must be converted first.",
-    "image too large": "An image has so many pixels that decoding it is refused.",
-    "too long": "The record does not fit into max_seq_length, even with one tile an image.",
-    "changed": "The record is not what it was when its length was measured.",
+    "line too long": "The line exceeds the size limit of a record and is not read.",
+    "structure": "The record is not an object with a conversation, or one of its values has the wrong type.",
+    "role": "A message has an unknown role or is in the wrong position, or there is no assistant message.",
+    "empty answer": "All answers are empty, so there is nothing to learn.",
+    "placeholders": "The numbers of <image> placeholders and images differ.",
+    "image missing": "An image file does not exist. The entire record is excluded, so that the other images "
+    "stay with their placeholders.",
+    "image outside root": "A relative image path leaves the dataset's root.",
+    "image unreadable": "A file is empty, truncated, or not an image.",
+    "image depth": "An image has more than 8 bits per channel and must be converted first.",
+    "image too large": "An image exceeds the pixel limit and is not decoded.",
+    "too long": "The record does not fit into max_seq_length, even with one tile per image.",
+    "changed": "The record has changed since its length was measured.",
 }
 
-# These are told, but the record is used.
+# Warnings: reported, but the record is used.
 WARNINGS = {
-    "fewer tiles": "Images are cut into fewer tiles than their limit allows, to fit max_seq_length.",
-    "text cut": "The end of the text is cut off, to fit max_seq_length (--truncate_text True).",
-    "empty message": "One of several answers is empty.",
-    "message order": "Questions and answers do not take turns: one is missing, or they are in the wrong order.",
-    "placeholder in answer": "An answer contains <image>, which shows nothing and is learnt as text.",
-    "duplicate id": "Another record of the same data set has the same id.",
+    "fewer tiles": "Images are split into fewer tiles than their limit allows, to fit max_seq_length.",
+    "text truncated": "The end of the text is truncated to fit max_seq_length (--truncate_text True).",
+    "empty message": "Some of the answers are empty.",
+    "message order": "Questions and answers do not alternate: one is missing, or they are out of order.",
+    "placeholder in answer": "An answer contains <image>, which shows no image and is trained on as text.",
+    "duplicate id": "Another record of the same dataset has the same id.",
     "duplicate record": "Another record has the same conversation and images.",
-    "not compared": "A part of a benchmark could not be read, so that the records were not held against it.",
-    "length": "The data set's 'length' in the meta file is not its number of records.",
+    "not compared": "Part of a benchmark could not be read, so the records were not compared with it.",
+    "length": "The 'length' of the dataset in the meta file differs from its number of records.",
 }
 
-# What training and benchmark have in common (`leaks`).
+# Overlap of training data and benchmarks.
 LEAKS = {
-    "same article": "A PMC id of the record is named by a benchmark.",
-    "same image": "An image of the record is, byte for byte, one of a benchmark.",
-    "similar image": "An image of the record looks like one of a benchmark.",
+    "same article": "A benchmark contains a PMC id of the record.",
+    "same image": "An image of the record is identical, byte for byte, to a benchmark image.",
+    "similar image": "An image of the record looks like a benchmark image.",
 }
 
 KINDS = {**ERRORS, **WARNINGS, **LEAKS}
 
-_LONGEST_MESSAGE = 600
-_LONGEST_ID = 200
+_MAX_MESSAGE_LENGTH = 600
+_MAX_ID_LENGTH = 200
 
 
-class RecordProblem(ValueError):
-    """Why a record cannot be used; the reader adds file, line and id.
+class RecordError(ValueError):
+    """A record cannot be used. Callers that know the file, line and id turn this into a `DataError`.
 
     Args:
-        message: what is wrong and how to repair it.
+        message: what is wrong and how to fix it.
         kind: a key of `ERRORS`.
     """
 
@@ -63,16 +63,16 @@ class RecordProblem(ValueError):
 
 
 class Problem(NamedTuple):
-    """Something found in a data set.
+    """A problem in a dataset.
 
     Attributes:
-        dataset: name of the set.
-        index: of the record in its file, from 0; None where the file as a whole is meant.
+        dataset: name of the dataset.
+        index: index of the record in its file; None for the file as a whole.
         file: the annotation file.
-        line: where the record begins, from 1.
-        id: of the record, if it has one.
+        line: line on which the record begins, counted from 1.
+        id: id of the record, if any.
         kind: a key of `KINDS`.
-        message: what is wrong and how to repair it.
+        message: what is wrong and how to fix it.
     """
 
     dataset: str
@@ -85,35 +85,35 @@ class Problem(NamedTuple):
 
     @property
     def is_error(self) -> bool:
-        """True where the record cannot be used."""
+        """Whether the record cannot be used."""
         return self.kind in ERRORS
 
     def __str__(self) -> str:
-        place = f"{self.file}" + (f", line {self.line}" if self.line is not None else "")
-        return f"{place}{f' (record {self.id!r})' if self.id is not None else ''}: {self.message}"
+        location = f"{self.file}" + (f", line {self.line}" if self.line is not None else "")
+        return f"{location}{f' (record {self.id!r})' if self.id is not None else ''}: {self.message}"
 
 
-def show_message(text: str) -> str:
-    """Return a message whose length is bounded and that a terminal or a file takes as it is.
+def printable_message(text: str) -> str:
+    """Return a message with bounded length and without control characters.
 
-    What it quotes may come from a stranger: control characters and halves of characters are escaped.
+    Messages quote untrusted data: control characters and lone surrogates are escaped.
     """
-    return _printable(text, _LONGEST_MESSAGE)
+    return _printable(text, _MAX_MESSAGE_LENGTH)
 
 
-def show_id(identity: object) -> str | None:
-    """Return a record's id as text of bounded length; None for none."""
-    if identity is None:
+def printable_id(record_id: object) -> str | None:
+    """Return a record's id as printable text of bounded length; None if there is none."""
+    if record_id is None:
         return None
     try:
-        return _printable(str(identity), _LONGEST_ID)
+        return _printable(str(record_id), _MAX_ID_LENGTH)
     except RecursionError:
         return "(nested too deeply)"
 
 
-def _printable(text: str, longest: int) -> str:
-    if len(text) > longest:
-        text = f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]}"
+def _printable(text: str, max_length: int) -> str:
+    if len(text) > max_length:
+        text = f"{text[: max_length * 2 // 3]} ... {text[-max_length // 3 :]}"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

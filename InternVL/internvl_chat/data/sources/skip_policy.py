@@ -1,7 +1,4 @@
-"""What happens to records that cannot be used: the run ends, or they are left out by name.
-
-Never is one replaced by another, and never a part of one left out: the order of the others does not change.
-"""
+"""Handling of unusable records: stop the run, or exclude them without changing the order of the others."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -11,19 +8,19 @@ from internvl_chat.utils.errors import DataError
 
 POLICIES = ("fail", "skip")
 
-_LISTED = 20
+_MAX_LISTED = 20
 
 
 class ExcludedRecord(NamedTuple):
-    """A record that a run leaves out from its start: data set, index in the file from 0, where and why."""
+    """A record excluded before training: dataset, index in the file, and reason."""
 
     dataset: str
     index: int
     message: str
 
 
-class Skipped(NamedTuple):
-    """A record that was unusable when its step came: data set, index in the file from 0, id, and why."""
+class SkippedRecord(NamedTuple):
+    """A record found unusable during training: dataset, index in the file, id, and reason."""
 
     dataset: str
     index: int
@@ -32,83 +29,77 @@ class Skipped(NamedTuple):
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raise one error for all records that cannot be used, if there are any; it lists the first of them.
+    """Raise an error if any record cannot be used.
 
     Raises:
-        DataError: of the one record, or of all.
+        DataError: lists the first unusable records.
     """
     errors = [problem for problem in problems if problem.is_error]
     if len(errors) == 1:
-        [one] = errors
-        raise DataError(one.message, file=one.file, line=one.line, record=one.id, kind=one.kind)
+        [error] = errors
+        raise DataError(error.message, file=error.file, line=error.line, record=error.id, kind=error.kind)
     if errors:
-        raise DataError(
-            "\n".join([f"{len(errors)} records cannot be used:", *list_problems(errors)]), kind=errors[0].kind
-        )
+        message = "\n".join([f"{len(errors)} records cannot be used:", *list_problems(errors)])
+        raise DataError(message, kind=errors[0].kind)
 
 
-def list_problems(problems: Sequence[Problem], most: int = _LISTED) -> list[str]:
-    """Return a numbered line for each of the first problems, and how many more there are."""
-    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:most], 1)]
-    return lines + [f"  ... and {len(problems) - most} more"] * (len(problems) > most)
+def list_problems(problems: Sequence[Problem], limit: int = _MAX_LISTED) -> list[str]:
+    """Return a numbered line for each of the first problems, and the number of those not listed."""
+    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:limit], 1)]
+    return lines + [f"  ... and {len(problems) - limit} more"] * (len(problems) > limit)
 
 
 def exclude_records(problems: Sequence[Problem], total: int, max_fraction: float) -> list[ExcludedRecord]:
-    """Return the records to leave out: all that cannot be used.
+    """Return the unusable records.
 
     Args:
-        problems: of all sets.
-        total: records of all sets.
-        max_fraction: most of them that may be left out.
+        problems: problems of all datasets.
+        total: number of records in all datasets.
+        max_fraction: largest fraction of records that may be excluded.
 
     Raises:
-        DataError: they are more; it lists the first of them and says what to do.
+        DataError: more records are unusable; lists the first of them and what to do.
     """
     errors = [problem for problem in problems if problem.is_error]
     if len(errors) > max_fraction * total:
-        raise DataError(
-            "\n".join(
-                [
-                    f"{len(errors)} of {total} records cannot be used ({len(errors) / total:.2%}), more than "
-                    f"--max_bad_fraction {max_fraction:g} allows:",
-                    *list_problems(errors),
-                    "repair them, or raise --max_bad_fraction if so many are to be left out",
-                ]
-            ),
-            kind=errors[0].kind,
-        )
+        lines = [
+            f"{len(errors)} of {total} records cannot be used ({len(errors) / total:.2%}), more than "
+            f"--max_bad_fraction {max_fraction:g} allows:",
+            *list_problems(errors),
+            "fix them, or raise --max_bad_fraction to exclude this many",
+        ]
+        raise DataError("\n".join(lines), kind=errors[0].kind)
     return [ExcludedRecord(problem.dataset, problem.index or 0, str(problem)) for problem in errors]
 
 
 class SkipBudget:
-    """Counts the records that turn out to be unusable in training, each once, until they are too many.
+    """Limits the fraction of records that are excluded or skipped, counting each record once.
 
     Args:
-        total: records of all sets, each once.
-        max_fraction: most of them that may be left out, with those that are left out from the start.
-        excluded: records that are left out from the start.
+        total: number of records in all datasets.
+        max_fraction: largest fraction that may be excluded or skipped.
+        excluded: records excluded before training.
     """
 
     def __init__(self, total: int, max_fraction: float, excluded: Sequence[ExcludedRecord] = ()) -> None:
         self.total, self.max_fraction = total, max_fraction
-        self._places = {(record.dataset, record.index) for record in excluded}
+        self._unused = {(record.dataset, record.index) for record in excluded}
 
-    def recall(self, places: Iterable[tuple[str, int]]) -> None:
-        """Count the records (data set and index) that were skipped before a run was started again."""
-        self._places.update((name, index) for name, index in places)
+    def restore(self, records: Iterable[tuple[str, int]]) -> None:
+        """Count the records (dataset and index) that were skipped before the run was resumed."""
+        self._unused.update((dataset, index) for dataset, index in records)
 
-    def spend(self, skipped: Sequence[Skipped]) -> None:
-        """Count records that were skipped.
+    def add(self, skipped: Sequence[SkippedRecord]) -> None:
+        """Count skipped records.
 
         Raises:
-            DataError: that makes too many.
+            DataError: the fraction exceeds the limit.
         """
-        self._places.update((record.dataset, record.index) for record in skipped)
-        number = len(self._places)
-        if skipped and number > self.max_fraction * self.total:
+        self._unused.update((record.dataset, record.index) for record in skipped)
+        count = len(self._unused)
+        if skipped and count > self.max_fraction * self.total:
             raise DataError(
-                f"{number} of {self.total} records are left out ({number / self.total:.2%}), more than "
-                f"--max_bad_fraction {self.max_fraction:g} allows; the last: {skipped[-1].message}. "
-                "Repair what the log names and start the same command again, or raise --max_bad_fraction if "
-                "so many are to be left out"
+                f"{count} of {self.total} records are excluded or skipped ({count / self.total:.2%}), more "
+                f"than --max_bad_fraction {self.max_fraction:g} allows; the last: {skipped[-1].message}. Fix "
+                "the records named in the log and run the same command again, or raise --max_bad_fraction"
             )

@@ -1,5 +1,4 @@
-"""Describe made-up compound figures: which panels they hold, where, and what is marked in them.
-Exists so that drawing, questions and answers all follow from one description and so cannot disagree."""
+"""Descriptions of synthetic compound figures, from which images, questions and answers are generated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ T = TypeVar("T")
 KINDS = ("CT", "MRI", "X-ray", "ultrasound", "histology", "chart")
 RADIOLOGY = ("CT", "MRI", "X-ray", "ultrasound")
 PANEL_COUNTS = (2, 3, 4, 5, 6)
-MIN_FIGURES = len(KINDS)  # the fewest figures whose first panels cover every kind
+MIN_FIGURES = len(KINDS)  # the first panels of so many figures cover every kind
 
-# kind -> variant -> how a sentence names a panel of that variant.
+# Kind -> variant -> noun phrase for a panel of that variant.
 VARIANTS: dict[str, dict[str, str]] = {
     "CT": {"head": "an axial head CT", "chest": "an axial chest CT", "abdomen": "an axial abdominal CT"},
     "MRI": {"T1": "a T1-weighted axial brain MRI", "T2": "a T2-weighted axial brain MRI"},
@@ -35,9 +34,9 @@ _ROW_HEIGHTS = (250, 520)
 
 @dataclass(frozen=True)
 class Finding:
-    """Something marked in a panel. `x`, `y`: its place right of and below the centre, in half short sides.
+    """A finding at `x` right of and `y` below the centre of a panel, in units of half its short side.
 
-    Anatomy is zoomed and shifted a little in each picture, and a lesion with it; its side stays the same.
+    Each image zooms and shifts the anatomy slightly, including a lesion, which stays in its half.
     """
 
     name: Literal["lesion", "arrow"]
@@ -46,15 +45,15 @@ class Finding:
 
     @property
     def side(self) -> str:
-        """The half of the picture it lies in as the viewer sees it: "left" or "right"."""
+        """Half of the image that contains it, "left" or "right" as seen by the viewer."""
         return "left" if self.x < 0 else "right"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `box`: left, top, right, bottom in pixels of its figure; right and bottom are exclusive.
+    """One panel of a figure; its `box` is (left, top, right, bottom), right and bottom exclusive.
 
-    `saved_grey`: whether its own file holds one channel (the figure always holds three).
+    With `saved_grey` its own file has one channel; the figure always has three.
     """
 
     label: str
@@ -72,29 +71,29 @@ class Panel:
 
     @property
     def has_lesion(self) -> bool:
-        """Whether a round lesion or cyst is drawn into the panel."""
+        """Whether the panel shows a lesion or cyst."""
         return self.finding is not None and self.finding.name == "lesion"
 
     @property
     def finding_phrase(self) -> str | None:
-        """The finding as a noun phrase, such as "a white arrow"; None where nothing is marked."""
+        """The finding as a noun phrase, such as "a white arrow"; None without a finding."""
         if self.finding is None:
             return None
         return (_LESION if self.finding.name == "lesion" else _ARROW)[self.kind]
 
     @property
     def description(self) -> str:
-        """The panel as a noun phrase, with its finding and the half of the picture that holds it."""
-        what = VARIANTS[self.kind][self.variant]
+        """The panel as a noun phrase that includes its finding and the half it lies in."""
+        phrase = VARIANTS[self.kind][self.variant]
         if self.finding is None:
-            return what
-        joint = "and" if " with " in what else "with"
-        return f"{what} {joint} {self.finding_phrase} in the {self.finding.side} half"
+            return phrase
+        conjunction = "and" if " with " in phrase else "with"
+        return f"{phrase} {conjunction} {self.finding_phrase} in the {self.finding.side} half"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A compound figure. `name`: its file name; `size`: width, height in pixels; `quality`: of its JPEGs."""
+    """A compound figure; `size` is (width, height) in pixels, `quality` the JPEG quality."""
 
     name: str
     size: tuple[int, int]
@@ -103,39 +102,39 @@ class Figure:
     boxed_letters: bool
 
     def panel_name(self, index: int) -> str:
-        """File name of panel `index` (0 = A), such as `SYN0001_fig1.jpg_0.jpg`."""
+        """Return the file name of panel `index` (0 = A), such as `SYN0001_fig1.jpg_0.jpg`."""
         return f"{self.name}_{index}.{self.name.rsplit('.', 1)[1]}"
 
 
 def horizontal_relation(first: Panel, second: Panel) -> str | None:
-    """Where `first` lies relative to `second`: "left", "right", or None where their columns overlap."""
+    """Return whether `first` is "left" or "right" of `second`; None if their columns overlap."""
     if first.box[2] <= second.box[0]:
         return "left"
     return "right" if second.box[2] <= first.box[0] else None
 
 
 def vertical_relation(first: Panel, second: Panel) -> str | None:
-    """Where `first` lies relative to `second`: "above", "below", or None where their rows overlap."""
+    """Return whether `first` is "above" or "below" `second`; None if their rows overlap."""
     if first.box[3] <= second.box[1]:
         return "above"
     return "below" if second.box[3] <= first.box[1] else None
 
 
 def plan_figures(count: int, first_number: int, rng: Generator) -> list[Figure]:
-    """Describe `count` figures named SYN<first_number>_fig1 and on.
+    """Describe `count` figures, named from SYN<first_number>_fig1 on.
 
-    Panel counts, kinds of the first panel and figures of one kind throughout (half of them) come in shuffled
-    rounds, so that any stretch of figures is nearly balanced; the first `MIN_FIGURES` show every kind as A.
+    The number of panels, the kind of the first panel, and whether all panels are of one kind are balanced
+    over any run of figures. The first panels of the first `MIN_FIGURES` figures cover every kind.
     """
     counts = _shuffled_rounds(PANEL_COUNTS, count, rng)
     leads = _shuffled_rounds(KINDS, count, rng)
-    uniform = _shuffled_rounds((True, False), count, rng)
-    plans = zip(range(first_number, first_number + count), counts, leads, uniform, strict=True)
+    single_kind = _shuffled_rounds((True, False), count, rng)
+    plans = zip(range(first_number, first_number + count), counts, leads, single_kind, strict=True)
     return [_plan_figure(number, *plan, rng) for number, *plan in plans]
 
 
 def _shuffled_rounds(values: Sequence[T], count: int, rng: Generator) -> list[T]:
-    """`count` values in rounds: each round holds every value once, in an order of its own."""
+    """Return `count` values: every value once in random order, then again in another order, and so on."""
     rounds = -(-count // len(values))
     return [value for _ in range(rounds) for value in _shuffled(values, rng)][:count]
 
@@ -144,11 +143,11 @@ def _shuffled(values: Sequence[T], rng: Generator) -> list[T]:
     return [values[int(index)] for index in rng.permutation(len(values))]
 
 
-def _plan_figure(number: int, panels: int, lead: str, uniform: bool, rng: Generator) -> Figure:
+def _plan_figure(number: int, panels: int, lead: str, single_kind: bool, rng: Generator) -> Figure:
     kinds = [lead] * panels
-    if not uniform:
-        another = pick([kind for kind in KINDS if kind != lead], rng)
-        kinds[1:] = _shuffled([another, *(pick(KINDS, rng) for _ in kinds[2:])], rng)
+    if not single_kind:
+        second = pick([kind for kind in KINDS if kind != lead], rng)
+        kinds[1:] = _shuffled([second, *(pick(KINDS, rng) for _ in kinds[2:])], rng)
     suffix = "png" if lead == "chart" else "jpg"
     size, boxes = _lay_out(panels, rng)
     return Figure(
@@ -172,14 +171,14 @@ def _plan_finding(kind: str, rng: Generator) -> Finding | None:
     chance, side = rng.random(), float(rng.choice((-1.0, 1.0)))
     x, y = side * rng.uniform(0.34, 0.42), rng.uniform(-0.35, -0.05)
     if kind == "ultrasound":
-        y += 0.35  # the fan is too narrow higher up
+        y += 0.35  # the fan is too narrow at the top
     if kind in RADIOLOGY and chance < 0.45:
         return Finding("lesion", x, y)
     return Finding("arrow", x, y) if kind != "chart" and chance > 0.8 else None
 
 
 def _lay_out(panels: int, rng: Generator) -> tuple[tuple[int, int], list[Box]]:
-    """Size of the figure and one box a panel, row by row from the top left, in pixels."""
+    """Return the size of the figure and the boxes of its panels, row by row, in pixels."""
     columns = int(rng.choice(_COLUMNS[panels]))
     rows = -(-panels // columns)
     margin, gutter = int(rng.integers(12, 21)), int(rng.integers(6, 18))
@@ -195,5 +194,5 @@ def _lay_out(panels: int, rng: Generator) -> tuple[tuple[int, int], list[Box]]:
 
 
 def pick(values: Sequence[T], rng: Generator) -> T:
-    """One of `values`, each as likely as the others."""
+    """Return a random element."""
     return values[int(rng.integers(len(values)))]

@@ -1,5 +1,4 @@
-"""Draw made-up compound figures and their panels: CT, MRI, X-ray, ultrasound, histology, charts.
-Exists so that the pipeline can be tried without a download; only numpy and Pillow, for speed."""
+"""Rendering of synthetic CT, MRI, X-ray, ultrasound, histology and chart panels with numpy and Pillow."""
 
 import math
 from collections.abc import Callable
@@ -20,39 +19,39 @@ _NOISE_SD = {"CT": 7.0, "MRI": 6.0, "X-ray": 3.5, "ultrasound": 0.0}
 
 @dataclass(frozen=True)
 class _View:
-    """Pixel centres in anatomy coordinates: (0, 0) is the body's centre, 1 about half the short side."""
+    """Pixel centres in anatomical coordinates: body centre (0, 0), 1 is about half the short side."""
 
     x: Field
     y: Field
 
     def ellipse(self, cx: float, cy: float, rx: float, ry: float) -> Field:
-        """Squared elliptic distance from (cx, cy): below 1 inside, 1 on the rim."""
+        """Return the squared elliptic distance from (cx, cy): 1 on the ellipse, less inside."""
         return ((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2
 
     def soft(self, cx: float, cy: float, rx: float, ry: float, edge: float = 6.0) -> Field:
-        """Mask of an ellipse, 1 inside and 0 outside; a larger `edge` makes a sharper rim."""
+        """Return the mask of an ellipse, 1 inside and 0 outside; a larger `edge` is sharper."""
         return np.clip((1.0 - self.ellipse(cx, cy, rx, ry)) * edge, 0.0, 1.0)
 
 
 def draw_figure(figure: Figure, rng: Generator) -> Image.Image:
-    """Draw a compound figure as an RGB picture of `figure.size`: lettered panels on white."""
+    """Draw a compound figure as an RGB image: lettered panels on white."""
     image = Image.new("RGB", figure.size, "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(int(rng.integers(26, 37)))
     for panel in figure.panels:
         left, top = panel.box[:2]
         image.paste(draw_panel(panel, rng), (left, top))
-        place = (left + 8, top + 4)
-        ink, halo = ("white", "black") if panel.kind in RADIOLOGY else ("black", "white")
+        position = (left + 8, top + 4)
+        colour, outline = ("white", "black") if panel.kind in RADIOLOGY else ("black", "white")
         if figure.boxed_letters:
-            x0, y0, x1, y1 = draw.textbbox(place, panel.label, font=font)
-            draw.rectangle((x0 - 6, y0 - 6, x1 + 6, y1 + 6), fill=halo, outline=ink)
-        draw.text(place, panel.label, fill=ink, font=font, stroke_width=2, stroke_fill=halo)
+            x0, y0, x1, y1 = draw.textbbox(position, panel.label, font=font)
+            draw.rectangle((x0 - 6, y0 - 6, x1 + 6, y1 + 6), fill=outline, outline=colour)
+        draw.text(position, panel.label, fill=colour, font=font, stroke_width=2, stroke_fill=outline)
     return image
 
 
 def draw_panel(panel: Panel, rng: Generator) -> Image.Image:
-    """Draw a panel as an RGB picture of `panel.size`; noise and anatomy come from `rng`."""
+    """Draw a panel as an RGB image with random anatomy and noise."""
     if panel.kind in _GREY_DRAWERS:
         image = _draw_radiology(panel, rng)
     else:
@@ -82,16 +81,16 @@ def _plain_view(width: int, height: int) -> _View:
 
 
 def _random_view(width: int, height: int, rng: Generator) -> _View:
-    """A view zoomed, shifted and turned a little, as no two patients lie alike."""
+    """Return a view with random zoom, shift and rotation, for variation between patients."""
     plain = _plain_view(width, height)
-    spare_room = (max(width, height) / min(width, height)) ** 0.35
-    zoom, angle = spare_room * rng.uniform(0.92, 1.06), math.radians(rng.uniform(-7, 7))
+    margin = (max(width, height) / min(width, height)) ** 0.35
+    zoom, angle = margin * rng.uniform(0.92, 1.06), math.radians(rng.uniform(-7, 7))
     x, y = plain.x / zoom - rng.uniform(-0.05, 0.05), plain.y / zoom - rng.uniform(-0.05, 0.05)
     return _View(x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle))
 
 
 def _cloud(shape: tuple[int, int], cells: int, rng: Generator) -> Field:
-    """Smooth noise of about unit spread, `cells` bumps along each side."""
+    """Return smooth noise of about unit variance from a random grid of `cells` x `cells` values."""
     height, width = shape
     coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -230,7 +229,7 @@ def _draw_histology(panel: Panel, rng: Generator) -> Image.Image:
 
 
 def _draw_nuclei(draw: ImageDraw.ImageDraw, centres: NDArray, scale: float, rng: Generator) -> None:
-    """Draw one purple nucleus at each of `centres`, (n, 2) in pixels."""
+    """Draw a purple nucleus at each of the `centres`, (N, 2) in pixels."""
     radii = rng.uniform(2.6, 5.2, size=centres.shape) * scale
     tints = rng.integers(-18, 19, size=len(centres))
     for (x, y), (rx, ry), tint in zip(centres.tolist(), radii.tolist(), tints.tolist(), strict=True):
@@ -238,7 +237,7 @@ def _draw_nuclei(draw: ImageDraw.ImageDraw, centres: NDArray, scale: float, rng:
 
 
 def _draw_gland(draw: ImageDraw.ImageDraw, size: tuple[int, int], scale: float, rng: Generator) -> None:
-    """Draw a pale lumen inside its cell wall with a ring of nuclei."""
+    """Draw a gland: a pale lumen, its wall, and a ring of nuclei."""
     x, y = rng.uniform(0.1, 0.9, size=2) * size
     rx, ry = rng.uniform(26, 48, size=2) * scale
     for grow, colour in ((15 * scale, (196, 128, 190)), (0.0, (247, 240, 246))):
@@ -285,7 +284,7 @@ def _draw_chart(panel: Panel, rng: Generator) -> Image.Image:
 
 
 def _draw_arrow(image: Image.Image, finding: Finding, colour: str) -> None:
-    """Draw an arrow whose tip lies at the finding and whose tail points away from the centre line."""
+    """Draw an arrow with its tip at the finding and its tail away from the vertical centre line."""
     width, height = image.size
     half = min(width, height) / 2
     tip = np.array([width / 2 + finding.x * half, height / 2 + finding.y * half])
@@ -294,6 +293,4 @@ def _draw_arrow(image: Image.Image, finding: Finding, colour: str) -> None:
     length = 0.30 * half
     shape = [(0, 0), (0.42, 0.24), (0.42, 0.09), (1, 0.09), (1, -0.09), (0.42, -0.09), (0.42, -0.24)]
     outline = [tuple((tip + length * (along * back + aside * across)).tolist()) for along, aside in shape]
-    ImageDraw.Draw(image).polygon(
-        outline, fill=colour, outline="white" if colour == "black" else "black"
-    )
+    ImageDraw.Draw(image).polygon(outline, fill=colour, outline="white" if colour == "black" else "black")

@@ -1,5 +1,4 @@
-"""Ask questions about made-up compound figures, with answers read off the figure's description.
-Exists so that the five image categories of the sample data are true, mostly closed-set and balanced."""
+"""Questions about synthetic compound figures, with correct and balanced answers from their descriptions."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from internvl_chat.data.synthetic.figures import (
     RADIOLOGY,
     VARIANTS,
     Figure,
+    Panel,
     horizontal_relation,
     pick,
     vertical_relation,
@@ -32,9 +32,9 @@ _ONE_OF_DIRECTIONS = f"Answer with one of: {', '.join(DIRECTIONS)}."
 
 @dataclass(frozen=True)
 class Question:
-    """A question on a figure. `panels`: indices of the panels shown beside it, which become Fig-1, Fig-2, ...
+    """A question about a figure and the panels shown after it as Fig-1, Fig-2, ...
 
-    `choices`: every admissible answer, or empty where the answer is free text.
+    `choices` are all admissible answers; an open question has none.
     """
 
     text: str
@@ -43,21 +43,28 @@ class Question:
     choices: tuple[str, ...] = ()
 
 
+# Returns all questions of one type about a figure; the generator chooses wordings and distractors.
 Family = Callable[[Figure, Generator], list[Question]]
-"""All questions of one type that a figure allows; the generator only chooses wordings and distractors."""
 
 
 def image_records(
     category: str, figures: Sequence[Figure], count: int, split: str, rng: Generator
 ) -> list[dict[str, object]]:
-    """`count` records of an image category ("bbox", "single_subimage", ...), closed and open ones mixed.
+    """Return records of an image category, with closed and open questions.
 
-    Raises ValueError where the figures allow no further question of some family. As many figures as records,
-    and no fewer than `MIN_FIGURES`, from `plan_figures` are always enough.
+    Args:
+        category: key of `FAMILIES`.
+        figures: figures to ask about; as many as records, and at least `MIN_FIGURES`, always suffice.
+        count: number of records.
+        split: used in the record ids.
+        rng: random generator.
+
+    Raises:
+        ValueError: the figures allow no further question of some family.
     """
     families = FAMILIES[category]
-    starts = {family: len(figures) * place // len(families) for place, family in enumerate(families)}
-    askers = {family: _Asker(family, [*figures[at:], *figures[:at]]) for family, at in starts.items()}
+    starts = {family: len(figures) * i // len(families) for i, family in enumerate(families)}
+    askers = {family: _Asker(family, [*figures[i:], *figures[:i]]) for family, i in starts.items()}
     records = []
     for number in range(count):
         figure, question = askers[families[number % len(families)]].ask(rng)
@@ -67,7 +74,7 @@ def image_records(
 
 @dataclass
 class _Asker:
-    """Asks one family of questions, keeping its answers balanced; `queue`: the figures to ask about next."""
+    """Asks questions of one family with balanced answers; the `queue` starts with the least recent figure."""
 
     family: Family
     queue: list[Figure]
@@ -75,7 +82,7 @@ class _Asker:
     asked: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
 
     def ask(self, rng: Generator) -> tuple[Figure, Question]:
-        """Of what the next few figures allow, a question with the answer given least so far."""
+        """Return a question about one of the next figures, with the rarest answer so far."""
         candidates = self._candidates(rng)
         if not candidates:
             raise ValueError(f"{len(self.queue)} figures allow no further {self.family.__name__} question")
@@ -129,20 +136,22 @@ def _figs(count: int) -> list[str]:
 
 
 def _is_left(figure: Figure, rng: Generator) -> list[Question]:
-    text = pick(("Is Fig-1 to the left of Fig-2", "Does Fig-1 lie to the left of Fig-2"), rng)
-    return [
-        Question(f"{text} in the compound image? Answer yes or no.", pair, _yes_no(side == "left"), YES_NO)
-        for pair in permutations(range(len(figure.panels)), 2)
-        if (side := horizontal_relation(figure.panels[pair[0]], figure.panels[pair[1]]))
-    ]
+    return _yes_no_position(figure, "left", "to the left of", horizontal_relation, rng)
 
 
 def _is_above(figure: Figure, rng: Generator) -> list[Question]:
-    text = pick(("Is Fig-1 above Fig-2", "Does Fig-1 lie above Fig-2"), rng)
+    return _yes_no_position(figure, "above", "above", vertical_relation, rng)
+
+
+def _yes_no_position(
+    figure: Figure, side: str, phrase: str, relation: Callable[[Panel, Panel], str | None], rng: Generator
+) -> list[Question]:
+    """Ask for each pair of panels that do not overlap along an axis whether the first is on a side."""
+    text = pick((f"Is Fig-1 {phrase} Fig-2", f"Does Fig-1 lie {phrase} Fig-2"), rng)
     return [
-        Question(f"{text} in the compound image? Answer yes or no.", pair, _yes_no(side == "above"), YES_NO)
+        Question(f"{text} in the compound image? Answer yes or no.", pair, _yes_no(actual == side), YES_NO)
         for pair in permutations(range(len(figure.panels)), 2)
-        if (side := vertical_relation(figure.panels[pair[0]], figure.panels[pair[1]]))
+        if (actual := relation(figure.panels[pair[0]], figure.panels[pair[1]]))
     ]
 
 
@@ -201,7 +210,7 @@ def _what_is_shown(figure: Figure, rng: Generator) -> list[Question]:
 
 
 def _groups(figure: Figure, rng: Generator) -> list[tuple[int, ...]]:
-    """Every choice of 2 to 4 panels, each in a random order."""
+    """Return all combinations of 2 to 4 panels, each in random order."""
     indices = range(len(figure.panels))
     groups = [group for size in (2, 3, 4) for group in combinations(indices, size)]
     return [tuple(rng.permutation(group).tolist()) for group in groups]
@@ -276,33 +285,27 @@ def _fixed_options(figure: Figure, rng: Generator) -> list[Question]:
 
 
 def _shuffled_options(
-    question: str, right: str, pool: Sequence[str], index: int, rng: Generator
+    question: str, answers: Sequence[str], pool: Sequence[str], rng: Generator
 ) -> list[Question]:
-    """The same question four times, the right option under each letter in turn."""
-    wrong = [option for option in rng.permutation(list(pool)).tolist() if option != right][: len(LETTERS) - 1]
-    return [
-        Question(_option_text(question, [*wrong[:place], right, *wrong[place:]]), (index,), letter, LETTERS)
-        for place, letter in enumerate(LETTERS)
-    ]
+    """Ask the question about each panel four times, with the correct option under each letter in turn."""
+    questions = []
+    for index, answer in enumerate(answers):
+        wrong = [option for option in rng.permutation(list(pool)).tolist() if option != answer]
+        for position, letter in enumerate(LETTERS):
+            options = [*wrong[:position], answer, *wrong[position:]][: len(LETTERS)]
+            questions.append(Question(_option_text(question, options), (index,), letter, LETTERS))
+    return questions
 
 
 def _modality_options(figure: Figure, rng: Generator) -> list[Question]:
-    text = "which imaging modality is shown?"
-    return [
-        question
-        for index, panel in enumerate(figure.panels)
-        for question in _shuffled_options(text, panel.kind, KINDS, index, rng)
-    ]
+    kinds = [panel.kind for panel in figure.panels]
+    return _shuffled_options("which imaging modality is shown?", kinds, KINDS, rng)
 
 
 def _description_options(figure: Figure, rng: Generator) -> list[Question]:
+    descriptions = [VARIANTS[panel.kind][panel.variant] for panel in figure.panels]
     pool = [phrase for variants in VARIANTS.values() for phrase in variants.values()]
-    text = "which description fits the image?"
-    return [
-        question
-        for index, panel in enumerate(figure.panels)
-        for question in _shuffled_options(text, VARIANTS[panel.kind][panel.variant], pool, index, rng)
-    ]
+    return _shuffled_options("which description fits the image?", descriptions, pool, rng)
 
 
 def _panel_count(figure: Figure, rng: Generator) -> list[Question]:
@@ -327,7 +330,7 @@ def _describe_all(figure: Figure, rng: Generator) -> list[Question]:
     return [Question(text, (), f"Fig-0 has {len(figure.panels)} panels: {'; '.join(parts)}.")]
 
 
-# Which family each record of a category belongs to, in turn: at least two in three are closed-set.
+# Category -> families, used in turn; at least two thirds of the records are closed questions.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "bbox": (_is_left, _direction, _spatial_relationship, _is_above),
     "single_subimage": (_modality, _has_lesion, _what_is_shown, _modality, _modality, _what_is_shown),

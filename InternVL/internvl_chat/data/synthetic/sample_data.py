@@ -1,7 +1,5 @@
-"""Write a small self-made data set of compound figures with questions and answers (`m3llm sample-data`).
-Exists so that the whole training pipeline can be tried without any download."""
+"""Sample dataset of synthetic compound figures with questions and answers (`m3llm sample-data`)."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,8 +11,9 @@ from internvl_chat.data.synthetic.figures import MIN_FIGURES, Figure, plan_figur
 from internvl_chat.data.synthetic.panels import draw_figure
 from internvl_chat.data.synthetic.questions import image_records
 from internvl_chat.data.synthetic.text_questions import FACTS, text_records
+from internvl_chat.utils.files import write_json, write_json_lines
 
-# Data set name in the meta file -> its category, which is also the name of its JSONL file.
+# Dataset name in the meta file -> category, which is also the name of its JSONL file.
 DATASETS = {
     "qa-puretext": "puretext",
     "qa-bbox": "bbox",
@@ -33,17 +32,25 @@ def write_sample_data(
     held_out: int = 20,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> dict[str, Path]:
-    """Write figures, records and two meta files into `folder`; return the metas' paths by split.
+    """Write figures, records and the meta files of two splits; return the path of each meta file.
 
-    `train`, `held_out`: records in each of the six categories. The two splits share no image. Everything
-    follows from `seed`. `progress` wraps the iterable of figures being drawn, for a progress bar. The meta
-    files come last, so that a folder which holds both is complete. Raises FileExistsError where `folder`
-    exists and is not an empty folder, ValueError where a count is below 1.
+    The splits share no image. The meta files are written last, so a folder with both is complete.
+
+    Args:
+        folder: output folder; must be missing or empty.
+        seed: determines the entire dataset.
+        train: records per category in the training split.
+        held_out: records per category in the held-out split.
+        progress: wraps the iterable of figures to draw, for a progress bar.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: a count is below 1.
     """
     counts = {"train": train, "held_out": held_out}
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"{name} is {count}; it is the number of records per category, at least 1")
+            raise ValueError(f"{name} is {count}, but must be at least 1 record per category")
     folder = _empty_folder(folder)
     plan_rng, draw_rng, ask_rng = np.random.default_rng(seed).spawn(3)
     fact_order = ask_rng.permutation(len(FACTS)).tolist()
@@ -53,46 +60,46 @@ def write_sample_data(
         figures[split] = plan_figures(max(count, MIN_FIGURES), first_number, plan_rng)
     images = folder / "images"
     images.mkdir()
-    every_figure = [figure for split in figures.values() for figure in split]
-    for figure in progress(every_figure) if progress else every_figure:
+    all_figures = [figure for split in figures.values() for figure in split]
+    for figure in progress(all_figures) if progress else all_figures:
         _write_figure(figure, images, draw_rng)
     metas = {
         split: _write_records(folder, split, counts[split], figures[split], fact_order, ask_rng)
         for split in counts
     }
     for split, meta in metas.items():
-        _write_meta(folder / f"{split}.json", meta)
+        write_json(folder / f"{split}.json", meta)
     return {split: folder / f"{split}.json" for split in counts}
 
 
 def _empty_folder(folder: Path) -> Path:
-    """Make `folder` and return its absolute path; refuse one that holds anything."""
+    """Create a folder and return its absolute path; refuse one that is not empty."""
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; name a new one or delete it")
+        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _write_figure(figure: Figure, images: Path, rng: Generator) -> None:
-    """Write a figure and, as crops of it with their letters, its panels."""
-    picture = draw_figure(figure, rng)
-    _save(picture, images / figure.name, figure.quality)
+    """Write a figure, and its panels as crops of it."""
+    image = draw_figure(figure, rng)
+    _save(image, images / figure.name, figure.quality)
     for index, panel in enumerate(figure.panels):
-        crop = picture.crop(panel.box)
+        crop = image.crop(panel.box)
         crop = crop.convert("L") if panel.saved_grey else crop
         _save(crop, images / figure.panel_name(index), figure.quality)
 
 
-def _save(picture: Image.Image, path: Path, quality: int) -> None:
+def _save(image: Image.Image, path: Path, quality: int) -> None:
     options = {"quality": quality} if path.suffix == ".jpg" else {"compress_level": 4}
-    picture.save(path, **options)
+    image.save(path, **options)
 
 
 def _write_records(
     folder: Path, split: str, count: int, figures: Sequence[Figure], fact_order: Sequence[int], rng: Generator
 ) -> dict[str, dict[str, object]]:
-    """Write one JSONL file per category; return the contents of the meta file that names them."""
+    """Write one JSONL file per category; return the content of the meta file."""
     (folder / split).mkdir()
     meta: dict[str, dict[str, object]] = {}
     for dataset, category in DATASETS.items():
@@ -101,8 +108,7 @@ def _write_records(
         else:
             records = image_records(category, figures, count, split, rng)
         annotation = folder / split / f"{category}.jsonl"
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        annotation.write_text("".join(lines), encoding="utf-8")
+        write_json_lines(annotation, records)
         meta[dataset] = {
             "root": str(folder / "images"),
             "annotation": str(annotation),
@@ -111,10 +117,3 @@ def _write_records(
             "length": len(records),
         }
     return meta
-
-
-def _write_meta(path: Path, meta: dict[str, dict[str, object]]) -> None:
-    """Write a meta file under another name first, so that it is there in full or not at all."""
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)

@@ -1,1 +1,1 @@
-"""Benchmarks as files on disk become items to be answered: one reader for each format."""
+"""Readers of benchmark files, one module per format."""

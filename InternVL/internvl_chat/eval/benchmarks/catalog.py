@@ -1,7 +1,7 @@
-"""Benchmarks by name, and the system texts that their questions are asked under."""
+"""Benchmarks by name, and the system texts of their tasks."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from internvl_chat.eval.benchmarks.item import Benchmark
@@ -21,15 +21,15 @@ PROMPTS = Path(__file__).with_name("prompts.yaml")
 
 
 def open_benchmark(name: str, data: Path | None) -> Benchmark:
-    """Read a benchmark by name, or the user's own by its folder.
+    """Read a benchmark.
 
     Args:
-        name: a key of `READERS`, or a folder in PMC-MI-Bench's format.
-        data: where the named benchmark is.
+        name: key of `READERS`, or a folder in the format of PMC-MI-Bench.
+        data: file or folder of a named benchmark.
 
     Raises:
-        UsageError: the name is unknown, or the data are not where they are said to be.
-        DataError: items cannot be used.
+        UsageError: the name is unknown, or the data do not exist.
+        DataError: items are invalid.
     """
     if name not in READERS:
         if not Path(name).is_dir():
@@ -37,25 +37,25 @@ def open_benchmark(name: str, data: Path | None) -> Benchmark:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"--bench {name}: neither a folder nor one of {', '.join(READERS)}{hint}")
         if data is not None:
-            raise UsageError(f"--bench {name} is a folder itself; leave out --data")
+            raise UsageError(f"--bench {name} is a folder; remove --data")
         return read_folder(Path(name))
     if data is None:
-        raise UsageError(f"--bench {name} needs --data, where the benchmark is")
+        raise UsageError(f"--bench {name} needs --data, the location of the benchmark")
     if not data.exists():
         raise UsageError(f"--data {data}: no such file or folder")
     return READERS[name](data)
 
 
 def system_texts(benchmark: Benchmark, file: Path | None = None) -> dict[str, str | None]:
-    """Return the system text of each task; None stands for the checkpoint's own.
+    """Return the system text of each task; None selects the system text of the checkpoint.
 
     Args:
-        benchmark: whose tasks are asked.
-        file: a YAML or JSON file of the user's instead of the package's: from the name of a task, or of
-            the whole benchmark, to a text.
+        benchmark: benchmark whose tasks are looked up.
+        file: YAML or JSON file that maps task names, or the name of the benchmark, to system texts (default:
+            the file of the package).
 
     Raises:
-        DataError: the file cannot be read, is no such map, or names what the benchmark does not have.
+        DataError: the file cannot be read, is not such a map, or has unknown names.
     """
     texts = _read(file or PROMPTS)
     if file is not None:
@@ -63,15 +63,11 @@ def system_texts(benchmark: Benchmark, file: Path | None = None) -> dict[str, st
         unknown = sorted(texts.keys() - known)
         if unknown:
             raise DataError(
-                f"names no task of {benchmark.name}: {', '.join(unknown)}; its tasks are "
+                f"not tasks of {benchmark.name}: {', '.join(unknown)}; its tasks are "
                 f"{', '.join(benchmark.tasks)}",
                 file=file,
             )
-    return _by_task(benchmark.tasks, benchmark.name, texts)
-
-
-def _by_task(tasks: Iterable[str], name: str, texts: Mapping[str, str]) -> dict[str, str | None]:
-    return {task: texts.get(task, texts.get(name)) for task in tasks}
+    return {task: texts.get(task, texts.get(benchmark.name)) for task in benchmark.tasks}
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -82,5 +78,5 @@ def _read(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"cannot be read as YAML: {error}", file=file) from None
     if not isinstance(texts, dict) or not all(isinstance(t, str) for pair in texts.items() for t in pair):
-        raise DataError("must map the names of tasks to system texts", file=file)
+        raise DataError("must map task names to system texts", file=file)
     return {name: text.strip() for name, text in texts.items()}

@@ -1,4 +1,4 @@
-"""One question of a benchmark, whatever format it was read from."""
+"""Benchmark items, independent of the file format."""
 
 import tempfile
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from PIL import Image
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.images import decode_image
-from internvl_chat.data.sources.problems import RecordProblem
+from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Prompt
-from internvl_chat.metrics.choice import parse_choice
+from internvl_chat.metrics.multiple_choice import parse_choice
 from internvl_chat.utils.errors import DataError
 
 Key = tuple[str, int]
@@ -23,10 +23,10 @@ class Figure:
     """An image of an item.
 
     Attributes:
-        name: as the benchmark names it.
-        label: what the question calls it, as `Fig-0`; may be empty.
-        path: its file, or None where the benchmark holds the content itself.
-        content: the bytes of the file, where there is no path.
+        name: name of the image in the benchmark.
+        label: name of the image in the question, such as `Fig-0`; may be empty.
+        path: image file, or None if the benchmark embeds the image.
+        content: bytes of an embedded image.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Figure:
         """Return the image in RGB.
 
         Raises:
-            DataError: it is missing or cannot be decoded.
+            DataError: the image is missing or cannot be decoded.
         """
         try:
             if self.path is not None:
@@ -47,23 +47,23 @@ class Figure:
                 file.write(self.content or b"")
                 file.flush()
                 return decode_image(Path(file.name))
-        except RecordProblem as problem:
-            held = None if self.path is not None else self.name  # else the message names the file
-            raise DataError(str(problem), file=held, kind=problem.kind) from None
+        except RecordError as problem:
+            name = None if self.path is not None else self.name  # the message already names the path
+            raise DataError(str(problem), file=name, kind=problem.kind) from None
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its figures and the right answer.
+    """A question with its figures and its reference answer.
 
     Attributes:
-        task: what it is counted under.
-        index: in its task, from 0.
-        question: as it is asked, options included, images aside.
-        reference: the right answer; of a multiple-choice question its letter.
-        figures: in order.
-        choices: the options' texts, the first with the letter A; none for an open question.
-        accepted: further answers that are right as well, where exact match decides.
+        task: task of the item.
+        index: index in the task, from 0.
+        question: the question, including its options.
+        reference: reference answer; the letter of the correct option for multiple choice.
+        figures: images in order.
+        choices: texts of the options, starting with A; empty for an open question.
+        accepted: further correct answers for exact match.
     """
 
     task: str
@@ -76,12 +76,12 @@ class Item:
 
     @property
     def key(self) -> Key:
-        """What names the item in its benchmark."""
+        """Identifier of the item in its benchmark."""
         return (self.task, self.index)
 
     @property
     def text(self) -> str:
-        """The user's message: the figures with their labels as in the training data, then the question."""
+        """User message: the labelled figures in the layout of the training data, then the question."""
         if IMAGE_PLACEHOLDER in self.question:
             return self.question
         shown = [
@@ -90,31 +90,31 @@ class Item:
         return "".join(shown) + self.question
 
     def messages(self, system: str | None) -> tuple[Message, ...]:
-        """Return the conversation to be continued, without a system message if that is None."""
-        asked = Message("user", self.text)
-        return (asked,) if system is None else (Message("system", system), asked)
+        """Return the messages up to the answer; without a system message if `system` is None."""
+        user = Message("user", self.text)
+        return (user,) if system is None else (Message("system", system), user)
 
     def prompt(self, system: str | None) -> Prompt:
-        """Return the conversation to be continued with its images decoded.
+        """Return the messages with decoded images.
 
         Raises:
-            DataError: an image cannot be used.
+            DataError: an image cannot be read.
         """
         try:
             return Prompt(self.messages(system), [figure.decode() for figure in self.figures])
         except DataError as error:
             raise DataError(f"{self.task}, item {self.index}: {error}", kind=error.kind) from None
 
-    def answered(self, prediction: str) -> str | None:
-        """Return the letter that an answer to a multiple-choice question names, or None."""
+    def selected_letter(self, prediction: str) -> str | None:
+        """Return the letter that an answer to a multiple-choice question selects, or None."""
         return parse_choice(prediction, self.choices)
 
-    def correct(self, prediction: str) -> bool:
-        """Say whether an answer is right: by its letter, or word for word where there are no options."""
+    def is_correct(self, prediction: str) -> bool:
+        """Return whether an answer is correct: by letter, or by exact match for open questions."""
         if self.choices:
-            return self.answered(prediction) == self.reference
-        said = prediction.strip().lower()
-        return any(said == answer.strip().lower() for answer in (self.reference, *self.accepted))
+            return self.selected_letter(prediction) == self.reference
+        normalised = prediction.strip().lower()
+        return any(normalised == answer.strip().lower() for answer in (self.reference, *self.accepted))
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class Benchmark:
     """The items of a benchmark.
 
     Attributes:
-        name: as on the command line.
-        items: task by task.
-        pooled: also count all tasks together, as for tasks that are parts of one set.
+        name: name on the command line.
+        items: items, grouped by task.
+        pooled: whether to report metrics over all tasks together as well.
     """
 
     name: str
@@ -137,6 +137,10 @@ class Benchmark:
         return tuple(dict.fromkeys(item.task for item in self.items))
 
     def select(self, tasks: Sequence[str] | None, limit: int | None) -> "Benchmark":
-        """Return the benchmark with only the named tasks, and of each only the first items."""
-        kept = [i for i in self.items if tasks is None or i.task in tasks]
-        return Benchmark(self.name, tuple(i for i in kept if limit is None or i.index < limit), self.pooled)
+        """Return the benchmark with the first `limit` items of the given tasks (None: no restriction)."""
+        selected = (
+            item
+            for item in self.items
+            if (tasks is None or item.task in tasks) and (limit is None or item.index < limit)
+        )
+        return Benchmark(self.name, tuple(selected), self.pooled)

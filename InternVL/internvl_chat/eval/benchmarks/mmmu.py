@@ -1,4 +1,4 @@
-"""MMMU-Med: the five medical subjects of MMMU (Yue et al., CVPR 2024), as the published parquet files."""
+"""MMMU-Med: the five medical subjects of MMMU (Yue et al., CVPR 2024) as published parquet files."""
 
 import ast
 import re
@@ -8,12 +8,11 @@ from typing import Any
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
-    check_text,
-    list_options,
-    numbered,
-    refuse,
-    right_letter,
-    text_under,
+    check_reserved_token,
+    choice_item,
+    raise_problems,
+    required_strings,
+    with_indices,
 )
 from internvl_chat.utils.errors import DataError, UsageError
 
@@ -24,34 +23,33 @@ SUBJECTS = (
     "Pharmacy",
     "Public_Health",
 )
-_MOST_IMAGES = 7
-_CALLED = re.compile(r"<image (\d)>")
+_MAX_IMAGES = 7
+_IMAGE_REFERENCE = re.compile(r"<image (\d)>")
 
 
 def read_mmmu(data: Path) -> Benchmark:
     """Read `SUBJECT/validation-*.parquet` of the five subjects.
 
-    An image that a question or an option calls `<image 2>` is shown before the question as `Fig-2`, in the
-    way that the training data show several, and called so.
+    As in the training data, images precede the question: `<image 2>` becomes the label `Fig-2`.
 
     Args:
-        data: the folder of the subjects' folders.
+        data: folder with one sub-folder per subject.
 
     Raises:
-        DataError: a subject is missing, or items cannot be used.
+        DataError: a subject is missing, or items are invalid.
         UsageError: pyarrow is not installed.
     """
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UsageError("MMMU comes as parquet files: pip install '.[eval]'") from None
+        raise UsageError("reading MMMU needs pyarrow: pip install '.[eval]'") from None
     files = {subject: sorted((data / subject).glob("validation-*.parquet")) for subject in SUBJECTS}
-    missing = [subject for subject, found in files.items() if not found]
+    missing = [subject for subject, paths in files.items() if not paths]
     if missing:
         raise DataError(f"no validation-*.parquet of {', '.join(missing)}", file=data)
     items: list[Item] = []
     problems: list[str] = []
-    for subject, file in ((subject, file) for subject, found in files.items() for file in found):
+    for subject, file in ((subject, file) for subject, paths in files.items() for file in paths):
         try:
             rows = parquet.read_table(file).to_pylist()
         except (OSError, ValueError) as error:
@@ -61,33 +59,33 @@ def read_mmmu(data: Path) -> Benchmark:
                 items.append(_parse(subject, row))
             except DataError as error:
                 problems.append(str(DataError(f"row {number}: {error.message}", file=file)))
-    refuse(problems)
-    return Benchmark("mmmu-med", tuple(numbered(items)), pooled=True)
+    raise_problems(problems)
+    return Benchmark("mmmu-med", tuple(with_indices(items)), pooled=True)
 
 
 def _parse(subject: str, row: Mapping[str, Any]) -> Item:
-    name, question, answer, kind = text_under(row, "id", "question", "answer", "question_type")
+    name, question, answer, kind = required_strings(row, "id", "question", "answer", "question_type")
     figures = tuple(
         Figure(f"{name}_{number}", f"Fig-{number}", content=image["bytes"])
-        for number in range(1, _MOST_IMAGES + 1)
+        for number in range(1, _MAX_IMAGES + 1)
         if (image := row.get(f"image_{number}"))
     )
-    choices = tuple(_CALLED.sub(r"Fig-\1", choice) for choice in _listed(row.get("options") or "[]"))
-    question = _CALLED.sub(r"Fig-\1", question)
-    check_text("".join(choices))
+    options = _parse_list(row.get("options") or "[]")
+    choices = [_IMAGE_REFERENCE.sub(r"Fig-\1", option) for option in options]
+    question = _IMAGE_REFERENCE.sub(r"Fig-\1", question)
+    check_reserved_token("".join(choices))
     if kind != "multiple-choice":
-        first, *others = _listed(answer) if answer.startswith("[") else [answer]
+        first, *others = _parse_list(answer) if answer.startswith("[") else [answer]
         return Item(subject, 0, question, first, figures, accepted=tuple(others))
-    asked = f"{question}\n{list_options(choices)}"
-    return Item(subject, 0, asked, right_letter(answer, choices), figures, choices)
+    return choice_item(subject, question, answer, figures, choices)
 
 
-def _listed(text: str) -> list[str]:
-    """Parse a list that the set holds as the text of a Python list."""
+def _parse_list(text: str) -> list[str]:
+    """Parse a list that the dataset stores as a Python literal."""
     try:
-        found = ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
-        found = None
-    if not isinstance(found, list):
+        value = None
+    if not isinstance(value, list):
         raise DataError(f"not a list: {text:.80}")
-    return [str(one) for one in found]
+    return list(map(str, value))

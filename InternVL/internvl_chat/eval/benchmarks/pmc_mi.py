@@ -1,8 +1,8 @@
 """PMC-MI-Bench, and any folder of files in its format.
 
-A file is a JSON array (or JSONL) of objects with `question`, `gt` (the right answer; of multiple choice its
-letter), `images` (file names) and `image_indices` (what the question calls each, as `Fig-0`). Questions of
-text alone name the figure that they came from under another key, and no image is shown.
+A file is a JSON array (or JSONL) of objects with `question`, `gt` (reference answer; the letter for multiple
+choice), `images` (file names) and `image_indices` (labels of the images in the question, such as `Fig-0`).
+Text-only questions have no `images`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    correct_letter,
     find_image,
     read_items,
-    right_letter,
-    text_under,
-    texts_under,
+    required_strings,
+    string_list,
 )
-from internvl_chat.metrics.choice import split_choices
+from internvl_chat.metrics.multiple_choice import split_choices
 from internvl_chat.utils.errors import DataError
 
 FILES = {
@@ -39,11 +39,11 @@ def read_pmc_mi(data: Path) -> Benchmark:
     """Read the six published files.
 
     Args:
-        data: the folder of the files, or the one above `benchmark/` or `benchmark_data/`; the images are in
-            `images/` or `benchmark_images/` there or beside it, or among the files.
+        data: folder of the files, or the parent of `benchmark/` or `benchmark_data/`. The images are in the
+            folder of the files, or in `images/` or `benchmark_images/` inside or next to it.
 
     Raises:
-        DataError: files are missing, or items cannot be used; all of them are named.
+        DataError: files are missing or items are invalid; lists all of them.
     """
     folders = [data / name for name in _QUESTION_FOLDERS]
     folder = next((f for f in folders if any((f / name).is_file() for name in FILES.values())), data)
@@ -54,22 +54,22 @@ def read_pmc_mi(data: Path) -> Benchmark:
 
 
 def read_folder(folder: Path) -> Benchmark:
-    """Read a user's own benchmark: every `.json` and `.jsonl` file of a folder is a task of its name.
+    """Read a custom benchmark: each `.json` or `.jsonl` file of a folder is a task.
 
-    A file of PMC-MI-Bench keeps its task, and `_benchmark` at the end of a name is left out.
+    The task has the name of the file without `_benchmark`; published files keep their task names.
 
     Raises:
-        DataError: there is no such file, two are one task, or items cannot be used.
+        DataError: there is no such file, two files have the same task, or items are invalid.
     """
     published = {name: task for task, name in FILES.items()}
     files: dict[str, Path] = {}
     for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".jsonl")):
         task = published.get(file.name, file.stem.removesuffix("_benchmark"))
         if task in files:
-            raise DataError(f"{files[task].name} and {file.name} would both be the task {task}", file=folder)
+            raise DataError(f"{files[task].name} and {file.name} are both task {task}", file=folder)
         files[task] = file
     if not files:
-        raise DataError("no .json or .jsonl file with questions in it", file=folder)
+        raise DataError("no .json or .jsonl file with questions", file=folder)
     return _read(folder.resolve().name, files, folder)
 
 
@@ -80,17 +80,17 @@ def _read(name: str, files: Mapping[str, Path], folder: Path) -> Benchmark:
 
 
 def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path]) -> Item:
-    question, answer = text_under(raw, "question", "gt")
+    question, answer = required_strings(raw, "question", "gt")
     if IMAGE_PLACEHOLDER in question:
-        raise DataError(f"the question holds {IMAGE_PLACEHOLDER}, but its images are shown before it")
-    names, labels = texts_under(raw, "images"), texts_under(raw, "image_indices")
+        raise DataError(f"the question contains {IMAGE_PLACEHOLDER}, but its images precede it")
+    names, labels = string_list(raw, "images"), string_list(raw, "image_indices")
     if names and len(names) != len(labels):
         raise DataError(f"{len(names)} 'images', but {len(labels)} 'image_indices'")
-    # Without images the labels belong to none: a question of text alone.
-    shown = zip(names, labels, strict=False)
-    figures = tuple(Figure(name, label, find_image(name, roots)) for name, label in shown)
+    # Text-only questions may have labels without images.
+    labelled = zip(names, labels, strict=False)
+    figures = tuple(Figure(name, label, find_image(name, roots)) for name, label in labelled)
     is_letter = len(answer.strip()) == 1 and answer.strip().isalpha()
     choices = split_choices(question) if is_letter or task == "multi-choice" else ()
     if choices or task == "multi-choice":
-        return Item(task, 0, question, right_letter(answer, choices), figures, choices)
+        return Item(task, 0, question, correct_letter(answer, choices), figures, choices)
     return Item(task, 0, question, answer, figures)

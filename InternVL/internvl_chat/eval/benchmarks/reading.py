@@ -1,4 +1,4 @@
-"""What the readers of benchmarks share: every item is checked first, and all faults are named at once."""
+"""Helpers of the benchmark readers; all problems of a benchmark are collected and reported together."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,20 +9,20 @@ from typing import Any
 
 from internvl_chat.constants import IMG_CONTEXT
 from internvl_chat.data.sources.jsonl import RecordFile
-from internvl_chat.eval.benchmarks.item import Item
+from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.utils.errors import DataError, format_problems
 
-_MOST_SHOWN = 20
+_MAX_PROBLEMS_SHOWN = 20
 
 
 def read_items(files: Iterable[tuple[RecordFile, Callable[[Mapping[str, Any]], Item]]]) -> list[Item]:
-    """Parse every object of some files, and number the items of each task from 0 in their order.
+    """Parse all objects of some files, and index the items of each task from 0.
 
     Args:
-        files: each with the function that makes an item of an object, or raises `DataError`.
+        files: each file with a function that parses one object and raises `DataError` for an invalid one.
 
     Raises:
-        DataError: objects cannot be used; names them all with file and line.
+        DataError: objects are invalid; lists them with file and line.
     """
     items: list[Item] = []
     problems: list[str] = []
@@ -35,43 +35,42 @@ def read_items(files: Iterable[tuple[RecordFile, Callable[[Mapping[str, Any]], I
                 items.append(parse(raw))
             except DataError as error:
                 line, message = file.line(number), error.message
-                if len(file) > 1 and line == file.line(number - 1):  # as in an array that is one line
+                if len(file) > 1 and line == file.line(number - 1):  # several objects on one line
                     message = f"object {number + 1} of the file: {message}"
                 problems.append(str(DataError(message, file=file.path, line=line)))
-    refuse(problems)
-    return numbered(items)
+    raise_problems(problems)
+    return with_indices(items)
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raise an error of all problems, if there are any.
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one error for all problems, if there are any.
 
     Raises:
-        DataError: names the first twenty, and how many more there are.
+        DataError: lists the first twenty problems and the number of the others.
     """
     if problems:
-        shown = list(problems[:_MOST_SHOWN])
-        if len(problems) > _MOST_SHOWN:
-            shown.append(f"and {len(problems) - _MOST_SHOWN:,} more")
+        shown = list(problems[:_MAX_PROBLEMS_SHOWN])
+        if len(problems) > _MAX_PROBLEMS_SHOWN:
+            shown.append(f"and {len(problems) - _MAX_PROBLEMS_SHOWN:,} more")
         raise DataError(format_problems(shown))
 
 
-def apart(items: Iterable[Item]) -> list[Item]:
-    """Return items task by task, open questions apart from multiple choice.
+def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
+    """Split tasks that mix open and multiple-choice questions, and group the items by task.
 
-    A task that has both becomes two: their figures have the same names and mean different things.
+    The metrics of the two kinds have the same names but different meanings.
     """
-    items = list(items)
     mixed = {item.task for item in items if item.choices} & {item.task for item in items if not item.choices}
-    named = [
+    renamed = [
         item if item.choices or item.task not in mixed else replace(item, task=f"{item.task} (open)")
         for item in items
     ]
-    place = {task: number for number, task in enumerate(dict.fromkeys(item.task for item in named))}
-    return numbered(sorted(named, key=lambda item: place[item.task]))
+    order = {task: number for number, task in enumerate(dict.fromkeys(item.task for item in renamed))}
+    return with_indices(sorted(renamed, key=lambda item: order[item.task]))
 
 
-def numbered(items: Iterable[Item]) -> list[Item]:
-    """Return items with their numbers in their tasks."""
+def with_indices(items: Iterable[Item]) -> list[Item]:
+    """Return the items with their indices in their tasks."""
     counts: Counter[str] = Counter()
     result = []
     for item in items:
@@ -80,67 +79,62 @@ def numbered(items: Iterable[Item]) -> list[Item]:
     return result
 
 
-def text_under(raw: Mapping[str, Any], *keys: str) -> list[str]:
-    """Return the texts under some keys.
+def required_strings(raw: Mapping[str, Any], *keys: str) -> list[str]:
+    """Return the strings under the given keys.
 
     Raises:
-        DataError: one is missing, empty or no text.
+        DataError: a value is missing, empty or not a string.
     """
-    absent = [key for key in keys if not isinstance(raw.get(key), str) or not raw[key].strip()]
-    if absent:
-        raise DataError(f"an item needs text under {', '.join(map(repr, absent))}")
+    invalid = [key for key in keys if not isinstance(raw.get(key), str) or not raw[key].strip()]
+    if invalid:
+        raise DataError(f"an item needs a non-empty string under {', '.join(map(repr, invalid))}")
     for key in keys:
-        check_text(raw[key])
+        check_reserved_token(raw[key])
     return [raw[key] for key in keys]
 
 
-def texts_under(raw: Mapping[str, Any], key: str) -> list[str]:
-    """Return the list of texts under a key; a single text is a list of one, and nothing an empty one.
+def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
+    """Return the list of strings under a key; accepts a single string and a missing key.
 
     Raises:
-        DataError: something else is there.
+        DataError: the value is of another type.
     """
-    found = raw.get(key) or []
-    found = [found] if isinstance(found, str) else found
-    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
-        raise DataError(f"{key!r} must be a list of texts")
-    check_text("".join(found))
-    return found
+    value = raw.get(key) or []
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+        raise DataError(f"{key!r} must be a list of non-empty strings")
+    check_reserved_token("".join(value))
+    return value
 
 
-def check_text(text: str) -> None:
-    """Refuse a text with the token that stands for images.
+def check_reserved_token(text: str) -> None:
+    """Reject text that contains the image context token.
 
     Raises:
-        DataError: it is in the text.
+        DataError: the text contains the token.
     """
     if IMG_CONTEXT in text:
         raise DataError(f"the text contains the reserved token {IMG_CONTEXT}")
 
 
 def find_image(name: str, roots: Sequence[Path]) -> Path:
-    """Return the first file of a name under some folders.
+    """Return the image file in the first of the folders that has it.
 
     Raises:
-        DataError: there is none.
+        DataError: no folder has it.
     """
     for root in roots:
         if (path := root / name).is_file():
             return path
     folders = ", ".join(dict.fromkeys(str(root) for root in roots if root.is_dir()))
-    raise DataError(f"the image {name} is not in {folders or 'any folder of images'}")
+    raise DataError(f"the image {name} is not in {folders or 'any image folder'}")
 
 
-def list_options(choices: Sequence[str]) -> str:
-    """Return options a line each with their letters."""
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
-
-
-def right_letter(answer: str, choices: Sequence[str]) -> str:
-    """Return the letter of the right option, which a benchmark gives as a letter or as the option's text.
+def correct_letter(answer: str, choices: Sequence[str]) -> str:
+    """Return the letter of the correct option, given as a letter or as the text of the option.
 
     Raises:
-        DataError: it is neither, or there are more options than letters.
+        DataError: the answer is neither, or there are more options than letters.
     """
     if len(choices) > len(ascii_uppercase):
         raise DataError(f"{len(choices)} options, more than the {len(ascii_uppercase)} letters")
@@ -150,4 +144,17 @@ def right_letter(answer: str, choices: Sequence[str]) -> str:
     for letter, choice in zip(letters, choices, strict=True):
         if choice.strip().lower() == answer.strip().lower():
             return letter
-    raise DataError(f"the right answer {answer!r:.80} is none of the {len(choices)} options")
+    raise DataError(f"the correct answer {answer!r:.80} is none of the {len(choices)} options")
+
+
+def choice_item(
+    task: str, question: str, answer: str, figures: tuple[Figure, ...], choices: Sequence[str]
+) -> Item:
+    """Return a multiple-choice item whose options are listed after the question, one per line.
+
+    Raises:
+        DataError: see `correct_letter`.
+    """
+    options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
+    text = "\n".join([question, *options])
+    return Item(task, 0, text, correct_letter(answer, choices), figures, tuple(choices))

@@ -1,1 +1,1 @@
-"""PMC-MI-Bench and folders in its format as tasks of lmms-eval; this folder is its `--include_path`."""
+"""lmms-eval tasks for PMC-MI-Bench and folders in its format; use this folder as `--include_path`."""

@@ -1,1 +1,1 @@
-"""What an evaluation leaves behind for people: a table, plots, and a page with every item."""
+"""Reports of an evaluation: tables, plots, and an HTML page with every item."""

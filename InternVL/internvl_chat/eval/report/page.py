@@ -1,4 +1,4 @@
-"""One page with every item: question, figures, right answer, the model's answer and its scores."""
+"""HTML page with every item: question, figures, reference, answer of the model and scores."""
 
 import html
 import io
@@ -7,13 +7,13 @@ from functools import cache
 from pathlib import Path
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item, Key
-from internvl_chat.eval.report.table import LABELS, all_figures, paper_layout
+from internvl_chat.eval.report.table import LABELS, NOTE, metric_tables, paper_tables
 from internvl_chat.eval.scoring import Scores
 from internvl_chat.utils.html import html_image, html_page, html_table
 
-# A browser opens no page of a hundred thousand pictures.
-MOST_ITEMS = 500
-_THUMBNAIL = 240
+# Browsers do not cope with pages of very many images.
+MAX_ITEMS_PER_TASK = 500
+_THUMBNAIL_PIXELS = 240
 _STYLE = """
 .item { border: 1px solid #ddd; border-radius: .4rem; margin: 1rem 0; padding: .2rem 1rem; }
 .item h4 { margin: .5rem 0; } .text { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -33,28 +33,28 @@ def evaluation_page(
     model: str,
     pictures: Mapping[str, Path],
 ) -> str:
-    """Return the page; of each task the first five hundred items are on it.
+    """Return the page, with at most `MAX_ITEMS_PER_TASK` items of each task.
 
     Args:
-        benchmark: the items that were answered.
-        answers: of each item.
-        scores: of the items and tasks.
-        model: what the answers are of.
-        pictures: plots with their descriptions.
+        benchmark: the answered items.
+        answers: answer to each item.
+        scores: scores of the items and tasks.
+        model: name of the model.
+        pictures: description -> PNG file of each plot.
 
     Raises:
         DataError: a figure cannot be decoded.
     """
-    tables = paper_layout(scores.tasks, model) if benchmark.name == "pmc-mi" else []
-    parts = ["<p>In percent; - was not computed.</p>"]
+    tables = paper_tables(scores.tasks, model) if benchmark.name == "pmc-mi" else []
+    parts = [f"<p>{NOTE}</p>"]
     plain = [(header, [tuple(c.strip("*") for c in row) for row in rows]) for header, rows in tables]
-    parts += [html_table(*table) for table in (*plain, *all_figures(scores.tasks))]
+    parts += [html_table(*table) for table in (*plain, *metric_tables(scores.tasks))]
     parts += [f"<p>{html_image(file.read_bytes(), 'png', text)}</p>" for text, file in pictures.items()]
     for task in benchmark.tasks:
         items = [item for item in benchmark.items if item.task == task]
-        more = len(items) - MOST_ITEMS
-        rest = f"<p>and {more:,} more, all of them in predictions.jsonl</p>" if more > 0 else ""
-        shown = "".join(_item(i, answers[i.key], scores.items[i.key]) for i in items[:MOST_ITEMS])
+        more = len(items) - MAX_ITEMS_PER_TASK
+        rest = f"<p>and {more:,} more in predictions.jsonl</p>" if more > 0 else ""
+        shown = "".join(_item(i, answers[i.key], scores.items[i.key]) for i in items[:MAX_ITEMS_PER_TASK])
         parts.append(
             f"<details><summary>{html.escape(task)}: {len(items):,} items</summary>{shown}{rest}</details>"
         )
@@ -66,10 +66,9 @@ def _item(item: Item, answer: str, scores: Mapping[str, float]) -> str:
     figures = "".join(_figure(figure) for figure in item.figures)
     shown = ", ".join(f"{LABELS[name]} {value:.3f}" for name, value in scores.items())
     kind = "" if "accuracy" not in scores else " right" if scores["accuracy"] else " wrong"
-    answered = answer
     if item.choices:
-        answered = f"{answer}\n(read as {item.answered(answer) or 'no option'})"
-    texts = (("Question", item.question), ("Right answer", item.reference), ("Answer", answered))
+        answer = f"{answer}\n(read as {item.selected_letter(answer) or 'no option'})"
+    texts = (("Question", item.question), ("Reference", item.reference), ("Answer", answer))
     listed = "".join(f"<dt>{name}</dt><dd class='text'>{html.escape(text)}</dd>" for name, text in texts)
     return (
         f"<div class='item{kind}'><h4>{html.escape(item.task)} {item.index}</h4>{figures}"
@@ -83,11 +82,11 @@ def _figure(figure: Figure) -> str:
     return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
 
 
-@cache
+@cache  # several items may show the same figure
 def _thumbnail(figure: Figure) -> bytes:
-    """Return a small JPEG of a figure, which several items may show."""
+    """Return a small JPEG of a figure."""
     image = figure.decode()
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)
     return stream.getvalue()

@@ -1,7 +1,6 @@
-"""The published figures of PMC-MI-Bench (Chen et al., 2025, arXiv 2511.22232), in percent.
+"""Published results on PMC-MI-Bench (Chen et al., 2025, arXiv 2511.22232), in percent.
 
-Each row stands beside the task of its name. The paper counts the two other tasks, on compound figures and on
-bounding boxes, in none of its rows by that name; they have rows of their own here.
+The paper has no rows for the tasks on compound figures and on bounding boxes.
 """
 
 OPEN = ("bleu4", "rougeL", "bertscore", "sts")
@@ -14,7 +13,7 @@ TITLES = {
     "compoundVQA": "compound-figure VQA",
     "bboxVQA": "bounding-box VQA",
 }
-# Model -> task -> the figures under `OPEN`, for multi-choice those under `CHOICE`.
+# Model -> task -> the metrics in `OPEN`, or in `CHOICE` for multi-choice.
 PUBLISHED = {
     "InternVL3-8B": {
         "multisubimageVQA": (3.8, 22.5, 55.7, 71.4),
@@ -32,7 +31,7 @@ PUBLISHED = {
 
 
 def published(model: str, task: str, metric: str) -> float | None:
-    """Return a published figure, or None if there is none."""
+    """Return a published metric, or None if the paper does not have it."""
     row = PUBLISHED[model].get(task)
     names = CHOICE if task == "multi-choice" else OPEN
     return row[names.index(metric)] if row and metric in names else None

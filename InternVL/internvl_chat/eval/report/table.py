@@ -1,55 +1,56 @@
-"""The figures of an evaluation as Markdown; those of PMC-MI-Bench in the paper's layout, beside its rows."""
+"""Metrics as tables and Markdown; PMC-MI-Bench also in the layout of the paper, with its published rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from internvl_chat.eval.report.published import CHOICE, OPEN, PUBLISHED, TITLES, published
 from internvl_chat.metrics.suite import CHOICE_METRICS, OPEN_METRICS
+from internvl_chat.utils.markdown import markdown_table
 
 LABELS = {
     "bleu1": "BLEU@1", "bleu2": "BLEU@2", "bleu3": "BLEU@3", "bleu4": "BLEU@4", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "em": "exact match", "f1": "F1", "precision": "precision",
     "recall": "recall", "cider": "CIDEr", "bertscore": "BERTScore", "sts": "STS", "accuracy": "accuracy",
 }  # fmt: skip
-Figures = Mapping[str, float | int | None]
+NOTE = "All values in percent; - means not computed."
+Metrics = Mapping[str, float | int | None]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
-def is_choice(figures: Figures) -> bool:
-    """Say whether a task's figures are those of multiple choice."""
-    return "accuracy" in figures
+def is_choice(metrics: Metrics) -> bool:
+    """Return whether the metrics belong to a multiple-choice task."""
+    return "accuracy" in metrics
 
 
 def percent(value: float | None) -> str:
-    """Return a figure with one digit, a dash for none."""
+    """Format a percentage with one decimal, or a dash for None."""
     return "-" if value is None else f"{value:.1f}"
 
 
-def all_figures(tasks: Mapping[str, Figures]) -> list[Table]:
-    """Return a table of every metric of the open tasks, and one of those of multiple choice."""
+def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
+    """Return a table of all metrics of the open tasks, and one of the multiple-choice tasks."""
     tables: list[Table] = []
-    for names, wanted in ((OPEN_METRICS, False), (CHOICE_METRICS, True)):
-        chosen = {task: figures for task, figures in tasks.items() if is_choice(figures) == wanted}
-        if chosen:
-            counts = ("items", "unreadable") if wanted else ("items",)
-            header = ("task", *counts, *(LABELS[name] for name in names))
-            rows = [
-                (
-                    task,
-                    *(f"{figures[name]:,}" for name in counts),
-                    *(percent(figures.get(name)) for name in names),
-                )
-                for task, figures in chosen.items()
-            ]
-            tables.append((header, rows))
+    for names, choice in ((OPEN_METRICS, False), (CHOICE_METRICS, True)):
+        counts = ("items", "unreadable") if choice else ("items",)
+        rows = [
+            (
+                task,
+                *(f"{metrics[name]:,}" for name in counts),
+                *(percent(metrics.get(name)) for name in names),
+            )
+            for task, metrics in tasks.items()
+            if is_choice(metrics) == choice
+        ]
+        if rows:
+            tables.append((("task", *counts, *(LABELS[name] for name in names)), rows))
     return tables
 
 
-def paper_layout(tasks: Mapping[str, Figures], model: str) -> list[Table]:
-    """Return the tables of PMC-MI-Bench as the paper has them: a row for each task and model."""
+def paper_tables(tasks: Mapping[str, Metrics], model: str) -> list[Table]:
+    """Return the tables of PMC-MI-Bench in the layout of the paper: a row for each task and model."""
     tables: list[Table] = []
-    for names, wanted in ((OPEN, False), (CHOICE, True)):
+    for names, choice in ((OPEN, False), (CHOICE, True)):
         rows: list[tuple[str, ...]] = []
-        for task in [name for name in TITLES if name in tasks and is_choice(tasks[name]) == wanted]:
+        for task in [name for name in TITLES if name in tasks and is_choice(tasks[name]) == choice]:
             rows += [
                 (TITLES[task], other, *(percent(published(other, task, name)) for name in names))
                 for other in PUBLISHED
@@ -61,29 +62,18 @@ def paper_layout(tasks: Mapping[str, Figures], model: str) -> list[Table]:
     return tables
 
 
-def markdown(tasks: Mapping[str, Figures], *, benchmark: str, model: str) -> str:
+def markdown(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> str:
     """Return the report in Markdown.
 
     Args:
-        tasks: the figures of each task.
-        benchmark: its name; PMC-MI-Bench also gets the paper's tables.
-        model: what the answers are of.
+        tasks: metrics of each task.
+        benchmark: name of the benchmark; `pmc-mi` adds the tables of the paper.
+        model: name of the model.
     """
-    parts = [f"# {benchmark}: {model}", "In percent; - was not computed."]
+    parts = [f"# {benchmark}: {model}", NOTE]
     if benchmark == "pmc-mi":
-        parts += ["## Beside the published figures"]
-        parts += [_render(*table) for table in paper_layout(tasks, model)]
-        parts += ["## All figures"]
-    parts += [_render(*table) for table in all_figures(tasks)]
+        parts += ["## Comparison with the published results"]
+        parts += [markdown_table(*table, left=2) for table in paper_tables(tasks, model)]
+        parts += ["## All metrics"]
+    parts += [markdown_table(*table, left=1) for table in metric_tables(tasks)]
     return "\n\n".join(parts) + "\n"
-
-
-def _render(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = [":--" if name in ("task", "model") else "--:" for name in header]
-    escaped = (tuple(map(_escape, row)) for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *escaped))
-
-
-def _escape(text: str) -> str:
-    """Return a text that does not end its cell."""
-    return text.replace("|", r"\|")

@@ -1,1 +1,1 @@
-"""Model folders and checkpoint formats."""
+"""Reading and writing model folders and checkpoint formats."""

@@ -1,7 +1,7 @@
-"""Adapters on disk: peft's format, with the path and the hash of the model that they belong to."""
+"""Read and write adapters in peft's format, with the path and the hash of their base model."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from internvl_chat.model.lora.injection import (
 )
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.files import write_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
@@ -28,17 +29,17 @@ BASE_FILE = "base_model.json"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that adapters belong to: where it is, and the SHA-256 of its weight files."""
+    """The base model of an adapter: its path or hub id, and the SHA-256 of its weights."""
 
     path: str
     sha256: str
 
 
 def read_base(folder: Path) -> BaseModel:
-    """Read which base the adapters in a folder belong to.
+    """Read the recorded base model of an adapter.
 
     Raises:
-        ModelError: the file that says so is missing or malformed.
+        ModelError: the record is missing or malformed.
     """
     file = folder / BASE_FILE
     try:
@@ -52,34 +53,34 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
 
     Args:
         folder: the adapter's folder.
-        override: where the base is now, if not where it was.
+        override: folder or hub id of the base, if it has moved.
 
     Raises:
-        ModelError: it is missing, or its weights are not those that the adapter was trained on.
+        ModelError: the base is missing, or its weights are not those that the adapter was trained on.
     """
     base = read_base(folder)
     try:
-        found = model_folder(override or base.path)
+        base_folder = model_folder(override or base.path)
     except ModelError as error:
         raise ModelError(
-            f"{folder}: the adapter's base is missing: {error}; give its folder with --base "
+            f"{folder}: the adapter's base is missing: {error}; pass its folder with --base "
             "(in training --base_model_path)"
         ) from None
-    if is_adapter(found):
-        raise ModelError(f"{found}: is an adapter itself; the base must be a whole model")
-    digest = weights_digest(found)
+    if is_adapter(base_folder):
+        raise ModelError(f"{base_folder}: is an adapter itself; the base must be a full model")
+    digest = weights_digest(base_folder)
     if digest != base.sha256:
         raise ModelError(
-            f"{found}: these weights (sha256 {digest[:12]}) are not the base that the adapter {folder} was "
-            f"trained on (sha256 {base.sha256[:12]}); give the right folder with --base"
+            f"{base_folder}: these weights (sha256 {digest[:12]}) are not the base that {folder} was "
+            f"trained on (sha256 {base.sha256[:12]}); pass its folder with --base"
         )
-    return found, BaseModel(str(override or base.path), digest)
+    return base_folder, BaseModel(str(override or base.path), digest)
 
 
 def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.05) -> None:
-    """Add the adapters of a folder to their base, and replace the modules that were trained whole."""
+    """Add an adapter to its base, and replace the modules that it stores in full."""
     llm_rank, vision_rank = ranks_of(read_adapter_config(folder))
-    if not lora_layers(model):  # a base in the reference's wrapped format has them
+    if not lora_layers(model):  # the reference's LoRA-wrapped format has them already
         add_lora(model, llm_rank=llm_rank, vision_rank=vision_rank, dropout=dropout)
     weights = {parameter_name(key): read for key, read in open_weights(folder / ADAPTER_WEIGHTS).items()}
     expected = {name for name in model.state_dict() if ".lora_" in name}
@@ -91,10 +92,10 @@ def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.0
         if size != model.language_model.config.vocab_size:
             model.language_model.resize_token_embeddings(size, mean_resizing=False)
     assign_weights(model, weights, source=folder, partial=True)
-    model.replaced_modules = _modules_of(name for name in weights if ".lora_" not in name)
+    model.replaced_modules = _parent_modules(name for name in weights if ".lora_" not in name)
 
 
-# Options that training may set after loading the base, and that decide what the model computes.
+# Options that training may change, and that affect the result of the model.
 _OPTIONS = (
     "ps_version",
     "select_layer",
@@ -108,28 +109,28 @@ _OPTIONS = (
 )
 
 
-def adopt_options(config: InternVLChatConfig, of_adapter: InternVLChatConfig) -> None:
-    """Set what an adapter was trained with in its base's configuration: options, size of the vocabulary."""
+def adopt_options(config: InternVLChatConfig, adapter: InternVLChatConfig) -> None:
+    """Copy the options and the vocabulary size of an adapter into the configuration of its base."""
     for name in _OPTIONS:
-        setattr(config, name, getattr(of_adapter, name))
-    config.llm_config["vocab_size"] = of_adapter.llm_config["vocab_size"]
+        setattr(config, name, getattr(adapter, name))
+    config.llm_config["vocab_size"] = adapter.llm_config["vocab_size"]
 
 
-def _modules_of(names: Iterator[str]) -> set[str]:
-    """Return the modules that own the named parameters, `mlp1` as one."""
+def _parent_modules(names: Iterable[str]) -> set[str]:
+    """Return the modules of the named parameters; `mlp1` counts as one module."""
     return {"mlp1" if name.startswith("mlp1.") else name.rpartition(".")[0] for name in names}
 
 
-def _whole_modules(model: InternVLChatModel) -> set[str]:
-    """Return the modules of a model with adapters that are trained, or were replaced, as a whole."""
+def _modules_to_save(model: InternVLChatModel) -> set[str]:
+    """Return the modules that an adapter stores in full: trained, or replaced when it was loaded."""
     trained = (name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
-    return _modules_of(trained) | model.replaced_modules
+    return _parent_modules(trained) | model.replaced_modules
 
 
 def adapter_weights(model: InternVLChatModel, names: Iterable[str]) -> set[str]:
-    """Return those of the model's weights, by name, that `save_adapter` writes."""
-    whole = tuple(f"{module}." for module in _whole_modules(model))
-    return {name for name in names if ".lora_" in name or name.startswith(whole)}
+    """Return the names of the weights that `save_adapter` writes."""
+    prefixes = tuple(f"{module}." for module in _modules_to_save(model))
+    return {name for name in names if ".lora_" in name or name.startswith(prefixes)}
 
 
 def save_adapter(
@@ -138,24 +139,20 @@ def save_adapter(
     base: BaseModel,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a model's adapters in peft's format, with every module that was trained whole beside them.
+    """Write a model's adapters in peft's format, with the modules that were trained in full.
 
     Args:
         model: a model with adapters.
-        folder: is made if need be.
-        base: the model that they belong to.
-        state_dict: the weights, where the model's own are spread over processes.
+        folder: folder to write; created if missing.
+        base: base model of the adapters.
+        state_dict: full weights, if those of the model are sharded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = model.state_dict() if state_dict is None else state_dict
     names = adapter_weights(model, state_dict)
-    kept = {
-        adapter_key(name): tensor.detach().cpu().contiguous()
-        for name, tensor in state_dict.items()
-        if name in names
-    }
-    write_file(kept, folder / ADAPTER_WEIGHTS)
-    modules = sorted(_whole_modules(model))
+    tensors = {adapter_key(name): state_dict[name].detach().cpu().contiguous() for name in sorted(names)}
+    write_file(tensors, folder / ADAPTER_WEIGHTS)
+    modules = sorted(_modules_to_save(model))
     adapter_config(model, base=base.path, modules_to_save=modules).save_pretrained(str(folder))
-    (folder / BASE_FILE).write_text(json.dumps(asdict(base), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / BASE_FILE, asdict(base))
     write_config(model.config, folder)

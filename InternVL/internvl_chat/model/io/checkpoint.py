@@ -1,4 +1,4 @@
-"""Loading a model from a folder of any kind, and saving it in the reference's format."""
+"""Load a model from a folder of any format, and save it in the reference's format."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from internvl_chat.utils.errors import ModelError
 
 
 def model_weights(folder: Path) -> Weights:
-    """Open the weights of a whole model under our names, from any of its formats."""
+    """Open the weights of a full model of any format, under the reference's names."""
     weights = read_weights(folder)
     if any(name.startswith(("model.vision_tower.", "vision_tower.")) for name in weights):
         return from_hf_weights(weights)
@@ -26,10 +26,11 @@ def model_weights(folder: Path) -> Weights:
 
 
 def untie_distinct_head(config: InternVLChatConfig, weights: Weights) -> None:
-    """Believe two different matrices rather than a flag that ties them (as transformers does)."""
+    """Reset `tie_word_embeddings` if embeddings and head differ, as transformers does."""
     if config.llm_config.get("tie_word_embeddings"):
-        head, words = (weights.get(f"language_model.{n}.weight") for n in ("lm_head", "model.embed_tokens"))
-        if head and words and not torch.equal(head(), words()):
+        names = ("lm_head", "model.embed_tokens")
+        head, embeddings = (weights.get(f"language_model.{name}.weight") for name in names)
+        if head and embeddings and not torch.equal(head(), embeddings()):
             config.llm_config["tie_word_embeddings"] = False
 
 
@@ -43,53 +44,43 @@ def load_model(
     lora_dropout: float = 0.05,
     drop_path_rate: float | None = None,
 ) -> InternVLChatModel:
-    """Load a model of any kind on the CPU, straight to `dtype` (adapters stay float32).
+    """Load a model of any format on the CPU.
 
     Args:
         path_or_id: local folder or hub id.
         image_context_id: id of `<IMG_CONTEXT>` in the tokenizer.
-        dtype: of all weights but adapters.
-        attn: an attention name of `resolve_attention`.
-        base: for adapters, where their base is now.
-        lora_dropout: of the adapters, if there are any.
-        drop_path_rate: stochastic depth of the vision tower; None for the checkpoint's.
+        dtype: dtype of all weights except adapters, which stay float32.
+        attn: a result of `resolve_attention`.
+        base: base model of an adapter, if it has moved.
+        lora_dropout: dropout probability of the adapters, if there are any.
+        drop_path_rate: stochastic depth rate of the vision tower; None for the checkpoint's.
 
     Raises:
-        ModelError: names every missing, unexpected or misshapen weight.
+        ModelError: weights are missing, unexpected or of another shape.
     """
     folder = model_folder(path_or_id)
-    if not is_adapter(folder):
-        config = read_config(folder)
-        if drop_path_rate is not None:
-            config.vision_config.drop_path_rate = drop_path_rate
-        weights = model_weights(folder)
-        untie_distinct_head(config, weights)
-        model = empty_model(config, image_context_id, dtype, attn)
-        add_lora(
-            model, llm_rank=config.use_llm_lora, vision_rank=config.use_backbone_lora, dropout=lora_dropout
-        )
-        assign_weights(model, weights, source=folder)
-        return model
-    base_folder, _ = find_base(folder, base)
-    model = load_model(
-        base_folder,
-        image_context_id=image_context_id,
-        dtype=dtype,
-        attn=attn,
-        lora_dropout=lora_dropout,
-        drop_path_rate=drop_path_rate,
-    )
-    load_adapter(model, folder, dropout=lora_dropout)
+    base_folder = find_base(folder, base)[0] if is_adapter(folder) else folder
+    config = read_config(base_folder)
+    if drop_path_rate is not None:
+        config.vision_config.drop_path_rate = drop_path_rate
+    weights = model_weights(base_folder)
+    untie_distinct_head(config, weights)
+    model = empty_model(config, image_context_id, dtype, attn)
+    ranks = {"llm_rank": config.use_llm_lora, "vision_rank": config.use_backbone_lora}
+    add_lora(model, **ranks, dropout=lora_dropout)
+    assign_weights(model, weights, source=base_folder)
+    if is_adapter(folder):
+        load_adapter(model, folder, dropout=lora_dropout)
     return model
 
 
 def empty_model(
     config: InternVLChatConfig, image_context_id: int, dtype: torch.dtype, attn: str
 ) -> InternVLChatModel:
-    """Build a model whose weights are allocated but never written (buffers are computed)."""
+    """Build a model with uninitialised weights."""
     with no_init_weights(), _default_dtype(dtype):
         model = InternVLChatModel(config, image_context_id, attn)
-    model.language_model.tie_weights()  # part of the initialisation that was left out
+    model.language_model.tie_weights()  # part of the skipped initialisation
     return model
 
 
@@ -106,12 +97,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def save_model(
     model: InternVLChatModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a whole model in the reference's format: `config.json` and safetensors.
+    """Write a full model in the reference's format: `config.json` and safetensors.
 
     Args:
         model: a model without adapters.
-        folder: is made if need be.
-        state_dict: the weights, where the model's own are spread over processes.
+        folder: folder to write; created if missing.
+        state_dict: full weights, if those of the model are sharded.
     """
     if lora_layers(model):
         raise ModelError("the model has adapters; save them with save_adapter, or merge the checkpoint")
@@ -130,7 +121,7 @@ def save_model(
 
 
 def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None:
-    """Grow the language model's vocabulary; new rows of the head are the mean of the old (reference)."""
+    """Resize the vocabulary; the new rows of the head are the mean of the old ones, as in the reference."""
     llm = model.language_model
     llm.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Model folders: where they are, what kind each is, its configuration, and what else belongs to it.
+"""Model folders: location, format, configuration and auxiliary files.
 
-A folder holds a whole model (the reference's format, plain or wrapped in LoRA, or transformers') or
-adapters in peft's format.
+A folder contains a full model (in the reference's format, plain or LoRA-wrapped, or in transformers') or an
+adapter in peft's format.
 """
 
 import json
@@ -16,11 +16,11 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-# In a folder of transformers' format that was exported: the small files as they were before.
+# Folder in an export with the configuration and auxiliary files from before.
 ORIGINAL = "original"
 
-# What else makes a folder a checkpoint: tokenizer, generation settings, the reference's code for others.
-_COMPANIONS = (
+# Tokenizer, generation configuration, preprocessing, and the reference's code for other programs.
+_AUXILIARY = (
     "tokenizer_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -35,15 +35,15 @@ _COMPANIONS = (
     "preprocessing.json",
     "*.py",
 )
-_NOT_COMPANIONS = ("zero_to_fp32.py",)  # DeepSpeed leaves it in its checkpoints
+_NOT_AUXILIARY = ("zero_to_fp32.py",)  # DeepSpeed writes it into its checkpoints
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
 
 
 def model_folder(path_or_id: str | Path) -> Path:
-    """Return a local folder, downloading `organisation/name` from the Hugging Face hub.
+    """Return the folder of a model; `organisation/name` is downloaded from the Hugging Face hub.
 
     Raises:
-        ModelError: there is no such folder and the hub cannot deliver it.
+        ModelError: the folder does not exist, or the download failed.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
@@ -57,26 +57,26 @@ def model_folder(path_or_id: str | Path) -> Path:
     except Exception as error:
         raise ModelError(
             f"{path_or_id}: neither a local folder nor available from the Hugging Face hub ({error}); "
-            "download the model and give its folder"
+            "download the model and pass its folder"
         ) from error
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder holds adapters rather than a whole model."""
+    """Return whether a folder contains an adapter rather than a full model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def is_hf_format(folder: Path) -> bool:
-    """Say whether a folder holds a model in transformers' own format."""
-    raw = _read_json(folder / "config.json")
+    """Return whether a folder contains a model in transformers' format."""
+    raw = read_json(folder / "config.json")
     return isinstance(raw, dict) and raw.get("model_type") == HF_MODEL_TYPE
 
 
 def read_config(folder: Path) -> InternVLChatConfig:
-    """Read the configuration of a folder of any kind, of adapters with their ranks.
+    """Read the configuration of a folder of any format.
 
     Raises:
-        ModelError: there is none, or it is malformed.
+        ModelError: it is missing or malformed.
     """
     if not is_hf_format(folder):
         return InternVLChatConfig.from_folder(folder)
@@ -85,37 +85,35 @@ def read_config(folder: Path) -> InternVLChatConfig:
 
 
 def config_file(folder: Path) -> Path | None:
-    """Return the file that holds a folder's configuration in the reference's terms, if there is one."""
-    place = original_folder(folder) if is_hf_format(folder) else folder
-    return place / "config.json" if place else None
+    """Return the file with a folder's configuration in the reference's format, if there is one."""
+    parent = original_folder(folder) if is_hf_format(folder) else folder
+    return parent / "config.json" if parent else None
 
 
 def original_folder(folder: Path) -> Path | None:
-    """Return where an exported folder keeps the files that it had before, if they still describe its model.
+    """Return the folder in an export with its original files; None if there is none or the model has changed.
 
-    Configuration and tokenizer there are those of the exported model, unless it was changed since, as by
-    training it further with other software.
+    Another program may have changed the model, for example by further training.
     """
     original = folder / ORIGINAL
     if not (original / "config.json").is_file() or not is_hf_format(folder):
         return None
-    kept, found = InternVLChatConfig.from_folder(original), _read_hf_config(folder)
-    if to_hf_config(kept, 0) == to_hf_config(found, 0):
+    if to_hf_config(InternVLChatConfig.from_folder(original), 0) == to_hf_config(_read_hf_config(folder), 0):
         return original
-    logger.warning("%s: is not used, because %s is of another model", original, folder / "config.json")
+    logger.warning("%s: ignored, because %s describes another model", original, folder / "config.json")
     return None
 
 
 def _read_hf_config(folder: Path) -> InternVLChatConfig:
     file = folder / "config.json"
     try:
-        return from_hf_config(_read_json(file), source=str(file))
+        return from_hf_config(read_json(file), source=str(file))
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: not transformers' InternVL: {error!r}") from None
 
 
-def _read_json(file: Path) -> Any:
-    """Read a JSON file; None where there is none."""
+def read_json(file: Path) -> Any:
+    """Read a JSON file; return None if it does not exist."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,19 +127,14 @@ def write_config(config: InternVLChatConfig, folder: Path) -> None:
     (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
 
 
-def read_companions(source: Path) -> dict[str, bytes]:
-    """Read what belongs to a checkpoint beside weights and configuration, by name."""
+def read_auxiliary_files(source: Path) -> dict[str, bytes]:
+    """Read the files of a checkpoint besides weights and configuration, by name."""
     source = original_folder(source) or source
-    files = {file for pattern in _COMPANIONS for file in source.glob(pattern)}
-    return {file.name: file.read_bytes() for file in sorted(files) if file.name not in _NOT_COMPANIONS}
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a checkpoint beside weights and configuration, byte for byte."""
-    write_files(read_companions(source), target)
+    files = {file for pattern in _AUXILIARY for file in source.glob(pattern)}
+    return {file.name: file.read_bytes() for file in sorted(files) if file.name not in _NOT_AUXILIARY}
 
 
 def write_files(files: dict[str, bytes], folder: Path) -> None:
-    """Write files into a folder, by name."""
+    """Write files, given by name, into a folder."""
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -1,6 +1,6 @@
-"""Between the reference's checkpoint format and transformers' own InternVL.
+"""Convert weights and configuration between the reference's format and transformers' own InternVL.
 
-Both hold the same tensors under other names; only the vision tower's fused qkv is split in three.
+The tensors are the same under other names, except that transformers splits the vision tower's fused qkv.
 """
 
 import re
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from internvl_chat.model.configuration import InternVisionConfig, InternVLChatConfig
+from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.weights import Weights
 from internvl_chat.utils.errors import ModelError
 
 HF_MODEL_TYPE = "internvl"
 
-# (reference, transformers) of everything but the fused qkv.
+# Prefixes of all parameters except the fused qkv: reference, transformers.
 _RENAMES = (
     ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
     ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
@@ -38,12 +38,29 @@ _LAYER_RENAMES = (
     (".norm1.", ".layernorm_before."),
     (".norm2.", ".layernorm_after."),
 )
+# Fields of the vision configuration: the reference's name, transformers' name and default.
+_VISION_FIELDS = (
+    ("hidden_size", "hidden_size", 1024),
+    ("num_hidden_layers", "num_hidden_layers", 24),
+    ("num_attention_heads", "num_attention_heads", 16),
+    ("intermediate_size", "intermediate_size", 4096),
+    ("num_channels", "num_channels", 3),
+    ("qkv_bias", "attention_bias", False),
+    ("qk_normalization", "use_qk_norm", False),
+    ("norm_type", "norm_type", "layer_norm"),
+    ("layer_norm_eps", "layer_norm_eps", 1e-6),
+    ("hidden_act", "hidden_act", "gelu"),
+    ("attention_dropout", "attention_dropout", 0.0),
+    ("dropout", "projection_dropout", 0.0),
+    ("initializer_factor", "layer_scale_init_value", 0.1),
+    ("initializer_range", "initializer_range", 0.02),
+)
 _FUSED = re.compile(r"(vision_model\.encoder\.layers\.\d+)\.attn\.qkv\.(weight|bias)")
 _SPLIT = re.compile(r"(model\.vision_tower\.encoder\.layer\.\d+)\.attention\.([qkv])_proj\.(weight|bias)")
 
 
 def to_hf_weights(weights: Weights) -> Weights:
-    """Return the reference's weights under transformers' names."""
+    """Return the reference's weights in transformers' format."""
     out: Weights = {}
     for name, read in weights.items():
         fused = _FUSED.fullmatch(name)
@@ -57,7 +74,7 @@ def to_hf_weights(weights: Weights) -> Weights:
 
 
 def from_hf_weights(weights: Weights) -> Weights:
-    """Return transformers' weights under the reference's names, from either of its two namings on disk."""
+    """Return transformers' weights, with either of its naming schemes, in the reference's format."""
     weights = {_current_hf_name(name): read for name, read in weights.items()}
     out: Weights = {}
     for name, read in weights.items():
@@ -72,7 +89,7 @@ def from_hf_weights(weights: Weights) -> Weights:
 
 
 def _current_hf_name(name: str) -> str:
-    """Return the in-memory name of a parameter that may be stored under transformers' first naming."""
+    """Return transformers' current name of a parameter that may have the name of its first release."""
     if name.startswith("language_model.model."):
         return "model.language_model." + name.removeprefix("language_model.model.")
     if name.startswith("language_model.lm_head."):
@@ -81,14 +98,14 @@ def _current_hf_name(name: str) -> str:
 
 
 def _rename(name: str, *, to_hf: bool) -> str:
-    """Translate one name; the pairs of names are looked up from left to right or from right to left."""
+    """Translate the name of a parameter to transformers' or to the reference's."""
     side = 0 if to_hf else 1
     for pair in _RENAMES:
         if name.startswith(pair[side]):
             name = pair[1 - side] + name.removeprefix(pair[side])
             break
     else:
-        raise ModelError(f"the weight {name!r} is not one of an InternVL model")
+        raise ModelError(f"the weight {name!r} does not belong to an InternVL model")
     if "vision_tower" in name or "vision_model" in name:
         for pair in _LAYER_RENAMES:
             name = re.sub(rf"(?<=\d){re.escape(pair[side])}", pair[1 - side], name)
@@ -96,35 +113,22 @@ def _rename(name: str, *, to_hf: bool) -> str:
 
 
 def to_hf_config(config: InternVLChatConfig, image_context_id: int) -> dict[str, Any]:
-    """Return transformers' `config.json` for a configuration of the reference's format.
+    """Return transformers' `config.json` for a configuration in the reference's format.
 
     Raises:
-        ModelError: transformers' InternVL has no such option.
+        ModelError: transformers has no such model.
     """
     vision = config.vision_config
     if config.ps_version != "v2":
-        raise ModelError("transformers' InternVL knows pixel shuffle v2 only")
+        raise ModelError("transformers' InternVL supports pixel shuffle v2 only")
     return {
         "model_type": HF_MODEL_TYPE,
         "architectures": ["InternVLForConditionalGeneration"],
         "vision_config": {
             "model_type": "internvl_vision",
-            "hidden_size": vision.hidden_size,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "intermediate_size": vision.intermediate_size,
+            **{hf_name: getattr(vision, name) for name, hf_name, _ in _VISION_FIELDS},
             "image_size": [vision.image_size] * 2,
             "patch_size": [vision.patch_size] * 2,
-            "num_channels": vision.num_channels,
-            "attention_bias": vision.qkv_bias,
-            "use_qk_norm": vision.qk_normalization,
-            "norm_type": vision.norm_type,
-            "layer_norm_eps": vision.layer_norm_eps,
-            "hidden_act": vision.hidden_act,
-            "attention_dropout": vision.attention_dropout,
-            "projection_dropout": vision.dropout,
-            "layer_scale_init_value": vision.initializer_factor,
-            "initializer_range": vision.initializer_range,
             "use_mean_pooling": True,
         },
         "text_config": config.build_llm_config().to_dict(),
@@ -133,45 +137,28 @@ def to_hf_config(config: InternVLChatConfig, image_context_id: int) -> dict[str,
         "downsample_ratio": config.downsample_ratio,
         "vision_feature_layer": config.select_layer,
         "projector_hidden_act": "gelu",
-        # Its default, True, ties the head to the embeddings whatever the text configuration says.
+        # The default, True, would tie the head regardless of the text configuration.
         "tie_word_embeddings": bool(config.llm_config.get("tie_word_embeddings", False)),
     }
 
 
 def from_hf_config(raw: dict[str, Any], *, source: str) -> InternVLChatConfig:
-    """Return the reference's configuration for transformers' `config.json`."""
-    vision = raw["vision_config"]
+    """Return the configuration in the reference's format for transformers' `config.json`."""
+    text, vision = raw["text_config"], raw["vision_config"]
     side, patch = (
-        _square(vision.get(key, default)) for key, default in (("image_size", 448), ("patch_size", 14))
+        _square(vision.get(k, default)) for k, default in (("image_size", 448), ("patch_size", 14))
     )
-    tower = InternVisionConfig(
-        hidden_size=vision.get("hidden_size", 1024),
-        num_hidden_layers=vision.get("num_hidden_layers", 24),
-        num_attention_heads=vision.get("num_attention_heads", 16),
-        intermediate_size=vision.get("intermediate_size", 4096),
-        image_size=side,
-        patch_size=patch,
-        qkv_bias=vision.get("attention_bias", False),
-        qk_normalization=vision.get("use_qk_norm", False),
-        norm_type=vision.get("norm_type", "layer_norm"),
-        layer_norm_eps=vision.get("layer_norm_eps", 1e-6),
-        hidden_act=vision.get("hidden_act", "gelu"),
-        num_channels=vision.get("num_channels", 3),
-        attention_dropout=vision.get("attention_dropout", 0.0),
-        dropout=vision.get("projection_dropout", 0.0),
-        initializer_range=vision.get("initializer_range", 0.02),
-        initializer_factor=vision.get("layer_scale_init_value", 0.1),
-    )
-    llm = {
-        **raw["text_config"],
-        "tie_word_embeddings": raw.get(
-            "tie_word_embeddings", raw["text_config"].get("tie_word_embeddings", True)
-        ),
-    }
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
     reference = {
         "model_type": "internvl_chat",
-        "vision_config": {**tower.__dict__, "model_type": "intern_vit_6b"},
-        "llm_config": llm,
+        "vision_config": {
+            "model_type": "intern_vit_6b",
+            **{name: vision.get(hf_name, default) for name, hf_name, default in _VISION_FIELDS},
+            "image_size": side,
+            "patch_size": patch,
+            "drop_path_rate": 0.0,
+        },
+        "llm_config": {**text, "tie_word_embeddings": tied},
         "downsample_ratio": raw.get("downsample_ratio", 0.5),
         "select_layer": raw.get("vision_feature_layer", -1),
         "ps_version": "v2",

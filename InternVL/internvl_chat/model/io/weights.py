@@ -1,6 +1,6 @@
-"""Weight files on disk as lazy tensors, so that formats convert and merge without holding a model.
+"""Read weight files lazily, and write them in shards: conversions never hold a full model in memory.
 
-A `Weights` maps each parameter's name to a function that reads it. No pickle is ever executed.
+`Weights` maps parameter names to functions that read the tensor. Pickles are loaded with `weights_only`.
 """
 
 import functools
@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.files import file_sha256, write_json
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
@@ -27,10 +28,10 @@ _PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the model's weight files in order of name: safetensors, or else PyTorch's.
+    """Return a folder's weight files, sorted: safetensors, or otherwise PyTorch's.
 
     Raises:
-        ModelError: there are none, or the index names one that is missing.
+        ModelError: there are none, or the index lists a missing file.
     """
     for pattern in _PATTERNS:
         files = sorted(folder.glob(pattern))
@@ -40,18 +41,18 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
 
 
-def _require_complete(folder: Path, found: set[str]) -> None:
-    """Check the shards against the index, where there is one."""
+def _require_complete(folder: Path, names: set[str]) -> None:
+    """Check the shards against the index, if there is one."""
     for index in folder.glob("*.index.json"):
         expected = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if expected & found and expected - found:
+        if expected & names and expected - names:
             raise ModelError(
-                f"{folder}: {index.name} names missing files: {', '.join(sorted(expected - found))}"
+                f"{folder}: {index.name} lists missing files: {', '.join(sorted(expected - names))}"
             )
 
 
 def read_weights(folder: Path) -> Weights:
-    """Open the weight files of a folder; tensors are read when asked for.
+    """Open the weight files of a folder; tensors are read on demand.
 
     Raises:
         ModelError: no weights, a missing shard, or a damaged file.
@@ -70,7 +71,7 @@ def open_weights(file: Path) -> Weights:
     """
     try:
         if file.suffix == ".bin":
-            zipped = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not, and cannot be mapped
+            zipped = zipfile.is_zipfile(file)  # not before PyTorch 1.6, and then it cannot be mapped
             tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
             return {name: partial(tensors.get, name) for name in tensors}
         with safe_open(file, framework="pt") as handle:
@@ -80,37 +81,40 @@ def open_weights(file: Path) -> Weights:
 
 
 def _read_tensor(file: Path, name: str) -> torch.Tensor:
-    """Read one tensor; the file is mapped for as long as the tensor lives, and no longer.
+    """Read one tensor, with a memory mapping of its own.
 
-    One mapping for all tensors would keep in memory whatever was read through it.
+    A mapping shared by all tensors would keep in memory everything read through it.
     """
     with safe_open(file, framework="pt") as handle:
         return handle.get_tensor(name)
 
 
 def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial: bool = False) -> None:
-    """Give a module its weights one by one, each in the dtype of the parameter that it replaces.
+    """Load weights into a module one by one, each converted to the dtype of its parameter.
 
     Args:
-        model: receives the weights.
-        weights: under the module's names.
-        source: named in errors.
-        partial: accept that some of the module's weights are not given.
+        model: module to load the weights into.
+        weights: weights under the module's parameter names.
+        source: where the weights are from, for error messages.
+        partial: whether weights may be missing.
+
+    Raises:
+        ModelError: weights are missing, unexpected or of another shape.
     """
     own = dict(model.state_dict(keep_vars=True))
-    tied = {name for name, p in own.items() if any(p is q for other, q in own.items() if other in weights)}
+    tied = {name for name, p in own.items() if any(p is q for loaded, q in own.items() if loaded in weights)}
     missing = [] if partial else sorted(own.keys() - weights.keys() - tied)
     unexpected = sorted(weights.keys() - own.keys())
-    misshapen = []
+    mismatched = []
     for name in weights.keys() & own.keys():
         tensor, target = weights[name](), own[name]
         if tensor.shape != target.shape:
-            misshapen.append(f"{name} {tuple(tensor.shape)} for {tuple(target.shape)}")
+            mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(target.shape)}")
             continue
-        target.data = tensor.to(target.dtype)  # the parameter itself stays, and with it a tied head
+        target.data = tensor.to(target.dtype)  # keeps the parameter, and so tied weights
     problems = [
         f"{len(names)} {kind} weight(s), e.g. {', '.join(names[:3])}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
         if names
     ]
     if problems:
@@ -118,7 +122,7 @@ def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial:
 
 
 def weights_digest(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of a folder's weight files."""
+    """Return the SHA-256 of the names and contents of a folder's weight files."""
     total = hashlib.sha256()
     for file in weight_files(folder):
         state = file.stat()
@@ -128,18 +132,17 @@ def weights_digest(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _file_digest(file: Path, size: int, modified: int) -> str:
-    """Hash a file, once in the life of a process unless it changes: a large base takes many seconds."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Hash a file; cached by size and time of modification, because a large model takes many seconds."""
+    return file_sha256(file)
 
 
 def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or shards and an index, holding one shard in memory at a time.
+    """Write `model.safetensors`, or shards and an index, with one shard in memory at a time.
 
     Args:
-        weights: the tensors by name.
-        folder: an existing folder.
-        max_shard_bytes: a shard is closed before it would grow beyond this.
+        weights: the weights.
+        folder: an existing folder; its earlier weight files are replaced.
+        max_shard_bytes: maximum size of a shard, unless one tensor is larger.
     """
     earlier = [*folder.glob(_PATTERNS[0]), *folder.glob(_PATTERNS[1]), *folder.glob("*.index.json")]
     shards: list[list[str]] = []
@@ -149,7 +152,7 @@ def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = SHAR
         shards.append(names)
         write_file(shard, folder / _part(len(shards)))
         shard.clear()
-    for file in earlier:  # or a reader would mix them with the new ones
+    for file in earlier:  # a reader would mix them with the new files
         file.unlink()
     if len(shards) == 1:
         (folder / _part(1)).rename(folder / "model.safetensors")
@@ -160,11 +163,11 @@ def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = SHAR
         (folder / _part(number)).rename(folder / final)
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_json(folder / INDEX_FILE, index)
 
 
 def write_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write one safetensors file that others may read (the library makes it private to its owner)."""
+    """Write one safetensors file with default permissions; the library makes it private to its owner."""
     save_file(tensors, file, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
@@ -175,8 +178,8 @@ def _part(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def _shards(weights: Weights, max_bytes: int) -> Iterable[tuple[list[str], dict[str, torch.Tensor]]]:
-    """Yield the tensors in groups of at most `max_bytes` (one tensor may be larger)."""
+def _shards(weights: Weights, max_bytes: int) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
+    """Yield the names and tensors of each shard."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, read in weights.items():

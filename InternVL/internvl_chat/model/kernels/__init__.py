@@ -1,1 +1,1 @@
-"""Optional fast paths; `apply_kernels` is the only entry."""
+"""Optional fast paths, switched on by `apply_kernels`."""

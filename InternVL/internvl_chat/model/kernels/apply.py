@@ -1,6 +1,6 @@
-"""The only entry to the optional fast paths: same parameters, names and results, less time or memory.
+"""Switch on the optional fast paths: the same parameters, names and results in less time or memory.
 
-The model is complete without them, and no module of `model/` outside `kernels/` needs them.
+The model is complete without them.
 """
 
 from typing import Any
@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from internvl_chat.model.kernels.cpu.persistent_buffers import use_persistent_buffers
-from internvl_chat.model.kernels.last_layer import LastLayer
-from internvl_chat.model.kernels.supervised_head import SupervisedHead
+from internvl_chat.model.kernels.supervised_head import LastLayer, SupervisedHead
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
-# Model types with pre-norm decoder layers, RMSNorm, and a linear head without scaling of its logits.
+# Model types with pre-norm decoder layers, RMSNorm, and a linear head whose logits are not scaled.
 _SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -25,15 +24,15 @@ def apply_kernels(
     """Replace modules of the language model by faster ones that share their parameters.
 
     Args:
-        model: with its trained parameters chosen; it may be on another device still.
-        device: on which it will be trained.
+        model: a model whose trainable parameters have been chosen, on any device.
+        device: device on which it will run.
         liger: use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs).
-        persistent_buffers: keep vocabulary-sized buffers from step to step (one process on a CPU).
+        persistent_buffers: keep vocabulary-sized buffers from step to step (a single rank on a CPU).
     """
     llm = model.language_model
     if liger:
         kernels = {"rope": True, "swiglu": True, "rms_norm": True}
-        # The head below computes the losses.
+        # SupervisedHead computes the losses.
         apply_liger_kernel(llm, kernels | {"cross_entropy": False, "fused_linear_cross_entropy": False})
     if llm.config.model_type not in _SUPPORTED:
         return
@@ -47,8 +46,8 @@ def apply_kernels(
 def fuse_norms(module: nn.Module) -> None:
     """Replace transformers' RMSNorms by torch's fused one.
 
-    Autograd saves the input and one number per token instead of two more copies of the input, one in float32:
-    about a fifth of all activations of an 8B model.
+    Autograd then saves the input and one number per token, instead of two more copies of the input, one of
+    them in float32. This saves about a fifth of the activations of an 8B model.
     """
     for parent in list(module.modules()):
         for name, norm in parent.named_children():
@@ -59,9 +58,9 @@ def fuse_norms(module: nn.Module) -> None:
 
 
 def supervise_positions(model: InternVLChatModel) -> None:
-    """Compute the MLP of the last layer, the final norm, the head and the losses at labeled positions only.
+    """Run the last MLP, the final norm, the head and the losses at labeled positions only.
 
-    Heads with a bias or with adapters stay as they are.
+    A head with a bias or an adapter is not replaced.
     """
     llm = model.language_model
     head = llm.get_output_embeddings()
@@ -78,7 +77,7 @@ def supervise_positions(model: InternVLChatModel) -> None:
 def supervised_losses(
     llm: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Return the losses (U,) of targets (U,) that follow positions (U,); see `next_token_losses`."""
+    """Return the same losses as `next_token_losses`, through `LastLayer` and `SupervisedHead`."""
     hidden = llm.get_decoder()(**inputs, output_positions=positions).last_hidden_state[0]
     return llm.get_output_embeddings()(hidden, targets)
 

@@ -1,10 +1,11 @@
-"""The language model's head fused with the cross-entropy, for labeled positions.
+"""The last MLP, the head and the cross-entropy, computed at labeled positions only.
 
-The gradient of a token's loss is known, up to a factor, as soon as its logits are, and overwrites them:
-logits and their gradient are never in memory together. With a frozen head, only a few rows of logits are in
-memory at a time.
+All other positions matter only as keys and values of the last layer's attention. The gradient of a token's
+loss with respect to its logits z is softmax(z) - onehot(y), times the token's weight. The forward pass
+computes it already, without the weight, and overwrites the logits: the two never occupy memory together. If
+the head is frozen, only a few rows of logits are in memory at a time.
 
-Shapes: U labeled positions, C hidden size, V vocabulary.
+Shapes: B rows, T tokens, U labeled positions, C hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -12,15 +13,40 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from internvl_chat.model.loss import losses_in_place
+from internvl_chat.model.kernels.cross_entropy import cross_entropy_in_place
 
 # Rows of logits at a time with a frozen head: enough for an efficient matrix product.
 _ROWS = 256
 
 
+class LastLayer(GradientCheckpointingLayer):
+    """A pre-norm decoder layer whose MLP runs at selected positions.
+
+    Args:
+        layer: the Llama, Mistral, Qwen2 or Qwen3 layer whose modules, and so parameter names, it takes over.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_positions: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C), or (1, T, C) -> (1, U, C) with `output_positions` (U,)."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        if output_positions is not None:
+            hidden_states = hidden_states[:, output_positions]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
 class HeadBuffers:
-    """Allocates the large tensors of a head; here, anew in each call."""
+    """Allocates the large tensors of a head, here anew in each call."""
 
     def take_logits(self, rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return a buffer for logits (rows, V), exclusive until `give_back`."""
@@ -30,15 +56,15 @@ class HeadBuffers:
         """Accept the buffer that `take_logits` returned."""
 
     def weight_gradient(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-        """Return the weight's gradient, (V, U) @ (U, C), or None if it was accumulated already."""
+        """Return the weight's gradient, (V, U) @ (U, C), or None if it is already accumulated."""
         return left @ right
 
 
 class SupervisedHead(nn.Linear):
-    """A linear head without bias that returns losses if targets are given.
+    """A linear head without bias that returns losses if it is given targets.
 
     Attributes:
-        buffers: for the logits and the weight's gradient.
+        buffers: allocates the logits and the weight's gradient.
     """
 
     buffers = HeadBuffers()
@@ -55,25 +81,24 @@ class SupervisedHead(nn.Linear):
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Differentiable once only: the backward pass frees what it needs."""
+    """Head and cross-entropy; differentiable only once, because the backward pass frees the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, buffers: HeadBuffers
     ) -> torch.Tensor:
-        """Return the losses (U,); saves the gradients of their unweighted sum."""
+        """Return the losses (U,); save the gradients of their unweighted sum."""
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        count = len(hidden)
-        rows = max(1, count if needs_weight else min(_ROWS, count))
-        logits = buffers.take_logits(min(rows, count), hidden, weight)
-        losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        rows = max(1, len(hidden) if needs_weight else min(_ROWS, len(hidden)))
+        logits = buffers.take_logits(min(rows, len(hidden)), hidden, weight)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        for start in range(0, count, rows):
-            part = slice(start, min(start + rows, count))
-            scores = torch.mm(hidden[part], weight.t(), out=logits[: part.stop - start])
-            losses[part] = losses_in_place(scores, targets[part], gradient=needs_hidden or needs_weight)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, min(start + rows, len(hidden)))
+            z = torch.mm(hidden[part], weight.t(), out=logits[: part.stop - start])
+            losses[part] = cross_entropy_in_place(z, targets[part], gradient=needs_hidden or needs_weight)
             if hidden_grad is not None:
-                torch.mm(scores, weight, out=hidden_grad[part])
+                torch.mm(z, weight, out=hidden_grad[part])
         if not needs_weight:
             buffers.give_back(logits)
         ctx.buffers, ctx.hidden_grad, ctx.logits_grad = buffers, hidden_grad, logits if needs_weight else None
@@ -85,10 +110,10 @@ class _HeadLosses(torch.autograd.Function):
     def backward(
         ctx: Any, upstream: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        """Scale the saved gradients by the tokens' weights."""
+        """Multiply the saved gradients by the tokens' weights."""
         (hidden,) = ctx.saved_tensors
         if ctx.hidden_grad is None and ctx.logits_grad is None:
-            raise RuntimeError("the losses of a head can be differentiated once only")
+            raise RuntimeError("the losses of a supervised head can be differentiated only once")
         weights = upstream.unsqueeze(1)
         hidden_grad = weight_grad = None
         if ctx.hidden_grad is not None:

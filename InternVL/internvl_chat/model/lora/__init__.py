@@ -1,1 +1,1 @@
-"""LoRA adapters."""
+"""LoRA adapters: injection, layers and names."""

@@ -1,6 +1,6 @@
-"""LoRA adapters in the language model and the vision tower, through peft.
+"""LoRA in the language model and the vision tower, injected by peft.
 
-Adapters are injected in place, so that every other parameter keeps its name but for `base_layer`.
+Adapted layers store their original weights as `base_layer`; all other parameter names stay the same.
 """
 
 from pathlib import Path
@@ -32,27 +32,30 @@ _PHI3_TARGETS = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_
 
 
 def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
-    """Return the linear layers that the reference adapts: all of attention and feed-forward.
+    """Return the linear layers that the reference adapts: those of attention and MLP.
 
     Raises:
-        ModelError: the language model names its layers in a way that is not known here.
+        ModelError: the architecture is unknown.
     """
     names = [name for name, _ in language_model.named_modules()]
     for targets in (_LLAMA_TARGETS, _PHI3_TARGETS):
         if all(any(name.endswith(target) for name in names) for target in targets):
             return targets
     raise ModelError(
-        f"LoRA targets are not known for {type(language_model).__name__}; train the full model instead"
+        f"the LoRA targets of {type(language_model).__name__} are unknown; train the full model instead"
     )
 
 
 def add_lora(
     model: InternVLChatModel, *, llm_rank: int = 0, vision_rank: int = 0, dropout: float = 0.05
 ) -> None:
-    """Wrap the linear layers of one or both towers; alpha is always twice the rank, as in the reference.
+    """Inject float32 adapters with alpha = 2 * rank, as in the reference; set the ranks in the configuration.
 
-    Adapter weights are float32 whatever the model's dtype. The ranks are noted in the configuration.
-    A tower whose rank is 0 is left alone.
+    Args:
+        model: the model.
+        llm_rank: rank in the language model; 0 for no adapters.
+        vision_rank: rank in the vision tower; 0 for no adapters.
+        dropout: dropout probability of the adapters' input.
     """
     towers = (
         (model.language_model, llm_rank, llm_targets),
@@ -66,25 +69,24 @@ def add_lora(
 
 
 def _lora_config(rank: int, targets: tuple[str, ...], dropout: float) -> LoraConfig:
-    """Return peft's configuration of one tower."""
+    """Return the peft configuration of one tower."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(targets))
     config._register_custom_module({nn.Linear: LoraLinear})
     return config
 
 
 def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list[str]) -> LoraConfig:
-    """Return one peft configuration that describes the adapters of both towers.
+    """Return one peft configuration for the adapters of both towers.
 
     Args:
         model: a model with adapters.
-        base: path or hub id of the model that they belong to.
-        modules_to_save: modules that were trained whole, and are stored beside the adapters.
+        base: path or hub id of the base model.
+        modules_to_save: modules that are stored in full with the adapters.
     """
     llm_rank, vision_rank = model.config.use_llm_lora, model.config.use_backbone_lora
-    targets = list(llm_targets(model.language_model)) if llm_rank else []
-    config = _lora_config(llm_rank or vision_rank, tuple(targets), lora_dropout(model))
-    if vision_rank:
-        config.target_modules = targets + list(VISION_TARGETS)
+    targets = llm_targets(model.language_model) if llm_rank else ()
+    targets += VISION_TARGETS if vision_rank else ()
+    config = _lora_config(llm_rank or vision_rank, targets, lora_dropout(model))
     if llm_rank and vision_rank not in (0, llm_rank):
         config.rank_pattern = dict.fromkeys(VISION_TARGETS, vision_rank)
         config.alpha_pattern = dict.fromkeys(VISION_TARGETS, 2 * vision_rank)
@@ -95,7 +97,7 @@ def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list
 
 
 def ranks_of(config: LoraConfig) -> tuple[int, int]:
-    """Return the ranks (language model, vision tower) of a peft configuration of `adapter_config`."""
+    """Return the ranks of language model and vision tower in a configuration by `adapter_config`."""
     targets = set(config.target_modules)
     vision = targets.issuperset(VISION_TARGETS)
     llm = bool(targets - set(VISION_TARGETS))
@@ -104,18 +106,18 @@ def ranks_of(config: LoraConfig) -> tuple[int, int]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return the adapted layers by name."""
+    """Return the layers with adapters by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def lora_dropout(model: nn.Module) -> float:
-    """Return the dropout of the model's adapters."""
+    """Return the dropout probability of the model's adapters."""
     layer = next(iter(lora_layers(model).values()))
     return getattr(layer.lora_dropout[ADAPTER_NAME], "p", 0.0)
 
 
 def adapter_key(name: str) -> str:
-    """Return peft's name on disk of a parameter of the model.
+    """Return the key of a parameter in peft's weight file.
 
     >>> adapter_key("language_model.model.layers.0.mlp.up_proj.lora_A.default.weight")
     'base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight'
@@ -124,7 +126,7 @@ def adapter_key(name: str) -> str:
 
 
 def parameter_name(key: str) -> str:
-    """Return the model's name of a parameter from peft's name on disk; the inverse of `adapter_key`."""
+    """Return the parameter name of a key in peft's weight file; the inverse of `adapter_key`."""
     name = key.removeprefix("base_model.model.")
     for part in (".lora_A.", ".lora_B."):
         name = name.replace(part, f"{part}{ADAPTER_NAME}.")
@@ -132,7 +134,7 @@ def parameter_name(key: str) -> str:
 
 
 def unwrapped_name(name: str) -> str:
-    """Return our name of a parameter of the reference's LoRA-wrapped checkpoint.
+    """Return the parameter name of a weight in the reference's LoRA-wrapped checkpoint.
 
     >>> unwrapped_name("language_model.base_model.model.lm_head.weight")
     'language_model.lm_head.weight'
@@ -146,9 +148,9 @@ def unwrapped_name(name: str) -> str:
 def merged_weight(
     weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float = 2.0
 ) -> torch.Tensor:
-    """Return W + s * B A, computed in float32, in W's dtype; (O, I), (R, I), (O, R) -> (O, I).
+    """Return W + s B A, computed in float32 and rounded to W's dtype; (O, I), (R, I), (O, R) -> (O, I).
 
-    The scaling alpha / rank is 2 in this project and in the reference.
+    The scaling s = alpha / rank is 2 in this project and in the reference.
     """
     delta = scaling * (lora_b.float() @ lora_a.float())
     return (weight.float() + delta).to(weight.dtype)
@@ -158,7 +160,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        ModelError: it is no LoRA configuration of this project's kind.
+        ModelError: it does not describe plain LoRA with alpha = 2 * rank.
     """
     file = folder / "adapter_config.json"
     try:
@@ -166,8 +168,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise ModelError(f"{file}: not a LoRA configuration: {error}") from None
     targets = config.target_modules
-    scalings = {config.lora_alpha / config.r}
-    scalings |= {config.alpha_pattern.get(key, 2 * rank) / rank for key, rank in config.rank_pattern.items()}
+    scalings = {config.lora_alpha / config.r} | {
+        config.alpha_pattern.get(key, 2 * rank) / rank for key, rank in config.rank_pattern.items()
+    }
     if not isinstance(targets, set | list) or scalings != {2.0} or config.use_rslora or config.use_dora:
         raise ModelError(
             f"{file}: expected plain LoRA, a list of target modules, alpha = 2 * rank; found {targets!r}, "

@@ -11,7 +11,7 @@ from internvl_chat.data.encode.tokenizer import load_tokenizer
 from internvl_chat.data.encode.tokenizer_training import save_tokenizer
 from internvl_chat.model.io.adapter import BaseModel, find_base, save_adapter
 from internvl_chat.model.io.checkpoint import save_model
-from internvl_chat.model.io.folders import is_adapter, read_companions, write_files
+from internvl_chat.model.io.folders import is_adapter, read_auxiliary_files, write_files
 from internvl_chat.model.io.weights import weights_digest
 from internvl_chat.model.lora.injection import lora_layers
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
@@ -58,7 +58,7 @@ def checkpoint_writer(
     """Return the writer of the run's checkpoints; hashes the base of adapters on rank 0."""
     base = _base_of(plan) if lora_layers(model) and plan.config.run.is_main else None
     _, added = load_tokenizer(plan.source)
-    auxiliary = read_companions(plan.source)
+    auxiliary = read_auxiliary_files(plan.source)
     return CheckpointWriter(model, tokenizer, preprocessing, auxiliary, base, keep_tokenizer=added == 0)
 
 

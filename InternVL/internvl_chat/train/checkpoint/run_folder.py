@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from internvl_chat.model.io.card import CARD, CARD_MARK
+from filelock import FileLock
+
+from internvl_chat.convert.model_card import CARD, CARD_MARK
 from internvl_chat.train.checkpoint.manifest import find_damage
 from internvl_chat.utils.errors import UsageError
-from internvl_chat.utils.folder_lock import LOCK, lock_folder, unlock_folder
+from internvl_chat.utils.folder_lock import LOCK, lock_folder
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -57,7 +58,7 @@ class OutputFolder:
     overwrite: bool
     found: tuple[str, ...] = ()
 
-    def open(self) -> IO[str]:
+    def open(self) -> FileLock:
         """Make the folder, take its lock, and delete what must not stay; returns the lock to keep.
 
         Raises:
@@ -70,7 +71,7 @@ class OutputFolder:
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be written to: {error.strerror}") from None
         if _results(self.path) != self.found:
-            unlock_folder(lock)
+            lock.release()
             raise UsageError(
                 f"{self.path}: another run has written to this folder while this one was starting; start the "
                 "same command again to resume from what is there now"

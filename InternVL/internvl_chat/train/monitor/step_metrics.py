@@ -9,7 +9,7 @@ from torch import Tensor
 
 from internvl_chat.data.batching.collator import Pack
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.data.sources.skip_policy import Skipped
+from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.utils.distributed import all_reduce_sum
 
 
@@ -84,7 +84,7 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     sums: StepSums
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedRecord, ...] = ()
     skipped_because: str | None = None
 
 

@@ -6,7 +6,7 @@ All sizes are in bytes. Memory decides neither `--weight_precision` nor anything
 import dataclasses
 import itertools
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
+from internvl_chat.model.memory import PackSize, measure_activations, parallel_memory
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.optim.adamw import (
@@ -26,7 +27,6 @@ from internvl_chat.train.optim.adamw import (
     scratch_bytes,
 )
 from internvl_chat.train.optim.factory import uses_compiled_step
-from internvl_chat.train.preflight.activations import PackSize, measure_activations
 from internvl_chat.utils.distributed import all_gather_object
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.hardware import available_host_memory
@@ -36,8 +36,6 @@ logger = get_logger(__name__)
 
 # Share of a GPU's free memory that a plan may use; the allocator rounds up and fragments.
 _USABLE = 0.95
-# Parameters that ZeRO-3 gathers, with DeepSpeed's defaults.
-_ZERO3_GATHERED = {"max_live_parameters": 1e9, "prefetch_bucket_size": 5e7}
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class _Planner:
         compiled = uses_compiled_step(self.precision, run.device)
         # Not when they are needed: sharding changes the parameters.
         keys = itertools.product(("single", "ddp", "fsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True))
-        self.layouts = {key: layout_memory(model, run, *key, compiled=compiled) for key in keys}
+        self.layouts = {key: layout_memory(model, run, *key, compiled) for key in keys}
 
     def plan(self, parallel: str, **changed: Any) -> MemoryPlan:
         """Return the plan with the fewest checkpointed layers that fits, or with the most.
@@ -196,62 +194,22 @@ def layout_memory(
     parallel: str,
     precision: str,
     several_packs: bool,
-    *,
     compiled: bool,
 ) -> dict[str, int]:
-    """Return the memory of weights, gradients, optimizer and communication by component.
-
-    `several_packs`: gradients of several packs are accumulated; `compiled`: the optimizer step is.
-    """
-    trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], run.world_size, 0
-    weights, gradients = _size(model.parameters()), _size(trained)
-    state = sum(p.numel() * bytes_per_parameter(precision, p.dtype) for p in trained) - 2 * gradients
+    """Return the memory of a layout by component, with the optimizer of the run; see `parallel_memory`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
     scratch = scratch_bytes(precision, trained, "cuda" if run.device.type == "cuda" else "cpu", compiled)
-    if parallel == "ddp":
-        # Gradients are views of DDP's buckets. One at a time is copied there, but packs before the last one
-        # accumulate theirs outside of the buckets.
-        buffers = gradients if several_packs else max(p.nbytes for p in trained)
-    elif parallel == "fsdp":
-        layers = model.blocks
-        inside = {p for layer in layers for p in layer.parameters()}
-        root = [p for p in model.parameters() if p not in inside]
-        # The root is unsharded for a whole pass, and gradients until they are reduced: after each layer, but
-        # only in the last pack. Buffers hold up to three layers: gathered, being gathered, being reduced.
-        unreduced = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
-        reduced = gradients // ranks + _size(p for p in root if p.requires_grad)
-        gradients = unreduced + (gradients if several_packs else reduced)
-        weights, state = weights // ranks + _size(root), state // ranks
-        buffers = 3 * max(_size(layer.parameters()) for layer in layers)
-    elif parallel == "deepspeed":
-        zero = (run.deepspeed or {}).get("zero_optimization", {})
-        stage, numel = int(zero.get("stage", 0)), sum(p.numel() for p in trained)
-
-        def shard(size: int, first_stage: int) -> int:
-            return size // (ranks if stage >= first_stage else 1)
-
-        def elements(name: str, default: float) -> int:
-            value = zero.get(name, default)
-            return model.config.hidden_size**2 if value == "auto" else int(float(value))
-
-        weights, gradients = shard(weights, 3), shard(gradients, 2)
-        # DeepSpeed has float32 masters and moments, and converts the gradients to float32 in a step.
-        state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
-        buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
-        buffers = buckets * min(elements("reduce_bucket_size", 5e8), numel)
-        if stage == 3:
-            gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
-            buffers += min(gathered, sum(p.numel() for p in model.parameters()))
-        buffers *= trained[0].element_size()
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-            state = scratch = 0
-        if zero.get("offload_param", {}).get("device", "none") != "none":
-            weights = 0
-    names = ("weights", "gradients", "optimizer state", "optimizer scratch", "communication buffers")
-    return dict(zip(names, (weights, gradients, state, scratch, buffers), strict=True))
-
-
-def _size(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(p.nbytes for p in parameters)
+    zero = (run.deepspeed or {}).get("zero_optimization", {})
+    return parallel_memory(
+        model,
+        parallel,
+        run.world_size,
+        optimizer_state=state,
+        optimizer_scratch=scratch,
+        several_packs=several_packs,
+        zero=zero,
+    )
 
 
 def available_memory(device: torch.device, local_ranks: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""The audit: every fault by name, the right numbers, duplicates, and a report that holds them all."""
+"""Tests of the audit: problems, lengths, duplicates, the report and the cache."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from internvl_chat.data.audit.report import (
     PAGE,
     PROBLEMS,
     group_by_kind,
-    set_figures,
     set_rows,
+    set_statistics,
     write_report,
 )
-from internvl_chat.data.encode.encoder import TileCounter
+from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
-from internvl_chat.data.index import build as lengths_module
+from internvl_chat.data.index import build as build_module
 from internvl_chat.data.index.build import index_records
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources import images as images_module
@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def check(folder):
-    """Write sets and audit them; `by` encodes."""
+    """Write datasets and audit them with the encoder `by`."""
 
     def check(sets: dict[str, list], *, by=None, decode=False, **entries):
         specs = []
@@ -51,40 +51,43 @@ def check(folder):
     return check
 
 
-def kinds(found) -> list[tuple[str, str, int | None]]:
-    return [(problem.dataset, problem.kind, problem.line) for problem in found.problems]
+def kinds(result) -> list[tuple[str, str, int | None]]:
+    return [(problem.dataset, problem.kind, problem.line) for problem in result.problems]
 
 
 class TestFindings:
-    def test_all_good(self, check):
-        found = check({"a": [text_record(0), image_record(1, "wide.png")], "b": [text_record(2)]})
-        assert found.problems == []
-        assert [(one.records, one.used, one.usable) for one in found.sets] == [(2, 2, 2), (1, 1, 1)]
-        records = found.opened[0]
+    def test_no_problems(self, check):
+        result = check({"a": [text_record(0), image_record(1, "wide.png")], "b": [text_record(2)]})
+        assert result.problems == []
+        assert [(findings.records, findings.used, findings.usable) for findings in result.sets] == [
+            (2, 2, 2),
+            (1, 1, 1),
+        ]
+        records = result.opened[0]
         for i in range(2):
-            assert found.sets[0].lengths[i] == records.encode(i)[1].measured
+            assert result.sets[0].lengths[i] == records.encode(i)[1].lengths
 
-    def test_every_fault_with_its_line(self, check):
+    def test_each_problem_has_its_line(self, check):
         bad = [text_record(0), {"id": "x"}, image_record(2, "no.png"), b"{", text_record(4, answer="")]
-        found = check({"a": bad, "b": [text_record(1)]})
-        assert kinds(found) == [
+        result = check({"a": bad, "b": [text_record(1)]})
+        assert kinds(result) == [
             ("a", "structure", 2), ("a", "image missing", 3), ("a", "json", 4), ("a", "empty answer", 5)
         ]  # fmt: skip
-        assert [one.usable for one in found.sets] == [1, 1]
-        assert len(found.sets[0].lengths) == 1
+        assert [findings.usable for findings in result.sets] == [1, 1]
+        assert len(result.sets[0].lengths) == 1
 
-    def test_only_what_is_used_is_looked_at(self, check):
-        found = check({"a": [text_record(0), text_record(1), b"{", b"{"]}, a={"repeat_time": 0.5})
-        assert found.problems == []
-        assert (found.sets[0].records, found.sets[0].used) == (4, 2)
+    def test_only_used_records_are_checked(self, check):
+        result = check({"a": [text_record(0), text_record(1), b"{", b"{"]}, a={"repeat_time": 0.5})
+        assert result.problems == []
+        assert (result.sets[0].records, result.sets[0].used) == (4, 2)
 
-    def test_a_cut_file_is_found_without_decoding_the_others(self, check):
-        found = check({"a": [image_record(0, "wide.png"), image_record(1, "cut.jpg")]})
-        assert kinds(found) == [("a", "image unreadable", 2)]
-        assert "image file is truncated" in found.problems[0].message
-        assert (found.decoded, found.sets[0].usable) == (False, 1)
+    def test_truncated_image_is_found_without_full_decoding(self, check):
+        result = check({"a": [image_record(0, "wide.png"), image_record(1, "cut.jpg")]})
+        assert kinds(result) == [("a", "image unreadable", 2)]
+        assert "image file is truncated" in result.problems[0].message
+        assert (result.decoded, result.sets[0].usable) == (False, 1)
 
-    def test_decoding_finds_what_header_and_end_hide(self, check, folder):
+    def test_decoding_finds_damage_inside_an_image(self, check, folder):
         break_inside(folder / "images/wide.png")
         sets = {"a": [text_record(0), image_record(1, "wide.png")]}
         assert check(sets).problems == []
@@ -92,7 +95,7 @@ class TestFindings:
         assert kinds(full) == [("a", "image unreadable", 2)]
         assert (full.decoded, full.sets[0].usable) == (True, 1)
 
-    def test_what_full_has_found_is_found_by_fast(self, check, folder):
+    def test_problems_found_by_decoding_are_cached(self, check, folder):
         break_inside(folder / "images/wide.png")
         sets = {"a": [image_record(0, "wide.png"), text_record(1)]}
         check(sets, decode=True)
@@ -100,54 +103,54 @@ class TestFindings:
         noise(10, 40).save(folder / "images/wide.png")
         assert check(sets).problems == []
 
-    def test_a_file_that_is_none(self, check, folder):
+    def test_unreadable_annotation_files(self, check, folder):
         files = {"gone": folder / "gone.jsonl", "empty": write_lines(folder / "empty.jsonl", [])}
         files["array"] = write_lines(folder / "array.json", [b'[{"a": 1},', b'{"b": }]'])
         files["good"] = write_lines(folder / "good.jsonl", [text_record(0)])
         specs = [DatasetSpec(name, folder, file) for name, file in files.items()]
-        found = audit(specs, encoder(), cache=folder / "cache")
-        assert kinds(found) == [("gone", "file", None), ("empty", "file", None), ("array", "json", 2)]
-        assert [one.usable for one in found.sets] == [0, 0, 0, 1]
-        assert [s.spec.name for s in found.opened] == ["good"]
+        result = audit(specs, encoder(), cache=folder / "cache")
+        assert kinds(result) == [("gone", "file", None), ("empty", "file", None), ("array", "json", 2)]
+        assert [findings.usable for findings in result.sets] == [0, 0, 0, 1]
+        assert [s.spec.name for s in result.opened] == ["good"]
 
     def test_length(self, check):
-        found = check({"a": [text_record(0)]}, a={"length": 3})
-        [problem] = found.problems
+        result = check({"a": [text_record(0)]}, a={"length": 3})
+        [problem] = result.problems
         assert (problem.kind, problem.line) == ("length", None)
         assert problem.message == "'length' is 3 in the meta file, but there are 1 records"
 
-    def test_what_is_given_up_for_the_limit(self, check):
+    def test_fewer_tiles_and_truncated_text(self, check):
         by = encoder(max_seq_length=200, truncate_text=True)
         records = [image_record(0, "wide.png"), text_record(1, answer="a cat " * 100), text_record(2)]
-        found = check({"a": records}, by=by)
-        [tiles, text] = found.problems
+        result = check({"a": records}, by=by)
+        [tiles, text] = result.problems
         assert (tiles.kind, tiles.line) == ("fewer tiles", 1)
         assert re.fullmatch(r"\d tiles instead of 5", tiles.message)
-        assert (text.kind, text.line) == ("text cut", 2)
-        assert not any(problem.is_error for problem in found.problems)
+        assert (text.kind, text.line) == ("text truncated", 2)
+        assert not any(problem.is_error for problem in result.problems)
 
     def test_without_a_tokenizer(self, check):
-        by = TileCounter(Preprocessing(tile_size=16, max_dynamic_patch=4))
+        by = RecordEncoder(None, Preprocessing(tile_size=16, max_dynamic_patch=4))
         sets = {"a": [image_record(0, "wide.png"), text_record(1), image_record(2, "no.png"), b"{"]}
-        found = check(sets, by=by)
-        assert kinds(found) == [("a", "image missing", 3), ("a", "json", 4)]
-        assert found.max_seq_length is None
-        assert found.sets[0].lengths.tiles.tolist() == [5, 0]
-        assert set_figures(found.sets[0], with_tokens=False)["tokens"] is None
+        result = check(sets, by=by)
+        assert kinds(result) == [("a", "image missing", 3), ("a", "json", 4)]
+        assert result.max_seq_length is None
+        assert result.sets[0].lengths.tiles.tolist() == [5, 0]
+        assert set_statistics(result.sets[0], with_tokens=False)["tokens"] is None
         limited = check({"b": [image_record(0, "wide.png")]}, by=by, b={"max_dynamic_patch": 2})
         assert limited.sets[0].lengths.tiles.tolist() == [3]
 
-    def test_by_several_processes(self, check, monkeypatch, folder):
-        monkeypatch.setattr(lengths_module, "_CHUNK", 3)
+    def test_several_workers(self, check, monkeypatch, folder):
+        monkeypatch.setattr(build_module, "_CHUNK", 3)
         records = [image_record(i, "wide.png") if i % 3 else text_record(i) for i in range(12)]
         records[4] = records[9] = image_record(4, "cut.jpg")
         specs = [DatasetSpec("a", folder / "images", write_lines(folder / "a.jsonl", records))]
-        alone = audit(specs, encoder(), decode=True, workers=1, cache=folder / "one")
-        together = audit(specs, encoder(), decode=True, workers=2, cache=folder / "two")
-        assert alone.problems == together.problems
-        assert kinds(alone) == [("a", "image unreadable", 5), ("a", "image unreadable", 10)]
-        for name, column in alone.sets[0].lengths.columns.items():
-            assert np.array_equal(column, together.sets[0].lengths.columns[name])
+        serial = audit(specs, encoder(), decode=True, workers=1, cache=folder / "one")
+        parallel = audit(specs, encoder(), decode=True, workers=2, cache=folder / "two")
+        assert serial.problems == parallel.problems
+        assert kinds(serial) == [("a", "image unreadable", 5), ("a", "image unreadable", 10)]
+        for name, column in serial.sets[0].lengths.columns.items():
+            assert np.array_equal(column, parallel.sets[0].lengths.columns[name])
 
 
 class TestDuplicates:
@@ -159,32 +162,32 @@ class TestDuplicates:
     def test_none(self, folder):
         assert self.find(folder, [text_record(0), text_record(1)], [text_record(2)]) == []
 
-    def test_ids_within_a_set(self, folder):
+    def test_duplicate_ids_within_a_dataset(self, folder):
         a = [text_record(0), text_record(1, id="r0"), text_record(2, id=None), text_record(3, id=None)]
         assert self.find(folder, a, [text_record(5, id="r0")]) == [
-            ("s0", 2, "duplicate id", "the same id as line 1")
+            ("s0", 2, "duplicate id", "same id as line 1")
         ]
 
-    def test_records_between_sets(self, folder):
+    def test_duplicate_records_across_datasets(self, folder):
         a, b = [text_record(0), text_record(1)], [text_record(7, id="other"), text_record(1, id="again")]
         assert self.find(folder, a, b) == [
-            ("s1", 2, "duplicate record", "the same conversation and images as line 2 of data set s0")
+            ("s1", 2, "duplicate record", "same conversation and images as line 2 of dataset s0")
         ]
 
-    def test_records_within_a_set(self, folder):
+    def test_duplicate_records_within_a_dataset(self, folder):
         a = [text_record(0, id=str(i)) for i in range(3)]
         assert self.find(folder, a) == [
-            ("s0", line, "duplicate record", "the same conversation and images as line 1") for line in (2, 3)
+            ("s0", line, "duplicate record", "same conversation and images as line 1") for line in (2, 3)
         ]
 
-    def test_other_images_are_other_records(self, folder):
+    def test_records_with_different_images_differ(self, folder):
         noise(10, 40).save(folder / "images/tall.png")
         assert self.find(folder, [image_record(0, "wide.png"), image_record(0, "tall.png", id="b")]) == []
 
-    def test_records_that_cannot_be_used_are_none(self, folder):
+    def test_unusable_records_are_not_duplicates(self, folder):
         assert self.find(folder, [image_record(0, "no.png"), image_record(0, "no.png", id="b")]) == []
 
-    def test_against_a_plain_search(self, folder):
+    def test_against_brute_force(self, folder):
         rng = np.random.default_rng(0)
         sets = [
             [text_record(int(n), id=f"{rng.integers(6)}") for n in rng.integers(8, size=12)] for _ in range(3)
@@ -194,14 +197,14 @@ class TestDuplicates:
             ids, of_ids, of_records = {}, [], []
             for line, record in enumerate(records, 1):
                 if record["id"] in ids:
-                    of_ids.append((f"s{i}", line, "duplicate id", f"the same id as line {ids[record['id']]}"))
+                    of_ids.append((f"s{i}", line, "duplicate id", f"same id as line {ids[record['id']]}"))
                 ids.setdefault(record["id"], line)
                 key = json.dumps(record["conversations"])
                 if key in seen:
                     j, first = seen[key]
-                    place = f"line {first}" + (f" of data set s{j}" if j != i else "")
+                    location = f"line {first}" + (f" of dataset s{j}" if j != i else "")
                     of_records.append(
-                        (f"s{i}", line, "duplicate record", f"the same conversation and images as {place}")
+                        (f"s{i}", line, "duplicate record", f"same conversation and images as {location}")
                     )
                 seen.setdefault(key, (i, line))
             expected += of_ids + of_records
@@ -210,8 +213,8 @@ class TestDuplicates:
 
 class TestReport:
     def test_problems(self, check, folder):
-        found = check({"a": [text_record(0), text_record(0), {"id": "x"}], "b": [b"\xff", text_record(1)]})
-        write_report(folder / "report", found)
+        result = check({"a": [text_record(0), text_record(0), {"id": "x"}], "b": [b"\xff", text_record(1)]})
+        write_report(folder / "report", result)
         rows = [json.loads(line) for line in (folder / "report" / PROBLEMS).read_text().splitlines()]
         assert [(r["dataset"], r["line"], r["id"], r["kind"], r["severity"]) for r in rows] == [
             ("a", 3, "x", "structure", "error"),
@@ -222,10 +225,10 @@ class TestReport:
         assert {r["file"] for r in rows} == {str(folder / "a.jsonl"), str(folder / "b.jsonl")}
         assert all(set(r) == {"file", "line", "dataset", "id", "kind", "severity", "message"} for r in rows)
 
-    def test_page_is_one_file_and_hostile_text_stays_text(self, check, folder):
+    def test_page_is_self_contained_and_escapes_html(self, check, folder):
         nasty = "<script>alert(1)</script>"
-        found = check({nasty.replace("/", "-"): [{"id": nasty}, text_record(0)]})
-        page = write_report(folder / "report", found)
+        result = check({nasty.replace("/", "-"): [{"id": nasty}, text_record(0)]})
+        page = write_report(folder / "report", result)
         text = page.read_text(encoding="utf-8")
         assert page.name == PAGE
         assert "<script" not in text
@@ -233,41 +236,41 @@ class TestReport:
         assert not re.search(r"(src|href)=['\"](?!data:)", text)
         assert "1 of 2 records can be used; 1 errors, 0 warnings, 0 leaks." in text
 
-    @pytest.mark.parametrize("by", [None, TileCounter(Preprocessing())])
-    def test_of_nothing_usable(self, check, folder, by):
-        found = check({"a": [b"{"]}, by=by)
-        assert write_report(folder / "report", found).is_file()
+    @pytest.mark.parametrize("by", [None, RecordEncoder(None, Preprocessing())])
+    def test_without_usable_records(self, check, folder, by):
+        result = check({"a": [b"{"]}, by=by)
+        assert write_report(folder / "report", result).is_file()
 
-    def test_figures(self, check):
+    def test_statistics(self, check):
         answers = ["a" + " cat" * n for n in range(101)]
-        found = check({"a": [text_record(0, answer=answer, id=answer) for answer in answers]})
-        figures = set_figures(found.sets[0], with_tokens=True)
-        tokens = sorted(found.sets[0].lengths.tokens.tolist())
-        assert [figures[f"tokens_{name}"] for name in ("5", "50", "95", "most")] == [
+        result = check({"a": [text_record(0, answer=answer, id=answer) for answer in answers]})
+        statistics = set_statistics(result.sets[0], with_tokens=True)
+        tokens = sorted(result.sets[0].lengths.tokens.tolist())
+        assert [statistics[f"tokens_{name}"] for name in ("5", "50", "95", "most")] == [
             tokens[5], tokens[50], tokens[95], tokens[100]
         ]  # fmt: skip
-        assert figures["tokens"] == sum(tokens)
-        assert figures["supervised"] == sum(found.sets[0].lengths.supervised.tolist())
-        assert set_rows(found)[0][:4] == ("a", "101", "101", "0")
+        assert statistics["tokens"] == sum(tokens)
+        assert statistics["supervised"] == sum(result.sets[0].lengths.supervised.tolist())
+        assert set_rows(result)[0][:4] == ("a", "101", "101", "0")
 
-    def test_kinds_are_listed_errors_first(self, check):
-        found = check({"a": [text_record(0), text_record(0), b"{"]})
-        assert list(group_by_kind(found.problems)) == ["json", "duplicate id", "duplicate record"]
+    def test_errors_are_listed_first(self, check):
+        result = check({"a": [text_record(0), text_record(0), b"{"]})
+        assert list(group_by_kind(result.problems)) == ["json", "duplicate id", "duplicate record"]
 
 
 class TestCache:
     @pytest.fixture
     def examined(self, monkeypatch):
-        indices, examine = [], RecordSet.examine
+        indices, examine = [], RecordSet.check
 
         def counted(self, index, *, decode=False):
             indices.append((index, decode))
             return examine(self, index, decode=decode)
 
-        monkeypatch.setattr(RecordSet, "examine", counted)
+        monkeypatch.setattr(RecordSet, "check", counted)
         return indices
 
-    def test_a_second_check_looks_at_problems_alone(self, check, examined):
+    def test_second_audit_examines_only_records_with_problems(self, check, examined):
         sets = {"a": [text_record(0), text_record(0), {"id": "x"}, text_record(3)]}
         first = check(sets)
         examined.clear()
@@ -276,7 +279,7 @@ class TestCache:
         assert second.problems == first.problems
         assert second.sets[0].lengths.tokens.tolist() == first.sets[0].lengths.tokens.tolist()
 
-    def test_fast_does_not_stand_for_full(self, check, examined):
+    def test_fast_results_are_not_reused_for_decoding(self, check, examined):
         sets = {"a": [image_record(0, "wide.png")]}
         check(sets)
         check(sets, decode=True)
@@ -285,25 +288,25 @@ class TestCache:
         check(sets, decode=True)
         assert len(examined) == 2
 
-    def test_problems_are_looked_at_as_thoroughly_as_before(self, check, examined):
+    def test_problems_are_examined_as_thoroughly_as_before(self, check, examined):
         sets = {"a": [image_record(0, "cut.jpg")]}
         check(sets, decode=True)
         check(sets)
         assert examined == [(0, True), (0, True)]
 
-    def test_truncation_is_another_outcome(self, check):
+    def test_truncation_is_cached_separately(self, check):
         sets = {"a": [text_record(0, answer="a cat " * 300)]}
         assert kinds(check(sets)) == [("a", "too long", 1)]
-        assert kinds(check(sets, by=encoder(truncate_text=True))) == [("a", "text cut", 1)]
+        assert kinds(check(sets, by=encoder(truncate_text=True))) == [("a", "text truncated", 1)]
         assert kinds(check(sets)) == [("a", "too long", 1)]
 
 
-# The first shows nothing, each other two of six images, and each image is shown by two.
-SHOWING = {"a": [text_record(9), *(image_record(i, f"{i}.png", f"{(i + 1) % 6}.png") for i in range(6))]}
+# Record 0 has no image; each of the others has two of six images, and each image is in two records.
+WITH_IMAGES = {"a": [text_record(9), *(image_record(i, f"{i}.png", f"{(i + 1) % 6}.png") for i in range(6))]}
 
 
-class TestImagesThatChange:
-    """What is kept of a record holds as long as its images are the files that were looked at."""
+class TestChangedImages:
+    """Cached results of a record are valid until one of its images changes."""
 
     @pytest.fixture(autouse=True)
     def _images(self, folder):
@@ -312,81 +315,81 @@ class TestImagesThatChange:
 
     @pytest.fixture
     def examined(self, monkeypatch):
-        indices, examine = [], RecordSet.examine
+        indices, examine = [], RecordSet.check
         monkeypatch.setattr(
             RecordSet,
-            "examine",
+            "check",
             lambda self, i, **options: (indices.append(i), examine(self, i, **options))[1],
         )
         return indices
 
     @pytest.mark.parametrize("decode", [False, True])
-    def test_only_the_records_that_show_them_are_looked_at(self, check, folder, examined, decode):
-        assert check(SHOWING, decode=decode).problems == []
+    def test_only_records_with_changed_images_are_examined(self, check, folder, examined, decode):
+        assert check(WITH_IMAGES, decode=decode).problems == []
         (folder / "images/2.png").unlink()
         cut = folder / "images/5.png"
         cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
         examined.clear()
-        found = check(SHOWING, decode=decode)
-        assert kinds(found) == [("a", "image missing", 3), ("a", "image missing", 4),
+        result = check(WITH_IMAGES, decode=decode)
+        assert kinds(result) == [("a", "image missing", 3), ("a", "image missing", 4),
                                 ("a", "image unreadable", 6), ("a", "image unreadable", 7)]  # fmt: skip
         assert examined == [2, 3, 5, 6]
-        assert found.sets[0].usable == 3
+        assert result.sets[0].usable == 3
 
-    def test_they_are_found_again(self, check, folder, examined):
-        check(SHOWING)
+    def test_restored_image(self, check, folder, examined):
+        check(WITH_IMAGES)
         content = (folder / "images/2.png").read_bytes()
         (folder / "images/2.png").unlink()
-        assert check(SHOWING).sets[0].usable == 5
+        assert check(WITH_IMAGES).sets[0].usable == 5
         (folder / "images/2.png").write_bytes(content)
-        assert check(SHOWING).problems == []
+        assert check(WITH_IMAGES).problems == []
         examined.clear()
-        assert check(SHOWING).problems == []
+        assert check(WITH_IMAGES).problems == []
         assert examined == []
 
-    def test_one_that_was_replaced_is_measured_anew(self, check, folder, examined):
-        before = check(SHOWING).sets[0].lengths
+    def test_replaced_image_is_measured_again(self, check, folder, examined):
+        before = check(WITH_IMAGES).sets[0].lengths
         noise(16, 16).save(folder / "images/0.png")
         examined.clear()
-        found = check(SHOWING)
+        result = check(WITH_IMAGES)
         assert examined == [1, 6]
-        records = found.opened[0]
+        records = result.opened[0]
         for i in range(7):
-            assert found.sets[0].lengths[i] == records.encode(i)[1].measured
-        assert found.sets[0].lengths.tiles.tolist() != before.tiles.tolist()
+            assert result.sets[0].lengths[i] == records.encode(i)[1].lengths
+        assert result.sets[0].lengths.tiles.tolist() != before.tiles.tolist()
         examined.clear()
-        check(SHOWING)
+        check(WITH_IMAGES)
         assert examined == []
 
-    def test_the_time_alone_is_a_change(self, check, folder, examined):
-        """Damage may leave the size as it is."""
-        check(SHOWING, decode=True)
+    def test_new_modification_time_is_a_change(self, check, folder, examined):
+        """Damage may leave the file size unchanged."""
+        check(WITH_IMAGES, decode=True)
         break_inside(folder / "images/4.png")
         status = (folder / "images/4.png").stat()
         os.utime(folder / "images/4.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-        assert kinds(check(SHOWING, decode=True)) == [
+        assert kinds(check(WITH_IMAGES, decode=True)) == [
             ("a", "image unreadable", 5),
             ("a", "image unreadable", 6),
         ]
 
-    def test_full_decodes_what_is_new_alone(self, check, folder, examined, monkeypatch):
+    def test_only_new_images_are_decoded(self, check, folder, examined, monkeypatch):
         decoded, decode = [], images_module.decode_image
         monkeypatch.setattr(
             images_module, "decode_image", lambda path: (decoded.append(path.name), decode(path))[1]
         )
-        check(SHOWING, decode=True)
+        check(WITH_IMAGES, decode=True)
         assert sorted(decoded) == [f"{i}.png" for i in range(6)]
         noise(33, 33).save(folder / "images/3.png")
         decoded.clear()
-        assert check(SHOWING, decode=True).problems == []
+        assert check(WITH_IMAGES, decode=True).problems == []
         assert decoded == ["3.png"]
 
-    def test_several_processes_keep_the_same(self, folder, examined, monkeypatch):
-        monkeypatch.setattr(lengths_module, "_CHUNK", 2)
-        specs = [DatasetSpec("a", folder / "images", write_lines(folder / "a.jsonl", SHOWING["a"]))]
+    def test_several_workers_share_the_cache(self, folder, examined, monkeypatch):
+        monkeypatch.setattr(build_module, "_CHUNK", 2)
+        specs = [DatasetSpec("a", folder / "images", write_lines(folder / "a.jsonl", WITH_IMAGES["a"]))]
         audit(specs, encoder(), workers=2, cache=folder / "cache")
         assert examined == []
         (folder / "images/0.png").unlink()
-        found = audit(specs, encoder(), workers=1, cache=folder / "cache")
+        result = audit(specs, encoder(), workers=1, cache=folder / "cache")
         assert examined == [1, 6]
-        assert kinds(found) == [("a", "image missing", 2), ("a", "image missing", 7)]
+        assert kinds(result) == [("a", "image missing", 2), ("a", "image missing", 7)]

@@ -1,4 +1,4 @@
-"""The picture of the lengths: a row for each set, whose bars hold every record, and a line at the limit."""
+"""Tests of the length histograms."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.sources.meta import DatasetSpec
 
 
-def set_of(name, tokens, supervised, tiles, folder) -> SetAudit:
+def set_audit(name, tokens, supervised, tiles, folder) -> SetAudit:
     lengths = Lengths(*(np.array(column, np.int32) for column in (tokens, supervised, tiles)))
     spec = DatasetSpec(name, folder, folder / "x.jsonl")
     return SetAudit(spec, len(lengths), len(lengths), lengths, [])
@@ -20,12 +20,12 @@ def set_of(name, tokens, supervised, tiles, folder) -> SetAudit:
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Draw data sets; returns the figure, before it is closed."""
+    """Plot datasets; returns the open figure."""
     monkeypatch.setattr(plt, "close", lambda figure: None)
 
     def drawn(*sets, limit=8192):
-        made = [set_of(*columns, tmp_path) for columns in sets]
-        plot_lengths(Audit(made, [], False, limit), tmp_path / "plot.png")
+        audits = [set_audit(*columns, tmp_path) for columns in sets]
+        plot_lengths(Audit(audits, [], False, limit), tmp_path / "plot.png")
         return plt.gcf()
 
     yield drawn
@@ -41,13 +41,13 @@ def heights(axes) -> list[float]:
     return [bar.get_height() for bar in axes.patches]
 
 
-def test_every_record_is_in_a_bar(drawn):
+def test_histograms_contain_all_records(drawn):
     figure = drawn(LONG, SPIKE)
     panels = np.array(figure.axes).reshape(2, 3)
     assert [[sum(heights(axes)) for axes in row] for row in panels] == [[500] * 3, [4000] * 3]
 
 
-def test_a_spike_does_not_flatten_the_others(drawn):
+def test_panels_have_their_own_y_axis(drawn):
     panels = np.array(drawn(LONG, SPIKE).axes).reshape(2, 3)
     for axes in panels[0]:
         assert axes.get_ylim()[1] < 1.2 * max(heights(axes))
@@ -55,7 +55,7 @@ def test_a_spike_does_not_flatten_the_others(drawn):
 
 
 @pytest.mark.parametrize("limit", [500, 8192, 100_000])
-def test_the_limit_is_a_line_in_each_panel_of_tokens(drawn, limit):
+def test_limit_is_marked_in_the_token_panels(drawn, limit):
     panels = np.array(drawn(LONG, SPIKE, limit=limit).axes).reshape(2, 3)
     for tokens, supervised, tiles in panels:
         [line] = tokens.lines
@@ -73,12 +73,12 @@ def test_names_and_medians(drawn):
     assert [axes.get_title("right") for axes in panels[1]] == ["median 6", "median 1", "median 3"]
 
 
-def test_without_tokens_there_are_tiles_alone(drawn):
+def test_without_tokens(drawn):
     [axes] = drawn(SPIKE, limit=None).axes
-    assert axes.get_xlabel() == "tiles of a record"
+    assert axes.get_xlabel() == "tiles per record"
 
 
-def test_of_nothing(drawn, tmp_path):
+def test_empty_datasets(drawn, tmp_path):
     drawn()
     drawn(("none", [], [], []), ("one", [1], [1], [0]))
     with Image.open(tmp_path / "plot.png") as picture:
@@ -86,7 +86,7 @@ def test_of_nothing(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("most", [1, 2, 13, 59, 60, 61, 500, 20_000])
-def test_bounds_hold_everything(most):
+def test_bins_enclose_all_values(most):
     column = np.arange(1, most + 1)
     for logarithmic in (False, True):
         bins = length_plot._bins([column, np.zeros(0, int)], None, logarithmic=logarithmic)

@@ -1,4 +1,4 @@
-"""Packs of hand-made samples: what lies where, and what of it counts."""
+"""Packs of handwritten samples: positions, boundaries and counts."""
 
 import json
 
@@ -14,7 +14,7 @@ from internvl_chat.data.batching.collator import Pack, PackDataset, pack_samples
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
-from internvl_chat.data.encode.encoder import Encoded, RecordEncoder
+from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
@@ -25,18 +25,20 @@ from internvl_chat.utils.errors import DataError
 CPU = torch.device("cpu")
 
 
-def sample(number: int, labels: list[int], tiles: int = 0, places: tuple[int, ...] = ()) -> Sample:
-    """A sample with as many tokens as labels: ids are 100, 101, ... in the first, 200, ... in the second."""
+def sample(number: int, labels: list[int], tiles: int = 0, positions: tuple[int, ...] = ()) -> Sample:
+    """Return a sample with ids 100, 101, ... for number 1, 200, 201, ... for number 2."""
     ids = torch.arange(len(labels)) + 100 * number
     grids = (Grid(tiles, 1, False),) if tiles else ()
-    encoded = Encoded(ids, torch.tensor(labels), torch.tensor(places, dtype=torch.int64), grids)
+    encoded = EncodedConversation(
+        ids, torch.tensor(labels), torch.tensor(positions, dtype=torch.int64), grids
+    )
     pixels = torch.full((tiles, 2, 2, 3), number, dtype=torch.uint8)
     return Sample(RecordKey("set", number), f"id{number}", encoded, pixels)
 
 
-FIRST = sample(1, [-100, -100, 102], tiles=2, places=(0, 1))
+FIRST = sample(1, [-100, -100, 102], tiles=2, positions=(0, 1))
 SECOND = sample(2, [-100, 201, 202, -100, 204])
-THIRD = sample(3, [-100], tiles=1, places=(0,))
+THIRD = sample(3, [-100], tiles=1, positions=(0,))
 
 
 @pytest.fixture
@@ -45,14 +47,14 @@ def pack():
 
 
 class TestPack:
-    def test_records_behind_one_another(self, pack):
+    def test_records_are_concatenated(self, pack):
         assert pack.input_ids.tolist() == [[100, 101, 102, 200, 201, 202, 203, 204, 300]]
         assert pack.labels.tolist() == [[-100, -100, 102, -100, 201, 202, -100, 204, -100]]
 
-    def test_positions_begin_anew(self, pack):
+    def test_positions_restart_in_each_record(self, pack):
         assert pack.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0]]
 
-    def test_bounds(self, pack):
+    def test_boundaries(self, pack):
         assert pack.cu_seq_lens.tolist() == [0, 3, 8, 9]
         assert pack.cu_seq_lens.dtype == torch.int32
         assert pack.max_length == 5
@@ -62,12 +64,12 @@ class TestPack:
         assert pack.tiles.dtype == torch.uint8
         assert pack.tiles[:, 0, 0, 0].tolist() == [1, 1, 3]
 
-    def test_places_of_features_in_the_row(self, pack):
+    def test_image_positions_in_the_row(self, pack):
         assert pack.image_positions.tolist() == [0, 1, 8]
         assert pack.image_positions.dtype == torch.int64
 
-    def test_places_before_supervised_tokens(self, pack):
-        """Tokens 102, 201, 202 and 204 are learnt, from the ones before them; FIRST's neighbour is not."""
+    def test_label_positions_precede_supervised_tokens(self, pack):
+        """Tokens 102, 201, 202 and 204 are supervised; the first token after FIRST is not."""
         assert pack.label_positions.tolist() == [1, 3, 4, 6]
         assert pack.label_positions.dtype == torch.int64
         assert pack.labels[0, pack.label_positions + 1].tolist() == [102, 201, 202, 204]
@@ -80,14 +82,14 @@ class TestPack:
     def test_keys(self, pack):
         assert pack.keys == (RecordKey("set", 1), RecordKey("set", 2), RecordKey("set", 3))
 
-    def test_sums_leave_out_what_does_not_count(self, pack):
+    def test_totals_exclude_records_that_do_not_count(self, pack):
         assert (pack.num_tokens, pack.num_supervised) == (3 + 1, 1)
 
     @pytest.mark.parametrize(
         ("counts", "tokens", "supervised"),
         [((True, True), 8, 4), ((False, True), 5, 3), ((False, False), 0, 0)],
     )
-    def test_sums(self, counts, tokens, supervised):
+    def test_totals(self, counts, tokens, supervised):
         pack = pack_samples(list(zip((FIRST, SECOND), counts, strict=True)))
         assert (pack.num_tokens, pack.num_supervised) == (tokens, supervised)
 
@@ -110,12 +112,12 @@ class TestPack:
         assert pack.cu_seq_lens.tolist() == [0, 3, 6]
         assert (pack.num_tokens, len(pack.tiles), pack.keys[0]) == (3, 4, pack.keys[1])
 
-    @pytest.mark.parametrize("place", [0, 1])
-    def test_the_first_token_of_a_record_is_no_target(self, place):
-        """Behind another record it would be predicted from that record's last token."""
+    @pytest.mark.parametrize("position", [0, 1])
+    def test_supervised_first_token_is_an_error(self, position):
+        """It would be predicted from the last token of the previous record."""
         samples = [(FIRST, True)]
-        samples.insert(place, (sample(4, [400, 401]), True))
-        with pytest.raises(ValueError, match="first token of a record is never a target"):
+        samples.insert(position, (sample(4, [400, 401]), True))
+        with pytest.raises(ValueError, match="first token of a record must not be supervised"):
             pack_samples(samples)
 
     @settings(max_examples=60)
@@ -124,42 +126,42 @@ class TestPack:
             st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6
         )
     )
-    def test_places_of_any_records(self, records):
-        """Each token is one of a feature, supervised, both or neither; the row is gone through for both."""
+    def test_positions_of_random_records(self, records):
+        """Each token receives a vision feature, is supervised, both or neither."""
         samples = []
         for number, tokens in enumerate(records):
-            learnt = [-100, *(7 if supervised else -100 for _, supervised in tokens[1:])]
+            labels = [-100, *(7 if supervised else -100 for _, supervised in tokens[1:])]
             features = tuple(i for i, (feature, _) in enumerate(tokens) if feature)
-            samples.append((sample(number, learnt, places=features), True))
+            samples.append((sample(number, labels, positions=features), True))
         pack = pack_samples(samples)
         row = [(number, i) for number, tokens in enumerate(records) for i in range(len(tokens))]
-        expected = [place for place, (number, i) in enumerate(row) if records[number][i][0]]
+        expected = [position for position, (number, i) in enumerate(row) if records[number][i][0]]
         assert pack.image_positions.tolist() == expected
-        before = [place - 1 for place, (number, i) in enumerate(row) if i and records[number][i][1]]
+        before = [position - 1 for position, (number, i) in enumerate(row) if i and records[number][i][1]]
         assert pack.label_positions.tolist() == before
         assert len(before) == pack.num_supervised == int(pack.supervised.sum())
 
 
 class TestMultiple:
-    """Rows whose length is a multiple: what is added belongs to no record."""
+    """Rows padded to a multiple; the padding belongs to no record."""
 
     @pytest.fixture
     def padded(self):
         return pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)], multiple=4)
 
-    def test_padding_is_one_more_segment(self, padded):
-        """9 tokens of 3 records, and 3 more."""
+    def test_padding_is_an_additional_segment(self, padded):
+        """9 tokens of 3 records, and 3 tokens of padding."""
         assert padded.input_ids.tolist() == [[100, 101, 102, 200, 201, 202, 203, 204, 300, 0, 0, 0]]
         assert padded.labels.tolist()[0][9:] == [-100] * 3
         assert padded.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1, 2]]
         assert padded.cu_seq_lens.tolist() == [0, 3, 8, 9, 12]
         assert padded.cu_seq_lens.dtype == torch.int32
 
-    def test_the_longest_record_counts_as_a_multiple(self, padded):
+    def test_max_length_is_rounded_up(self, padded):
         assert padded.max_length == 8  # of 5
         assert pack_samples([(SECOND, True)], multiple=5).max_length == 5
 
-    def test_records_and_their_sums_stay(self, pack, padded):
+    def test_records_and_totals_are_unchanged(self, pack, padded):
         for name in ("image_positions", "label_positions", "tiles", "supervised", "counts", "lengths"):
             assert torch.equal(getattr(padded, name), getattr(pack, name)), name
         assert padded.lengths.tolist() == [3, 5, 1]
@@ -167,7 +169,7 @@ class TestMultiple:
         assert padded.keys == pack.keys
 
     @pytest.mark.parametrize("multiple", [1, 3, 9])
-    def test_a_row_that_fits_already_is_left_as_it_is(self, pack, multiple):
+    def test_multiple_of_the_row_length_adds_no_padding(self, pack, multiple):
         found = pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)], multiple)
         assert found.max_length == -(-5 // multiple) * multiple
         for name, value in vars(pack).items():
@@ -183,7 +185,7 @@ class TestMultiple:
 
     @settings(max_examples=60)
     @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 20))
-    def test_of_any_lengths(self, lengths, multiple):
+    def test_random_lengths(self, lengths, multiple):
         samples = [(sample(i, [-100] + [7] * (n - 1)), i % 2 == 0) for i, n in enumerate(lengths)]
         plain, found = pack_samples(samples), pack_samples(samples, multiple)
         total = found.input_ids.shape[1]
@@ -197,21 +199,21 @@ class TestMultiple:
 
 
 class TestInputs:
-    def test_the_text_s_are_named_as_the_model_takes_them(self, pack):
+    def test_names_of_the_text_inputs(self, pack):
         inputs = pack.text_inputs(CPU)
         tensors = ("input_ids", "labels", "image_positions", "label_positions", "position_ids", "cu_seq_lens")
         assert inputs.keys() == {*tensors, "max_length"}
         assert all(torch.equal(inputs[name], getattr(pack, name)) for name in tensors)
         assert inputs["max_length"] == 5
 
-    def test_on_the_device_that_is_asked_for(self, pack):
+    def test_device(self, pack):
         meta = torch.device("meta")
         inputs = pack.text_inputs(meta)
         assert {value.device for value in inputs.values() if isinstance(value, torch.Tensor)} == {meta}
         assert pack.pixel_values(meta, "imagenet").device == meta
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_tiles_are_normalised_by_imagenet_s_means(self, pack, dtype):
+    def test_tiles_are_normalised(self, pack, dtype):
         pixels = pack.pixel_values(CPU, "imagenet", dtype)
         assert (pixels.shape, pixels.dtype) == ((3, 3, 2, 2), dtype)
         means, deviations = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -220,15 +222,15 @@ class TestInputs:
             tolerance = 1e-6 if dtype == torch.float32 else 1e-2
             torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
 
-    def test_float32_where_nothing_else_is_asked_for(self, pack):
+    def test_float32_by_default(self, pack):
         assert pack.pixel_values(CPU, "siglip").dtype == torch.float32
 
     def test_no_tiles(self):
         assert pack_samples([(SECOND, True)]).pixel_values(CPU, "imagenet").shape == (0, 3, 2, 2)
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: page-locked memory")
-    def test_page_locked_memory(self, pack):
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: pinned memory")
+    def test_pinned_memory(self, pack):
         pinned = pack.pin_memory()
         for name, value in vars(pack).items():
             if isinstance(value, torch.Tensor):
@@ -242,7 +244,7 @@ ANSWERS = ["One.", "Two of them.", "Three, I think.", "It is four.", "Five."]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> TrainingData:
-    """Five records, every second with an image of one shade; the images of 3 and of 4 are missing."""
+    """Five records; 1, 3 and 4 have an image, and those of 3 and 4 are missing."""
     folder = tmp_path_factory.mktemp("data")
     records = []
     for number, answer in enumerate(ANSWERS):
@@ -263,7 +265,7 @@ def data(tmp_path_factory) -> TrainingData:
 
 class TestPackDataset:
     @pytest.mark.parametrize(
-        "draws",
+        "sample_indices",
         [
             [SampleIndex(0, 0)],
             [SampleIndex(2, 0), SampleIndex(0, 0), SampleIndex(1, 0)],
@@ -271,52 +273,56 @@ class TestPackDataset:
             (SampleIndex(2, 1, counts=False),),
         ],
     )
-    def test_a_pack_of_the_draws_in_their_order(self, data, draws):
-        pack = PackDataset(data)[draws]
+    def test_pack_keeps_the_order_of_the_indices(self, data, sample_indices):
+        pack = PackDataset(data)[sample_indices]
         assert isinstance(pack, Pack)
-        assert pack.keys == tuple(RecordKey("numbers", draw.index) for draw in draws)
-        assert pack.counts.tolist() == [draw.counts for draw in draws]
-        samples = [data.sets[0].load(draw.index) for draw in draws]
-        assert pack.input_ids[0].tolist() == [i for one in samples for i in one.encoded.input_ids.tolist()]
-        assert torch.equal(pack.tiles, torch.cat([one.tiles for one in samples]))
+        assert pack.keys == tuple(RecordKey("numbers", i.index) for i in sample_indices)
+        assert pack.counts.tolist() == [i.counts for i in sample_indices]
+        samples = [data.sets[0].load(i.index) for i in sample_indices]
+        assert pack.input_ids[0].tolist() == [
+            token for s in samples for token in s.encoded.input_ids.tolist()
+        ]
+        assert torch.equal(pack.tiles, torch.cat([s.tiles for s in samples]))
 
-    def test_places_are_those_of_the_image_s_tokens_and_of_labels(self, data):
+    def test_positions_of_image_tokens_and_labels(self, data):
         pack = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]]
         context = data.sets[0].encoder.template.context_id
-        found = [place for place, token in enumerate(pack.input_ids[0].tolist()) if token == context]
-        assert pack.image_positions.tolist() == found and len(found) == 4
-        learnt = [place for place, label in enumerate(pack.labels[0].tolist()) if label >= 0]
-        assert pack.label_positions.tolist() == [place - 1 for place in learnt]
+        expected = [position for position, token in enumerate(pack.input_ids[0].tolist()) if token == context]
+        assert pack.image_positions.tolist() == expected and len(expected) == 4
+        supervised = [position for position, label in enumerate(pack.labels[0].tolist()) if label >= 0]
+        assert pack.label_positions.tolist() == [position - 1 for position in supervised]
 
-    def test_a_multiple_is_that_of_every_pack(self, data):
+    def test_multiple_applies_to_every_pack(self, data):
         plain, padded = (
             PackDataset(data, multiple)[[SampleIndex(0, 0), SampleIndex(1, 0)]] for multiple in (1, 64)
         )
         assert padded.input_ids.shape[1] == -(-plain.input_ids.shape[1] // 64) * 64
         assert torch.equal(padded.lengths, plain.lengths)
 
-    def test_the_first_error_is_returned_and_not_raised(self, data):
+    def test_first_error_is_returned(self, data):
         packs = PackDataset(data)
-        for draws, record in (
+        for sample_indices, record in (
             ([SampleIndex(0, 0), SampleIndex(4, 0), SampleIndex(3, 0)], 4),
             ([SampleIndex(3, 0), SampleIndex(4, 0)], 3),
         ):
-            error = packs[draws]
+            error = packs[sample_indices]
             assert isinstance(error, DataError)
             assert error.record == f"r{record}" and f"{record}.png" in str(error)
 
-    def test_its_length_is_that_of_the_data(self, data):
+    def test_length(self, data):
         assert len(PackDataset(data)) == len(ANSWERS)
 
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_loader_makes_steps_of_packs(self, data, workers):
-        """As the Trainer puts it together, errors come through loader processes too."""
+    def test_dataloader_yields_the_packs_of_a_step(self, data, workers):
+        """Errors are returned through worker processes, too."""
         tokens = np.array([5, 4, 3, 2, 1])
         sampler = StepSampler(
             [5], step_records=3, planner=StepPlanner(1, tokens, tokens, 9), strategy="sequential"
         )
-        loader = DataLoader(PackDataset(data), batch_sampler=sampler, collate_fn=list, num_workers=workers)
-        first, second = loader
+        dataloader = DataLoader(
+            PackDataset(data), batch_sampler=sampler, collate_fn=list, num_workers=workers
+        )
+        first, second = dataloader
         # 5 | 4, 3 of at most 9 tokens, then 2 and 1 together.
         assert [[key.index for key in pack.keys] for pack in first] == [[0], [1, 2]]
         (error,) = second

@@ -1,4 +1,6 @@
-"""Label masks written out by hand: which pieces of a conversation are learnt, and where its images go."""
+"""Labels of handwritten conversations, and the positions of their images."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -7,9 +9,8 @@ from hypothesis import strategies as st
 
 from internvl_chat.data.encode.conversation import (
     SYSTEM_TEXTS,
-    ConversationLengths,
-    EncodedConversation,
     Template,
+    TokenizedConversation,
     render_message,
     token_ids,
 )
@@ -21,7 +22,7 @@ WORDS = "the cat sat on the mat . yes no what is this ? a b system user assistan
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Every word of WORDS is one token, alone and behind a space, and so are two and three line ends."""
+    """Each word of WORDS is one token, alone and after a space, and so are two and three newlines."""
     text = f"{WORDS}\n{' '.join(WORDS.split())}\n\n\nend\n\nend\n" + "\n".join(WORDS.split())
     return train_tokenizer([text] * 20, 600)
 
@@ -34,11 +35,11 @@ def assistant(text: str) -> Message:
     return Message("assistant", text)
 
 
-def spell(encoded: EncodedConversation, tokenizer) -> list[str]:
-    """One text a token; those that are learnt begin with a plus."""
+def spell(conversation: TokenizedConversation, tokenizer, tokens_per_image: Sequence[int] = ()) -> list[str]:
+    """Return the text of each token; supervised tokens begin with a plus sign."""
+    ids, labels = conversation.expand(tokens_per_image or [1] * len(conversation.supervised_images))
     return [
-        ("+" if label != -100 else "") + tokenizer.decode([i])
-        for i, label in zip(encoded.input_ids, encoded.labels, strict=True)
+        ("+" if label != -100 else "") + tokenizer.decode([i]) for i, label in zip(ids, labels, strict=True)
     ]
 
 
@@ -86,7 +87,7 @@ class TestLabels:
                 [assistant(" cat ")],
                 [*SYSTEM, *ASSISTANT, "+ cat", "+ ", "+<|im_end|>", "\n"],
             ),
-            # The line ends that begin an answer are one token with the header's, which is not learnt.
+            # Leading newlines of an answer merge with the last token of the header, which is not supervised.
             (
                 [assistant("\n\nyes")],
                 [*SYSTEM, "<|im_start|>", "assistant", "\n\n\n", "+yes", "+<|im_end|>", "\n"],
@@ -102,20 +103,20 @@ class TestLabels:
         ],
         ids=[
             "one answer", "two answers", "system replaced", "system emptied", "empty answer",
-            "line ends inside", "spaces around", "line ends first", "a line end alone", "image",
+            "newlines inside", "spaces around", "newlines first", "newline only", "image",
         ],
     )  # fmt: skip
     def test_pieces(self, tokenizer, messages, pieces):
-        assert spell(Template(tokenizer, "the mat").encode(messages), tokenizer) == pieces
+        assert spell(Template(tokenizer, "the mat").tokenize(messages), tokenizer) == pieces
 
-    def test_line_ends_that_do_not_merge_are_learnt(self):
+    def test_newlines_that_do_not_merge_are_supervised(self):
         tokenizer = train_tokenizer([WORDS] * 20, 400)
-        pieces = spell(Template(tokenizer, "").encode([assistant("\n\na")]), tokenizer)
+        pieces = spell(Template(tokenizer, "").tokenize([assistant("\n\na")]), tokenizer)
         assert pieces[-6:] == ["\n", "+\n", "+\n", "+a", "+<|im_end|>", "\n"]
 
-    def test_a_header_of_many_tokens_is_not_learnt(self):
-        tokenizer = train_tokenizer([], 256)  # one token a byte
-        pieces = spell(Template(tokenizer, "s").encode([user("a"), assistant("yes")]), tokenizer)
+    def test_header_of_many_tokens_is_not_supervised(self):
+        tokenizer = train_tokenizer([], 256)  # one token per byte
+        pieces = spell(Template(tokenizer, "s").tokenize([user("a"), assistant("yes")]), tokenizer)
         system = ["<|im_start|>", *"system\n", "s", "<|im_end|>", "\n"]
         asked = ["<|im_start|>", *"user\n", "a", "<|im_end|>", "\n"]
         assert pieces == [
@@ -130,21 +131,22 @@ class TestLabels:
             "\n",
         ]
 
-    def test_a_label_is_the_token_itself(self, tokenizer):
-        encoded = Template(tokenizer, "yes").encode([user("a"), assistant("the cat sat on the mat .")])
-        learnt = encoded.labels != -100
-        assert learnt.sum() == 8
-        assert np.array_equal(encoded.labels[learnt], encoded.input_ids[learnt])
-        assert encoded.input_ids.dtype == encoded.labels.dtype == np.int64
+    def test_labels_equal_ids(self, tokenizer):
+        conversation = Template(tokenizer, "yes").tokenize([user("a"), assistant("the cat sat on the mat .")])
+        ids, labels = conversation.expand([])
+        supervised = labels != -100
+        assert supervised.sum() == 8
+        assert np.array_equal(labels[supervised], ids[supervised])
+        assert ids.dtype == labels.dtype == np.int64
 
     def test_other_scripts(self, tokenizer):
-        encoded = Template(tokenizer, SYSTEM_TEXTS["internvl2_5"]).encode([user("那"), assistant("是 é 🩻")])
-        learnt = encoded.labels[encoded.labels != -100]
-        assert tokenizer.decode(learnt) == "是 é 🩻<|im_end|>"
+        template = Template(tokenizer, SYSTEM_TEXTS["internvl2_5"])
+        _, labels = template.tokenize([user("那"), assistant("是 é 🩻")]).expand([])
+        assert tokenizer.decode(labels[labels != -100]) == "是 é 🩻<|im_end|>"
 
-    def test_the_whole_text(self, tokenizer):
+    def test_complete_text(self, tokenizer):
         messages = [user("<image>the cat\n\n"), assistant("\n yes "), user("no"), assistant("a")]
-        assert tokenizer.decode(Template(tokenizer, "the mat").encode(messages).input_ids) == (
+        assert tokenizer.decode(Template(tokenizer, "the mat").tokenize(messages).expand([1])[0]) == (
             "<|im_start|>system\nthe mat<|im_end|>\n"
             "<|im_start|>user\n<img><IMG_CONTEXT></img>the cat\n\n<|im_end|>\n"
             "<|im_start|>assistant\n\n yes <|im_end|>\n"
@@ -154,20 +156,16 @@ class TestLabels:
 
 
 class TestImages:
-    TURNS = (user("<image>a<image>"), assistant("b"), user("<image>"), assistant("no"))
-
-    def test_positions(self, tokenizer):
-        encoded = Template(tokenizer, "the mat").encode(self.TURNS)
-        # 7 of the system message, 3 of the user's header, <img>; then </img>, a, <img> between the two.
-        assert encoded.image_positions.tolist() == [11, 15, 29]
-        assert tokenizer.convert_ids_to_tokens(encoded.input_ids[[11, 15, 29]]) == ["<IMG_CONTEXT>"] * 3
+    MESSAGES = (user("<image>a<image>"), assistant("b"), user("<image>"), assistant("no"))
 
     def test_expansion(self, tokenizer):
-        encoded = Template(tokenizer, "the mat").encode(self.TURNS)
-        ids, labels = encoded.expand([2, 1, 3])
-        assert encoded.lengths.num_tokens([2, 1, 3]) == len(ids) == len(labels) == len(encoded.input_ids) + 3
+        conversation = Template(tokenizer, "the mat").tokenize(self.MESSAGES)
+        assert len(conversation.supervised_images) == 3
+        ids, labels = conversation.expand([2, 1, 3])
+        assert conversation.num_tokens([2, 1, 3]) == len(ids) == len(labels)
+        assert len(ids) == len(conversation.expand([1, 1, 1])[0]) + 3
         context = "<IMG_CONTEXT>"
-        assert spell(EncodedConversation(ids, labels, encoded.image_positions), tokenizer) == (
+        assert spell(conversation, tokenizer, [2, 1, 3]) == (
             [*SYSTEM, *USER, "<img>", context, context, "</img>", "a", "<img>", context, "</img>", *END]
             + [*ASSISTANT, "+b", "+<|im_end|>", "\n"]
             + [*USER, "<img>", context, context, context, "</img>", *END]
@@ -175,78 +173,80 @@ class TestImages:
         )
 
     def test_no_image(self, tokenizer):
-        encoded = Template(tokenizer, "the mat").encode([user("a"), assistant("b")])
-        ids, labels = encoded.expand([])
-        assert encoded.image_positions.tolist() == []
-        assert encoded.lengths.num_tokens([]) == len(ids)
-        assert np.array_equal(ids, encoded.input_ids)
-        assert np.array_equal(labels, encoded.labels)
+        conversation = Template(tokenizer, "the mat").tokenize([user("a"), assistant("b")])
+        ids, _ = conversation.expand([])
+        assert conversation.supervised_images == ()
+        assert conversation.num_tokens([]) == len(ids)
 
     @pytest.mark.parametrize("role", ["system", "assistant"])
-    def test_only_the_user_shows_images(self, tokenizer, role):
+    def test_only_user_messages_contain_images(self, tokenizer, role):
         assert render_message(Message(role, "a <image>")) == f"<|im_start|>{role}\na <image><|im_end|>\n"
         messages = [Message(role, "a <image>"), assistant("b")]
-        assert Template(tokenizer, "the mat").encode(messages).image_positions.tolist() == []
+        assert Template(tokenizer, "the mat").tokenize(messages).supervised_images == ()
 
     @settings(max_examples=50)
     @given(st.data())
-    def test_expansion_repeats_in_place(self, data):
-        marks = data.draw(st.lists(st.booleans(), min_size=1, max_size=20))
-        counts = data.draw(st.lists(st.integers(1, 5), min_size=sum(marks), max_size=sum(marks)))
-        ids = np.arange(len(marks))
-        ids_after, labels_after = EncodedConversation(ids, -ids, np.flatnonzero(marks)).expand(counts)
-        left, expected = iter(counts), []
-        for i, mark in enumerate(marks):
-            expected += [i] * (next(left) if mark else 1)
-        assert ids_after.tolist() == expected
-        assert labels_after.tolist() == [-i for i in expected]
-        lengths = EncodedConversation(ids, -ids, np.flatnonzero(marks)).lengths
-        assert lengths.num_tokens(counts) == len(expected)
-        assert lengths.num_supervised(counts) == len(expected)
+    def test_expansion_of_random_tokens(self, data):
+        """Token 0 is the context token; each message is supervised from a random position on."""
+        messages = data.draw(
+            st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=4)
+        )
+        starts = [data.draw(st.integers(0, len(ids))) for ids in messages]
+        num_images = sum(ids.count(0) for ids in messages)
+        counts = data.draw(st.lists(st.integers(1, 5), min_size=num_images, max_size=num_images))
+        supervised = tuple(range(start, len(ids)) for start, ids in zip(starts, messages, strict=True))
+        remaining, expected = iter(counts), []
+        for ids, start in zip(messages, starts, strict=True):
+            for position, token in enumerate(ids):
+                label = token if position >= start else -100
+                expected += [(token, label)] * (1 if token else next(remaining))
+        conversation = TokenizedConversation(tuple(messages), supervised, context_id=0)
+        assert list(zip(*map(list, conversation.expand(counts)), strict=True)) == expected
+        assert conversation.num_tokens(counts) == len(expected)
+        assert conversation.num_supervised(counts) == sum(label != -100 for _, label in expected)
 
 
 class TestSystem:
-    def test_the_default_is_put_first(self, tokenizer):
-        encoded = Template(tokenizer, "the mat").encode([user("a"), assistant("b")])
-        assert spell(encoded, tokenizer)[: len(SYSTEM)] == SYSTEM
+    def test_default_is_added(self, tokenizer):
+        conversation = Template(tokenizer, "the mat").tokenize([user("a"), assistant("b")])
+        assert spell(conversation, tokenizer)[: len(SYSTEM)] == SYSTEM
 
-    def test_the_records_own_wins(self, tokenizer):
+    def test_system_message_of_the_record_takes_precedence(self, tokenizer):
         messages = [Message("system", "the mat"), user("a")]
         own, default = (
-            Template(tokenizer, text).encode(t) for text, t in (("yes", messages), ("the mat", messages[1:]))
+            Template(tokenizer, text).tokenize(t)
+            for text, t in (("yes", messages), ("the mat", messages[1:]))
         )
-        assert own.input_ids.tolist() == default.input_ids.tolist()
+        assert own.ids == default.ids
 
-    def test_the_default_text(self):
+    def test_default_text(self):
         assert SYSTEM_TEXTS["internvl2_5"] == (
             "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
         )
 
 
 class TestPrompt:
-    TURNS = (user("<image>\nwhat"), assistant("a"), user("no"), assistant("yes"))
+    MESSAGES = (user("<image>\nwhat"), assistant("a"), user("no"), assistant("yes"))
 
     @pytest.mark.parametrize("messages", [1, 3])
-    def test_is_what_training_saw_before_the_answer(self, tokenizer, messages):
-        prompt = Template(tokenizer, "the mat").encode_prompt(self.TURNS[:messages])
-        whole = Template(tokenizer, "the mat").encode(self.TURNS[: messages + 1])
-        learnt = np.flatnonzero(whole.labels != -100)
-        answer = learnt[-2]  # one word and the end
-        assert prompt.input_ids.tolist() == whole.input_ids[:answer].tolist()
-        assert prompt.image_positions.tolist() == whole.image_positions.tolist() == [11]
+    def test_matches_training_up_to_the_answer(self, tokenizer, messages):
+        prompt = Template(tokenizer, "the mat").tokenize_prompt(self.MESSAGES[:messages])
+        ids, labels = Template(tokenizer, "the mat").tokenize(self.MESSAGES[: messages + 1]).expand([1])
+        answer = np.flatnonzero(labels != -100)[-2]  # one word and the end
+        assert prompt.expand([1])[0].tolist() == ids[:answer].tolist()
 
-    def test_nothing_is_learnt(self, tokenizer):
-        prompt = Template(tokenizer, "the mat").encode_prompt(self.TURNS[:3])
-        assert prompt.labels.tolist() == [-100] * len(prompt.input_ids)
+    def test_nothing_is_supervised(self, tokenizer):
+        prompt = Template(tokenizer, "the mat").tokenize_prompt(self.MESSAGES[:3])
+        assert set(prompt.expand([1])[1].tolist()) == {-100}
         assert spell(prompt, tokenizer)[-3:] == ASSISTANT
 
     def test_own_system(self, tokenizer):
-        prompt = Template(tokenizer, "the mat").encode_prompt([Message("system", "no"), user("a")])
+        prompt = Template(tokenizer, "the mat").tokenize_prompt([Message("system", "no"), user("a")])
         expected = ["<|im_start|>", "system", "\n", "no", *END, *USER, "a", *END, *ASSISTANT]
         assert spell(prompt, tokenizer) == expected
 
 
-# Line ends that merge with the header, special tokens as text, placeholders, and other scripts.
+# Newlines that merge with the header, special tokens as text, placeholders, and other scripts.
 TEXTS = st.text("ab \n\r中é\u0301🩻", max_size=8) | st.sampled_from(
     [
         "<image>",
@@ -258,36 +258,40 @@ TEXTS = st.text("ab \n\r中é\u0301🩻", max_size=8) | st.sampled_from(
         "\n\n\na",
     ]
 )
-TURNS = st.lists(
+MESSAGES = st.lists(
     st.builds(Message, st.sampled_from(["user", "assistant"]), TEXTS | st.builds(str.__add__, TEXTS, TEXTS))
 )
 
 
 @settings(max_examples=200)
-@given(messages=TURNS, system=st.none() | TEXTS, own=st.none() | TEXTS)
-def test_a_conversation_is_measured_as_it_is_encoded(tokenizer, messages, system, own):
+@given(messages=MESSAGES, system=st.none() | TEXTS, own=st.none() | TEXTS, tokens=st.integers(1, 3))
+def test_lengths_match_the_arrays(tokenizer, messages, system, own, tokens):
     messages = messages if own is None else [Message("system", own), *messages]
-    template = Template(tokenizer, system or "")
-    assert template.measure(messages) == template.encode(messages).lengths
+    conversation = Template(tokenizer, system or "").tokenize(messages)
+    tokens_per_image = [tokens] * len(conversation.supervised_images)
+    ids, labels = conversation.expand(tokens_per_image)
+    assert len(ids) == conversation.num_tokens(tokens_per_image)
+    assert (labels != -100).sum() == conversation.num_supervised(tokens_per_image)
 
 
-def test_measured_by_hand(tokenizer):
+def test_lengths_by_hand(tokenizer):
     messages = [user("<image>a"), assistant("<IMG_CONTEXT> b"), user("<image>"), assistant("\n\nyes")]
-    measured = Template(tokenizer, "the mat").measure(messages)
+    conversation = Template(tokenizer, "the mat").tokenize(messages)
     tokens = len(SYSTEM) + 3 + 4 + 2 + 3 + 2 + 2 + 3 + 3 + 2 + 3 + 1 + 2
-    assert measured == ConversationLengths(tokens, 5, (False, True, False))
-    assert measured.num_tokens([4, 3, 1]) == tokens + 5
-    assert measured.num_supervised([4, 3, 1]) == 5 + 2
+    assert conversation.supervised_images == (False, True, False)
+    assert (conversation.num_tokens([1, 1, 1]), conversation.num_supervised([1, 1, 1])) == (tokens, 5)
+    assert conversation.num_tokens([4, 3, 1]) == tokens + 5
+    assert conversation.num_supervised([4, 3, 1]) == 5 + 2
 
 
 class TestTokenIds:
     TEXTS = ("the cat", "", "<|im_start|>user\n", "中<img>")
 
-    def test_are_those_of_a_call(self, tokenizer):
+    def test_equal_to_a_call(self, tokenizer):
         assert token_ids(tokenizer, self.TEXTS) == tokenizer(list(self.TEXTS)).input_ids
         assert token_ids(tokenizer, []) == []
 
-    def test_whatever_was_called_before(self, tokenizer):
+    def test_independent_of_earlier_calls(self, tokenizer):
         expected = token_ids(tokenizer, self.TEXTS)
         tokenizer(list(self.TEXTS), padding="max_length", truncation=True, max_length=2)
         assert token_ids(tokenizer, self.TEXTS) == expected

@@ -1,4 +1,4 @@
-"""The planner: how many tiles fit into a token budget, and which pixels they hold, against Pillow."""
+"""The encoder: tiles that fit into a token budget, and their pixels compared with Pillow."""
 
 import io
 import random
@@ -14,7 +14,8 @@ from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
-from internvl_chat.data.sources.records import Message, RecordProblem
+from internvl_chat.data.sources.problems import RecordError
+from internvl_chat.data.sources.records import Message
 
 TILE, TOKENS = 16, 10
 WIDE, TALL, SQUARE = (400, 100), (100, 400), (16, 16)
@@ -28,11 +29,11 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer):
-    def make(**options) -> RecordEncoder:
+    def build(**options) -> RecordEncoder:
         small = {"tile_size": TILE, "tokens_per_tile": TOKENS, "system_text": "s", "max_seq_length": 10_000}
         return RecordEncoder(tokenizer, Preprocessing(**{**small, **options}))
 
-    return make
+    return build
 
 
 def conversation(images: int) -> list[Message]:
@@ -40,7 +41,7 @@ def conversation(images: int) -> list[Message]:
 
 
 def text_of(*tiles: int) -> str:
-    """The conversation as one text, with the images' tokens."""
+    """Return the conversation as one text with the image tokens."""
     images = "".join(f"<img>{'<IMG_CONTEXT>' * TOKENS * n}</img>\n" for n in tiles)
     return (
         f"<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n{images}what is this ?<|im_end|>\n"
@@ -68,7 +69,7 @@ class TestEncode:
     def test_grids_and_tokens(self, encoder, tokenizer, sizes, most, grids):
         encoded = encoder(max_dynamic_patch=most).encode(conversation(len(sizes)), sizes)
         assert encoded.grids == tuple(Grid(*grid) for grid in grids)
-        # The template's own rules are tested elsewhere; here the text is tokenised in one piece.
+        # Tokenised as one text; the template is tested in test_conversation.py.
         assert (
             encoded.input_ids.tolist()
             == tokenizer(text_of(*(grid.tiles for grid in encoded.grids))).input_ids
@@ -78,7 +79,7 @@ class TestEncode:
         assert encoded.labels[encoded.labels >= 0].tolist() == answer
         assert encoded.num_supervised == len(answer)
 
-    def test_a_prompt(self, encoder, tokenizer):
+    def test_prompt(self, encoder, tokenizer):
         encoded = encoder(max_dynamic_patch=4).encode_prompt(conversation(1)[:1], [WIDE])
         assert tokenizer.decode(encoded.input_ids) == text_of(5).removesuffix("a cat<|im_end|>\n")
         assert encoded.num_supervised == 0
@@ -88,14 +89,14 @@ class TestEncode:
         encoded = encoder(max_dynamic_patch=4, use_thumbnail=False).encode(conversation(1), [WIDE])
         assert encoded.grids == (Grid(4, 1, False),)
 
-    def test_fewest_tiles(self, encoder):
+    def test_min_dynamic_patch(self, encoder):
         encoded = encoder(max_dynamic_patch=6, min_dynamic_patch=4).encode(conversation(1), [SQUARE])
         assert encoded.grids[0].tiles >= 4 + 1
         assert encoded.grids[0].columns * encoded.grids[0].rows in (4, 5, 6)
 
 
 class TestTokenBudget:
-    """WIDE under 4, 3, 2 and 1 tiles makes 5, 4, 3 (with the thumbnail) and 1."""
+    """WIDE with at most 4, 3, 2 and 1 tiles has 5, 4, 3 (with the thumbnail) and 1."""
 
     @pytest.mark.parametrize(
         ("spare", "tiles"), [(60, 5), (50, 5), (49, 4), (40, 4), (39, 3), (30, 3), (29, 1), (10, 1)]
@@ -119,21 +120,21 @@ class TestTokenBudget:
         assert len(encoded.input_ids) <= longest
 
     @pytest.mark.parametrize("sizes", [[WIDE], [WIDE, TALL]])
-    def test_no_image_is_dropped_or_cut(self, encoder, tokenizer, sizes):
+    def test_no_image_is_dropped_or_truncated(self, encoder, tokenizer, sizes):
         needed = len(tokenizer(text_of(*[1] * len(sizes))).input_ids)
-        with pytest.raises(RecordProblem) as caught:
+        with pytest.raises(RecordError) as caught:
             encoder(max_dynamic_patch=4, max_seq_length=needed - 1).encode(conversation(len(sizes)), sizes)
         assert f"{needed} tokens" in str(caught.value)
         assert f"max_seq_length {needed - 1}" in str(caught.value)
 
-    def test_text_alone(self, encoder, tokenizer):
+    def test_text_only(self, encoder, tokenizer):
         needed = len(tokenizer(text_of()).input_ids)
         assert len(encoder(max_seq_length=needed).encode(conversation(0), []).input_ids) == needed
-        with pytest.raises(RecordProblem, match=f"{needed} tokens"):
+        with pytest.raises(RecordError, match=f"{needed} tokens"):
             encoder(max_seq_length=needed - 1).encode(conversation(0), [])
 
-    def test_a_prompt(self, encoder):
-        with pytest.raises(RecordProblem, match="max_seq_length 9"):
+    def test_prompt(self, encoder):
+        with pytest.raises(RecordError, match="max_seq_length 9"):
             encoder(max_seq_length=9).encode_prompt(conversation(1)[:1], [WIDE])
 
 
@@ -145,7 +146,7 @@ class TestMeasure:
 
     @settings(max_examples=200)
     @given(st.data())
-    def test_finds_what_encode_makes(self, encoder, data):
+    def test_measure_and_encode_agree(self, encoder, data):
         sizes = data.draw(st.lists(self.SIZES, max_size=4))
         texts = data.draw(st.lists(self.TEXTS, min_size=1, max_size=5))
         messages = [Message("user", "<image>\n" * len(sizes))]
@@ -154,43 +155,28 @@ class TestMeasure:
         options["max_seq_length"] = data.draw(st.integers(10, 300) | st.just(10_000))
         options["use_thumbnail"] = data.draw(st.booleans())
         options["dynamic_image_size"] = data.draw(st.booleans())
-        made = encoder(**options)
+        record_encoder = encoder(**options)
         try:
-            expected = made.encode(messages, sizes).measured
-        except RecordProblem as problem:
-            with pytest.raises(RecordProblem) as caught:
-                made.measure(messages, sizes)
+            expected = record_encoder.encode(messages, sizes).lengths
+        except RecordError as problem:
+            with pytest.raises(RecordError) as caught:
+                record_encoder.measure(messages, sizes)
             assert str(caught.value) == str(problem)
         else:
-            assert made.measure(messages, sizes) == expected
+            assert record_encoder.measure(messages, sizes) == expected
 
     def test_by_hand(self, encoder, tokenizer):
-        measured = encoder(max_dynamic_patch=8).measure(conversation(3), [WIDE, TALL, SQUARE])
-        assert measured == (len(tokenizer(text_of(3, 3, 1)).input_ids), 3, 7, 0, 0)
-
-
-class TestWithMaxTiles:
-    def test_another_limit(self, encoder):
-        first = encoder(max_dynamic_patch=4)
-        second = first.with_max_tiles(2)
-        assert [e.encode(conversation(1), [WIDE]).grids[0].tiles for e in (first, second)] == [5, 3]
-        assert second.preprocessing.tile_size == TILE
-
-    def test_below_the_fewest(self, encoder):
-        changed = encoder(max_dynamic_patch=6, min_dynamic_patch=4).with_max_tiles(2).preprocessing
-        assert (changed.min_dynamic_patch, changed.max_dynamic_patch) == (2, 2)
-
-    @pytest.mark.parametrize("limit", [None, 4])
-    def test_the_same(self, encoder, limit):
-        first = encoder(max_dynamic_patch=4)
-        assert first.with_max_tiles(limit).preprocessing == first.preprocessing
+        lengths = encoder(max_dynamic_patch=8).measure(conversation(3), [WIDE, TALL, SQUARE])
+        assert lengths == (len(tokenizer(text_of(3, 3, 1)).input_ids), 3, 7, 0, 0)
 
 
 class TestPixels:
     def test_tiles_of_all_images_in_order(self, encoder):
         images = [noise(*WIDE, seed=1), noise(*SQUARE, seed=2), noise(*TALL, seed=3)]
-        made = encoder(max_dynamic_patch=6)
-        tiles = made.tiles(images, made.encode(conversation(3), [i.size for i in images]).grids).numpy()
+        record_encoder = encoder(max_dynamic_patch=6)
+        tiles = record_encoder.tiles(
+            images, record_encoder.encode(conversation(3), [i.size for i in images]).grids
+        ).numpy()
         assert tiles.shape == (3 + 1 + 3, TILE, TILE, 3)
         wide = np.asarray(images[0].resize((2 * TILE, TILE), BICUBIC))
         tall = np.asarray(images[2].resize((TILE, 2 * TILE), BICUBIC))
@@ -204,7 +190,7 @@ class TestPixels:
     def test_no_image(self, encoder):
         assert encoder().tiles([], ()).shape == (0, TILE, TILE, 3)
 
-    def test_images_and_grids_must_be_as_many(self, encoder):
+    def test_numbers_of_images_and_grids_must_match(self, encoder):
         with pytest.raises(ValueError, match="zip"):
             encoder().tiles([noise(*SQUARE)], ())
 
@@ -223,8 +209,8 @@ class TestPixels:
     )
     @pytest.mark.parametrize("dynamic", [True, False])
     def test_modes(self, encoder, image, colour, dynamic):
-        made = encoder(dynamic_image_size=dynamic)
-        tiles = made.tiles([image], made.encode(conversation(1), [image.size]).grids)
+        record_encoder = encoder(dynamic_image_size=dynamic)
+        tiles = record_encoder.tiles([image], record_encoder.encode(conversation(1), [image.size]).grids)
         assert np.unique(tiles.reshape(-1, 3).numpy(), axis=0).tolist() == [list(colour)]
 
     def test_palette(self, encoder):
@@ -233,8 +219,8 @@ class TestPixels:
         tiles = encoder().tiles([image], [Grid(1, 1, False)])
         assert np.unique(tiles.reshape(-1, 3).numpy(), axis=0).tolist() == [[200, 100, 50]]
 
-    def test_palette_images_are_resized_in_colour(self, encoder):
-        """Resizing palette indices would invent colours, or take the nearest pixel."""
+    def test_palette_images_are_resized_as_rgb(self, encoder):
+        """Resizing palette indices would produce other colours, or nearest-neighbour pixels."""
         image = Image.new("P", (32, 16))
         image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
         image.paste(2, (16, 0, 32, 16))
@@ -244,12 +230,12 @@ class TestPixels:
 
 class TestFixedImageSize:
     @pytest.mark.parametrize("size", [WIDE, TALL, SQUARE, (7, 9)])
-    def test_one_tile_an_image(self, encoder, tokenizer, size):
-        made = encoder(dynamic_image_size=False, max_dynamic_patch=12)
-        encoded = made.encode(conversation(1), [size])
+    def test_one_tile_per_image(self, encoder, tokenizer, size):
+        record_encoder = encoder(dynamic_image_size=False, max_dynamic_patch=12)
+        encoded = record_encoder.encode(conversation(1), [size])
         assert encoded.grids == (Grid(1, 1, False),)
         assert encoded.input_ids.tolist() == tokenizer(text_of(1)).input_ids
-        tiles = made.tiles([noise(*size)], encoded.grids)
+        tiles = record_encoder.tiles([noise(*size)], encoded.grids)
         assert np.array_equal(tiles[0], noise(*size).resize((TILE, TILE), BICUBIC))
 
     @pytest.mark.parametrize("size", [(40, 10), (10, 40), (41, 10), (20, 20)])
@@ -257,15 +243,15 @@ class TestFixedImageSize:
         ("statistics", "fill"), [("imagenet", (123, 116, 103)), ("siglip", (127, 127, 127))]
     )
     def test_padded_with_the_mean_colour(self, encoder, size, statistics, fill):
-        made = encoder(dynamic_image_size=False, pad2square=True, normalize_type=statistics)
+        record_encoder = encoder(dynamic_image_size=False, pad2square=True, normalize_type=statistics)
         image, side = noise(*size), max(size)
         square = np.tile(np.array(fill, np.uint8), (side, side, 1))
         top, left = (side - size[1]) // 2, (side - size[0]) // 2
         square[top : top + size[1], left : left + size[0]] = np.asarray(image)
-        tiles = made.tiles([image], made.encode(conversation(1), [size]).grids)
+        tiles = record_encoder.tiles([image], record_encoder.encode(conversation(1), [size]).grids)
         assert np.array_equal(tiles[0], Image.fromarray(square).resize((TILE, TILE), BICUBIC))
 
-    def test_tiles_of_a_grid_are_square_and_need_no_padding(self, encoder):
+    def test_tiles_of_a_grid_need_no_padding(self, encoder):
         image, grids = noise(*WIDE), [Grid(4, 1, True)]
         assert torch.equal(encoder(pad2square=True).tiles([image], grids), encoder().tiles([image], grids))
 
@@ -273,7 +259,7 @@ class TestFixedImageSize:
 class TestAugmentation:
     IMAGES, GRIDS = (noise(*WIDE), noise(*TALL, seed=1)), (Grid(4, 1, True), Grid(1, 2, True))
 
-    def test_is_the_jpeg_step_alone(self, encoder):
+    def test_jpeg_degradation_only(self, encoder):
         plain = encoder().tiles(self.IMAGES, self.GRIDS).numpy()
         degraded = encoder().tiles(self.IMAGES, self.GRIDS, random.Random(0)).numpy()
         for before, after in zip(plain, degraded, strict=True):
@@ -284,7 +270,7 @@ class TestAugmentation:
                 encodings.append(np.asarray(Image.open(buffer)))
             assert any(np.array_equal(after, encoding) for encoding in encodings)
 
-    def test_comes_before_resizing_at_a_fixed_size(self, encoder):
+    def test_precedes_resizing_of_a_single_tile(self, encoder):
         image = noise(40, 30)
         tiles = encoder(dynamic_image_size=False).tiles([image], [Grid(1, 1, False)], random.Random(3))
         expected = []
@@ -292,33 +278,33 @@ class TestAugmentation:
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=quality)
             expected.append(np.asarray(Image.open(buffer).resize((TILE, TILE), BICUBIC)))
-        assert any(np.array_equal(tiles[0], one) for one in expected)
+        assert any(np.array_equal(tiles[0], pixels) for pixels in expected)
 
     def test_reproducible_from_the_seed(self, encoder):
         tiles = [encoder().tiles(self.IMAGES, self.GRIDS, random.Random(seed)) for seed in (1, 1, 2)]
         assert torch.equal(tiles[0], tiles[1])
         assert not torch.equal(tiles[0], tiles[2])
 
-    def test_none_without_randomness(self, encoder):
+    def test_disabled_without_a_generator(self, encoder):
         random.seed(0)
         first = encoder().tiles(self.IMAGES, self.GRIDS)
         random.seed(1)
         assert torch.equal(first, encoder().tiles(self.IMAGES, self.GRIDS))
 
 
-def test_places_and_images_must_match(encoder):
+def test_numbers_of_positions_and_images_must_match(encoder):
     for messages, sizes in (
         (conversation(2), [(100, 100)]),
         (conversation(0), [(100, 100)]),
         ([Message("user", "What is <IMG_CONTEXT>?")], []),
     ):
-        with pytest.raises(RecordProblem, match=r"\d places for images in the text, but \d images"):
+        with pytest.raises(RecordError, match=r"\d image positions in the text, but \d images"):
             encoder().encode_prompt(messages, sizes)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_deep_images_are_refused_rather_than_clipped(encoder, mode):
+def test_deep_images_are_refused(encoder, mode):
     image = Image.new(mode, (60, 60))
     encoded = encoder().encode_prompt(conversation(1), [image.size])
-    with pytest.raises(ValueError, match=f"more than 8 bits a channel .mode {mode}."):
+    with pytest.raises(ValueError, match=f"more than 8 bits per channel .mode {mode}."):
         encoder().tiles([image], encoded.grids)

@@ -1,4 +1,4 @@
-"""The chat template, as transformers renders it, against our own; the settings of the processor."""
+"""The exported chat template, rendered by transformers, compared with ours; the settings of the processor."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from internvl_chat.data.encode.hf_processor import (
     chat_template,
     image_processor_settings,
     save_hf_processor,
-    unknown_options,
+    unsupported_options,
 )
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.sources.records import Message, parse_record
@@ -38,23 +38,27 @@ def render(messages: list[dict], system: str = SYSTEM, **options) -> str:
 
 @pytest.mark.parametrize("system", [SYSTEM, SYSTEM_TEXTS["internvl2_5"], ""])
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_the_text_has_our_token_ids(messages, system) -> None:
-    ours = Template(tokenizer(), system).encode([Message(*message) for message in messages])
+def test_token_ids_match(messages, system) -> None:
+    conversation = Template(tokenizer(), system).tokenize([Message(*message) for message in messages])
     messages = [{"role": role, "content": text} for role, text in messages]
     text = render(messages, system)
     text = text.replace(
         "<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>"
     )  # as the processor does with one tile of one token
-    assert tokenizer()(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
+    assert tokenizer()(text, add_special_tokens=False).input_ids == [
+        token for ids in conversation.ids for token in ids
+    ]
 
 
-def test_the_place_of_an_answer_is_ours() -> None:
-    ours = Template(tokenizer(), SYSTEM).encode_prompt([Message("user", "what is this ?")])
+def test_generation_prompt_matches() -> None:
+    conversation = Template(tokenizer(), SYSTEM).tokenize_prompt([Message("user", "what is this ?")])
     text = render([{"role": "user", "content": "what is this ?"}], add_generation_prompt=True)
-    assert tokenizer()(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
+    assert tokenizer()(text, add_special_tokens=False).input_ids == [
+        token for ids in conversation.ids for token in ids
+    ]
 
 
-def test_parts_are_joined_as_in_records_of_messages() -> None:
+def test_content_parts_match_records() -> None:
     parts = [
         {"type": "text", "text": "Fig-0: "},
         {"type": "image"},
@@ -69,29 +73,29 @@ def test_parts_are_joined_as_in_records_of_messages() -> None:
     assert "Fig-0: <IMG_CONTEXT>\nFig-1: <IMG_CONTEXT>\nwhich ?" in render(messages)
 
 
-def test_a_video_is_refused() -> None:
+def test_video_is_refused() -> None:
     with pytest.raises(Exception, match="text or an image"):
         render([{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}])
 
 
-def test_settings_of_the_image_processor() -> None:
+def test_image_processor_settings() -> None:
     settings = image_processor_settings(
         Preprocessing(tile_size=56, min_dynamic_patch=2, max_dynamic_patch=6, normalize_type="siglip")
     )
     assert settings["size"] == {"height": 56, "width": 56}
     assert (settings["min_patches"], settings["max_patches"]) == (2, 6)
     assert settings["image_mean"] == settings["image_std"] == [0.5, 0.5, 0.5]
-    one = image_processor_settings(Preprocessing(dynamic_image_size=False, max_dynamic_patch=6))
-    assert (one["min_patches"], one["max_patches"]) == (1, 1)
+    single_tile = image_processor_settings(Preprocessing(dynamic_image_size=False, max_dynamic_patch=6))
+    assert (single_tile["min_patches"], single_tile["max_patches"]) == (1, 1)
 
 
-def test_what_the_processor_cannot_do_is_refused(tmp_path) -> None:
-    fine = Preprocessing()
-    assert not unknown_options(fine)
-    assert not unknown_options(replace(fine, pad2square=True))  # tiles are square already
-    assert not unknown_options(replace(fine, use_thumbnail=False, max_dynamic_patch=1))
-    assert "thumbnail" in unknown_options(replace(fine, use_thumbnail=False))[0]
-    padded = replace(fine, dynamic_image_size=False, pad2square=True)
+def test_unsupported_options(tmp_path) -> None:
+    supported = Preprocessing()
+    assert not unsupported_options(supported)
+    assert not unsupported_options(replace(supported, pad2square=True))  # tiles are already square
+    assert not unsupported_options(replace(supported, use_thumbnail=False, max_dynamic_patch=1))
+    assert "thumbnail" in unsupported_options(replace(supported, use_thumbnail=False))[0]
+    padded = replace(supported, dynamic_image_size=False, pad2square=True)
     with pytest.raises(ModelError, match="pad2square"):
         save_hf_processor(tokenizer(), padded, tmp_path, 100)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The settings that travel with a checkpoint: saved, read back, derived, refused where they do not fit."""
+"""Preprocessing options: saving, loading, deriving from the model, and validation."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ OTHER = {
 
 
 def model_config(**changes) -> SimpleNamespace:
-    """What is read of a model's configuration."""
+    """Return the fields of a model's configuration that are read."""
     values = {
         "template": "internvl2_5",
         "image_size": 56,
@@ -44,28 +44,28 @@ def write(folder, content) -> None:
     (folder / "preprocessing.json").write_text(text, encoding="utf-8")
 
 
-def test_saved_and_read_back(tmp_path):
+def test_save_and_load(tmp_path):
     assert {field.name for field in dataclasses.fields(Preprocessing)} == set(OTHER)
-    saved = Preprocessing(**OTHER)
-    saved.save(tmp_path)
-    assert Preprocessing.from_folder(tmp_path, model_config()) == saved
+    options = Preprocessing(**OTHER)
+    options.save(tmp_path)
+    assert Preprocessing.from_folder(tmp_path, model_config()) == options
 
 
-def test_the_file_is_plain_json_with_readable_text(tmp_path):
+def test_file_is_json_with_unescaped_text(tmp_path):
     Preprocessing(**OTHER).save(tmp_path)
     text = (tmp_path / "preprocessing.json").read_text(encoding="utf-8")
     assert json.loads(text) == OTHER
     assert "说" in text
 
 
-def test_the_defaults_are_the_references():
-    made = Preprocessing()
-    assert (made.tile_size, made.tokens_per_tile, made.max_seq_length) == (448, 256, 8192)
-    assert (made.dynamic_image_size, made.use_thumbnail, made.pad2square) == (True, True, False)
-    assert (made.template, made.normalize_type) == ("internvl2_5", "imagenet")
+def test_defaults_are_those_of_the_reference():
+    options = Preprocessing()
+    assert (options.tile_size, options.tokens_per_tile, options.max_seq_length) == (448, 256, 8192)
+    assert (options.dynamic_image_size, options.use_thumbnail, options.pad2square) == (True, True, False)
+    assert (options.template, options.normalize_type) == ("internvl2_5", "imagenet")
 
 
-def test_settings_that_are_left_out_are_the_defaults(tmp_path):
+def test_missing_options_have_default_values(tmp_path):
     write(tmp_path, {"tile_size": 56, "tokens_per_tile": 4})
     assert Preprocessing.from_folder(tmp_path, model_config()) == Preprocessing(
         tile_size=56, tokens_per_tile=4
@@ -82,28 +82,32 @@ def test_derived_from_the_model_without_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("template", [None, ""])
-def test_a_model_without_a_template_gets_the_default(template):
+def test_default_template(template):
     assert Preprocessing.from_model_config(model_config(template=template)).template == "internvl2_5"
 
 
 def test_unknown_template():
-    with pytest.raises(ModelError, match=r"'vicuna' is unknown; known are internvl2_5"):
+    with pytest.raises(
+        ModelError, match=r"unknown conversation template 'vicuna'; choose one of internvl2_5"
+    ):
         Preprocessing.from_model_config(model_config(template="vicuna"))
 
 
-def test_unknown_statistics():
-    with pytest.raises(ModelError, match=r"'inception' is unknown; known are imagenet, clip, siglip"):
+def test_unknown_normalize_type():
+    with pytest.raises(
+        ModelError, match=r"unknown normalize_type 'inception'; choose one of imagenet, clip, siglip"
+    ):
         Preprocessing(normalize_type="inception")
 
 
 @pytest.mark.parametrize(("fewest", "most"), [(0, 6), (7, 6), (-1, 1), (1, 0)])
-def test_impossible_tile_limits(fewest, most):
+def test_invalid_tile_limits(fewest, most):
     with pytest.raises(ModelError, match=rf"min_dynamic_patch {fewest} must be .* max_dynamic_patch {most}"):
         Preprocessing(min_dynamic_patch=fewest, max_dynamic_patch=most)
 
 
 @pytest.mark.parametrize("content", ["{", "", "[1, 2]", '{"tile": 448}', "3", '{"max_dynamic_patch": "6"}'])
-def test_malformed_file_is_named(tmp_path, content):
+def test_malformed_file(tmp_path, content):
     write(tmp_path, content)
     with pytest.raises(ModelError, match=r"preprocessing\.json: malformed: "):
         Preprocessing.from_folder(tmp_path, model_config())
@@ -111,10 +115,35 @@ def test_malformed_file_is_named(tmp_path, content):
 
 def test_file_of_another_model(tmp_path):
     write(tmp_path, {**OTHER, "tokens_per_tile": 256})
-    with pytest.raises(ModelError, match=r"preprocessing\.json: 256 tokens a tile, but the model makes 4"):
+    with pytest.raises(
+        ModelError, match=r"preprocessing\.json: tokens_per_tile is 256, but 4 in the model's configuration"
+    ):
         Preprocessing.from_folder(tmp_path, model_config())
 
 
-def test_cannot_be_changed():
+class TestTileLimit:
+    def test_other_options_are_unchanged(self):
+        options = Preprocessing(**OTHER)
+        assert options.with_tile_limit(3) == dataclasses.replace(options, max_dynamic_patch=3)
+
+    def test_below_the_minimum(self):
+        limited = Preprocessing(max_dynamic_patch=6, min_dynamic_patch=4).with_tile_limit(2)
+        assert (limited.min_dynamic_patch, limited.max_dynamic_patch) == (2, 2)
+
+    @pytest.mark.parametrize("limit", [None, 4])
+    def test_unchanged(self, limit):
+        options = Preprocessing(max_dynamic_patch=4)
+        assert options.with_tile_limit(limit) == options
+
+    @pytest.mark.parametrize("saved", [True, False])
+    def test_replaces_the_limit_of_the_checkpoint(self, tmp_path, saved):
+        options = Preprocessing.from_model_config(model_config())
+        if saved:
+            options.save(tmp_path)
+        limited = Preprocessing.from_folder(tmp_path, model_config(), max_dynamic_patch=1)
+        assert limited == dataclasses.replace(options, min_dynamic_patch=1, max_dynamic_patch=1)
+
+
+def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Preprocessing().tile_size = 1

@@ -1,4 +1,4 @@
-"""Grids against exact fractions, tiles against the pixels that went in, JPEG against Pillow's own."""
+"""Grids compared with exact fractions, tiles with the input pixels, JPEG with Pillow."""
 
 import io
 import random
@@ -15,13 +15,13 @@ from internvl_chat.data.encode.tiling import (
     Grid,
     candidate_grids,
     closest_grid,
-    cut_tiles,
     degrade_jpeg,
     normalize_tiles,
     pad_to_square,
     plan_grid,
-    share_of_budget,
+    split_into_tiles,
     stack_tiles,
+    tiles_per_image,
 )
 
 
@@ -37,7 +37,7 @@ class TestCandidates:
         ]  # fmt: skip
 
     @pytest.mark.parametrize(("fewest", "most"), [(1, 1), (1, 12), (3, 12), (7, 7), (2, 40)])
-    def test_every_pair_once_by_increasing_product(self, fewest, most):
+    def test_every_pair_once_sorted_by_product(self, fewest, most):
         grids = candidate_grids(fewest, most)
         expected = {(c, r) for c in range(1, 50) for r in range(1, 50) if fewest <= c * r <= most}
         assert set(grids) == expected
@@ -77,13 +77,13 @@ class TestClosestGrid:
             (5000, 3, (1, 1)),
         ],
     )
-    def test_ties_of_squares_go_by_the_number_of_pixels(self, side, most, grid):
+    def test_ties_of_squares_depend_on_the_number_of_pixels(self, side, most, grid):
         assert closest_grid(side, side, 1, most, 448) == grid
 
     @pytest.mark.parametrize(
         ("size", "grid"),
         [
-            # 3:2 under five tiles is as far from 1x1 as from 2x1 and 2x2, which ask for more than 200,704 and
+            # 3:2 with up to five tiles is equally far from 1x1, 2x1 and 2x2, which need more than 200,704 and
             # 401,408 pixels.
             ((90, 60), (1, 1)),
             ((600, 400), (2, 1)),
@@ -101,7 +101,7 @@ class TestClosestGrid:
         more=st.integers(0, 12),
         tile=st.sampled_from([56, 224, 448]),
     )
-    def test_nothing_is_nearer(self, width, height, fewest, more, tile):
+    def test_no_grid_is_closer(self, width, height, fewest, more, tile):
         most = fewest + more
         columns, rows = closest_grid(width, height, fewest, most, tile)
         distances = {
@@ -112,7 +112,7 @@ class TestClosestGrid:
         }
         nearest = min(distances.values())
         assert distances[columns, rows] == nearest
-        # Of grids of one shape (1x1, 2x2, ...), the largest that the image half fills, or else the smallest.
+        # Of grids with equal ratios (1x1, 2x2, ...), the largest half filled by the image, else the smallest.
         same_shape = sorted(
             grid for grid, distance in distances.items()
             if distance == nearest and grid[0] * rows == grid[1] * columns
@@ -125,38 +125,38 @@ class TestPlan:
     def plan(self, size, most, thumbnail=True, fewest=1):
         return plan_grid(*size, min_tiles=fewest, max_tiles=most, tile_size=448, use_thumbnail=thumbnail)
 
-    def test_thumbnail_beside_several_tiles(self):
+    def test_thumbnail_with_several_tiles(self):
         assert self.plan((1000, 500), 6) == Grid(2, 1, True)
         assert self.plan((1000, 500), 6).tiles == 3
 
-    def test_no_thumbnail_beside_one_tile(self):
+    def test_no_thumbnail_with_one_tile(self):
         assert self.plan((400, 400), 6) == Grid(1, 1, False)
         assert self.plan((400, 400), 6).tiles == 1
 
-    def test_no_thumbnail_unless_wanted(self):
+    def test_thumbnail_disabled(self):
         assert self.plan((1000, 500), 6, thumbnail=False) == Grid(2, 1, False)
         assert self.plan((1000, 500), 6, thumbnail=False).tiles == 2
 
-    def test_fewest_tiles(self):
+    def test_min_tiles(self):
         assert self.plan((100, 100), 6, fewest=4) == Grid(2, 2, True)
 
 
 @pytest.mark.parametrize(
-    ("budget", "images", "share"),
+    ("max_tiles", "images", "expected"),
     [(12, 1, 12), (12, 2, 6), (12, 5, 2), (12, 7, 1), (12, 12, 1), (12, 13, 1), (6, 4, 1), (1, 3, 1)],
 )
-def test_share_of_budget(budget, images, share):
-    assert share_of_budget(budget, images) == share
+def test_tiles_per_image(max_tiles, images, expected):
+    assert tiles_per_image(max_tiles, images) == expected
 
 
-class TestCutting:
+class TestSplitting:
     def test_row_by_row_then_the_thumbnail(self):
         columns, rows, size = 3, 2, 8
         colours = np.array([[[40 * c, 100 * r, 200] for c in range(columns)] for r in range(rows)], np.uint8)
         image = Image.fromarray(colours.repeat(size, axis=0).repeat(size, axis=1))
-        tiles = cut_tiles(image, Grid(columns, rows, True), size)
+        tiles = split_into_tiles(image, Grid(columns, rows, True), size)
         assert [tile.size for tile in tiles] == [(size, size)] * 7
-        # The image has the grid's size already, so that every tile is one colour.
+        # The image already has the size of the grid, so every tile has one colour.
         expected = [[[c * 40, r * 100, 200]] for r in range(rows) for c in range(columns)]
         assert [
             sorted(map(list, {tuple(p) for p in np.asarray(t).reshape(-1, 3)})) for t in tiles[:6]
@@ -166,22 +166,22 @@ class TestCutting:
     @pytest.mark.parametrize(("grid", "size"), [((2, 3), (50, 31)), ((4, 1), (11, 90)), ((1, 2), (16, 32))])
     def test_resized_with_bicubic_first(self, grid, size):
         image, (columns, rows), tile = noise(*size), grid, 12
-        whole = np.asarray(image.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC))
-        tiles = stack_tiles(cut_tiles(image, Grid(columns, rows, False), tile), tile).numpy()
-        together = np.concatenate(
+        resized = np.asarray(image.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC))
+        tiles = stack_tiles(split_into_tiles(image, Grid(columns, rows, False), tile), tile).numpy()
+        joined = np.concatenate(
             [np.concatenate(tiles[r * columns : (r + 1) * columns], axis=1) for r in range(rows)]
         )
-        assert np.array_equal(together, whole)
+        assert np.array_equal(joined, resized)
 
     def test_one_tile(self):
         image = noise(30, 20)
-        (tile,) = cut_tiles(image, Grid(1, 1, False), 16)
+        (tile,) = split_into_tiles(image, Grid(1, 1, False), 16)
         assert np.array_equal(tile, image.resize((16, 16), Image.Resampling.BICUBIC))
 
-    def test_the_image_itself_stays(self):
+    def test_image_is_not_modified(self):
         image = noise(30, 20)
         before = np.array(image)
-        cut_tiles(image, Grid(2, 1, True), 8)
+        split_into_tiles(image, Grid(2, 1, True), 8)
         assert np.array_equal(image, before)
 
 
@@ -196,7 +196,7 @@ class TestPadToSquare:
         expected[top : top + height, left : left + width] = np.asarray(image)
         assert np.array_equal(pad_to_square(image, fill), expected)
 
-    def test_a_square_stays(self):
+    def test_square_is_unchanged(self):
         image = noise(5, 5)
         assert np.array_equal(pad_to_square(image, (0, 0, 0)), image)
 
@@ -209,18 +209,18 @@ class TestJpeg:
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=quality)
             quality_of[np.asarray(Image.open(buffer)).tobytes()] = quality
-        assert len(quality_of) == 41  # each quality shows
+        assert len(quality_of) == 41  # all qualities differ
         rng = random.Random(0)
         seen = {quality_of[np.asarray(degrade_jpeg(image, rng)).tobytes()] for _ in range(400)}
         assert seen == set(range(75, 101))
 
-    def test_one_draw_a_tile_and_reproducible(self):
+    def test_one_random_number_per_tile(self):
         image = noise(24, 16)
         first, second = random.Random(7), random.Random(7)
-        some = [np.asarray(degrade_jpeg(image, first)) for _ in range(5)]
+        tiles = [np.asarray(degrade_jpeg(image, first)) for _ in range(5)]
         again = [np.asarray(degrade_jpeg(image, second)) for _ in range(5)]
-        assert all(np.array_equal(a, b) for a, b in zip(some, again, strict=True))
-        assert len({a.tobytes() for a in some}) > 1
+        assert all(np.array_equal(a, b) for a, b in zip(tiles, again, strict=True))
+        assert len({a.tobytes() for a in tiles}) > 1
 
     def test_size_and_mode(self):
         degraded = degrade_jpeg(noise(24, 16), random.Random(0))
@@ -237,12 +237,12 @@ class TestStack:
     def test_none(self):
         assert stack_tiles([], 4).shape == (0, 4, 4, 3)
 
-    def test_of_another_size(self):
+    def test_tiles_of_another_size(self):
         with pytest.raises(ValueError, match="broadcast"):
             stack_tiles([noise(5, 4)], 4)
 
 
-# The reference's constants; its CLIP deviation has a digit less than CLIP's own.
+# Constants of the reference; its CLIP standard deviation has one digit less than CLIP's.
 STATISTICS = {
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "clip": ([0.4814546, 0.4578275, 0.40821073], [0.2686295, 0.2613025, 0.2757711]),

@@ -1,4 +1,4 @@
-"""Loading tokenizers: from either kind of files, with the special tokens that a folder lacks."""
+"""Loading tokenizers from both file formats, and adding missing special tokens."""
 
 import json
 import re
@@ -28,7 +28,7 @@ TEXT = "<|im_start|>user\n<img><IMG_CONTEXT></img>\nWhat, é 中 🩻?  <|im_end
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tokenizer and a folder of its files."""
+    """Return a tokenizer and the folder of its files."""
     tokenizer = train_tokenizer(["what is this? ## a cat\n\n on a mat, é"] * 20, 320)
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(tokenizer, folder)
@@ -37,12 +37,12 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of the files, to take some away."""
+    """Return a copy of the files."""
     return shutil.copytree(saved[1], tmp_path / "copy")
 
 
 def plain_tokenizer(folder, extra=()):
-    """Write a Qwen2 tokenizer that knows no special tokens but `extra`; returns its number of tokens."""
+    """Write a Qwen2 tokenizer with `extra` as its only special tokens; return its number of tokens."""
     vocabulary = {chr(letter): number for number, letter in enumerate(range(ord("a"), ord("z") + 1))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, eos_token=None, pad_token=None)
     tokenizer.add_tokens(list(extra), special_tokens=True)
@@ -72,20 +72,20 @@ class TestReload:
         (folder / "tokenizer.json").unlink()
         self.check(folder, saved[0])
 
-    def test_saved_once_more(self, saved, folder, tmp_path):
+    def test_saved_again(self, saved, folder, tmp_path):
         again = tmp_path / "again"
         again.mkdir()
         save_tokenizer(load_tokenizer(folder)[0], again)
         (again / "tokenizer.json").unlink()
         self.check(again, saved[0])
 
-    def test_special_tokens_are_left_out_of_answers(self, folder):
+    def test_special_tokens_are_skipped_in_answers(self, folder):
         tokenizer, _ = load_tokenizer(folder)
         assert (
             tokenizer.decode(tokenizer("a cat<|im_end|><img>").input_ids, skip_special_tokens=True) == "a cat"
         )
 
-    def test_no_length_is_too_long_for_it(self, folder):
+    def test_no_length_limit(self, folder):
         tokenizer, _ = load_tokenizer(folder)
         assert tokenizer.model_max_length >= 10**9
 
@@ -99,12 +99,12 @@ class TestAdded:
         assert tokenizer("ab<IMG_CONTEXT>c</box>").input_ids == [0, 1, 30, 2, 36]
         assert image_context_id(tokenizer) == 30
 
-    def test_to_one_that_cannot_frame_turns(self, tmp_path):
+    def test_message_delimiters_are_required(self, tmp_path):
         plain_tokenizer(tmp_path, extra=("<|im_start|>",))
-        with pytest.raises(ModelError, match=r"lacks <\|im_end\|>, which frame the messages"):
+        with pytest.raises(ModelError, match=r"lacks <\|im_end\|>, which delimit messages"):
             load_tokenizer(tmp_path)
 
-    def test_to_one_that_has_some(self, tmp_path):
+    def test_to_a_tokenizer_with_some_of_them(self, tmp_path):
         known = plain_tokenizer(tmp_path, extra=("<|im_start|>", "<|im_end|>", "<box>", "<IMG_CONTEXT>"))
         tokenizer, added = load_tokenizer(tmp_path)
         assert (known, added, len(tokenizer)) == (30, 7, 37)
@@ -114,7 +114,7 @@ class TestAdded:
 
 
 class TestProblems:
-    def test_none(self, tmp_path):
+    def test_no_files(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(ModelError, match=r"no tokenizer \(tokenizer\.json, or vocab\.json"):
             load_tokenizer(tmp_path)
@@ -128,7 +128,7 @@ class TestProblems:
         with pytest.raises(ModelError, match=f"{re.escape(str(folder))}: the tokenizer cannot be loaded: "):
             load_tokenizer(folder)
 
-    def test_no_code_of_the_folder_is_run(self, folder):
+    def test_no_remote_code(self, folder):
         file = folder / "tokenizer_config.json"
         config = json.loads(file.read_text())
         config["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
@@ -139,7 +139,7 @@ class TestProblems:
             load_tokenizer(folder)
         assert not (folder / "ran").exists()
 
-    def test_the_librarys_verbosity_is_restored(self, folder):
+    def test_verbosity_is_restored(self, folder):
         before = transformers_logging.get_verbosity()
         load_tokenizer(folder)
         (folder / "tokenizer.json").write_text("{broken")

@@ -1,4 +1,4 @@
-"""A tokenizer trained on a few sentences: its ids have no gaps, and it loses no text."""
+"""Tokenizers trained on a few sentences: contiguous ids and lossless decoding."""
 
 import json
 import unicodedata
@@ -34,17 +34,17 @@ class TestIds:
         assert sorted(tokenizer.get_vocab().values()) == list(range(312))
 
     @pytest.mark.parametrize("texts", [[], [""], ["aa"]])
-    def test_bytes_alone_where_there_is_little_to_learn(self, texts):
+    def test_bytes_only_with_little_training_text(self, texts):
         tokenizer = train_tokenizer(texts, 256)
         assert tokenizer.convert_tokens_to_ids(SPECIAL) == list(range(256, 268))
         assert tokenizer.decode(tokenizer("aa é 中").input_ids) == "aa é 中"
         assert len(tokenizer("aa é 中").input_ids) == 2 + 1 + 2 + 1 + 3
 
-    def test_each_special_token_is_one_token_wherever_it_stands(self, tokenizer):
+    def test_special_tokens_are_single_tokens_anywhere(self, tokenizer):
         ids = tokenizer("a".join(SPECIAL) + "a" + " ".join(SPECIAL)).input_ids
         assert [i for i in ids if i >= 300] == list(range(300, 312)) * 2
 
-    def test_nothing_is_put_around_a_text(self, tokenizer):
+    def test_no_tokens_are_added_around_a_text(self, tokenizer):
         assert tokenizer("").input_ids == []
         ids = tokenizer("The arrow").input_ids
         assert [tokenizer.decode([i]) for i in ids] == ["The", " arrow"]
@@ -52,15 +52,15 @@ class TestIds:
     def test_end_and_padding(self, tokenizer):
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (302, 300)
 
-    def test_fewer_entries_where_the_texts_are_used_up(self):
+    def test_smaller_vocabulary_with_short_texts(self):
         tokenizer = train_tokenizer(["ab"], 300)
         assert len(tokenizer) == 257 + 12
         assert tokenizer.convert_tokens_to_ids(SPECIAL) == list(range(257, 269))
 
-    def test_the_same_texts_give_the_same_tokenizer(self, tokenizer):
+    def test_deterministic(self, tokenizer):
         assert train_tokenizer(iter(TEXTS), 300).get_vocab() == tokenizer.get_vocab()
 
-    def test_more_entries_make_shorter_texts(self, tokenizer):
+    def test_larger_vocabulary_gives_fewer_tokens(self, tokenizer):
         assert len(tokenizer(TEXTS[0]).input_ids) < len(train_tokenizer(TEXTS, 256)(TEXTS[0]).input_ids)
 
 
@@ -72,7 +72,7 @@ class TestIds:
 @example("🩻👩\u200d⚕️ 中文 ﷺ")
 @example("<|im_end|> <img>")
 def test_round_trip(tokenizer, text):
-    """The text comes back in Unicode's composed form, which Qwen2's tokenizer makes first."""
+    """Decoding returns the text in NFC, to which Qwen2's tokenizer normalises."""
     assert tokenizer.decode(tokenizer(text).input_ids) == unicodedata.normalize("NFC", text)
 
 
@@ -91,13 +91,13 @@ class TestSaved:
         assert sorted(vocabulary.values()) == list(range(300))
         assert vocabulary.items() <= tokenizer.get_vocab().items()
 
-    def test_merges_make_every_longer_entry(self, folder):
+    def test_merges_cover_the_vocabulary(self, folder):
         head, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         assert head == "#version: 0.2"
-        made = ["".join(merge.split(" ")) for merge in merges]
+        merged = ["".join(merge.split(" ")) for merge in merges]
         vocabulary = self.read(folder, "vocab.json")
         assert len(merges) == 300 - 256
-        assert set(made) == {piece for piece in vocabulary if len(piece) > 1}
+        assert set(merged) == {piece for piece in vocabulary if len(piece) > 1}
 
     def test_added_tokens(self, folder):
         expected = dict(zip(SPECIAL, range(300, 312), strict=True))

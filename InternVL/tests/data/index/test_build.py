@@ -1,4 +1,4 @@
-"""The length index: exactly what encoding makes, measured once, and kept until something changes."""
+"""The length index: equal to the lengths of encoded records, and cached until something changes."""
 
 import json
 import logging
@@ -13,15 +13,16 @@ from PIL import Image
 from transformers import Qwen2Tokenizer
 
 from internvl_chat.data.dataset import build_sets
-from internvl_chat.data.encode.encoder import Measured, RecordEncoder
+from internvl_chat.data.encode.encoder import RecordEncoder, RecordLengths
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import load_tokenizer
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
-from internvl_chat.data.index import build as lengths_module
-from internvl_chat.data.index.build import Lengths, index_lengths, tokenizer_digest
-from internvl_chat.data.index.cache import default_cache
+from internvl_chat.data.index import build as build_module
+from internvl_chat.data.index.build import index_records, tokenizer_digest
+from internvl_chat.data.index.cache import Lengths, default_cache
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec, load_meta
+from internvl_chat.data.sources.skip_policy import raise_problems
 from internvl_chat.utils.errors import DataError
 
 
@@ -42,32 +43,39 @@ def cache(tmp_path) -> Path:
 
 @pytest.fixture
 def make(tmp_path, tokenizer):
-    """Write records and open them as a set, with an image beside them."""
+    """Write records and open them as a dataset with an image."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 10)).save(tmp_path / "images" / "wide.png")
 
     def make(records, name="qa", tokenizer=tokenizer, repeat_time=1, **options) -> RecordSet:
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return again(file, name, tokenizer, repeat_time, **options)
+        return reopen(file, name, tokenizer, repeat_time, **options)
 
-    def again(file, name="qa", tokenizer=tokenizer, repeat_time=1, root=tmp_path / "images", **options):
+    def reopen(file, name="qa", tokenizer=tokenizer, repeat_time=1, root=tmp_path / "images", **options):
         small = {"tile_size": 16, "tokens_per_tile": 3, "max_dynamic_patch": 4, "max_seq_length": 400}
         encoder = RecordEncoder(tokenizer, Preprocessing(**{**small, **options}))
         return RecordSet(DatasetSpec(name, root, file, repeat_time=repeat_time), encoder)
 
-    make.again = again
+    make.reopen = reopen
     return make
 
 
 @pytest.fixture
 def measured(monkeypatch) -> list[int]:
-    """The indices of the records that are measured in this process."""
-    indices, examine = [], RecordSet.examine
+    """Return the indices of the records that this process measures."""
+    indices, check = [], RecordSet.check
     monkeypatch.setattr(
-        RecordSet, "examine", lambda self, i, **options: (indices.append(i), examine(self, i, **options))[1]
+        RecordSet, "check", lambda self, i, **options: (indices.append(i), check(self, i, **options))[1]
     )
     return indices
+
+
+def index_lengths(sets: list[RecordSet], **options) -> list[Lengths]:
+    """Index datasets and raise their problems, as training does with `--on_bad_record fail`."""
+    indexes = index_records(sets, **options)
+    raise_problems([problem for index in indexes for problem in index.problems])
+    return [index.lengths for index in indexes]
 
 
 def record(number: int, **extra) -> dict:
@@ -77,17 +85,17 @@ def record(number: int, **extra) -> dict:
 
 
 def encoded(records: RecordSet) -> list[tuple[int, ...]]:
-    return [tuple(records.encode(i)[1].measured) for i in range(records.num_distinct)]
+    return [tuple(records.encode(i)[1].lengths) for i in range(records.num_distinct)]
 
 
 def rows(lengths: Lengths) -> list[tuple[int, ...]]:
     return [tuple(lengths[i]) for i in range(len(lengths))]
 
 
-class TestNumbers:
+class TestLengths:
     @pytest.mark.parametrize("most", [1, 6, 12])
     @pytest.mark.parametrize("longest", [8192, 600])
-    def test_of_the_sample_data(self, sample_data, cache, most, longest):
+    def test_sample_data(self, sample_data, cache, most, longest):
         options = {
             "tile_size": 112,
             "tokens_per_tile": 16,
@@ -101,12 +109,12 @@ class TestNumbers:
             assert {a.dtype for a in lengths.columns.values()} == {np.dtype(np.int32)}
 
     @pytest.mark.parametrize("most", [1, 6, 12])
-    def test_of_real_records(self, shared, internvl3_tokenizer, cache, most):
+    def test_real_records(self, shared, internvl3_tokenizer, cache, most):
         specs = [
             DatasetSpec(file.stem, shared / "pmc_mi/images", file)
             for file in sorted((shared / "pmc_mi/jsonl").glob("*.jsonl"))
         ]
-        tight = 0
+        limited = 0
         for longest in (8192, 2400):
             encoder = RecordEncoder(
                 internvl3_tokenizer, Preprocessing(max_dynamic_patch=most, max_seq_length=longest)
@@ -114,44 +122,43 @@ class TestNumbers:
             sets = build_sets(specs, encoder)
             for records, lengths in zip(sets, index_lengths(sets, cache=cache), strict=True):
                 assert rows(lengths) == encoded(records)
-                wanted = [records.encode(i)[1].tiles_wanted for i in range(len(records))]
-                tight += int((lengths.tiles < wanted).sum())
-        assert (tight > 0) == (most > 1)
+                limited += int((lengths.tiles_lost > 0).sum())
+        assert (limited > 0) == (most > 1)
 
-    def test_of_the_records_that_an_epoch_uses(self, make, cache):
+    def test_only_records_used_in_an_epoch(self, make, cache):
         records = [record(i, image="wide.png") for i in range(5)]
         sets = [make(records, "part", repeat_time=0.5), make(records, "twice", repeat_time=2)]
         sets += [make(records, "none", repeat_time=0.1)]
-        found = index_lengths(sets, cache=cache)
-        assert [len(lengths) for lengths in found] == [2, 5, 0]
-        assert [rows(lengths) for lengths in found] == [encoded(s) for s in sets]
+        all_lengths = index_lengths(sets, cache=cache)
+        assert [len(lengths) for lengths in all_lengths] == [2, 5, 0]
+        assert [rows(lengths) for lengths in all_lengths] == [encoded(s) for s in sets]
         assert len(list(cache.iterdir())) == 3
         assert [rows(lengths) for lengths in index_lengths(sets, cache=cache)] == [encoded(s) for s in sets]
 
-    def test_by_several_processes(self, make, cache, monkeypatch, measured):
-        monkeypatch.setattr(lengths_module, "_CHUNK", 7)
+    def test_several_workers(self, make, cache, monkeypatch, measured):
+        monkeypatch.setattr(build_module, "_CHUNK", 7)
         sets = [
             make([record(i, image="wide.png") for i in range(30)], "a"),
             make([record(0)], "none", repeat_time=0.5),
             make([record(i) for i in range(20)], "b", max_seq_length=60),
         ]
-        alone = problem_of(sets, cache, workers=1)
+        single = problem_of(sets, cache, workers=1)
         measured.clear()
-        together = problem_of(sets, cache / "other", workers=2)
+        parallel = problem_of(sets, cache / "other", workers=2)
         assert not measured
-        assert together == alone
-        assert "records cannot be used" in alone
+        assert parallel == single
+        assert "records cannot be used" in single
         for folder in (cache, cache / "other"):
             assert rows(index_lengths(sets[:1], cache=folder)[0]) == encoded(sets[0])
         assert not measured
 
-    def test_a_process_that_dies(self, make, cache, monkeypatch):
+    def test_worker_that_dies(self, make, cache, monkeypatch):
         class Broken:
             def __init__(self, workers, **options):
                 self.ended = False
 
             def map(self, function, chunks):
-                yield lengths_module._examine_here([records], next(iter(chunks)))
+                yield build_module._check_records([records], next(iter(chunks)))
                 raise BrokenProcessPool("killed")
 
             def shutdown(self, cancel_futures):
@@ -159,18 +166,18 @@ class TestNumbers:
                 ended.append(self)
 
         ended = []
-        monkeypatch.setattr(lengths_module, "_CHUNK", 1)
-        monkeypatch.setattr(lengths_module, "ProcessPoolExecutor", Broken)
+        monkeypatch.setattr(build_module, "_CHUNK", 1)
+        monkeypatch.setattr(build_module, "ProcessPoolExecutor", Broken)
         records = make([record(0), record(1)])
-        assert "short of memory" in problem_of([records], cache, workers=2)
+        assert "out of memory" in problem_of([records], cache, workers=2)
         assert [pool.ended for pool in ended] == [True]
         assert not cache.exists()
 
-    def test_a_slow_tokenizer(self, make, cache, tokenizer, monkeypatch):
+    def test_slow_tokenizer(self, make, cache, tokenizer, monkeypatch):
         records = make([record(i, image="wide.png") for i in range(3)])
         fast = rows(index_lengths([records], cache=cache)[0])
         monkeypatch.setattr(Qwen2Tokenizer, "is_fast", False)
-        assert rows(index_lengths([make.again(records.spec.annotation)], cache=cache)[0]) == fast
+        assert rows(index_lengths([make.reopen(records.spec.annotation)], cache=cache)[0]) == fast
 
 
 def problem_of(sets: list[RecordSet], cache: Path, **options) -> str:
@@ -197,14 +204,14 @@ class TestProblems:
         [1],
     )  # fmt: skip
 
-    def test_one_is_raised_itself(self, make, cache):
+    def test_single_problem_is_raised(self, make, cache):
         records = make([record(0), self.FAULTY[1]])
         with pytest.raises(DataError, match="does not exist") as caught:
             index_lengths([records], cache=cache)
         error = caught.value
         assert (error.file, error.line, error.record) == (records.spec.annotation, 2, "missing")
 
-    def test_several_are_listed_in_the_words_of_encode(self, make, cache):
+    def test_several_problems_are_listed_with_the_messages_of_encode(self, make, cache):
         sets = [make([record(0), *self.FAULTY], "a"), make([record(0)], "good"), make(self.FAULTY[:1], "b")]
         messages = []
         for records in sets:
@@ -217,15 +224,15 @@ class TestProblems:
         assert len(messages) == 7
         assert problem_of(sets, cache) == "\n".join(["7 records cannot be used:", *listed])
 
-    def test_only_the_first_are_listed(self, make, cache, monkeypatch):
-        monkeypatch.setattr(lengths_module, "_CHUNK", 15)
+    def test_only_the_first_problems_are_listed(self, make, cache, monkeypatch):
+        monkeypatch.setattr(build_module, "_CHUNK", 15)
         records = make([self.FAULTY[1]] * 50)
         message = problem_of([records], cache).splitlines()
         assert message[0] == "50 records cannot be used:"
         assert [f"line {i} " in line for i, line in enumerate(message[1:21], 1)] == [True] * 20
         assert message[21:] == ["  ... and 30 more"]
 
-    def test_are_looked_at_again_and_nothing_else(self, make, cache, measured):
+    def test_only_unusable_records_are_checked_again(self, make, cache, measured):
         sets = [make([record(0), self.FAULTY[1]], "bad"), make([record(0)], "good")]
         problem_of(sets, cache)
         assert len(list(cache.iterdir())) == 2
@@ -233,7 +240,7 @@ class TestProblems:
         problem_of(sets, cache)
         assert measured == [1]
 
-    def test_a_repaired_image_is_found(self, make, cache, measured, tmp_path):
+    def test_repaired_image(self, make, cache, measured, tmp_path):
         records = make([record(0), self.FAULTY[1], record(2)])
         problem_of([records], cache)
         Image.new("RGB", (10, 10)).save(tmp_path / "images/nowhere.png")
@@ -244,17 +251,17 @@ class TestProblems:
 
 
 class TestCache:
-    def test_a_second_time_nothing_is_measured(self, make, cache, measured):
+    def test_second_run_measures_nothing(self, make, cache, measured):
         records = make([record(i, image="wide.png") for i in range(3)])
         first = index_lengths([records], cache=cache)[0]
         assert measured == [0, 1, 2]
-        second = index_lengths([make.again(records.spec.annotation)], cache=cache)[0]
+        second = index_lengths([make.reopen(records.spec.annotation)], cache=cache)[0]
         assert measured == [0, 1, 2]
         assert rows(first) == rows(second)
         assert first.file == second.file
         assert [first.file] == list(cache.iterdir())
 
-    def test_calls_of_the_tokenizer_change_nothing(self, make, cache, tokenizer):
+    def test_calls_of_the_tokenizer_do_not_affect_the_key(self, make, cache, tokenizer):
         records = make([record(0)])
         before = index_lengths([records], cache=cache)[0].file
         tokenizer(["a", "a cat"], padding=True, truncation=True, max_length=1)
@@ -272,17 +279,17 @@ class TestCache:
         ],
         ids=lambda options: next(iter(options)),
     )
-    def test_another_option(self, make, cache, measured, tmp_path, options):
+    def test_changed_option(self, make, cache, measured, tmp_path, options):
         records = make([record(i, image="wide.png") for i in range(3)])
         index_lengths([records], cache=cache)
         if "root" in options:
             options = {"root": (tmp_path / "images").rename(tmp_path / "elsewhere")}
         measured.clear()
-        changed = make.again(records.spec.annotation, **options)
+        changed = make.reopen(records.spec.annotation, **options)
         assert rows(index_lengths([changed], cache=cache)[0]) == encoded(changed)
         assert len(measured) == changed.num_distinct
 
-    def test_another_annotation(self, make, cache, measured):
+    def test_changed_annotation(self, make, cache, measured):
         records = make([record(1), record(2)])
         before = rows(index_lengths([records], cache=cache)[0])
         changed = make([record(2), record(1)])  # the same size
@@ -292,28 +299,28 @@ class TestCache:
         assert rows(index_lengths([changed], cache=cache)[0]) == before[::-1]
         assert measured == [0, 1]
 
-    def test_another_tokenizer(self, make, cache, measured):
+    def test_changed_tokenizer(self, make, cache, measured):
         records = make([record(1), record(2)])
         index_lengths([records], cache=cache)
         measured.clear()
-        other = make.again(records.spec.annotation, tokenizer=train_tokenizer([], 256))
+        other = make.reopen(records.spec.annotation, tokenizer=train_tokenizer([], 256))
         assert rows(index_lengths([other], cache=cache)[0]) == encoded(other)
         assert measured == [0, 1]
 
-    @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "other records", "other columns"])
-    def test_a_damaged_file_is_rebuilt(self, make, cache, measured, caplog, damage):
+    @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "other records", "other columns"])
+    def test_damaged_cache_is_rebuilt(self, make, cache, measured, caplog, damage):
         records = make([record(i) for i in range(3)])
         file = index_lengths([records], cache=cache)[0].file
         content, columns = file.read_bytes(), np.zeros(2, np.int32)
         if damage == "other records":
             with np.load(file) as stored:
-                np.savez(file, **{**stored, **dict.fromkeys(Measured._fields, columns)})
+                np.savez(file, **{**stored, **dict.fromkeys(RecordLengths._fields, columns)})
         elif damage == "other columns":
             np.savez(file, tokens=columns)
         else:
             middle = content.index(b"NUMPY") + 130
             flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-            file.write_bytes({"cut": content[:-40], "changed": flipped, "empty": b""}[damage])
+            file.write_bytes({"truncated": content[:-40], "changed": flipped, "empty": b""}[damage])
         measured.clear()
         assert rows(index_lengths([records], cache=cache)[0]) == encoded(records)
         assert measured == [0, 1, 2]
@@ -321,15 +328,15 @@ class TestCache:
         index_lengths([records], cache=cache)
         assert measured == [0, 1, 2]
 
-    def test_a_folder_that_cannot_be_written(self, make, cache, caplog):
+    def test_folder_that_is_not_writable(self, make, cache, caplog):
         cache.write_text("a file")
         records = make([record(0)])
         lengths = index_lengths([records], cache=cache)[0]
         assert rows(lengths) == encoded(records)
         assert lengths.file is None
-        assert "cannot be kept for the next run" in caplog.text
+        assert "cannot write the length cache" in caplog.text
 
-    def test_nothing_is_left_of_a_write_that_fails(self, make, cache, monkeypatch):
+    def test_failed_write_leaves_no_file(self, make, cache, monkeypatch):
         def fail(stream, **columns):
             stream.write(b"half")
             raise OSError("disk full")
@@ -338,7 +345,7 @@ class TestCache:
         assert index_lengths([make([record(0)])], cache=cache)[0].file is None
         assert list(cache.iterdir()) == []
 
-    def test_the_default_folder(self, make, monkeypatch, tmp_path):
+    def test_default_folder(self, make, monkeypatch, tmp_path):
         home = tmp_path / "home"
         monkeypatch.setenv("HOME", str(home))
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -351,7 +358,7 @@ class TestCache:
         assert index_lengths([make([record(0)])])[0].file.parent == home / "own"
 
 
-def test_digest_of_a_tokenizer(tokenizer, monkeypatch):
+def test_tokenizer_digest(tokenizer, monkeypatch):
     same = train_tokenizer(["what is this ? a cat on a mat"] * 20, 300)
     other = train_tokenizer(["what is this ? a cat on a mat"] * 20, 300)
     other.add_tokens(["more"], special_tokens=True)

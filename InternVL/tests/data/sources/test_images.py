@@ -1,4 +1,4 @@
-"""Every kind of image file that real data holds: read as Pillow reads it, or refused by name."""
+"""Image files of all kinds: read as Pillow reads them, or refused with an error that names the file."""
 
 import io
 import os
@@ -15,17 +15,17 @@ from internvl_chat.data.sources.images import (
     MAX_PIXELS,
     check_decoding,
     decode_image,
-    image_facts,
+    image_info,
     image_size,
     open_image,
 )
-from internvl_chat.data.sources.problems import RecordProblem
+from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.utils.errors import DataError
 
 
 @pytest.fixture
 def save(tmp_path):
-    """Save a picture among the images of a set."""
+    """Save an image in the image folder of a dataset."""
 
     def save(name: str, image: Image.Image, **options):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -36,13 +36,13 @@ def save(tmp_path):
 
 
 def problem_of(read, *arguments) -> tuple[str, str]:
-    with pytest.raises(RecordProblem) as caught:
+    with pytest.raises(RecordError) as caught:
         read(*arguments)
     return caught.value.kind, str(caught.value)
 
 
-class TestGoodInput:
-    """Pillow's own conversion to RGB, resized, is what a record of one tile must hold."""
+class TestAccepted:
+    """The tile of a single-tile record equals the image converted by Pillow and resized."""
 
     def check(self, tmp_path, file) -> None:
         records = write_set(tmp_path, [image_record(0, file.name)], max_dynamic_patch=1)
@@ -50,7 +50,7 @@ class TestGoodInput:
             expected = image.convert("RGB").resize((TILE, TILE))
             size = image.size
         assert image_size(file) == size
-        assert records.examine(0, decode=True).measured == records.load(0).encoded.measured
+        assert records.check(0, decode=True).lengths == records.load(0).encoded.lengths
         assert np.array_equal(records.load(0).tiles[0].numpy(), np.asarray(expected))
 
     def test_cmyk(self, tmp_path, save):
@@ -73,7 +73,7 @@ class TestGoodInput:
     def test_formats(self, tmp_path, save, suffix):
         self.check(tmp_path, save(f"picture.{suffix}", smooth(60, 40)))
 
-    def test_animated_gif_shows_its_first_frame(self, tmp_path, save):
+    def test_first_frame_of_an_animated_gif(self, tmp_path, save):
         frames = [smooth(60, 40, seed).quantize(16) for seed in range(3)]
         file = save("moving.gif", frames[0], save_all=True, append_images=frames[1:], duration=10)
         self.check(tmp_path, file)
@@ -81,14 +81,14 @@ class TestGoodInput:
         assert np.array_equal(np.asarray(decode_image(file)), first)
 
     def test_exif_rotation_is_not_applied(self, tmp_path, save):
-        """The reference ignores it; a plan by the turned size would not fit the pixels."""
+        """The reference ignores it; a grid planned for the rotated size would not match the pixels."""
         exif = Image.Exif()
         exif[0x0112] = 6
         file = save("turned.jpg", smooth(60, 40), exif=exif)
         self.check(tmp_path, file)
         assert decode_image(file).size == image_size(file) == (60, 40)
 
-    def test_a_strip_of_one_pixel_by_5000(self, tmp_path, save):
+    def test_strip_of_1_by_5000_pixels(self, tmp_path, save):
         records = write_set(tmp_path, [image_record(0, save("strip.png", noise(1, 5000)).name)])
         assert records.load(0).encoded.grids[0].rows == 4
         assert len(records.load(0).tiles) == 5
@@ -98,7 +98,7 @@ class TestGoodInput:
         (tmp_path / "images").mkdir()
         self.check(tmp_path, write_png(tmp_path / "images/row.png", 30_000, 1))
 
-    def test_the_name_does_not_decide_the_format(self, tmp_path, save):
+    def test_format_does_not_depend_on_the_name(self, tmp_path, save):
         self.check(tmp_path, save("png.jpg", smooth(60, 40), format="PNG"))
 
     @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ class TestGoodInput:
         ],
         ids=["RGB", "RGBA", "LA"],
     )
-    def test_sixteen_bits_beside_others_are_read_as_eight(self, tmp_path, colours, pixel, expected):
-        """Pillow itself takes the upper eight of a PNG of several channels, and drops transparency."""
+    def test_16_bit_colour_is_read_as_8_bit(self, tmp_path, colours, pixel, expected):
+        """For PNGs with several channels Pillow keeps the upper 8 bits; transparency is dropped."""
         (tmp_path / "images").mkdir()
         row = struct.pack(f">{len(pixel)}H", *pixel) * 20
         file = write_png(tmp_path / "images/deep.png", 20, 20, bits=16, colours=colours, row=row)
@@ -130,7 +130,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         "content", [b"<html>not found</html>", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"]
     )
-    def test_no_image(self, tmp_path, content):
+    def test_not_an_image(self, tmp_path, content):
         file = tmp_path / "page.jpg"
         file.write_bytes(content)
         kind, message = problem_of(open_image, file)
@@ -140,30 +140,30 @@ class TestRefused:
     def test_text_named_jpg(self, tmp_path):
         file = tmp_path / "text.jpg"
         file.write_text("a text")
-        assert "it is none of JPEG, PNG, GIF, TIFF" in problem_of(open_image, file)[1]
+        assert "its format is not one of JPEG, PNG, GIF, TIFF" in problem_of(open_image, file)[1]
 
     def test_truncated_jpeg(self, tmp_path, save):
-        file = save("cut.jpg", noise(60, 40))
+        file = save("truncated.jpg", noise(60, 40))
         file.write_bytes(file.read_bytes()[:-500])
         assert image_size(file) == (60, 40)
         kind, message = problem_of(decode_image, file)
         assert kind == "image unreadable"
         assert f"the image {file} cannot be decoded: image file is truncated" in message
         records = write_set(tmp_path, [image_record(0, file.name)])
-        assert records.encode(0)[1].measured.tiles == 5
-        for look in (lambda: records.examine(0), lambda: records.load(0)):
+        assert records.encode(0)[1].lengths.tiles == 5
+        for function in (records.check, records.load):
             with pytest.raises(DataError, match="image file is truncated") as caught:
-                look()
+                function(0)
             assert (caught.value.kind, caught.value.record) == ("image unreadable", "r0")
 
     @pytest.mark.parametrize("suffix", ["png", "tiff"])
-    def test_sixteen_bits_of_grey(self, save, suffix):
+    def test_16_bit_greyscale(self, save, suffix):
         deep = Image.fromarray(np.arange(60 * 40, dtype=np.uint16).reshape(40, 60) * 20)
         file = save(f"deep.{suffix}", deep)
-        for read in (image_size, decode_image, image_facts):
+        for read in (image_size, decode_image, image_info):
             kind, message = problem_of(read, file)
             assert kind == "image depth"
-            assert message.startswith(f"the image {file} cannot be used: it has more than 8 bits a channel")
+            assert message.startswith(f"the image {file} has more than 8 bits per channel")
             assert message.endswith("convert it to 8 bits")
 
     def test_floating_point(self, save):
@@ -175,14 +175,14 @@ class TestRefused:
         for read in (image_size, decode_image):
             kind, message = problem_of(read, file)
             assert kind == "image too large"
-            assert message == f"the image {file} has more than {MAX_PIXELS:,} pixels; make it smaller"
+            assert message == f"the image {file} has more than {MAX_PIXELS:,} pixels; reduce its size"
 
-    def test_the_bound_holds_whatever_pillow_is_told(self, tmp_path, monkeypatch):
+    def test_limit_is_independent_of_pillow_settings(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
         file = write_png(tmp_path / "bomb.png", 15_000, 15_000)
         assert problem_of(image_size, file) == (
             "image too large",
-            f"the image {file} has 225,000,000 pixels, more than {MAX_PIXELS:,}; make it smaller",
+            f"the image {file} has 225,000,000 pixels, more than {MAX_PIXELS:,}; reduce its size",
         )
 
     def test_no_pixels(self, tmp_path):
@@ -191,7 +191,7 @@ class TestRefused:
         assert problem_of(image_size, file)[0] == "image unreadable"
 
     @pytest.mark.parametrize("kind", ["folder", "pipe", "socket"])
-    def test_no_file(self, tmp_path, kind):
+    def test_not_a_regular_file(self, tmp_path, kind):
         path = tmp_path / "thing.jpg"
         if kind == "folder":
             path.mkdir()
@@ -200,24 +200,24 @@ class TestRefused:
         else:
             socket.socket(socket.AF_UNIX).bind(str(path))
         assert problem_of(open_image, path) == (
-            "image unreadable", f"the image {path} cannot be read: it is no file"
+            "image unreadable", f"the image {path} cannot be read: it is not a file"
         )  # fmt: skip
 
-    def test_programs_are_never_started(self, tmp_path, save):
+    def test_no_external_programs(self, tmp_path, save):
         """Pillow runs Ghostscript on this format."""
-        assert "it is none of" in problem_of(open_image, save("picture.eps", smooth(20, 20)))[1]
+        assert "its format is not one of" in problem_of(open_image, save("picture.eps", smooth(20, 20)))[1]
 
     @pytest.mark.parametrize("name", ["a\0b.jpg", "\ud800.jpg", "x" * 5000, "a/" * 3000 + "b.jpg", ".", "\n"])
-    def test_impossible_names(self, tmp_path, name):
+    def test_invalid_names(self, tmp_path, name):
         records = write_set(tmp_path, [image_record(0, name)])
         with pytest.raises(DataError, match="the image ") as caught:
-            records.examine(0)
+            records.check(0)
         assert caught.value.kind in ("image missing", "image unreadable")
         assert len(str(caught.value)) < 1200
         assert str(caught.value).isprintable()
 
 
-class TestPlaces:
+class TestLocateImage:
     @pytest.fixture
     def records(self, tmp_path, save):
         save("in.png", smooth(40, 40))
@@ -234,23 +234,23 @@ class TestPlaces:
         "name", ["in.png", "./in.png", "sub/../in.png", "./../images/in.png", "link.png"]
     )
     def test_under_the_root(self, records, name):
-        """A link is followed wherever it leads: who can make one there decides what the folder holds."""
+        """Symbolic links are followed, also out of the root."""
         assert records(name).load(0).tiles.shape[0]
 
-    def test_an_absolute_path_is_taken_as_it_is(self, records, tmp_path):
+    def test_absolute_path(self, records, tmp_path):
         assert records(str(tmp_path / "out.png")).load(0).tiles.shape[0]
 
     @pytest.mark.parametrize("name", ["../out.png", "sub/../../out.png", "..", "a/b/../../../x"])
-    def test_out_of_the_root(self, records, tmp_path, name):
-        for look in ("examine", "measure", "encode", "load"):
+    def test_path_that_leaves_the_root(self, records, tmp_path, name):
+        for name_of_method in ("check", "measure", "encode", "load"):
             with pytest.raises(DataError, match="is outside 'root'") as caught:
-                getattr(records(name), look)(0)
+                getattr(records(name), name_of_method)(0)
             assert caught.value.kind == "image outside root"
             assert str(tmp_path / "images") in str(caught.value)
 
 
-class TestDecodedOnce:
-    def test_an_image_that_many_records_show(self, tmp_path, save, monkeypatch):
+class TestDecodingCache:
+    def test_shared_image_is_decoded_once(self, tmp_path, save, monkeypatch):
         save("shared.png", smooth(40, 40))
         decoded, decode = [], images_module.decode_image
         monkeypatch.setattr(
@@ -258,18 +258,18 @@ class TestDecodedOnce:
         )
         records = write_set(tmp_path, [image_record(i, "shared.png") for i in range(5)])
         for i in range(5):
-            records.examine(i, decode=True)
+            records.check(i, decode=True)
         assert len(decoded) == 1
 
-    def test_a_file_that_has_changed_is_decoded_again(self, tmp_path, save):
+    def test_changed_file_is_decoded_again(self, tmp_path, save):
         file = save("changes.jpg", noise(60, 40))
-        check_decoding(file, image_facts(file))
+        check_decoding(file, image_info(file))
         file.write_bytes(file.read_bytes()[:-500])
-        assert problem_of(check_decoding, file, image_facts(file))[0] == "image unreadable"
+        assert problem_of(check_decoding, file, image_info(file))[0] == "image unreadable"
 
 
-class TestEnds:
-    """A file's end only says which images are to be decoded; what decoding says then counts."""
+class TestFileEnd:
+    """The end of a file decides whether it is decoded; the record is refused only if decoding fails."""
 
     @pytest.fixture
     def decoded(self, monkeypatch):
@@ -280,37 +280,37 @@ class TestEnds:
         return decoded
 
     @pytest.fixture
-    def look(self, tmp_path):
-        """Examine a record that shows a file; returns the kind of problem, None for none."""
+    def check(self, tmp_path):
+        """Check a record with an image; return the kind of problem or None."""
 
-        def look(file) -> str | None:
+        def check(file) -> str | None:
             try:
-                write_set(tmp_path, [image_record(0, file.name)]).examine(0)
+                write_set(tmp_path, [image_record(0, file.name)]).check(0)
             except DataError as error:
                 return error.kind
             return None
 
-        return look
+        return check
 
-    WHOLE = ("jpg", "png", "gif", "webp", "jp2", "tiff", "bmp", "ppm")
-    FOLLOWED = ("jpg", "png", "gif", "jp2")
+    FORMATS = ("jpg", "png", "gif", "webp", "jp2", "tiff", "bmp", "ppm")
+    WITH_END_MARKER = ("jpg", "png", "gif", "jp2")
 
-    @pytest.mark.parametrize("suffix", WHOLE)
-    def test_a_whole_file_is_not_decoded(self, save, look, decoded, suffix):
-        assert look(save(f"x.{suffix}", noise(60, 40))) is None
+    @pytest.mark.parametrize("suffix", FORMATS)
+    def test_complete_file_is_not_decoded(self, save, check, decoded, suffix):
+        assert check(save(f"x.{suffix}", noise(60, 40))) is None
         assert decoded == []
 
     @pytest.mark.parametrize("options", [{"progressive": True}, {"quality": 20}, {"comment": b"\xff\xd9"}])
-    def test_jpegs(self, save, look, decoded, options):
-        assert look(save("x.jpg", noise(60, 40), **options)) is None
+    def test_jpeg_variants(self, save, check, decoded, options):
+        assert check(save("x.jpg", noise(60, 40), **options)) is None
         assert decoded == []
 
-    @pytest.mark.parametrize("share", [0.2, 0.5, 0.67, 0.9, 0.99])
+    @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.67, 0.9, 0.99])
     @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "jp2"])
-    def test_a_file_that_breaks_off(self, save, look, decoded, suffix, share):
+    def test_truncated_file(self, save, check, decoded, suffix, fraction):
         file = save(f"x.{suffix}", noise(200, 100))
         content = file.read_bytes()
-        file.write_bytes(content[: int(len(content) * share)])
+        file.write_bytes(content[: int(len(content) * fraction)])
         try:
             with Image.open(file) as image:
                 image.load()
@@ -318,12 +318,12 @@ class TestEnds:
             expected = "image unreadable"
         else:
             expected = None
-        assert look(file) == expected
-        # The header may be what is cut.
+        assert check(file) == expected
+        # The header itself may be truncated.
         assert decoded or expected
 
-    def test_a_jpeg_that_breaks_off_behind_its_thumbnail(self, save, look):
-        """The thumbnail is a whole JPEG, with an end of its own."""
+    def test_jpeg_truncated_after_its_thumbnail(self, save, check):
+        """The thumbnail is a complete JPEG with its own end marker."""
         with io.BytesIO() as buffer:
             smooth(40, 30).save(buffer, "JPEG")
             thumbnail = buffer.getvalue()
@@ -331,40 +331,40 @@ class TestEnds:
         content = file.read_bytes()
         marker = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
         file.write_bytes((content[:2] + marker + content[2:])[: -len(content) // 3])
-        assert look(file) == "image unreadable"
+        assert check(file) == "image unreadable"
 
-    @pytest.mark.parametrize("suffix", FOLLOWED)
-    def test_zeros_at_the_end_are_nothing(self, save, look, decoded, suffix):
+    @pytest.mark.parametrize("suffix", WITH_END_MARKER)
+    def test_padding_is_ignored(self, save, check, decoded, suffix):
         file = save(f"x.{suffix}", noise(60, 40))
         file.write_bytes(file.read_bytes() + bytes(700) + b"\r\n")
-        assert look(file) is None
+        assert check(file) is None
         assert decoded == []
 
     @pytest.mark.parametrize("after", [b"<!-- served by a cache -->", bytes(10_000)], ids=["text", "zeros"])
-    @pytest.mark.parametrize("suffix", FOLLOWED)
-    def test_what_else_follows_is_left_to_decoding(self, save, look, decoded, suffix, after):
+    @pytest.mark.parametrize("suffix", WITH_END_MARKER)
+    def test_other_trailing_data_is_decoded(self, save, check, decoded, suffix, after):
         file = save(f"x.{suffix}", noise(60, 40))
         file.write_bytes(file.read_bytes() + after)
-        assert look(file) is None
+        assert check(file) is None
         assert decoded == [file]
 
-    def test_a_png_filled_up_with_zeros_is_not_whole(self, save, look):
+    def test_png_padded_with_zeros_is_unreadable(self, save, check):
         file = save("x.png", noise(200, 100))
         content = file.read_bytes()
         file.write_bytes(content[:8000] + bytes(len(content) - 8000))
-        assert look(file) == "image unreadable"
+        assert check(file) == "image unreadable"
 
-    def test_once_for_all_records(self, tmp_path, save, monkeypatch):
-        looked, ends = [], images_module.ends_well
+    def test_end_is_read_once_for_all_records(self, tmp_path, save, monkeypatch):
+        read_files, has_end = [], images_module._has_end
         monkeypatch.setattr(
-            images_module, "ends_well", lambda path, *rest: (looked.append(path), ends(path, *rest))[1]
+            images_module, "_has_end", lambda path, *rest: (read_files.append(path), has_end(path, *rest))[1]
         )
         file = save("x.jpg", noise(60, 40))
         records = write_set(tmp_path, [image_record(i, "x.jpg", "x.jpg") for i in range(4)])
         for i in range(4):
-            records.examine(i)
-        assert looked == [file]
+            records.check(i)
+        assert read_files == [file]
 
-    def test_real_figures_end_as_they_should(self, shared):
+    def test_real_figures_have_an_end(self, shared):
         for file in sorted((shared / "pmc_mi/images").iterdir()):
-            assert image_facts(file).ends_well
+            assert image_info(file).has_end

@@ -1,4 +1,4 @@
-"""Record files against Python's own reading of the same bytes, whatever ends the lines or chunks."""
+"""Record files compared with Python's own JSON parser, for all line ends and chunk sizes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.utils.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
-SCRIPTS = "é 中文 🩻 \u2028 \x85 \ufeff"  # two of them end a line for str.splitlines
+SCRIPTS = "é 中文 🩻 \u2028 \x85 \ufeff"  # str.splitlines splits at two of them
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_records_and_their_lines(write, monkeypatch, content, values, lines, chu
     final=st.booleans(),
     chunk=st.integers(1, 40),
 )
-def test_any_file_reads_as_its_lines(tmp_path_factory, rows, end, ascii_only, mark, final, chunk):
+def test_random_files(tmp_path_factory, rows, end, ascii_only, mark, final, chunk):
     """None stands for a blank line."""
     texts = ["" if row is None else json.dumps(row, ensure_ascii=ascii_only) for row in rows]
     file = tmp_path_factory.mktemp("any") / "a.jsonl"
@@ -107,7 +107,7 @@ class TestBrokenRecords:
         assert str(error).startswith(f"{file}, line 3: not valid JSON")
         assert [records[0], records[2]] == [{"a": 1}, {"a": 3}]
 
-    def test_half_a_line(self, write):
+    def test_truncated_line(self, write):
         assert failure(RecordFile(write('{"a": 1}\n{"a": "cut off')), 1).line == 2
 
     def test_two_records_in_a_line(self, write):
@@ -127,9 +127,9 @@ class TestBrokenRecords:
         assert failure(records, 0).message == "JSON is nested too deeply"
 
     @pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n\t\n", BOM, BOM + b"\n"])
-    def test_no_record(self, write, content):
+    def test_no_records(self, write, content):
         file = write(content)
-        with pytest.raises(DataError, match="holds no record") as caught:
+        with pytest.raises(DataError, match="contains no records") as caught:
             RecordFile(file)
         assert caught.value.file == file
 
@@ -162,7 +162,7 @@ class TestArrays:
         assert list(records) == [{"id": 1}, {"id": 2}]
         assert lines_of(records) == [2, 3]
 
-    def test_a_mark_within_a_text_is_kept(self, write):
+    def test_byte_order_mark_in_text_is_preserved(self, write):
         assert RecordFile(write('["a\ufeffb"]', "a.json"))[0] == "a\ufeffb"
 
     @pytest.mark.parametrize(
@@ -174,24 +174,24 @@ class TestArrays:
         assert caught.value.line == line
 
     @pytest.mark.parametrize("text", ['{"a": 1}', '{"a": 1}\n{"a": 2}\n', "", "3"])
-    def test_no_array(self, write, text):
-        with pytest.raises(DataError, match=r"must hold an array.*\.jsonl"):
+    def test_not_an_array(self, write, text):
+        with pytest.raises(DataError, match=r"must contain an array.*\.jsonl"):
             RecordFile(write(text, "a.json"))
 
     def test_empty_array(self, write):
-        with pytest.raises(DataError, match="holds no record"):
+        with pytest.raises(DataError, match="contains no records"):
             RecordFile(write("[ ]\n", "a.json"))
 
-    def test_not_utf8_is_told_by_the_record(self, write):
+    def test_not_utf8_is_reported_for_the_record(self, write):
         records = RecordFile(write(b'[\n"a",\n"\xff"\n]', "a.json"))
         assert records[0] == "a"
         assert failure(records, 1).line == 3
 
 
-class TestProcesses:
+class TestOtherProcesses:
     def test_pickled_to_another_process(self, write):
         records = RecordFile(write('{"a": 1}\n{"a": "中"}\n'))
-        assert records[0] == {"a": 1}  # so that a file is open when it is pickled
+        assert records[0] == {"a": 1}  # opens the file before pickling
         code = "import pickle, sys; print(ascii(pickle.load(sys.stdin.buffer)[1]))"
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -207,23 +207,23 @@ class TestProcesses:
         assert records[0] == {"a": 1}
         child = os.fork()
         if child == 0:
-            right = False
+            equal = False
             try:
-                right = records[1] == {"a": 2} and records[0] == {"a": 1}
+                equal = records[1] == {"a": 2} and records[0] == {"a": 1}
             finally:
-                os._exit(0 if right else 1)
+                os._exit(0 if equal else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert records[1] == {"a": 2}
 
 
-def test_the_index_of_a_large_file_is_arrays_alone(write):
+def test_index_of_a_large_file_consists_of_arrays(write):
     count = 200_000
     file = write(b"".join(b'{"id": %d, "conversations": []}\n' % i for i in range(count)))
     records = RecordFile(file)
     assert records[123_456]["id"] == 123_456
-    held = [value for value in vars(records).values() if isinstance(value, np.ndarray)]
+    arrays = [value for value in vars(records).values() if isinstance(value, np.ndarray)]
     others = [value for value in vars(records).values() if not isinstance(value, np.ndarray)]
-    assert sum(array.nbytes for array in held) == 3 * 8 * count
+    assert sum(array.nbytes for array in arrays) == 3 * 8 * count
     assert sum(sys.getsizeof(value) for value in others) < 1000
     assert len(pickle.dumps(records)) < 3 * 8 * count + 2000
 
@@ -231,8 +231,8 @@ def test_the_index_of_a_large_file_is_arrays_alone(write):
 @pytest.mark.parametrize(
     ("text", "message", "line"),
     [
-        ('[{"a": 1}]\n[{"a": 2}]', "something follows", 1),
-        ('[{"a": 1},\n{"a": 2}] rubbish', "something follows", 2),
+        ('[{"a": 1}]\n[{"a": 2}]', "unexpected content after", 1),
+        ('[{"a": 1},\n{"a": 2}] rubbish', "unexpected content after", 2),
         ('[{"a": 1}\n{"b": 2}]', "expecting ',' or ']'", 1),
         ('[{"a": 1},,{"b": 2}]', "not valid JSON", 1),
         ('[{"a": 1},]', "not valid JSON", 1),
@@ -240,13 +240,13 @@ def test_the_index_of_a_large_file_is_arrays_alone(write):
         ("[\n" + "[" * 100_000, "nested too deeply", 2),
     ],
 )
-def test_array_with_anything_out_of_place(write, text, message, line):
+def test_malformed_arrays(write, text, message, line):
     with pytest.raises(DataError) as caught:
         RecordFile(write(text, "a.json"))
     assert message in str(caught.value)
     assert caught.value.line == line
 
 
-def test_a_long_line_of_white_space_is_named_as_that(write):
+def test_long_line_of_white_space(write):
     records = RecordFile(write('{"a": 1}\n' + " " * 40 + '\n{"a": 2}\n'))
-    assert "nothing but white space" in str(failure(records, 1))
+    assert "only white space" in str(failure(records, 1))

@@ -1,4 +1,4 @@
-"""Meta files as a user writes them: what is understood, and that every mistake is named."""
+"""Meta files as users write them: accepted values, and errors that name every mistake."""
 
 import json
 import logging
@@ -52,13 +52,13 @@ def test_defaults_and_order(folder):
 
 
 class TestPaths:
-    def test_relative_paths_count_from_data_root_not_from_the_meta_file(self, folder, tmp_path_factory):
+    def test_relative_paths_are_relative_to_data_root(self, folder, tmp_path_factory):
         elsewhere = tmp_path_factory.mktemp("elsewhere") / "meta.json"
         elsewhere.write_text(json.dumps({"set": ENTRY}))
         (spec,) = load_meta(elsewhere, folder)
         assert (spec.root, spec.annotation) == (folder / "images", folder / "a.jsonl")
 
-    def test_absolute_paths_stay(self, folder):
+    def test_absolute_paths(self, folder):
         assert load_one(folder, root="/data/images").root == Path("/data/images")
 
     def test_home(self, folder, monkeypatch):
@@ -76,23 +76,23 @@ class TestPaths:
         monkeypatch.setenv("PMC_TEST", "/big/disk")
         assert load_one(folder, root=written).root == Path("/big/disk/images")
 
-    def test_variable_that_holds_a_relative_path(self, folder, monkeypatch):
+    def test_variable_with_a_relative_path(self, folder, monkeypatch):
         monkeypatch.setenv("PMC_TEST", "sub")
         assert load_one(folder, root="$PMC_TEST/images").root == folder / "sub" / "images"
 
     @pytest.mark.parametrize("written", ["$PMC_TEST_UNSET/images", "a/${PMC_TEST_UNSET}"])
     @pytest.mark.parametrize("key", ["root", "annotation"])
-    def test_unset_variable_is_named_with_the_remedy(self, folder, monkeypatch, key, written):
+    def test_unset_variable(self, folder, monkeypatch, key, written):
         monkeypatch.delenv("PMC_TEST_UNSET", raising=False)
         message = str(problem_of(folder, {"qa": {**ENTRY, key: written}}))
         assert f"qa: '{key}' uses $PMC_TEST_UNSET, which is not set" in message
         assert "export PMC_TEST_UNSET=" in message
 
-    def test_missing_annotation_file_is_named_in_full(self, folder):
+    def test_missing_annotation_file(self, folder):
         message = str(problem_of(folder, {"qa": {**ENTRY, "annotation": "nowhere.jsonl"}}))
         assert f"qa: the annotation file {folder / 'nowhere.jsonl'} does not exist" in message
 
-    def test_a_folder_is_no_annotation_file(self, folder):
+    def test_folder_instead_of_an_annotation_file(self, folder):
         (folder / "sub").mkdir()
         assert "does not exist" in str(problem_of(folder, {"qa": {**ENTRY, "annotation": "sub"}}))
 
@@ -103,7 +103,7 @@ class TestRepeatTime:
         assert load_one(folder, repeat_time=value).repeat_time == value
 
     @pytest.mark.parametrize("value", [1.5, 2.25, 0, 0.0, -1, -0.5, "1", None, True, [1]])
-    def test_anything_else_is_rejected(self, folder, value):
+    def test_other_values_are_rejected(self, folder, value):
         message = str(problem_of(folder, {"qa": {**ENTRY, "repeat_time": value}}))
         assert "qa: 'repeat_time' must be a fraction between 0 and 1 or a whole number" in message
         assert message.endswith(repr(value))
@@ -115,20 +115,20 @@ def test_length(folder, written, read):
 
 
 @pytest.mark.parametrize("value", ["seven", "", "-1", -1, 1.5, "1.5", "40,382", True, []])
-def test_length_that_is_no_number(folder, value):
+def test_invalid_length(folder, value):
     assert f"qa: 'length' must be a number of records, found {value!r}" in str(
         problem_of(folder, {"qa": {**ENTRY, "length": value}})
     )
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "6", True])
-def test_max_dynamic_patch_that_is_no_number_of_tiles(folder, value):
+def test_invalid_max_dynamic_patch(folder, value):
     message = str(problem_of(folder, {"qa": {**ENTRY, "max_dynamic_patch": value}}))
-    assert f"qa: 'max_dynamic_patch' must be a whole number from 1, found {value!r}" in message
+    assert f"qa: 'max_dynamic_patch' must be a whole number from 1 to 100, found {value!r}" in message
 
 
 @pytest.mark.parametrize("value", ["true", 1, 0, None])
-def test_data_augment_that_is_no_boolean(folder, value):
+def test_invalid_data_augment(folder, value):
     message = str(problem_of(folder, {"qa": {**ENTRY, "data_augment": value}}))
     assert f"qa: 'data_augment' must be true or false, found {value!r}" in message
 
@@ -141,13 +141,13 @@ def test_missing_key(folder, key):
 
 @pytest.mark.parametrize("key", ["root", "annotation"])
 @pytest.mark.parametrize("value", [None, 3, ["a.jsonl"]])
-def test_path_that_is_no_text(folder, key, value):
+def test_path_of_another_type(folder, key, value):
     assert f"qa: {key!r} must be a path, found {value!r}" in str(
         problem_of(folder, {"qa": {**ENTRY, key: value}})
     )
 
 
-def test_all_problems_of_all_entries_at_once(folder):
+def test_problems_of_all_entries_are_listed(folder):
     error = problem_of(
         folder,
         {
@@ -165,24 +165,24 @@ def test_all_problems_of_all_entries_at_once(folder):
     assert all(word in line for word, line in zip(words, numbered, strict=True))
 
 
-@pytest.mark.parametrize(("written", "meant"), [("repeat_times", "repeat_time"), ("lenght", "length")])
-def test_unknown_key_is_warned_about_with_the_nearest_name(folder, caplog, written, meant):
+@pytest.mark.parametrize(("written", "suggested"), [("repeat_times", "repeat_time"), ("lenght", "length")])
+def test_unknown_key_suggests_a_similar_name(folder, caplog, written, suggested):
     spec = load_one(folder, **{written: 2})
     assert (spec.repeat_time, spec.length) == (1, None)
-    assert caplog.messages == [f"data set set: unknown key '{written}', did you mean '{meant}'?"]
+    assert caplog.messages == [f"dataset set: unknown key '{written}', did you mean '{suggested}'?"]
 
 
-def test_unknown_key_near_nothing(folder, caplog):
+def test_unknown_key_without_a_similar_name(folder, caplog):
     load_one(folder, zzzzzz=2)
-    assert caplog.messages == ["data set set: unknown key 'zzzzzz'"]
+    assert caplog.messages == ["dataset set: unknown key 'zzzzzz'"]
 
 
-def test_a_good_entry_says_nothing(folder, caplog):
+def test_valid_entry_logs_nothing(folder, caplog):
     load_one(folder, max_dynamic_patch=1, length="1")
     assert caplog.messages == []
 
 
-class TestTheFileItself:
+class TestFile:
     def test_missing(self, folder):
         with pytest.raises(DataError, match=r"nowhere\.json: no such meta file.*--meta_path"):
             load_meta(folder / "nowhere.json", folder)
@@ -203,11 +203,11 @@ class TestTheFileItself:
             load_meta(folder / "meta.json", folder)
 
     @pytest.mark.parametrize("text", ["[]", "null", '"a"', "3"])
-    def test_no_object(self, folder, text):
+    def test_not_an_object(self, folder, text):
         assert "must be a JSON object" in str(problem_of(folder, text))
 
     def test_empty_object(self, folder):
-        assert "names no data set" in str(problem_of(folder, "{}"))
+        assert "contains no datasets" in str(problem_of(folder, "{}"))
 
     def test_byte_order_mark(self, folder):
         (spec,) = load(folder, "\ufeff" + json.dumps({"set": ENTRY}))
@@ -217,17 +217,17 @@ class TestTheFileItself:
         (spec,) = load(folder, json.dumps({"图像": ENTRY}, ensure_ascii=False))
         assert spec.name == "图像"
 
-    def test_a_data_set_named_twice(self, folder):
+    def test_duplicate_dataset(self, folder):
         entry = json.dumps(ENTRY)
-        assert "'qa' appears twice" in str(problem_of(folder, f'{{"qa": {entry}, "qa": {entry}}}'))
+        assert "duplicate key 'qa'" in str(problem_of(folder, f'{{"qa": {entry}, "qa": {entry}}}'))
 
-    def test_a_key_given_twice(self, folder):
-        twice = json.dumps(ENTRY)[:-1] + ', "repeat_time": 2}'
-        assert "'repeat_time' appears twice" in str(problem_of(folder, f'{{"qa": {twice}}}'))
+    def test_duplicate_key(self, folder):
+        duplicate = json.dumps(ENTRY)[:-1] + ', "repeat_time": 2}'
+        assert "duplicate key 'repeat_time'" in str(problem_of(folder, f'{{"qa": {duplicate}}}'))
 
 
 @pytest.mark.parametrize("value", ["Infinity", "1e999", "NaN", "-1", "0"])
-def test_repeat_time_that_is_no_number_of_times(folder, value):
+def test_invalid_repeat_time(folder, value):
     entry = {"root": ".", "annotation": "a.jsonl", "data_augment": False, "repeat_time": 1}
     (folder / "a.jsonl").write_text("{}")
     text = json.dumps({"set": entry}).replace('"repeat_time": 1', f'"repeat_time": {value}')
@@ -242,7 +242,7 @@ def test_variable_without_a_value(folder, monkeypatch, name):
     assert f"export {name}=FOLDER" in str(problem_of(folder, {"set": {"root": f"${name}/images"}}))
 
 
-def test_dollar_within_a_value_is_no_variable(folder, monkeypatch):
+def test_dollar_in_the_value_of_a_variable(folder, monkeypatch):
     monkeypatch.setenv("M3LLM_ROOT", "/a$b")
     assert load_one(folder, root="$M3LLM_ROOT/c").root == Path("/a$b/c")
 

@@ -1,11 +1,12 @@
-"""Records in every dialect that is read, and the message for each that is not."""
+"""Records in all supported formats, and the error messages for all others."""
 
 import pytest
 
-from internvl_chat.data.sources.records import Message, Record, RecordProblem, parse_record
+from internvl_chat.data.sources.problems import RecordError
+from internvl_chat.data.sources.records import Message, Record, parse_record
 
 ASK, ANSWER = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}
-TURNS = (Message("user", "What?"), Message("assistant", "This."))
+MESSAGES = (Message("user", "What?"), Message("assistant", "This."))
 
 
 def human(text: str) -> dict:
@@ -13,29 +14,29 @@ def human(text: str) -> dict:
 
 
 def problem_of(raw) -> str:
-    with pytest.raises(RecordProblem) as caught:
+    with pytest.raises(RecordError) as caught:
         parse_record(raw)
     return str(caught.value)
 
 
-class TestDialects:
+class TestFormats:
     def test_conversations(self):
-        raw = {"id": "a1", "conversations": [ASK, ANSWER], "source": "kept and ignored"}
-        assert parse_record(raw) == Record("a1", TURNS, ())
+        raw = {"id": "a1", "conversations": [ASK, ANSWER], "source": "ignored"}
+        assert parse_record(raw) == Record("a1", MESSAGES, ())
 
     def test_messages(self):
         raw = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]}
-        assert parse_record(raw) == Record(None, TURNS, ())
+        assert parse_record(raw) == Record(None, MESSAGES, ())
 
     @pytest.mark.parametrize("role", ["human", "user"])
-    @pytest.mark.parametrize("side", ["gpt", "assistant"])
-    def test_role_names_mix(self, role, side):
-        raw = {"conversations": [{"from": role, "value": "What?"}, {"from": side, "value": "This."}]}
-        assert parse_record(raw).messages == TURNS
+    @pytest.mark.parametrize("answer_role", ["gpt", "assistant"])
+    def test_role_names_mix(self, role, answer_role):
+        raw = {"conversations": [{"from": role, "value": "What?"}, {"from": answer_role, "value": "This."}]}
+        assert parse_record(raw).messages == MESSAGES
 
-    def test_conversations_win_over_messages(self):
+    def test_conversations_take_precedence_over_messages(self):
         raw = {"conversations": [ASK, ANSWER], "messages": [{"role": "user", "content": "else"}]}
-        assert parse_record(raw).messages == TURNS
+        assert parse_record(raw).messages == MESSAGES
 
     def test_content_parts(self):
         parts = [
@@ -79,11 +80,11 @@ class TestDialects:
         raw = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
         assert "message 1 has a content part that is neither text nor image" in problem_of(raw)
 
-    @pytest.mark.parametrize(("given", "kept"), [("x", "x"), (7, "7"), (0, "0"), (None, None)])
-    def test_id(self, given, kept):
-        assert parse_record({"id": given, "conversations": [ASK, ANSWER]}).id == kept
+    @pytest.mark.parametrize(("given", "parsed"), [("x", "x"), (7, "7"), (0, "0"), (None, None)])
+    def test_id(self, given, parsed):
+        assert parse_record({"id": given, "conversations": [ASK, ANSWER]}).id == parsed
 
-    def test_many_turns_keep_their_order_and_text(self):
+    def test_many_messages(self):
         texts = ["a", "", " b \n", "中\n\n", "<|im_end|>", "c"]
         entries = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
         messages = parse_record({"conversations": entries}).messages
@@ -94,7 +95,7 @@ class TestDialects:
 class TestImages:
     @pytest.mark.parametrize("none", [{}, {"image": None}, {"image": ""}, {"image": []}, {"images": None}])
     def test_none(self, none):
-        assert parse_record({"conversations": [ASK, ANSWER], **none}) == Record(None, TURNS, ())
+        assert parse_record({"conversations": [ASK, ANSWER], **none}) == Record(None, MESSAGES, ())
 
     @pytest.mark.parametrize("given", [{"image": "a.png"}, {"image": ["a.png"]}, {"images": ["a.png"]}])
     def test_one_with_its_placeholder(self, given):
@@ -103,7 +104,7 @@ class TestImages:
         assert record.images == ("a.png",)
 
     @pytest.mark.parametrize("given", ["a.png", ["a.png"]])
-    def test_one_without_placeholder_is_shown_first(self, given):
+    def test_one_without_placeholder_precedes_the_first_message(self, given):
         record = parse_record({"conversations": [ASK, ANSWER, human("And?"), ANSWER], "image": given})
         assert [message.content for message in record.messages] == [
             "<image>\nWhat?",
@@ -112,13 +113,13 @@ class TestImages:
             "This.",
         ]
 
-    def test_the_placeholder_may_be_in_a_later_turn(self):
+    def test_placeholder_in_a_later_message(self):
         record = parse_record(
             {"conversations": [ASK, ANSWER, human("<image>And?"), ANSWER], "image": "a.png"}
         )
         assert [message.content for message in record.messages] == ["What?", "This.", "<image>And?", "This."]
 
-    def test_a_placeholder_that_only_the_assistant_says_shows_nothing(self):
+    def test_placeholder_of_the_assistant_is_text(self):
         answer = {"from": "gpt", "value": "An <image>."}
         record = parse_record({"conversations": [ASK, answer], "image": "a.png"})
         assert [message.content for message in record.messages] == ["<image>\nWhat?", "An <image>."]
@@ -143,31 +144,33 @@ class TestImages:
             ("<image><image>", "a", 2),
         ],
     )
-    def test_counts_that_differ_are_both_told(self, text, images, placeholders):
+    def test_error_names_both_counts(self, text, images, placeholders):
         count = 1 if images == "a" else len(images)
         message = problem_of({"conversations": [human(text), ANSWER], "image": images})
         assert f"{placeholders} <image> placeholders" in message
         assert f"{count} images" in message
 
     @pytest.mark.parametrize("wrong", [3, {"path": "a.png"}, ["a.png", None], [""], [["a.png"]], True])
-    def test_no_path(self, wrong):
+    def test_not_a_path(self, wrong):
         assert "'image' must be a path or a list of paths" in problem_of(
             {"conversations": [human("<image>"), ANSWER], "image": wrong}
         )
 
-    def test_one_but_no_human_turn(self):
-        assert "no human message to show it in" in problem_of({"conversations": [ANSWER], "image": "a.png"})
+    def test_one_but_no_human_message(self):
+        assert "no human message to put its placeholder in" in problem_of(
+            {"conversations": [ANSWER], "image": "a.png"}
+        )
 
 
 class TestSystem:
     def test_first(self):
         record = parse_record({"conversations": [{"from": "system", "value": "Be brief."}, ASK, ANSWER]})
-        assert record.messages == (Message("system", "Be brief."), *TURNS)
+        assert record.messages == (Message("system", "Be brief."), *MESSAGES)
 
-    @pytest.mark.parametrize("place", [1, 2])
-    def test_later_is_an_error(self, place):
+    @pytest.mark.parametrize("position", [1, 2])
+    def test_later_is_an_error(self, position):
         entries = [ASK, ANSWER]
-        entries.insert(place, {"from": "system", "value": "Be brief."})
+        entries.insert(position, {"from": "system", "value": "Be brief."})
         assert "a system message must be the first message" in problem_of({"conversations": entries})
 
     @pytest.mark.parametrize(
@@ -175,10 +178,11 @@ class TestSystem:
         [
             # A string: the reference marks the first message, unless that very message has a placeholder.
             ("S", "<image>\nQ", "a.png", "<image>\nS", "<image>\nQ"),
+            ("", "<image>\nQ", "a.png", "<image>\n", "<image>\nQ"),
             ("S <image>", "<image>\nQ", "a.png", "S <image>", "<image>\nQ"),
-            # A list is taken as it is.
+            # A list is not marked.
             ("S", "<image>\nQ", ["a.png"], "S", "<image>\nQ"),
-            # Without a placeholder the image is shown in the first human message.
+            # Without a placeholder the image precedes the first human message.
             ("S", "Q", "a.png", "S", "<image>\nQ"),
             ("S", "Q", ["a.png"], "S", "<image>\nQ"),
             ("S <image>", "Q", "a.png", "S <image>", "<image>\nQ"),
@@ -199,7 +203,7 @@ class TestSystem:
 
 class TestProblems:
     @pytest.mark.parametrize(("raw", "kind"), [([], "list"), (None, "NoneType"), ("a", "str"), (3, "int")])
-    def test_no_object(self, raw, kind):
+    def test_not_an_object(self, raw, kind):
         assert problem_of(raw) == f"a record must be a JSON object, found {kind}"
 
     @pytest.mark.parametrize(
@@ -218,11 +222,11 @@ class TestProblems:
     @pytest.mark.parametrize(
         "message", ["hi", None, {}, {"from": "gpt"}, {"value": "a"}, {"role": "user", "content": "a"}]
     )
-    def test_no_turn(self, message):
+    def test_not_a_message(self, message):
         message = problem_of({"conversations": [ASK, message]})
         assert message == "message 2 must be an object with 'from' and 'value'"
 
-    def test_no_turn_of_messages(self):
+    def test_not_a_message_of_messages(self):
         assert problem_of({"messages": [ASK]}) == "message 1 must be an object with 'role' and 'content'"
 
     @pytest.mark.parametrize("role", ["bot", "Human", "", None, 1, ["gpt"]])
@@ -231,12 +235,12 @@ class TestProblems:
         assert f"message 2 has the unknown role {role!r}" in message
 
     @pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (3, "int"), ({"a": 1}, "dict")])
-    def test_text_that_is_none(self, value, kind):
+    def test_text_of_another_type(self, value, kind):
         message = problem_of({"conversations": [ASK, {"from": "gpt", "value": value}]})
         assert message == f"message 2: 'value' must be text, found {kind}"
 
     @pytest.mark.parametrize("entries", [[ASK], [ASK, ASK], [{"from": "system", "value": "S"}, ASK]])
-    def test_no_assistant_turn(self, entries):
+    def test_no_assistant_message(self, entries):
         assert "no assistant message" in problem_of({"conversations": entries})
 
     @pytest.mark.parametrize("role", ["system", "human", "gpt"])
@@ -246,13 +250,13 @@ class TestProblems:
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
-def test_images_beside_an_empty_image_are_shown(empty):
+def test_images_with_an_empty_image(empty):
     messages = [human("<image> What?"), {"from": "gpt", "value": "That."}]
     record = parse_record({"image": empty, "images": ["a.png"], "conversations": messages})
     assert record.images == ("a.png",)
 
 
-def test_image_and_images_at_once():
+def test_both_image_and_images():
     messages = [human("<image> What?"), {"from": "gpt", "value": "That."}]
     raw = {"image": "a.png", "images": ["b.png"], "conversations": messages}
     assert "both 'image' and 'images'" in problem_of(raw)

@@ -1,4 +1,4 @@
-"""Records that cannot be used: named and refused, or left out so that nothing else shifts."""
+"""Unusable records: refused with an error, or excluded without changing the others."""
 
 import pickle
 from itertools import pairwise
@@ -10,12 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sets import encoder, image_record, noise, text_record, write_set
 
-from internvl_chat.data.batching.collator import FILLER_KEY, PackDataset, pack_samples
+from internvl_chat.data.batching.collator import DUMMY_KEY, PackDataset, pack_samples
 from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.data.index.build import index_records
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.data.sources.problems import ERRORS, KINDS, WARNINGS, Problem, show_id, show_message
-from internvl_chat.data.sources.skip_policy import ExcludedRecord, Skipped, exclude_records, raise_problems
+from internvl_chat.data.sources.problems import (
+    ERRORS,
+    KINDS,
+    WARNINGS,
+    Problem,
+    printable_id,
+    printable_message,
+)
+from internvl_chat.data.sources.skip_policy import (
+    ExcludedRecord,
+    SkippedRecord,
+    exclude_records,
+    raise_problems,
+)
 from internvl_chat.utils.errors import DataError
 
 BAD = {
@@ -51,7 +63,7 @@ def open_data(sets, cache, **options) -> TrainingData:
 
 class TestKinds:
     @pytest.mark.parametrize("kind", BAD)
-    def test_of_each_problem(self, folder, kind):
+    def test_kind_of_each_problem(self, folder, kind):
         records = write_set(folder, [text_record(0), BAD[kind]])
         [index] = index_records([records], cache=folder / "cache")
         [problem] = index.problems
@@ -61,23 +73,23 @@ class TestKinds:
         assert problem.id == ("b" if isinstance(BAD[kind], dict) else None)
         assert index.unusable == [1]
         assert index.lengths[1] == (0, 0, 0, 0, 0)
-        for look in (records.examine, records.measure, records.encode, records.load):
+        for function in (records.check, records.measure, records.encode, records.load):
             with pytest.raises(DataError) as caught:
-                look(1)
+                function(1)
             assert (caught.value.kind, caught.value.message) == (kind, problem.message)
 
-    def test_are_explained(self):
+    def test_all_kinds_are_explained(self):
         assert set(BAD) < set(ERRORS)
         assert not set(ERRORS) & set(WARNINGS)
         for kind, meaning in KINDS.items():
             assert kind == kind.lower()
             assert meaning.endswith(".")
 
-    def test_cross_processes(self):
+    def test_kind_survives_pickling(self):
         error = DataError("m", file="f", line=3, record="r", kind="role")
         assert pickle.loads(pickle.dumps(error)).kind == "role"
 
-    def test_one_empty_answer_of_several_is_a_warning(self, folder):
+    def test_some_empty_answers_are_a_warning(self, folder):
         messages = [*text_record(0)["conversations"], *text_record(1, answer="")["conversations"]]
         records = write_set(folder, [{"id": "x", "conversations": messages}])
         [index] = index_records([records], cache=folder / "cache")
@@ -88,16 +100,16 @@ class TestKinds:
     @pytest.mark.parametrize(
         ("roles", "message"),
         [
-            ("ah", "an answer comes first, without a question"),
-            ("hah", "the last question has no answer; nothing is learnt from it"),
-            ("hha", "a question follows a question, with nothing between"),
-            ("haa", "an answer follows an answer, with nothing between"),
-            ("sahha", "an answer comes first, without a question"),
+            ("ah", "the first message is an answer"),
+            ("hah", "the last question has no answer and is not trained on"),
+            ("hha", "two consecutive questions"),
+            ("haa", "two consecutive answers"),
+            ("sahha", "the first message is an answer"),
             ("sha", None),
             ("haha", None),
         ],
     )
-    def test_turns_out_of_order_are_a_warning(self, folder, roles, message):
+    def test_messages_out_of_order_are_a_warning(self, folder, roles, message):
         names = {"s": "system", "h": "human", "a": "gpt"}
         messages = [{"from": names[role], "value": "text"} for role in roles]
         [index] = index_records([write_set(folder, [{"conversations": messages}])], cache=folder / "cache")
@@ -105,41 +117,41 @@ class TestKinds:
         assert {problem.kind for problem in index.problems} == ({"message order"} if message else set())
         assert message is None or message in {problem.message for problem in index.problems}
 
-    def test_a_placeholder_in_an_answer_is_a_warning(self, folder):
+    def test_placeholder_in_an_answer_is_a_warning(self, folder):
         messages = text_record(0, answer="See <image>.")["conversations"]
         [index] = index_records([write_set(folder, [{"conversations": messages}])], cache=folder / "cache")
         [problem] = index.problems
         assert (problem.kind, problem.message) == (
-            "placeholder in answer", "<image> in the answer of message 2 stays text"
+            "placeholder in answer", "<image> in the answer in message 2 is treated as text"
         )  # fmt: skip
 
 
 class TestMessages:
-    def test_of_hostile_text(self):
-        assert show_message("\x1b[2J\n\ud800 中") == "\\x1b[2J\\n\\ud800 中"
-        assert show_id("\u202e") == "\\u202e"
-        assert len(show_message("x" * 10**6)) < 700
-        assert show_message("a" * 10**6 + "end").endswith("end")
+    def test_control_characters(self):
+        assert printable_message("\x1b[2J\n\ud800 中") == "\\x1b[2J\\n\\ud800 中"
+        assert printable_id("\u202e") == "\\u202e"
+        assert len(printable_message("x" * 10**6)) < 700
+        assert printable_message("a" * 10**6 + "end").endswith("end")
 
-    def test_of_ids_that_are_no_text(self):
+    def test_ids_of_other_types(self):
         deep: list = []
         for _ in range(100_000):
             deep = [deep]
-        assert show_id(deep) == "(nested too deeply)"
-        assert show_id(None) is None
-        assert show_id(12) == "12"
+        assert printable_id(deep) == "(nested too deeply)"
+        assert printable_id(None) is None
+        assert printable_id(12) == "12"
 
 
 class TestPolicy:
     def problems(self, count: int) -> list[Problem]:
         return [Problem("qa", i, "f.jsonl", i + 1, f"r{i}", "role", f"bad {i}") for i in range(count)]
 
-    def test_fail_with_one(self):
+    def test_fail_with_one_problem(self):
         with pytest.raises(DataError) as caught:
             raise_problems(self.problems(1))
         assert str(caught.value) == "f.jsonl, line 1 (record 'r0'): bad 0"
 
-    def test_fail_with_many(self):
+    def test_fail_with_many_problems(self):
         with pytest.raises(DataError) as caught:
             raise_problems(self.problems(50))
         lines = str(caught.value).splitlines()
@@ -152,12 +164,12 @@ class TestPolicy:
         raise_problems([warning])
         assert exclude_records([warning], 1, 0.0) == []
 
-    @pytest.mark.parametrize(("bad", "total", "most", "fine"), [
+    @pytest.mark.parametrize(("bad", "total", "most", "allowed"), [
         (1, 100, 0.01, True), (2, 100, 0.01, False), (0, 5, 0.0, True), (1, 9, 0.0, False), (5, 5, 1.0, True),
     ])  # fmt: skip
-    def test_most_that_may_be_left_out(self, bad, total, most, fine):
+    def test_max_fraction(self, bad, total, most, allowed):
         problems = self.problems(bad)
-        if fine:
+        if allowed:
             assert exclude_records(problems, total, most) == [
                 ExcludedRecord("qa", i, str(problems[i])) for i in range(bad)
             ]
@@ -172,7 +184,7 @@ class TestPolicy:
 
 
 class TestOrder:
-    def test_the_others_keep_their_order(self, folder):
+    def test_others_keep_their_order(self, folder):
         records = [
             text_record(0),
             BAD["image missing"],
@@ -188,11 +200,11 @@ class TestOrder:
         assert [(out.dataset, out.index) for out in data.excluded] == [("a", 1), ("a", 3), ("b", 1), ("b", 3)]
         assert all(out.message for out in data.excluded)
 
-    def test_a_record_with_one_image_missing_is_left_out_whole(self, folder):
+    def test_record_with_a_missing_image_is_excluded(self, folder):
         noise(10, 40, seed=1).save(folder / "images/tall.png")
-        shown = [("wide.png", "tall.png"), ("nowhere.png", "wide.png", "tall.png"), ("tall.png", "wide.png")]
-        shown = [image_record(number, *names) for number, names in enumerate(shown)]
-        data = open_data([write_set(folder, shown)], folder / "cache")
+        names = [("wide.png", "tall.png"), ("nowhere.png", "wide.png", "tall.png"), ("tall.png", "wide.png")]
+        records = [image_record(number, *images) for number, images in enumerate(names)]
+        data = open_data([write_set(folder, records)], folder / "cache")
         samples = [data[SampleIndex(i, 0)][0] for i in range(len(data))]
         assert [sample.id for sample in samples] == ["r0", "r2"]
         first, second = (sample.tiles[[2, 5]] for sample in samples)
@@ -207,7 +219,7 @@ class TestOrder:
             min_size=1, max_size=3,
         )
     )  # fmt: skip
-    def test_the_used_records_are_the_file_without_the_bad_ones(self, tmp_path_factory, sets):
+    def test_used_records_are_those_of_the_file_without_bad_ones(self, tmp_path_factory, sets):
         folder = tmp_path_factory.mktemp("any")
         (folder / "images").mkdir()
         noise(40, 10).save(folder / "images/wide.png")
@@ -220,7 +232,7 @@ class TestOrder:
             good = [RecordKey(f"s{number}", i) for i, kind in enumerate(used) if kind == "good"]
             expected += good * max(1, int(repeat))
         if not expected:
-            with pytest.raises(DataError, match="no records are left"):
+            with pytest.raises(DataError, match="no records left"):
                 open_data(opened, folder / "cache")
             return
         data = open_data(opened, folder / "cache")
@@ -228,11 +240,11 @@ class TestOrder:
         epoch = data.epoch_lengths()
         assert len(epoch) == len(expected)
         assert [epoch[i] for i in range(len(epoch))] == [
-            data[SampleIndex(i, 0)][0].encoded.measured for i in range(len(data))
+            data[SampleIndex(i, 0)][0].encoded.lengths for i in range(len(data))
         ]
 
-    def test_nothing_is_left(self, folder):
-        with pytest.raises(DataError, match="every record is left out"):
+    def test_no_records_left(self, folder):
+        with pytest.raises(DataError, match="all records are excluded"):
             open_data([write_set(folder, [BAD["role"]])], folder / "cache")
 
 
@@ -245,59 +257,59 @@ class TestPacks:
         (folder / "images/goes.png").unlink()
         return data
 
-    def test_a_record_that_vanishes_is_named(self, data):
+    def test_missing_record_is_listed_as_skipped(self, data):
         pack = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]]
         assert [key.index for key in pack.keys] == [0, 2]
         [skipped] = pack.skipped
-        assert skipped == Skipped("qa", 1, "r1", skipped.message)
+        assert skipped == SkippedRecord("qa", 1, "r1", skipped.message)
         assert "goes.png does not exist" in skipped.message
 
-    def test_the_others_are_as_without_it(self, data):
-        pack, alone = (
+    def test_other_records_are_unaffected(self, data):
+        pack, expected = (
             PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]],
             PackDataset(data)[[SampleIndex(0, 0), SampleIndex(2, 0)]],
         )
-        assert alone.skipped == ()
-        for name, value in vars(alone).items():
+        assert expected.skipped == ()
+        for name, value in vars(expected).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, getattr(pack, name))
 
-    def test_that_loses_all_its_records_still_runs(self, data):
+    def test_pack_without_records_contains_a_dummy_sample(self, data):
         pack = PackDataset(data)[[SampleIndex(1, 0)]]
-        assert (pack.keys, pack.counts.tolist(), pack.supervised.tolist()) == ((FILLER_KEY,), [False], [1])
+        assert (pack.keys, pack.counts.tolist(), pack.supervised.tolist()) == ((DUMMY_KEY,), [False], [1])
         assert pack.input_ids.shape == (1, 2)
         assert (pack.num_tokens, pack.num_supervised, len(pack.tiles)) == (0, 0, 0)
         assert [skipped.index for skipped in pack.skipped] == [1]
         assert pack.tiles.shape == PackDataset(data)[[SampleIndex(0, 0)]].tiles.shape
         assert len(PackDataset(data, multiple=8)[[SampleIndex(1, 0)]].input_ids[0]) == 8
 
-    def test_a_record_of_weight_zero_is_not_counted_twice(self, data):
+    def test_dummy_sample_is_not_skipped(self, data):
         assert PackDataset(data)[[SampleIndex(1, 0, counts=False)]].skipped == ()
 
-    def test_pages_and_processes_take_it(self, data):
+    def test_pack_can_be_pickled(self, data):
         pack = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0)]]
         assert pickle.loads(pickle.dumps(pack)).skipped == pack.skipped
 
-    def test_without_the_policy_it_is_an_error(self, data):
+    def test_error_without_the_policy(self, data):
         data.max_bad_fraction = None
         error = PackDataset(data)[[SampleIndex(0, 0), SampleIndex(1, 0), SampleIndex(2, 0)]]
         assert isinstance(error, DataError)
         assert (error.record, error.kind) == ("r1", "image missing")
 
-    def test_a_changed_image_is_left_out_too(self, data, folder):
+    def test_changed_image_is_skipped(self, data, folder):
         noise(10, 10).save(folder / "images/goes.png")
         [skipped] = PackDataset(data)[[SampleIndex(1, 0)]].skipped
         assert "an image has changed since" in skipped.message
 
 
-def test_a_filler_is_the_shortest_record():
-    filler = encoder().filler()
-    assert filler.measured == (2, 1, 0, 0, 0)
-    assert filler.labels[0] < 0
-    assert filler.input_ids.dtype == filler.labels.dtype == torch.int64
+def test_dummy_is_the_shortest_conversation():
+    dummy = encoder().dummy()
+    assert dummy.lengths == (2, 1, 0, 0, 0)
+    assert dummy.labels[0] < 0
+    assert dummy.input_ids.dtype == dummy.labels.dtype == torch.int64
 
 
-def test_lengths_are_those_of_the_records_that_are_used(folder):
+def test_lengths_of_the_used_records(folder):
     lines = [text_record(i, answer="a cat " * (i + 1)) for i in range(6)]
     lines[2] = BAD["role"]
     data = open_data([write_set(folder, lines)], folder / "cache")

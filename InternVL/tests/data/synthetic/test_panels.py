@@ -1,5 +1,4 @@
-"""Checks the drawing of made-up figures: layout, findings on the named side, kinds that can be told apart.
-Only pixels and the description are compared; nothing is written."""
+"""Tests of the synthetic images: layout, side of the findings, and distinguishable kinds."""
 
 from dataclasses import replace
 from typing import Literal
@@ -12,7 +11,7 @@ from internvl_chat.data.synthetic.figures import KINDS, RADIOLOGY, VARIANTS, Fin
 from internvl_chat.data.synthetic.panels import draw_figure, draw_panel
 
 
-def test_panels_lie_inside_their_figure_without_overlap() -> None:
+def test_panels_do_not_overlap() -> None:
     for figure in plan_figures(60, 1, np.random.default_rng(3)):
         assert [panel.label for panel in figure.panels] == list("ABCDEF"[: len(figure.panels)])
         covered = np.zeros(figure.size[::-1], np.uint8)
@@ -26,7 +25,7 @@ def test_panels_lie_inside_their_figure_without_overlap() -> None:
 @pytest.mark.parametrize("kind", RADIOLOGY)
 @pytest.mark.parametrize("name", ["lesion", "arrow"])
 @pytest.mark.parametrize("size", [(300, 300), (690, 290)])
-def test_a_finding_is_drawn_on_the_side_that_is_named(
+def test_finding_is_on_the_described_side(
     kind: str, name: Literal["lesion", "arrow"], size: tuple[int, int]
 ) -> None:
     variant = next(iter(VARIANTS[kind]))
@@ -40,7 +39,7 @@ def test_a_finding_is_drawn_on_the_side_that_is_named(
         assert columns.max() < size[0] / 2 if side == "left" else columns.min() >= size[0] / 2
 
 
-def gross_statistics(picture: Image.Image) -> list[float]:
+def simple_statistics(picture: Image.Image) -> list[float]:
     pixels = np.asarray(picture.resize((96, 96)), np.float32)
     grey = pixels.mean(axis=2)
     texture = np.abs(np.diff(grey, axis=1)).mean()
@@ -48,14 +47,14 @@ def gross_statistics(picture: Image.Image) -> list[float]:
     return [grey.mean(), grey.std(), colour, texture, (grey < 30).mean(), (grey > 200).mean()]
 
 
-def test_kinds_can_be_told_apart_by_gross_statistics() -> None:
+def test_kinds_differ_in_simple_statistics() -> None:
     rng = np.random.default_rng(11)
     rows = []
     for kind in KINDS:
         for number in range(24):
             variants = list(VARIANTS[kind])
             panel = Panel("A", kind, variants[number % len(variants)], None, (0, 0, 300, 280))
-            rows.append(gross_statistics(draw_panel(panel, rng)))
+            rows.append(simple_statistics(draw_panel(panel, rng)))
     table = np.array(rows).reshape(len(KINDS), 24, -1)
     table = (table - table.mean(axis=(0, 1))) / table.std(axis=(0, 1))
     centres = table[:, :12].mean(axis=1)
@@ -63,7 +62,7 @@ def test_kinds_can_be_told_apart_by_gross_statistics() -> None:
     assert (guesses == np.arange(len(KINDS))[:, None]).mean() > 0.85
 
 
-def test_a_figure_is_drawn_at_its_size_with_white_around_the_panels() -> None:
+def test_figure_has_its_size_and_a_white_background() -> None:
     planned = plan_figures(6, 1, np.random.default_rng(3))
     figure = next(figure for figure in planned if len(figure.panels) == 5)
     pixels = np.asarray(draw_figure(figure, np.random.default_rng(0)))

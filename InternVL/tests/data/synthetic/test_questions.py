@@ -1,5 +1,4 @@
-"""Checks questions and answers against the figures' descriptions, worked out anew here.
-No picture is drawn, so that full-sized sets can be checked for truth and balance."""
+"""Tests of the synthetic questions: correct answers, balance and format."""
 
 import re
 from collections import Counter
@@ -42,7 +41,7 @@ def answer(record: dict) -> str:
 
 
 def shown_panels(record: dict, figures: dict[str, Figure]) -> list[Panel]:
-    """The panels of a record, found by the number in the file name."""
+    """Return the panels of a record by the numbers in their file names."""
     figure, *crops = record["image"]
     return [figures[figure].panels[int(re.search(r"_(\d)\.\w+$", crop)[1])] for crop in crops]
 
@@ -57,15 +56,13 @@ def shown_panels(record: dict, figures: dict[str, Figure]) -> list[Panel]:
         ("compound_image", {1}),
     ],
 )
-def test_each_category_shows_its_number_of_images(
-    figures: dict[str, Figure], category: str, counts: set[int]
-) -> None:
+def test_number_of_images_per_category(figures: dict[str, Figure], category: str, counts: set[int]) -> None:
     assert {len(record["image"]) for record in ask(figures, category)} == counts
 
 
 @pytest.mark.parametrize("category", IMAGE_CATEGORIES)
 @pytest.mark.parametrize("count", [1, 2, 3, 20, 60])
-def test_at_least_three_in_five_are_closed_and_hold_their_choices(category: str, count: int) -> None:
+def test_most_questions_are_closed_and_list_their_choices(category: str, count: int) -> None:
     planned = plan_figures(max(count, MIN_FIGURES), 1, np.random.default_rng(count))
     records = image_records(category, planned, count, "train", np.random.default_rng(count))
     closed = [record for record in records if "choices" in record]
@@ -75,7 +72,7 @@ def test_at_least_three_in_five_are_closed_and_hold_their_choices(category: str,
         assert len(set(record["choices"])) == len(record["choices"]) > 1
 
 
-def test_text_records_are_open_and_held_out_wordings_ask_for_trained_facts() -> None:
+def test_held_out_text_questions_ask_for_trained_facts() -> None:
     order = list(range(len(FACTS)))
     trained, held_out = text_records(80, "train", order), text_records(20, "held_out", order)
     assert not {prompt(r) for r in trained} & {prompt(r) for r in held_out}
@@ -86,7 +83,7 @@ def test_text_records_are_open_and_held_out_wordings_ask_for_trained_facts() -> 
 
 
 def offset(record: dict, figures: dict[str, Figure]) -> tuple[set[str], set[str]]:
-    """Where Fig-1 lies relative to Fig-2 by their centres, where the boxes do not overlap along that axis."""
+    """Return the positions of Fig-1 relative to Fig-2, along axes on which they do not overlap."""
     a, b = (np.array(panel.box) for panel in shown_panels(record, figures))
     sides = set()
     if a[2] <= b[0] or b[2] <= a[0]:
@@ -96,7 +93,7 @@ def offset(record: dict, figures: dict[str, Figure]) -> tuple[set[str], set[str]
     return sides
 
 
-def test_positions_are_true(figures: dict[str, Figure]) -> None:
+def test_positions(figures: dict[str, Figure]) -> None:
     checked = Counter()
     for record in ask(figures, "bbox"):
         sides, text = offset(record, figures), prompt(record)
@@ -116,7 +113,7 @@ def test_positions_are_true(figures: dict[str, Figure]) -> None:
     assert min(checked[name] for name in ("left", "above", "direction", "open")) >= 10
 
 
-def test_single_panel_answers_are_true(figures: dict[str, Figure]) -> None:
+def test_single_panel_answers(figures: dict[str, Figure]) -> None:
     lesions = Counter()
     for record in ask(figures, "single_subimage"):
         (panel,) = shown_panels(record, figures)
@@ -132,7 +129,7 @@ def test_single_panel_answers_are_true(figures: dict[str, Figure]) -> None:
     assert min(lesions["yes"], lesions["no"]) >= 3
 
 
-def test_comparisons_are_true(figures: dict[str, Figure]) -> None:
+def test_comparisons(figures: dict[str, Figure]) -> None:
     checked = Counter()
     for record in ask(figures, "multiple_subimage"):
         kinds = [panel.kind for panel in shown_panels(record, figures)]
@@ -155,7 +152,7 @@ def test_comparisons_are_true(figures: dict[str, Figure]) -> None:
     assert min(checked[name] for name in ("same", "how many", "which", "open")) >= 10
 
 
-def test_options_hold_one_right_answer_and_half_are_the_fixed_list(figures: dict[str, Figure]) -> None:
+def test_options_contain_the_answer_once(figures: dict[str, Figure]) -> None:
     fixed = 0
     for record in ask(figures, "subimage_option"):
         (panel,) = shown_panels(record, figures)
@@ -168,7 +165,7 @@ def test_options_hold_one_right_answer_and_half_are_the_fixed_list(figures: dict
     assert 25 <= fixed <= 35
 
 
-def test_whole_figure_answers_are_true(figures: dict[str, Figure]) -> None:
+def test_compound_figure_answers(figures: dict[str, Figure]) -> None:
     for record in ask(figures, "compound_image"):
         panels = figures[record["image"][0]].panels
         if record.get("choices") == ["2", "3", "4", "5", "6"]:
@@ -195,11 +192,11 @@ def test_closed_answers_are_balanced(figures: dict[str, Figure], category: str) 
 
 
 @pytest.mark.parametrize("category", IMAGE_CATEGORIES)
-def test_no_question_is_asked_twice(figures: dict[str, Figure], category: str) -> None:
+def test_questions_are_unique(figures: dict[str, Figure], category: str) -> None:
     asked = [(prompt(record), *record["image"]) for record in ask(figures, category)]
     assert len(set(asked)) == len(asked)
 
 
-def test_too_few_figures_are_refused(figures: dict[str, Figure]) -> None:
+def test_too_few_figures(figures: dict[str, Figure]) -> None:
     with pytest.raises(ValueError, match="allow no further _panel_count question"):
         image_records("compound_image", list(figures.values())[:1], 60, "train", np.random.default_rng(0))

@@ -1,5 +1,4 @@
-"""Checks the sample data as written: its files, that it is reproducible, and what pixels can prove.
-The description that questions are made from is not used here; the other synthetic tests start from it."""
+"""Tests of the written sample data: format, reproducibility, and answers checked against the pixels alone."""
 
 import json
 import re
@@ -30,7 +29,7 @@ def images(metas: dict[str, Path]) -> Path:
 
 
 def records_of(metas: dict[str, Path], split: str) -> dict[str, list[dict]]:
-    """The records of a split by category, read the way its meta file says."""
+    """Return the records of a split by category, read through its meta file."""
     meta = json.loads(metas[split].read_text(encoding="utf-8"))
     lines = {name: Path(entry["annotation"]).read_text(encoding="utf-8") for name, entry in meta.items()}
     return {DATASETS[name]: [json.loads(line) for line in text.splitlines()] for name, text in lines.items()}
@@ -44,7 +43,7 @@ def answer(record: dict) -> str:
     return record["conversations"][1]["value"]
 
 
-def test_meta_files_have_the_training_format(metas: dict[str, Path]) -> None:
+def test_meta_files(metas: dict[str, Path]) -> None:
     assert set(metas) == {"train", "held_out"}
     for split, path in metas.items():
         assert path.name == f"{split}.json"
@@ -62,7 +61,7 @@ def test_meta_files_have_the_training_format(metas: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_records_are_well_formed(metas: dict[str, Path], images: Path, split: str) -> None:
+def test_records(metas: dict[str, Path], images: Path, split: str) -> None:
     identities = []
     for category, records in records_of(metas, split).items():
         assert len(records) == COUNTS[split]
@@ -82,7 +81,7 @@ def test_records_are_well_formed(metas: dict[str, Path], images: Path, split: st
     assert len(set(identities)) == len(identities)
 
 
-def test_images_open_with_real_sizes_and_modes(images: Path) -> None:
+def test_image_sizes_and_modes(images: Path) -> None:
     modes = Counter()
     for path in images.iterdir():
         with Image.open(path) as picture:
@@ -102,9 +101,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes().replace(root, b"ROOT") for path in files}
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(
-    metas: dict[str, Path], tmp_path: Path
-) -> None:
+def test_output_depends_only_on_the_seed(metas: dict[str, Path], tmp_path: Path) -> None:
     first = contents(metas["train"].parent)
     write_sample_data(tmp_path / "same", train=TRAIN, held_out=HELD_OUT)
     assert contents(tmp_path / "same") == first
@@ -123,7 +120,7 @@ def test_splits_share_no_image(metas: dict[str, Path], images: Path) -> None:
     assert len({path.read_bytes() for path in images.iterdir()}) == len(list(images.iterdir()))
 
 
-def test_the_number_of_panel_files_is_the_answer(images: Path, metas: dict[str, Path]) -> None:
+def test_panel_count_equals_the_number_of_files(images: Path, metas: dict[str, Path]) -> None:
     counted = 0
     for split in COUNTS:
         for record in records_of(metas, split)["compound_image"]:
@@ -134,7 +131,7 @@ def test_the_number_of_panel_files_is_the_answer(images: Path, metas: dict[str, 
 
 
 def locate(crop: Image.Image, figure: Image.Image) -> tuple[int, int]:
-    """The only place, (left, top) in pixels, where `figure` holds exactly the pixels of `crop`."""
+    """Return the only position (left, top) at which a figure contains exactly the pixels of a crop."""
     big, small = np.asarray(figure, np.int32) @ PACK, np.asarray(crop, np.int32) @ PACK
     last_top, last_left = np.array(big.shape) - small.shape
     _, first, counts = np.unique(small, return_index=True, return_counts=True)
@@ -143,33 +140,33 @@ def locate(crop: Image.Image, figure: Image.Image) -> tuple[int, int]:
     reachable = big[row : row + last_top + 1, column : column + last_left + 1]
     tops, lefts = np.nonzero(reachable == small[row, column])
     for row, column in rare[1:]:
-        kept = big[tops + row, lefts + column] == small[row, column]
-        tops, lefts = tops[kept], lefts[kept]
+        matching = big[tops + row, lefts + column] == small[row, column]
+        tops, lefts = tops[matching], lefts[matching]
     height, width = small.shape
-    places = [
+    positions = [
         (left, top)
         for left, top in zip(lefts.tolist(), tops.tolist(), strict=True)
         if np.array_equal(big[top : top + height, left : left + width], small)
     ]
-    assert len(places) == 1
-    return places[0]
+    assert len(positions) == 1
+    return positions[0]
 
 
-def test_boxes_and_order_of_panels_agree_with_the_pixels_of_a_lossless_figure(images: Path) -> None:
+def test_panels_are_crops_in_reading_order(images: Path) -> None:
     figure_paths = list(images.glob("SYN????_fig1.png"))
     assert figure_paths
     for path in figure_paths:
-        places = []
+        positions = []
         with Image.open(path) as figure:
             for crop_path in sorted(images.glob(f"{path.name}_*")):
                 with Image.open(crop_path) as crop:
-                    places.append(locate(crop, figure))
-        assert places == sorted(places, key=lambda place: (place[1], place[0]))
-        assert len(set(places)) == len(places) >= 2
+                    positions.append(locate(crop, figure))
+        assert positions == sorted(positions, key=lambda position: (position[1], position[0]))
+        assert len(set(positions)) == len(positions) >= 2
 
 
-def test_positions_written_to_disk_are_true_of_the_pixels(images: Path, metas: dict[str, Path]) -> None:
-    """Independent of any description: find both crops in the lossless figures and compare their places."""
+def test_positions_agree_with_the_pixels(images: Path, metas: dict[str, Path]) -> None:
+    """Locate both panels in the lossless figures and compare their positions."""
     checked = 0
     for split in COUNTS:
         for record in records_of(metas, split)["bbox"]:
@@ -186,13 +183,13 @@ def test_positions_written_to_disk_are_true_of_the_pixels(images: Path, metas: d
             if answer(record) in ("yes", "no"):
                 assert (answer(record) == "yes") == truth["left" if "left of" in prompt(record) else "above"]
             else:
-                said = set(re.findall(r"\b(?:left|right|above|below)\b", answer(record)))
-                assert said == {side for side, holds in truth.items() if holds}
+                answered = set(re.findall(r"\b(?:left|right|above|below)\b", answer(record)))
+                assert answered == {side for side, holds in truth.items() if holds}
             checked += 1
     assert checked >= 1
 
 
-def test_a_folder_that_holds_something_is_refused(metas: dict[str, Path], tmp_path: Path) -> None:
+def test_nonempty_folder_is_refused(metas: dict[str, Path], tmp_path: Path) -> None:
     before = contents(metas["train"].parent)
     with pytest.raises(FileExistsError, match="not an empty folder"):
         write_sample_data(metas["train"].parent, train=1, held_out=1)
@@ -203,13 +200,13 @@ def test_a_folder_that_holds_something_is_refused(metas: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize("counts", [{"train": 0}, {"held_out": -1}])
-def test_a_count_below_one_is_refused_before_anything_is_written(counts: dict, tmp_path: Path) -> None:
+def test_count_below_one_is_refused(counts: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         write_sample_data(tmp_path / "data", **counts)
     assert not (tmp_path / "data").exists()
 
 
-def test_an_interrupted_run_leaves_no_meta_file_and_progress_sees_every_figure(tmp_path: Path) -> None:
+def test_interrupted_run_leaves_no_meta_file(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def stop_at_third(figures: Iterable[Figure]) -> Iterator[Figure]:

@@ -79,21 +79,21 @@ def test_names(own: str, theirs: str) -> None:
     assert from_hf_weights(to_hf_weights(weights)).keys() == {own}
 
 
-def test_the_fused_layer_is_split_into_query_key_value() -> None:
+def test_qkv_is_split() -> None:
     name = "vision_model.encoder.layers.3.attn.qkv"
     weight, bias = torch.arange(24.0).reshape(6, 4), torch.arange(6.0)
     theirs = read(to_hf_weights(lazy({f"{name}.weight": weight, f"{name}.bias": bias})))
-    place = "model.vision_tower.encoder.layer.3.attention"
+    prefix = "model.vision_tower.encoder.layer.3.attention"
     expected = {}
     for number, letter in enumerate("qkv"):
-        expected[f"{place}.{letter}_proj.weight"] = weight[2 * number : 2 * number + 2]
-        expected[f"{place}.{letter}_proj.bias"] = bias[2 * number : 2 * number + 2]
+        expected[f"{prefix}.{letter}_proj.weight"] = weight[2 * number : 2 * number + 2]
+        expected[f"{prefix}.{letter}_proj.bias"] = bias[2 * number : 2 * number + 2]
     assert_same(theirs, expected)
     assert_same(read(from_hf_weights(lazy(theirs))), {f"{name}.weight": weight, f"{name}.bias": bias})
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_names_and_shapes_are_those_of_transformers_model(changes: dict) -> None:
+def test_names_and_shapes_match_transformers(changes: dict) -> None:
     model = make_model(**changes)
     theirs = read(to_hf_weights(lazy(model.state_dict())))
     other = InternVLForConditionalGeneration._from_config(
@@ -104,7 +104,7 @@ def test_names_and_shapes_are_those_of_transformers_model(changes: dict) -> None
     assert_same(read(from_hf_weights(lazy(theirs))), dict(model.state_dict()))
 
 
-def test_the_first_naming_on_disk_is_read_too() -> None:
+def test_first_naming_scheme() -> None:
     model = make_model()
     first = {}
     for name, tensor in read(to_hf_weights(lazy(model.state_dict()))).items():
@@ -133,7 +133,7 @@ def test_an_unknown_weight_is_named(convert) -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_configurations_and_back(changes: dict) -> None:
+def test_configuration_round_trip(changes: dict) -> None:
     config = make_config(**changes)
     raw = to_hf_config(config, CONTEXT)
     back = from_hf_config(raw, source="config.json")
@@ -166,7 +166,7 @@ def test_configurations_and_back(changes: dict) -> None:
     assert mine == theirs
 
 
-def test_transformers_reads_the_configuration_as_it_is_meant() -> None:
+def test_transformers_reads_the_configuration() -> None:
     config = make_config(select_layer=-2, llm={"tie_word_embeddings": False})
     theirs = InternVLConfig(**to_hf_config(config, CONTEXT))
     assert (theirs.image_token_id, theirs.image_seq_length) == (CONTEXT, 4)
@@ -181,7 +181,7 @@ def test_transformers_reads_the_configuration_as_it_is_meant() -> None:
     assert back.build_llm_config().to_dict() == config.build_llm_config().to_dict()
 
 
-def test_pixel_shuffle_v1_has_no_counterpart() -> None:
+def test_pixel_shuffle_v1_is_rejected() -> None:
     with pytest.raises(ModelError, match="v2 only"):
         to_hf_config(make_config(ps_version="v1"), CONTEXT)
 

@@ -1,4 +1,4 @@
-"""Weight files: shards, damage, foreign pickles, digests, and who may read what is written."""
+"""Weight files: shards, damaged files, pickles, digests and permissions."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def assert_same(found: Weights, expected: dict[str, torch.Tensor]) -> None:
         assert same, name
 
 
-def test_one_file_and_back(tmp_path: Path) -> None:
+def test_single_file_round_trip(tmp_path: Path) -> None:
     write_weights(lazy(tensors()), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
@@ -55,7 +55,7 @@ def test_one_file_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "shards"), [(170, 5), (1, 10), (80, 8), (10**6, 1)])
-def test_shards_and_back(tmp_path: Path, limit: int, shards: int) -> None:
+def test_shards_round_trip(tmp_path: Path, limit: int, shards: int) -> None:
     write_weights(lazy(tensors()), tmp_path, max_shard_bytes=limit)
     files = weight_files(tmp_path)
     assert_same(read_weights(tmp_path), tensors())
@@ -75,7 +75,7 @@ def test_shards_and_back(tmp_path: Path, limit: int, shards: int) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {*contents, INDEX_FILE}
 
 
-def test_a_shard_is_as_full_as_it_may_be(tmp_path: Path) -> None:
+def test_shards_are_filled(tmp_path: Path) -> None:
     given = {name: torch.zeros(10) for name in "abcde"}
     write_weights(lazy(given), tmp_path, max_shard_bytes=80)
     held = [sorted(load_file(file)) for file in weight_files(tmp_path)]
@@ -119,7 +119,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         read_weights(tmp_path)
 
 
-def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
+def test_safetensors_are_preferred(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     assert read_weights(tmp_path)["a"]().item() == 0.0
@@ -146,7 +146,7 @@ class Malice:
 
 
 @pytest.mark.parametrize("container", ["torch", "pickle"])
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, container: str) -> None:
+def test_pickle_with_code_is_rejected(tmp_path: Path, container: str) -> None:
     mark, file = tmp_path / "mark", tmp_path / "pytorch_model.bin"
     content = {"weight": torch.zeros(2), "extra": Malice(mark)}
     if container == "torch":
@@ -160,7 +160,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, container: st
     assert mark.exists(), "the file must be dangerous for the test to mean anything"
 
 
-def test_the_digest_changes_with_one_weight_and_with_nothing_else(tmp_path: Path) -> None:
+def test_digest_depends_only_on_weights(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "same", "other", "renamed")]
     for folder in folders:
         folder.mkdir()
@@ -190,7 +190,7 @@ def test_the_digest_covers_every_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
-def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, umask: int, mode: int) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         write_file({"a": torch.zeros(1)}, tmp_path / "file.safetensors")
@@ -200,7 +200,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, umask: int, mo
     assert stat.S_IMODE((tmp_path / "file.safetensors").stat().st_mode) == mode
 
 
-def test_files_say_that_they_are_pytorch_s(tmp_path: Path) -> None:
+def test_file_metadata(tmp_path: Path) -> None:
     write_file({"a": torch.zeros(1)}, tmp_path / "file.safetensors")
     header = (tmp_path / "file.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
@@ -209,7 +209,7 @@ def test_files_say_that_they_are_pytorch_s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(10**6, 80), (80, 10**6), (80, 170), (170, 80)])
-def test_weights_written_over_others_leave_none_of_them(tmp_path: Path, first: int, second: int) -> None:
+def test_earlier_weight_files_are_deleted(tmp_path: Path, first: int, second: int) -> None:
     write_weights(lazy(tensors(seed=0)), tmp_path, max_shard_bytes=first)
     write_weights(lazy(tensors(seed=1)), tmp_path, max_shard_bytes=second)
     assert_same(read_weights(tmp_path), tensors(seed=1))

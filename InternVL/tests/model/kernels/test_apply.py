@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from internvl_chat.model.kernels.apply import apply_kernels, fuse_norms, has_supervised_head
-from internvl_chat.model.modeling_internvl_chat import next_token_losses
+from internvl_chat.model.loss import next_token_losses
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "vocab_size": 29, "pad_token_id": 0}  # fmt: skip
@@ -79,7 +79,7 @@ def test_same_losses_and_gradients(config, device, checkpointed: bool) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_plain_losses_are_those_of_all_logits(config) -> None:
+def test_losses_match_those_of_all_logits(config) -> None:
     plain = Model(config)
     logits = plain.language_model(input_ids=IDS, use_cache=False).logits[0, POSITIONS]
     expected = torch.nn.functional.cross_entropy(logits, TARGETS, reduction="none")
@@ -87,7 +87,7 @@ def test_plain_losses_are_those_of_all_logits(config) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_all_logits_and_the_same_names(config) -> None:
+def test_logits_and_names_are_unchanged(config) -> None:
     plain, fast = pair(config)
     assert torch.equal(fast.language_model(input_ids=IDS).logits, plain.language_model(input_ids=IDS).logits)
     assert list(fast.state_dict()) == list(plain.state_dict())
@@ -103,7 +103,7 @@ def test_parameters_are_shared() -> None:
     assert llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
 
 
-def test_other_architectures_stay_as_they_are() -> None:
+def test_other_architectures_are_unchanged() -> None:
     model = Model(PhiConfig(**SMALL))
     kinds = [type(module) for module in model.modules()]
     apply_kernels(model, torch.device("cuda"), persistent_buffers=True)
@@ -111,14 +111,14 @@ def test_other_architectures_stay_as_they_are() -> None:
     assert [type(module) for module in model.modules()] == kinds
 
 
-def test_a_head_with_adapters_stays_as_it_is() -> None:
+def test_a_head_with_adapters_is_unchanged() -> None:
     model = Model(CONFIGS["qwen2"])
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head"]), model.language_model)
     apply_kernels(model, CPU)
     assert not has_supervised_head(model)
 
 
-def test_norms_are_fused_on_a_gpu_only() -> None:
+def test_norms_are_fused_only_on_a_gpu() -> None:
     _, on_cpu = pair(CONFIGS["qwen3"])
     _, on_gpu = pair(CONFIGS["qwen3"], torch.device("cuda"))
     assert not any(isinstance(module, nn.RMSNorm) for module in on_cpu.modules())
@@ -127,7 +127,7 @@ def test_norms_are_fused_on_a_gpu_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_norms_are_no_less_exact(dtype: torch.dtype) -> None:
+def test_fused_norms_are_as_accurate(dtype: torch.dtype) -> None:
     x, upstream = (4 * torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1))).unbind(0)
     norms = nn.ModuleList([Model(CONFIGS["qwen2"]).language_model.get_decoder().norm])
     norms[0].weight.data += 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(2))

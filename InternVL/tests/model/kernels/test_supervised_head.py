@@ -1,4 +1,4 @@
-"""The head's losses and gradients are those of a linear layer and torch's cross-entropy, in float64."""
+"""Losses and gradients of the head against a linear layer and torch's cross-entropy in float64."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_losses_and_gradients(monkeypatch: pytest.MonkeyPatch, rows: int, traine
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_half_precision_is_as_exact_as_a_linear_layer_s(trained: bool) -> None:
+def test_bfloat16_is_as_accurate_as_a_linear_layer(trained: bool) -> None:
     """Both are compared with float64; the errors are those of bf16, 2^-8, and no larger than torch's."""
     head, (hidden, targets, weights) = make_head(dtype=torch.bfloat16, trained=trained), draw(200)
     hidden = hidden.bfloat16()
@@ -81,15 +81,15 @@ def test_without_targets_it_is_a_linear_layer() -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_second_backward_pass_is_refused(trained: bool) -> None:
+def test_a_second_backward_pass_raises(trained: bool) -> None:
     head, (hidden, targets, weights) = make_head(trained=trained), draw(3)
     losses = head(hidden.requires_grad_(True), targets)
     losses.backward(weights, retain_graph=True)
-    with pytest.raises(RuntimeError, match="once only"):
+    with pytest.raises(RuntimeError, match="only once"):
         losses.backward(weights)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_raises() -> None:
     head, (hidden, targets, _) = make_head(), draw(3)
     hidden.requires_grad_(True)
     upstream = torch.ones(3, requires_grad=True)
@@ -98,7 +98,7 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.square().sum().backward()
 
 
-def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradients_logits_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "_ROWS", 2)
     sizes = []
 
@@ -115,7 +115,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == [2]
 
 
-def test_a_copy_is_a_head_of_its_own() -> None:
+def test_a_copy_is_independent() -> None:
     head, (hidden, targets, _) = make_head(), draw(3)
     other = copy.deepcopy(head)
     other.weight.data.zero_()

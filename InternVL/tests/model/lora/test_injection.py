@@ -1,4 +1,4 @@
-"""LoRA: which layers, which numbers, which names on disk; peft itself reads what is written."""
+"""LoRA: target layers, ranks and names on disk; peft reads the saved adapters."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def trained(model: torch.nn.Module) -> set[str]:
 # What is adapted
 
 
-def test_all_linear_layers_of_the_language_model_and_nothing_else() -> None:
+def test_llm_targets() -> None:
     model = make_model()
     add_lora(model, llm_rank=4)
     assert set(lora_layers(model)) == {
@@ -70,7 +70,7 @@ def test_all_linear_layers_of_the_language_model_and_nothing_else() -> None:
     assert (model.config.use_llm_lora, model.config.use_backbone_lora) == (4, 0)
 
 
-def test_all_linear_layers_of_the_vision_tower() -> None:
+def test_vision_targets() -> None:
     model = make_model()
     add_lora(model, vision_rank=3)
     assert set(lora_layers(model)) == {
@@ -81,7 +81,7 @@ def test_all_linear_layers_of_the_vision_tower() -> None:
     assert (model.config.use_llm_lora, model.config.use_backbone_lora) == (0, 3)
 
 
-def test_each_tower_has_its_rank() -> None:
+def test_ranks_of_both_towers() -> None:
     model = make_model()
     add_lora(model, llm_rank=4, vision_rank=2)
     ranks = {name.partition(".")[0]: layer.r["default"] for name, layer in lora_layers(model).items()}
@@ -92,14 +92,14 @@ def test_each_tower_has_its_rank() -> None:
     assert shapes == {(4, 64)}
 
 
-def test_no_rank_no_adapter() -> None:
+def test_rank_0_adds_no_adapter() -> None:
     model = make_model()
     before = model.state_dict().keys()
     add_lora(model)
     assert lora_layers(model) == {} and model.state_dict().keys() == before
 
 
-def test_language_models_with_fused_layers_or_unknown_ones() -> None:
+def test_targets_of_other_architectures() -> None:
     sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
     phi = AutoModelForCausalLM.from_config(Phi3Config(**sizes, **heads))
@@ -110,14 +110,14 @@ def test_language_models_with_fused_layers_or_unknown_ones() -> None:
         "mlp.down_proj",
     }
     other = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8))
-    with pytest.raises(ModelError, match="not known for GPT2LMHeadModel"):
+    with pytest.raises(ModelError, match="GPT2LMHeadModel are unknown"):
         llm_targets(other)
 
 
 # What an adapter computes
 
 
-def test_an_adapted_layer_adds_twice_b_times_a() -> None:
+def test_adapted_layer_by_hand() -> None:
     model = with_lora(llm_rank=4, vision_rank=2)
     for name, layer in lora_layers(model).items():
         weight, bias = layer.base_layer.weight, layer.base_layer.bias
@@ -136,7 +136,7 @@ def test_alpha_is_twice_the_rank(rank: int) -> None:
     }
 
 
-def test_fresh_adapters_change_nothing() -> None:
+def test_new_adapters_do_not_change_the_output() -> None:
     model, record = make_model(), make_record((2,))
     before = run_alone(model, record)
     add_lora(model, llm_rank=4, vision_rank=4)
@@ -165,20 +165,20 @@ def test_dropout(dropout: float) -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-def test_the_recipe_s_dropout_is_the_default() -> None:
+def test_default_dropout() -> None:
     model = make_model()
     add_lora(model, llm_rank=2)
     assert lora_dropout(model) == 0.05
 
 
-def test_folding_by_hand() -> None:
+def test_merged_weight_by_hand() -> None:
     weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     a, b = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[0.5], [2.0]])
     assert merged_weight(weight, a, b).tolist() == [[2.0, 2.0, 2.0], [8.0, 5.0, 2.0]]
     assert merged_weight(weight, a, b, scaling=1.0).tolist() == [[1.5, 2.0, 2.5], [6.0, 5.0, 4.0]]
 
 
-def test_folding_rounds_once() -> None:
+def test_merging_rounds_once() -> None:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 6, generator=rng).bfloat16()
     a, b = torch.randn(2, 6, generator=rng).bfloat16(), torch.randn(5, 2, generator=rng).bfloat16()
@@ -191,7 +191,7 @@ def test_folding_rounds_once() -> None:
 # What is trained
 
 
-def test_adapters_and_nothing_else() -> None:
+def test_only_adapters_are_trained() -> None:
     model = make_model()
     add_lora(model, llm_rank=4, vision_rank=4)
     set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True)
@@ -200,7 +200,7 @@ def test_adapters_and_nothing_else() -> None:
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trained(model)
 
 
-def test_a_tower_with_adapters_is_frozen_without_being_told() -> None:
+def test_lora_freezes_the_base_weights() -> None:
     model = make_model()
     add_lora(model, llm_rank=4)
     set_trainable(model)
@@ -225,14 +225,14 @@ def test_freezing(flag: dict, frozen: tuple[str, ...]) -> None:
     assert trained(model) == {n for n, _ in model.named_parameters() if not n.startswith(frozen)}
 
 
-def test_the_head_can_be_trained_alone() -> None:
+def test_train_only_the_head() -> None:
     model = make_model()
     set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True, unfreeze_lm_head=True)
     assert trained(model) == {"language_model.lm_head.weight"}
 
 
 @pytest.mark.parametrize(("first", "blocks"), [(1, {1}), (-1, {1}), (-2, {0, 1}), (2, set()), (0, set())])
-def test_the_last_vision_blocks_can_be_trained(first: int, blocks: set[int]) -> None:
+def test_train_the_last_vision_blocks(first: int, blocks: set[int]) -> None:
     model = make_model()
     set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True, unfreeze_vit_layers=first)
     expected = {
@@ -243,7 +243,7 @@ def test_the_last_vision_blocks_can_be_trained(first: int, blocks: set[int]) -> 
     assert trained(model) == expected
 
 
-def test_the_table_counts_by_hand() -> None:
+def test_parameter_table_by_hand() -> None:
     model = make_model()
     add_lora(model, llm_rank=4)
     rows = set_trainable(model, freeze_mlp=True, freeze_backbone=True)
@@ -266,7 +266,7 @@ def test_the_table_counts_by_hand() -> None:
     assert rows[-1].module == "total"
 
 
-def test_the_table_as_text() -> None:
+def test_parameter_table_as_text() -> None:
     lines = format_table([ModuleRow("mlp1", 1234567, 0), ModuleRow("total", 2000000, 500000)]).splitlines()
     assert lines[0].split() == ["module", "parameters", "trainable", "share"]
     assert lines[1].split() == ["mlp1", "1,234,567", "0", "0.00%"]
@@ -277,7 +277,7 @@ def test_the_table_as_text() -> None:
 # Names and files
 
 
-def test_names_on_disk_and_back() -> None:
+def test_peft_key_round_trip() -> None:
     model = with_lora(llm_rank=2, vision_rank=2)
     for name in model.state_dict():
         key = adapter_key(name)
@@ -286,7 +286,7 @@ def test_names_on_disk_and_back() -> None:
 
 
 @pytest.mark.parametrize("ranks", [{"llm_rank": 4}, {"vision_rank": 3}, {"llm_rank": 4, "vision_rank": 2}])
-def test_the_file_holds_exactly_peft_s_names(tmp_path: Path, ranks: dict[str, int]) -> None:
+def test_file_has_the_keys_of_peft(tmp_path: Path, ranks: dict[str, int]) -> None:
     model = with_lora(**ranks)
     set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True)
     save_adapter(model, tmp_path, BaseModel("base", "0"))
@@ -321,7 +321,7 @@ def test_names_of_the_reference_s_wrapped_checkpoints(wrapped: str, plain: str) 
 
 
 @pytest.mark.parametrize(("llm", "vision"), [(4, 0), (0, 3), (4, 4), (4, 2), (2, 8)])
-def test_one_configuration_describes_both_towers(tmp_path: Path, llm: int, vision: int) -> None:
+def test_one_configuration_for_both_towers(tmp_path: Path, llm: int, vision: int) -> None:
     model = make_model()
     add_lora(model, llm_rank=llm, vision_rank=vision, dropout=0.1)
     adapter_config(model, base="the/base", modules_to_save=["mlp1"]).save_pretrained(str(tmp_path))
@@ -341,7 +341,7 @@ def test_one_configuration_describes_both_towers(tmp_path: Path, llm: int, visio
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}}, "alpha = 2"),
     ],
 )
-def test_adapters_of_another_kind_are_refused(tmp_path: Path, changes: dict, word: str) -> None:
+def test_other_adapter_types_are_rejected(tmp_path: Path, changes: dict, word: str) -> None:
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **changes}
     LoraConfig(**options).save_pretrained(str(tmp_path))
     with pytest.raises(ModelError, match=word):

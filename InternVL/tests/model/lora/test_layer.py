@@ -1,4 +1,4 @@
-"""The adapted linear layer against peft's own: outputs, gradients, and where it leaves the work to peft."""
+"""The LoRA layer against peft's: outputs, gradients, and the cases that peft handles."""
 
 import copy
 import json
@@ -73,7 +73,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_and_gradients_are_peft_s(shape: tuple[int, ...], bias: bool) -> None:
+def test_outputs_and_gradients_match_peft(shape: tuple[int, ...], bias: bool) -> None:
     ours, theirs = make_pair(bias=bias)
     x = draw(shape)
     found = run(ours, x)
@@ -82,7 +82,7 @@ def test_outputs_and_gradients_are_peft_s(shape: tuple[int, ...], bias: bool) ->
     assert {name for name in found if "lora_" in name} == {"lora_A.default.weight", "lora_B.default.weight"}
 
 
-def test_a_base_layer_that_is_trained_too() -> None:
+def test_trained_base_layer() -> None:
     ours, theirs = make_pair()
     for layer in (ours, theirs):
         layer.base_layer.requires_grad_(True)
@@ -92,7 +92,7 @@ def test_a_base_layer_that_is_trained_too() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
-def test_dropout_is_peft_s_under_the_same_seed(dropout: float) -> None:
+def test_dropout_matches_peft_for_the_same_seed(dropout: float) -> None:
     ours, theirs = make_pair(dropout=dropout)
     x = draw((6, 5, 16))
     found = run(ours.train(), x)
@@ -101,14 +101,14 @@ def test_dropout_is_peft_s_under_the_same_seed(dropout: float) -> None:
     assert_close(run(ours.eval(), x), run(theirs.eval(), x), theirs)
 
 
-def test_inputs_of_any_strides() -> None:
+def test_non_contiguous_inputs() -> None:
     ours, theirs = make_pair()
     x = draw((16, 3, 2)).permute(2, 1, 0)
     assert not x.is_contiguous()
     assert_close(run(ours, x), run(theirs, x), theirs)
 
 
-def test_the_scaling_is_that_of_the_configuration() -> None:
+def test_scaling() -> None:
     ours, theirs = make_pair()
     before = ours(draw((3, 16)))
     for layer in (ours, theirs):
@@ -121,7 +121,7 @@ def test_the_scaling_is_that_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (4, 8, 16)], ids=str)
-def test_bfloat16_is_close_to_an_exact_computation(shape: tuple[int, ...]) -> None:
+def test_bfloat16_accuracy(shape: tuple[int, ...]) -> None:
     """Weights of adapters stay float32, and so do their gradients; all is within bfloat16's rounding."""
     ours, _ = make_pair(dtype=torch.bfloat16)
     x = draw(shape, torch.bfloat16)
@@ -147,7 +147,7 @@ def test_dropout_in_bfloat16_keeps_the_mean() -> None:
     assert ((outputs.mean(dim=0) - exact[0]).abs() < 5 * deviation + 0.02).all()
 
 
-def test_bfloat16_is_about_as_exact_as_peft() -> None:
+def test_bfloat16_is_as_accurate_as_peft() -> None:
     ours, theirs = make_pair(dtype=torch.bfloat16)
     x = draw((200, 16), torch.bfloat16)
     exact = copy.deepcopy(theirs).double()(x.double())
@@ -189,7 +189,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return grown
 
 
-def test_the_usual_case_is_its_own(calls: list[str]) -> None:
+def test_common_case_does_not_call_peft(calls: list[str]) -> None:
     make_pair()[0](draw((3, 16)))
     assert calls == []
 
@@ -263,7 +263,7 @@ def by_peft(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_add_lora_makes_this_class_of_both_towers() -> None:
+def test_add_lora_uses_this_layer_in_both_towers() -> None:
     model = make_model()
     add_lora(model, llm_rank=4, vision_rank=2)
     adapted = lora_layers(model).values()
@@ -272,7 +272,7 @@ def test_add_lora_makes_this_class_of_both_towers() -> None:
     assert all(isinstance(layer, LoraLayer) for layer in adapted)
 
 
-def test_names_and_start_are_those_that_peft_makes_itself() -> None:
+def test_names_and_initial_weights_match_peft() -> None:
     ours, theirs = make_model(), make_model()
     torch.manual_seed(0)
     add_lora(ours, llm_rank=4)
@@ -286,12 +286,12 @@ def test_names_and_start_are_those_that_peft_makes_itself() -> None:
 
 
 @pytest.mark.parametrize(("dropout", "checkpointing"), [(0.0, False), (0.3, False), (0.3, True)])
-def test_a_model_trains_as_with_peft_s_class(dropout: float, checkpointing: bool) -> None:
+def test_training_matches_peft(dropout: float, checkpointing: bool) -> None:
     model = make_model()
     add_lora(model, llm_rank=4, vision_rank=2, dropout=dropout)
     enliven(model, 3)
     if checkpointing:
-        model.recompute_layers(1)
+        model.checkpoint_layers(1)
     inputs, results = pack([make_record((1,)), make_record((2,), seed=1)], labels=True), []
     for one in (model, by_peft(model)):
         torch.manual_seed(7)
@@ -310,7 +310,7 @@ def test_a_model_trains_as_with_peft_s_class(dropout: float, checkpointing: bool
 # On disk
 
 
-def test_peft_s_configuration_has_no_trace_of_it(tmp_path: Path) -> None:
+def test_saved_configuration_does_not_mention_this_layer(tmp_path: Path) -> None:
     model = make_model()
     add_lora(model, llm_rank=4, vision_rank=2, dropout=0.1)
     adapter_config(model, base="the/base", modules_to_save=[]).save_pretrained(str(tmp_path))
@@ -322,7 +322,7 @@ def test_peft_s_configuration_has_no_trace_of_it(tmp_path: Path) -> None:
     assert json.loads(text).keys() == by_peft_alone.keys()
 
 
-def test_peft_computes_what_is_saved_with_its_own_class(tmp_path: Path) -> None:
+def test_peft_loads_saved_adapters(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     save_model(make_model(), base)
     model = make_model()

@@ -47,7 +47,7 @@ def test_starts_anew_where_nothing_would_be_lost(tmp_path, existing):
 def test_missing_folder_is_made_only_when_opened(tmp_path):
     found = inspect(tmp_path / "a/b")
     assert not (tmp_path / "a").exists()
-    found.open().close()
+    found.open().release()
     assert (tmp_path / "a/b").is_dir()
 
 
@@ -65,7 +65,7 @@ def test_opening_to_resume_drops_lines_that_will_be_written_again(tmp_path):
     write_steps(tmp_path / METRICS, [1, 2, 3])
     (tmp_path / LEDGER).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')  # cut short by a crash
     (tmp_path / ".partial").mkdir()
-    inspect(tmp_path).open().close()
+    inspect(tmp_path).open().release()
     assert (tmp_path / METRICS).read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (tmp_path / LEDGER).read_text() == '{"step": 1}\n{"step": 2}\n'
     assert not (tmp_path / ".partial").exists()
@@ -89,7 +89,7 @@ def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
     write_checkpoint(tmp_path, 2)
     for name in (METRICS, FINISHED, "model.safetensors", "thesis.txt", "vocab.json"):
         (tmp_path / name).write_text("")
-    inspect(tmp_path, overwrite=True).open().close()
+    inspect(tmp_path, overwrite=True).open().release()
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "thesis.txt"}
 
 
@@ -106,12 +106,12 @@ def test_overwriting_and_resuming_exclude_each_other(tmp_path):
         inspect(tmp_path, overwrite=True, resume="auto")
 
 
-def test_lock_is_exclusive_and_ends_with_its_file(tmp_path):
+def test_lock_is_exclusive_until_released(tmp_path):
     lock = lock_folder(tmp_path)
     with pytest.raises(UsageError, match="another run"):
         lock_folder(tmp_path)
-    lock.close()
-    lock_folder(tmp_path).close()
+    lock.release()
+    lock_folder(tmp_path).release()
 
 
 def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
@@ -120,7 +120,7 @@ def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
     with pytest.raises(UsageError, match="holds no run of this program"):
         inspect(tmp_path, overwrite=True)
     (tmp_path / METRICS).write_text("")
-    inspect(tmp_path, overwrite=True).open().close()
+    inspect(tmp_path, overwrite=True).open().release()
     assert {p.name for p in tmp_path.iterdir()} == {
         ".lock",
         "annotations.jsonl",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.data.sources.skip_policy import Skipped
+from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.train.monitor import step_metrics
 from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, ledger_row, metrics_row
 
@@ -51,7 +51,7 @@ def test_the_ledger_names_trained_and_skipped_records():
     records = [RecordKey("a", 0), RecordKey("b", 5)]
     plain = ledger_row(record(), step=3, epoch=0, records=records)
     assert plain == {"step": 3, "epoch": 0, "trained": [("a", 0), ("b", 5)]}
-    skipped = (Skipped("b", 5, "r5", "is no image"),)
+    skipped = (SkippedRecord("b", 5, "r5", "is no image"),)
     assert ledger_row(record(skipped=skipped), step=3, epoch=0, records=records) == {
         "step": 3, "epoch": 0, "trained": [("a", 0)],
         "skipped": [{"dataset": "b", "index": 5, "id": "r5", "message": "is no image"}],

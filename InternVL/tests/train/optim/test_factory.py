@@ -14,8 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.model.tiny import tiny_config
-from internvl_chat.model.tiny_shape import TinyShape
+from internvl_chat.model.tiny import TinyShape, tiny_config
 from internvl_chat.train.arguments import RunArguments
 from internvl_chat.train.config import resolve_run
 from internvl_chat.train.optim import factory

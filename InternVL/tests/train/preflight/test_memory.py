@@ -16,9 +16,9 @@ from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.memory import Activations, PackSize
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight import memory
-from internvl_chat.train.preflight.activations import Activations, PackSize
 from internvl_chat.train.preflight.memory import MemoryPlan, available_memory, layout_memory, plan_memory
 from internvl_chat.utils import hardware
 from internvl_chat.utils.errors import UsageError
@@ -39,7 +39,7 @@ def run_of(ranks: int = 1, zero: dict | None = None, device: torch.device = CPU,
 def components(
     model, parallel: str, ranks: int, precision: str = "master", zero=None, *, several=False, compiled=True
 ) -> dict[str, int]:
-    return layout_memory(model, run_of(ranks, zero), parallel, precision, several, compiled=compiled)
+    return layout_memory(model, run_of(ranks, zero), parallel, precision, several, compiled)
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +209,11 @@ class Run:
         monkeypatch.setattr(memory, "all_gather_object", lambda value: [value] * ranks)
         known = {}
 
-        def once(model, run, *key, compiled):
-            key = (*key, compiled, json.dumps(run.deepspeed))
-            if key not in known:
-                known[key] = layout_memory(model, run, *key[:3], compiled=compiled)
-            return known[key]
+        def once(model, run, *key):
+            known_key = (*key, json.dumps(run.deepspeed))
+            if known_key not in known:
+                known[known_key] = layout_memory(model, run, *key)
+            return known[known_key]
 
         monkeypatch.setattr(memory, "layout_memory", once)
 

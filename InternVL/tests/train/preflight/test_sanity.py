@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface
 
 from internvl_chat.constants import IGNORE_INDEX
-from internvl_chat.data.encode.encoder import Encoded
+from internvl_chat.data.encode.encoder import EncodedConversation
 from internvl_chat.data.encode.preprocessing import PREPROCESSING_FILE, Preprocessing
 from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.inference.token_losses import pack_losses
@@ -53,7 +53,7 @@ def sample(ids: list[int], supervised: int) -> Sample:
     """A text record whose last `supervised` tokens are labelled."""
     tokens = torch.tensor(ids)
     labels = torch.where(torch.arange(len(ids)) < len(ids) - supervised, IGNORE_INDEX, tokens)
-    encoded = Encoded(tokens, labels, torch.zeros(0, dtype=torch.int64), ())
+    encoded = EncodedConversation(tokens, labels, torch.zeros(0, dtype=torch.int64), ())
     return Sample(RecordKey("qa", 0), None, encoded, torch.zeros(0, 56, 56, 3, dtype=torch.uint8))
 
 

@@ -1,8 +1,8 @@
 """Reusable buffers for logits and vocabulary-sized gradients (CPU only).
 
-A CPU process returns freed memory to the system, and faulting in new pages costs more than filling them.
-Logits and the gradients of embedding and head are most of what a step allocates, and the embedding's gradient
-is nearly all zeros. Gain: 3 % of a LoRA step, 9 % of a full step.
+Freed memory goes back to the system, and faulting in new pages costs more than filling them. Logits and the
+gradients of embedding and head are most of what a step allocates. Gain: a LoRA step is 1.03 times as fast, a
+full step 1.09 times.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from internvl_chat.model.kernels.supervised_head import HeadBuffers, SupervisedH
 
 
 def use_persistent_buffers(llm: PreTrainedModel) -> None:
-    """Let embedding and head write to the same buffers in every step, also their gradients if trained.
+    """Let embedding and head reuse their buffers in every step, those of gradients included.
 
-    For one process: where gradients are reduced, autograd has to return them.
+    For a single rank only: to reduce gradients over ranks, autograd has to return them.
     """
     embedding, head = llm.get_input_embeddings(), llm.get_output_embeddings()
     gradients = {id(module.weight): PersistentGradient(module.weight) for module in (embedding, head)}
@@ -29,10 +29,10 @@ def use_persistent_buffers(llm: PreTrainedModel) -> None:
 
 
 class PersistentGradient:
-    """The gradient of a weight, accumulated in one buffer.
+    """The gradient of a weight, accumulated in the same buffer in every step.
 
     Args:
-        weight: its `grad` is set when the first part of a step's gradient arrives.
+        weight: parameter whose `grad` becomes the buffer when the first gradient of a step arrives.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -55,20 +55,20 @@ class PersistentGradient:
             total.addmm_(left, right)
 
     def _begin(self) -> tuple[torch.Tensor, bool]:
-        """Return the gradient to add to, and whether it still holds that of an earlier step."""
-        fresh = self.weight.grad is None
-        if fresh:
+        """Return the buffer, and whether it still holds the gradient of an earlier step."""
+        stale = self.weight.grad is None
+        if stale:
             if self._buffer is None:
                 self._buffer = torch.empty_like(self.weight)
             self.weight.grad = self._buffer
-        return self.weight.grad, fresh
+        return self.weight.grad, stale
 
 
 class PersistentHeadBuffers(HeadBuffers):
-    """Buffers of a head that grow to the size that the largest pack needs.
+    """A head's buffers, as large as the largest pack so far needs.
 
     Args:
-        gradient: of the head's weight.
+        gradient: gradient of the head's weight.
     """
 
     def __init__(self, gradient: PersistentGradient) -> None:
@@ -78,7 +78,7 @@ class PersistentHeadBuffers(HeadBuffers):
     def take_logits(self, rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the free buffer if it is large enough, else a new one."""
         if torch.is_inference_mode_enabled():
-            return super().take_logits(rows, hidden, weight)  # it could not be used in training
+            return super().take_logits(rows, hidden, weight)  # training could not use it
         free, self._free = self._free, None
         count = rows * len(weight)
         if free is None or free.numel() < count or free.dtype != hidden.dtype:
@@ -100,8 +100,8 @@ class PersistentEmbedding(nn.Embedding):
     """An embedding that accumulates its gradient in a persistent buffer.
 
     Args:
-        embedding: whose weight it shares.
-        gradient: of that weight.
+        embedding: embedding whose weight it shares.
+        gradient: gradient of that weight.
     """
 
     def __init__(self, embedding: nn.Embedding, gradient: PersistentGradient) -> None:
@@ -116,7 +116,7 @@ class PersistentEmbedding(nn.Embedding):
 
 
 class _Embedding(torch.autograd.Function):
-    """Looks up rows, and adds their gradients to a persistent buffer."""
+    """Look up rows, and add their gradients to a persistent buffer."""
 
     @staticmethod
     def forward(
@@ -129,7 +129,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
-        """Add the rows' gradients; the padding token has none."""
+        """Add the gradients of the rows; the padding token has none."""
         (ids,) = ctx.saved_tensors
         if ctx.padding is not None:
             gradient = gradient.masked_fill((ids == ctx.padding).unsqueeze(-1), 0)

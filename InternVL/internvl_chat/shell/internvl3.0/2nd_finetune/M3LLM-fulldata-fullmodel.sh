@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
 # Fine-tune InternVL3's language model and projector; the vision tower is frozen.
 #
-#   [NAME=VALUE ...] bash M3LLM-fulldata-fullmodel.sh [flags of the training script, which win]
+#   [NAME=VALUE ...] bash M3LLM-fulldata-fullmodel.sh [training flags, which override the recipe]
 #
-# Edit the paths in shell/data/PMC-data.json first (or set META_PATH). For example, twenty steps on 8 GPUs:
+# First edit the paths in shell/data/PMC-data.json or set META_PATH. Example, 20 steps on 8 GPUs:
 #
 #   GPUS=8 BATCH_SIZE=8 MODEL_PATH=/models/InternVL3-8B bash M3LLM-fulldata-fullmodel.sh --max_steps 20
 #
-# Environment, with defaults:
+# Environment variables and defaults:
 #   GPUS=2                     GPUs on this machine; 0 trains on the CPU
-#   NPROC=GPUS                 processes on this machine (1 on a CPU)
-#   BATCH_SIZE=2               records of an optimizer step, over all processes
-#   PER_DEVICE_BATCH_SIZE=1    records of a forward pass with --packing False
+#   NPROC=GPUS                 ranks on this machine (1 on a CPU)
+#   BATCH_SIZE=2               global batch: records per optimizer step, over all ranks
+#   PER_DEVICE_BATCH_SIZE=1    records per forward pass with --packing False
 #   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id
 #   META_PATH=shell/data/PMC-data.json   the datasets
-#   DATA_ROOT=the repository   base of relative paths in the meta file
+#   DATA_ROOT=the repository   folder that relative paths in the meta file start from
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6 (in the repository)
-#   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    for several machines, with a shared disk
-#   MAX_RESTARTS=0             restarts from the newest checkpoint after a process failed
-#   PARALLEL=                  ddp, fsdp or deepspeed; by default DDP where it fits into memory, else FSDP2
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    several machines with a shared disk
+#   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank fails
+#   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits into memory, else FSDP2
 #   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 wandb if WANDB_API_KEY is set, else none
-#   PYTHON=                    the repository's .venv if there is one, else python3
+#   PYTHON=                    the repository's .venv if it exists, else python3
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
 

@@ -1,4 +1,4 @@
-"""Dropout from 16 random bits a number: its share, its scale, its gradient, and what it leaves to torch."""
+"""16-bit dropout: dropped fraction, scale, gradient, and the cases that torch handles."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def seeded(x: torch.Tensor, probability: float, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("probability", [2**-16, 0.001, 0.05, 0.3, 0.5, 0.9, 0.999])
-def test_the_share_that_is_dropped_is_the_probability(probability: float) -> None:
+def test_dropped_fraction(probability: float) -> None:
     numbers = 2_000_000
     dropped = int((seeded(ones(numbers), probability) == 0).sum())
     deviation = (numbers * probability * (1 - probability)) ** 0.5
@@ -35,19 +35,19 @@ def test_the_share_that_is_dropped_is_the_probability(probability: float) -> Non
     assert abs(dropped - numbers * probability) <= 5 * deviation + numbers * 2**-17
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_each_of_the_numbers_that_share_a_draw_is_dropped_alike(place: int) -> None:
+@pytest.mark.parametrize("index", range(4))
+def test_numbers_from_one_word_are_independent(index: int) -> None:
     """Four come from one random number of 64 bits, and none of them decides about another."""
     rows = (seeded(ones(400_000), 0.3) == 0).unflatten(0, (-1, 4))
-    assert rows[:, place].float().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / 100_000) ** 0.5)
+    assert rows[:, index].float().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / 100_000) ** 0.5)
     for other in range(4):
-        both = (rows[:, place] & rows[:, other]).float().mean().item()
-        assert both == pytest.approx(0.3 if other == place else 0.09, abs=0.008)
+        both = (rows[:, index] & rows[:, other]).float().mean().item()
+        assert both == pytest.approx(0.3 if other == index else 0.09, abs=0.008)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.75])
-def test_what_is_kept_is_divided_by_the_complement(probability: float, dtype: torch.dtype) -> None:
+def test_scale_of_the_remaining_numbers(probability: float, dtype: torch.dtype) -> None:
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = seeded(x, probability)
     kept = found != 0
@@ -71,14 +71,14 @@ def test_the_gradient_has_the_same_mask_and_scale(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient.double(), expected, atol=1e-7, rtol=ROUNDING[dtype])
 
 
-def test_an_expanded_gradient_is_masked_as_any_other() -> None:
+def test_expanded_gradient() -> None:
     x = ones(5, 9).requires_grad_()
     out = seeded(x, 0.5)
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())
 
 
-def test_a_seed_decides_the_mask() -> None:
+def test_seed_determines_the_mask() -> None:
     x = torch.randn(1000).bfloat16()
     assert torch.equal(seeded(x, 0.4, seed=3), seeded(x, 0.4, seed=3))
     assert not torch.equal(seeded(x, 0.4, seed=3), seeded(x, 0.4, seed=4))
@@ -87,7 +87,7 @@ def test_a_seed_decides_the_mask() -> None:
     assert not torch.equal(first, second)
 
 
-def test_what_is_given_is_not_changed() -> None:
+def test_input_is_not_modified() -> None:
     x = torch.randn(100).bfloat16()
     before = x.clone()
     seeded(x, 0.4)
@@ -95,7 +95,7 @@ def test_what_is_given_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_other_numbers_than_half_precision_are_dropped_by_torch(dtype: torch.dtype) -> None:
+def test_other_dtypes_use_torch(dtype: torch.dtype) -> None:
     x = torch.randn(1000, dtype=dtype)
     found = seeded(x, 0.3)
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_other_numbers_than_half_precision_are_dropped_by_torch(dtype: torch.dty
 
 
 @pytest.mark.parametrize("probability", [0.0, 1e-12, 2**-18])
-def test_next_to_nothing_drops_nothing(probability: float) -> None:
+def test_tiny_probability(probability: float) -> None:
     x = torch.randn(1001).bfloat16().requires_grad_()
     out = seeded(x, probability)
     out.sum().backward()
@@ -111,7 +111,7 @@ def test_next_to_nothing_drops_nothing(probability: float) -> None:
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_certainty_drops_all() -> None:
+def test_probability_1() -> None:
     assert not seeded(ones(1001), 1.0).any()
 
 
@@ -124,14 +124,14 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     assert torch.equal(x.grad, out.detach())
 
 
-def test_the_last_numbers_of_a_row_are_drawn_too() -> None:
+def test_numbers_of_a_partial_word() -> None:
     """7 numbers take two draws of 64 bits, of which the second is used in part."""
     torch.manual_seed(0)
     drops = torch.stack([dropout(ones(7), 0.5) == 0 for _ in range(2000)]).float().mean(0)
     torch.testing.assert_close(drops, torch.full((7,), 0.5), atol=5 * (0.25 / 2000) ** 0.5, rtol=0)
 
 
-def test_rows_that_do_not_lie_behind_one_another_in_memory() -> None:
+def test_non_contiguous_input() -> None:
     base = torch.arange(1.0, 25.0).reshape(4, 6).bfloat16()
     for view in (base.T, base[:, ::2], base[1:, 3:], base[:1].expand(5, 6)):
         found, expected = seeded(view, 0.5), seeded(view.clone().contiguous(), 0.5)
@@ -139,14 +139,14 @@ def test_rows_that_do_not_lie_behind_one_another_in_memory() -> None:
         assert torch.equal(found[found != 0], (2 * view)[found != 0])
 
 
-def test_signs_stay_and_zeros_are_zeros() -> None:
+def test_signs_and_zeros() -> None:
     x = torch.tensor([-3.0, -0.0, 0.0, 3.0]).repeat(500).bfloat16()
     found = seeded(x, 0.5)
     assert set(found.tolist()) == {-6.0, 0.0, 6.0}
     assert bool(((found == 0) | (found.sign() == x.sign())).all())
 
 
-def test_what_is_not_a_number_is_kept_or_dropped_as_any_other() -> None:
+def test_non_finite_numbers() -> None:
     kept = seeded(ones(3000), 0.5) != 0
     x = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(1000).bfloat16()
     found = seeded(x, 0.5)
@@ -155,7 +155,7 @@ def test_what_is_not_a_number_is_kept_or_dropped_as_any_other() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_forward_pass_that_runs_again_has_the_same_mask(reentrant: bool) -> None:
+def test_checkpointing_reproduces_the_mask(reentrant: bool) -> None:
     masks = []
 
     def block(x: torch.Tensor) -> torch.Tensor:

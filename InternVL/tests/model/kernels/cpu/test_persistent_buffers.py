@@ -1,4 +1,4 @@
-"""Gradients made in kept memory are autograd's own, step after step."""
+"""Gradients in persistent buffers equal autograd's over several steps."""
 
 import copy
 
@@ -72,15 +72,15 @@ def test_same_gradients_over_packs_and_steps(options, dtype):
             optimizer.step()
 
 
-def test_memory_is_the_same_in_every_step():
+def test_gradients_reuse_their_buffers():
     model = Model()
     use_persistent_buffers(model.language_model)
-    places = []
+    pointers = []
     for _ in range(3):
         model.zero_grad(set_to_none=True)
         model(PACKS[0]).backward()
-        places.append([p.grad.data_ptr() for p in model.parameters()])
-    assert places[0] == places[1] == places[2]
+        pointers.append([p.grad.data_ptr() for p in model.parameters()])
+    assert pointers[0] == pointers[1] == pointers[2]
 
 
 def test_frozen_weights_get_no_gradient():
@@ -94,7 +94,7 @@ def test_frozen_weights_get_no_gradient():
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_logits_in_work_are_never_written_over(trained):
+def test_logits_in_use_are_not_overwritten(trained):
     """Three passes begin before any goes back, and then two more, the last with more rows."""
     plain = Model().requires_grad_(trained)
     kept = copy.deepcopy(plain)
@@ -116,19 +116,19 @@ def test_logits_in_work_are_never_written_over(trained):
             assert_within_rounding(other, one, 2 * (WIDTH + VOCABULARY) + len(hiddens[0]) * rounds)
 
 
-def test_the_logits_memory_is_used_again_and_grows():
+def test_logits_buffer_is_reused_and_grows():
     head = Model().language_model.head
     memory = PersistentHeadBuffers(PersistentGradient(head.weight))
-    places = []
+    pointers = []
     for rows in (3, 2, 3, 5, 4):
         logits = memory.take_logits(rows, torch.zeros(1, 6), head.weight)
         assert logits.shape == (rows, 11)
-        places.append(logits.data_ptr())
+        pointers.append(logits.data_ptr())
         memory.give_back(logits)
-    assert places[0] == places[1] == places[2] and places[3] == places[4] != places[0]
+    assert pointers[0] == pointers[1] == pointers[2] and pointers[3] == pointers[4] != pointers[0]
 
 
-def test_a_copy_has_weights_and_gradients_of_its_own():
+def test_a_copy_has_its_own_weights_and_gradients():
     model = Model()
     use_persistent_buffers(model.language_model)
     model(PACKS[0]).backward()
@@ -149,7 +149,7 @@ def test_a_copy_has_weights_and_gradients_of_its_own():
     assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def test_training_goes_on_after_inference():
+def test_training_after_inference():
     model = Model()
     use_persistent_buffers(model.language_model)
     with torch.inference_mode():

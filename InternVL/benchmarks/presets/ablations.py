@@ -1,0 +1,86 @@
+"""Ablations of the preset `fast`: each toggles one optimization."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers.utils import is_liger_kernel_available
+
+from benchmarks.presets.recipes import Flags
+from internvl_chat.model import attention
+from internvl_chat.model.kernels import apply
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """How to toggle one optimization.
+
+    Attributes:
+        flags: flags of the training script.
+        patch: change made before training is set up.
+        recipes: recipes that the optimization affects.
+        devices: devices that it affects.
+        dtypes: dtypes that it affects.
+    """
+
+    flags: Flags = field(default_factory=dict)
+    patch: Callable[[InternVLChatModel], None] | None = None
+    recipes: tuple[str, ...] = ("lora", "full")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+
+def _plain_head(model: InternVLChatModel) -> None:
+    """Compute all positions in the last layer, logits with transformers, and cross-entropy in float32."""
+    apply.supervise_positions = lambda model: None
+
+
+def _transformers_norms(model: InternVLChatModel) -> None:
+    apply.fuse_norms = lambda module: None
+
+
+def _vision_per_pack(model: InternVLChatModel) -> None:
+    model.always_run_vision = True
+
+
+def _unblocked_attention(model: InternVLChatModel) -> None:
+    """Call SDPA once per record and once for all tiles."""
+    attention._prefers_blocks = lambda query, dropout: False
+
+
+def _new_buffers(model: InternVLChatModel) -> None:
+    apply.use_persistent_buffers = lambda llm: None
+
+
+LIGER = "with Liger"
+
+# Labels in the table, after "fast".
+ABLATIONS = {
+    "without packing": Ablation({"packing": False}),
+    "with activation checkpointing": Ablation({"grad_checkpoint": True}),
+    "without stochastic rounding": Ablation(
+        {"weight_precision": "bf16"}, recipes=("full",), devices=("cpu",), dtypes=("bfloat16",)
+    ),
+    "without float32 masters": Ablation(
+        {"weight_precision": "bf16"}, recipes=("full",), devices=("cuda",), dtypes=("bfloat16",)
+    ),
+    "without supervised-only head": Ablation(patch=_plain_head),
+    "without fused norms": Ablation(patch=_transformers_norms, devices=("cuda",)),
+    "without one vision pass per step": Ablation(patch=_vision_per_pack),
+    "without blocked attention": Ablation(patch=_unblocked_attention, devices=("cpu",), dtypes=("bfloat16",)),
+    "without persistent buffers": Ablation(patch=_new_buffers, devices=("cpu",)),
+    "with torch.compile": Ablation({"torch_compile": True}, devices=("cuda",)),
+    LIGER: Ablation({"use_liger": True}, devices=("cuda",)),
+}
+
+
+def ablations(recipe: str, device: str, dtype: str) -> dict[str, Ablation]:
+    """Return the ablations of a recipe on a device in a dtype whose packages are installed."""
+    return {
+        name: ablation
+        for name, ablation in ABLATIONS.items()
+        if recipe in ablation.recipes
+        and device in ablation.devices
+        and dtype in ablation.dtypes
+        and (name != LIGER or is_liger_kernel_available())
+    }

@@ -1,0 +1,158 @@
+"""`m3llm data check`: check every record and image of the datasets before training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internvl_chat.commands.common import add_data_root, add_tile_limit, positive
+from internvl_chat.commands.output import echo, print_json, print_table
+from internvl_chat.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from internvl_chat.data.audit.checks import Audit
+    from internvl_chat.data.encode.encoder import RecordEncoder
+    from internvl_chat.data.sources.problems import Problem
+
+_EXAMPLES_PER_KIND = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `data check`."""
+    add = parser.add_argument
+    add("meta", help="meta file (like PMC-data.json)")
+    add("--model",
+        help="model folder, adapter folder or hub id whose tokenizer counts tokens (default: tokens are "
+        "not counted)")  # fmt: skip
+    add_data_root(parser)
+    add("--check", choices=("fast", "full"), default="fast",
+        help="full decodes every image, fast reads only its header and its end (default: fast)")  # fmt: skip
+    add_tile_limit(parser)
+    add("--max_seq_length", type=positive, metavar="N",
+        help="maximum tokens per record (default: from the checkpoint)")  # fmt: skip
+    add("--truncate_text", action="store_true", help="check for training with --truncate_text True")
+    add("--against", nargs="+", type=Path, metavar="PATH", default=[],
+        help="benchmarks to check for contamination: meta files, JSON, tables, other text, images, and "
+        "folders of these")  # fmt: skip
+    add("--report", type=Path, metavar="DIR", help="folder for problems.jsonl, report.html and lengths.png")
+    add("--workers", type=positive, metavar="N", help="worker processes (default: one per core)")
+    add("--json", action="store_true", help="print one JSON object per dataset")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the datasets of a meta file; returns 1 if a record is unusable or in a benchmark."""
+    from internvl_chat.data.audit.checks import audit
+    from internvl_chat.data.audit.report import write_report
+    from internvl_chat.data.sources.meta import load_meta
+    from internvl_chat.data.sources.problems import WARNINGS
+
+    if args.model is None and (args.max_seq_length or args.truncate_text):
+        raise UsageError("--max_seq_length and --truncate_text need --model: its tokenizer counts the tokens")
+    specs, encoder = load_meta(args.meta, args.data_root), _encoder(args)
+    if args.report:
+        _create_folder(args.report)
+    result = audit(specs, encoder, decode=args.check == "full", workers=args.workers)
+    leaks = _leaks(args, result) if args.against else []
+    page = write_report(args.report, result, leaks) if args.report else None
+    problems = [*result.problems, *leaks]
+    if args.json:
+        _print_rows(result, problems, page)
+    else:
+        _print_summary(result, problems, page)
+    return int(any(problem.kind not in WARNINGS for problem in problems))
+
+
+def _encoder(args: argparse.Namespace) -> RecordEncoder:
+    """Return the encoder of the model, or without a model one that only counts tiles."""
+    import dataclasses
+
+    from internvl_chat.data.encode.encoder import RecordEncoder
+    from internvl_chat.data.encode.preprocessing import Preprocessing
+    from internvl_chat.data.encode.tokenizer import load_tokenizer
+    from internvl_chat.model.io.folders import model_folder, read_config
+
+    if args.model is None:
+        return RecordEncoder(None, Preprocessing().with_tile_limit(args.max_dynamic_patch))
+    folder = model_folder(args.model)
+    preprocessing = Preprocessing.from_folder(
+        folder, read_config(folder), max_dynamic_patch=args.max_dynamic_patch
+    )
+    if args.max_seq_length:
+        preprocessing = dataclasses.replace(preprocessing, max_seq_length=args.max_seq_length)
+    tokenizer, _ = load_tokenizer(folder)
+    return RecordEncoder(tokenizer, preprocessing, truncate_text=args.truncate_text)
+
+
+def _create_folder(folder: Path) -> None:
+    """Create the report folder before the long check, so that a bad path fails early."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"--report {folder}: a file is in the way; choose another folder") from None
+    except OSError as error:
+        raise UsageError(f"--report {folder}: cannot create the folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--report {folder}: not writable; choose another folder")
+
+
+def _leaks(args: argparse.Namespace, result: Audit) -> list[Problem]:
+    from internvl_chat.data.audit.benchmark_files import read_benchmark
+    from internvl_chat.data.audit.contamination import find_leaks
+
+    benchmark = read_benchmark(args.against, args.data_root)
+    if not args.json:
+        echo(f"compared with {len(benchmark.articles):,} PMC ids and {len(benchmark.images):,} images")
+    return find_leaks(result.opened, benchmark, workers=args.workers)
+
+
+def _print_rows(result: Audit, problems: Sequence[Problem], page: Path | None) -> None:
+    from internvl_chat.data.audit.report import set_statistics, severity
+    from internvl_chat.data.sources.problems import LEAKS
+
+    for dataset in result.sets:
+        row = set_statistics(dataset, with_tokens=result.max_seq_length is not None)
+        leaks = [p.kind for p in problems if p.dataset == dataset.spec.name and p.kind in LEAKS]
+        print_json(row | {"leaks": {kind: leaks.count(kind) for kind in LEAKS if kind in leaks}})
+    counts = Counter(severity(problem.kind) for problem in problems)
+    print_json(
+        {
+            "dataset": "all",
+            "used": sum(dataset.used for dataset in result.sets),
+            "usable": sum(dataset.usable for dataset in result.sets),
+            "errors": counts["error"],
+            "warnings": counts["warning"],
+            "leaks": counts["leak"],
+            "not_compared": sum(problem.kind == "not compared" for problem in problems),
+            "decoded": result.decoded,
+            "max_seq_length": result.max_seq_length,
+            "report": None if page is None else str(page),
+        }
+    )
+
+
+def _print_summary(result: Audit, problems: Sequence[Problem], page: Path | None) -> None:
+    from internvl_chat.data.audit.report import SET_HEADER, group_by_kind, set_rows, severity, summary
+    from internvl_chat.data.sources.problems import KINDS
+
+    print_table(SET_HEADER, set_rows(result))
+    groups = group_by_kind(problems)
+    if groups:
+        echo()
+        rows = [(kind, severity(kind), f"{len(of_kind):,}", KINDS[kind]) for kind, of_kind in groups.items()]
+        print_table(("kind", "severity", "count", "meaning"), rows)
+        echo()
+    for kind, of_kind in groups.items():
+        for problem in of_kind[:_EXAMPLES_PER_KIND]:
+            echo(f"{severity(kind)}: {problem}")
+        if len(of_kind) > _EXAMPLES_PER_KIND:
+            echo(f"    ... and {len(of_kind) - _EXAMPLES_PER_KIND:,} more of this kind")
+    echo()
+    echo(summary(result, problems))
+    if page is not None:
+        echo(f"report: {page}")
+    elif groups:
+        echo("--report DIR writes all problems, with plots.")

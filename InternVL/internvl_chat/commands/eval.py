@@ -1,0 +1,207 @@
+"""`m3llm eval`: evaluate a model on a benchmark, or by exact match on the records of a meta file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internvl_chat.commands.common import (
+    add_data_arguments,
+    add_model_arguments,
+    comma_separated,
+    count_records,
+    open_sets,
+    positive,
+)
+from internvl_chat.commands.output import echo, print_json, print_table, progress
+from internvl_chat.utils.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from internvl_chat.eval.benchmarks.item import Benchmark, Key
+    from internvl_chat.eval.scoring import Scores
+
+_MAX_NEW_TOKENS = 128
+# Enough for a verbose answer to any question of the benchmarks.
+_BENCHMARK_MAX_NEW_TOKENS = 1024
+# Arguments that need --bench.
+_BENCHMARK_ONLY = (
+    "data", "out", "predictions", "tasks", "metrics", "bertscore_model", "sts_model", "prompts",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `eval`."""
+    add = parser.add_argument
+    add_data_arguments(parser, required=False)
+    add_model_arguments(parser)
+    add("--max_new_tokens", type=positive, metavar="N",
+        help="maximum tokens per answer (default: 128 with META, 1024 with --bench)")  # fmt: skip
+    add("--batch_size", type=positive, metavar="N", default=8,
+        help="questions per batch with META (default: 8)")  # fmt: skip
+    add("--require-above-chance", type=float, metavar="P",
+        help="fail unless closed questions are answered above chance at this significance")  # fmt: skip
+    add = parser.add_argument_group("with --bench instead of META").add_argument
+    add("--bench", help="pmc-mi, omnimedvqa, mmmu-med, vqa, or a folder in the format of PMC-MI-Bench")
+    add("--data", type=Path, help="folder of the benchmark; JSONL file for --bench vqa")
+    add("--out", type=Path, help="output folder for answers, metrics and report")
+    add("--predictions", type=Path, metavar="FILE",
+        help="score these answers, do not run a model: JSONL with task, index, prediction")  # fmt: skip
+    add("--tasks", type=comma_separated, help="comma-separated tasks (default: all)")
+    add("--metrics", type=comma_separated,
+        help="comma-separated: bleu,rouge,overlap,cider,bertscore,sts,macro; fails if one is unavailable "
+        "(default: all that are available)")  # fmt: skip
+    add("--bertscore_model",
+        help="BERTScore encoder, folder or hub id (default: microsoft/deberta-xlarge-mnli)")  # fmt: skip
+    add("--sts_model", help="sentence encoder, folder or hub id (default: all-MiniLM-L6-v2)")
+    add("--prompts", type=Path, help="YAML or JSON file with a system text per task (default: built in)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate a model, or answers that were generated elsewhere."""
+    if args.bench:
+        return _run_benchmark(args)
+    if not args.meta:
+        raise UsageError("give META, a meta file of records to answer, or --bench, a benchmark")
+    if not args.model:
+        raise UsageError("--model is required with META")
+    given = [f"--{name} needs --bench" for name in _BENCHMARK_ONLY if getattr(args, name) is not None]
+    if given:
+        raise UsageError(given)
+    return _run_exact_match(args)
+
+
+def _run_exact_match(args: argparse.Namespace) -> int:
+    """Print exact match per dataset, and test the accuracy on closed questions against chance."""
+    from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance, score_dataset
+    from internvl_chat.inference.engine import Engine
+
+    sets, _, _ = open_sets(args)
+    engine = Engine.from_checkpoint(args.model, device=args.device, base=args.base)
+    answers: list[Answer] = []
+    max_new_tokens = args.max_new_tokens or _MAX_NEW_TOKENS
+    iterator = answer_records(
+        engine, sets, limit=args.limit, max_new_tokens=max_new_tokens, batch_size=args.batch_size
+    )
+    for answer in progress(iterator, total=count_records(sets, args.limit)):
+        answers.append(answer)
+        if args.json:
+            print_json(dataclasses.asdict(answer) | {"correct": answer.correct})
+    rows = [score_dataset(records.spec.name, answers) for records in sets]
+    chance = compare_with_chance(answers)
+    if args.json:
+        for row in rows:
+            print_json(row)
+        closed = dataclasses.asdict(chance) if chance else {"questions": 0}
+        print_json({"dataset": "closed questions", **closed})
+    else:
+        header = ("dataset", "records", "exact match", "closed", "closed accuracy")
+        print_table(header, [[_percent(v) for v in row.values()] for row in rows])
+        if chance:
+            echo(
+                f"closed questions: {chance.correct} of {chance.questions} correct; chance level "
+                f"{chance.chance * chance.questions:.1f} (binomial test, p = {chance.p_value:.2g})"
+            )
+    level = args.require_above_chance
+    if level is not None and (chance is None or chance.p_value >= level):
+        raise ModelError(f"{args.model}: accuracy on closed questions is not above chance (p >= {level})")
+    return 0
+
+
+def _percent(value: Any) -> Any:
+    """Format a fraction as a percentage, and None as a dash."""
+    return "-" if value is None else f"{value:.1%}" if isinstance(value, float) else value
+
+
+def _run_benchmark(args: argparse.Namespace) -> int:
+    """Answer a benchmark or read answers to it, then score and report."""
+    from internvl_chat.eval.answering import answer_benchmark
+    from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+    from internvl_chat.eval.predictions import read_answers
+    from internvl_chat.eval.scoring import score
+    from internvl_chat.metrics.suite import build_suite
+    from internvl_chat.utils.distributed import rank
+
+    _check_benchmark_arguments(args)
+    benchmark = open_benchmark(args.bench, args.data)
+    unknown = [task for task in args.tasks or () if task not in benchmark.tasks]
+    if unknown:
+        raise UsageError(f"--tasks {','.join(unknown)}: {benchmark.name} has {', '.join(benchmark.tasks)}")
+    selected = benchmark.select(args.tasks, args.limit)
+    system = system_texts(benchmark, args.prompts)
+    is_first = rank() == 0
+    if is_first:  # before answering, so that a missing metric fails early
+        suite = build_suite(
+            args.metrics,
+            has_open=any(not item.choices for item in selected.items),
+            bertscore_model=args.bertscore_model,
+            sts_model=args.sts_model,
+            device=args.device,
+        )
+    if args.predictions:
+        answers = read_answers(args.predictions, selected.items, benchmark.items)
+    else:
+        answers = answer_benchmark(
+            benchmark,
+            selected,
+            system,
+            model=args.model,
+            out=args.out,
+            base=args.base,
+            device=args.device,
+            max_new_tokens=args.max_new_tokens or _BENCHMARK_MAX_NEW_TOKENS,
+            max_dynamic_patch=args.max_dynamic_patch,
+            progress=partial(progress, unit="item"),
+        )
+    if is_first:
+        _report(args, selected, answers, score(selected, answers, suite))
+    return 0
+
+
+def _check_benchmark_arguments(args: argparse.Namespace) -> None:
+    from internvl_chat.eval.predictions import SETTINGS
+    from internvl_chat.metrics.suite import FAMILIES
+
+    problems = []
+    if args.meta:
+        problems.append(f"META {args.meta} and --bench {args.bench} exclude each other")
+    if args.require_above_chance is not None:
+        problems.append("--require-above-chance needs META, not --bench")
+    if bool(args.model) == bool(args.predictions):
+        problems.append("give either --model, to answer the questions, or --predictions, to score answers")
+    if args.model and not args.out:
+        problems.append("--out DIR is required with --model")
+    if args.predictions and args.out and (args.out / SETTINGS).exists():
+        problems.append(f"--out {args.out}: contains another evaluation; choose another folder")
+    unknown = [name for name in args.metrics or () if name not in FAMILIES]
+    if unknown:
+        problems.append(f"--metrics {','.join(unknown)}: unknown; choose from {', '.join(FAMILIES)}")
+    if problems:
+        raise UsageError(problems)
+
+
+def _report(
+    args: argparse.Namespace, benchmark: Benchmark, answers: Mapping[Key, str], scores: Scores
+) -> None:
+    from internvl_chat.eval.report.files import PAGE, write_report
+    from internvl_chat.eval.report.table import metric_tables, paper_tables
+
+    source = Path(args.model or args.predictions)
+    model = source.name or str(source)
+    if args.out:
+        write_report(args.out, benchmark, answers, scores, model=model)
+    if args.json:
+        for task, metrics in scores.tasks.items():
+            print_json({"task": task, **metrics})
+        return
+    tables = metric_tables(scores.tasks)
+    if benchmark.name == "pmc-mi":
+        tables = [*paper_tables(scores.tasks, model), *tables]
+    for header, rows in tables:
+        print_table(header, [tuple(cell.strip("*") for cell in row) for row in rows])
+        echo()
+    if args.out:
+        echo(f"report: {args.out / PAGE}")

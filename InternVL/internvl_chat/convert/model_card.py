@@ -1,0 +1,116 @@
+"""Model cards: the `README.md` that model hubs show.
+
+A finished run writes one; merged and exported folders get an adapted copy.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from internvl_chat.model.io.folders import model_folder
+from internvl_chat.utils.errors import ModelError
+
+CARD = "README.md"
+CARD_MARK = "<!-- Written by m3llm when the run ended; a card without this line is never written over. -->"
+# First words of the cards of adapters and of full models; the names of their bases follow.
+ADAPTERS_FOR = "Adapters (LoRA) for"
+VERSION_OF = "A fine-tuned version of"
+
+_UNKNOWN = "unknown"
+
+_USE = """\
+For research on questions about medical figures and their panels, in the form of the training data. It is not
+a medical device: answers may be wrong in ways that read well, and no diagnosis or treatment may rest on them.
+What it does on data of another kind, in another language or from another source than below is not known.
+Limits of the base model and of the training data are limits of this model."""
+
+_COMMANDS = """\
+```bash
+m3llm generate --model FOLDER --image figure.jpg "What does panel A show?"
+{merge}m3llm export FOLDER FOLDER-hf
+```"""
+
+
+def carry_card(source: Path, target: Path, *, merged: bool) -> None:
+    """Copy the model card of a folder, if there is one; after a merge, describe the result as a full model.
+
+    Args:
+        source: folder of a model or adapter.
+        target: folder of the converted model; must exist.
+        merged: whether adapters were merged into the weights.
+    """
+    file = source / CARD
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not (merged and CARD_MARK in text):
+        shutil.copyfile(file, target / CARD)
+        return
+    base = f"From adapters (LoRA), which are merged: {VERSION_OF.lower()}"
+    card = ModelCard(text.replace(ADAPTERS_FOR, base, 1))
+    card.data.pop("library_name", None)
+    if card.data.get("base_model_relation"):
+        card.data.base_model_relation = "finetune"
+    (target / CARD).write_text(str(card), encoding="utf-8")
+
+
+def render_card(
+    title: str, base: Sequence[str], licence: str, *, adapters: bool, sections: Mapping[str, str]
+) -> str:
+    """Return the model card of a run.
+
+    Args:
+        title: heading.
+        base: hub ids or folder names of the base model, or of the parts that it was assembled from.
+        licence: licence of the base.
+        adapters: whether the model is a LoRA adapter.
+        sections: further sections by heading.
+    """
+    ids = [name for name in base if name.count("/") == 1]  # the hub knows no folder
+    data = ModelCardData(
+        license=licence,
+        pipeline_tag="image-text-to-text",
+        tags=["internvl_chat", "medical", "m3llm", "lora" if adapters else "full-fine-tuning"],
+        library_name="peft" if adapters else None,
+        base_model=ids[0] if len(ids) == 1 else ids or None,
+        base_model_relation=("adapter" if adapters else "finetune") if ids else None,
+    )
+    commands = _COMMANDS.format(merge="m3llm merge FOLDER FOLDER-merged\n" if adapters else "")
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n{CARD_MARK}",
+        f"# {title}",
+        f"{ADAPTERS_FOR if adapters else VERSION_OF} {' and '.join(base)}.",
+        f"**Licence of the base:** {licence}.",
+        f"## Intended use and limits\n\n{_USE}",
+        f"## Use\n\n{commands}",
+        *(f"## {heading}\n\n{text}" for heading, text in sections.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def base_names(paths: Sequence[str]) -> list[str]:
+    """Return hub ids unchanged, and only the names of folders, so that a card shows no local path."""
+    return [Path(path).resolve().name if Path(path).exists() else path for path in paths]
+
+
+def base_licence(paths: Sequence[str]) -> str:
+    """Return the licence that the README or configuration of every base states, or "unknown"."""
+    licences = {_licence_of(path) for path in paths}
+    return licences.pop() if len(licences) == 1 else _UNKNOWN
+
+
+def _licence_of(path: str) -> str:
+    try:
+        folder = model_folder(path)
+        card, config = folder / "README.md", folder / "config.json"
+        matter = {}
+        if card.is_file() and (text := card.read_text(encoding="utf-8")).startswith("---"):
+            matter = yaml.safe_load(text.split("---")[1]) or {}
+        named = matter.get("license") or json.loads(config.read_text(encoding="utf-8")).get("license")
+    except (ModelError, OSError, ValueError, AttributeError, yaml.YAMLError):
+        return _UNKNOWN
+    return named if isinstance(named, str) else _UNKNOWN

@@ -1,0 +1,157 @@
+"""Output folders of conversions: written completely or not at all, and not written twice."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS
+from internvl_chat.model.io.folders import is_adapter
+from internvl_chat.model.io.weights import weights_digest
+from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.files import write_json
+from internvl_chat.utils.folder_lock import LOCK, lock_folder
+
+STAMP = "made_from.json"
+# The files of a model folder besides weights that affect a conversion.
+_SETTINGS = (
+    "*config.json", "preprocessing.json", "base_model.json", "*token*.json", "vocab.json", "merges.txt",
+    "*.model", "chat_template.*", "*.index.json", "*.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The result of a conversion.
+
+    Attributes:
+        folder: the folder written.
+        merged_layers: number of layers into which adapters were merged.
+        already_done: whether an earlier conversion had already written the folder.
+    """
+
+    folder: Path
+    merged_layers: int = 0
+    already_done: bool = False
+
+
+class ConversionOutput:
+    """The target of a conversion, with a record of its source.
+
+    Args:
+        target: folder to write.
+        source: folder that is converted.
+        kind: name of the conversion, for example `merge`.
+        check: called with the complete folder before it becomes the target; an exception discards it.
+
+    Raises:
+        ModelError: the target is a file or inside the source.
+    """
+
+    def __init__(
+        self, target: Path, source: Path, kind: str, check: Callable[[Path], None] | None = None
+    ) -> None:
+        if target.exists() and not target.is_dir():
+            raise ModelError(f"{target}: is a file; choose a folder")
+        if source.resolve() in target.resolve().parents:
+            raise ModelError(f"{target}: is inside its source {source}; choose another folder")
+        self.target, self.check = target, check
+        self.stamp = {"work": kind, "source_sha256": _source_digest(source)}
+
+    def is_complete(self) -> bool:
+        """Return whether the target is the complete result of the same conversion.
+
+        Raises:
+            ModelError: the target contains something else, is incomplete, or was not checked.
+        """
+        if not self.target.exists() or not any(self.target.iterdir()):
+            return False
+        try:
+            stamp = dict(json.loads((self.target / STAMP).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            stamp = {}  # not ours, and so never overwritten
+        files, checked = stamp.pop("files", {}), stamp.pop("checked", False)
+        if stamp != self.stamp:
+            raise ModelError(
+                f"{self.target}: exists, but is not the result of an earlier {self.stamp['work']} of the "
+                "source in its present state; choose another folder"
+            )
+        changed = sorted(files.items() - _sizes(self.target).items())
+        if changed:
+            raise ModelError(
+                f"{self.target}: {changed[0][0]} is missing or has changed since it was written; "
+                "delete the folder"
+            )
+        if self.check and not checked:
+            raise ModelError(
+                f"{self.target}: was written without a comparison with its source; delete the folder, or "
+                "pass --check False"
+            )
+        return True
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Path]:
+        """Yield a staging folder next to the target; on success, check it and rename it to the target.
+
+        Raises:
+            UsageError: another process is writing the target.
+            ModelError: another process has written the target in the meantime.
+        """
+        target = self.target
+        staging = target.with_name(f".{target.name}.partial")
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelError(f"{target}: the folder cannot be created: {error.strerror}") from None
+        lock = lock_folder(staging)
+        try:
+            if target.exists() and any(target.iterdir()):
+                raise ModelError(f"{target}: another process has written it in the meantime")
+            _clear(staging)
+            yield staging
+            if self.check:
+                self.check(staging)
+            outcome = {"checked": self.check is not None, "files": _sizes(staging)}
+            write_json(staging / STAMP, self.stamp | outcome)
+            if target.exists():
+                target.rmdir()
+            staging.rename(target)
+            # Not earlier, or another process could lock the staging folder.
+            (target / LOCK).unlink()
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+
+
+def _source_digest(source: Path) -> str:
+    """Return a hash of the weights and settings of a model folder."""
+    if is_adapter(source):
+        digest = hashlib.sha256((source / ADAPTER_WEIGHTS).read_bytes())
+    else:
+        digest = hashlib.sha256(weights_digest(source).encode())
+    for file in sorted({file for pattern in _SETTINGS for file in source.glob(pattern)}):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _clear(folder: Path) -> None:
+    """Delete the content of a folder except its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of each file of a folder, by its relative path."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != LOCK
+    }

@@ -1,0 +1,234 @@
+"""Multiple choice: parse the chosen option from a free-text answer, and average the scores over the options.
+
+Reasoning in `<think> … </think>` is ignored, and text after "wait" or "actually" takes precedence. The first
+of these rules that matches decides; if it matches several options, the answer counts as unreadable:
+
+1. The answer is a letter, with any punctuation: `B`, `b.`, `(B)`, `**B**`.
+2. It is the text of an option, with or without its letter.
+3. It declares a letter: `the answer is B`, `Answer: (b)`, `\\boxed{B}`, `<answer>B</answer>`. The last
+   declaration counts.
+4. Lines start with a letter, all with the same one: `B. text`, `(b) text`, `B` and then reasons.
+5. It starts with the text of an option: `Yes, because …`.
+6. It calls a letter correct or chosen, or concludes with one: `option B`, `I choose B`, `B is correct`,
+   `Therefore, B.`.
+7. It contains the text of exactly one option; of options that contain each other, the longest counts.
+
+From rule 3 on, negated clauses (`not A`, `A is incorrect`) and letters after a noun (`panel B`,
+`hepatitis B`) are ignored.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from string import ascii_uppercase
+
+_PUNCTUATION = r"[\s*_`\"'“”‘’()\[\]{}<>.,:;!$-]*"
+_REASONING = re.compile(r"<think>.*?</think>|\A.*</think>", re.DOTALL | re.IGNORECASE)
+_RETRACTION = re.compile(r"\b(?:wait|actually|correction|on second thoughts?)\b", re.IGNORECASE)
+_CLAUSE_ENDS = re.compile(
+    r"[,;\n]|[.!?:](?=\s|$)|\b(?:because|since|but|so|therefore|thus|hence|while|although)\b|\band(?=\s+not\b)",
+    re.IGNORECASE,
+)
+_NEGATION = re.compile(
+    r"\b(?:not|no|never|neither|nor|none|cannot|incorrect|wrong|false|unlikely|except|excluded?|ruled? out|"
+    r"rather than|instead of)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+
+
+def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of the chosen option, or None if there is none or more than one.
+
+    Args:
+        answer: answer of a model.
+        choices: texts of the options A, B, ..., at most 26.
+    """
+    if not choices:
+        return None
+    text = _REASONING.sub("", unicodedata.normalize("NFKC", answer)).strip()
+    retractions = list(_RETRACTION.finditer(text))
+    if retractions:
+        last = _read(text[retractions[-1].end() :].strip(" ,.:;-\n"), choices)
+        if last is not None:
+            return last
+    return _read(text, choices)
+
+
+def _read(text: str, choices: Sequence[str]) -> str | None:
+    """Apply the rules to an answer without reasoning."""
+    letters = ascii_uppercase[: len(choices)]
+    for rule in (_whole_letter, _whole_text):
+        matches = set(rule(text, letters, choices))
+        if matches:
+            return matches.pop() if len(matches) == 1 else None
+    affirmed = _drop_negations(text)
+    for rule in (_declared, _leading, _leading_text, _chosen):
+        matches = set(rule(affirmed, letters, choices))
+        if matches:
+            return matches.pop() if len(matches) == 1 else None
+    matches = set(_contained(text, affirmed, letters, choices))
+    return matches.pop() if len(matches) == 1 else None
+
+
+def _drop_negations(text: str) -> str:
+    """Remove negated clauses."""
+    ends = [match.end() for match in _CLAUSE_ENDS.finditer(text)]
+    clauses = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+    return "".join("\n" * clause.endswith("\n") if _NEGATION.search(clause) else clause for clause in clauses)
+
+
+def _whole_letter(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    match = re.fullmatch(rf"{_PUNCTUATION}([{letters}{letters.lower()}]){_PUNCTUATION}", text)
+    return [match[1].upper()] if match else []
+
+
+def _whole_text(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    plain = _plain(text)
+    return [
+        letter
+        for letter, choice in zip(letters, choices, strict=True)
+        if _plain(choice) and plain in (_plain(choice), f"{letter.lower()} {_plain(choice)}")
+    ]
+
+
+# A lower-case letter must be marked as an option, so that "the answer is a tumour" does not match.
+_LETTER = r"(?:\(\s*([{0}{1}])\s*\)|\[\s*([{0}{1}])\s*\]|([{0}])(?![\w'’])|([{1}])(?=\s*(?:[.):}}<*\"]|$)))"
+_SURE = r"(?:\s*\b(?:most\s+likely|likely|probably|clearly|definitely|certainly|therefore|thus|indeed)\b)*"
+_DECLARATION = re.compile(
+    rf"""(?:
+        \b(?:answer|choice|option|letter|(?:correct|right|best)\s+one)\b[\s*_"]*
+            (?:['’]s\b|\b(?:is|was|would\s+be|should\s+be|must\s+be|has\s+to\s+be)\b|[:=-]){_SURE}
+        | \banswer\b (?=[\s*_"(]*[A-Z]\b)
+        | 答案\s*(?:是|为|选|:)? | \\boxed\{{ | <answer>
+    )
+    [\s*_`"'$:]*(?:(?:the\s+)?(?:option|choice|letter)\b)?[\s*_`"':$]*(?:\\text\{{)?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def _declared(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    letter = _LETTER.format(letters, letters.lower())
+    named: list[str] = []
+    for declaration in _DECLARATION.finditer(text):
+        match = re.match(letter, text[declaration.end() :])
+        if match and not _is_article(match, text[declaration.end() :]):
+            rest = text[declaration.end() + match.end() :]
+            named = [_letter(match), *_joined(rest, letter)]
+    return named
+
+
+def _leading(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    letter = _LETTER.format(letters, letters.lower())
+    any_case = f"[{letters}{letters.lower()}]"
+    start = re.compile(
+        rf"[\s*_`\"'#>-]*(?:\(\s*({any_case})\s*\)|({any_case})\s*(?:[.):](?=\D|$)|(?=\*|$))|"
+        rf"([{letters}])(?:\s+[-–—]\s|,\s*(?=because|since|as\b|$)))"
+    )
+    named = []
+    for line in text.splitlines():
+        match = start.match(line)
+        if match:
+            named += [_letter(match), *_joined(line[match.end() :], letter)]
+    return named
+
+
+def _leading_text(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    first = _plain(re.split(r"[,.;:\n]", text, maxsplit=1)[0])
+    return [
+        letter for letter, choice in zip(letters, choices, strict=True) if first and _plain(choice) == first
+    ]
+
+
+def _chosen(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    letter = _LETTER.format(letters, letters.lower())
+    before = (
+        r"\b(?:options?|choices?|letter|choose|select|pick|go with|think|believe|say|it(?:'s| is)|that is)\s+"
+    )
+    named = []
+    for match in re.finditer(rf"(?i:{before})(?:it\s+is\s+)?[*_\"']*{letter}[*_\"')]*", text):
+        if not _is_article(match, text[match.start() :], match.end() - match.start()):
+            named += [_letter(match), *_joined(text[match.end() :], letter)]
+    # These two patterns must not follow a noun.
+    connectives = "so|but|therefore|thus|hence"
+    clause_start = rf"(?:^|[.;:,\n]|\b(?i:that|think|believe|only|{connectives})\b,?)\s*[*_\"'(]*"
+    correct = r"[*_\"')]*\s+(?:is|seems|would be)\s+(?:the\s+)?(?:correct|right|best|most|true|answer|likely)"
+    sentence_end = r"[*_\"')]*\s*(?=[.;\n]|$)"
+    named += [match[1] for match in re.finditer(rf"{clause_start}([{letters}])(?={correct})", text)]
+    sentence_start = rf"(?:^|[.;:\n]|\b(?i:{connectives})\b,?)\s*[*_\"'(]*"
+    named += [match[1] for match in re.finditer(rf"{sentence_start}([{letters}]){sentence_end}", text)]
+    return named
+
+
+def _contained(text: str, affirmed: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    """Find option texts outside negated clauses; options that are negations themselves count anywhere."""
+    contained = {}
+    for letter, choice in zip(letters, choices, strict=True):
+        words = f" {_plain(choice)} "
+        searched = text if _NEGATION.search(choice) else affirmed
+        if words.strip() and words in f" {_plain(searched)} ":
+            contained[letter] = words
+    return [
+        letter
+        for letter, choice in contained.items()
+        if not any(choice in other and choice != other for other in contained.values())
+    ]
+
+
+def _letter(match: re.Match) -> str:
+    return next(group for group in match.groups() if group).upper()
+
+
+def _joined(rest: str, letter: str) -> list[str]:
+    """Return the letter that "and", "or", "," or "/" joins to a preceding one."""
+    match = re.match(rf"\W*(?:\b(?:and|or)\b|[,/&+])[\s*_\"']*(?:option\s+)?{letter}", rest)
+    return [_letter(match)] if match else []
+
+
+def _is_article(match: re.Match, text: str, end: int | None = None) -> bool:
+    """Return whether a bare A or I is a word of the sentence: "A benign lesion", but not "A because"."""
+    end = match.end() if end is None else end
+    conjunctions = r"(?:and|as|because|but|for|from|given|in|is|or|since|which|with)\b"
+    return match[3] in ("A", "I") and bool(re.match(rf"\s+(?!{conjunctions})[a-z]", text[end:]))
+
+
+def _plain(text: str) -> str:
+    """Return a text in lower case, without punctuation."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
+
+
+def split_choices(question: str) -> tuple[str, ...]:
+    """Return the options that a question lists as `A. … B. …` (or `A)`, `A:`), at least A and B, or nothing.
+
+    Options start a line (the first may also follow a colon or a question mark) or else follow any white
+    space. The letters must be in order, so that "C. elegans" within an option does not start a new one.
+    """
+    for first, others in ((r"(?:^|\n|[:?])[ \t]*", r"\n[ \t]*"), (r"(?<!\S)", r"(?<!\S)")):
+        marks: list[re.Match] = []
+        for letter in ascii_uppercase:
+            pattern = re.compile(rf"{others if marks else first}\(?{letter}[.):]")
+            match = pattern.search(question, marks[-1].end() if marks else 0)
+            if match is None:
+                break
+            marks.append(match)
+        if len(marks) > 1:
+            ends = [mark.start() for mark in marks[1:]] + [len(question)]
+            return tuple(question[m.end() : end].strip() for m, end in zip(marks, ends, strict=True))
+    return ()
+
+
+def macro_averages(expected: Sequence[str], predicted: Sequence[str | None]) -> dict[str, float]:
+    """Return macro-averaged `f1`, `precision` and `recall` over all expected and predicted letters.
+
+    An unreadable answer misses the correct letter, but is no class of its own.
+
+    Args:
+        expected: correct letters.
+        predicted: letters of the answers, None if unreadable.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    letters = sorted({*expected, *filter(None, predicted)})
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        expected, [letter or "" for letter in predicted], labels=letters, average="macro", zero_division=0
+    )
+    return {"f1": float(f1), "precision": float(precision), "recall": float(recall)}

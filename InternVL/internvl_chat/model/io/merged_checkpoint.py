@@ -1,0 +1,106 @@
+"""Read a checkpoint of any format lazily as a full model in the reference's format, with adapters merged."""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_chat.model.configuration import InternVLChatConfig
+from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS, adopt_options, find_base
+from internvl_chat.model.io.checkpoint import model_weights, untie_distinct_head
+from internvl_chat.model.io.folders import config_file, is_adapter, read_auxiliary_files, read_config
+from internvl_chat.model.io.weights import Weights, open_weights
+from internvl_chat.model.lora.injection import merged_weight, parameter_name, read_adapter_config
+from internvl_chat.utils.errors import ModelError
+
+_BASE_LAYER = re.compile(r"\.base_layer(?=\.(?:weight|bias)$)")
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """A full model whose weights are read, and merged, on demand.
+
+    Attributes:
+        config: configuration in the reference's format.
+        config_text: content of its `config.json`; the original file if nothing had to change.
+        weights: weights under the reference's parameter names.
+        auxiliary_files: other files by name; those of an adapter replace those of its base.
+        merged_layers: number of layers into which adapters are merged.
+    """
+
+    config: InternVLChatConfig
+    config_text: str
+    weights: Weights
+    auxiliary_files: dict[str, bytes]
+    merged_layers: int
+
+
+def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckpoint:
+    """Open a full model, a LoRA-wrapped checkpoint of the reference, or an adapter with its base.
+
+    Args:
+        source: folder of the checkpoint.
+        base: base model of an adapter, if it has moved.
+
+    Raises:
+        ModelError: the base is missing or does not match.
+    """
+    if is_adapter(source):
+        base_folder, _ = find_base(source, base)
+        weights = _with_adapter(source, base_folder)
+    else:
+        base_folder, weights = source, model_weights(source)
+    weights, merged_layers = _merge(weights)
+    config = read_config(base_folder)
+    before = copy.deepcopy(config)
+    untie_distinct_head(config, weights)
+    if is_adapter(source) and (source / "config.json").is_file():
+        adopt_options(config, read_config(source))
+    config.use_llm_lora = config.use_backbone_lora = 0
+    file = config_file(base_folder)
+    unchanged = file is not None and config == before
+    return MergedCheckpoint(
+        config=config,
+        config_text=file.read_text(encoding="utf-8") if unchanged else config.to_json_string(),
+        weights=weights,
+        auxiliary_files=read_auxiliary_files(base_folder) | read_auxiliary_files(source),
+        merged_layers=merged_layers,
+    )
+
+
+def has_adapters(folder: Path) -> bool:
+    """Return whether a folder contains an adapter or a LoRA-wrapped checkpoint."""
+    return is_adapter(folder) or any(".lora_" in name for name in model_weights(folder))
+
+
+def _merge(weights: Weights) -> tuple[Weights, int]:
+    """Merge `lora_A` and `lora_B` into each `base_layer`; return the weights and the number of layers."""
+    merged: Weights = {}
+    layers = 0
+    for name, read in weights.items():
+        if ".lora_" in name:
+            continue
+        layer = name.partition(".base_layer.")[0]
+        a, b = (weights.get(f"{layer}.lora_{letter}.default.weight") for letter in "AB")
+        plain_name = _BASE_LAYER.sub("", name)
+        if a and b and name.endswith(".base_layer.weight"):
+            layers += 1
+            merged[plain_name] = lambda w=read, a=a, b=b: merged_weight(w(), a(), b())
+        else:
+            merged[plain_name] = read
+    return merged, layers
+
+
+def _with_adapter(folder: Path, base_folder: Path) -> Weights:
+    """Return the weights of an adapter and its base under LoRA-wrapped names."""
+    read_adapter_config(folder)
+    adapter = {parameter_name(key): read for key, read in open_weights(folder / ADAPTER_WEIGHTS).items()}
+    layers = {name.partition(".lora_")[0] for name in adapter if ".lora_" in name}
+    weights: Weights = {}
+    for name, read in model_weights(base_folder).items():
+        layer, _, kind = name.rpartition(".")
+        weights[f"{layer}.base_layer.{kind}" if layer in layers else name] = read
+    missing = {f"{layer}.base_layer.weight" for layer in layers} - weights.keys()
+    if missing:
+        raise ModelError(f"{folder}: the base {base_folder} lacks {len(missing)} of the adapted layers")
+    return weights | adapter

@@ -1,0 +1,210 @@
+"""Memory of training in bytes: activations of a pack, and all else by parallel layout.
+
+Activations are measured: what autograd saves in one decoder layer and in the vision tower.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from internvl_chat.model.kernels.apply import has_supervised_head
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+
+# Record lengths for which a layer is measured; two show what grows with the square of the length.
+_PROBES = (256, 512)
+# Parameters that ZeRO-3 gathers, with DeepSpeed's defaults.
+_ZERO3_GATHERED = {"max_live_parameters": 1e9, "prefetch_bucket_size": 5e7}
+
+# Memory besides a pack's own.
+COMPONENTS = ("weights", "gradients", "optimizer state", "optimizer scratch", "communication buffers")
+
+
+class PackSize(NamedTuple):
+    """What of a pack takes memory; `squares` is the sum of the squared record lengths. Numbers or arrays."""
+
+    tokens: Any
+    supervised: Any
+    tiles: Any
+    squares: Any = 0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a pack needs beside the weights.
+
+    Attributes:
+        layers: decoder layers.
+        layer_token, layer_square: of a decoder layer, per token and per squared record length.
+        input_token: of the input of a layer, which is all that a checkpointed one keeps, per token.
+        supervised: logits and hidden state of a supervised token.
+        tile, checkpointed_tile: features of a tile, and the activations of a trained vision tower.
+    """
+
+    layers: int
+    layer_token: float
+    layer_square: float
+    input_token: float
+    supervised: float
+    tile: float
+    checkpointed_tile: float
+
+    def of(self, pack: PackSize, checkpointed: int) -> dict[str, Any]:
+        """Return the bytes of a pack by component, with so many checkpointed layers."""
+        layer = self.layer_token * pack.tokens + self.layer_square * pack.squares
+        # Backward recomputes one checkpointed layer at a time, and has gradients of one layer's activations.
+        in_memory = self.layers - checkpointed + (checkpointed > 0) + 1
+        return {
+            "activations": in_memory * layer + checkpointed * self.input_token * pack.tokens,
+            "logits": self.supervised * pack.supervised,
+            "vision": (self.checkpointed_tile if checkpointed else self.tile) * pack.tiles,
+        }
+
+
+def measure_activations(model: InternVLChatModel, device: torch.device) -> Activations:
+    """Measure a model on its training device; its kernels may not run where the model is now."""
+    llm = model.language_model
+    itemsize, hidden = model.mlp1[0].weight.element_size(), llm.config.hidden_size
+    logits = llm.config.vocab_size * (2 * itemsize + 3 * 4)
+    if has_supervised_head(model):
+        # The gradient replaces the logits, and is kept only for a trained head.
+        logits = llm.config.vocab_size * itemsize if llm.get_output_embeddings().weight.requires_grad else 0
+    features, tower = 4 * model.config.tokens_per_tile * hidden * itemsize, _vision_bytes(model, device)
+    return Activations(
+        len(llm.get_decoder().layers),
+        *_layer_bytes(model, device),
+        input_token=hidden * itemsize,
+        supervised=logits + 2 * hidden * itemsize,
+        tile=features + tower[0],
+        checkpointed_tile=features + tower[1],
+    )
+
+
+def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
+    """Return the activations of a decoder layer per token and per squared record length."""
+    decoder = model.language_model.get_decoder()
+    layer = _on_device(decoder.layers[0], device)
+    dtype, saved = next(layer.parameters()).dtype, []
+    for tokens in _PROBES:
+        x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
+        positions = torch.arange(tokens, device=device).unsqueeze(0)
+        # As in a packed row of one record.
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        inputs = {"attention_mask": None, "position_ids": positions}
+        inputs["position_embeddings"] = decoder.rotary_emb(x, positions)
+        inputs |= {f"cu_seq_lens_{name}": bounds for name in "qk"}
+        inputs |= {f"max_length_{name}": tokens for name in "qk"}
+        saved.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)
+    square = max(0.0, (saved[1] - saved[0]) / (_PROBES[1] - _PROBES[0]))
+    return saved[0] - square * _PROBES[0], square
+
+
+def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
+    """Return the activations of the vision tower per tile, without and with checkpointed blocks."""
+    if model.vision_is_frozen:
+        return 0.0, 0.0
+    tower, config = _on_device(model.vision_model, device), model.vision_model.config
+    tile = torch.zeros(1, 3, config.image_size, config.image_size, dtype=model.pixel_dtype, device=device)
+    saved, layers = saved_bytes(tower, partial(tower, tile)), config.num_hidden_layers
+    inputs = layers * (config.grid**2 + 1) * config.hidden_size * model.pixel_dtype.itemsize
+    return saved, inputs + saved / layers
+
+
+def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return a module that is on the device, or a copy there of one that is not."""
+    return module if next(module.parameters()).device == device else copy.deepcopy(module).to(device)
+
+
+def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
+    """Return the bytes that autograd saves in a call, without the module's own parameters."""
+    saved: set[torch.UntypedStorage] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(tensor.untyped_storage())
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    gpus = {p.device for p in module.parameters() if p.is_cuda}
+    with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
+        call()
+    return sum(storage.nbytes() for storage in saved - {p.untyped_storage() for p in module.parameters()})
+
+
+def parallel_memory(
+    model: InternVLChatModel,
+    parallel: str,
+    world_size: int,
+    *,
+    optimizer_state: int,
+    optimizer_scratch: int,
+    several_packs: bool,
+    zero: Mapping[str, Any],
+) -> dict[str, int]:
+    """Return the memory per rank of weights, gradients, optimizer and communication by component.
+
+    Args:
+        model: with its trained parameters chosen.
+        parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
+        world_size: number of ranks.
+        optimizer_state: bytes for all trained parameters, unsharded; DeepSpeed has its own.
+        optimizer_scratch: temporary bytes of an optimizer step.
+        several_packs: whether gradients of several packs are accumulated.
+        zero: DeepSpeed's `zero_optimization`.
+    """
+    trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
+    weights, gradients = _size(model.parameters()), _size(trained)
+    if parallel == "ddp":
+        # Gradients are views of DDP's buckets. One at a time is copied there, but packs before the last one
+        # accumulate theirs outside the buckets.
+        buffers = gradients if several_packs else max(p.nbytes for p in trained)
+    elif parallel == "fsdp":
+        layers = model.blocks
+        inside = {p for layer in layers for p in layer.parameters()}
+        root = [p for p in model.parameters() if p not in inside]
+        # The root is unsharded for a whole pass, and gradients until they are reduced: after each layer, but
+        # only in the last pack. Buffers hold up to three layers: gathered, being gathered, being reduced.
+        unreduced = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
+        reduced = gradients // ranks + _size(p for p in root if p.requires_grad)
+        gradients = unreduced + (gradients if several_packs else reduced)
+        weights, optimizer_state = weights // ranks + _size(root), optimizer_state // ranks
+        buffers = 3 * max(_size(layer.parameters()) for layer in layers)
+    elif parallel == "deepspeed":
+        return _deepspeed_memory(model, trained, ranks, zero)
+    sizes = (weights, gradients, optimizer_state, optimizer_scratch, buffers)
+    return dict(zip(COMPONENTS, sizes, strict=True))
+
+
+def _deepspeed_memory(
+    model: InternVLChatModel, trained: list[nn.Parameter], ranks: int, zero: Mapping[str, Any]
+) -> dict[str, int]:
+    stage, numel = int(zero.get("stage", 0)), sum(p.numel() for p in trained)
+
+    def shard(size: int, first_stage: int) -> int:
+        return size // (ranks if stage >= first_stage else 1)
+
+    def elements(name: str, default: float) -> int:
+        value = zero.get(name, default)
+        return model.config.hidden_size**2 if value == "auto" else int(float(value))
+
+    weights, gradients = shard(_size(model.parameters()), 3), shard(_size(trained), 2)
+    # DeepSpeed has float32 masters and moments, and converts the gradients to float32 in a step.
+    state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
+    buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
+    buffers = buckets * min(elements("reduce_bucket_size", 5e8), numel)
+    if stage == 3:
+        gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
+        buffers += min(gathered, sum(p.numel() for p in model.parameters()))
+    buffers *= trained[0].element_size()
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        state = scratch = 0
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        weights = 0
+    return dict(zip(COMPONENTS, (weights, gradients, state, scratch, buffers), strict=True))
+
+
+def _size(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.nbytes for p in parameters)

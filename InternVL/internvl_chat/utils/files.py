@@ -1,0 +1,64 @@
+"""Atomic file writes, JSON and JSON Lines files, SHA-256 digests."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_path(file: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; it replaces the file if the block succeeds."""
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write indented UTF-8 JSON atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with atomic_path(file) as partial:
+        partial.write_bytes(_encode(text))
+
+
+def write_json_lines(file: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value per line, atomically and synced to disk."""
+    with atomic_path(file) as partial, partial.open("wb") as stream:
+        for row in rows:
+            stream.write(_encode_line(row))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def append_json_line(stream: IO[bytes], row: Any) -> None:
+    """Append a JSON value as one line to an open file and sync it to disk."""
+    stream.write(_encode_line(row))
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _encode_line(row: Any) -> bytes:
+    return _encode(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _encode(text: str) -> bytes:
+    # Lone surrogates, as in file names that are not UTF-8, become JSON escapes.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

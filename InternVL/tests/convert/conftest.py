@@ -1,0 +1,5 @@
+"""Fixtures of the conversion tests."""
+
+from model.conftest import folder
+
+__all__ = ["folder"]

@@ -1,0 +1,231 @@
+"""Tests of the parsing of multiple-choice answers, and of the macro averages."""
+
+from collections import Counter
+
+import pytest
+
+from internvl_chat.metrics.multiple_choice import macro_averages, parse_choice, split_choices
+
+CHOICES = (
+    "Altered cellular behavior typical of lobular carcinoma in situ",
+    "Blood vessels",
+    "Blood vessels and rosette-like structures",
+    "C. elegans neurons",
+)
+
+ANSWERS = [
+    # A letter alone.
+    ("B", "B"),
+    ("b", "B"),
+    ("B.", "B"),
+    ("(B)", "B"),
+    ("[c]", "C"),
+    ("**D**", "D"),
+    ("  C \n", "C"),
+    ("A:", "A"),
+    ('"A"', "A"),
+    ("$B$", "B"),
+    ("Ｂ", "B"),
+    # A letter and its option.
+    ("B. Blood vessels", "B"),
+    ("(b) Blood vessels", "B"),
+    ("C) Blood vessels and rosette-like structures", "C"),
+    ("C: blood vessels and rosette-like structures.", "C"),
+    ("B Blood vessels", "B"),
+    ("**C.** Blood vessels and rosette-like structures", "C"),
+    ("- D. C. elegans neurons", "D"),
+    ("B\n\nThe arrow points at a vessel.", "B"),
+    ("B.\nOption A is wrong because there is no carcinoma.", "B"),
+    # The option's text.
+    ("Blood vessels", "B"),
+    ("blood vessels and rosette-like structures.", "C"),
+    ("C. elegans neurons", "D"),
+    ("The staining shows blood vessels and rosette-like structures here.", "C"),
+    ("It is seen in the blood vessels.", "B"),
+    ("altered cellular behavior, typical of lobular carcinoma in situ", "A"),
+    # A declaration.
+    ("The answer is B", "B"),
+    ("The answer is B.", "B"),
+    ("The correct answer is (c).", "C"),
+    ("The correct option is D, as the arrow shows.", "D"),
+    ("Answer: A", "A"),
+    ("answer: b", "B"),
+    ("**Answer:** C", "C"),
+    ("Answer: **C. Blood vessels and rosette-like structures**", "C"),
+    ("Final answer: option B", "B"),
+    ("The answer is option C.", "C"),
+    ("The best choice would be D", "D"),
+    ("So the answer is \\boxed{D}.", "D"),
+    ("$\\boxed{\\text{B}}$", "B"),
+    ("<answer>B</answer>", "B"),
+    ("<think>It could be A.</think><answer> C </answer>", "C"),
+    ("First I thought that the answer is A. But the answer is B.", "B"),
+    ("A. no carcinoma is seen.\nB. vessels are seen.\nThe answer is B.", "B"),
+    ("The answer is A because the cells are altered.", "A"),
+    ("The answer is: Blood vessels and rosette-like structures", "C"),
+    # A choice in a sentence.
+    ("Option B", "B"),
+    ("I choose C.", "C"),
+    ("I would go with option D because of the neurons.", "D"),
+    ("B is correct.", "B"),
+    ("I think it is B", "B"),
+    ("Option A is incorrect, so I pick option B.", "B"),
+    ("Based on Fig-3, option C is the most likely.", "C"),
+    # Several letters, or none.
+    ("B or C", None),
+    ("A and C", None),
+    ("A, C", None),
+    ("The answer is B or C.", None),
+    ("B. and C.", None),
+    ("A. yes\nB. yes", None),
+    ("AB", None),
+    ("E", None),
+    ("The answer is F", None),
+    ("", None),
+    ("...", None),
+    ("I cannot tell.", None),
+    ("The answer is a benign lesion.", None),
+    ("A benign lesion is shown.", None),
+    ("A lesion like hepatitis B or vitamin D deficiency", None),
+    ("图中未显示", None),
+    ("This figure shows nothing of the kind 12345 !?", None),
+]
+
+
+LUNGS = ("Left lung", "Right lung", "Both lungs", "None of the above")
+
+# Answers that are easily misread.
+PITFALLS = [
+    ("<think>The answer is A?</think> B", "B"),
+    ("<think>At first the answer is A</think>\n\nB", "B"),
+    ("At first the answer is A</think>\n\nThe right lung.", "B"),
+    ("The answer is A. Wait, no: B.", "B"),
+    ("The answer is A. Actually, the answer is C.", "C"),
+    ("I don't think A is correct; B", "B"),
+    ("It is not true that A is correct", None),
+    ("Neither A nor B is correct", None),
+    ("The incorrect answer is A", None),
+    ("A is the most unlikely", None),
+    ("Option A is wrong", None),
+    ("Hepatitis B is likely", None),
+    ("Vitamin A, B and C", None),
+    ("Grade A is best seen on CT. The right lung.", "B"),
+    ("Panel B is the most informative one; therefore the left lung is affected", "A"),
+    ("Based on Fig-1, panel A is correct orientation, so the Right lung", "B"),
+    ("Not the left lung", None),
+    ("Not the left lung but the right lung", "B"),
+    ("Answer B", "B"),
+    ("Answer (C)", "C"),
+    ("ANSWER C", "C"),
+    ("Answer - C", "C"),
+    ("Correct answer - C", "C"),
+    ("The answer's C", "C"),
+    ("The letter is B", "B"),
+    ("The correct one is B.", "B"),
+    ("Therefore, B.", "B"),
+    ("C, because", "C"),
+    ("C, because the left lung is clear", "C"),
+    ("C - both", "C"),
+    ("The answer is most likely (C)", "C"),
+    ("The answer is likely C", "C"),
+    ("The answer must be C", "C"),
+    ("The correct choice is clearly C.", "C"),
+    ("The answer is not A but B", "B"),
+    ("The answer is B, not A.", "B"),
+    ("The answer is B because it is not A", "B"),
+    ("正确答案是B", "B"),
+    ("答案：B", "B"),
+    ("None of the above", "D"),
+    ("It is none of the above.", "D"),
+    ("The answer is D. None of the above", "D"),
+]
+
+
+@pytest.mark.parametrize(("answer", "letter"), PITFALLS, ids=[repr(answer) for answer, _ in PITFALLS])
+def test_easily_misread_answers(answer, letter):
+    assert parse_choice(answer, LUNGS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("Yes, there is no doubt", "A"), ("No, it is not.", "B"), ("yes", "A"), ("There is none", None)],
+)
+def test_yes_no_options(answer, letter):
+    assert parse_choice(answer, ("Yes", "No")) == letter
+
+
+@pytest.mark.parametrize(("answer", "letter"), ANSWERS, ids=[repr(answer) for answer, _ in ANSWERS])
+def test_parse_choice(answer, letter):
+    assert parse_choice(answer, CHOICES) == letter
+
+
+def test_answers_are_distinct_and_cover_all_letters():
+    assert len({answer for answer, _ in ANSWERS}) == len(ANSWERS) >= 60
+    assert min(Counter(letter for _, letter in ANSWERS).values()) >= 4
+
+
+def test_letter_beyond_the_options():
+    assert parse_choice("D", CHOICES[:3]) is None
+    assert parse_choice("D", CHOICES) == "D"
+
+
+def test_without_options():
+    assert parse_choice("A", ()) is None
+
+
+def test_long_repetitive_answers():
+    for text in ("answer: " + "*" * 50_000, "(" * 50_000, "option " * 10_000, "A. " * 10_000, "\n" * 50_000):
+        parse_choice(text, CHOICES)
+
+
+def test_options_without_words():
+    assert parse_choice("what", ("+", "-")) is None
+    assert parse_choice("B", ("+", "-")) == "B"
+
+
+@pytest.mark.parametrize(
+    ("question", "choices"),
+    [
+        (
+            "Which? The candidate options are: A. One\nB.Two  \n  C) Three\nD:  Four",
+            ("One", "Two", "Three", "Four"),
+        ),
+        (
+            "Which?\nA. A. fumigatus\nB. B. subtilis\nC. C. elegans",
+            ("A. fumigatus", "B. subtilis", "C. elegans"),
+        ),
+        ("Which? (A) One (B) Two", ("One", "Two")),
+        ("Which? A. One B. Two C. Three", ("One", "Two", "Three")),
+        ("Which?A. One\nB. Two of\ntwo lines", ("One", "Two of\ntwo lines")),
+        ("What is shown in A. thaliana?", ()),
+        ("What?", ()),
+    ],
+)
+def test_split_choices(question, choices):
+    assert split_choices(question) == choices
+
+
+def test_macro_averages_by_hand():
+    expected = ["A", "A", "B", "B", "C"]
+    predicted = ["A", "B", "B", None, "D"]
+    # precision: A 1, B 1/2, C 0, D 0; recall: A 1/2, B 1/2, C 0, D 0; F1: A 2/3, B 1/2.
+    scores = macro_averages(expected, predicted)
+    assert scores == pytest.approx(
+        {"precision": 1.5 / 4, "recall": 1 / 4, "f1": (2 / 3 + 1 / 2) / 4}, abs=1e-12
+    )
+
+
+def test_macro_averages_equal_scikit_learn_if_all_answers_are_readable():
+    from sklearn.metrics import f1_score, precision_score, recall_score
+
+    expected, predicted = list("ABCDABCDDC"), list("ABCDBBADCC")
+    scores = macro_averages(expected, predicted)
+    assert scores["f1"] == pytest.approx(f1_score(expected, predicted, average="macro"), abs=1e-12)
+    assert scores["precision"] == pytest.approx(
+        precision_score(expected, predicted, average="macro"), abs=1e-12
+    )
+    assert scores["recall"] == pytest.approx(recall_score(expected, predicted, average="macro"), abs=1e-12)
+
+
+def test_only_unreadable_answers():
+    assert macro_averages(["A", "B"], [None, None]) == {"f1": 0, "precision": 0, "recall": 0}

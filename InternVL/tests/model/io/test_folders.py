@@ -1,0 +1,115 @@
+"""Model folders: download, format, configuration and auxiliary files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from model.conftest import (
+    CONTEXT,
+)
+
+from internvl_chat.model.io.adapter import (
+    BASE_FILE,
+)
+from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.io.folders import (
+    model_folder,
+    read_auxiliary_files,
+    read_config,
+    write_files,
+)
+from internvl_chat.utils.errors import ModelError
+
+
+def edit(file: Path, change) -> None:
+    """Rewrite a JSON file by a function of its content."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./missing", "missing", "/nowhere"])
+def test_no_such_folder(name: str) -> None:
+    with pytest.raises(ModelError, match="no such model folder"):
+        model_folder(name)
+
+
+def test_unavailable_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="organisation/model: neither a local folder nor available"):
+        load_model("organisation/model", image_context_id=CONTEXT)
+
+
+def test_hub_download_excludes_pickles(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked = {}
+
+    def fetch(name: str, **options) -> str:
+        asked.update(name=name, **options)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert model_folder("organisation/model") == folder
+    assert asked["name"] == "organisation/model"
+    assert not {"*.bin", "*.pt", "*.pth", "*.pkl"} & set(asked["allow_patterns"])
+
+
+def test_auxiliary_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir(), target.mkdir()
+    kept = {
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "preprocessing.json",
+        "modeling_internvl_chat.py",
+        "conversation.py",
+    }
+    left = {
+        "config.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+        "adapter_config.json",
+        BASE_FILE,
+    }
+    for name in kept | left:
+        (source / name).write_bytes(f"\xff {name}\r\n".encode("latin-1"))
+    (target / "vocab.json").write_text("old")
+    write_files(read_auxiliary_files(source), target)
+    assert {file.name for file in target.iterdir()} == kept
+    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in kept)
+
+
+def test_copying_a_folder_onto_itself(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(tmp_path)
+    write_files(read_auxiliary_files(tmp_path), tmp_path)
+    write_files(read_auxiliary_files(link), tmp_path)
+    assert (tmp_path / "vocab.json").read_text() == "{}"
+    shutil.rmtree(tmp_path)
+    link.unlink()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"model_type": "internvl"}',
+        '{"model_type": "internvl_chat", "llm_config": 1}',
+    ],
+)
+def test_malformed_configuration(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_config(tmp_path)
