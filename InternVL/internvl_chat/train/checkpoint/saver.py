@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
+from internvl_chat.train.checkpoint.best import find_best
 from internvl_chat.train.checkpoint.fingerprint import write_fingerprint
 from internvl_chat.train.checkpoint.manifest import FileEntry, drop_from_cache, write_manifest
 from internvl_chat.train.checkpoint.optimizer_state import (
@@ -31,7 +32,7 @@ from internvl_chat.train.checkpoint.optimizer_state import (
     save_optimizer,
     share_of_rank,
 )
-from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, checkpoint_step, list_checkpoints
+from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, list_checkpoints
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_state_file
 from internvl_chat.train.checkpoint.weights import WeightGatherer, local_part
@@ -108,7 +109,7 @@ class Checkpointer:
             write_files, in_background = self._prepare(state)
         except Exception as failure:
             error = failure
-        write = partial(self._write, state.step, state.best_step, write_files, error)
+        write = partial(self._write, state.step, write_files, error)
         if not in_background:
             write()
             return
@@ -167,9 +168,7 @@ class Checkpointer:
         copies = self._buffers.copy(local) if in_background else local
         return partial(self._write_files, json.dumps(values), optimizer, copies, None), in_background
 
-    def _write(
-        self, step: int, best_step: int | None, write_files: WriteFiles | None, error: Exception | None
-    ) -> None:
+    def _write(self, step: int, write_files: WriteFiles | None, error: Exception | None) -> None:
         """Write and publish a checkpoint; a collective that fails on all ranks if it does on one."""
         partial_folder, entries = self._output / PARTIAL / f"checkpoint-{step}", {}
         try:
@@ -183,7 +182,7 @@ class Checkpointer:
         try:
             hashed = self._agree(error, entries)
             if self._is_main:
-                self._publish(partial_folder, best_step, dict(ChainMap(*hashed)))
+                self._publish(partial_folder, dict(ChainMap(*hashed)))
         except Exception as failure:
             if self._is_main:
                 self._give_up(partial_folder, failure)
@@ -242,7 +241,7 @@ class Checkpointer:
             write_fingerprint(folder, self._fingerprint)
         return entries
 
-    def _publish(self, folder: Path, best_step: int | None, entries: dict[str, FileEntry]) -> None:
+    def _publish(self, folder: Path, entries: dict[str, FileEntry]) -> None:
         """Add the manifest, sync everything to the disk, rename the folder, and delete older checkpoints."""
         write_manifest(folder, entries, threads=self._threads, pause=self._pause)
         for path in [*folder.rglob("*"), folder]:
@@ -255,9 +254,9 @@ class Checkpointer:
         folder.replace(final)
         shutil.rmtree(former, ignore_errors=True)
         _sync(self._output)
-        checkpoints = list_checkpoints(self._output)
+        checkpoints, best = list_checkpoints(self._output), find_best(self._output)
         surplus = len(checkpoints) - self._keep if self._keep else 0
-        old = [path for path in checkpoints[:-1] if checkpoint_step(path) != best_step]
+        old = [path for path in checkpoints[:-1] if path != best]
         for path in old[: max(surplus, 0)]:
             shutil.rmtree(path, ignore_errors=True)
 
