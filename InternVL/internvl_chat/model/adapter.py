@@ -21,6 +21,7 @@ from internvl_chat.model.lora import (
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import assign_weights, open_weights, weights_digest, write_file
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.hashed_file import FileEntry
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
@@ -137,7 +138,7 @@ def save_adapter(
     folder: Path,
     base: BaseModel,
     state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
+) -> dict[str, FileEntry]:
     """Write a model's adapters in peft's format, with every module that was trained whole beside them.
 
     Args:
@@ -145,17 +146,17 @@ def save_adapter(
         folder: is made if need be.
         base: the model that they belong to.
         state_dict: the weights, where the model's own are spread over processes.
+
+    Returns:
+        The size and hash of the safetensors file, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = model.state_dict() if state_dict is None else state_dict
     names = adapter_weights(model, state_dict)
-    kept = {
-        adapter_key(name): tensor.detach().cpu().contiguous()
-        for name, tensor in state_dict.items()
-        if name in names
-    }
-    write_file(kept, folder / ADAPTER_WEIGHTS)
+    kept = {adapter_key(name): tensor for name, tensor in state_dict.items() if name in names}
+    entry = write_file(kept, folder / ADAPTER_WEIGHTS)
     modules = sorted(_whole_modules(model))
     adapter_config(model, base=base.path, modules_to_save=modules).save_pretrained(str(folder))
     (folder / BASE_FILE).write_text(json.dumps(asdict(base), indent=2) + "\n", encoding="utf-8")
     write_config(model.config, folder)
+    return {ADAPTER_WEIGHTS: entry}

@@ -16,6 +16,7 @@ from internvl_chat.model.lora import add_lora, lora_layers, unwrapped_name
 from internvl_chat.model.modeling import InternVLChatModel
 from internvl_chat.model.weights import Weights, assign_weights, read_weights, write_weights
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.hashed_file import FileEntry
 
 
 def model_weights(folder: Path) -> Weights:
@@ -106,13 +107,16 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def save_model(
     model: InternVLChatModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
+) -> dict[str, FileEntry]:
     """Write a whole model in the reference's format: `config.json` and safetensors.
 
     Args:
         model: a model without adapters.
         folder: is made if need be.
         state_dict: the weights, where the model's own are spread over processes.
+
+    Returns:
+        The size and hash of each safetensors file, by name.
     """
     if lora_layers(model):
         raise ModelError("the model has adapters; save them with save_adapter, or merge the checkpoint")
@@ -124,10 +128,11 @@ def save_model(
         if tensor.data_ptr() not in shared or tensor.numel() == 0:
             weights[name] = lambda t=tensor: t
         shared.add(tensor.data_ptr())
-    write_weights(weights, folder)
+    entries = write_weights(weights, folder)
     dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
     model.config.raw["torch_dtype"] = model.config.llm_config["torch_dtype"] = dtype
     write_config(model.config, folder)
+    return entries
 
 
 def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None:

@@ -6,24 +6,31 @@ A `Weights` maps each parameter's name to a function that reads it. No pickle is
 import functools
 import hashlib
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.hashed_file import FileEntry, HashedFile, Pause, no_pause
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
 SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 _PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+# In the order in which safetensors stores them: large elements first, so that all are aligned.
+_DTYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32",
+    torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -133,57 +140,95 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(
+    weights: Weights, folder: Path, *, max_shard_bytes: int = SHARD_BYTES
+) -> dict[str, FileEntry]:
     """Write `model.safetensors`, or shards and an index, holding one shard in memory at a time.
 
     Args:
         weights: the tensors by name.
         folder: an existing folder.
         max_shard_bytes: a shard is closed before it would grow beyond this.
+
+    Returns:
+        The size and hash of each safetensors file, by name.
     """
     earlier = [*folder.glob(_PATTERNS[0]), *folder.glob(_PATTERNS[1]), *folder.glob("*.index.json")]
     shards: list[list[str]] = []
+    written: list[FileEntry] = []
     total = 0
-    for names, shard in _shards(weights, max_shard_bytes):
+    for shard in _shards(weights, max_shard_bytes):
         total += sum(t.nbytes for t in shard.values())
-        shards.append(names)
-        write_file(shard, folder / _part(len(shards)))
+        shards.append(list(shard))
+        written.append(write_file(shard, folder / _part(len(shards))))
         shard.clear()
     for file in earlier:  # or a reader would mix them with the new ones
         file.unlink()
     if len(shards) == 1:
         (folder / _part(1)).rename(folder / "model.safetensors")
-        return
+        return {"model.safetensors": written[0]}
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map = {}
-    for number, names in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / _part(number)).rename(folder / final)
-        weight_map.update(dict.fromkeys(names, final))
+    for number, (names, file) in enumerate(zip(shards, files, strict=True), 1):
+        (folder / _part(number)).rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return dict(zip(files, written, strict=True))
 
 
-def write_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write one safetensors file that others may read (the library makes it private to its owner)."""
-    save_file(tensors, file, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
+def write_file(
+    tensors: Mapping[str, torch.Tensor],
+    file: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    pause: Pause = no_pause,
+) -> FileEntry:
+    """Write one safetensors file, laid out as by the library; returns its size and hash.
+
+    Tensors are copied to the host one at a time.
+
+    Args:
+        tensors: on any device.
+        file: is replaced if it exists; tensors that are mapped from it stay valid.
+        metadata: of the header, beside the format.
+        pause: as for `HashedFile`.
+    """
+    dtypes = list(_DTYPES)
+    names = sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.unlink(missing_ok=True)
+    with HashedFile(file, pause) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            copy = tensors[name].detach().cpu().contiguous()
+            stream.write(memoryview(copy.reshape(-1).view(torch.uint8).numpy()))
+            del copy
+    return stream.entry()
 
 
 def _part(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def _shards(weights: Weights, max_bytes: int) -> Iterable[tuple[list[str], dict[str, torch.Tensor]]]:
+def _shards(weights: Weights, max_bytes: int) -> Iterable[dict[str, torch.Tensor]]:
     """Yield the tensors in groups of at most `max_bytes` (one tensor may be larger)."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, read in weights.items():
-        tensor = read().detach().cpu().contiguous()
+        tensor = read()
         if shard and size + tensor.nbytes > max_bytes:
-            yield list(shard), shard
+            yield shard
             shard, size = {}, 0
         shard[name] = tensor
         size += tensor.nbytes
-    yield list(shard), shard
+    yield shard

@@ -14,7 +14,6 @@ from datetime import timedelta
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from transformers import set_seed
 
 from internvl_chat.data.dataloader import WORKER_DIED, end_workers
@@ -190,7 +189,7 @@ def _finish(
             loop.checkpointer.save_model(output)
         elif run.is_main:
             step = copy_best(loop.state, output, plan.output.resume)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise TrainingError(
             f"{output}: the finished model cannot be written: {error}; when there is room, the same command "
             "again repeats the steps since the newest checkpoint and writes it"

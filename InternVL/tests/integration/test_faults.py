@@ -276,10 +276,11 @@ def test_a_full_disk_is_told_and_training_goes_on(
     original, calls = checkpoint_writer.save_model, []
 
     def save(model, folder, state_dict=None):
-        original(model, folder, state_dict)
+        entries = original(model, folder, state_dict)
         calls.append(folder)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
+        return entries
 
     monkeypatch.setattr(checkpoint_writer, "save_model", save)
     assert train(arguments(tiny_model, sample_data, out)) == 0

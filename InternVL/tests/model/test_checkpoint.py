@@ -1,5 +1,6 @@
 """Model folders: written and read back bit by bit, every kind of them, and what is wrong with a bad one."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_a_state_dict_can_be_given_in_place_of_the_model_s_own(folder: Path, tmp
     other = make_model(seed=5)
     save_model(make_model(), tmp_path / "given", state_dict=other.state_dict())
     assert torch.equal(logits(load(tmp_path / "given")), logits(other))
+
+
+@pytest.mark.parametrize("llm_rank", [0, 4])
+def test_what_is_saved_is_hashed_on_the_way(folder: Path, tmp_path: Path, llm_rank: int) -> None:
+    model, target = load(folder), tmp_path / "target"
+    if llm_rank:
+        add_lora(model, llm_rank=llm_rank)
+        entries = save_adapter(model, target, BaseModel(str(folder), weights_digest(folder)))
+    else:
+        entries = save_model(model, target)
+    [file] = target.glob("*.safetensors")
+    content = file.read_bytes()
+    assert entries == {file.name: (len(content), hashlib.sha256(content).hexdigest())}
 
 
 def test_a_model_with_adapters_is_not_saved_as_a_whole_one(tmp_path: Path) -> None:

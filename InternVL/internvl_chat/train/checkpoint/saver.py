@@ -19,13 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
 from internvl_chat.train.checkpoint.best import find_best
 from internvl_chat.train.checkpoint.fingerprint import write_fingerprint
-from internvl_chat.train.checkpoint.manifest import FileEntry, drop_from_cache, write_manifest
+from internvl_chat.train.checkpoint.manifest import write_manifest
 from internvl_chat.train.checkpoint.optimizer_state import (
     load_optimizer,
     named_state,
@@ -39,11 +38,12 @@ from internvl_chat.train.checkpoint.weights import WeightGatherer, local_part
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.hashed_file import FileEntry, drop_from_cache
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-WriteModel = Callable[[Path, dict[str, Tensor]], None]
+WriteModel = Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]
 WriteFiles = Callable[[Path], dict[str, FileEntry]]
 
 OPTIMIZER = "optimizer"
@@ -64,7 +64,8 @@ class Checkpointer:
     Args:
         output: folder of the run.
         strategy: has the model, the optimizer and the scheduler.
-        write_model: writes the model, its weights given, and all that belongs to it into a folder.
+        write_model: writes the model, its weights given, and all that belongs to it into a folder; returns
+            the entries of the files that it has hashed.
         fingerprint: what a run that resumes must have in common with this one.
         device: of this rank.
         keep: most checkpoints of the run, the newest and the best among them; None for all.
@@ -133,7 +134,7 @@ class Checkpointer:
         """Write the model as it is now, on rank 0; a collective.
 
         Raises:
-            OSError: it cannot be written; on rank 0 only, as is `SafetensorError`.
+            OSError: it cannot be written; on rank 0 only.
         """
         self.wait()
         weights = self._strategy.full_weights()
@@ -177,7 +178,7 @@ class Checkpointer:
                 entries = write_files(partial_folder)
         except Exception as failure:
             error = failure
-            if not isinstance(error, OSError | SafetensorError | M3LLMError):
+            if not isinstance(error, OSError | M3LLMError):
                 logger.error("%s:", partial_folder, exc_info=error)
         try:
             hashed = self._agree(error, entries)
@@ -235,7 +236,7 @@ class Checkpointer:
         if self._is_main:
             began = time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
-            self._write_model(folder, weights)
+            entries |= self._write_model(folder, weights)
             self._pause(time.perf_counter() - began)
             (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
             write_fingerprint(folder, self._fingerprint)

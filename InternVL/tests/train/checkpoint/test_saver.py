@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from internvl_chat.model.checkpoint import load_model
 from internvl_chat.model.lora import add_lora
 from internvl_chat.train.checkpoint import staging
+from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.manifest import find_damage
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder, list_checkpoints
 from internvl_chat.train.checkpoint.saver import load_training_state
@@ -51,7 +52,7 @@ class Disk:
     def __call__(self, folder, weights):
         self.started.set()
         assert self.may_go_on.wait(PATIENCE)
-        self.write_model(folder, weights)
+        return self.write_model(folder, weights)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ class TestCheckpoint:
 
         def write(folder, weights):
             given.update({name: tensor.data_ptr() for name, tensor in weights.items()})
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
             saver.save(TrainState(step=1))
@@ -102,7 +103,7 @@ class TestCheckpoint:
         strategy = ToyStrategy("single")
         strategy.model = model
         strategy.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-        with checkpointer(tmp_path, strategy, lambda _, weights: given.extend(weights)) as saver:
+        with checkpointer(tmp_path, strategy, lambda _, weights: given.extend(weights) or {}) as saver:
             saver.save(TrainState(step=1))
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert given == [name for name in model.state_dict() if name in trained]
@@ -113,7 +114,7 @@ class TestCheckpoint:
 
         def watch(folder, weights):
             found.append(names(tmp_path))
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         (tmp_path / "checkpoint-1-mine").mkdir()
         with checkpointer(tmp_path, strategy, watch, keep=2) as saver:
@@ -178,7 +179,7 @@ class TestBackground:
 
         def write(folder, weights):
             places.append({name: tensor.data_ptr() for name, tensor in weights.items()})
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
             for step in (1, 2, 3):
@@ -192,7 +193,7 @@ class TestBackground:
 
         def write(folder, weights):
             places.append(weights["words.weight"].data_ptr())
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
             for step, factor in enumerate((1.19, 1.19, 1.21, 0.0)):
@@ -205,7 +206,7 @@ class TestBackground:
     def test_on_a_cpu_the_thread_rests_until_somebody_waits(self, tmp_path, strategy, disk):
         with checkpointer(tmp_path, strategy, disk) as saver:
             rested = threading.Event()
-            disk.write_model = lambda *_: (saver._pause(3600), rested.set())
+            disk.write_model = lambda *_: saver._pause(3600) or rested.set() or {}
             saver.save(TrainState(step=1))
             disk.may_go_on.set()
             assert not rested.wait(0.05)
@@ -249,9 +250,10 @@ class TestFailures:
     @pytest.mark.parametrize("background", [True, False])
     def test_a_full_disk_leaves_the_last_checkpoint(self, tmp_path, strategy, caplog, background):
         def write(folder, weights):
-            write_toy(folder, weights)
+            entries = write_toy(folder, weights)
             if folder.name == "checkpoint-2":
                 raise OSError(28, "No space left on device")
+            return entries
 
         with checkpointer(tmp_path, strategy, write, background=background) as saver:
             for step in (1, 2, 2, 3):
@@ -269,6 +271,24 @@ class TestFailures:
             monkeypatch.setattr(strategy.scheduler, "state_dict", lambda: {"no": object()})
             saver.save(TrainState(step=1, epoch=2.0))
         assert load_training_state(tmp_path / "checkpoint-1", ToyStrategy("single")).epoch == 1
+
+    def test_the_best_on_disk_stays_until_a_better_one_is_there(self, tmp_path, strategy, caplog):
+        def write(folder, weights):
+            if folder.name == "checkpoint-4":
+                raise OSError(28, "No space left on device")
+            return write_toy(folder, weights)
+
+        state = TrainState()
+        with checkpointer(tmp_path, strategy, write, keep=1) as saver:
+            for state.step, state.best_step in ((1, None), (2, 2), (3, 2), (4, 4), (5, 4)):
+                saver.save(state)
+            saver.wait()
+            assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+            assert copy_best(state, tmp_path, None) == 2
+            assert "the best validation was at step 4, whose checkpoint is missing" in caplog.text
+            state.step = state.best_step = 6
+            saver.save(state)
+        assert names(tmp_path) == ["checkpoint-6"]
 
     @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
     def test_one_rank_fails(self, tmp_path, layout):
