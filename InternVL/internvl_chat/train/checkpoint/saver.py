@@ -35,6 +35,7 @@ from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, list_chec
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_state_file
 from internvl_chat.train.checkpoint.weights import WeightGatherer, local_part
+from internvl_chat.train.distributed.deepspeed import save_engine
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
@@ -158,7 +159,7 @@ class Checkpointer:
         self._buffers.follow_training()
         if self._is_deepspeed:
             weights = strategy.full_weights()
-            return partial(self._write_files, json.dumps(values), {}, {}, weights), False
+            return partial(self._write_deepspeed, json.dumps(values), weights), False
         local, optimizer = self._weights.prepare(), {}
         if not self._model_only:
             tensors, rest = named_state(strategy.model, strategy.optimizer)
@@ -167,7 +168,7 @@ class Checkpointer:
             values |= {"optimizer": rest, "scheduler": strategy.scheduler.state_dict()}
         in_background = self._background and self._buffers.have_room(local)
         copies = self._buffers.copy(local) if in_background else local
-        return partial(self._write_files, json.dumps(values), optimizer, copies, None), in_background
+        return partial(self._write_files, json.dumps(values), optimizer, copies), in_background
 
     def _write(self, step: int, write_files: WriteFiles | None, error: Exception | None) -> None:
         """Write and publish a checkpoint; a collective that fails on all ranks if it does on one."""
@@ -210,36 +211,44 @@ class Checkpointer:
         return [value for _, value in found]
 
     def _write_files(
-        self,
-        text: str,
-        optimizer: dict[str, Tensor],
-        copies: dict[str, Tensor],
-        weights: dict[str, Tensor] | None,
-        folder: Path,
+        self, text: str, optimizer: dict[str, Tensor], copies: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
         """Write this rank's files; returns the entries of those that were hashed meanwhile.
 
-        `text` is of `trainer_state.json`, `optimizer` has the live tensors that this rank writes, `copies`
-        its parts of optimizer and weights, and `weights` all weights if the strategy has gathered them.
+        `text` is of `trainer_state.json`, `optimizer` has the live tensors that this rank writes, and
+        `copies` its parts of optimizer and weights.
         """
         self._buffers.synchronize()
-        weights = self._weights.gather(copies) if weights is None else weights
+        weights = self._weights.gather(copies)
         entries = {}
-        if self._is_deepspeed and not self._model_only:
-            self._strategy.engine.save_checkpoint(
-                str(folder / DEEPSPEED), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-            )
-        elif not self._model_only:
+        if not self._model_only:
             options = {"threads": self._threads, "pause": self._pause, "group": self._group}
             written = save_optimizer(folder / OPTIMIZER, optimizer, copies, **options)
             entries = {f"{OPTIMIZER}/{name}": entry for name, entry in written.items()}
-        if self._is_main:
-            began = time.perf_counter()
-            folder.mkdir(parents=True, exist_ok=True)
-            entries |= self._write_model(folder, weights)
-            self._pause(time.perf_counter() - began)
-            (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-            write_fingerprint(folder, self._fingerprint)
+        return entries | self._write_model_files(text, weights, folder)
+
+    def _write_deepspeed(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
+        """Write this rank's files; no rank waits within DeepSpeed for a rank 0 that has failed."""
+        entries, error = {}, None
+        try:
+            entries = self._write_model_files(text, weights, folder)
+        except Exception as failure:
+            error = failure
+        self._agree(error)
+        if not self._model_only:
+            save_engine(self._strategy.engine, folder / DEEPSPEED, _TAG)
+        return entries
+
+    def _write_model_files(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
+        """Write what does not depend on the layout, on rank 0; returns what was hashed meanwhile."""
+        if not self._is_main:
+            return {}
+        began = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = self._write_model(folder, weights)
+        self._pause(time.perf_counter() - began)
+        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        write_fingerprint(folder, self._fingerprint)
         return entries
 
     def _publish(self, folder: Path, entries: dict[str, FileEntry]) -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -161,3 +163,24 @@ class DeepSpeedStrategy:
                 name: buffer.cpu() for name, buffer in self.model.state_dict().items() if name not in weights
             }
         return weights
+
+
+def save_engine(engine: Any, folder: Path, tag: str) -> None:
+    """Write the state of a DeepSpeed engine; a collective that cannot hang where a rank cannot write.
+
+    Within `save_checkpoint` the ranks wait for each other, with ZeRO-3 also to gather weights. Files are
+    therefore written after it, when no rank waits for another.
+
+    Raises:
+        OSError: on a rank that cannot write its files.
+    """
+    writer, calls = engine.checkpoint_engine, []
+    save, commit = writer.save, writer.commit
+    writer.save = lambda *arguments, **options: calls.append(partial(save, *arguments, **options))
+    writer.commit = lambda info: calls.append(partial(commit, info))
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        del writer.save, writer.commit
+    for call in calls:
+        call()

@@ -11,6 +11,7 @@ from checkpoint_ranks import (
     checkpointer,
     run_ranks,
     save_and_be_killed,
+    save_deepspeed_with_failures,
     save_with_failures,
     write_toy,
 )
@@ -311,28 +312,15 @@ class TestFailures:
 
 
 class TestDeepSpeed:
-    def test_its_engine_saves_and_loads_in_the_foreground(self, tmp_path, strategy):
-        calls = []
-
-        class Engine:
-            def save_checkpoint(self, folder, tag, **_):
-                calls.append(("save", folder, tag, threading.current_thread() is threading.main_thread()))
-
-            def load_checkpoint(self, folder, tag, **_):
-                calls.append(("load", folder, tag))
-                return folder, {}
-
-        strategy.name, strategy.engine = "deepspeed", Engine()
-        (tmp_path / "checkpoint-1/deepspeed").mkdir(parents=True)
-        with checkpointer(tmp_path, strategy) as saver:
-            saver.save(TrainState(step=1))
-        folder = tmp_path / "checkpoint-1"
-        assert "optimizer" not in json.loads((folder / "trainer_state.json").read_text())
-        (folder / "deepspeed").mkdir()
-        assert load_training_state(folder, strategy) == TrainState(step=1)
-        (_, written, tag, in_foreground), (_, read, read_tag) = calls
-        assert in_foreground and tag == read_tag
-        assert (written, read) == (
-            str(tmp_path / ".partial/checkpoint-1/deepspeed"),
-            str(folder / "deepspeed"),
-        )
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_saves_and_resumes_and_a_rank_that_cannot_write_holds_up_none(self, tmp_path, stage):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        logs = run_ranks(2, save_deepspeed_with_failures, stage, tmp_path)
+        assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]
+        assert find_damage(tmp_path / "checkpoint-4") is None
+        state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+        assert "optimizer" not in state
+        reason = "[Errno 28] No space left on device"
+        for step, rank in ((2, "rank 1: "), (3, "")):
+            assert f"checkpoint-{step} was not written: {rank}{reason}" in logs[0]
+        assert "was not written" not in logs[1]
