@@ -212,6 +212,8 @@ def _explain(error: RuntimeError) -> str | None:
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
         return "another rank of this run has ended; its own message, or the launcher's, says why"
+    if "Timed out waiting" in text:
+        return f"another rank has not answered within --ddp_timeout: it hangs, or is very slow ({text})"
     return None
 
 

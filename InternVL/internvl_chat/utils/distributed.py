@@ -1,7 +1,8 @@
 """Process groups: rank, world size, and collectives of Python objects that never use the GPU.
 
-Everything here runs over gloo with a timeout of days, so that ranks may wait for rank 0 to write or check
-something; tensors of the training itself go over NCCL where there is a GPU.
+Everything here runs over gloo. Outside of a training step the timeout is days, so that ranks may wait for
+rank 0 to write or check something; within a step (`in_step`) it is `--ddp_timeout`, so that a rank that hangs
+ends the run. Gradients and weights go over NCCL where there is a GPU.
 """
 
 import os
@@ -39,13 +40,20 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def set_device(device: torch.device) -> None:
+    """Make a GPU the current one of this thread; each thread starts with GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def init_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Join the run's process group; does nothing for a single process.
+    """Make the device current and join the run's process group, unless there is a single process.
 
     Args:
         device: of this process; a GPU adds NCCL for its tensors.
         timeout: of NCCL collectives, and of gloo collectives in the training step.
     """
+    set_device(device)
     if world_size() == 1 or dist.is_initialized():
         return
     if device.type == "cuda":
@@ -85,12 +93,12 @@ def barrier() -> None:
         dist.barrier(group=host_group())
 
 
-def all_gather_object(value: T) -> list[T]:
+def all_gather_object(value: T, *, in_step: bool = False) -> list[T]:
     """Return the value of every rank, anything that can be pickled, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=host_group())
+    dist.all_gather_object(values, value, group=_group(in_step))
     return values
 
 
@@ -103,15 +111,20 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return box[0]
 
 
-def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor, *, in_step: bool = False) -> torch.Tensor:
     """Return the sum of a CPU tensor over the ranks."""
     if not dist.is_initialized():
         return values
     total = values.clone()
-    dist.all_reduce(total, group=host_group())
+    dist.all_reduce(total, group=_group(in_step))
     return total
 
 
 def any_rank(flag: bool) -> bool:
     """Return whether the flag is set on any rank."""
     return bool(all_reduce_sum(torch.tensor([float(flag)], dtype=torch.float64)).item())
+
+
+def _group(in_step: bool) -> dist.ProcessGroup | None:
+    """Return the group with the timeout of a training step, or the one with the long timeout."""
+    return dist.group.WORLD if in_step else host_group()

@@ -90,7 +90,7 @@ class Checkpointer:
         self._fingerprint, self._keep, self._model_only = fingerprint, keep, model_only
         self._is_deepspeed, self._is_main = strategy.name == "deepspeed", distributed.rank() == 0
         self._background = background and not self._is_deepspeed
-        self._rests = device.type == "cpu"
+        self._device, self._rests = device, device.type == "cpu"
         self._threads = 1 if self._rests else _GPU_THREADS
         self._group = distributed.new_host_group()  # of the thread alone
         self._buffers, self._weights = HostBuffers(device), WeightGatherer(strategy.model, self._group)
@@ -172,6 +172,7 @@ class Checkpointer:
 
     def _write(self, step: int, write_files: WriteFiles | None, error: Exception | None) -> None:
         """Write and publish a checkpoint; a collective that fails on all ranks if it does on one."""
+        distributed.set_device(self._device)
         partial_folder, entries = self._output / PARTIAL / f"checkpoint-{step}", {}
         try:
             self._agree(error)

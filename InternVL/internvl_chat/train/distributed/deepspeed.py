@@ -16,9 +16,10 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
 
 
-def zero_stage(config: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed configuration."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+def zero_stage(config: Mapping[str, Any]) -> Any:
+    """Return the ZeRO stage of a DeepSpeed configuration; `resolve_deepspeed` checks it."""
+    section = config.get("zero_optimization")
+    return section.get("stage", 0) if isinstance(section, Mapping) else 0
 
 
 def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
@@ -32,16 +33,15 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
         UsageError: lists the values that contradict the flags, or are not known.
     """
     config = copy.deepcopy(dict(run.deepspeed or {}))
-    # A rank's records of a step are one batch, in as many packs as they need.
-    batch = {
-        "train_micro_batch_size_per_gpu": run.records_per_rank,
-        "gradient_accumulation_steps": 1,
+    flags = {
+        "train_micro_batch_size_per_gpu": run.records_per_pack,
+        "gradient_accumulation_steps": run.flags["gradient_accumulation_steps"],
         "train_batch_size": run.records_per_step,
         "gradient_clipping": run.max_grad_norm,
         "bf16.enabled": run.bf16,
         "fp16.enabled": False,
     }
-    values = batch | {
+    values = flags | {
         "zero_optimization.reduce_bucket_size": hidden_size**2,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
@@ -53,9 +53,16 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
         "scheduler.params.warmup_max_lr": run.learning_rate,
     }
     problems: list[str] = []
-    _fill(config, "", values, batch, problems)
-    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        config[name] = batch[name]
+    if zero_stage(config) not in (1, 2, 3):
+        problems.append(
+            f'--deepspeed: "zero_optimization.stage" is {zero_stage(config)!r}, but must be 1, 2 or 3; '
+            "without ZeRO leave --deepspeed out and use --parallel ddp"
+        )
+    _fill(config, "", values, flags, problems)
+    # A rank's records of a step are one batch, in as many packs as they need.
+    config["train_micro_batch_size_per_gpu"] = run.records_per_rank
+    config["gradient_accumulation_steps"] = 1
+    config["train_batch_size"] = run.records_per_step
     config.setdefault("gradient_clipping", run.max_grad_norm)
     config.setdefault("bf16", {"enabled": run.bf16})
     # The optimizer is ours unless the configuration names one.
@@ -80,7 +87,7 @@ def _fill(
             if name not in values:
                 problems.append(f'--deepspeed: "{name}": "auto" is not known; give a value')
             section[key] = values.get(name)
-        elif name in fixed and value != fixed[name] and name != "gradient_accumulation_steps":
+        elif name in fixed and value != fixed[name]:
             problems.append(
                 f'--deepspeed: "{name}" is {value!r}, but the flags make it {fixed[name]!r}; use "auto"'
             )

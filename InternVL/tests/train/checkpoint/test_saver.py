@@ -247,6 +247,18 @@ class TestBuffers:
         assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4
 
 
+def test_the_gpu_of_a_rank_is_current_in_the_thread(tmp_path, strategy, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda d: calls.append((d, threading.current_thread().name))
+    )
+    with checkpointer(tmp_path, strategy) as saver:
+        saver._device = torch.device("cuda", 3)
+        saver.save(TrainState(step=1))
+    assert calls == [(torch.device("cuda", 3), "checkpoint")]
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
 class TestFailures:
     @pytest.mark.parametrize("background", [True, False])
     def test_a_full_disk_leaves_the_last_checkpoint(self, tmp_path, strategy, caplog, background):
