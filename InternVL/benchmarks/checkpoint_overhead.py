@@ -26,6 +26,7 @@ from benchmarks.workload import Workload, prepare_workload
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
 from internvl_chat.model.io.checkpoint import save_model
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+from internvl_chat.utils.hashed_file import FileEntry
 
 MODES = ("background", "synchronous")
 MAX_RATIO = 1.5
@@ -187,8 +188,10 @@ def format_row(args: argparse.Namespace, row: Overhead) -> str:
     )
 
 
-def _save_adapter(model: InternVLChatModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    save_adapter(model, folder, BaseModel("random weights", "0" * 64), weights)
+def _save_adapter(
+    model: InternVLChatModel, folder: Path, weights: dict[str, torch.Tensor]
+) -> dict[str, FileEntry]:
+    return save_adapter(model, folder, BaseModel("random weights", "0" * 64), weights)
 
 
 if __name__ == "__main__":

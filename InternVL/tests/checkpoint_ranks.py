@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from internvl_chat.model.io.weights import write_file
 from internvl_chat.train.checkpoint import saver
-from internvl_chat.train.checkpoint.manifest import HashedFile
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
@@ -29,6 +28,7 @@ from internvl_chat.train.checkpoint.weights import local_part
 from internvl_chat.train.distributed.strategy import full_tensor
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils import distributed
+from internvl_chat.utils.hashed_file import HashedFile
 
 CPU = torch.device("cpu")
 PATIENCE = HANG_SECONDS
@@ -50,6 +50,9 @@ class Toy(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         self.to(dtype)
+
+    def forward(self, ids):
+        return self.head(self.words(ids)) + self.layers[1](self.layers[0](self.words(ids)))
 
 
 def master_adamw(groups):
@@ -104,10 +107,10 @@ class ToyStrategy:
 
 
 def write_toy(folder, weights):
-    """Write the weights as one file, tied ones once."""
+    """Write the weights as one file, tied ones once; returns its size and hash."""
     folder.mkdir(parents=True, exist_ok=True)
     unique = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(weights.items())}
-    write_file({name: tensor.contiguous() for name, tensor in unique.values()}, folder / "model.safetensors")
+    return {"model.safetensors": write_file(dict(unique.values()), folder / "model.safetensors")}
 
 
 def checkpointer(output, strategy, write_model=write_toy, **options):
@@ -231,6 +234,65 @@ def save_with_failures(layout, output):
                 setattr(place, name, working)
             distributed.barrier()
             assert not list(output.glob(".partial/*"))
+    return log.getvalue()
+
+
+class DeepSpeedToy(ToyStrategy):
+    """A toy in a DeepSpeed engine."""
+
+    def __init__(self, stage):
+        import deepspeed
+
+        super().__init__("deepspeed", dtype=torch.float32)
+        self.stage = stage
+        config = {
+            "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+        }  # fmt: skip
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.1)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=config
+        )
+
+    def step(self):
+        """Do a step on rows that depend on the step alone; returns its loss."""
+        words = torch.tensor([[self.engine.global_steps % 7]])
+        loss = self.engine(words).square().sum()
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.item()
+
+    def full_weights(self):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.stage == 3):
+            return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+def save_deepspeed_with_failures(stage, output):
+    """Save four checkpoints, two of which fail on one rank, and resume; returns what this rank logged."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    strategy, rank, save = DeepSpeedToy(stage), distributed.rank(), TorchCheckpointEngine.save
+    log = io.StringIO()
+    logging.getLogger("internvl_chat").addHandler(logging.StreamHandler(log))
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def write_model(folder, weights):
+        return fail() if folder.name == "checkpoint-3" else write_toy(folder, weights)
+
+    with checkpointer(output, strategy, write_model) as writer:
+        for step in range(1, 5):
+            strategy.step()
+            TorchCheckpointEngine.save = fail if (step, rank) == (2, 1) else save
+            writer.save(TrainState(step=step))
+            assert not writer.busy
+    expected = [strategy.step() for _ in range(3)]
+    resumed = DeepSpeedToy(stage)
+    assert load_training_state(output / "checkpoint-4", resumed) == TrainState(step=4)
+    assert [resumed.step() for _ in range(3)] == expected
     return log.getvalue()
 
 

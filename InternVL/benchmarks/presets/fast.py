@@ -62,7 +62,7 @@ def configuration(job: Job, workload: Workload) -> TrainConfig:
 
 
 def make_loop(
-    job: Job, workload: Workload, write_model: Callable[..., None] = lambda model, folder, weights: None
+    job: Job, workload: Workload, write_model: Callable[..., dict] = lambda model, folder, weights: {}
 ) -> TrainingLoop:
     """Return the training loop of a job with a random model.
 

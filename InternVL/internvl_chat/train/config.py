@@ -40,7 +40,6 @@ REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataloader_in_order": ((True,), "records always come in order"),
     "dataloader_multiprocessing_context": ((None,), "dataloader workers are forked"),
     "dataloader_persistent_workers": ((False, True), "training workers always persist"),
-    "ddp_backend": ((None, "nccl", "gloo"), "NCCL is used on GPUs and gloo on CPUs"),
     "ddp_broadcast_buffers": ((None, False), "the model has no buffers that change"),
     "ddp_find_unused_parameters": ((None, False), "every trained parameter is used in every step"),
     "ddp_static_graph": ((None, False), "packs differ from step to step"),
@@ -228,7 +227,8 @@ class TrainConfig:
 
 # Resolved under the flag's own name, or consumed by another value (see `resolve_run`).
 _CONSUMED = ("per_device_train_batch_size", "gradient_accumulation_steps", "torch_compile", "fsdp", "use_cpu",
-             "do_train", "evaluation_strategy", "warmup_ratio", "group_by_length", "self_test")  # fmt: skip
+             "ddp_backend", "do_train", "evaluation_strategy", "warmup_ratio", "group_by_length",
+             "self_test")  # fmt: skip
 USED_FLAGS = frozenset({f.name for f in fields(RunConfig)} | {*_CONSUMED} | {*_FROM_ENVIRONMENT})
 
 
@@ -251,6 +251,7 @@ def resolve_run(args: RunArguments) -> RunConfig:
     values["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, problems) or {}
     values["deepspeed"] = _mapping("deepspeed", args.deepspeed or None, problems)
     values["parallel"] = _parallel(args, problems)
+    values["device"] = _device(args, problems)
     if args.weight_precision == "auto":
         logger.warning("--weight_precision auto: is now called master, on every GPU")
         values["weight_precision"] = "master"
@@ -260,21 +261,20 @@ def resolve_run(args: RunArguments) -> RunConfig:
         metric = "eval_loss"
     if args.greater_is_better is None:
         values["greater_is_better"] = metric is not None and not metric.endswith("loss")
-    reports = args.report_to if isinstance(args.report_to, list) else [args.report_to or "none"]
+    reports = [name for names in args.report_to for name in names.replace(",", " ").split()]
     records = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if problems:
         raise UsageError(problems)
     values |= {
         "flags": _given_flags(args),
         "output_dir": str(Path(args.output_dir).expanduser().absolute()),
-        "device": _device(args.use_cpu),
         "rank": distributed.rank(),
         "world_size": distributed.world_size(),
         "local_world_size": distributed.local_world_size(),
         "records_per_pack": args.per_device_train_batch_size,
         "records_per_rank": records,
         "records_per_step": records * distributed.world_size(),
-        "warmup_steps": args.warmup_ratio or args.warmup_steps,
+        "warmup_steps": args.warmup_steps or args.warmup_ratio,
         "compile_blocks": args.torch_compile,
         "report_to": tuple(name for name in reports if name != "none"),
         "eval_steps": args.eval_steps or args.save_steps,
@@ -326,8 +326,11 @@ def _mapping(name: str, value: Any, problems: list[str]) -> dict[str, Any] | Non
 
 def _parallel(args: RunArguments, problems: list[str]) -> str:
     """Return the parallel mode that `--parallel`, `--fsdp` and `--deepspeed` ask for."""
-    if args.fsdp and "full_shard" not in args.fsdp.split():
-        problems.append(f"--fsdp {args.fsdp}: only full_shard is supported (--parallel fsdp)")
+    words = args.fsdp.split()
+    others = [word for word in words if word not in ("full_shard", "auto_wrap")]
+    if words and (others or "full_shard" not in words):
+        named = " ".join(others or words)
+        problems.append(f"--fsdp {named}: only full_shard is supported (--parallel fsdp)")
     asked = {"--fsdp": "fsdp"} if args.fsdp else {}
     asked |= {"--deepspeed": "deepspeed"} if args.deepspeed else {}
     asked |= {f"--parallel {args.parallel}": args.parallel} if args.parallel != "auto" else {}
@@ -338,10 +341,25 @@ def _parallel(args: RunArguments, problems: list[str]) -> str:
     return next(iter(asked.values()), "auto")
 
 
-def _device(use_cpu: bool) -> torch.device:
-    if use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", distributed.local_rank())
+def _device(args: RunArguments, problems: list[str]) -> torch.device:
+    """Return the device of this process; the same problems are found on every rank of a machine."""
+    device = torch.device("cpu") if args.use_cpu else torch.device("cuda", distributed.local_rank())
+    wanted = max(distributed.local_world_size(), distributed.local_rank() + 1)
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        problems.append(
+            "no GPU can be used: train on the CPU with GPUS=0 (--use_cpu True without a launcher), or check "
+            "CUDA_VISIBLE_DEVICES, nvidia-smi and that this torch fits the driver"
+        )
+    elif device.type == "cuda" and wanted > found:
+        visible = "1 GPU is visible" if found == 1 else f"{found} GPUs are visible"
+        problems.append(
+            f"GPUS={wanted}, but {visible}; lower GPUS (--nproc_per_node), or check CUDA_VISIBLE_DEVICES"
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if args.ddp_backend not in (None, backend):
+        problems.append(f"--ddp_backend {args.ddp_backend}: not supported; this run uses {backend}")
+    return device
 
 
 def _given_flags(args: RunArguments) -> dict[str, Any]:

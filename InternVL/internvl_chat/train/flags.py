@@ -109,7 +109,10 @@ class RunArguments(TrainingArguments):
 
     evaluation_strategy: str | None = _arg(None, "Former name of --eval_strategy.")
     overwrite_output_dir: bool = _arg(False, "Delete an earlier run in output_dir.")
-    warmup_ratio: float = _arg(0.0, "Share of the steps over which the learning rate warms up.")
+    warmup_steps: float = _arg(
+        0.0, "Steps over which the learning rate warms up, below 1 a share of all; 0: as --warmup_ratio says."
+    )
+    warmup_ratio: float = _arg(0.0, "Share of the steps over which it warms up; --warmup_steps wins.")
     do_train: bool = _arg(True, "Accepted for the reference; the script only trains.")
     group_by_length: bool = _arg(False, "Accepted for the reference; steps are always balanced by cost.")
     loss_reduction: str = _arg("sample", "What weighs the same in a step.", LOSS_REDUCTIONS)
@@ -120,7 +123,11 @@ class RunArguments(TrainingArguments):
         "memory plan fits, else fsdp.",
         PARALLEL_MODES,
     )
-    fsdp: str = _arg("", "full_shard is another name of --parallel fsdp.")
+    fsdp: str = _arg("", "full_shard is another name of --parallel fsdp; nothing else is supported.")
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers, separated by spaces or commas, such as wandb tensorboard; or none."},
+    )
     packing: bool = _arg(True, "Pack a rank's records of a step into one row; changes no result.")
     max_packed_tokens: int = _arg(16384, "Maximum tokens of a packed forward pass.")
     weight_precision: str = _arg(
@@ -138,6 +145,9 @@ class RunArguments(TrainingArguments):
         5, "Steps with a non-finite loss or gradient that are skipped before the run ends."
     )
     hang_seconds: float = _arg(1800.0, "Print all stacks after this many seconds without a step; 0 never.")
+    eval_steps: float | None = _arg(
+        None, "Steps from one validation to the next, below 1 a share of all [--save_steps]."
+    )
     eval_generate: int = _arg(
         0, "Questions of each validation set to answer in each validation (exact match, ROUGE-L)."
     )

@@ -14,7 +14,6 @@ from datetime import timedelta
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from transformers import set_seed
 
 from internvl_chat.data.batching.dataloader import WORKER_DIED, kill_workers
@@ -196,7 +195,7 @@ def _finish(
             loop.checkpointer.save_model(output)
         elif run.is_main:
             step = copy_best(loop.state, output, plan.output.resume)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise TrainingError(
             f"{output}: the finished model cannot be written: {error}; when there is room, the same command "
             "again repeats the steps since the newest checkpoint and writes it"
@@ -219,6 +218,8 @@ def _explain(error: RuntimeError) -> str | None:
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
         return "another rank of this run has ended; its own message, or the launcher's, says why"
+    if "Timed out waiting" in text:
+        return f"another rank has not answered within --ddp_timeout: it hangs, or is very slow ({text})"
     return None
 
 

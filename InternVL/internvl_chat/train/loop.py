@@ -100,18 +100,25 @@ class TrainingLoop:
             batches = self.loader.steps(first, self.total_steps)
             if self.run.eval_on_start and first == 1:
                 self.validate()
+            # Wherever rank 0 may take long, the others wait here, with the long timeout, and not in the step.
+            distributed.barrier()
             self._step_began = time.perf_counter()
             for step in range(first, self.total_steps + 1):
                 self.watchdog.note(f"waiting for the records of step {step}")
                 packs = next(batches)
                 record = self.train_step(step, packs)
                 self.state.step, self.state.epoch = step, step / len(self.sampler)
-                self._log(record, console)
+                rank_0_worked = self._log(record, console)
                 if not self.stops and self._is_due("eval"):
                     self.validate()
-                self._save(required=self.stops or step == self.total_steps, saving=record.sums.saving)
+                    rank_0_worked = True
+                is_last = self.stops or step == self.total_steps
+                rank_0_worked |= self._save(required=is_last, saving=record.sums.saving)
                 if self.stops:
                     break
+                if rank_0_worked:
+                    self.watchdog.note(f"waiting for rank 0 after step {step}")
+                    distributed.barrier()
         console.close()
         return self._stopped_by() if self.state.step < self.total_steps and not self._ends_early() else None
 
@@ -130,7 +137,7 @@ class TrainingLoop:
         weight = sums.weight or 1.0
         # Gradients are averaged over the ranks, hence the factor.
         weighted_sum = self.forward_backward(packs, weights, self.run.world_size / weight)
-        loss = distributed.all_reduce_sum(weighted_sum.reshape(1).cpu()).item() / weight
+        loss = distributed.all_reduce_sum(weighted_sum.reshape(1).cpu(), in_step=True).item() / weight
         self.checkpointer.before_optimizer_step()
         norm = self.strategy.clip_gradients(self.run.max_grad_norm)
         skipped_because = self.nan_guard.check(
@@ -275,7 +282,8 @@ class TrainingLoop:
             DataError: with those of earlier steps they are too many.
         """
         own = [record for pack in packs for record in pack.skipped]
-        skipped = tuple(itertools.chain.from_iterable(distributed.all_gather_object(own)))
+        gathered = distributed.all_gather_object(own, in_step=True)
+        skipped = tuple(itertools.chain.from_iterable(gathered))
         self.skip_budget.add(skipped)
         return skipped
 
@@ -293,13 +301,14 @@ class TrainingLoop:
         elif self.data.excluded and self.run.is_main:
             self.run_log.write_excluded([record._asdict() for record in self.data.excluded])
 
-    def _log(self, record: StepRecord, console: Console) -> None:
-        """Write the step's lines, and report it where it is due."""
-        now = time.perf_counter()
+    def _log(self, record: StepRecord, console: Console) -> bool:
+        """Write the step's lines and report it where it is due; return whether rank 0 calls trackers."""
+        now, step = time.perf_counter(), self.state.step
         seconds, self._step_began = now - self._step_began, now
+        is_due = self._is_due("logging") or (step == 1 and self.run.logging_first_step)
+        calls_trackers = is_due and bool(self.run.report_to)
         if not self.run.is_main:
-            return
-        step = self.state.step
+            return calls_trackers
         row = metrics_row(
             record,
             step=step,
@@ -311,10 +320,10 @@ class TrainingLoop:
         )
         epoch, _ = self.sampler.position_of(step)
         self.run_log.write(row, ledger_row(record, step=step, epoch=epoch, records=self._records_of(step)))
-        is_first = step == 1 and self.run.logging_first_step
-        shown = console.step(row, due=is_first or self._is_due("logging"))
+        shown = console.step(row, due=is_due)
         if shown is not None:
             self.trackers.log({f"train/{name}": value for name, value in shown.items()}, step)
+        return calls_trackers
 
     def _is_due(self, what: str) -> bool:
         """Return whether logging, validation (`eval`) or a checkpoint (`save`) is due after this step."""
@@ -330,21 +339,25 @@ class TrainingLoop:
         every = max(1, round(every if every >= 1 else every * self.total_steps))
         return step % every == 0 or (step == self.total_steps and what != "logging")
 
-    def _save(self, *, required: bool, saving: int) -> None:
-        """Write a checkpoint if one is due; one that is not required is skipped while another is written."""
+    def _save(self, *, required: bool, saving: int) -> bool:
+        """Write a checkpoint if one is due, and return whether one is; the same on all ranks.
+
+        One that is not required is skipped while another is written.
+        """
         is_best = self.run.keeps_best and self.state.best_step == self.state.step
         is_stopped = self.stops and not self._ends_early()
         if not (self._is_due("save") or is_best or is_stopped):
-            return
+            return False
         if saving and not (required or is_best):
             logger.warning(
                 "step %d: checkpoint skipped: the previous one is still being written", self.state.step
             )
-            return
+            return False
         if self.run.is_main:
             self.run_log.flush()
         self.watchdog.note(f"saving after step {self.state.step}")
         self.checkpointer.save(self.state)
+        return True
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Compare with the best validation so far; stop early after too many without a new best."""

@@ -168,8 +168,8 @@ def load_records(
         config: the resolved flags.
         specs: the data sets.
         encoder: of `load_encoder`.
-        resumed_exclusions: records (data set and index) that the resumed run excluded at its start. The same are
-            excluded again, even if they were repaired since, so that the order stays.
+        resumed_exclusions: records (data set and index) that the resumed run excluded at its start. They are
+            excluded again, even if they were repaired since, so that the order stays the same.
 
     Raises:
         DataError: names the unusable records, unless they are to be excluded.
@@ -181,7 +181,8 @@ def load_records(
     lengths, excluded, digests = _check_once(sets, config)
     if resumed_exclusions is not None:
         excluded = [
-            ExcludedRecord(name, index, "as from the start of this run") for name, index in resumed_exclusions
+            ExcludedRecord(name, index, "excluded since the start of this run")
+            for name, index in resumed_exclusions
         ]
     skip = config.data.on_bad_record == "skip"
     data = TrainingData(

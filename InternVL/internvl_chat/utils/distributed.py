@@ -1,7 +1,8 @@
 """Rank, world size, and collectives for Python objects and CPU tensors.
 
-These collectives use gloo with a timeout of days, so that ranks can wait while rank 0 writes or checks files.
-Training itself communicates over NCCL on GPUs.
+These collectives use gloo. Outside a training step their timeout is days, so that ranks can wait while rank 0
+writes or checks files. Within a step (`in_step`) it is `--ddp_timeout`, so that a rank that hangs ends the
+run. Gradients and weights are communicated over NCCL on GPUs.
 """
 
 import os
@@ -49,13 +50,20 @@ def shard(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world_size()]
 
 
+def set_device(device: torch.device) -> None:
+    """Make a GPU the current one of this thread; each thread starts with GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def init_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Join the default process group; does nothing with a single rank.
+    """Make the device current and, with several ranks, join the default process group.
 
     Args:
         device: device of this rank; a GPU adds the NCCL backend.
         timeout: limit for collectives of the training step.
     """
+    set_device(device)
     if world_size() == 1 or dist.is_initialized():
         return
     if device.type == "cuda":
@@ -92,12 +100,12 @@ def barrier() -> None:
         dist.barrier(group=host_group())
 
 
-def all_gather_object(value: T) -> list[T]:
+def all_gather_object(value: T, *, in_step: bool = False) -> list[T]:
     """Return the picklable values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=host_group())
+    dist.all_gather_object(values, value, group=_group(in_step))
     return values
 
 
@@ -110,15 +118,20 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return values[0]
 
 
-def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor, *, in_step: bool = False) -> torch.Tensor:
     """Return the sum of a CPU tensor over the ranks."""
     if not dist.is_initialized():
         return values
     total = values.clone()
-    dist.all_reduce(total, group=host_group())
+    dist.all_reduce(total, group=_group(in_step))
     return total
 
 
 def any_rank(flag: bool) -> bool:
     """Return whether the flag is set on any rank."""
     return bool(all_reduce_sum(torch.tensor([float(flag)], dtype=torch.float64)).item())
+
+
+def _group(in_step: bool) -> dist.ProcessGroup | None:
+    """Return the group with the timeout of a training step, or the one with the long timeout."""
+    return dist.group.WORLD if in_step else host_group()

@@ -276,10 +276,11 @@ def test_a_full_disk_is_told_and_training_goes_on(
     original, calls = checkpoint_writer.save_model, []
 
     def save(model, folder, state_dict=None):
-        original(model, folder, state_dict)
+        entries = original(model, folder, state_dict)
         calls.append(folder)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
+        return entries
 
     monkeypatch.setattr(checkpoint_writer, "save_model", save)
     assert train(arguments(tiny_model, sample_data, out)) == 0
@@ -307,6 +308,39 @@ def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
     assert not list_checkpoints(out) and not (out / "train_results.json").exists()
     assert "the finished model cannot be written: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+HANGING = """
+import os, signal, sys
+from internvl_chat.train.internvl_chat_finetune import main
+from internvl_chat.train.loop import TrainingLoop
+
+original = TrainingLoop.train_step
+
+def hang(self, step, packs):
+    if step == 2 and self.run.rank == 1:
+        signal.alarm(300)
+        signal.pause()
+        os._exit(3)
+    return original(self, step, packs)
+
+TrainingLoop.train_step = hang
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_a_step_ends_the_run(tiny_model, sample_data, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(HANGING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [script, *arguments(tiny_model, sample_data, tmp_path / "out", ddp_timeout=20)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "another rank has not answered within --ddp_timeout" in result.stderr
+    assert result.returncode == 1, result.stderr
 
 
 def test_a_log_that_cannot_be_written_costs_lines_and_not_the_run(launch, tmp_path):

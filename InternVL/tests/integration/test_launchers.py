@@ -91,7 +91,7 @@ def test_wandb_key_turns_wandb_on_and_is_written_nowhere(tiny_model, sample_data
         "lora", *QUICK, cwd=tmp_path, **variables, WANDB_API_KEY=secret, WANDB_DIR=str(tmp_path)
     )
     assert result.returncode == 0, result.stdout[-3000:]
-    assert "report_to: wandb" in (tmp_path / "out/config.yaml").read_text()
+    assert re.search(r"report_to:\s+- wandb\n", (tmp_path / "out/config.yaml").read_text())
     for file in tmp_path.rglob("*"):
         if file.is_file():
             assert secret.encode() not in file.read_bytes(), file

@@ -6,11 +6,12 @@ import logging
 import os
 
 import pytest
+import torch
 import yaml
 from helpers import flags
 from transformers import TrainingArguments
 
-from internvl_chat.train.arguments import RunArguments, parse_arguments
+from internvl_chat.train.arguments import RunArguments, build_parser, parse_arguments
 from internvl_chat.train.config import REFUSED_FLAGS, USED_FLAGS, resolve_run
 from internvl_chat.utils.errors import UsageError
 
@@ -32,6 +33,89 @@ def test_former_names_keep_their_meaning():
     assert run.eval_strategy == "no"
     assert run.warmup_steps == 0.03
     assert run.train_sampling_strategy == "random"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"warmup_steps": 100}, 100),
+        ({"warmup_ratio": 0.03}, 0.03),
+        ({"warmup_ratio": 0.03, "warmup_steps": 100}, 100),
+        ({"warmup_ratio": 0.03, "warmup_steps": 0}, 0.03),
+    ],
+)
+def test_warmup_steps_win_over_the_ratio(values, expected):
+    """As transformers 4 documents it, where 0 is the default."""
+    assert parse(**values).run.warmup_steps == expected
+
+
+def test_steps_between_validations_default_to_those_between_checkpoints():
+    assert parse(save_steps=7, logging_steps=3).run.eval_steps == 7
+    assert parse(save_steps=7, eval_steps=5).run.eval_steps == 5
+    assert "[--save_steps]" in " ".join(build_parser().format_help().split())
+
+
+@pytest.mark.parametrize(
+    "words", [["wandb", "tensorboard"], ["wandb,tensorboard"], ["wandb, tensorboard"], ["wandb tensorboard"]]
+)
+def test_several_trackers(words, tmp_path):
+    run = parse_arguments(
+        [*flags(**NEEDED, report_to=None), "--report_to", "none", "--report_to", *words]
+    ).run
+    assert run.report_to == ("wandb", "tensorboard")
+    for given in (words, words[0] if len(words) == 1 else words):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**NEEDED, "use_cpu": True, "report_to": given}))
+        assert parse_arguments([str(path)]).run.report_to == ("wandb", "tensorboard")
+
+
+def test_no_tracker():
+    assert parse(report_to=None).run.report_to == parse(report_to="none").run.report_to == ()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Let torch see a number of GPUs, and torchrun have started a number of processes."""
+
+    def see(count: int, processes: int = 1) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+
+    return see
+
+
+def test_device(gpus, monkeypatch):
+    gpus(2, processes=2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parse(use_cpu=None).run.device == torch.device("cuda", 1)
+    assert parse(use_cpu=True).run.device == torch.device("cpu")
+
+
+def test_without_a_gpu_a_run_is_on_the_cpu_only_if_asked_for(gpus):
+    gpus(0)
+    assert parse(use_cpu=True).run.device == torch.device("cpu")
+    (problem,) = problems(*flags(**NEEDED, use_cpu=None))
+    assert "no GPU can be used: train on the CPU with GPUS=0 (--use_cpu True" in problem
+
+
+@pytest.mark.parametrize(("seen", "shown"), [(1, "1 GPU is visible"), (2, "2 GPUs are visible")])
+def test_more_processes_than_gpus(gpus, monkeypatch, seen, shown):
+    """Every rank of the machine says so, although only rank 0's error is shown."""
+    gpus(seen, processes=4)
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert problems(*flags(**NEEDED, use_cpu=None))[0].startswith(f"GPUS=4, but {shown}; lower GPUS")
+
+
+def test_backend_is_the_one_in_use(gpus):
+    gpus(1)
+    assert parse(use_cpu=None, ddp_backend="nccl").run.device.type == "cuda"
+    assert parse(use_cpu=True, ddp_backend="gloo").run.device.type == "cpu"
+    for use_cpu, given, used in ((None, "gloo", "nccl"), (True, "nccl", "gloo"), (True, "mpi", "gloo")):
+        assert problems(*flags(**NEEDED | {"use_cpu": use_cpu}, ddp_backend=given)) == [
+            f"--ddp_backend {given}: not supported; this run uses {used}"
+        ]
 
 
 def test_three_way_flag_however_it_is_written():
@@ -77,7 +161,7 @@ def test_flags_without_effect_are_refused_by_name(flag):
     defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     if flag not in defaults:
         pytest.skip(f"{flag} is of another version of transformers")
-    args = RunArguments(output_dir="out")
+    args = RunArguments(output_dir="out", use_cpu=True)
     resolve_run(args)
     setattr(args, flag, "something else")
     with pytest.raises(UsageError) as caught:
@@ -118,7 +202,20 @@ def test_kinds_of_parallelism_exclude_each_other():
     assert both == ["--fsdp and --parallel ddp: name different kinds of parallelism; use one of them"]
     alone = problems(*flags(**NEEDED, parallel="deepspeed"))
     assert alone == ["--parallel deepspeed needs --deepspeed with a ZeRO configuration"]
-    assert "only full_shard" in problems(*flags(**NEEDED, fsdp="shard_grad_op"))[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("shard_grad_op", "shard_grad_op"),
+        ("full_shard offload", "offload"),
+        ("full_shard auto_wrap hybrid_shard", "hybrid_shard"),
+        ("auto_wrap", "auto_wrap"),
+    ],
+)
+def test_fsdp_is_full_shard_and_nothing_else(given, named):
+    expected = [f"--fsdp {named}: only full_shard is supported (--parallel fsdp)"]
+    assert problems(*flags(**NEEDED, fsdp=given)) == expected
 
 
 def test_former_flags_still_work(caplog):

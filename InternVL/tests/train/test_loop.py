@@ -13,14 +13,19 @@ from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.tiling import normalize_tiles
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.io.weights import open_weights
+from internvl_chat.train import checks
 from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.distributed.strategy import ReplicatedStrategy
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.loop import TrainingLoop
+from internvl_chat.train.monitor import step_metrics
+from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.setup import load_for_training, load_records, order_records
+from internvl_chat.utils import distributed
 
 
 class NoCheckpoints:
@@ -239,6 +244,57 @@ def test_files_of_a_run(tiny_model, sample_data, tmp_path, metrics):
         p.name for p in out.iterdir()
     }
     assert not (out / ".partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "wait, step, step, step, step, save, wait"),
+        ({"save_steps": 2}, "wait, step, step, save, wait, step, step, save, wait"),
+        (
+            {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True},
+            "validate, wait, step, step, step, validate, wait, step, validate, save, wait",
+        ),
+        (
+            {"report_to": "wandb", "logging_steps": 2, "logging_first_step": True},
+            "wait, step, wait, step, wait, step, step, save, wait",
+        ),
+    ],
+    ids=["start", "save", "validation", "trackers"],
+)
+def test_ranks_wait_for_rank_0_before_a_step_and_not_in_it(
+    tiny_model, sample_data, tmp_path, monkeypatch, values, expected
+):
+    """A step has the timeout --ddp_timeout; what rank 0 writes may take longer."""
+    events = []
+
+    def record(owner, name, event):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kw: (events.append(event), original(*args, **kw))[1])
+
+    record(distributed, "barrier", "wait")
+    record(TrainingLoop, "train_step", "step")
+    record(TrainingLoop, "validate", "validate")
+    record(Checkpointer, "save", "save")
+    monkeypatch.setattr(checks, "tracker_problems", lambda names: ())
+    monkeypatch.setattr(Trackers, "start", lambda *_, **__: Trackers([]))
+    if "eval_strategy" in values:
+        values = values | {"eval_meta_path": sample_data / "held_out.json"}
+    assert run(tiny_model, sample_data, tmp_path / "out", max_steps=4, **values) == 0
+    assert ", ".join(events) == expected
+
+
+def test_collectives_of_a_step_have_its_timeout(make_loop, monkeypatch):
+    loop, calls = make_loop(), []
+
+    def all_reduce(values, *, in_step=False):
+        calls.append(in_step)
+        return values
+
+    monkeypatch.setattr(distributed, "all_reduce_sum", all_reduce)
+    monkeypatch.setattr(step_metrics, "all_reduce_sum", all_reduce)
+    gradients(loop, [DRAWS])
+    assert calls == [True, True]
 
 
 def test_configuration_file_of_a_run_repeats_it(tiny_model, sample_data, tmp_path, metrics):

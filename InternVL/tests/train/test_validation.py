@@ -13,10 +13,12 @@ from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Prompt, last_question
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best
+from internvl_chat.train.checkpoint.manifest import write_manifest
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
+from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.validation import EvalMetrics, EvalResult, Validation, metric_names, validation_specs
-from internvl_chat.utils.errors import ModelError, UsageError
+from internvl_chat.utils.errors import ModelError, TrainingError, UsageError
 
 
 def test_figures_of_sums():
@@ -185,13 +187,30 @@ def test_a_folder_with_validations_is_a_run_s(tmp_path):
 
 
 def test_no_best_model_to_end_with(tmp_path):
-    from internvl_chat.train.checkpoint.state import TrainState
-    from internvl_chat.utils.errors import TrainingError
-
     with pytest.raises(TrainingError, match="nothing was validated"):
         copy_best(TrainState(step=3), tmp_path, None)
-    with pytest.raises(TrainingError, match="checkpoint-2: it is missing"):
+    with pytest.raises(TrainingError, match="checkpoint-2 is missing or damaged"):
         copy_best(TrainState(step=3, best_step=2), tmp_path, None)
-    (tmp_path / "checkpoint-2").mkdir()
+    write_state(tmp_path / "checkpoint-2", best_step=2)
     with pytest.raises(TrainingError, match=r"no manifest\.json"):
         copy_best(TrainState(step=3, best_step=2), tmp_path, None)
+
+
+def test_the_best_before_a_run_resumed_elsewhere(tmp_path):
+    """What the first run wrote later is not of this one."""
+    for step, best_step in ((2, 2), (3, 2), (4, 4)):
+        write_state(tmp_path / f"first/checkpoint-{step}", best_step)
+        write_manifest(tmp_path / f"first/checkpoint-{step}")
+    second = tmp_path / "second"
+    write_state(second / "checkpoint-5", best_step=2)
+    assert copy_best(TrainState(step=5, best_step=2), second, tmp_path / "first/checkpoint-3") == 2
+    write_state(second / "checkpoint-6", best_step=6)
+    write_manifest(second / "checkpoint-6")
+    assert copy_best(TrainState(step=6, best_step=6), second, tmp_path / "first/checkpoint-3") == 6
+
+
+def write_state(checkpoint, best_step):
+    """Make a checkpoint that holds nothing but the progress of its run."""
+    checkpoint.mkdir(parents=True)
+    state = TrainState(step=int(checkpoint.name.removeprefix("checkpoint-")), best_step=best_step)
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state.to_json()))

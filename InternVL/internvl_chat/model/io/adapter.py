@@ -22,6 +22,7 @@ from internvl_chat.model.lora.injection import (
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
+from internvl_chat.utils.hashed_file import FileEntry
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
@@ -138,7 +139,7 @@ def save_adapter(
     folder: Path,
     base: BaseModel,
     state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
+) -> dict[str, FileEntry]:
     """Write a model's adapters in peft's format, with the modules that were trained in full.
 
     Args:
@@ -146,13 +147,17 @@ def save_adapter(
         folder: folder to write; created if missing.
         base: base model of the adapters.
         state_dict: full weights, if those of the model are sharded.
+
+    Returns:
+        Size and hash of the safetensors file, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = model.state_dict() if state_dict is None else state_dict
     names = adapter_weights(model, state_dict)
-    tensors = {adapter_key(name): state_dict[name].detach().cpu().contiguous() for name in sorted(names)}
-    write_file(tensors, folder / ADAPTER_WEIGHTS)
+    tensors = {adapter_key(name): tensor for name, tensor in state_dict.items() if name in names}
+    entry = write_file(tensors, folder / ADAPTER_WEIGHTS)
     modules = sorted(_modules_to_save(model))
     adapter_config(model, base=base.path, modules_to_save=modules).save_pretrained(str(folder))
     write_json(folder / BASE_FILE, asdict(base))
     write_config(model.config, folder)
+    return {ADAPTER_WEIGHTS: entry}

@@ -15,6 +15,7 @@ from internvl_chat.model.io.weights import Weights, assign_weights, read_weights
 from internvl_chat.model.lora.injection import add_lora, lora_layers, unwrapped_name
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.hashed_file import FileEntry
 
 
 def model_weights(folder: Path) -> Weights:
@@ -96,13 +97,16 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def save_model(
     model: InternVLChatModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
+) -> dict[str, FileEntry]:
     """Write a full model in the reference's format: `config.json` and safetensors.
 
     Args:
         model: a model without adapters.
         folder: folder to write; created if missing.
         state_dict: full weights, if those of the model are sharded.
+
+    Returns:
+        Size and hash of each safetensors file, by name.
     """
     if lora_layers(model):
         raise ModelError("the model has adapters; save them with save_adapter, or merge the checkpoint")
@@ -114,10 +118,11 @@ def save_model(
         if tensor.data_ptr() not in shared or tensor.numel() == 0:
             weights[name] = lambda t=tensor: t
         shared.add(tensor.data_ptr())
-    write_weights(weights, folder)
+    entries = write_weights(weights, folder)
     dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
     model.config.raw["torch_dtype"] = model.config.llm_config["torch_dtype"] = dtype
     write_config(model.config, folder)
+    return entries
 
 
 def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None:

@@ -6,25 +6,32 @@
 import functools
 import hashlib
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import file_sha256, write_json
+from internvl_chat.utils.hashed_file import FileEntry, HashedFile, Pause, no_pause
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
 SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 _PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+# In the order in which safetensors stores them: large elements first, so that all are aligned.
+_DTYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32",
+    torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -136,57 +143,95 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
     return file_sha256(file)
 
 
-def write_weights(weights: Weights, folder: Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(
+    weights: Weights, folder: Path, *, max_shard_bytes: int = SHARD_BYTES
+) -> dict[str, FileEntry]:
     """Write `model.safetensors`, or shards and an index, with one shard in memory at a time.
 
     Args:
         weights: the weights.
         folder: an existing folder; its earlier weight files are replaced.
         max_shard_bytes: maximum size of a shard, unless one tensor is larger.
+
+    Returns:
+        Size and hash of each safetensors file, by name.
     """
     earlier = [*folder.glob(_PATTERNS[0]), *folder.glob(_PATTERNS[1]), *folder.glob("*.index.json")]
     shards: list[list[str]] = []
+    written: list[FileEntry] = []
     total = 0
-    for names, shard in _shards(weights, max_shard_bytes):
+    for shard in _shards(weights, max_shard_bytes):
         total += sum(t.nbytes for t in shard.values())
-        shards.append(names)
-        write_file(shard, folder / _part(len(shards)))
+        shards.append(list(shard))
+        written.append(write_file(shard, folder / _part(len(shards))))
         shard.clear()
     for file in earlier:  # a reader would mix them with the new files
         file.unlink()
     if len(shards) == 1:
         (folder / _part(1)).rename(folder / "model.safetensors")
-        return
+        return {"model.safetensors": written[0]}
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map = {}
-    for number, names in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / _part(number)).rename(folder / final)
-        weight_map.update(dict.fromkeys(names, final))
+    for number, (names, file) in enumerate(zip(shards, files, strict=True), 1):
+        (folder / _part(number)).rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / INDEX_FILE, index)
+    return dict(zip(files, written, strict=True))
 
 
-def write_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write one safetensors file with default permissions; the library makes it private to its owner."""
-    save_file(tensors, file, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
+def write_file(
+    tensors: Mapping[str, torch.Tensor],
+    file: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    pause: Pause = no_pause,
+) -> FileEntry:
+    """Write a safetensors file in the library's layout; returns its size and hash.
+
+    Tensors are copied to the host one at a time.
+
+    Args:
+        tensors: on any device.
+        file: file to write or replace; tensors that are mapped from it stay valid.
+        metadata: metadata of the header besides the format.
+        pause: see `HashedFile`.
+    """
+    dtypes = list(_DTYPES)
+    names = sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.unlink(missing_ok=True)
+    with HashedFile(file, pause) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            copy = tensors[name].detach().cpu().contiguous()
+            stream.write(memoryview(copy.reshape(-1).view(torch.uint8).numpy()))
+            del copy
+    return stream.entry()
 
 
 def _part(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def _shards(weights: Weights, max_bytes: int) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
-    """Yield the names and tensors of each shard."""
+def _shards(weights: Weights, max_bytes: int) -> Iterable[dict[str, torch.Tensor]]:
+    """Yield the tensors in groups of at most `max_bytes` (one tensor may be larger)."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, read in weights.items():
-        tensor = read().detach().cpu().contiguous()
+        tensor = read()
         if shard and size + tensor.nbytes > max_bytes:
-            yield list(shard), shard
+            yield shard
             shard, size = {}, 0
         shard[name] = tensor
         size += tensor.nbytes
-    yield list(shard), shard
+    yield shard

@@ -32,7 +32,7 @@ _DATA_FLAGS = (
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
     """Return what the order of the records and the optimizer state depend on.
 
-    The number of ranks and the parallel layout may change, but not to or from DeepSpeed.
+    The number of ranks and the parallel layout may change, but not to, from or with DeepSpeed.
     """
     found = {name: getattr(config.model, name) for name in _MODEL_FLAGS}
     found |= {name: getattr(config.run, name) for name in _RUN_FLAGS}
@@ -40,6 +40,8 @@ def fingerprint(config: TrainConfig) -> dict[str, Any]:
     found["weight precision"] = config.run.weight_precision
     found["records of a step"] = config.run.records_per_step
     found["DeepSpeed"] = bool(config.run.deepspeed)
+    if config.run.deepspeed:
+        found["number of ranks (with DeepSpeed use as many as before)"] = config.run.world_size
     return found
 
 

@@ -17,6 +17,7 @@ from internvl_chat.model.lora.injection import lora_layers
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.checks import RunPlan
 from internvl_chat.train.setup import base_of_adapters
+from internvl_chat.utils.hashed_file import FileEntry
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,21 @@ class CheckpointWriter:
     base: BaseModel | None
     keep_tokenizer: bool
 
-    def __call__(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the model with these weights; the folder is made if need be."""
+    def __call__(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, FileEntry]:
+        """Write the model with these weights; the folder is made if need be.
+
+        Returns:
+            The size and hash of each safetensors file, by name.
+        """
         if self.base is not None:
-            save_adapter(self.model, folder, self.base, weights)
+            entries = save_adapter(self.model, folder, self.base, weights)
         else:
-            save_model(self.model, folder, weights)
+            entries = save_model(self.model, folder, weights)
         write_files(self.auxiliary, folder)
         if not self.keep_tokenizer:
             save_tokenizer(self.tokenizer, folder)
         self.preprocessing.save(folder)
+        return entries
 
 
 def checkpoint_writer(

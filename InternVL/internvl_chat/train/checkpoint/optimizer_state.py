@@ -24,18 +24,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from internvl_chat.train.checkpoint.manifest import FileEntry, HashedFile, Pause
+from internvl_chat.model.io.weights import write_file
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.hashed_file import FileEntry, Pause
 
 # It is right that a single process has no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def named_state(
@@ -83,7 +78,7 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """Writes and hashes safetensors files, one a thread, without a second copy of the tensors."""
+    """Writes and hashes safetensors files, one a thread."""
 
     def __init__(self, folder: Path, threads: int, pause: Pause) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -91,10 +86,9 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         self.entries: dict[str, FileEntry] = {}
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        # Readers cast slices of a file in place, so large elements come first.
-        items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)
+        threads = min(self._threads, len(plan.items))
         with ThreadPoolExecutor(self._threads) as pool:
-            files = [items[number :: self._threads] for number in range(min(self._threads, len(items)))]
+            files = [plan.items[number::threads] for number in range(threads)]
             written = list(pool.map(self._write_file, count(), files, repeat(planner)))
         future: Future[list[WriteResult]] = Future()
         future.set_result(list(chain.from_iterable(written)))
@@ -103,25 +97,16 @@ class _Writer(dcp.HuggingFaceStorageWriter):
     def _write_file(
         self, number: int, items: list[dcp.WriteItem], planner: dcp.SavePlanner
     ) -> list[WriteResult]:
-        tensors = [planner.resolve_data(item).detach().cpu().contiguous() for item in items]
-        header: dict[str, Any] = {}
-        offsets, end = {}, 0
-        for item, tensor in zip(items, tensors, strict=True):
-            start, end = end, end + tensor.nbytes
-            header[item.index.fqn] = {
-                "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
-            }  # fmt: skip
-            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
-        header["__metadata__"] = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        tensors = {item.index.fqn: planner.resolve_data(item) for item in items}
+        offsets = {i.index.fqn: {"saved_offsets": list(i.tensor_data.chunk.offsets)} for i in items}
         name = f"rank-{distributed.rank():05d}-{number:02d}.safetensors"
-        with HashedFile(self._folder / name, self._pause) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors:
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        self.entries[name] = file.entry()
-        return [WriteResult(item.index, t.nbytes, None) for item, t in zip(items, tensors, strict=True)]
+        self.entries[name] = write_file(
+            tensors,
+            self._folder / name,
+            metadata={"DCP_SHARDING_INFO": json.dumps(offsets)},
+            pause=self._pause,
+        )
+        return [WriteResult(item.index, tensors[item.index.fqn].nbytes, None) for item in items]
 
 
 def save_optimizer(

@@ -19,30 +19,32 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
+from internvl_chat.train.checkpoint.best import find_best
 from internvl_chat.train.checkpoint.fingerprint import write_fingerprint
-from internvl_chat.train.checkpoint.manifest import FileEntry, drop_from_cache, write_manifest
+from internvl_chat.train.checkpoint.manifest import write_manifest
 from internvl_chat.train.checkpoint.optimizer_state import (
     load_optimizer,
     named_state,
     save_optimizer,
     share_of_rank,
 )
-from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, checkpoint_step, list_checkpoints
+from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, list_checkpoints
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_state_file
 from internvl_chat.train.checkpoint.weights import WeightGatherer, local_part
+from internvl_chat.train.distributed.deepspeed import save_engine
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.hashed_file import FileEntry, drop_from_cache
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-WriteModel = Callable[[Path, dict[str, Tensor]], None]
+WriteModel = Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]
 WriteFiles = Callable[[Path], dict[str, FileEntry]]
 
 OPTIMIZER = "optimizer"
@@ -63,7 +65,8 @@ class Checkpointer:
     Args:
         output: folder of the run.
         strategy: has the model, the optimizer and the scheduler.
-        write_model: writes the model, its weights given, and all that belongs to it into a folder.
+        write_model: writes the model, its weights given, and all that belongs to it into a folder; returns
+            the entries of the files that it has hashed.
         fingerprint: what a run that resumes must have in common with this one.
         device: of this rank.
         keep: most checkpoints of the run, the newest and the best among them; None for all.
@@ -87,7 +90,7 @@ class Checkpointer:
         self._fingerprint, self._keep, self._model_only = fingerprint, keep, model_only
         self._is_deepspeed, self._is_main = strategy.name == "deepspeed", distributed.rank() == 0
         self._background = background and not self._is_deepspeed
-        self._rests = device.type == "cpu"
+        self._device, self._rests = device, device.type == "cpu"
         self._threads = 1 if self._rests else _GPU_THREADS
         self._group = distributed.new_host_group()  # of the thread alone
         self._buffers, self._weights = HostBuffers(device), WeightGatherer(strategy.model, self._group)
@@ -108,7 +111,7 @@ class Checkpointer:
             write_files, in_background = self._prepare(state)
         except Exception as failure:
             error = failure
-        write = partial(self._write, state.step, state.best_step, write_files, error)
+        write = partial(self._write, state.step, write_files, error)
         if not in_background:
             write()
             return
@@ -132,7 +135,7 @@ class Checkpointer:
         """Write the model as it is now, on rank 0; a collective.
 
         Raises:
-            OSError: it cannot be written; on rank 0 only, as is `SafetensorError`.
+            OSError: it cannot be written; on rank 0 only.
         """
         self.wait()
         weights = self._strategy.full_weights()
@@ -156,7 +159,7 @@ class Checkpointer:
         self._buffers.follow_training()
         if self._is_deepspeed:
             weights = strategy.full_weights()
-            return partial(self._write_files, json.dumps(values), {}, {}, weights), False
+            return partial(self._write_deepspeed, json.dumps(values), weights), False
         local, optimizer = self._weights.prepare(), {}
         if not self._model_only:
             tensors, rest = named_state(strategy.model, strategy.optimizer)
@@ -165,12 +168,11 @@ class Checkpointer:
             values |= {"optimizer": rest, "scheduler": strategy.scheduler.state_dict()}
         in_background = self._background and self._buffers.have_room(local)
         copies = self._buffers.copy(local) if in_background else local
-        return partial(self._write_files, json.dumps(values), optimizer, copies, None), in_background
+        return partial(self._write_files, json.dumps(values), optimizer, copies), in_background
 
-    def _write(
-        self, step: int, best_step: int | None, write_files: WriteFiles | None, error: Exception | None
-    ) -> None:
+    def _write(self, step: int, write_files: WriteFiles | None, error: Exception | None) -> None:
         """Write and publish a checkpoint; a collective that fails on all ranks if it does on one."""
+        distributed.set_device(self._device)
         partial_folder, entries = self._output / PARTIAL / f"checkpoint-{step}", {}
         try:
             self._agree(error)
@@ -178,12 +180,12 @@ class Checkpointer:
                 entries = write_files(partial_folder)
         except Exception as failure:
             error = failure
-            if not isinstance(error, OSError | SafetensorError | M3LLMError):
+            if not isinstance(error, OSError | M3LLMError):
                 logger.error("%s:", partial_folder, exc_info=error)
         try:
             hashed = self._agree(error, entries)
             if self._is_main:
-                self._publish(partial_folder, best_step, dict(ChainMap(*hashed)))
+                self._publish(partial_folder, dict(ChainMap(*hashed)))
         except Exception as failure:
             if self._is_main:
                 self._give_up(partial_folder, failure)
@@ -210,39 +212,47 @@ class Checkpointer:
         return [value for _, value in found]
 
     def _write_files(
-        self,
-        text: str,
-        optimizer: dict[str, Tensor],
-        copies: dict[str, Tensor],
-        weights: dict[str, Tensor] | None,
-        folder: Path,
+        self, text: str, optimizer: dict[str, Tensor], copies: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
         """Write this rank's files; returns the entries of those that were hashed meanwhile.
 
-        `text` is of `trainer_state.json`, `optimizer` has the live tensors that this rank writes, `copies`
-        its parts of optimizer and weights, and `weights` all weights if the strategy has gathered them.
+        `text` is of `trainer_state.json`, `optimizer` has the live tensors that this rank writes, and
+        `copies` its parts of optimizer and weights.
         """
         self._buffers.synchronize()
-        weights = self._weights.gather(copies) if weights is None else weights
+        weights = self._weights.gather(copies)
         entries = {}
-        if self._is_deepspeed and not self._model_only:
-            self._strategy.engine.save_checkpoint(
-                str(folder / DEEPSPEED), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-            )
-        elif not self._model_only:
+        if not self._model_only:
             options = {"threads": self._threads, "pause": self._pause, "group": self._group}
             written = save_optimizer(folder / OPTIMIZER, optimizer, copies, **options)
             entries = {f"{OPTIMIZER}/{name}": entry for name, entry in written.items()}
-        if self._is_main:
-            began = time.perf_counter()
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write_model(folder, weights)
-            self._pause(time.perf_counter() - began)
-            (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-            write_fingerprint(folder, self._fingerprint)
+        return entries | self._write_model_files(text, weights, folder)
+
+    def _write_deepspeed(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
+        """Write this rank's files; no rank waits within DeepSpeed for a rank 0 that has failed."""
+        entries, error = {}, None
+        try:
+            entries = self._write_model_files(text, weights, folder)
+        except Exception as failure:
+            error = failure
+        self._agree(error)
+        if not self._model_only:
+            save_engine(self._strategy.engine, folder / DEEPSPEED, _TAG)
         return entries
 
-    def _publish(self, folder: Path, best_step: int | None, entries: dict[str, FileEntry]) -> None:
+    def _write_model_files(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
+        """Write what does not depend on the layout, on rank 0; returns what was hashed meanwhile."""
+        if not self._is_main:
+            return {}
+        began = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = self._write_model(folder, weights)
+        self._pause(time.perf_counter() - began)
+        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        write_fingerprint(folder, self._fingerprint)
+        return entries
+
+    def _publish(self, folder: Path, entries: dict[str, FileEntry]) -> None:
         """Add the manifest, sync everything to the disk, rename the folder, and delete older checkpoints."""
         write_manifest(folder, entries, threads=self._threads, pause=self._pause)
         for path in [*folder.rglob("*"), folder]:
@@ -255,9 +265,9 @@ class Checkpointer:
         folder.replace(final)
         shutil.rmtree(former, ignore_errors=True)
         _sync(self._output)
-        checkpoints = list_checkpoints(self._output)
+        checkpoints, best = list_checkpoints(self._output), find_best(self._output)
         surplus = len(checkpoints) - self._keep if self._keep else 0
-        old = [path for path in checkpoints[:-1] if checkpoint_step(path) != best_step]
+        old = [path for path in checkpoints[:-1] if path != best]
         for path in old[: max(surplus, 0)]:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +16,10 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
 
 
-def zero_stage(config: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed configuration."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+def zero_stage(config: Mapping[str, Any]) -> Any:
+    """Return the ZeRO stage of a DeepSpeed configuration; `resolve_deepspeed` checks it."""
+    section = config.get("zero_optimization")
+    return section.get("stage", 0) if isinstance(section, Mapping) else 0
 
 
 def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
@@ -30,16 +33,15 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
         UsageError: lists the values that contradict the flags, or are not known.
     """
     config = copy.deepcopy(dict(run.deepspeed or {}))
-    # A rank's records of a step are one batch, in as many packs as they need.
-    batch = {
-        "train_micro_batch_size_per_gpu": run.records_per_rank,
-        "gradient_accumulation_steps": 1,
+    flags = {
+        "train_micro_batch_size_per_gpu": run.records_per_pack,
+        "gradient_accumulation_steps": run.flags["gradient_accumulation_steps"],
         "train_batch_size": run.records_per_step,
         "gradient_clipping": run.max_grad_norm,
         "bf16.enabled": run.bf16,
         "fp16.enabled": False,
     }
-    values = batch | {
+    values = flags | {
         "zero_optimization.reduce_bucket_size": hidden_size**2,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
@@ -51,9 +53,16 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
         "scheduler.params.warmup_max_lr": run.learning_rate,
     }
     problems: list[str] = []
-    _fill(config, "", values, batch, problems)
-    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        config[name] = batch[name]
+    if zero_stage(config) not in (1, 2, 3):
+        problems.append(
+            f'--deepspeed: "zero_optimization.stage" is {zero_stage(config)!r}, but must be 1, 2 or 3; '
+            "without ZeRO leave --deepspeed out and use --parallel ddp"
+        )
+    _fill(config, "", values, flags, problems)
+    # A rank's records of a step are one batch, in as many packs as they need.
+    config["train_micro_batch_size_per_gpu"] = run.records_per_rank
+    config["gradient_accumulation_steps"] = 1
+    config["train_batch_size"] = run.records_per_step
     config.setdefault("gradient_clipping", run.max_grad_norm)
     config.setdefault("bf16", {"enabled": run.bf16})
     # The optimizer is ours unless the configuration names one.
@@ -78,7 +87,7 @@ def _fill(
             if name not in values:
                 problems.append(f'--deepspeed: "{name}": "auto" is not known; give a value')
             section[key] = values.get(name)
-        elif name in fixed and value != fixed[name] and name != "gradient_accumulation_steps":
+        elif name in fixed and value != fixed[name]:
             problems.append(
                 f'--deepspeed: "{name}" is {value!r}, but the flags make it {fixed[name]!r}; use "auto"'
             )
@@ -161,3 +170,24 @@ class DeepSpeedStrategy:
                 name: buffer.cpu() for name, buffer in self.model.state_dict().items() if name not in weights
             }
         return weights
+
+
+def save_engine(engine: Any, folder: Path, tag: str) -> None:
+    """Write the state of a DeepSpeed engine; a collective that cannot hang where a rank cannot write.
+
+    Within `save_checkpoint` the ranks wait for each other, with ZeRO-3 also to gather weights. Files are
+    therefore written after it, when no rank waits for another.
+
+    Raises:
+        OSError: on a rank that cannot write its files.
+    """
+    writer, calls = engine.checkpoint_engine, []
+    save, commit = writer.save, writer.commit
+    writer.save = lambda *arguments, **options: calls.append(partial(save, *arguments, **options))
+    writer.commit = lambda info: calls.append(partial(commit, info))
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        del writer.save, writer.commit
+    for call in calls:
+        call()

@@ -63,7 +63,7 @@ class StepSums(NamedTuple):
 
     def all_reduce(self) -> "StepSums":
         """Return the sums over all ranks; a collective."""
-        values = all_reduce_sum(torch.tensor(self, dtype=torch.float64)).tolist()
+        values = all_reduce_sum(torch.tensor(self, dtype=torch.float64), in_step=True).tolist()
         return StepSums(*(type(own)(value) for own, value in zip(self, values, strict=True)))
 
 

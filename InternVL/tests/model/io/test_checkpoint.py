@@ -1,5 +1,6 @@
 """Checkpoints of all formats are saved and loaded exactly; invalid ones are reported."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -267,3 +268,16 @@ def test_files_of_old_pytorch_are_read(folder: Path, tmp_path: Path) -> None:
     found = read_weights(tmp_path)
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name](), tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("llm_rank", [0, 4])
+def test_saved_files_are_hashed_while_written(folder: Path, tmp_path: Path, llm_rank: int) -> None:
+    model, target = load(folder), tmp_path / "target"
+    if llm_rank:
+        add_lora(model, llm_rank=llm_rank)
+        entries = save_adapter(model, target, BaseModel(str(folder), weights_digest(folder)))
+    else:
+        entries = save_model(model, target)
+    [file] = target.glob("*.safetensors")
+    content = file.read_bytes()
+    assert entries == {file.name: (len(content), hashlib.sha256(content).hexdigest())}

@@ -1,5 +1,6 @@
 """Weight files: shards, damaged files, pickles, digests and permissions."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from internvl_chat.model.io.weights import (
     write_weights,
 )
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.hashed_file import FileEntry
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -85,10 +87,10 @@ def test_shards_are_filled(tmp_path: Path) -> None:
 def test_one_shard_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict] = []
 
-    def watched(shard: dict, file: Path) -> None:
+    def watched(shard: dict, file: Path) -> FileEntry:
         assert len(shard) == 2 and not any(seen), "an earlier shard is still held"
         seen.append(shard)
-        write_file(shard, file)
+        return write_file(shard, file)
 
     monkeypatch.setattr(weights, "write_file", watched)
     write_weights({f"w{i}": lambda: torch.zeros(10) for i in range(8)}, tmp_path, max_shard_bytes=80)
@@ -198,6 +200,34 @@ def test_file_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file.safetensors").stat().st_mode) == mode
+
+
+def test_a_file_is_laid_out_as_by_the_library(tmp_path: Path) -> None:
+    given = tensors() | {"empty": torch.empty(0, 3), 'a "name" ü': torch.tensor(True)}
+    dtypes = [torch.float64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint64, torch.uint32]
+    dtypes += [torch.uint16, torch.float8_e4m3fn, torch.float8_e5m2]
+    given |= {str(dtype): torch.arange(3).to(dtype) for dtype in dtypes}
+    contiguous = {name: tensor.contiguous() for name, tensor in given.items()}
+    save_file(contiguous, tmp_path / "own", metadata={"format": "pt"})
+    entry = write_file(given, tmp_path / "ours")
+    content = (tmp_path / "ours").read_bytes()
+    assert content == (tmp_path / "own").read_bytes()
+    assert entry == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_file_may_be_written_over_while_it_is_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    write_file({"a": torch.arange(100_000)}, file)
+    mapped = open_weights(file)["a"]()
+    write_file({"a": torch.zeros(1)}, file)
+    assert torch.equal(mapped, torch.arange(100_000))
+
+
+@pytest.mark.parametrize("limit", [10**6, 170])
+def test_each_file_is_hashed_while_it_is_written(tmp_path: Path, limit: int) -> None:
+    entries = write_weights(lazy(tensors()), tmp_path, max_shard_bytes=limit)
+    contents = {file.name: file.read_bytes() for file in weight_files(tmp_path)}
+    assert entries == {name: (len(c), hashlib.sha256(c).hexdigest()) for name, c in contents.items()}
 
 
 def test_file_metadata(tmp_path: Path) -> None:

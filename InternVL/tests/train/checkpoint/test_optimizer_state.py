@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import threading
+import weakref
 from collections import Counter
 
 import pytest
@@ -116,13 +118,30 @@ def test_files_are_hashed_while_they_are_written(tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint-3"
     files = sorted((checkpoint / "optimizer").iterdir())
     assert len(files) == 3
-    assert not set(files) & set(hashed)
+    assert {file.name for file in hashed} == {"run_fingerprint.json", "trainer_state.json"}
     entries = json.loads((checkpoint / MANIFEST).read_text())["files"]
     for file, digest in zip(files, hash_files(files), strict=True):
         assert entries[f"optimizer/{file.name}"] == {"bytes": file.stat().st_size, "sha256": digest}
     strategy = ToyStrategy("single")
     load_training_state(checkpoint, strategy)
     assert_same_state(strategy.full_state(), trained().full_state())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tensors_that_are_not_copied_reach_the_host_one_at_a_time(tmp_path, monkeypatch, threads):
+    copies, most, lock = weakref.WeakSet(), [], threading.Lock()
+
+    def copy(tensor):
+        with lock:
+            copies.add(found := tensor.clone())
+            most.append(len(copies))
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "cpu", copy)
+    with checkpointer(tmp_path, trained(), background=False) as saver:
+        saver._threads = threads
+        saver.save(STATE)
+    assert len(most) >= 20 and max(most) <= threads
 
 
 class Malicious:

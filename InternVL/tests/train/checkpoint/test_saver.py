@@ -11,6 +11,7 @@ from checkpoint_ranks import (
     checkpointer,
     run_ranks,
     save_and_be_killed,
+    save_deepspeed_with_failures,
     save_with_failures,
     write_toy,
 )
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.train.checkpoint import staging
+from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.manifest import find_damage
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder, list_checkpoints
 from internvl_chat.train.checkpoint.saver import load_training_state
@@ -51,7 +53,7 @@ class Disk:
     def __call__(self, folder, weights):
         self.started.set()
         assert self.may_go_on.wait(PATIENCE)
-        self.write_model(folder, weights)
+        return self.write_model(folder, weights)
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ class TestCheckpoint:
 
         def write(folder, weights):
             given.update({name: tensor.data_ptr() for name, tensor in weights.items()})
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
             saver.save(TrainState(step=1))
@@ -102,7 +104,7 @@ class TestCheckpoint:
         strategy = ToyStrategy("single")
         strategy.model = model
         strategy.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-        with checkpointer(tmp_path, strategy, lambda _, weights: given.extend(weights)) as saver:
+        with checkpointer(tmp_path, strategy, lambda _, weights: given.extend(weights) or {}) as saver:
             saver.save(TrainState(step=1))
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert given == [name for name in model.state_dict() if name in trained]
@@ -113,7 +115,7 @@ class TestCheckpoint:
 
         def watch(folder, weights):
             found.append(names(tmp_path))
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         (tmp_path / "checkpoint-1-mine").mkdir()
         with checkpointer(tmp_path, strategy, watch, keep=2) as saver:
@@ -178,7 +180,7 @@ class TestBackground:
 
         def write(folder, weights):
             places.append({name: tensor.data_ptr() for name, tensor in weights.items()})
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
             for step in (1, 2, 3):
@@ -192,7 +194,7 @@ class TestBackground:
 
         def write(folder, weights):
             places.append(weights["words.weight"].data_ptr())
-            write_toy(folder, weights)
+            return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
             for step, factor in enumerate((1.19, 1.19, 1.21, 0.0)):
@@ -205,7 +207,7 @@ class TestBackground:
     def test_on_a_cpu_the_thread_rests_until_somebody_waits(self, tmp_path, strategy, disk):
         with checkpointer(tmp_path, strategy, disk) as saver:
             rested = threading.Event()
-            disk.write_model = lambda *_: (saver._pause(3600), rested.set())
+            disk.write_model = lambda *_: saver._pause(3600) or rested.set() or {}
             saver.save(TrainState(step=1))
             disk.may_go_on.set()
             assert not rested.wait(0.05)
@@ -245,13 +247,26 @@ class TestBuffers:
         assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4
 
 
+def test_the_gpu_of_a_rank_is_current_in_the_thread(tmp_path, strategy, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda d: calls.append((d, threading.current_thread().name))
+    )
+    with checkpointer(tmp_path, strategy) as saver:
+        saver._device = torch.device("cuda", 3)
+        saver.save(TrainState(step=1))
+    assert calls == [(torch.device("cuda", 3), "checkpoint")]
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
 class TestFailures:
     @pytest.mark.parametrize("background", [True, False])
     def test_a_full_disk_leaves_the_last_checkpoint(self, tmp_path, strategy, caplog, background):
         def write(folder, weights):
-            write_toy(folder, weights)
+            entries = write_toy(folder, weights)
             if folder.name == "checkpoint-2":
                 raise OSError(28, "No space left on device")
+            return entries
 
         with checkpointer(tmp_path, strategy, write, background=background) as saver:
             for step in (1, 2, 2, 3):
@@ -269,6 +284,24 @@ class TestFailures:
             monkeypatch.setattr(strategy.scheduler, "state_dict", lambda: {"no": object()})
             saver.save(TrainState(step=1, epoch=2.0))
         assert load_training_state(tmp_path / "checkpoint-1", ToyStrategy("single")).epoch == 1
+
+    def test_the_best_on_disk_stays_until_a_better_one_is_there(self, tmp_path, strategy, caplog):
+        def write(folder, weights):
+            if folder.name == "checkpoint-4":
+                raise OSError(28, "No space left on device")
+            return write_toy(folder, weights)
+
+        state = TrainState()
+        with checkpointer(tmp_path, strategy, write, keep=1) as saver:
+            for state.step, state.best_step in ((1, None), (2, 2), (3, 2), (4, 4), (5, 4)):
+                saver.save(state)
+            saver.wait()
+            assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+            assert copy_best(state, tmp_path, None) == 2
+            assert "the best validation was at step 4, whose checkpoint is missing" in caplog.text
+            state.step = state.best_step = 6
+            saver.save(state)
+        assert names(tmp_path) == ["checkpoint-6"]
 
     @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
     def test_one_rank_fails(self, tmp_path, layout):
@@ -291,28 +324,15 @@ class TestFailures:
 
 
 class TestDeepSpeed:
-    def test_its_engine_saves_and_loads_in_the_foreground(self, tmp_path, strategy):
-        calls = []
-
-        class Engine:
-            def save_checkpoint(self, folder, tag, **_):
-                calls.append(("save", folder, tag, threading.current_thread() is threading.main_thread()))
-
-            def load_checkpoint(self, folder, tag, **_):
-                calls.append(("load", folder, tag))
-                return folder, {}
-
-        strategy.name, strategy.engine = "deepspeed", Engine()
-        (tmp_path / "checkpoint-1/deepspeed").mkdir(parents=True)
-        with checkpointer(tmp_path, strategy) as saver:
-            saver.save(TrainState(step=1))
-        folder = tmp_path / "checkpoint-1"
-        assert "optimizer" not in json.loads((folder / "trainer_state.json").read_text())
-        (folder / "deepspeed").mkdir()
-        assert load_training_state(folder, strategy) == TrainState(step=1)
-        (_, written, tag, in_foreground), (_, read, read_tag) = calls
-        assert in_foreground and tag == read_tag
-        assert (written, read) == (
-            str(tmp_path / ".partial/checkpoint-1/deepspeed"),
-            str(folder / "deepspeed"),
-        )
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_saves_and_resumes_and_a_rank_that_cannot_write_holds_up_none(self, tmp_path, stage):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        logs = run_ranks(2, save_deepspeed_with_failures, stage, tmp_path)
+        assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]
+        assert find_damage(tmp_path / "checkpoint-4") is None
+        state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+        assert "optimizer" not in state
+        reason = "[Errno 28] No space left on device"
+        for step, rank in ((2, "rank 1: "), (3, "")):
+            assert f"checkpoint-{step} was not written: {rank}{reason}" in logs[0]
+        assert "was not written" not in logs[1]

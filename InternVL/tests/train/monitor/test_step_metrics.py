@@ -79,7 +79,7 @@ def test_sums_of_a_rank():
 
 
 def test_sums_over_ranks_keep_their_types(monkeypatch):
-    monkeypatch.setattr(step_metrics, "all_reduce_sum", lambda values: 2 * values)
+    monkeypatch.setattr(step_metrics, "all_reduce_sum", lambda values, in_step: 2 * values)
     total = SUMS._replace(asked_to_stop=1, saving=1).all_reduce()
     assert total == StepSums(4.0, 8, 200, 60, 14, 12e12, 0, 2, 2)
     assert [type(value) for value in total] == [float, int, int, int, int, float, int, int, int]

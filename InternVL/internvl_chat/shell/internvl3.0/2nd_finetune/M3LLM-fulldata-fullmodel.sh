@@ -20,7 +20,7 @@
 #   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank fails
 #   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits into memory, else FSDP2
 #   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
-#   REPORT_TO=                 wandb if WANDB_API_KEY is set, else none
+#   REPORT_TO=                 trackers, e.g. wandb,tensorboard; wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if it exists, else python3
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"

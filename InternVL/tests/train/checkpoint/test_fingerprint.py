@@ -1,0 +1,25 @@
+"""What a run and the checkpoint that it resumes from must have in common."""
+
+from dataclasses import replace
+
+import pytest
+from helpers import flags
+
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checkpoint.fingerprint import check_same_run, fingerprint, write_fingerprint
+from internvl_chat.utils.errors import UsageError
+
+
+@pytest.mark.parametrize("deepspeed", [None, '{"zero_optimization": {"stage": 1}}'])
+def test_only_with_deepspeed_the_number_of_ranks_stays(tmp_path, deepspeed):
+    config = parse_arguments(
+        flags(model_name_or_path="m", meta_path="d", output_dir="o", deepspeed=deepspeed)
+    )
+    two, four = (fingerprint(replace(config, run=replace(config.run, world_size=n))) for n in (2, 4))
+    write_fingerprint(tmp_path, two)
+    check_same_run(tmp_path, two)
+    if deepspeed is None:
+        check_same_run(tmp_path, four)
+        return
+    with pytest.raises(UsageError, match=r"use as many as before.* was 2 there, and is 4 here"):
+        check_same_run(tmp_path, four)
