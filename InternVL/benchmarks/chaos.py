@@ -297,7 +297,8 @@ def _damage_newest(output: Path, rng: random.Random, damaged: set[tuple[int, int
     checkpoints = sorted(_checkpoints(output), key=_step_of)
     if len(checkpoints) < 2 or _identity(checkpoints[-1]) in damaged:
         return False
-    file = rng.choice([path for path in checkpoints[-1].iterdir() if path.stat().st_size])
+    files = sorted(path for path in checkpoints[-1].rglob("*") if path.is_file() and path.stat().st_size)
+    file = rng.choice(files)
     content = bytearray(file.read_bytes())
     place = rng.randrange(len(content))
     if rng.random() < 0.5:
