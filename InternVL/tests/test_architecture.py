@@ -72,6 +72,7 @@ TESTED_BY = {
     "model.io.merged_checkpoint": "convert/test_merge.py",
     "model.kernels.cpu.blocked_attention": "model/test_attention.py",
     "train.checkpoint": "train/checkpoint/test_saver.py",
+    "utils.hashed_file": "model/io/test_weights.py",
     "train.distributed": "integration/test_processes.py",
 }
 

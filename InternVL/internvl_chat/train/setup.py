@@ -2,14 +2,13 @@
 
 import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.data.audit.checks import dataset_warnings
+from internvl_chat.data.audit.checks import check_before_training
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData, build_sets
@@ -17,15 +16,11 @@ from internvl_chat.data.encode.conversation import SYSTEM_TEXTS
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.data.index.build import index_records
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.skip_policy import (
     ExcludedRecord,
-    exclude_records,
-    list_problems,
-    raise_problems,
 )
 from internvl_chat.model.assemble import assemble_model, assembled_config
 from internvl_chat.model.configuration import InternVLChatConfig
@@ -258,7 +253,13 @@ def _check_once(
     found, problem = None, "rank 0 could not check the records; see its own message"
     try:
         if config.run.is_main:
-            found, problem = (*_check(sets, config), [records.digest() for records in sets]), None
+            lengths, excluded = check_before_training(
+                sets,
+                check=config.data.check,
+                on_bad_record=config.data.on_bad_record,
+                max_bad_fraction=config.data.max_bad_fraction,
+            )
+            found, problem = (lengths, excluded, [records.digest() for records in sets]), None
     except DataError as error:
         problem = str(error)
     finally:
@@ -267,39 +268,6 @@ def _check_once(
     if problem:
         raise DataError(problem)
     return found
-
-
-def _check(sets: Sequence[RecordSet], config: TrainConfig) -> tuple[list[Lengths], list[ExcludedRecord]]:
-    """Return the lengths of the records, and the excluded records.
-
-    Raises:
-        DataError: too many records are unusable, or any with `--on_bad_record fail`.
-    """
-    data = config.data
-    indexes = index_records(sets, decode=data.check == "full")
-    problems = [problem for index in indexes for problem in index.problems]
-    excluded: list[ExcludedRecord] = []
-    if data.on_bad_record == "skip":
-        excluded = exclude_records(problems, sum(map(len, indexes)), data.max_bad_fraction)
-    else:
-        try:
-            raise_problems(problems)
-        except DataError as error:
-            raise DataError(f"{error}\nRepair or remove what is named, or train without it, by name: "
-                            "--on_bad_record skip") from None  # fmt: skip
-    if data.check != "off":
-        warnings = [problem for problem in problems if not problem.is_error]
-        # A wrong 'length' is reported when its set is opened.
-        warnings += [warning for warning in dataset_warnings(sets, indexes) if warning.kind != "length"]
-        counts = Counter(warning.kind for warning in warnings)
-        logger.info(
-            "data check (%s): %d records, %d cannot be used%s",
-            data.check, sum(map(len, indexes)), len(excluded),
-            "".join(f", {kind}: {count}" for kind, count in counts.items()),
-        )  # fmt: skip
-        if warnings:
-            logger.warning("the data check found\n%s", "\n".join(list_problems(warnings, 10)))
-    return [index.lengths for index in indexes], excluded
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:

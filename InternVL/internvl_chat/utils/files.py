@@ -1,16 +1,20 @@
 """Atomic file writes, JSON and JSON Lines files, SHA-256 digests."""
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from internvl_chat.utils.logging import get_logger
 
-@contextmanager
+logger = get_logger(__name__)
+
+
+@contextlib.contextmanager
 def atomic_path(file: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it replaces the file if the block succeeds."""
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
@@ -62,3 +66,48 @@ def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class JsonLinesFile:
+    """Appends complete lines to a JSON Lines file; lines that a full disk refuses are written later.
+
+    Args:
+        path: the file; the first line creates it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[bytes] = []
+        self._warned = False
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a line after those that are pending; if that fails it stays pending."""
+        self._pending.append(_encode_line(row))
+        size = None
+        try:
+            with self.path.open("ab") as stream:
+                size = stream.tell()
+                stream.write(b"".join(self._pending))
+        except OSError as error:
+            if size is not None:
+                self._truncate(size)
+            if not self._warned:
+                self._warned = True
+                message = "%s: cannot be written (%s); its lines stay in memory until it can"
+                logger.warning(message, self.path, error.strerror)
+            return
+        self._pending.clear()
+        self._warned = False
+
+    def flush(self) -> None:
+        """Wait until the lines are on disk."""
+        with contextlib.suppress(OSError), self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+    def _truncate(self, size: int) -> None:
+        """Remove a line that was written in part."""
+        try:
+            with self.path.open("r+b") as stream:
+                stream.truncate(size)
+        except OSError as error:
+            logger.warning("%s: may hold part of a line (%s)", self.path, error.strerror)

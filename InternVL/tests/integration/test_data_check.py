@@ -327,7 +327,7 @@ class TestTraining:
         assert "2 records cannot be used:" in err
         assert "records.jsonl, line 2 (record 'r1'): the image" in err
         assert "records.jsonl, line 4: not valid JSON" in err
-        assert "Repair or remove what is named, or train without it, by name: --on_bad_record skip" in err
+        assert "Fix or remove these records, or exclude them with --on_bad_record skip" in err
 
     def test_full_check_finds_errors_in_image_data(self, start, write, loaded):
         code, err, out = start(write(text_record(0), shows(1, "truncated.jpg")), check="full")
@@ -386,7 +386,7 @@ class TestTraining:
         meta = write(*[text_record(0)] * 3)
         code, err, _ = start(meta)
         assert code == 0
-        assert "data check (fast): 3 records, 0 cannot be used, duplicate id: 2, duplicate record: 2" in err
+        assert "data check (fast): 3 records, 0 unusable, duplicate id: 2, duplicate record: 2" in err
         code, err, _ = start(meta, check="off", overwrite_output_dir=True)
         assert code == 0
         assert "duplicate" not in err

@@ -14,7 +14,16 @@ from internvl_chat.data.index.cache import Lengths, RecordIndex
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.problems import Problem
+from internvl_chat.data.sources.skip_policy import (
+    ExcludedRecord,
+    exclude_records,
+    list_problems,
+    raise_problems,
+)
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +117,50 @@ def audit(
     audits = [SetAudit(spec, *counts.get(spec.name, unreadable), problems[spec.name]) for spec in specs]
     counts_tokens = encoder.tokenizer is not None
     return Audit(audits, sets, decode, encoder.preprocessing.max_seq_length if counts_tokens else None)
+
+
+def check_before_training(
+    sets: Sequence[RecordSet], *, check: str, on_bad_record: str, max_bad_fraction: float
+) -> tuple[list[Lengths], list[ExcludedRecord]]:
+    """Index the records of a run and log what the data check finds.
+
+    Args:
+        sets: the training or validation sets.
+        check: `full` decodes every image, `fast` reads headers and ends, `off` also skips the warnings.
+        on_bad_record: `fail`, or `skip` to exclude unusable records.
+        max_bad_fraction: largest share of records that may be excluded.
+
+    Returns:
+        Lengths of the records of each set, and the excluded records.
+
+    Raises:
+        DataError: too many records are unusable, or any with `fail`.
+    """
+    indexes = index_records(sets, decode=check == "full")
+    problems = [problem for index in indexes for problem in index.problems]
+    excluded: list[ExcludedRecord] = []
+    if on_bad_record == "skip":
+        excluded = exclude_records(problems, sum(map(len, indexes)), max_bad_fraction)
+    else:
+        try:
+            raise_problems(problems)
+        except DataError as error:
+            raise DataError(
+                f"{error}\nFix or remove these records, or exclude them with --on_bad_record skip"
+            ) from None
+    if check != "off":
+        warnings = [problem for problem in problems if not problem.is_error]
+        # RecordSet has already logged a wrong 'length'.
+        warnings += [warning for warning in dataset_warnings(sets, indexes) if warning.kind != "length"]
+        counts = Counter(warning.kind for warning in warnings)
+        logger.info(
+            "data check (%s): %d records, %d unusable%s",
+            check, sum(map(len, indexes)), len(excluded),
+            "".join(f", {kind}: {count}" for kind, count in counts.items()),
+        )  # fmt: skip
+        if warnings:
+            logger.warning("the data check found\n%s", "\n".join(list_problems(warnings, 10)))
+    return [index.lengths for index in indexes], excluded
 
 
 def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from internvl_chat.train.monitor.run_log import JsonlFile, RunLog
+from internvl_chat.train.monitor.run_log import RunLog
+from internvl_chat.utils.files import JsonLinesFile
 
 
 def rows(file):
@@ -51,22 +52,22 @@ def full(monkeypatch):
 
 @pytest.mark.parametrize("room", [0, 5, 30])
 def test_no_line_is_lost_or_incomplete(tmp_path, caplog, full, room):
-    file = JsonlFile(tmp_path / "ledger.jsonl")
+    file = JsonLinesFile(tmp_path / "ledger.jsonl")
     file.append({"step": 1})
     full["room"] = room
     file.append({"step": 2})
     file.append({"step": 3, "records": [["größe", 1]]})
     assert rows(file.path) == [{"step": 1}]
-    assert caplog.text.count("cannot be written to (No space left on device)") == 1
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
     full["room"] = None
     file.append({"step": 4})
     assert rows(file.path) == [{"step": 1}, {"step": 2}, {"step": 3, "records": [["größe", 1]]}, {"step": 4}]
 
 
 def test_a_folder_that_is_created_later(tmp_path, caplog):
-    file = JsonlFile(tmp_path / "later/metrics.jsonl")
+    file = JsonLinesFile(tmp_path / "later/metrics.jsonl")
     file.append({"step": 1})
-    assert "cannot be written to" in caplog.text
+    assert "cannot be written" in caplog.text
     file.path.parent.mkdir()
     file.append({"step": 2})
     assert rows(file.path) == [{"step": 1}, {"step": 2}]
