@@ -114,15 +114,15 @@ def _computation(config: TrainConfig) -> Iterator[str]:
     if use_liger and run.device.type != "cuda":
         yield f"--use_liger True: its kernels need an NVIDIA GPU, and this run is on {run.device.type}"
     if run.parallel == "fsdp" and run.world_size == 1:
-        yield "--parallel fsdp: there is one process, so nothing to shard; leave it out"
+        yield "--parallel fsdp: there is one process, so nothing to shard; remove it"
     chosen = f"--weight_precision {run.weight_precision}"
     if run.weight_precision != "master":
         if run.deepspeed:
-            yield f"{chosen}: DeepSpeed keeps float32 masters; leave it out"
+            yield f"{chosen}: DeepSpeed has its own float32 masters; remove it"
         elif not run.bf16:
-            yield f"{chosen}: the weights are float32 without --bf16; leave it out"
+            yield f"{chosen}: the weights are float32 without --bf16; remove it"
         if run.optim not in OWN_OPTIMIZERS:
-            yield f"{chosen}: --optim {run.optim} updates bf16 weights as they are; leave it out"
+            yield f"{chosen}: --optim {run.optim} updates bf16 weights as they are; remove it"
     if run.deepspeed and find_spec("deepspeed") is None:
         yield "--deepspeed: the package deepspeed is not installed (pip install deepspeed)"
     elif run.deepspeed:
@@ -150,7 +150,7 @@ def _steps(config: TrainConfig) -> Iterator[str]:
         if getattr(run, f"{flag}_strategy") == "steps" and (
             value <= 0 or (value > 1 and value != int(value))
         ):
-            yield f"--{flag}_steps {value} must be a whole number, or a share of all steps below 1"
+            yield f"--{flag}_steps {value} must be an integer, or a fraction of all steps below 1"
 
 
 def _values(config: TrainConfig) -> Iterator[str]:
@@ -234,7 +234,7 @@ def sharded_generation_problem(run: RunConfig, how: str) -> str:
     """Return the message for answers in validation where no rank has all weights."""
     return (
         f"--eval_generate {run.eval_generate}: with {how} no rank has all weights, and answers differ in "
-        "length; leave it out, or use --parallel ddp"
+        "length; remove it, or use --parallel ddp"
     )
 
 

@@ -208,7 +208,7 @@ class RunConfig:
         return DataLoaderOptions(self.dataloader_num_workers, self.dataloader_prefetch_factor, pin)
 
     def count_steps(self, epoch_steps: int) -> int:
-        """Return the optimizer steps of the whole run, given those of an epoch."""
+        """Return the optimizer steps of the run, given those of an epoch."""
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * epoch_steps)
 
 

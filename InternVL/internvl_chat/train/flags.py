@@ -74,7 +74,7 @@ class DataArguments:
     down_sample_ratio: float = _arg(0.5, "Down-sampling of the pixel shuffle; must be the model's.")
     pad2square: bool = _arg(False, "Pad a single-tile image to a square instead of resizing it to one.")
     dynamic_image_size: bool = _arg(False, "Split images into tiles by their aspect ratio.")
-    use_thumbnail: bool = _arg(False, "Append a thumbnail of the whole image to its tiles.")
+    use_thumbnail: bool = _arg(False, "Append a thumbnail of the image to its tiles.")
     min_dynamic_patch: int = _arg(1, "Minimum tiles of an image.")
     max_dynamic_patch: int = _arg(12, "Maximum tiles of a record; a data set's own limit wins.")
     normalize_type: str = _arg("imagenet", "Pixel statistics.", tuple(NORMALIZATIONS))

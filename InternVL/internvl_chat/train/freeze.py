@@ -1,4 +1,4 @@
-"""The one place that decides which parameters are trained."""
+"""Decides which parameters are trained."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ def set_trainable(
 
     Where a tower has adapters, they are trained and the rest of the tower is not. Unfreezing comes last:
     `unfreeze_vit_layers` n trains the vision blocks from n on (negative from the end), 0 none of them. Blocks
-    behind the one that `--vision_select_layer` takes have no part in the model and are never trained.
+    after the one that `--vision_select_layer` selects do not affect the output and are never trained.
     """
     _train(model.vision_model, not freeze_backbone and not model.config.use_backbone_lora)
     _train(model.language_model, not freeze_llm and not model.config.use_llm_lora)

@@ -277,7 +277,7 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
         config: the resolved flags.
         memory: the plan.
         model: with its trained parameters chosen.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the run.
     """
     run = config.run
     optimizer, scheduler = partial(make_optimizer, run), partial(make_scheduler, run, total_steps=steps)

@@ -174,16 +174,16 @@ class Validation:
         own = distributed.shard(
             [(number, index) for number in range(len(self.data.sets)) for index in self.asked(number)]
         )
-        for number, group in itertools.groupby(own, key=lambda place: place[0]):
+        for number, group in itertools.groupby(own, key=lambda question: question[0]):
             records = self.data.sets[number]
             engine = Engine(model, records.encoder.tokenizer, records.encoder.preprocessing)
             parsed = [(index, records.record(index)) for _, index in group]
             asked = [last_question(record, records.images(index, record)) for index, record in parsed]
             answers = engine.answer_each((prompt for prompt, _ in asked), max_new_tokens=_LONGEST_ANSWER)
-            for place, answer in answers:
+            for position, answer in answers:
                 if is_stopped():
                     return
-                reference = asked[place][1]
+                reference = asked[position][1]
                 scores = [exact_match(answer, reference), rouge(answer, reference)["rougeL"], 1]
                 sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
 
@@ -191,7 +191,7 @@ class Validation:
         """Return the records of a set whose last question is answered: always the same, evenly spaced."""
         indices = self.data.indices(number)
         if self.data.lengths is not None:
-            # Where the end is cut off, the question may be too long by itself.
+            # With truncated text, the question alone may be too long.
             indices = indices[self.data.lengths[number].tokens_truncated[indices] == 0]
         wanted = min(self.generate, len(indices))
         return indices[np.arange(wanted) * len(indices) // max(wanted, 1)].tolist()

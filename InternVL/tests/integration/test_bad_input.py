@@ -256,7 +256,7 @@ def test_fsdp_and_deepspeed_exclude_each_other(start, tmp_path, capfd):
     code, out = start(deepspeed=path, weight_precision="stochastic", bf16=True)
     assert code == 2
     error = capfd.readouterr().err
-    assert "--weight_precision stochastic: DeepSpeed keeps float32 masters; leave it out" in error
+    assert "--weight_precision stochastic: DeepSpeed has its own float32 masters; remove it" in error
     assert "Traceback" not in error
     assert not out.exists()
 

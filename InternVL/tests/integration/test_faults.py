@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny_model, sample_data, tmp_pa
     again = arguments(tiny_model, sample_data, tmp_path / "new", resume_from_checkpoint=checkpoint)
     assert train(again) == 2
     assert (
-        "not a whole checkpoint: the content of optimizer/rank-00000-00.safetensors has changed"
+        "not a complete checkpoint: the content of optimizer/rank-00000-00.safetensors has changed"
         in capfd.readouterr().err
     )
 
@@ -264,7 +264,7 @@ def test_where_all_are_damaged_nothing_begins_anew_by_itself(tiny_model, sample_
     assert train(arguments(tiny_model, sample_data, out)) == 2
     told = capfd.readouterr().err
     assert "checkpoint-2 is damaged" in told and "checkpoint-4 is damaged" in told
-    assert "there is no whole checkpoint to resume from; --overwrite_output_dir True" in told
+    assert "there is no complete checkpoint to resume from; --overwrite_output_dir True" in told
     assert train(arguments(tiny_model, sample_data, out, overwrite_output_dir=True)) == 0
 
 

@@ -138,7 +138,7 @@ def inspect_output_folder(
         chosen = Path(resume)
         problem = _resume_problem(chosen) if chosen.is_dir() else "no such folder"
         if problem:
-            raise UsageError(f"--resume_from_checkpoint {resume}: not a whole checkpoint: {problem}")
+            raise UsageError(f"--resume_from_checkpoint {resume}: not a complete checkpoint: {problem}")
         elsewhere = chosen.resolve().parent != path.resolve()
         if elsewhere and (checkpoints or foreign or METRICS in contents):
             raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume} in")
@@ -193,7 +193,7 @@ def _newest_whole(checkpoints: Sequence[Path]) -> Path:
         logger.warning("%s is damaged and not used: %s", checkpoint, problem)
         problems.append(f"{checkpoint} is damaged: {problem}")
     remedy = "--overwrite_output_dir True deletes them and starts from the beginning"
-    raise UsageError([*problems, f"there is no whole checkpoint to resume from; {remedy}"])
+    raise UsageError([*problems, f"there is no complete checkpoint to resume from; {remedy}"])
 
 
 def _resume_problem(checkpoint: Path) -> str | None:
@@ -252,7 +252,7 @@ def _look_for_gaps(ledger: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """Return a line's step; None if the line was cut short by a crash."""
+    """Return a line's step; None if a crash truncated the line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -35,8 +35,8 @@ class WeightGatherer:
         """Return what this rank must copy: its part of the weights that training changes."""
         weights = dict(self._model.state_dict(keep_vars=True))
         if lora_layers(self._model):
-            kept = adapter_weights(self._model, weights)
-            weights = {name: weight for name, weight in weights.items() if name in kept}
+            saved = adapter_weights(self._model, weights)
+            weights = {name: weight for name, weight in weights.items() if name in saved}
         # Tied weights are one parameter.
         first: dict[int, str] = {}
         self._first_name = {name: first.setdefault(id(weight), name) for name, weight in weights.items()}

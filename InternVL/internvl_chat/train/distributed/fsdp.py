@@ -57,7 +57,7 @@ class FSDPStrategy(ReplicatedStrategy):
         """See `Strategy`. Weights are gathered one at a time, so that no GPU holds them all."""
         weights = {}
         for name, tensor in self.model.state_dict().items():
-            whole = full_tensor(tensor)
+            full = full_tensor(tensor)
             if distributed.rank() == 0:
-                weights[name] = whole.cpu()
+                weights[name] = full.cpu()
         return weights

@@ -67,7 +67,7 @@ def _print(text: str) -> None:
 def stop_with_launcher() -> None:
     """Make the end of the launcher, if there is one, count as SIGTERM (Linux only).
 
-    Exits at once if the launcher has ended or has been told to stop.
+    Exits if the launcher has ended or has been asked to stop.
     """
     if stopping := os.environ.get(STOPPING):
         sys.exit(report_stop(signal.Signals[stopping]))

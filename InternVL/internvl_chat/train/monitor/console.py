@@ -22,7 +22,7 @@ class Console:
     """Reports the steps of a run.
 
     Args:
-        total_steps: steps of the whole run.
+        total_steps: steps of the run.
         first_step: number of the first step, from 1.
         show_bar: show a progress bar if standard error is a terminal.
     """

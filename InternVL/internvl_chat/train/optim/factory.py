@@ -39,7 +39,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         if options.get("optim_bits") == 8:
             _keep_embeddings_32_bit(model)
         return optimizer(groups, **options)
-    # DeepSpeed keeps float32 masters itself.
+    # DeepSpeed has its own float32 masters.
     precision = run.weight_precision if run.deepspeed is None else "bf16"
     has_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     return build_adamw(
@@ -55,7 +55,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
-    """Return the learning-rate schedule over the steps of the whole run.
+    """Return the learning-rate schedule over all steps of the run.
 
     Raises:
         UsageError: the schedule is not supported, or its options do not fit.

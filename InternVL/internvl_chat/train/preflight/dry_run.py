@@ -62,7 +62,7 @@ def run_dry_run(
 def _shortage(
     plan: MemoryPlan, forward_backward: Callable[[], None], device: torch.device, state_loaded: bool
 ) -> str | None:
-    """Run the largest pack; return the reason if it does not fit, also beside the optimizer state."""
+    """Run the largest pack; return the reason if it does not fit together with the optimizer state."""
     on_gpu, error = device.type == "cuda", None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -80,7 +80,7 @@ def _shortage(
         return error
     peak = max_memory(device) + (0 if state_loaded else plan.components["optimizer state"])
     if plan.parallel == "ddp" and not plan.several_packs:
-        # Unreduced gradients are in memory beside DDP's buckets; in training they are views of them.
+        # Unreduced gradients are in memory in addition to DDP's buckets; in training they are views of them.
         peak -= plan.components["gradients"]
     measured = "measured" if on_gpu else "peak of the process"
     logger.info("dry run: planned %s GB, %s %s GB", gigabytes(plan.total), measured, gigabytes(peak))

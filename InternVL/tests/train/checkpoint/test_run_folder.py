@@ -94,7 +94,7 @@ def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
 
 
 def test_resume_must_exist(tmp_path):
-    with pytest.raises(UsageError, match="not a whole checkpoint: no such folder"):
+    with pytest.raises(UsageError, match="not a complete checkpoint: no such folder"):
         inspect(tmp_path, resume=str(tmp_path / "checkpoint-1"))
     with pytest.raises(UsageError, match="holds no checkpoint"):
         inspect(tmp_path, resume="True")
