@@ -177,7 +177,7 @@ class Float32AdamW(torch.optim.Optimizer):
                 continue
             weight = scratch[1, :count].copy_(one.weight)
             _adamw([one], [weight], [grad], group)
-            # Drawing noise takes a CPU longer than the step, so the noise is reused under a new random mask: each
+            # Drawing noise takes a CPU longer than the step, so noise is reused under a new random mask: each
             # number is still uniform, and any two are independent.
             mask = torch.empty_like(noise[0]).random_(0, 2**16, generator=generator)
             one.weight.copy_(stochastic_round_(weight, noise[:count].bitwise_xor_(mask)))
