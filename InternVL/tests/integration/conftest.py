@@ -1,4 +1,4 @@
-"""What tests of whole runs share."""
+"""Fixtures of the integration tests."""
 
 import json
 
@@ -8,7 +8,7 @@ from helpers import RECIPES, flags
 
 @pytest.fixture(scope="module")
 def augmented(sample_data, tmp_path_factory):
-    """The sample data with random augmentation, so that randomness in the loader counts too."""
+    """The sample data with random augmentation, so that randomness in the dataloader matters."""
     meta = json.loads((sample_data / "train.json").read_text())
     for entry in meta.values():
         entry["data_augment"] = True
