@@ -1,6 +1,6 @@
-"""Memory of training in bytes: activations of a pack, and all else by parallel layout.
+"""Estimate training memory in bytes: activations per pack, and the rest by parallel layout.
 
-Activations are measured: what autograd saves in one decoder layer and in the vision tower.
+Activation sizes are measured from the tensors that autograd saves in one decoder layer and the vision tower.
 """
 
 import copy
@@ -15,17 +15,20 @@ from torch import nn
 from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
-# Record lengths for which a layer is measured; two show what grows with the square of the length.
-_PROBES = (256, 512)
-# Parameters that ZeRO-3 gathers, with DeepSpeed's defaults.
+# Record lengths at which a layer is measured; two lengths separate the linear from the quadratic part.
+_PROBE_LENGTHS = (256, 512)
+# DeepSpeed's defaults for the number of parameters that ZeRO-3 gathers.
 _ZERO3_GATHERED = {"max_live_parameters": 1e9, "prefetch_bucket_size": 5e7}
 
-# Memory besides a pack's own.
+# Memory that does not depend on the pack.
 COMPONENTS = ("weights", "gradients", "optimizer state", "optimizer scratch", "communication buffers")
 
 
 class PackSize(NamedTuple):
-    """What of a pack takes memory; `squares` is the sum of the squared record lengths. Numbers or arrays."""
+    """Counts that determine a pack's memory, as numbers or arrays.
+
+    `squares` is the sum of the squared record lengths.
+    """
 
     tokens: Any
     supervised: Any
@@ -35,14 +38,16 @@ class PackSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a pack needs beside the weights.
+    """Bytes of activations per token, supervised token and tile of a pack.
 
     Attributes:
-        layers: decoder layers.
-        layer_token, layer_square: of a decoder layer, per token and per squared record length.
-        input_token: of the input of a layer, which is all that a checkpointed one keeps, per token.
-        supervised: logits and hidden state of a supervised token.
-        tile, checkpointed_tile: features of a tile, and the activations of a trained vision tower.
+        layers: number of decoder layers.
+        layer_token: activations of a decoder layer, per token.
+        layer_square: activations of a decoder layer, per squared record length.
+        input_token: input of a decoder layer, per token; a checkpointed layer saves nothing else.
+        supervised: logits and hidden state, per supervised token.
+        tile: image features and activations of a trained vision tower, per tile.
+        checkpointed_tile: the same with activation checkpointing.
     """
 
     layers: int
@@ -53,10 +58,11 @@ class Activations:
     tile: float
     checkpointed_tile: float
 
-    def of(self, pack: PackSize, checkpointed: int) -> dict[str, Any]:
-        """Return the bytes of a pack by component, with so many checkpointed layers."""
+    def for_pack(self, pack: PackSize, checkpointed: int) -> dict[str, Any]:
+        """Return the bytes of a pack by component, given the number of checkpointed decoder layers."""
         layer = self.layer_token * pack.tokens + self.layer_square * pack.squares
-        # Backward recomputes one checkpointed layer at a time, and has gradients of one layer's activations.
+        # The backward pass recomputes one checkpointed layer at a time and holds one layer's activation
+        # gradients.
         in_memory = self.layers - checkpointed + (checkpointed > 0) + 1
         return {
             "activations": in_memory * layer + checkpointed * self.input_token * pack.tokens,
@@ -66,21 +72,25 @@ class Activations:
 
 
 def measure_activations(model: InternVLChatModel, device: torch.device) -> Activations:
-    """Measure a model on its training device; its kernels may not run where the model is now."""
+    """Measure a model's activations on the training device.
+
+    The model may still be on another device, on which its kernels may not run.
+    """
     llm = model.language_model
     itemsize, hidden = model.mlp1[0].weight.element_size(), llm.config.hidden_size
     logits = llm.config.vocab_size * (2 * itemsize + 3 * 4)
     if has_supervised_head(model):
-        # The gradient replaces the logits, and is kept only for a trained head.
+        # The gradient replaces the logits and is saved only if the head is trained.
         logits = llm.config.vocab_size * itemsize if llm.get_output_embeddings().weight.requires_grad else 0
-    features, tower = 4 * model.config.tokens_per_tile * hidden * itemsize, _vision_bytes(model, device)
+    features = 4 * model.config.tokens_per_tile * hidden * itemsize
+    tower, checkpointed_tower = _vision_bytes(model, device)
     return Activations(
         len(llm.get_decoder().layers),
         *_layer_bytes(model, device),
         input_token=hidden * itemsize,
         supervised=logits + 2 * hidden * itemsize,
-        tile=features + tower[0],
-        checkpointed_tile=features + tower[1],
+        tile=features + tower,
+        checkpointed_tile=features + checkpointed_tower,
     )
 
 
@@ -89,22 +99,22 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
     decoder = model.language_model.get_decoder()
     layer = _on_device(decoder.layers[0], device)
     dtype, saved = next(layer.parameters()).dtype, []
-    for tokens in _PROBES:
+    for tokens in _PROBE_LENGTHS:
         x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
         positions = torch.arange(tokens, device=device).unsqueeze(0)
-        # As in a packed row of one record.
+        # A packed row with a single record.
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         inputs = {"attention_mask": None, "position_ids": positions}
         inputs["position_embeddings"] = decoder.rotary_emb(x, positions)
         inputs |= {f"cu_seq_lens_{name}": bounds for name in "qk"}
         inputs |= {f"max_length_{name}": tokens for name in "qk"}
         saved.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)
-    square = max(0.0, (saved[1] - saved[0]) / (_PROBES[1] - _PROBES[0]))
-    return saved[0] - square * _PROBES[0], square
+    square = max(0.0, (saved[1] - saved[0]) / (_PROBE_LENGTHS[1] - _PROBE_LENGTHS[0]))
+    return saved[0] - square * _PROBE_LENGTHS[0], square
 
 
 def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
-    """Return the activations of the vision tower per tile, without and with checkpointed blocks."""
+    """Return the activations of the vision tower per tile, without and with activation checkpointing."""
     if model.vision_is_frozen:
         return 0.0, 0.0
     tower, config = _on_device(model.vision_model, device), model.vision_model.config
@@ -115,12 +125,12 @@ def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float
 
 
 def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a module that is on the device, or a copy there of one that is not."""
+    """Return the module if it is on the device, otherwise a copy of it on the device."""
     return module if next(module.parameters()).device == device else copy.deepcopy(module).to(device)
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
-    """Return the bytes that autograd saves in a call, without the module's own parameters."""
+    """Return the bytes that autograd saves during a call, excluding the module's own parameters."""
     saved: set[torch.UntypedStorage] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,29 +154,29 @@ def parallel_memory(
     several_packs: bool,
     zero: Mapping[str, Any],
 ) -> dict[str, int]:
-    """Return the memory per rank of weights, gradients, optimizer and communication by component.
+    """Return the memory of a rank by component: weights, gradients, optimizer and communication.
 
     Args:
-        model: with its trained parameters chosen.
+        model: model whose trainable parameters have been chosen.
         parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
         world_size: number of ranks.
-        optimizer_state: bytes for all trained parameters, unsharded; DeepSpeed has its own.
-        optimizer_scratch: temporary bytes of an optimizer step.
-        several_packs: whether gradients of several packs are accumulated.
-        zero: DeepSpeed's `zero_optimization`.
+        optimizer_state: bytes of the unsharded optimizer state; not used with DeepSpeed.
+        optimizer_scratch: temporary bytes of an optimizer step; not used with DeepSpeed.
+        several_packs: whether gradients are accumulated over several packs.
+        zero: the `zero_optimization` section of the DeepSpeed configuration.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
     weights, gradients = _size(model.parameters()), _size(trained)
     if parallel == "ddp":
-        # Gradients are views of DDP's buckets. One at a time is copied there, but packs before the last one
-        # accumulate theirs outside the buckets.
+        # Gradients are views of DDP's buckets and are copied there one at a time, but all packs except the
+        # last accumulate them outside the buckets.
         buffers = gradients if several_packs else max(p.nbytes for p in trained)
     elif parallel == "fsdp":
         layers = model.blocks
         inside = {p for layer in layers for p in layer.parameters()}
         root = [p for p in model.parameters() if p not in inside]
-        # The root is unsharded for a whole pass, and gradients until they are reduced: after each layer, but
-        # only in the last pack. Buffers hold up to three layers: gathered, being gathered, being reduced.
+        # The root module stays unsharded for the full pass. Gradients are unsharded until they are reduced,
+        # after each layer of the last pack. Buffers hold three layers: in use, being gathered, being reduced.
         unreduced = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
         reduced = gradients // ranks + _size(p for p in root if p.requires_grad)
         gradients = unreduced + (gradients if several_packs else reduced)
@@ -191,7 +201,7 @@ def _deepspeed_memory(
         return model.config.hidden_size**2 if value == "auto" else int(float(value))
 
     weights, gradients = shard(_size(model.parameters()), 3), shard(_size(trained), 2)
-    # DeepSpeed has float32 masters and moments, and converts the gradients to float32 in a step.
+    # DeepSpeed holds float32 master weights and moments, and casts the gradients to float32 in a step.
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
     buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
     buffers = buckets * min(elements("reduce_bucket_size", 5e8), numel)

@@ -1,4 +1,4 @@
-"""Activations: what autograd saves, counted by hand, and measured with the kernels of the training device."""
+"""Activation memory: counted by hand and measured with the kernels of the training device."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from internvl_chat.train.freeze import set_trainable
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-# ---- what autograd keeps
+# ---- saved tensors
 
 
 def kept(module: nn.Module, x: torch.Tensor) -> int:
@@ -29,21 +29,21 @@ def kept(module: nn.Module, x: torch.Tensor) -> int:
 
 
 def rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """(5, 4) numbers, as if from a layer before."""
+    """A (5, 4) input that requires a gradient."""
     return torch.ones(5, 4, dtype=dtype, requires_grad=True)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])
-def test_a_matrix_keeps_its_input(dtype, size):
-    """The weight's gradient needs the input; the input's gradient needs the weight, which is there anyway."""
+def test_linear_layer_saves_its_input(dtype, size):
+    """The weight's gradient needs the input; the input's gradient needs only the weight."""
     assert kept(nn.Linear(4, 3, dtype=dtype), rows(dtype)) == 5 * 4 * size
 
 
-def test_a_frozen_matrix_keeps_nothing():
+def test_frozen_linear_layer_saves_nothing():
     assert kept(nn.Linear(4, 3).requires_grad_(False), rows()) == 0
 
 
-def test_a_matrix_that_is_no_parameter_is_counted():
+def test_matrix_that_is_not_a_parameter_is_counted():
     other = torch.ones(4, 3)
     assert saved_bytes(nn.Linear(4, 3), lambda: rows() @ other) == 4 * 3 * 4
 
@@ -59,18 +59,18 @@ def test_a_matrix_that_is_no_parameter_is_counted():
     ],
     ids=["sigmoid", "matrix, sigmoid", "matrix, sigmoid, matrix", "matrix, silu, matrix", "nothing"],
 )
-def test_what_several_layers_keep_is_counted_once(layers, numbers):
+def test_tensors_saved_by_several_layers_are_counted_once(layers, numbers):
     assert kept(nn.Sequential(*layers), rows()) == 4 * numbers
 
 
-def test_views_of_one_memory_are_counted_once():
+def test_views_of_a_storage_are_counted_once():
     x = rows()
     assert saved_bytes(nn.Identity(), lambda: x * x.view(5, 4)) == 80
     assert saved_bytes(nn.Identity(), lambda: x.T @ x) == 80
 
 
 def test_every_output_of_a_chain_is_counted():
-    """Each is kept for its own derivative, although no name is left for it."""
+    """Each output is saved for its own derivative."""
 
     def call() -> torch.Tensor:
         x = rows()
@@ -81,18 +81,18 @@ def test_every_output_of_a_chain_is_counted():
     assert saved_bytes(nn.Identity(), call) == 10 * 80
 
 
-def test_nothing_is_kept_of_what_needs_no_gradient():
+def test_nothing_is_saved_without_gradients():
     frozen = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).requires_grad_(False)
     assert kept(frozen, torch.ones(5, 4)) == 0
 
 
-def test_it_counts_where_gradients_are_switched_off():
+def test_saved_bytes_under_no_grad():
     with torch.no_grad():
         assert kept(nn.Linear(4, 3), rows()) == 80
         assert not torch.is_grad_enabled()
 
 
-# ---- what a pack needs
+# ---- memory of a pack
 
 ACTIVATIONS = Activations(
     layers=4,
@@ -115,18 +115,22 @@ PACK = PackSize(tokens=10, supervised=5, tiles=2, squares=100)
         (4, (1 + 1) * 100 + 40),
     ],
 )
-def test_what_a_pack_needs(checkpointed, activations):
+def test_memory_of_a_pack(checkpointed, activations):
     tiles = 2 * (2 if checkpointed else 3)
-    assert ACTIVATIONS.of(PACK, checkpointed) == {"activations": activations, "logits": 10, "vision": tiles}
+    assert ACTIVATIONS.for_pack(PACK, checkpointed) == {
+        "activations": activations,
+        "logits": 10,
+        "vision": tiles,
+    }
 
 
 @pytest.mark.parametrize(("checkpointed", "layers"), [(0, 5), (1, 5), (4, 2)])
 def test_squares_count_in_every_layer_in_memory(checkpointed, layers):
-    more = replace(ACTIVATIONS, layer_square=0.5).of(PACK, checkpointed)["activations"]
-    assert more - ACTIVATIONS.of(PACK, checkpointed)["activations"] == layers * 50
+    more = replace(ACTIVATIONS, layer_square=0.5).for_pack(PACK, checkpointed)["activations"]
+    assert more - ACTIVATIONS.for_pack(PACK, checkpointed)["activations"] == layers * 50
 
 
-# ---- what a model needs
+# ---- memory of a model
 
 
 def load(folder, dtype: torch.dtype = torch.bfloat16, lora: int = 0, attn: str = "varlen"):
@@ -152,8 +156,8 @@ def test_tokens_and_tiles_by_hand(tiny_model, dtype, size):
     assert found.tile == found.checkpointed_tile == 4 * 4 * 48 * size
 
 
-def test_a_trained_vision_tower_keeps_its_activations(tiny_model):
-    """The tower of three tiles beside that of two: each keeps its own input, and nothing else is shared."""
+def test_trained_vision_tower_saves_activations(tiny_model):
+    """The difference between three tiles and two."""
     model = load(tiny_model, torch.float32)
     frozen = measure_activations(model, CPU)
     model.vision_model.requires_grad_(True)
@@ -167,8 +171,8 @@ def test_a_trained_vision_tower_keeps_its_activations(tiny_model):
     assert trained.checkpointed_tile - frozen.checkpointed_tile == pytest.approx(inputs + kept / layers)
 
 
-def test_a_layer_keeps_what_it_keeps_in_the_full_model(tiny_model):
-    """Two layers beside one: the difference of what autograd saves in the language model."""
+def test_layer_memory_matches_the_full_model(tiny_model):
+    """The difference between a language model with two layers and one."""
     model = load(tiny_model, torch.float32)
     found, llm = measure_activations(model, CPU), model.language_model.get_decoder()
     tokens, kept_by = 96, []
@@ -182,7 +186,7 @@ def test_a_layer_keeps_what_it_keeps_in_the_full_model(tiny_model):
 
 
 def test_attention_weights_of_long_records_are_counted(tiny_model):
-    """In bf16 on a CPU a layer keeps them: 4 heads, of which causality leaves half, two bytes each."""
+    """In bf16 on a CPU a layer saves them: 4 heads, half of the weights (causal), two bytes each."""
     assert measure_activations(load(tiny_model, torch.float32), CPU).layer_square == 0
     model = load(tiny_model, torch.bfloat16)
     found = measure_activations(model, CPU)
@@ -198,7 +202,7 @@ def test_attention_weights_of_long_records_are_counted(tiny_model):
     assert found.layer_token * tokens + found.layer_square * tokens**2 == pytest.approx(kept, rel=0.01)
 
 
-def test_a_checkpointed_layer_keeps_its_input_only(tiny_model):
+def test_checkpointed_layer_saves_only_its_input(tiny_model):
     model = load(tiny_model, torch.float32)
     found, llm = measure_activations(model, CPU), model.language_model.get_decoder()
     tokens, kept_by = 96, []
@@ -226,7 +230,7 @@ def test_measuring_changes_neither_model_nor_random_numbers(tiny_model):
 
 
 def gpu_kernel(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **options):
-    """Stands for flash-attn: runs on no CPU and for packed rows only, and keeps no L x L weights."""
+    """Simulates flash-attn: no CPU support, only packed rows, no L x L weights."""
     if query.device.type == "cpu":
         raise RuntimeError("FlashAttention only supports CUDA tensors")
     for name, given in {"q": (cu_seq_lens_q, max_length_q), "k": given_k(options)}.items():
@@ -243,7 +247,7 @@ def given_k(options: dict) -> tuple:
 
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_kernel_of_the_training_device_is_measured_there(tiny_model, lora):
-    """The model is still on the CPU, where the kernel does not run; a meta device stands for the GPU."""
+    """The model is on the CPU, where the kernel does not run; a meta device simulates the GPU."""
     AttentionInterface.register("gpu_only", gpu_kernel)
     model = load(tiny_model, lora=lora, attn="gpu_only")
     with pytest.raises(RuntimeError, match="only supports CUDA tensors"):
@@ -256,8 +260,8 @@ def test_a_kernel_of_the_training_device_is_measured_there(tiny_model, lora):
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
-def test_the_copy_on_the_device_keeps_as_much_as_the_layer_itself(tiny_model):
-    """With a kernel that works on both devices; norms differ, but for float32."""
+def test_copy_on_the_device_saves_the_same_bytes(tiny_model):
+    """With a kernel that runs on both devices; norms agree only in float32."""
 
     def both(module, query, key, value, attention_mask, **options):
         return (query * query).transpose(1, 2), None

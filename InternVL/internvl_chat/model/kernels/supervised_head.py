@@ -64,10 +64,10 @@ class SupervisedHead(nn.Linear):
     """A linear head without bias that returns losses if it is given targets.
 
     Attributes:
-        buffers: allocates the logits and the weight's gradient.
+        head_buffers: allocates the logits and the weight's gradient.
     """
 
-    buffers = HeadBuffers()
+    head_buffers = HeadBuffers()
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits, (..., C) -> (..., V), or with targets (U,) the losses, (U, C) -> (U,) float32."""
@@ -77,7 +77,7 @@ class SupervisedHead(nn.Linear):
         if not torch.is_grad_enabled():
             # Otherwise `needs_input_grad` is True.
             hidden, weight = hidden.detach(), weight.detach()
-        return _HeadLosses.apply(hidden, weight, targets, self.buffers)
+        return _HeadLosses.apply(hidden, weight, targets, self.head_buffers)
 
 
 class _HeadLosses(torch.autograd.Function):

@@ -103,6 +103,18 @@ def test_parameters_are_shared() -> None:
     assert llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
 
 
+def test_modules_keep_the_methods_of_nn_module() -> None:
+    """An attribute of a kernel must not hide, for example, `nn.Module.buffers`, which FSDP2 calls."""
+    model = Model(CONFIGS["qwen2"])
+    apply_kernels(model, torch.device("cuda"), persistent_buffers=True)
+    methods = [
+        name for name, value in vars(nn.Module).items() if callable(value) and not name.startswith("_")
+    ]
+    for module in model.modules():
+        for name in methods:
+            assert callable(getattr(module, name)), f"{type(module).__name__}.{name}"
+
+
 def test_other_architectures_are_unchanged() -> None:
     model = Model(PhiConfig(**SMALL))
     kinds = [type(module) for module in model.modules()]

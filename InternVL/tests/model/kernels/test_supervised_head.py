@@ -108,7 +108,7 @@ def test_without_gradients_logits_are_chunked(monkeypatch: pytest.MonkeyPatch) -
             return super().take_logits(rows, hidden, weight)
 
     head, (hidden, targets, _) = make_head(), draw(7)
-    head.buffers = Memory()
+    head.head_buffers = Memory()
     expected = F.cross_entropy(hidden @ head.weight.t(), targets, reduction="none")
     with torch.no_grad():
         assert_within_rounding(head(hidden, targets), expected, FORWARD)

@@ -25,7 +25,7 @@ def use_persistent_buffers(llm: PreTrainedModel) -> None:
     if type(embedding) is nn.Embedding and embedding.weight.requires_grad:
         llm.set_input_embeddings(PersistentEmbedding(embedding, gradients[id(embedding.weight)]))
     if isinstance(head, SupervisedHead):
-        head.buffers = PersistentHeadBuffers(gradients[id(head.weight)])
+        head.head_buffers = PersistentHeadBuffers(gradients[id(head.weight)])
 
 
 class PersistentGradient:
