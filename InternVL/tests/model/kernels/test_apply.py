@@ -109,8 +109,6 @@ def test_modules_keep_the_methods_of_nn_module() -> None:
     apply_kernels(model, torch.device("cuda"), persistent_buffers=True)
     public = [name for name in vars(nn.Module) if not name.startswith("_")]
     methods = [name for name in public if callable(getattr(nn.Module, name))]
-        name for name, value in vars(nn.Module).items() if callable(value) and not name.startswith("_")
-    ]
     for module in model.modules():
         for name in methods:
             assert callable(getattr(module, name)), f"{type(module).__name__}.{name}"
