@@ -1,4 +1,4 @@
-"""A small model in every layout, and processes that save and load it: helpers of the checkpoint tests."""
+"""Helpers of the checkpoint tests: a small model in every layout, and ranks that save and load it."""
 
 import io
 import logging
@@ -24,7 +24,7 @@ from internvl_chat.train.checkpoint import saver
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
-from internvl_chat.train.checkpoint.weights import local_part
+from internvl_chat.train.checkpoint.weights import local_shard
 from internvl_chat.train.distributed.strategy import full_tensor
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils import distributed
@@ -35,7 +35,7 @@ PATIENCE = HANG_SECONDS
 
 
 class Toy(nn.Module):
-    """Weights of which some ranks hold nothing, a tied head, a frozen layer and a buffer."""
+    """Weights with empty shards on some ranks, a tied head, a frozen layer and a buffer."""
 
     def __init__(self, dtype=torch.bfloat16):
         super().__init__()
@@ -60,7 +60,7 @@ def master_adamw(groups):
 
 
 class ToyStrategy:
-    """A toy on one process, replicated, or sharded by FSDP2."""
+    """A toy model on one rank, replicated, or sharded by FSDP2."""
 
     def __init__(self, layout, make_optimizer=master_adamw, dtype=torch.bfloat16):
         self.name, self.model = layout, Toy(dtype)
@@ -76,7 +76,7 @@ class ToyStrategy:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
 
     def train(self, steps, first=0):
-        """Do steps whose gradients depend on the step alone."""
+        """Run steps whose gradients depend only on the step."""
         for step in range(first, first + steps):
             generator = torch.Generator().manual_seed(step)
             for parameter in self.model.parameters():
@@ -92,7 +92,7 @@ class ToyStrategy:
         return {name: full_tensor(tensor) for name, tensor in self.model.state_dict().items()}
 
     def full_state(self):
-        """Everything that a resumed run must have in common with this one."""
+        """The full state that a resumed run must restore."""
         names = {p: name for name, p in self.model.named_parameters()}
         state = {
             f"{names[p]}/{key}": full_tensor(value).clone() if isinstance(value, torch.Tensor) else value
@@ -107,7 +107,7 @@ class ToyStrategy:
 
 
 def write_toy(folder, weights):
-    """Write the weights as one file, tied ones once; returns its size and hash."""
+    """Write the weights to one file, tied ones once; return its size and hash."""
     folder.mkdir(parents=True, exist_ok=True)
     unique = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(weights.items())}
     return {"model.safetensors": write_file(dict(unique.values()), folder / "model.safetensors")}
@@ -132,9 +132,9 @@ def assert_same_state(one, other):
 
 
 def run_ranks(world_size, function, *arguments):
-    """Call a function of this module in several processes with a process group; returns their results."""
+    """Call a function of this module on several ranks with a process group; return their results."""
     context = multiprocessing.get_context("forkserver")
-    # Its imports take most of the time of a process.
+    # Imports take most of the time of a rank.
     context.set_forkserver_preload(["internvl_chat.train.checkpoint.saver", "torch.distributed.fsdp"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -182,7 +182,7 @@ def _run_rank(rank, world_size, port, answers, function, arguments):
 
 
 def move(layout, source, target, reference):
-    """Load a checkpoint, assert that nothing has changed, and save it; returns elements read and held."""
+    """Load a checkpoint, assert equality, and save it; return numbers of elements read and owned."""
     strategy, read = ToyStrategy(layout), []
     read_data = dcp.HuggingFaceStorageReader.read_data
 
@@ -197,17 +197,17 @@ def move(layout, source, target, reference):
         dcp.HuggingFaceStorageReader.read_data = read_data
     assert_same_state(strategy.full_state(), torch.load(reference))
     tensors = [v for values in strategy.optimizer.state.values() for v in values.values()]
-    held = sum(local_part(tensor).numel() for tensor in tensors)
+    owned = sum(local_shard(tensor).numel() for tensor in tensors)
     if target is not None:
         with checkpointer(target, strategy) as writer:
             writer.save(state)
             writer.before_optimizer_step()
             strategy.train(1, first=9)
-    return sum(read), held
+    return sum(read), owned
 
 
 def save_with_failures(layout, output):
-    """Save five checkpoints, three of which fail on one rank; returns what this rank logged."""
+    """Save five checkpoints, three of which fail on one rank; return the log of this rank."""
     strategy, rank = ToyStrategy(layout), distributed.rank()
     log = io.StringIO()
     logging.getLogger("internvl_chat").addHandler(logging.StreamHandler(log))
@@ -223,22 +223,22 @@ def save_with_failures(layout, output):
     with checkpointer(output, strategy) as writer:
         for step in range(1, 6):
             strategy.train(1, first=step)
-            place, name, failing = failures.get(step, (None, "", None))
-            working = getattr(place, name, None)
+            owner, name, failing = failures.get(step, (None, "", None))
+            working = getattr(owner, name, None)
             if rank == failing:
-                setattr(place, name, fail)
+                setattr(owner, name, fail)
             writer.save(TrainState(step=step))
             writer.before_optimizer_step()
             writer.wait()
             if rank == failing:
-                setattr(place, name, working)
+                setattr(owner, name, working)
             distributed.barrier()
             assert not list(output.glob(".partial/*"))
     return log.getvalue()
 
 
 class DeepSpeedToy(ToyStrategy):
-    """A toy in a DeepSpeed engine."""
+    """A toy model in a DeepSpeed engine."""
 
     def __init__(self, stage):
         import deepspeed
@@ -255,7 +255,7 @@ class DeepSpeedToy(ToyStrategy):
         )
 
     def step(self):
-        """Do a step on rows that depend on the step alone; returns its loss."""
+        """Run a step on rows that depend only on the step; return the loss."""
         words = torch.tensor([[self.engine.global_steps % 7]])
         loss = self.engine(words).square().sum()
         self.engine.backward(loss)
@@ -270,7 +270,7 @@ class DeepSpeedToy(ToyStrategy):
 
 
 def save_deepspeed_with_failures(stage, output):
-    """Save four checkpoints, two of which fail on one rank, and resume; returns what this rank logged."""
+    """Save four checkpoints, two of which fail on one rank, and resume; return the log of this rank."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     strategy, rank, save = DeepSpeedToy(stage), distributed.rank(), TorchCheckpointEngine.save
@@ -297,7 +297,7 @@ def save_deepspeed_with_failures(stage, output):
 
 
 def save_and_be_killed(output):
-    """Save a checkpoint, and die in the middle of the next."""
+    """Save a checkpoint and die while writing the next."""
     strategy = ToyStrategy("single")
     strategy.train(1)
     with checkpointer(output, strategy) as writer:

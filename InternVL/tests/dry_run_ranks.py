@@ -1,4 +1,4 @@
-"""What two ranks do in a dry run: `python dry_run_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""Two ranks in a dry run: `python dry_run_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
 Each rank writes what it finds to FOLDER/RANK.json.
 """
@@ -49,7 +49,7 @@ def a_plan(layers: int = 8, checkpointed: int = 0, **values) -> MemoryPlan:
 
 
 class Device:
-    """A device on which the pack fits once enough layers are checkpointed."""
+    """A device on which the pack fits if enough layers are checkpointed."""
 
     def __init__(self, enough: int, start: int = 0, error: Exception = OUT) -> None:
         self.enough, self.checkpointed, self.error = enough, start, error
@@ -105,7 +105,7 @@ class ShardedDevice(Device):
 
 
 def storages(*, reduced: bool) -> int:
-    """Return in how many storages DDP's six gradients are."""
+    """Return the number of storages of DDP's six gradients."""
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(6)])
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     with contextlib.nullcontext() if reduced else wrapped.no_sync():
@@ -114,7 +114,7 @@ def storages(*, reduced: bool) -> int:
 
 
 def main(folder: Path) -> None:
-    """Run everything; rank 0 is left waiting in the end."""
+    """Run all cases; in the last, rank 0 waits for ever."""
     rank = distributed.rank()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=distributed.world_size()

@@ -33,7 +33,7 @@ from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.monitor.step_metrics import StepRecord
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.preflight.memory import plan_memory
-from internvl_chat.train.setup import build_strategy, load_records, order_records, prepare_model
+from internvl_chat.train.setup import build_sampler, build_strategy, load_records, prepare_model
 
 # Memory plan in the run folder.
 PLAN = "memory_plan.json"
@@ -89,7 +89,7 @@ def make_loop(
     )
     encoder = RecordEncoder(tokenizer, preprocessing.with_tile_limit(workload.max_dynamic_patch))
     data, flops = load_records(config, specs, encoder), count_flops(model)
-    sampler = order_records(config, data, flops)
+    sampler = build_sampler(config, data, flops)
     memory = plan_memory(config, model, sampler, data)
     model.checkpoint_layers(memory.checkpointed_layers)
     if run.compile_blocks:

@@ -1,1 +1,1 @@
-"""Training: arguments, what is trained, the step, checkpoints of a run."""
+"""Training: configuration, setup, the training loop and validation."""

@@ -1,6 +1,6 @@
-"""The command line of training: flags, or one JSON or YAML file, become a frozen `TrainConfig`.
+"""Parse the training command line, or a JSON or YAML file, into a frozen `TrainConfig`.
 
-All mistakes are reported at once.
+All errors are reported together.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from internvl_chat.utils.errors import UsageError
 
 
 class _Parser(HfArgumentParser):
-    """A parser that raises instead of ending the program."""
+    """A parser that raises `UsageError` instead of exiting."""
 
     def error(self, message: str) -> None:
         raise UsageError(message)
@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     """Parse flags, or one configuration file.
 
     Raises:
-        UsageError: lists every unknown flag and every bad value.
+        UsageError: lists all unknown flags and invalid values.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     if len(tokens) == 1 and tokens[0].endswith((".json", ".yaml", ".yml")):
@@ -72,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _missing(tokens: list[str]) -> list[str]:
-    """Name the required flags that are absent."""
+    """Report missing required flags."""
     given = {token.partition("=")[0].replace("-", "_") for token in tokens if token.startswith("--")}
     problems = [f"--{name} is required" for name in ("output_dir", "meta_path") if f"__{name}" not in given]
     if not given & {"__model_name_or_path"} and not given >= {"__vision_path", "__llm_path"}:
@@ -81,14 +81,14 @@ def _missing(tokens: list[str]) -> list[str]:
 
 
 def _unknown_flags(unknown: list[str]) -> list[str]:
-    """Name each unknown flag with the nearest known one."""
+    """Report unknown flags, each with the closest known flag."""
     known = [f"--{f.name}" for kind in (ModelArguments, DataArguments, RunArguments) for f in fields(kind)]
     problems = []
     for token in unknown:
         if token.startswith("--"):
             name = token.partition("=")[0]
-            near = difflib.get_close_matches(name, known, n=1)
-            problems.append(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            matches = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"unknown flag {name}" + (f"; did you mean {matches[0]}?" if matches else ""))
     return problems or [f"unexpected argument {token!r}" for token in unknown]
 
 
@@ -106,7 +106,7 @@ def _without(tokens: list[str], flag: str | None) -> list[str]:
 
 
 def _tokens_from_file(path: Path) -> list[str]:
-    """Return the flags of a JSON or YAML file; the `config.yaml` of a run, which groups them, works too."""
+    """Return the flags of a JSON or YAML file, flat or grouped as in the `config.yaml` of a run."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,15 +117,13 @@ def _tokens_from_file(path: Path) -> list[str]:
         raise UsageError(f"{path}: must map flag names to values")
     tokens = []
     for name, value in loaded.items():
-        if name in ("model", "data", "training") and isinstance(value, dict):
-            tokens += _flags(value)
-        else:
-            tokens += _flags({name: value})
+        is_group = name in ("model", "data", "training") and isinstance(value, dict)
+        tokens += _flags(value if is_group else {name: value})
     return tokens
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
-    """Return names and values as command-line tokens; None means not given."""
+    """Return names and values as command-line tokens, without empty values."""
     tokens = []
     for name, value in values.items():
         if value is None or value == "":

@@ -1,11 +1,12 @@
-"""Checks before weights are read: every problem of flags, model, data and output folder at once."""
+"""Check flags, model, data and output folder before any weights are read; report all problems together."""
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 
@@ -38,11 +39,11 @@ class RunPlan:
 
     Attributes:
         config: the resolved flags.
-        output: what to do with the output folder.
-        source: folder of the weights to start from (a checkpoint's when resuming).
-        specs: the training sets.
-        eval_specs: the validation sets.
-        attn: the attention kernel to use.
+        output: the output folder and the checkpoint to resume from.
+        source: folder of the initial weights; the checkpoint when resuming.
+        specs: the training datasets.
+        eval_specs: the validation datasets.
+        attn: the resolved attention kernel.
     """
 
     config: TrainConfig
@@ -57,19 +58,19 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     """Check everything that can be checked without reading weights.
 
     Raises:
-        UsageError: lists every problem of flags, model, data and output folder.
-        ModelError: the same, where only files are at fault.
+        UsageError: lists all problems of flags, model, data and output folder.
+        ModelError: lists all problems if none concerns the flags.
     """
     problems: list[str] = []
-    data_fault_only = True
-    results = {}
+    only_files = True
+    results: dict[str, Any] = {}
     run = config.run
     checks = {
         "output": lambda: _check_output(config),
         "attn": lambda: resolve_attention(config.model.attn, run.device, run.dtype),
         "specs": lambda: _check_data(config.data.meta_path, config),
         "eval_specs": lambda: _check_eval_data(config),
-        "validation": lambda: _raise(_validation(config, results.get("eval_specs"))),
+        "validation": lambda: _raise(_validation_flags(config, results.get("eval_specs"))),
         "source": lambda: _check_model(config),
         "flags": lambda: check_flags(config),
     }
@@ -78,16 +79,15 @@ def check_configuration(config: TrainConfig) -> RunPlan:
             results[name] = check()
         except M3LLMError as error:
             problems += error.problems if isinstance(error, UsageError) else [str(error)]
-            data_fault_only &= not isinstance(error, UsageError)
-    if problems and data_fault_only:
+            only_files &= not isinstance(error, UsageError)
+    if problems and only_files:
         raise ModelError(format_problems(problems))
     _raise(problems)
-    output: OutputFolder = results["output"]
-    source = output.resume or results["source"]
+    output, source = results["output"], results["output"].resume or results["source"]
     return RunPlan(config, output, source, results["specs"], results["eval_specs"], results["attn"])
 
 
-def _raise(problems: Sequence[str] | Iterator[str]) -> None:
+def _raise(problems: Iterable[str]) -> None:
     problems = list(problems)
     if problems:
         raise UsageError(problems)
@@ -97,32 +97,32 @@ def _raise(problems: Sequence[str] | Iterator[str]) -> None:
 
 
 def check_flags(config: TrainConfig) -> None:
-    """Check flags that make no sense, alone or together.
+    """Check the values of flags and their combinations.
 
     Raises:
-        UsageError: lists every problem.
+        UsageError: lists all problems.
     """
-    groups = (_computation, _steps, _values, _trained_parts)
-    _raise([problem for group in groups for problem in group(config)])
+    groups = (_compute_flags, _step_flags, _value_ranges, _trainable_flags)
+    _raise(problem for group in groups for problem in group(config))
 
 
-def _computation(config: TrainConfig) -> Iterator[str]:
+def _compute_flags(config: TrainConfig) -> Iterator[str]:
     """Check kernels, parallelism, precision, optimizer and trackers."""
     run, use_liger = config.run, config.model.use_liger
     if use_liger and not is_liger_kernel_available():
         yield "--use_liger True: the package liger-kernel is not installed (pip install liger-kernel)"
     if use_liger and run.device.type != "cuda":
-        yield f"--use_liger True: its kernels need an NVIDIA GPU, and this run is on {run.device.type}"
+        yield f"--use_liger True: Liger's kernels need an NVIDIA GPU, but this run uses {run.device.type}"
     if run.parallel == "fsdp" and run.world_size == 1:
-        yield "--parallel fsdp: there is one process, so nothing to shard; remove it"
-    chosen = f"--weight_precision {run.weight_precision}"
+        yield "--parallel fsdp: a single rank has nothing to shard; remove the flag"
+    flag = f"--weight_precision {run.weight_precision}"
     if run.weight_precision != "master":
         if run.deepspeed:
-            yield f"{chosen}: DeepSpeed has its own float32 masters; remove it"
+            yield f"{flag}: DeepSpeed holds its own float32 master weights; remove the flag"
         elif not run.bf16:
-            yield f"{chosen}: the weights are float32 without --bf16; remove it"
+            yield f"{flag}: the weights are float32 without --bf16; remove the flag"
         if run.optim not in OWN_OPTIMIZERS:
-            yield f"{chosen}: --optim {run.optim} updates bf16 weights as they are; remove it"
+            yield f"{flag}: --optim {run.optim} updates bf16 weights directly; remove the flag"
     if run.deepspeed and find_spec("deepspeed") is None:
         yield "--deepspeed: the package deepspeed is not installed (pip install deepspeed)"
     elif run.deepspeed:
@@ -134,15 +134,15 @@ def _computation(config: TrainConfig) -> Iterator[str]:
     yield from tracker_problems(run.report_to)
 
 
-def _steps(config: TrainConfig) -> Iterator[str]:
-    """Check how many steps there are, and how large they are."""
+def _step_flags(config: TrainConfig) -> Iterator[str]:
+    """Check the number and the size of the steps."""
     run = config.run
     if run.max_packed_tokens < 1:
         yield f"--max_packed_tokens {run.max_packed_tokens} must be at least 1"
     if not run.flags["do_train"]:
         yield "--do_train False: this script only trains"
     if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
-        yield "nothing would be trained: --max_steps (or --num_train_epochs) must be more than 0"
+        yield "no training steps: --max_steps (or --num_train_epochs) must be greater than 0"
     if run.records_per_rank < 1:
         yield "--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1"
     for flag in ("logging", "save", "eval"):
@@ -150,13 +150,13 @@ def _steps(config: TrainConfig) -> Iterator[str]:
         if getattr(run, f"{flag}_strategy") == "steps" and (
             value <= 0 or (value > 1 and value != int(value))
         ):
-            yield f"--{flag}_steps {value} must be an integer, or a fraction of all steps below 1"
+            yield f"--{flag}_steps {value} must be an integer, or below 1 a fraction of all steps"
 
 
-def _values(config: TrainConfig) -> Iterator[str]:
-    """Check single values, and minimum against maximum tiles."""
+def _value_ranges(config: TrainConfig) -> Iterator[str]:
+    """Check the ranges of numeric flags."""
     model, data, run = config.model, config.data, config.run
-    for flag, value, least in (
+    for flag, value, minimum in (
         ("learning_rate", run.learning_rate, 0),
         ("warmup_steps", run.warmup_steps, 0),
         ("seed", run.seed, 0),
@@ -166,52 +166,63 @@ def _values(config: TrainConfig) -> Iterator[str]:
         ("force_image_size", data.force_image_size, 1),
         ("max_seq_length", data.max_seq_length, 1),
     ):
-        if value < least:
-            yield f"--{flag} {value} must be at least {least}"
+        if value < minimum:
+            yield f"--{flag} {value} must be at least {minimum}"
     if run.save_total_limit is not None and run.save_total_limit < 1:
         yield f"--save_total_limit {run.save_total_limit} must be at least 1"
-    yield from _share("drop_path_rate", model.drop_path_rate)
+    for flag, value in (
+        ("drop_path_rate", model.drop_path_rate),
+        ("lora_dropout", model.lora_dropout),
+        ("warmup_ratio", run.flags["warmup_ratio"]),
+    ):
+        if not 0 <= value < 1:
+            yield f"--{flag} {value} must be at least 0 and below 1"
     if model.mlp_path and not Path(model.mlp_path).is_file():
         yield f"--mlp_path {model.mlp_path}: no such file"
-    yield from _share("warmup_ratio", run.flags["warmup_ratio"])
-    least, most = data.min_dynamic_patch, data.max_dynamic_patch
-    if not 1 <= least <= most:
-        yield f"--min_dynamic_patch {least} must be from 1 to --max_dynamic_patch {most}"
-    if most > MAX_TILES:
-        yield f"--max_dynamic_patch {most} must be at most {MAX_TILES}"
+    min_tiles, max_tiles = data.min_dynamic_patch, data.max_dynamic_patch
+    if not 1 <= min_tiles <= max_tiles:
+        yield f"--min_dynamic_patch {min_tiles} must be between 1 and --max_dynamic_patch {max_tiles}"
+    if max_tiles > MAX_TILES:
+        yield f"--max_dynamic_patch {max_tiles} must be at most {MAX_TILES}"
 
 
-def _share(flag: str, value: float) -> Iterator[str]:
-    if not 0 <= value < 1:
-        yield f"--{flag} {value} must be from 0 to below 1"
-
-
-def _trained_parts(config: TrainConfig) -> Iterator[str]:
-    """Check the adapters, and that something is trained."""
+def _trainable_flags(config: TrainConfig) -> Iterator[str]:
+    """Check the adapter ranks, and that at least one parameter is trained."""
     model = config.model
     adapters = model.use_llm_lora or model.use_backbone_lora
     if min(model.use_llm_lora, model.use_backbone_lora) < 0:
-        yield "--use_llm_lora and --use_backbone_lora are ranks, from 0"
-    yield from _share("lora_dropout", model.lora_dropout)
+        yield "--use_llm_lora and --use_backbone_lora must be at least 0"
     if model.model_name_or_path is None and adapters:
         yield (
-            "adapters need one base on disk: train the model that is assembled from --vision_path and "
-            "--llm_path first, and give it as --model_name_or_path"
+            "adapters need a base model on disk: first train the model assembled from --vision_path and "
+            "--llm_path without adapters, then pass it as --model_name_or_path"
         )
     frozen = model.freeze_llm and model.freeze_mlp and model.freeze_backbone
     if frozen and not (adapters or model.unfreeze_lm_head or model.unfreeze_vit_layers):
-        yield "everything is frozen: nothing would be trained"
+        yield "all parameters are frozen"
 
 
 # ---- validation
 
 
-def _validation(config: TrainConfig, sets: Sequence[DatasetSpec] | None) -> Iterator[str]:
-    """Check the flags of validation; without `sets` their files cannot be read."""
+def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) -> Iterator[str]:
+    """Check the validation flags; `specs` is None if the validation data could not be read."""
     run = config.run
     if run.eval_strategy == "no":
-        for flag, value in _given_validation_flags(config).items():
-            yield f"--{flag} {value}: there is no validation without --eval_strategy steps (or epoch)"
+        values = {
+            "eval_meta_path": config.data.eval_meta_path,
+            "eval_generate": run.eval_generate,
+            "early_stopping_patience": run.early_stopping_patience,
+            "load_best_model_at_end": run.load_best_model_at_end,
+            "do_eval": run.do_eval,
+            "save_strategy": "best" if run.save_strategy == "best" else None,
+        }
+        given = {flag: value for flag, value in values.items() if value}
+        # Some of the flags above set the metric implicitly.
+        if not given and run.metric_for_best_model:
+            given["metric_for_best_model"] = run.metric_for_best_model
+        for flag, value in given.items():
+            yield f"--{flag} {value} has no effect without --eval_strategy steps (or epoch)"
         return
     for flag in ("eval_generate", "early_stopping_patience"):
         if getattr(run, flag) < 0:
@@ -222,51 +233,33 @@ def _validation(config: TrainConfig, sets: Sequence[DatasetSpec] | None) -> Iter
             yield sharded_generation_problem(run, "ZeRO-3" if zero3 else "FSDP")
         if find_spec("rouge") is None:
             yield f"--eval_generate {run.eval_generate}: rouge is not installed (pip install rouge)"
-    if run.metric_for_best_model and sets is not None:
-        yield from _metric_problem(run, [spec.name for spec in sets])
+    if run.metric_for_best_model and specs is not None:
+        yield from _metric_problem(run, [spec.name for spec in specs])
     if run.load_best_model_at_end and run.save_strategy == "no":
-        yield "--load_best_model_at_end True: nothing is saved with --save_strategy no"
+        yield "--load_best_model_at_end True: --save_strategy no saves no checkpoints"
     if config.data.eval_meta_path is None:
         yield f"--eval_strategy {run.eval_strategy} needs --eval_meta_path"
 
 
-def sharded_generation_problem(run: RunConfig, how: str) -> str:
-    """Return the message for answers in validation where no rank has all weights."""
+def sharded_generation_problem(run: RunConfig, sharding: str) -> str:
+    """Return the error message for generating answers with sharded weights."""
     return (
-        f"--eval_generate {run.eval_generate}: with {how} no rank has all weights, and answers differ in "
-        "length; remove it, or use --parallel ddp"
+        f"--eval_generate {run.eval_generate}: {sharding} shards the weights, and ranks generate answers of "
+        "different lengths; remove it, or use --parallel ddp"
     )
 
 
-def _given_validation_flags(config: TrainConfig) -> dict[str, object]:
-    """Return the flags that mean nothing without validation, as far as they are given."""
-    run = config.run
-    values = {
-        "eval_meta_path": config.data.eval_meta_path,
-        "eval_generate": run.eval_generate,
-        "early_stopping_patience": run.early_stopping_patience,
-        "load_best_model_at_end": run.load_best_model_at_end,
-        "do_eval": run.do_eval,
-        "save_strategy": "best" if run.save_strategy == "best" else None,
-    }
-    found = {flag: value for flag, value in values.items() if value}
-    # Some of the others imply it.
-    if not found and run.metric_for_best_model:
-        found["metric_for_best_model"] = run.metric_for_best_model
-    return found
-
-
-def _metric_problem(run: RunConfig, sets: Sequence[str]) -> Iterator[str]:
-    """Check the metric that chooses the best model."""
-    known, with_answers = (metric_names(sets, generate=generate) for generate in (False, True))
-    wanted = f"eval_{run.metric_for_best_model.removeprefix('eval_')}"
-    if wanted in (with_answers if run.eval_generate > 0 else known):
+def _metric_problem(run: RunConfig, datasets: Sequence[str]) -> Iterator[str]:
+    """Check the metric that selects the best model."""
+    losses, all_metrics = (metric_names(datasets, generate=generate) for generate in (False, True))
+    metric = f"eval_{run.metric_for_best_model.removeprefix('eval_')}"
+    if metric in (all_metrics if run.eval_generate > 0 else losses):
         return
-    near = difflib.get_close_matches(wanted, with_answers, n=1)
-    if wanted in with_answers:
+    matches = difflib.get_close_matches(metric, all_metrics, n=1)
+    if metric in all_metrics:
         advice = "it needs --eval_generate"
     else:
-        advice = f"did you mean {near[0]}?" if near else f"use one of {', '.join(with_answers)}"
+        advice = f"did you mean {matches[0]}?" if matches else f"use one of {', '.join(all_metrics)}"
     yield f"--metric_for_best_model {run.metric_for_best_model}: not measured; {advice}"
 
 
@@ -274,21 +267,21 @@ def _metric_problem(run: RunConfig, sets: Sequence[str]) -> Iterator[str]:
 
 
 def _check_output(config: TrainConfig) -> OutputFolder:
-    """Decide on rank 0 what to do with the output folder, for all ranks."""
-    found, problems = None, []
+    """Inspect the output folder on rank 0 and broadcast the result."""
+    output, problems = None, []
     if config.run.is_main:
         try:
-            found = _inspect_output(config)
+            output = _inspect_output(config)
         except UsageError as error:
             problems = error.problems
-    found, problems = distributed.broadcast_object((found, problems))
+    output, problems = distributed.broadcast_object((output, problems))
     _raise(problems)
-    if found.resume and not (found.resume / "trainer_state.json").is_file():
+    if output.resume and not (output.resume / "trainer_state.json").is_file():
         raise UsageError(
-            f"rank {config.run.rank} does not see the checkpoint {found.resume}: "
-            "--output_dir must be on a disk that all machines share"
+            f"rank {config.run.rank} cannot see the checkpoint {output.resume}: "
+            "--output_dir must be on a disk shared by all nodes"
         )
-    return found
+    return output
 
 
 def _inspect_output(config: TrainConfig) -> OutputFolder:
@@ -299,17 +292,17 @@ def _inspect_output(config: TrainConfig) -> OutputFolder:
     folder = Path(config.run.output_dir)
     overwrite, resume = config.run.overwrite_output_dir, config.run.resume_from_checkpoint
     if is_restarted() and list_checkpoints(folder):
-        # Wherever the run first started, a restart by torchrun resumes from its newest checkpoint.
+        # After a restart by torchrun, resume the run; its flags apply to the first start only.
         overwrite, resume = False, "auto"
-    found = inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
-    if found.resume:
-        check_resumable(found.resume)
-        check_same_run(found.resume, fingerprint(config))
-    return found
+    output = inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
+    if output.resume:
+        check_resumable(output.resume)
+        check_same_run(output.resume, fingerprint(config))
+    return output
 
 
 def _check_eval_data(config: TrainConfig) -> list[DatasetSpec]:
-    """Check the validation sets, if there are any."""
+    """Check the validation datasets, if any."""
     if config.data.eval_meta_path is None:
         return []
     try:
@@ -326,14 +319,14 @@ def _check_data(meta: str, config: TrainConfig) -> list[DatasetSpec]:
         try:
             RecordFile(spec.annotation)
         except DataError as error:
-            problems.append(f"data set {spec.name}: {error}")
+            problems.append(f"dataset {spec.name}: {error}")
     if problems:
         raise DataError(format_problems(problems))
     return specs
 
 
 def _check_model(config: TrainConfig) -> Path:
-    """Check the folder to start from, and return it."""
+    """Check the folder of the initial model and return it."""
     model, data = config.model, config.data
     if model.model_name_or_path is None:
         for path in (model.vision_path, model.llm_path):
@@ -344,47 +337,44 @@ def _check_model(config: TrainConfig) -> Path:
     if is_adapter(folder):
         ranks = ranks_of(read_adapter_config(folder))
         base, _ = find_base(folder, model.base_model_path)
-        found = read_config(base)
+        model_config = read_config(base)
     else:
         weight_files(folder)
-        found = read_config(folder)
-        ranks = (found.use_llm_lora, found.use_backbone_lora)
-    for tower, flag, rank, asked in (
+        model_config = read_config(folder)
+        ranks = (model_config.use_llm_lora, model_config.use_backbone_lora)
+    for tower, flag, rank, flag_rank in (
         ("language model", "use_llm_lora", ranks[0], model.use_llm_lora),
         ("vision tower", "use_backbone_lora", ranks[1], model.use_backbone_lora),
     ):
-        if rank and rank != asked:
+        if rank and rank != flag_rank:
             problems.append(
-                f"{folder} holds adapters of rank {rank} in the {tower}, but --{flag} is {asked}; "
-                f"give --{flag} {rank} to continue training them, or merge them first (m3llm merge)"
+                f"{folder} holds adapters of rank {rank} in the {tower}, but --{flag} is {flag_rank}; "
+                f"pass --{flag} {rank} to continue training them, or merge them first (m3llm merge)"
             )
-    if data.down_sample_ratio != found.downsample_ratio:
+    if data.down_sample_ratio != model_config.downsample_ratio:
         problems.append(
-            f"--down_sample_ratio {data.down_sample_ratio} is not the model's {found.downsample_ratio}"
+            f"--down_sample_ratio {data.down_sample_ratio}: the model uses {model_config.downsample_ratio}"
         )
-    if abs(model.unfreeze_vit_layers) > found.vision_config.num_hidden_layers:
+    layers = model_config.vision_config.num_hidden_layers
+    if abs(model.unfreeze_vit_layers) > layers:
         problems.append(
-            f"--unfreeze_vit_layers {model.unfreeze_vit_layers}: the vision tower has "
-            f"{found.vision_config.num_hidden_layers} layers"
+            f"--unfreeze_vit_layers {model.unfreeze_vit_layers}: the vision tower has {layers} layers"
         )
-    changed = dataclasses.replace(found)
+    changed = dataclasses.replace(model_config)
     apply_flags(changed, config)
     problems += [f"with these flags: {problem}" for problem in changed.problems()]
-    found.build_llm_config()
+    model_config.build_llm_config()
     load_tokenizer(folder)
     _raise(problems)
     return folder
 
 
 def apply_flags(model_config: InternVLChatConfig, config: TrainConfig) -> None:
-    """Set the flags in the model's configuration, as the reference does."""
+    """Copy the flags into the model's configuration, as the reference does."""
     model, data = config.model, config.data
     model_config.template = data.conv_style
     model_config.select_layer = model.vision_select_layer
     model_config.ps_version = model.ps_version
-    model_config.dynamic_image_size = data.dynamic_image_size
-    model_config.use_thumbnail = data.use_thumbnail
-    model_config.min_dynamic_patch = data.min_dynamic_patch
-    model_config.max_dynamic_patch = data.max_dynamic_patch
-    model_config.pad2square = data.pad2square
-    model_config.force_image_size = data.force_image_size
+    for name in ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch",
+                 "pad2square", "force_image_size"):  # fmt: skip
+        setattr(model_config, name, getattr(data, name))

@@ -1,18 +1,15 @@
-"""Decides which parameters are trained."""
+"""Choose the trainable parameters and tabulate them."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.utils.logging import get_logger
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """A row of the table: a module, its parameters, and how many of them are trained."""
+    """A row of the table: module name, number of parameters, and number of trainable parameters."""
 
     module: str
     parameters: int
@@ -28,11 +25,11 @@ def set_trainable(
     unfreeze_vit_layers: int = 0,
     unfreeze_lm_head: bool = False,
 ) -> list[ModuleRow]:
-    """Choose what is trained, with the reference's meaning of each flag, and return the table.
+    """Choose the trainable parameters and return the table; the flags have the reference's meaning.
 
-    Where a tower has adapters, they are trained and the rest of the tower is not. Unfreezing comes last:
-    `unfreeze_vit_layers` n trains the vision blocks from n on (negative from the end), 0 none of them. Blocks
-    after the one that `--vision_select_layer` selects do not affect the output and are never trained.
+    In a tower with adapters only the adapters are trained. Unfreezing overrides freezing:
+    `unfreeze_vit_layers` n trains the vision blocks from index n on (negative from the end; 0 for none).
+    Blocks after the one selected by `--vision_select_layer` do not affect the output and are never trained.
     """
     _train(model.vision_model, not freeze_backbone and not model.config.use_backbone_lora)
     _train(model.language_model, not freeze_llm and not model.config.use_llm_lora)
@@ -55,7 +52,7 @@ def _train(module: nn.Module, trained: bool) -> None:
 
 
 def table(model: InternVLChatModel) -> list[ModuleRow]:
-    """Count parameters and trainable parameters by module, adapters and head apart."""
+    """Count all and trainable parameters by module, with separate rows for adapters and head."""
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]

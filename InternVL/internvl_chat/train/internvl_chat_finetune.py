@@ -1,6 +1,6 @@
-"""Fine-tune InternVL3: the training script that the launchers start.
+"""Fine-tune InternVL3; the launchers run this script.
 
-`train` reads from top to bottom: check, data, load, freeze, plan memory, parallelize, train, save.
+`train` lists the stages: check, load data and model, plan memory, parallelize, train, save.
 """
 
 import atexit
@@ -14,13 +14,16 @@ from datetime import timedelta
 
 import torch
 import yaml
-from transformers import set_seed
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from internvl_chat.data.batching.dataloader import WORKER_DIED, kill_workers
+from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.kernels.apply import apply_kernels
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.arguments import build_parser, parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.fingerprint import (
@@ -31,13 +34,7 @@ from internvl_chat.train.checkpoint.fingerprint import (
     read_fingerprint,
 )
 from internvl_chat.train.checkpoint.model_files import checkpoint_writer
-from internvl_chat.train.checkpoint.run_folder import (
-    CONFIG,
-    FINISHED,
-    METRICS,
-    PLOT,
-    VALIDATION,
-)
+from internvl_chat.train.checkpoint.run_folder import CONFIG, FINISHED, METRICS, PLOT, VALIDATION
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import RunPlan, check_configuration, sharded_generation_problem
@@ -48,30 +45,30 @@ from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.model_card import count_parameters, read_validation, write_model_card
 from internvl_chat.train.monitor.plots import plot_loss
 from internvl_chat.train.monitor.trackers import Trackers
-from internvl_chat.train.preflight.memory import plan_memory
+from internvl_chat.train.preflight.memory import MemoryPlan, plan_memory
 from internvl_chat.train.preflight.sanity import run_sanity_checks
 from internvl_chat.train.setup import (
+    build_sampler,
     build_strategy,
+    build_validation,
     load_encoder,
     load_for_training,
     load_records,
-    order_records,
-    plan_validation,
 )
 from internvl_chat.train.validation import validation_specs
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, M3LLMError, TrainingError, UsageError
 from internvl_chat.utils.logging import configure_logging, get_logger
 
-# Not __name__, which is `__main__` where this is run as a script.
+# __name__ is `__main__` here.
 logger = get_logger("internvl_chat.train.internvl_chat_finetune")
 
 
 def train(config: TrainConfig) -> signal.Signals | None:
-    """Run a training from a resolved configuration to the saved model.
+    """Run training from a resolved configuration to the saved model.
 
     Returns:
-        The signal that stopped it before its end, if one did.
+        The signal that stopped the run early, if any.
     """
     run = config.run
     distributed.init_process_group(run.device, timedelta(seconds=run.ddp_timeout))
@@ -79,115 +76,112 @@ def train(config: TrainConfig) -> signal.Signals | None:
     plan = check_configuration(config)
     resume = plan.output.resume
 
-    # Data
-    encoder = load_encoder(plan)
-    excluded = read_fingerprint(resume).get(EXCLUDED) if resume else None
-    data = load_records(config, plan.specs, encoder, resumed_exclusions=excluded)
-    eval_data = load_records(config, validation_specs(plan.eval_specs), encoder) if plan.eval_specs else None
-    if resume:
-        check_same_run(resume, describe_data(data))
-    lock = None
-    if run.is_main:
-        lock = plan.output.open()
-        (plan.output.path / CONFIG).write_text(
-            yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8"
-        )
-
-    # Model
-    set_seed(run.seed)
-    if run.full_determinism:
-        torch.use_deterministic_algorithms(True)
-    model, tokenizer, preprocessing = load_for_training(plan)
-    rows = set_trainable(
-        model,
-        freeze_llm=config.model.freeze_llm,
-        freeze_mlp=config.model.freeze_mlp,
-        freeze_backbone=config.model.freeze_backbone,
-        unfreeze_vit_layers=config.model.unfreeze_vit_layers,
-        unfreeze_lm_head=config.model.unfreeze_lm_head,
-    )
-    logger.info("model: %s, attention: %s\n%s", plan.source, plan.attn, format_table(rows))
-    if not rows[-1].trainable:
-        raise UsageError("with these flags nothing is trained; see the table above")
-    apply_kernels(
-        model,
-        run.device,
-        liger=config.model.use_liger,
-        persistent_buffers=run.device.type == "cpu" and run.world_size == 1,
-    )
-
-    # Steps, memory and parallelism
+    data, eval_data = _load_data(plan)
+    lock = _open_output(plan) if run.is_main else None
+    model, tokenizer, preprocessing = _load_model(plan)
     flops = count_flops(model)
-    sampler = order_records(config, data, flops)
-    steps = run.count_steps(len(sampler))
-    memory = plan_memory(config, model, sampler, data)
-    if memory.parallel == "fsdp" and run.eval_generate:
-        raise UsageError(sharded_generation_problem(run, "FSDP (chosen by --parallel auto)"))
-    model.checkpoint_layers(memory.checkpointed_layers)
-    if run.compile_blocks:
-        model.compile_blocks()
-    strategy = build_strategy(config, memory, model, steps)
-    state = load_training_state(resume, strategy) if resume else TrainState()
+    sampler = build_sampler(config, data, flops)
+    validation = None if eval_data is None else build_validation(config, eval_data, flops)
 
-    # Training
-    write_model = checkpoint_writer(plan, model, tokenizer, preprocessing)
+    memory = _apply_memory_plan(config, model, sampler, data)
+    strategy = build_strategy(config, memory, model, run.count_steps(len(sampler)))
+    state = load_training_state(resume, strategy) if resume else TrainState()
     checkpointer = Checkpointer(
         plan.output.path,
         strategy,
-        write_model,
+        checkpoint_writer(plan, model, tokenizer, preprocessing),
         fingerprint=fingerprint(config) | describe_data(data),
         device=run.device,
         keep=run.save_total_limit,
         model_only=run.save_only_model,
         background=run.async_save,
     )
+    trackers = Trackers.start(
+        run.report_to, run_name=run.run_name, folder=run.output_dir, config=config.to_dict()
+    )
+    normalization = preprocessing.normalize_type
     loop = TrainingLoop(
-        run,
-        strategy,
-        data,
-        sampler,
-        preprocessing.normalize_type,
-        flops,
-        checkpointer,
-        trackers=_start_trackers(config),
-        state=state,
-        validation=None if eval_data is None else plan_validation(config, eval_data, flops),
+        run, strategy, data, sampler, normalization, flops, checkpointer, trackers, state, validation
     )
     if run.sanity_check:
         run_sanity_checks(plan.source, model, data, tokenizer, preprocessing)
     loop.dry_run(memory, config.model.grad_checkpoint)
-    logger.info("output: %s, %d of %d steps are done", plan.output.path, state.step, steps)
-    # Until now there was nothing to save, and a signal ended the process.
+    logger.info("output: %s, %d of %d steps done", plan.output.path, state.step, loop.total_steps)
+    # Before this point a signal ends the process, because there is nothing to save.
     with loop.stop:
         stopped_by = loop.train()
         if stopped_by is None:
-            _finish(plan, loop, eval_data, preprocessing)
+            _finish(plan, loop, eval_data)
         else:
             logger.info(
-                "stopped by %s after step %d; the same command again resumes from there",
-                stopped_by.name, loop.state.step,
+                "stopped by %s after step %d; run the same command again to resume",
+                stopped_by.name, state.step,
             )  # fmt: skip
-    loop.trackers.finish()
+    trackers.finish()
     if lock is not None:
         lock.release()
     distributed.destroy_process_group()
     return stopped_by
 
 
-def _start_trackers(config: TrainConfig) -> Trackers:
-    run = config.run
-    return Trackers.start(
-        run.report_to if run.is_main else (),
-        run_name=run.run_name,
-        folder=run.output_dir,
-        config=config.to_dict(),
+def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
+    """Load and check the training and validation records."""
+    encoder, resume = load_encoder(plan), plan.output.resume
+    excluded = read_fingerprint(resume).get(EXCLUDED) if resume else None
+    data = load_records(plan.config, plan.specs, encoder, resumed_exclusions=excluded)
+    eval_specs = validation_specs(plan.eval_specs)
+    eval_data = load_records(plan.config, eval_specs, encoder) if eval_specs else None
+    if resume:
+        check_same_run(resume, describe_data(data))
+    return data, eval_data
+
+
+def _open_output(plan: RunPlan) -> FileLock:
+    """Open the output folder, write `config.yaml`, and return the folder's lock."""
+    lock = plan.output.open()
+    text = yaml.safe_dump(plan.config.to_dict(), sort_keys=False)
+    (plan.output.path / CONFIG).write_text(text, encoding="utf-8")
+    return lock
+
+
+def _load_model(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
+    """Load the model, choose its trainable parameters, and apply the optimised kernels."""
+    run, options = plan.config.run, plan.config.model
+    set_seed(run.seed)
+    if run.full_determinism:
+        torch.use_deterministic_algorithms(True)
+    model, tokenizer, preprocessing = load_for_training(plan)
+    rows = set_trainable(
+        model,
+        freeze_llm=options.freeze_llm,
+        freeze_mlp=options.freeze_mlp,
+        freeze_backbone=options.freeze_backbone,
+        unfreeze_vit_layers=options.unfreeze_vit_layers,
+        unfreeze_lm_head=options.unfreeze_lm_head,
     )
+    logger.info("model: %s, attention: %s\n%s", plan.source, plan.attn, format_table(rows))
+    if not rows[-1].trainable:
+        raise UsageError("these flags leave no trainable parameters; see the table above")
+    persistent_buffers = run.device.type == "cpu" and run.world_size == 1
+    apply_kernels(model, run.device, liger=options.use_liger, persistent_buffers=persistent_buffers)
+    return model, tokenizer, preprocessing
 
 
-def _finish(
-    plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None, preprocessing: Preprocessing
-) -> None:
-    """Write the finished model, the newest or the best, and what describes the run."""
+def _apply_memory_plan(
+    config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
+) -> MemoryPlan:
+    """Plan the memory, set activation checkpointing, and compile the blocks."""
+    memory = plan_memory(config, model, sampler, data)
+    if memory.parallel == "fsdp" and config.run.eval_generate:
+        raise UsageError(sharded_generation_problem(config.run, "FSDP (chosen by --parallel auto)"))
+    model.checkpoint_layers(memory.checkpointed_layers)
+    if config.run.compile_blocks:
+        model.compile_blocks()
+    return memory
+
+
+def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -> None:
+    """Save the final or best model, the loss plot, the model card and the results."""
     output, run = plan.output.path, plan.config.run
     step = None
     try:
@@ -197,8 +191,8 @@ def _finish(
             step = copy_best(loop.state, output, plan.output.resume)
     except OSError as error:
         raise TrainingError(
-            f"{output}: the finished model cannot be written: {error}; when there is room, the same command "
-            "again repeats the steps since the newest checkpoint and writes it"
+            f"{output}: the model cannot be saved: {error}; free some space and run the same command again: "
+            "it repeats the steps since the newest checkpoint"
         ) from None
     parameters = count_parameters(loop.strategy.model)
     if run.is_main:
@@ -211,33 +205,33 @@ def _finish(
 
 
 def _explain(error: RuntimeError) -> str | None:
-    """Return the meaning of an error that torch raises, wherever it is, when a process has died."""
+    """Return a clear message for errors that torch raises after another process has died."""
     text = str(error)
     if "DataLoader worker" in text:
         return f"{WORKER_DIED} ({text})"
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
-        return "another rank of this run has ended; its own message, or the launcher's, says why"
+        return "another rank has failed; see its message, or that of the launcher"
     if "Timed out waiting" in text:
-        return f"another rank has not answered within --ddp_timeout: it hangs, or is very slow ({text})"
+        return f"another rank did not respond within --ddp_timeout; it hangs or is very slow ({text})"
     return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Train with command-line flags and return the exit code."""
     configure_logging()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the dataloader workers run in parallel instead
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # dataloader workers run in parallel
     tokens = list(sys.argv[1:] if argv is None else argv)
     if "--help" in tokens or "-h" in tokens:
         build_parser().print_help()
         return 0
     stop_with_launcher()
-    # Python runs the last registered function first, so this comes before it waits for the workers.
+    # Functions registered last run first: this one runs before Python waits for the workers.
     atexit.register(kill_workers)
     try:
         stopped_by = train(parse_arguments(tokens))
     except M3LLMError as error:
-        # The ranks of a machine find the same faults of flags and model; a bad record is met by one of them.
+        # All ranks of a node find the same problems of flags and model, but only one meets a bad record.
         if distributed.local_rank() == 0 or isinstance(error, DataError | TrainingError):
             logger.error("%s", error)
         return error.exit_code
@@ -248,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s", explanation)
         return 1
     except KeyboardInterrupt:
-        logger.error("interrupted before the first step; there is nothing to save")
+        logger.error("interrupted before the first step; no checkpoint was saved")
         return exit_code(signal.SIGINT)
     return report_stop(stopped_by) if stopped_by else 0
 

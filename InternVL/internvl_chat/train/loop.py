@@ -1,8 +1,8 @@
 """The training loop.
 
-A step uses the records that the sampler names, whatever the number of ranks: each rank runs its packs forward
-and backward, gradients are reduced once, and the loss is one weighted sum over all supervised tokens of the
-step divided by the sum of their weights (see `model.loss`).
+The sampler determines the records of a step, independent of the number of ranks. Each rank runs its packs
+forward and backward, and gradients are reduced once. The loss is the weighted mean over all supervised tokens
+of the step (see `model.loss`).
 """
 
 import itertools
@@ -45,26 +45,26 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Compiled blocks take rows whose lengths share a divisor without being compiled again.
+# Row lengths that are multiples of this number need no recompilation of compiled blocks.
 _COMPILED_MULTIPLE = 128
 
 
 @dataclass
 class TrainingLoop:
-    """Trains a model from a state to the end of the run.
+    """Trains a model from the given state to the end of the run.
 
     Attributes:
         run: the resolved flags.
-        strategy: model, optimizer and schedule in their parallel layout.
+        strategy: the parallel layout, with model, optimizer and scheduler.
         data: the training records.
-        sampler: the records of each step.
+        sampler: the order of the records and their packs.
         normalization: pixel statistics of the tiles.
-        flop_counter: FLOPs of a pack.
+        flop_counter: counts the FLOPs of a pack.
         checkpointer: writes the checkpoints.
-        trackers: W&B and the like.
-        state: where training starts; updated by each step.
-        validation: what to validate on, if anything.
-        stop: the signals that ask the run to stop.
+        trackers: experiment trackers such as W&B.
+        state: initial progress; updated after each step.
+        validation: the validation data; None without validation.
+        stop: records stop signals.
     """
 
     run: RunConfig
@@ -82,87 +82,94 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         run = self.run
         self.packs = PackDataset(self.data, multiple=_COMPILED_MULTIPLE if run.compile_blocks else 1)
-        self.loader = StepDataLoader(self.packs, self.sampler, run.loader_options)
+        self.dataloader = StepDataLoader(self.packs, self.sampler, run.dataloader_options)
         self.total_steps = run.count_steps(len(self.sampler))
         self.run_log, self.nan_guard = RunLog(Path(run.output_dir)), NanGuard(run.max_bad_steps)
         self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
-        self.stops = False  # agreed on by all ranks
-        self._step_began = time.perf_counter()
+        self.should_stop = False  # the same on all ranks
+        self._step_start = time.perf_counter()
 
     # ---- the run
 
     def train(self) -> signal.Signals | None:
-        """Train to the last step; returns the signal that stopped the run before it, if one did."""
+        """Train to the last step; return the signal that stopped the run early, if any."""
         first = self.state.step + 1
         self._open_ledger()
-        console = Console(self.total_steps, first_step=first, show_bar=self._show_bar())
+        show_bar = self.run.is_main and not self.run.disable_tqdm
+        console = Console(self.total_steps, first_step=first, show_bar=show_bar)
         with self.checkpointer, self.watchdog:
-            batches = self.loader.steps(first, self.total_steps)
+            batches = self.dataloader.steps(first, self.total_steps)
             if self.run.eval_on_start and first == 1:
                 self.validate()
-            # Wherever rank 0 may take long, the others wait here, with the long timeout, and not in the step.
+            # After slow work on rank 0, wait in a barrier, which has a long timeout, rather than in the step.
             distributed.barrier()
-            self._step_began = time.perf_counter()
+            self._step_start = time.perf_counter()
             for step in range(first, self.total_steps + 1):
                 self.watchdog.note(f"waiting for the records of step {step}")
                 packs = next(batches)
                 record = self.train_step(step, packs)
                 self.state.step, self.state.epoch = step, step / len(self.sampler)
-                rank_0_worked = self._log(record, console)
-                if not self.stops and self._is_due("eval"):
+                needs_barrier = self._log(record, console)
+                if not self.should_stop and self._is_due("eval"):
                     self.validate()
-                    rank_0_worked = True
-                is_last = self.stops or step == self.total_steps
-                rank_0_worked |= self._save(required=is_last, saving=record.sums.saving)
-                if self.stops:
+                    needs_barrier = True
+                is_last = self.should_stop or step == self.total_steps
+                needs_barrier |= self._save(required=is_last, saving=record.sums.saving)
+                if self.should_stop:
                     break
-                if rank_0_worked:
+                if needs_barrier:
                     self.watchdog.note(f"waiting for rank 0 after step {step}")
                     distributed.barrier()
         console.close()
-        return self._stopped_by() if self.state.step < self.total_steps and not self._ends_early() else None
+        if self.state.step == self.total_steps or self._is_out_of_patience():
+            return None
+        signals = distributed.all_gather_object(self.stop.signal)
+        return next((number for number in signals if number is not None), None)
 
     def train_step(self, step: int, packs: Sequence[Pack]) -> StepRecord:
         """Run one optimizer step over this rank's packs."""
         names = ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)
         self.watchdog.note(f"in step {step}, records {names}")
-        # Dropout depends on the step and the rank alone, so a resumed run needs no random state.
-        torch.manual_seed(_seed(self.run.seed, step, self.run.rank))
+        # Seed dropout by step and rank, so that a resumed run needs no random state.
+        seed = np.random.SeedSequence((self.run.seed, step, self.run.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
         self.strategy.wrapped.train()
         learning_rate = self.strategy.optimizer.param_groups[0]["lr"]
         weights = [self._record_weights(pack) for pack in packs]
         sums = self._sums(packs, weights)
-        skipped = self._count_skipped(packs) if sums.skipped else ()
-        # Where every record of a step is skipped, all sums are zero.
-        weight = sums.weight or 1.0
-        # Gradients are averaged over the ranks, hence the factor.
-        weighted_sum = self.forward_backward(packs, weights, self.run.world_size / weight)
-        loss = distributed.all_reduce_sum(weighted_sum.reshape(1).cpu(), in_step=True).item() / weight
+        skipped = self._gather_skipped(packs) if sums.skipped else ()
+        # The sum is zero if every record of the step is skipped.
+        total_weight = sums.weight or 1.0
+        # The factor `world_size` undoes the averaging of the gradients over ranks.
+        weighted_sum = self.forward_backward(packs, weights, self.run.world_size / total_weight)
+        loss = distributed.all_reduce_sum(weighted_sum.reshape(1).cpu(), in_step=True).item() / total_weight
         self.checkpointer.before_optimizer_step()
         norm = self.strategy.clip_gradients(self.run.max_grad_norm)
         skipped_because = self.nan_guard.check(
             step, loss, norm, sums.supervised_tokens, lambda: self._records_of(step)
         )
         if skipped_because and self.strategy.name == "deepspeed":
-            raise TrainingError("DeepSpeed has already used the gradients; resume from the last checkpoint")
+            raise TrainingError(
+                "DeepSpeed has already applied the gradients; resume from the last checkpoint"
+            )
         if not skipped_because:
             self.strategy.optimizer_step()
         self.strategy.scheduler_step()
         self.strategy.zero_grad()
-        self.stops = self.stops or sums.asked_to_stop
+        self.should_stop = self.should_stop or sums.stop_requested > 0
         self.state.total_flops += sums.flops
         return StepRecord(loss, learning_rate, norm, sums, skipped, skipped_because)
 
     def forward_backward(
         self, packs: Sequence[Pack], weights: Sequence[torch.Tensor], scale: float, *, sync: bool = True
     ) -> torch.Tensor:
-        """Run packs forward and backward; returns the weighted sum of their token losses.
+        """Run packs forward and backward; return the weighted sum of their token losses.
 
         Args:
-            packs: of this rank.
-            weights: (R,) of each pack, the weight of a token of each record in the loss.
-            scale: factor on the loss.
-            sync: whether gradients are reduced over the ranks after the last pack.
+            packs: packs of this rank.
+            weights: (R,) per pack, the loss weight of each record's tokens.
+            scale: factor on the loss in the backward pass.
+            sync: reduce gradients across ranks after the last pack.
         """
         device = self.run.device
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -181,11 +188,11 @@ class TrainingLoop:
         return total
 
     def dry_run(self, memory: MemoryPlan, grad_checkpoint: str) -> None:
-        """Run the largest pack before training; checkpoint more layers where memory runs out (`run_dry_run`).
+        """Run the largest pack before training; see `run_dry_run`.
 
         Raises:
-            DataError: one of its records cannot be used.
-            TrainingError: it does not fit.
+            DataError: a record of the pack cannot be used.
+            TrainingError: the pack does not fit into memory.
         """
         run_dry_run(
             memory,
@@ -203,70 +210,67 @@ class TrainingLoop:
         if isinstance(pack, Exception):
             raise pack
         device = self.run.device
-        # With several packs in a step, a pack runs while the gradients of the one before are in memory.
+        # With several packs per step, a pack runs while the gradients of the previous one are in memory.
         packs = [pack] * (2 if memory.several_packs else 1)
         weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
         self.strategy.wrapped.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             try:
-                # Where weights are sharded, only reduced gradients are freed by `zero_grad`.
+                # With sharded weights, `zero_grad` frees only reduced gradients.
                 self.forward_backward(packs, weights, 1.0, sync=self.strategy.shards_weights)
             finally:
                 self.strategy.zero_grad()
 
     def validate(self) -> None:
-        """Validate, report the metrics, and note whether they are the best so far."""
-        began, state = time.perf_counter(), self.state
+        """Validate, report the metrics, and update the best metric."""
+        start, state = time.perf_counter(), self.state
         self.watchdog.note(f"validating after step {state.step}")
         validation = self.validation
-        loader = self.run.loader_options.build(validation.packs, validation.sampler, persistent_workers=False)
-        # A rank that leaves a sharded model alone would make the others wait for it.
+        dataloader = self.run.dataloader_options.build(
+            validation.packs, validation.sampler, persistent_workers=False
+        )
+        # With sharded weights, all ranks must run the same forward passes.
         may_leave = not self.strategy.shards_weights
-        # Blocks that are compiled for training would be compiled again.
+        # Avoid a recompilation of the blocks that are compiled for training.
         eager = torch.compiler.set_stance("force_eager") if self.run.compile_blocks else nullcontext()
         with eager:
             result = validation.run(
-                self.strategy.model, loader, lambda: may_leave and self.stop.signal is not None
+                self.strategy.model, dataloader, lambda: may_leave and self.stop.signal is not None
             )
         if result is None:
-            logger.warning("step %d: the validation was not finished", state.step)
-            self.stops = True
+            logger.warning("step %d: validation interrupted", state.step)
+            self.should_stop = True
             return
-        metrics, seconds = result.metrics(), time.perf_counter() - began
+        metrics, seconds = result.metrics(), time.perf_counter() - start
         if self.run.is_main:
             row = {"step": state.step, "epoch": round(state.epoch, 6), "seconds": round(seconds, 4)}
             self.run_log.append_validation(row | result.row())
             self.trackers.log({f"eval/{k.removeprefix('eval_')}": v for k, v in metrics.items()}, state.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: validation in %.0f s: %s", state.step, seconds, shown)
-        if self.run.keeps_best and state.step:
-            self._note_best(metrics)
-        self._step_began = time.perf_counter()
+        if self.run.tracks_best and state.step:
+            self._update_best(metrics)
+        self._step_start = time.perf_counter()
 
     # ---- parts of a step
 
     def _record_weights(self, pack: Pack) -> torch.Tensor:
-        """Return the weight of each record's tokens in the loss, 0 for a dummy sample; (R,)."""
+        """Return the loss weight of each record's tokens, 0 for dummy samples: (R,)."""
         weights = [token_weight(n, self.run.loss_reduction) for n in pack.supervised.tolist()]
         return torch.tensor(weights, dtype=torch.float64) * pack.counts
 
     def _sums(self, packs: Sequence[Pack], weights: Sequence[torch.Tensor]) -> StepSums:
-        """Sum over the ranks what the step consists of, and what each rank has to tell the others."""
+        """Return the sums of a step over all ranks."""
         flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
-        own = StepSums.of_rank(
-            packs,
-            weights,
-            flops,
-            asked_to_stop=self.stop.signal is not None,
-            saving=self.checkpointer.busy,
-        )
-        return own.all_reduce()
+        stop_requested, saving = self.stop.signal is not None, self.checkpointer.busy
+        sums = StepSums.from_packs(packs, weights, flops, stop_requested=stop_requested, saving=saving)
+        return sums.all_reduce()
 
     def _vision_features(self, packs: Sequence[Pack]) -> Sequence[torch.Tensor] | None:
-        """Run a frozen vision tower over the tiles of all packs at once; None if it runs with each pack.
+        """Run a frozen vision tower once over the tiles of all packs.
 
-        It runs with each pack if it is trained, or if weights are sharded: then modules run only inside the
-        model's own forward pass.
+        Returns None if the tower must run with each pack: because it is trained, or because weights are
+        sharded and modules can only run inside the model's forward pass.
         """
         model = self.strategy.model
         if not model.vision_is_frozen or model.always_run_vision:
@@ -275,14 +279,14 @@ class TrainingLoop:
         features = tile_features(model, tiles, self.normalization)
         return features.split([len(pack.tiles) for pack in packs])
 
-    def _count_skipped(self, packs: Sequence[Pack]) -> tuple[SkippedRecord, ...]:
-        """Return the records of a step that turned out to be unusable, on all ranks.
+    def _gather_skipped(self, packs: Sequence[Pack]) -> tuple[SkippedRecord, ...]:
+        """Return the skipped records of a step on all ranks, and count them.
 
         Raises:
-            DataError: with those of earlier steps they are too many.
+            DataError: too many records have been skipped.
         """
-        own = [record for pack in packs for record in pack.skipped]
-        gathered = distributed.all_gather_object(own, in_step=True)
+        local = [record for pack in packs for record in pack.skipped]
+        gathered = distributed.all_gather_object(local, in_step=True)
         skipped = tuple(itertools.chain.from_iterable(gathered))
         self.skip_budget.add(skipped)
         return skipped
@@ -302,9 +306,9 @@ class TrainingLoop:
             self.run_log.write_excluded([record._asdict() for record in self.data.excluded])
 
     def _log(self, record: StepRecord, console: Console) -> bool:
-        """Write the step's lines and report it where it is due; return whether rank 0 calls trackers."""
+        """Write the lines of a step and report it if due; return whether rank 0 calls the trackers."""
         now, step = time.perf_counter(), self.state.step
-        seconds, self._step_began = now - self._step_began, now
+        seconds, self._step_start = now - self._step_start, now
         is_due = self._is_due("logging") or (step == 1 and self.run.logging_first_step)
         calls_trackers = is_due and bool(self.run.report_to)
         if not self.run.is_main:
@@ -320,32 +324,34 @@ class TrainingLoop:
         )
         epoch, _ = self.sampler.position_of(step)
         self.run_log.write(row, ledger_row(record, step=step, epoch=epoch, records=self._records_of(step)))
-        shown = console.step(row, due=is_due)
-        if shown is not None:
-            self.trackers.log({f"train/{name}": value for name, value in shown.items()}, step)
+        averages = console.step(row, due=is_due)
+        if averages is not None:
+            self.trackers.log({f"train/{name}": value for name, value in averages.items()}, step)
         return calls_trackers
 
-    def _is_due(self, what: str) -> bool:
-        """Return whether logging, validation (`eval`) or a checkpoint (`save`) is due after this step."""
+    def _is_due(self, action: str) -> bool:
+        """Return whether an action (`logging`, `eval` or `save`) is due after this step."""
         run, step = self.run, self.state.step
-        strategy, every = getattr(run, f"{what}_strategy"), getattr(run, f"{what}_steps")
-        if what == "eval" and run.eval_delay > (step if strategy == "steps" else self.state.epoch):
+        strategy, interval = getattr(run, f"{action}_strategy"), getattr(run, f"{action}_steps")
+        if action == "eval" and run.eval_delay > (step if strategy == "steps" else self.state.epoch):
             return False
         if strategy == "epoch":
             return step % len(self.sampler) == 0
         if strategy != "steps":
             return False
-        # Below 1 it is a share of all steps. The last step is validated and saved too.
-        every = max(1, round(every if every >= 1 else every * self.total_steps))
-        return step % every == 0 or (step == self.total_steps and what != "logging")
+        # Intervals below 1 are fractions of all steps. The last step is always validated and saved.
+        interval = max(1, round(interval if interval >= 1 else interval * self.total_steps))
+        return step % interval == 0 or (step == self.total_steps and action != "logging")
 
     def _save(self, *, required: bool, saving: int) -> bool:
-        """Write a checkpoint if one is due, and return whether one is; the same on all ranks.
+        """Save a checkpoint if due and return whether it was saved; the same on all ranks.
 
-        One that is not required is skipped while another is written.
+        Args:
+            required: save even if `saving`, waiting for the previous save to finish.
+            saving: number of ranks on which the previous save is still running.
         """
-        is_best = self.run.keeps_best and self.state.best_step == self.state.step
-        is_stopped = self.stops and not self._ends_early()
+        is_best = self.run.tracks_best and self.state.best_step == self.state.step
+        is_stopped = self.should_stop and not self._is_out_of_patience()
         if not (self._is_due("save") or is_best or is_stopped):
             return False
         if saving and not (required or is_best):
@@ -359,8 +365,8 @@ class TrainingLoop:
         self.checkpointer.save(self.state)
         return True
 
-    def _note_best(self, metrics: dict[str, float]) -> None:
-        """Compare with the best validation so far; stop early after too many without a new best."""
+    def _update_best(self, metrics: dict[str, float]) -> None:
+        """Update the best metric; stop early after `early_stopping_patience` validations without progress."""
         name = f"eval_{self.run.metric_for_best_model.removeprefix('eval_')}"
         value, best = metrics[name], self.state.best_metric
         if best is None or (value > best if self.run.greater_is_better else value < best):
@@ -368,26 +374,13 @@ class TrainingLoop:
             self.state.evals_without_improvement = 0
             return
         self.state.evals_without_improvement += 1
-        if self._ends_early():
+        if self._is_out_of_patience():
             logger.info(
-                "step %d: %s has not improved for %d validations; training ends early",
+                "step %d: early stopping: %s has not improved for %d validations",
                 self.state.step, name, self.state.evals_without_improvement,
             )  # fmt: skip
-            self.stops = True
+            self.should_stop = True
 
-    def _ends_early(self) -> bool:
+    def _is_out_of_patience(self) -> bool:
         patience = self.run.early_stopping_patience
         return 0 < patience <= self.state.evals_without_improvement
-
-    def _stopped_by(self) -> signal.Signals | None:
-        """Return the signal that one of the ranks received."""
-        received = distributed.all_gather_object(self.stop.signal)
-        return next((one for one in received if one is not None), None)
-
-    def _show_bar(self) -> bool:
-        return self.run.is_main and not self.run.disable_tqdm
-
-
-def _seed(*numbers: int) -> int:
-    """Return a seed that mixes several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""Model card of a finished run: its data, recipe, training and validation."""
+"""Write the model card of a finished run: data, recipe, training and validation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,18 @@ def write_model_card(
     parameters: tuple[int, int],
     validation: Mapping[str, float],
 ) -> None:
-    """Write `README.md` into the folder of a finished run, unless the user has one there.
+    """Write `README.md` into the output folder, unless the user has put one there.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         data: the training data.
-        eval_data: the validation data, if any.
-        parameters: of the model, all and trained.
-        validation: of `read_validation`; empty without validation.
+        eval_data: the validation data; None without validation.
+        parameters: numbers of all and of trained parameters of the model.
+        validation: metrics from `read_validation`; empty without validation.
     """
     folder = Path(config.run.output_dir)
     if not may_write_card(folder):
-        logger.warning("%s: is not of an earlier run, so no model card is written", folder / CARD)
+        logger.warning("%s: was not written by a run, so it is not replaced by a model card", folder / CARD)
         return
     paths = _base_paths(config)
     card = render_card(
@@ -51,27 +51,28 @@ def write_model_card(
         base_licence(paths),
         adapters=bool(config.model.use_llm_lora or config.model.use_backbone_lora),
         sections={
-            "Data": _data(data),
+            "Data": _data_section(data),
             "Recipe": markdown_table(("setting", "value"), _recipe(config, parameters).items()),
-            "Training": markdown_table(("", ""), _course(config, _read_steps(folder / METRICS)).items()),
-            "Validation": _validation(eval_data, validation),
+            "Training": markdown_table(("", ""), _training(config, _read_steps(folder / METRICS)).items()),
+            "Validation": _validation_section(eval_data, validation),
         },
     )
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of a model's parameters, all and trained, also if DeepSpeed has sharded them."""
+    """Return the numbers of all and of trained parameters of a model."""
+    # ZeRO-3 replaces sharded parameters by empty tensors and stores their size in `ds_numel`.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def read_validation(file: Path, step: int | None) -> dict[str, float]:
-    """Return the metrics of the validation after a step, or of the last one; empty without one.
+    """Return the validation metrics after a step; empty if there was no validation.
 
     Args:
         file: `validation.jsonl` of the run.
-        step: of the saved model; None for the newest.
+        step: step of the saved model; None for the last validation.
     """
     rows = [row for row in _read_steps(file) if step in (None, row["step"])]
     parts = {"all": rows[-1]} | rows[-1]["sets"] if rows else {}
@@ -84,29 +85,29 @@ def read_validation(file: Path, step: int | None) -> dict[str, float]:
 
 
 def _base_paths(config: TrainConfig) -> list[str]:
-    """Return the model that the run started from, or the parts that it was assembled from."""
+    """Return the path of the initial model, or the paths of the parts it was assembled from."""
     model = config.model
     if model.model_name_or_path is None:
         return [model.vision_path, model.llm_path]
-    start = Path(model.model_name_or_path)
-    if is_adapter(start):
-        return [model.base_model_path or read_base(start).path]
+    folder = Path(model.model_name_or_path)
+    if is_adapter(folder):
+        return [model.base_model_path or read_base(folder).path]
     return [model.model_name_or_path]
 
 
-def _data(data: TrainingData) -> str:
+def _data_section(data: TrainingData) -> str:
     rows = [
         (records.spec.name, f"{size:,}", records.encoder.preprocessing.max_dynamic_patch,
          records.spec.annotation.name, f"`{digest}`")
         for records, size, digest in zip(data.sets, data.sizes, data.digests, strict=True)
     ]  # fmt: skip
-    header = ("data set", "records an epoch", "most tiles", "file", "SHA-256 of the file")
+    header = ("dataset", "records per epoch", "maximum tiles", "file", "SHA-256 of the file")
     excluded = f"\n\n{len(data.excluded):,} unusable records were excluded." * bool(data.excluded)
     return markdown_table(header, rows) + excluded
 
 
 def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:
-    """Return the settings of a run, none of which can hold a secret."""
+    """Return the settings of a run; none of them holds a secret."""
     run = config.run
     length = {"max_steps": run.max_steps} if run.max_steps > 0 else {"epochs": run.num_train_epochs}
     return {
@@ -117,15 +118,15 @@ def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _course(config: TrainConfig, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _training(config: TrainConfig, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return hardware, duration, final loss and software of the run."""
     run = config.run
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    course: dict[str, Any] = {"hardware at the end": f"{run.world_size} x {device}"}
+    rows: dict[str, Any] = {"hardware at the end": f"{run.world_size} x {device}"}
     if steps:
         seconds = sum(step.get("seconds") or 0 for step in steps)
         losses = [step["loss"] for step in steps if step.get("loss") is not None]
-        course |= {
+        rows |= {
             "steps": f"{steps[-1]['step']:,}",
             "records": f"{sum(step.get('records') or 0 for step in steps):,}",
             "tokens": f"{sum(step.get('tokens') or 0 for step in steps):,}",
@@ -133,16 +134,16 @@ def _course(config: TrainConfig, steps: Sequence[Mapping[str, Any]]) -> dict[str
         }
         if losses:
             last = losses[-max(1, len(losses) // 10) :]
-            course[f"loss, mean of the last {len(last)} step(s)"] = f"{sum(last) / len(last):.4f}"
-    software = {"m3llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return course | {"software": ", ".join(f"{name} {number}" for name, number in software.items())}
+            rows[f"loss, mean of the last {len(last)} step(s)"] = f"{sum(last) / len(last):.4f}"
+    software = f"m3llm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return rows | {"software": software}
 
 
-def _validation(eval_data: TrainingData | None, metrics: Mapping[str, float]) -> str:
+def _validation_section(eval_data: TrainingData | None, metrics: Mapping[str, float]) -> str:
     if eval_data is None or not metrics:
         return "There was no validation during training."
     table = markdown_table(("metric", ""), [(key, f"{value:.4g}") for key, value in metrics.items()])
-    return f"{_data(eval_data)}\n\n{table}"
+    return f"{_data_section(eval_data)}\n\n{table}"
 
 
 def _read_steps(file: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Setup of a run: model, tokenizer, preprocessing, data and the order of the records."""
+"""Build the parts of a run: model, tokenizer, preprocessing, data, sampler and parallel strategy."""
 
 import copy
 import dataclasses
@@ -19,9 +19,7 @@ from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.data.sources.skip_policy import (
-    ExcludedRecord,
-)
+from internvl_chat.data.sources.skip_policy import ExcludedRecord
 from internvl_chat.model.assemble import assemble_model, assembled_config
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.flops import FlopCounter
@@ -33,7 +31,7 @@ from internvl_chat.train.checks import RunPlan, apply_flags
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy, resolve_deepspeed
 from internvl_chat.train.distributed.fsdp import FSDPStrategy
-from internvl_chat.train.distributed.strategy import ReplicatedStrategy, Strategy
+from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.train.optim.factory import make_optimizer, make_scheduler
 from internvl_chat.train.preflight.memory import MemoryPlan
 from internvl_chat.train.validation import Validation
@@ -43,14 +41,14 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Records that the log names; the ledger names all.
-_NAMED = 20
+# Maximum number of excluded records that are logged; the ledger lists all.
+_MAX_LOGGED = 20
 # Validation records that a rank loads at a time.
 _EVAL_RECORDS = 32
 
 
-def base_of_adapters(plan: RunPlan) -> str | None:
-    """Return where the base of a checkpoint's adapters is now, if the flags say so."""
+def adapter_base(plan: RunPlan) -> str | None:
+    """Return the folder of the adapters' base model; None to use the path stored with the adapters."""
     model = plan.config.model
     if model.base_model_path or plan.output.resume is None:
         return model.base_model_path
@@ -59,10 +57,7 @@ def base_of_adapters(plan: RunPlan) -> str | None:
 
 
 def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
-    """Load the model and tokenizer, apply the flags, and add adapters where asked.
-
-    `set_trainable` decides afterwards what is trained.
-    """
+    """Load the model and tokenizer, apply the flags, and add adapters."""
     config, dtype = plan.config, plan.config.run.dtype
     tokenizer, added = load_tokenizer(plan.source)
     context = image_context_id(tokenizer)
@@ -80,7 +75,7 @@ def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedToken
     else:
         model = load_model(
             plan.source,
-            base=base_of_adapters(plan),
+            base=adapter_base(plan),
             image_context_id=context,
             dtype=dtype,
             attn=plan.attn,
@@ -96,7 +91,7 @@ def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedToken
 def prepare_model(
     model: InternVLChatModel, config: TrainConfig, specs: Sequence[DatasetSpec]
 ) -> Preprocessing:
-    """Apply the flags to a loaded model, add adapters where asked, and return its preprocessing."""
+    """Apply the flags to a loaded model, add adapters, and return its preprocessing."""
     if model.config.image_size != config.data.force_image_size:
         model.vision_model.resize_positions(config.data.force_image_size)
     apply_flags(model.config, config)
@@ -116,12 +111,12 @@ def prepare_model(
 def plan_preprocessing(
     model_config: InternVLChatConfig, config: TrainConfig, specs: Sequence[DatasetSpec]
 ) -> Preprocessing:
-    """Return the preprocessing of a model's inputs; needs none of its weights.
+    """Return the preprocessing of a model's inputs.
 
     Args:
-        model_config: of the model; it stays as it is.
+        model_config: configuration of the model.
         config: the resolved flags.
-        specs: the data sets; the largest of their tile limits becomes the model's own.
+        specs: the datasets; their largest tile limit becomes the limit of the model.
     """
     model_config = copy.deepcopy(model_config)
     apply_flags(model_config, config)
@@ -137,7 +132,7 @@ def plan_preprocessing(
 
 
 def load_encoder(plan: RunPlan) -> RecordEncoder:
-    """Return the encoder of a run's records, with the tile limit of the flags; no weights are read."""
+    """Return the encoder of a run's records, with the tile limit of the flags; read no weights."""
     config = plan.config
     if config.model.model_name_or_path is None and plan.output.resume is None:
         folders = model_folder(config.model.vision_path), model_folder(config.model.llm_path)
@@ -157,23 +152,23 @@ def load_records(
     *,
     resumed_exclusions: Sequence[tuple[str, int]] | None = None,
 ) -> TrainingData:
-    """Open the data sets, and check every record before it is used.
+    """Open the datasets and check every record.
 
     Args:
         config: the resolved flags.
-        specs: the data sets.
-        encoder: of `load_encoder`.
-        resumed_exclusions: records (data set and index) that the resumed run excluded at its start. They are
-            excluded again, even if they were repaired since, so that the order stays the same.
+        specs: the datasets.
+        encoder: encoder from `load_encoder`.
+        resumed_exclusions: dataset and index of the records that were excluded when the resumed run started.
+            They are excluded again, even if they have been repaired, so that the order stays the same.
 
     Raises:
-        DataError: names the unusable records, unless they are to be excluded.
+        DataError: lists the unusable records, unless they are excluded.
     """
     sets = build_sets(specs, encoder)
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
     if len(set(limits.values())) > 1:
-        logger.warning("tile limits differ (%s); the model's own becomes the largest", limits)
-    lengths, excluded, digests = _check_once(sets, config)
+        logger.warning("tile limits differ (%s); the checkpoint stores the largest", limits)
+    lengths, excluded, digests = _check_on_rank_0(sets, config)
     if resumed_exclusions is not None:
         excluded = [
             ExcludedRecord(name, index, "excluded since the start of this run")
@@ -189,25 +184,25 @@ def load_records(
         digests=digests,
     )
     rows = [
-        f"  {s.spec.name}: {len(s)} records, {size} an epoch, at most {limits[s.spec.name]} tiles each"
+        f"  {s.spec.name}: {len(s)} records, {size} per epoch, at most {limits[s.spec.name]} tiles each"
         for s, size in zip(sets, data.sizes, strict=True)
     ]
-    logger.info("data: %d records an epoch\n%s", len(data), "\n".join(rows))
+    logger.info("data: %d records per epoch\n%s", len(data), "\n".join(rows))
     if excluded:
         logger.warning(
-            "%d records are excluded; ledger.jsonl names all of them:\n%s",
-            len(excluded), "\n".join(f"  {one.message}" for one in excluded[:_NAMED]),
+            "%d records are excluded; ledger.jsonl lists all of them:\n%s",
+            len(excluded), "\n".join(f"  {record.message}" for record in excluded[:_MAX_LOGGED]),
         )  # fmt: skip
     return data
 
 
-def order_records(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> StepSampler:
-    """Return the records of each step and their packs.
+def build_sampler(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> StepSampler:
+    """Return the sampler of the records of each step and their packs.
 
     Args:
         config: the resolved flags.
-        data: of `load_records`.
-        flops: the cost of a record, by which the ranks are balanced.
+        data: the training records.
+        flops: cost of a record, by which the ranks are balanced.
     """
     run = config.run
     return StepSampler(
@@ -232,8 +227,8 @@ def _planner(run: RunConfig, data: TrainingData, flops: FlopCounter) -> StepPlan
     )
 
 
-def plan_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
-    """Balance the validation records across ranks; see `order_records`."""
+def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
+    """Balance the validation records across ranks; see `build_sampler`."""
     run = config.run
     sampler = StepSampler(
         data.sizes,
@@ -246,11 +241,11 @@ def plan_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter)
     return Validation(data, sampler, run.loss_reduction, run.eval_generate, normalization)
 
 
-def _check_once(
+def _check_on_rank_0(
     sets: Sequence[RecordSet], config: TrainConfig
 ) -> tuple[list[Lengths], list[ExcludedRecord], list[str]]:
-    """Check the records on rank 0 and broadcast the outcome."""
-    found, problem = None, "rank 0 could not check the records; see its own message"
+    """Check the records on rank 0 and broadcast lengths, excluded records and digests."""
+    result, problem = None, "rank 0 failed to check the records; see its message"
     try:
         if config.run.is_main:
             lengths, excluded = check_before_training(
@@ -259,25 +254,25 @@ def _check_once(
                 on_bad_record=config.data.on_bad_record,
                 max_bad_fraction=config.data.max_bad_fraction,
             )
-            found, problem = (lengths, excluded, [records.digest() for records in sets]), None
+            result, problem = (lengths, excluded, [records.digest() for records in sets]), None
     except DataError as error:
         problem = str(error)
     finally:
-        # Whatever happens on rank 0, the others must not wait for it.
-        found, problem = distributed.broadcast_object((found, problem))
+        # Broadcast after any exception, or the other ranks would wait.
+        result, problem = distributed.broadcast_object((result, problem))
     if problem:
         raise DataError(problem)
-    return found
+    return result
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:
-    """Put a model into the parallel layout that was planned, with its optimizer and schedule.
+    """Put a model into its planned parallel layout and build optimizer and scheduler.
 
     Args:
         config: the resolved flags.
-        memory: the plan.
-        model: with its trained parameters chosen.
-        steps: optimizer steps of the run.
+        memory: the memory plan, which has the layout.
+        model: model whose trainable parameters have been chosen.
+        steps: number of optimizer steps of the run.
     """
     run = config.run
     optimizer, scheduler = partial(make_optimizer, run), partial(make_scheduler, run, total_steps=steps)
@@ -287,4 +282,4 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
     if memory.parallel == "fsdp":
         return FSDPStrategy(model, optimizer, scheduler, run.device)
     model.to(run.device)
-    return ReplicatedStrategy(model, optimizer, scheduler, run.device, bucket_cap_mb=run.ddp_bucket_cap_mb)
+    return Strategy(model, optimizer, scheduler, run.device, bucket_cap_mb=run.ddp_bucket_cap_mb)

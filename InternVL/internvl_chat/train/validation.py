@@ -1,6 +1,6 @@
-"""Validation while training: losses on the validation sets, and how generated answers agree with references.
+"""Validate during training: losses, and agreement of generated answers with the references.
 
-It changes nothing that training depends on: no weight, no random state, no position in the data.
+Validation does not affect training: it changes no weights, no random state and no position in the data.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError
 
-_LONGEST_ANSWER = 256
+_MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """Metrics of one data set, or of all.
+    """Metrics of one dataset, or of all.
 
     Attributes:
-        records: whose loss was computed.
-        tokens: their supervised tokens.
-        loss: weighted as in training (`--loss_reduction`); None without records.
+        records: number of records.
+        tokens: number of supervised tokens.
+        loss: loss, weighted as in training (`--loss_reduction`); None without records.
         em: percentage of generated answers that match exactly; None if none was generated.
-        rougeL: mean ROUGE-L F1 of the generated answers, in percent.
-        generated: number of answers.
+        rougeL: mean ROUGE-L F1 of the generated answers in percent; None if none was generated.
+        generated: number of generated answers.
     """
 
     records: int
@@ -50,16 +50,16 @@ class EvalMetrics:
 
     @classmethod
     def from_sums(cls, sums: Sequence[float]) -> "EvalMetrics":
-        """Return the metrics of sums over the records of a set on all ranks."""
+        """Return the metrics, given the sums of `Validation.run`."""
         weighted, weights, records, tokens, matches, rouges, generated = sums
         means = (100 * total / generated if generated else None for total in (matches, rouges))
         loss = weighted / weights if weights else None
         return cls(int(records), int(tokens), loss, *means, int(generated))
 
-    def measured(self) -> dict[str, float]:
-        """Return the metrics that can choose the best model."""
-        found = {name: getattr(self, name) for name in ("loss", "em", "rougeL")}
-        return {name: value for name, value in found.items() if value is not None}
+    def values(self) -> dict[str, float]:
+        """Return the metrics that were measured."""
+        values = {name: getattr(self, name) for name in ("loss", "em", "rougeL")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -67,34 +67,35 @@ class EvalResult:
     """Result of a validation.
 
     Attributes:
-        overall: on all records; sets count by their records.
-        sets: on each set, by name.
+        overall: metrics over the records of all datasets.
+        sets: metrics of each dataset, by name.
     """
 
     overall: EvalMetrics
     sets: dict[str, EvalMetrics]
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics under the names of `metric_names`."""
-        found = {f"eval_{name}": value for name, value in self.overall.measured().items()}
-        for set_name, metrics in self.sets.items():
-            found |= {f"eval_{set_name}_{name}": value for name, value in metrics.measured().items()}
-        return found
+        """Return the metrics by name; see `metric_names`."""
+        values = {f"eval_{name}": value for name, value in self.overall.values().items()}
+        for dataset, metrics in self.sets.items():
+            values |= {f"eval_{dataset}_{name}": value for name, value in metrics.values().items()}
+        return values
 
     def row(self) -> dict[str, Any]:
-        """Return the line of `validation.jsonl`."""
+        """Return the metrics as a line of `validation.jsonl`."""
         sets = {name: dataclasses.asdict(metrics) for name, metrics in self.sets.items()}
         return dataclasses.asdict(self.overall) | {"sets": sets}
 
 
-def metric_names(sets: Iterable[str], *, generate: bool) -> list[str]:
+def metric_names(datasets: Iterable[str], *, generate: bool) -> list[str]:
     """Return the names of the metrics that a validation measures."""
     kinds = ("loss", "em", "rougeL") if generate else ("loss",)
-    return [f"eval_{name}{kind}" for name in ("", *(f"{name}_" for name in sets)) for kind in kinds]
+    prefixes = ("", *(f"{name}_" for name in datasets))
+    return [f"eval_{prefix}{kind}" for prefix in prefixes for kind in kinds]
 
 
 def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
-    """Return data sets as they are validated on: every record unaugmented and once."""
+    """Return the datasets for validation: every record at most once, without augmentation."""
     return [
         dataclasses.replace(spec, data_augment=False, repeat_time=min(spec.repeat_time, 1)) for spec in specs
     ]
@@ -102,14 +103,15 @@ def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
 
 @dataclass
 class Validation:
-    """The validation records, and which of them this rank evaluates.
+    """The validation records and their packs on this rank.
 
     Attributes:
-        data: the records.
-        sampler: their packs.
-        reduction: what weighs the same, one of `LOSS_REDUCTIONS`.
-        generate: how many questions of each set are answered.
+        data: the validation records.
+        sampler: the packs of this rank.
+        reduction: weighting of the loss, one of `LOSS_REDUCTIONS`.
+        generate: number of answers to generate for each dataset.
         normalization: pixel statistics of the tiles.
+        packs: packs by sample indices, for the dataloader.
     """
 
     data: TrainingData
@@ -128,12 +130,12 @@ class Validation:
         batches: Iterable[Sequence[Pack | DataError]],
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> EvalResult | None:
-        """Validate a model; None if some rank was asked to stop. The model is left in evaluation mode.
+        """Validate a model and leave it in evaluation mode; return None if any rank was stopped.
 
         Args:
-            model: on its device.
-            batches: the packs of this rank, from `packs` by `sampler`.
-            is_stopped: whether this rank is asked to stop; called after each pack.
+            model: the model on its device.
+            batches: batches of this rank's packs, from a dataloader over `packs` and `sampler`.
+            is_stopped: returns whether to stop this rank; called after each pack and answer.
 
         Raises:
             DataError: a record cannot be used.
@@ -155,43 +157,42 @@ class Validation:
     def _add_losses(
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
     ) -> None:
-        """Add the weighted loss, weight, records and tokens of each record to the sums of its set."""
+        """Add the weighted loss, weight, records and tokens of each record to the sums of its dataset."""
         numbers = {records.spec.name: number for number, records in enumerate(self.data.sets)}
         for pack in packs:
             if isinstance(pack, DataError):
                 raise pack
             losses = pack_losses(model, pack, self.normalization)
-            for key, counts, found in zip(pack.keys, pack.counts.tolist(), losses, strict=True):
+            for key, counts, record_losses in zip(pack.keys, pack.counts.tolist(), losses, strict=True):
                 if counts:
-                    weight = token_weight(len(found), self.reduction)
-                    added = [weight * float(found.double().sum()), weight * len(found), 1, len(found)]
+                    tokens, total = len(record_losses), float(record_losses.double().sum())
+                    weight = token_weight(tokens, self.reduction)
+                    added = [weight * total, weight * tokens, 1, tokens]
                     sums[numbers[key.dataset], :4] += torch.tensor(added, dtype=torch.float64)
 
     def _add_answers(
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
     ) -> None:
-        """Add exact matches, ROUGE-L and the number of this rank's answers to the sums of their sets."""
-        own = distributed.shard(
-            [(number, index) for number in range(len(self.data.sets)) for index in self.asked(number)]
-        )
-        for number, group in itertools.groupby(own, key=lambda question: question[0]):
+        """Add exact match, ROUGE-L and the number of this rank's answers to the sums of their datasets."""
+        keys = [(number, i) for number in range(len(self.data.sets)) for i in self.generation_indices(number)]
+        for number, group in itertools.groupby(distributed.shard(keys), key=lambda key: key[0]):
             records = self.data.sets[number]
             engine = Engine(model, records.encoder.tokenizer, records.encoder.preprocessing)
             parsed = [(index, records.record(index)) for _, index in group]
-            asked = [last_question(record, records.images(index, record)) for index, record in parsed]
-            answers = engine.answer_each((prompt for prompt, _ in asked), max_new_tokens=_LONGEST_ANSWER)
+            questions = [last_question(record, records.images(index, record)) for index, record in parsed]
+            answers = engine.answer_each((prompt for prompt, _ in questions), max_new_tokens=_MAX_NEW_TOKENS)
             for position, answer in answers:
                 if is_stopped():
                     return
-                reference = asked[position][1]
+                reference = questions[position][1]
                 scores = [exact_match(answer, reference), rouge(answer, reference)["rougeL"], 1]
                 sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
 
-    def asked(self, number: int) -> list[int]:
-        """Return the records of a set whose last question is answered: always the same, evenly spaced."""
+    def generation_indices(self, number: int) -> list[int]:
+        """Return the records of dataset `number` whose last question is answered, evenly spaced."""
         indices = self.data.indices(number)
         if self.data.lengths is not None:
-            # With truncated text, the question alone may be too long.
+            # The question of a truncated record alone may be too long.
             indices = indices[self.data.lengths[number].tokens_truncated[indices] == 0]
-        wanted = min(self.generate, len(indices))
-        return indices[np.arange(wanted) * len(indices) // max(wanted, 1)].tolist()
+        count = min(self.generate, len(indices))
+        return indices[np.arange(count) * len(indices) // max(count, 1)].tolist()

@@ -1,4 +1,4 @@
-"""Large files that are hashed while they are written, and leave the page cache."""
+"""Write large files: hash them on the way and drop them from the page cache."""
 
 import hashlib
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Bytes between two syncs.
-_PIECE = 2**26
+_CHUNK = 2**26
 
-# Is called after each piece of work with the seconds that it took, and may rest.
+# Called after each chunk of work with its duration in seconds; may sleep to yield the CPU.
 Pause = Callable[[float], None]
 
 
 def no_pause(seconds: float) -> None:
-    """Do not rest."""
+    """Return immediately; the default, without throttling."""
 
 
 class FileEntry(NamedTuple):
@@ -26,14 +26,14 @@ class FileEntry(NamedTuple):
 
 
 class HashedFile:
-    """A new file that is hashed while it is written, as a context.
+    """Context manager that writes a new file and computes its SHA-256.
 
-    Its bytes are synced to the disk and leave the page cache piece by piece: gigabytes of dirty pages would
-    displace the training data and slow down every process.
+    Every chunk is synced to disk and dropped from the page cache: gigabytes of dirty pages would evict the
+    training data and slow down every process.
 
     Args:
-        path: of the file.
-        pause: may rest after each piece.
+        path: file to create.
+        pause: called after each chunk with the seconds since the previous call; may sleep.
     """
 
     def __init__(self, path: Path, pause: Pause = no_pause) -> None:
@@ -45,16 +45,16 @@ class HashedFile:
         """Write all of the data."""
         view = memoryview(data)
         while view:
-            piece = view[: _PIECE - self._unsynced]
-            written = self._file.write(piece)
-            self._hash.update(piece[:written])
+            chunk = view[: _CHUNK - self._unsynced]
+            written = self._file.write(chunk)
+            self._hash.update(chunk[:written])
             self._size, self._unsynced = self._size + written, self._unsynced + written
             view = view[written:]
-            if self._unsynced >= _PIECE:
+            if self._unsynced >= _CHUNK:
                 self._sync()
 
     def entry(self) -> FileEntry:
-        """Return the size and hash of what was written."""
+        """Return the size and hash of the bytes written so far."""
         return FileEntry(self._size, self._hash.hexdigest())
 
     def __enter__(self) -> "HashedFile":
@@ -73,7 +73,7 @@ class HashedFile:
 
 
 def drop_from_cache(descriptor: int) -> None:
-    """Bring a file's content to the disk and free its page cache."""
+    """Sync a file to disk and free its page cache."""
     os.fsync(descriptor)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -131,7 +131,7 @@ def test_all_configuration_problems_at_once(start, tmp_path, capfd):
     assert code == 2
     for message in (
         "no such model folder", "no such meta file", "--warmup_ratio", "--min_dynamic_patch",
-        "needs an NVIDIA GPU", "is in use (it holds thesis.txt)",
+        "needs an NVIDIA GPU", "is in use (it contains thesis.txt)",
     ):  # fmt: skip
         assert message in error
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
@@ -204,24 +204,24 @@ def test_output_folder_in_use(start, tmp_path, capfd):
     [
         ({"do_train": False}, "this script only trains"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_meta_path"),
-        ({"max_steps": 0}, "nothing would be trained"),
-        ({"max_steps": -1, "num_train_epochs": 0}, "nothing would be trained"),
+        ({"max_steps": 0}, "no training steps"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "no training steps"),
         ({"gradient_accumulation_steps": 0}, "must be at least 1"),
         ({"report_to": "carrier-pigeon"}, "--report_to carrier-pigeon: unknown"),
         ({"fp16": True}, "trains in bfloat16"),
-        ({"use_llm_lora": -1}, "are ranks, from 0"),
-        ({"freeze_llm": True, "freeze_mlp": True}, "everything is frozen"),
+        ({"use_llm_lora": -1}, "must be at least 0"),
+        ({"freeze_llm": True, "freeze_mlp": True}, "all parameters are frozen"),
         ({"deepspeed": "nowhere.json"}, "nowhere.json"),
-        ({"down_sample_ratio": 0.25}, "is not the model's 0.5"),
+        ({"down_sample_ratio": 0.25}, "the model uses 0.5"),
         ({"force_image_size": 50}, "is not a whole number of tokens"),
         ({"lr_scheduler_type": "zigzag"}, "--lr_scheduler_type"),
-        ({"fsdp": "full_shard"}, "--parallel fsdp: there is one process, so nothing to shard"),
+        ({"fsdp": "full_shard"}, "--parallel fsdp: a single rank has nothing to shard"),
         ({"fsdp": "hybrid"}, "--fsdp hybrid: only full_shard is supported"),
         ({"weight_precision": "stochastic"}, "--weight_precision stochastic: the weights are float32"),
         ({"weight_precision": "bf16"}, "--weight_precision bf16: the weights are float32 without --bf16"),
         ({"weight_precision": "half"}, "--weight_precision: invalid choice: 'half'"),
         ({"max_packed_tokens": 0}, "--max_packed_tokens 0 must be at least 1"),
-        ({"use_liger": True}, "--use_liger True: its kernels need an NVIDIA GPU, and this run is on cpu"),
+        ({"use_liger": True}, "--use_liger True: Liger's kernels need an NVIDIA GPU, but this run uses cpu"),
         ({"torch_compile_backend": "eager"}, "--torch_compile_backend eager: not supported"),
         ({"torch_compile_mode": "max-autotune"}, "--torch_compile_mode max-autotune: not supported"),
         ({"use_liger_kernel": True}, "use --use_liger"),
@@ -244,7 +244,7 @@ def test_kernels_of_a_missing_package(start, monkeypatch, capfd, installed):
     assert start(use_liger=True)[0] == 2
     error = capfd.readouterr().err
     assert ("the package liger-kernel is not installed (pip install liger-kernel)" in error) != installed
-    assert "its kernels need an NVIDIA GPU" in error
+    assert "Liger's kernels need an NVIDIA GPU" in error
 
 
 def test_fsdp_and_deepspeed_exclude_each_other(start, tmp_path, capfd):
@@ -252,11 +252,14 @@ def test_fsdp_and_deepspeed_exclude_each_other(start, tmp_path, capfd):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}))
     assert start(fsdp="full_shard", deepspeed=path)[0] == 2
-    assert "--fsdp and --deepspeed: name different kinds of parallelism" in capfd.readouterr().err
+    assert "--fsdp and --deepspeed: conflicting kinds of parallelism" in capfd.readouterr().err
     code, out = start(deepspeed=path, weight_precision="stochastic", bf16=True)
     assert code == 2
     error = capfd.readouterr().err
-    assert "--weight_precision stochastic: DeepSpeed has its own float32 masters; remove it" in error
+    assert (
+        "--weight_precision stochastic: DeepSpeed holds its own float32 master weights; remove the flag"
+        in error
+    )
     assert "Traceback" not in error
     assert not out.exists()
 
@@ -267,7 +270,7 @@ def test_separate_parts_exclude_adapters(tiny_model, sample_data, tmp_path, capf
         output_dir=tmp_path / "out",
     )  # fmt: skip
     assert train(argv) == 2
-    assert "adapters need one base on disk" in capfd.readouterr().err
+    assert "adapters need a base model on disk" in capfd.readouterr().err
 
 
 def test_unusable_output_folder(start, tmp_path, capfd):

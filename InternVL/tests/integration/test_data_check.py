@@ -340,7 +340,7 @@ class TestTraining:
         records[1:1] = [shows(10, "no.png")]
         code, err, out = start(write(*records), on_bad_record="skip", max_bad_fraction=0.2)
         assert code == 0
-        assert "1 records are excluded; ledger.jsonl names all of them:\n" in err
+        assert "1 records are excluded; ledger.jsonl lists all of them:\n" in err
         assert "records.jsonl, line 2 (record 'r10'): the image " in err
         ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
         trained = [index for row in ledger for _, index in row.get("trained", [])]
@@ -368,7 +368,7 @@ class TestTraining:
 
     def test_flags(self, start, write):
         code, err, _ = start(write(text_record(0)), max_bad_fraction=2)
-        assert (code, "--max_bad_fraction 2.0 must be from 0 to 1" in err) == (2, True)
+        assert (code, "--max_bad_fraction 2.0 must be between 0 and 1" in err) == (2, True)
         code, err, _ = start(write(text_record(0)), on_bad_record="ignore")
         assert (code, "--on_bad_record: invalid choice: 'ignore'" in err) == (2, True)
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or short of disk space come out as if nothing had been, or say what was."""
+"""Runs that are stopped, killed or short of disk space resume exactly or report the problem."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def arguments(tiny_model, sample_data, folder, **values):
 
 
 def same_run(one, other, metrics):
-    """Assert that two output folders hold the same losses, records and weights."""
+    """Assert that two runs have the same losses, records and weights."""
     for key in ("step", "loss", "grad_norm", "learning_rate"):
         assert [row[key] for row in metrics(one)] == [row[key] for row in metrics(other)], key
     assert (one / "ledger.jsonl").read_text() == (other / "ledger.jsonl").read_text()
@@ -51,11 +51,11 @@ def same_run(one, other, metrics):
 
 
 class Launched:
-    """The launcher with a run that takes a while."""
+    """The launcher, running a longer training."""
 
-    def __init__(self, tiny_model, sample_data, folder, processes, **environment):
+    def __init__(self, tiny_model, sample_data, folder, world_size, **environment):
         variables = {
-            "GPUS": "0", "NPROC": str(processes), "BATCH_SIZE": "4", "MODEL_PATH": str(tiny_model),
+            "GPUS": "0", "NPROC": str(world_size), "BATCH_SIZE": "4", "MODEL_PATH": str(tiny_model),
             "META_PATH": str(sample_data / "train.json"), "OUTPUT_DIR": str(folder), "PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1", "REPORT_TO": "none",
         }  # fmt: skip
@@ -69,7 +69,7 @@ class Launched:
         )  # fmt: skip
 
     def wait_for_step(self, step):
-        """Wait until a step is done."""
+        """Wait for the end of a step."""
         file = self.folder / "metrics.jsonl"
         self.wait_until(lambda: file.is_file() and len(file.read_text().splitlines()) >= step)
 
@@ -86,19 +86,19 @@ class Launched:
         return [one for one in children if "internvl_chat.train.distributed.launch" not in one.cmdline()]
 
     def end(self):
-        """Wait for the end; returns exit code and output."""
+        """Wait for the end; return exit code and output."""
         output, _ = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, output
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model, sample_data, tmp_path_factory):
-    """Finished runs by the number of processes."""
+def uninterrupted(tiny_model, sample_data, tmp_path_factory):
+    """Finished runs by world size."""
 
     @functools.cache
-    def get(processes):
-        folder = tmp_path_factory.mktemp("undisturbed") / "out"
-        code, output = Launched(tiny_model, sample_data, folder, processes).end()
+    def get(world_size):
+        folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+        code, output = Launched(tiny_model, sample_data, folder, world_size).end()
         assert code == 0, output
         return folder
 
@@ -108,59 +108,59 @@ def undisturbed(tiny_model, sample_data, tmp_path_factory):
 @pytest.fixture
 def launch(tiny_model, sample_data, tmp_path):
     """Start the launcher, always with the same output folder."""
-    # Tests started in the background inherit that SIGINT is ignored, which no launcher could undo.
+    # Tests started in the background inherit an ignored SIGINT.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def start(processes, **environment):
-        return Launched(tiny_model, sample_data, tmp_path / "out", processes, **environment)
+    def start(world_size, **environment):
+        return Launched(tiny_model, sample_data, tmp_path / "out", world_size, **environment)
 
     yield start
     signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
-def ends_undisturbed(undisturbed, metrics):
-    """Wait for the end of a run, which is that of one that nothing disturbed; returns its output."""
+def ends_uninterrupted(uninterrupted, metrics):
+    """Wait for the end of a run, compare it with an uninterrupted one, and return its output."""
 
-    def wait(run, processes):
+    def wait(run, world_size):
         code, output = run.end()
         assert code == 0, output
-        same_run(run.folder, undisturbed(processes), metrics)
+        same_run(run.folder, uninterrupted(world_size), metrics)
         return output
 
     return wait
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "processes"),
+    ("name", "code", "world_size"),
     [
         ("SIGTERM", 143, 2),
         pytest.param("SIGINT", 130, 1, marks=pytest.mark.slow),
         pytest.param("SIGUSR1", 138, 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(
-    launch, ends_undisturbed, metrics, name, code, processes
+def test_signal_saves_and_the_same_command_resumes(
+    launch, ends_uninterrupted, metrics, name, code, world_size
 ):
-    run = launch(processes)
+    run = launch(world_size)
     run.wait_for_step(2)
     run.process.send_signal(signal.Signals[name])
     found, output = run.end()
     assert found == code, output
     assert f"stopped by {name} after step" in output
-    assert f"stopped by a signal (exit code {code}); the same command again goes on" in output
+    assert f"stopped by a signal (exit code {code}); run the same command again to resume" in output
     assert "Traceback" not in output
     done = len(metrics(run.folder))
     assert 2 <= done < STEPS
     assert list_checkpoints(run.folder)[-1].name == f"checkpoint-{done}"
     assert not (run.folder / "model.safetensors").exists()
-    output = ends_undisturbed(launch(processes), processes)
+    output = ends_uninterrupted(launch(world_size), world_size)
     assert f"resuming from {run.folder}/checkpoint-{done}" in output
 
 
 @pytest.mark.slow
-def test_a_signal_to_every_process_of_the_job(launch, ends_undisturbed):
-    """As SLURM sends it: also to the loader's processes, and to those that the launcher passes it on to."""
+def test_a_signal_to_every_process_of_the_job(launch, ends_uninterrupted):
+    """As SLURM sends it: also to the dataloader workers and to ranks that get it from the launcher."""
     run = launch(2)
     run.wait_for_step(2)
     for process in psutil.Process(run.process.pid).children(recursive=True):
@@ -168,21 +168,21 @@ def test_a_signal_to_every_process_of_the_job(launch, ends_undisturbed):
     run.process.send_signal(signal.SIGTERM)
     code, output = run.end()
     assert code == 143, output
-    ends_undisturbed(launch(2), 2)
+    ends_uninterrupted(launch(2), 2)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_killed_process_is_started_again(launch, ends_undisturbed, processes):
-    """By torchrun; the run goes on from the last checkpoint, with the same command."""
-    run = launch(processes, MAX_RESTARTS="2")
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_killed_worker_is_restarted(launch, ends_uninterrupted, world_size):
+    """torchrun restarts it, and the run resumes from the newest checkpoint."""
+    run = launch(world_size, MAX_RESTARTS="2")
     run.wait_until((run.folder / "checkpoint-5").is_dir)  # it is written in the background
     run.trainers()[-1].kill()
-    output = ends_undisturbed(run, processes)
+    output = ends_uninterrupted(run, world_size)
     assert re.search(rf"resuming from {run.folder}/checkpoint-(5|10)$", output, re.M)
 
 
 @pytest.mark.slow
-def test_without_its_launcher_a_run_saves_and_ends(launch, ends_undisturbed, metrics):
+def test_run_saves_and_exits_if_its_launcher_is_killed(launch, ends_uninterrupted, metrics):
     run = launch(2)
     run.wait_for_step(2)
     trainers = run.trainers()
@@ -192,7 +192,7 @@ def test_without_its_launcher_a_run_saves_and_ends(launch, ends_undisturbed, met
     assert not alive
     assert len(metrics(run.folder)) < STEPS
     run.process.stdout.close()
-    ends_undisturbed(launch(2), 2)
+    ends_uninterrupted(launch(2), 2)
 
 
 # Checkpoints
@@ -200,7 +200,7 @@ def test_without_its_launcher_a_run_saves_and_ends(launch, ends_undisturbed, met
 
 def change(file, how):
     content = bytearray(file.read_bytes())
-    if how == "cut":
+    if how == "truncate":
         del content[len(content) // 2 :]
     elif how == "flipped":
         content[len(content) // 2] ^= 4
@@ -211,9 +211,9 @@ def change(file, how):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model, sample_data, tmp_path_factory):
-    """A finished run of this process with the checkpoints 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
+def finished_run(tiny_model, sample_data, tmp_path_factory):
+    """A finished run with the checkpoints 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished_run") / "out"
     assert train(arguments(tiny_model, sample_data, folder)) == 0
     return folder
 
@@ -221,28 +221,28 @@ def whole(tiny_model, sample_data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("model.safetensors", "cut"),
+        ("model.safetensors", "truncate"),
         ("optimizer/rank-00000-00.safetensors", "flipped"),
         ("trainer_state.json", "gone"),
-        ("manifest.json", "cut"),
+        ("manifest.json", "truncate"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(
-    whole, tiny_model, sample_data, tmp_path, metrics, capfd, name, how
+def test_damaged_checkpoint_is_skipped(
+    finished_run, tiny_model, sample_data, tmp_path, metrics, capfd, name, how
 ):
     damaged = tmp_path / "damaged"
-    shutil.copytree(whole, damaged)
+    shutil.copytree(finished_run, damaged)
     for file in ("train_results.json", "model.safetensors"):
         (damaged / file).unlink()
     change(damaged / "checkpoint-6" / name, how)
     capfd.readouterr()
     assert train(arguments(tiny_model, sample_data, damaged, resume_from_checkpoint="auto")) == 0
-    told = capfd.readouterr().err
-    assert "checkpoint-6 is damaged and not used: " in told and "checkpoint-4" in told
-    same_run(whole, damaged, metrics)
+    stderr = capfd.readouterr().err
+    assert "checkpoint-6: " in stderr and "skipping damaged checkpoint" in stderr and "checkpoint-4" in stderr
+    same_run(finished_run, damaged, metrics)
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(tiny_model, sample_data, tmp_path, capfd):
+def test_explicit_damaged_checkpoint_is_refused(tiny_model, sample_data, tmp_path, capfd):
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, max_steps=2)) == 0
     change(out / "checkpoint-2/optimizer/rank-00000-00.safetensors", "flipped")
@@ -255,23 +255,23 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny_model, sample_data, tmp_pa
     )
 
 
-def test_where_all_are_damaged_nothing_begins_anew_by_itself(tiny_model, sample_data, tmp_path, capfd):
+def test_no_new_run_if_all_checkpoints_are_damaged(tiny_model, sample_data, tmp_path, capfd):
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, max_steps=4)) == 0
     (out / "train_results.json").unlink()
     for step in (2, 4):
-        change(out / f"checkpoint-{step}/model.safetensors", "cut")
+        change(out / f"checkpoint-{step}/model.safetensors", "truncate")
     assert train(arguments(tiny_model, sample_data, out)) == 2
-    told = capfd.readouterr().err
-    assert "checkpoint-2 is damaged" in told and "checkpoint-4 is damaged" in told
-    assert "there is no complete checkpoint to resume from; --overwrite_output_dir True" in told
+    stderr = capfd.readouterr().err
+    assert "checkpoint-2 is damaged" in stderr and "checkpoint-4 is damaged" in stderr
+    assert "there is no complete checkpoint to resume from; --overwrite_output_dir True" in stderr
     assert train(arguments(tiny_model, sample_data, out, overwrite_output_dir=True)) == 0
 
 
-def test_a_full_disk_is_told_and_training_goes_on(
-    whole, tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch
+def test_training_continues_on_a_full_disk(
+    finished_run, tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch
 ):
-    """The second checkpoint finds no room, the third does."""
+    """The disk is full only for the second checkpoint."""
     out = tmp_path / "out"
     original, calls = checkpoint_writer.save_model, []
 
@@ -284,15 +284,15 @@ def test_a_full_disk_is_told_and_training_goes_on(
 
     monkeypatch.setattr(checkpoint_writer, "save_model", save)
     assert train(arguments(tiny_model, sample_data, out)) == 0
-    told = capfd.readouterr().err
-    assert "checkpoint-4 was not written: [Errno 28] No space left on device (" in told
-    assert " GB are free there); checkpoint-2 stays" in told
+    stderr = capfd.readouterr().err
+    assert "checkpoint-4 was not written: [Errno 28] No space left on device (" in stderr
+    assert " GB free); the newest checkpoint is checkpoint-2" in stderr
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-2", "checkpoint-6"]
-    same_run(whole, out, metrics)
+    same_run(finished_run, out, metrics)
 
 
 def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
-    """No file may be as large as the model: no checkpoint is ever whole, the steps are done all the same."""
+    """Files are limited to less than the model's size: no checkpoint is complete, but all steps run."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "internvl_chat.train.internvl_chat_finetune"]
     command += map(str, arguments(tiny_model, sample_data, out))
@@ -303,10 +303,10 @@ def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     assert result.stderr.count(" was not written: ") == 3
-    assert "there is no older one, and training goes on" in result.stderr
+    assert "the newest checkpoint is none; training continues" in result.stderr
     assert [row["step"] for row in metrics(out)] == list(range(1, 7))
     assert not list_checkpoints(out) and not (out / "train_results.json").exists()
-    assert "the finished model cannot be written: " in result.stderr
+    assert "the model cannot be saved: " in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -339,12 +339,12 @@ def test_a_rank_that_hangs_in_a_step_ends_the_run(tiny_model, sample_data, tmp_p
         command, capture_output=True, text=True, timeout=PATIENCE,
         env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert "another rank has not answered within --ddp_timeout" in result.stderr
+    assert "another rank did not respond within --ddp_timeout" in result.stderr
     assert result.returncode == 1, result.stderr
 
 
-def test_a_log_that_cannot_be_written_costs_lines_and_not_the_run(launch, tmp_path):
-    """By the launcher: what it writes its log with finds the disk full."""
+def test_unwritable_log_does_not_stop_the_run(launch, tmp_path):
+    """The disk of the launcher's log is full."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "training_log.txt").symlink_to("/dev/full")
@@ -353,14 +353,14 @@ def test_a_log_that_cannot_be_written_costs_lines_and_not_the_run(launch, tmp_pa
     assert f"finished: the model is in {out}" in output
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_record_that_is_lost_ends_a_launched_run(tiny_model, sample_data, tmp_path, processes):
-    """With a loader process, which must not hold up the end."""
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_missing_image_ends_a_launched_run(tiny_model, sample_data, tmp_path, world_size):
+    """A dataloader worker must not delay the end."""
     data = tmp_path / "data"
     shutil.copytree(sample_data, data)
     meta = (sample_data / "train.json").read_text().replace(str(sample_data), str(data))
     (data / "train.json").write_text(meta)
-    run = Launched(tiny_model, data, tmp_path / "out", processes)
+    run = Launched(tiny_model, data, tmp_path / "out", world_size)
     run.wait_for_step(1)
     shutil.rmtree(data / "images")
     code, output = run.end()
@@ -369,8 +369,8 @@ def test_a_record_that_is_lost_ends_a_launched_run(tiny_model, sample_data, tmp_
     assert "Traceback" not in output
 
 
-def test_a_run_that_wrote_meanwhile_is_not_overwritten(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
-    """What has been decided about the folder is not done when it is no longer as it was then."""
+def test_concurrent_run_is_not_overwritten(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
+    """A run stops if its output folder changes after the inspection."""
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, max_steps=2)) == 0
     (out / "train_results.json").unlink()
@@ -386,7 +386,7 @@ def test_a_run_that_wrote_meanwhile_is_not_overwritten(tiny_model, sample_data, 
     assert (out / "checkpoint-4/manifest.json").is_file()
 
 
-def test_changed_annotations_are_not_gone_on_with(tiny_model, sample_data, tmp_path, capfd):
+def test_changed_annotations_are_refused(tiny_model, sample_data, tmp_path, capfd):
     data = tmp_path / "data"
     shutil.copytree(sample_data, data)
     (data / "train.json").write_text(
@@ -401,14 +401,17 @@ def test_changed_annotations_are_not_gone_on_with(tiny_model, sample_data, tmp_p
     assert "SHA-256 of the annotation file of " in capfd.readouterr().err
 
 
-def test_a_ledger_with_a_gap_is_told(tiny_model, sample_data, tmp_path, capfd):
+def test_gap_in_the_ledger_is_reported(tiny_model, sample_data, tmp_path, capfd):
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, max_steps=4)) == 0
     (out / "train_results.json").unlink()
     lines = (out / "ledger.jsonl").read_text().splitlines(keepends=True)
     (out / "ledger.jsonl").write_text("".join(lines[:1] + lines[2:]))
     assert train(arguments(tiny_model, sample_data, out)) == 0
-    assert "ledger.jsonl: has no line of 1 steps of this run, the first of them 2" in capfd.readouterr().err
+    assert (
+        "ledger.jsonl: the lines of 1 steps of this run are missing, the first is step 2"
+        in capfd.readouterr().err
+    )
 
 
 # Steps
@@ -426,17 +429,17 @@ def spoiled(monkeypatch, steps, value=float("nan")):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_step_changes_no_weight(tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch, value):
-    """Its records are named in the log and in the ledger, and the weights after it are those before it."""
+def test_bad_step_changes_no_weights(tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch, value):
+    """Its records are listed in log and ledger, and the weights do not change."""
     spoiled(monkeypatch, {3, 4}, value)
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, save_steps=1)) == 0
-    told = capfd.readouterr().err
-    assert "step 3: the loss is" in told and "The step is skipped (1 of 5)" in told
+    stderr = capfd.readouterr().err
+    assert "step 3: the loss is" in stderr and "Step skipped (1 of 5)" in stderr
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert [row["step"] for row in ledger if "skipped_because" in row] == [3, 4]
     first = ledger[2]["trained"][0]
-    assert f"{first[0]} {first[1]}" in told
+    assert f"{first[0]} {first[1]}" in stderr
     states = [open_weights(out / f"checkpoint-{step}/model.safetensors") for step in (2, 4, 5)]
     assert all(torch.equal(read(), states[1][name]()) for name, read in states[0].items())
     assert not all(torch.equal(read(), states[2][name]()) for name, read in states[0].items())
@@ -446,22 +449,22 @@ def test_a_bad_step_changes_no_weight(tiny_model, sample_data, tmp_path, metrics
 def test_too_many_bad_steps_end_the_run(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
     spoiled(monkeypatch, {2, 4})
     assert train(arguments(tiny_model, sample_data, tmp_path / "out", max_bad_steps=1)) == 1
-    told = capfd.readouterr().err
-    assert "--max_bad_steps is 1" in told
+    stderr = capfd.readouterr().err
+    assert "--max_bad_steps is 1" in stderr
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 3
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-# Loader processes
+# Dataloader workers
 
 
-def test_a_loader_process_that_is_killed_is_named(launch):
+def test_killed_dataloader_worker_is_reported(launch):
     run = launch(1)
     run.wait_for_step(1)
     (trainer,) = run.trainers()
-    for loader in trainer.children():
-        if loader.cmdline() == trainer.cmdline():
-            loader.kill()
+    for worker in trainer.children():
+        if worker.cmdline() == trainer.cmdline():
+            worker.kill()
     code, output = run.end()
     assert code == 1, output
     assert "a dataloader worker died" in output, output

@@ -1,4 +1,4 @@
-"""Both launchers, run as a user runs them: from another folder, with settings in the environment."""
+"""Both launchers, run from another folder with settings in the environment."""
 
 import json
 import re
@@ -25,8 +25,8 @@ def environment(tiny_model, sample_data, folder: Path, **values: str) -> dict[st
 @pytest.mark.parametrize(
     ("name", "weights"), [("lora", "adapter_model.safetensors"), ("fullmodel", "model.safetensors")]
 )
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weights, processes):
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weights, ranks):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     out = tmp_path / "out with space"
@@ -34,7 +34,7 @@ def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weigh
         name,
         *QUICK,
         cwd=elsewhere,
-        **environment(tiny_model, sample_data, out, NPROC=processes, BATCH_SIZE="4"),
+        **environment(tiny_model, sample_data, out, NPROC=ranks, BATCH_SIZE="4"),
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert [r["records"] for r in metrics(out)] == [4, 4, 4]
@@ -46,7 +46,7 @@ def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weigh
     assert not list(elsewhere.iterdir())
 
 
-def test_relative_paths_count_from_the_callers_folder(tiny_model, sample_data, tmp_path, metrics):
+def test_relative_paths_start_from_the_working_folder(tiny_model, sample_data, tmp_path, metrics):
     variables = environment(tiny_model, sample_data, tmp_path)
     variables["OUTPUT_DIR"] = "here"
     result = run_launcher("lora", *QUICK, "--max_steps", "1", cwd=tmp_path, **variables, BATCH_SIZE="2")
@@ -74,9 +74,9 @@ def test_bad_environment(tiny_model, sample_data, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_failing_run_fails_the_launcher_and_leaves_nothing(tiny_model, sample_data, tmp_path, processes):
-    variables = environment(tiny_model, sample_data, tmp_path / "out", NPROC=processes)
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_failing_run_fails_the_launcher_and_leaves_nothing(tiny_model, sample_data, tmp_path, ranks):
+    variables = environment(tiny_model, sample_data, tmp_path / "out", NPROC=ranks)
     result = run_launcher("lora", "--lerning_rate", "1", cwd=tmp_path, **variables)
     assert result.returncode == 2
     assert result.stdout.count("did you mean --learning_rate?") == 1
@@ -84,7 +84,7 @@ def test_failing_run_fails_the_launcher_and_leaves_nothing(tiny_model, sample_da
     assert not (tmp_path / "out").exists()
 
 
-def test_wandb_key_turns_wandb_on_and_is_written_nowhere(tiny_model, sample_data, tmp_path):
+def test_wandb_key_enables_wandb_and_is_not_written(tiny_model, sample_data, tmp_path):
     secret = "0123456789abcdef0123456789abcdef01234567"
     variables = environment(tiny_model, sample_data, tmp_path / "out", WANDB_MODE="offline", BATCH_SIZE="2")
     result = run_launcher(
@@ -121,7 +121,7 @@ BOTH = {
 
 @pytest.fixture
 def command(tmp_path):
-    """Run a launcher with an interpreter that only shows how it was called."""
+    """Run a launcher with a fake interpreter that prints its arguments."""
     interpreter = tmp_path / "python"
     interpreter.write_text(
         '#!/bin/sh\nprintf "%s\\n" "alloc=$PYTORCH_ALLOC_CONF" "cuda=$CUDA_VISIBLE_DEVICES" "$@"\n'
@@ -129,7 +129,7 @@ def command(tmp_path):
     interpreter.chmod(0o755)
 
     def run(name: str, *argv: str, **environment: str) -> tuple[list[str], dict[str, str], list[str]]:
-        """Return what precedes the training script, its flags, and the lines about the environment."""
+        """Return the words before the training script, its flags, and the environment lines."""
         result = run_launcher(name, *argv, cwd=tmp_path, PYTHON=str(interpreter), **environment)
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
@@ -153,7 +153,7 @@ def test_launcher_runs_torchrun_with_the_recipe(command, name):
 
 
 @pytest.mark.parametrize("name", RECIPE)
-def test_launcher_shows_what_it_runs_and_holds_no_secret(name):
+def test_launcher_prints_its_command_without_secrets(name):
     text = (LAUNCHERS / f"M3LLM-fulldata-{name}.sh").read_text()
     assert re.search(r"^torchrun .*internvl_chat_finetune\.py", text, flags=re.MULTILINE)
     shown = dict(re.findall(r"^  --(\S+) (\S+) \\$", text, flags=re.MULTILINE))
@@ -195,7 +195,7 @@ def test_shellcheck():
     assert result.returncode == 0, result.stdout
 
 
-def test_shipped_meta_file_names_the_six_sets():
+def test_shipped_meta_file_lists_the_six_datasets():
     meta = json.loads((LAUNCHERS / "../../data/PMC-data.json").resolve().read_text())
     assert {name: entry["length"] for name, entry in meta.items()} == {
         "qa-puretext": 40382,

@@ -1,4 +1,4 @@
-"""A run on several ranks is the run on one with the same global batch, whatever the parallelism."""
+"""A run on several ranks equals one with the same global batch on one rank, for every layout."""
 
 import json
 
@@ -15,7 +15,7 @@ LAYOUTS = {
     "fsdp": {"parallel": "fsdp"},
     **{f"zero{stage}": {"deepspeed": DEEPSPEED / f"zero{stage}.json"} for stage in (1, 2, 3)},
 }
-# Losses are means of the same numbers in another order.
+# Losses differ only by the order of additions.
 TOLERANCE = 1e-5
 
 
@@ -47,7 +47,7 @@ def assert_same_ledger(one, other) -> None:
 
 
 def assert_same_weights(one, two):
-    """Compare what two runs saved; Adam makes a large step of a tiny difference, so on the average."""
+    """Compare saved weights on average, because Adam can amplify tiny differences."""
     name = next(n for n in ("adapter_model.safetensors", "model.safetensors") if (one / n).exists())
     first, second = (open_weights(folder / name) for folder in (one, two))
     assert first.keys() == second.keys()
@@ -59,7 +59,7 @@ def assert_same_weights(one, two):
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_model, sample_data, tmp_path_factory):
-    """Train on one rank, each configuration once; returns its folder."""
+    """Train each configuration once on one rank; return its folder."""
     done = {}
 
     def run(metrics, **values):
@@ -95,7 +95,7 @@ OTHER = [
     ("layout", "ranks", "values"),
     [*ALWAYS, *(pytest.param(*case, marks=pytest.mark.slow) for case in (*REST, *OTHER))],
 )
-def test_ranks_equal_one(tiny_model, sample_data, tmp_path, metrics, one_rank, layout, ranks, values):
+def test_several_ranks_equal_one(tiny_model, sample_data, tmp_path, metrics, one_rank, layout, ranks, values):
     # With 4 ranks a step has 12 records.
     steps = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2} if ranks == 4 else {}
     one = one_rank(metrics, **values, **steps)
@@ -113,10 +113,10 @@ def test_resume_is_exact_on_two_ranks(tiny_model, sample_data, tmp_path, metrics
     values = {**LAYOUTS[layout], "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     values["async_save"] = False  # every checkpoint is needed
     common = (metrics, tiny_model, sample_data)
-    whole = train(*common, tmp_path / "one", 2, **values)
+    full = train(*common, tmp_path / "one", 2, **values)
     checkpoint = tmp_path / "one/checkpoint-2"
     rest = train(*common, tmp_path / "two", 2, **values, resume_from_checkpoint=checkpoint)
-    assert [row["loss"] for row in rest] == [row["loss"] for row in whole][2:]
+    assert [row["loss"] for row in rest] == [row["loss"] for row in full][2:]
     first, second = (open_weights(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for key, read in first.items():
         assert (read() == second[key]()).all(), key
@@ -127,13 +127,13 @@ MOVES = [("ddp", 2), ("fsdp", 2), ("ddp", 1), ("fsdp", 4), ("ddp", 4), ("ddp", 2
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [{}, LORA], ids=["full", "lora"])
-def test_a_run_moves_between_layouts_and_numbers_of_ranks(tiny_model, sample_data, tmp_path, metrics, recipe):
-    """Six steps on six layouts, each resumed from the last, are six steps on one rank."""
+def test_resume_with_other_layouts_and_world_sizes(tiny_model, sample_data, tmp_path, metrics, recipe):
+    """Six steps on six layouts, each resumed from the previous one, equal six steps on one rank."""
 
     def values(ranks: int, steps: int) -> dict:
         batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks}
         saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "async_save": False}
-        # The schedule must not depend on where a part of the run ends.
+        # The schedule must not depend on where the run is interrupted.
         return {**batch, **saving, **recipe, "max_steps": steps, "lr_scheduler_type": "constant"}
 
     common = (metrics, tiny_model, sample_data)

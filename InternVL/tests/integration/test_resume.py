@@ -1,4 +1,4 @@
-"""A resumed run does what the undisturbed one would have done: same records, same losses, same weights."""
+"""A resumed run equals an uninterrupted one: records, losses and weights."""
 
 import json
 import shutil
@@ -20,52 +20,52 @@ def arguments(small_run):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resume_is_exact(arguments, tmp_path, metrics, recipe):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert train(arguments(whole, recipe)) == 0
+    full, resumed = tmp_path / "full", tmp_path / "resumed"
+    assert train(arguments(full, recipe)) == 0
     for step in (4, 6, 8):  # within an epoch, at its end, in the next
-        checkpoint = str(whole / f"checkpoint-{step}")
+        checkpoint = str(full / f"checkpoint-{step}")
         again = arguments(resumed, recipe, resume_from_checkpoint=checkpoint)
         assert train(again) == 0
         keys = ("step", "epoch", "loss", "grad_norm", "learning_rate")
-        expected, found = ([[row[key] for key in keys] for row in metrics(run)] for run in (whole, resumed))
+        expected, found = ([[row[key] for key in keys] for row in metrics(run)] for run in (full, resumed))
         assert found == expected[step:]
-        ledgers = [(folder / "ledger.jsonl").read_text().splitlines() for folder in (whole, resumed)]
+        ledgers = [(folder / "ledger.jsonl").read_text().splitlines() for folder in (full, resumed)]
         assert ledgers[1] == ledgers[0][step:]
-        assert not changed_weights(whole, resumed)
+        assert not changed_weights(full, resumed)
         shutil.rmtree(resumed)
 
 
-def test_same_command_again_goes_on_where_it_stopped(arguments, tmp_path, metrics):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train(arguments(whole)) == 0
+def test_same_command_resumes(arguments, tmp_path, metrics):
+    full, stopped = tmp_path / "full", tmp_path / "stopped"
+    assert train(arguments(full)) == 0
     assert train(arguments(stopped)) == 0
-    # As if it had been killed between steps 6 and 7, while a checkpoint was being written.
+    # As after a kill between steps 6 and 7, while a checkpoint was being written.
     (stopped / "train_results.json").unlink()
     (stopped / "model.safetensors").unlink()
     for step in (8, 9):
         shutil.rmtree(stopped / f"checkpoint-{step}")
     (stopped / ".partial/checkpoint-8").mkdir(parents=True)
     assert train(arguments(stopped)) == 0
-    assert [r["loss"] for r in metrics(stopped)] == [r["loss"] for r in metrics(whole)]
+    assert [r["loss"] for r in metrics(stopped)] == [r["loss"] for r in metrics(full)]
     assert [r["step"] for r in metrics(stopped)] == list(range(1, 10))
-    assert (stopped / "ledger.jsonl").read_text() == (whole / "ledger.jsonl").read_text()
+    assert (stopped / "ledger.jsonl").read_text() == (full / "ledger.jsonl").read_text()
 
 
 def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
-    """Also where the checkpoint that it resumed from has been rotated away since."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    """Also if the checkpoint that it resumed from has been deleted by rotation."""
+    full, stopped = tmp_path / "full", tmp_path / "stopped"
     for recipe in RECIPES:
-        for folder in (whole, stopped):
+        for folder in (full, stopped):
             assert train(arguments(folder, recipe, save_total_limit=1)) == 0
         for name in ("train_results.json", WEIGHTS[recipe]):
             (stopped / name).unlink()
         assert train(arguments(stopped, recipe, save_total_limit=1, max_steps=12)) == 0
-        expected = {p.name for p in whole.iterdir()} - {"checkpoint-9"} | {"checkpoint-12"}
+        expected = {p.name for p in full.iterdir()} - {"checkpoint-9"} | {"checkpoint-12"}
         assert {p.name for p in stopped.iterdir()} == expected
-        for step, folder in ((9, whole), (12, stopped)):
+        for step, folder in ((9, full), (12, stopped)):
             files = {p.name for p in (folder / f"checkpoint-{step}").iterdir()}
             assert {"tokenizer.json", "vocab.json", "preprocessing.json", "generation_config.json"} <= files
-        shutil.rmtree(whole)
+        shutil.rmtree(full)
         shutil.rmtree(stopped)
 
 
@@ -80,7 +80,7 @@ def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy was 'random' there"),
     ],
 )
-def test_resuming_as_another_run_is_refused(arguments, tmp_path, capfd, change, message):
+def test_resuming_with_other_flags_is_refused(arguments, tmp_path, capfd, change, message):
     first = tmp_path / "first"
     assert train(arguments(first, max_steps=2)) == 0
     capfd.readouterr()
@@ -123,8 +123,8 @@ def test_going_back_to_an_earlier_checkpoint(arguments, tmp_path, metrics):
     assert {p.name for p in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
-def test_a_run_that_is_at_its_end_takes_no_more_steps(arguments, tmp_path, metrics):
-    """As if it had been killed while the final model was written."""
+def test_complete_run_takes_no_more_steps(arguments, tmp_path, metrics):
+    """As after a kill while the final model was being written."""
     run = tmp_path / "run"
     assert train(arguments(run, max_steps=4)) == 0
     weights = {name: read().clone() for name, read in open_weights(run / "model.safetensors").items()}
@@ -138,7 +138,7 @@ def test_a_run_that_is_at_its_end_takes_no_more_steps(arguments, tmp_path, metri
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saving_at_every_step_changes_nothing(arguments, tmp_path, metrics, recipe):
-    """Checkpoints that are written while training goes on hold what they would hold otherwise."""
+    """Checkpoints written in the background equal those written in the foreground."""
     waits, background = tmp_path / "waits", tmp_path / "background"
     for folder, asynchronous in ((waits, False), (background, True)):
         values = {"save_steps": 1, "bf16": True, "max_steps": 5, "async_save": asynchronous}

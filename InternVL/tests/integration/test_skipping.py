@@ -17,7 +17,7 @@ def shows(number: int) -> dict:
 
 
 class Folder:
-    """A data set of small images."""
+    """A dataset of small images."""
 
     def __init__(self, path, tiny_model, records):
         self.path, self.tiny_model = path, tiny_model
@@ -59,20 +59,20 @@ def folder(tmp_path, tiny_model):
 
 @pytest.fixture
 def damaged(folder):
-    """A set of nine records; that the image of the second cannot be used is only seen when it is decoded."""
+    """Nine records; the damage of the second image is found only by decoding it."""
     made = folder(*map(shows, range(9)))
     break_inside(made.image(1))
     return made
 
 
-def test_by_default_it_ends_the_run(damaged, capfd):
+def test_unusable_image_ends_the_run_by_default(damaged, capfd):
     assert damaged.train() == 1
-    assert "records.jsonl, line 2 (record 'r1'): the image" in (told := capfd.readouterr().err)
-    assert "1.png cannot be decoded" in told
-    assert "Traceback" not in told
+    assert "records.jsonl, line 2 (record 'r1'): the image" in (stderr := capfd.readouterr().err)
+    assert "1.png cannot be decoded" in stderr
+    assert "Traceback" not in stderr
 
 
-def test_its_step_goes_on_without_it(damaged, folder, metrics, capfd):
+def test_step_continues_without_the_skipped_record(damaged, folder, metrics, capfd):
     assert damaged.train(on_bad_record="skip", max_bad_fraction=0.2) == 0
     assert "record skipped: " in capfd.readouterr().err
     first, second = damaged.ledger()
@@ -84,7 +84,7 @@ def test_its_step_goes_on_without_it(damaged, folder, metrics, capfd):
     assert "skipped" not in second
     assert [row["records"] for row in metrics(damaged.path / "out")] == [2, 3]
 
-    # As if it had never been in that step.
+    # The step equals one without the skipped record.
     damaged.train("one", on_bad_record="skip", max_bad_fraction=0.2, max_steps=1)
     never = folder(shows(0), shows(2), name="never")
     never.train("one", max_steps=1, per_device_train_batch_size=2)
@@ -94,7 +94,7 @@ def test_its_step_goes_on_without_it(damaged, folder, metrics, capfd):
     assert all(torch.equal(weights[name], weight) for name, weight in never.weights("one").items())
 
 
-def test_a_step_that_loses_all_of_them_changes_nothing(folder, metrics, capfd):
+def test_step_without_usable_records_changes_nothing(folder, metrics, capfd):
     made = folder(*map(shows, range(9)))
     assert made.train("before", max_steps=1) == 0
     for number in (3, 4, 5):
@@ -111,13 +111,15 @@ def test_a_step_that_loses_all_of_them_changes_nothing(folder, metrics, capfd):
 def test_too_many_end_the_run(damaged, capfd):
     break_inside(damaged.image(5))
     assert damaged.train(on_bad_record="skip", max_bad_fraction=0.2) == 1
-    told = capfd.readouterr().err
-    assert "2 of 9 records are excluded or skipped (22.22%), more than --max_bad_fraction 0.2 allows" in told
-    assert "records.jsonl, line 6 (record 'r5'): the image" in told
-    assert "Traceback" not in told
+    stderr = capfd.readouterr().err
+    assert (
+        "2 of 9 records are excluded or skipped (22.22%), more than --max_bad_fraction 0.2 allows" in stderr
+    )
+    assert "records.jsonl, line 6 (record 'r5'): the image" in stderr
+    assert "Traceback" not in stderr
 
 
-def test_the_ledger_begins_with_those_left_out_from_the_start(folder):
+def test_ledger_starts_with_excluded_records(folder):
     made = folder(*map(shows, [0, 1, 99, 2, 3, 4, 5]))
     assert made.train(on_bad_record="skip", max_bad_fraction=0.2) == 0
     start, *steps = made.ledger()
@@ -129,24 +131,24 @@ def test_the_ledger_begins_with_those_left_out_from_the_start(folder):
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential"])
-def test_a_repaired_image_does_not_shift_a_run_that_goes_on(folder, strategy):
+def test_repaired_image_does_not_shift_a_resumed_run(folder, strategy):
     made = folder(*map(shows, [0, 1, 99, 2, 3, 4, 5]))
     options = {"on_bad_record": "skip", "max_bad_fraction": 0.2, "save_steps": 1,
                "train_sampling_strategy": strategy}  # fmt: skip
-    assert made.train("whole", **options) == 0
+    assert made.train("full", **options) == 0
     assert made.train("out", **options) == 0
     out = made.path / "out"
     for name in ("train_results.json", "checkpoint-2/manifest.json"):
         (out / name).unlink()
     noise(60, 30).save(made.image(99))
     assert made.train("out", **options) == 0
-    assert made.ledger("out") == made.ledger("whole")
-    whole = made.weights("whole")
-    assert all(torch.equal(whole[name], weight) for name, weight in made.weights("out").items())
+    assert made.ledger("out") == made.ledger("full")
+    full = made.weights("full")
+    assert all(torch.equal(full[name], weight) for name, weight in made.weights("out").items())
 
 
-def test_those_of_an_earlier_start_count(damaged, capfd):
-    """One is skipped before the run is stopped and one after it; both together are too many."""
+def test_skipped_records_count_across_restarts(damaged, capfd):
+    """One record is skipped before the restart and one after it; together they exceed the limit."""
     options = {"on_bad_record": "skip", "max_bad_fraction": 0.2, "save_steps": 1, "max_steps": 3}
     assert damaged.train(**{**options, "max_steps": 1}) == 0
     (damaged.path / "out/train_results.json").unlink()
@@ -161,28 +163,28 @@ def test_a_bad_first_record_does_not_stop_the_sanity_check(folder, capfd):
     assert "qa: first supervised span: 'a cat <|im_end|>'" in capfd.readouterr().err
 
 
-def test_nor_does_one_that_only_decoding_shows(folder):
+def test_undecodable_first_record_does_not_stop_the_sanity_check(folder):
     made = folder(*map(shows, range(9)))
     break_inside(made.image(0))
     assert made.train(on_bad_record="skip", max_bad_fraction=0.3, sanity_check=True, max_steps=1) == 0
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential"])
-def test_other_records_than_planned_are_noticed(folder, monkeypatch, capfd, strategy):
-    """A loader that brings a neighbour in a record's place."""
+def test_unplanned_records_are_detected(folder, monkeypatch, capfd, strategy):
+    """A dataloader that returns the wrong record."""
     made = folder(*map(shows, range(9)))
     original = TrainingData.__getitem__
     monkeypatch.setattr(
         TrainingData,
         "__getitem__",
-        lambda self, draw: original(self, draw._replace(index=max(draw.index - 1, 0))),
+        lambda self, key: original(self, key._replace(index=max(key.index - 1, 0))),
     )
     assert made.train(train_sampling_strategy=strategy) == 1
     assert "step 1: the dataloader returned different records than planned" in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_two_processes_tell_each_other(damaged):
+def test_two_ranks_exchange_skipped_records(damaged):
     argv = damaged.flags(on_bad_record="skip", max_bad_fraction=0.2, per_device_train_batch_size=1,
                           gradient_accumulation_steps=2)  # fmt: skip
     result = run_training(*argv, processes=2)

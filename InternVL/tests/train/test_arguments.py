@@ -1,4 +1,4 @@
-"""The command line of training: the reference's flags, mistakes all at once, files instead of flags."""
+"""The training command line: flags of the reference, error reporting, and configuration files."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def problems(*argv) -> list[str]:
     return caught.value.problems
 
 
-def test_former_names_keep_their_meaning():
+def test_former_flag_names():
     run = parse(evaluation_strategy="no", warmup_ratio=0.03, group_by_length=True).run
     assert run.eval_strategy == "no"
     assert run.warmup_steps == 0.03
@@ -75,40 +75,40 @@ def test_no_tracker():
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Let torch see a number of GPUs, and torchrun have started a number of processes."""
+    """Simulate a number of GPUs and of local ranks."""
 
-    def see(count: int, processes: int = 1) -> None:
+    def see(count: int, ranks: int = 1) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
     return see
 
 
 def test_device(gpus, monkeypatch):
-    gpus(2, processes=2)
+    gpus(2, ranks=2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert parse(use_cpu=None).run.device == torch.device("cuda", 1)
     assert parse(use_cpu=True).run.device == torch.device("cpu")
 
 
-def test_without_a_gpu_a_run_is_on_the_cpu_only_if_asked_for(gpus):
+def test_cpu_is_used_only_on_request(gpus):
     gpus(0)
     assert parse(use_cpu=True).run.device == torch.device("cpu")
     (problem,) = problems(*flags(**NEEDED, use_cpu=None))
-    assert "no GPU can be used: train on the CPU with GPUS=0 (--use_cpu True" in problem
+    assert "no GPU is available: train on the CPU with GPUS=0 (--use_cpu True" in problem
 
 
 @pytest.mark.parametrize(("seen", "shown"), [(1, "1 GPU is visible"), (2, "2 GPUs are visible")])
-def test_more_processes_than_gpus(gpus, monkeypatch, seen, shown):
-    """Every rank of the machine says so, although only rank 0's error is shown."""
-    gpus(seen, processes=4)
+def test_more_ranks_than_gpus(gpus, monkeypatch, seen, shown):
+    """All ranks of the node raise; only the error of rank 0 is shown."""
+    gpus(seen, ranks=4)
     for rank in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert problems(*flags(**NEEDED, use_cpu=None))[0].startswith(f"GPUS=4, but {shown}; lower GPUS")
 
 
-def test_backend_is_the_one_in_use(gpus):
+def test_ddp_backend(gpus):
     gpus(1)
     assert parse(use_cpu=None, ddp_backend="nccl").run.device.type == "cuda"
     assert parse(use_cpu=True, ddp_backend="gloo").run.device.type == "cpu"
@@ -118,7 +118,7 @@ def test_backend_is_the_one_in_use(gpus):
         ]
 
 
-def test_three_way_flag_however_it_is_written():
+def test_spellings_of_grad_checkpoint():
     for written, meant in (
         ("auto", "auto"),
         ("true", "True"),
@@ -147,7 +147,7 @@ def test_records_of_a_step(monkeypatch):
 
 
 def test_every_flag_of_transformers_is_used_or_refused():
-    """A newer transformers with a new flag fails here, until it is decided what the flag does."""
+    """Fails for new flags in a newer transformers, which must be used or refused."""
     flags_of_transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
     known = USED_FLAGS | set(REFUSED_FLAGS)
     assert flags_of_transformers <= known, flags_of_transformers - known
@@ -157,7 +157,7 @@ def test_every_flag_of_transformers_is_used_or_refused():
 
 
 @pytest.mark.parametrize("flag", sorted(REFUSED_FLAGS))
-def test_flags_without_effect_are_refused_by_name(flag):
+def test_flags_without_effect_are_refused(flag):
     defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     if flag not in defaults:
         pytest.skip(f"{flag} is of another version of transformers")
@@ -176,8 +176,8 @@ def test_configuration_is_frozen():
             part.seed = 1
 
 
-def test_nothing_is_set_up_by_parsing(monkeypatch):
-    """transformers' own arguments would choose devices and set environment variables."""
+def test_parsing_initialises_no_devices(monkeypatch):
+    """TrainingArguments itself would initialise devices and set environment variables."""
     monkeypatch.setattr("os.environ", before := dict(os.environ))
     parse(deepspeed='{"zero_optimization": {"stage": 2}}', bf16=True, torch_compile=True)
     assert dict(os.environ) == before
@@ -197,9 +197,9 @@ def test_parallel_mode(values, mode):
     assert parse(**values).run.parallel == mode
 
 
-def test_kinds_of_parallelism_exclude_each_other():
+def test_conflicting_kinds_of_parallelism():
     both = problems(*flags(**NEEDED, fsdp="full_shard", parallel="ddp"))
-    assert both == ["--fsdp and --parallel ddp: name different kinds of parallelism; use one of them"]
+    assert both == ["--fsdp and --parallel ddp: conflicting kinds of parallelism; use one of them"]
     alone = problems(*flags(**NEEDED, parallel="deepspeed"))
     assert alone == ["--parallel deepspeed needs --deepspeed with a ZeRO configuration"]
 
@@ -213,7 +213,7 @@ def test_kinds_of_parallelism_exclude_each_other():
         ("auto_wrap", "auto_wrap"),
     ],
 )
-def test_fsdp_is_full_shard_and_nothing_else(given, named):
+def test_fsdp_supports_only_full_shard(given, named):
     expected = [f"--fsdp {named}: only full_shard is supported (--parallel fsdp)"]
     assert problems(*flags(**NEEDED, fsdp=given)) == expected
 
@@ -223,7 +223,7 @@ def test_former_flags_still_work(caplog):
     run = parse(self_test=True, weight_precision="auto").run
     assert run.sanity_check
     assert run.weight_precision == "master"
-    assert "is now called master" in caplog.text
+    assert "auto is deprecated; use master" in caplog.text
 
 
 def test_json_flags(tmp_path):
@@ -236,7 +236,7 @@ def test_json_flags(tmp_path):
     assert "not valid JSON" in problems(*flags(**NEEDED, lr_scheduler_kwargs="{"))[0]
 
 
-def test_every_mistake_is_named():
+def test_all_errors_are_reported():
     found = problems(
         "--bf16", "perhaps", "--num_train_epochs", "many", "--attn", "magic", "--lerning_rate", "1",
         "--meta_path", "x",
@@ -251,11 +251,11 @@ def test_every_mistake_is_named():
     assert len(found) == 6
 
 
-def test_stray_word_is_an_error():
+def test_positional_argument_is_an_error():
     assert problems(*flags(**NEEDED), "stray") == ["unexpected argument 'stray'"]
 
 
-def test_abbreviations_are_not_guessed():
+def test_abbreviations_are_not_accepted():
     assert any("--learning" in p for p in problems(*flags(**NEEDED), "--learning", "1"))
 
 

@@ -1,4 +1,4 @@
-"""Which parameters are trained."""
+"""Trainable parameters."""
 
 import pytest
 from model.conftest import make_model
@@ -8,8 +8,8 @@ from internvl_chat.train.freeze import set_trainable
 
 @pytest.mark.parametrize(("select", "used"), [(-1, 2), (-2, 1), (1, 1), (2, 2), (0, 0)])
 @pytest.mark.parametrize("flags", [{}, {"freeze_backbone": True, "unfreeze_vit_layers": -2}])
-def test_blocks_behind_the_selected_one_are_not_trained(select, used, flags):
-    """Their gradient would be none, for which other processes would wait."""
+def test_blocks_after_the_selected_one_are_not_trained(select, used, flags):
+    """They get no gradient, for which DDP would wait."""
     model = make_model(select_layer=select)
     set_trainable(model, **flags)
     trained = [

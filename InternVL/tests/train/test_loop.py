@@ -1,4 +1,4 @@
-"""The training step: what each record weighs, however the step is packed; and the files of a run."""
+"""The training step: weighting of records, independence of packing, and the files of a run."""
 
 import json
 from types import SimpleNamespace
@@ -18,18 +18,18 @@ from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import check_configuration
-from internvl_chat.train.distributed.strategy import ReplicatedStrategy
+from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.monitor import step_metrics
 from internvl_chat.train.monitor.trackers import Trackers
-from internvl_chat.train.setup import load_for_training, load_records, order_records
+from internvl_chat.train.setup import build_sampler, load_for_training, load_records
 from internvl_chat.utils import distributed
 
 
 class NoCheckpoints:
-    """In the place of a checkpointer."""
+    """A checkpointer that does nothing."""
 
     busy = False
 
@@ -37,8 +37,8 @@ class NoCheckpoints:
         pass
 
 
-class KeepsGradients(ReplicatedStrategy):
-    """A strategy that leaves gradients and weights as the backward pass left them."""
+class KeepsGradients(Strategy):
+    """A strategy that does not change gradients and weights after the backward pass."""
 
     def optimizer_step(self) -> None:
         pass
@@ -77,7 +77,7 @@ def make_loop(tiny_model, sample_data, tmp_path):
             lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
             config.run.device,
         )
-        sampler = order_records(config, data, flops)
+        sampler = build_sampler(config, data, flops)
         return TrainingLoop(
             config.run, strategy, data, sampler, "imagenet", flops, NoCheckpoints(), SimpleNamespace(),
             TrainState(),
@@ -87,7 +87,7 @@ def make_loop(tiny_model, sample_data, tmp_path):
 
 
 def gradients(loop, packs) -> tuple[float, dict[str, torch.Tensor]]:
-    """Run one step's forward and backward over packs of samples."""
+    """Run forward and backward passes of a step over packs of samples."""
     model = loop.strategy.model
     model.zero_grad()
     record = loop.train_step(1, [loop.packs[indices] for indices in packs])
@@ -95,7 +95,7 @@ def gradients(loop, packs) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def assert_same_step(loop, loss, expected, other_loss, found) -> None:
-    """Compare a step's loss and gradients with those of the same records in another order of additions."""
+    """Compare loss and gradients of a step with those of another order of additions."""
     terms = terms_of(loop.strategy.model)
     assert other_loss == pytest.approx(loss, abs=rounding_bound(terms, torch.float32, loss))
     assert found.keys() == expected.keys()
@@ -104,19 +104,19 @@ def assert_same_step(loop, loss, expected, other_loss, found) -> None:
         assert_within_rounding(gradient, expected[name], terms=3 * terms, name=name)
 
 
-DRAWS = [SampleIndex(index, 0) for index in (0, 5, 9, 13, 18, 21)]  # one of each category, text-only first
+SAMPLES = [SampleIndex(index, 0) for index in (0, 5, 9, 13, 18, 21)]  # one of each category, text-only first
 EXPONENTS = {"token": 0.0, "square": 0.5, "sample": 1.0}
 
 
 @pytest.mark.parametrize("reduction", EXPONENTS)
-def test_step_is_the_weighted_mean_of_its_records(make_loop, reduction):
+def test_loss_is_the_weighted_mean_of_the_records(make_loop, reduction):
     loop = make_loop(loss_reduction=reduction)
-    loss, found = gradients(loop, [DRAWS])
+    loss, found = gradients(loop, [SAMPLES])
 
     model, total, weights = loop.strategy.model, 0.0, 0.0
     model.zero_grad()
-    for draw in DRAWS:
-        sample, _ = loop.data[draw]
+    for key in SAMPLES:
+        sample, _ = loop.data[key]
         pack = pack_samples([(sample, True)])
         logits = model(pack.input_ids, normalize_tiles(pack.tiles, "imagenet")).logits[0]
         losses = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[0, 1:], reduction="sum")
@@ -130,7 +130,7 @@ def test_step_is_the_weighted_mean_of_its_records(make_loop, reduction):
     assert_same_step(loop, expected.item(), by_hand, loss, found)
 
 
-CUTS = {
+PACKINGS = {
     "unpacked": [[0], [1], [2], [3], [4], [5]],
     "pairs": [[0, 1], [2, 3], [4, 5]],
     "uneven": [[5, 2, 0], [4], [1, 3]],
@@ -141,30 +141,30 @@ CUTS = {
 
 @pytest.mark.parametrize("reduction", EXPONENTS)
 @pytest.mark.parametrize("checkpoint", [0, 1, 2])
-def test_cut_into_packs_changes_nothing(make_loop, reduction, checkpoint):
+def test_packing_does_not_change_gradients(make_loop, reduction, checkpoint):
     loop = make_loop(loss_reduction=reduction)
-    loss, reference = gradients(loop, [[draw] for draw in DRAWS])
+    loss, reference = gradients(loop, [[key] for key in SAMPLES])
     if checkpoint:
         loop.strategy.model.checkpoint_layers(checkpoint)
-    for cut in CUTS.values():
-        other_loss, other = gradients(loop, [[DRAWS[i] for i in pack] for pack in cut])
+    for packing in PACKINGS.values():
+        other_loss, other = gradients(loop, [[SAMPLES[i] for i in pack] for pack in packing])
         assert_same_step(loop, loss, reference, other_loss, other)
 
 
-def test_vision_with_each_pack_changes_nothing(make_loop):
-    """A tower that runs inside the model's own forward pass, as where weights are spread over processes."""
+def test_vision_per_pack_does_not_change_gradients(make_loop):
+    """The tower runs inside the model's forward pass, as with sharded weights."""
     loop = make_loop()
-    loss, reference = gradients(loop, [DRAWS[:3], DRAWS[3:]])
+    loss, reference = gradients(loop, [SAMPLES[:3], SAMPLES[3:]])
     loop.strategy.model.always_run_vision = True
-    other_loss, other = gradients(loop, [DRAWS[:3], DRAWS[3:]])
+    other_loss, other = gradients(loop, [SAMPLES[:3], SAMPLES[3:]])
     assert_same_step(loop, loss, reference, other_loss, other)
 
 
-def test_record_of_weight_zero_changes_nothing(make_loop):
+def test_dummy_sample_does_not_change_gradients(make_loop):
     loop = make_loop()
-    loss, expected = gradients(loop, [DRAWS[:3]])
+    loss, expected = gradients(loop, [SAMPLES[:3]])
     filler = SampleIndex(14, 0, counts=False)
-    for packs in ([[*DRAWS[:3], filler]], [DRAWS[:3], [filler]]):
+    for packs in ([[*SAMPLES[:3], filler]], [SAMPLES[:3], [filler]]):
         padded_loss, found = gradients(loop, packs)
         assert_same_step(loop, loss, expected, padded_loss, found)
 
@@ -206,7 +206,7 @@ BOTH_LORA = {"use_llm_lora": 4, "use_backbone_lora": 2, "freeze_llm": True}
     ],
     ids=["full", "lora", "lora in both towers", "head", "last vision layer"],
 )
-def test_what_moves_is_what_is_trained(tiny_model, sample_data, tmp_path, recipe, moves, monkeypatch):
+def test_only_trainable_parameters_change(tiny_model, sample_data, tmp_path, recipe, moves, monkeypatch):
     before: dict[str, torch.Tensor] = {}
     loops: list[TrainingLoop] = []
     original = TrainingLoop.train
@@ -220,7 +220,7 @@ def test_what_moves_is_what_is_trained(tiny_model, sample_data, tmp_path, recipe
     assert run(tiny_model, sample_data, tmp_path / "out", max_steps=6, save_strategy="no", **recipe) == 0
     moved = {n for n, p in loops[0].strategy.model.named_parameters() if not torch.equal(p, before[n])}
     expected = {n for n in before if any(part in n for part in moves)}
-    # An embedding row that never occurs stays, but the matrix as a whole moves.
+    # Rows of tokens that do not occur stay, but the matrix changes.
     assert moved == expected
 
 
@@ -262,10 +262,10 @@ def test_files_of_a_run(tiny_model, sample_data, tmp_path, metrics):
     ],
     ids=["start", "save", "validation", "trackers"],
 )
-def test_ranks_wait_for_rank_0_before_a_step_and_not_in_it(
+def test_ranks_wait_for_rank_0_outside_the_step(
     tiny_model, sample_data, tmp_path, monkeypatch, values, expected
 ):
-    """A step has the timeout --ddp_timeout; what rank 0 writes may take longer."""
+    """Collectives in a step have the timeout --ddp_timeout; others may take longer."""
     events = []
 
     def record(owner, name, event):
@@ -284,7 +284,7 @@ def test_ranks_wait_for_rank_0_before_a_step_and_not_in_it(
     assert ", ".join(events) == expected
 
 
-def test_collectives_of_a_step_have_its_timeout(make_loop, monkeypatch):
+def test_collectives_in_a_step_use_ddp_timeout(make_loop, monkeypatch):
     loop, calls = make_loop(), []
 
     def all_reduce(values, *, in_step=False):
@@ -293,11 +293,11 @@ def test_collectives_of_a_step_have_its_timeout(make_loop, monkeypatch):
 
     monkeypatch.setattr(distributed, "all_reduce_sum", all_reduce)
     monkeypatch.setattr(step_metrics, "all_reduce_sum", all_reduce)
-    gradients(loop, [DRAWS])
+    gradients(loop, [SAMPLES])
     assert calls == [True, True]
 
 
-def test_configuration_file_of_a_run_repeats_it(tiny_model, sample_data, tmp_path, metrics):
+def test_config_file_reproduces_the_run(tiny_model, sample_data, tmp_path, metrics):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(tiny_model, sample_data, first, max_steps=3, save_strategy="no", seed=7) == 0
     config = (first / "config.yaml").read_text().replace(str(first), str(second))
@@ -308,8 +308,8 @@ def test_configuration_file_of_a_run_repeats_it(tiny_model, sample_data, tmp_pat
 
 
 @pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
-def test_bfloat16_as_in_the_recipe(tiny_model, sample_data, tmp_path, metrics, recipe):
-    """Weights in bfloat16, adapters in float32, and a loss near that of float32."""
+def test_bfloat16_recipe(tiny_model, sample_data, tmp_path, metrics, recipe):
+    """Weights are bfloat16, adapters float32, and the loss is close to that of float32."""
     losses = {}
     for bf16 in (True, False):
         out = tmp_path / f"out{bf16}"
@@ -324,7 +324,7 @@ def test_bfloat16_as_in_the_recipe(tiny_model, sample_data, tmp_path, metrics, r
     )
 
 
-def test_checkpoint_keeps_the_tile_limit_that_was_trained_with(tiny_model, sample_data, tmp_path):
+def test_checkpoint_stores_the_tile_limit(tiny_model, sample_data, tmp_path):
     meta = json.loads((sample_data / "train.json").read_text())
     for entry in meta.values():
         entry["max_dynamic_patch"] = 1

@@ -1,4 +1,4 @@
-"""The model card: true to the run, readable by a hub, and never over somebody's own README."""
+"""The model card: content, front matter, and protection of the user's README."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def card(tiny_model, sample_data, tmp_path_factory) -> Path:
 
 
 def row(text: str, name: str) -> list[str]:
-    """The cells behind the first one of a table's row."""
+    """The cells of a table row after the first."""
     [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
@@ -51,7 +51,7 @@ def test_a_hub_accepts_the_front_matter(card) -> None:
     assert "base_model" not in data  # a local folder is no id that a hub knows
 
 
-def test_the_data_are_named_by_hash_and_count(card, sample_data) -> None:
+def test_data_section_has_hashes_and_counts(card, sample_data) -> None:
     text = card.read_text(encoding="utf-8")
     for name, entry in json.loads((sample_data / "train.json").read_text()).items():
         annotation = Path(entry["annotation"])
@@ -59,7 +59,7 @@ def test_the_data_are_named_by_hash_and_count(card, sample_data) -> None:
         assert row(text, name) == ["4", "6", annotation.name, f"`{digest}`"]
 
 
-def test_recipe_and_course_are_the_run_s(card, metrics) -> None:
+def test_recipe_and_training_sections(card, metrics) -> None:
     text, steps = card.read_text(encoding="utf-8"), metrics(card.parent)
     assert row(text, "use_llm_lora") == ["4"]
     assert row(text, "max_steps") == ["2"]
@@ -70,22 +70,22 @@ def test_recipe_and_course_are_the_run_s(card, metrics) -> None:
     assert "There was no validation" in text
 
 
-def test_neither_secrets_nor_places_are_told(card, tiny_model, sample_data, tmp_path, monkeypatch) -> None:
+def test_card_has_no_secrets_or_paths(card, tiny_model, sample_data, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("WANDB_API_KEY", "another_secret")
     again = run(tmp_path / "run", tiny_model, sample_data)
     for text in (card.read_text(encoding="utf-8"), again.read_text(encoding="utf-8")):
-        for told in (
+        for secret in (
             "secret",
             str(tiny_model.parent),
             str(sample_data),
             str(tmp_path),
             str(card.parent.parent),
         ):
-            assert told not in text
+            assert secret not in text
 
 
-def test_the_licence_is_the_base_s(tiny_model, sample_data, tmp_path) -> None:
+def test_licence_of_the_base_model(tiny_model, sample_data, tmp_path) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "InternVL3-tiny"))
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
     text = run(tmp_path / "run", base, sample_data).read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def test_the_licence_is_the_base_s(tiny_model, sample_data, tmp_path) -> None:
     assert "Adapters (LoRA) for InternVL3-tiny." in text
 
 
-def test_the_validation_s_data_are_named_by_hash(tiny_model, sample_data, tmp_path) -> None:
+def test_validation_data_have_hashes(tiny_model, sample_data, tmp_path) -> None:
     meta = sample_data / "train.json"
     text = run(
         tmp_path / "run", tiny_model, sample_data, eval_meta_path=meta, eval_strategy="steps", eval_steps=2
@@ -105,7 +105,7 @@ def test_the_validation_s_data_are_named_by_hash(tiny_model, sample_data, tmp_pa
         assert float(row(validated, f"loss, {name}")[0]) > 0
 
 
-def test_the_card_goes_along_when_adapters_are_merged_and_exported(card, tmp_path) -> None:
+def test_card_is_carried_over_by_merge_and_export(card, tmp_path) -> None:
     text = card.read_text(encoding="utf-8")
     merge(card.parent, tmp_path / "merged")
     export_hf(card.parent, tmp_path / "exported")
@@ -116,20 +116,20 @@ def test_the_card_goes_along_when_adapters_are_merged_and_exported(card, tmp_pat
     [line] = [line for line in merged.splitlines() if "fine-tuned version of" in line]
     assert line.endswith("a fine-tuned version of tiny.")
     assert merged.split("**Licence")[1] == text.split("**Licence")[1]
-    # On the way there and back nothing is added.
+    # A conversion and back adds nothing.
     export_hf(tmp_path / "merged", tmp_path / "there")
     merge(tmp_path / "there", tmp_path / "back")
     assert (tmp_path / "back" / CARD).read_text(encoding="utf-8") == merged
 
 
-def test_a_readme_of_somebody_else_s_is_copied(tiny_model, tmp_path) -> None:
+def test_foreign_readme_is_copied(tiny_model, tmp_path) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     (base / CARD).write_bytes(b"# Mine\r\n\xff")
     merge(base, tmp_path / "merged")
     assert (tmp_path / "merged" / CARD).read_bytes() == b"# Mine\r\n\xff"
 
 
-def test_an_own_readme_stays(tiny_model, sample_data, tmp_path, caplog) -> None:
+def test_user_readme_is_kept(tiny_model, sample_data, tmp_path, caplog) -> None:
     (tmp_path / CARD).write_text("# My notes\n")
     assert run(tmp_path, tiny_model, sample_data).read_text() == "# My notes\n"
     found = inspect_output_folder(tmp_path, overwrite=True, resume=None)
@@ -137,13 +137,13 @@ def test_an_own_readme_stays(tiny_model, sample_data, tmp_path, caplog) -> None:
     assert (tmp_path / CARD).read_text() == "# My notes\n"
 
 
-def test_the_card_of_an_earlier_run_goes_with_it(tmp_path) -> None:
+def test_card_of_an_earlier_run_is_replaced(tmp_path) -> None:
     (tmp_path / CARD).write_text(f"---\nlicense: unknown\n---\n{CARD_MARK}\n")
     inspect_output_folder(tmp_path, overwrite=False, resume=None).open().release()
     assert not (tmp_path / CARD).exists()
 
 
-def test_the_figures_of_validation_are_those_of_the_model(tmp_path) -> None:
+def test_validation_metrics_match_the_model(tmp_path) -> None:
     file = tmp_path / "validation.jsonl"
     assert read_validation(file, None) == {}
     rows = [

@@ -1,4 +1,4 @@
-"""How inputs are made is known before weights are read, and is what the loaded model says."""
+"""Preprocessing: the same before and after the weights are loaded."""
 
 import json
 import shutil
@@ -42,11 +42,11 @@ def agree(plan) -> bool:
     {}, {"force_image_size": 112}, {"max_dynamic_patch": 1}, {"max_dynamic_patch": 9, "min_dynamic_patch": 2},
     {"dynamic_image_size": False, "pad2square": True}, {"normalize_type": "clip", "max_seq_length": 99}, LORA,
 ], ids=str)  # fmt: skip
-def test_of_a_model(plan_of, values):
+def test_preprocessing_of_a_model(plan_of, values):
     assert agree(plan_of(**values))
 
 
-def test_of_parts(plan_of, tiny_model, tmp_path):
+def test_preprocessing_of_an_assembled_model(plan_of, tiny_model, tmp_path):
     vision, llm = tmp_path / "vision", tmp_path / "llm"
     config = json.loads((tiny_model / "config.json").read_text())
     weights = {name: read() for name, read in open_weights(tiny_model / "model.safetensors").items()}
@@ -61,7 +61,7 @@ def test_of_parts(plan_of, tiny_model, tmp_path):
     assert agree(plan_of(model_name_or_path=None, vision_path=vision, llm_path=llm))
 
 
-def test_of_adapters_and_of_a_run_that_goes_on(plan_of, tiny_model, sample_data, tmp_path):
+def test_preprocessing_of_adapters_and_of_a_resumed_run(plan_of, tiny_model, sample_data, tmp_path):
     values = {"model_name_or_path": tiny_model, "meta_path": sample_data / "train.json",
               "output_dir": tmp_path / "run", **LORA}  # fmt: skip
     assert train(flags(**values, max_steps=2, save_strategy="steps", save_steps=1)) == 0

@@ -1,4 +1,4 @@
-"""What a validation measures, which of it may choose the best model, and which flags make no sense."""
+"""Validation: metrics, selection of the best model, and checks of the flags."""
 
 import dataclasses
 import json
@@ -21,29 +21,29 @@ from internvl_chat.train.validation import EvalMetrics, EvalResult, Validation, 
 from internvl_chat.utils.errors import ModelError, TrainingError, UsageError
 
 
-def test_figures_of_sums():
-    # Two records of 4 and 6 tokens with the losses 1 and 2, each weighing the same; three answers.
+def test_metrics_from_sums():
+    # Two records of 4 and 6 tokens with the losses 1 and 2, with equal weights; three answers.
     weighted = 4 * 0.25 * 1.0 + 6 / 6 * 2.0
-    figures = EvalMetrics.from_sums([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
-    assert figures == EvalMetrics(2, 10, 1.5, pytest.approx(200 / 3), 50.0, 3)
+    metrics = EvalMetrics.from_sums([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
+    assert metrics == EvalMetrics(2, 10, 1.5, pytest.approx(200 / 3), 50.0, 3)
     nothing = EvalMetrics.from_sums([0.0] * 7)
     assert nothing == EvalMetrics(0, 0, None, None, None, 0)
-    outcome = EvalResult(figures, {"qa": figures, "empty": nothing})
+    outcome = EvalResult(metrics, {"qa": metrics, "empty": nothing})
     assert outcome.metrics() == {
-        "eval_loss": 1.5, "eval_em": figures.em, "eval_rougeL": 50.0,
-        "eval_qa_loss": 1.5, "eval_qa_em": figures.em, "eval_qa_rougeL": 50.0,
+        "eval_loss": 1.5, "eval_em": metrics.em, "eval_rougeL": 50.0,
+        "eval_qa_loss": 1.5, "eval_qa_em": metrics.em, "eval_qa_rougeL": 50.0,
     }  # fmt: skip
     assert json.loads(json.dumps(outcome.row()))["sets"]["empty"]["loss"] is None
 
 
-def test_names_are_those_that_are_measured():
+def test_metric_names_match_the_metrics():
     assert metric_names(["a", "b"], generate=False) == ["eval_loss", "eval_a_loss", "eval_b_loss"]
-    figures = EvalMetrics(1, 1, 1.0, 1.0, 1.0, 1)
+    metrics = EvalMetrics(1, 1, 1.0, 1.0, 1.0, 1)
     names = metric_names(["a", "b"], generate=True)
-    assert sorted(names) == sorted(EvalResult(figures, {"a": figures, "b": figures}).metrics())
+    assert sorted(names) == sorted(EvalResult(metrics, {"a": metrics, "b": metrics}).metrics())
 
 
-def test_held_out_records_are_used_as_they_are_and_once(tmp_path):
+def test_validation_specs_have_no_augmentation_or_repeats(tmp_path):
     spec = DatasetSpec("qa", tmp_path, tmp_path / "qa.jsonl", data_augment=True, repeat_time=3)
     part = dataclasses.replace(spec, repeat_time=0.5)
     found = validation_specs([spec, part])
@@ -57,20 +57,20 @@ def make_validation(tmp_path, records, generate, **options) -> Validation:
     return Validation(data, sampler=None, reduction="sample", generate=generate, normalization="imagenet")
 
 
-def test_questions_are_always_the_same_and_spread_evenly(tmp_path):
+def test_generation_indices_are_evenly_spaced(tmp_path):
     records = [text_record(number) for number in range(10)]
     expected = {0: [], 1: [0], 3: [0, 3, 6], 10: list(range(10)), 99: list(range(10))}
     for wanted, indices in expected.items():
-        assert make_validation(tmp_path, records, wanted).asked(0) == indices
+        assert make_validation(tmp_path, records, wanted).generation_indices(0) == indices
 
 
-def test_records_whose_end_is_cut_are_not_asked(tmp_path):
+def test_truncated_records_are_not_used_for_generation(tmp_path):
     records = [text_record(number, "a cat " * (400 if number == 0 else 1)) for number in range(3)]
     validation = make_validation(tmp_path, records, 3, truncate_text=True)
-    assert validation.asked(0) == [1, 2]
+    assert validation.generation_indices(0) == [1, 2]
 
 
-def test_the_last_question_has_the_images_shown_before_it(tmp_path):
+def test_last_question_includes_earlier_images(tmp_path):
     record = image_record(0, "a.png", "b.png")
     record["conversations"] += [{"from": "human", "value": "And why?"}, {"from": "gpt", "value": "On a mat."}]
     (tmp_path / "images").mkdir()
@@ -80,7 +80,7 @@ def test_the_last_question_has_the_images_shown_before_it(tmp_path):
     parsed = records.record(0)
     images = records.images(0, parsed)
     assert last_question(parsed, images) == (Prompt(parsed.messages[:3], tuple(images)), "On a mat.")
-    # A picture in a question without an answer is shown after the last answer.
+    # The image of a question without an answer comes after the last answer.
     record["conversations"].append({"from": "human", "value": "<image>?"})
     record["image"].append("a.png")
     parsed = write_set(tmp_path, [record], "more").record(0)
@@ -89,7 +89,7 @@ def test_the_last_question_has_the_images_shown_before_it(tmp_path):
 
 @pytest.fixture
 def check(tiny_model, sample_data, tmp_path):
-    """Check a command line; returns the problems."""
+    """Check a command line and return the problems."""
 
     def problems(**values) -> list[str]:
         common = {
@@ -114,15 +114,13 @@ def test_flags_that_need_validation(check, sample_data):
     ):  # fmt: skip
         [problem] = check(**values)
         [(flag, value)] = values.items()
-        assert problem == (
-            f"--{flag} {value}: there is no validation without --eval_strategy steps (or epoch)"
-        )
-    # transformers asks for the same strategies of saving and validating by itself.
-    assert "save_strategy best: there is no validation" in check(save_strategy="best")[0]
+        assert problem == (f"--{flag} {value} has no effect without --eval_strategy steps (or epoch)")
+    # transformers itself requires equal strategies of saving and validation.
+    assert "save_strategy best has no effect" in check(save_strategy="best")[0]
     assert check(eval_strategy="steps") == ["--eval_strategy steps needs --eval_meta_path"]
 
 
-def test_problems_of_validation_come_together(check, sample_data, monkeypatch):
+def test_validation_problems_are_reported_together(check, sample_data, monkeypatch):
     monkeypatch.setattr("internvl_chat.train.checks.find_spec", lambda name: None)
     problems = check(
         eval_strategy="epoch", eval_meta_path=sample_data / "held_out.json", eval_generate=2,
@@ -135,7 +133,7 @@ def test_problems_of_validation_come_together(check, sample_data, monkeypatch):
     ]
 
 
-def test_a_metric_of_answers_needs_answers(check, sample_data):
+def test_generation_metrics_need_eval_generate(check, sample_data):
     common = {"eval_strategy": "steps", "eval_meta_path": sample_data / "held_out.json"}
     assert check(**common, metric_for_best_model="rougeL", eval_generate=1) == []
     [problem] = check(**common, metric_for_best_model="rougeL")
@@ -144,7 +142,7 @@ def test_a_metric_of_answers_needs_answers(check, sample_data):
     assert problem.startswith("--metric_for_best_model accuracy: not measured; use one of eval_loss, eval_em")
 
 
-def test_a_meta_file_that_is_not_there(check):
+def test_missing_validation_meta_file(check):
     with pytest.raises(ModelError, match=r"^--eval_meta_path: /no/meta\.json: no such meta file"):
         check(eval_strategy="steps", eval_meta_path="/no/meta.json")
 
@@ -159,12 +157,12 @@ def test_a_meta_file_that_is_not_there(check):
         ({"metric_for_best_model": "eval_em", "early_stopping_patience": 2}, "eval_em", True),
     ],
 )
-def test_what_chooses_the_best(values, metric, greater):
+def test_default_metric_for_best_model(values, metric, greater):
     run = parse_arguments(flags(model_name_or_path="m", meta_path="d", output_dir="o", **values)).run
     assert (run.metric_for_best_model, run.greater_is_better) == (metric, greater)
 
 
-def test_settings_of_validation_survive_their_own_file(tmp_path):
+def test_validation_flags_round_trip_through_config_file(tmp_path):
     import yaml
 
     given = {"eval_strategy": "steps", "eval_meta_path": "held.json", "load_best_model_at_end": True,
@@ -177,17 +175,17 @@ def test_settings_of_validation_survive_their_own_file(tmp_path):
     assert second.run.load_best_model_at_end and second.data.eval_meta_path == "held.json"
 
 
-def test_a_folder_with_validations_is_a_run_s(tmp_path):
+def test_folder_with_validation_log_is_a_run(tmp_path):
     for name in ("metrics.jsonl", "validation.jsonl"):
         (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n')
     assert inspect_output_folder(tmp_path, overwrite=True, resume=None).overwrite
     found = inspect_output_folder(tmp_path, overwrite=False, resume=None)
-    found.open().close()
+    found.open().release()
     assert not (tmp_path / "validation.jsonl").exists()
 
 
-def test_no_best_model_to_end_with(tmp_path):
-    with pytest.raises(TrainingError, match="nothing was validated"):
+def test_missing_best_model(tmp_path):
+    with pytest.raises(TrainingError, match="there was no validation"):
         copy_best(TrainState(step=3), tmp_path, None)
     with pytest.raises(TrainingError, match="checkpoint-2 is missing or damaged"):
         copy_best(TrainState(step=3, best_step=2), tmp_path, None)
@@ -196,8 +194,8 @@ def test_no_best_model_to_end_with(tmp_path):
         copy_best(TrainState(step=3, best_step=2), tmp_path, None)
 
 
-def test_the_best_before_a_run_resumed_elsewhere(tmp_path):
-    """What the first run wrote later is not of this one."""
+def test_best_checkpoint_next_to_the_resumed_one(tmp_path):
+    """Checkpoints that the first run wrote after the resumed step are ignored."""
     for step, best_step in ((2, 2), (3, 2), (4, 4)):
         write_state(tmp_path / f"first/checkpoint-{step}", best_step)
         write_manifest(tmp_path / f"first/checkpoint-{step}")
@@ -210,7 +208,7 @@ def test_the_best_before_a_run_resumed_elsewhere(tmp_path):
 
 
 def write_state(checkpoint, best_step):
-    """Make a checkpoint that holds nothing but the progress of its run."""
+    """Create a checkpoint that contains only the training state."""
     checkpoint.mkdir(parents=True)
     state = TrainState(step=int(checkpoint.name.removeprefix("checkpoint-")), best_step=best_step)
     (checkpoint / "trainer_state.json").write_text(json.dumps(state.to_json()))

@@ -1,1 +1,1 @@
-"""Checkpoints: saving in the background, the manifest, resuming, the run folder."""
+"""Checkpoints: saving in the background, integrity, resuming, and the output folder."""

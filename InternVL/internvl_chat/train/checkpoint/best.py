@@ -1,4 +1,4 @@
-"""The checkpoint with the best validation, as the model that a run ends with."""
+"""Find the checkpoint with the best validation and copy its model."""
 
 import math
 import shutil
@@ -13,18 +13,16 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Files that a run resumes from; what else it needs is in folders.
-_RUN_FILES = (STATE_FILE, FINGERPRINT, MANIFEST)
+# Files of a checkpoint that are only needed to resume; other such files are in subfolders.
+_RESUME_FILES = (STATE_FILE, FINGERPRINT, MANIFEST)
 
 
 def find_best(folder: Path, last: float = math.inf) -> Path | None:
-    """Return the newest checkpoint that had the best validation when it was written; None if there is none.
-
-    A better one that could not be written is not counted.
+    """Return the newest checkpoint that was the best when it was written; None if there is none.
 
     Args:
-        folder: of a run.
-        last: step of the last checkpoint to look at.
+        folder: output folder of a run.
+        last: ignore checkpoints after this step.
     """
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
@@ -37,34 +35,34 @@ def find_best(folder: Path, last: float = math.inf) -> Path | None:
 
 
 def copy_best(state: TrainState, output: Path, resume: Path | None) -> int:
-    """Copy the model of a run's best checkpoint into the run's folder; returns its step.
+    """Copy the model of the best checkpoint into the output folder; return its step.
 
     Args:
-        state: of the run.
-        output: folder of the run.
-        resume: checkpoint that the run resumed from; the best may be older and beside it.
+        state: final state of the run.
+        output: output folder of the run.
+        resume: checkpoint that the run resumed from; older checkpoints next to it are searched too.
 
     Raises:
-        TrainingError: no validation found a best one, or it is damaged or missing.
+        TrainingError: there was no validation, or the best checkpoint is missing or damaged.
     """
     best = find_best(output)
     if best is None and resume is not None:
         best = find_best(resume.parent, checkpoint_step(resume))
     if best is None:
         missing = f"checkpoint-{state.best_step} is missing or damaged"
-        problem = "nothing was validated" if state.best_step is None else missing
+        problem = "there was no validation" if state.best_step is None else missing
     elif damage := find_damage(best):
         problem = f"{best}: {damage}"
     else:
         step = checkpoint_step(best)
         if step != state.best_step:
-            logger.warning("the best validation was at step %d, whose checkpoint is missing", state.best_step)
-        logger.info("the finished model is the best one, %s", best)
+            logger.warning("the checkpoint of the best validation (step %d) is missing", state.best_step)
+        logger.info("copying the best model, %s", best)
         for file in sorted(best.iterdir()):
-            if file.is_file() and file.name not in _RUN_FILES:
+            if file.is_file() and file.name not in _RESUME_FILES:
                 shutil.copyfile(file, output / file.name)
         return step
     raise TrainingError(
-        f"there is no best model to end with ({problem}); with "
-        "--load_best_model_at_end False the same command writes the newest model"
+        f"there is no best model to copy ({problem}); to save the last model instead, run the same command "
+        "with --load_best_model_at_end False"
     )

@@ -1,4 +1,4 @@
-"""What a run and the checkpoint that it resumes from must have in common; stored in every checkpoint."""
+"""Fingerprint of a run: settings that must not change when it is resumed; stored in every checkpoint."""
 
 import json
 from pathlib import Path
@@ -30,23 +30,22 @@ _DATA_FLAGS = (
 
 
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
-    """Return what the order of the records and the optimizer state depend on.
+    """Return the settings that determine the order of the records and the optimizer state.
 
-    The number of ranks and the parallel layout may change, but not to, from or with DeepSpeed.
+    The number of ranks and the parallel layout may change, except with DeepSpeed.
     """
-    found = {name: getattr(config.model, name) for name in _MODEL_FLAGS}
-    found |= {name: getattr(config.run, name) for name in _RUN_FLAGS}
-    found |= {name: getattr(config.data, name) for name in _DATA_FLAGS}
-    found["weight precision"] = config.run.weight_precision
-    found["records of a step"] = config.run.records_per_step
-    found["DeepSpeed"] = bool(config.run.deepspeed)
+    groups = (config.model, _MODEL_FLAGS), (config.run, _RUN_FLAGS), (config.data, _DATA_FLAGS)
+    settings = {name: getattr(group, name) for group, names in groups for name in names}
+    settings["weight precision"] = config.run.weight_precision
+    settings["records of a step"] = config.run.records_per_step
+    settings["DeepSpeed"] = bool(config.run.deepspeed)
     if config.run.deepspeed:
-        found["number of ranks (with DeepSpeed use as many as before)"] = config.run.world_size
-    return found
+        settings["number of ranks (with DeepSpeed use as many as before)"] = config.run.world_size
+    return settings
 
 
 def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return what the order of the records depends on: how many of which files, and which are excluded."""
+    """Return the annotation files, their sizes and the excluded records, which determine the order."""
     contents = {
         f"SHA-256 of the annotation file of {records.spec.name}": digest
         for records, digest in zip(data.sets, data.digests, strict=True)
@@ -56,21 +55,21 @@ def describe_data(data: TrainingData) -> dict[str, Any]:
 
 
 def read_fingerprint(checkpoint: Path) -> dict[str, Any]:
-    """Return the fingerprint of the run that wrote a checkpoint; empty if it has none."""
+    """Return the fingerprint stored in a checkpoint; empty if there is none."""
     file = checkpoint / FINGERPRINT
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
-    """Compare a run with the one that wrote a checkpoint.
+    """Compare a fingerprint with the one stored in a checkpoint.
 
     Raises:
-        UsageError: names every difference.
+        UsageError: lists all differences.
     """
     stored, current = read_fingerprint(checkpoint), json.loads(json.dumps(current))
     problems = [
         f"cannot resume {checkpoint}: {name} was {stored[name]!r} there, and is {value!r} here; "
-        "give the same, or start again in another --output_dir"
+        "use the earlier value, or start a new run in another --output_dir"
         for name, value in current.items()
         if name in stored and stored[name] != value
     ]
@@ -79,5 +78,5 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
 
 
 def write_fingerprint(checkpoint: Path, current: dict[str, Any]) -> None:
-    """Store a run's fingerprint in a checkpoint."""
+    """Store a fingerprint in a checkpoint."""
     (checkpoint / FINGERPRINT).write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Sizes and hashes of the files of a checkpoint, written last: a folder with a manifest is complete."""
+"""Manifest of a checkpoint: sizes and hashes of its files, written last to mark the folder as complete."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from internvl_chat.utils.hashed_file import FileEntry, Pause, no_pause
 MANIFEST = "manifest.json"
 
 _VERSION = 1
-# Hashing is bound by one core a file; disks deliver several files at a time.
+# Hashing a file is bound by one core, so several files are hashed at a time.
 _THREADS = 8
-_PIECE = 2**26
+_CHUNK = 2**26
 
 
 def write_manifest(
@@ -25,21 +25,21 @@ def write_manifest(
     threads: int = _THREADS,
     pause: Pause = no_pause,
 ) -> None:
-    """List all files below a folder.
+    """Write the manifest of all files in a folder and its subfolders.
 
     Args:
-        folder: of the checkpoint.
-        known: entries by relative name of files that were hashed while they were written.
-        threads: that hash the other files.
-        pause: as for `HashedFile`, while they do.
+        folder: folder of the checkpoint.
+        known: entries, by relative path, of files that were hashed while they were written.
+        threads: number of threads that hash the other files.
+        pause: see `HashedFile`.
 
     Raises:
-        OSError: a file is not as it was written, as where ranks do not share the disk.
+        OSError: a file in `known` is missing or has another size, for example if ranks do not share the disk.
     """
     entries = dict(known or {})
     for name, entry in entries.items():
         if (folder / name).stat().st_size != entry.bytes:
-            raise OSError(f"{name} is not as it was written")
+            raise OSError(f"{name} has changed since it was written")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = {path.relative_to(folder).as_posix(): path for path in files}
     unknown = {name: path for name, path in names.items() if name not in entries}
@@ -51,9 +51,9 @@ def write_manifest(
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what differs between a folder and its manifest; None if nothing does.
+    """Return the first difference between a folder and its manifest; None if it is intact.
 
-    Files that the manifest does not name are ignored.
+    Files that are not in the manifest are ignored.
     """
     try:
         entries = _read_entries(folder / MANIFEST)
@@ -63,11 +63,11 @@ def find_damage(folder: Path) -> str | None:
         return f"its {MANIFEST} cannot be read ({error})"
     for name, entry in entries.items():
         try:
-            found = (folder / name).stat().st_size
+            size = (folder / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found != entry.bytes:
-            return f"{name} has {found:,} bytes instead of {entry.bytes:,}"
+        if size != entry.bytes:
+            return f"{name} has {size:,} bytes instead of {entry.bytes:,}"
     try:
         hashes = hash_files(folder / name for name in entries)
         for (name, entry), digest in zip(entries.items(), hashes, strict=True):
@@ -81,22 +81,22 @@ def find_damage(folder: Path) -> str | None:
 def _read_entries(file: Path) -> dict[str, FileEntry]:
     loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if loaded["version"] != _VERSION:
-        raise ValueError(f"version {loaded['version']!r}; this program reads {_VERSION}")
+        raise ValueError(f"version {loaded['version']!r}; only {_VERSION} is supported")
     return {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in loaded["files"].items()}
 
 
 def hash_files(files: Iterable[Path], threads: int = _THREADS, pause: Pause = no_pause) -> Iterator[str]:
-    """Yield the SHA-256 of each file's content, several at a time."""
+    """Yield the SHA-256 of each file, hashing several files at a time."""
 
     def digest(file: Path) -> str:
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         with file.open("rb", buffering=0) as stream:
-            began = time.perf_counter()
-            while piece := stream.read(_PIECE):
-                found.update(piece)
-                pause(time.perf_counter() - began)
-                began = time.perf_counter()
-        return found.hexdigest()
+            start = time.perf_counter()
+            while chunk := stream.read(_CHUNK):
+                sha256.update(chunk)
+                pause(time.perf_counter() - start)
+                start = time.perf_counter()
+        return sha256.hexdigest()
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(digest, files)

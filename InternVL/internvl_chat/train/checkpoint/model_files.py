@@ -1,4 +1,4 @@
-"""The model of a checkpoint: weights or adapters, tokenizer and preprocessing, complete in themselves."""
+"""Write the model of a checkpoint: weights or adapters, tokenizer and preprocessing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from internvl_chat.model.io.weights import weights_digest
 from internvl_chat.model.lora.injection import lora_layers
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.checks import RunPlan
-from internvl_chat.train.setup import base_of_adapters
+from internvl_chat.train.setup import adapter_base
 from internvl_chat.utils.hashed_file import FileEntry
 
 
@@ -26,12 +26,12 @@ class CheckpointWriter:
 
     Attributes:
         model: the model in training.
-        tokenizer: of the model; written where it was changed.
-        preprocessing: of the run.
-        auxiliary: tokenizer and other files of the model that the run started from, by name. They are kept in
-            memory because it may be a checkpoint that is deleted after the next one.
-        base: for adapters, the model that they belong to.
-        keep_tokenizer: whether the tokenizer files in `auxiliary` are right as they are.
+        tokenizer: the tokenizer of the model.
+        preprocessing: the preprocessing of the run.
+        auxiliary: tokenizer and other files of the initial model, by name. They are kept in memory, because
+            the initial model may be a checkpoint that is deleted during the run.
+        base: base model of the adapters; None without adapters.
+        keep_tokenizer: keep the tokenizer files in `auxiliary`, because the tokenizer has not changed.
     """
 
     model: InternVLChatModel
@@ -42,10 +42,10 @@ class CheckpointWriter:
     keep_tokenizer: bool
 
     def __call__(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, FileEntry]:
-        """Write the model with these weights; the folder is made if need be.
+        """Write the model with the given weights; create the folder if needed.
 
         Returns:
-            The size and hash of each safetensors file, by name.
+            Size and hash of each safetensors file, by name.
         """
         if self.base is not None:
             entries = save_adapter(self.model, folder, self.base, weights)
@@ -61,16 +61,16 @@ class CheckpointWriter:
 def checkpoint_writer(
     plan: RunPlan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
 ) -> CheckpointWriter:
-    """Return the writer of the run's checkpoints; hashes the base of adapters on rank 0."""
-    base = _base_of(plan) if lora_layers(model) and plan.config.run.is_main else None
+    """Return the writer of the run's checkpoints; with adapters, hash their base model on rank 0."""
+    base = _base_model(plan) if lora_layers(model) and plan.config.run.is_main else None
     _, added = load_tokenizer(plan.source)
     auxiliary = read_auxiliary_files(plan.source)
     return CheckpointWriter(model, tokenizer, preprocessing, auxiliary, base, keep_tokenizer=added == 0)
 
 
-def _base_of(plan: RunPlan) -> BaseModel:
-    """Return the full model under the adapters of this run."""
+def _base_model(plan: RunPlan) -> BaseModel:
+    """Return the base model of the run's adapters."""
     if is_adapter(plan.source):
-        return find_base(plan.source, base_of_adapters(plan))[1]
+        return find_base(plan.source, adapter_base(plan))[1]
     path = plan.config.model.model_name_or_path
     return BaseModel(str(Path(path).absolute()) if Path(path).is_dir() else path, weights_digest(plan.source))

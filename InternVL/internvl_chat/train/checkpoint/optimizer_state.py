@@ -1,7 +1,7 @@
-"""Optimizer state on disk, for any number of ranks, sharded or not.
+"""Save and load optimizer state, sharded or not, with any number of ranks.
 
-Each rank writes its shards of the tensors, named "<parameter>/<state>", as safetensors files in the layout of
-`torch.distributed.checkpoint` (DCP), and reads the slices that it needs. No pickle is written or read.
+Each rank writes its shards as safetensors files in the format of `torch.distributed.checkpoint` (DCP) and
+reads only the slices it needs. Tensors are named "<parameter>/<state>". No pickle is written or read.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError
 from internvl_chat.utils.hashed_file import FileEntry, Pause
 
-# It is right that a single process has no process group.
+# A single rank has no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 
 
 def named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimizer's tensors by "<parameter>/<state>", and everything else for a JSON file."""
+    """Return the state tensors by "<parameter>/<state>", and the rest of the state for a JSON file."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {
         f"{names[parameter]}/{name}": value
@@ -49,25 +49,25 @@ def named_state(
     return tensors, {"param_groups": groups, "values": values}
 
 
-def share_of_rank(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str, Tensor]:
-    """Return what this rank writes: its shards, and its share by bytes of the tensors that all ranks hold.
+def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str, Tensor]:
+    """Return the tensors that this rank writes: sharded ones, and a balanced part of the replicated ones.
 
     Args:
-        tensors: of `named_state`.
-        main_bytes: that rank 0 writes besides.
+        tensors: tensors from `named_state`.
+        main_bytes: bytes that rank 0 writes in addition.
     """
     load = [main_bytes] + [0] * (distributed.world_size() - 1)
-    own = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    for key in sorted(tensors.keys() - own.keys(), key=lambda key: (-tensors[key].nbytes, key)):
+    assigned = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    for key in sorted(tensors.keys() - assigned.keys(), key=lambda key: (-tensors[key].nbytes, key)):
         rank = load.index(min(load))
         load[rank] += tensors[key].nbytes
         if rank == distributed.rank():
-            own[key] = tensors[key]
-    return own
+            assigned[key] = tensors[key]
+    return assigned
 
 
 class _StagedPlanner(dcp.DefaultSavePlanner):
-    """Plans a save from the live tensors, and writes copies of this rank's parts."""
+    """Plans a save from the live tensors but writes host copies of this rank's shards."""
 
     def __init__(self, copies: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -78,7 +78,7 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """Writes and hashes safetensors files, one a thread."""
+    """Writes and hashes safetensors files, one per thread."""
 
     def __init__(self, folder: Path, threads: int, pause: Pause) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -118,21 +118,22 @@ def save_optimizer(
     pause: Pause,
     group: dist.ProcessGroup | None,
 ) -> dict[str, FileEntry]:
-    """Write this rank's part; returns its files. A collective that fails on every rank if it does on one.
+    """Write this rank's tensors and return its files; a collective that fails on all ranks or on none.
 
     Args:
-        folder: is made if need be.
-        tensors: of `share_of_rank`.
-        copies: this rank's part of each, as it is to be written.
-        threads: that write at the same time, a file each.
-        pause: as for `HashedFile`.
-        group: of all ranks, for this alone.
+        folder: target folder; created if needed.
+        tensors: tensors from `tensors_to_write`.
+        copies: host copies of this rank's shards, by the same names.
+        threads: number of threads, each of which writes a file.
+        pause: see `HashedFile`.
+        group: process group of all ranks that no other thread uses.
 
     Raises:
-        OSError: a file cannot be written; with several ranks this is a `TrainingError`.
+        OSError: a file cannot be written (a single rank).
+        TrainingError: a file cannot be written (several ranks).
     """
     writer = _Writer(folder, threads, pause)
-    with _first_failure():
+    with _unwrap_failure():
         dcp.save(dict(tensors), storage_writer=writer, planner=_StagedPlanner(copies), process_group=group)
     return writer.entries
 
@@ -141,22 +142,22 @@ def save_optimizer(
 def load_optimizer(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 ) -> None:
-    """Load what was saved by any number of ranks; a collective.
+    """Load the state saved by any number of ranks; a collective.
 
     Args:
-        folder: of the files.
-        model: names the parameters.
-        optimizer: gets the state, each rank its shards.
+        folder: folder with the safetensors files.
+        model: model whose parameter names identify the state.
+        optimizer: optimizer to load into; each rank loads its shards.
         saved: the second result of `named_state`.
 
     Raises:
-        TrainingError: the files cannot be read, or are of another optimizer or model.
+        TrainingError: the files cannot be read, or belong to another optimizer or model.
     """
     parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
-    own_names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    if own_names != [group["params"] for group in saved["param_groups"]]:
-        raise TrainingError(f"{folder}: is the state of other parameters than those of this run")
+    group_names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if group_names != [group["params"] for group in saved["param_groups"]]:
+        raise TrainingError(f"{folder}: the parameters differ from those of this run")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = {}
     try:
@@ -165,13 +166,13 @@ def load_optimizer(
         raise TrainingError(f"{folder}: cannot be read: {error}") from None
     for key, stored in metadata.state_dict_metadata.items():
         parameter, dtype = parameters[key.rpartition("/")[0]], stored.properties.dtype
-        # Shaped as the parameter it is sharded as the parameter; anything else is the same on every rank.
+        # A tensor with the shape of its parameter is sharded like it; any other is replicated.
         like = parameter if stored.size == parameter.shape else torch.empty(stored.size)
         tensors[key] = torch.empty_like(like, dtype=dtype)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-    with _first_failure():
+    with _unwrap_failure():
         dcp.load(tensors, storage_reader=reader, planner=planner, process_group=distributed.host_group())
-    numbers = {name: number for number, name in enumerate(chain.from_iterable(own_names))}
+    numbers = {name: number for number, name in enumerate(chain.from_iterable(group_names))}
     state: dict[int, dict[str, Any]] = defaultdict(dict)
     for key, value in {**saved["values"], **tensors}.items():
         name, _, entry = key.rpartition("/")
@@ -181,7 +182,7 @@ def load_optimizer(
     ]
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-    # torch casts state to the dtype of the weight.
+    # `load_state_dict` casts state to the dtype of the weight; restore the saved dtype.
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         loaded = optimizer.state[parameters[name]]
@@ -190,8 +191,8 @@ def load_optimizer(
 
 
 @contextlib.contextmanager
-def _first_failure() -> Iterator[None]:
-    """Turn what DCP raises on every rank into the error of the rank that failed."""
+def _unwrap_failure() -> Iterator[None]:
+    """Replace the exception that DCP raises on every rank by the error of the first failed rank."""
     try:
         yield
     except dcp.CheckpointException as error:

@@ -1,4 +1,4 @@
-"""Copies of tensors in host memory that is reused from checkpoint to checkpoint, pinned for a GPU."""
+"""Host buffers for copies of GPU or CPU tensors, reused for every checkpoint and pinned for GPUs."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,18 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Buffers share blocks of this size: torch rounds each pinned block up to a power of two.
+# Buffers are allocated in blocks of this size, because torch rounds pinned blocks up to a power of two.
 _BLOCK_BYTES = 2**32
 _ALIGNMENT = 64
-# Buffers are made only if this many times their size is free: training may need more memory, too.
+# Free memory required to allocate buffers, relative to their size; training may need more memory later.
 _FREE_FACTOR = 1.2
 
 
 class HostBuffers:
-    """One host buffer for each name, kept for the next copy of the same shape and dtype.
+    """A host buffer per name, reused for copies of the same shape and dtype.
 
     Args:
-        device: of the tensors that are copied. On a GPU copies run on a stream of their own.
+        device: device of the tensors to copy. On a GPU, copies run on a separate stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,21 +32,21 @@ class HostBuffers:
         self._copied: torch.cuda.Event | None = None
         self._warned = False
 
-    def have_room(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether the buffers that are missing fit into this rank's share of the free memory."""
+    def fit(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether the missing buffers fit into this rank's part of the free memory."""
         needed = _FREE_FACTOR * sum(tensor.nbytes for tensor in self._missing(tensors).values())
         free = available_host_memory() / distributed.local_world_size()
         if needed > free and not self._warned:
             self._warned = True
             logger.warning(
-                "training waits while checkpoints are written: copying the state would take %.1f GB of host "
+                "training pauses while checkpoints are written: copying the state needs %.1f GB of host "
                 "memory, and %.1f GB are free for this rank", needed / 1e9, free / 1e9,
             )  # fmt: skip
         return needed <= free
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Start to copy tensors to the host; on a CPU they are copied on return."""
+        """Copy tensors to the host, asynchronously on a GPU; return the buffers."""
         self._allocate(self._missing(tensors))
         with self.stream():
             for name, tensor in tensors.items():
@@ -57,16 +57,16 @@ class HostBuffers:
         return {name: self._buffers[name] for name in tensors}
 
     def stream(self) -> torch.cuda.StreamContext:
-        """Return the context that runs GPU work on the stream of the copies; does nothing on a CPU."""
+        """Return the context of the copy stream; a null context on a CPU."""
         return torch.cuda.stream(self._stream)
 
-    def follow_training(self) -> None:
-        """Let later work on the stream run after the GPU work that training has launched so far."""
+    def wait_for_training(self) -> None:
+        """Make the copy stream wait for the GPU work launched so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def block_device(self) -> None:
-        """Let later GPU work, such as the optimizer's, wait for the copies; this thread goes on."""
+    def block_current_stream(self) -> None:
+        """Make later GPU work wait for the copies, without blocking the CPU."""
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
@@ -85,7 +85,7 @@ class HostBuffers:
         }
 
     def _allocate(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make a buffer for each tensor."""
+        """Allocate a buffer for each tensor."""
         offsets: dict[str, tuple[int, int]] = {}
         sizes: list[int] = [0]
         for name, tensor in tensors.items():
@@ -105,5 +105,5 @@ class HostBuffers:
             try:
                 return torch.empty(size, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
-                logger.warning("checkpoints are copied through pageable memory, slowly: %s", error)
+                logger.warning("cannot pin memory; checkpoints are copied through pageable memory: %s", error)
         return torch.empty(size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Progress of a run: step, epoch and the best validation so far."""
+"""Progress of a run: step, epoch and best validation."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 STATE_FILE = "trainer_state.json"
-# Fields that transformers names otherwise.
+# transformers' names of the fields.
 _JSON_NAMES = {"step": "global_step", "best_step": "best_global_step", "total_flops": "total_flos"}
 
 
 @dataclass
 class TrainState:
-    """What the training loop carries from step to step.
+    """Progress of the training loop, saved in every checkpoint.
 
     Attributes:
-        step: optimizer steps done.
-        epoch: the same in epochs.
-        best_step: step of the best validation.
-        best_metric: its metric.
-        evals_without_improvement: validations since then, for early stopping.
-        total_flops: floating-point operations so far, over all ranks.
+        step: number of optimizer steps completed.
+        epoch: number of epochs completed.
+        best_step: step of the best validation; None before the first.
+        best_metric: metric of the best validation.
+        evals_without_improvement: number of validations since the best, for early stopping.
+        total_flops: FLOPs so far, over all ranks.
     """
 
     step: int = 0
@@ -31,12 +31,12 @@ class TrainState:
     total_flops: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values under their names in `trainer_state.json`."""
+        """Return the fields under their names in `trainer_state.json`."""
         return {_JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """Rebuild the state from what `to_json` returned; anything else is ignored."""
+        """Restore the state from the result of `to_json`; ignore other keys."""
         return cls(**{f.name: values[_JSON_NAMES.get(f.name, f.name)] for f in fields(cls)})
 
 

@@ -1,4 +1,4 @@
-"""The model's weights for a checkpoint: what each rank copies of them, and gathering shards on rank 0."""
+"""Collect the weights of a checkpoint: select what each rank copies, and gather shards on rank 0."""
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from internvl_chat.utils import distributed
 
 
 class WeightGatherer:
-    """Collects the weights of each checkpoint, those of a sharded model (FSDP2) without the GPU.
+    """Collects the weights of each checkpoint; shards (FSDP2) are gathered over gloo, without the GPU.
 
     Args:
-        model: in training.
-        group: gloo, not used by anybody else while `gather` runs.
+        model: the model in training.
+        group: gloo group that nothing else uses while `gather` runs; None with a single rank.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -28,16 +28,16 @@ class WeightGatherer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights that `prepare` found, before sharding."""
+        """Bytes of the unsharded weights selected by `prepare`."""
         return sum(weight.nbytes for weight in self._unique.values())
 
     def prepare(self) -> dict[str, Tensor]:
-        """Return what this rank must copy: its part of the weights that training changes."""
+        """Return the tensors that this rank must copy: its shards of the trained weights."""
         weights = dict(self._model.state_dict(keep_vars=True))
         if lora_layers(self._model):
             saved = adapter_weights(self._model, weights)
             weights = {name: weight for name, weight in weights.items() if name in saved}
-        # Tied weights are one parameter.
+        # Tied weights are copied once.
         first: dict[int, str] = {}
         self._first_name = {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
         self._unique = {name: weights[name].detach() for name in first.values()}
@@ -47,42 +47,42 @@ class WeightGatherer:
             new = sharded.keys() - self._full.keys()
             self._full |= {name: torch.empty(sharded[name].shape, dtype=sharded[name].dtype) for name in new}
         return {
-            name: local_part(weight)
+            name: local_shard(weight)
             for name, weight in self._unique.items()
             if name in self._trained and (self._is_main or name in sharded)
         }
 
     def gather(self, copies: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return all weights by name on rank 0, none elsewhere; a collective.
+        """Return all weights by name on rank 0, and nothing on other ranks; a collective.
 
         Args:
-            copies: of what `prepare` returned. Frozen weights are not copied, and gathered only once.
+            copies: copies of the tensors from `prepare`. Frozen weights are gathered once and not copied.
         """
         for name, weight in self._unique.items():
             if isinstance(weight, DTensor) and (name in self._trained or not self._has_frozen):
-                own = copies[name] if name in self._trained else local_part(weight)
-                self._gather_shards(name, weight, own)
+                shard = copies[name] if name in self._trained else local_shard(weight)
+                self._gather_shards(name, weight, shard)
         self._has_frozen = True
         if not self._is_main:
             return {}
-        found = {**self._unique, **copies, **self._full}
-        return {name: found[first] for name, first in self._first_name.items()}
+        weights = {**self._unique, **copies, **self._full}
+        return {name: weights[first] for name, first in self._first_name.items()}
 
-    def _gather_shards(self, name: str, weight: DTensor, own: Tensor) -> None:
+    def _gather_shards(self, name: str, weight: DTensor, shard: Tensor) -> None:
         if weight.placements != (Shard(0),):
-            raise NotImplementedError(f"{name} is placed as {weight.placements}; expected shards of its rows")
+            raise NotImplementedError(f"{name} has placements {weight.placements}; expected Shard(0)")
         if not self._is_main:
-            if own.numel():
-                dist.send(own.cpu().contiguous(), dst=0, group=self._group)
+            if shard.numel():
+                dist.send(shard.cpu().contiguous(), dst=0, group=self._group)
             return
         rows = -(-len(weight) // weight.device_mesh.size())
         for rank, part in enumerate(self._full[name].split(rows)):
             if rank == 0:
-                part.copy_(own)
+                part.copy_(shard)
             else:
                 dist.recv(part, src=rank, group=self._group)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the part of a sharded tensor that this rank holds, any other tensor as it is."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,1 +1,1 @@
-"""Process groups, parallelism (DDP, FSDP2, DeepSpeed), the launcher and its signals."""
+"""Parallel layouts (DDP, FSDP2, DeepSpeed), the launcher and stop signals."""

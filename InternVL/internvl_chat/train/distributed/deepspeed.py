@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1, 2 and 3, with a configuration file of the user's."""
+"""DeepSpeed ZeRO-1, 2 and 3, with the user's configuration file."""
 
 import contextlib
 import copy
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig
-from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler
+from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
 
@@ -23,14 +23,14 @@ def zero_stage(config: Mapping[str, Any]) -> Any:
 
 
 def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
-    """Return the user's configuration with every "auto" replaced.
+    """Return the user's configuration with all "auto" values replaced.
 
     Args:
         run: the resolved flags.
-        hidden_size: of the language model; sets the bucket sizes of ZeRO-3 as transformers does.
+        hidden_size: hidden size of the language model, which sets ZeRO-3's bucket sizes as in transformers.
 
     Raises:
-        UsageError: lists the values that contradict the flags, or are not known.
+        UsageError: lists the values that contradict the flags or cannot be "auto".
     """
     config = copy.deepcopy(dict(run.deepspeed or {}))
     flags = {
@@ -56,16 +56,16 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     if zero_stage(config) not in (1, 2, 3):
         problems.append(
             f'--deepspeed: "zero_optimization.stage" is {zero_stage(config)!r}, but must be 1, 2 or 3; '
-            "without ZeRO leave --deepspeed out and use --parallel ddp"
+            "to train without ZeRO, use --parallel ddp instead of --deepspeed"
         )
     _fill(config, "", values, flags, problems)
-    # A rank's records of a step are one batch, in as many packs as they need.
+    # The records of a rank in a step are one batch; the loop accumulates gradients over their packs.
     config["train_micro_batch_size_per_gpu"] = run.records_per_rank
     config["gradient_accumulation_steps"] = 1
     config["train_batch_size"] = run.records_per_step
     config.setdefault("gradient_clipping", run.max_grad_norm)
     config.setdefault("bf16", {"enabled": run.bf16})
-    # The optimizer is ours unless the configuration names one.
+    # Without an optimizer in the configuration, ours is used.
     config.setdefault("zero_allow_untested_optimizer", True)
     if problems:
         raise UsageError(problems)
@@ -85,22 +85,22 @@ def _fill(
             _fill(value, name + ".", values, fixed, problems)
         elif value == "auto":
             if name not in values:
-                problems.append(f'--deepspeed: "{name}": "auto" is not known; give a value')
+                problems.append(f'--deepspeed: "{name}": "auto" is not supported; set a value')
             section[key] = values.get(name)
         elif name in fixed and value != fixed[name]:
             problems.append(
-                f'--deepspeed: "{name}" is {value!r}, but the flags make it {fixed[name]!r}; use "auto"'
+                f'--deepspeed: "{name}" is {value!r}, but the flags set {fixed[name]!r}; use "auto"'
             )
 
 
-class DeepSpeedStrategy:
-    """A model in a DeepSpeed engine, which keeps float32 masters and clips and steps by itself.
+class DeepSpeedStrategy(Strategy):
+    """Trains with a DeepSpeed engine, which holds float32 master weights, clips the gradients and steps.
 
     Args:
-        model: with its trained parameters chosen.
-        make_optimizer: is given the model; not used where the configuration names an optimizer.
-        make_scheduler: is given the optimizer; not used where the configuration names a schedule.
-        config: of `resolve_deepspeed`.
+        model: model whose trainable parameters have been chosen.
+        make_optimizer: builds the optimizer of the model, unless the configuration has one.
+        make_scheduler: builds the learning-rate scheduler, unless the configuration has one.
+        config: configuration from `resolve_deepspeed`.
     """
 
     name = "deepspeed"
@@ -137,24 +137,24 @@ class DeepSpeedStrategy:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Step, which clips; the norm is known only afterwards."""
+        """Clip the gradients and step; DeepSpeed reports the norm only after the step."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def optimizer_step(self) -> None:
-        """The engine has stepped optimizer and schedule in `clip_gradients`."""
+        """Do nothing: `clip_gradients` has stepped the optimizer."""
 
     def scheduler_step(self) -> None:
-        """The engine has stepped the schedule."""
+        """Do nothing: `clip_gradients` has stepped the scheduler."""
 
     def zero_grad(self) -> None:
-        """The engine frees gradients as it steps."""
+        """Do nothing: the engine frees the gradients when it steps."""
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         if not self.shards_weights:
-            return dict(self.model.state_dict())
+            return super().full_weights()
         import deepspeed
 
         weights, main = {}, distributed.rank() == 0
@@ -173,13 +173,13 @@ class DeepSpeedStrategy:
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Write the state of a DeepSpeed engine; a collective that cannot hang where a rank cannot write.
+    """Write the state of a DeepSpeed engine; a collective that does not hang if a rank cannot write.
 
-    Within `save_checkpoint` the ranks wait for each other, with ZeRO-3 also to gather weights. Files are
-    therefore written after it, when no rank waits for another.
+    Ranks wait for each other inside `save_checkpoint`, with ZeRO-3 also to gather weights. The files are
+    therefore written after it returns.
 
     Raises:
-        OSError: on a rank that cannot write its files.
+        OSError: this rank cannot write its files.
     """
     writer, calls = engine.checkpoint_engine, []
     save, commit = writer.save, writer.commit

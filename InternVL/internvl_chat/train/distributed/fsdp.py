@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state sharded over all ranks, layer by layer, by `fully_shard`."""
+"""FSDP2: shard weights, gradients and optimizer state across all ranks, layer by layer."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,26 +9,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.train.distributed.strategy import (
-    MakeOptimizer,
-    MakeScheduler,
-    ReplicatedStrategy,
-    full_tensor,
-)
+from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy, full_tensor
 from internvl_chat.utils import distributed
 
 
-class FSDPStrategy(ReplicatedStrategy):
-    """Shards a model in place; the layers of both towers are gathered one by one, the rest together.
+class FSDPStrategy(Strategy):
+    """Shards a model in place: each layer of both towers is a unit, and the rest of the model is another.
 
     Args:
-        model: with its trained parameters chosen.
-        make_optimizer: is given the sharded model.
-        make_scheduler: is given the optimizer.
-        device: of this process.
+        model: model whose trainable parameters have been chosen.
+        make_optimizer: builds the optimizer of the sharded model.
+        make_scheduler: builds the learning-rate scheduler of the optimizer.
+        device: device of this rank.
     """
 
-    shards_weights = True
+    name, shards_weights = "fsdp", True
 
     def __init__(
         self,
@@ -43,7 +38,7 @@ class FSDPStrategy(ReplicatedStrategy):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         model.always_run_vision = True
-        self.name, self.model, self.wrapped = "fsdp", model, model
+        self.model = self.wrapped = model
         self.optimizer = make_optimizer(model)
         self.scheduler = make_scheduler(self.optimizer)
 
@@ -54,7 +49,7 @@ class FSDPStrategy(ReplicatedStrategy):
         yield
 
     def full_weights(self) -> dict[str, Tensor]:
-        """See `Strategy`. Weights are gathered one at a time, so that no GPU holds them all."""
+        """See `Strategy`; gather one weight at a time, so that no GPU holds all of them."""
         weights = {}
         for name, tensor in self.model.state_dict().items():
             full = full_tensor(tensor)

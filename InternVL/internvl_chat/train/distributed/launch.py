@@ -1,7 +1,7 @@
 """torchrun wrapper: forwards signals to the workers, writes the log, and returns the workers' exit code.
 
 `python -m internvl_chat.train.distributed.launch --nproc_per_node 2 SCRIPT --output_dir DIR ...` takes
-torchrun's flags. If the script has a flag `--output_dir`, all output also goes to `training_log.txt` there.
+torchrun's flags. With `--output_dir`, all output is also written to `training_log.txt` in that folder.
 """
 
 import argparse
@@ -26,7 +26,7 @@ logger = get_logger("internvl_chat.train.distributed.launch")  # __name__ is `__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun with a log; returns 0, 128 + n after signal n, or the first failing worker's exit code."""
+    """Run torchrun with a log; return 0, 128 + n after signal n, or the first failed worker's exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -47,19 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code and created and list(folder.iterdir()) == [log]:
         log.unlink()
         folder.rmdir()
-        logger.error("the training did not start (exit code %d)", code)
+        logger.error("training did not start (exit code %d)", code)
     elif code in map(exit_code, SIGNALS):
-        logger.error("stopped by a signal (exit code %d); the same command again goes on in %s", code, folder)
+        logger.error(
+            "stopped by a signal (exit code %d); run the same command again to resume in %s", code, folder
+        )
     elif code:
-        logger.error("the training ended with exit code %d; its output is in %s", code, log)
+        logger.error("training failed with exit code %d; see %s", code, log)
     return code
 
 
 @contextlib.contextmanager
 def _logged_to(log: int) -> Iterator[None]:
-    """Let a child process copy all output to the terminal and to a log file.
+    """Copy all output to the terminal and to a log file, in a child process.
 
-    It ignores signals: the workers can write until they have saved, even if the launcher is killed.
+    The child ignores signals, so that workers can write until they have saved, even without the launcher.
     """
     originals = os.dup(1), os.dup(2)
     source, pipe = os.pipe()
@@ -83,14 +85,14 @@ def _logged_to(log: int) -> Iterator[None]:
     finally:
         os.dup2(originals[0], 1)
         os.dup2(originals[1], 2)
-        for _ in range(1000):  # not for ever: what a worker left behind may keep the pipe open
+        for _ in range(1000):  # at most 10 s: an orphaned process may hold the pipe open
             if os.waitpid(writer, os.WNOHANG)[0]:
                 break
             time.sleep(0.01)
 
 
 def _copy(source: int, terminal: int, log: int) -> None:
-    """Copy everything to the terminal, and lines without what carriage returns overwrote to the log."""
+    """Copy the output to the terminal, and to the log without text that carriage returns overwrite."""
     line = b""
     while data := os.read(source, 1 << 16):
         _write(terminal, data)
@@ -101,14 +103,14 @@ def _copy(source: int, terminal: int, log: int) -> None:
 
 
 def _write(file: int, data: bytes) -> None:
-    """Write all, or lose it: a full disk or a closed terminal must not stop the run."""
+    """Write the data and ignore errors: a full disk or a closed terminal must not stop the run."""
     with contextlib.suppress(OSError):
         while data:
             data = data[os.write(file, data) :]
 
 
 def _launch(argv: list[str]) -> int:
-    """Run torchrun in a thread: the main thread handles signals even while torchrun waits for other nodes."""
+    """Run torchrun in a thread, so that the main thread handles signals while torchrun waits for nodes."""
     codes: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def forward(number: int, *_: object) -> None:
@@ -117,7 +119,7 @@ def _launch(argv: list[str]) -> int:
         workers = 0
         for child in psutil.Process().children():
             with contextlib.suppress(ProcessLookupError):
-                if os.getsid(child.pid) == child.pid:  # torchrun starts each worker in its own session
+                if os.getsid(child.pid) == child.pid:  # a worker: torchrun starts each in its own session
                     os.kill(child.pid, sent)
                     workers += 1
         if not workers:
@@ -137,13 +139,13 @@ def _launch(argv: list[str]) -> int:
 
 
 def _run_torchrun(argv: list[str]) -> int:
-    """Return torchrun's exit code; logs why it failed unless the worker did."""
+    """Run torchrun and return its exit code; log the reason of a failure that the worker cannot log."""
     # Imported after the fork, because importing torch starts threads.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # In a shared store, restarted workers would find the addresses of those before them.
+    # In a shared store, restarted workers would read the addresses of their predecessors.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         torchrun(argv)

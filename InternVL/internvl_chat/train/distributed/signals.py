@@ -1,4 +1,4 @@
-"""Signals that stop a run: recorded when they arrive, obeyed at the next step boundary.
+"""Stop signals: recorded on arrival, handled after the current step.
 
 SLURM sends SIGTERM or SIGUSR1 before it ends a job; Ctrl-C sends SIGINT.
 """
@@ -14,22 +14,22 @@ from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# Set by the launcher for its workers.
-LAUNCHER = "M3LLM_LAUNCHER"  # its process id
-STOPPED_BY = "M3LLM_STOPPED_BY"  # file in which a worker writes the signal that it obeyed
-STOPPING = "M3LLM_STOPPING"  # the signal that workers started from now on have missed; empty if none
+# Environment variables that the launcher sets for its workers.
+LAUNCHER = "M3LLM_LAUNCHER"  # process id of the launcher
+STOPPED_BY = "M3LLM_STOPPED_BY"  # file to which a worker writes the signal that stopped it
+STOPPING = "M3LLM_STOPPING"  # signal received before this worker was started; empty if none
 
-# Linux's prctl option for the signal that a process gets when its parent ends.
+# Linux's prctl option for the signal sent to a process when its parent exits.
 _PR_SET_PDEATHSIG = 1
 
-# Interrupts closer together count as one: a scheduler may signal both the launcher and the workers.
-_SAME_SECONDS = 1.0
+# Interrupts within this time count as one, because a scheduler may signal both launcher and workers.
+_DEBOUNCE_SECONDS = 1.0
 
 
 class StopRequest:
-    """Records stop signals while the context lasts.
+    """Context manager that records stop signals.
 
-    The first one is kept in `signal`. A second SIGINT ends the process at once.
+    `signal` is the first signal received. A second SIGINT ends the process immediately.
     """
 
     def __init__(self) -> None:
@@ -49,25 +49,25 @@ class StopRequest:
         if number == signal.SIGINT:
             now = time.monotonic()
             self._interrupted_at = self._interrupted_at or now
-            if now - self._interrupted_at >= _SAME_SECONDS:
-                _print("interrupted twice: stopping at once, without a checkpoint")
+            if now - self._interrupted_at >= _DEBOUNCE_SECONDS:
+                _print("interrupted twice: exiting immediately without a checkpoint")
                 os._exit(exit_code(signal.SIGINT))  # an exception would wait for threads
         if self.signal is None:
             self.signal = signal.Signals(number)
             if os.environ.get("RANK", "0") == "0":
-                _print(f"{self.signal.name}: stopping after this step, with a checkpoint")
+                _print(f"{self.signal.name}: saving a checkpoint after this step, then stopping")
 
 
 def _print(text: str) -> None:
-    """Write a line from a signal handler, where a logger may hold a lock."""
+    """Write a line to stderr without logging, whose lock the interrupted code may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
 def stop_with_launcher() -> None:
-    """Make the end of the launcher, if there is one, count as SIGTERM (Linux only).
+    """Send this worker SIGTERM when its launcher exits (Linux only).
 
-    Exits if the launcher has ended or has been asked to stop.
+    Exits now if the launcher has exited or has received a stop signal.
     """
     if stopping := os.environ.get(STOPPING):
         sys.exit(report_stop(signal.Signals[stopping]))
@@ -75,18 +75,18 @@ def stop_with_launcher() -> None:
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
         if os.getppid() != int(launcher):
-            sys.exit(f"the launcher (process {launcher}) has ended; so does this worker")
+            sys.exit(f"the launcher (process {launcher}) has exited; stopping this worker")
 
 
 def exit_code(stopped_by: signal.Signals) -> int:
-    """Return the exit code of a run that a signal stopped, as shells count it."""
+    """Return the exit code of a run stopped by a signal, as shells define it."""
     return 128 + stopped_by
 
 
 def report_stop(stopped_by: signal.Signals) -> int:
-    """Report the signal that was obeyed to the launcher, if there is one; returns the exit code to use."""
+    """Report the signal that stopped this worker to the launcher, if any; return the exit code to use."""
     if STOPPED_BY not in os.environ:
         return exit_code(stopped_by)
-    with contextlib.suppress(OSError):  # the file is gone if the launcher is
+    with contextlib.suppress(OSError):  # the launcher deletes the folder when it exits
         Path(os.environ[STOPPED_BY]).write_text(stopped_by.name, encoding="utf-8")
-    return 0  # torchrun would restart a worker that ends with anything else
+    return 0  # torchrun restarts workers that exit with another code

@@ -1,13 +1,8 @@
-"""How a model trains on several devices: what the training loop needs, and DDP.
-
-`FSDPStrategy` and `DeepSpeedStrategy` override what differs. A strategy owns the model, the optimizer and
-the learning-rate scheduler.
-"""
+"""Parallel layouts of training: a single rank or DDP here, FSDP2 and DeepSpeed in subclasses."""
 
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,61 +16,24 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
-class Strategy(Protocol):
-    """What the training loop, checkpoints and validation need of a parallel layout.
+class Strategy:
+    """Owns model, optimizer and scheduler; this class keeps all weights on every rank (DDP).
+
+    Args:
+        model: model on its device, whose trainable parameters have been chosen.
+        make_optimizer: builds the optimizer of a model.
+        make_scheduler: builds the learning-rate scheduler of an optimizer.
+        device: device of this rank.
+        bucket_cap_mb: size of DDP's gradient buckets; None for torch's default.
 
     Attributes:
         name: `single`, `ddp`, `fsdp` or `deepspeed`.
-        model: the model itself, without wrapper.
-        wrapped: the module whose forward pass trains.
-        optimizer: of the trained parameters.
-        scheduler: of the learning rate.
-        shards_weights: whether a rank holds only a part of each weight outside of the forward pass; all
-            ranks must then run the same modules.
-    """
-
-    name: str
-    model: InternVLChatModel
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    shards_weights: bool
-
-    def gradient_sync(self, last: bool) -> AbstractContextManager:
-        """Return the context of a forward and backward pass: gradients are reduced after the last only."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass within `gradient_sync`."""
-
-    def clip_gradients(self, max_norm: float) -> float:
-        """Clip to a total norm (0 clips nothing); returns the norm before clipping."""
-
-    def optimizer_step(self) -> None:
-        """Step the optimizer; the scheduler is stepped by `scheduler_step`."""
-
-    def scheduler_step(self) -> None:
-        """Step the learning-rate schedule, after skipped steps too."""
-
-    def zero_grad(self) -> None:
-        """Free the gradients."""
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """Return all weights by name, unsharded; a collective.
-
-        Where weights are sharded they are on the CPU of rank 0, and other ranks get an empty dictionary;
-        otherwise they are the live parameters.
-        """
-
-
-class ReplicatedStrategy:
-    """One process, or several that each hold all weights (DDP).
-
-    Args:
-        model: on its device, with its trained parameters chosen.
-        make_optimizer: is given the model.
-        make_scheduler: is given the optimizer.
-        device: of this process.
-        bucket_cap_mb: size of DDP's gradient buckets; None for torch's default.
+        model: the model without wrapper.
+        wrapped: the module to call in training.
+        optimizer: optimizer of the trainable parameters.
+        scheduler: learning-rate scheduler.
+        shards_weights: whether weights are sharded outside the forward pass. All ranks must then run the
+            same modules.
     """
 
     shards_weights = False
@@ -92,7 +50,7 @@ class ReplicatedStrategy:
         self.name = "ddp" if distributed.world_size() > 1 else "single"
         self.wrapped: nn.Module = model
         if self.name == "ddp":
-            # Gradients are views of the buckets, so that they are in memory once.
+            # Gradients are views of the buckets, so they are stored once.
             self.wrapped = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -104,15 +62,15 @@ class ReplicatedStrategy:
         self.scheduler = make_scheduler(self.optimizer)
 
     def gradient_sync(self, last: bool) -> AbstractContextManager:
-        """See `Strategy`."""
+        """Return the context of a forward and backward pass; gradients are reduced after the last pass."""
         return contextlib.nullcontext() if last or self.name == "single" else self.wrapped.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy`."""
+        """Run the backward pass, inside `gradient_sync`."""
         loss.backward()
 
     def clip_gradients(self, max_norm: float) -> float:
-        """See `Strategy`."""
+        """Clip the gradients to a total norm (0 disables clipping); return the norm before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if max_norm > 0:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -121,23 +79,27 @@ class ReplicatedStrategy:
         return float(full_tensor(norm))
 
     def optimizer_step(self) -> None:
-        """See `Strategy`."""
+        """Step the optimizer, but not the scheduler."""
         self.optimizer.step()
 
     def scheduler_step(self) -> None:
-        """See `Strategy`."""
+        """Step the learning-rate scheduler, also after skipped steps."""
         self.scheduler.step()
 
     def zero_grad(self) -> None:
-        """See `Strategy`."""
+        """Free the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def full_weights(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+        """Return all weights by name, unsharded; a collective.
+
+        Sharded weights are gathered in the CPU memory of rank 0, and the other ranks return an empty
+        dictionary. Otherwise these are the live parameters.
+        """
         return dict(self.model.state_dict())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor (DTensor) gathered on every rank, any other tensor as it is."""
+    """Gather a sharded tensor (DTensor) on every rank; return any other tensor unchanged."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()

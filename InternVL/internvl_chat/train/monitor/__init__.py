@@ -1,1 +1,1 @@
-"""What a run reports: metrics, ledger, trackers, console, NaN guard, watchdog, plots."""
+"""Monitoring: metrics, ledger, trackers, console, NaN guard, watchdog and plots."""

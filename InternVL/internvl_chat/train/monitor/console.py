@@ -1,4 +1,4 @@
-"""Progress on the console: one line per logging interval, and on a terminal a progress bar."""
+"""Console output: a line per logging interval, and a progress bar on a terminal."""
 
 import contextlib
 import logging
@@ -14,16 +14,16 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Steps whose mean duration predicts the time left.
+# Number of steps whose mean duration is used to estimate the time left.
 _RECENT_STEPS = 100
 
 
 class Console:
-    """Reports the steps of a run.
+    """Reports the progress of a run.
 
     Args:
-        total_steps: steps of the run.
-        first_step: number of the first step, from 1.
+        total_steps: number of steps of the run.
+        first_step: first step, counting from 1.
         show_bar: show a progress bar if standard error is a terminal.
     """
 
@@ -39,7 +39,7 @@ class Console:
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger("internvl_chat")]))
 
     def step(self, row: dict[str, Any], *, due: bool = True) -> dict[str, float] | None:
-        """Add a step's `metrics_row`; if a line is due, log and return the averages since the last line."""
+        """Add a step's `metrics_row`; if due, log and return the averages since the last line."""
         self._rows.append(row)
         self._seconds.append(row["seconds"])
         if self._bar is not None:
@@ -58,10 +58,10 @@ class Console:
 
 
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of an interval.
+    """Return the metrics of an interval of steps.
 
-    The loss is averaged over records and the gradient norm over steps, both without skipped steps; throughput
-    and MFU are averaged over time; epoch and learning rate are the last.
+    The loss is averaged over records and the gradient norm over steps, without skipped steps. Throughput and
+    MFU are averaged over time. Epoch and learning rate are those of the last step.
     """
     seconds, records, tokens = (sum(row[name] for row in rows) for name in ("seconds", "records", "tokens"))
     metrics = {name: rows[-1][name] for name in ("epoch", "learning_rate")}
@@ -76,7 +76,7 @@ def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def format_line(step: int, total_steps: int, metrics: dict[str, float], seconds_left: float) -> str:
-    """Return the metrics of an interval as one line."""
+    """Format the metrics of an interval as one line."""
     line = f"step {step}/{total_steps} ({100 * step / total_steps:.1f} %) | epoch {metrics['epoch']:.3f}"
     if "loss" in metrics:
         line += f" | loss {metrics['loss']:.4f}"
@@ -92,7 +92,7 @@ def format_line(step: int, total_steps: int, metrics: dict[str, float], seconds_
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as text: `1 h 18 min`, `18 min` or `40 s`."""
+    """Format a duration: `1 h 18 min`, `18 min` or `40 s`."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

@@ -1,4 +1,4 @@
-"""Non-finite steps: a step with a NaN or infinite loss or gradient, or without labels, is skipped."""
+"""Skip steps with a non-finite loss or gradient, or without supervised tokens."""
 
 import math
 import statistics
@@ -10,11 +10,11 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# A gradient norm this many times above the median of the last steps is a spike.
+# A gradient norm above this multiple of the median over recent steps is a spike.
 _SPIKE = 10.0
 _WINDOW = 100
 _MIN_STEPS = 20
-_MAX_NAMED = 16
+_MAX_LISTED = 16
 
 Records = Sequence[tuple[str, int]]
 
@@ -23,7 +23,7 @@ class NanGuard:
     """Checks each step before its gradients are used.
 
     Args:
-        max_bad_steps: bad steps that are skipped since the program started; the next one ends the run.
+        max_bad_steps: number of steps to skip; the next bad step ends the run. A restart resets the count.
     """
 
     def __init__(self, max_bad_steps: int) -> None:
@@ -34,54 +34,49 @@ class NanGuard:
     def check(
         self, step: int, loss: float, norm: float, supervised: int, records: Callable[[], Records]
     ) -> str | None:
-        """Return why a step must be skipped, or None if its gradients may be used.
+        """Return the reason to skip a step, or None if its gradients can be used.
 
         Args:
-            step: number of the step, from 1.
-            loss: loss of the step over all ranks.
-            norm: norm of all gradients.
-            supervised: supervised tokens of the step.
-            records: returns the step's records, as data set and index from 0.
+            step: the step, counting from 1.
+            loss: loss over all ranks.
+            norm: gradient norm over all parameters.
+            supervised: number of supervised tokens.
+            records: returns the records of the step, as dataset and index.
 
         Raises:
             TrainingError: too many bad steps.
         """
-        reason = _reason(loss, norm, supervised)
-        if reason is None:
+        if not supervised:
+            reason = "no supervised tokens"
+        elif not math.isfinite(loss):
+            reason = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            reason = f"the gradient norm is {norm}"
+        else:
             self._report_spike(step, norm, records)
             return None
         self.bad_steps += 1
-        message = f"step {step}: {reason}; records (data set and index from 0): {name_records(records())}"
+        message = f"step {step}: {reason}; records (dataset and index): {format_records(records())}"
         if self.bad_steps > self.max_bad_steps:
             raise TrainingError(
-                f"{message}. This step changed no weights. It is bad step number {self.bad_steps}, and "
+                f"{message}. The step was not applied. This is bad step number {self.bad_steps}, and "
                 f"--max_bad_steps is {self.max_bad_steps}"
             )
-        logger.warning("%s. The step is skipped (%d of %d)", message, self.bad_steps, self.max_bad_steps)
+        logger.warning("%s. Step skipped (%d of %d)", message, self.bad_steps, self.max_bad_steps)
         return reason
 
     def _report_spike(self, step: int, norm: float, records: Callable[[], Records]) -> None:
         median = statistics.median(self._norms) if len(self._norms) >= _MIN_STEPS else math.inf
         if norm > _SPIKE * median:
             logger.warning(
-                "step %d: the gradient norm is %.3g, the median of the last %d steps is %.3g; records (data "
-                "set and index from 0): %s", step, norm, len(self._norms), median, name_records(records()),
+                "step %d: the gradient norm is %.3g, the median of the last %d steps is %.3g; records "
+                "(dataset and index): %s", step, norm, len(self._norms), median, format_records(records()),
             )  # fmt: skip
         self._norms.append(norm)
 
 
-def _reason(loss: float, norm: float, supervised: int) -> str | None:
-    if not supervised:
-        return "no supervised tokens"
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    if not math.isfinite(norm):
-        return f"the gradient norm is {norm}"
-    return None
-
-
-def name_records(records: Records) -> str:
-    """Return the first records as text, and how many more there are."""
-    named = ", ".join(f"{name} {index}" for name, index in records[:_MAX_NAMED])
-    more = len(records) - _MAX_NAMED
-    return f"{named} and {more} more" if more > 0 else named
+def format_records(records: Records) -> str:
+    """Format the first records, and the number of those not listed."""
+    text = ", ".join(f"{name} {index}" for name, index in records[:_MAX_LISTED])
+    more = len(records) - _MAX_LISTED
+    return f"{text} and {more} more" if more > 0 else text

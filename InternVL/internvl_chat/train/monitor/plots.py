@@ -1,4 +1,4 @@
-"""Plot of a run's loss."""
+"""Plot the loss of a run."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ def plot_loss(metrics: Path, output: Path, validation: Path | None = None) -> No
     """Plot the loss of a run, its moving average and the validation loss.
 
     Args:
-        metrics: the `metrics.jsonl`; without steps there is no plot.
-        output: the PNG to write.
-        validation: the `validation.jsonl`, which may be missing.
+        metrics: path of `metrics.jsonl`; without steps nothing is plotted.
+        output: PNG file to write.
+        validation: path of `validation.jsonl`; may be missing.
     """
     try:
         import matplotlib
     except ImportError:
-        logger.warning("%s: not plotted, because matplotlib is not installed", output)
+        logger.warning("%s: not plotted: matplotlib is not installed", output)
         return
 
     matplotlib.use("Agg")
@@ -54,5 +54,5 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _losses(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and losses."""
+    """Return the steps and their losses."""
     return np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows], float)

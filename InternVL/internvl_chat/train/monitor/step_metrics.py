@@ -1,4 +1,4 @@
-"""What a step consists of, and its lines in `metrics.jsonl` and `ledger.jsonl`."""
+"""Metrics of a step, and its lines in `metrics.jsonl` and `ledger.jsonl`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ class StepSums(NamedTuple):
     """Sums over the packs of a step, on one rank or over all ranks.
 
     Attributes:
-        weight: weights of all supervised tokens in the loss.
-        records: records without dummy samples.
-        tokens: their tokens.
-        supervised_tokens: their supervised tokens.
-        tiles: their tiles.
-        flops: FLOPs of forward and backward.
-        skipped: records that turned out to be unusable.
-        asked_to_stop: ranks that were asked to stop.
-        saving: ranks whose checkpoint is still being written.
+        weight: loss weights of all supervised tokens.
+        records: number of records, without dummy samples.
+        tokens: number of tokens.
+        supervised_tokens: number of supervised tokens.
+        tiles: number of tiles.
+        flops: FLOPs of forward and backward passes.
+        skipped: number of unusable records.
+        stop_requested: number of ranks that received a stop signal.
+        saving: number of ranks that are still writing a checkpoint.
     """
 
     weight: float
@@ -35,20 +35,20 @@ class StepSums(NamedTuple):
     tiles: int
     flops: float
     skipped: int
-    asked_to_stop: int
+    stop_requested: int
     saving: int
 
     @classmethod
-    def of_rank(
+    def from_packs(
         cls,
         packs: Sequence[Pack],
         weights: Sequence[Tensor],
         flops: float,
         *,
-        asked_to_stop: bool,
+        stop_requested: bool,
         saving: bool,
     ) -> "StepSums":
-        """Return the sums of this rank; `weights` (R,) of a pack are those of a token of each record."""
+        """Return the sums of this rank, given the loss weights of each record's tokens, (R,) per pack."""
         return cls(
             weight=sum(float((w * p.supervised).sum()) for w, p in zip(weights, packs, strict=True)),
             records=sum(int(p.counts.sum()) for p in packs),
@@ -57,27 +57,27 @@ class StepSums(NamedTuple):
             tiles=sum(len(p.tiles) for p in packs),
             flops=flops,
             skipped=sum(len(p.skipped) for p in packs),
-            asked_to_stop=int(asked_to_stop),
+            stop_requested=int(stop_requested),
             saving=int(saving),
         )
 
     def all_reduce(self) -> "StepSums":
         """Return the sums over all ranks; a collective."""
         values = all_reduce_sum(torch.tensor(self, dtype=torch.float64), in_step=True).tolist()
-        return StepSums(*(type(own)(value) for own, value in zip(self, values, strict=True)))
+        return StepSums(*(type(local)(value) for local, value in zip(self, values, strict=True)))
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step consisted of, over all ranks.
+    """Outcome of a step over all ranks.
 
     Attributes:
         loss: loss of the step.
         learning_rate: learning rate of the step.
-        grad_norm: norm of the gradients before clipping.
-        sums: sums over its packs.
-        skipped: records that turned out to be unusable.
-        skipped_because: why the step changed no weights; None if it did.
+        grad_norm: gradient norm before clipping.
+        sums: sums over the packs of all ranks.
+        skipped: unusable records.
+        skipped_because: reason for skipping the step; None if it was not skipped.
     """
 
     loss: float
@@ -101,11 +101,12 @@ def metrics_row(
     """Return a step's line of `metrics.jsonl`.
 
     Args:
-        record: what the step consisted of.
-        step: number of the step, from 1.
-        epoch: epochs done after the step.
+        record: outcome of the step.
+        step: the step, counting from 1.
+        epoch: epochs completed after the step.
         seconds: duration of the step.
-        peak_flops: FLOP/s of one of the `world_size` devices, None if unknown.
+        peak_flops: peak FLOP/s of a device; None if unknown.
+        world_size: number of ranks.
         max_memory: peak memory of this rank in bytes.
     """
     sums = record.sums
@@ -130,11 +131,11 @@ def metrics_row(
 
 
 def ledger_row(record: StepRecord, *, step: int, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:
-    """Return a step's line of `ledger.jsonl`, given its epoch (from 0) and the records planned for it."""
-    skipped = {(one.dataset, one.index) for one in record.skipped}
+    """Return a step's line of `ledger.jsonl`, given its epoch (from 0) and its planned records."""
+    skipped = {(key.dataset, key.index) for key in record.skipped}
     trained = [key for key in records if key not in skipped]
     row = {"step": step, "epoch": epoch, **_skipped_because(record), "trained": trained}
-    return row | ({"skipped": [one._asdict() for one in record.skipped]} if skipped else {})
+    return row | ({"skipped": [item._asdict() for item in record.skipped]} if skipped else {})
 
 
 def _skipped_because(record: StepRecord) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""W&B, TensorBoard and the other trackers of accelerate; a tracker that fails never ends a run."""
+"""Experiment trackers of accelerate (W&B, TensorBoard and others); their failures never end a run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,25 +16,25 @@ logger = get_logger(__name__)
 
 _MAX_FAILURES = 3
 _PROJECT = "m3llm"
-# The variable that names the project; accelerate reads those of mlflow and clearml itself.
+# Environment variable with the project name; accelerate itself reads those of mlflow and clearml.
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
     "comet_ml": "COMET_PROJECT_NAME",
     "swanlab": "SWANLAB_PROJECT",
 }
-# The option that names the run in its project.
+# Option of accelerate's tracker class that sets the run name.
 _RUN_NAME_OPTIONS = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name",
                      "clearml": "task_name"}  # fmt: skip
 
 
 def available_trackers() -> list[str]:
     """Return the names of the trackers whose package is installed."""
-    installed, known = {str(one) for one in get_available_trackers()}, LoggerType.list()
+    installed, known = set(map(str, get_available_trackers())), LoggerType.list()
     return [name for name in LOGGER_TYPE_TO_CLASS if name in installed or name not in known]
 
 
 def tracker_problems(names: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with the names given to `--report_to`."""
+    """Yield the problems with the names given to `--report_to`."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             yield f"--report_to {name}: unknown; use none or {', '.join(LOGGER_TYPE_TO_CLASS)}"
@@ -43,7 +43,7 @@ def tracker_problems(names: Sequence[str]) -> Iterator[str]:
 
 
 class Trackers:
-    """The trackers of a run; failures are logged, and after three a tracker is dropped.
+    """The trackers of a run; failures are logged, and a tracker is dropped after three.
 
     Args:
         trackers: started trackers.
@@ -59,10 +59,10 @@ class Trackers:
         """Start trackers by name, on rank 0 only.
 
         Args:
-            names: names of `available_trackers`.
-            run_name: name of the run; by default that of its folder.
-            folder: folder of the run, for trackers that write files.
-            config: flags to show with the run; may be nested.
+            names: names from `available_trackers`.
+            run_name: name of the run; None for the name of its folder.
+            folder: output folder of the run, for trackers that write files.
+            config: configuration to log; may be nested.
         """
         started = []
         for name in names if rank() == 0 else ():
@@ -73,7 +73,7 @@ class Trackers:
         return cls(started)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log the numbers among the values of a step."""
+        """Log the values of a step that are numbers."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._call("log", numbers, step=step)
 
@@ -90,15 +90,15 @@ class Trackers:
                 end = ""
                 if failures + 1 == _MAX_FAILURES:
                     del self._failures[tracker]
-                    end = "; it gets no more reports"
+                    end = " without this tracker"
                 logger.warning(
-                    "%s failed (%s: %s); training goes on%s", tracker.name, type(error).__name__, error, end
+                    "%s failed (%s: %s); training continues%s", tracker.name, type(error).__name__, error, end
                 )
 
 
 def _start(name: str, run_name: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:
-    # accelerate needs its state. In an empty environment it takes this rank for a single process: otherwise
-    # it would set up a process group, a device and a number of threads.
+    # accelerate's trackers need its global state. An empty environment keeps accelerate from setting up a
+    # process group, a device and a number of threads.
     with clear_environment():
         PartialState(cpu=True)
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
@@ -115,7 +115,7 @@ def _start(name: str, run_name: str, folder: Path, config: Mapping[str, Any]) ->
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested values under names with slashes; what is neither text nor a number becomes text."""
+    """Yield nested values under names joined by slashes, with non-scalar values as text."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}/")

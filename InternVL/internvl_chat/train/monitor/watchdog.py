@@ -1,21 +1,20 @@
-"""A thread that reports what this rank is doing when no step has finished for a long time."""
+"""Watchdog thread that reports a rank's activity when no step has finished for a long time."""
 
 import faulthandler
 import os
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 
 class Watchdog:
-    """Prints this rank's activity and all stacks whenever `note` was not called for `seconds`.
+    """Prints this rank's activity and all stacks whenever `note` has not been called for `seconds`.
 
-    It ends nothing: a collective that waits may still complete, and torch's timeouts end one that does not.
+    It does not stop the run: a collective may still complete, and otherwise its own timeout ends the run.
 
     Args:
-        seconds: time without a note; 0 disables the watchdog.
+        seconds: time limit between calls of `note`; 0 disables the watchdog.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -25,7 +24,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def note(self, text: str) -> None:
-        """Note what this rank starts to do, and restart the clock."""
+        """Set the current activity and restart the timer."""
         self._note = (time.monotonic(), text)
 
     def __enter__(self) -> Self:
@@ -36,9 +35,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -56,6 +53,6 @@ class Watchdog:
 
 def _report(seconds: float, text: str) -> None:
     rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"rank {rank}: no step has finished for {seconds:.0f} s; it is {text}. All stacks:\n")
+    sys.stderr.write(f"rank {rank}: no step has finished for {seconds:.0f} s; {text}. All stacks:\n")
     sys.stderr.flush()
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

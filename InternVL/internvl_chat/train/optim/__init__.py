@@ -1,1 +1,1 @@
-"""AdamW for bf16 weights, other optimizers and schedules."""
+"""Optimizers and learning-rate schedules, with an AdamW for bf16 weights."""

@@ -1,8 +1,8 @@
-"""AdamW that keeps small updates of bf16 weights.
+"""AdamW for bf16 weights that does not lose small updates.
 
 At a learning rate of 5e-6 most updates are below half the spacing of bf16 numbers, and rounding to nearest
-discards them. Here moments and arithmetic are float32, and a bf16 weight either has a float32 master copy or
-is rounded stochastically, which preserves small updates on average.
+discards them. This AdamW computes in float32. A bf16 weight either has a float32 master copy or is rounded
+stochastically, which preserves small updates on average.
 """
 
 import itertools
@@ -17,12 +17,12 @@ from torch.optim.adamw import adamw
 
 from internvl_chat.train.optim.fused_step import fused_step, step_factors, stochastic_round_
 
-# Names of `--optim` that mean the AdamW of this module.
+# Values of `--optim` that select the AdamW of this module.
 OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 WEIGHT_PRECISIONS = ("master", "stochastic", "bf16")
 
-# Maximum elements that an eager step casts to float32 at a time. On a CPU this scratch must stay in the
-# cache, yet be large enough to pay for waking the threads; on a GPU it holds any matrix but a vocabulary's.
+# Maximum number of elements that an eager step casts to float32 at a time. On a CPU the scratch memory must
+# fit into the cache but be large enough for multithreading. On a GPU only embeddings and head are split.
 _SLICE = {"cpu": 2**20, "cuda": 2**28}
 
 _STATE_BYTES = {"master": 12, "stochastic": 8, "bf16": 4}
@@ -35,18 +35,13 @@ def bytes_per_parameter(precision: str, dtype: torch.dtype) -> int:
 
 
 def scratch_bytes(precision: str, parameters: Iterable[Tensor], device_type: str, compiled: bool) -> int:
-    """Return the temporary memory of a step of these parameters (a DTensor's shard); none if compiled."""
+    """Return the temporary memory of a step on this rank's shards of the parameters; 0 if compiled."""
     counts = [_local(p).numel() for p in parameters if p.dtype == torch.bfloat16]
     return 0 if compiled else _SCRATCH_BYTES[precision] * _slice_size(counts, device_type)
 
 
 def build_adamw(
-    groups: Sequence[dict[str, Any]],
-    *,
-    precision: str,
-    seed: int = 0,
-    compiled: bool = False,
-    **options: Any,
+    groups: Sequence[dict[str, Any]], *, precision: str, seed: int = 0, compiled: bool = False, **options: Any
 ) -> torch.optim.Optimizer:
     """Return a fused AdamW that updates bf16 weights in the given precision.
 
@@ -56,13 +51,15 @@ def build_adamw(
         groups: parameter groups.
         precision: `master` (a float32 copy of each bf16 weight), `stochastic` (stochastic rounding; less
             memory) or `bf16` (weights and moments in bf16, as the reference trains).
-        seed, compiled, options: see `Float32AdamW`.
+        seed: see `Float32AdamW`.
+        compiled: see `Float32AdamW`.
+        options: other arguments of `Float32AdamW` or `torch.optim.AdamW`.
 
     Raises:
         ValueError: unknown precision.
     """
     if precision not in WEIGHT_PRECISIONS:
-        raise ValueError(f"weight precision {precision!r} is none of {', '.join(WEIGHT_PRECISIONS)}")
+        raise ValueError(f"weight precision {precision!r} must be one of {', '.join(WEIGHT_PRECISIONS)}")
     parameters = itertools.chain.from_iterable(group["params"] for group in groups)
     if precision == "bf16" or all(p.dtype == torch.float32 for p in parameters):
         return torch.optim.AdamW(groups, fused=True, **options)
@@ -70,7 +67,7 @@ def build_adamw(
 
 
 class _Slice(NamedTuple):
-    """The local tensors of a parameter, or a flat slice of them, and the number of its step."""
+    """The local tensors of a parameter, or a flat slice of them, and its step number."""
 
     weight: Tensor
     grad: Tensor
@@ -80,7 +77,7 @@ class _Slice(NamedTuple):
     step: int
 
     def split(self, size: int) -> Iterator["_Slice"]:
-        """Flatten and split into slices of at most `size` elements; only the gradient may be copied."""
+        """Split into flat slices of at most `size` elements; only the gradient may be copied."""
         flat = self.weight.view(-1), self.grad.reshape(-1), self.exp_avg.view(-1), self.exp_avg_sq.view(-1)
         masters = itertools.repeat(None) if self.master is None else self.master.view(-1).split(size)
         for *tensors, master in zip(*(tensor.split(size) for tensor in flat), masters, strict=False):
@@ -90,23 +87,23 @@ class _Slice(NamedTuple):
 class Float32AdamW(torch.optim.Optimizer):
     """AdamW with float32 arithmetic and moments for bf16 and float32 parameters.
 
-    State of a parameter: `exp_avg` and `exp_avg_sq` in float32 and its shape (DTensors if it is one), `step`
-    (float32 scalar on the CPU), and in precision `master` the float32 `master` of a bf16 weight. The master
-    moves exactly as a float32 weight with the same gradients. Without a gradient nothing changes.
+    The state of a parameter is `exp_avg` and `exp_avg_sq` in float32 (DTensors if the parameter is one),
+    `step` (float32 scalar on the CPU), and in precision `master` the float32 `master` of a bf16 weight. The
+    master is updated exactly like a float32 weight. Parameters without gradients do not change.
 
-    The noise of stochastic rounding follows from the seed, the number of steps so far (both saved in the
-    groups) and the group's index: data-parallel ranks round alike, and a resumed run as an uninterrupted one.
+    The noise of stochastic rounding depends only on the seed, the number of steps (both saved in the groups)
+    and the index of the group. Data-parallel ranks and resumed runs therefore round identically.
 
     Args:
-        params: parameters or groups on one device, bf16 or float32.
+        params: bf16 or float32 parameters or groups, all on one device.
         precision: `master` or `stochastic`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         seed: seed of the stochastic rounding.
         compiled: update bf16 weights in one compiled pass over memory.
 
     Raises:
-        TypeError: a parameter of another dtype.
-        RuntimeError: in a step, a sparse gradient or a bf16 parameter that is not contiguous.
+        TypeError: a parameter has another dtype.
+        RuntimeError: in a step, a gradient is sparse or a bf16 parameter is not contiguous.
     """
 
     def __init__(
@@ -126,29 +123,27 @@ class Float32AdamW(torch.optim.Optimizer):
         super().__init__(params, {**options, "seed": seed, "roundings": 0})
         for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
             if parameter.dtype not in (torch.bfloat16, torch.float32):
-                raise TypeError(f"trained parameters are float32 or bfloat16, not {parameter.dtype}")
+                raise TypeError(f"trained parameters must be float32 or bfloat16, not {parameter.dtype}")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient; closures are not supported."""
         for index, group in enumerate(self.param_groups):
             slices = [self._next_step(p) for p in group["params"] if p.grad is not None]
-            float32 = [one for one in slices if one.weight.dtype == torch.float32]
-            _adamw(float32, [one.weight for one in float32], [one.grad for one in float32], group)
+            float32 = [s for s in slices if s.weight.dtype == torch.float32]
+            _adamw(float32, [s.weight for s in float32], [s.grad for s in float32], group)
             # A rank's shard of a small parameter may be empty.
-            bf16 = [one for one in slices if one.weight.dtype == torch.bfloat16 and one.weight.numel()]
+            bf16 = [s for s in slices if s.weight.dtype == torch.bfloat16 and s.weight.numel()]
             if bf16:
-                # Hashed, because CPU generators use 32 bits of a seed and neighbours should be unrelated.
+                # Hashed, because CPU generators use only 32 bits of a seed.
                 noise_seed = random.Random(f"{group['seed']} {group['roundings']} {index}").getrandbits(63)
                 group["roundings"] += 1
                 (self._update_compiled if self.compiled else self._update)(bf16, group, noise_seed)
 
     def _next_step(self, parameter: Tensor) -> _Slice:
-        """Return what the next step of a parameter uses; its state is made in the first."""
+        """Return the tensors of a parameter's next step; the first step creates the state."""
         if parameter.grad.is_sparse:
-            raise RuntimeError(
-                "AdamW does not support sparse gradients; make the embedding with sparse=False"
-            )
+            raise RuntimeError("AdamW does not support sparse gradients; use an embedding with sparse=False")
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -161,44 +156,44 @@ class Float32AdamW(torch.optim.Optimizer):
         return _Slice(*map(_local, tensors), step=int(state["step"]))
 
     def _update(self, parameters: list[_Slice], group: dict[str, Any], noise_seed: int) -> None:
-        """Update bf16 weights operation by operation, slice by slice."""
+        """Update bf16 weights eagerly, slice by slice."""
         device = parameters[0].weight.device
-        size = _slice_size([one.weight.numel() for one in parameters], device.type)
+        size = _slice_size([s.weight.numel() for s in parameters], device.type)
         scratch = torch.empty(1 + self.stochastic, size, dtype=torch.float32, device=device)
         if self.stochastic:
             generator = torch.Generator(device).manual_seed(noise_seed)
             noise = torch.empty_like(scratch[0], dtype=torch.int32).random_(0, 2**16, generator=generator)
-        for one in itertools.chain.from_iterable(one.split(size) for one in parameters):
-            count = len(one.weight)
-            grad = scratch[0, :count].copy_(one.grad)
+        for part in itertools.chain.from_iterable(s.split(size) for s in parameters):
+            count = len(part.weight)
+            grad = scratch[0, :count].copy_(part.grad)
             if not self.stochastic:
-                _adamw([one], [one.master], [grad], group)
-                one.weight.copy_(one.master)
+                _adamw([part], [part.master], [grad], group)
+                part.weight.copy_(part.master)
                 continue
-            weight = scratch[1, :count].copy_(one.weight)
-            _adamw([one], [weight], [grad], group)
-            # Drawing noise takes a CPU longer than the step, so noise is reused under a new random mask: each
-            # number is still uniform, and any two are independent.
+            weight = scratch[1, :count].copy_(part.weight)
+            _adamw([part], [weight], [grad], group)
+            # On a CPU, sampling noise takes longer than the step. Reuse it, XORed with a random mask: the
+            # numbers remain uniform and pairwise independent.
             mask = torch.empty_like(noise[0]).random_(0, 2**16, generator=generator)
-            one.weight.copy_(stochastic_round_(weight, noise[:count].bitwise_xor_(mask)))
+            part.weight.copy_(stochastic_round_(weight, noise[:count].bitwise_xor_(mask)))
 
     def _update_compiled(self, parameters: list[_Slice], group: dict[str, Any], noise_seed: int) -> None:
-        """Update bf16 weights in one pass each."""
+        """Update each bf16 weight in one pass over memory."""
         device = parameters[0].weight.device
-        steps = {one.step for one in parameters}
+        steps = {s.step for s in parameters}
         factors = {step: step_factors(group, step).to(device, non_blocking=True) for step in steps}
         with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=self.stochastic):
             if self.stochastic:
                 torch.manual_seed(noise_seed)
-            for one in parameters:
-                (flat,) = one.split(one.weight.numel())
-                # `data` is no view: torch would compile again for other shapes of what is viewed.
-                fused_step(*(None if t is None else t.data for t in flat[:-1]), factors[one.step])
+            for parameter in parameters:
+                (flat,) = parameter.split(parameter.weight.numel())
+                # Not the view itself, because torch recompiles for each shape of its base.
+                fused_step(*(None if t is None else t.data for t in flat[:-1]), factors[parameter.step])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of any precision, in float32 (torch would cast it to the dtype of the weights).
+        """Load the state of any precision in float32, whereas torch casts it to the dtype of the weights.
 
-        What is not used here is dropped; what is missing is made in the next step.
+        Unused entries are dropped; missing ones are created in the next step.
         """
         super().load_state_dict({**state_dict, "state": {}})
         for group, name in itertools.product(self.param_groups, self.defaults):
@@ -218,23 +213,23 @@ class Float32AdamW(torch.optim.Optimizer):
 def _adamw(
     slices: Sequence[_Slice], weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]
 ) -> None:
-    """Update float32 weights with float32 gradients and the slices' moments, by torch's fused kernel."""
+    """Update float32 weights and the moments of the slices with torch's fused kernel."""
     if not slices:
         return
-    # torch increments the steps that it is given.
-    steps = torch.tensor([one.step - 1.0 for one in slices], dtype=torch.float32)
+    # torch increments the steps.
+    steps = torch.tensor([s.step - 1.0 for s in slices], dtype=torch.float32)
     steps = list(steps.to(weights[0].device, non_blocking=True).unbind())
-    moments = [one.exp_avg for one in slices], [one.exp_avg_sq for one in slices]
+    moments = [s.exp_avg for s in slices], [s.exp_avg_sq for s in slices]
     options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
     options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
     adamw(weights, grads, *moments, [], steps, fused=True, amsgrad=False, maximize=False, **options)
 
 
 def _local(tensor: Tensor | None) -> Tensor | None:
-    """Return this rank's shard of a DTensor, any other tensor as it is."""
+    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _slice_size(counts: Sequence[int], device_type: str) -> int:
-    """Return the elements of a slice, for parameters of so many elements each."""
+    """Return the number of elements of a slice, given the sizes of the parameters."""
     return min(max(counts, default=0), _SLICE[device_type])

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule of a run."""
+"""Build the optimizer and the learning-rate scheduler of a run."""
 
 import functools
 import math
@@ -19,16 +19,16 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# As in transformers: biases are recognised by name, norms by type or name.
+# As in transformers, biases are matched by name, and norms by type or name.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-# They need a training loop, or a choice of modules, of their own.
+# These optimizers need a special training loop or selection of modules.
 _REFUSED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
-# They need a metric in every step.
+# These schedules need a metric in every step.
 _REFUSED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
 
 
 def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of the trained parameters, of which biases and norms do not decay; a collective.
+    """Return the optimizer of the trainable parameters, without weight decay of biases and norms; collective.
 
     Raises:
         UsageError: `--optim` is not supported or its package is not installed.
@@ -39,7 +39,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         if options.get("optim_bits") == 8:
             _keep_embeddings_32_bit(model)
         return optimizer(groups, **options)
-    # DeepSpeed has its own float32 masters.
+    # DeepSpeed holds its own float32 master weights.
     precision = run.weight_precision if run.deepspeed is None else "bf16"
     has_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     return build_adamw(
@@ -55,10 +55,10 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
-    """Return the learning-rate schedule over all steps of the run.
+    """Return the learning-rate scheduler for all steps of the run.
 
     Raises:
-        UsageError: the schedule is not supported, or its options do not fit.
+        UsageError: the schedule is not supported, or its options are invalid.
     """
     name, warmup = run.lr_scheduler_type, run.warmup_steps
     if name in _REFUSED_SCHEDULERS:
@@ -74,7 +74,7 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
-    """Yield what `make_optimizer` and `make_scheduler` would refuse, without a model."""
+    """Yield the problems of `make_optimizer` and `make_scheduler` that can be found without a model."""
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
     library = [] if run.optim in OWN_OPTIMIZERS else [functools.partial(_library_optimizer, run)]
     for check in (*library, functools.partial(make_scheduler, run, probe, 10**6)):
@@ -85,7 +85,7 @@ def optimizer_problems(run: RunConfig) -> Iterator[str]:
 
 
 def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trained parameters as two groups: those that decay, and biases and norms."""
+    """Return the trainable parameters in two groups: with weight decay, and biases and norms without."""
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
     trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
@@ -96,9 +96,9 @@ def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 @functools.cache
 def uses_compiled_step(precision: str, device: torch.device) -> bool:
-    """Return whether bf16 weights are updated in one compiled pass: on GPUs, if every rank can; a collective.
+    """Return whether the step of bf16 weights is compiled: on GPUs, if every rank can compile; collective.
 
-    On a CPU one pass is not faster, and drawing random numbers one by one is far slower.
+    On a CPU a compiled pass is not faster, and sampling its random numbers is much slower.
     """
     if device.type != "cuda" or precision == "bf16":
         return False
@@ -111,13 +111,13 @@ def _can_compile(precision: str, device: torch.device) -> bool:
     try:
         build_adamw([{"params": [weight]}], precision=precision, compiled=True, lr=0.0).step()
     except Exception as error:
-        logger.warning("the optimizer step cannot be compiled and takes longer: %s", error)
+        logger.warning("the optimizer step cannot be compiled and will be slower: %s", error)
         return False
     return True
 
 
 def _library_optimizer(run: RunConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return class and options of an optimizer of torch, transformers or a package that they know."""
+    """Return class and options of an optimizer that transformers' Trainer supports."""
     from transformers import Trainer
 
     if run.optim.startswith(_REFUSED_OPTIMIZERS):
@@ -125,11 +125,11 @@ def _library_optimizer(run: RunConfig) -> tuple[type[torch.optim.Optimizer], dic
     try:
         return Trainer.get_optimizer_cls_and_kwargs(run)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"--optim {run.optim}: {error}; or use adamw_torch, the default") from None
+        raise UsageError(f"--optim {run.optim}: {error}; or use adamw_torch (the default)") from None
 
 
 def _keep_embeddings_32_bit(model: nn.Module) -> None:
-    """Exclude embeddings from 8-bit optimizer state, which makes them unstable, as transformers does."""
+    """Exclude embeddings from 8-bit optimizer state, which is unstable for them, as transformers does."""
     from bitsandbytes.optim import GlobalOptimManager
 
     for module in model.modules():

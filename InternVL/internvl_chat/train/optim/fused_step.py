@@ -1,7 +1,7 @@
-"""AdamW's step of a bf16 weight in one pass over memory, by torch.compile.
+"""AdamW step of a bf16 weight in one pass over memory, with torch.compile.
 
-Operation by operation, as in `adamw.py`, a step moves 46 bytes of memory for each weight with a master and
-88 for each weight that is rounded stochastically; in one pass it moves 34 and 28.
+The eager step in `adamw.py` moves 46 bytes of memory per weight with a master and 88 with stochastic
+rounding. One pass moves 34 and 28 bytes.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def step_factors(group: Mapping[str, Any], step: int) -> Tensor:
-    """Return the scalars of step number `step` (from 1) of a parameter group: (6,) float32."""
+    """Return the scalars for step number `step` (from 1) of a parameter group: (6,) float32."""
     beta1, beta2 = group["betas"]
     decay = 1 - group["lr"] * group["weight_decay"]
     step_size, root_scale = group["lr"] / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
@@ -25,13 +25,15 @@ def step_factors(group: Mapping[str, Any], step: int) -> Tensor:
 def fused_step(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, factors: Tensor
 ) -> None:
-    """Update a bf16 weight in float32: its master, rounded to nearest, or itself, rounded stochastically.
+    """Update a bf16 weight, with float32 arithmetic.
 
     Args:
         weight: (N,) bfloat16.
         grad: (N,).
-        exp_avg, exp_avg_sq, master: (N,) float32; without a master the noise is of the default generator.
-        factors: (6,), see `step_factors`.
+        exp_avg: (N,) float32.
+        exp_avg_sq: (N,) float32.
+        master: (N,) float32, rounded to nearest; None for stochastic rounding with the default generator.
+        factors: (6,) from `step_factors`.
     """
     decay, first, second, step_size, root_scale, eps = factors.unbind()
     grad = grad.float()
@@ -46,16 +48,16 @@ def fused_step(
 
 
 def stochastic_round_(values: Tensor, noise: Tensor) -> Tensor:
-    """Round float32 values in place to a neighbouring bf16 number, and return them.
+    """Round float32 values in place to an adjacent bf16 number, and return them.
 
-    A value at fraction f of the way from one bf16 number to the next (away from zero) is rounded to the
-    latter with probability f. NaN, infinities and bf16 numbers are unchanged.
+    A value at fraction f between two adjacent bf16 numbers is rounded away from zero with probability f. NaN,
+    infinities and bf16 numbers do not change.
 
     Args:
         values: (N,) float32.
         noise: (N,) int32, uniform in [0, 2**16).
     """
-    # A NaN with a payload of all ones would overflow into another number: use the standard NaN.
+    # Use the standard NaN, because a NaN with a payload of all ones would overflow.
     values.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=-float("inf"))
     values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
     return values

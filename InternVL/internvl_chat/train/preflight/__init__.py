@@ -1,1 +1,1 @@
-"""Checks before the first step: memory plan, memory warm-up, sanity checks."""
+"""Checks before the first step: memory plan, dry run and sanity checks."""

@@ -1,4 +1,4 @@
-"""Dry run: run the largest pack before training, so that memory runs out then or never."""
+"""Dry run: run the largest pack before training, so that a run does not run out of memory later."""
 
 import gc
 from collections.abc import Callable
@@ -23,34 +23,36 @@ def run_dry_run(
     grad_checkpoint: str,
     optimizer_state_loaded: bool,
 ) -> int:
-    """Run the largest pack; checkpoint more layers where it does not fit and `grad_checkpoint` is `auto`.
+    """Run the largest pack; if it does not fit and `grad_checkpoint` is `auto`, checkpoint more layers.
 
-    A sharded model is not run a second time: a failed backward pass leaves FSDP with a state in which later
-    gradients are wrong. A rank that fails does not wait either: the others are in a collective of the model,
-    and the launcher ends them.
+    A sharded model is not run again, because gradients are wrong after a failed backward pass with FSDP. A
+    rank that fails raises immediately: the others wait in a collective, and the launcher ends them.
 
     Args:
-        plan: of the run.
-        forward_backward: runs the largest pack and discards its gradients; no collective unless sharded.
-        set_checkpointing: sets the number of checkpointed layers, which is returned in the end.
-        device: of this rank.
+        plan: the memory plan.
+        forward_backward: runs the largest pack and discards its gradients; a collective only if sharded.
+        set_checkpointing: sets the number of checkpointed layers.
+        device: device of this rank.
         sharded: whether forward and backward passes are collectives.
         grad_checkpoint: `auto`, `True` or `False`.
-        optimizer_state_loaded: whether the optimizer has its state already, as in a resumed run.
+        optimizer_state_loaded: whether the optimizer state is already in memory, as in a resumed run.
+
+    Returns:
+        The number of checkpointed layers.
 
     Raises:
-        TrainingError: the pack does not fit; the message has the plan.
+        TrainingError: the pack does not fit; the message has the memory plan.
     """
     checkpointed = plan.checkpointed_layers
     if plan.parallel == "deepspeed":
-        logger.info("no dry run: DeepSpeed would add its gradients to those of the first step")
+        logger.info("no dry run: DeepSpeed would add the gradients to those of the first step")
         return checkpointed
     while True:
         shortage = _shortage(plan, forward_backward, device, optimizer_state_loaded)
         if shortage is None if sharded else not any_rank(shortage is not None):
             return checkpointed
         if sharded or grad_checkpoint != "auto" or checkpointed >= plan.layers:
-            reason = f"the largest pack does not fit: {shortage or 'another rank is short of memory'}"
+            reason = f"the largest pack does not fit: {shortage or 'another rank is out of memory'}"
             raise TrainingError(plan.explain_shortage(reason, int(0.9 * plan.total)))
         checkpointed = min(plan.layers, checkpointed + max(1, plan.layers // 4))
         logger.warning(
@@ -62,7 +64,7 @@ def run_dry_run(
 def _shortage(
     plan: MemoryPlan, forward_backward: Callable[[], None], device: torch.device, state_loaded: bool
 ) -> str | None:
-    """Run the largest pack; return the reason if it does not fit together with the optimizer state."""
+    """Run the largest pack; return a message if it does not fit together with the optimizer state."""
     on_gpu, error = device.type == "cuda", None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -73,14 +75,14 @@ def _shortage(
             raise
         error = str(raised).partition("\n")[0]
     if error is not None:
-        # Only now are the tensors of the failed pass free.
+        # The tensors of the failed pass can only be freed outside the except block.
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
         return error
     peak = max_memory(device) + (0 if state_loaded else plan.components["optimizer state"])
     if plan.parallel == "ddp" and not plan.several_packs:
-        # Unreduced gradients are in memory in addition to DDP's buckets; in training they are views of them.
+        # Unreduced gradients are stored next to DDP's buckets; in training they are views of the buckets.
         peak -= plan.components["gradients"]
     measured = "measured" if on_gpu else "peak of the process"
     logger.info("dry run: planned %s GB, %s %s GB", gigabytes(plan.total), measured, gigabytes(peak))
@@ -89,6 +91,6 @@ def _shortage(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that memory ran out, on a GPU or a CPU."""
+    """Return whether an error is an out-of-memory error of a GPU or a CPU."""
     texts = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

@@ -1,6 +1,6 @@
-"""Memory plan: what a rank needs by component, and the parallel layout and activation checkpointing that fit.
+"""Memory plan: estimate the memory of a rank, and choose parallel layout and activation checkpointing.
 
-All sizes are in bytes. Memory decides neither `--weight_precision` nor anything else that changes results.
+All sizes are in bytes. The plan changes no flag that affects results, such as `--weight_precision`.
 """
 
 import dataclasses
@@ -34,21 +34,24 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Share of a GPU's free memory that a plan may use; the allocator rounds up and fragments.
+# Usable fraction of a GPU's free memory; the rest allows for rounding and fragmentation in the allocator.
 _USABLE = 0.95
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The plan of a run, the same on all ranks.
+    """The memory plan of a run, the same on all ranks.
 
     Attributes:
         parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
-        checkpointed_layers: decoder layers with activation checkpointing, of `layers`.
-        components, available: memory that a rank needs, by component, and may use.
-        pack, sample_indices: the largest pack of any rank and step, and its records.
-        several_packs: whether a step has several packs.
-        fitting_flags: returns the flags whose planned total is at most a limit, each with that total.
+        checkpointed_layers: number of decoder layers with activation checkpointing.
+        components: memory that a rank needs, by component.
+        available: memory that a rank may use.
+        pack: size of the largest pack of any rank and step.
+        sample_indices: records of the largest pack.
+        several_packs: whether any step has several packs on a rank.
+        layers: number of decoder layers.
+        fitting_flags: returns the flags that would keep the total within a limit, with their totals.
     """
 
     parallel: str
@@ -63,13 +66,13 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """The planned peak; activations are freed before the optimizer needs its scratch."""
+        """Planned peak; activations are freed before the optimizer allocates its scratch memory."""
         sizes = dict(self.components)
         persistent = sum(sizes.pop(name) for name in ("weights", "gradients", "optimizer state"))
         return persistent + max(sizes.pop("optimizer scratch"), sum(sizes.values()))
 
     def table(self) -> str:
-        """Return the plan as a block of text."""
+        """Format the plan as text."""
         parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.components.items())
         return (
             f"memory plan in GB per rank ({self.parallel}, {self.checkpointed_layers} of {self.layers} "
@@ -79,18 +82,22 @@ class MemoryPlan:
         )
 
     def explain_shortage(self, reason: str, limit: float) -> str:
-        """Return the message of a run that does not fit, with the flags whose plan needs at most `limit`."""
+        """Return an error message with the plan and the flags that would reduce the total to `limit`."""
         flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
-        found = ", or ".join(flags) or "none of them alone; use more or larger GPUs, or LoRA"
-        return f"{reason}\n{self.table()}\nflags that would fit: {found}"
+        options = ", or ".join(flags) or "none of them alone; use more or larger GPUs, or LoRA"
+        return f"{reason}\n{self.table()}\nflags that would fit: {options}"
 
 
 def plan_memory(
     config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
 ) -> MemoryPlan:
-    """Choose the parallel layout and the checkpointed layers for the largest pack of the run; a collective.
+    """Choose parallel layout and activation checkpointing for the largest pack of the run; a collective.
 
-    The model has its trained parameters chosen, and may be on any device.
+    Args:
+        config: the resolved flags.
+        model: model whose trainable parameters have been chosen, on any device.
+        sampler: the packs of each step.
+        data: the training records.
 
     Raises:
         UsageError: the run does not fit; the message has the plan and the flags that would fit.
@@ -110,7 +117,7 @@ def plan_memory(
 
 
 class _Planner:
-    """Plans a run, also with one flag changed."""
+    """Plans the memory of a run for different flags."""
 
     def __init__(
         self, config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
@@ -118,29 +125,31 @@ class _Planner:
         run, self.sampler, self.lengths = config.run, sampler, data.epoch_lengths()
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
         self.precision = run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
-        share = _USABLE if run.device.type == "cuda" else 1
-        own = share * available_memory(run.device, run.local_world_size)
-        self.available = min(all_gather_object(own))
+        usable = _USABLE if run.device.type == "cuda" else 1
+        local = usable * available_memory(run.device, run.local_world_size)
+        self.available = min(all_gather_object(local))
         self.activations = measure_activations(model, run.device)
         self.packs = self.largest_packs(sampler.planner.max_packed_tokens)
         compiled = uses_compiled_step(self.precision, run.device)
-        # Not when they are needed: sharding changes the parameters.
+        # Computed now, because sharding changes the parameters.
         keys = itertools.product(("single", "ddp", "fsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True))
         self.layouts = {key: layout_memory(model, run, *key, compiled) for key in keys}
 
     def plan(self, parallel: str, **changed: Any) -> MemoryPlan:
-        """Return the plan with the fewest checkpointed layers that fits, or with the most.
+        """Return the plan with the fewest checkpointed layers that fits; if none fits, with the most.
 
-        `precision`, `checkpoint` and `packs` may be changed.
+        Args:
+            parallel: the parallel layout.
+            changed: `precision`, `checkpoint` or `packs`, to override those of the run.
         """
         packs, several = changed.get("packs", self.packs)
         layout = self.layouts[parallel, changed.get("precision", self.precision), several]
         checkpoint, layers = changed.get("checkpoint", self.checkpoint), self.activations.layers
         for count in {"True": [layers], "False": [0]}.get(checkpoint, range(layers + 1)):
-            of_packs = [(self.activations.of(pack, count), pack, records) for pack, records in packs]
-            of_pack, pack, records = max(of_packs, key=lambda one: sum(one[0].values()))
+            candidates = [(self.activations.for_pack(pack, count), pack, records) for pack, records in packs]
+            activations, pack, records = max(candidates, key=lambda candidate: sum(candidate[0].values()))
             plan = MemoryPlan(
-                parallel, count, layout | of_pack, self.available, pack, records, several, layers,
+                parallel, count, layout | activations, self.available, pack, records, several, layers,
                 partial(self.fitting_flags, parallel),
             )  # fmt: skip
             if plan.total <= self.available:
@@ -148,9 +157,9 @@ class _Planner:
         return plan
 
     def fitting_flags(self, parallel: str, limit: float) -> dict[str, float]:
-        """Change one flag at a time; return those whose planned total is at most `limit`, with that total."""
+        """Return the single flags that reduce the planned total to `limit`, each with its total."""
         totals = {}
-        if parallel != "deepspeed":  # which does not take these flags
+        if parallel != "deepspeed":  # DeepSpeed refuses these flags
             totals["--parallel fsdp"] = self.plan("fsdp").total
             for name in WEIGHT_PRECISIONS:
                 totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
@@ -165,23 +174,24 @@ class _Planner:
     def largest_packs(
         self, max_packed_tokens: int | None
     ) -> tuple[list[tuple[PackSize, list[SampleIndex]]], bool]:
-        """Return the packs of any step and rank that need most memory, and whether a step has several packs.
+        """Return the two largest packs of all steps and ranks, and whether any step has several packs.
 
-        There are two: the largest without activation checkpointing, and with it.
+        The first is the largest without activation checkpointing, the second with it.
         """
         planner = dataclasses.replace(self.sampler.planner, max_packed_tokens=max_packed_tokens)
         tokens = self.lengths.tokens.astype(np.int64)
         columns = PackSize(tokens, self.lengths.supervised, self.lengths.tiles, tokens**2)
         counts = (0, self.activations.layers)
-        needs = np.stack([sum(self.activations.of(columns, count).values()) for count in counts])
+        needs = np.stack([sum(self.activations.for_pack(columns, count).values()) for count in counts])
         largest, several = [(-1.0, [], 0)] * 2, False
         for step in range(1, self.steps + 1):
             epoch, number = self.sampler.position_of(step)
             ranks = planner(self.sampler.step(epoch, number))
             several = several or max(map(len, ranks)) > 1
             for pack in itertools.chain.from_iterable(ranks):
-                found = [(needed, pack, epoch) for needed in needs[:, pack].sum(axis=1)]
-                largest = [max(pair, key=lambda one: one[0]) for pair in zip(largest, found, strict=True)]
+                candidates = [(needed, pack, epoch) for needed in needs[:, pack].sum(axis=1)]
+                pairs = zip(largest, candidates, strict=True)
+                largest = [max(pair, key=lambda candidate: candidate[0]) for pair in pairs]
         return [
             (PackSize(*(int(c[pack].sum()) for c in columns)), [SampleIndex(int(i), epoch) for i in pack])
             for _, pack, epoch in largest
@@ -196,7 +206,7 @@ def layout_memory(
     several_packs: bool,
     compiled: bool,
 ) -> dict[str, int]:
-    """Return the memory of a layout by component, with the optimizer of the run; see `parallel_memory`."""
+    """Return the memory of a parallel layout by component; see `parallel_memory`."""
     trained = [p for p in model.parameters() if p.requires_grad]
     state = sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
     scratch = scratch_bytes(precision, trained, "cuda" if run.device.type == "cuda" else "cpu", compiled)
@@ -213,19 +223,19 @@ def layout_memory(
 
 
 def available_memory(device: torch.device, local_ranks: int = 1) -> int:
-    """Return the memory this process may use, including what it uses now: of its GPU, or of the machine."""
+    """Return the memory available to this rank, including what it uses now: of its GPU, or of the node."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return available_host_memory() // local_ranks + psutil.Process().memory_info().rss
 
 
 def max_memory(device: torch.device) -> int:
-    """Return the peak memory so far: of the GPU, or of this process."""
+    """Return the peak memory so far, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gigabytes(size: float) -> str:
-    """Return a size in GB as text."""
+    """Format a size in GB."""
     return f"{size / 1e9:.4g}"

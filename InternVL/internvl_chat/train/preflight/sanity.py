@@ -1,4 +1,4 @@
-"""Sanity checks before training: of the data set, the checkpoint, and this machine's attention kernels."""
+"""Sanity checks before training: preprocessing, supervised text, and isolation of packed records."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Characters of a supervised span that are shown, and records of a set that are tried to find a usable one.
-_SHOWN, _TRIED = 160, 100
-# Packed losses may differ from single ones by so many times the rounding error of the pack.
+# Maximum characters of a supervised span to log, and records to try until one is usable.
+_MAX_CHARACTERS, _MAX_TRIED = 160, 100
+# Tolerance of the packing check, relative to the rounding error, and the shifts that measure that error.
 _ROUNDING_FACTOR, _SHIFTS = 4, range(1, 9)
-# What cannot change from a checkpoint to a run that starts from it, and the flags that decide it.
+# Preprocessing that must match the checkpoint, and the flags that set it.
 _FIXED = {
     "template": "--conv_style",
     "system_text": "--conv_style",
@@ -40,10 +40,12 @@ def run_sanity_checks(
     tokenizer: PreTrainedTokenizerBase,
     preprocessing: Preprocessing,
 ) -> None:
-    """Run all checks of a run that starts from the checkpoint `source`; a collective of a sharded model.
+    """Run all checks of a run that starts from the checkpoint `source`; collective if the model is sharded.
 
     Raises:
-        UsageError, DataError, TrainingError: of the functions below.
+        UsageError: see `check_preprocessing`.
+        DataError: see `first_samples`.
+        TrainingError: see `show_supervision` and `check_packing`.
     """
     check_preprocessing(source, preprocessing)
     show_supervision(data, tokenizer)
@@ -53,10 +55,10 @@ def run_sanity_checks(
 
 
 def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
-    """Compare a run's preprocessing with that of its checkpoint, if it has a `preprocessing.json`.
+    """Compare the preprocessing of a run with the `preprocessing.json` of its initial checkpoint, if any.
 
     Raises:
-        UsageError: names what differs.
+        UsageError: lists all differences.
     """
     file = source / PREPROCESSING_FILE
     if not file.is_file():
@@ -71,29 +73,29 @@ def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
 
 
 def first_samples(data: TrainingData, number: int, count: int) -> list[Sample]:
-    """Return the first usable records of data set `number`, up to `count`.
+    """Return the first usable records of dataset `number`, up to `count`.
 
     Raises:
-        DataError: one cannot be used, and bad records are not skipped.
+        DataError: a record is unusable, and unusable records are not skipped.
     """
-    found: list[Sample] = []
-    for index in data.indices(number)[:_TRIED].tolist():
+    samples: list[Sample] = []
+    for index in data.indices(number)[:_MAX_TRIED].tolist():
         try:
-            found.append(data.sets[number].load(index))
+            samples.append(data.sets[number].load(index))
         except DataError:
             if not data.skip_bad:
                 raise
-        if len(found) == count:
+        if len(samples) == count:
             break
-    return found
+    return samples
 
 
 def show_supervision(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Log the first supervised span of each data set.
+    """Log the first supervised span of each dataset.
 
     Raises:
-        DataError: of `first_samples`.
-        TrainingError: the first record of a set has no labels.
+        DataError: see `first_samples`.
+        TrainingError: the first record of a dataset has no supervised tokens.
     """
     for number, records in enumerate(data.sets):
         for sample in first_samples(data, number, 1):
@@ -101,15 +103,15 @@ def show_supervision(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> 
             if not spans:
                 raise TrainingError(f"{records.spec.name}: the first record has no supervised tokens")
             text = tokenizer.decode(spans[0])
-            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
-            logger.info("%s: first supervised span: %r", records.spec.name, shown)
+            text = text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
+            logger.info("%s: first supervised span: %r", records.spec.name, text)
 
 
 def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normalization: str) -> None:
     """Compare the token losses of packed records with those of single records.
 
     Raises:
-        TrainingError: they differ by more than rounding, so records see one another.
+        TrainingError: they differ by more than rounding error, so attention leaks between records.
     """
 
     def losses(pack: Pack) -> torch.Tensor:
@@ -118,24 +120,24 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
     pack, was_training = pack_samples([(sample, True) for sample in samples]), model.training
     model.eval()
     try:
-        # Compiled blocks would be compiled for evaluation, and again for training.
+        # Avoid compiling the blocks for evaluation mode as well.
         with torch.compiler.set_stance("force_eager"):
             packed = losses(pack)
             single = torch.cat([losses(pack_samples([(sample, True)])) for sample in samples])
-            # Rotary embeddings encode distances only, so shifting all positions changes nothing but rounding:
-            # it shows the error of this model's dtype, depth and logits, in losses of this size (where a loss
-            # is near 0, so is its error). A leak is 10 (bf16) to a million (float32) times as large.
-            moved = [dataclasses.replace(pack, position_ids=pack.position_ids + shift) for shift in _SHIFTS]
-            rounding = max((losses(other) - packed).abs().sum() for other in moved)
+            # Rotary embeddings encode only distances, so shifting all positions changes the losses only by
+            # rounding. This measures the rounding error of this model and these losses. A leak changes them
+            # 10 (bf16) to a million (float32) times as much.
+            shifted = [dataclasses.replace(pack, position_ids=pack.position_ids + shift) for shift in _SHIFTS]
+            rounding = max((losses(other) - packed).abs().sum() for other in shifted)
     finally:
         model.train(was_training)
     # The losses themselves are rounded to float32.
     rounding += 2 * torch.finfo(packed.dtype).eps * single.sum()
     difference = (packed - single).abs().sum()
-    shown = f"differ by {difference:.2g} in a sum of {single.sum():.4g} (rounding error: {rounding:.2g})"
+    text = f"differ by {difference:.2g} in a sum of {single.sum():.4g} (rounding error: {rounding:.2g})"
     if not difference <= _ROUNDING_FACTOR * rounding:
         raise TrainingError(
-            f"token losses of packed and single records {shown}: the attention {model.attn!r} mixes records "
-            "on this machine; use another (--attn) or --packing False"
+            f"token losses of packed and single records {text}: attention {model.attn!r} leaks between "
+            "records on this machine; use another kernel (--attn) or --packing False"
         )
-    logger.info("packing: token losses of packed and single records %s", shown)
+    logger.info("packing: token losses of packed and single records %s", text)

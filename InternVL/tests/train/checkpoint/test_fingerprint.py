@@ -1,4 +1,4 @@
-"""What a run and the checkpoint that it resumes from must have in common."""
+"""Fingerprint of a run."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from internvl_chat.utils.errors import UsageError
 
 
 @pytest.mark.parametrize("deepspeed", [None, '{"zero_optimization": {"stage": 1}}'])
-def test_only_with_deepspeed_the_number_of_ranks_stays(tmp_path, deepspeed):
+def test_world_size_is_fixed_only_with_deepspeed(tmp_path, deepspeed):
     config = parse_arguments(
         flags(model_name_or_path="m", meta_path="d", output_dir="o", deepspeed=deepspeed)
     )

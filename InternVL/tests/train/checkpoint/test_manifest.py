@@ -1,4 +1,4 @@
-"""A folder is as its manifest says, or it is said what is not."""
+"""Damage of a folder is detected by its manifest."""
 
 import hashlib
 import json
@@ -20,27 +20,27 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_holds_sizes_and_hashes(folder):
+def test_contains_sizes_and_hashes(folder):
     files = json.loads((folder / MANIFEST).read_text())["files"]
     assert list(files) == ["below/rng.pth", "empty", "model.safetensors", "state.json"]
     assert files["state.json"] == {"bytes": 11, "sha256": hashlib.sha256(b'{"step": 3}').hexdigest()}
     assert find_damage(folder) is None
 
 
-def test_every_flipped_bit_and_every_cut_is_found(folder):
+def test_flipped_bits_and_truncation_are_detected(folder):
     rng = random.Random(1)
     for name in ("model.safetensors", "state.json", "below/rng.pth"):
         file = folder / name
-        whole = file.read_bytes()
+        content = file.read_bytes()
         for _ in range(40):
-            place = rng.randrange(len(whole))
-            flipped = bytearray(whole)
-            flipped[place] ^= 1 << rng.randrange(8)
+            position = rng.randrange(len(content))
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << rng.randrange(8)
             file.write_bytes(flipped)
             assert find_damage(folder) == f"the content of {name} has changed since it was written"
-            file.write_bytes(whole[:place])
-            assert find_damage(folder) == f"{name} has {place:,} bytes instead of {len(whole):,}"
-        file.write_bytes(whole)
+            file.write_bytes(content[:position])
+            assert find_damage(folder) == f"{name} has {position:,} bytes instead of {len(content):,}"
+        file.write_bytes(content)
     assert find_damage(folder) is None
 
 
@@ -49,7 +49,7 @@ def test_missing_files(folder):
     assert find_damage(folder) == "empty is missing"
 
 
-def test_files_of_others_are_nobodys_concern(folder):
+def test_files_not_in_the_manifest_are_ignored(folder):
     (folder / "notes.txt").write_text("mine")
     assert find_damage(folder) is None
 
@@ -68,32 +68,32 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("content", UNREADABLE, ids=range(len(UNREADABLE)))
-def test_a_manifest_that_cannot_be_read(folder, content):
+def test_unreadable_manifest(folder, content):
     (folder / MANIFEST).write_text(content)
     assert find_damage(folder).startswith(f"its {MANIFEST} cannot be read")
 
 
-def test_without_a_manifest_it_was_never_finished(folder):
+def test_missing_manifest(folder):
     (folder / MANIFEST).unlink()
     assert find_damage(folder) == f"it has no {MANIFEST}, so it was never finished"
 
 
-def test_every_bit_of_the_manifest_matters(folder):
-    """Whatever is flipped in it, the folder is damaged, or what is read is the same."""
-    whole = (folder / MANIFEST).read_bytes()
+def test_flipped_bits_in_the_manifest(folder):
+    """Every flipped bit is detected, or does not change the content."""
+    content = (folder / MANIFEST).read_bytes()
     rng = random.Random(2)
     for _ in range(300):
-        flipped = bytearray(whole)
-        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         (folder / MANIFEST).write_bytes(flipped)
         try:
-            same = json.loads(flipped) == json.loads(whole)
+            same = json.loads(flipped) == json.loads(content)
         except ValueError:
             same = False
-        assert same or find_damage(folder) or json.loads(flipped)["files"] == json.loads(whole)["files"]
+        assert same or find_damage(folder) or json.loads(flipped)["files"] == json.loads(content)["files"]
 
 
-def test_hashes_come_in_the_order_of_the_files(folder):
+def test_hashes_are_in_file_order(folder):
     files = [folder / "state.json", folder / "empty", folder / "state.json"]
     hashes = list(hash_files(files))
     assert hashes[0] == hashes[2] != hashes[1] == hashlib.sha256(b"").hexdigest()

@@ -1,4 +1,4 @@
-"""Optimizer state moves between layouts and numbers of ranks without a changed bit, and without pickles."""
+"""Optimizer state is resharded exactly across layouts and world sizes, without pickles."""
 
 import json
 import pickle
@@ -43,18 +43,18 @@ def trained(**options):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A checkpoint of one process, and its state."""
+    """A checkpoint of a single rank, and its state."""
     folder, strategy = tmp_path_factory.mktemp("source"), trained()
     torch.save(strategy.full_state(), folder / "reference.pt")
     return save(folder, strategy), folder / "reference.pt"
 
 
-def test_state_moves_between_layouts_and_numbers_of_ranks(source, tmp_path):
+def test_state_is_resharded_across_layouts_and_world_sizes(source, tmp_path):
     checkpoint, reference = source
     for world_size, layout in ((2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp")):
         target = tmp_path / f"{world_size} {layout}"
-        for read, held in run_ranks(world_size, move, layout, checkpoint, target, reference):
-            assert read == held  # a rank reads its shards, and nothing else
+        for read, owned in run_ranks(world_size, move, layout, checkpoint, target, reference):
+            assert read == owned  # a rank reads its shards, and nothing else
         checkpoint = target / checkpoint.name
         assert find_damage(checkpoint) is None
         files = sorted((checkpoint / "optimizer").iterdir())
@@ -62,7 +62,7 @@ def test_state_moves_between_layouts_and_numbers_of_ranks(source, tmp_path):
             f"rank-{rank:05d}-00.safetensors" for rank in range(world_size)
         ]
         if layout == "ddp":
-            # Each rank writes its share of what all of them hold.
+            # Each rank writes part of the replicated tensors.
             tensors = [load_file(file) for file in files]
             assert set(Counter(key for file in tensors for key in file).values()) == {1}
             sizes = [sum(tensor.nbytes for tensor in file.values()) for file in tensors]
@@ -85,22 +85,22 @@ def test_state_moves_between_layouts_and_numbers_of_ranks(source, tmp_path):
         ),
         (lambda groups: build_adamw(groups, precision="bf16", lr=0.1, weight_decay=0.0), torch.bfloat16),
         (lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9), torch.float32),
-        # Float32 state of bf16 weights, numbers that are no tensors, and shapes that are not the weights'.
+        # Float32 state of bf16 weights, numbers that are not tensors, and other shapes than the weights'.
         (lambda groups: Adafactor(groups, lr=0.1, relative_step=False), torch.bfloat16),
     ],
     ids=["float32", "stochastic", "bf16", "sgd", "adafactor"],
 )
-def test_resumed_steps_are_those_of_an_uninterrupted_run(tmp_path, make_optimizer, dtype):
+def test_resumed_steps_equal_an_uninterrupted_run(tmp_path, make_optimizer, dtype):
     options = {"make_optimizer": make_optimizer, "dtype": dtype}
-    undisturbed, resumed = trained(**options), ToyStrategy("single", **options)
-    checkpoint = save(tmp_path, undisturbed)
+    uninterrupted, resumed = trained(**options), ToyStrategy("single", **options)
+    checkpoint = save(tmp_path, uninterrupted)
     load_training_state(checkpoint, resumed)
-    assert_same_state(resumed.full_state(), undisturbed.full_state())
-    resumed.model.load_state_dict(undisturbed.model.state_dict())
-    for strategy in (undisturbed, resumed):
+    assert_same_state(resumed.full_state(), uninterrupted.full_state())
+    resumed.model.load_state_dict(uninterrupted.model.state_dict())
+    for strategy in (uninterrupted, resumed):
         strategy.train(2, first=3)
-    assert_same_state(resumed.full_state(), undisturbed.full_state())
-    for name, weight in undisturbed.model.state_dict().items():
+    assert_same_state(resumed.full_state(), uninterrupted.full_state())
+    for name, weight in uninterrupted.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
 
@@ -128,7 +128,7 @@ def test_files_are_hashed_while_they_are_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_tensors_that_are_not_copied_reach_the_host_one_at_a_time(tmp_path, monkeypatch, threads):
+def test_uncopied_tensors_are_moved_to_the_host_one_at_a_time(tmp_path, monkeypatch, threads):
     copies, most, lock = weakref.WeakSet(), [], threading.Lock()
 
     def copy(tensor):
@@ -145,7 +145,7 @@ def test_tensors_that_are_not_copied_reach_the_host_one_at_a_time(tmp_path, monk
 
 
 class Malicious:
-    """Unpickling it is noticed."""
+    """Unpickling it is detected."""
 
     loaded = False
 
@@ -169,12 +169,12 @@ def test_state_of_other_parameters_is_refused(tmp_path):
     checkpoint, other = save(tmp_path, trained()), ToyStrategy("single")
     other.optimizer.param_groups[0]["params"].reverse()
     other.optimizer.param_groups[1]["params"].reverse()
-    with pytest.raises(TrainingError, match="is the state of other parameters"):
+    with pytest.raises(TrainingError, match="the parameters differ from those of this run"):
         load_training_state(checkpoint, other)
 
 
-def test_without_optimizer_state_nothing_is_resumed(tmp_path):
+def test_checkpoint_without_optimizer_state_is_refused(tmp_path):
     checkpoint = save(tmp_path, trained(), model_only=True)
     assert not (checkpoint / "optimizer").exists()
-    with pytest.raises(UsageError, match="holds no optimizer state"):
+    with pytest.raises(UsageError, match="has no optimizer state"):
         check_resumable(checkpoint)

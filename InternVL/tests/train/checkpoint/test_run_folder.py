@@ -1,4 +1,4 @@
-"""What is done with an output folder, by what is found there."""
+"""Inspection and preparation of output folders."""
 
 import json
 
@@ -17,10 +17,10 @@ from internvl_chat.train.checkpoint.run_folder import (
 from internvl_chat.utils.errors import UsageError
 
 
-def write_checkpoint(folder, step, whole=True):
+def write_checkpoint(folder, step, complete=True):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    if whole:
+    if complete:
         (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         write_manifest(checkpoint)
     return checkpoint
@@ -35,7 +35,7 @@ def inspect(folder, overwrite=False, resume=None):
 
 
 @pytest.mark.parametrize("existing", [[], ["training_log.txt"], ["metrics.jsonl", "config.yaml", ".lock"]])
-def test_starts_anew_where_nothing_would_be_lost(tmp_path, existing):
+def test_starts_a_new_run_if_nothing_would_be_lost(tmp_path, existing):
     for name in existing:
         (tmp_path / name).write_text("")
     found = inspect(tmp_path)
@@ -44,26 +44,26 @@ def test_starts_anew_where_nothing_would_be_lost(tmp_path, existing):
         assert {p.name for p in tmp_path.iterdir()} == {".lock", *existing} - {"metrics.jsonl", "config.yaml"}
 
 
-def test_missing_folder_is_made_only_when_opened(tmp_path):
+def test_missing_folder_is_created_on_open(tmp_path):
     found = inspect(tmp_path / "a/b")
     assert not (tmp_path / "a").exists()
     found.open().release()
     assert (tmp_path / "a/b").is_dir()
 
 
-def test_resumes_the_newest_whole_checkpoint(tmp_path):
+def test_resumes_the_newest_intact_checkpoint(tmp_path):
     for step in (8, 10, 9):
         write_checkpoint(tmp_path, step)
-    write_checkpoint(tmp_path, 12, whole=False)
+    write_checkpoint(tmp_path, 12, complete=False)
     names = [p.name for p in list_checkpoints(tmp_path)]
     assert names == ["checkpoint-8", "checkpoint-9", "checkpoint-10", "checkpoint-12"]
     assert inspect(tmp_path).resume == tmp_path / "checkpoint-10"
 
 
-def test_opening_to_resume_drops_lines_that_will_be_written_again(tmp_path):
+def test_resuming_truncates_the_logs(tmp_path):
     write_checkpoint(tmp_path, 2)
     write_steps(tmp_path / METRICS, [1, 2, 3])
-    (tmp_path / LEDGER).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')  # cut short by a crash
+    (tmp_path / LEDGER).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')  # truncated by a crash
     (tmp_path / ".partial").mkdir()
     inspect(tmp_path).open().release()
     assert (tmp_path / METRICS).read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -71,7 +71,7 @@ def test_opening_to_resume_drops_lines_that_will_be_written_again(tmp_path):
     assert not (tmp_path / ".partial").exists()
 
 
-def test_finished_run_is_left_alone(tmp_path):
+def test_finished_run_is_refused(tmp_path):
     write_checkpoint(tmp_path, 2)
     (tmp_path / FINISHED).write_text("{}")
     with pytest.raises(UsageError, match="holds a finished run"):
@@ -79,13 +79,13 @@ def test_finished_run_is_left_alone(tmp_path):
     assert inspect(tmp_path, resume="auto").resume == tmp_path / "checkpoint-2"
 
 
-def test_files_of_others_are_left_alone(tmp_path):
+def test_foreign_files_are_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"in use \(it holds thesis.txt\)"):
+    with pytest.raises(UsageError, match=r"in use \(it contains thesis.txt\)"):
         inspect(tmp_path)
 
 
-def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
+def test_overwriting_deletes_only_the_run(tmp_path):
     write_checkpoint(tmp_path, 2)
     for name in (METRICS, FINISHED, "model.safetensors", "thesis.txt", "vocab.json"):
         (tmp_path / name).write_text("")
@@ -96,13 +96,13 @@ def test_overwriting_deletes_a_run_and_nothing_else(tmp_path):
 def test_resume_must_exist(tmp_path):
     with pytest.raises(UsageError, match="not a complete checkpoint: no such folder"):
         inspect(tmp_path, resume=str(tmp_path / "checkpoint-1"))
-    with pytest.raises(UsageError, match="holds no checkpoint"):
+    with pytest.raises(UsageError, match="contains no checkpoint"):
         inspect(tmp_path, resume="True")
     assert inspect(tmp_path, resume="auto").resume is None
 
 
 def test_overwriting_and_resuming_exclude_each_other(tmp_path):
-    with pytest.raises(UsageError, match="drop one of them"):
+    with pytest.raises(UsageError, match="remove one of the flags"):
         inspect(tmp_path, overwrite=True, resume="auto")
 
 
@@ -117,7 +117,7 @@ def test_lock_is_exclusive_until_released(tmp_path):
 def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
     for name in ("annotations.jsonl", "labels.json", "analysis.py", "vocab.json"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(UsageError, match="holds no run of this program"):
+    with pytest.raises(UsageError, match="contains no training run"):
         inspect(tmp_path, overwrite=True)
     (tmp_path / METRICS).write_text("")
     inspect(tmp_path, overwrite=True).open().release()
@@ -129,7 +129,7 @@ def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
     }
 
 
-def test_what_the_run_reads_is_never_overwritten(tmp_path):
+def test_inputs_are_never_overwritten(tmp_path):
     (tmp_path / METRICS).write_text("")
     for needed in (tmp_path, tmp_path / "checkpoint-2"):
         with pytest.raises(UsageError, match="which this run reads"):
@@ -144,13 +144,13 @@ def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path):
     assert inspect(tmp_path / "three", resume=str(chosen)).resume == chosen
 
 
-def test_a_file_that_is_named_like_a_checkpoint_is_none(tmp_path):
+def test_file_named_like_a_checkpoint(tmp_path):
     (tmp_path / "checkpoint-99").write_text("")
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_checkpoint_whose_replacement_was_killed_comes_back(tmp_path):
-    """It was moved aside, and its successor had no name yet."""
+def test_checkpoint_is_restored_after_a_killed_replacement(tmp_path):
+    """The process was killed between moving the old checkpoint and renaming the new one."""
     former = tmp_path / PARTIAL / "checkpoint-4.former"
     former.mkdir(parents=True)
     (former / "trainer_state.json").write_text("{}")
@@ -163,5 +163,5 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
     checkpoint = write_checkpoint(tmp_path, 2)
     (checkpoint / "optimizer.pt").write_bytes(b"pickled")
     for resume in (None, "auto", str(checkpoint)):
-        with pytest.raises(UsageError, match="of an earlier version of this program"):
+        with pytest.raises(UsageError, match="by an earlier version of this program"):
             inspect(tmp_path, resume=resume)

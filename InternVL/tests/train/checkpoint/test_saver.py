@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is written, who waits for whom, and what happens to errors."""
+"""Saving in the background: files, synchronisation and errors."""
 
 import json
 import threading
@@ -29,7 +29,7 @@ from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.freeze import set_trainable
 
-# A thread that should have gone on is stuck after this.
+# Timeout of a thread that should have continued.
 PATIENCE = HANG_SECONDS
 
 
@@ -45,7 +45,7 @@ def strategy():
 
 
 class Disk:
-    """Stands for a slow disk: a write goes on only when it may."""
+    """A slow disk, on which writes wait for permission."""
 
     def __init__(self, write_model=write_toy):
         self.started, self.may_go_on, self.write_model = threading.Event(), threading.Event(), write_model
@@ -64,7 +64,7 @@ def disk():
 
 
 class TestCheckpoint:
-    def test_holds_what_a_run_resumes_from(self, tmp_path, strategy):
+    def test_contains_everything_needed_to_resume(self, tmp_path, strategy):
         state = TrainState(
             3, 0.5, best_step=2, best_metric=0.25, evals_without_improvement=1, total_flops=9.0
         )
@@ -80,7 +80,7 @@ class TestCheckpoint:
         assert load_training_state(folder, ToyStrategy("single")) == state
         assert not (tmp_path / ".partial").exists()
 
-    def test_tied_weights_are_one_and_frozen_ones_are_not_copied(self, tmp_path, strategy):
+    def test_tied_weights_are_saved_once_and_frozen_ones_not_copied(self, tmp_path, strategy):
         given = {}
 
         def write(folder, weights):
@@ -97,7 +97,7 @@ class TestCheckpoint:
             assert (given[name] == live[name]) == is_fixed, name
         assert "head.weight" not in load_file(tmp_path / "checkpoint-1/model.safetensors")
 
-    def test_of_a_model_with_adapters_only_they_are_written(self, tmp_path, tiny_model):
+    def test_only_adapters_are_written(self, tmp_path, tiny_model):
         model, given = load_model(tiny_model, image_context_id=0), []
         add_lora(model, llm_rank=2, vision_rank=0, dropout=0.0)
         set_trainable(model, freeze_llm=True, freeze_mlp=False, freeze_backbone=True)
@@ -110,7 +110,7 @@ class TestCheckpoint:
         assert given == [name for name in model.state_dict() if name in trained]
         assert any(".lora_" in name for name in given) and any(name.startswith("mlp1.") for name in given)
 
-    def test_older_ones_go_when_the_new_one_is_complete(self, tmp_path, strategy):
+    def test_older_checkpoints_are_deleted_after_a_complete_save(self, tmp_path, strategy):
         found = []
 
         def watch(folder, weights):
@@ -125,7 +125,7 @@ class TestCheckpoint:
         assert names(tmp_path) == ["checkpoint-8", "checkpoint-11"]
         assert (tmp_path / "checkpoint-1-mine").is_dir()
 
-    def test_saved_again_it_is_replaced(self, tmp_path, strategy):
+    def test_second_save_of_a_step_replaces_the_first(self, tmp_path, strategy):
         with checkpointer(tmp_path, strategy) as saver:
             for epoch in (1.0, 2.0):
                 saver.save(TrainState(step=3, epoch=epoch))
@@ -145,7 +145,7 @@ class TestCheckpoint:
 
 
 class TestBackground:
-    def test_writes_what_was_there_while_training_goes_on(self, tmp_path, strategy, disk):
+    def test_background_save_is_not_affected_by_training(self, tmp_path, strategy, disk):
         weight, state = strategy.model.words.weight.detach().clone(), TrainState(step=1)
         with checkpointer(tmp_path, strategy, disk) as saver:
             saver.save(state)
@@ -169,31 +169,31 @@ class TestBackground:
             saver.save(TrainState(step=2))
             assert names(tmp_path)[0] == "checkpoint-1"
 
-    def test_in_the_foreground_nothing_is_copied(self, tmp_path, strategy, monkeypatch):
+    def test_foreground_save_makes_no_copies(self, tmp_path, strategy, monkeypatch):
         monkeypatch.setattr(HostBuffers, "copy", lambda *_: pytest.fail("copied"))
         saver = checkpointer(tmp_path, strategy, background=False)
         saver.save(TrainState(step=1))
         assert names(tmp_path) == ["checkpoint-1"]
 
-    def test_buffers_are_used_again(self, tmp_path, strategy):
-        places = []
+    def test_buffers_are_reused(self, tmp_path, strategy):
+        pointers = []
 
         def write(folder, weights):
-            places.append({name: tensor.data_ptr() for name, tensor in weights.items()})
+            pointers.append({name: tensor.data_ptr() for name, tensor in weights.items()})
             return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
             for step in (1, 2, 3):
                 saver.save(TrainState(step=step))
-        assert places[0] == places[1] == places[2]
+        assert pointers[0] == pointers[1] == pointers[2]
 
-    def test_without_memory_for_copies_training_waits(self, tmp_path, strategy, monkeypatch, caplog):
-        live, places = strategy.model.words.weight.data_ptr(), []
+    def test_saves_in_the_foreground_without_memory_for_copies(self, tmp_path, strategy, monkeypatch, caplog):
+        live, pointers = strategy.model.words.weight.data_ptr(), []
         needed = sum(t.nbytes for t in strategy.model.parameters() if t.requires_grad)
         needed += sum(v.nbytes for values in strategy.optimizer.state.values() for v in values.values())
 
         def write(folder, weights):
-            places.append(weights["words.weight"].data_ptr())
+            pointers.append(weights["words.weight"].data_ptr())
             return write_toy(folder, weights)
 
         with checkpointer(tmp_path, strategy, write) as saver:
@@ -201,21 +201,21 @@ class TestBackground:
                 monkeypatch.setattr(staging, "available_host_memory", lambda free=factor * needed: free)
                 saver.save(TrainState(step=step))
                 saver.wait()
-        assert [place == live for place in places] == [True, True, False, False]
-        assert caplog.text.count("training waits while checkpoints are written") == 1
+        assert [pointer == live for pointer in pointers] == [True, True, False, False]
+        assert caplog.text.count("training pauses while checkpoints are written") == 1
 
-    def test_on_a_cpu_the_thread_rests_until_somebody_waits(self, tmp_path, strategy, disk):
+    def test_thread_on_a_cpu_is_throttled_until_awaited(self, tmp_path, strategy, disk):
         with checkpointer(tmp_path, strategy, disk) as saver:
             rested = threading.Event()
             disk.write_model = lambda *_: saver._pause(3600) or rested.set() or {}
             saver.save(TrainState(step=1))
             disk.may_go_on.set()
             assert not rested.wait(0.05)
-            # The thread would rest for an hour.
+            # The thread would sleep for an hour.
             saver.wait()
             assert rested.is_set()
 
-    def test_leaving_ends_the_save_and_keeps_an_error_of_training(self, tmp_path, strategy, disk):
+    def test_exit_waits_for_the_save_and_propagates_errors(self, tmp_path, strategy, disk):
         threading.Timer(0.05, disk.may_go_on.set).start()
         with pytest.raises(KeyboardInterrupt), checkpointer(tmp_path, strategy, disk) as saver:
             saver.save(TrainState(step=1))
@@ -224,7 +224,7 @@ class TestBackground:
 
 
 class TestBuffers:
-    def test_hold_the_numbers_of_any_tensor(self):
+    def test_copies_of_any_tensor(self):
         tensors = {
             "transposed": torch.arange(6.0).reshape(2, 3).T, "scalar": torch.tensor(3.0),
             "empty": torch.empty(0, 3), "bf16": torch.arange(5, dtype=torch.bfloat16),
@@ -238,7 +238,7 @@ class TestBuffers:
         assert copies["scalar"].tolist() == [1, 1, 1]
         assert copies["bf16"].tolist() == [1, 2, 3, 4, 5]
 
-    def test_share_blocks(self, monkeypatch):
+    def test_buffers_share_blocks(self, monkeypatch):
         monkeypatch.setattr(staging, "_BLOCK_BYTES", 200)
         tensors = {str(n): torch.full((10,), float(n)) for n in range(9)} | {"large": torch.ones(100)}
         copies = HostBuffers(CPU).copy(tensors)
@@ -247,7 +247,7 @@ class TestBuffers:
         assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4
 
 
-def test_the_gpu_of_a_rank_is_current_in_the_thread(tmp_path, strategy, monkeypatch):
+def test_thread_uses_the_gpu_of_the_rank(tmp_path, strategy, monkeypatch):
     calls = []
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda d: calls.append((d, threading.current_thread().name))
@@ -261,7 +261,7 @@ def test_the_gpu_of_a_rank_is_current_in_the_thread(tmp_path, strategy, monkeypa
 
 class TestFailures:
     @pytest.mark.parametrize("background", [True, False])
-    def test_a_full_disk_leaves_the_last_checkpoint(self, tmp_path, strategy, caplog, background):
+    def test_full_disk_keeps_the_last_checkpoint(self, tmp_path, strategy, caplog, background):
         def write(folder, weights):
             entries = write_toy(folder, weights)
             if folder.name == "checkpoint-2":
@@ -273,11 +273,11 @@ class TestFailures:
                 saver.save(TrainState(step=step))
         reason = "[Errno 28] No space left on device"
         assert f"{tmp_path / 'checkpoint-2'} was not written: {reason}" in caplog.text
-        assert "checkpoint-1 stays the newest, and training goes on" in caplog.text
+        assert "the newest checkpoint is checkpoint-1; training continues" in caplog.text
         assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
         assert not (tmp_path / ".partial").exists()
 
-    def test_a_failed_replacement_leaves_the_first(self, tmp_path, strategy, monkeypatch):
+    def test_failed_replacement_keeps_the_first(self, tmp_path, strategy, monkeypatch):
         with checkpointer(tmp_path, strategy) as saver:
             saver.save(TrainState(step=1, epoch=1.0))
             saver.wait()
@@ -285,7 +285,7 @@ class TestFailures:
             saver.save(TrainState(step=1, epoch=2.0))
         assert load_training_state(tmp_path / "checkpoint-1", ToyStrategy("single")).epoch == 1
 
-    def test_the_best_on_disk_stays_until_a_better_one_is_there(self, tmp_path, strategy, caplog):
+    def test_best_checkpoint_is_kept_until_a_better_one_is_saved(self, tmp_path, strategy, caplog):
         def write(folder, weights):
             if folder.name == "checkpoint-4":
                 raise OSError(28, "No space left on device")
@@ -298,13 +298,13 @@ class TestFailures:
             saver.wait()
             assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
             assert copy_best(state, tmp_path, None) == 2
-            assert "the best validation was at step 4, whose checkpoint is missing" in caplog.text
+            assert "the checkpoint of the best validation (step 4) is missing" in caplog.text
             state.step = state.best_step = 6
             saver.save(state)
         assert names(tmp_path) == ["checkpoint-6"]
 
     @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-    def test_one_rank_fails(self, tmp_path, layout):
+    def test_failure_on_one_rank(self, tmp_path, layout):
         logs = run_ranks(2, save_with_failures, layout, tmp_path)
         assert names(tmp_path) == ["checkpoint-1", "checkpoint-5"]
         assert find_damage(tmp_path / "checkpoint-5") is None
@@ -313,19 +313,19 @@ class TestFailures:
             assert f"checkpoint-{step} was not written: {rank}{reason}" in logs[0]
         assert "was not written" not in logs[1]
 
-    def test_a_killed_process_leaves_the_last_checkpoint(self, tmp_path):
+    def test_killed_process_keeps_the_last_checkpoint(self, tmp_path):
         with pytest.raises(AssertionError, match="have answered"):
             run_ranks(1, save_and_be_killed, tmp_path)
         assert (tmp_path / ".partial/checkpoint-2/manifest.json").exists()
         found = inspect_output_folder(tmp_path, overwrite=False, resume=None)
         assert found.resume == tmp_path / "checkpoint-1"
-        found.open().close()
+        found.open().release()
         assert not (tmp_path / ".partial").exists()
 
 
 class TestDeepSpeed:
     @pytest.mark.parametrize("stage", [1, 3])
-    def test_saves_and_resumes_and_a_rank_that_cannot_write_holds_up_none(self, tmp_path, stage):
+    def test_saves_and_resumes_without_hanging_if_a_rank_cannot_write(self, tmp_path, stage):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
         logs = run_ranks(2, save_deepspeed_with_failures, stage, tmp_path)
         assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]

@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration agrees with the flags, or is refused by name."""
+"""The DeepSpeed configuration must agree with the flags."""
 
 import json
 
@@ -44,9 +44,9 @@ def test_records_of_a_rank_are_one_batch(given):
 
 
 @pytest.mark.parametrize("name", BATCH)
-def test_what_contradicts_the_flags_is_refused_by_name(name):
+def test_contradictions_with_the_flags_are_refused(name):
     assert problems(**ZERO_2, **{**BATCH, name: 16}) == [
-        f'--deepspeed: "{name}" is 16, but the flags make it {BATCH[name]!r}; use "auto"'
+        f'--deepspeed: "{name}" is 16, but the flags set {BATCH[name]!r}; use "auto"'
     ]
 
 
@@ -59,9 +59,9 @@ def test_what_contradicts_the_flags_is_refused_by_name(name):
         ({"zero_optimization": {"stage": 4}}, 4),
     ],
 )
-def test_other_stages_than_one_to_three_are_refused(config, stage):
+def test_unsupported_zero_stages_are_refused(config, stage):
     (problem,) = problems(**config)
     assert problem == (
-        f'--deepspeed: "zero_optimization.stage" is {stage}, but must be 1, 2 or 3; without ZeRO leave '
-        "--deepspeed out and use --parallel ddp"
+        f'--deepspeed: "zero_optimization.stage" is {stage}, but must be 1, 2 or 3; to train '
+        "without ZeRO, use --parallel ddp instead of --deepspeed"
     )

@@ -16,13 +16,13 @@ from internvl_chat.train.distributed import launch
 
 PATIENCE = HANG_SECONDS
 
-# Stops at a step boundary, as training does, or ends by itself after the last step.
+# Stops after a step, as training does, or ends after the last step.
 STEPS = """
 import os, sys, time
 from pathlib import Path
 from internvl_chat.train.distributed.signals import StopRequest, report_stop, stop_with_launcher
 stop_with_launcher()
-sys.stdout.reconfigure(line_buffering=True)  # both ranks share a pipe: one write per line
+sys.stdout.reconfigure(line_buffering=True)  # both workers share a pipe: one write per line
 folder = Path(sys.argv[2])
 (folder / "metrics.jsonl").touch()
 with StopRequest() as request:
@@ -38,15 +38,15 @@ if request.signal:
 
 
 class Launched:
-    """The launcher with a script, and its output so far."""
+    """The launcher, running a script."""
 
-    def __init__(self, tmp_path, script, *flags, processes=1, ignored=(), stdout=subprocess.PIPE):
+    def __init__(self, tmp_path, script, *flags, ranks=1, ignored=(), stdout=subprocess.PIPE):
         self.folder, self.text = tmp_path / "out", ""
         (tmp_path / "script.py").write_text(script)
         flags = flags or ("--standalone", "--local_addr", "localhost")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "internvl_chat.train.distributed.launch", *flags,
-             "--nproc_per_node", str(processes), tmp_path / "script.py", "--output_dir", self.folder],
+             "--nproc_per_node", str(ranks), tmp_path / "script.py", "--output_dir", self.folder],
             env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"},
             stdout=stdout, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             # A test that runs in the background inherits an ignored SIGINT.
@@ -55,14 +55,14 @@ class Launched:
         )  # fmt: skip
 
     def wait_for(self, text, times=1):
-        """Read until a text has come so often."""
+        """Read until a text has occurred the given number of times."""
         while self.text.count(text) < times:
             data = os.read(self.process.stdout.fileno(), 1 << 16)  # `communicate` skips what readline buffers
             assert data, self.text
             self.text += data.decode()
 
     def end(self):
-        """Wait for the end; returns exit code and output."""
+        """Wait for the end; return exit code and output."""
         rest, _ = self.process.communicate(timeout=PATIENCE)
         self.text += rest
         return self.process.returncode, self.text
@@ -89,14 +89,14 @@ def start(tmp_path):
 @pytest.mark.parametrize(
     ("act", "code", "report"),
     [
-        ("sys.exit(2)", 2, "the training did not start (exit code 2)"),
+        ("sys.exit(2)", 2, "training did not start (exit code 2)"),
         pytest.param("sys.exit(7)", 7, "rank 1 failed with exit code 7", marks=pytest.mark.slow),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rank 1 was killed by SIGKILL"),
     ],
 )
-def test_exit_code_of_the_worker_that_failed(start, act, code, report):
+def test_exit_code_of_the_failed_worker(start, act, code, report):
     script = f"import os, signal, sys, time\nif os.environ['RANK'] == '1': {act}\ntime.sleep(60)"
-    run = start(script, processes=2)
+    run = start(script, ranks=2)
     found, output = run.end()
     assert found == code
     assert report in output
@@ -143,8 +143,8 @@ def test_log_lines(tmp_path, pieces, log):
     assert (tmp_path / "terminal").read_bytes() == b"".join(pieces)
 
 
-def test_progress_in_pieces_does_not_pile_up(tmp_path, monkeypatch):
-    """What carriage returns overwrote is dropped with each read, not at the end of the line."""
+def test_partial_progress_lines_do_not_accumulate(tmp_path, monkeypatch):
+    """Overwritten text is dropped with each read, not at the end of the line."""
     pieces = [b"\r%d %%" % i for i in range(100)] + [b""]
     monkeypatch.setattr(launch.os, "read", lambda *_: pieces.pop(0))
     written = {1: b"", 2: b""}
@@ -153,7 +153,7 @@ def test_progress_in_pieces_does_not_pile_up(tmp_path, monkeypatch):
     assert written[2] == b"99 %\n"
 
 
-def test_full_disk_costs_log_lines_and_not_the_run(start, tmp_path):
+def test_full_disk_does_not_stop_the_run(start, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/training_log.txt").symlink_to("/dev/full")
     assert start("print('finished')").end() == (0, "finished\n")
@@ -176,25 +176,28 @@ def test_output_folder_that_cannot_be_made(tmp_path, start):
     ],
 )
 def test_signals_are_forwarded(start, name, code, obeyed):
-    """Workers that stop at a step boundary are not restarted."""
-    run = start(STEPS, "--standalone", "--max_restarts", "1", processes=2)
+    """Workers that stop after a step are not restarted."""
+    run = start(STEPS, "--standalone", "--max_restarts", "1", ranks=2)
     run.wait_for("is ready", times=2)
     run.process.send_signal(signal.Signals[name])
     found, output = run.end()
     assert found == code, output
     assert output.count(f"saved after {obeyed}") == output.count("saved after") == 2
-    assert output.count("stopping after this step") == 1  # rank 0 speaks
-    assert f"stopped by a signal (exit code {code}); the same command again goes on in {run.folder}" in output
+    assert output.count("saving a checkpoint after this step") == 1  # rank 0 speaks
+    assert (
+        f"stopped by a signal (exit code {code}); run the same command again to resume in {run.folder}"
+        in output
+    )
     assert output.startswith(run.log())
 
 
-def test_a_second_interrupt_ends_the_run_at_once(start, tmp_path):
+def test_second_interrupt_ends_the_run(start, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/hang").touch()
     run = start(STEPS)
     run.wait_for("is ready")
     run.process.send_signal(signal.SIGINT)
-    run.wait_for("stopping after this step")
+    run.wait_for("saving a checkpoint after this step")
     time.sleep(1.2)
     run.process.send_signal(signal.SIGINT)
     code, output = run.end()
@@ -203,7 +206,7 @@ def test_a_second_interrupt_ends_the_run_at_once(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_nohup_ignores_stays_ignored(start):
+def test_nohup_still_ignores_sighup(start):
     run = start(STEPS, ignored=[signal.SIGHUP])
     run.wait_for("is ready")
     run.process.send_signal(signal.SIGHUP)
@@ -222,12 +225,12 @@ elif os.environ["RANK"] == "0":
     Path({str(tmp_path / "failed")!r}).touch()
     sys.exit(3)
 """
-    code, output = start(script, "--standalone", "--max_restarts", "2", processes=1).end()
+    code, output = start(script, "--standalone", "--max_restarts", "2", ranks=1).end()
     assert code == 0, output
     assert "restarted 0" in output
 
 
-def test_a_signal_before_the_workers_can_stop_ends_them_for_good(start):
+def test_signal_during_startup_ends_the_workers(start):
     script = """
 import time
 from internvl_chat.train.distributed.signals import stop_with_launcher
@@ -240,7 +243,7 @@ time.sleep(60)
     run.process.send_signal(signal.SIGTERM)
     code, output = run.end()
     assert code == 143
-    assert output.count("loading") == 1 and "the training did not start (exit code 143)" in output
+    assert output.count("loading") == 1 and "training did not start (exit code 143)" in output
     assert not run.folder.exists()
 
 
@@ -259,8 +262,8 @@ def test_a_signal_while_waiting_for_other_nodes(start):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_workers_save_and_end_when_the_launcher_is_killed(start):
-    """What they write until then still reaches terminal and log."""
-    run = start(STEPS, processes=2)
+    """Their output still reaches terminal and log."""
+    run = start(STEPS, ranks=2)
     run.wait_for("is ready", times=2)
     run.process.kill()
     code, output = run.end()
@@ -269,7 +272,7 @@ def test_workers_save_and_end_when_the_launcher_is_killed(start):
     assert run.log() == output
 
 
-def test_workers_are_told_of_the_terminal(start):
+def test_workers_know_about_the_terminal(start):
     controller, terminal = pty.openpty()
     run = start("import os; print(os.environ['M3LLM_TERMINAL'], os.isatty(1))", stdout=terminal)
     os.close(terminal)

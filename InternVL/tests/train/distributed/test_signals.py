@@ -1,4 +1,4 @@
-"""Signals are recorded and obeyed at the next step boundary; a second Ctrl-C ends the process."""
+"""Stop signals are recorded; a second Ctrl-C ends the process."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def test_a_signal_is_recorded(number, capfd):
         assert request.signal == number
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signal == number  # the first one determines the exit code
-    assert f"{number.name}: stopping after this step" in capfd.readouterr().err
+    assert f"{number.name}: saving a checkpoint after this step, then stopping" in capfd.readouterr().err
 
 
 def test_other_ranks_are_silent(monkeypatch, capfd):
@@ -65,14 +65,14 @@ def run(script, *argv, **environment):
     )  # fmt: skip
 
 
-def test_a_second_interrupt_stops_at_once():
+def test_second_interrupt_exits_immediately():
     result = run(SCRIPT, "1.2")
     assert result.returncode == 130
     assert result.stdout == "two close together are one\n"
-    assert "interrupted twice: stopping at once" in result.stderr
+    assert "interrupted twice: exiting immediately" in result.stderr
 
 
-def test_interrupts_close_together_are_one():
+def test_interrupts_are_debounced():
     result = run(SCRIPT, "0")
     assert result.returncode == 0 and "still here" in result.stdout
 
@@ -111,7 +111,7 @@ else:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_the_end_of_the_launcher_is_a_signal(tmp_path):
+def test_launcher_exit_sends_sigterm(tmp_path):
     note = tmp_path / "note"
     script = ORPHAN.replace(
         "print(request.signal.name, flush=True)", f"open({str(note)!r}, 'w').write(request.signal.name)"
@@ -132,15 +132,15 @@ STARTED = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_launcher_that_is_gone_already():
+def test_launcher_has_already_exited():
     result = run(STARTED, **{LAUNCHER: "1"})
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "the launcher (process 1) has ended; so does this worker\n"
+    assert result.stderr == "the launcher (process 1) has exited; stopping this worker\n"
     assert run(STARTED, **{LAUNCHER: str(os.getpid())}).stdout == "on\n"
     assert run(STARTED).stdout == "on\n"
 
 
-def test_workers_started_after_a_signal_end(tmp_path):
+def test_workers_started_after_a_signal_exit(tmp_path):
     note = tmp_path / "note"
     result = run(STARTED, **{STOPPING: "SIGUSR1", STOPPED_BY: str(note)})
     assert (result.returncode, result.stdout, note.read_text()) == (0, "", "SIGUSR1")

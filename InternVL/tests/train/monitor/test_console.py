@@ -1,4 +1,4 @@
-"""What a person sees of a run: averages of an interval in one line, and a bar on a terminal only."""
+"""Console output: averages of an interval in one line, and a progress bar only on a terminal."""
 
 import io
 import logging
@@ -18,7 +18,7 @@ def row(step=1, **changes):
     } | changes  # fmt: skip
 
 
-def test_a_line():
+def test_format_line():
     metrics = {
         "epoch": 0.01346, "learning_rate": 4.9e-6, "loss": 1.23449, "grad_norm": 0.8213,
         "records_per_second": 3.1, "tokens_per_second": 2789.9, "mfu": 0.4099, "max_memory_gb": 61.24,
@@ -29,7 +29,7 @@ def test_a_line():
     ).replace("1.2345", f"{1.23449:.4f}")
 
 
-def test_a_line_leaves_out_what_is_not_known():
+def test_format_line_without_optional_metrics():
     line = format_line(10, 10, average([row(10, skipped_because="the loss is nan")]) | {"mfu": 0.5}, 0)
     assert "loss" not in line and "grad norm" not in line and "left" not in line
     without = row()
@@ -38,7 +38,7 @@ def test_a_line_leaves_out_what_is_not_known():
 
 
 def test_averages():
-    """By hand: (1 * 2 + 4 * 6) / 8 for the loss, and MFU by the time."""
+    """The loss is (1 * 2 + 4 * 6) / 8; MFU is weighted by time."""
     rows = [
         row(1, loss=1.0, records=2, tokens=100, seconds=1.0, grad_norm=0.5, mfu=0.2, max_memory_gb=11.0),
         row(2, loss=4.0, records=6, tokens=700, seconds=3.0, grad_norm=1.5, mfu=0.4),
@@ -82,7 +82,7 @@ def test_durations(seconds, text):
 
 
 class Terminal(io.StringIO):
-    """A standard error that may be a terminal."""
+    """A stderr that may be a terminal."""
 
     def __init__(self, is_terminal):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Which steps are skipped, which are only reported, and when the run ends."""
+"""Skipped steps, reported spikes, and the limit on bad steps."""
 
 import math
 
 import pytest
 
-from internvl_chat.train.monitor.nan_guard import NanGuard, name_records
+from internvl_chat.train.monitor.nan_guard import NanGuard, format_records
 from internvl_chat.utils.errors import TrainingError
 
 RECORDS = [("qa-bbox", 12), ("qa-puretext", 0)]
@@ -23,10 +23,10 @@ def check(guard, step, loss=1.0, norm=1.0, supervised=9):
         (1.0, math.nan, "the gradient norm is nan"),
     ],
 )
-def test_a_non_finite_step_is_skipped_and_its_records_named(caplog, loss, norm, reason):
+def test_non_finite_step_is_skipped_and_its_records_logged(caplog, loss, norm, reason):
     assert check(NanGuard(1), 8, loss, norm) == reason
-    named = f"step 8: {reason}; records (data set and index from 0): qa-bbox 12, qa-puretext 0. "
-    assert f"{named}The step is skipped (1 of 1)" in caplog.text
+    named = f"step 8: {reason}; records (dataset and index): qa-bbox 12, qa-puretext 0. "
+    assert f"{named}Step skipped (1 of 1)" in caplog.text
 
 
 def test_a_step_without_labels_is_skipped():
@@ -41,12 +41,12 @@ def test_too_many_end_the_run(caplog):
         check(guard, 20, math.nan)
 
 
-def test_none_may_be_bad():
+def test_no_bad_steps_allowed():
     with pytest.raises(TrainingError, match="--max_bad_steps is 0"):
         check(NanGuard(0), 1, math.nan)
 
 
-def test_spikes_are_reported_and_used(caplog):
+def test_spikes_are_reported_but_not_skipped(caplog):
     guard = NanGuard(0)
     for step in range(20):
         assert check(guard, step, norm=2.0) is None
@@ -55,7 +55,7 @@ def test_spikes_are_reported_and_used(caplog):
     assert "step 21: the gradient norm is 20.1, the median of the last 21 steps is 2; records" in caplog.text
 
 
-def test_the_first_steps_are_no_spikes(caplog):
+def test_no_spikes_in_the_first_steps(caplog):
     guard = NanGuard(0)
     for step in range(10):
         check(guard, step, norm=10.0**step)
@@ -63,5 +63,5 @@ def test_the_first_steps_are_no_spikes(caplog):
 
 
 def test_many_records_are_counted():
-    assert name_records([("a", i) for i in range(18)]).endswith("a 15 and 2 more")
-    assert name_records([("a", 1)]) == "a 1"
+    assert format_records([("a", i) for i in range(18)]).endswith("a 15 and 2 more")
+    assert format_records([("a", 1)]) == "a 1"

@@ -1,4 +1,4 @@
-"""Lines that a full disk refuses are written later, complete and in order."""
+"""Lines that do not fit on a full disk are written later, complete and in order."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ def rows(file):
 
 @pytest.fixture
 def full(monkeypatch):
-    """A disk with room for so many bytes of the next write, or for everything (None)."""
+    """Limit the number of bytes of the next write; None for no limit."""
     state = {"room": None}
     original = Path.open
 
@@ -88,7 +88,7 @@ def test_validations_have_a_file_of_their_own(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_the_ledger_tells_which_records_were_skipped(tmp_path):
+def test_skipped_records_are_read_from_the_ledger(tmp_path):
     log = RunLog(tmp_path)
     assert log.skipped() == []
     log.write_excluded([{"dataset": "a", "index": 3, "message": "no such file"}])

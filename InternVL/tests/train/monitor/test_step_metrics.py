@@ -1,4 +1,4 @@
-"""A step's two lines, against lines written by hand."""
+"""The lines of a step, compared with expected lines."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ SUMS = StepSums(
     tiles=7,
     flops=6e12,
     skipped=0,
-    asked_to_stop=0,
+    stop_requested=0,
     saving=0,
 )
 
@@ -43,11 +43,11 @@ def test_metrics():
     }  # fmt: skip
 
 
-def test_mfu_if_the_peak_of_the_devices_is_known():
+def test_mfu_needs_peak_flops():
     assert metrics(record(), peak_flops=6e12)["mfu"] == 0.25
 
 
-def test_the_ledger_names_trained_and_skipped_records():
+def test_ledger_lists_trained_and_skipped_records():
     records = [RecordKey("a", 0), RecordKey("b", 5)]
     plain = ledger_row(record(), step=3, epoch=0, records=records)
     assert plain == {"step": 3, "epoch": 0, "trained": [("a", 0), ("b", 5)]}
@@ -58,13 +58,13 @@ def test_the_ledger_names_trained_and_skipped_records():
     }  # fmt: skip
 
 
-def test_both_lines_say_why_a_step_was_skipped():
+def test_both_lines_have_the_reason_of_a_skipped_step():
     skipped = record(skipped_because="the loss is nan")
     for row in (metrics(skipped), ledger_row(skipped, step=3, epoch=0, records=[])):
         assert row["skipped_because"] == "the loss is nan"
 
 
-def test_sums_of_a_rank():
+def test_sums_from_packs():
     def pack(supervised, counts, tokens, tiles, skipped):
         supervised = torch.tensor(supervised)
         return SimpleNamespace(
@@ -74,12 +74,12 @@ def test_sums_of_a_rank():
 
     packs = [pack([3, 5], [1, 1], 20, 2, 0), pack([4], [0], 9, 1, 2)]
     weights = [torch.tensor([0.5, 2.0]), torch.tensor([0.0])]
-    sums = StepSums.of_rank(packs, weights, 6e9, asked_to_stop=True, saving=False)
+    sums = StepSums.from_packs(packs, weights, 6e9, stop_requested=True, saving=False)
     assert sums == StepSums(11.5, 2, 29, 12, 3, 6e9, 2, 1, 0)
 
 
 def test_sums_over_ranks_keep_their_types(monkeypatch):
     monkeypatch.setattr(step_metrics, "all_reduce_sum", lambda values, in_step: 2 * values)
-    total = SUMS._replace(asked_to_stop=1, saving=1).all_reduce()
+    total = SUMS._replace(stop_requested=1, saving=1).all_reduce()
     assert total == StepSums(4.0, 8, 200, 60, 14, 12e12, 0, 2, 2)
     assert [type(value) for value in total] == [float, int, int, int, int, float, int, int, int]

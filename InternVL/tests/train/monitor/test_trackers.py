@@ -1,4 +1,4 @@
-"""Trackers get a run's numbers on rank 0; one that fails does not end the run, and is dropped in the end."""
+"""Trackers log numbers on rank 0; a failing tracker does not end the run and is dropped."""
 
 import math
 import os
@@ -16,7 +16,7 @@ STARTED = []
 
 
 class Fake(GeneralTracker):
-    """Notes its calls; fails in the methods named in `failing`."""
+    """Records its calls; fails in the methods listed in `failing`."""
 
     name = "fake"
     requires_logging_directory = False
@@ -53,7 +53,7 @@ class Fake(GeneralTracker):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """The fake tracker in accelerate's list, and in place of W&B."""
+    """Register a fake tracker in accelerate, also in place of W&B."""
     STARTED.clear()
     cls = type("Fake", (Fake,), {})
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "fake", cls)
@@ -112,8 +112,8 @@ def test_after_three_failures_a_tracker_is_dropped(fake, caplog):
     trackers.finish()
     assert [len([call for call in one.calls if call[0] == "log"]) for one in STARTED] == [3, 5]
     assert ("finish",) not in STARTED[0].calls and ("finish",) in STARTED[1].calls
-    assert caplog.text.count("fake failed (ConnectionError: the server is away); training goes on") == 3
-    assert caplog.text.count("it gets no more reports") == 1
+    assert caplog.text.count("fake failed (ConnectionError: the server is away); training continues") == 3
+    assert caplog.text.count("training continues without this tracker") == 1
 
 
 def test_a_tracker_that_cannot_finish_is_reported(fake, caplog):
@@ -134,14 +134,14 @@ def test_other_ranks_start_nothing(fake, monkeypatch):
     assert not STARTED
 
 
-def test_unknown_and_missing_trackers_are_refused_by_name(monkeypatch):
+def test_unknown_and_missing_trackers(monkeypatch):
     monkeypatch.setattr("internvl_chat.train.monitor.trackers.get_available_trackers", lambda: ["wandb"])
     unknown, missing = tracker_problems(["carrier-pigeon", "comet_ml", "wandb"])
     assert unknown.startswith("--report_to carrier-pigeon: unknown; use none or ") and "wandb" in unknown
     assert missing == "--report_to comet_ml: not installed (pip install comet-ml)"
 
 
-def test_what_is_available_is_what_accelerate_offers(fake):
+def test_available_trackers_match_accelerate(fake):
     assert set(available_trackers()) == {str(name) for name in get_available_trackers()} | {"fake"}
 
 
@@ -164,8 +164,8 @@ assert not torch.distributed.is_initialized() and PartialState().is_main_process
 """
 
 
-def test_accelerate_changes_nothing_of_the_process():
-    """As rank 0 of two it gets no process group, threads or environment of accelerate's own."""
+def test_accelerate_does_not_configure_the_process():
+    """accelerate sets up no process group, threads or environment variables on rank 0 of two."""
     environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere"}
     environment.pop("OMP_NUM_THREADS", None)
     result = subprocess.run(
@@ -191,7 +191,7 @@ def test_tensorboard_writes_into_the_folder_of_the_run(tmp_path, monkeypatch, ca
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_without_a_network(tmp_path, monkeypatch, caplog):
-    """The real package, switched off by its own variable."""
+    """The real package, disabled by its environment variable."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     trackers = start("wandb", seed=3)

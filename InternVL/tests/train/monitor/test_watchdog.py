@@ -1,4 +1,4 @@
-"""Silence is reported with the activity of the rank and all stacks."""
+"""Inactivity is reported with the rank's activity and all stacks."""
 
 import re
 import time
@@ -13,7 +13,7 @@ from internvl_chat.train.monitor.watchdog import Watchdog
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that the watchdog sees."""
+    """A fake clock."""
     clock = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
     return clock
@@ -28,16 +28,16 @@ def stuck_in_a_collective(capfd) -> str:
     return reported
 
 
-def test_a_long_silence_is_reported(monkeypatch, capfd):
+def test_inactivity_is_reported(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "3")
     with Watchdog(0.4) as watchdog:
         watchdog.note("in step 7, records qa-bbox 12")
         reported = stuck_in_a_collective(capfd)
-    assert re.search(r"rank 3: no step has finished for \d+ s; it is in step 7, records qa-bbox 12", reported)
+    assert re.search(r"rank 3: no step has finished for \d+ s; in step 7, records qa-bbox 12", reported)
     assert "in stuck_in_a_collective" in reported
 
 
-def test_notes_keep_it_quiet(clock, capfd):
+def test_notes_reset_the_timer(clock, capfd):
     with Watchdog(1.0) as watchdog:
         for step in range(6):
             clock.seconds += 0.9
@@ -54,7 +54,7 @@ def test_zero_disables_it(clock, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_it_ends_with_the_run(clock, capfd):
+def test_watchdog_ends_with_the_run(clock, capfd):
     with Watchdog(0.4):
         pass
     clock.seconds += 1e6

@@ -1,4 +1,4 @@
-"""AdamW for bf16 weights: moves like float32, rounds fairly, resumes exactly."""
+"""AdamW for bf16 weights: matches float32, rounds without bias, resumes exactly."""
 
 import io
 import math
@@ -34,7 +34,7 @@ def make_parameters(dtype=torch.bfloat16, shapes=SHAPES, seed=0):
 
 
 def set_gradients(parameters, step):
-    """Give the gradients of a step, bf16 numbers in each parameter's dtype."""
+    """Set the gradients of a step: bf16 numbers in each parameter's dtype."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
@@ -57,7 +57,7 @@ def assert_same(left, right):
         assert torch.equal(a, b)
 
 
-@pytest.fixture(params=["whole", "sliced"])
+@pytest.fixture(params=["full", "sliced"])
 def slices(request, monkeypatch):
     """Run a test with each parameter in one slice, and in many."""
     if request.param == "sliced":
@@ -66,7 +66,7 @@ def slices(request, monkeypatch):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
-def test_200_steps_at_5e_6_move_like_float32(precision, weight_decay):
+def test_200_steps_at_5e_6_match_float32(precision, weight_decay):
     """The displacement projected on that of float32 weights is the same within 2 %.
 
     N(0, 0.02) weights get 200 noisy gradients, each with its own mean. A float32 AdamW moves them by up to
@@ -101,7 +101,7 @@ def test_200_steps_at_5e_6_move_like_float32(precision, weight_decay):
 
 
 @pytest.mark.parametrize("precision", ["master", "stochastic"])
-def test_float32_parameters_are_updated_as_by_torch(precision, slices):
+def test_float32_parameters_match_torch_adamw(precision, slices):
     """Bit for bit, with bf16 parameters in the same group."""
     ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
     optimizer = build([*ours, *make_parameters(seed=1)], precision)
@@ -133,15 +133,15 @@ def test_masters_equal_float32_weights_bit_for_bit(slices):
 
 
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
-def test_resumed_run_equals_undisturbed_run(precision, slices):
-    """Bit for bit through a file, with bf16 and float32 parameters; the noise continues where it was."""
+def test_resumed_run_equals_uninterrupted_run(precision, slices):
+    """Exact after saving to a file, with bf16 and float32 parameters, including the rounding noise."""
 
     def start():
         parameters = make_parameters() + make_parameters(torch.float32, seed=1)
         return parameters, build([{"params": parameters[::2]}, {"params": parameters[1::2]}], precision)
 
-    whole, undisturbed = start()
-    run(undisturbed, range(8))
+    full, uninterrupted = start()
+    run(uninterrupted, range(8))
 
     first, optimizer = start()
     run(optimizer, range(3))
@@ -153,16 +153,16 @@ def test_resumed_run_equals_undisturbed_run(precision, slices):
         parameter.data.copy_(weight)
     resumed.load_state_dict(saved["optimizer"])
     run(resumed, range(3, 8))
-    assert_same(second, whole)
-    for ours, theirs in zip(second, whole, strict=True):
-        assert resumed.state[ours].keys() == undisturbed.state[theirs].keys()
-        for name, value in undisturbed.state[theirs].items():
+    assert_same(second, full)
+    for ours, theirs in zip(second, full, strict=True):
+        assert resumed.state[ours].keys() == uninterrupted.state[theirs].keys()
+        for name, value in uninterrupted.state[theirs].items():
             assert value.dtype == resumed.state[ours][name].dtype
             assert torch.equal(value, resumed.state[ours][name])
 
 
 @pytest.mark.parametrize("old, new", [("bf16", "master"), ("master", "stochastic"), ("stochastic", "master")])
-def test_continues_from_the_state_of_another_precision(old, new):
+def test_loads_the_state_of_another_precision(old, new):
     parameters = make_parameters()
     before, after = build(parameters, old), build(parameters, new)
     run(before, range(2))
@@ -176,8 +176,8 @@ def test_continues_from_the_state_of_another_precision(old, new):
 
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_as_reported(precision, dtype):
-    """Weight, gradient and state, but for the step counter."""
+def test_memory_matches_bytes_per_parameter(precision, dtype):
+    """Weight, gradient and state, without the step counter."""
     (parameter,) = make_parameters(dtype, [(64, 64)])
     optimizer = build([parameter], precision)
     run(optimizer, range(1))
@@ -217,7 +217,7 @@ def test_parameters_without_gradient_do_not_change(precision):
 @pytest.mark.parametrize("shapes", [[(0, 4)], [(0, 4), (3,)], [(3,), (0,)]])
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
 def test_shards_may_be_empty(precision, shapes):
-    """As the shards of a small parameter on many ranks."""
+    """Shards of a small parameter are empty on some ranks."""
     parameters = make_parameters(shapes=shapes)
     before = [p.detach().clone() for p in parameters]
     optimizer = build(parameters, precision, lr=1.0)
@@ -228,8 +228,8 @@ def test_shards_may_be_empty(precision, shapes):
     assert {optimizer.state[p]["step"].item() for p in parameters} == {2}
 
 
-def test_rounding_follows_from_the_seed():
-    """So data-parallel ranks, which share it, keep the same weights."""
+def test_rounding_depends_only_on_the_seed():
+    """Data-parallel ranks share the seed and therefore keep the same weights."""
     first, again, other = (run(build(make_parameters(), "stochastic", seed=s), range(4)) for s in (1, 1, 2))
     assert_same(first, again)
     assert not torch.equal(first[0], other[0])
@@ -259,7 +259,7 @@ def test_slices_round_independently(monkeypatch):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_stochastic_rounding_is_exact_over_all_noise(sign):
-    """Of the 65,536 equally likely noise values, exactly the right share rounds away from zero."""
+    """Of the 65,536 noise values, exactly the expected fraction rounds away from zero."""
     low, high = torch.tensor([0.02]).bfloat16().float(), torch.tensor([0.02]).bfloat16().float() + 2**-13
     noise = torch.arange(2**16, dtype=torch.int32)
     for share in (0, 2**-16, 0.25, 0.7001953125, 1 - 2**-16):
@@ -269,7 +269,7 @@ def test_stochastic_rounding_is_exact_over_all_noise(sign):
         assert far.mean().item() == share
 
 
-def test_stochastic_rounding_keeps_special_numbers():
+def test_stochastic_rounding_preserves_special_values():
     patterns = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
     infinite = torch.tensor([math.inf, -math.inf])
     exact = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-133])
@@ -283,8 +283,8 @@ def test_stochastic_rounding_keeps_special_numbers():
         assert torch.equal(round_(exact).view(torch.int32), exact.view(torch.int32))
 
 
-def test_sharded_parameters_are_updated_as_others():
-    """A DTensor's state is one as well, so that distributed checkpoints can save it."""
+def test_sharded_parameters():
+    """The state of a DTensor consists of DTensors, so that distributed checkpoints can save it."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -311,13 +311,13 @@ def test_sharded_parameters_are_updated_as_others():
         distributed.destroy_process_group()
 
 
-def test_float32_alone_and_the_reference_are_torch_adamw():
+def test_float32_and_bf16_precision_use_torch_adamw():
     assert type(build(make_parameters(torch.float32), "master")) is torch.optim.AdamW
     assert type(build(make_parameters(), "bf16")) is torch.optim.AdamW
     assert isinstance(build(make_parameters() + make_parameters(torch.float32), "stochastic"), Float32AdamW)
 
 
-def test_what_cannot_be_trained_is_refused():
+def test_unsupported_parameters_are_refused():
     embedding = nn.Embedding(4, 4, sparse=True, dtype=torch.bfloat16)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -328,7 +328,7 @@ def test_what_cannot_be_trained_is_refused():
         build(make_parameters(), "auto")
 
 
-def test_no_matrix_is_split_on_a_gpu():
+def test_matrices_are_not_split_on_a_gpu():
     """The MLP of Qwen2.5-7B has 18944 x 3584 elements; only its vocabulary matrices exceed the scratch."""
     mlp, head, norm = 18944 * 3584, 151_674 * 3584, 3584
     assert module._slice_size([norm, mlp], "cuda") == mlp
@@ -345,8 +345,8 @@ def test_scratch_bytes(precision, elements):
 
 
 @pytest.mark.parametrize("precision", ["master", "stochastic"])
-def test_scratch_is_as_reported(precision):
-    """The sum of all memory that a step allocates; besides the scratch that is a few bytes a slice."""
+def test_allocations_match_scratch_bytes(precision):
+    """A step allocates the scratch memory and a few bytes per slice."""
     parameters = make_parameters(shapes=[(3000, 1000), (10,)])
     optimizer = build(parameters, precision)
     run(optimizer, range(1))

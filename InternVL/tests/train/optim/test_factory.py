@@ -1,4 +1,4 @@
-"""Optimizers and schedules by their flags: those of transformers, decayed alike, or refused by name."""
+"""Optimizers, weight decay and schedules match transformers; unsupported ones are refused."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def step(optimizer, model):
 class TestDecay:
     @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
     @pytest.mark.parametrize("lora", [False, True])
-    def test_the_same_parameters_as_with_transformers_decay(self, norm, lora):
+    def test_weight_decay_groups_match_transformers(self, norm, lora):
         model = make_model(norm_type=norm)
         if lora:
             add_lora(model, llm_rank=2, vision_rank=2)
@@ -73,7 +73,7 @@ class TestDecay:
         assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
         assert decayed["params"] and others["params"]
 
-    def test_frozen_parameters_are_left_out(self):
+    def test_frozen_parameters_are_excluded(self):
         model = two_layers()
         model[1].requires_grad_(False)
         assert sum(len(group["params"]) for group in group_by_decay(model, 0.1)) == 3
@@ -94,7 +94,7 @@ class TestOptimizer:
         assert (group["lr"], group["betas"], group["eps"], group["seed"]) == (1e-4, (0.8, 0.95), 1e-6, 7)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
-    def test_deepspeed_keeps_the_masters(self):
+    def test_deepspeed_holds_the_masters(self):
         run = resolve(bf16=True, deepspeed={"zero_optimization": {"stage": 1}}, parallel="deepspeed")
         assert type(make_optimizer(run, two_layers(torch.bfloat16))) is torch.optim.AdamW
 
@@ -120,12 +120,12 @@ class TestOptimizer:
         assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
 
     @pytest.mark.parametrize("arguments", ["momentum", "momentum=much"])
-    def test_options_that_cannot_be_read_are_refused(self, arguments):
+    def test_invalid_optimizer_options(self, arguments):
         with pytest.raises(UsageError, match="--optim sgd: "):
             make_optimizer(resolve(optim="sgd", optim_args=arguments), two_layers())
 
     @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-    def test_the_package_of_an_optimizer_is_named(self):
+    def test_missing_optimizer_package(self):
         run = resolve(optim="lion_32bit")
         with pytest.raises(
             UsageError, match=r"--optim lion_32bit: .*pip install -U bitsandbytes.*adamw_torch"
@@ -141,7 +141,7 @@ class TestOptimizer:
         states = {name: optimizer.state[p]["state1"].dtype for name, p in model.named_parameters()}
         assert states["0.weight"] == torch.float32 and states["1.weight"] == torch.uint8
 
-    def test_every_optimizer_of_transformers_works_or_is_refused_by_name(self):
+    def test_every_optimizer_of_transformers_works_or_is_refused(self):
         for name in OptimizerNames:
             run = resolve(optim=name.value)
             try:
@@ -159,12 +159,12 @@ class TestOptimizer:
 
 
 class TestCompiledStep:
-    def test_never_on_a_cpu(self):
+    def test_not_compiled_on_a_cpu(self):
         assert not uses_compiled_step("master", torch.device("cpu"))
 
     @pytest.mark.parametrize("precision", ["master", "stochastic", "bf16"])
     @pytest.mark.parametrize("other_rank_fails", [False, True])
-    def test_on_a_gpu_if_every_rank_can(self, monkeypatch, precision, other_rank_fails):
+    def test_compiled_on_a_gpu_if_every_rank_can(self, monkeypatch, precision, other_rank_fails):
         monkeypatch.setattr(factory, "_can_compile", lambda precision, device: True)
         monkeypatch.setattr(factory, "any_rank", lambda fails: fails or other_rank_fails)
         uses_compiled_step.cache_clear()
@@ -172,13 +172,13 @@ class TestCompiledStep:
         uses_compiled_step.cache_clear()
         assert used == (precision != "bf16" and not other_rank_fails)
 
-    def test_it_is_the_default_on_a_gpu(self, monkeypatch):
+    def test_compiled_by_default_on_a_gpu(self, monkeypatch):
         monkeypatch.setattr(factory, "uses_compiled_step", lambda precision, device: True)
         optimizer = make_optimizer(resolve(bf16=True, torch_compile=False), two_layers(torch.bfloat16))
         assert optimizer.compiled
 
     @pytest.mark.parametrize("precision", ["master", "stochastic"])
-    def test_a_compiler_that_fails_is_reported(self, monkeypatch, caplog, precision):
+    def test_compiler_failure_is_reported(self, monkeypatch, caplog, precision):
         def fail(*_):
             raise RuntimeError("Failed to find C compiler")
 
@@ -213,7 +213,7 @@ class TestSchedule:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         return rates(make_scheduler(resolve(**flags), optimizer, total_steps), optimizer, total_steps)
 
-    def test_the_recipe(self):
+    def test_schedule_of_the_recipe(self):
         """3 % of 70 steps are 2.1: three steps of warm-up, then a cosine to zero."""
         found = self.make(total_steps=70, lr_scheduler_type="cosine", warmup_ratio=0.03)
         warmup = [0, 1 / 3, 2 / 3]
@@ -222,7 +222,7 @@ class TestSchedule:
 
     @pytest.mark.parametrize("warmup", [0, 0.03, 0.5, 1, 7, 7.5])
     @pytest.mark.parametrize("total", [1, 2, 70, 118_874])
-    def test_warmup_as_transformers_counts_it(self, monkeypatch, warmup, total):
+    def test_warmup_steps_match_transformers(self, monkeypatch, warmup, total):
         seen = []
         monkeypatch.setattr(factory, "get_scheduler", lambda *arguments, **_: seen.append(arguments))
         make_scheduler(resolve(warmup_steps=warmup), None, total)
@@ -230,7 +230,7 @@ class TestSchedule:
         assert seen == [("linear", None, RunArguments.get_warmup_steps(arguments, total), total)]
 
     @pytest.mark.parametrize("name", [one.value for one in SchedulerType])
-    def test_every_schedule_of_transformers_works_or_is_refused_by_name(self, name):
+    def test_every_schedule_of_transformers_works_or_is_refused(self, name):
         options = OPTIONS.get(name, {})
         flags = {"lr_scheduler_type": name, "lr_scheduler_kwargs": options, "warmup_steps": 5,
                  "learning_rate": 1.0}  # fmt: skip
@@ -245,13 +245,13 @@ class TestSchedule:
         assert self.make(**flags) == rates(expected, optimizer, 100)
         assert not list(optimizer_problems(resolve(**flags)))
 
-    def test_options_that_do_not_fit_are_refused(self):
+    def test_invalid_schedule_options(self):
         run = resolve(lr_scheduler_type="cosine", lr_scheduler_kwargs={"colour": "red"})
         (problem,) = optimizer_problems(run)
         assert problem.startswith("--lr_scheduler_type cosine: check --lr_scheduler_kwargs: ")
         assert "colour" in problem
 
-    def test_all_problems_at_once(self):
+    def test_all_problems_are_reported_together(self):
         run = resolve(optim="lomo", lr_scheduler_type="greedy")
         assert [problem.split(":")[0] for problem in optimizer_problems(run)] == [
             "--optim lomo",

@@ -1,4 +1,4 @@
-"""The compiled step of bf16 weights: the arithmetic of torch's AdamW, and unbiased rounding that resumes."""
+"""The compiled step of bf16 weights matches torch's AdamW, and its rounding is unbiased and resumes."""
 
 import shutil
 
@@ -54,7 +54,7 @@ def assert_close(ours, theirs, *, is_weight):
 
 
 @pytest.mark.parametrize("stance", ["default", "force_eager"])
-def test_masters_move_as_by_torch(stance):
+def test_masters_match_torch_adamw(stance):
     weights = make_weights()
     exact = [nn.Parameter(weight.detach().float()) for weight in weights]
     ours, theirs = build(weights, "master"), torch.optim.AdamW(exact, **OPTIONS)
@@ -83,7 +83,7 @@ def test_compiled_and_eager_steps_agree(precision):
             assert_close(value, theirs.state[right][name], is_weight=name == "master")
 
 
-def test_one_stochastic_step_has_the_support_of_the_exact_weight():
+def test_stochastic_step_rounds_to_adjacent_bf16_numbers():
     """Each new weight is one of the two bf16 neighbours of the weight that float32 arithmetic gives."""
     (weight,) = make_weights([(4096,)])
     exact = nn.Parameter(weight.detach().float())
@@ -120,8 +120,8 @@ def test_rounding_is_unbiased():
     assert variance == pytest.approx(p * (1 - p) / 1000, rel=0.3)
 
 
-def test_rounding_follows_from_the_seed_and_resumes():
-    """And does not touch torch's default generator."""
+def test_rounding_depends_on_the_seed_and_resumes():
+    """The default generator of torch is not used."""
 
     def start(seed=1):
         weights = make_weights()
@@ -148,7 +148,7 @@ def test_rounding_follows_from_the_seed_and_resumes():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_weights_stay_as_they_are(value):
+def test_non_finite_weights_do_not_change(value):
     grad, first, second = torch.zeros(64), torch.zeros(64), torch.zeros(64)
     weight = torch.full((64,), value).bfloat16()
     fused_step(weight, grad, first, second, None, step_factors(OPTIONS, 1))

@@ -1,4 +1,4 @@
-"""The dry run of the largest pack: what is done when memory runs out, and that it leaves no trace."""
+"""The dry run of the largest pack: handling of out-of-memory errors, and no effect on training."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from internvl_chat.utils.errors import TrainingError
 
 
 def cpu_message() -> RuntimeError:
-    """What torch itself raises when the machine has no more memory."""
+    """The error that torch raises when host memory runs out."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
     return caught.value
@@ -33,7 +33,7 @@ def error_of(one: Device, **values) -> str:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_what_fits_is_run_once(sharded, caplog):
+def test_fitting_pack_is_run_once(sharded, caplog):
     device = Device(enough=0, start=3)
     with caplog.at_level(logging.INFO):
         assert device.run(sharded=sharded) == 3
@@ -52,13 +52,13 @@ def test_what_fits_is_run_once(sharded, caplog):
         (28, 0, 10, [0, 7, 14]),
     ],
 )
-def test_a_quarter_more_of_the_layers_is_checkpointed_until_it_fits(layers, start, enough, tried):
+def test_more_layers_are_checkpointed_until_it_fits(layers, start, enough, tried):
     device = Device(enough, start)
     assert device.run(layers=layers) == tried[-1]
     assert device.tried == tried
 
 
-def test_memory_that_the_machine_lacks_counts_too():
+def test_host_out_of_memory():
     error = cpu_message()
     assert is_out_of_memory(error)
     assert Device(2, error=error).run() == 2
@@ -75,7 +75,7 @@ def test_memory_that_the_machine_lacks_counts_too():
         (RuntimeError("CUDA error: device-side assert triggered"), False),
     ],
 )
-def test_which_errors_mean_that_memory_ran_out(error, counts):
+def test_out_of_memory_errors(error, counts):
     assert is_out_of_memory(error) == counts
 
 
@@ -91,19 +91,19 @@ def test_other_errors_pass_through(error, sharded):
     assert device.tried == [0]
 
 
-def test_where_checkpointing_does_not_help_the_plan_is_shown():
+def test_plan_is_shown_if_checkpointing_does_not_help():
     device = Device(enough=100)
     text = error_of(device)
     assert device.tried == [0, 2, 4, 6, 8]
     assert "the largest pack does not fit: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in text
     assert "More lines" not in text
     assert "activations 7e-07" in text and "1234 tokens (56 supervised), 7 tiles" in text
-    # The plan fits and the pack does not: what is advised must need clearly less.
+    # The plan fits but the pack does not, so the suggested flags must need clearly less.
     assert "flags that would fit: --below 855 (8.55e-07 GB)" in text
 
 
 @pytest.mark.parametrize("flag", ["True", "False"])
-def test_layers_are_left_alone_where_the_flag_says_so(flag):
+def test_explicit_grad_checkpoint_is_not_changed(flag):
     device = Device(enough=1)
     assert "does not fit" in error_of(device, grad_checkpoint=flag)
     assert device.tried == [0]
@@ -115,27 +115,27 @@ def test_a_sharded_model_is_never_run_again():
     assert device.tried == [0]
 
 
-def test_deepspeed_is_left_alone(caplog):
-    """Its engine frees gradients in a step only: the first one would use those of the dry run too."""
+def test_no_dry_run_with_deepspeed(caplog):
+    """The engine frees gradients only in a step, so the first step would include those of the dry run."""
     device = Device(enough=100, start=3)
     with caplog.at_level(logging.INFO):
         assert device.run(parallel="deepspeed", sharded=True) == 3
     assert not device.tried and "no dry run" in caplog.text
 
 
-def test_ranks_go_on_alike_where_one_of_them_runs_out(monkeypatch):
-    """This one fits at once; another says twice that it does not."""
+def test_all_ranks_retry_if_one_runs_out_of_memory(monkeypatch):
+    """This rank fits immediately; another reports twice that it does not."""
     answers, own = iter([True, True, False]), []
     monkeypatch.setattr(dry_run, "any_rank", lambda flag: own.append(flag) or next(answers))
     device = Device(enough=0)
     assert device.run() == 4
     assert (device.tried, own) == ([0, 2, 4], [False] * 3)
     monkeypatch.setattr(dry_run, "any_rank", lambda flag: True)
-    assert "another rank is short of memory" in error_of(Device(enough=0))
+    assert "another rank is out of memory" in error_of(Device(enough=0))
 
 
 class Gpu:
-    """Stands for a GPU of 1000 bytes, of which a pack takes some at its peak."""
+    """Simulates a GPU with 1000 bytes and a given peak of a pack."""
 
     def __init__(self, monkeypatch, device: Device, peak) -> None:
         for name in ("reset_peak_memory_stats", "empty_cache"):
@@ -147,7 +147,7 @@ class Gpu:
 
 @pytest.mark.parametrize(("loaded", "expected"), [(False, 4), (True, 0)])
 def test_optimizer_state_counts_once_on_a_gpu(monkeypatch, caplog, loaded, expected):
-    """The state is there from the first step on: 50 bytes beside a peak of 960 exceed the 1000 of the GPU.
+    """The state exists from the first step on: 50 bytes plus a peak of 960 exceed the GPU's 1000.
 
     In a resumed run it is loaded, and in the peak already.
     """
@@ -160,7 +160,7 @@ def test_optimizer_state_counts_once_on_a_gpu(monkeypatch, caplog, loaded, expec
     assert f"dry run: planned 9.5e-07 GB, measured {measured} GB" in caplog.text
 
 
-def test_what_does_not_fit_beside_the_state_is_an_error(monkeypatch):
+def test_pack_that_does_not_fit_next_to_the_optimizer_state(monkeypatch):
     device = Device(enough=0)
     Gpu(monkeypatch, device, lambda checkpointed: 960)
     assert "the largest pack does not fit: 1.01e-06 of 1e-06 GB" in error_of(
@@ -170,9 +170,7 @@ def test_what_does_not_fit_beside_the_state_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("several", "measured"), [(False, 940), (True, 1000)])
-def test_gradients_beside_ddps_buckets_are_counted_where_training_has_them(
-    monkeypatch, caplog, several, measured
-):
+def test_unreduced_ddp_gradients_in_the_peak(monkeypatch, caplog, several, measured):
     device = Device(enough=0)
     Gpu(monkeypatch, device, lambda checkpointed: 1000)
     with caplog.at_level(logging.INFO):
@@ -185,13 +183,13 @@ def test_gradients_beside_ddps_buckets_are_counted_where_training_has_them(
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What the two ranks of `dry_run_ranks` found."""
+    """Results of the two ranks of `dry_run_ranks`."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, dry_run_ranks.__file__, str(folder)]
     started = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
     try:
-        # Rank 0 waits for rank 1 until that has ended, as the launcher would end it.
+        # Rank 0 waits for rank 1 until it is killed, as the launcher does.
         assert [process.wait(timeout=HANG_SECONDS) for process in reversed(started)] == [0, 0]
     finally:
         for process in started:
@@ -199,13 +197,13 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_both_ranks_checkpoint_as_many_layers(ranks):
+def test_both_ranks_checkpoint_the_same_layers(ranks):
     """Rank 1 needs four, rank 0 none."""
     assert [found["replicated"] for found in ranks] == [[4, [0, 2, 4]]] * 2
 
 
-def test_unreduced_gradients_are_no_bucket_views(ranks):
-    """What the plan says of DDP: they are beside the buckets until the last pack."""
+def test_unreduced_gradients_are_not_bucket_views(ranks):
+    """Before the last pack, gradients are stored next to DDP's buckets, as planned."""
     assert [found["storages"] for found in ranks] == [{"reduced": 1, "unreduced": 6}] * 2
 
 
@@ -223,7 +221,7 @@ def test_a_rank_of_a_sharded_model_does_not_wait_for_the_others(ranks):
 
 @pytest.fixture
 def start(tiny_model, sample_data, tmp_path):
-    """Train a few steps with adapters and dropout; returns the exit code and the folder."""
+    """Train a few steps with adapters and dropout; return the exit code and the folder."""
 
     def run(name: str, **values):
         argv = {
@@ -246,8 +244,8 @@ def start(tiny_model, sample_data, tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_dry_run_leaves_no_trace(start, metrics, monkeypatch, capfd, bf16):
-    """Neither in weights nor in random numbers: losses with dropout are the same, bit for bit."""
+def test_dry_run_does_not_affect_training(start, metrics, monkeypatch, capfd, bf16):
+    """Losses with dropout are exactly the same, so weights and random state are unaffected."""
     code, out = start("with", bf16=bf16)
     assert code == 0
     assert "dry run: planned" in capfd.readouterr().err
@@ -262,8 +260,8 @@ def test_a_dry_run_leaves_no_trace(start, metrics, monkeypatch, capfd, bf16):
 
 
 @pytest.mark.parametrize(("flags_of_packs", "packs"), [({}, 1), ({"packing": False}, 2)])
-def test_a_pack_runs_beside_the_gradients_of_another(start, monkeypatch, flags_of_packs, packs):
-    """Where a step has several; nothing of them stays either."""
+def test_dry_run_with_accumulated_gradients(start, monkeypatch, flags_of_packs, packs):
+    """With several packs per step, no gradients remain either."""
     seen = []
     original = TrainingLoop.forward_backward
 
@@ -278,10 +276,10 @@ def test_a_pack_runs_beside_the_gradients_of_another(start, monkeypatch, flags_o
     assert len(seen) == 5 and seen[0] == packs and set(seen[1:]) == {packs}
 
 
-def test_dropout_decides_the_losses(start, metrics):
-    """Or the test above would prove nothing."""
+def test_dropout_affects_the_losses(start, metrics):
+    """Guards the test above."""
     losses = [[row["loss"] for row in metrics(start(f"s{p}", lora_dropout=p)[1])] for p in (0.3, 0.0)]
-    # Adapters begin as nothing, so that the first loss is the same.
+    # Adapters start at zero, so the first losses are equal.
     assert losses[0][0] == losses[1][0] and losses[0][1:] != losses[1][1:]
 
 
@@ -304,7 +302,7 @@ class Scarce:
         monkeypatch.setattr(TrainingLoop, "forward_backward", forward_backward)
 
 
-def test_a_run_for_which_memory_is_scarce_ends_the_same(start, metrics, monkeypatch, capfd):
+def test_scarce_memory_does_not_change_the_result(start, metrics, monkeypatch, capfd):
     code, plain = start("plain")
     assert code == 0
     scarce = Scarce(monkeypatch, enough=2)
@@ -318,7 +316,7 @@ def test_a_run_for_which_memory_is_scarce_ends_the_same(start, metrics, monkeypa
 
 
 @pytest.mark.parametrize(("flag", "tried"), [("False", [0]), ("True", [2]), ("auto", [0, 1, 2])])
-def test_a_run_that_does_not_fit_ends_before_its_first_step(start, monkeypatch, capfd, flag, tried):
+def test_run_that_does_not_fit_fails_before_the_first_step(start, monkeypatch, capfd, flag, tried):
     scarce = Scarce(monkeypatch, enough=3)
     code, out = start("out", grad_checkpoint=flag)
     assert code == TrainingError.exit_code

@@ -1,4 +1,4 @@
-"""The memory plan: components by hand for every parallel layout, and what is chosen from them."""
+"""The memory plan: components computed by hand for every parallel layout, and the resulting choices."""
 
 import itertools
 import json
@@ -73,14 +73,14 @@ def test_full_training_of_8b_on_one_gpu(full_8b):
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
-def test_ddp_holds_gradients_once(full_8b, ranks):
-    """In its buckets; only the largest, of the embedding, is there a second time while it is copied."""
+def test_ddp_stores_gradients_once(full_8b, ranks):
+    """In the buckets; only the largest gradient, of the embedding, exists twice while it is copied."""
     single, ddp = components(full_8b, "single", 1), components(full_8b, "ddp", ranks)
     assert ddp == single | {"communication buffers": 2 * EMBEDDING}
 
 
 def test_ddp_accumulates_gradients_outside_of_the_buckets(full_8b):
-    """Those of packs before the last one; see `test_unreduced_gradients_are_no_bucket_views`."""
+    """All packs except the last; see `test_unreduced_gradients_are_not_bucket_views`."""
     found = components(full_8b, "ddp", 2, several=True)
     assert found["gradients"] == found["communication buffers"] == 2 * TRAINED
 
@@ -89,7 +89,7 @@ def test_ddp_accumulates_gradients_outside_of_the_buckets(full_8b):
     ("ranks", "gigabytes"), [(2, [10.2, 10.3, 45.8, 0, 1.4]), (8, [4.2, 4.6, 11.5, 0, 1.4])]
 )
 def test_fsdp_of_8b(full_8b, ranks, gigabytes):
-    """A share of everything; beside it the root with its gradients, and one layer's gradients and buffers."""
+    """Shards of everything, the unsharded root with its gradients, and one layer's gradients and buffers."""
     found = components(full_8b, "fsdp", ranks)
     root = 2 * (2 * EMBEDDING + WIDTH + PROJECTOR)
     assert found == {
@@ -106,7 +106,7 @@ def test_fsdp_of_8b(full_8b, ranks, gigabytes):
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_zero_1_shards_only_the_optimizer(full_8b, ranks):
-    """Its gradients are full; masters and moments are in float32, whatever `--weight_precision` says."""
+    """Gradients are unsharded; masters and moments are float32 for every `--weight_precision`."""
     bucket = 10**8
     for precision in ("master", "bf16"):
         found = components(full_8b, "deepspeed", ranks, precision, {"stage": 1, "reduce_bucket_size": bucket})
@@ -173,18 +173,18 @@ def a_plan(**values) -> MemoryPlan:
 
 
 @pytest.mark.parametrize(("scratch", "total"), [(0, 430), (80, 430), (81, 431), (1000, 1350)])
-def test_scratch_and_activations_are_not_in_memory_together(scratch, total):
+def test_scratch_and_activations_do_not_overlap(scratch, total):
     assert a_plan(scratch=scratch).total == total
 
 
-def test_the_table_names_every_component():
+def test_table_lists_every_component():
     table = a_plan(available=8e10).table()
     assert "memory plan in GB per rank (single, 1 of 4 decoder layers checkpointed): 4.3e-07 of 80\n" in table
     assert "largest pack: 1234 tokens (56 supervised), 7 tiles" in table
     assert all(f"{name} " in table for name in (*NAMES, "activations", "logits", "vision"))
 
 
-# ---- what is chosen
+# ---- choices
 
 # Weights, gradients, state and activations of the small runs below are of this order.
 ACTIVATIONS = Activations(
@@ -201,7 +201,7 @@ LENGTHS = Lengths(TOKENS, TOKENS // 10, TOKENS // 50)
 
 
 class Run:
-    """A run of 8 records on devices with so many bytes."""
+    """A run of 8 records on devices with the given memory."""
 
     def __init__(self, model, monkeypatch, *, ranks: int = 1) -> None:
         self.model, self.monkeypatch, self.ranks = model, monkeypatch, ranks
@@ -245,11 +245,11 @@ def model(tiny_model):
     return load(tiny_model)
 
 
-def test_as_few_layers_as_possible_are_checkpointed(model, monkeypatch):
+def test_fewest_layers_are_checkpointed(model, monkeypatch):
     run = Run(model, monkeypatch)
     largest = run.plan(grad_checkpoint="False")
     layer, kept = largest.pack.tokens * 10_000, largest.pack.tokens * 100
-    # One checkpointed layer saves nothing: it is recomputed while the others are in memory.
+    # A single checkpointed layer saves nothing, because it is recomputed while the others are in memory.
     totals = {n: largest.total - max(0, n - 1) * layer + n * kept for n in range(5)}
     assert run.plan(grad_checkpoint="True").total == totals[4]
     for available in np.linspace(totals[4], totals[1], 50):
@@ -259,7 +259,7 @@ def test_as_few_layers_as_possible_are_checkpointed(model, monkeypatch):
         assert plan.parallel == "single"
 
 
-def test_flags_that_deepspeed_refuses_are_not_named(model, monkeypatch):
+def test_flags_refused_by_deepspeed_are_not_suggested(model, monkeypatch):
     run = Run(model, monkeypatch, ranks=2)
     flags = {"parallel": "deepspeed", "zero": {"stage": 2}}
     needed = run.plan(grad_checkpoint="True", **flags).total
@@ -269,13 +269,13 @@ def test_flags_that_deepspeed_refuses_are_not_named(model, monkeypatch):
 
 
 @pytest.mark.parametrize(("flag", "layers"), [("True", 4), ("False", 0)])
-def test_checkpointing_that_is_asked_for_is_done(model, monkeypatch, flag, layers):
+def test_requested_checkpointing_is_applied(model, monkeypatch, flag, layers):
     assert Run(model, monkeypatch).plan(grad_checkpoint=flag).checkpointed_layers == layers
 
 
 @pytest.mark.parametrize("precision", ["master", "stochastic", "bf16"])
 def test_memory_never_changes_the_weight_precision(model, monkeypatch, precision):
-    """The state planned is that of the flag, with much memory and with hardly enough."""
+    """The planned state follows the flag, with ample and with scarce memory."""
     run = Run(model, monkeypatch)
     much = run.plan(weight_precision=precision)
     least = run.plan(grad_checkpoint="True", weight_precision=precision).total
@@ -287,12 +287,12 @@ def test_memory_never_changes_the_weight_precision(model, monkeypatch, precision
     assert f"optimizer state {state / 1e9:.4g}," in text
 
 
-def test_other_optimizers_are_planned_with_states_of_the_weights_dtype(model, monkeypatch):
+def test_state_of_other_optimizers_has_the_dtype_of_the_weights(model, monkeypatch):
     run = Run(model, monkeypatch)
     assert run.plan(optim="adafactor").components == run.plan(weight_precision="bf16").components
 
 
-def test_auto_takes_ddp_where_it_fits_and_else_fsdp(model, monkeypatch, caplog):
+def test_auto_chooses_ddp_if_it_fits_otherwise_fsdp(model, monkeypatch, caplog):
     run = Run(model, monkeypatch, ranks=2)
     with caplog.at_level(logging.INFO):
         plan = run.plan()
@@ -320,11 +320,11 @@ def test_auto_takes_ddp_where_it_fits_and_else_fsdp(model, monkeypatch, caplog):
         (2, "fsdp", "fsdp"),
     ],
 )
-def test_the_parallel_layout_that_is_asked_for_is_taken(model, monkeypatch, ranks, asked, taken):
+def test_requested_parallel_layout_is_used(model, monkeypatch, ranks, asked, taken):
     assert Run(model, monkeypatch, ranks=ranks).plan(parallel=asked).parallel == taken
 
 
-def test_deepspeed_is_planned_by_its_configuration(model, monkeypatch):
+def test_deepspeed_is_planned_from_its_configuration(model, monkeypatch):
     run = Run(model, monkeypatch, ranks=2)
     plans = [run.plan(parallel="deepspeed", zero={"stage": stage}) for stage in (1, 2, 3)]
     assert all(plan.parallel == "deepspeed" for plan in plans)
@@ -337,8 +337,8 @@ def test_deepspeed_is_planned_by_its_configuration(model, monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("checkpoint", ["auto", "False"])
 @pytest.mark.parametrize("precision", ["master", "stochastic", "bf16"])
-def test_the_flags_named_would_fit_and_no_others(model, monkeypatch, ranks, checkpoint, precision):
-    """Each is tried by planning again with it, for capacities down to a tenth of what is needed."""
+def test_exactly_the_fitting_flags_are_suggested(model, monkeypatch, ranks, checkpoint, precision):
+    """Each flag is verified with a new plan, for capacities down to a tenth of the required memory."""
     run = Run(model, monkeypatch, ranks=ranks)
     asked = {"parallel": "ddp", "grad_checkpoint": checkpoint, "weight_precision": precision}
     least = run.plan(**asked | {"grad_checkpoint": {"auto": "True"}.get(checkpoint, checkpoint)}).total
@@ -358,7 +358,7 @@ def test_the_flags_named_would_fit_and_no_others(model, monkeypatch, ranks, chec
                 fits.append(flag)
             except UsageError:
                 continue
-        # Of the limits on tokens only the largest that fits is named.
+        # Only the largest token limit that fits is suggested.
         limits = [flag for flag in fits if "tokens" in flag]
         assert sorted(flags) == sorted(set(fits) - set(limits[1:]))
     assert ("--grad_checkpoint True" in named) == (checkpoint == "False")
@@ -367,7 +367,7 @@ def test_the_flags_named_would_fit_and_no_others(model, monkeypatch, ranks, chec
         assert {"--weight_precision stochastic", "--weight_precision bf16"} <= named
 
 
-def test_where_no_flag_helps_the_message_says_so(model, monkeypatch):
+def test_message_if_no_flag_helps(model, monkeypatch):
     text = Run(model, monkeypatch).error(1000)
     assert "the largest pack does not fit into memory\nmemory plan in GB per rank (single, 4 of 4" in text
     assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
@@ -375,7 +375,7 @@ def test_where_no_flag_helps_the_message_says_so(model, monkeypatch):
 
 
 def test_8b_on_one_h100(full_8b, monkeypatch):
-    """122.9 GB of full training do not fit into 79.6; only bf16 moments without masters would."""
+    """Full training needs 122.9 GB of 79.6; only bf16 moments without masters would fit."""
     run = Run(full_8b, monkeypatch)
     flags = run.flags_named(0.95 * 78 * 2**30, weight_precision="master")
     assert flags == ["--weight_precision bf16"]
@@ -384,7 +384,7 @@ def test_8b_on_one_h100(full_8b, monkeypatch):
     assert plan.parallel == "fsdp" and plan.components["optimizer state"] == 12 * TRAINED // 8
 
 
-def test_ranks_plan_for_the_one_with_least_memory(model, monkeypatch):
+def test_plan_uses_the_least_memory_of_all_ranks(model, monkeypatch):
     run = Run(model, monkeypatch, ranks=2)
     least = run.plan(parallel="ddp", grad_checkpoint="True").total
     monkeypatch.setattr(memory, "all_gather_object", lambda value: [value, least])
@@ -416,17 +416,17 @@ def test_the_largest_pack_of_all_ranks_and_epochs(model, monkeypatch, ranks, max
     planner = StepPlanner(ranks, tokens, tokens, max_tokens, records_per_pack=2)
     samplers = [StepSampler([101], step_records=12, planner=planner, rank=r, seed=3) for r in range(ranks)]
     needed, packs_of_a_step = {}, 0
-    # Another order in each epoch makes other packs.
+    # Each epoch has another order and therefore other packs.
     for epoch, number in itertools.product(range(3), range(len(samplers[0]))):
         for sampler in samplers:
             packs = sampler.packs(epoch, number)
             packs_of_a_step = max(packs_of_a_step, len(packs))
-            for draws in packs:
-                records = [draw.index for draw in draws]
+            for keys in packs:
+                records = [key.index for key in keys]
                 sums = [int(c[records].sum()) for c in (tokens, lengths.supervised, lengths.tiles, tokens**2)]
                 size = PackSize(*sums)
                 count = {"True": 4, "False": 0}[checkpoint]
-                needed[tuple(draws)] = (sum(activations.of(size, count).values()), size)
+                needed[tuple(keys)] = (sum(activations.for_pack(size, count).values()), size)
     values = {"parallel": "auto", "weight_precision": "master", "optim": "adamw_torch"}
     run = run_of(ranks, count_steps=lambda n: 3 * n, **values)
     config = SimpleNamespace(run=run, model=SimpleNamespace(grad_checkpoint=checkpoint))
@@ -442,7 +442,7 @@ def test_the_largest_pack_of_all_ranks_and_epochs(model, monkeypatch, ranks, max
 
 
 def test_checkpointing_changes_which_pack_is_the_largest(model, monkeypatch):
-    """Long answers need logits whatever is checkpointed."""
+    """Logits of long answers are not affected by checkpointing."""
     tokens, supervised = np.array([100, 60]), np.array([1, 60])
     monkeypatch.setattr(memory, "measure_activations", lambda *_: Activations(4, 10.0, 0, 1.0, 20.0, 0, 0))
     config = SimpleNamespace(
@@ -451,15 +451,15 @@ def test_checkpointing_changes_which_pack_is_the_largest(model, monkeypatch):
     )
     data = SimpleNamespace(epoch_lengths=lambda: Lengths(tokens, supervised, tokens * 0))
     sampler = StepSampler([2], step_records=2, planner=StepPlanner(1, tokens, tokens, 100))
-    assert plan_memory(config, model, sampler, data).pack.tokens == 100  # 5020 beside 4200
+    assert plan_memory(config, model, sampler, data).pack.tokens == 100  # 5020 and 4200
     config.model.grad_checkpoint = "True"
-    assert plan_memory(config, model, sampler, data).pack.tokens == 60  # 2420 beside 2640
+    assert plan_memory(config, model, sampler, data).pack.tokens == 60  # 2420 and 2640
 
 
 # ---- available memory
 
 
-def test_memory_of_a_gpu_is_what_is_free_and_what_this_process_has(monkeypatch):
+def test_available_gpu_memory_includes_own_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
     assert available_memory(CUDA) == available_memory(CUDA, 8) == 90
@@ -467,7 +467,7 @@ def test_memory_of_a_gpu_is_what_is_free_and_what_this_process_has(monkeypatch):
 
 @pytest.mark.parametrize(("local_ranks", "available"), [(1, 101), (4, 26)])
 def test_ranks_of_a_machine_share_its_free_memory(monkeypatch, local_ranks, available):
-    """100 GB are free, and this process has 1 GB already."""
+    """100 GB are free, and this process uses 1 GB."""
     monkeypatch.setattr(memory, "available_host_memory", lambda: 100 * 10**9)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=10**9))
     assert available_memory(CPU, local_ranks) == available * 10**9
@@ -486,7 +486,7 @@ def test_ranks_in_a_container_share_its_limit(monkeypatch, tmp_path):
 
 
 def test_a_plan_can_be_compared_and_read(model, monkeypatch):
-    """Ranks exchange nothing but their memory, so that plans must be equal by themselves."""
+    """Ranks exchange only their memory, so their plans must compare equal."""
     run = Run(model, monkeypatch, ranks=2)
     assert run.plan() == run.plan()
     assert json.dumps(run.plan().components)

@@ -1,4 +1,4 @@
-"""Sanity checks: what is shown and refused, and that packing is judged by what the arithmetic can hold."""
+"""Sanity checks: logged text, refused runs, and the tolerance of the packing check."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # ---- preprocessing
 
 
-def test_what_a_checkpoint_was_trained_with_must_stay(tmp_path):
+def test_preprocessing_must_match_the_checkpoint(tmp_path):
     stored = Preprocessing(tile_size=56, tokens_per_tile=4)
     check_preprocessing(tmp_path, stored)  # a checkpoint without the file says nothing
     stored.save(tmp_path)
@@ -58,7 +58,7 @@ def sample(ids: list[int], supervised: int) -> Sample:
 
 
 class Records:
-    """Stands for a data set; None is a record that cannot be used."""
+    """A fake dataset; None is an unusable record."""
 
     def __init__(self, *samples: Sample | None, name: str = "qa") -> None:
         self.samples, self.spec = samples, SimpleNamespace(name=name)
@@ -82,7 +82,7 @@ class Words:
         return " ".join(map(str, ids))
 
 
-def test_the_first_usable_records_are_taken():
+def test_first_samples_skips_unusable_records():
     good = [sample([1, 2, number], 1) for number in range(3)]
     data = data_of(Records(None, good[0], None, good[1], good[2]), skip_bad=True)
     assert first_samples(data, 0, 2) == good[:2]
@@ -91,7 +91,7 @@ def test_the_first_usable_records_are_taken():
         first_samples(data_of(Records(None, good[0])), 0, 2)
 
 
-def test_the_first_supervised_span_of_each_set_is_shown(caplog):
+def test_first_supervised_span_is_logged(caplog):
     several = sample([1, 2, 3, 4, 5, 6], 5)
     several.encoded.labels[3] = IGNORE_INDEX
     data = data_of(
@@ -109,7 +109,7 @@ def test_the_first_supervised_span_of_each_set_is_shown(caplog):
     ]
 
 
-def test_a_set_without_labels_is_refused():
+def test_dataset_without_labels_is_refused():
     with pytest.raises(TrainingError, match="qa: the first record has no supervised tokens"):
         show_supervision(data_of(Records(sample([1, 2], 0))), Words())
 
@@ -118,13 +118,13 @@ def test_a_set_without_labels_is_refused():
 
 
 def attention(name: str, kernel) -> str:
-    """Register an attention; what it is given is what `varlen_attention` is."""
+    """Register an attention kernel that is called like `varlen_attention`."""
     AttentionInterface.register(name, kernel)
     return name
 
 
 def leaks(module, *inputs, cu_seq_lens_q=None, max_length_q=None, **options):
-    """One segment, whatever the bounds say."""
+    """Ignores the bounds: a single segment."""
     return varlen_attention(module, *inputs, **options)
 
 
@@ -133,7 +133,7 @@ def leaks_in_one_layer(module, *inputs, **options):
 
 
 def rounds(module, *inputs, cu_seq_lens_q=None, **options):
-    """Right, but packed rows are rounded another way, as by other tiles of a GPU's kernel."""
+    """Correct, but packed rows are rounded differently, as with another tiling of a GPU kernel."""
     out, _ = varlen_attention(module, *inputs, cu_seq_lens_q=cu_seq_lens_q, **options)
     if len(cu_seq_lens_q) > 2:
         signs = torch.randn(out.shape, generator=torch.Generator().manual_seed(module.layer_idx)).sign()
@@ -142,7 +142,7 @@ def rounds(module, *inputs, cu_seq_lens_q=None, **options):
 
 
 def load(folder, dtype: torch.dtype, attn: str = "varlen", confidence: float = 10.0):
-    """The small model with weights as large as after training: attention matters, and so do logits."""
+    """The small model with weights scaled as after training, so that attention and logits matter."""
     model = load_model(folder, image_context_id=0, dtype=dtype, attn=attn)
     with torch.no_grad():
         for name, weight in model.language_model.named_parameters():
@@ -161,7 +161,7 @@ def random_samples(count: int = 3, supervised: int = 8) -> list[Sample]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("attn", ["varlen", "sdpa", "eager"])
-def test_attention_within_records_passes(tiny_model, dtype, attn, caplog):
+def test_isolated_attention_passes(tiny_model, dtype, attn, caplog):
     model = load(tiny_model, dtype, attn)
     with caplog.at_level(logging.INFO):
         check_packing(model, random_samples(), "imagenet")
@@ -172,30 +172,32 @@ def test_attention_within_records_passes(tiny_model, dtype, attn, caplog):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [2, 5])
 @pytest.mark.parametrize("supervised", [1, 3, 20])
-def test_attention_between_records_is_refused(tiny_model, dtype, count, supervised):
+def test_leaking_attention_is_refused(tiny_model, dtype, count, supervised):
     model = load(tiny_model, dtype, attention("leaks", leaks))
     with pytest.raises(TrainingError) as caught:
         check_packing(model, random_samples(count, supervised), "imagenet")
-    assert "the attention 'leaks' mixes records on this machine; use another (--attn)" in str(caught.value)
+    assert "attention 'leaks' leaks between records on this machine; use another kernel (--attn)" in str(
+        caught.value
+    )
     assert model.training
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_model_as_it_is_before_training_leaks_noticeably_too(tiny_model, dtype):
+def test_leak_of_an_untrained_model_is_detected(tiny_model, dtype):
     model = load_model(tiny_model, image_context_id=0, dtype=dtype, attn=attention("leaks", leaks))
     with pytest.raises(TrainingError):
         check_packing(model, random_samples(), "imagenet")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_between_records_in_one_layer_is_refused(tiny_model, dtype):
+def test_leak_in_one_layer_is_refused(tiny_model, dtype):
     model = load(tiny_model, dtype, attention("leaks_in_one_layer", leaks_in_one_layer))
     with pytest.raises(TrainingError):
         check_packing(model, random_samples(), "imagenet")
 
 
 def answered(model, supervised: int, seed: int) -> list[Sample]:
-    """Two records whose answers are what the model says."""
+    """Two records whose answers are predicted by the model."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(10, 300, (length,), generator=generator).tolist() for length in (30, 37)]
     for ids in prompts:
@@ -229,7 +231,7 @@ def test_rounding_of_short_answers_passes(tiny_model, dtype, confidence, range_o
         assert refused
 
 
-def test_losses_that_are_no_numbers_are_refused(tiny_model):
+def test_non_finite_losses_are_refused(tiny_model):
     model = load(tiny_model, torch.float32)
     with torch.no_grad():
         model.language_model.lm_head.weight[:] = torch.nan
@@ -258,7 +260,7 @@ def test_compiled_blocks_are_not_compiled_for_the_check(tiny_model):
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_all_checks_are_run(tiny_model, tmp_path, monkeypatch, usable):
+def test_run_sanity_checks(tiny_model, tmp_path, monkeypatch, usable):
     called = []
     monkeypatch.setattr(sanity, "check_preprocessing", lambda *args: called.append(("preprocessing", *args)))
     monkeypatch.setattr(sanity, "check_packing", lambda *args: called.append(("packing", *args)))
