@@ -32,7 +32,7 @@ def build_parser() -> HfArgumentParser:
     return _Parser(
         (ModelArguments, DataArguments, RunArguments),
         prog="internvl_chat_finetune",
-        description="Fine-tune InternVL3. Give flags, or one JSON or YAML file with the same names.",
+        description="Fine-tune InternVL3. Give flags, or a JSON or YAML file and flags that override it.",
         epilog="Example: torchrun -m internvl_chat.train.internvl_chat_finetune --model_name_or_path MODEL "
         "--meta_path PMC-data.json --output_dir work_dirs/run --use_llm_lora 16 --freeze_llm True "
         "--freeze_mlp True --freeze_backbone True --bf16 True",
@@ -42,14 +42,14 @@ def build_parser() -> HfArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Parse flags, or one configuration file.
+    """Parse flags, optionally after a configuration file, whose values they override.
 
     Raises:
         UsageError: lists all unknown flags and invalid values.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
-    if len(tokens) == 1 and tokens[0].endswith((".json", ".yaml", ".yml")):
-        tokens = _tokens_from_file(Path(tokens[0]))
+    if tokens and tokens[0].endswith((".json", ".yaml", ".yml")) and not tokens[0].startswith("--"):
+        tokens = _tokens_from_file(Path(tokens[0])) + tokens[1:]
     parser = build_parser()
     problems: list[str] = []
     while True:

@@ -270,6 +270,14 @@ def test_file_instead_of_flags(tmp_path, suffix):
     assert args.data.meta_path == "meta.json"
 
 
+def test_flags_override_the_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**NEEDED, "use_cpu": True, "max_steps": 7, "report_to": ["wandb"]}))
+    run = parse_arguments([str(path), "--max_steps", "2", "--report_to", "none"]).run
+    assert (run.max_steps, run.report_to) == (2, ())
+    assert "unknown flag --max_stepz" in problems(str(path), "--max_stepz", "2")[0]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
