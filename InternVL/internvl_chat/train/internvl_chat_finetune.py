@@ -5,7 +5,6 @@
 
 import atexit
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -58,6 +57,7 @@ from internvl_chat.train.setup import (
 from internvl_chat.train.validation import validation_specs
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.files import write_json
 from internvl_chat.utils.logging import configure_logging, get_logger
 
 # __name__ is `__main__` here.
@@ -199,8 +199,7 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
         plot_loss(output / METRICS, output / PLOT, output / VALIDATION)
         validation = read_validation(output / VALIDATION, step)
         write_model_card(plan.config, loop.data, eval_data, parameters, validation)
-        results = dataclasses.asdict(loop.state)
-        (output / FINISHED).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(output / FINISHED, dataclasses.asdict(loop.state))
         logger.info("finished: the model is in %s", output)
 
 

@@ -4,7 +4,7 @@ Freshly initialised models are poor test objects: zero biases, unit norms and ti
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,9 +186,25 @@ def save_wrapped(target: Path, *, seed: int = 2, **ranks: int) -> InternVLChatMo
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A whole model on disk, that of `make_model()`."""
+    """A full model on disk, that of `make_model()`."""
     save_model(make_model(), tmp_path / "model")
     return tmp_path / "model"
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Rewrite a JSON file by a function of its content."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def edit_weights(
+    folder: Path, change: Callable[[dict[str, Any]], Any], name: str = "model.safetensors"
+) -> None:
+    """Rewrite a safetensors file by a function of its tensors."""
+    content = load_file(folder / name)
+    change(content)
+    save_file(content, folder / name, metadata={"format": "pt"})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -196,7 +212,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_plain(folder: Path) -> None:
-    """A merged folder is a whole model of the reference's format, without a trace of adapters."""
+    """Assert that a folder is a full model in the reference's format, without any trace of adapters."""
     assert load_file(folder / "model.safetensors").keys() == make_model().state_dict().keys()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert (config["use_llm_lora"], config["use_backbone_lora"]) == (0, 0)

@@ -7,6 +7,7 @@ from typing import Any
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.train.config import TrainConfig
 from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.files import write_json
 
 FINGERPRINT = "run_fingerprint.json"
 
@@ -79,4 +80,4 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
 
 def write_fingerprint(checkpoint: Path, current: dict[str, Any]) -> None:
     """Store a fingerprint in a checkpoint."""
-    (checkpoint / FINGERPRINT).write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
+    write_json(checkpoint / FINGERPRINT, current)

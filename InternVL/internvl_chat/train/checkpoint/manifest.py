@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from internvl_chat.utils.files import write_json
 from internvl_chat.utils.hashed_file import FileEntry, Pause, no_pause
 
 MANIFEST = "manifest.json"
@@ -46,8 +47,7 @@ def write_manifest(
     for name, digest in zip(unknown, hash_files(unknown.values(), threads, pause), strict=True):
         entries[name] = FileEntry(unknown[name].stat().st_size, digest)
     listed = {name: entries[name]._asdict() for name in names}
-    text = json.dumps({"version": _VERSION, "files": listed}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, {"version": _VERSION, "files": listed})
 
 
 def find_damage(folder: Path) -> str | None:

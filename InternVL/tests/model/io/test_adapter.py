@@ -9,12 +9,14 @@ from helpers import assert_within_rounding, terms_of
 from model.conftest import (
     CONTEXT,
     VOCABULARY,
+    edit,
+    edit_weights,
     load,
     make_record,
     run_alone,
     save_trained_adapter,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from internvl_chat.convert.merge import merge
 from internvl_chat.model.io.adapter import (
@@ -41,19 +43,6 @@ RECORD = make_record((2, 1))
 
 def logits(model: InternVLChatModel) -> torch.Tensor:
     return run_alone(model, RECORD)
-
-
-def edit(file: Path, change) -> None:
-    """Rewrite a JSON file by a function of its content."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    change(content)
-    file.write_text(json.dumps(content), encoding="utf-8")
-
-
-def edit_weights(folder: Path, change, name: str = "model.safetensors") -> None:
-    content = load_file(folder / name)
-    change(content)
-    save_file(content, folder / name, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ from model.conftest import (
     CONTEXT,
     SHAPE,
     VOCABULARY,
+    edit,
+    edit_weights,
     load,
     make_model,
     make_record,
     run_alone,
     save_wrapped,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from internvl_chat.model.io.adapter import (
@@ -40,19 +42,6 @@ RECORD = make_record((2, 1))
 
 def logits(model: InternVLChatModel) -> torch.Tensor:
     return run_alone(model, RECORD)
-
-
-def edit(file: Path, change) -> None:
-    """Rewrite a JSON file by a function of its content."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    change(content)
-    file.write_text(json.dumps(content), encoding="utf-8")
-
-
-def edit_weights(folder: Path, change, name: str = "model.safetensors") -> None:
-    content = load_file(folder / name)
-    change(content)
-    save_file(content, folder / name, metadata={"format": "pt"})
 
 
 # Whole models

@@ -1,14 +1,11 @@
 """Model folders: download, format, configuration and auxiliary files."""
 
-import json
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from model.conftest import (
-    CONTEXT,
-)
+from model.conftest import CONTEXT
 
 from internvl_chat.model.io.adapter import (
     BASE_FILE,
@@ -21,13 +18,6 @@ from internvl_chat.model.io.folders import (
     write_files,
 )
 from internvl_chat.utils.errors import ModelError
-
-
-def edit(file: Path, change) -> None:
-    """Rewrite a JSON file by a function of its content."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    change(content)
-    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "missing", "/nowhere"])
