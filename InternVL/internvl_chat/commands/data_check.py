@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,13 +59,24 @@ def run(args: argparse.Namespace) -> int:
         _create_folder(args.report)
     result = audit(specs, encoder, decode=args.check == "full", workers=args.workers)
     leaks = _leaks(args, result) if args.against else []
-    page = write_report(args.report, result, leaks) if args.report else None
+    page = write_report(args.report, result, leaks, inputs=_inputs(args)) if args.report else None
     problems = [*result.problems, *leaks]
     if args.json:
         _print_rows(result, problems, page)
     else:
         _print_summary(result, problems, page)
     return int(any(problem.kind not in WARNINGS for problem in problems))
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, str]:
+    """Return the inputs of the check for the head of the report."""
+    benchmarks = {"compared with": ", ".join(map(str, args.against))} if args.against else {}
+    return {
+        "data": str(args.meta),
+        "model": args.model or "none: tokens were not counted",
+        **benchmarks,
+        "command": shlex.join(["m3llm", *sys.argv[1:]]),
+    }
 
 
 def _encoder(args: argparse.Namespace) -> RecordEncoder:
@@ -110,7 +123,7 @@ def _leaks(args: argparse.Namespace, result: Audit) -> list[Problem]:
 
 
 def _print_rows(result: Audit, problems: Sequence[Problem], page: Path | None) -> None:
-    from internvl_chat.data.audit.report import set_statistics, severity
+    from internvl_chat.data.audit.statistics import set_statistics, severity
     from internvl_chat.data.sources.problems import LEAKS
 
     for dataset in result.sets:
@@ -135,7 +148,7 @@ def _print_rows(result: Audit, problems: Sequence[Problem], page: Path | None) -
 
 
 def _print_summary(result: Audit, problems: Sequence[Problem], page: Path | None) -> None:
-    from internvl_chat.data.audit.report import SET_HEADER, group_by_kind, set_rows, severity, summary
+    from internvl_chat.data.audit.statistics import SET_HEADER, group_by_kind, set_rows, severity, summary
     from internvl_chat.data.sources.problems import KINDS
 
     print_table(SET_HEADER, set_rows(result))

@@ -41,7 +41,7 @@ from internvl_chat.train.config import TrainConfig, set_float32_precision
 from internvl_chat.train.distributed.signals import exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.freeze import format_table, set_trainable
 from internvl_chat.train.loop import TrainingLoop
-from internvl_chat.train.model_card import count_parameters, read_validation, write_model_card
+from internvl_chat.train.model_card import count_parameters, describe_run, read_validation, write_model_card
 from internvl_chat.train.monitor.plots import plot_loss
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.preflight.memory import MemoryPlan, plan_memory
@@ -196,7 +196,7 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
         ) from None
     parameters = count_parameters(loop.strategy.model)
     if run.is_main:
-        plot_loss(output / METRICS, output / PLOT, output / VALIDATION)
+        plot_loss(output / METRICS, output / PLOT, output / VALIDATION, subtitle=describe_run(plan.config))
         validation = read_validation(output / VALIDATION, step)
         write_model_card(plan.config, loop.data, eval_data, parameters, validation)
         write_json(output / FINISHED, dataclasses.asdict(loop.state))

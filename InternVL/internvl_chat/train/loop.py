@@ -33,7 +33,14 @@ from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.train.monitor.console import Console
 from internvl_chat.train.monitor.nan_guard import NanGuard
 from internvl_chat.train.monitor.run_log import RunLog
-from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, ledger_row, metrics_row
+from internvl_chat.train.monitor.step_metrics import (
+    StepRecord,
+    StepSums,
+    dataset_losses,
+    dataset_sums,
+    ledger_row,
+    metrics_row,
+)
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.monitor.watchdog import Watchdog
 from internvl_chat.train.preflight.dry_run import run_dry_run
@@ -82,6 +89,7 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         run = self.run
         self.packs = PackDataset(self.data, multiple=_COMPILED_MULTIPLE if run.compile_blocks else 1)
+        self.set_names = [records.spec.name for records in self.data.sets]
         self.dataloader = StepDataLoader(self.packs, self.sampler, run.dataloader_options)
         self.total_steps = run.count_steps(len(self.sampler))
         self.run_log, self.nan_guard = RunLog(Path(run.output_dir)), NanGuard(run.max_bad_steps)
@@ -141,8 +149,12 @@ class TrainingLoop:
         # The sum is zero if every record of the step is skipped.
         total_weight = sums.weight or 1.0
         # The factor `world_size` undoes the averaging of the gradients over ranks.
-        weighted_sum = self.forward_backward(packs, weights, self.run.world_size / total_weight)
-        loss = distributed.all_reduce_sum(weighted_sum.reshape(1).cpu(), in_step=True).item() / total_weight
+        weighted_sum, token_losses = self.forward_backward(packs, weights, self.run.world_size / total_weight)
+        local = dataset_sums(self.set_names, packs, weights, token_losses)
+        losses = torch.cat([weighted_sum.reshape(1).cpu(), local.flatten()])
+        losses = distributed.all_reduce_sum(losses, in_step=True)
+        loss = losses[0].item() / total_weight
+        sets = dataset_losses(self.set_names, losses[1:].view_as(local))
         self.checkpointer.before_optimizer_step()
         norm = self.strategy.clip_gradients(self.run.max_grad_norm)
         skipped_because = self.nan_guard.check(
@@ -158,21 +170,25 @@ class TrainingLoop:
         self.strategy.zero_grad()
         self.should_stop = self.should_stop or sums.stop_requested > 0
         self.state.total_flops += sums.flops
-        return StepRecord(loss, learning_rate, norm, sums, skipped, skipped_because)
+        return StepRecord(loss, learning_rate, norm, sums, sets, skipped, skipped_because)
 
     def forward_backward(
         self, packs: Sequence[Pack], weights: Sequence[torch.Tensor], scale: float, *, sync: bool = True
-    ) -> torch.Tensor:
-        """Run packs forward and backward; return the weighted sum of their token losses.
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run packs forward and backward; return the weighted sum of their token losses, and these losses.
 
         Args:
             packs: packs of this rank.
             weights: (R,) per pack, the loss weight of each record's tokens.
             scale: factor on the loss in the backward pass.
             sync: reduce gradients across ranks after the last pack.
+
+        Returns:
+            The sum in float64, and (U,) losses per pack, on the device.
         """
         device = self.run.device
         total = torch.zeros((), dtype=torch.float64, device=device)
+        token_losses = []
         features = self._vision_features(packs)
         for number, (pack, weight) in enumerate(zip(packs, weights, strict=True)):
             inputs = pack.text_inputs(device)
@@ -182,10 +198,11 @@ class TrainingLoop:
                 inputs["vision_features"] = features[number]
             token_weights = weight.float().repeat_interleave(pack.supervised).to(device, non_blocking=True)
             with self.strategy.gradient_sync(sync and number + 1 == len(packs)):
-                loss = self.strategy.wrapped(**inputs, token_weights=token_weights).loss
-                self.strategy.backward(loss * scale)
-            total += loss.detach()
-        return total
+                output = self.strategy.wrapped(**inputs, token_weights=token_weights)
+                self.strategy.backward(output.loss * scale)
+            total += output.loss.detach()
+            token_losses.append(output.token_losses.detach())
+        return total, token_losses
 
     def dry_run(self, memory: MemoryPlan, grad_checkpoint: str) -> None:
         """Run the largest pack before training; see `run_dry_run`.

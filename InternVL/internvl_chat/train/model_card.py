@@ -60,6 +60,25 @@ def write_model_card(
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
+def describe_run(config: TrainConfig) -> str:
+    """Return model and recipe of a run in one line, for the title of a plot."""
+    model, run = config.model, config.run
+    ranks = {"language model": model.use_llm_lora, "vision tower": model.use_backbone_lora}
+    frozen = {
+        "vision tower": model.freeze_backbone or model.use_backbone_lora,
+        "projector": model.freeze_mlp,
+        "language model": model.freeze_llm or model.use_llm_lora,
+    }
+    trained = [f"LoRA of rank {rank} in the {part}" for part, rank in ranks.items() if rank]
+    trained += [part for part, is_frozen in frozen.items() if not is_frozen]
+    rate = f"{run.learning_rate:.2g}".replace("e-0", "e-")
+    name = " and ".join(base_names(_base_paths(config)))
+    return (
+        f"{name}, trained: {', '.join(trained) or 'selected layers'}; "
+        f"learning rate {rate}, {run.records_per_step:,} records per step"
+    )
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of all and of trained parameters of a model."""
     # ZeRO-3 replaces sharded parameters by empty tensors and stores their size in `ds_numel`.

@@ -2,18 +2,32 @@
 
 import base64
 import html
+import io
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_LONG_CELL = 40
+# Colors as variables, for light and dark screens.
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light dark; --text: #1c2128; --muted: #59636e; --page: #fff; --panel: #f6f8fa;
+  --line: #d4d9de; --error: #b3261e; --warning: #8a5a00; --good: #1a7f37; }
+@media (prefers-color-scheme: dark) { :root { --text: #e3e8ee; --muted: #9aa5b1; --page: #14181d;
+  --panel: #1e242b; --line: #363d46; --error: #ff8a80; --warning: #e8b04a; --good: #5fc77a; } }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+  color: var(--text); background: var(--page); }
+h1, p, dd, figcaption { overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
-td.m { overflow-wrap: anywhere; min-width: 6rem; }
-td:first-child { min-width: 9rem; }
-.table { overflow-x: auto; }
+td.long { overflow-wrap: anywhere; min-width: 14rem; }
+.table, .plot { overflow-x: auto; }
 img { max-width: 100%; }
+.plot img { border-radius: .4rem; }
+@media (max-width: 40rem) { .plot img { max-width: none; width: 48rem; } }
 """
 
 
@@ -28,13 +42,17 @@ def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
     name = html.escape(title)
     head = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{name}</title><style>{STYLE}{style}</style></head><body><h1>{name}</h1>"
     )
     return "\n".join([head, *parts, "</body></html>\n"])
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return an HTML table with escaped cells; numbers, and `-` for missing ones, are right-aligned."""
+    """Return an HTML table with escaped cells; numbers, and `-` for missing ones, are right-aligned.
+
+    Only long cells break within words, so that narrow columns stay readable.
+    """
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<div class='table'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -42,8 +60,9 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     text = str(value)
-    kind = "n" if text == "-" or text.replace(",", "").replace(".", "", 1).isdigit() else "m"
-    return f"<td class='{kind}'>{html.escape(text)}</td>"
+    is_number = text == "-" or text.replace(",", "").replace(".", "", 1).isdigit()
+    kind = " class='n'" if is_number else " class='long'" if len(text) > _LONG_CELL else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 def html_image(content: bytes, kind: str, description: str) -> str:
@@ -57,3 +76,11 @@ def html_image(content: bytes, kind: str, description: str) -> str:
     data = base64.b64encode(content).decode("ascii")
     alt = html.escape(description, quote=True)
     return f"<img alt='{alt}' title='{alt}' src='data:image/{kind};base64,{data}'>"
+
+
+def jpeg_thumbnail(image: "Image", pixels: int) -> bytes:
+    """Shrink an RGB image in place to at most this number of pixels per side; return it as a JPEG file."""
+    image.thumbnail((pixels, pixels))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return stream.getvalue()

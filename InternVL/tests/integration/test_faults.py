@@ -423,7 +423,8 @@ def spoiled(monkeypatch, steps, value=float("nan")):
 
     def forward_backward(self, packs, weights, scale, **options):
         factor = value if self.state.step + 1 in steps else 1.0
-        return original(self, packs, weights, scale * factor, **options) * factor
+        total, token_losses = original(self, packs, weights, scale * factor, **options)
+        return total * factor, token_losses
 
     monkeypatch.setattr(TrainingLoop, "forward_backward", forward_backward)
 

@@ -232,8 +232,15 @@ def test_files_of_a_run(tiny_model, sample_data, tmp_path, metrics):
     assert rows[-1]["epoch"] == 1
     assert sum(row["records"] for row in rows) == 24
     keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "records", "tokens", "supervised_tokens",
-            "tiles", "seconds", "records_per_second", "tokens_per_second", "max_memory_gb"}  # fmt: skip
-    assert keys <= rows[0].keys()
+            "tiles", "seconds", "records_per_second", "tokens_per_second", "max_memory_gb",
+            "sets"}  # fmt: skip
+    assert keys == rows[0].keys()
+    for row in rows:
+        sets = row["sets"].values()
+        assert sum(part["records"] for part in sets) == row["records"]
+        # With loss_reduction sample every record counts the same.
+        total = sum(part["records"] * part["loss"] for part in sets)
+        assert row["loss"] == pytest.approx(total / row["records"], rel=1e-5)
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     used = [tuple(record) for row in ledger for record in row["trained"]]
     names = json.loads((sample_data / "train.json").read_text())

@@ -7,59 +7,60 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from internvl_chat.data.audit.checks import Audit
+from internvl_chat.utils.plotting import AMBER, BLUE, GREEN, new_figure, plain_text, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LABELS = {"tokens": "tokens", "supervised": "supervised tokens", "tiles": "tiles"}
-_COLOURS = {"tokens": "#3b6ea5", "supervised": "#4f8f5b", "tiles": "#a5763b"}
-_LIMIT_COLOUR = "#a11"
+_COLORS = {"tokens": BLUE, "supervised": GREEN, "tiles": AMBER}
+_LIMIT_COLOR = "#B00020"
 _BINS = 60
 _MAX_NAME = 28
 
 
 def plot_lengths(audit: Audit, file: Path) -> None:
-    """Plot histograms of tokens, supervised tokens and tiles, with one row per dataset.
+    """Plot the lengths into a PNG file; see `length_figure`."""
+    save_png(length_figure(audit), file)
+
+
+def length_figure(audit: Audit) -> "Figure":
+    """Return histograms of tokens, supervised tokens and tiles, with one row per dataset.
 
     The panels of a column share their x axis, logarithmic for tokens. Each panel has its own y axis, so that
     a dataset of equal lengths does not flatten the others.
-
-    Args:
-        audit: the findings.
-        file: PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     names = list(_LABELS) if audit.max_seq_length is not None else ["tiles"]
     rows = max(1, len(audit.sets))
-    figure, panels = plt.subplots(
-        rows, len(names), figsize=(1.8 + 3.6 * len(names), 0.9 + 1.15 * rows), sharex="col", squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
+    figure = new_figure(1.8 + 3.6 * len(names), 0.9 + 1.15 * rows)
+    panels = figure.subplots(rows, len(names), sharex="col", squeeze=False)
     for position, name in enumerate(names):
         columns = [getattr(findings.lengths, name) for findings in audit.sets]
         limit = audit.max_seq_length if name == "tokens" else None
         bins = _bins(columns, limit, logarithmic=name != "tiles")
         for column, axes in zip(columns, panels[:, position], strict=False):
-            _draw(axes, column, bins, _COLOURS[name], limit)
+            _draw(axes, column, bins, _COLORS[name], limit)
         if name != "tiles":
             panels[0, position].set_xscale("log")
-            panels[-1, position].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            within_decade = bins[-1] < 10 * bins[0]
+            subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if within_decade else (1, 2, 5)
+            panels[-1, position].xaxis.set_major_locator(LogLocator(subs=subs))
             panels[-1, position].xaxis.set_minor_locator(NullLocator())
             panels[-1, position].xaxis.set_major_formatter("{x:,.0f}")
+        else:
+            panels[-1, position].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
         panels[-1, position].set(xlabel=f"{_LABELS[name]} per record", xlim=(bins[0], bins[-1]))
     for findings, axes in zip(audit.sets, panels[:, 0], strict=False):
-        axes.set_ylabel(_display_name(findings.spec.name), rotation=0, ha="right", va="center")
+        axes.set_ylabel(plain_text(findings.spec.name, _MAX_NAME), rotation=0, ha="right", va="center")
     if audit.max_seq_length is not None:
         limit = f"line: max_seq_length {audit.max_seq_length:,}"
-        panels[0, 0].set_title(limit, loc="left", fontsize="small", color=_LIMIT_COLOUR, pad=2)
+        panels[0, 0].set_title(limit, loc="left", fontsize="small", color=_LIMIT_COLOR, pad=2)
     figure.align_ylabels(panels[:, 0])
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    figure.suptitle("Number of records by length", fontsize="medium", fontweight="bold")
+    return figure
 
 
 def _bins(columns: Sequence[np.ndarray], limit: int | None, *, logarithmic: bool) -> np.ndarray:
@@ -82,20 +83,14 @@ def _bins(columns: Sequence[np.ndarray], limit: int | None, *, logarithmic: bool
     return np.append(edges, top + 1.5)
 
 
-def _draw(axes: "Axes", column: np.ndarray, bins: np.ndarray, colour: str, limit: int | None) -> None:
+def _draw(axes: "Axes", column: np.ndarray, bins: np.ndarray, color: str, limit: int | None) -> None:
     """Draw a histogram with its median and a line at the limit."""
-    axes.hist(column, bins=bins, color=colour, alpha=0.85)
+    axes.hist(column, bins=bins, color=color, alpha=0.85)
     if len(column):
         axes.set_title(f"median {int(np.median(column)):,}", loc="right", fontsize="small", pad=2)
     if limit is not None:
-        axes.axvline(limit, color=_LIMIT_COLOUR, linewidth=1.2)
+        axes.axvline(limit, color=_LIMIT_COLOR, linewidth=1.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="y", nbins=3, integer=True)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
-
-
-def _display_name(name: str) -> str:
-    """Shorten a name and escape matplotlib's math text."""
-    short = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
-    return short.replace("$", r"\$")

@@ -45,6 +45,37 @@ LEAKS = {
 
 KINDS = {**ERRORS, **WARNINGS, **LEAKS}
 
+# What to do about a problem.
+REMEDIES = {
+    "file": "Check the path and the format of 'annotation' in the meta file: JSON Lines, or a JSON array.",
+    "json": "Correct or delete the line.",
+    "encoding": "Convert the file to UTF-8, for example with iconv, or correct the line.",
+    "line too long": "Delete the line, or split it into several records.",
+    "structure": "Write the record as documented, with 'conversations' or 'messages'.",
+    "role": "Use the roles system, human and gpt, in this order, with at least one answer.",
+    "empty answer": "Add an answer, or delete the record.",
+    "placeholders": "Write one <image> in a question for each image of the record.",
+    "image missing": "Copy the image to this path, or correct 'root' in the meta file.",
+    "image outside root": "Set 'root' in the meta file to a folder that contains all images.",
+    "image unreadable": "Copy or download the image again, or delete the record.",
+    "image depth": "Convert the image to 8 bits per channel, with a window that suits its contents.",
+    "image too large": "Reduce the size of the image.",
+    "too long": "Raise --max_seq_length, shorten the text, or pass --truncate_text True.",
+    "changed": "Start again; the record is measured anew.",
+    "fewer tiles": "Raise --max_seq_length if the details of the images matter.",
+    "text truncated": "Raise --max_seq_length, or shorten the text.",
+    "empty message": "Add the missing answers, or delete these messages.",
+    "message order": "Check that no question or answer was lost.",
+    "placeholder in answer": "Remove <image> from the answer, or move it to the question.",
+    "duplicate id": "Nothing, unless the records should be one; ids do not affect training.",
+    "duplicate record": "Delete the copies, unless the record should count several times.",
+    "not compared": "Correct the path or file named in the message, then check again.",
+    "length": "Correct 'length' in the meta file; the records of the file count.",
+    "same article": "Delete the record if results on this benchmark will be reported.",
+    "same image": "Delete the record if results on this benchmark will be reported.",
+    "similar image": "Compare both images; delete the record if they show the same figure.",
+}
+
 _MAX_MESSAGE_LENGTH = 600
 _MAX_ID_LENGTH = 200
 

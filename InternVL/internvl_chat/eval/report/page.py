@@ -1,7 +1,6 @@
 """HTML page with every item: question, figures, reference, answer of the model and scores."""
 
 import html
-import io
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -9,19 +8,19 @@ from pathlib import Path
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item, Key
 from internvl_chat.eval.report.table import LABELS, NOTE, metric_tables, paper_tables
 from internvl_chat.eval.scoring import Scores
-from internvl_chat.utils.html import html_image, html_page, html_table
+from internvl_chat.utils.html import html_image, html_page, html_table, jpeg_thumbnail
 
 # Browsers do not cope with pages of very many images.
 MAX_ITEMS_PER_TASK = 500
 _THUMBNAIL_PIXELS = 240
 _STYLE = """
-.item { border: 1px solid #ddd; border-radius: .4rem; margin: 1rem 0; padding: .2rem 1rem; }
+.item { border: 1px solid var(--line); border-radius: .4rem; margin: 1rem 0; padding: .2rem 1rem; }
 .item h4 { margin: .5rem 0; } .text { white-space: pre-wrap; overflow-wrap: anywhere; }
-.right { border-left: .4rem solid #3a8a4d; } .wrong { border-left: .4rem solid #b33; }
+.right { border-left: .4rem solid var(--good); } .wrong { border-left: .4rem solid var(--error); }
 figure { display: inline-block; margin: .3rem; vertical-align: top; max-width: 16rem; }
-figcaption { font-size: .8rem; color: #555; overflow-wrap: anywhere; }
+figcaption { font-size: .8rem; color: var(--muted); }
 dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0; }
-.scores { color: #555; font-size: .9rem; }
+.scores { color: var(--muted); font-size: .9rem; }
 """
 
 
@@ -49,7 +48,10 @@ def evaluation_page(
     parts = [f"<p>{NOTE}</p>"]
     plain = [(header, [tuple(c.strip("*") for c in row) for row in rows]) for header, rows in tables]
     parts += [html_table(*table) for table in (*plain, *metric_tables(scores.tasks))]
-    parts += [f"<p>{html_image(file.read_bytes(), 'png', text)}</p>" for text, file in pictures.items()]
+    parts += [
+        f"<div class='plot'>{html_image(file.read_bytes(), 'png', text)}</div>"
+        for text, file in pictures.items()
+    ]
     for task in benchmark.tasks:
         items = [item for item in benchmark.items if item.task == task]
         more = len(items) - MAX_ITEMS_PER_TASK
@@ -85,8 +87,4 @@ def _figure(figure: Figure) -> str:
 @cache  # several items may show the same figure
 def _thumbnail(figure: Figure) -> bytes:
     """Return a small JPEG of a figure."""
-    image = figure.decode()
-    image.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=80)
-    return stream.getvalue()
+    return jpeg_thumbnail(figure.decode(), _THUMBNAIL_PIXELS)

@@ -1,17 +1,29 @@
-"""Plots of an evaluation: a radar chart with the published results, and a bar chart of every task."""
+"""Plots of an evaluation: bars of every task beside the published results, and a radar chart."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from internvl_chat.eval.report.published import CHOICE, OPEN, PUBLISHED, TITLES, published
 from internvl_chat.eval.report.table import LABELS, Metrics, is_choice
+from internvl_chat.utils.plotting import AMBER, BLUE, GRAY, TEXT_GRAY, new_figure, plain_text, save_png
 
-_COLOURS = {"InternVL3-8B": "#9aa5b1", "M3LLM-8B": "#e08e2b"}
-_MODEL_COLOUR = "#1f5a96"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLORS = {"InternVL3-8B": GRAY, "M3LLM-8B": AMBER}
+_MODEL_COLOR = BLUE
 # Metrics of open tasks in the bar chart; the table has all of them.
 _BARS = ("bleu1", "bleu4", "rougeL", "f1", "bertscore", "sts")
+_COLUMNS = 2
+# In inches: a bar, and the title and axis of a panel.
+_BAR, _PANEL = 0.18, 0.8
+# Between metrics, in bars.
+_GAP = 0.7
 
 
 def radar_axes(tasks: Mapping[str, Metrics], benchmark: str) -> list[tuple[str, str]]:
@@ -30,99 +42,135 @@ def radar_axes(tasks: Mapping[str, Metrics], benchmark: str) -> list[tuple[str, 
 
 def plot_radar(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, model: str) -> bool:
     """Plot the radar chart as a PNG; returns False if there are fewer than three axes."""
-    pairs = radar_axes(tasks, benchmark)
-    if len(pairs) < 3:
+    figure = radar_figure(tasks, benchmark=benchmark, model=model)
+    if figure is None:
         return False
-    lines = {model: (_MODEL_COLOUR, [float(tasks[task][name]) for task, name in pairs])}
-    if benchmark == "pmc-mi":
-        lines |= {
-            other: (_COLOURS[other], [published(other, task, name) or 0.0 for task, name in pairs])
-            for other in PUBLISHED
-        }
-    plt = _pyplot()
-    angles = np.linspace(0, 2 * np.pi, len(pairs), endpoint=False)
-    figure = plt.figure(figsize=(9, 8))
-    axes = figure.add_axes((0.2, 0.14, 0.6, 0.7), projection="polar")
-    axes.set_theta_offset(np.pi / 2)
-    axes.set_theta_direction(-1)
-    for label, (colour, values) in lines.items():
-        closed = ([*angles, angles[0]], [*values, values[0]])
-        is_model = colour == _MODEL_COLOUR
-        # The space keeps names that start with "_" in the legend.
-        axes.plot(*closed, color=colour, linewidth=2 if is_model else 1.2, label=f" {_plain(label)}")
-        axes.fill(*closed, color=colour, alpha=0.12 if is_model else 0.04)
-    axes.set(ylim=(0, 100), xticks=angles)
-    axes.set_xticklabels([])
-    axes.set_yticks([20, 40, 60, 80], ["20", "40", "60", "80"], fontsize="x-small", color="#777")
-    for angle, (task, name) in zip(angles, pairs, strict=True):
-        side = np.sin(angle)
-        aligned = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
-        title = _plain(TITLES.get(task, task) if benchmark == "pmc-mi" else task)
-        axes.text(angle, 106, f"{title}\n{LABELS[name]}", ha=aligned, va="center", fontsize=8)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
-    figure.suptitle(f"{_plain(benchmark)}, in percent", y=0.97)
-    _save(plt, figure, picture)
+    save_png(figure, picture)
     return True
 
 
 def plot_bars(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, model: str) -> None:
-    """Plot the main metrics of every task as a PNG, open tasks above multiple choice."""
-    groups = [
-        ({task: metrics for task, metrics in tasks.items() if is_choice(metrics) == choice}, names)
-        for names, choice in ((_BARS, False), (CHOICE, True))
+    """Plot the main metrics of every task as a PNG."""
+    save_png(bar_figure(tasks, benchmark=benchmark, model=model), picture)
+
+
+def radar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "Figure | None":
+    """Return the radar chart, or None if there are fewer than three axes."""
+    pairs = radar_axes(tasks, benchmark)
+    if len(pairs) < 3:
+        return None
+    lines = {}
+    if benchmark == "pmc-mi":
+        lines = {
+            f"{other} (published)": (_COLORS[other], [published(other, *pair) or 0.0 for pair in pairs])
+            for other in PUBLISHED
+        }
+    lines[plain_text(model)] = (_MODEL_COLOR, [float(tasks[task][name]) for task, name in pairs])
+    angles = np.linspace(0, 2 * np.pi, len(pairs), endpoint=False)
+    figure = new_figure(10, 9)
+    # Constrained layout would not leave room for the labels.
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.19, 0.13, 0.62, 0.7), projection="polar")
+    axes.set_theta_offset(np.pi / 2)
+    axes.set_theta_direction(-1)
+    for label, (color, values) in lines.items():
+        closed = ([*angles, angles[0]], [*values, values[0]])
+        is_model = color == _MODEL_COLOR
+        # The space keeps names that start with "_" in the legend.
+        axes.plot(*closed, color=color, linewidth=2.2 if is_model else 1.6, label=f" {label}")
+        axes.fill(*closed, color=color, alpha=0.15 if is_model else 0.06)
+    axes.set(ylim=(0, 100), xticks=angles)
+    axes.set_xticklabels([])
+    axes.set_yticks(
+        [20, 40, 60, 80, 100], ["20", "40", "60", "80", "100"], fontsize="x-small", color=TEXT_GRAY
+    )
+    axes.set_rlabel_position(np.degrees(angles[1]) / 2)
+    axes.grid(alpha=0.4)
+    axes.spines["polar"].set_alpha(0.4)
+    for angle, (task, name) in zip(angles, pairs, strict=True):
+        side, height = np.sin(angle), np.cos(angle)
+        aligned = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+        vertical = "bottom" if height > 0.9 else "top" if height < -0.9 else "center"
+        title = textwrap.fill(plain_text(_title(task, benchmark)), 24)
+        size = 8.5 if len(pairs) <= 20 else 6
+        axes.text(angle, 104, f"{title}\n{LABELS[name]}", ha=aligned, va=vertical, fontsize=size)
+    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.02), ncols=3, frameon=False)
+    figure.suptitle(f"{plain_text(benchmark)}, in percent", fontweight="bold", y=0.96)
+    return figure
+
+
+def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "Figure":
+    """Return the bar chart: a panel per task, and per metric a bar of each published model and of `model`."""
+    series = {task: _task_bars(task, metrics, benchmark) for task, metrics in tasks.items()}
+    columns = min(_COLUMNS, len(tasks))
+    rows = [list(tasks)[start : start + columns] for start in range(0, len(tasks), columns)]
+    # The length of a panel's axis in bars; a gap follows each metric.
+    lengths = [
+        max(sum(len(bars) + _GAP for bars in series[task].values()) or 2 for task in row) for row in rows
     ]
-    groups = [(chosen, names) for chosen, names in groups if chosen]
-    # In inches: the same thickness for all bars, plus axis and legend.
-    heights = [0.24 * sum(len(_known(m, names)) + 1 for m in chosen.values()) + 1 for chosen, names in groups]
-    plt = _pyplot()
-    figure = plt.figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
-    parts = figure.subfigures(len(groups), squeeze=False, height_ratios=heights)[:, 0]
-    for part, (chosen, names) in zip(parts, groups, strict=True):
-        _draw_bars(part, chosen, names, plt.get_cmap("viridis"))
-    figure.suptitle(f"{_plain(benchmark)}: {_plain(model)}")
-    _save(plt, figure, picture)
+    heights = [_BAR * length + _PANEL for length in lengths]
+    figure = new_figure(5.6 * columns + 0.4, sum(heights) + 0.9)
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
+    panels = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    drawn: dict[str, object] = {}
+    for row, length, row_panels in zip(rows, lengths, panels, strict=True):
+        for axes in row_panels[len(row) :]:
+            axes.remove()
+        for task, axes in zip(row, row_panels, strict=False):
+            drawn |= _draw_task(axes, series[task], length)
+            items = tasks[task]["items"]
+            title = plain_text(_title(task, benchmark), 48)
+            axes.set_title(
+                f"{title} ({items:,} item{'s' if items != 1 else ''})", loc="left", fontsize="medium"
+            )
+    name = plain_text(model)
+    title = f"{plain_text(benchmark)}: {name}, in percent"
+    if len(drawn) < 2:
+        figure.suptitle(title, fontweight="bold")
+        return figure
+    names = [f"{other} (published)" for other in PUBLISHED if other in drawn]
+    bars = [drawn[other] for other in (*PUBLISHED, "") if other in drawn]
+    # The title of the legend, because a legend outside the panels would cover that of the figure.
+    figure.legend(
+        bars, [*names, f" {name}"], loc="outside upper center", ncols=3, frameon=False, title=title,
+        title_fontproperties={"weight": "bold", "size": "large"},
+    )  # fmt: skip
+    return figure
 
 
-def _draw_bars(part: object, tasks: Mapping[str, Metrics], names: tuple[str, ...], colours: object) -> None:
-    """Draw horizontal bars, which leave room for long task names."""
-    axes = part.subplots()
-    y, ticks = 0, []
-    in_legend: set[str] = set()
-    for task, metrics in tasks.items():
-        known = _known(metrics, names)
-        for offset, name in enumerate(known):
-            label = None if name in in_legend else LABELS[name]
-            colour = colours(0.1 + 0.8 * names.index(name) / len(names))
-            axes.barh(y + offset, metrics[name], height=0.9, color=colour, label=label)
-            axes.text(metrics[name] + 1, y + offset, f"{metrics[name]:.1f}", va="center", fontsize=7)
-            in_legend.add(name)
-        ticks.append((y + (len(known) - 1) / 2, _plain(task)))
-        y += len(known) + 1
-    axes.set_yticks([middle for middle, _ in ticks], [name for _, name in ticks])
-    axes.set(xlim=(0, 112), ylim=(y - 0.5, -1), xlabel="percent")
+def _task_bars(task: str, metrics: Metrics, benchmark: str) -> dict[str, dict[str, float]]:
+    """Return the values of the bars, by metric and model; the evaluated model is ""."""
+    names = [n for n in (CHOICE if is_choice(metrics) else _BARS) if metrics.get(n) is not None]
+    bars: dict[str, dict[str, float]] = {}
+    for name in names:
+        others = {other: published(other, task, name) for other in PUBLISHED if benchmark == "pmc-mi"}
+        bars[name] = {other: value for other, value in others.items() if value is not None}
+        bars[name][""] = float(metrics[name])
+    return bars
+
+
+def _draw_task(axes: "Axes", metrics: Mapping[str, Mapping[str, float]], length: int) -> dict[str, object]:
+    """Draw the bars of a task from the top of an axis of the given length; return a bar of each model."""
+    y, ticks, drawn = 0.0, [], {}
+    for name, values in metrics.items():
+        ticks.append((y + (len(values) - 1) / 2, LABELS[name]))
+        for model, value in values.items():
+            color = _COLORS.get(model, _MODEL_COLOR)
+            drawn[model] = axes.barh(y, value, height=0.9, color=color)
+            # Outside the axis for the largest values, which the layout leaves room for.
+            axes.text(value + 1, y, f"{value:.1f}", va="center", fontsize="x-small")
+            y += 1
+        y += _GAP
+    if not metrics:
+        axes.text(50, 0.5, "no metric was computed", ha="center", va="center", color=TEXT_GRAY)
+    axes.set_yticks([middle for middle, _ in ticks], [label for _, label in ticks])
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlim=(0, 100), ylim=(length - _GAP - 0.4, -0.6))
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if in_legend:
-        part.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    return drawn
 
 
-def _known(metrics: Metrics, names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if metrics.get(name) is not None]
-
-
-def _plain(text: str) -> str:
-    """Truncate a name and escape dollars, which matplotlib reads as math."""
-    return text.replace("$", r"\$")[:40]
-
-
-def _pyplot() -> object:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(plt: object, figure: object, picture: Path) -> None:
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+def _title(task: str, benchmark: str) -> str:
+    return TITLES.get(task, task) if benchmark == "pmc-mi" else task

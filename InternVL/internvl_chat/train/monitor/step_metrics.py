@@ -1,9 +1,10 @@
 """Metrics of a step, and its lines in `metrics.jsonl` and `ledger.jsonl`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,62 @@ class StepSums(NamedTuple):
         return StepSums(*(type(local)(value) for local, value in zip(self, values, strict=True)))
 
 
+class DatasetLoss(NamedTuple):
+    """Loss of one dataset in a step.
+
+    Attributes:
+        records: number of records, without dummy samples.
+        loss: weighted mean over their supervised tokens, as in the loss of the step.
+    """
+
+    records: int
+    loss: float
+
+
+def dataset_sums(
+    names: Sequence[str], packs: Sequence[Pack], weights: Sequence[Tensor], token_losses: Sequence[Tensor]
+) -> Tensor:
+    """Return the records, the loss weight and the weighted loss of each dataset on this rank, (3, D) float64.
+
+    Args:
+        names: names of the D datasets.
+        packs: packs of this rank.
+        weights: (R,) per pack, the loss weight of each record's tokens.
+        token_losses: (U,) per pack, the loss of each supervised token.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    # Dummy samples go to an extra column, which is dropped.
+    columns = np.array(
+        [
+            numbers[key.dataset] if counts else len(names)
+            for pack in packs
+            for key, counts in zip(pack.keys, pack.counts.tolist(), strict=True)
+        ]
+    )
+    supervised = torch.cat([pack.supervised for pack in packs]).numpy()
+    weight = torch.cat(list(weights)).numpy()
+    losses = torch.cat(list(token_losses)).double().cpu().numpy()
+    sums = [
+        np.bincount(columns, minlength=len(names) + 1),
+        np.bincount(columns, weight * supervised, len(names) + 1),
+        np.bincount(columns.repeat(supervised), losses * weight.repeat(supervised), len(names) + 1),
+    ]
+    return torch.from_numpy(np.stack(sums)[:, :-1].astype(np.float64))
+
+
+def dataset_losses(names: Sequence[str], sums: Tensor) -> dict[str, DatasetLoss]:
+    """Return the loss of each dataset with supervised tokens in a step.
+
+    Args:
+        names: names of the D datasets.
+        sums: (3, D) sums of `dataset_sums` over all ranks.
+    """
+    columns = zip(names, *sums.tolist(), strict=True)
+    return {
+        name: DatasetLoss(int(records), loss / weight) for name, records, weight, loss in columns if weight
+    }
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """Outcome of a step over all ranks.
@@ -76,6 +133,7 @@ class StepRecord:
         learning_rate: learning rate of the step.
         grad_norm: gradient norm before clipping.
         sums: sums over the packs of all ranks.
+        sets: loss of each dataset with records in the step.
         skipped: unusable records.
         skipped_because: reason for skipping the step; None if it was not skipped.
     """
@@ -84,6 +142,7 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     sums: StepSums
+    sets: Mapping[str, DatasetLoss] = field(default_factory=dict)
     skipped: tuple[SkippedRecord, ...] = ()
     skipped_because: str | None = None
 
@@ -127,6 +186,9 @@ def metrics_row(
     if peak_flops:
         row["mfu"] = round(sums.flops / seconds / peak_flops / world_size, 4)
     row["max_memory_gb"] = round(max_memory / 1e9, 3)
+    row["sets"] = {
+        name: {"records": part.records, "loss": round(part.loss, 7)} for name, part in record.sets.items()
+    }
     return row | _skipped_because(record)
 
 

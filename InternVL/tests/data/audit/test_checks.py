@@ -10,14 +10,8 @@ from small_sets import break_inside, encoder, image_record, noise, text_record, 
 
 from internvl_chat.data.audit.checks import audit
 from internvl_chat.data.audit.duplicates import find_duplicates
-from internvl_chat.data.audit.report import (
-    PAGE,
-    PROBLEMS,
-    group_by_kind,
-    set_rows,
-    set_statistics,
-    write_report,
-)
+from internvl_chat.data.audit.report import PAGE, PROBLEMS, write_report
+from internvl_chat.data.audit.statistics import group_by_kind, set_rows, set_statistics
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.index import build as build_module

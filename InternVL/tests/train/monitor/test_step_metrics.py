@@ -7,7 +7,15 @@ import torch
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.train.monitor import step_metrics
-from internvl_chat.train.monitor.step_metrics import StepRecord, StepSums, ledger_row, metrics_row
+from internvl_chat.train.monitor.step_metrics import (
+    DatasetLoss,
+    StepRecord,
+    StepSums,
+    dataset_losses,
+    dataset_sums,
+    ledger_row,
+    metrics_row,
+)
 
 SUMS = StepSums(
     weight=2.0,
@@ -23,9 +31,8 @@ SUMS = StepSums(
 
 
 def record(**changes):
-    return StepRecord(
-        **{"loss": 1.23456789, "learning_rate": 1e-5, "grad_norm": 0.25, "sums": SUMS} | changes
-    )
+    values = {"loss": 1.23456789, "learning_rate": 1e-5, "grad_norm": 0.25, "sums": SUMS}
+    return StepRecord(**values | {"sets": {"a": DatasetLoss(4, 1.23456789)}} | changes)
 
 
 def metrics(step, **changes) -> dict:
@@ -39,7 +46,7 @@ def test_metrics():
     assert metrics(record()) == {
         "step": 3, "epoch": 0.5, "loss": 1.2345679, "grad_norm": 0.25, "learning_rate": 1e-5, "records": 4,
         "tokens": 100, "supervised_tokens": 30, "tiles": 7, "seconds": 2.0, "records_per_second": 2.0,
-        "tokens_per_second": 50.0, "max_memory_gb": 1.5,
+        "tokens_per_second": 50.0, "max_memory_gb": 1.5, "sets": {"a": {"records": 4, "loss": 1.2345679}},
     }  # fmt: skip
 
 
@@ -76,6 +83,33 @@ def test_sums_from_packs():
     weights = [torch.tensor([0.5, 2.0]), torch.tensor([0.0])]
     sums = StepSums.from_packs(packs, weights, 6e9, stop_requested=True, saving=False)
     assert sums == StepSums(11.5, 2, 29, 12, 3, 6e9, 2, 1, 0)
+
+
+def losses_pack(*records):
+    """Return a pack, the weights of its records and the losses of their tokens."""
+    keys, counts, weights, losses = zip(*records, strict=True)
+    pack = SimpleNamespace(
+        keys=keys, counts=torch.tensor(counts), supervised=torch.tensor([len(each) for each in losses])
+    )
+    flat = [loss for each in losses for loss in each]
+    return pack, torch.tensor(weights, dtype=torch.float64), torch.tensor(flat)
+
+
+def test_losses_of_datasets():
+    first = losses_pack(
+        (RecordKey("b", 0), True, 0.5, [1.0, 3.0]), (RecordKey("a", 7), True, 1.0, [4.0]),
+    )  # fmt: skip
+    second = losses_pack(
+        (RecordKey("", -1), False, 0.0, [float("nan")]), (RecordKey("b", 2), True, 0.25, [8.0] * 4),
+    )  # fmt: skip
+    sums = dataset_sums(["a", "b", "unused"], *zip(first, second, strict=True))
+    assert sums.tolist() == [[1, 2, 0], [1, 2, 0], [4, 10, 0]]
+    assert dataset_losses(["a", "b", "unused"], sums) == {"a": DatasetLoss(1, 4.0), "b": DatasetLoss(2, 5.0)}
+
+
+def test_losses_of_datasets_without_records():
+    sums = dataset_sums(["a"], *zip(losses_pack((RecordKey("", -1), False, 0.0, [])), strict=True))
+    assert dataset_losses(["a"], sums) == {}
 
 
 def test_sums_over_ranks_keep_their_types(monkeypatch):

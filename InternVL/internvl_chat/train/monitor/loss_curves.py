@@ -1,0 +1,125 @@
+"""Loss curves: steps of a log, centered means, limits of the axis, and thinning of long curves."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Longer curves are drawn as the lowest and highest loss of as many intervals as the picture has columns.
+_MAX_POINTS = 2000
+# Shorter curves have no mean.
+FEW_STEPS = 10
+Row = dict[str, Any]
+
+
+def read_steps(file: Path) -> list[Row]:
+    """Return the lines of a log in the order of their steps, the last one of each step.
+
+    A step that was repeated after a crash has several lines. The last line of a log may be truncated.
+    """
+    rows: dict[int, Row] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+class Curve(NamedTuple):
+    """Losses by step; NaN where a step was skipped.
+
+    Attributes:
+        steps: (N,) steps in ascending order.
+        losses: (N,) their losses.
+        records: (N,) number of records of each, the weights of a mean.
+    """
+
+    steps: np.ndarray
+    losses: np.ndarray
+    records: np.ndarray
+
+    @classmethod
+    def from_points(cls, points: Iterable[tuple[int, float | None, int]]) -> "Curve":
+        """Return the curve of points (step, loss, records)."""
+        columns = np.array([(s, np.nan if loss is None else loss, n) for s, loss, n in points], float)
+        return cls(*columns.reshape(-1, 3).T)
+
+    def mean(self, limits: tuple[float, float]) -> np.ndarray:
+        """Return the centered mean over 5 % of the steps, without losses outside the limits."""
+        inside = np.where(is_inside(self.losses, limits), self.losses, np.nan)
+        return centered_mean(inside, self.half_width, self.records)
+
+    @property
+    def half_width(self) -> int:
+        """Number of steps on each side over which the mean is taken; 0 for short curves."""
+        return max(1, len(self.steps) // 40) if len(self.steps) >= FEW_STEPS else 0
+
+
+def centered_mean(values: np.ndarray, half_width: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return the weighted mean over a window around each value, ignoring NaN; NaN if the window has no value.
+
+    At the left end, where losses fall steeply, the window shrinks to an eighth of its half. At the right end
+    only its right half shrinks, because the last values alone are noisy.
+
+    >>> centered_mean(np.array([9.0, 3.0, 6.0, 3.0]), 1).tolist()
+    [9.0, 6.0, 4.0, 4.5]
+    """
+    position = np.arange(len(values))
+    left = np.minimum(position, half_width)
+    right = np.minimum(np.maximum(left, half_width // 8), position[::-1])
+    weights = np.where(np.isfinite(values), 1.0 if weights is None else weights, 0.0)
+    total, weight = (
+        np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(weights > 0, values, 0.0) * weights, weights)
+    )
+    start, stop = position - left, position + right + 1
+    with np.errstate(invalid="ignore"):
+        return (total[stop] - total[start]) / (weight[stop] - weight[start])
+
+
+def loss_limits(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """Return the limits of a loss axis: around all losses but spikes, and not below 0.
+
+    The range of medians over five steps, the first loss, the 1st to 99th percentile and `others` is shown in
+    any case. A loss that exceeds it by more than half of it is a spike.
+
+    Args:
+        losses: losses by step, with NaN.
+        others: losses that are shown in any case.
+    """
+    losses, others = losses[np.isfinite(losses)], others[np.isfinite(others)]
+    if not len(losses) + len(others):
+        return 0.0, 1.0
+    shown = [others]
+    if len(losses):
+        windows = np.lib.stride_tricks.sliding_window_view(losses, min(5, len(losses)))
+        shown += [losses[:1], np.median(windows, axis=1), np.percentile(losses, [1, 99])]
+    low, high = (function(np.concatenate(shown)) for function in (np.min, np.max))
+    tolerance = (high - low) / 2
+    inside = losses[is_inside(losses, (low - tolerance, high + tolerance))]
+    low, high = min([low, *inside]), max([high, *inside])
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    return float(max(low - margin, min(low, 0.0))), float(high + margin)
+
+
+def is_inside(losses: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Return whether each loss is inside the limits; False for NaN."""
+    return (losses >= limits[0]) & (losses <= limits[1])
+
+
+def thin(steps: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most about `_MAX_POINTS` points: both ends, and the extremes of each interval."""
+    if len(steps) <= _MAX_POINTS:
+        return steps, losses
+    chosen = {0, len(steps) - 1}
+    for interval in np.array_split(np.arange(len(steps)), _MAX_POINTS // 2):
+        known = interval[np.isfinite(losses[interval])]
+        if len(known):
+            chosen |= {known[np.argmin(losses[known])], known[np.argmax(losses[known])]}
+        else:
+            chosen.add(interval[0])
+    indices = np.array(sorted(chosen))
+    return steps[indices], losses[indices]
