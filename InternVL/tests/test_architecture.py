@@ -60,6 +60,7 @@ TESTED_BY = {
     "data.audit.duplicates": "data/audit/test_checks.py",
     "data.audit.image_hash": "data/audit/test_contamination.py",
     "data.audit.report": "data/audit/test_checks.py",
+    "data.audit.statistics": "data/audit/test_checks.py",
     "data.batching.dataloader": "data/batching/test_collator.py",
     "data.index.cache": "data/index/test_build.py",
     "data.record_set": "data/test_dataset.py",

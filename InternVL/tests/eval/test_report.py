@@ -4,17 +4,19 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 from small_sets import noise
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.report import page as pages
 from internvl_chat.eval.report.files import write_report
-from internvl_chat.eval.report.plots import radar_axes
+from internvl_chat.eval.report.plots import bar_figure, radar_axes, radar_figure
 from internvl_chat.eval.report.published import PUBLISHED, TITLES, published
 from internvl_chat.eval.report.table import markdown
 from internvl_chat.eval.scoring import Scores, score
 from internvl_chat.metrics.suite import CHOICE_METRICS, OPEN_METRICS, Suite
+from internvl_chat.utils.plotting import AMBER, BLUE, GRAY
 
 EVIL = "<script>alert('x')</script> & \"quoted\" <b>bold</b>"
 
@@ -71,6 +73,102 @@ def test_radar_axes():
         ("CT", "accuracy"),
         ("x", "rougeL"),
     ]
+
+
+def bars(axes) -> list[tuple[float, str, float]]:
+    """Return the bars of a panel from top to bottom, with color and number of the label at their end."""
+    texts = {round(text.get_position()[1], 3): float(text.get_text()) for text in axes.texts}
+    return [
+        (round(bar.get_width(), 1), to_hex(bar.get_facecolor()), texts[round(bar.get_y() + 0.45, 3)])
+        for bar in axes.patches
+    ]
+
+
+class TestBars:
+    GRAY, AMBER, BLUE = (color.lower() for color in (GRAY, AMBER, BLUE))
+
+    def test_published_bars_stand_beside_ours(self):
+        axes = bar_figure(tasks(), benchmark="pmc-mi", model="run").axes[0]
+        assert axes.get_title("left") == "multi-image VQA (50 items)"
+        assert [label.get_text() for label in axes.get_yticklabels()] == [
+            "BLEU@1", "BLEU@4", "ROUGE-L", "F1", "BERTScore", "STS"
+        ]  # fmt: skip
+        drawn = bars(axes)
+        ours = (12.3, self.BLUE, 12.3)
+        assert drawn[:4] == [ours, (3.8, self.GRAY, 3.8), (15.0, self.AMBER, 15.0), ours]
+        assert len(drawn) == 4 * 3 + 2
+        assert [value for value, _, _ in drawn[-3:]] == [71.4, 78.2, 12.3]
+
+    def test_every_panel_ends_at_100(self):
+        figure = bar_figure(tasks(100.0), benchmark="pmc-mi", model="run")
+        assert len(figure.axes) == len(TITLES)
+        assert all(axes.get_xlim() == (0, 100) for axes in figure.axes)
+        assert all(value == label for axes in figure.axes for value, _, label in bars(axes))
+
+    def test_labels_are_inside_the_picture_and_do_not_overlap(self):
+        figure = bar_figure(tasks(100.0), benchmark="pmc-mi", model="m" * 60)
+        figure.draw_without_rendering()
+        texts = [text for axes in figure.axes for text in (*axes.texts, *axes.get_yticklabels())]
+        texts += [*figure.legends[0].get_texts(), figure.legends[0].get_title()]
+        texts += [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        assert all(
+            figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+            for box in boxes
+        )
+        for number, box in enumerate(boxes):
+            assert box.count_overlaps(boxes[number + 1 :]) == 0
+
+    def test_legend_names_the_models(self):
+        [legend] = bar_figure(tasks(), benchmark="pmc-mi", model="_run$").legends
+        names = [text.get_text().strip() for text in legend.get_texts()]
+        assert names == ["InternVL3-8B (published)", "M3LLM-8B (published)", r"_run\$"]
+        assert legend.get_title().get_text() == r"pmc-mi: _run\$, in percent"
+        colors = [to_hex(handle.get_facecolor()) for handle in legend.get_patches()]
+        assert colors == [self.GRAY, self.AMBER, self.BLUE]
+
+    def test_benchmark_without_published_rows(self):
+        known = {f"task {n}": tasks()["puretext"] for n in range(8)}
+        figure = bar_figure(known, benchmark="own", model="run")
+        assert len(figure.axes) == 8 and not figure.legends
+        assert figure.get_suptitle() == "own: run, in percent"
+        assert {color for axes in figure.axes for _, color, _ in bars(axes)} == {self.BLUE}
+
+    def test_odd_number_of_tasks_leaves_no_empty_panel(self):
+        known = {name: tasks()[name] for name in ("puretext", "multi-choice", "bboxVQA")}
+        assert len(bar_figure(known, benchmark="pmc-mi", model="run").axes) == 3
+
+    def test_one_task(self):
+        [axes] = bar_figure({"multi-choice": tasks()["multi-choice"]}, benchmark="pmc-mi", model="run").axes
+        assert [value for value, _, _ in bars(axes)][:3] == [78.0, 90.0, 12.3]
+
+    def test_metrics_that_were_not_computed_have_no_bars(self):
+        some = tasks()
+        some["puretext"]["bertscore"] = None
+        axes = bar_figure({"puretext": some["puretext"]}, benchmark="pmc-mi", model="run").axes[0]
+        assert "BERTScore" not in [label.get_text() for label in axes.get_yticklabels()]
+        [axes] = bar_figure({"own": tasks(None)["puretext"]}, benchmark="own", model="run").axes
+        assert axes.texts[0].get_text() == "no metric was computed"
+
+
+def test_radar_shows_our_and_the_published_values():
+    figure = radar_figure(tasks(), benchmark="pmc-mi", model="run")
+    lines = {each.get_label().strip(): each for each in figure.axes[0].lines}
+    assert list(lines) == ["InternVL3-8B (published)", "M3LLM-8B (published)", "run"]
+    assert lines["run"].get_ydata() == pytest.approx([12.345] * 17)
+    assert list(lines["InternVL3-8B (published)"].get_ydata()[:4]) == [3.8, 22.5, 55.7, 71.4]
+    bar_colors = [color for _, color, _ in bars(bar_figure(tasks(), benchmark="pmc-mi", model="run").axes[3])]
+    assert [each.get_color().lower() for each in lines.values()] == bar_colors[:3]
+    assert figure.axes[0].get_ylim() == (0, 100)
+
+
+def test_radar_labels_are_inside_the_picture():
+    known = {f"task {n} with a very long name of $many$ words": tasks()["puretext"] for n in range(12)}
+    figure = radar_figure(known, benchmark="own", model="run")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert all(box.count_overlaps(boxes[n + 1 :]) == 0 for n, box in enumerate(boxes))
 
 
 class Page(HTMLParser):

@@ -109,6 +109,18 @@ class TestCommand:
             "lengths.png", "problems.jsonl", "report.html"
         ]  # fmt: skip
 
+    def test_report_names_model_command_and_data(self, shown, write, tiny_model, tmp_path, monkeypatch):
+        meta = write(shows(0, "wide.png"), shows(0, "wide.png"), shows(2, "truncated.jpg"))
+        argv = ["data", "check", str(meta), "--model", str(tiny_model), "--report", str(tmp_path / "report")]
+        monkeypatch.setattr("sys.argv", ["m3llm", *argv])
+        shown(*argv)
+        page = (tmp_path / "report/report.html").read_text()
+        for text in (
+            f"<dt>data</dt><dd>{meta}</dd>", f"<dt>model</dt><dd>{tiny_model}</dd>",
+            f"<code>m3llm {' '.join(argv)}</code>", "image unreadable</div>", "wide.png<br>records.jsonl:2",
+        ):  # fmt: skip
+            assert text in page
+
     def test_warnings_are_not_errors(self, rows, write, tiny_model):
         code, found = rows("data", "check", write(text_record(0), text_record(0)), "--model", tiny_model)
         assert (code, found[-1]["warnings"]) == (0, 2)

@@ -40,6 +40,10 @@ def assert_same_losses(one: list[dict], other: list[dict], keys=("loss", "grad_n
         assert [row[key] for row in one] == [row[key] for row in other]
     for key in keys:
         assert [row[key] for row in other] == pytest.approx([row[key] for row in one], abs=TOLERANCE), key
+    for first, second in zip(one, other, strict=True):
+        assert second["sets"].keys() == first["sets"].keys()
+        for name, part in first["sets"].items():
+            assert second["sets"][name] == pytest.approx(part, abs=TOLERANCE), name
 
 
 def assert_same_ledger(one, other) -> None:

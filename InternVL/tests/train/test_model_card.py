@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard
 from internvl_chat.convert.export import export_hf
 from internvl_chat.convert.merge import merge
 from internvl_chat.convert.model_card import CARD, CARD_MARK
+from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.model_card import read_validation
+from internvl_chat.train.model_card import describe_run, read_validation
 
 
 def run(output: Path, model: Path, sample_data: Path, **changes) -> Path:
@@ -141,6 +142,31 @@ def test_card_of_an_earlier_run_is_replaced(tmp_path) -> None:
     (tmp_path / CARD).write_text(f"---\nlicense: unknown\n---\n{CARD_MARK}\n")
     inspect_output_folder(tmp_path, overwrite=False, resume=None).open().release()
     assert not (tmp_path / CARD).exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"freeze_backbone": True}, "projector, language model; learning rate 5e-6, 16 records per step"),
+        (
+            {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True, "use_llm_lora": 16},
+            "LoRA of rank 16 in the language model; learning rate 5e-6, 16 records per step",
+        ),
+        (
+            {"use_backbone_lora": 4, "freeze_llm": True},
+            "LoRA of rank 4 in the vision tower, projector; learning rate 5e-6, 16 records per step",
+        ),
+        (
+            {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True, "unfreeze_lm_head": True},
+            "selected layers; learning rate 5e-6, 16 records per step",
+        ),
+    ],
+)
+def test_description_of_a_run(recipe, expected) -> None:
+    given = {"model_name_or_path": "OpenGVLab/InternVL3-8B", "meta_path": "d", "output_dir": "o",
+             "learning_rate": 5e-6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}  # fmt: skip
+    config = parse_arguments(flags(**given, **recipe))
+    assert describe_run(config) == f"OpenGVLab/InternVL3-8B, trained: {expected}"
 
 
 def test_validation_metrics_match_the_model(tmp_path) -> None:

@@ -45,8 +45,8 @@ def length_figure(audit: Audit) -> "Figure":
             _draw(axes, column, bins, _COLORS[name], limit)
         if name != "tiles":
             panels[0, position].set_xscale("log")
-            within_decade = bins[-1] < 10 * bins[0]
-            subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if within_decade else (1, 2, 5)
+            # Denser ticks within a decade.
+            subs = (1, 2, 3, 4, 5, 6, 8) if bins[-1] < 10 * bins[0] else (1, 2, 5)
             panels[-1, position].xaxis.set_major_locator(LogLocator(subs=subs))
             panels[-1, position].xaxis.set_minor_locator(NullLocator())
             panels[-1, position].xaxis.set_major_formatter("{x:,.0f}")

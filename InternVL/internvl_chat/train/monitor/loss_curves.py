@@ -83,7 +83,7 @@ def centered_mean(values: np.ndarray, half_width: int, weights: np.ndarray | Non
 def loss_limits(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """Return the limits of a loss axis: around all losses but spikes, and not below 0.
 
-    The range of medians over five steps, the first loss, the 1st to 99th percentile and `others` is shown in
+    The range of medians over five steps, the first loss, the 5th to 95th percentile and `others` is shown in
     any case. A loss that exceeds it by more than half of it is a spike.
 
     Args:
@@ -96,7 +96,7 @@ def loss_limits(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     shown = [others]
     if len(losses):
         windows = np.lib.stride_tricks.sliding_window_view(losses, min(5, len(losses)))
-        shown += [losses[:1], np.median(windows, axis=1), np.percentile(losses, [1, 99])]
+        shown += [losses[:1], np.median(windows, axis=1), np.percentile(losses, [5, 95])]
     low, high = (function(np.concatenate(shown)) for function in (np.min, np.max))
     tolerance = (high - low) / 2
     inside = losses[is_inside(losses, (low - tolerance, high + tolerance))]

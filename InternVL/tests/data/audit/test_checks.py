@@ -228,7 +228,7 @@ class TestReport:
         assert "<script" not in text
         assert "&lt;script&gt;alert(1)" in text
         assert not re.search(r"(src|href)=['\"](?!data:)", text)
-        assert "1 of 2 records can be used; 1 errors, 0 warnings, 0 leaks." in text
+        assert "<b>1</b>of 2 records can be used" in text
 
     @pytest.mark.parametrize("by", [None, RecordEncoder(None, Preprocessing())])
     def test_without_usable_records(self, check, folder, by):

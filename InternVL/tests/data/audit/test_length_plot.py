@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from internvl_chat.data.audit import length_plot
 from internvl_chat.data.audit.checks import Audit, SetAudit
-from internvl_chat.data.audit.length_plot import plot_lengths
+from internvl_chat.data.audit.length_plot import length_figure, plot_lengths
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.sources.meta import DatasetSpec
 
@@ -19,17 +18,14 @@ def set_audit(name, tokens, supervised, tiles, folder) -> SetAudit:
 
 
 @pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """Plot datasets; returns the open figure."""
-    monkeypatch.setattr(plt, "close", lambda figure: None)
+def drawn(tmp_path):
+    """Return the figure of datasets."""
 
     def drawn(*sets, limit=8192):
         audits = [set_audit(*columns, tmp_path) for columns in sets]
-        plot_lengths(Audit(audits, [], False, limit), tmp_path / "plot.png")
-        return plt.gcf()
+        return length_figure(Audit(audits, [], False, limit))
 
-    yield drawn
-    plt.close("all")
+    return drawn
 
 
 rng = np.random.default_rng(0)
@@ -73,14 +69,30 @@ def test_names_and_medians(drawn):
     assert [axes.get_title("right") for axes in panels[1]] == ["median 6", "median 1", "median 3"]
 
 
+def ticks(axis, limits) -> list[float]:
+    return [tick for tick in axis.get_majorticklocs() if limits[0] <= tick <= limits[1]]
+
+
+@pytest.mark.parametrize("sets", [[LONG, SPIKE], [SPIKE], [("narrow", [300, 480], [9, 30], [3, 4])]])
+def test_ticks_are_legible(drawn, sets):
+    figure = drawn(*sets, limit=1000)
+    figure.draw_without_rendering()
+    for axes in figure.axes[-3:]:
+        shown = ticks(axes.xaxis, axes.get_xlim())
+        assert 2 <= len(shown) <= 16
+        labels = [axes.xaxis.get_major_formatter()(tick) for tick in shown]
+        assert len(set(labels)) == len(labels)
+
+
 def test_without_tokens(drawn):
     [axes] = drawn(SPIKE, limit=None).axes
     assert axes.get_xlabel() == "tiles per record"
 
 
 def test_empty_datasets(drawn, tmp_path):
-    drawn()
-    drawn(("none", [], [], []), ("one", [1], [1], [0]))
+    assert len(drawn().axes) == 3
+    audits = [set_audit(name, *[values] * 3, tmp_path) for name, values in (("none", []), ("one", [1]))]
+    plot_lengths(Audit(audits, [], False, 8192), tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.size[0] > 500
 
