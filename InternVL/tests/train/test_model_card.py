@@ -163,9 +163,9 @@ def test_card_of_an_earlier_run_is_replaced(tmp_path) -> None:
     ],
 )
 def test_description_of_a_run(recipe, expected) -> None:
-    given = {"model_name_or_path": "OpenGVLab/InternVL3-8B", "meta_path": "d", "output_dir": "o",
-             "learning_rate": 5e-6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}  # fmt: skip
-    config = parse_arguments(flags(**given, **recipe))
+    given = {"model_name_or_path": "OpenGVLab/InternVL3-8B", "meta_path": "d", "output_dir": "o"}
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    config = parse_arguments(flags(**given, **batch, learning_rate=5e-6, **recipe))
     assert describe_run(config) == f"OpenGVLab/InternVL3-8B, trained: {expected}"
 
 

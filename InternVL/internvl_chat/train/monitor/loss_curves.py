@@ -48,10 +48,10 @@ class Curve(NamedTuple):
         columns = np.array([(s, np.nan if loss is None else loss, n) for s, loss, n in points], float)
         return cls(*columns.reshape(-1, 3).T)
 
-    def mean(self, limits: tuple[float, float]) -> np.ndarray:
-        """Return the centered mean over 5 % of the steps, without losses outside the limits."""
+    def mean(self, limits: tuple[float, float], *, factor: int = 1) -> np.ndarray:
+        """Return the centered mean over `factor` times 5 % of the steps, without losses outside the limits."""
         inside = np.where(is_inside(self.losses, limits), self.losses, np.nan)
-        return centered_mean(inside, self.half_width, self.records)
+        return centered_mean(inside, factor * self.half_width, self.records)
 
     @property
     def half_width(self) -> int:

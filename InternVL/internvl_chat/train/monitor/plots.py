@@ -137,7 +137,8 @@ def _draw_datasets(
     for number, name in enumerate(names):
         parts = [(row, row["sets"][name]) for row in rows if name in row.get("sets", ())]
         curve = Curve.from_points((r["step"], _used(r, part["loss"]), part["records"]) for r, part in parts)
-        means.append(curve.mean(loss_limits(curve.losses, np.zeros(0))))
+        # A dataset has few records per step, so its mean needs more steps.
+        means.append(curve.mean(loss_limits(curve.losses, np.zeros(0)), factor=2))
         style = series_style(number)
         axes.plot(
             *thin(curve.steps, means[-1]), linewidth=1.4, marker=None if curve.half_width else ".",

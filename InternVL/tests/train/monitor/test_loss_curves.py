@@ -107,6 +107,16 @@ class TestThin:
         assert np.isnan(thinned[(steps >= 3000) & (steps < 3090)]).any()
 
 
+def test_mean_of_a_curve():
+    losses = [2.0, 3.0] * 40
+    losses[30] = 50.0
+    curve = Curve.from_points((step, loss, 1) for step, loss in enumerate(losses))
+    assert curve.half_width == 2
+    assert curve.mean((1.9, 3.1)).max() < 3  # without the spike
+    assert curve.mean((1.9, 3.1))[20] == pytest.approx(2.4)
+    assert curve.mean((1.9, 3.1), factor=2)[20] == pytest.approx(22 / 9)
+
+
 def test_curve_from_points():
     curve = Curve.from_points([(1, 2.0, 8), (2, None, 8)])
     assert curve.steps.tolist() == [1, 2] and np.isnan(curve.losses[1])
