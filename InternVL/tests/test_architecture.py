@@ -45,6 +45,7 @@ TESTED_BY = {
     "utils.doctor": "commands/test_doctor.py",
     "train.flags": "train/test_arguments.py",
     "train.config": "train/test_arguments.py",
+    "train.refused_flags": "train/test_arguments.py",
     "train.checks": "integration/test_bad_input.py",
     "train.internvl_chat_finetune": "integration/test_launchers.py",
     # Small modules with a common interface, tested together.

@@ -43,8 +43,9 @@ from internvl_chat.constants import (
     IMG_CONTEXT,
     IMG_END,
     IMG_START,
+    NORMALIZATIONS,
 )
-from internvl_chat.data.encode.tiling import NORMALIZATIONS, tiles_per_image
+from internvl_chat.data.encode.tiling import tiles_per_image
 from internvl_chat.data.encode.tokenizer import image_context_id
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.model.io.hf_format import to_hf_config, to_hf_weights

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
+from internvl_chat.constants import ATTENTION_NAMES
 from internvl_chat.model.kernels.cpu.blocked_attention import blocked_attention
 from internvl_chat.utils.errors import ModelError, UsageError
-
-ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
 # Name of `varlen_attention` in transformers' registry.
 VARLEN = "varlen"

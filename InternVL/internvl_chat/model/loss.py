@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-LOSS_REDUCTIONS = ("sample", "token", "square")
-
 _EXPONENT = {"token": 0.0, "square": 0.5, "sample": 1.0}
 
 

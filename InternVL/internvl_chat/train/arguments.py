@@ -10,35 +10,31 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from internvl_chat.train.config import TrainConfig, resolve_run
 from internvl_chat.train.flags import DataArguments, ModelArguments, RunArguments
+from internvl_chat.train.refused_flags import split_refused
 from internvl_chat.utils.errors import UsageError
 
 
 class _Parser(HfArgumentParser):
     """A parser that raises `UsageError` instead of exiting."""
 
-    def error(self, message: str) -> None:
+    def add_argument(self, *names: str, group: str = "", **options: Any) -> argparse.Action:
+        # HfArgumentParser passes the metadata of a field on; only the help uses the group.
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def build_parser() -> HfArgumentParser:
-    """Return the parser of the training command."""
-    return _Parser(
-        (ModelArguments, DataArguments, RunArguments),
-        prog="internvl_chat_finetune",
-        description="Fine-tune InternVL3. Give flags, or a JSON or YAML file and flags that override it.",
-        epilog="Example: torchrun -m internvl_chat.train.internvl_chat_finetune --model_name_or_path MODEL "
-        "--meta_path PMC-data.json --output_dir work_dirs/run --use_llm_lora 16 --freeze_llm True "
-        "--freeze_mlp True --freeze_backbone True --bf16 True",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def _build_parser() -> HfArgumentParser:
+    kinds = (ModelArguments, DataArguments, RunArguments)
+    return _Parser(kinds, add_help=False, allow_abbrev=False, exit_on_error=False)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -50,8 +46,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     tokens = list(sys.argv[1:] if argv is None else argv)
     if tokens and tokens[0].endswith((".json", ".yaml", ".yml")) and not tokens[0].startswith("--"):
         tokens = _tokens_from_file(Path(tokens[0])) + tokens[1:]
-    parser = build_parser()
-    problems: list[str] = []
+    parser = _build_parser()
+    tokens, problems = split_refused(tokens)
     while True:
         try:
             _, unknown = parser.parse_known_args(tokens)

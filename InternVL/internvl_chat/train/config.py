@@ -1,12 +1,9 @@
-"""Resolve the flags of a run once into a frozen configuration.
-
-Every field of transformers' TrainingArguments is either used (`USED_FLAGS`) or refused (`REFUSED_FLAGS`).
-"""
+"""Resolve the flags of a run once into a frozen configuration."""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,81 +13,12 @@ from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from internvl_chat.data.batching.dataloader import DataLoaderOptions
-from internvl_chat.train.flags import DataArguments, ModelArguments, RunArguments
+from internvl_chat.train.flags import INTERVALS, DataArguments, ModelArguments, RunArguments
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-_STRATEGIES = ("no", "steps", "epoch")
-
-# Flags of transformers that have no effect here: the accepted values, and what to use instead.
-REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "accelerator_config": ((None,), "accelerate is not used for training"),
-    "activation_checkpointing": ((None, False), "use --grad_checkpoint"),
-    "activation_checkpointing_kwargs": ((None,), "use --grad_checkpoint"),
-    "auto_find_batch_size": ((False,), "lower --per_device_train_batch_size or --max_packed_tokens"),
-    "average_tokens_across_devices": ((True,), "use --loss_reduction"),
-    "batch_eval_metrics": ((False,), "validation computes its metrics over all records"),
-    "bf16_full_eval": ((False,), "validation runs in the precision of the weights"),
-    "data_seed": ((None,), "--seed determines the order of the records"),
-    "dataloader_drop_last": ((False,), "the last, smaller step of an epoch is used"),
-    "dataloader_in_order": ((True,), "the order of the records is fixed"),
-    "dataloader_multiprocessing_context": ((None,), "dataloader workers are forked"),
-    "dataloader_persistent_workers": ((False, True), "dataloader workers are always persistent"),
-    "ddp_broadcast_buffers": ((None, False), "the model's buffers are constant"),
-    "ddp_find_unused_parameters": ((None, False), "every trained parameter is used in every step"),
-    "ddp_static_graph": ((None, False), "packs differ from step to step"),
-    "debug": (("", None), "use torch's own tools, such as torch.autograd.set_detect_anomaly"),
-    "do_predict": ((False,), "use m3llm eval"),
-    "enable_jit_checkpoint": ((False,), "a checkpoint is always saved on a stop signal"),
-    "eval_accumulation_steps": ((None,), "validation stores no logits"),
-    "eval_do_concat_batches": ((True,), "validation stores no logits"),
-    "eval_use_gather_object": ((False,), "validation stores no logits"),
-    "fp16": ((False,), "the model trains in bfloat16 (--bf16 True) or float32"),
-    "fp16_full_eval": ((False,), "validation runs in the precision of the weights"),
-    "fsdp_config": ((None,), "--parallel fsdp has no options"),
-    "gradient_checkpointing": ((None, False), "use --grad_checkpoint"),
-    "gradient_checkpointing_kwargs": ((None,), "use --grad_checkpoint"),
-    "hub_always_push": ((False,), "upload the finished folder"),
-    **dict.fromkeys(
-        ("hub_model_id", "hub_private_repo", "hub_revision"), ((None,), "upload the finished folder")
-    ),
-    "hub_strategy": (("every_save",), "upload the finished folder"),
-    "hub_token": ((None,), "upload the finished folder; log in with hf auth login"),
-    "ignore_data_skip": ((False,), "a resumed run continues with the next record"),
-    "include_for_metrics": (([], None), "validation measures losses and generated answers"),
-    "include_num_input_tokens_seen": (("no", False, "False"), "metrics.jsonl has the tokens of each step"),
-    "label_names": ((None,), "labels come from the conversation template"),
-    "label_smoothing_factor": ((0.0,), "the loss is the reference's"),
-    "length_column_name": (("length",), "the data check measures the lengths"),
-    "liger_kernel_config": ((None,), "use --use_liger"),
-    "log_level": (("passive",), "rank 0 logs information, warnings and errors"),
-    "log_level_replica": (("warning",), "other ranks log warnings and errors"),
-    "log_on_each_node": ((True,), "only rank 0 logs"),
-    "logging_nan_inf_filter": ((True,), "steps with a non-finite loss are skipped and reported"),
-    "neftune_noise_alpha": ((None,), "the embeddings are the reference's"),
-    "optim_target_modules": ((None,), "the optimizers that need it are not supported"),
-    "parallelism_config": ((None,), "use --parallel"),
-    "per_device_eval_batch_size": ((8,), "validation packs records up to --max_packed_tokens"),
-    "prediction_loss_only": ((False,), "validation stores no logits"),
-    "project": (("huggingface",), "set the tracker's environment variable, such as WANDB_PROJECT"),
-    "push_to_hub": ((False,), "upload the finished folder"),
-    "remove_unused_columns": ((True, False), "records have no columns"),
-    "restore_callback_states_from_checkpoint": ((False,), "the early-stopping state is always restored"),
-    "save_on_each_node": ((False,), "all ranks write to one shared folder"),
-    "skip_memory_metrics": ((True,), "metrics.jsonl has the peak memory of each step"),
-    "torch_compile_backend": ((None,), "--torch_compile True uses inductor"),
-    "torch_compile_mode": ((None,), "--torch_compile True compiles with dynamic shapes"),
-    "torch_empty_cache_steps": ((None,), "memory is planned before training"),
-    **{
-        f"trackio_{name}_id": ((None,), "set trackio's environment variables")
-        for name in ("bucket", "space", "static_space")
-    },
-    "use_cache": ((False,), "training needs no key-value cache"),
-    "use_liger_kernel": ((False,), "use --use_liger"),
-}
 
 
 @dataclass(frozen=True)
@@ -225,31 +153,20 @@ class TrainConfig:
         return {"model": vars(self.model), "data": vars(self.data), "training": dict(self.run.flags)}
 
 
-# Flags that `resolve_run` turns into other fields.
-_CONSUMED = ("per_device_train_batch_size", "gradient_accumulation_steps", "torch_compile", "fsdp", "use_cpu",
-             "ddp_backend", "do_train", "evaluation_strategy", "warmup_ratio", "group_by_length",
-             "self_test")  # fmt: skip
-_SAVED_FLAGS = frozenset({f.name for f in fields(RunConfig)} | {*_CONSUMED})
-# torchrun sets `local_rank`.
-USED_FLAGS = _SAVED_FLAGS | {"local_rank"}
-
-
 def resolve_run(args: RunArguments) -> RunConfig:
     """Resolve the training flags and the environment variables of this rank.
 
     Raises:
-        UsageError: lists all flags that are refused or have an invalid value.
+        UsageError: lists all flags that have an invalid value.
     """
-    problems = _refused(args)
-    # Fields only: properties of TrainingArguments, such as `device`, initialise devices.
-    given = {f.name: getattr(args, f.name) for f in fields(args)}
-    values = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
+    problems: list[str] = []
+    values = {f.name: getattr(args, f.name) for f in fields(RunConfig) if hasattr(args, f.name)}
     for name, enum in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         values[name] = _choice(name, values[name], [member.value for member in enum], problems)
     eval_strategy = args.evaluation_strategy if args.eval_strategy in ("no", None) else args.eval_strategy
-    values["eval_strategy"] = _choice("eval_strategy", eval_strategy or "no", _STRATEGIES, problems)
-    values["logging_strategy"] = _choice("logging_strategy", args.logging_strategy, _STRATEGIES, problems)
-    values["save_strategy"] = _choice("save_strategy", args.save_strategy, (*_STRATEGIES, "best"), problems)
+    values["eval_strategy"] = _choice("eval_strategy", eval_strategy or "no", INTERVALS, problems)
+    values["logging_strategy"] = _choice("logging_strategy", args.logging_strategy, INTERVALS, problems)
+    values["save_strategy"] = _choice("save_strategy", args.save_strategy, (*INTERVALS, "best"), problems)
     values["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, problems) or {}
     values["deepspeed"] = _mapping("deepspeed", args.deepspeed or None, problems)
     values["parallel"] = _parallel(args, problems)
@@ -269,7 +186,7 @@ def resolve_run(args: RunArguments) -> RunConfig:
     if problems:
         raise UsageError(problems)
     values |= {
-        "flags": {name: _plain(given[name]) for name in sorted(given.keys() & _SAVED_FLAGS)},
+        "flags": vars(args),
         "output_dir": str(Path(args.output_dir).expanduser().absolute()),
         "rank": distributed.rank(),
         "world_size": distributed.world_size(),
@@ -287,32 +204,16 @@ def resolve_run(args: RunArguments) -> RunConfig:
     return RunConfig(**values)
 
 
-def _refused(args: RunArguments) -> list[str]:
-    """Report flags that have no effect here."""
-    given = {f.name for f in fields(args)}
-    return [
-        f"--{flag} {getattr(args, flag)}: not supported; {advice}"
-        for flag, (accepted, advice) in REFUSED_FLAGS.items()
-        if flag in given and _plain(getattr(args, flag)) not in accepted
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """Return the value of an enum member, and any other value unchanged."""
-    return getattr(value, "value", value)
-
-
-def _choice(name: str, value: Any, known: Any, problems: list[str]) -> str:
-    value = str(_plain(value))
+def _choice(name: str, value: str, known: Sequence[str], problems: list[str]) -> str:
     if value not in known:
         problems.append(f"--{name} {value}: must be one of {', '.join(known)}")
     return value
 
 
-def _mapping(name: str, value: Any, problems: list[str]) -> dict[str, Any] | None:
-    """Return the value of a flag that is a mapping, JSON text, or the path of a JSON file."""
-    if value is None or isinstance(value, dict):
-        return value
+def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any] | None:
+    """Return the value of a flag that is JSON text or the path of a JSON file."""
+    if value is None:
+        return None
     try:
         text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
         loaded = json.loads(text)

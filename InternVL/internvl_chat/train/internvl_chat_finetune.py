@@ -23,7 +23,7 @@ from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.train.arguments import build_parser, parse_arguments
+from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.fingerprint import (
     EXCLUDED,
@@ -39,6 +39,7 @@ from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import RunPlan, check_configuration, sharded_generation_problem
 from internvl_chat.train.config import TrainConfig, set_float32_precision
 from internvl_chat.train.distributed.signals import exit_code, report_stop, stop_with_launcher
+from internvl_chat.train.flag_help import build_help_parser
 from internvl_chat.train.freeze import format_table, set_trainable
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.model_card import count_parameters, describe_run, read_validation, write_model_card
@@ -222,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # dataloader workers run in parallel
     tokens = list(sys.argv[1:] if argv is None else argv)
     if "--help" in tokens or "-h" in tokens:
-        build_parser().print_help()
+        build_help_parser().print_help()
         return 0
     stop_with_launcher()
     # Functions registered last run first: this one runs before Python waits for the workers.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from internvl_chat.constants import SYSTEM_TEXTS
 from internvl_chat.data.audit.checks import check_before_training
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData, build_sets
-from internvl_chat.data.encode.conversation import SYSTEM_TEXTS
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from helpers import assert_within_rounding, terms_of
 from model.conftest import make_model, make_record, run_alone
 
+from internvl_chat.constants import ATTENTION_NAMES
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model import attention
 from internvl_chat.model.attention import (
-    ATTENTION_NAMES,
     bidirectional_attention,
     pinned_sdpa,
     resolve_attention,

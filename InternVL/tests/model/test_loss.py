@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from internvl_chat.model.loss import LOSS_REDUCTIONS, token_weight
+from internvl_chat.constants import LOSS_REDUCTIONS
+from internvl_chat.model.loss import token_weight
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import yaml
 from helpers import flags
 from transformers import TrainingArguments
 
-from internvl_chat.train.arguments import RunArguments, build_parser, parse_arguments
-from internvl_chat.train.config import REFUSED_FLAGS, USED_FLAGS, resolve_run
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.flag_help import flag_groups
+from internvl_chat.train.flags import RunArguments
+from internvl_chat.train.refused_flags import REFUSED_FLAGS
 from internvl_chat.utils.errors import UsageError
 
 NEEDED = {"output_dir": "out", "meta_path": "meta.json", "model_name_or_path": "model"}
@@ -52,7 +54,6 @@ def test_warmup_steps_win_over_the_ratio(values, expected):
 def test_steps_between_validations_default_to_those_between_checkpoints():
     assert parse(save_steps=7, logging_steps=3).run.eval_steps == 7
     assert parse(save_steps=7, eval_steps=5).run.eval_steps == 5
-    assert "[--save_steps]" in " ".join(build_parser().format_help().split())
 
 
 @pytest.mark.parametrize(
@@ -146,27 +147,57 @@ def test_records_of_a_step(monkeypatch):
     assert (run.records_per_pack, run.records_per_rank, run.records_per_step) == (2, 16, 64)
 
 
+TRANSFORMERS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+OWN_DEFAULTS = {
+    # transformers leaves these to its Trainer.
+    "do_train": True,
+}
+# No flag of ours has these types: JSON text takes the place of a dict, and 0 that of None.
+OWN_TYPES = ("deepspeed", "lr_scheduler_kwargs", "fsdp", "report_to", "warmup_steps", "warmup_ratio")
+
+
+def default_of(field: dataclasses.Field):
+    """Return the default of a field, and the value of an enum member."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(value, "value", value)
+
+
 def test_every_flag_of_transformers_is_used_or_refused():
     """Fails for new flags in a newer transformers, which must be used or refused."""
-    flags_of_transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
-    known = USED_FLAGS | set(REFUSED_FLAGS)
-    assert flags_of_transformers <= known, flags_of_transformers - known
-    assert not USED_FLAGS & set(REFUSED_FLAGS)
-    own = {field.name for field in dataclasses.fields(RunArguments)}
-    assert own <= known, own - known
+    used = {field.name for field in dataclasses.fields(RunArguments)}
+    assert not used & REFUSED_FLAGS.keys()
+    assert TRANSFORMERS.keys() <= used | REFUSED_FLAGS.keys()
+
+
+def test_flags_of_transformers_keep_its_types_and_defaults():
+    known = [flag for flags in flag_groups().values() for flag in flags]
+    shared = [flag for flag in known if flag.name in TRANSFORMERS and flag.name not in OWN_TYPES]
+    assert len(shared) > 40
+    for flag in shared:
+        theirs = TRANSFORMERS[flag.name]
+        assert flag.type in str(theirs.type), flag.name
+        assert flag.default == OWN_DEFAULTS.get(flag.name, default_of(theirs)), flag.name
 
 
 @pytest.mark.parametrize("flag", sorted(REFUSED_FLAGS))
 def test_flags_without_effect_are_refused(flag):
-    defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
-    if flag not in defaults:
-        pytest.skip(f"{flag} is of another version of transformers")
-    args = RunArguments(output_dir="out", use_cpu=True)
-    resolve_run(args)
-    setattr(args, flag, "something else")
-    with pytest.raises(UsageError) as caught:
-        resolve_run(args)
-    assert caught.value.problems[0].startswith(f"--{flag} something else: not supported; ")
+    [problem] = problems(*flags(**NEEDED), f"--{flag}", "something else")
+    assert problem.startswith(f"--{flag} something else: not supported; ")
+    for value in REFUSED_FLAGS[flag][0]:
+        assert parse(**{flag: value}) == parse()
+    if flag in TRANSFORMERS:
+        assert default_of(TRANSFORMERS[flag]) in REFUSED_FLAGS[flag][0]
+
+
+def test_spellings_of_refused_flags():
+    needed = flags(**NEEDED)
+    for accepted in (["--fp16=False"], ["--fp16", "no"], ["--label-smoothing-factor", "0"]):
+        assert parse_arguments([*accepted, *needed]) == parse()
+    for refused in (["--fp16"], ["--fp16=True"], ["--no_skip_memory_metrics"], ["--label_names", "a", "b"]):
+        name = refused[0].partition("=")[0].replace("--no_", "--")
+        [problem] = problems(*refused, *needed)
+        assert problem.startswith(f"{name} ")
+    assert len(problems("--fp16", "--hub_token=x", "--bf16", "perhaps", *needed)) == 3
 
 
 def test_configuration_is_frozen():

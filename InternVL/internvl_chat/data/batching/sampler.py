@@ -8,8 +8,6 @@ from torch.utils.data import Sampler
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.dataset import SampleIndex
 
-STRATEGIES = ("random", "sequential", "group_by_length")
-
 
 def epoch_order(
     sizes: Sequence[int], *, seed: int, epoch: int, sequential: bool = False, resample: bool = False
@@ -70,7 +68,7 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         planner: assigns a step's records to ranks and packs.
         rank: this rank.
         seed: seed of the run.
-        strategy: one of `STRATEGIES`.
+        strategy: one of `SAMPLING_STRATEGIES`.
         resample: use square-root resampling of the datasets.
     """
 

@@ -23,12 +23,6 @@ from internvl_chat.constants import (
 )
 from internvl_chat.data.sources.records import Message
 
-# The reference's default system message of each template.
-SYSTEM_TEXTS = {
-    "internvl2_5": "你是书生·万象，英文名是InternVL，"
-    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
-}
-
 # One context token stands for an image until its number of tiles is known.
 _IMAGE = f"{IMG_START}{IMG_CONTEXT}{IMG_END}"
 

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.constants import IGNORE_INDEX
+from internvl_chat.constants import IGNORE_INDEX, NORMALIZATIONS
 from internvl_chat.data.encode.conversation import Template, TokenizedConversation
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import (
-    NORMALIZATIONS,
     Grid,
     degrade_jpeg,
     pad_to_square,

@@ -11,9 +11,16 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from internvl_chat.constants import IM_END, IM_START, IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START
+from internvl_chat.constants import (
+    IM_END,
+    IM_START,
+    IMAGE_PLACEHOLDER,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    NORMALIZATIONS,
+)
 from internvl_chat.data.encode.preprocessing import Preprocessing
-from internvl_chat.data.encode.tiling import NORMALIZATIONS
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.constants import MAX_TILES
-from internvl_chat.data.encode.conversation import SYSTEM_TEXTS
-from internvl_chat.data.encode.tiling import NORMALIZATIONS
+from internvl_chat.constants import MAX_TILES, NORMALIZATIONS, SYSTEM_TEXTS
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
 

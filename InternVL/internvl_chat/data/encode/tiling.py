@@ -12,11 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+from internvl_chat.constants import NORMALIZATIONS
 
 JPEG_QUALITIES = (75, 100)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.train.optim.fused_step import fused_step, step_factors, stochastic_round_
 
 # Values of `--optim` that select the AdamW of this module.
 OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-WEIGHT_PRECISIONS = ("master", "stochastic", "bf16")
 
 # Maximum number of elements that an eager step casts to float32 at a time. On a CPU the scratch memory must
 # fit into the cache but be large enough for multithreading. On a GPU only embeddings and head are split.

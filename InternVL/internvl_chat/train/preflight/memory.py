@@ -15,17 +15,13 @@ import numpy as np
 import psutil
 import torch
 
+from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.model.memory import PackSize, measure_activations, parallel_memory
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
-from internvl_chat.train.optim.adamw import (
-    OWN_OPTIMIZERS,
-    WEIGHT_PRECISIONS,
-    bytes_per_parameter,
-    scratch_bytes,
-)
+from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, bytes_per_parameter, scratch_bytes
 from internvl_chat.train.optim.factory import uses_compiled_step
 from internvl_chat.utils.distributed import all_gather_object
 from internvl_chat.utils.errors import UsageError

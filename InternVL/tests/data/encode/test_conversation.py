@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from internvl_chat.constants import SYSTEM_TEXTS
 from internvl_chat.data.encode.conversation import (
-    SYSTEM_TEXTS,
     Template,
     TokenizedConversation,
     render_message,

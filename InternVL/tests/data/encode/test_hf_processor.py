@@ -6,7 +6,8 @@ import pytest
 from small_sets import tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from internvl_chat.data.encode.conversation import SYSTEM_TEXTS, Template
+from internvl_chat.constants import SYSTEM_TEXTS
+from internvl_chat.data.encode.conversation import Template
 from internvl_chat.data.encode.hf_processor import (
     chat_template,
     image_processor_settings,

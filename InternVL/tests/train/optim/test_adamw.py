@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
+from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.train.optim import adamw as module
 from internvl_chat.train.optim.adamw import (
-    WEIGHT_PRECISIONS,
     Float32AdamW,
     build_adamw,
     bytes_per_parameter,

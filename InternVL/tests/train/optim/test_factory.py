@@ -1,6 +1,7 @@
 """Optimizers, weight decay and schedules match transformers; unsupported ones are refused."""
 
 import itertools
+import json
 import math
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -8,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import SchedulerType, Trainer, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
 from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, tiny_config
-from internvl_chat.train.arguments import RunArguments
 from internvl_chat.train.config import resolve_run
+from internvl_chat.train.flags import RunArguments
 from internvl_chat.train.optim import factory
 from internvl_chat.train.optim.adamw import Float32AdamW
 from internvl_chat.train.optim.factory import (
@@ -95,7 +96,7 @@ class TestOptimizer:
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
     def test_deepspeed_holds_the_masters(self):
-        run = resolve(bf16=True, deepspeed={"zero_optimization": {"stage": 1}}, parallel="deepspeed")
+        run = resolve(bf16=True, deepspeed='{"zero_optimization": {"stage": 1}}', parallel="deepspeed")
         assert type(make_optimizer(run, two_layers(torch.bfloat16))) is torch.optim.AdamW
 
     @pytest.mark.parametrize(
@@ -227,12 +228,12 @@ class TestSchedule:
         monkeypatch.setattr(factory, "get_scheduler", lambda *arguments, **_: seen.append(arguments))
         make_scheduler(resolve(warmup_steps=warmup), None, total)
         arguments = SimpleNamespace(warmup_steps=warmup)
-        assert seen == [("linear", None, RunArguments.get_warmup_steps(arguments, total), total)]
+        assert seen == [("linear", None, TrainingArguments.get_warmup_steps(arguments, total), total)]
 
     @pytest.mark.parametrize("name", [one.value for one in SchedulerType])
     def test_every_schedule_of_transformers_works_or_is_refused(self, name):
         options = OPTIONS.get(name, {})
-        flags = {"lr_scheduler_type": name, "lr_scheduler_kwargs": options, "warmup_steps": 5,
+        flags = {"lr_scheduler_type": name, "lr_scheduler_kwargs": json.dumps(options), "warmup_steps": 5,
                  "learning_rate": 1.0}  # fmt: skip
         if name in ("reduce_lr_on_plateau", "greedy"):
             with pytest.raises(
@@ -246,7 +247,7 @@ class TestSchedule:
         assert not list(optimizer_problems(resolve(**flags)))
 
     def test_invalid_schedule_options(self):
-        run = resolve(lr_scheduler_type="cosine", lr_scheduler_kwargs={"colour": "red"})
+        run = resolve(lr_scheduler_type="cosine", lr_scheduler_kwargs='{"colour": "red"}')
         (problem,) = optimizer_problems(run)
         assert problem.startswith("--lr_scheduler_type cosine: check --lr_scheduler_kwargs: ")
         assert "colour" in problem
