@@ -6,6 +6,7 @@ All errors are reported together.
 import argparse
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,7 +16,9 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from internvl_chat import __version__
 from internvl_chat.train.config import TrainConfig, resolve_run
+from internvl_chat.train.flag_help import flag_groups
 from internvl_chat.train.flags import DataArguments, ModelArguments, RunArguments
 from internvl_chat.train.refused_flags import split_refused
 from internvl_chat.utils.errors import UsageError
@@ -67,6 +70,32 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     return TrainConfig(model, data, resolve_run(run))
 
 
+def dump_config(config: TrainConfig) -> str:
+    """Return the flags that differ from their defaults as YAML, which `parse_arguments` reads again."""
+    run = config.run
+    ranks = "1 rank" if run.world_size == 1 else f"{run.world_size} ranks"
+    lines = [f"# m3llm {__version__}: flags that differ from their defaults\n",
+             f"# {ranks} on {run.device.type}, {run.records_per_step} records per step\n"]  # fmt: skip
+    given = {**vars(config.model), **vars(config.data), **run.flags}
+    for title, flags in flag_groups().items():
+        changed = {flag.name: given[flag.name] for flag in flags if given[flag.name] != flag.default}
+        if changed:
+            lines += [f"# {title}\n", yaml.safe_dump(changed, sort_keys=False)]
+    return "".join(lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader that reads only true and false as truth values, so that `eval_strategy: no` is text."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
 def _missing(tokens: list[str]) -> list[str]:
     """Report missing required flags."""
     given = {token.partition("=")[0].replace("-", "_") for token in tokens if token.startswith("--")}
@@ -102,9 +131,9 @@ def _without(tokens: list[str], flag: str | None) -> list[str]:
 
 
 def _tokens_from_file(path: Path) -> list[str]:
-    """Return the flags of a JSON or YAML file, flat or grouped as in the `config.yaml` of a run."""
+    """Return the flags of a JSON or YAML file, flat or in the groups of an older `config.yaml`."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such configuration file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

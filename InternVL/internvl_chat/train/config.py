@@ -26,7 +26,7 @@ class RunConfig:
     """Resolved training configuration of this rank; fields not listed have the meaning of their flag.
 
     Attributes:
-        flags: the flags as given, for `config.yaml`.
+        flags: the flags as given.
         device: device of this rank.
         rank: rank of this process.
         world_size: number of ranks.
@@ -149,7 +149,7 @@ class TrainConfig:
     run: RunConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the flags by group, for `config.yaml`; no flag holds a secret."""
+        """Return all flags by group, for the trackers; no flag holds a secret."""
         return {"model": vars(self.model), "data": vars(self.data), "training": dict(self.run.flags)}
 
 

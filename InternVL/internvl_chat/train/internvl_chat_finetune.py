@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
-import yaml
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -23,7 +22,7 @@ from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.arguments import dump_config, parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.fingerprint import (
     EXCLUDED,
@@ -140,8 +139,7 @@ def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
 def _open_output(plan: RunPlan) -> FileLock:
     """Open the output folder, write `config.yaml`, and return the folder's lock."""
     lock = plan.output.open()
-    text = yaml.safe_dump(plan.config.to_dict(), sort_keys=False)
-    (plan.output.path / CONFIG).write_text(text, encoding="utf-8")
+    (plan.output.path / CONFIG).write_text(dump_config(plan.config), encoding="utf-8")
     return lock
 
 

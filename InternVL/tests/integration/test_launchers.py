@@ -1,5 +1,6 @@
 """Both launchers, run from another folder with settings in the environment."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,7 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import LAUNCHERS, SOURCE_ROOT, run_launcher
+
+from internvl_chat.cli import main as m3llm
+from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.config import TrainConfig
+from internvl_chat.train.flag_help import flag_groups
+
+RECIPES = SOURCE_ROOT / "internvl_chat/shell/recipes"
 
 QUICK = ("--force_image_size", "56", "--max_dynamic_patch", "2", "--max_steps", "3", "--save_steps", "2")
 
@@ -150,6 +159,40 @@ def test_launcher_runs_torchrun_with_the_recipe(command, name):
     assert ("use_llm_lora" in flags) == (name == "lora")
     assert not flags.keys() & {"use_cpu", "parallel", "deepspeed"}
     assert environment[0] == "alloc=expandable_segments:True"
+
+
+@pytest.mark.parametrize("name", RECIPE)
+def test_recipe_file_is_the_recipe_of_the_launcher(command, name, monkeypatch):
+    """Both give the same configuration on one device; the paths differ in what they are relative to."""
+    monkeypatch.chdir(SOURCE_ROOT.parent)
+    _, flags, _ = command(name, GPUS="0")
+    launched = parse_arguments([text for flag in flags.items() for text in (f"--{flag[0]}", flag[1])])
+    cpu = ["--use_cpu", "True", "--bf16", "False"]
+    recipe = RECIPES / f"{name.removesuffix('model')}.yaml"
+    read = parse_arguments([str(recipe), *cpu, "--data_root", str(SOURCE_ROOT.parent)])
+    assert Path(read.data.meta_path).samefile(launched.data.meta_path)
+    same_data = dataclasses.replace(read.data, meta_path=launched.data.meta_path)
+    same_run = dataclasses.replace(read.run, flags=launched.run.flags)
+    assert TrainConfig(read.model, same_data, same_run) == launched
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_recipe_file_gives_no_defaults(name):
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    defaults = {flag.name: flag.default for flags in flag_groups().values() for flag in flags}
+    assert not [flag for flag, value in values.items() if value == defaults[flag]]
+
+
+def test_recipe_file_with_overrides_trains(tiny_model, sample_data, tmp_path, metrics):
+    overrides = {
+        "model_name_or_path": tiny_model, "meta_path": sample_data / "train.json", "output_dir": tmp_path,
+        "use_cpu": True, "bf16": False, "force_image_size": 56, "max_dynamic_patch": 1, "max_steps": 2,
+        "gradient_accumulation_steps": 2, "dataloader_num_workers": 0,
+    }  # fmt: skip
+    words = [text for flag, value in overrides.items() for text in (f"--{flag}", str(value))]
+    assert m3llm(["train", str(RECIPES / "lora.yaml"), *words]) == 0
+    assert [row["records"] for row in metrics(tmp_path)] == [2, 2]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", RECIPE)

@@ -11,8 +11,8 @@ import yaml
 from helpers import flags
 from transformers import TrainingArguments
 
-from internvl_chat.train.arguments import parse_arguments
-from internvl_chat.train.flag_help import flag_groups
+from internvl_chat.train.arguments import dump_config, parse_arguments
+from internvl_chat.train.flag_help import FlagHelp, flag_groups
 from internvl_chat.train.flags import RunArguments
 from internvl_chat.train.refused_flags import REFUSED_FLAGS
 from internvl_chat.utils.errors import UsageError
@@ -307,6 +307,59 @@ def test_flags_override_the_file(tmp_path):
     run = parse_arguments([str(path), "--max_steps", "2", "--report_to", "none"]).run
     assert (run.max_steps, run.report_to) == (2, ())
     assert "unknown flag --max_stepz" in problems(str(path), "--max_stepz", "2")[0]
+
+
+TEXTS = {
+    "grad_checkpoint": "False", "lr_scheduler_type": "cosine", "optim": "adafactor", "optim_args": "a=1,b=no",
+    "lr_scheduler_kwargs": '{"num_cycles": 2}', "deepspeed": '{"zero_optimization": {"stage": 2}}',
+    "fsdp": "full_shard", "parallel": "ddp", "ddp_backend": "gloo", "evaluation_strategy": "steps",
+    "report_to": ["wandb", "tensorboard"],
+}  # fmt: skip
+FLAGS = {flag.name: flag for group in flag_groups().values() for flag in group}
+
+
+def other_value(flag: FlagHelp):
+    """Return a value that is not the default."""
+    if flag.type == "bool":
+        return not flag.default
+    if flag.type in ("int", "float"):
+        return 3 if flag.type == "int" else 0.25
+    if flag.name in TEXTS:
+        return TEXTS[flag.name]
+    return next((choice for choice in flag.choices if choice != flag.default), "some: text")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, flag in FLAGS.items() if len(flag.choices) != 1 and n != "use_cpu"]
+)
+def test_config_file_shows_what_differs_and_gives_the_same_configuration(name, tmp_path):
+    shown = NEEDED | {"use_cpu": True, name: other_value(FLAGS[name])}
+    words = []
+    for flag, value in shown.items():
+        words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    config = parse_arguments(words)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert yaml.safe_load(path.read_text()) == shown
+    assert parse_arguments([str(path)]) == config
+    assert "1 rank on cpu, " in path.read_text()
+
+
+def test_no_and_off_are_text_in_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "output_dir: out\nmeta_path: meta.json\nmodel_name_or_path: model\nuse_cpu: true\n"
+        "eval_strategy: no\ncheck: off\npacking: no\ngroup_by_length: True\n"
+    )
+    config = parse_arguments([str(path)])
+    assert (config.run.eval_strategy, config.data.check, config.run.packing) == ("no", "off", False)
+
+
+def test_older_config_file_with_groups(tmp_path):
+    config = parse(learning_rate=3e-4, use_llm_lora=8)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    assert parse_arguments([str(path)]) == config
 
 
 @pytest.mark.parametrize(

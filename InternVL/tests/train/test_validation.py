@@ -162,19 +162,6 @@ def test_default_metric_for_best_model(values, metric, greater):
     assert (run.metric_for_best_model, run.greater_is_better) == (metric, greater)
 
 
-def test_validation_flags_round_trip_through_config_file(tmp_path):
-    import yaml
-
-    given = {"eval_strategy": "steps", "eval_meta_path": "held.json", "load_best_model_at_end": True,
-             "early_stopping_patience": 3, "eval_generate": 4, "save_steps": 50}  # fmt: skip
-    first = parse_arguments(flags(model_name_or_path="m", meta_path="d", output_dir="o", **given))
-    assert first.run.eval_steps == 50
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.to_dict()))
-    second = parse_arguments([str(tmp_path / "config.yaml")])
-    assert second.to_dict() == first.to_dict()
-    assert second.run.load_best_model_at_end and second.data.eval_meta_path == "held.json"
-
-
 def test_folder_with_validation_log_is_a_run(tmp_path):
     for name in ("metrics.jsonl", "validation.jsonl"):
         (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n')
