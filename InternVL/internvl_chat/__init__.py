@@ -1,3 +1,27 @@
-"""M3LLM: fine-tuning InternVL3 into a medical model that understands compound figures."""
+"""M3LLM: fine-tuning InternVL3 into a medical model that understands compound figures.
+
+The names in `__all__` are the public Python API (docs/python_api.md); each is imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from internvl_chat.api import evaluate, finetune, load, open_datasets
+    from internvl_chat.convert.export import export_hf
+    from internvl_chat.convert.merge import merge
+    from internvl_chat.inference.engine import ask
+    from internvl_chat.inference.sampling import Sampling
 
 __version__ = "0.1.0"
+
+__all__ = ["Sampling", "ask", "evaluate", "export_hf", "finetune", "load", "merge", "open_datasets"]
+
+_MODULES = {"Sampling": "inference.sampling", "ask": "inference.engine", "export_hf": "convert.export",
+            "merge": "convert.merge"}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'api')}"), name)

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 from internvl_chat.utils.paths import REPOSITORY
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.record_set import RecordSet
 
 
@@ -71,22 +68,13 @@ def comma_separated(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def open_sets(args: argparse.Namespace) -> tuple[list[RecordSet], PreTrainedTokenizerBase, Preprocessing]:
+def open_sets(args: argparse.Namespace) -> list[RecordSet]:
     """Open the datasets of a command with `add_data_arguments`, without reading weights."""
-    from internvl_chat.data.dataset import build_sets
-    from internvl_chat.data.encode.encoder import RecordEncoder
-    from internvl_chat.data.encode.preprocessing import Preprocessing
-    from internvl_chat.data.encode.tokenizer import load_tokenizer
-    from internvl_chat.data.sources.meta import load_meta
-    from internvl_chat.model.io.folders import model_folder, read_config
+    from internvl_chat.api import open_datasets
 
-    folder = model_folder(args.model)
-    tokenizer, _ = load_tokenizer(folder)
-    preprocessing = Preprocessing.from_folder(
-        folder, read_config(folder), max_dynamic_patch=args.max_dynamic_patch
+    return open_datasets(
+        args.meta, args.model, data_root=args.data_root, max_dynamic_patch=args.max_dynamic_patch
     )
-    sets = build_sets(load_meta(args.meta, args.data_root), RecordEncoder(tokenizer, preprocessing))
-    return sets, tokenizer, preprocessing
 
 
 def count_records(sets: Sequence[RecordSet], limit: int | None) -> int:

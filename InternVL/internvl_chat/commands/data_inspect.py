@@ -10,8 +10,6 @@ from internvl_chat.commands.output import echo, print_json, progress
 from internvl_chat.utils.files import sha256
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from internvl_chat.data.record_set import RecordSet
 
 
@@ -23,11 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tiles, token counts and decoded supervised spans of each record."""
-    sets, tokenizer, _ = open_sets(args)
-    for records in sets:
+    for records in open_sets(args):
         indices = records.first(args.limit)
         for index in progress(indices) if args.json else indices:
-            row = _inspect_record(records, index, tokenizer, with_ids=args.ids)
+            row = _inspect_record(records, index, with_ids=args.ids)
             if args.json:
                 print_json(row)
             else:
@@ -35,13 +32,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect_record(
-    records: RecordSet, index: int, tokenizer: PreTrainedTokenizerBase, *, with_ids: bool
-) -> dict[str, Any]:
+def _inspect_record(records: RecordSet, index: int, *, with_ids: bool) -> dict[str, Any]:
     """Return the JSON row of a record."""
     from internvl_chat.data.encode.encoder import supervised_spans
 
     record, encoded = records.encode(index)
+    tokenizer = records.encoder.template.tokenizer
     tiles = [grid.tiles for grid in encoded.grids]
     row = {
         "dataset": records.spec.name,

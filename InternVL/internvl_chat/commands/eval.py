@@ -79,7 +79,7 @@ def _run_exact_match(args: argparse.Namespace) -> int:
     from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance, score_dataset
     from internvl_chat.inference.engine import Engine
 
-    sets, _, _ = open_sets(args)
+    sets = open_sets(args)
     engine = Engine.from_checkpoint(args.model, device=args.device, base=args.base)
     answers: list[Answer] = []
     max_new_tokens = args.max_new_tokens or _MAX_NEW_TOKENS

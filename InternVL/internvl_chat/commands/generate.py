@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.common import add_model_arguments, add_tile_limit, positive
 from internvl_chat.commands.output import echo, print_json
-from internvl_chat.utils.errors import DataError, UsageError, format_problems
+from internvl_chat.utils.errors import UsageError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from internvl_chat.inference.engine import Engine, Prompt
     from internvl_chat.inference.sampling import Sampling
 
@@ -43,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer the questions of one conversation."""
+    from internvl_chat.data.sources.images import open_images
     from internvl_chat.inference.engine import Engine, ask
 
     if any(not question.strip() for question in args.question):
@@ -50,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.question and not args.chat:
         raise UsageError("no question: give one, or use --chat to type questions")
     sampling = _sampling(args)
-    images = _open_images(args.image)
+    images = open_images(args.image)
     engine = Engine.from_checkpoint(
         args.model, device=args.device, base=args.base, max_dynamic_patch=args.max_dynamic_patch
     )
@@ -74,32 +72,9 @@ def _sampling(args: argparse.Namespace) -> Sampling | None:
     return None
 
 
-def _open_images(paths: Sequence[str]) -> list[Image.Image]:
-    """Decode the images.
-
-    Raises:
-        DataError: images are missing or cannot be decoded; lists all of them.
-    """
-    from internvl_chat.data.sources.images import decode_image
-    from internvl_chat.data.sources.problems import RecordError
-
-    images, problems = [], []
-    for path in paths:
-        if not Path(path).exists():
-            problems.append(f"the image {path} does not exist")
-            continue
-        try:
-            images.append(decode_image(Path(path)))
-        except RecordError as problem:
-            problems.append(str(problem))
-    if problems:
-        raise DataError(format_problems(problems))
-    return images
-
-
 def _answer(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sampling | None) -> str:
     """Return an answer and, without `--json`, print it; on a terminal it is streamed."""
-    options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     if args.json or not sys.stdout.isatty():
         [answer] = engine.answer([prompt], **options)
         if not args.json:

@@ -19,10 +19,10 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.eval.losses import losses
     from internvl_chat.inference.engine import Engine
 
-    sets, _, preprocessing = open_sets(args)
+    sets = open_sets(args)
     engine = Engine.from_checkpoint(args.model, device=args.device, base=args.base)
     by_dataset: dict[str, list[float]] = defaultdict(list)
-    rows = losses(engine.model, sets, preprocessing.normalize_type, args.limit)
+    rows = losses(engine.model, sets, sets[0].encoder.preprocessing.normalize_type, args.limit)
     for row in progress(rows, total=count_records(sets, args.limit)):
         by_dataset[row.dataset].append(row.loss)
         if args.json:

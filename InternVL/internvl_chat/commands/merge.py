@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.common import add_model_arguments, boolean
 from internvl_chat.commands.output import echo, print_json, progress
+
+if TYPE_CHECKING:
+    from internvl_chat.convert.parity import Difference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,8 @@ class ResultCheck:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.differences = args, []
+        self.args = args
+        self.differences: Sequence[Difference] = ()
 
     def __call__(self, result: Path) -> None:
         """Compare the source with a result, which is deleted if this raises."""
@@ -64,7 +69,7 @@ class ResultCheck:
             result,
             device=find_device(self.args.device),
             base=self.args.base,
-            progress=lambda records: progress(records, total=len(records)),
+            progress=progress,
         )
 
     def report(self, folder: Path, row: dict[str, Any], summary: str) -> None:
@@ -75,7 +80,7 @@ class ResultCheck:
             row: fields of the JSON object.
             summary: outcome of the conversion as text.
         """
-        count, largest = len(self.differences), max((d.logits for d in self.differences), default=0.0)
+        count, largest = len(self.differences), max((d.logits or 0.0 for d in self.differences), default=0.0)
         if self.args.json:
             checked = {"checked_records": count, "logits_difference": largest} if count else {}
             print_json({"folder": str(folder)} | row | checked)

@@ -93,7 +93,7 @@ def _examples(args: argparse.Namespace, first: Path) -> list[Example]:
 
     if args.meta is None:
         return synthetic_examples(first)
-    sets, _, _ = open_sets(argparse.Namespace(**vars(args), model=first))
+    sets = open_sets(argparse.Namespace(**vars(args), model=first))
     return examples_of(sets, args.limit, args.max_dynamic_patch)
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -54,7 +55,7 @@ def carry_card(source: Path, target: Path, *, merged: bool) -> None:
     card = ModelCard(text.replace(ADAPTERS_FOR, base, 1))
     card.data.pop("library_name", None)
     if card.data.get("base_model_relation"):
-        card.data.base_model_relation = "finetune"
+        card.data["base_model_relation"] = "finetune"
     (target / CARD).write_text(str(card), encoding="utf-8")
 
 
@@ -107,7 +108,7 @@ def _licence_of(path: str) -> str:
     try:
         folder = model_folder(path)
         card, config = folder / "README.md", folder / "config.json"
-        matter = {}
+        matter: dict[str, Any] = {}
         if card.is_file() and (text := card.read_text(encoding="utf-8")).startswith("---"):
             matter = yaml.safe_load(text.split("---")[1]) or {}
         named = matter.get("license") or json.loads(config.read_text(encoding="utf-8")).get("license")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from internvl_chat.convert.parity_runners import Example, Trace, open_runner
 from internvl_chat.data.dataset import build_sets
@@ -20,7 +21,7 @@ from internvl_chat.data.encode.tokenizer import load_tokenizer
 from internvl_chat.data.record_set import RecordKey, RecordSet
 from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.data.synthetic.sample_data import write_sample_data
-from internvl_chat.model.configuration import InternVLChatConfig
+from internvl_chat.model.configuration import InternVisionConfig, InternVLChatConfig
 from internvl_chat.model.io.adapter import find_base
 from internvl_chat.model.io.folders import is_adapter, read_config
 from internvl_chat.model.io.merged_checkpoint import has_adapters
@@ -155,7 +156,8 @@ def faults(differences: Sequence[Difference], allowed: Tolerances) -> list[str]:
     pixels = max((d.pixels for d in differences if d.pixels is not None), default=0.0)
     if not pixels <= allowed.pixels:
         problems.append(f"the pixels differ by up to {pixels:.3g}, more than {allowed.pixels:.3g}")
-    logits = max((d.relative_logits for d in differences if d.logits is not None), default=0.0)
+    measured = (d.relative_logits for d in differences)
+    logits = max((value for value in measured if value is not None), default=0.0)
     if not logits <= allowed.logits:
         problems.append(
             f"the logits differ by up to {logits:.3g} of the largest logit, more than {allowed.logits:.3g}"
@@ -302,7 +304,8 @@ def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolera
 def _roundings(config: InternVLChatConfig) -> tuple[int, int]:
     """Return the number of terms summed, and of results stored, between a pixel and a logit."""
     llm, vision = config.build_llm_config(), config.vision_config
-    layers = [*[llm] * llm.num_hidden_layers, *[vision] * vision.num_hidden_layers]
+    layers: list[PretrainedConfig | InternVisionConfig] = [llm] * llm.num_hidden_layers
+    layers += [vision] * vision.num_hidden_layers
     # Three sums over the hidden size (queries, attention output, first MLP matrix), one over the MLP's width.
     summed = sum(3 * layer.hidden_size + layer.intermediate_size for layer in layers) + llm.hidden_size
     # Norm, product and residual sum of attention and MLP, attention weights, activation.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import GenerationConfig
 
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
@@ -150,7 +151,8 @@ class TransformersRunner:
         finally:
             if progress_bar:
                 transformers_logging.enable_progress_bar()
-        self.model, self.device, self.dtype = model.to(device).eval(), device, dtype
+        nn.Module.to(model, device)
+        self.model, self.device, self.dtype = model.eval(), device, dtype
         probe = [{"role": "user", "content": IMAGE_PLACEHOLDER}]
         self.reads_placeholders = self.processor.image_token in self.processor.apply_chat_template(probe)
 
@@ -189,8 +191,8 @@ class TransformersRunner:
         add_generation_prompt: bool,
     ) -> dict[str, Any]:
         """Return the processor's inputs; the images of a record share its tile limit."""
-        messages = [{"role": message.role, "content": self._content(message)} for message in messages]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        chat = [{"role": message.role, "content": self._content(message)} for message in messages]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
         limit = example.max_tiles or self.processor.image_processor.max_patches
         tile_range = {
             "max_patches": tiles_per_image(limit, max(len(images), 1)),

@@ -24,7 +24,7 @@ class SampleIndex(NamedTuple):
         counts: False for a dummy sample with weight zero.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     epoch: int
     counts: bool = True
 
@@ -150,7 +150,7 @@ class TrainingData(Dataset):
             name: np.concatenate([np.tile(lengths.columns[name][usable], n) for lengths, usable, n in sets])
             for name in RecordLengths._fields
         }
-        return Lengths(**columns)
+        return Lengths.from_columns(columns)
 
 
 def build_sets(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> list[RecordSet]:

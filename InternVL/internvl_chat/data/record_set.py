@@ -35,7 +35,7 @@ class RecordKey(NamedTuple):
     """Identifies a record: name of its dataset, and index in the file."""
 
     dataset: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _score_open(
     columns: dict[str, Sequence[float]] = {}
     if "cider" in suite.families:
         columns["cider"] = _cider_by_task(items, predictions, references)
-    if "bertscore" in suite.families and items:
+    if suite.bertscore_model is not None and "bertscore" in suite.families and items:
         columns["bertscore"] = bert_score(
             predictions,
             references,
@@ -99,7 +99,7 @@ def _score_open(
             layer=suite.bertscore_layer,
             device=suite.device,
         )
-    if "sts" in suite.families and items:
+    if suite.sts_model is not None and "sts" in suite.families and items:
         columns["sts"] = sentence_similarity(
             predictions, references, model=suite.sts_model, device=suite.device
         )

@@ -18,7 +18,7 @@ Shapes: W rows of a step, S slots, H query heads, K key/value heads, G = H / K, 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +48,13 @@ class _Bank:
 
     def write(self, slot: int, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the keys and values of a prompt, (K, L, D), and zero the rest of the slot."""
-        old = self.layers.get(layer, ())
+        old = self.layers.get(layer)
         missing = self.slots - (len(old[0]) if old else 0)
         if missing:
-            new = [x.new_zeros(missing, len(x), self.capacity, x.shape[2]) for x in (key, value)]
-            self.layers[layer] = tuple(map(torch.cat, zip(old, new, strict=True))) if old else tuple(new)
+            keys, values = (x.new_zeros(missing, len(x), self.capacity, x.shape[2]) for x in (key, value))
+            self.layers[layer] = (
+                (torch.cat((old[0], keys)), torch.cat((old[1], values))) if old else (keys, values)
+            )
         for stored, x in zip(self.layers[layer], (key, value), strict=True):
             stored[slot, :, : x.shape[1]] = x
             stored[slot, :, x.shape[1] :] = 0
@@ -298,15 +300,16 @@ def _attend(
     Returns:
         (1, L, H, D) or (W, 1, H, D), and None in place of the attention weights.
     """
+    layer = cast(int, module.layer_idx)
     if isinstance(kv_pass, Prefill):
         [slot] = kv_pass.slots
-        slot.bank.write(slot.index, module.layer_idx, key[0], value[0])
+        slot.bank.write(slot.index, layer, key[0], value[0])
         return varlen_attention(
             module, query, key, value, None, scaling=scaling, sliding_window=sliding_window, **options
         )
     out = torch.zeros_like(query)
     for part in kv_pass.parts:
-        part.attend(module.layer_idx, query, key, value, scaling, sliding_window, out)
+        part.attend(layer, query, key, value, scaling, sliding_window, out)
     return out.transpose(1, 2).contiguous(), None
 
 

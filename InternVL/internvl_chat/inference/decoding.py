@@ -7,7 +7,7 @@ on the others or on their number. When an answer ends, the next prompt takes its
 Shapes: T tokens of a prompt, C hidden size, W rows, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ class Decoder:
         self.language_model, self.end_id = language_model, end_id
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.embed_tokens = language_model.get_input_embeddings()
+        self.device = self.embed_tokens.get_parameter("weight").device
 
     @torch.no_grad()
     def run(self, prompts: Iterable[torch.Tensor]) -> Iterator[tuple[int, int | None]]:
@@ -70,7 +71,7 @@ class Decoder:
         """
         waiting = enumerate(prompts)
         upcoming = next(waiting, None)
-        row_count = _ROWS.get(self.embed_tokens.weight.device.type, _ROWS["cuda"])
+        row_count = _ROWS.get(self.device.type, _ROWS["cuda"])
         rows: list[_Answer | None] = [None] * row_count
         cache = KVCache(row_count, _MAX_CACHED_TOKENS)
         while upcoming is not None or any(rows):
@@ -79,14 +80,14 @@ class Decoder:
                 if slot is None:
                     break
                 row = rows.index(None)
-                rows[row] = self._start(*upcoming, slot)
-                yield from self._emit(rows, row)
+                rows[row] = answer = self._start(*upcoming, slot)
+                yield from self._emit(rows, row, answer)
                 upcoming = next(waiting, None)
             if any(rows):
                 self._step(rows)
-            for row, answer in enumerate(rows):
-                if answer is not None:
-                    yield from self._emit(rows, row)
+            for row, active in enumerate(rows):
+                if active is not None:
+                    yield from self._emit(rows, row, active)
 
     def _start(self, index: int, embeddings: torch.Tensor, slot: Slot) -> _Answer:
         """Prefill a prompt, and choose the first token of its answer."""
@@ -100,10 +101,9 @@ class Decoder:
         """Decode the next token of each answer."""
         tokens = [[self.end_id if answer is None else answer.token] for answer in rows]
         positions = [[0 if answer is None else answer.slot.length] for answer in rows]
-        device = self.embed_tokens.weight.device
-        embeddings = self.embed_tokens(torch.tensor(tokens, device=device))  # (W, 1, C)
+        embeddings = self.embed_tokens(torch.tensor(tokens, device=self.device))  # (W, 1, C)
         step = DecodeStep([None if answer is None else answer.slot for answer in rows])
-        self._choose(rows, self._logits(embeddings, torch.tensor(positions, device=device), step))
+        self._choose(rows, self._logits(embeddings, torch.tensor(positions, device=self.device), step))
 
     def _logits(
         self, embeddings: torch.Tensor, positions: torch.Tensor, kv_pass: Prefill | DecodeStep
@@ -121,16 +121,17 @@ class Decoder:
             slot.length += embeddings.shape[1]
         return output.logits[:, -1].to(embeddings.device)
 
-    def _choose(self, rows: list[_Answer | None], logits: torch.Tensor) -> None:
+    def _choose(self, rows: Sequence[_Answer | None], logits: torch.Tensor) -> None:
         """Set the newest token of each answer."""
         most_likely = logits.float().argmax(dim=-1).tolist()
         for row, answer in enumerate(rows):
             if answer is not None:
                 answer.token = answer.sample(logits[row]) if answer.sample else most_likely[row]
 
-    def _emit(self, rows: list[_Answer | None], row: int) -> Iterator[tuple[int, int | None]]:
-        """Yield the newest token of an answer; after the last one, free the row and yield None."""
-        answer = rows[row]
+    def _emit(
+        self, rows: list[_Answer | None], row: int, answer: _Answer
+    ) -> Iterator[tuple[int, int | None]]:
+        """Yield the newest token of the answer in a row; after the last one, free the row and yield None."""
         answer.remaining = 0 if answer.token == self.end_id else answer.remaining - 1
         if answer.token != self.end_id:
             yield answer.index, answer.token

@@ -13,7 +13,8 @@ from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
-from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer, token_id
+from internvl_chat.data.sources.images import open_images
 from internvl_chat.data.sources.records import Message, Record, RecordError
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import AUTO, find_device, place
@@ -88,7 +89,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder = RecordEncoder(tokenizer, preprocessing)
-        self.end_id = tokenizer.convert_tokens_to_ids(IM_END)
+        self.end_id = token_id(tokenizer, IM_END)
         self._latest: tuple[tuple, tuple, torch.Tensor] = (), (), torch.empty(0)
 
     @classmethod
@@ -155,6 +156,33 @@ class Engine:
                 answers[index].append(token)
         return answers
 
+    def chat(
+        self,
+        question: str,
+        images: Sequence[Image.Image | str | Path] = (),
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        sampling: Sampling | None = None,
+    ) -> str:
+        """Return the answer to one question; see `ask`.
+
+        Args:
+            question: the question.
+            images: decoded images, or paths of image files.
+            system: system text [the checkpoint's].
+            max_new_tokens: maximum number of tokens of the answer.
+            sampling: how to sample; None for greedy decoding.
+
+        Raises:
+            DataError: an image cannot be read, or the prompt exceeds the token limit.
+        """
+        opened = [image if isinstance(image, Image.Image) else open_images([image])[0] for image in images]
+        [answer] = self.answer(
+            [ask(question, opened, system)], max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        return answer
+
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[str]:
@@ -214,7 +242,8 @@ class Engine:
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        [text] = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
+        return text.strip()
 
     def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
         return Decoder(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -41,8 +42,10 @@ class Sampling:
             generator.manual_seed(self.seed)
         warp = LogitsProcessorList([TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)])
 
+        no_ids: Any = None  # these processors need no tokens
+
         def sample(logits: torch.Tensor) -> int:
-            scores = warp(None, logits.float().unsqueeze(0))
+            scores = warp(no_ids, logits.float().unsqueeze(0))
             return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
 
         return sample

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.checkpoint import empty_model
@@ -63,7 +64,7 @@ def assemble_model(
     assign_weights(model.language_model, read_weights(llm_folder), source=llm_folder)
     if mlp_file is None:
         for module in model.mlp1:
-            if hasattr(module, "reset_parameters"):
+            if isinstance(module, nn.Linear | nn.LayerNorm):
                 module.reset_parameters()
     else:
         assign_weights(model.mlp1, _without_prefix(open_weights(mlp_file), "mlp1."), source=mlp_file)

@@ -6,6 +6,7 @@ Shapes: B rows, H query heads, K key/value heads, L tokens, D features per head,
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ def varlen_attention(
             "varlen attention supports neither soft capping nor attention sinks; use --attn eager"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if cu_seq_lens_q is not None and _has_flash_kernel(query, dropout):
+    if cu_seq_lens_q is not None and max_length_q is not None and _has_flash_kernel(query, dropout):
         window = ((sliding_window or 0) - 1, 0 if causal else -1)
         out = _flash_varlen(query, key, value, cu_seq_lens_q, max_length_q, window, scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -125,7 +126,7 @@ def varlen_attention(
         out = blocked_attention(query, key, value, lengths, scaling)
         return out.transpose(1, 2).contiguous(), None
     segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outs = [_sdpa(*segment, causal, sliding_window, dropout, scaling) for segment in segments]
+    outs = [_sdpa(q, k, v, causal, sliding_window, dropout, scaling) for q, k, v in segments]
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -141,9 +142,9 @@ def _sdpa(
     """Run SDPA on one segment; (B, H, L, D), (B, K, L, D), (B, K, L, D) -> (B, H, L, D)."""
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     length = query.shape[2]
-    banded = window is not None and window < length
-    mask = _band(length, window, causal, query.device) if banded else None
-    causal = causal and not banded
+    mask = None
+    if window is not None and window < length:
+        mask, causal = _band(length, window, causal, query.device), False
     with pinned_sdpa(query.device):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
@@ -203,11 +204,11 @@ def _flash_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    shared = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    shared: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     if not shared:
         key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))  # (L, H, D)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, window_size=window, scale=scaling, **shared
     )
     return out.transpose(0, 1).unsqueeze(0)

@@ -187,7 +187,7 @@ class InternVLChatConfig:
         Raises:
             ModelError: transformers has no causal language model of this type.
         """
-        model_type = self.llm_config.get("model_type")
+        model_type = str(self.llm_config.get("model_type"))
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             names = self.llm_config.get("architectures") or [model_type]
             raise ModelError(
@@ -210,7 +210,7 @@ def _in_reference_terms(llm: dict[str, Any]) -> dict[str, Any]:
         out["rope_theta"] = rope.get("rope_theta", 10000.0)
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         out["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(out.get("model_type"))
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(out.get("model_type")))
     if name and not out.get("architectures"):
         out["architectures"] = [name]
     return out

@@ -77,7 +77,7 @@ def measure_activations(model: InternVLChatModel, device: torch.device) -> Activ
     The model may still be on another device, on which its kernels may not run.
     """
     llm = model.language_model
-    itemsize, hidden = model.mlp1[0].weight.element_size(), llm.config.hidden_size
+    itemsize, hidden = model.projector_weight.element_size(), llm.config.hidden_size
     logits = llm.config.vocab_size * (2 * itemsize + 3 * 4)
     if has_supervised_head(model):
         # The gradient replaces the logits and is saved only if the head is trained.
@@ -104,7 +104,7 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
         positions = torch.arange(tokens, device=device).unsqueeze(0)
         # A packed row with a single record.
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-        inputs = {"attention_mask": None, "position_ids": positions}
+        inputs: dict[str, Any] = {"attention_mask": None, "position_ids": positions}
         inputs["position_embeddings"] = decoder.rotary_emb(x, positions)
         inputs |= {f"cu_seq_lens_{name}": bounds for name in "qk"}
         inputs |= {f"max_length_{name}": tokens for name in "qk"}

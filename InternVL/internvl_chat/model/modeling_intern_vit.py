@@ -73,7 +73,8 @@ class InternAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(config.dropout)
-        self.q_norm = self.k_norm = None
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
         if config.qk_normalization:
             self.q_norm = LlamaRMSNorm(width, eps=config.layer_norm_eps)
             self.k_norm = LlamaRMSNorm(width, eps=config.layer_norm_eps)
@@ -81,10 +82,11 @@ class InternAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 1 + P, C) -> (N, 1 + P, C)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, H, 1 + P, D)
-        out = bidirectional_attention(*heads, name=self.attn, dropout=self.dropout if self.training else 0.0)
+        # (N, H, 1 + P, D)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = bidirectional_attention(q, k, v, name=self.attn, dropout=self.dropout if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(-2)))
 
 

@@ -5,6 +5,7 @@ C hidden size of the language model, U supervised tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,11 @@ class InternVLChatModel(nn.Module):
     def pixel_dtype(self) -> torch.dtype:
         """The dtype of the vision tower's input."""
         return self.vision_model.embeddings.patch_embedding.weight.dtype
+
+    @property
+    def projector_weight(self) -> torch.Tensor:
+        """The first weight of `mlp1`."""
+        return self.mlp1.get_parameter("0.weight")
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -126,8 +132,7 @@ class InternVLChatModel(nn.Module):
         """Return vision features of zero tiles, (0, K, F)."""
         config = self.config
         width = int(config.vision_config.hidden_size / config.downsample_ratio**2)
-        dtype, device = self.mlp1[0].weight.dtype, self.mlp1[0].weight.device
-        return torch.zeros(0, config.tokens_per_tile, width, dtype=dtype, device=device)
+        return self.projector_weight.new_zeros(0, config.tokens_per_tile, width)
 
     def embed(
         self,
@@ -151,9 +156,12 @@ class InternVLChatModel(nn.Module):
             ValueError: the numbers of `<IMG_CONTEXT>` tokens and image features differ.
         """
         text = self.language_model.get_input_embeddings()(input_ids)
-        features = (
-            self.image_features(pixel_values) if vision_features is None else self.mlp1(vision_features)
-        )
+        if vision_features is not None:
+            features = self.mlp1(vision_features)
+        elif pixel_values is not None:
+            features = self.image_features(pixel_values)
+        else:
+            raise ValueError("pass pixel_values or vision_features")
         if image_positions is None:
             image_positions = (input_ids.flatten() == self.image_context_id).nonzero().squeeze(1)
         tiles, features = len(features), features.flatten(0, 1)
@@ -199,7 +207,7 @@ class InternVLChatModel(nn.Module):
         Returns:
             Losses if there are labels, and otherwise logits.
         """
-        llm_inputs = {
+        llm_inputs: dict[str, Any] = {
             "inputs_embeds": self.embed(input_ids, pixel_values, vision_features, image_positions),
             "position_ids": position_ids,
             "use_cache": False,

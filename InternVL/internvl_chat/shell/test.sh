@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the linter and the tests; needs no GPU, network or weights.
+# Run the linters, the type checker and the tests; needs no GPU, network or weights.
 #
 #   bash test.sh             the fast tests
 #   bash test.sh -m slow     the slow tests (other arguments are passed to pytest)
@@ -10,4 +10,6 @@ ensure_environment
 cd "$REPOSITORY"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m mypy
+find InternVL -name '*.sh' -exec "$(dirname "$PYTHON")/shellcheck" {} +
 "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,12 +143,12 @@ def _tokens_from_file(path: Path) -> list[str]:
     tokens = []
     for name, value in loaded.items():
         is_group = name in ("model", "data", "training") and isinstance(value, dict)
-        tokens += _flags(value if is_group else {name: value})
+        tokens += as_tokens(value if is_group else {name: value})
     return tokens
 
 
-def _flags(values: dict[str, Any]) -> list[str]:
-    """Return names and values as command-line tokens, without empty values."""
+def as_tokens(values: Mapping[str, Any]) -> list[str]:
+    """Return the names and values of flags as command-line tokens, without empty values."""
     tokens = []
     for name, value in values.items():
         if value is None or value == "":

@@ -82,7 +82,10 @@ def host_group() -> dist.ProcessGroup | None:
 
 def new_host_group() -> dist.ProcessGroup | None:
     """Create another gloo group with the long timeout, for use in another thread; collective."""
-    return dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def destroy_process_group() -> None:

@@ -183,10 +183,10 @@ def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) 
             if cut:
                 warnings.append(("text truncated", f"the last {cut} tokens are truncated"))
             for kind, message in warnings:
-                yield record_warning(records, index, i, kind, message)
+                yield record_warning(records, index, int(i), kind, message)
     yield from find_duplicates(sets, indexes)
 
 
 def _usable_lengths(index: RecordIndex) -> Lengths:
     usable = np.setdiff1d(np.arange(len(index)), index.unusable)
-    return Lengths(**{name: column[usable] for name, column in index.lengths.columns.items()})
+    return index.lengths.select(usable)

@@ -31,7 +31,7 @@ class _Content(NamedTuple):
     """Articles of the benchmark and images (by number) in a record."""
 
     dataset: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     id: str | None
     articles: tuple[str, ...]
     images: tuple[int, ...]

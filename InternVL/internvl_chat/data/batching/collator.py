@@ -87,9 +87,10 @@ class Pack:
 
     def pin_memory(self) -> "Pack":
         """Return the pack in pinned memory, for asynchronous copies to a GPU."""
-        return Pack(
-            **{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
-        )
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **pinned)
 
 
 def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> Pack:

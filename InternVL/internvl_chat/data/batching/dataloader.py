@@ -115,10 +115,12 @@ class StepDataLoader:
             epoch, skip = self.sampler.position_of(step)
             self.sampler.set_epoch(epoch, skip)
             batches = iter(self.dataloader)
-            while (packs := self._next(batches)) is not None:
-                for pack in packs:
+            while (results := self._next(batches)) is not None:
+                packs = []
+                for pack in results:
                     if isinstance(pack, DataError):
                         raise pack
+                    packs.append(pack)
                 if count_records(packs) != self._planned(step):
                     raise TrainingError(
                         f"step {step}: the dataloader returned different records than planned"

@@ -106,18 +106,18 @@ class StepPlanner:
         equal_counts = self.max_packed_tokens is None
         balanced = balance_records(self.costs[records], self.world_size, equal_counts=equal_counts)
         local_batches = [records[positions] for positions in balanced]
-        if equal_counts:
+        if self.max_packed_tokens is None:
             size = self.records_per_pack
             return [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in local_batches]
-        packs = [self._pack(batch) for batch in local_batches]
+        packs = [self._pack(batch, self.max_packed_tokens) for batch in local_batches]
         most = max(map(len, packs))
         return [
-            own if len(own) == most else self._pack(batch, most)
+            own if len(own) == most else self._pack(batch, self.max_packed_tokens, most)
             for batch, own in zip(local_batches, packs, strict=True)
         ]
 
-    def _pack(self, records: np.ndarray, min_packs: int = 1) -> list[np.ndarray]:
-        packs = bin_pack(self.tokens[records], self.max_packed_tokens, min_packs)
+    def _pack(self, records: np.ndarray, max_tokens: int, min_packs: int = 1) -> list[np.ndarray]:
+        packs = bin_pack(self.tokens[records], max_tokens, min_packs)
         return [records[positions] for positions in packs]
 
     def shortest(self, records: Sequence[int] | np.ndarray) -> int:

@@ -21,6 +21,7 @@ from internvl_chat.constants import (
     IMG_END,
     IMG_START,
 )
+from internvl_chat.data.encode.tokenizer import image_context_id
 from internvl_chat.data.sources.records import Message
 
 # One context token stands for an image until its number of tiles is known.
@@ -93,7 +94,7 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_text: str) -> None:
         self.tokenizer = tokenizer
-        self.context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
+        self.context_id = image_context_id(tokenizer)
         system = render_message(Message("system", system_text))
         self._system_ids, self.header = token_ids(tokenizer, [system, f"{IM_START}assistant\n"])
 

@@ -103,7 +103,14 @@ class RecordEncoder:
         truncate_text: bool = False,
     ) -> None:
         self.tokenizer, self.preprocessing, self.truncate_text = tokenizer, preprocessing, truncate_text
-        self.template = None if tokenizer is None else Template(tokenizer, preprocessing.system_text)
+        self._template = None if tokenizer is None else Template(tokenizer, preprocessing.system_text)
+
+    @property
+    def template(self) -> Template:
+        """The conversation template."""
+        if self._template is None:
+            raise ValueError("this encoder has no tokenizer: it only counts tiles")
+        return self._template
 
     def encode(
         self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]
@@ -138,7 +145,7 @@ class RecordEncoder:
             RecordError: see `encode`.
         """
         self.reject_oversized(messages, len(image_sizes))
-        if self.template is None:
+        if self._template is None:
             max_tiles = self._max_tiles_per_image(len(image_sizes))
             return RecordLengths(0, 0, sum(self.plan_grid(size, max_tiles).tiles for size in image_sizes))
         conversation = self.template.tokenize(messages)
@@ -162,7 +169,7 @@ class RecordEncoder:
         max_length = self.preprocessing.max_seq_length
         # The start and the end of each message and of each image are separate tokens.
         counts = [("images", num_images, max_length // 2)]
-        if self.template is not None:
+        if self._template is not None:
             truncatable = _MAX_TRUNCATABLE if self.truncate_text else 0
             max_characters = max(max_length * self.template.max_token_length, truncatable)
             characters = sum(len(message.content) for message in messages)
@@ -194,8 +201,9 @@ class RecordEncoder:
         image_positions = np.flatnonzero(ids == conversation.context_id)
         if plan.excess_tokens:
             ids, labels = _truncate(ids, labels, image_positions, len(ids) - plan.excess_tokens)
-        arrays = (torch.from_numpy(array) for array in (ids, labels, image_positions))
-        return EncodedConversation(*arrays, *plan)
+        return EncodedConversation(
+            torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(image_positions), *plan
+        )
 
     def _plan_tiles(
         self, conversation: TokenizedConversation, image_sizes: Sequence[tuple[int, int]], truncate: bool
@@ -253,7 +261,7 @@ class RecordEncoder:
         """
         options = self.preprocessing
         size = (options.tile_size, options.tile_size)
-        fill = tuple(int(255 * mean) for mean in NORMALIZATIONS[options.normalize_type][0])
+        red, green, blue = (int(255 * mean) for mean in NORMALIZATIONS[options.normalize_type][0])
         tiles = []
         for image, grid in zip(images, grids, strict=True):
             image = to_rgb(image)
@@ -262,7 +270,7 @@ class RecordEncoder:
                 if augment:
                     tile = degrade_jpeg(tile, augment)
                 if options.pad2square:
-                    tile = pad_to_square(tile, fill)
+                    tile = pad_to_square(tile, (red, green, blue))
                 tiles.append(tile if tile.size == size else tile.resize(size))
         return stack_tiles(tiles, options.tile_size)
 

@@ -1,6 +1,7 @@
 """Load a checkpoint's tokenizer with InternVL's special tokens, without running remote code."""
 
 from pathlib import Path
+from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -40,4 +41,9 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
 
 def image_context_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the token that vision features replace."""
-    return tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
+    return token_id(tokenizer, IMG_CONTEXT)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Return the id of one token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from internvl_chat.constants import IM_END, IM_START, SPECIAL_TOKENS
 from internvl_chat.utils.files import write_json
@@ -30,19 +31,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
-        unk_token=None,
-        eos_token=None,
-        pad_token=None,
-    )
+    # By default the special tokens of Qwen2 would be added.
+    no_tokens: dict[str, Any] = {"unk_token": None, "eos_token": None, "pad_token": None}
+    merges: list[Any] = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, **no_tokens)
     tokenizer.add_tokens([END_OF_TEXT, IM_START, IM_END, *SPECIAL_TOKENS], special_tokens=True)
     tokenizer.pad_token, tokenizer.eos_token = END_OF_TEXT, IM_END
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save a tokenizer as `tokenizer.json`, and as the separate files that the reference's code reads."""
     tokenizer.save_pretrained(str(folder))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -160,6 +160,7 @@ def _update(cached: RecordIndex, task: _Task, result: _Result) -> RecordIndex:
     """Return an index with the results of a task."""
     lengths = np.stack(list(cached.lengths.columns.values()))
     lengths[:, task.indices] = result.lengths.T
+    columns = dict(zip(RecordLengths._fields, lengths, strict=True))
     hashes = np.stack([cached.id_hashes, cached.content_hashes])
     hashes[:, task.indices] = result.hashes.T
     ids, indices = list(cached.ids), task.indices.tolist()
@@ -168,9 +169,10 @@ def _update(cached: RecordIndex, task: _Task, result: _Result) -> RecordIndex:
     checked = set(indices)
     problems = [problem for problem in cached.problems if problem.index not in checked] + result.problems
     return RecordIndex(
-        Lengths(*lengths, file=cached.lengths.file),
+        Lengths.from_columns(columns, cached.lengths.file),
         ids,
-        *hashes,
+        hashes[0],
+        hashes[1],
         sorted(problems, key=lambda problem: problem.index or 0),
         cached.images.update(task.indices, result.images),
         task.decode,
@@ -238,11 +240,12 @@ def _empty_result(num_records: int) -> _Result:
 def _check_records(sets: Sequence[RecordSet], task: _Task) -> _Result:
     """Check records one by one; unusable ones have zero lengths and hashes."""
     records, result = sets[task.set_number], _empty_result(len(task.indices))
+    no_images: tuple[ImageFile, ...] = ()
     for row, index in enumerate(task.indices.tolist()):
         try:
             checked = records.check(index, decode=task.decode)
         except DataError as error:
-            record_id, images = error.record, ()
+            record_id, images = error.record, no_images
             problems = [(error.kind, error.message)]
         else:
             record_id, images, problems = printable_id(checked.id), checked.images, checked.warnings

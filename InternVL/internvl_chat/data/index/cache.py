@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,24 @@ class Lengths:
     tokens: np.ndarray
     supervised: np.ndarray
     tiles: np.ndarray
-    tiles_lost: np.ndarray | None = None
-    tokens_truncated: np.ndarray | None = None
+    tiles_lost: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    tokens_truncated: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     file: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("tiles_lost", "tokens_truncated"):
-            if getattr(self, name) is None:
+            if not len(getattr(self, name)):
                 object.__setattr__(self, name, np.zeros(len(self.tokens), np.int32))
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, np.ndarray], file: Path | None = None) -> "Lengths":
+        """Return lengths with the given arrays by name, as in `columns`."""
+        tokens, supervised, tiles, lost, truncated = (columns[name] for name in RecordLengths._fields)
+        return cls(tokens, supervised, tiles, lost, truncated, file)
+
+    def select(self, records: np.ndarray) -> "Lengths":
+        """Return the lengths of some records, by index or mask."""
+        return Lengths.from_columns({name: column[records] for name, column in self.columns.items()})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -117,7 +127,7 @@ def read_index(file: Path, num_records: int) -> RecordIndex | None:
     """Read a cached index; return None if it does not exist or is damaged."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            lengths = Lengths(**{name: arrays[name] for name in RecordLengths._fields}, file=file)
+            lengths = Lengths.from_columns(arrays, file)
             metadata = json.loads(arrays["metadata"].tobytes())
             index = RecordIndex(
                 lengths,
@@ -133,9 +143,10 @@ def read_index(file: Path, num_records: int) -> RecordIndex | None:
     except Exception as error:
         logger.warning("cannot read the length cache %s (%s); measuring again", file, error)
         return None
-    columns = [(column, np.int32) for column in lengths.columns.values()]
-    columns += [(index.id_hashes, np.uint64), (index.content_hashes, np.uint64)]
-    if any(a.shape != (num_records,) or a.dtype != t for a, t in columns) or len(index.ids) != num_records:
+    columns = [*lengths.columns.values(), index.id_hashes, index.content_hashes]
+    dtypes = [np.dtype(np.int32)] * len(lengths.columns) + [np.dtype(np.uint64)] * 2
+    shapes_match = {column.shape for column in columns} == {(num_records,)}
+    if not shapes_match or [c.dtype for c in columns] != dtypes or len(index.ids) != num_records:
         logger.warning("the length cache %s is not of %d records; measuring again", file, num_records)
         return None
     return index
@@ -143,19 +154,19 @@ def read_index(file: Path, num_records: int) -> RecordIndex | None:
 
 def write_index(file: Path, index: RecordIndex) -> bool:
     """Cache an index atomically; return whether that succeeded, logging a warning if not."""
-    problems = [problem._replace(file=str(problem.file)) for problem in index.problems]
+    problems = [[*problem[:2], str(problem.file), *problem[3:]] for problem in index.problems]
     metadata = json.dumps({"ids": index.ids, "problems": problems, "decoded": index.decoded})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as partial, partial.open("xb") as stream:
-            np.savez(
-                stream,
-                metadata=np.frombuffer(metadata.encode(), np.uint8),
-                id_hashes=index.id_hashes,
-                content_hashes=index.content_hashes,
+            arrays: dict[str, Any] = {
+                "metadata": np.frombuffer(metadata.encode(), np.uint8),
+                "id_hashes": index.id_hashes,
+                "content_hashes": index.content_hashes,
                 **index.lengths.columns,
                 **index.images.to_arrays(),
-            )
+            }
+            np.savez(stream, **arrays)
     except OSError as error:
         logger.warning("cannot write the length cache (set M3LLM_CACHE to another folder): %s", error)
         return False

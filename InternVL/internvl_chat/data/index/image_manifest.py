@@ -52,8 +52,8 @@ class ImageManifest:
             images: the images of each of them.
         """
         other_uses = self.uses[~np.isin(self.uses[:, 0], records)]
-        files = map(ImageFile, self.names, *self.states.T.tolist())
-        positions = {file: position for position, file in enumerate(files)}
+        listed = map(ImageFile, self.names, *self.states.T.tolist())
+        positions = {file: position for position, file in enumerate(listed)}
         new_uses = [
             (record, positions.setdefault(file, len(positions)))
             for record, record_images in zip(records.tolist(), images, strict=True)
@@ -87,7 +87,7 @@ class ImageManifest:
         names = [os.fsdecode(name) for name in content.split(b"\0")] if content else []
         states, uses = arrays["states"], arrays["uses"]
         shapes_match = states.shape == (len(names), 2) and uses.ndim == 2 and uses.shape[1] == 2
-        if not shapes_match or (states.dtype, uses.dtype) != (np.int64, np.int32):
+        if not shapes_match or states.dtype != np.int64 or uses.dtype != np.int32:
             raise ValueError("the image manifest is malformed")
         if ((uses < 0) | (uses >= (num_records, len(names)))).any():
             raise ValueError("the image manifest does not match the records")

@@ -3,6 +3,7 @@
 import os
 import stat
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from internvl_chat.data.sources.problems import RecordError
+from internvl_chat.utils.errors import DataError, format_problems
 
 # Pillow's own default, repeated here because other libraries may raise it: 0.7 GB as decoded RGB.
 MAX_PIXELS = 178_956_970
@@ -256,3 +258,20 @@ def _decoding_error(path: Path, num_bytes: int, mtime_ns: int) -> str | None:
     except RecordError as error:
         return str(error)
     return None
+
+
+def open_images(paths: Iterable[str | Path]) -> list[Image.Image]:
+    """Decode image files.
+
+    Raises:
+        DataError: files are missing or cannot be decoded; lists all of them.
+    """
+    images, problems = [], []
+    for path in map(Path, paths):
+        try:
+            images.append(decode_image(path))
+        except RecordError as problem:
+            problems.append(str(problem) if path.exists() else f"the image {path} does not exist")
+    if problems:
+        raise DataError(format_problems(problems))
+    return images

@@ -145,7 +145,8 @@ def _array_spans(path: Path) -> np.ndarray:
         message = "a .json file must contain an array of records; use .jsonl for one record per line"
         raise DataError(message, file=path)
     decoder = json.JSONDecoder()
-    spans, line, counted = [], 1, 0
+    spans: list[tuple[int, int, int]] = []
+    line, counted = 1, 0
     position = _skip_space(text, position + 1)
     while not (text.startswith("]", position) and not spans):
         line, counted = line + text.count("\n", counted, position), position

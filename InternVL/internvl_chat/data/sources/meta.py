@@ -112,13 +112,14 @@ def _parse_entry(name: str, entry: Any, data_root: Path, problems: list[str]) ->
         if not valid:
             problems.append(f"{name}: {key!r} must be {expected}, found {_quote(entry[key])}")
 
-    paths = {}
+    paths: dict[str, Path | None] = {}
     for key in (key for key in ("root", "annotation") if key in entry):
         expect(isinstance(entry[key], str), key, "a path")
         if isinstance(entry[key], str):
             paths[key] = _resolve(name, key, entry[key], data_root, problems)
-    if paths.get("annotation") and not _is_file(paths["annotation"]):
-        problems.append(f"{name}: the annotation file {paths['annotation']} does not exist")
+    root, annotation = paths.get("root"), paths.get("annotation")
+    if annotation and not _is_file(annotation):
+        problems.append(f"{name}: the annotation file {annotation} does not exist")
     augment = entry.get("data_augment", False)
     expect(isinstance(augment, bool), "data_augment", "true or false")
     repeat = entry.get("repeat_time", 1)  # type() excludes booleans
@@ -131,9 +132,9 @@ def _parse_entry(name: str, entry: Any, data_root: Path, problems: list[str]) ->
     if isinstance(length, str) and re.fullmatch(r"\d{1,18}", length.strip()):
         length = int(length)  # as in the published files
     expect(length is None or (type(length) is int and length >= 0), "length", "a number of records")
-    if len(problems) > before:
+    if len(problems) > before or root is None or annotation is None:
         return None
-    return DatasetSpec(name, paths["root"], paths["annotation"], augment, repeat, tiles, length)
+    return DatasetSpec(name, root, annotation, augment, repeat, tiles, length)
 
 
 def _quote(value: Any) -> str:

@@ -107,7 +107,7 @@ class Problem(NamedTuple):
     """
 
     dataset: str
-    index: int | None
+    index: int | None  # type: ignore[assignment]  # hides tuple.index
     file: Path
     line: int | None
     id: str | None

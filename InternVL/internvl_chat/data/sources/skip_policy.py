@@ -15,7 +15,7 @@ class ExcludedRecord(NamedTuple):
     """A record excluded before training: dataset, index in the file, and reason."""
 
     dataset: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     message: str
 
 
@@ -23,7 +23,7 @@ class SkippedRecord(NamedTuple):
     """A record found unusable during training: dataset, index in the file, id, and reason."""
 
     dataset: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     id: str | None
     message: str
 

@@ -129,8 +129,9 @@ def plan_figures(count: int, first_number: int, rng: Generator) -> list[Figure]:
     counts = _shuffled_rounds(PANEL_COUNTS, count, rng)
     leads = _shuffled_rounds(KINDS, count, rng)
     single_kind = _shuffled_rounds((True, False), count, rng)
-    plans = zip(range(first_number, first_number + count), counts, leads, single_kind, strict=True)
-    return [_plan_figure(number, *plan, rng) for number, *plan in plans]
+    numbers = range(first_number, first_number + count)
+    plans = zip(numbers, counts, leads, single_kind, strict=True)
+    return [_plan_figure(number, panels, lead, single, rng) for number, panels, lead, single in plans]
 
 
 def _shuffled_rounds(values: Sequence[T], count: int, rng: Generator) -> list[T]:

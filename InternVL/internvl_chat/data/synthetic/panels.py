@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from internvl_chat.data.synthetic.figures import RADIOLOGY, Figure, Finding, Panel
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 _LESION_GREY = {"CT": 235.0, "MRI": 252.0, "X-ray": 232.0, "ultrasound": 6.0}
 _MRI_GREYS = {"T1": (230.0, 182.0, 138.0, 34.0), "T2": (150.0, 128.0, 182.0, 248.0)}
 _NOISE_SD = {"CT": 7.0, "MRI": 6.0, "X-ray": 3.5, "ultrasound": 0.0}
@@ -89,7 +89,7 @@ def _random_view(width: int, height: int, rng: Generator) -> _View:
     return _View(x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle))
 
 
-def _cloud(shape: tuple[int, int], cells: int, rng: Generator) -> Field:
+def _cloud(shape: tuple[int, ...], cells: int, rng: Generator) -> Field:
     """Return smooth noise of about unit variance from a random grid of `cells` x `cells` values."""
     height, width = shape
     coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -92,7 +93,7 @@ def _write_figure(figure: Figure, images: Path, rng: Generator) -> None:
 
 
 def _save(image: Image.Image, path: Path, quality: int) -> None:
-    options = {"quality": quality} if path.suffix == ".jpg" else {"compress_level": 4}
+    options: dict[str, Any] = {"quality": quality} if path.suffix == ".jpg" else {"compress_level": 4}
     image.save(path, **options)
 
 

@@ -124,7 +124,7 @@ def doc_to_messages(
     newline = "\n" if (lmms_eval_specific_kwargs or {}).get("newline_after_image") else ""
     item = _item(doc)
     first, *others = item.text.split(IMAGE_PLACEHOLDER)
-    content = [{"type": "text", "text": first}]
+    content: list[dict[str, Any]] = [{"type": "text", "text": first}]
     for figure, text in zip(item.figures, others, strict=True):
         content.append({"type": "image", "url": figure.decode()})
         content.append({"type": "text", "text": text.removeprefix(newline)})
@@ -169,7 +169,10 @@ def _task_metric(pairs: Sequence[Mapping[str, Any]], *, name: str) -> float:
     ]
     answers = {item.key: pair["prediction"] for item, pair in zip(items, pairs, strict=True)}
     suite = replace(_suite(), families=_suite().families & {name if name in _PER_TASK else "macro"})
-    return score(Benchmark("", tuple(items)), answers, suite).tasks["task"][name]
+    value = score(Benchmark("", tuple(items)), answers, suite).tasks["task"][name]
+    if value is None:
+        raise UsageError(f"the metric {name} was not computed")
+    return value
 
 
 cider = partial(_task_metric, name="cider")

@@ -116,7 +116,7 @@ def save_model(
     weights: Weights = {}
     for name, tensor in state_dict.items():
         if tensor.data_ptr() not in shared or tensor.numel() == 0:
-            weights[name] = lambda t=tensor: t
+            weights[name] = tensor.detach
         shared.add(tensor.data_ptr())
     entries = write_weights(weights, folder)
     dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")

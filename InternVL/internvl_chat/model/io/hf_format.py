@@ -4,6 +4,8 @@ The tensors are the same under other names, except that transformers splits the 
 """
 
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +71,7 @@ def to_hf_weights(weights: Weights) -> Weights:
             continue
         layer = _rename(fused[1] + ".", to_hf=True)
         for position, letter in enumerate("qkv"):
-            out[f"{layer}attention.{letter}_proj.{fused[2]}"] = lambda r=read, p=position: r().chunk(3)[p]
+            out[f"{layer}attention.{letter}_proj.{fused[2]}"] = partial(_third, read, position)
     return out
 
 
@@ -84,7 +86,7 @@ def from_hf_weights(weights: Weights) -> Weights:
         elif split[2] == "q":
             parts = [weights[f"{split[1]}.attention.{letter}_proj.{split[3]}"] for letter in "qkv"]
             layer = _rename(split[1] + ".", to_hf=False)
-            out[f"{layer}attn.qkv.{split[3]}"] = lambda p=parts: torch.cat([part() for part in p])
+            out[f"{layer}attn.qkv.{split[3]}"] = partial(_concatenate, parts)
     return out
 
 
@@ -173,3 +175,12 @@ def from_hf_config(raw: dict[str, Any], *, source: str) -> InternVLChatConfig:
 
 def _square(size: int | list[int]) -> int:
     return size if isinstance(size, int) else size[0]
+
+
+def _third(read: Callable[[], torch.Tensor], position: int) -> torch.Tensor:
+    """Return queries, keys or values of a fused weight."""
+    return read().chunk(3)[position]
+
+
+def _concatenate(parts: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([read() for read in parts])

@@ -2,8 +2,12 @@
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS, adopt_options, find_base
@@ -58,10 +62,10 @@ def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckp
         adopt_options(config, read_config(source))
     config.use_llm_lora = config.use_backbone_lora = 0
     file = config_file(base_folder)
-    unchanged = file is not None and config == before
+    unchanged = file if config == before else None
     return MergedCheckpoint(
         config=config,
-        config_text=file.read_text(encoding="utf-8") if unchanged else config.to_json_string(),
+        config_text=unchanged.read_text(encoding="utf-8") if unchanged else config.to_json_string(),
         weights=weights,
         auxiliary_files=read_auxiliary_files(base_folder) | read_auxiliary_files(source),
         merged_layers=merged_layers,
@@ -85,7 +89,7 @@ def _merge(weights: Weights) -> tuple[Weights, int]:
         plain_name = _BASE_LAYER.sub("", name)
         if a and b and name.endswith(".base_layer.weight"):
             layers += 1
-            merged[plain_name] = lambda w=read, a=a, b=b: merged_weight(w(), a(), b())
+            merged[plain_name] = partial(_read_merged, read, a, b)
         else:
             merged[plain_name] = read
     return merged, layers
@@ -104,3 +108,9 @@ def _with_adapter(folder: Path, base_folder: Path) -> Weights:
     if missing:
         raise ModelError(f"{folder}: the base {base_folder} lacks {len(missing)} of the adapted layers")
     return weights | adapter
+
+
+def _read_merged(
+    weight: Callable[[], torch.Tensor], a: Callable[[], torch.Tensor], b: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    return merged_weight(weight(), a(), b())

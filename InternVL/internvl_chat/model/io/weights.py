@@ -171,10 +171,10 @@ def write_weights(
         (folder / _part(1)).rename(folder / "model.safetensors")
         return {"model.safetensors": written[0]}
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    weight_map = {}
-    for number, (names, file) in enumerate(zip(shards, files, strict=True), 1):
-        (folder / _part(number)).rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
+    weight_map: dict[str, str] = {}
+    for number, (names, name) in enumerate(zip(shards, files, strict=True), 1):
+        (folder / _part(number)).rename(folder / name)
+        weight_map.update(dict.fromkeys(names, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / INDEX_FILE, index)
     return dict(zip(files, written, strict=True))
@@ -214,7 +214,7 @@ def write_file(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             copy = tensors[name].detach().cpu().contiguous()
-            stream.write(memoryview(copy.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(copy.reshape(-1).view(torch.uint8).numpy().data)
             del copy
     return stream.entry()
 

@@ -3,7 +3,7 @@
 The model is complete without them.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,8 +52,9 @@ def fuse_norms(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, norm in parent.named_children():
             if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-                fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
-                fused.weight = norm.weight
+                weight = norm.get_parameter("weight")
+                fused = nn.RMSNorm(weight.shape, cast(float, norm.variance_epsilon), device="meta")
+                fused.weight = weight
                 setattr(parent, name, fused)
 
 

@@ -30,9 +30,9 @@ class LastLayer(GradientCheckpointingLayer):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.self_attn, self.mlp = layer.self_attn, layer.mlp
-        self.input_layernorm = layer.input_layernorm
-        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.self_attn, self.mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+        self.input_layernorm = layer.get_submodule("input_layernorm")
+        self.post_attention_layernorm = layer.get_submodule("post_attention_layernorm")
 
     def forward(
         self, hidden_states: torch.Tensor, output_positions: torch.Tensor | None = None, **kwargs: Any

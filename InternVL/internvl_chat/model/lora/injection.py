@@ -98,10 +98,10 @@ def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list
 
 def ranks_of(config: LoraConfig) -> tuple[int, int]:
     """Return the ranks of language model and vision tower in a configuration by `adapter_config`."""
-    targets = set(config.target_modules)
+    targets = set(config.target_modules or ())
     vision = targets.issuperset(VISION_TARGETS)
     llm = bool(targets - set(VISION_TARGETS))
-    vision_rank = config.rank_pattern.get(VISION_TARGETS[0], config.r) if vision else 0
+    vision_rank = (config.rank_pattern or {}).get(VISION_TARGETS[0], config.r) if vision else 0
     return (config.r if llm else 0), vision_rank
 
 

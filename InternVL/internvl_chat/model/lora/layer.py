@@ -26,9 +26,10 @@ class LoraLinear(Linear):
         (name,) = names
         base = self.base_layer(x)
         dropout = self.lora_dropout[name]
-        drops = self.training and isinstance(dropout, nn.Dropout)
-        dropped, factor = drop(x, dropout.p) if drops else (x, 1.0)
-        down = F.linear(dropped, self.lora_A[name].weight.to(x.dtype))
-        up = self.lora_B[name].weight.to(x.dtype).t()
+        dropped, factor = x, 1.0
+        if self.training and isinstance(dropout, nn.Dropout):
+            dropped, factor = drop(x, dropout.p)
+        down = F.linear(dropped, self.lora_A[name].get_parameter("weight").to(x.dtype))
+        up = self.lora_B[name].get_parameter("weight").to(x.dtype).t()
         flat = torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up, alpha=factor * self.scaling[name])
         return flat.view_as(base)

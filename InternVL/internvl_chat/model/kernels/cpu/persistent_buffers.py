@@ -21,7 +21,8 @@ def use_persistent_buffers(llm: PreTrainedModel) -> None:
     For a single rank only: to reduce gradients over ranks, autograd has to return them.
     """
     embedding, head = llm.get_input_embeddings(), llm.get_output_embeddings()
-    gradients = {id(module.weight): PersistentGradient(module.weight) for module in (embedding, head)}
+    weights = [module.get_parameter("weight") for module in (embedding, head)]
+    gradients = {id(weight): PersistentGradient(weight) for weight in weights}
     if type(embedding) is nn.Embedding and embedding.weight.requires_grad:
         llm.set_input_embeddings(PersistentEmbedding(embedding, gradients[id(embedding.weight)]))
     if isinstance(head, SupervisedHead):
@@ -56,12 +57,12 @@ class PersistentGradient:
 
     def _begin(self) -> tuple[torch.Tensor, bool]:
         """Return the buffer, and whether it still holds the gradient of an earlier step."""
-        stale = self.weight.grad is None
-        if stale:
-            if self._buffer is None:
-                self._buffer = torch.empty_like(self.weight)
-            self.weight.grad = self._buffer
-        return self.weight.grad, stale
+        if self.weight.grad is not None:
+            return self.weight.grad, False
+        if self._buffer is None:
+            self._buffer = torch.empty_like(self.weight)
+        self.weight.grad = self._buffer
+        return self._buffer, True
 
 
 class PersistentHeadBuffers(HeadBuffers):

@@ -1,0 +1,107 @@
+"""Functions of the public Python API that no other module has; see docs/python_api.md."""
+
+import atexit
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvl_chat.data.dataset import build_sets
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.tokenizer import load_tokenizer
+from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources.meta import load_meta
+from internvl_chat.inference.engine import Engine
+from internvl_chat.model.io.folders import model_folder, read_config
+from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.paths import REPOSITORY
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+    max_dynamic_patch: int | None = None,
+) -> Engine:
+    """Load a model with its tokenizer and preprocessing, ready to answer questions.
+
+    Args:
+        model: model folder, adapter folder or hub id, in any format.
+        device: `cpu`, `cuda:0`, or `auto` for all GPUs [GPU if available].
+        dtype: dtype of the weights [bfloat16 on a GPU, float32 on a CPU].
+        base: base model of an adapter, if it has moved.
+        max_dynamic_patch: maximum number of tiles [the checkpoint's].
+    """
+    return Engine.from_checkpoint(
+        model, device=device, dtype=dtype, base=base, max_dynamic_patch=max_dynamic_patch
+    )
+
+
+def open_datasets(
+    meta: str | Path,
+    model: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    max_dynamic_patch: int | None = None,
+) -> list[RecordSet]:
+    """Open the datasets of a meta file as the model encodes them; reads no weights.
+
+    Args:
+        meta: meta file, such as PMC-data.json.
+        model: model folder, adapter folder or hub id.
+        data_root: base folder of relative paths in the meta file [repository].
+        max_dynamic_patch: maximum number of tiles [the checkpoint's].
+    """
+    folder = model_folder(model)
+    tokenizer, _ = load_tokenizer(folder)
+    preprocessing = Preprocessing.from_folder(
+        folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
+    )
+    return build_sets(load_meta(meta, data_root or REPOSITORY), RecordEncoder(tokenizer, preprocessing))
+
+
+def evaluate(
+    engine: Engine, datasets: Sequence[RecordSet], *, limit: int | None = None, max_new_tokens: int = 128
+) -> list[dict[str, Any]]:
+    """Answer the last question of each record, and return the exact match of each dataset.
+
+    Args:
+        engine: the model.
+        datasets: the datasets, from `open_datasets`.
+        limit: use the first `limit` records of each dataset, or all if None.
+        max_new_tokens: maximum number of tokens of an answer.
+    """
+    from internvl_chat.eval.exact_match import answer_records, score_dataset
+
+    answers = list(answer_records(engine, datasets, limit=limit, max_new_tokens=max_new_tokens))
+    return [score_dataset(records.spec.name, answers) for records in datasets]
+
+
+def finetune(recipe: str | Path | None = None, **flags: Any) -> Path:
+    """Train in this process with the flags of `m3llm train`, and return the folder of the model.
+
+    Args:
+        recipe: YAML or JSON file with flags.
+        flags: further flags, which override the recipe.
+
+    Raises:
+        TrainingError: training failed, or was stopped by a signal; call again to resume.
+    """
+    from internvl_chat.data.batching.dataloader import kill_workers
+    from internvl_chat.train.arguments import as_tokens, parse_arguments
+    from internvl_chat.train.internvl_chat_finetune import train
+    from internvl_chat.utils.logging import configure_logging
+
+    configure_logging()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # dataloader workers run in parallel
+    atexit.register(kill_workers)
+    config = parse_arguments([*([str(recipe)] if recipe else []), *as_tokens(flags)])
+    stopped_by = train(config)
+    if stopped_by is not None:
+        raise TrainingError(f"training was stopped by {stopped_by.name}; call finetune again to resume")
+    return Path(config.run.output_dir)
