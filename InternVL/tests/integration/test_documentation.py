@@ -16,8 +16,10 @@ from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 REPOSITORY = SOURCE_ROOT.parent
-PAGES = ("README.md", "full_training_data/README.md", "InternVL/README.md", "InternVL/docs/data_check.md",
-         "InternVL/docs/evaluation.md", "InternVL/docs/export.md")  # fmt: skip
+DOCS = REPOSITORY / "InternVL/docs"
+# The commands of the benchmarks have tests of their own.
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "full_training_data/README.md", SOURCE_ROOT / "README.md",
+         *sorted(DOCS.glob("*.md"))]  # fmt: skip
 SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1"
 
 # Run elsewhere: quickstart and acceptance run as slow tests, this command by whoever runs the tests, and what
@@ -30,15 +32,17 @@ ELSEWHERE = (
     "python3 -m venv .venv && source .venv/bin/activate",
     'pip install -e ".[dev]"',
     'pip install -e ".[eval]"',
+    "python InternVL/docs/make_flags.py",
 )
 
 
 def documented_commands() -> list[str]:
+    """Return the commands in `bash` blocks; a block that creates a folder is a single command."""
     commands = []
     for page in PAGES:
-        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-            folder = ""
+            folder, lines = "", []
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.split("  #")[0].strip()
                 if line.startswith("export "):
@@ -47,12 +51,13 @@ def documented_commands() -> list[str]:
                 if line.startswith("cd "):
                     folder = f"{line} && "
                 elif line:
-                    commands.append(folder + line)
+                    lines.append(folder + line)
+            commands += [" && ".join(lines)] if "mkdir" in block else lines
     return sorted(set(commands) - set(ELSEWHERE))
 
 
 def test_there_are_commands():
-    assert len(documented_commands()) >= 7
+    assert len(documented_commands()) >= 20
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,7 @@ STAND_INS = (
     (r"InternVL/internvl_chat/shell/data/PMC-data\.json", "{meta}"),
     (r"\bGPUS=\d+ ", "GPUS=0 "),
     (r"--eval_meta_path held_out\.json", "--eval_meta_path {stage}/held_out.json"),
+    (r"(data check my_data/\S+)", r"\1 --data_root {stage}"),
     (r"(bash \S*M3LLM-fulldata-.*)", rf"\1 {SMALL}"),
     (r"_steps 200", "_steps 1"),
     (r"^(m3llm (?:merge|export) [^&]*?)(\S+)$", r"\1{out}/made"),
@@ -143,6 +149,7 @@ def test_command(command, stage, tiny_model, sample_data, tmp_path):
         "GPUS": "0",
         "MODEL_PATH": str(tiny_model),
         "META_PATH": str(sample_data / "train.json"),
+        "DATA_ROOT": str(stage),
         "OUTPUT_DIR": str(tmp_path / "out"),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(SOURCE_ROOT),
