@@ -124,6 +124,7 @@ STAND_INS = (
     (r"--eval_meta_path held_out\.json", "--eval_meta_path {stage}/held_out.json"),
     (r"(data check my_data/\S+)", r"\1 --data_root {stage}"),
     (r"(bash \S*M3LLM-fulldata-.*)", rf"\1 {SMALL}"),
+    (r"(.*/recipes/.*)", rf"\1 --use_cpu True --bf16 False --meta_path {{meta}} --output_dir {{out}}/out {SMALL}"),
     (r"_steps 200", "_steps 1"),
     (r"^(m3llm (?:merge|export) [^&]*?)(\S+)$", r"\1{out}/made"),
     (r"--out \S+", "--out {out}/eval"),
