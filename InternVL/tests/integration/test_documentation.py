@@ -121,6 +121,7 @@ STAND_INS = (
     (r"/models/InternVL3-8B", "{model}"),
     (r"InternVL/internvl_chat/shell/data/PMC-data\.json", "{meta}"),
     (r"\bGPUS=\d+ ", "GPUS=0 "),
+    (r"PARALLEL=fsdp", "NPROC=2 PARALLEL=fsdp"),
     (r"--eval_meta_path held_out\.json", "--eval_meta_path {stage}/held_out.json"),
     (r"(data check my_data/\S+)", r"\1 --data_root {stage}"),
     (r"(bash \S*M3LLM-fulldata-.*)", rf"\1 {SMALL}"),
