@@ -20,6 +20,7 @@ DOCS = REPOSITORY / "InternVL/docs"
 # The commands of the benchmarks have tests of their own.
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "full_training_data/README.md", SOURCE_ROOT / "README.md",
          *sorted(DOCS.glob("*.md"))]  # fmt: skip
+CPU = "--use_cpu True --bf16 False"
 SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1"
 
 # Run elsewhere: quickstart and acceptance run as slow tests, this command by whoever runs the tests, and what
@@ -125,7 +126,7 @@ STAND_INS = (
     (r"--eval_meta_path held_out\.json", "--eval_meta_path {stage}/held_out.json"),
     (r"(data check my_data/\S+)", r"\1 --data_root {stage}"),
     (r"(bash \S*M3LLM-fulldata-.*)", rf"\1 {SMALL}"),
-    (r"(.*/recipes/.*)", rf"\1 --use_cpu True --bf16 False --meta_path {{meta}} --output_dir {{out}}/out {SMALL}"),
+    (r"(.*/recipes/.*)", rf"\1 {CPU} --meta_path {{meta}} --output_dir {{out}} {SMALL}"),
     (r"_steps 200", "_steps 1"),
     (r"^(m3llm (?:merge|export) [^&]*?)(\S+)$", r"\1{out}/made"),
     (r"--out \S+", "--out {out}/eval"),
