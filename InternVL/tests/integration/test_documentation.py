@@ -33,6 +33,7 @@ ELSEWHERE = (
     "python3 -m venv .venv && source .venv/bin/activate",
     'pip install -e ".[dev]"',
     'pip install -e ".[eval]"',
+    "pre-commit install",
     "python InternVL/docs/make_flags.py",
 )
 
