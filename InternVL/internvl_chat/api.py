@@ -47,7 +47,11 @@ def open_datasets(
     model: str | Path,
     *,
     data_root: str | Path | None = None,
+    image_root: str | Path | None = None,
     max_dynamic_patch: int | None = None,
+    image_background: str | None = None,
+    exif_transpose: bool | None = None,
+    escape_control_tokens: bool | None = None,
 ) -> list[RecordSet]:
     """Open the datasets of a meta file as the model encodes them; reads no weights.
 
@@ -55,14 +59,24 @@ def open_datasets(
         meta: meta file, such as PMC-data.json.
         model: model folder, adapter folder or hub id.
         data_root: base folder of relative paths in the meta file [repository].
+        image_root: folder of the images, if `meta` is an annotation file instead of a meta file.
         max_dynamic_patch: maximum number of tiles [the checkpoint's].
+        image_background: color behind transparent pixels, or `none` [the checkpoint's].
+        exif_transpose: apply the EXIF orientation [the checkpoint's].
+        escape_control_tokens: read control tokens in texts as plain text [the checkpoint's].
     """
     folder = model_folder(model)
     tokenizer, _ = load_tokenizer(folder)
     preprocessing = Preprocessing.from_folder(
         folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
     )
-    return build_sets(load_meta(meta, data_root or REPOSITORY), RecordEncoder(tokenizer, preprocessing))
+    preprocessing = preprocessing.with_options(
+        image_background=image_background,
+        exif_transpose=exif_transpose,
+        escape_control_tokens=escape_control_tokens,
+    )
+    specs = load_meta(meta, data_root or REPOSITORY, image_root)
+    return build_sets(specs, RecordEncoder(tokenizer, preprocessing))
 
 
 def evaluate(

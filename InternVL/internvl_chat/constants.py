@@ -36,6 +36,9 @@ SYSTEM_TEXTS = {
     "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
 }
 
+# Colors behind transparent pixels; none drops the transparency, as the reference does.
+BACKGROUNDS = ("none", "white", "black")
+
 # Mean and standard deviation of pixel values, per channel.
 NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

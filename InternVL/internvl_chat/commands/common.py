@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from internvl_chat.commands.output import progress
 from internvl_chat.utils.paths import REPOSITORY
 
+# Preprocessing options of the command line, apart from the tile limit.
+_PREPROCESSING = ("image_background", "exif_transpose", "escape_control_tokens")
+
 if TYPE_CHECKING:
+    from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.record_set import RecordSet
 
 
@@ -25,21 +30,53 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     add("meta", metavar="META", nargs=nargs, help="meta file (like PMC-data.json)")
     add("--model", required=required, help="model folder, adapter folder or hub id")
     add_data_root(parser)
-    add_tile_limit(parser)
+    add_preprocessing_arguments(parser)
     add("--limit", type=positive, metavar="N", help="use the first N records of each dataset")
     add("--json", action="store_true", help="print one JSON object per line")
 
 
 def add_data_root(parser: argparse.ArgumentParser) -> None:
-    """Add `--data_root`."""
+    """Add `--data_root` and `--image_root`."""
     parser.add_argument("--data_root", default=REPOSITORY, type=Path,
         help="folder that relative paths in the meta file start from (default: the repository)")  # fmt: skip
+    parser.add_argument("--image_root", type=Path, metavar="DIR",
+        help="folder of the images, if META is an annotation file instead of a meta file")  # fmt: skip
 
 
 def add_tile_limit(parser: argparse.ArgumentParser) -> None:
     """Add `--max_dynamic_patch`."""
     parser.add_argument("--max_dynamic_patch", type=positive, metavar="N",
         help="maximum tiles per record (default: from the checkpoint)")  # fmt: skip
+
+
+def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that replace preprocessing options of the checkpoint."""
+    add_tile_limit(parser)
+    add = parser.add_argument
+    add("--image_background", choices=("none", "white", "black"),
+        help="color behind transparent pixels; none ignores transparency (default: from the "
+        "checkpoint)")  # fmt: skip
+    add("--exif_transpose", type=boolean, metavar="BOOL",
+        help="apply the rotation stored as EXIF orientation (default: from the checkpoint)")  # fmt: skip
+    add("--escape_control_tokens", type=boolean, metavar="BOOL",
+        help="read control tokens such as <|im_end|> in texts as plain text (default: from the "
+        "checkpoint)")  # fmt: skip
+
+
+def preprocessing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `add_preprocessing_arguments` by the options they replace, except the limit."""
+    return {name: vars(args).get(name) for name in _PREPROCESSING}
+
+
+def load_preprocessing(args: argparse.Namespace, folder: Path) -> Preprocessing:
+    """Return the preprocessing of a checkpoint with the options of the command line."""
+    from internvl_chat.data.encode.preprocessing import Preprocessing
+    from internvl_chat.model.io.folders import read_config
+
+    preprocessing = Preprocessing.from_folder(
+        folder, read_config(folder), max_dynamic_patch=args.max_dynamic_patch
+    )
+    return preprocessing.with_options(**preprocessing_options(args))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,10 +110,33 @@ def open_sets(args: argparse.Namespace) -> list[RecordSet]:
     from internvl_chat.api import open_datasets
 
     return open_datasets(
-        args.meta, args.model, data_root=args.data_root, max_dynamic_patch=args.max_dynamic_patch
+        args.meta,
+        args.model,
+        data_root=args.data_root,
+        image_root=args.image_root,
+        max_dynamic_patch=args.max_dynamic_patch,
+        **preprocessing_options(args),
     )
 
 
 def count_records(sets: Sequence[RecordSet], limit: int | None) -> int:
     """Return the number of records if at most `limit` of each dataset are used."""
     return sum(len(records.first(limit)) for records in sets)
+
+
+def log_warnings(sets: Sequence[RecordSet], limit: int | None) -> None:
+    """Log the warnings about the first `limit` records of each dataset by kind, with one example of each."""
+    from internvl_chat.data.sources.problems import describe_by_kind
+    from internvl_chat.utils.errors import DataError
+    from internvl_chat.utils.logging import get_logger
+
+    found, unusable = [], set()
+    keys = [(records, index) for records in sets for index in records.first(limit)]
+    for records, index in progress(keys):
+        if records.spec.name not in unusable:
+            try:
+                found += records.warnings(index)
+            except DataError:
+                unusable.add(records.spec.name)  # the command itself reports it
+    for line in describe_by_kind(found):
+        get_logger(__name__).warning("%s", line)

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_chat.commands.common import add_data_root, add_tile_limit, positive
+from internvl_chat.commands.common import (
+    add_data_root,
+    add_preprocessing_arguments,
+    load_preprocessing,
+    positive,
+    preprocessing_options,
+)
 from internvl_chat.commands.output import echo, print_json, print_table
 from internvl_chat.utils.errors import UsageError
 
@@ -33,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_root(parser)
     add("--check", choices=("fast", "full"), default="fast",
         help="full decodes every image, fast reads only its header and its end (default: fast)")  # fmt: skip
-    add_tile_limit(parser)
+    add_preprocessing_arguments(parser)
     add("--max_seq_length", type=positive, metavar="N",
         help="maximum tokens per record (default: from the checkpoint)")  # fmt: skip
     add("--truncate_text", action="store_true", help="check for training with --truncate_text True")
@@ -54,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model is None and (args.max_seq_length or args.truncate_text):
         raise UsageError("--max_seq_length and --truncate_text need --model: its tokenizer counts the tokens")
-    specs, encoder = load_meta(args.meta, args.data_root), _encoder(args)
+    specs, encoder = load_meta(args.meta, args.data_root, args.image_root), _encoder(args)
     if args.report:
         _create_folder(args.report)
     result = audit(specs, encoder, decode=args.check == "full", workers=args.workers)
@@ -81,21 +87,16 @@ def _inputs(args: argparse.Namespace) -> dict[str, str]:
 
 def _encoder(args: argparse.Namespace) -> RecordEncoder:
     """Return the encoder of the model, or without a model one that only counts tiles."""
-    import dataclasses
-
     from internvl_chat.data.encode.encoder import RecordEncoder
     from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.encode.tokenizer import load_tokenizer
-    from internvl_chat.model.io.folders import model_folder, read_config
+    from internvl_chat.model.io.folders import model_folder
 
     if args.model is None:
-        return RecordEncoder(None, Preprocessing().with_tile_limit(args.max_dynamic_patch))
+        preprocessing = Preprocessing().with_tile_limit(args.max_dynamic_patch)
+        return RecordEncoder(None, preprocessing.with_options(**preprocessing_options(args)))
     folder = model_folder(args.model)
-    preprocessing = Preprocessing.from_folder(
-        folder, read_config(folder), max_dynamic_patch=args.max_dynamic_patch
-    )
-    if args.max_seq_length:
-        preprocessing = dataclasses.replace(preprocessing, max_seq_length=args.max_seq_length)
+    preprocessing = load_preprocessing(args, folder).with_options(max_seq_length=args.max_seq_length)
     tokenizer, _ = load_tokenizer(folder)
     return RecordEncoder(tokenizer, preprocessing, truncate_text=args.truncate_text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from internvl_chat.commands.common import add_data_arguments, open_sets
+from internvl_chat.commands.common import add_data_arguments, log_warnings, open_sets
 from internvl_chat.commands.output import echo, print_json, progress
 from internvl_chat.utils.files import sha256
 
@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tiles, token counts and decoded supervised spans of each record."""
-    for records in open_sets(args):
+    sets = open_sets(args)
+    log_warnings(sets, args.limit)
+    for records in sets:
         indices = records.first(args.limit)
         for index in progress(indices) if args.json else indices:
             row = _inspect_record(records, index, with_ids=args.ids)

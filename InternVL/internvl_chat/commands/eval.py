@@ -14,8 +14,11 @@ from internvl_chat.commands.common import (
     add_model_arguments,
     comma_separated,
     count_records,
+    load_preprocessing,
+    log_warnings,
     open_sets,
     positive,
+    preprocessing_options,
 )
 from internvl_chat.commands.output import echo, print_json, print_table, progress
 from internvl_chat.utils.errors import ModelError, UsageError
@@ -78,9 +81,14 @@ def _run_exact_match(args: argparse.Namespace) -> int:
     """Print exact match per dataset, and test the accuracy on closed questions against chance."""
     from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance, score_dataset
     from internvl_chat.inference.engine import Engine
+    from internvl_chat.model.io.folders import model_folder
 
     sets = open_sets(args)
-    engine = Engine.from_checkpoint(args.model, device=args.device, base=args.base)
+    log_warnings(sets, args.limit)
+    preprocessing = load_preprocessing(args, model_folder(args.model))
+    engine = Engine.from_checkpoint(
+        args.model, device=args.device, base=args.base, preprocessing=preprocessing
+    )
     answers: list[Answer] = []
     max_new_tokens = args.max_new_tokens or _MAX_NEW_TOKENS
     iterator = answer_records(
@@ -154,6 +162,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
             device=args.device,
             max_new_tokens=args.max_new_tokens or _BENCHMARK_MAX_NEW_TOKENS,
             max_dynamic_patch=args.max_dynamic_patch,
+            options=preprocessing_options(args),
             progress=partial(progress, unit="item"),
         )
     if is_first:

@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from internvl_chat.commands.common import add_model_arguments, add_tile_limit, positive
+from internvl_chat.commands.common import (
+    add_model_arguments,
+    add_preprocessing_arguments,
+    load_preprocessing,
+    positive,
+)
 from internvl_chat.commands.output import echo, print_json
 from internvl_chat.utils.errors import UsageError
 
@@ -33,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sampling temperature, for example 0.7; 0 is greedy decoding (default: 0)")  # fmt: skip
     add("--top_p", type=float, help="nucleus sampling: cumulative probability (default: 1)")
     add("--seed", type=int, help="seed for reproducible sampling")
-    add_tile_limit(parser)
+    add_preprocessing_arguments(parser)
     add("--json", action="store_true", help="print one JSON object per answer")
     add_model_arguments(parser)
 
@@ -42,15 +47,17 @@ def run(args: argparse.Namespace) -> int:
     """Answer the questions of one conversation."""
     from internvl_chat.data.sources.images import open_images
     from internvl_chat.inference.engine import Engine, ask
+    from internvl_chat.model.io.folders import model_folder
 
     if any(not question.strip() for question in args.question):
         raise UsageError("a question is empty")
     if not args.question and not args.chat:
         raise UsageError("no question: give one, or use --chat to type questions")
     sampling = _sampling(args)
-    images = open_images(args.image)
+    preprocessing = load_preprocessing(args, model_folder(args.model))
+    images = open_images(args.image, preprocessing.image_options)
     engine = Engine.from_checkpoint(
-        args.model, device=args.device, base=args.base, max_dynamic_patch=args.max_dynamic_patch
+        args.model, device=args.device, base=args.base, preprocessing=preprocessing
     )
     prompt, answer = None, ""
     for question in chain(args.question, _read_questions() if args.chat else ()):

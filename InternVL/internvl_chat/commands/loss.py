@@ -4,7 +4,13 @@ import argparse
 import dataclasses
 from collections import defaultdict
 
-from internvl_chat.commands.common import add_data_arguments, add_model_arguments, count_records, open_sets
+from internvl_chat.commands.common import (
+    add_data_arguments,
+    add_model_arguments,
+    count_records,
+    log_warnings,
+    open_sets,
+)
 from internvl_chat.commands.output import print_json, print_table, progress
 
 
@@ -20,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.inference.engine import Engine
 
     sets = open_sets(args)
+    log_warnings(sets, args.limit)
     engine = Engine.from_checkpoint(args.model, device=args.device, base=args.base)
     by_dataset: dict[str, list[float]] = defaultdict(list)
     rows = losses(engine.model, sets, sets[0].encoder.preprocessing.normalize_type, args.limit)

@@ -2,18 +2,20 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder, RecordLengths
+from internvl_chat.data.sources.image_content import ImageOptions, content_warnings, turned_size
 from internvl_chat.data.sources.images import (
     ImageFile,
+    ImageInfo,
     check_decoding,
     decode_image,
     image_info,
@@ -22,8 +24,9 @@ from internvl_chat.data.sources.images import (
 )
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.data.sources.problems import RecordError, printable_id, printable_message
-from internvl_chat.data.sources.records import Record, conversation_warnings, parse_record
+from internvl_chat.data.sources.problems import Problem, RecordError, printable_id, printable_message
+from internvl_chat.data.sources.record_warnings import record_warnings
+from internvl_chat.data.sources.records import Record, parse_record
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.files import file_sha256
 from internvl_chat.utils.logging import get_logger
@@ -63,7 +66,7 @@ class CheckedRecord(NamedTuple):
         id: id in the file.
         id_hash: hash of the id, 0 if there is none.
         content_hash: hash of the conversation and the image paths.
-        warnings: (kind, message) of each warning about the conversation.
+        warnings: (kind, message) of each warning about the record and its images.
         images: the record's image files.
     """
 
@@ -126,9 +129,13 @@ class RecordSet:
         Raises:
             DataError: it is malformed.
         """
+        return self._parse(index)[1]
+
+    def _parse(self, index: int) -> tuple[Any, Record]:
+        """Return a record as the file has it, and parsed."""
         raw = self.file[index]
         with self._errors_of(index, raw.get("id") if isinstance(raw, dict) else None):
-            return parse_record(raw)
+            return raw, parse_record(raw)
 
     def error(self, index: int, message: str, record_id: object, kind: str = "structure") -> DataError:
         """Return an error with file, line and id of a record."""
@@ -160,7 +167,8 @@ class RecordSet:
         with self._errors_of(index, record.id):
             paths = self.image_paths(record)
             self.encoder.reject_oversized(record.messages, len(paths))
-            encoded = self.encoder.encode(record.messages, [image_size(path) for path in paths])
+            sizes = [image_size(path, self._image_options) for path in paths]
+            encoded = self.encoder.encode(record.messages, sizes)
         self._log_losses(index, record, encoded.lengths)
         return record, encoded
 
@@ -182,24 +190,59 @@ class RecordSet:
         Raises:
             DataError: it cannot be used; the same error as from `encode`, or from `load` if decoding fails.
         """
-        record = self.record(index)
+        raw, record = self._parse(index)
         with self._errors_of(index, record.id):
             paths = self.image_paths(record)
             self.encoder.reject_oversized(record.messages, len(paths))
             infos = [image_info(path) for path in paths]
-            lengths = self.encoder.measure(record.messages, [info.size for info in infos])
-            for path, info in zip(paths, infos, strict=True):
-                if decode or not info.has_end:
-                    check_decoding(path, info)
+            options = self._image_options
+            sizes = [turned_size(info.size, info.content.orientation, options) for info in infos]
+            lengths = self.encoder.measure(record.messages, sizes)
+            transparent = [
+                check_decoding(path, info) if decode or not info.has_end else None
+                for path, info in zip(paths, infos, strict=True)
+            ]
         images = zip(record.images, infos, strict=True)
         return CheckedRecord(
             lengths,
             record.id,
             0 if record.id is None else _hash(record.id),
             _hash(repr((record.messages, [str(path) for path in paths]))),
-            conversation_warnings(record.messages),
+            list(self._warnings(raw, record, infos, transparent)),
             tuple(ImageFile(name, info.num_bytes, info.mtime_ns) for name, info in images),
         )
+
+    def warnings(self, index: int) -> list[Problem]:
+        """Return the warnings about a record, without measuring it.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        raw, record = self._parse(index)
+        with self._errors_of(index, record.id):
+            infos = [image_info(path) for path in self.image_paths(record)]
+        found = self._warnings(raw, record, infos, [None] * len(infos))
+        location = (
+            self.spec.name,
+            index,
+            self.spec.annotation,
+            self.file.line(index),
+            printable_id(record.id),
+        )
+        return [Problem(*location, *warning) for warning in found]
+
+    def _warnings(
+        self, raw: Any, record: Record, infos: Sequence[ImageInfo], transparent: Sequence[bool | None]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield (kind, message) of each warning about a record and its images."""
+        escaped = self.encoder.preprocessing.escape_control_tokens
+        contents = [info.content for info in infos]
+        yield from record_warnings(raw, record, self.spec.root, escaped=escaped)
+        yield from content_warnings(record.images, contents, self._image_options, transparent)
+
+    @property
+    def _image_options(self) -> ImageOptions:
+        return self.encoder.preprocessing.image_options
 
     def load(self, index: int, augment: random.Random | None = None) -> Sample:
         """Encode a record and decode its images.
@@ -213,7 +256,7 @@ class RecordSet:
         """
         record, encoded = self.encode(index)
         with self._errors_of(index, record.id):
-            images = map(decode_image, self.image_paths(record))
+            images = (decode_image(path, self._image_options) for path in self.image_paths(record))
             try:
                 tiles = self.encoder.tiles(images, encoded.grids, augment if self.spec.data_augment else None)
             except RecordError:
@@ -232,7 +275,7 @@ class RecordSet:
             DataError: an image cannot be decoded.
         """
         with self._errors_of(index, record.id):
-            return [decode_image(path) for path in self.image_paths(record)]
+            return [decode_image(path, self._image_options) for path in self.image_paths(record)]
 
     def image_paths(self, record: Record) -> list[Path]:
         """Return the paths of a record's images.

@@ -5,10 +5,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key, log_lost_content
 from internvl_chat.eval.predictions import PredictionLog, checkpoint_digest, items_digest, merge_predictions
 from internvl_chat.inference.engine import Engine
-from internvl_chat.model.io.folders import model_folder
+from internvl_chat.model.io.folders import model_folder, read_config
 from internvl_chat.utils.distributed import rank, shard, world_size
 
 # The rank with the longest answers may take days; if it dies, torchrun stops the others.
@@ -26,6 +27,7 @@ def answer_benchmark(
     device: str | None,
     max_new_tokens: int,
     max_dynamic_patch: int | None,
+    options: Mapping[str, Any],
     progress: Callable[..., Iterable[Item]],
 ) -> dict[Key, str]:
     """Answer the items that have no answer yet; under torchrun each rank answers its shard.
@@ -40,6 +42,7 @@ def answer_benchmark(
         device: device of the model, or None for the default.
         max_new_tokens: maximum tokens per answer.
         max_dynamic_patch: maximum tiles per item, or None for the limit of the checkpoint.
+        options: preprocessing options that replace the checkpoint's; None keeps one.
         progress: progress bar around the answered items; receives `total`.
 
     Returns:
@@ -53,13 +56,16 @@ def answer_benchmark(
         "checkpoint": checkpoint_digest(folder),
         "max_new_tokens": max_new_tokens,
         "max_dynamic_patch": max_dynamic_patch,
+        **{name: value for name, value in options.items() if value is not None},
     }
     with PredictionLog(out, settings, rank()) as log:
         items = [item for item in shard(selected.items) if item.key not in log.done]
         if items:
-            engine = Engine.from_checkpoint(
-                folder, device=device, base=base, max_dynamic_patch=max_dynamic_patch
-            )
+            preprocessing = Preprocessing.from_folder(
+                folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
+            ).with_options(**options)
+            log_lost_content(items, preprocessing.image_options)
+            engine = Engine.from_checkpoint(folder, device=device, base=base, preprocessing=preprocessing)
             answered = answer_items(engine, items, system, log, max_new_tokens=max_new_tokens)
             for _ in progress(answered, total=len(items)) if rank() == 0 else answered:
                 pass
@@ -80,7 +86,8 @@ def answer_items(
     Raises:
         DataError: an image cannot be read, or an item does not fit the model.
     """
-    prompts = (item.prompt(system[item.task]) for item in items)
+    options = engine.encoder.preprocessing.image_options
+    prompts = (item.prompt(system[item.task], options) for item in items)
     for number, answer in engine.answer_each(prompts, max_new_tokens=max_new_tokens):
         log.append(items[number], answer)
         yield items[number]

@@ -61,13 +61,13 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
-    """Return the conversation of a record before its last answer, and this answer.
+    """Return the conversation of a record before its last supervised answer, and this answer.
 
     Args:
         record: the record.
         images: all images of the record.
     """
-    last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
+    last = max(i for i, m in enumerate(record.messages) if m.role == "assistant" and m.supervised)
     messages = record.messages[:last]
     shown = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
     return Prompt(messages, tuple(images[:shown])), record.messages[last].content
@@ -101,6 +101,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         base: str | Path | None = None,
         max_dynamic_patch: int | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> "Engine":
         """Load a checkpoint of any format.
 
@@ -110,6 +111,7 @@ class Engine:
             dtype: dtype of the weights; by default bfloat16 on a GPU and float32 on a CPU.
             base: base model of an adapter, if it has moved.
             max_dynamic_patch: maximum number of tiles; by default the checkpoint's.
+            preprocessing: preprocessing options that replace the checkpoint's.
         """
         folder = model_folder(path_or_id)
         first = find_device(None if device == AUTO else device)
@@ -122,9 +124,10 @@ class Engine:
             base=base,
         )
         apply_kernels(model, first)
-        preprocessing = Preprocessing.from_folder(
-            folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
-        )
+        if preprocessing is None:
+            preprocessing = Preprocessing.from_folder(
+                folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
+            )
         return cls(place(model, device), tokenizer, preprocessing)
 
     @property
@@ -177,7 +180,12 @@ class Engine:
         Raises:
             DataError: an image cannot be read, or the prompt exceeds the token limit.
         """
-        opened = [image if isinstance(image, Image.Image) else open_images([image])[0] for image in images]
+        opened = [
+            image
+            if isinstance(image, Image.Image)
+            else open_images([image], self.encoder.preprocessing.image_options)[0]
+            for image in images
+        ]
         [answer] = self.answer(
             [ask(question, opened, system)], max_new_tokens=max_new_tokens, sampling=sampling
         )

@@ -313,7 +313,7 @@ def _check_eval_data(config: TrainConfig) -> list[DatasetSpec]:
 
 def _check_data(meta: str, config: TrainConfig) -> list[DatasetSpec]:
     """Read a meta file and index every annotation file."""
-    specs = load_meta(meta, config.data.data_root or REPOSITORY)
+    specs = load_meta(meta, config.data.data_root or REPOSITORY, config.data.image_root)
     problems = []
     for spec in specs:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from internvl_chat.constants import (
     ATTENTION_NAMES,
+    BACKGROUNDS,
     LOSS_REDUCTIONS,
     NORMALIZATIONS,
     SAMPLING_STRATEGIES,
@@ -130,6 +131,18 @@ class DataArguments:
     max_bad_fraction: float = _data(0.01, "Maximum fraction of records that --on_bad_record skip excludes.")
     truncate_text: bool = _data(
         False, "Truncate records that are too long even with one tile per image, instead of refusing them."
+    )
+    image_root: str | None = _data(
+        None, "Folder of the images, if --meta_path is an annotation file instead of a meta file."
+    )
+    image_background: str = _data(
+        "none",
+        "Color behind transparent pixels; none ignores transparency, as the reference does.",
+        BACKGROUNDS,
+    )
+    exif_transpose: bool = _data(False, "Apply the rotation stored in images as EXIF orientation.")
+    escape_control_tokens: bool = _data(
+        False, "Read control tokens such as <|im_end|> in texts as plain text."
     )
 
     def __post_init__(self) -> None:

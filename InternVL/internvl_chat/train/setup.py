@@ -128,6 +128,9 @@ def plan_preprocessing(
         system_text=SYSTEM_TEXTS[config.data.conv_style],
         normalize_type=config.data.normalize_type,
         max_seq_length=config.data.max_seq_length,
+        image_background=config.data.image_background,
+        exif_transpose=config.data.exif_transpose,
+        escape_control_tokens=config.data.escape_control_tokens,
     )
 
 

@@ -2,15 +2,18 @@
 
 import io
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_sets import noise, write_lines
 
+from internvl_chat.data.sources.image_content import ImageOptions
 from internvl_chat.data.sources.records import Message
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
-from internvl_chat.eval.benchmarks.item import Figure, Item
+from internvl_chat.eval.benchmarks.item import Figure, Item, log_lost_content
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
 from internvl_chat.eval.benchmarks.omnimed import short_modality
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
@@ -352,3 +355,57 @@ def test_error_of_a_corrupt_image_names_its_item(folder):
         item.prompt(None)
     assert str(caught.value).startswith("set, item 0: ")
     assert str(caught.value).count("truncated.jpg") == 1
+
+
+class TestImagesThatAreNotRead:
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"image_path": "images/a.png"}, "'image_path' names 'images/a.png', which is not read"),
+            ({"img": "images/a.png"}, "'img' names"),
+            ({"video": "a.mp4"}, "'video' names"),
+            ({"image": "images/a.png", "question": "<image 1> What?"}, "marks an image by '<image 1>'"),
+            ({"question": "<|image_pad|> What?"}, "marks an image by '<|image_pad|>'"),
+            ({"image": "https://example.org/a.png"}, "is a URL (https://), which is not fetched"),
+            ({"image": "data:image/png;base64,iVBORw0KGgo="}, "given as base64"),
+            ({"image": "images/A.PNG"}, "the folder has a.png"),
+        ],
+    )
+    def test_vqa(self, folder, values, message):
+        file = write_lines(folder / "set.jsonl", [{"question": "What?", "answer": "That", **values}])
+        with pytest.raises(DataError) as caught:
+            open_benchmark("vqa", file)
+        assert message in str(caught.value)
+
+    @pytest.mark.parametrize("values", [{"image_path": "c.png"}, {"question": "See <image1>"}])
+    def test_custom_folder(self, folder, values):
+        write(folder, [item(**values)])
+        with pytest.raises(DataError, match="which is not read"):
+            open_benchmark(str(folder), None)
+
+
+def test_control_tokens_in_an_answer(folder, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
+    rows = [{"question": "What?", "answer": answer} for answer in ("That", "A nodule.<|im_end|>")]
+    open_benchmark("vqa", write_lines(folder / "set.jsonl", rows))
+    [message] = set(caplog.messages)
+    assert "1 questions or answers contain control tokens such as <|im_end|>, e.g. in line 2" in message
+
+
+def test_reading_options(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(30, 20).save(folder / "turned.jpg", exif=exif)
+    one = Item("t", 0, "q", "a", (Figure("turned.jpg", path=folder / "turned.jpg"),))
+    assert one.prompt(None).images[0].size == (30, 20)
+    assert one.prompt(None, ImageOptions(exif_transpose=True)).images[0].size == (20, 30)
+
+
+def test_lost_content_is_logged_once(folder, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
+    for name in ("a.gif", "b.gif"):
+        noise(9, 9).save(folder / name, save_all=True, append_images=[noise(9, 9, seed=1)])
+    figures = tuple(Figure(name, path=folder / name) for name in ("a.gif", "b.gif", "missing.gif"))
+    log_lost_content([Item("t", i, "q", "a", figures) for i in range(3)], ImageOptions())
+    [message] = set(caplog.messages)
+    assert message == "several frames: 2 images, e.g. a.gif: only the first of 2 pages or frames is shown"

@@ -13,6 +13,8 @@ from helpers import HANG_SECONDS, SOURCE_ROOT
 from small_sets import noise
 
 from internvl_chat.cli import main as m3llm
+from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.eval import answering
 from internvl_chat.eval.benchmarks.pmc_mi import FILES, read_folder
 from internvl_chat.inference.engine import Engine
@@ -159,8 +161,8 @@ def test_external_answers(complete, bench, tmp_path, capfd):
 class Recorder:
     """Fake engine that records the prompts."""
 
-    def __init__(self) -> None:
-        self.prompts = []
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.prompts, self.encoder = [], RecordEncoder(None, preprocessing)
 
     def answer_each(self, prompts, **_):
         for number, prompt in enumerate(prompts):
@@ -169,10 +171,17 @@ class Recorder:
 
 
 def test_prompts(bench, tiny_model, tmp_path, monkeypatch):
-    engine = Recorder()
-    monkeypatch.setattr(Engine, "from_checkpoint", lambda *_, **__: engine)
+    engines = []
+    monkeypatch.setattr(
+        Engine,
+        "from_checkpoint",
+        lambda *_, preprocessing, **__: engines.append(Recorder(preprocessing)) or engines[0],
+    )
     (tmp_path / "prompts.yaml").write_text("open: Look closely.")
-    assert m3llm(argv(bench, tiny_model, tmp_path / "out", "--prompts", str(tmp_path / "prompts.yaml"))) == 0
+    options = ("--prompts", str(tmp_path / "prompts.yaml"), "--image_background", "white")
+    assert m3llm(argv(bench, tiny_model, tmp_path / "out", *options)) == 0
+    [engine] = engines
+    assert engine.encoder.preprocessing.image_background == "white"
     messages = [[(t.role, t.content) for t in prompt.messages] for prompt in engine.prompts]
     assert messages[0] == [("user", "Fig-0: <image>\nWhich 0?\nA. One\nB. Two")]
     assert messages[6] == [

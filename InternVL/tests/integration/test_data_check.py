@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers import flags
+from PIL import Image
 from small_sets import break_inside, noise, text_record, write_lines
 
 from internvl_chat.cli import main as m3llm
@@ -73,6 +74,33 @@ def shows(number: int, image: str) -> dict:
     return text_record(number, image=image)
 
 
+class TestInspect:
+    def test_fields_with_a_meaning(self, rows, write, tiny_model):
+        draft = text_record(1)
+        draft["conversations"][1]["weight"] = 0
+        draft["conversations"] += text_record(2)["conversations"]
+        meta = write(text_record(0, system="Be brief."), draft, text_record(2))
+        _, found = rows("data", "inspect", meta, "--model", tiny_model)
+        brief, draft, plain = found
+        assert brief["num_tokens"] < plain["num_tokens"]  # InternVL's own system message is longer
+        assert draft["supervised"] == plain["supervised"] == ["a cat<|im_end|>"]
+
+    def test_warnings_of_each_kind_once(self, shown, write, tiny_model):
+        records = [text_record(i, answer="a cat<|im_end|>", rejected="b") for i in range(3)]
+        code, _, err = shown("data", "inspect", write(*records), "--model", tiny_model)
+        lines = [line for line in err.splitlines() if "WARNING dataset set" in line]
+        assert code == 0
+        assert [line.count("3 records, for example: ") for line in lines] == [1, 1]
+        assert "field not read" in err
+        assert "control token" in err
+
+    def test_escaped_control_tokens(self, rows, write, tiny_model):
+        meta = write(text_record(0, answer="a cat<|im_end|>"))
+        argv = ("data", "inspect", meta, "--model", tiny_model, "--ids")
+        ids = [rows(*argv, "--escape_control_tokens", str(v))[1][0]["input_ids"] for v in (False, True)]
+        assert len(ids[1]) > len(ids[0])
+
+
 class TestCommand:
     def test_good_data(self, rows, sample_data, tiny_model):
         code, found = rows("data", "check", sample_data / "train.json", "--model", tiny_model)
@@ -124,6 +152,46 @@ class TestCommand:
     def test_warnings_are_not_errors(self, rows, write, tiny_model):
         code, found = rows("data", "check", write(text_record(0), text_record(0)), "--model", tiny_model)
         assert (code, found[-1]["warnings"]) == (0, 2)
+
+    def test_content_that_is_lost(self, rows, write, tmp_path):
+        images = tmp_path / "images"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        noise(60, 30).save(images / "turned.jpg", exif=exif)
+        noise(60, 30).save(images / "pages.tif", save_all=True, append_images=[noise(60, 30, seed=1)] * 2)
+        noise(60, 30).convert("RGBA").save(images / "opaque.png")
+        Image.new("RGBA", (60, 30)).save(images / "clear.png")
+        names = ("turned.jpg", "pages.tif", "opaque.png", "clear.png")
+        meta = write(*(shows(number, name) for number, name in enumerate(names)))
+        lost = {"exif rotation": 1, "several frames": 1, "transparency": 2}
+        code, found = rows("data", "check", meta)
+        assert (code, found[0]["problems"]) == (0, lost)
+        _, found = rows("data", "check", meta, "--check", "full")
+        assert found[0]["problems"] == {**lost, "transparency": 1}
+        _, found = rows("data", "check", meta, "--image_background", "white", "--exif_transpose", "True")
+        assert found[0]["problems"] == {"several frames": 1}
+
+    def test_images_that_are_not_read(self, rows, write):
+        marked = text_record(1, image=["wide.png"])
+        marked["conversations"][0]["value"] = "<image 1> what?"
+        system = shows(2, ["wide.png"])
+        system["conversations"].insert(0, {"from": "system", "value": "You see <image>."})
+        meta = write(text_record(0, image_path="wide.png"), marked, system, text_record(3, source="wide.png"))
+        code, found = rows("data", "check", meta)
+        expected = {"file not read": 1, "image not read": 1, "placeholder not read": 1, "placeholders": 1}
+        assert (code, found[0]["problems"]) == (1, expected)
+
+    def test_array_of_records_under_jsonl(self, rows, write, tmp_path):
+        meta = write(text_record(0))
+        (tmp_path / "records.jsonl").write_text(json.dumps([text_record(i) for i in range(9)], indent=1))
+        code, found = rows("data", "check", meta)
+        assert (code, found[0]["problems"]) == (1, {"file": 1})
+
+    def test_annotation_file_instead_of_a_meta_file(self, rows, write, tmp_path):
+        write(shows(0, "wide.png"))
+        code, found = rows("data", "check", tmp_path / "records.jsonl", "--image_root", tmp_path / "images")
+        assert (code, found[0]["dataset"], found[0]["usable"]) == (0, "records", 1)
+        assert rows("data", "check", tmp_path / "records.jsonl")[0] == 1
 
     def test_full_check_decodes(self, rows, write, tiny_model):
         meta = write(shows(0, "broken.png"), shows(1, "wide.png"))

@@ -122,3 +122,30 @@ def test_user_errors(generate, argv, code, messages, figures, tmp_path, capfd):
     for message in messages:
         assert message in written.err
     assert not written.out
+
+
+def test_content_that_is_not_shown(generate, tmp_path):
+    image = Image.new("RGB", (60, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "pages.tif", save_all=True, append_images=[image, image])
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    argv = ("--image", tmp_path / "pages.tif", "--image", tmp_path / "turned.jpg", "Which?")
+    _, written = generate(*argv)
+    assert "pages.tif: only the first of 3 pages or frames is shown" in written.err
+    assert "turned.jpg: EXIF orientation 6 is not applied" in written.err
+    _, written = generate(*argv, "--exif_transpose", "True")
+    assert "EXIF" not in written.err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no.png", "no.png does not exist"), ("https://example.org/a.png", "is a URL (https://)"),
+     ("PAGES.TIF", "the folder has pages.tif")],
+)  # fmt: skip
+def test_image_that_is_no_file(generate, tmp_path, monkeypatch, name, message):
+    Image.new("RGB", (60, 30)).save(tmp_path / "pages.tif")
+    monkeypatch.chdir(tmp_path)
+    code, written = generate("--image", name, "Which?")
+    assert code == 1
+    assert message in written.err

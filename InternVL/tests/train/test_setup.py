@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 
 from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.arguments import parse_arguments
+from internvl_chat.train.checkpoint.fingerprint import fingerprint
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.setup import load_encoder, load_for_training
+from internvl_chat.utils.errors import ModelError
 
 LORA = {"use_llm_lora": 2, "freeze_llm": True, "freeze_mlp": True}
 
@@ -41,6 +43,7 @@ def agree(plan) -> bool:
 @pytest.mark.parametrize("values", [
     {}, {"force_image_size": 112}, {"max_dynamic_patch": 1}, {"max_dynamic_patch": 9, "min_dynamic_patch": 2},
     {"dynamic_image_size": False, "pad2square": True}, {"normalize_type": "clip", "max_seq_length": 99}, LORA,
+    {"image_background": "white", "exif_transpose": True, "escape_control_tokens": True},
 ], ids=str)  # fmt: skip
 def test_preprocessing_of_a_model(plan_of, values):
     assert agree(plan_of(**values))
@@ -70,3 +73,19 @@ def test_preprocessing_of_adapters_and_of_a_resumed_run(plan_of, tiny_model, sam
     plan = plan_of(output_dir=tmp_path / "run", **LORA)
     assert plan.output.resume
     assert agree(plan)
+
+
+def test_reading_options_are_part_of_the_run(plan_of):
+    values = {"image_background": "white", "exif_transpose": True, "escape_control_tokens": True}
+    plan = plan_of(**values)
+    preprocessing = load_encoder(plan).preprocessing
+    assert {name: getattr(preprocessing, name) for name in values} == values
+    assert values.items() <= fingerprint(plan.config).items()
+
+
+def test_annotation_file_instead_of_a_meta_file(plan_of, sample_data):
+    file = next((sample_data / "train").glob("*.jsonl"))
+    [spec] = plan_of(meta_path=file, image_root=sample_data / "images").specs
+    assert (spec.annotation, spec.root) == (file, sample_data / "images")
+    with pytest.raises(ModelError, match="an annotation file, not a meta file; add --image_root"):
+        plan_of(meta_path=file)

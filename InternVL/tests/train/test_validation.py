@@ -199,3 +199,13 @@ def write_state(checkpoint, best_step):
     checkpoint.mkdir(parents=True)
     state = TrainState(step=int(checkpoint.name.removeprefix("checkpoint-")), best_step=best_step)
     (checkpoint / "trainer_state.json").write_text(json.dumps(state.to_json()))
+
+
+def test_last_question_is_that_of_the_last_supervised_answer(tmp_path):
+    record = text_record(0, "right")
+    record["conversations"] += [
+        {"from": "human", "value": "And?"},
+        {"from": "gpt", "value": "b", "weight": 0},
+    ]
+    parsed = write_set(tmp_path, [record]).record(0)
+    assert last_question(parsed, []) == (Prompt(parsed.messages[:1]), "right")

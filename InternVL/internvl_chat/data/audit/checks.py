@@ -13,11 +13,10 @@ from internvl_chat.data.index.build import index_records
 from internvl_chat.data.index.cache import Lengths, RecordIndex
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.data.sources.problems import Problem
+from internvl_chat.data.sources.problems import Problem, describe_by_kind
 from internvl_chat.data.sources.skip_policy import (
     ExcludedRecord,
     exclude_records,
-    list_problems,
     raise_problems,
 )
 from internvl_chat.utils.errors import DataError
@@ -159,7 +158,8 @@ def check_before_training(
             "".join(f", {kind}: {count}" for kind, count in counts.items()),
         )  # fmt: skip
         if warnings:
-            logger.warning("the data check found\n%s", "\n".join(list_problems(warnings, 10)))
+            lines = describe_by_kind(warnings)
+            logger.warning("the data check found\n%s", "\n".join(f"  {line}" for line in lines))
     return [index.lengths for index in indexes], excluded
 
 
@@ -175,6 +175,9 @@ def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) 
         if spec.length is not None and spec.length != len(records):
             message = f"'length' is {spec.length} in the meta file, but there are {len(records)} records"
             yield Problem(spec.name, None, spec.annotation, None, None, "length", message)
+        if not len(index):
+            message = f"'repeat_time' {spec.repeat_time:g} of {len(records)} records leaves none"
+            yield Problem(spec.name, None, spec.annotation, None, None, "no records", message)
         for i in np.flatnonzero(lengths.tiles_lost | lengths.tokens_truncated):
             tiles, lost, cut = lengths.tiles[i], lengths.tiles_lost[i], lengths.tokens_truncated[i]
             warnings = []

@@ -22,6 +22,7 @@ from internvl_chat.constants import (
     IMG_START,
 )
 from internvl_chat.data.encode.tokenizer import image_context_id
+from internvl_chat.data.sources.dialects import control_tokens, split_control_tokens
 from internvl_chat.data.sources.records import Message
 
 # One context token stands for an image until its number of tiles is known.
@@ -87,13 +88,16 @@ class Template:
     Args:
         tokenizer: tokenizer with InternVL's special tokens.
         system_text: system message of conversations without one.
+        escape_control_tokens: tokenise control tokens in messages as plain text.
 
     Attributes:
         header: token ids before the text of an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_text: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system_text: str, *, escape_control_tokens: bool = False
+    ) -> None:
+        self.tokenizer, self.escape_control_tokens = tokenizer, escape_control_tokens
         self.context_id = image_context_id(tokenizer)
         system = render_message(Message("system", system_text))
         self._system_ids, self.header = token_ids(tokenizer, [system, f"{IM_START}assistant\n"])
@@ -106,9 +110,16 @@ class Template:
     def tokenize(self, messages: Sequence[Message]) -> TokenizedConversation:
         """Tokenise a conversation, with the default system message if it has none."""
         ids = token_ids(self.tokenizer, [render_message(message) for message in messages])
-        # An answer is supervised from the end of its header to its <|im_end|>.
+        if self.escape_control_tokens:
+            ids = [
+                self._escaped_ids(message) if control_tokens(message.content) else message_ids
+                for message, message_ids in zip(messages, ids, strict=True)
+            ]
+        # A supervised answer is labeled from the end of its header to its <|im_end|>.
         supervised = [
-            range(len(self.header), len(message_ids) - 1) if message.role == "assistant" else range(0)
+            range(len(self.header), len(message_ids) - 1)
+            if message.role == "assistant" and message.supervised
+            else range(0)
             for message, message_ids in zip(messages, ids, strict=True)
         ]
         if not messages or messages[0].role != "system":
@@ -120,11 +131,28 @@ class Template:
         ids = (*self.tokenize(messages).ids, self.header)
         return TokenizedConversation(ids, (range(0),) * len(ids), self.context_id)
 
+    def _escaped_ids(self, message: Message) -> list[int]:
+        """Tokenise a message, with the control tokens in its text as plain text."""
+        ids, pending = [], f"{IM_START}{message.role}\n"
+        for text, is_control in split_control_tokens(message.content):
+            if not is_control:
+                pending += _with_images(message.role, text)
+                continue
+            ids += token_ids(self.tokenizer, [pending])[0] if pending else []
+            ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            pending = ""
+        ids += token_ids(self.tokenizer, [f"{pending}{IM_END}\n"])[0]
+        return ids
+
 
 def render_message(message: Message) -> str:
     """Return a message in the template, with one context token per image."""
-    text = message.content.replace(IMAGE_PLACEHOLDER, _IMAGE) if message.role == "user" else message.content
-    return f"{IM_START}{message.role}\n{text}{IM_END}\n"
+    return f"{IM_START}{message.role}\n{_with_images(message.role, message.content)}{IM_END}\n"
+
+
+def _with_images(role: str, text: str) -> str:
+    """Return a text of a role, with one context token per image."""
+    return text.replace(IMAGE_PLACEHOLDER, _IMAGE) if role == "user" else text
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -138,8 +166,10 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return a fast tokenizer's backend, without truncation and padding set by earlier calls."""
+    """Return a fast tokenizer's backend, without the truncation, padding and splitting of earlier calls."""
     backend = tokenizer.backend_tokenizer
+    if backend.encode_special_tokens:
+        backend.encode_special_tokens = False
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:

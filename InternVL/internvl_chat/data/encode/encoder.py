@@ -103,7 +103,10 @@ class RecordEncoder:
         truncate_text: bool = False,
     ) -> None:
         self.tokenizer, self.preprocessing, self.truncate_text = tokenizer, preprocessing, truncate_text
-        self._template = None if tokenizer is None else Template(tokenizer, preprocessing.system_text)
+        self._template = None
+        if tokenizer is not None:
+            escape = preprocessing.escape_control_tokens
+            self._template = Template(tokenizer, preprocessing.system_text, escape_control_tokens=escape)
 
     @property
     def template(self) -> Template:
@@ -264,7 +267,7 @@ class RecordEncoder:
         red, green, blue = (int(255 * mean) for mean in NORMALIZATIONS[options.normalize_type][0])
         tiles = []
         for image, grid in zip(images, grids, strict=True):
-            image = to_rgb(image)
+            image = to_rgb(image, options.image_background)
             dynamic = options.dynamic_image_size
             for tile in split_into_tiles(image, grid, options.tile_size) if dynamic else [image]:
                 if augment:

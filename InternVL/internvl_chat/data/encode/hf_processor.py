@@ -90,6 +90,10 @@ def unsupported_options(preprocessing: Preprocessing) -> list[str]:
         messages.append("use_thumbnail is False, but transformers' processor always adds a thumbnail")
     if preprocessing.pad2square and not preprocessing.dynamic_image_size:
         messages.append("pad2square is True, but transformers' processor cannot pad")
+    for name in ("image_background", "exif_transpose", "escape_control_tokens"):
+        value = getattr(preprocessing, name)
+        if value != getattr(Preprocessing, name):
+            messages.append(f"{name} is {value}, which transformers' processor cannot do")
     return messages
 
 

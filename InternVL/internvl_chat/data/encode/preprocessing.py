@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.constants import MAX_TILES, NORMALIZATIONS, SYSTEM_TEXTS
+from internvl_chat.constants import BACKGROUNDS, MAX_TILES, NORMALIZATIONS, SYSTEM_TEXTS
+from internvl_chat.data.sources.image_content import ImageOptions
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
 
@@ -29,6 +30,9 @@ class Preprocessing:
         pad2square: pad single-tile images to a square instead of changing their aspect ratio.
         normalize_type: pixel statistics, a key of `NORMALIZATIONS`.
         max_seq_length: maximum number of tokens per record.
+        image_background: color behind transparent pixels; `none` drops the transparency.
+        exif_transpose: apply the rotation stored as EXIF orientation.
+        escape_control_tokens: read control tokens such as `<|im_end|>` in texts as plain text.
     """
 
     template: str = "internvl2_5"
@@ -42,11 +46,18 @@ class Preprocessing:
     pad2square: bool = False
     normalize_type: str = "imagenet"
     max_seq_length: int = 8192
+    image_background: str = "none"
+    exif_transpose: bool = False
+    escape_control_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.normalize_type not in NORMALIZATIONS:
             raise ModelError(
                 f"unknown normalize_type {self.normalize_type!r}; choose one of {', '.join(NORMALIZATIONS)}"
+            )
+        if self.image_background not in BACKGROUNDS:
+            raise ModelError(
+                f"unknown image_background {self.image_background!r}; choose one of {', '.join(BACKGROUNDS)}"
             )
         if not 1 <= self.min_dynamic_patch <= self.max_dynamic_patch:
             raise ModelError(
@@ -86,6 +97,15 @@ class Preprocessing:
             return self
         min_tiles = min(self.min_dynamic_patch, max_dynamic_patch)
         return dataclasses.replace(self, max_dynamic_patch=max_dynamic_patch, min_dynamic_patch=min_tiles)
+
+    def with_options(self, **options: Any) -> "Preprocessing":
+        """Return the options with some of them replaced; None keeps one."""
+        return dataclasses.replace(self, **{name: v for name, v in options.items() if v is not None})
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """How to read what RGB cannot hold."""
+        return ImageOptions(self.image_background, self.exif_transpose)
 
     @classmethod
     def read(cls, file: Path) -> "Preprocessing":

@@ -19,7 +19,7 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 # Increase when the template, the tiling or the format of the cache changes.
-_VERSION = 5
+_VERSION = 6
 
 
 @dataclass(frozen=True, eq=False)

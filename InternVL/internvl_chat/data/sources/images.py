@@ -9,9 +9,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile as PillowFile
 
+from internvl_chat.data.sources.image_content import (
+    ImageContent,
+    ImageOptions,
+    content_warnings,
+    flatten,
+    has_alpha,
+    has_transparent_pixels,
+    orientation,
+    read_content,
+    turn,
+    turned_size,
+)
+from internvl_chat.data.sources.image_names import describe_missing, describe_remote
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.utils.errors import DataError, format_problems
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+# As the reference reads images: transparency and EXIF rotation are ignored.
+REFERENCE = ImageOptions()
 
 # Pillow's own default, repeated here because other libraries may raise it: 0.7 GB as decoded RGB.
 MAX_PIXELS = 178_956_970
@@ -48,8 +68,10 @@ def locate_image(root: Path, name: str) -> Path:
     images elsewhere on purpose.
 
     Raises:
-        RecordError: the path leaves the root.
+        RecordError: the path leaves the root, or the name is a URL or the content of an image.
     """
+    if problem := describe_remote(name):
+        raise RecordError(problem, kind="image missing")
     path = root / name
     if os.pardir in name and not Path(name).is_absolute():
         # Compared as text: symbolic links may lead anywhere.
@@ -83,16 +105,15 @@ def _file_status(path: Path) -> os.stat_result:
 
 
 def _missing(path: Path) -> RecordError:
-    return RecordError(
-        f"the image {path} does not exist; check 'root' in the meta file", kind="image missing"
-    )
+    reason = describe_missing(path) or "check 'root' in the meta file"
+    return RecordError(f"the image {path} does not exist; {reason}", kind="image missing")
 
 
 def _unreadable(path: Path, reason: object) -> RecordError:
     return RecordError(f"the image {path} cannot be read: {reason}", kind="image unreadable")
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path) -> PillowFile:
     """Read an image's header; use the result as a context manager.
 
     Raises:
@@ -140,8 +161,12 @@ def _has_8_bit_channels(image: Image.Image) -> bool:
     return image.mode != "F" and not image.mode.startswith("I")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB as Pillow does; an RGB image is returned without a copy.
+def to_rgb(image: Image.Image, background: str = REFERENCE.background) -> Image.Image:
+    """Convert an image to RGB; an opaque RGB image is returned without a copy.
+
+    Args:
+        image: an image of any mode.
+        background: color behind transparent pixels; `none` drops the transparency, as Pillow does.
 
     Raises:
         ValueError: it has more than 8 bits per channel.
@@ -149,28 +174,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if not _has_8_bit_channels(image):
         raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
     image.load()
+    if background != "none" and has_alpha(image):
+        return flatten(image, background)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, options: ImageOptions = REFERENCE) -> tuple[int, int]:
     """Return (width, height) in pixels, from the header alone.
 
     Raises:
         RecordError: see `open_image`.
     """
     with open_image(path) as image:
-        return image.size
+        return turned_size(image.size, orientation(image), options)
 
 
-def decode_image(path: Path) -> Image.Image:
-    """Decode an image to RGB: its first frame, without applying EXIF rotation.
+def decode_image(path: Path, options: ImageOptions = REFERENCE) -> Image.Image:
+    """Decode the first frame of an image to RGB.
+
+    Args:
+        path: the file.
+        options: how to read transparency and EXIF rotation.
 
     Raises:
         RecordError: see `open_image`; also if decoding fails.
     """
     with open_image(path) as image:
         try:
-            return to_rgb(image)
+            return to_rgb(turn(image, options), options.background)
         except Exception as error:
             raise RecordError(
                 f"the image {path} cannot be decoded: {error}", kind="image unreadable"
@@ -181,13 +212,15 @@ class ImageInfo(NamedTuple):
     """Properties of an image file that are known without decoding it.
 
     Attributes:
-        size: (width, height) in pixels.
+        size: (width, height) in pixels, without EXIF rotation.
+        content: what the file holds beyond one frame of opaque 8-bit RGB.
         has_end: whether the file ends as its format requires. If not, it may be truncated.
         num_bytes: file size.
         mtime_ns: time of the last modification.
     """
 
     size: tuple[int, int]
+    content: ImageContent
     has_end: bool
     num_bytes: int
     mtime_ns: int
@@ -213,10 +246,11 @@ def image_info(path: Path) -> ImageInfo:
 
 
 @lru_cache(maxsize=1 << 16)
-def _header_and_end(path: Path, num_bytes: int, mtime_ns: int) -> tuple[tuple[int, int], bool]:
+def _header_and_end(path: Path, num_bytes: int, mtime_ns: int) -> tuple[tuple[int, int], ImageContent, bool]:
     with open_image(path) as image:
         try:
-            return image.size, _has_end(path, image.format, num_bytes)
+            size, has_end = image.size, _has_end(path, image.format, num_bytes)
+            return size, read_content(image), has_end
         except OSError as error:
             raise _unreadable(path, error) from error
 
@@ -236,8 +270,10 @@ def _has_end(path: Path, image_format: str | None, num_bytes: int) -> bool:
         return stream.read(_PADDING_WINDOW).rstrip(_PADDING).endswith(_END_MARKERS[image_format])
 
 
-def check_decoding(path: Path, info: ImageInfo) -> None:
-    """Check that an image decodes; cached per process until the file changes.
+def check_decoding(path: Path, info: ImageInfo) -> bool:
+    """Check that an image decodes, and return whether it has transparent pixels.
+
+    Cached per process until the file changes.
 
     Args:
         path: the file.
@@ -246,32 +282,49 @@ def check_decoding(path: Path, info: ImageInfo) -> None:
     Raises:
         RecordError: see `decode_image`.
     """
-    message = _decoding_error(path, info.num_bytes, info.mtime_ns)
+    message, is_transparent = _decoding_result(path, info.num_bytes, info.mtime_ns)
     if message:
         raise RecordError(message, kind="image unreadable")
+    return is_transparent
 
 
 @lru_cache(maxsize=1 << 16)
-def _decoding_error(path: Path, num_bytes: int, mtime_ns: int) -> str | None:
+def _decoding_result(path: Path, num_bytes: int, mtime_ns: int) -> tuple[str | None, bool]:
+    """Return the error that decoding raises, and whether the image has transparent pixels."""
     try:
         decode_image(path)
+        with open_image(path) as image:
+            return None, has_transparent_pixels(image)
     except RecordError as error:
-        return str(error)
-    return None
+        return str(error), False
 
 
-def open_images(paths: Iterable[str | Path]) -> list[Image.Image]:
-    """Decode image files.
+def open_images(paths: Iterable[str | Path], options: ImageOptions = REFERENCE) -> list[Image.Image]:
+    """Decode image files, and log what the options leave out of them.
 
     Raises:
         DataError: files are missing or cannot be decoded; lists all of them.
     """
     images, problems = [], []
-    for path in map(Path, paths):
+    for name in map(str, paths):
         try:
-            images.append(decode_image(path))
+            images.append(_open(name, options))
         except RecordError as problem:
-            problems.append(str(problem) if path.exists() else f"the image {path} does not exist")
+            problems.append(str(problem))
     if problems:
         raise DataError(format_problems(problems))
     return images
+
+
+def _open(name: str, options: ImageOptions) -> Image.Image:
+    path = Path(name)
+    if remote := describe_remote(name):
+        raise RecordError(remote)
+    if not path.exists():
+        reason = describe_missing(path)
+        raise RecordError(f"the image {path} does not exist{f'; {reason}' if reason else ''}")
+    info = image_info(path)
+    is_transparent = check_decoding(path, info)
+    for _, message in content_warnings([name], [info.content], options, [is_transparent]):
+        logger.warning("%s", message)
+    return decode_image(path, options)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_chat.data.sources.annotation_files import check_lines, open_source
 from internvl_chat.utils.errors import DataError
 
 _CHUNK = 1 << 24
@@ -22,7 +23,7 @@ _MAX_ARRAY_BYTES = 1 << 31
 
 
 class RecordFile:
-    """The raw records of a JSONL file, or of a JSON array (`.json`).
+    """The raw records of a JSONL file or a JSON array (`.json`), also with gzip, or of a Parquet file.
 
     Args:
         path: the file. It is scanned on construction and opened separately in each process.
@@ -35,11 +36,14 @@ class RecordFile:
         self.path = path
         try:
             # (N, 3) int64: start, end and line number of each record.
-            self._spans = _array_spans(path) if path.suffix == ".json" else _line_spans(path)
+            self._source, is_array = open_source(path)
+            self._spans = _array_spans(self._source, path) if is_array else _line_spans(self._source)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", file=path) from None
         if not len(self._spans):
             raise DataError("contains no records", file=path)
+        if not is_array:
+            check_lines(self._source, path, self._spans[:32, :2].tolist())
         self._descriptor: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -73,7 +77,7 @@ class RecordFile:
     def _open(self) -> int:
         """Return a file descriptor opened by this process."""
         if self._descriptor is None or self._descriptor[0] != os.getpid():
-            self._descriptor = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+            self._descriptor = (os.getpid(), os.open(self._source, os.O_RDONLY | os.O_CLOEXEC))
         return self._descriptor[1]
 
     def __getitem__(self, index: int) -> Any:
@@ -132,14 +136,14 @@ def _line_spans(path: Path) -> np.ndarray:
     return spans[keep]
 
 
-def _array_spans(path: Path) -> np.ndarray:
-    """Return the spans of all elements of a JSON array.
+def _array_spans(source: Path, path: Path) -> np.ndarray:
+    """Return the spans of all elements of the JSON array in `source`, the plain copy of `path`.
 
     JSON's syntax is ASCII, and decoded as Latin-1, character offsets equal byte offsets.
     """
-    if path.stat().st_size > _MAX_ARRAY_BYTES:
+    if source.stat().st_size > _MAX_ARRAY_BYTES:
         raise DataError("too large for a JSON array; use .jsonl with one record per line", file=path)
-    text = path.read_bytes().decode("latin-1").replace(_BOM.decode("latin-1"), "   ", 1)
+    text = source.read_bytes().decode("latin-1").replace(_BOM.decode("latin-1"), "   ", 1)
     position = len(text) - len(text.lstrip())
     if not text.startswith("[", position):
         message = "a .json file must contain an array of records; use .jsonl for one record per line"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-_REQUIRED = ("root", "annotation", "data_augment", "repeat_time")
-_OPTIONAL = ("max_dynamic_patch", "length")
+_REQUIRED = ("root", "annotation")
+_OPTIONAL = ("data_augment", "repeat_time", "max_dynamic_patch", "length")
 _MAX_FILE_BYTES = 1 << 26
+_HEAD = 1 << 16
 _MAX_REPEATS = 1000
 _MAX_NAME_LENGTH = 200
 
@@ -48,16 +50,34 @@ class DatasetSpec:
     length: int | None = None
 
 
-def load_meta(path: str | Path, data_root: str | Path) -> list[DatasetSpec]:
-    """Read a meta file, expanding `~` and `$NAME`; relative paths are relative to `data_root`.
+def load_meta(
+    path: str | Path, data_root: str | Path, image_root: str | Path | None = None
+) -> list[DatasetSpec]:
+    """Read a meta file, expanding `~` and `$NAME`.
+
+    Args:
+        path: the meta file, or with `image_root` an annotation file, which is a dataset of its name.
+        data_root: folder of relative paths; what is not there is looked for in the folder of the meta file.
+        image_root: folder of the images of an annotation file.
 
     Raises:
         DataError: the file is missing or malformed; lists the problems of all entries.
     """
     path = Path(path).expanduser()
     entries = _read_object(path)
+    if entries is None or _is_record(entries):
+        if image_root is not None:
+            return [DatasetSpec(path.name.split(".")[0], Path(image_root).expanduser(), path)]
+        raise DataError(
+            "this is an annotation file, not a meta file; add --image_root FOLDER, the folder of its images "
+            "(any folder for texts), or give a meta file",
+            file=path,
+        )
+    if image_root is not None:
+        raise DataError("a meta file has its own 'root' folders; remove --image_root", file=path)
+    folders = Path(data_root), path.parent
     problems: list[str] = []
-    specs = [_parse_entry(name, entry, Path(data_root), problems) for name, entry in entries.items()]
+    specs = [_parse_entry(name, entry, folders, problems) for name, entry in entries.items()]
     if not entries:
         problems.append("it contains no datasets")
     if problems:
@@ -65,8 +85,26 @@ def load_meta(path: str | Path, data_root: str | Path) -> list[DatasetSpec]:
     return [spec for spec in specs if spec is not None]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object, rejecting duplicate keys."""
+def _is_record(meta: dict[str, Any]) -> bool:
+    """Return whether a JSON object is a record instead of a meta file."""
+    return isinstance(meta.get("conversations", meta.get("messages")), list)
+
+
+def _holds_records(path: Path) -> bool:
+    """Return whether a file is an annotation file, by its name or its content."""
+    with path.open("rb") as stream:
+        start = stream.read(_HEAD)
+    first, _, rest = start.decode("utf-8", "replace").removeprefix("\ufeff").lstrip().partition("\n")
+    if start.startswith((b"\x1f\x8b", b"PAR1")) or re.match(r"\[\s*(\{|$)", f"{first}{rest}"):
+        return True
+    try:
+        return isinstance(json.loads(first), dict) and rest.lstrip().startswith("{")
+    except (ValueError, RecursionError):
+        return ".jsonl" in path.name.lower()
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object, rejecting duplicate keys; return None for an annotation file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicates = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
@@ -75,6 +113,12 @@ def _read_object(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
+        if path.is_dir():
+            files = ", ".join(sorted(file.name for file in path.glob("*.json"))[:5])
+            hint = f"; give one of its files, such as {files}" if files else ""
+            raise DataError(f"cannot be read: it is a folder{hint}", file=path)
+        if _holds_records(path):
+            return None
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise DataError("too large for a meta file; is it an annotation file?", file=path)
         meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
@@ -91,7 +135,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _parse_entry(name: str, entry: Any, data_root: Path, problems: list[str]) -> DatasetSpec | None:
+def _parse_entry(name: str, entry: Any, folders: Sequence[Path], problems: list[str]) -> DatasetSpec | None:
     """Check one entry and append to `problems`; return None if it cannot be used."""
     if len(name) > _MAX_NAME_LENGTH or not name.isprintable():
         problems.append(
@@ -116,10 +160,12 @@ def _parse_entry(name: str, entry: Any, data_root: Path, problems: list[str]) ->
     for key in (key for key in ("root", "annotation") if key in entry):
         expect(isinstance(entry[key], str), key, "a path")
         if isinstance(entry[key], str):
-            paths[key] = _resolve(name, key, entry[key], data_root, problems)
+            paths[key] = _resolve(name, key, entry[key], folders, problems)
     root, annotation = paths.get("root"), paths.get("annotation")
-    if annotation and not _is_file(annotation):
-        problems.append(f"{name}: the annotation file {annotation} does not exist")
+    if annotation and not _exists(annotation):
+        others = {str(folder / entry["annotation"]) for folder in folders} - {str(annotation)}
+        more = f", and neither does {others.pop()}" if len(others) == 1 else ""
+        problems.append(f"{name}: the annotation file {annotation} does not exist{more}")
     augment = entry.get("data_augment", False)
     expect(isinstance(augment, bool), "data_augment", "true or false")
     repeat = entry.get("repeat_time", 1)  # type() excludes booleans
@@ -145,15 +191,15 @@ def _quote(value: Any) -> str:
         return "a deeply nested value"
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
-        return path.is_file()
+        return path.exists()
     except OSError:  # for example, the name is too long
         return False
 
 
-def _resolve(name: str, key: str, value: str, data_root: Path, problems: list[str]) -> Path | None:
-    """Expand `~` and `$NAME`, and resolve the path against `data_root`."""
+def _resolve(name: str, key: str, value: str, folders: Sequence[Path], problems: list[str]) -> Path | None:
+    """Expand `~` and `$NAME`, and resolve the path against the first folder that has it."""
     unset = [variable for variable in re.findall(r"\$\{?(\w+)\}?", value) if not os.environ.get(variable)]
     if unset:
         problems.append(
@@ -161,7 +207,11 @@ def _resolve(name: str, key: str, value: str, data_root: Path, problems: list[st
         )
         return None
     try:
-        return data_root / Path(os.path.expandvars(value)).expanduser()
+        path = Path(os.path.expandvars(value)).expanduser()
     except RuntimeError as error:
         problems.append(f"{name}: {key!r} is {value!r}: {error}")
         return None
+    found = list(dict.fromkeys(folder / path for folder in folders if _exists(folder / path)))
+    if len(found) > 1 and not found[0].samefile(found[1]):
+        logger.warning("dataset %s: %r is %s; %s exists as well", name, key, *found)
+    return found[0] if found else folders[0] / path

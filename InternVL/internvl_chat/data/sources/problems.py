@@ -1,5 +1,6 @@
 """Kinds of problems with records and images, each with an explanation for the user."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ ERRORS = {
     "placeholders": "The numbers of <image> placeholders and images differ.",
     "image missing": "An image file does not exist. The entire record is excluded, so that the other images "
     "stay with their placeholders.",
+    "image not read": "An image, a video or audio is named under a key or in a text where it is not read.",
     "image outside root": "A relative image path leaves the dataset's root.",
     "image unreadable": "A file is empty, truncated, or not an image.",
     "image depth": "An image has more than 8 bits per channel and must be converted first.",
@@ -30,9 +32,18 @@ WARNINGS = {
     "empty message": "Some of the answers are empty.",
     "message order": "Questions and answers do not alternate: one is missing, or they are out of order.",
     "placeholder in answer": "An answer contains <image>, which shows no image and is trained on as text.",
+    "placeholder not read": "A placeholder of another dialect, or <image> in a system message, is text.",
+    "control token": "A text contains a control token such as <|im_end|>, which ends or starts a message.",
+    "field not read": "A field that other programs act on is ignored.",
+    "file not read": "A field that is not read names an existing image file.",
+    "several frames": "A file has several pages or frames; only the first is used.",
+    "transparency": "Transparency is dropped (--image_background white shows it on white).",
+    "color depth": "An image has more than 8 bits per channel; the lower bits are dropped.",
+    "exif rotation": "The rotation that the EXIF data asks for is not applied (--exif_transpose True).",
     "duplicate id": "Another record of the same dataset has the same id.",
     "duplicate record": "Another record has the same conversation and images.",
     "not compared": "Part of a benchmark could not be read, so the records were not compared with it.",
+    "no records": "'repeat_time' is so small that none of the dataset's records is used.",
     "length": "The 'length' of the dataset in the meta file differs from its number of records.",
 }
 
@@ -122,6 +133,18 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         location = f"{self.file}" + (f", line {self.line}" if self.line is not None else "")
         return f"{location}{f' (record {self.id!r})' if self.id is not None else ''}: {self.message}"
+
+
+def describe_by_kind(problems: Iterable[Problem]) -> list[str]:
+    """Return a line for each dataset and kind of problem: the number of records and one example."""
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.dataset, problem.kind), []).append(problem)
+    lines = []
+    for (dataset, kind), group in groups.items():
+        count = "1 record: " if len(group) == 1 else f"{len(group):,} records, for example: "
+        lines.append(f"dataset {dataset}: {kind}: {'' if group[0].index is None else count}{group[0]}")
+    return lines
 
 
 def printable_message(text: str) -> str:

@@ -2,21 +2,34 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER, IMG_CONTEXT
+from internvl_chat.data.sources.dialects import file_in_text, foreign_placeholder, is_supervised, unread_media
 from internvl_chat.data.sources.problems import RecordError
 
+# Keys that are read.
+RECORD_KEYS = ("id", "conversations", "messages", "image", "images", "system")
+MESSAGE_KEYS = ("from", "value", "role", "content")
+
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# Types of content parts that are images; the second is OpenAI's.
+_IMAGE_PARTS = ("image", "image_url")
 
 
 @dataclass(frozen=True)
 class Message:
-    """A message; `role` is `system`, `user` or `assistant`."""
+    """A message.
+
+    Attributes:
+        role: `system`, `user` or `assistant`.
+        content: its text.
+        supervised: whether to learn from it, if it is an answer.
+    """
 
     role: str
     content: str
+    supervised: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,8 @@ class Record:
 def parse_record(raw: Any) -> Record:
     """Check a record and convert it to messages and images.
 
-    Images are listed under `image` or `images`; otherwise the parts of `messages` name them.
+    Images are listed under `image` or `images`; otherwise the parts of `messages` name them. A `system` field
+    is the system message. Answers with a false or zero `loss` or `weight` are not supervised.
 
     A single image without a placeholder is placed before the first user message (InternVL's rule). If `image`
     is a string, the reference puts a placeholder before the first message unless that message contains one.
@@ -51,53 +65,84 @@ def parse_record(raw: Any) -> Record:
         raise RecordError(f"a record must be a JSON object, found {type(raw).__name__}")
     messages = _parse_messages(raw)
     images = _parse_images(raw)
+    _reject_unread_images(raw, messages, images)
     unmarked_system = messages[0].role == "system" and IMAGE_PLACEHOLDER not in messages[0].content
     if len(images) == 1 and not _count_placeholders(messages):
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
             raise RecordError("an image, but no human message to put its placeholder in", kind="placeholders")
+        _reject_foreign_placeholder(messages)
         messages = _add_placeholder(messages, first)
     elif isinstance(raw.get("image"), str) and images and unmarked_system:
         messages = _add_placeholder(messages, 0)
     placeholders = _count_placeholders(messages)
     if placeholders != len(images):
         found = f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the human messages"
-        raise RecordError(f"{found}, but {len(images)} images", kind="placeholders")
+        raise RecordError(f"{found}, but {len(images)} images{_hint(messages)}", kind="placeholders")
+    if not images:
+        _reject_foreign_placeholder(messages)
     record_id = raw.get("id")
+    messages = (*_system_field(raw, messages), *messages)
     return Record(None if record_id is None else str(record_id), messages, images)
+
+
+def _reject_unread_images(raw: Mapping[str, Any], messages: Sequence[Message], images: Sequence[str]) -> None:
+    """Refuse a record that names an image, a video or audio where it is not read."""
+    unread = unread_media(raw, RECORD_KEYS, images)
+    for number, entry in enumerate(_entries(raw)[0], 1):
+        if unread is None and (found := unread_media(entry, MESSAGE_KEYS, images)):
+            unread = f"message {number}: {found}"
+    for number, message in enumerate(messages, 1):
+        if unread is None and message.role == "user" and (name := file_in_text(message.content)):
+            unread = f"message {number}: the text names {name!r:.80} in <img>, which is not read"
+    if unread:
+        raise RecordError(
+            f"{unread}; list images under 'image' and mark each position by {IMAGE_PLACEHOLDER} (videos and "
+            "audio cannot be read)",
+            kind="image not read",
+        )
+
+
+def _reject_foreign_placeholder(messages: Sequence[Message]) -> None:
+    """Refuse a text that marks an image in another dialect, where no `<image>` says otherwise."""
+    for number, message in enumerate(messages, 1):
+        found = foreign_placeholder(message.content, possible=False)
+        if found and message.role == "user":
+            raise RecordError(
+                f"message {number} marks an image by {found!r:.80}, which is not read; write "
+                f"{IMAGE_PLACEHOLDER} instead, once per image",
+                kind="placeholders",
+            )
+
+
+def _hint(messages: Sequence[Message]) -> str:
+    """Return which other placeholder a text has, for a message about their number."""
+    texts = (message.content for message in messages if message.role == "user")
+    found = next(filter(None, (foreign_placeholder(text, possible=True) for text in texts)), None)
+    return f"; {found!r:.80} is not a placeholder" if found else ""
+
+
+def _system_field(raw: Mapping[str, Any], messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the system message that the field `system` holds, if any."""
+    text = raw.get("system")
+    if text is None or text == "":
+        return ()
+    if not isinstance(text, str):
+        raise RecordError(f"'system' must be text, found {type(text).__name__}")
+    if messages[0].role == "system":
+        if messages[0].content == text:
+            return ()
+        raise RecordError("both 'system' and a system message are given, and differ; keep one", kind="role")
+    _check_text(text, "'system'")
+    return (Message("system", text),)
 
 
 def _count_placeholders(messages: Sequence[Message]) -> int:
     return sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
 
 
-def conversation_warnings(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Return (kind, message) of each warning about a usable conversation; kinds are keys of `WARNINGS`."""
-    answers = [
-        (number, message.content) for number, message in enumerate(messages, 1) if message.role == "assistant"
-    ]
-    warnings = []
-    if empty := [str(number) for number, text in answers if not text.strip()]:
-        warnings.append(("empty message", f"empty answer in message {', '.join(empty)}"))
-    if marked := [str(number) for number, text in answers if IMAGE_PLACEHOLDER in text]:
-        message = f"{IMAGE_PLACEHOLDER} in the answer in message {', '.join(marked)} is treated as text"
-        warnings.append(("placeholder in answer", message))
-    roles = [message.role for message in messages if message.role != "system"]
-    if roles[0] == "assistant":
-        warnings.append(("message order", "the first message is an answer"))
-    if repeated := [role for role, following in pairwise(roles) if role == following]:
-        kind = "answers" if "assistant" in repeated else "questions"
-        warnings.append(("message order", f"two consecutive {kind}"))
-    if roles[-1] == "user":
-        warnings.append(("message order", "the last question has no answer and is not trained on"))
-    return warnings
-
-
 def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
-    key, role_key, text_key = ("conversations", "from", "value")
-    if key not in raw and "messages" in raw:
-        key, role_key, text_key = ("messages", "role", "content")
-    entries = raw.get(key)
+    entries, role_key, text_key = _entries(raw)
     if not isinstance(entries, list) or not entries:
         raise RecordError("no conversation: 'conversations' must be a list of messages")
     messages = tuple(
@@ -105,12 +150,21 @@ def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
     )
     if any(message.role == "system" for message in messages[1:]):
         raise RecordError("a system message must be the first message", kind="role")
-    answers = [message.content for message in messages if message.role == "assistant"]
+    answers = [message.content for message in messages if message.role == "assistant" and message.supervised]
+    if not answers and any(message.role == "assistant" for message in messages):
+        raise RecordError("no answer is supervised ('loss' or 'weight' excludes all)", kind="empty answer")
     if not answers:
         raise RecordError("no assistant message ('from': 'gpt'), so there is nothing to learn", kind="role")
     if not any(map(str.strip, answers)):
         raise RecordError("all answers are empty, so there is nothing to learn", kind="empty answer")
     return messages
+
+
+def _entries(raw: Mapping[str, Any]) -> tuple[Any, str, str]:
+    """Return the messages as the file has them, and their keys of role and text."""
+    if "conversations" not in raw and "messages" in raw:
+        return raw["messages"], "role", "content"
+    return raw.get("conversations"), "from", "value"
 
 
 def _parse_message(entry: Any, number: int, role_key: str, text_key: str) -> Message:
@@ -125,15 +179,20 @@ def _parse_message(entry: Any, number: int, role_key: str, text_key: str) -> Mes
         text = _join_parts(text, number)
     if not isinstance(text, str):
         raise RecordError(f"message {number}: {text_key!r} must be text, found {type(text).__name__}")
+    _check_text(text, f"message {number}")
+    return Message(_ROLES[role], text, is_supervised(entry) if _ROLES[role] == "assistant" else True)
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuse a text that cannot be encoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RecordError(
-            f"message {number} is not valid Unicode at character {error.start + 1}", kind="encoding"
+            f"{where} is not valid Unicode at character {error.start + 1}", kind="encoding"
         ) from None
     if IMG_CONTEXT in text:
-        raise RecordError(f"message {number} contains the reserved token {IMG_CONTEXT}")
-    return Message(_ROLES[role], text)
+        raise RecordError(f"{where} contains the reserved token {IMG_CONTEXT}")
 
 
 def _join_parts(parts: list[Any], number: int) -> str:
@@ -141,7 +200,7 @@ def _join_parts(parts: list[Any], number: int) -> str:
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image":
+        if kind in _IMAGE_PARTS:
             texts.append(f"{IMAGE_PLACEHOLDER}\n")
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
@@ -166,8 +225,16 @@ def _images_of_parts(raw: Mapping[str, Any]) -> list[Any]:
     """Return the paths in the image parts of `messages`, which have been checked."""
     entries = [] if "conversations" in raw else raw.get("messages", [])
     contents = [entry["content"] for entry in entries if isinstance(entry["content"], list)]
-    parts = [part for content in contents for part in content if part["type"] == "image"]
-    return [path for part in parts if (path := part.get("image") or part.get("path")) is not None]
+    parts = [part for content in contents for part in content if part["type"] in _IMAGE_PARTS]
+    return [path for part in parts if (path := _image_of_part(part)) is not None]
+
+
+def _image_of_part(part: Mapping[str, Any]) -> Any:
+    """Return the path that an image part names, if any."""
+    if part["type"] == "image":
+        return part.get("image") or part.get("path") or part.get("url")
+    url = part.get("image_url")
+    return url.get("url") if isinstance(url, Mapping) else url
 
 
 def _add_placeholder(messages: tuple[Message, ...], index: int) -> tuple[Message, ...]:

@@ -8,12 +8,16 @@ from pathlib import Path
 from PIL import Image
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
-from internvl_chat.data.sources.images import decode_image
+from internvl_chat.data.sources.image_content import ImageOptions, content_warnings
+from internvl_chat.data.sources.images import REFERENCE, decode_image, image_info
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Prompt
 from internvl_chat.metrics.multiple_choice import parse_choice
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 Key = tuple[str, int]
 
@@ -34,19 +38,22 @@ class Figure:
     path: Path | None = None
     content: bytes | None = None
 
-    def decode(self) -> Image.Image:
+    def decode(self, options: ImageOptions = REFERENCE) -> Image.Image:
         """Return the image in RGB.
+
+        Args:
+            options: how to read transparency and EXIF rotation.
 
         Raises:
             DataError: the image is missing or cannot be decoded.
         """
         try:
             if self.path is not None:
-                return decode_image(self.path)
+                return decode_image(self.path, options)
             with tempfile.NamedTemporaryFile() as file:
                 file.write(self.content or b"")
                 file.flush()
-                return decode_image(Path(file.name))
+                return decode_image(Path(file.name), options)
         except RecordError as problem:
             name = None if self.path is not None else self.name  # the message already names the path
             raise DataError(str(problem), file=name, kind=problem.kind) from None
@@ -94,14 +101,18 @@ class Item:
         user = Message("user", self.text)
         return (user,) if system is None else (Message("system", system), user)
 
-    def prompt(self, system: str | None) -> Prompt:
+    def prompt(self, system: str | None, options: ImageOptions = REFERENCE) -> Prompt:
         """Return the messages with decoded images.
+
+        Args:
+            system: system message, if any.
+            options: how to read transparency and EXIF rotation.
 
         Raises:
             DataError: an image cannot be read.
         """
         try:
-            return Prompt(self.messages(system), [figure.decode() for figure in self.figures])
+            return Prompt(self.messages(system), [figure.decode(options) for figure in self.figures])
         except DataError as error:
             raise DataError(f"{self.task}, item {self.index}: {error}", kind=error.kind) from None
 
@@ -144,3 +155,17 @@ class Benchmark:
             if (tasks is None or item.task in tasks) and (limit is None or item.index < limit)
         )
         return Benchmark(self.name, tuple(selected), self.pooled)
+
+
+def log_lost_content(items: Sequence[Item], options: ImageOptions) -> None:
+    """Log how many image files hold more than is shown, with one example of each kind."""
+    found: dict[str, list[str]] = {}
+    for path in dict.fromkeys(f.path for item in items for f in item.figures if f.path is not None):
+        try:
+            content = image_info(path).content
+        except RecordError:  # reported when the item is answered
+            continue
+        for kind, message in content_warnings([path.name], [content], options, [None]):
+            found.setdefault(kind, []).append(message)
+    for kind, messages in found.items():
+        logger.warning("%s: %d images, e.g. %s", kind, len(messages), messages[0])

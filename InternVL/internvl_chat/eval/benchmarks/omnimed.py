@@ -7,7 +7,13 @@ from typing import Any
 
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
-from internvl_chat.eval.benchmarks.reading import choice_item, find_image, read_items, required_strings
+from internvl_chat.eval.benchmarks.reading import (
+    check_images,
+    choice_item,
+    find_image,
+    read_items,
+    required_strings,
+)
 from internvl_chat.utils.errors import DataError
 
 # Name in the published tables -> prefix of the name in the dataset, or a part of it.
@@ -54,6 +60,7 @@ def _parse(raw: Mapping[str, Any], *, data: Path) -> Item:
     [modality] = required_strings(raw, "modality" if "modality" in raw else "modality_type")
     options = [f"option_{letter}" for letter in "ABCD" if raw.get(f"option_{letter}")]
     choices = required_strings(raw, *options)
+    check_images(raw, ("image_path", "question"), [image], question)
     figure = Figure(image, path=find_image(image, [data]))
     return choice_item(short_modality(modality), question, answer, (figure,), choices)
 

@@ -14,6 +14,7 @@ from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    check_images,
     correct_letter,
     find_image,
     read_items,
@@ -86,6 +87,7 @@ def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path]) -> Item:
     names, labels = string_list(raw, "images"), string_list(raw, "image_indices")
     if names and len(names) != len(labels):
         raise DataError(f"{len(names)} 'images', but {len(labels)} 'image_indices'")
+    check_images(raw, ("question", "gt", "images", "image_indices"), names, question)
     # Text-only questions may have labels without images.
     labelled = zip(names, labels, strict=False)
     figures = tuple(Figure(name, label, find_image(name, roots)) for name, label in labelled)

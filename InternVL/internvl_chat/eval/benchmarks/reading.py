@@ -8,9 +8,14 @@ from string import ascii_uppercase
 from typing import Any
 
 from internvl_chat.constants import IMG_CONTEXT
+from internvl_chat.data.sources.dialects import control_tokens, misplaced_image
+from internvl_chat.data.sources.image_names import describe_missing, describe_remote
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.utils.errors import DataError, format_problems
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 _MAX_PROBLEMS_SHOWN = 20
 
@@ -27,17 +32,25 @@ def read_items(files: Iterable[tuple[RecordFile, Callable[[Mapping[str, Any]], I
     items: list[Item] = []
     problems: list[str] = []
     for file, parse in files:
+        marked: list[int] = []
         for number in range(len(file)):
             try:
                 raw = file[number]
                 if not isinstance(raw, Mapping):
                     raise DataError(f"an item must be a JSON object, found {type(raw).__name__}")
                 items.append(parse(raw))
+                if control_tokens(f"{items[-1].question}\n{items[-1].reference}"):
+                    marked.append(file.line(number))
             except DataError as error:
                 line, message = file.line(number), error.message
                 if len(file) > 1 and line == file.line(number - 1):  # several objects on one line
                     message = f"object {number + 1} of the file: {message}"
                 problems.append(str(DataError(message, file=file.path, line=line)))
+        if marked:
+            logger.warning(
+                "%s: %d questions or answers contain control tokens such as <|im_end|>, e.g. in line %d; "
+                "--escape_control_tokens True reads them as text", file.path, len(marked), marked[0],
+            )  # fmt: skip
     raise_problems(problems)
     return with_indices(items)
 
@@ -107,6 +120,22 @@ def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
+def check_images(raw: Mapping[str, Any], read: Sequence[str], names: Sequence[str], question: str) -> None:
+    """Refuse an item with an image that is named under another key or marked in another dialect.
+
+    Args:
+        raw: the item as the file has it.
+        read: keys that are read.
+        names: the images that are read.
+        question: the question.
+
+    Raises:
+        DataError: an image would not be shown, or not at its position.
+    """
+    if problem := misplaced_image(raw, read, names, question):
+        raise DataError(problem)
+
+
 def check_reserved_token(text: str) -> None:
     """Reject text that contains the image context token.
 
@@ -123,11 +152,15 @@ def find_image(name: str, roots: Sequence[Path]) -> Path:
     Raises:
         DataError: no folder has it.
     """
+    if remote := describe_remote(name):
+        raise DataError(remote)
     for root in roots:
         if (path := root / name).is_file():
             return path
+    reason = next(filter(None, (describe_missing(root / name) for root in roots)), None)
     folders = ", ".join(dict.fromkeys(str(root) for root in roots if root.is_dir()))
-    raise DataError(f"the image {name} is not in {folders or 'any image folder'}")
+    more = f"; {reason}" if reason else ""
+    raise DataError(f"the image {name} is not in {folders or 'any image folder'}{more}")
 
 
 def correct_letter(answer: str, choices: Sequence[str]) -> str:

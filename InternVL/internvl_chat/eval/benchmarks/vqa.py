@@ -9,6 +9,7 @@ from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    check_images,
     choice_item,
     find_image,
     read_items,
@@ -43,6 +44,7 @@ def _parse(raw: Mapping[str, Any], *, file: Path) -> Item:
     [task] = required_strings(raw, "task") if "task" in raw else [file.stem]
     names = string_list(raw, "image") or string_list(raw, "images")
     choices = string_list(raw, "choices")
+    check_images(raw, ("question", "answer", "image", "images", "choices", "task"), names, question)
     placeholders = question.count(IMAGE_PLACEHOLDER)
     if placeholders not in (0, len(names)):
         raise DataError(f"{placeholders} {IMAGE_PLACEHOLDER} in the question, but {len(names)} images")

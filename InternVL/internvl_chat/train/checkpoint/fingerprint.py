@@ -26,7 +26,7 @@ _RUN_FLAGS = (
 _DATA_FLAGS = (
     "conv_style", "max_seq_length", "force_image_size", "dynamic_image_size", "use_thumbnail",
     "min_dynamic_patch", "max_dynamic_patch", "normalize_type", "pad2square", "use_data_resampling",
-    "truncate_text",
+    "truncate_text", "image_background", "exif_transpose", "escape_control_tokens",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Tests of the audit: problems, lengths, duplicates, the report and the cache."""
 
 import json
+import logging
 import os
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from small_sets import break_inside, encoder, image_record, noise, text_record, write_lines, write_set
 
-from internvl_chat.data.audit.checks import audit
+from internvl_chat.data.audit.checks import audit, check_before_training
 from internvl_chat.data.audit.duplicates import find_duplicates
 from internvl_chat.data.audit.report import PAGE, PROBLEMS, write_report
 from internvl_chat.data.audit.statistics import group_by_kind, set_rows, set_statistics
@@ -49,6 +50,18 @@ def kinds(result) -> list[tuple[str, str, int | None]]:
     return [(problem.dataset, problem.kind, problem.line) for problem in result.problems]
 
 
+def test_warnings_at_the_start_of_training(folder, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
+    records = [text_record(i, answer="a cat</s>", rejected="b") for i in range(3)]
+    sets = [write_set(folder, records, name) for name in ("a", "b")]
+    check_before_training(sets, check="fast", on_bad_record="fail", max_bad_fraction=0.0)
+    lines = caplog.messages[-1].splitlines()
+    for name in ("a", "b"):
+        for kind in ("control token", "field not read"):
+            [line] = [one for one in lines if one.startswith(f"  dataset {name}: {kind}: 3 records, for ")]
+            assert f"{name}.jsonl, line 1 (record 'r0')" in line
+
+
 class TestFindings:
     def test_no_problems(self, check):
         result = check({"a": [text_record(0), image_record(1, "wide.png")], "b": [text_record(2)]})
@@ -69,6 +82,11 @@ class TestFindings:
         ]  # fmt: skip
         assert [findings.usable for findings in result.sets] == [1, 1]
         assert len(result.sets[0].lengths) == 1
+
+    def test_repeat_time_that_leaves_nothing(self, check):
+        result = check({"a": [text_record(0)], "b": [text_record(1)]}, a={"repeat_time": 0.5})
+        assert kinds(result) == [("a", "no records", None)]
+        assert "'repeat_time' 0.5 of 1 records leaves none" in result.problems[0].message
 
     def test_only_used_records_are_checked(self, check):
         result = check({"a": [text_record(0), text_record(1), b"{", b"{"]}, a={"repeat_time": 0.5})

@@ -95,6 +95,9 @@ def test_unsupported_options(tmp_path) -> None:
     assert not unsupported_options(supported)
     assert not unsupported_options(replace(supported, pad2square=True))  # tiles are already square
     assert not unsupported_options(replace(supported, use_thumbnail=False, max_dynamic_patch=1))
+    for option in ({"image_background": "white"}, {"exif_transpose": True}, {"escape_control_tokens": True}):
+        [message] = unsupported_options(replace(supported, **option))
+        assert message.startswith(f"{next(iter(option))} is ")
     assert "thumbnail" in unsupported_options(replace(supported, use_thumbnail=False))[0]
     padded = replace(supported, dynamic_image_size=False, pad2square=True)
     with pytest.raises(ModelError, match="pad2square"):

@@ -21,6 +21,9 @@ OTHER = {
     "pad2square": True,
     "normalize_type": "siglip",
     "max_seq_length": 99,
+    "image_background": "white",
+    "exif_transpose": True,
+    "escape_control_tokens": True,
 }
 
 
@@ -147,3 +150,16 @@ class TestTileLimit:
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Preprocessing().tile_size = 1
+
+
+def test_options_of_the_command_line():
+    options = Preprocessing()
+    assert options.with_options(image_background=None, exif_transpose=None) == options
+    changed = options.with_options(image_background="white", exif_transpose=True, max_seq_length=None)
+    assert changed == dataclasses.replace(options, image_background="white", exif_transpose=True)
+    assert changed.image_options == ("white", True)
+
+
+def test_unknown_background():
+    with pytest.raises(ModelError, match="unknown image_background 'pink'; choose one of none, white, black"):
+        Preprocessing(image_background="pink")

@@ -120,7 +120,8 @@ class TestBrokenRecords:
         assert records[0] == {"a": 1}
 
     def test_utf16(self, write):
-        assert "not UTF-8" in failure(RecordFile(write('{"a": 1}\n'.encode("utf-16"))), 0).message
+        with pytest.raises(DataError, match="the text is in UTF-16; convert it to UTF-8"):
+            RecordFile(write('{"a": 1}\n'.encode("utf-16")))
 
     def test_too_deep(self, write):
         records = RecordFile(write("[" * 200_000 + "]" * 200_000 + "\n"))

@@ -1,11 +1,13 @@
 """Meta files as users write them: accepted values, and errors that name every mistake."""
 
+import gzip
 import json
 import logging
 from pathlib import Path
 
 import pytest
 
+from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.utils.errors import DataError
 
@@ -58,6 +60,32 @@ class TestPaths:
         (spec,) = load_meta(elsewhere, folder)
         assert (spec.root, spec.annotation) == (folder / "images", folder / "a.jsonl")
 
+    def test_what_is_not_under_data_root_is_beside_the_meta_file(self, folder, tmp_path_factory):
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (folder / "meta.json").write_text(json.dumps({"set": ENTRY}))
+        (folder / "images").mkdir()
+        (spec,) = load_meta(folder / "meta.json", elsewhere)
+        assert (spec.root, spec.annotation) == (folder / "images", folder / "a.jsonl")
+
+    def test_both_exist(self, folder, tmp_path_factory, caplog):
+        data_root = tmp_path_factory.mktemp("data")
+        (data_root / "a.jsonl").write_text("{}\n")
+        (folder / "meta.json").write_text(json.dumps({"set": ENTRY}))
+        (spec,) = load_meta(folder / "meta.json", data_root)
+        assert spec.annotation == data_root / "a.jsonl"
+        [message] = caplog.messages
+        assert message.endswith(
+            f"'annotation' is {data_root / 'a.jsonl'}; {folder / 'a.jsonl'} exists as well"
+        )
+
+    def test_neither_exists(self, folder, tmp_path_factory):
+        data_root = tmp_path_factory.mktemp("data")
+        (folder / "meta.json").write_text(json.dumps({"set": {**ENTRY, "annotation": "b.jsonl"}}))
+        with pytest.raises(DataError) as caught:
+            load_meta(folder / "meta.json", data_root)
+        expected = f"{data_root / 'b.jsonl'} does not exist, and neither does {folder / 'b.jsonl'}"
+        assert str(caught.value).endswith(expected)
+
     def test_absolute_paths(self, folder):
         assert load_one(folder, root="/data/images").root == Path("/data/images")
 
@@ -94,7 +122,9 @@ class TestPaths:
 
     def test_folder_instead_of_an_annotation_file(self, folder):
         (folder / "sub").mkdir()
-        assert "does not exist" in str(problem_of(folder, {"qa": {**ENTRY, "annotation": "sub"}}))
+        (folder / "sub/part.jsonl").touch()
+        with pytest.raises(DataError, match=r"it is a folder; give one file per dataset: part\.jsonl"):
+            RecordFile(load_one(folder, annotation="sub").annotation)
 
 
 class TestRepeatTime:
@@ -133,7 +163,7 @@ def test_invalid_data_augment(folder, value):
     assert f"qa: 'data_augment' must be true or false, found {value!r}" in message
 
 
-@pytest.mark.parametrize("key", sorted(ENTRY))
+@pytest.mark.parametrize("key", ["annotation", "root"])
 def test_missing_key(folder, key):
     entry = {name: value for name, value in ENTRY.items() if name != key}
     assert f"qa: {key!r} is missing" in str(problem_of(folder, {"qa": entry}))
@@ -159,9 +189,9 @@ def test_problems_of_all_entries_are_listed(folder):
     )
     numbered = [line.split(". ", 1)[1] for line in str(error).splitlines()[1:]]
     assert error.file == folder / "meta.json"
-    assert str(error).splitlines()[0].endswith("8 problems:")
-    assert [line.split(":")[0] for line in numbered] == ["first"] * 2 + ["second"] + ["third"] * 5
-    words = ("repeat_time", "length", "object", "repeat_time", "root", "none.jsonl", "data_aug", "max_dyn")
+    assert str(error).splitlines()[0].endswith("7 problems:")
+    assert [line.split(":")[0] for line in numbered] == ["first"] * 2 + ["second"] + ["third"] * 4
+    words = ("repeat_time", "length", "object", "root", "none.jsonl", "data_aug", "max_dyn")
     assert all(word in line for word, line in zip(words, numbered, strict=True))
 
 
@@ -180,6 +210,43 @@ def test_unknown_key_without_a_similar_name(folder, caplog):
 def test_valid_entry_logs_nothing(folder, caplog):
     load_one(folder, max_dynamic_patch=1, length="1")
     assert caplog.messages == []
+
+
+def test_only_root_and_annotation_are_required(folder):
+    (spec,) = load(folder, {"set": {"root": "images", "annotation": "a.jsonl"}})
+    assert (spec.data_augment, spec.repeat_time) == (False, 1)
+
+
+RECORD = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "?"}]})
+ANNOTATIONS = {
+    "a.jsonl": f"{RECORD}\n{RECORD}\n".encode(),
+    "one.jsonl": f"{RECORD}\n".encode(),
+    "no-suffix": f"{RECORD}\n{RECORD}\n".encode(),
+    "a.json": f"[{RECORD}]".encode(),
+    "b.json": f"\ufeff[\n {RECORD}\n]".encode(),
+    "a.jsonl.gz": gzip.compress(RECORD.encode()),
+    "a.parquet": b"PAR1",
+    "broken.jsonl": b'{"id": 1, "conv\n',
+}
+
+
+class TestAnnotationFileAsMeta:
+    @pytest.mark.parametrize("name", ANNOTATIONS)
+    def test_with_image_root(self, folder, name):
+        (folder / name).write_bytes(ANNOTATIONS[name])
+        (spec,) = load_meta(folder / name, "/nowhere", folder / "images")
+        assert spec == DatasetSpec(name.split(".")[0], folder / "images", folder / name)
+
+    @pytest.mark.parametrize("name", ANNOTATIONS)
+    def test_without(self, folder, name):
+        (folder / name).write_bytes(ANNOTATIONS[name])
+        with pytest.raises(DataError, match="an annotation file, not a meta file; add --image_root FOLDER"):
+            load_meta(folder / name, folder)
+
+    def test_image_root_with_a_meta_file(self, folder):
+        (folder / "meta.json").write_text(json.dumps({"set": ENTRY}))
+        with pytest.raises(DataError, match="its own 'root' folders; remove --image_root"):
+            load_meta(folder / "meta.json", folder, folder)
 
 
 class TestFile:

@@ -260,3 +260,101 @@ def test_both_image_and_images():
     messages = [human("<image> What?"), {"from": "gpt", "value": "That."}]
     raw = {"image": "a.png", "images": ["b.png"], "conversations": messages}
     assert "both 'image' and 'images'" in problem_of(raw)
+
+
+class TestSystemField:
+    def test_is_the_system_message(self):
+        record = parse_record({"system": "Be brief.", "conversations": [ASK, ANSWER]})
+        assert record.messages == (Message("system", "Be brief."), *MESSAGES)
+
+    @pytest.mark.parametrize("image", ["a.png", ["a.png"]])
+    def test_with_an_image(self, image):
+        record = parse_record({"system": "S", "image": image, "conversations": [human("<image>\nQ"), ANSWER]})
+        assert [message.content for message in record.messages] == ["S", "<image>\nQ", "This."]
+
+    @pytest.mark.parametrize("empty", [None, ""])
+    def test_empty(self, empty):
+        assert parse_record({"system": empty, "conversations": [ASK, ANSWER]}).messages == MESSAGES
+
+    def test_beside_a_system_message(self):
+        entries = [{"from": "system", "value": "S"}, ASK, ANSWER]
+        assert parse_record({"system": "S", "conversations": entries}).messages[0] == Message("system", "S")
+        assert "both 'system' and a system message" in problem_of({"system": "T", "conversations": entries})
+
+    @pytest.mark.parametrize("value", [3, ["S"], {"text": "S"}])
+    def test_of_another_type(self, value):
+        assert "'system' must be text" in problem_of({"system": value, "conversations": [ASK, ANSWER]})
+
+    @pytest.mark.parametrize(
+        ("text", "part"), [("a\ud800", "not valid Unicode"), ("<IMG_CONTEXT>", "reserved")]
+    )
+    def test_text_that_cannot_be_encoded(self, text, part):
+        assert f"'system' {'is ' if 'not' in part else 'contains the '}{part}" in problem_of(
+            {"system": text, "conversations": [ASK, ANSWER]}
+        )
+
+
+class TestSupervision:
+    @pytest.mark.parametrize("field", [{"loss": False}, {"weight": 0}, {"loss": 0.0}, {"train": False}])
+    @pytest.mark.parametrize("kind", ["conversations", "messages"])
+    def test_excluded_answer(self, field, kind):
+        if kind == "conversations":
+            entries = [ASK, {**ANSWER, **field}, ASK, {**ANSWER, "loss": True}]
+        else:
+            ask, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+            entries = [ask, {**answer, **field}, ask, answer]
+        messages = parse_record({kind: entries}).messages
+        assert [message.supervised for message in messages] == [True, False, True, True]
+
+    def test_questions_are_not_concerned(self):
+        record = parse_record({"conversations": [{**ASK, "loss": False}, ANSWER]})
+        assert record.messages == MESSAGES
+
+    def test_no_answer_is_left(self):
+        message = problem_of({"conversations": [ASK, {**ANSWER, "weight": 0}]})
+        assert message == "no answer is supervised ('loss' or 'weight' excludes all)"
+
+
+class TestUnreadImages:
+    def kind_of(self, raw) -> str:
+        with pytest.raises(RecordError) as caught:
+            parse_record(raw)
+        return caught.value.kind
+
+    @pytest.mark.parametrize("key", ["image_path", "images_path", "Image", "img", "IMAGES", "image_url"])
+    @pytest.mark.parametrize("value", ["a.png", ["a.png"]])
+    def test_under_another_key(self, key, value):
+        assert self.kind_of({key: value, "conversations": [ASK, ANSWER]}) == "image not read"
+
+    @pytest.mark.parametrize("raw", [{"video": "a.mp4"}, {"audio": ["a.wav"]}, {"media": "a.png"}])
+    def test_other_media(self, raw):
+        assert self.kind_of({**raw, "conversations": [ASK, ANSWER]}) == "image not read"
+        assert self.kind_of({**raw, "image": "b.png", "conversations": [ASK, ANSWER]}) == "image not read"
+
+    def test_in_a_message(self):
+        assert self.kind_of({"conversations": [{**ASK, "image": "a.png"}, ANSWER]}) == "image not read"
+        raw = {"image": ["a.png"], "conversations": [{**human("<image>"), "image": "a.png"}, ANSWER]}
+        assert parse_record(raw).images == ("a.png",)
+
+    def test_in_the_text(self):
+        assert "names 'a.png' in <img>" in problem_of(
+            {"conversations": [human("<img>a.png</img> Q"), ANSWER]}
+        )
+
+    @pytest.mark.parametrize("text", ["<image 1>", "<|vision_start|><|image_pad|>", "<ImageHere>", "<IMAGE>"])
+    @pytest.mark.parametrize("images", [[], ["a.png"]])
+    def test_marked_in_another_dialect(self, text, images):
+        raw = {"image": images, "conversations": [ASK, ANSWER, human(f"Look: {text}"), ANSWER]}
+        assert self.kind_of(raw) == "placeholders"
+        assert "message 3 marks an image by" in problem_of(raw)
+
+    def test_wrong_number_names_the_other_placeholder(self):
+        raw = {"image": ["a", "b"], "conversations": [human("<image> and <image 2>"), ANSWER]}
+        assert problem_of(raw).endswith("but 2 images; '<image 2>' is not a placeholder")
+
+    def test_image_url_of_a_content_part(self):
+        parts = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Q"}]
+        raw = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}]}
+        assert parse_record(raw).images == ("a.png",)
+        parts[0]["image_url"] = "b.png"
+        assert parse_record(raw).images == ("b.png",)

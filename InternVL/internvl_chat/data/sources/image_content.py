@@ -1,0 +1,182 @@
+"""What an image file holds beyond one upright frame of opaque 8-bit RGB, and how to keep it on request."""
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import ExifTags, Image, ImageOps
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+# Malformed EXIF data does not concern the pixels.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", module="PIL")
+
+_BIT_DEPTH = re.compile(r";(\d{2})")
+# TIFF tags: bits per channel; kind of a page, whose flags 1 and 4 are a smaller copy and a mask.
+_TIFF_BITS, _TIFF_PAGE, _TIFF_COPY = 258, 254, 0b101
+# Formats whose EXIF or XMP orientation Pillow reads but does not apply; it applies that of a TIFF.
+_TURNED = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
+_HEADER = 1 << 12
+
+
+class ImageOptions(NamedTuple):
+    """How to read what RGB cannot hold.
+
+    Attributes:
+        background: color behind transparent pixels; `none` drops the transparency, as the reference does.
+        exif_transpose: apply the rotation stored as EXIF orientation.
+    """
+
+    background: str = "none"
+    exif_transpose: bool = False
+
+
+class ImageContent(NamedTuple):
+    """Properties of an image from its header.
+
+    Attributes:
+        frames: number of frames or pages.
+        bits: bits per channel.
+        orientation: EXIF orientation; 1 is upright.
+        has_alpha: whether pixels can be transparent.
+    """
+
+    frames: int = 1
+    bits: int = 8
+    orientation: int = 1
+    has_alpha: bool = False
+
+
+def read_content(image: ImageFile) -> ImageContent:
+    """Return the properties of an opened image; afterwards only its header is valid."""
+    return ImageContent(
+        bits=_bits(image), orientation=orientation(image), has_alpha=has_alpha(image), frames=_frames(image)
+    )
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation that remains to be applied; 1 if there is none, or none that is valid."""
+    # Pillow decodes a PNG to look for EXIF behind the pixels.
+    sources = ("exif",) if image.format == "PNG" else ("exif", "xmp")
+    if image.format not in _TURNED or not any(source in image.info for source in sources):
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return value if value in range(2, 9) else 1
+
+
+def turned_size(size: tuple[int, int], orientation: int, options: ImageOptions) -> tuple[int, int]:
+    """Return the size of an image after the rotation that the options ask for."""
+    return size[::-1] if options.exif_transpose and orientation >= 5 else size
+
+
+def turn(image: Image.Image, options: ImageOptions) -> Image.Image:
+    """Apply the EXIF orientation if the options ask for it."""
+    if options.exif_transpose and orientation(image) != 1:
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Return whether an image has an alpha channel or a transparent color."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def has_transparent_pixels(image: Image.Image) -> bool:
+    """Return whether any pixel of an image is transparent."""
+    if not has_alpha(image):
+        return False
+    return any(image.convert("RGBA").getchannel("A").histogram()[:255])
+
+
+def flatten(image: Image.Image, background: str) -> Image.Image:
+    """Return an image in RGB, on a background of the given color."""
+    canvas = Image.new("RGBA", image.size, background)
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas.convert("RGB")
+
+
+def _frames(image: ImageFile) -> int:
+    """Return the number of frames, or of pages without the smaller copies and masks of a TIFF."""
+    if image.format == "MPO":  # a photo with its preview or depth map
+        return 1
+    try:
+        frames = getattr(image, "n_frames", 1)
+        if not isinstance(image, TiffImageFile) or frames == 1:
+            return frames
+        pages = 0
+        for number in range(frames):
+            image.seek(number)
+            pages += not image.tag_v2.get(_TIFF_PAGE, 0) & _TIFF_COPY
+        return max(pages, 1)
+    except Exception:  # the file is damaged after the first frame, which is all that is used
+        return 1
+
+
+def _bits(image: ImageFile) -> int:
+    """Return the bits per channel."""
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(_TIFF_BITS, (8,)))
+    arguments = image.tile[0].args if image.tile else ()
+    if image.format == "PPM" and isinstance(arguments, tuple) and isinstance(arguments[-1], int):
+        return max(arguments[-1].bit_length(), 8)
+    if image.format in ("JPEG2000", "AVIF"):
+        with Path(str(image.filename)).open("rb") as stream:
+            return _coded_bits(stream.read(_HEADER), image.format)
+    found = _BIT_DEPTH.search(str(arguments))
+    return int(found[1]) if found else 8
+
+
+def _coded_bits(header: bytes, image_format: str) -> int:
+    """Return the bits per channel from the header of a JPEG 2000 or AVIF file.
+
+    JPEG 2000: byte Ssiz of the first component in the marker segment SIZ (ISO/IEC 15444-1, A.5.1).
+    AVIF: the flags high_bitdepth and twelve_bit of the configuration box (AV1 in ISOBMFF, 2.3.3).
+    """
+    mark, offset = (b"\xff\x4f\xff\x51", 42) if image_format == "JPEG2000" else (b"av1C", 6)
+    position = header.find(mark) + offset
+    if position < offset or position >= len(header):
+        return 8
+    if image_format == "JPEG2000":
+        return (header[position] & 0x7F) + 1
+    return (8, 8, 10, 12)[header[position] >> 5 & 0b11]
+
+
+def content_warnings(
+    names: Sequence[str],
+    contents: Sequence[ImageContent],
+    options: ImageOptions,
+    transparent: Sequence[bool | None],
+) -> Iterator[tuple[str, str]]:
+    """Yield (kind, message) for each kind of content of a record's images that is not used.
+
+    Args:
+        names: name of each image.
+        contents: properties of each image.
+        options: how the images are read.
+        transparent: whether each image has transparent pixels; None if it was not decoded.
+    """
+    unknown = "; --check full tells whether a pixel is transparent"
+    found: dict[str, list[str]] = {}
+    for name, content, visible in zip(names, contents, transparent, strict=True):
+        if content.frames > 1:
+            found.setdefault("several frames", []).append(
+                f"{name}: only the first of {content.frames} pages or frames is shown"
+            )
+        if content.has_alpha and visible is not False and options.background == "none":
+            text = f"{name}: the transparency is dropped{unknown if visible is None else ''}"
+            found.setdefault("transparency", []).append(text)
+        if content.bits > 8:
+            black = 1 << content.bits - 8
+            text = f"{name}: only the highest 8 of {content.bits} bits; values below {black} become black"
+            found.setdefault("color depth", []).append(text)
+        if content.orientation != 1 and not options.exif_transpose:
+            text = f"{name}: EXIF orientation {content.orientation} is not applied"
+            found.setdefault("exif rotation", []).append(text)
+    for kind, messages in found.items():
+        more = f" (and {len(messages) - 1} more images)" if len(messages) > 1 else ""
+        yield kind, messages[0] + more

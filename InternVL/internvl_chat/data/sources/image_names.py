@@ -1,0 +1,88 @@
+"""Messages for image names that are no file: URLs, contents, and names written in another form."""
+
+import os
+import re
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+
+from internvl_chat.data.sources.problems import printable_message
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://", re.ASCII)
+# Start of a JPEG, PNG, GIF, WebP or TIFF file in base64.
+_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/=\s]*", re.ASCII)
+_MIN_BASE64 = 64
+# Folders whose names are kept to look for similar ones.
+_MAX_FOLDERS = 8
+
+
+def describe_remote(name: str) -> str | None:
+    """Return a message if a name is a URL or the content of an image, and None for a path."""
+    if name.startswith("data:") or (len(name) >= _MIN_BASE64 and _BASE64.fullmatch(name)):
+        return (
+            f"the image is given as base64 ({name[:24]}...), which is not decoded; save it as a file and "
+            "give its name"
+        )
+    scheme = _SCHEME.match(name)
+    if scheme is None:
+        return None
+    if scheme[1].lower() == "file":
+        return f"the image {printable_message(name)} is a file:// URL; give the path without file://"
+    return (
+        f"the image {printable_message(name)} is a URL ({scheme[1]}://), which is not fetched; download it "
+        "and give the name of the file"
+    )
+
+
+def describe_missing(path: Path) -> str | None:
+    """Return why the path of a file that does not exist may be wrong, as far as the disk tells."""
+    if similar := _similar_file(path):
+        return similar
+    if "\\" in str(path) and (other := Path(str(path).replace("\\", "/"))).is_file():
+        return f"{other} does: write the path with / instead of \\"
+    return None
+
+
+def _similar_file(path: Path) -> str | None:
+    """Return a message about a file whose name looks the same or differs in case."""
+    for form in ("NFC", "NFD"):
+        if _exists(unicodedata.normalize(form, str(path))):
+            return _other_form(path, form)
+    names = _names(os.fspath(path.parent)).get(_folded(path.name), ())
+    for name in names:
+        if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name):
+            return _other_form(path, "NFD" if unicodedata.is_normalized("NFD", name) else "NFC")
+    return f"the folder has {printable_message(names[0])}: the names must be equal" if names else None
+
+
+def _other_form(path: Path, form: str) -> str:
+    own = "NFC" if form == "NFD" else "NFD"
+    return (
+        f"a file of the same name in another Unicode form does: the file has {form}, the record {own} "
+        f"({path.name.encode('unicode_escape').decode('ascii')}); rename the file or rewrite the record, for "
+        f"example with convmv or unicodedata.normalize({form!r}, name)"
+    )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
+@lru_cache(maxsize=_MAX_FOLDERS)
+def _names(folder: str) -> dict[str, list[str]]:
+    """Return the files of a folder by their names without case and Unicode form."""
+    names: dict[str, list[str]] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                names.setdefault(_folded(entry.name), []).append(entry.name)
+    except (OSError, ValueError):
+        pass
+    return names

@@ -1,0 +1,129 @@
+"""Warnings about records that can be used: what is unusual, and what is not read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from internvl_chat.constants import IMAGE_PLACEHOLDER
+from internvl_chat.data.sources.dialects import (
+    control_tokens,
+    file_names,
+    foreign_placeholder,
+    unread_message_fields,
+    unread_record_fields,
+)
+from internvl_chat.data.sources.records import RECORD_KEYS, Message, Record
+
+
+def record_warnings(
+    raw: Mapping[str, Any], record: Record, root: Path, *, escaped: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yield (kind, message) of each warning about a usable record; kinds are keys of `WARNINGS`.
+
+    Args:
+        raw: the record as the file has it.
+        record: the parsed record.
+        root: folder of the images.
+        escaped: whether control tokens in texts are escaped.
+    """
+    yield from conversation_warnings(record.messages)
+    yield from _text_warnings(raw, record, escaped)
+    if fields := list(_unread_fields(raw, record)):
+        yield "field not read", f"not read: {', '.join(fields)}"
+    known = {*record.images}
+    for key, name in file_names(raw, RECORD_KEYS):
+        if name not in known and _is_file(root / name):
+            yield "file not read", f"{key!r} is the file {name!r:.80}, which is not shown; images are 'image'"
+            break
+
+
+def _unread_fields(raw: Mapping[str, Any], record: Record) -> Iterator[str]:
+    """Yield a description of each field that has a meaning elsewhere."""
+    yield from unread_record_fields(raw)
+    entries = raw.get("conversations", raw.get("messages"))
+    if "conversations" in raw and raw.get("messages") and not _same_texts(raw):
+        yield "'messages' (a second conversation; 'conversations' is read)"
+    shift = len(record.messages) - len(entries)  # the field `system` precedes the messages
+    fields = (
+        field
+        for entry, message in zip(entries, record.messages[shift:], strict=True)
+        for field in unread_message_fields(entry, message.role)
+    )
+    yield from dict.fromkeys(fields)
+
+
+def _same_texts(raw: Mapping[str, Any]) -> bool:
+    """Return whether `conversations` and `messages` have the same texts."""
+    texts = [
+        [entry.get(key) if isinstance(entry, Mapping) else entry for entry in entries]
+        for entries, key in ((raw["conversations"], "value"), (raw["messages"], "content"))
+        if isinstance(entries, list)
+    ]
+    return len(texts) == 2 and texts[0] == texts[1]
+
+
+def _text_warnings(raw: Mapping[str, Any], record: Record, escaped: bool) -> Iterator[tuple[str, str]]:
+    """Yield warnings about placeholders and control tokens that remain text."""
+    foreign, control = [], []
+    if IMAGE_PLACEHOLDER in _system_text(raw):
+        foreign.append(f"{IMAGE_PLACEHOLDER!r} in the system message")
+    # Placeholders that a record has for each of its images are counted.
+    unmarked = not any(IMAGE_PLACEHOLDER in text for text in _user_texts(raw))
+    for number, message in enumerate(record.messages, 1):
+        possible = message.role == "user" and unmarked
+        if found := foreign_placeholder(message.content, possible=possible):
+            foreign.append(f"{found!r:.80} in message {number}")
+        if not escaped and (tokens := control_tokens(message.content)):
+            control.append(f"{tokens[0]!r} in message {number}")
+    if foreign:
+        yield "placeholder not read", f"{foreign[0]} marks no image and is treated as text"
+    if control:
+        text = "is a control token, not text; --escape_control_tokens True makes it text"
+        yield "control token", f"{control[0]} {text}"
+
+
+def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of the user's messages as the file has them; an image part is a placeholder."""
+    for entry in raw.get("conversations", raw.get("messages")):
+        text = entry.get("value", entry.get("content"))
+        if entry.get("from", entry.get("role")) in ("human", "user"):
+            yield text if isinstance(text, str) else IMAGE_PLACEHOLDER
+
+
+def _system_text(raw: Mapping[str, Any]) -> str:
+    """Return the system message as the file has it; the reference puts a placeholder before some."""
+    first = raw.get("conversations", raw.get("messages"))[0]
+    text = (
+        first.get("value", first.get("content")) if "system" in (first.get("from"), first.get("role")) else ""
+    )
+    return f"{raw.get('system') or ''}{text if isinstance(text, str) else ''}"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def conversation_warnings(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Return (kind, message) of each warning about a usable conversation; kinds are keys of `WARNINGS`."""
+    answers = [
+        (number, message.content) for number, message in enumerate(messages, 1) if message.role == "assistant"
+    ]
+    warnings = []
+    if empty := [str(number) for number, text in answers if not text.strip()]:
+        warnings.append(("empty message", f"empty answer in message {', '.join(empty)}"))
+    if marked := [str(number) for number, text in answers if IMAGE_PLACEHOLDER in text]:
+        message = f"{IMAGE_PLACEHOLDER} in the answer in message {', '.join(marked)} is treated as text"
+        warnings.append(("placeholder in answer", message))
+    roles = [message.role for message in messages if message.role != "system"]
+    if roles[0] == "assistant":
+        warnings.append(("message order", "the first message is an answer"))
+    if repeated := [role for role, following in pairwise(roles) if role == following]:
+        kind = "answers" if "assistant" in repeated else "questions"
+        warnings.append(("message order", f"two consecutive {kind}"))
+    if roles[-1] == "user":
+        warnings.append(("message order", "the last question has no answer and is not trained on"))
+    return warnings
