@@ -3,7 +3,10 @@
 Exit codes: 0 success, 1 error in the data or the model, 2 error in the command line.
 """
 
+# PYTHON_ARGCOMPLETE_OK
+
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -22,6 +25,7 @@ from internvl_chat.commands import (
     tiny_model,
 )
 from internvl_chat.commands import eval as evaluate
+from internvl_chat.train.flag_help import add_flags
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.logging import configure_logging
 
@@ -77,21 +81,25 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    groups[""].add_parser(
-        "train", add_help=False, help="Fine-tune a model; `m3llm train --help` lists the flags."
-    )
+    # The training script itself parses the flags; here they are for help and completion.
+    add_flags(groups[""].add_parser("train", help="Fine-tune a model with flags, or a recipe and flags."))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     tokens = list(sys.argv[1:] if argv is None else argv)
-    if tokens[:1] == ["train"]:
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell when it completes a command line
+        import argcomplete
+
+        argcomplete.autocomplete(parser, always_complete_options="long")
+    if tokens[:1] == ["train"] and not {"-h", "--help"} & {*tokens}:
         from internvl_chat.train.internvl_chat_finetune import main as train
 
         return train(tokens[1:])
     configure_logging()
-    args = build_parser().parse_args(tokens)
+    args = parser.parse_args(tokens)
     try:
         return args.run(args)
     except M3LLMError as error:

@@ -5,6 +5,12 @@ SHELL_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PACKAGE=$(cd "$SHELL_DIR/.." && pwd)
 SOURCE_ROOT=$(cd "$PACKAGE/.." && pwd)
 REPOSITORY=$(cd "$SOURCE_ROOT/.." && pwd)
+PYTHONS=(python3.12 python3.13 python3.11 python3 python)
+IS_INSTALLED=
+if [[ ! -f $REPOSITORY/pyproject.toml ]]; then
+  # Installed from a wheel: use the interpreter of the active environment, and write to the current folder.
+  IS_INSTALLED=1 REPOSITORY=$PWD PYTHONS=(python python3)
+fi
 
 fail() {
   echo "$(basename "$0"): $*" >&2
@@ -14,7 +20,7 @@ fail() {
 # Print the path of a Python interpreter, version 3.11 or newer.
 find_python() {
   local candidate
-  for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
+  for candidate in "${PYTHON:-}" "${PYTHONS[@]}"; do
     if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return
@@ -76,14 +82,17 @@ prepare_training() {
   fi
   REPORT_TO=${REPORT_TO:-${WANDB_API_KEY:+wandb}}
   REPORT_TO=${REPORT_TO:-none}
-  if [[ -z ${PYTHON:-} && -x $REPOSITORY/.venv/bin/python ]]; then
+  if [[ -z ${PYTHON:-}${IS_INSTALLED} && -x $REPOSITORY/.venv/bin/python ]]; then
     PYTHON=$REPOSITORY/.venv/bin/python
   fi
   PYTHON=${PYTHON:-$(find_python)}
   command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such interpreter"
   threads=$(($(nproc) / NPROC))
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-  export PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+  export PYTHONSAFEPATH=1
+  if [[ -z $IS_INSTALLED ]]; then
+    export PYTHONPATH=$SOURCE_ROOT${PYTHONPATH:+:$PYTHONPATH}
+  fi
 }
 
 # torchrun wrapper: forwards signals to the workers, writes the log and returns the workers' exit code.

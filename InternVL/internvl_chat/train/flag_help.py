@@ -6,9 +6,9 @@ from typing import Any
 
 from internvl_chat.train.flags import GROUPS, DataArguments, ModelArguments, RunArguments
 
-DESCRIPTION = "Fine-tune InternVL3. Give flags, or a YAML or JSON file and flags that override it."
-USAGE = "%(prog)s [CONFIG] [--FLAG VALUE ...]"
-EXAMPLE = (
+_DESCRIPTION = "Fine-tune InternVL3. Give flags, or a YAML or JSON file and flags that override it."
+_USAGE = "%(prog)s [CONFIG] [--FLAG VALUE ...]"
+_EXAMPLE = (
     "Example: m3llm train recipe.yaml --model_name_or_path OpenGVLab/InternVL3-8B --meta_path PMC-data.json "
     "--output_dir work_dirs/run"
 )
@@ -44,6 +44,7 @@ def flag_groups() -> dict[str, list[FlagHelp]]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the configuration file and all supported flags to a parser, for its help and for completion."""
+    parser.usage, parser.description, parser.epilog = _USAGE, _DESCRIPTION, _EXAMPLE
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML or JSON file with flags")
     for title, flags in flag_groups().items():
         group = parser.add_argument_group(title)
@@ -62,9 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def build_help_parser() -> argparse.ArgumentParser:
     """Return a parser that prints the help of the training script."""
-    parser = argparse.ArgumentParser(
-        prog="internvl_chat_finetune.py", usage=USAGE, description=DESCRIPTION, epilog=EXAMPLE
-    )
+    parser = argparse.ArgumentParser("internvl_chat_finetune.py")
     add_flags(parser)
     return parser
 

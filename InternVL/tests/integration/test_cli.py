@@ -15,6 +15,7 @@ from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.model.io.folders import read_config
 
 COMMANDS = [
+    "train",
     "data check",
     "data inspect",
     "loss",

@@ -7,7 +7,8 @@
 #
 #   GPUS=8 MODEL_PATH=/models/InternVL3-8B bash M3LLM-fulldata-lora.sh --max_steps 20
 #
-# Environment variables and defaults:
+# Environment variables and defaults (if the package is installed elsewhere, the current folder takes the place of
+# the repository):
 #   GPUS=1                     GPUs on this machine; 0 trains on the CPU
 #   NPROC=GPUS                 ranks on this machine (1 on a CPU)
 #   BATCH_SIZE=16              global batch: records per optimizer step, over all ranks
