@@ -56,8 +56,8 @@ def length_figure(audit: Audit) -> "Figure":
     for findings, axes in zip(audit.sets, panels[:, 0], strict=False):
         axes.set_ylabel(plain_text(findings.spec.name, _MAX_NAME), rotation=0, ha="right", va="center")
     if audit.max_seq_length is not None:
-        limit = f"line: max_seq_length {audit.max_seq_length:,}"
-        panels[0, 0].set_title(limit, loc="left", fontsize="small", color=_LIMIT_COLOR, pad=2)
+        legend = f"line: max_seq_length {audit.max_seq_length:,}"
+        panels[0, 0].set_title(legend, loc="left", fontsize="small", color=_LIMIT_COLOR, pad=2)
     figure.align_ylabels(panels[:, 0])
     figure.suptitle("Number of records by length", fontsize="medium", fontweight="bold")
     return figure
@@ -85,7 +85,7 @@ def _bins(columns: Sequence[np.ndarray], limit: int | None, *, logarithmic: bool
 
 def _draw(axes: "Axes", column: np.ndarray, bins: np.ndarray, color: str, limit: int | None) -> None:
     """Draw a histogram with its median and a line at the limit."""
-    axes.hist(column, bins=bins, color=color, alpha=0.85)
+    axes.hist(column, bins=bins.tolist(), color=color, alpha=0.85)
     if len(column):
         axes.set_title(f"median {int(np.median(column)):,}", loc="right", fontsize="small", pad=2)
     if limit is not None:

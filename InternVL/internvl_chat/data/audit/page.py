@@ -79,7 +79,7 @@ def _head(inputs: Mapping[str, str]) -> str:
     versions = [f"m3llm {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {version(name)}" for name in _LIBRARIES]
     date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    entries = inputs | {"date": date, "versions": ", ".join(versions)}
+    entries = {**inputs, "date": date, "versions": ", ".join(versions)}
     items = []
     for name, text in entries.items():
         shown = f"<code>{html.escape(text)}</code>" if name == "command" else html.escape(text)

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,12 +65,12 @@ def radar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) ->
             f"{other} (published)": (_COLORS[other], [published(other, *pair) or 0.0 for pair in pairs])
             for other in PUBLISHED
         }
-    lines[plain_text(model)] = (_MODEL_COLOR, [float(tasks[task][name]) for task, name in pairs])
+    lines[plain_text(model)] = (_MODEL_COLOR, [tasks[task][name] or 0.0 for task, name in pairs])
     angles = np.linspace(0, 2 * np.pi, len(pairs), endpoint=False)
     figure = new_figure(10, 9)
     # Constrained layout would not leave room for the labels.
     figure.set_layout_engine("none")
-    axes = figure.add_axes((0.19, 0.13, 0.62, 0.7), projection="polar")
+    axes: Any = figure.add_axes((0.19, 0.13, 0.62, 0.7), projection="polar")
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
     for label, (color, values) in lines.items():
@@ -110,9 +110,9 @@ def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "
     ]
     heights = [_BAR * length + _PANEL for length in lengths]
     figure = new_figure(5.6 * columns + 0.4, sum(heights) + 0.9)
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
+    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.1)
     panels = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
-    drawn: dict[str, object] = {}
+    drawn: dict[str, Any] = {}
     for row, length, row_panels in zip(rows, lengths, panels, strict=True):
         for axes in row_panels[len(row) :]:
             axes.remove()
@@ -145,11 +145,11 @@ def _task_bars(task: str, metrics: Metrics, benchmark: str) -> dict[str, dict[st
     for name in names:
         others = {other: published(other, task, name) for other in PUBLISHED if benchmark == "pmc-mi"}
         bars[name] = {other: value for other, value in others.items() if value is not None}
-        bars[name][""] = float(metrics[name])
+        bars[name][""] = metrics[name] or 0.0
     return bars
 
 
-def _draw_task(axes: "Axes", metrics: Mapping[str, Mapping[str, float]], length: int) -> dict[str, object]:
+def _draw_task(axes: "Axes", metrics: Mapping[str, Mapping[str, float]], length: float) -> dict[str, Any]:
     """Draw the bars of a task from the top of an axis of the given length; return a bar of each model."""
     y, ticks, drawn = 0.0, [], {}
     for name, values in metrics.items():
