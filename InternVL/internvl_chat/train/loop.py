@@ -9,7 +9,6 @@ import itertools
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.inference.tile_features import tile_features
-from internvl_chat.model.flops import FlopCounter, peak_flops
+from internvl_chat.model.flops import FlopCounter
 from internvl_chat.model.loss import token_weight
+from internvl_chat.train.checkpoint.run_folder import LEDGER, METRICS, VALIDATION
 from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.config import RunConfig
@@ -32,7 +32,6 @@ from internvl_chat.train.distributed.signals import StopRequest
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.train.monitor.console import Console
 from internvl_chat.train.monitor.nan_guard import NanGuard
-from internvl_chat.train.monitor.run_log import RunLog
 from internvl_chat.train.monitor.step_metrics import (
     StepRecord,
     StepSums,
@@ -40,14 +39,14 @@ from internvl_chat.train.monitor.step_metrics import (
     dataset_sums,
     ledger_row,
     metrics_row,
+    skipped_records,
 )
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.monitor.watchdog import Watchdog
-from internvl_chat.train.preflight.dry_run import run_dry_run
-from internvl_chat.train.preflight.memory import MemoryPlan, max_memory
-from internvl_chat.train.validation import Validation
+from internvl_chat.train.validation import Validation, named_metrics
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.files import JsonLinesFile
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -61,17 +60,10 @@ class TrainingLoop:
     """Trains a model from the given state to the end of the run.
 
     Attributes:
-        run: the resolved flags.
-        strategy: the parallel layout, with model, optimizer and scheduler.
-        data: the training records.
         sampler: the order of the records and their packs.
         normalization: pixel statistics of the tiles.
-        flop_counter: counts the FLOPs of a pack.
-        checkpointer: writes the checkpoints.
-        trackers: experiment trackers such as W&B.
         state: initial progress; updated after each step.
         validation: the validation data; None without validation.
-        stop: records stop signals.
     """
 
     run: RunConfig
@@ -92,7 +84,9 @@ class TrainingLoop:
         self.set_names = [records.spec.name for records in self.data.sets]
         self.dataloader = StepDataLoader(self.packs, self.sampler, run.dataloader_options)
         self.total_steps = run.count_steps(len(self.sampler))
-        self.run_log, self.nan_guard = RunLog(Path(run.output_dir)), NanGuard(run.max_bad_steps)
+        files = (Path(run.output_dir) / name for name in (METRICS, LEDGER, VALIDATION))
+        self.metrics, self.ledger, self.validations = map(JsonLinesFile, files)
+        self.nan_guard = NanGuard(run.max_bad_steps)
         self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
         self.should_stop = False  # the same on all ranks
         self._step_start = time.perf_counter()
@@ -116,7 +110,6 @@ class TrainingLoop:
                 self.watchdog.note(f"waiting for the records of step {step}")
                 packs = next(batches)
                 record = self.train_step(step, packs)
-                self.state.step, self.state.epoch = step, step / len(self.sampler)
                 needs_barrier = self._log(record, console)
                 if not self.should_stop and self._is_due("eval"):
                     self.validate()
@@ -160,17 +153,20 @@ class TrainingLoop:
         skipped_because = self.nan_guard.check(
             step, loss, norm, sums.supervised_tokens, lambda: self._records_of(step)
         )
-        if skipped_because and self.strategy.name == "deepspeed":
+        if self.strategy.name != "deepspeed":  # DeepSpeed has stepped while it clipped the gradients
+            if not skipped_because:
+                self.strategy.optimizer.step()
+            self.strategy.scheduler.step()
+            self.strategy.optimizer.zero_grad()
+        elif skipped_because:
             raise TrainingError(
                 "DeepSpeed has already applied the gradients; resume from the last checkpoint"
             )
-        if not skipped_because:
-            self.strategy.optimizer_step()
-        self.strategy.scheduler_step()
-        self.strategy.zero_grad()
         self.should_stop = self.should_stop or sums.stop_requested > 0
-        self.state.total_flops += sums.flops
-        return StepRecord(loss, learning_rate, norm, sums, sets, skipped, skipped_because)
+        state = self.state
+        state.step, state.epoch = step, step / len(self.sampler)
+        state.total_flops += sums.flops
+        return StepRecord(step, state.epoch, loss, learning_rate, norm, sums, sets, skipped, skipped_because)
 
     def forward_backward(
         self, packs: Sequence[Pack], weights: Sequence[torch.Tensor], scale: float, *, sync: bool = True
@@ -204,64 +200,21 @@ class TrainingLoop:
             token_losses.append(output.token_losses.detach())
         return total, token_losses
 
-    def dry_run(self, memory: MemoryPlan, grad_checkpoint: str) -> None:
-        """Run the largest pack before training; see `run_dry_run`.
-
-        Raises:
-            DataError: a record of the pack cannot be used.
-            TrainingError: the pack does not fit into memory.
-        """
-        run_dry_run(
-            memory,
-            lambda: self._run_largest_pack(memory),
-            self.strategy.model.checkpoint_layers,
-            device=self.run.device,
-            sharded=self.strategy.shards_weights,
-            grad_checkpoint=grad_checkpoint,
-            optimizer_state_loaded=bool(self.strategy.optimizer.state),
-        )
-
-    def _run_largest_pack(self, memory: MemoryPlan) -> None:
-        """Run the largest pack forward and backward and discard its gradients."""
-        pack = self.packs[memory.sample_indices]
-        if isinstance(pack, Exception):
-            raise pack
-        device = self.run.device
-        # With several packs per step, a pack runs while the gradients of the previous one are in memory.
-        packs = [pack] * (2 if memory.several_packs else 1)
-        weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
-        self.strategy.wrapped.train()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            try:
-                # With sharded weights, `zero_grad` frees only reduced gradients.
-                self.forward_backward(packs, weights, 1.0, sync=self.strategy.shards_weights)
-            finally:
-                self.strategy.zero_grad()
-
     def validate(self) -> None:
         """Validate, report the metrics, and update the best metric."""
         start, state = time.perf_counter(), self.state
         self.watchdog.note(f"validating after step {state.step}")
-        validation = self.validation
-        dataloader = self.run.dataloader_options.build(
-            validation.packs, validation.sampler, persistent_workers=False
-        )
         # With sharded weights, all ranks must run the same forward passes.
         may_leave = not self.strategy.shards_weights
-        # Avoid a recompilation of the blocks that are compiled for training.
-        eager = torch.compiler.set_stance("force_eager") if self.run.compile_blocks else nullcontext()
-        with eager:
-            result = validation.run(
-                self.strategy.model, dataloader, lambda: may_leave and self.stop.signal is not None
-            )
+        result = self.validation.run(self.strategy.model, lambda: may_leave and self.stop.signal is not None)
         if result is None:
             logger.warning("step %d: validation interrupted", state.step)
             self.should_stop = True
             return
-        metrics, seconds = result.metrics(), time.perf_counter() - start
+        metrics, seconds = named_metrics(result), time.perf_counter() - start
         if self.run.is_main:
             row = {"step": state.step, "epoch": round(state.epoch, 6), "seconds": round(seconds, 4)}
-            self.run_log.append_validation(row | result.row())
+            self.validations.append(row | result)
             self.trackers.log({f"eval/{k.removeprefix('eval_')}": v for k, v in metrics.items()}, state.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: validation in %.0f s: %s", state.step, seconds, shown)
@@ -316,31 +269,23 @@ class TrainingLoop:
 
     def _open_ledger(self) -> None:
         if self.state.step:
-            self.skip_budget.restore(
-                distributed.broadcast_object(self.run_log.skipped() if self.run.is_main else [])
-            )
+            skipped = skipped_records(self.ledger.path) if self.run.is_main else []
+            self.skip_budget.restore(distributed.broadcast_object(skipped))
         elif self.data.excluded and self.run.is_main:
-            self.run_log.write_excluded([record._asdict() for record in self.data.excluded])
+            excluded = [record._asdict() for record in self.data.excluded]
+            self.ledger.append({"step": 0, "skipped": excluded, "trained": []})
 
     def _log(self, record: StepRecord, console: Console) -> bool:
         """Write the lines of a step and report it if due; return whether rank 0 calls the trackers."""
-        now, step = time.perf_counter(), self.state.step
+        now, step = time.perf_counter(), record.step
         seconds, self._step_start = now - self._step_start, now
         is_due = self._is_due("logging") or (step == 1 and self.run.logging_first_step)
         calls_trackers = is_due and bool(self.run.report_to)
         if not self.run.is_main:
             return calls_trackers
-        row = metrics_row(
-            record,
-            step=step,
-            epoch=self.state.epoch,
-            seconds=seconds,
-            peak_flops=peak_flops(self.run.device),
-            world_size=self.run.world_size,
-            max_memory=max_memory(self.run.device),
-        )
-        epoch, _ = self.sampler.position_of(step)
-        self.run_log.write(row, ledger_row(record, step=step, epoch=epoch, records=self._records_of(step)))
+        row = metrics_row(record, seconds, self.run.device)
+        self.metrics.append(row)
+        self.ledger.append(ledger_row(record, self.sampler.position_of(step)[0], self._records_of(step)))
         averages = console.step(row, due=is_due)
         if averages is not None:
             self.trackers.log({f"train/{name}": value for name, value in averages.items()}, step)
@@ -377,7 +322,8 @@ class TrainingLoop:
             )
             return False
         if self.run.is_main:
-            self.run_log.flush()
+            self.metrics.flush()
+            self.ledger.flush()
         self.watchdog.note(f"saving after step {self.state.step}")
         self.checkpointer.save(self.state)
         return True
@@ -385,12 +331,8 @@ class TrainingLoop:
     def _update_best(self, metrics: dict[str, float]) -> None:
         """Update the best metric; stop early after `early_stopping_patience` validations without progress."""
         name = f"eval_{self.run.metric_for_best_model.removeprefix('eval_')}"
-        value, best = metrics[name], self.state.best_metric
-        if best is None or (value > best if self.run.greater_is_better else value < best):
-            self.state.best_metric, self.state.best_step = value, self.state.step
-            self.state.evals_without_improvement = 0
+        if self.state.update_best(metrics[name], self.run.greater_is_better):
             return
-        self.state.evals_without_improvement += 1
         if self._is_out_of_patience():
             logger.info(
                 "step %d: early stopping: %s has not improved for %d validations",

@@ -241,7 +241,9 @@ def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter
         strategy="sequential",
     )
     normalization = data.sets[0].encoder.preprocessing.normalize_type
-    return Validation(data, sampler, run.loss_reduction, run.eval_generate, normalization)
+    return Validation(
+        data, sampler, run.loss_reduction, run.eval_generate, normalization, run.dataloader_options
+    )
 
 
 def _check_on_rank_0(

@@ -142,15 +142,6 @@ class DeepSpeedStrategy(Strategy):
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def optimizer_step(self) -> None:
-        """Do nothing: `clip_gradients` has stepped the optimizer."""
-
-    def scheduler_step(self) -> None:
-        """Do nothing: `clip_gradients` has stepped the scheduler."""
-
-    def zero_grad(self) -> None:
-        """Do nothing: the engine frees the gradients when it steps."""
-
     def full_weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         if not self.shards_weights:

@@ -78,18 +78,6 @@ class Strategy:
             norm = nn.utils.get_total_norm([p.grad for p in parameters])
         return float(full_tensor(norm))
 
-    def optimizer_step(self) -> None:
-        """Step the optimizer, but not the scheduler."""
-        self.optimizer.step()
-
-    def scheduler_step(self) -> None:
-        """Step the learning-rate scheduler, also after skipped steps."""
-        self.scheduler.step()
-
-    def zero_grad(self) -> None:
-        """Free the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
     def full_weights(self) -> dict[str, Tensor]:
         """Return all weights by name, unsharded; a collective.
 
