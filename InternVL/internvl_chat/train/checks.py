@@ -38,12 +38,8 @@ class RunPlan:
     """A run whose configuration has been checked.
 
     Attributes:
-        config: the resolved flags.
         output: the output folder and the checkpoint to resume from.
         source: folder of the initial weights; the checkpoint when resuming.
-        specs: the training datasets.
-        eval_specs: the validation datasets.
-        attn: the resolved attention kernel.
     """
 
     config: TrainConfig

@@ -174,7 +174,6 @@ class TrainingLoop:
         """Run packs forward and backward; return the weighted sum of their token losses, and these losses.
 
         Args:
-            packs: packs of this rank.
             weights: (R,) per pack, the loss weight of each record's tokens.
             scale: factor on the loss in the backward pass.
             sync: reduce gradients across ranks after the last pack.

@@ -114,8 +114,6 @@ def plan_preprocessing(
     """Return the preprocessing of a model's inputs.
 
     Args:
-        model_config: configuration of the model.
-        config: the resolved flags.
         specs: the datasets; their largest tile limit becomes the limit of the model.
     """
     model_config = copy.deepcopy(model_config)
@@ -158,9 +156,6 @@ def load_records(
     """Open the datasets and check every record.
 
     Args:
-        config: the resolved flags.
-        specs: the datasets.
-        encoder: encoder from `load_encoder`.
         resumed_exclusions: dataset and index of the records that were excluded when the resumed run started.
             They are excluded again, even if they have been repaired, so that the order stays the same.
 
@@ -203,8 +198,6 @@ def build_sampler(config: TrainConfig, data: TrainingData, flops: FlopCounter) -
     """Return the sampler of the records of each step and their packs.
 
     Args:
-        config: the resolved flags.
-        data: the training records.
         flops: cost of a record, by which the ranks are balanced.
     """
     run = config.run
@@ -274,10 +267,7 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
     """Put a model into its planned parallel layout and build optimizer and scheduler.
 
     Args:
-        config: the resolved flags.
-        memory: the memory plan, which has the layout.
         model: model whose trainable parameters have been chosen.
-        steps: number of optimizer steps of the run.
     """
     run = config.run
     optimizer, scheduler = partial(make_optimizer, run), partial(make_scheduler, run, total_steps=steps)

@@ -75,12 +75,9 @@ class Validation:
     """The validation records and their packs on this rank.
 
     Attributes:
-        data: the validation records.
-        sampler: the packs of this rank.
         reduction: weighting of the loss, one of `LOSS_REDUCTIONS`.
         generate: number of answers to generate for each dataset.
         normalization: pixel statistics of the tiles.
-        options: workers and prefetching of the dataloader.
     """
 
     data: TrainingData
@@ -100,7 +97,6 @@ class Validation:
         The result has the metrics over all records and, under `sets`, those of each dataset by name.
 
         Args:
-            model: the model on its device.
             is_stopped: returns whether to stop this rank; called after each pack and answer.
 
         Raises:

@@ -24,8 +24,6 @@ class DataError(M3LLMError):
     Args:
         message: the problem and how to solve it.
         file: the faulty annotation, meta or image file.
-        line: line number in the file, from 1.
-        record: id of the record, if any.
         kind: category of the problem (see `data.sources.problems`).
     """
 

@@ -32,7 +32,6 @@ class HashedFile:
     training data and slow down every process.
 
     Args:
-        path: file to create.
         pause: called after each chunk with the seconds since the previous call; may sleep.
     """
 

@@ -91,7 +91,6 @@ class RecordEncoder:
 
     Args:
         tokenizer: the checkpoint's tokenizer; None to count tiles only.
-        preprocessing: the resolved preprocessing options.
         truncate_text: truncate conversations that do not fit even with one tile per image.
     """
 

@@ -215,8 +215,6 @@ class ImageInfo(NamedTuple):
         size: (width, height) in pixels, without EXIF rotation.
         content: what the file holds beyond one frame of opaque 8-bit RGB.
         has_end: whether the file ends as its format requires. If not, it may be truncated.
-        num_bytes: file size.
-        mtime_ns: time of the last modification.
     """
 
     size: tuple[int, int]
@@ -276,7 +274,6 @@ def check_decoding(path: Path, info: ImageInfo) -> bool:
     Cached per process until the file changes.
 
     Args:
-        path: the file.
         info: result of `image_info(path)`.
 
     Raises:

@@ -29,9 +29,7 @@ def write_manifest(
     """Write the manifest of all files in a folder and its subfolders.
 
     Args:
-        folder: folder of the checkpoint.
         known: entries, by relative path, of files that were hashed while they were written.
-        threads: number of threads that hash the other files.
         pause: see `HashedFile`.
 
     Raises:

@@ -25,9 +25,6 @@ class CheckpointWriter:
     """Writes the model in training, or its adapters, into a folder.
 
     Attributes:
-        model: the model in training.
-        tokenizer: the tokenizer of the model.
-        preprocessing: the preprocessing of the run.
         auxiliary: tokenizer and other files of the initial model, by name. They are kept in memory, because
             the initial model may be a checkpoint that is deleted during the run.
         base: base model of the adapters; None without adapters.

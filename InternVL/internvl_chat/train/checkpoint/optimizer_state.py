@@ -53,7 +53,6 @@ def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str
     """Return the tensors that this rank writes: sharded ones, and a balanced part of the replicated ones.
 
     Args:
-        tensors: tensors from `named_state`.
         main_bytes: bytes that rank 0 writes in addition.
     """
     load = [main_bytes] + [0] * (distributed.world_size() - 1)
@@ -121,7 +120,6 @@ def save_optimizer(
     """Write this rank's tensors and return its files; a collective that fails on all ranks or on none.
 
     Args:
-        folder: target folder; created if needed.
         tensors: tensors from `tensors_to_write`.
         copies: host copies of this rank's shards, by the same names.
         threads: number of threads, each of which writes a file.
@@ -145,7 +143,6 @@ def load_optimizer(
     """Load the state saved by any number of ranks; a collective.
 
     Args:
-        folder: folder with the safetensors files.
         model: model whose parameter names identify the state.
         optimizer: optimizer to load into; each rank loads its shards.
         saved: the second result of `named_state`.

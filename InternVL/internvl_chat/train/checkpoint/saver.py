@@ -62,14 +62,9 @@ class Checkpointer:
     checkpoints stay intact and training continues.
 
     Args:
-        output: output folder of the run.
-        strategy: parallel layout with the model, the optimizer and the scheduler.
         write_model: writes the model with the given weights into a folder; returns the entries of the files
             that it has hashed.
-        fingerprint: settings that must not change when the run is resumed.
-        device: device of this rank.
         keep: maximum number of checkpoints, including the newest and the best; None for all.
-        model_only: do not save the state needed to resume.
         background: write while training continues. DeepSpeed always writes in the foreground.
     """
 
@@ -218,7 +213,6 @@ class Checkpointer:
             text: content of `trainer_state.json`.
             optimizer: live optimizer tensors that this rank writes.
             copies: host copies of this rank's shards of optimizer state and weights.
-            folder: folder of the checkpoint.
         """
         self._buffers.synchronize()
         weights = self._weights.gather(copies)

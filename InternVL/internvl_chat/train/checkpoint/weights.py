@@ -14,7 +14,6 @@ class WeightGatherer:
     """Collects the weights of each checkpoint; shards (FSDP2) are gathered over gloo, without the GPU.
 
     Args:
-        model: the model in training.
         group: gloo group that nothing else uses while `gather` runs; None with a single rank.
     """
 

@@ -26,7 +26,6 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     """Return the user's configuration with all "auto" values replaced.
 
     Args:
-        run: the resolved flags.
         hidden_size: hidden size of the language model, which sets ZeRO-3's bucket sizes as in transformers.
 
     Raises:
@@ -97,7 +96,6 @@ class DeepSpeedStrategy(Strategy):
     """Trains with a DeepSpeed engine, which holds float32 master weights, clips the gradients and steps.
 
     Args:
-        model: model whose trainable parameters have been chosen.
         make_optimizer: builds the optimizer of the model, unless the configuration has one.
         make_scheduler: builds the learning-rate scheduler, unless the configuration has one.
         config: configuration from `resolve_deepspeed`.

@@ -14,14 +14,7 @@ from internvl_chat.utils import distributed
 
 
 class FSDPStrategy(Strategy):
-    """Shards a model in place: each layer of both towers is a unit, and the rest of the model is another.
-
-    Args:
-        model: model whose trainable parameters have been chosen.
-        make_optimizer: builds the optimizer of the sharded model.
-        make_scheduler: builds the learning-rate scheduler of the optimizer.
-        device: device of this rank.
-    """
+    """Shards a model in place: each layer of both towers is a unit, and the rest of the model is another."""
 
     name, shards_weights = "fsdp", True
 

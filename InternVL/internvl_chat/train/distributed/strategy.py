@@ -21,17 +21,12 @@ class Strategy:
 
     Args:
         model: model on its device, whose trainable parameters have been chosen.
-        make_optimizer: builds the optimizer of a model.
-        make_scheduler: builds the learning-rate scheduler of an optimizer.
-        device: device of this rank.
         bucket_cap_mb: size of DDP's gradient buckets; None for torch's default.
 
     Attributes:
         name: `single`, `ddp`, `fsdp` or `deepspeed`.
         model: the model without wrapper.
         wrapped: the module to call in training.
-        optimizer: optimizer of the trainable parameters.
-        scheduler: learning-rate scheduler.
         shards_weights: whether weights are sharded outside the forward pass. All ranks must then run the
             same modules.
     """
