@@ -88,9 +88,6 @@ class ToyStrategy:
             self.optimizer.step()
             self.scheduler.step()
 
-    def full_weights(self):
-        return {name: full_tensor(tensor) for name, tensor in self.model.state_dict().items()}
-
     def full_state(self):
         """The full state that a resumed run must restore."""
         names = {p: name for name, p in self.model.named_parameters()}

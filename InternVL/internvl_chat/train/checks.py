@@ -264,14 +264,7 @@ def _metric_problem(run: RunConfig, datasets: Sequence[str]) -> Iterator[str]:
 
 def _check_output(config: TrainConfig) -> OutputFolder:
     """Inspect the output folder on rank 0 and broadcast the result."""
-    output, problems = None, []
-    if config.run.is_main:
-        try:
-            output = _inspect_output(config)
-        except UsageError as error:
-            problems = error.problems
-    output, problems = distributed.broadcast_object((output, problems))
-    _raise(problems)
+    output = distributed.run_on_rank_0(lambda: _inspect_output(config))
     if output.resume and not (output.resume / "trainer_state.json").is_file():
         raise UsageError(
             f"rank {config.run.rank} cannot see the checkpoint {output.resume}: "

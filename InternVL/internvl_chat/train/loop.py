@@ -5,7 +5,6 @@ forward and backward, and gradients are reduced once. The loss is the weighted m
 of the step (see `model.loss`).
 """
 
-import itertools
 import signal
 import time
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from internvl_chat.data.batching.dataloader import StepDataLoader
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.flops import FlopCounter
 from internvl_chat.model.loss import token_weight
@@ -128,7 +126,12 @@ class TrainingLoop:
         return next((number for number in signals if number is not None), None)
 
     def train_step(self, step: int, packs: Sequence[Pack]) -> StepRecord:
-        """Run one optimizer step over this rank's packs."""
+        """Run one optimizer step over this rank's packs.
+
+        Raises:
+            DataError: too many records have been skipped.
+            TrainingError: too many bad steps.
+        """
         names = ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)
         self.watchdog.note(f"in step {step}, records {names}")
         # Seed dropout by step and rank, so that a resumed run needs no random state.
@@ -137,8 +140,15 @@ class TrainingLoop:
         self.strategy.wrapped.train()
         learning_rate = self.strategy.optimizer.param_groups[0]["lr"]
         weights = [self._record_weights(pack) for pack in packs]
-        sums = self._sums(packs, weights)
-        skipped = self._gather_skipped(packs) if sums.skipped else ()
+        flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
+        stop_requested, saving = self.stop.signal is not None, self.checkpointer.busy
+        local = StepSums.from_packs(packs, weights, flops, stop_requested=stop_requested, saving=saving)
+        sums, skipped = local.all_reduce(), []
+        if sums.skipped:
+            records = [record for pack in packs for record in pack.skipped]
+            gathered = distributed.all_gather_object(records, in_step=True)
+            skipped = [record for records in gathered for record in records]
+            self.skip_budget.add(skipped)
         # The sum is zero if every record of the step is skipped.
         total_weight = sums.weight or 1.0
         # The factor `world_size` undoes the averaging of the gradients over ranks.
@@ -228,13 +238,6 @@ class TrainingLoop:
         weights = [token_weight(n, self.run.loss_reduction) for n in pack.supervised.tolist()]
         return torch.tensor(weights, dtype=torch.float64) * pack.counts
 
-    def _sums(self, packs: Sequence[Pack], weights: Sequence[torch.Tensor]) -> StepSums:
-        """Return the sums of a step over all ranks."""
-        flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
-        stop_requested, saving = self.stop.signal is not None, self.checkpointer.busy
-        sums = StepSums.from_packs(packs, weights, flops, stop_requested=stop_requested, saving=saving)
-        return sums.all_reduce()
-
     def _vision_features(self, packs: Sequence[Pack]) -> Sequence[torch.Tensor] | None:
         """Run a frozen vision tower once over the tiles of all packs.
 
@@ -247,18 +250,6 @@ class TrainingLoop:
         tiles = torch.cat([pack.tiles.to(self.run.device, non_blocking=True) for pack in packs])
         features = tile_features(model, tiles, self.normalization)
         return features.split([len(pack.tiles) for pack in packs])
-
-    def _gather_skipped(self, packs: Sequence[Pack]) -> tuple[SkippedRecord, ...]:
-        """Return the skipped records of a step on all ranks, and count them.
-
-        Raises:
-            DataError: too many records have been skipped.
-        """
-        local = [record for pack in packs for record in pack.skipped]
-        gathered = distributed.all_gather_object(local, in_step=True)
-        skipped = tuple(itertools.chain.from_iterable(gathered))
-        self.skip_budget.add(skipped)
-        return skipped
 
     def _records_of(self, step: int) -> list[RecordKey]:
         """Return the records of a step over all ranks."""
@@ -330,9 +321,8 @@ class TrainingLoop:
     def _update_best(self, metrics: dict[str, float]) -> None:
         """Update the best metric; stop early after `early_stopping_patience` validations without progress."""
         name = f"eval_{self.run.metric_for_best_model.removeprefix('eval_')}"
-        if self.state.update_best(metrics[name], self.run.greater_is_better):
-            return
-        if self._is_out_of_patience():
+        improved = self.state.update_best(metrics[name], self.run.greater_is_better)
+        if not improved and self._is_out_of_patience():
             logger.info(
                 "step %d: early stopping: %s has not improved for %d validations",
                 self.state.step, name, self.state.evals_without_improvement,

@@ -36,7 +36,6 @@ from internvl_chat.train.optim.factory import make_optimizer, make_scheduler
 from internvl_chat.train.preflight.memory import MemoryPlan
 from internvl_chat.train.validation import Validation
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -166,7 +165,7 @@ def load_records(
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
     if len(set(limits.values())) > 1:
         logger.warning("tile limits differ (%s); the checkpoint stores the largest", limits)
-    lengths, excluded, digests = _check_on_rank_0(sets, config)
+    lengths, excluded, digests = distributed.run_on_rank_0(lambda: _check_records(sets, config))
     if resumed_exclusions is not None:
         excluded = [
             ExcludedRecord(name, index, "excluded since the start of this run")
@@ -239,28 +238,17 @@ def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter
     )
 
 
-def _check_on_rank_0(
+def _check_records(
     sets: Sequence[RecordSet], config: TrainConfig
 ) -> tuple[list[Lengths], list[ExcludedRecord], list[str]]:
-    """Check the records on rank 0 and broadcast lengths, excluded records and digests."""
-    result, problem = None, "rank 0 failed to check the records; see its message"
-    try:
-        if config.run.is_main:
-            lengths, excluded = check_before_training(
-                sets,
-                check=config.data.check,
-                on_bad_record=config.data.on_bad_record,
-                max_bad_fraction=config.data.max_bad_fraction,
-            )
-            result, problem = (lengths, excluded, [records.digest() for records in sets]), None
-    except DataError as error:
-        problem = str(error)
-    finally:
-        # Broadcast after any exception, or the other ranks would wait.
-        result, problem = distributed.broadcast_object((result, problem))
-    if problem:
-        raise DataError(problem)
-    return result
+    """Check the records; return lengths, excluded records and digests of the annotation files."""
+    lengths, excluded = check_before_training(
+        sets,
+        check=config.data.check,
+        on_bad_record=config.data.on_bad_record,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    return lengths, excluded, [records.digest() for records in sets]
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:

@@ -47,14 +47,6 @@ class DataError(M3LLMError):
             location += f" (record {self.record!r})"
         return f"{location}: {self.message}" if location else self.message
 
-    def __reduce__(self) -> tuple:
-        return _rebuild_data_error, (type(self), self.message, self.file, self.line, self.record, self.kind)
-
-
-def _rebuild_data_error(cls: type, message: str, file: Path, line: int, record: str, kind: str) -> DataError:
-    """Unpickle a `DataError` raised in a dataloader worker."""
-    return cls(message, file=file, line=line, record=record, kind=kind)
-
 
 class UsageError(M3LLMError):
     """The command line is invalid; the message lists all problems."""

@@ -133,7 +133,11 @@ class Checkpointer:
             OSError: rank 0 cannot write the model.
         """
         self.wait()
-        weights = self._strategy.full_weights()
+        weights = (
+            self._strategy.full_weights()
+            if self._is_deepspeed
+            else self._weights.gather(self._weights.prepare())
+        )
         if self._is_main:
             self._write_model(folder, weights)
 

@@ -141,9 +141,12 @@ class DeepSpeedStrategy(Strategy):
         return float("nan") if norm is None else float(norm)
 
     def full_weights(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+        """Return all weights by name; a collective.
+
+        ZeRO-3's are gathered in the CPU memory of rank 0, and the other ranks return an empty dictionary.
+        """
         if not self.shards_weights:
-            return super().full_weights()
+            return dict(self.model.state_dict())
         import deepspeed
 
         weights, main = {}, distributed.rank() == 0

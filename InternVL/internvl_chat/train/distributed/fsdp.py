@@ -4,12 +4,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy, full_tensor
+from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy
 from internvl_chat.utils import distributed
 
 
@@ -40,12 +39,3 @@ class FSDPStrategy(Strategy):
         """See `Strategy`."""
         self.wrapped.set_requires_gradient_sync(last)
         yield
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """See `Strategy`; gather one weight at a time, so that no GPU holds all of them."""
-        weights = {}
-        for name, tensor in self.model.state_dict().items():
-            full = full_tensor(tensor)
-            if distributed.rank() == 0:
-                weights[name] = full.cpu()
-        return weights

@@ -73,14 +73,6 @@ class Strategy:
             norm = nn.utils.get_total_norm([p.grad for p in parameters])
         return float(full_tensor(norm))
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Return all weights by name, unsharded; a collective.
-
-        Sharded weights are gathered in the CPU memory of rank 0, and the other ranks return an empty
-        dictionary. Otherwise these are the live parameters.
-        """
-        return dict(self.model.state_dict())
-
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor (DTensor) on every rank; return any other tensor unchanged."""

@@ -151,7 +151,7 @@ class StepRecord:
     grad_norm: float
     sums: StepSums
     sets: Mapping[str, DatasetLoss] = field(default_factory=dict)
-    skipped: tuple[SkippedRecord, ...] = ()
+    skipped: Sequence[SkippedRecord] = ()
     skipped_because: str | None = None
 
 
