@@ -58,9 +58,9 @@ class Sample:
 class CheckedRecord(NamedTuple):
     """Result of checking a usable record.
 
-        Attributes:
-            id_hash: hash of the id, 0 if there is none.
-            content_hash: hash of the conversation and the image paths.
+    Attributes:
+        id_hash: hash of the id, 0 if there is none.
+        content_hash: hash of the conversation and the image paths.
         warnings: (kind, message) of each warning about the record and its images.
     """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -60,15 +61,15 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     problems: list[str] = []
     only_files = True
     results: dict[str, Any] = {}
-    run = config.run
+    run, rules = config.run, (_compute_flags, _step_flags, _value_ranges, _trainable_flags)
     checks = {
         "output": lambda: _check_output(config),
         "attn": lambda: resolve_attention(config.model.attn, run.device, run.dtype),
         "specs": lambda: _check_data(config.data.meta_path, config),
-        "eval_specs": lambda: _check_eval_data(config),
+        "eval_specs": lambda: _check_data(config.data.eval_meta_path, config, "--eval_meta_path: "),
         "validation": lambda: _raise(_validation_flags(config, results.get("eval_specs"))),
         "source": lambda: _check_model(config),
-        "flags": lambda: check_flags(config),
+        "flags": lambda: _raise(itertools.chain.from_iterable(rule(config) for rule in rules)),
     }
     for name, check in checks.items():
         try:
@@ -90,16 +91,6 @@ def _raise(problems: Iterable[str]) -> None:
 
 
 # ---- flags
-
-
-def check_flags(config: TrainConfig) -> None:
-    """Check the values of flags and their combinations.
-
-    Raises:
-        UsageError: lists all problems.
-    """
-    groups = (_compute_flags, _step_flags, _value_ranges, _trainable_flags)
-    _raise(problem for group in groups for problem in group(config))
 
 
 def _compute_flags(config: TrainConfig) -> Iterator[str]:
@@ -290,27 +281,22 @@ def _inspect_output(config: TrainConfig) -> OutputFolder:
     return output
 
 
-def _check_eval_data(config: TrainConfig) -> list[DatasetSpec]:
-    """Check the validation datasets, if any."""
-    if config.data.eval_meta_path is None:
+def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list[DatasetSpec]:
+    """Read a meta file, if given, and index every annotation file; errors start with the prefix."""
+    if meta is None:
         return []
-    try:
-        return _check_data(config.data.eval_meta_path, config)
-    except DataError as error:
-        raise DataError(f"--eval_meta_path: {error}") from None
-
-
-def _check_data(meta: str, config: TrainConfig) -> list[DatasetSpec]:
-    """Read a meta file and index every annotation file."""
-    specs = load_meta(meta, config.data.data_root or REPOSITORY, config.data.image_root)
     problems = []
-    for spec in specs:
-        try:
-            RecordFile(spec.annotation)
-        except DataError as error:
-            problems.append(f"dataset {spec.name}: {error}")
-    if problems:
-        raise DataError(format_problems(problems))
+    try:
+        specs = load_meta(meta, config.data.data_root or REPOSITORY, config.data.image_root)
+        for spec in specs:
+            try:
+                RecordFile(spec.annotation)
+            except DataError as error:
+                problems.append(f"dataset {spec.name}: {error}")
+        if problems:
+            raise DataError(format_problems(problems))
+    except DataError as error:
+        raise DataError(f"{prefix}{error}") from None
     return specs
 
 

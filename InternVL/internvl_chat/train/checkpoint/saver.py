@@ -22,7 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from internvl_chat.train.checkpoint.best import find_best
-from internvl_chat.train.checkpoint.fingerprint import write_fingerprint
+from internvl_chat.train.checkpoint.fingerprint import FINGERPRINT
 from internvl_chat.train.checkpoint.manifest import write_manifest
 from internvl_chat.train.checkpoint.optimizer_state import (
     load_optimizer,
@@ -38,6 +38,7 @@ from internvl_chat.train.distributed.deepspeed import save_engine
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.files import write_json
 from internvl_chat.utils.hashed_file import FileEntry, drop_from_cache
 from internvl_chat.utils.logging import get_logger
 
@@ -248,7 +249,7 @@ class Checkpointer:
         entries = self._write_model(folder, weights)
         self._pause(time.perf_counter() - start)
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-        write_fingerprint(folder, self._fingerprint)
+        write_json(folder / FINGERPRINT, self._fingerprint)
         return entries
 
     def _publish(self, folder: Path, entries: dict[str, FileEntry]) -> None:
