@@ -190,19 +190,16 @@ class Engine:
         return [self._text(answer) for answer in ids]
 
     def answer_each(
-        self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
+        self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
     ) -> Iterator[tuple[int, str]]:
-        """Answer a stream of prompts; each is read when it can start.
+        """Answer a stream of prompts greedily; each is read when it can start.
 
         Yields:
             The index of a prompt and its answer, as soon as it is complete.
-
-        Raises:
-            DataError: see `generate_ids`; when the prompt is read.
         """
         answers: dict[int, list[int]] = {}
         inputs = (self.embed(self._encode(prompt), prompt.images) for prompt in prompts)
-        for index, token in self._decoder(max_new_tokens, sampling).run(inputs):
+        for index, token in self._decoder(max_new_tokens, None).run(inputs):
             ids = answers.setdefault(index, [])
             if token is None:
                 yield index, self._text(answers.pop(index))
@@ -212,11 +209,7 @@ class Engine:
     def stream(
         self, prompt: Prompt, *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """Yield the answer to a prompt piece by piece; joined, the pieces equal the result of `answer`.
-
-        Raises:
-            DataError: see `generate_ids`.
-        """
+        """Yield the answer to a prompt piece by piece; joined, the pieces equal the result of `answer`."""
         embeddings = self.embed(self._encode(prompt), prompt.images)
         ids: list[int] = []
         sent = ""

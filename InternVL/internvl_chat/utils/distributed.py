@@ -114,12 +114,12 @@ def all_gather_object(value: T, *, in_step: bool = False) -> list[T]:
     return values
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """Return the value of the source rank on all ranks."""
+def broadcast_object(value: T) -> T:
+    """Return the value of rank 0 on all ranks."""
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=source, group=host_group())
+    dist.broadcast_object_list(values, src=0, group=host_group())
     return values[0]
 
 
