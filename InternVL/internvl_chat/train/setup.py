@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -194,44 +195,35 @@ def load_records(
 
 
 def build_sampler(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> StepSampler:
-    """Return the sampler of the records of each step and their packs.
-
-    Args:
-        flops: cost of a record, by which the ranks are balanced.
-    """
+    """Return the sampler of the records of each step and their packs, balanced across ranks by FLOPs."""
     run = config.run
-    return StepSampler(
-        data.sizes,
+    return _sampler(
+        run,
+        data,
+        flops,
         step_records=run.records_per_step,
-        planner=_planner(run, data, flops),
-        rank=run.rank,
         seed=run.seed,
         strategy=run.train_sampling_strategy,
         resample=config.data.use_data_resampling,
     )
 
 
-def _planner(run: RunConfig, data: TrainingData, flops: FlopCounter) -> StepPlanner:
+def _sampler(run: RunConfig, data: TrainingData, flops: FlopCounter, **options: Any) -> StepSampler:
     lengths = data.epoch_lengths()
-    return StepPlanner(
+    planner = StepPlanner(
         run.world_size,
         tokens=lengths.tokens,
         costs=flops.records(lengths.tokens, lengths.supervised, lengths.tiles),
         max_packed_tokens=run.max_packed_tokens if run.packing else None,
         records_per_pack=run.records_per_pack,
     )
+    return StepSampler(data.sizes, planner=planner, rank=run.rank, **options)
 
 
 def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
-    """Balance the validation records across ranks; see `build_sampler`."""
-    run = config.run
-    sampler = StepSampler(
-        data.sizes,
-        step_records=_EVAL_RECORDS * run.world_size,
-        planner=_planner(run, data, flops),
-        rank=run.rank,
-        strategy="sequential",
-    )
+    """Return the validation, with its records in file order."""
+    run, records = config.run, _EVAL_RECORDS * config.run.world_size
+    sampler = _sampler(run, data, flops, step_records=records, strategy="sequential")
     normalization = data.sets[0].encoder.preprocessing.normalize_type
     return Validation(
         data, sampler, run.loss_reduction, run.eval_generate, normalization, run.dataloader_options
@@ -264,5 +256,4 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
         return DeepSpeedStrategy(model, optimizer, scheduler, resolve_deepspeed(run, hidden_size))
     if memory.parallel == "fsdp":
         return FSDPStrategy(model, optimizer, scheduler, run.device)
-    model.to(run.device)
     return Strategy(model, optimizer, scheduler, run.device, bucket_cap_mb=run.ddp_bucket_cap_mb)

@@ -33,9 +33,9 @@ from internvl_chat.train.checkpoint.optimizer_state import (
 from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, list_checkpoints
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_state_file
-from internvl_chat.train.checkpoint.weights import WeightGatherer, local_shard
+from internvl_chat.train.checkpoint.weights import WeightGatherer
 from internvl_chat.train.distributed.deepspeed import save_engine
-from internvl_chat.train.distributed.strategy import Strategy
+from internvl_chat.train.distributed.strategy import Strategy, local_shard
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
 from internvl_chat.utils.files import write_json

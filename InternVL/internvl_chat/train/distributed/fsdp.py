@@ -4,11 +4,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy
+from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.utils import distributed
 
 
@@ -17,22 +17,12 @@ class FSDPStrategy(Strategy):
 
     name, shards_weights = "fsdp", True
 
-    def __init__(
-        self,
-        model: InternVLChatModel,
-        make_optimizer: MakeOptimizer,
-        make_scheduler: MakeScheduler,
-        device: torch.device,
-    ) -> None:
-        model.to(device)
+    def _wrap(self, device: torch.device, bucket_cap_mb: int | None) -> nn.Module:
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
-        for layer in model.blocks:
+        for layer in self.model.blocks:
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        model.always_run_vision = True
-        self.model = self.wrapped = model
-        self.optimizer = make_optimizer(model)
-        self.scheduler = make_scheduler(self.optimizer)
+        self.model.always_run_vision = True
+        return fully_shard(self.model, mesh=mesh)
 
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Iterator[None]:
