@@ -24,9 +24,6 @@ class StepSums(NamedTuple):
     Attributes:
         weight: loss weights of all supervised tokens.
         records: number of records, without dummy samples.
-        tokens: number of tokens.
-        supervised_tokens: number of supervised tokens.
-        tiles: number of tiles.
         flops: FLOPs of forward and backward passes.
         skipped: number of unusable records.
         stop_requested: number of ranks that received a stop signal.
@@ -135,10 +132,7 @@ class StepRecord:
     Attributes:
         step: the step, counting from 1.
         epoch: epochs completed after the step.
-        loss: loss of the step.
-        learning_rate: learning rate of the step.
         grad_norm: gradient norm before clipping.
-        sums: sums over the packs of all ranks.
         sets: loss of each dataset with records in the step.
         skipped: unusable records.
         skipped_because: reason for skipping the step; None if it was not skipped.
