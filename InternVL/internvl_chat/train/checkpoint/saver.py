@@ -86,7 +86,7 @@ class Checkpointer:
         self._is_deepspeed, self._is_main = strategy.name == "deepspeed", distributed.rank() == 0
         self._background = background and not self._is_deepspeed
         self._device, self._threads = device, 1 if device.type == "cpu" else _GPU_THREADS
-        self._group = distributed.new_host_group()  # used only by the thread
+        self._group = distributed.new_host_group()  # used by one thread at a time
         self._buffers, self._weights = HostBuffers(device), WeightGatherer(strategy.model, self._group)
         self._thread: threading.Thread | None = None
 
