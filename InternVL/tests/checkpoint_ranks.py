@@ -24,8 +24,7 @@ from internvl_chat.train.checkpoint import saver
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
-from internvl_chat.train.checkpoint.weights import local_shard
-from internvl_chat.train.distributed.strategy import full_tensor
+from internvl_chat.train.distributed.strategy import full_tensor, local_shard
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils import distributed
 from internvl_chat.utils.hashed_file import HashedFile
@@ -87,9 +86,6 @@ class ToyStrategy:
                     parameter.grad = grad
             self.optimizer.step()
             self.scheduler.step()
-
-    def full_weights(self):
-        return {name: full_tensor(tensor) for name, tensor in self.model.state_dict().items()}
 
     def full_state(self):
         """The full state that a resumed run must restore."""

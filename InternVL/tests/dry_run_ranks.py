@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 from torch import distributed as dist
@@ -73,15 +74,13 @@ class Device:
         loaded: bool = False,
         **plan,
     ) -> int:
-        return run_dry_run(
-            a_plan(layers, self.checkpointed, **plan),
-            self.forward_backward,
-            self.set_checkpointing,
-            device=torch.device(device),
-            sharded=sharded,
-            grad_checkpoint=grad_checkpoint,
-            optimizer_state_loaded=loaded,
-        )
+        loop = MagicMock()  # in which the pack and the optimizer do nothing
+        loop.run.device = torch.device(device)
+        loop.forward_backward = lambda *_, **__: self.forward_backward()
+        loop.strategy.shards_weights = sharded
+        loop.strategy.optimizer.state = {"loaded": True} if loaded else {}
+        loop.strategy.model.checkpoint_layers = self.set_checkpointing
+        return run_dry_run(loop, a_plan(layers, self.checkpointed, **plan), grad_checkpoint)
 
 
 class ShardedDevice(Device):

@@ -32,6 +32,7 @@ from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.monitor.step_metrics import StepRecord
 from internvl_chat.train.monitor.trackers import Trackers
+from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import plan_memory
 from internvl_chat.train.setup import build_sampler, build_strategy, load_records, prepare_model
 
@@ -115,7 +116,7 @@ def make_loop(
         run, strategy, data, sampler, preprocessing.normalize_type, flops, checkpointer,
         trackers=Trackers.start((), run_name=None, folder=run.output_dir, config={}), state=TrainState(),
     )  # fmt: skip
-    loop.dry_run(memory, config.model.grad_checkpoint)
+    run_dry_run(loop, memory, config.model.grad_checkpoint)
     return loop
 
 

@@ -37,13 +37,7 @@ m3llm generate --model FOLDER --image figure.jpg "What does panel A show?"
 
 
 def carry_card(source: Path, target: Path, *, merged: bool) -> None:
-    """Copy the model card of a folder, if there is one; after a merge, describe the result as a full model.
-
-    Args:
-        source: folder of a model or adapter.
-        target: folder of the converted model; must exist.
-        merged: whether adapters were merged into the weights.
-    """
+    """Copy the model card of a folder, if any; after a merge, describe the result as a full model."""
     file = source / CARD
     if not file.is_file():
         return
@@ -65,10 +59,7 @@ def render_card(
     """Return the model card of a run.
 
     Args:
-        title: heading.
         base: hub ids or folder names of the base model, or of the parts that it was assembled from.
-        licence: licence of the base.
-        adapters: whether the model is a LoRA adapter.
         sections: further sections by heading.
     """
     ids = [name for name in base if name.count("/") == 1]  # the hub knows no folder

@@ -28,7 +28,6 @@ class Conversion:
     """The result of a conversion.
 
     Attributes:
-        folder: the folder written.
         merged_layers: number of layers into which adapters were merged.
         already_done: whether an earlier conversion had already written the folder.
     """
@@ -42,8 +41,6 @@ class ConversionOutput:
     """The target of a conversion, with a record of its source.
 
     Args:
-        target: folder to write.
-        source: folder that is converted.
         kind: name of the conversion, for example `merge`.
         check: called with the complete folder before it becomes the target; an exception discards it.
 

@@ -52,16 +52,11 @@ class Difference:
     """The differences between two checkpoints on one record.
 
     Attributes:
-        dataset: name of the dataset.
-        index: index in the dataset, from 0.
-        id: id of the record in the file.
         same_ids: whether the token ids of the conversation are equal.
         same_tiles: whether every image has the same number of tiles.
         pixels: largest difference of a pixel; None if the tiles differ in number or size.
         logits: largest difference of a logit; None if the token ids or the vocabularies differ.
         largest_logit: largest absolute logit of the first checkpoint.
-        same_answer: whether the greedy answers are equal.
-        answers: greedy answers of both checkpoints.
     """
 
     dataset: str
@@ -99,13 +94,8 @@ def compare(
     """Yield the differences between two checkpoints on each example.
 
     Args:
-        first: folder of a checkpoint of any format.
-        second: folder of the other checkpoint.
-        examples: examples to compare on.
-        device: device to run on.
         dtype: dtype of the weights (see `comparison_dtype`).
         bases: base models of the two checkpoints, if they are adapters whose bases have moved.
-        max_new_tokens: maximum number of tokens of an answer.
         progress: wraps the examples of the first checkpoint.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +186,6 @@ def examples_of(sets: Sequence[RecordSet], limit: int | None, max_tiles: int | N
     """Return the first records of each dataset as examples, with decoded images.
 
     Args:
-        sets: the datasets.
         limit: number of records per dataset; None for all.
         max_tiles: tile limit of datasets without their own; None for the checkpoint's.
     """
@@ -213,9 +202,6 @@ def synthetic_examples(folder: Path) -> list[Example]:
     """Return synthetic examples without images, with one image and with several.
 
     Records that exceed the checkpoint's `max_seq_length` are excluded: transformers does not drop tiles.
-
-    Args:
-        folder: folder of the checkpoint.
 
     Raises:
         DataError: no record fits.
@@ -251,9 +237,6 @@ def check_same(
     """Compare a checkpoint with its conversion on synthetic examples; return the differences.
 
     Args:
-        source: folder of the checkpoint.
-        result: folder of its conversion.
-        device: device to run on.
         base: base model of `source`, if it is an adapter whose base has moved.
         progress: wraps the examples.
 
@@ -286,11 +269,6 @@ def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolera
     bfloat16.
 
     Merging adapters into 16-bit weights rounds each weight once, with an effect like rounding the results.
-
-    Args:
-        first: folder of a checkpoint of any format.
-        second: folder of the other checkpoint.
-        dtype: dtype of the weights in the comparison.
     """
     stored = [_stored_dtype(folder) for folder in (first, second) if not is_adapter(folder)]
     if dtype == torch.float32 and (has_adapters(first) or has_adapters(second)):

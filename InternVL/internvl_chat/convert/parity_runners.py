@@ -33,9 +33,7 @@ class Example:
     """A conversation on which checkpoints are compared.
 
     Attributes:
-        key: dataset and index of the record.
         record: the conversation; it ends with a message of the assistant.
-        images: all images of the record, in RGB.
         max_tiles: maximum number of tiles of all images; None for the checkpoint's own limit.
     """
 

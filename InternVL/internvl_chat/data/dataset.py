@@ -33,7 +33,6 @@ class TrainingData(Dataset):
     """The concatenation of all datasets of a meta file.
 
     Args:
-        sets: the datasets.
         seed: seed of the augmentation.
         lengths: lengths from `index_records(sets)`. A record that no longer matches it is an error.
         excluded: records that are not used. The order of the others does not change.

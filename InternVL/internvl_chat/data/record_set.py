@@ -46,9 +46,6 @@ class Sample:
     """A loaded record.
 
     Attributes:
-        key: dataset and index.
-        id: id in the file.
-        encoded: ids, labels and grids.
         tiles: (N, S, S, 3) uint8.
     """
 
@@ -62,12 +59,9 @@ class CheckedRecord(NamedTuple):
     """Result of checking a usable record.
 
     Attributes:
-        lengths: numbers of tokens and tiles.
-        id: id in the file.
         id_hash: hash of the id, 0 if there is none.
         content_hash: hash of the conversation and the image paths.
         warnings: (kind, message) of each warning about the record and its images.
-        images: the record's image files.
     """
 
     lengths: RecordLengths
@@ -82,7 +76,6 @@ class RecordSet:
     """The records of one entry of the meta file.
 
     Args:
-        spec: the entry.
         encoder: encoder with the options of the run. The entry's own tile limit takes precedence.
 
     Raises:
@@ -184,7 +177,6 @@ class RecordSet:
         """Check and measure a record.
 
         Args:
-            index: index in the file.
             decode: decode its images; otherwise only those whose file does not end as its format requires.
 
         Raises:
@@ -248,7 +240,6 @@ class RecordSet:
         """Encode a record and decode its images.
 
         Args:
-            index: index in the file.
             augment: random generator for datasets with augmentation; None to disable it.
 
         Raises:

@@ -37,10 +37,8 @@ def answer_benchmark(
         selected: the part of it to answer.
         system: system text of each task.
         model: model folder, adapter folder or hub id.
-        out: folder of the answers.
         base: base model of an adapter, if it has moved.
         device: device of the model, or None for the default.
-        max_new_tokens: maximum tokens per answer.
         max_dynamic_patch: maximum tiles per item, or None for the limit of the checkpoint.
         options: preprocessing options that replace the checkpoint's; None keeps one.
         progress: progress bar around the answered items; receives `total`.

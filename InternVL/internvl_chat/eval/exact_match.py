@@ -16,10 +16,6 @@ class Answer:
     """Answer of a model to the last question of a record.
 
     Attributes:
-        dataset: name of the dataset.
-        index: index of the record in the dataset, from 0.
-        id: id in the annotation file.
-        prediction: answer of the model.
         reference: last assistant message.
         choices: permitted answers if the record lists them (`choices`), else empty.
     """
@@ -96,8 +92,6 @@ class ChanceTest:
     """Test of the accuracy on closed questions against chance.
 
     Attributes:
-        questions: number of closed questions.
-        correct: number of correct answers.
         chance: expected accuracy of random guessing.
         p_value: p-value of the one-sided binomial test.
     """

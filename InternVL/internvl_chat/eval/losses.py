@@ -14,11 +14,7 @@ class RecordLoss:
     """Loss of one record; the fields are the JSON keys of `m3llm loss`.
 
     Attributes:
-        dataset: name of the dataset.
-        index: index in the dataset, from 0.
-        id: id in the annotation file.
         loss: mean cross-entropy over the supervised tokens.
-        num_supervised: number of supervised tokens.
     """
 
     dataset: str
@@ -35,7 +31,6 @@ def losses(
 
     Args:
         model: the model; it is set to evaluation mode.
-        sets: the datasets.
         normalization: pixel statistics, a key of `NORMALIZATIONS`.
         limit: use the first `limit` records of each dataset, or all if None.
     """

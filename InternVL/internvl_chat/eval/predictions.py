@@ -34,7 +34,6 @@ class PredictionLog:
     Args:
         folder: folder of the evaluation, created if needed.
         settings: settings that the answers depend on.
-        rank: rank of this process.
 
     Raises:
         UsageError: the folder belongs to another evaluation, or another process is writing to it.

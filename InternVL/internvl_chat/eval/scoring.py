@@ -37,11 +37,6 @@ def score(benchmark: Benchmark, answers: Mapping[Key, str], suite: Suite) -> Sco
 
     A task with multiple-choice items has accuracy (over all of its items, open ones by exact match) and macro
     averages over the letters; any other task has the metrics of open answers, averaged over its items.
-
-    Args:
-        benchmark: the answered items.
-        answers: answer to each item.
-        suite: metrics to compute.
     """
     groups: dict[str, list[Item]] = {task: [] for task in benchmark.tasks}
     for item in benchmark.items:

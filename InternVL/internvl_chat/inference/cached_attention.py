@@ -37,7 +37,6 @@ class _Bank:
     Attributes:
         capacity: maximum number of tokens of a slot.
         slots: number of slots; the tensors of a layer grow to it when a prompt is written.
-        used: indices of the slots in use.
         layers: keys and values of each layer, (S, K, capacity, D).
     """
 
@@ -65,8 +64,6 @@ class Slot:
     """The part of the cache that holds one answer.
 
     Attributes:
-        bank: bank of the slot.
-        index: index of the slot in the bank.
         length: number of stored tokens; the caller updates it after all layers have run.
     """
 
@@ -114,11 +111,7 @@ class KVCache:
 
 
 class Prefill:
-    """A forward pass over the tokens of one prompt.
-
-    Args:
-        slot: slot for the keys and values.
-    """
+    """A forward pass over the tokens of one prompt."""
 
     def __init__(self, slot: Slot) -> None:
         self.slots = [slot]
@@ -142,12 +135,7 @@ class DecodeStep:
 
 
 class _BankStep:
-    """The rows of a step whose slots are in one bank.
-
-    Args:
-        bank: the bank.
-        rows: slot of each row.
-    """
+    """The rows of a step whose slots are in one bank."""
 
     def __init__(self, bank: _Bank, rows: dict[int, Slot]) -> None:
         self.bank, self.rows = bank, rows
@@ -167,11 +155,9 @@ class _BankStep:
         """Store the new keys and values of the bank's rows, attend, and write the result to `out`.
 
         Args:
-            layer: index of the layer.
             query: (W, H, 1, D).
             key: (W, K, 1, D).
             value: (W, K, 1, D).
-            scaling: factor of the scores.
             window: number of tokens that a token attends to, itself included.
             out: (W, H, 1, D).
         """
@@ -240,10 +226,7 @@ class _Indices(NamedTuple):
         """Return the indices of rows on a device.
 
         Args:
-            rows: slot of each row.
             heads: K.
-            capacity: capacity of the bank's slots.
-            device: device of the indices.
         """
         slots = [slot.index for slot in rows.values()]
         row_of_slot, newest = [0] * (1 + max(slots)), [-1] * (1 + max(slots))
@@ -287,12 +270,9 @@ def _attend(
     """Attend in transformers' calling convention.
 
     Args:
-        module: the attention layer.
         query: (1, H, L, D) in a prefill, (W, H, 1, D) in a decoding step.
         key: (1, K, L, D) or (W, K, 1, D).
         value: (1, K, L, D) or (W, K, 1, D).
-        attention_mask: unused.
-        kv_pass: the kind of pass and its slots.
         scaling: factor of the scores.
         sliding_window: number of tokens that a token attends to, itself included.
         options: further arguments of `varlen_attention`.

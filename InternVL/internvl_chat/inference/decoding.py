@@ -27,11 +27,8 @@ class _Answer:
     """An answer in progress.
 
     Attributes:
-        index: index of its prompt.
-        slot: slot of its keys and values.
         remaining: maximum number of further tokens.
         sample: samples a token from logits; None for greedy decoding.
-        token: the newest token.
     """
 
     index: int
@@ -45,9 +42,7 @@ class Decoder:
     """Answers prompts with a language model.
 
     Args:
-        language_model: causal language model of transformers.
         end_id: id of the token that ends an answer.
-        max_new_tokens: maximum number of tokens of an answer.
         sampling: how to sample; None for greedy decoding.
     """
 

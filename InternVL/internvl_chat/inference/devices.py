@@ -57,7 +57,6 @@ def distribute(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatM
     """Move the modules of a model to several devices; accelerate moves activations between them.
 
     Args:
-        model: model on the CPU.
         device_map: device of each module, as returned by `balanced_map`.
     """
     from accelerate import dispatch_model
@@ -70,10 +69,6 @@ def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
     """Return a device map that balances the bytes of the decoder layers.
 
     Vision tower, projector and word embeddings go to the first device, final norm and head to the last.
-
-    Args:
-        model: the model to distribute.
-        devices: number of devices.
     """
     llm = model.language_model
     decoder = llm.get_decoder()

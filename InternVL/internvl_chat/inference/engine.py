@@ -61,12 +61,7 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
-    """Return the conversation of a record before its last supervised answer, and this answer.
-
-    Args:
-        record: the record.
-        images: all images of the record.
-    """
+    """Return the conversation of a record before its last supervised answer, and this answer."""
     last = max(i for i, m in enumerate(record.messages) if m.role == "assistant" and m.supervised)
     messages = record.messages[:last]
     shown = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
@@ -80,8 +75,6 @@ class Engine:
 
     Args:
         model: the model on its device; it is set to evaluation mode.
-        tokenizer: the checkpoint's tokenizer.
-        preprocessing: the checkpoint's preprocessing.
     """
 
     def __init__(
@@ -141,8 +134,6 @@ class Engine:
         """Answer prompts; all of them are validated first.
 
         Args:
-            prompts: the prompts.
-            max_new_tokens: maximum number of tokens of an answer.
             sampling: how to sample; None for greedy decoding.
 
         Returns:
@@ -199,19 +190,16 @@ class Engine:
         return [self._text(answer) for answer in ids]
 
     def answer_each(
-        self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
+        self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
     ) -> Iterator[tuple[int, str]]:
-        """Answer a stream of prompts; each is read when it can start.
+        """Answer a stream of prompts greedily; each is read when it can start.
 
         Yields:
             The index of a prompt and its answer, as soon as it is complete.
-
-        Raises:
-            DataError: see `generate_ids`; when the prompt is read.
         """
         answers: dict[int, list[int]] = {}
         inputs = (self.embed(self._encode(prompt), prompt.images) for prompt in prompts)
-        for index, token in self._decoder(max_new_tokens, sampling).run(inputs):
+        for index, token in self._decoder(max_new_tokens, None).run(inputs):
             ids = answers.setdefault(index, [])
             if token is None:
                 yield index, self._text(answers.pop(index))
@@ -221,11 +209,7 @@ class Engine:
     def stream(
         self, prompt: Prompt, *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """Yield the answer to a prompt piece by piece; joined, the pieces equal the result of `answer`.
-
-        Raises:
-            DataError: see `generate_ids`.
-        """
+        """Yield the answer to a prompt piece by piece; joined, the pieces equal the result of `answer`."""
         embeddings = self.embed(self._encode(prompt), prompt.images)
         ids: list[int] = []
         sent = ""
@@ -240,12 +224,7 @@ class Engine:
 
     @torch.no_grad()
     def embed(self, encoded: EncodedConversation, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the embeddings of ids with the features of their images inserted, (T, C).
-
-        Args:
-            encoded: the encoded prompt.
-            images: the images of the prompt.
-        """
+        """Return the embeddings of ids with the features of their images inserted, (T, C)."""
         features = self._features(images, encoded.grids)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
 

@@ -12,7 +12,6 @@ def pack_losses(model: InternVLChatModel, pack: Pack, normalization: str) -> lis
 
     Args:
         model: model in evaluation mode.
-        pack: packed records.
         normalization: name of the pixel statistics.
     """
     device = next(model.parameters()).device

@@ -27,7 +27,6 @@ def bert_score(
     As in the published results, scores are neither rescaled by a baseline nor weighted by idf.
 
     Args:
-        predictions: the answers.
         references: one reference per answer.
         model: folder of an encoder in transformers' format.
         layer: layer whose outputs are compared, see `select_layer`.

@@ -21,7 +21,6 @@ def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     With a single reference all weights are 0, and so is the score.
 
     Args:
-        predictions: the answers.
         references: one reference per answer.
     """
     expected = [_ngrams(tokenize(text)) for text in references]

@@ -40,7 +40,6 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
     """Return the letter of the chosen option, or None if there is none or more than one.
 
     Args:
-        answer: answer of a model.
         choices: texts of the options A, B, ..., at most 26.
     """
     if not choices:

@@ -48,9 +48,6 @@ def assemble_model(
         vision_folder: InternViT with `config.json` and weights; the prefix `vision_model.` is optional.
         llm_folder: a causal language model in transformers' format.
         mlp_file: projector weights, the prefix `mlp1.` is optional; None for random weights.
-        downsample_ratio: downsample ratio of the pixel shuffle.
-        image_context_id: id of `<IMG_CONTEXT>`.
-        dtype: dtype of all weights.
         attn: a result of `resolve_attention`.
         drop_path_rate: stochastic depth rate of the vision tower.
 

@@ -40,8 +40,6 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torc
 
     Args:
         name: one of `ATTENTION_NAMES`.
-        device: device of the model.
-        dtype: dtype of the activations.
 
     Raises:
         UsageError: the name is unknown, or the hardware or the installation does not support it.
@@ -91,7 +89,6 @@ def varlen_attention(
     """Causal attention within each segment of a packed row, in transformers' calling convention.
 
     Args:
-        module: the attention layer.
         query: (B, H, L, D); B is 1 with `cu_seq_lens_q`.
         key: (B, K, L, D).
         value: (B, K, L, D).

@@ -65,7 +65,6 @@ class InternVLChatConfig:
     """Configuration of the full model, with the field names of the reference's `config.json`.
 
     Attributes:
-        vision_config: shape of the vision tower.
         llm_config: configuration of the language model, as read from the file.
         raw: the full dictionary, as read from the file.
     """

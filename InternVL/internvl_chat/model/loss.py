@@ -34,7 +34,6 @@ def next_token_losses(
     """Return the cross-entropy of each supervised token, (U,) float32.
 
     Args:
-        llm: the language model.
         inputs: its inputs for a packed row (1, T).
         positions: (U,) positions whose next token is supervised.
         targets: (U,) ids of these next tokens.

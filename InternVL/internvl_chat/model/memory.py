@@ -159,7 +159,6 @@ def parallel_memory(
     Args:
         model: model whose trainable parameters have been chosen.
         parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
-        world_size: number of ranks.
         optimizer_state: bytes of the unsharded optimizer state; not used with DeepSpeed.
         optimizer_scratch: temporary bytes of an optimizer step; not used with DeepSpeed.
         several_packs: whether gradients are accumulated over several packs.

@@ -135,7 +135,6 @@ class InternVisionModel(nn.Module):
     """InternViT.
 
     Args:
-        config: shape of the tower.
         attn: a result of `resolve_attention`.
     """
 

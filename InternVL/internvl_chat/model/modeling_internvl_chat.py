@@ -38,7 +38,6 @@ class InternVLChatModel(nn.Module):
     """The reference's model, with its parameter names: `vision_model`, `mlp1`, `language_model`.
 
     Args:
-        config: shape and options of the model.
         image_context_id: id of `<IMG_CONTEXT>`, the token whose embedding the image features replace.
         attn: a result of `resolve_attention`, for vision tower and language model.
     """

@@ -22,13 +22,6 @@ class TinyShape:
 
     Attributes:
         image_size: side of a tile in pixels, a multiple of 28.
-        vision_width: hidden size of the vision tower.
-        vision_layers: blocks of the vision tower.
-        vision_heads: attention heads of the vision tower.
-        width: hidden size of the language model.
-        layers: blocks of the language model.
-        heads: query heads of the language model.
-        kv_heads: key/value heads of the language model.
     """
 
     image_size: int = 112

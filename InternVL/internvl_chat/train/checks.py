@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,12 +39,8 @@ class RunPlan:
     """A run whose configuration has been checked.
 
     Attributes:
-        config: the resolved flags.
         output: the output folder and the checkpoint to resume from.
         source: folder of the initial weights; the checkpoint when resuming.
-        specs: the training datasets.
-        eval_specs: the validation datasets.
-        attn: the resolved attention kernel.
     """
 
     config: TrainConfig
@@ -64,15 +61,15 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     problems: list[str] = []
     only_files = True
     results: dict[str, Any] = {}
-    run = config.run
+    run, rules = config.run, (_compute_flags, _step_flags, _value_ranges, _trainable_flags)
     checks = {
         "output": lambda: _check_output(config),
         "attn": lambda: resolve_attention(config.model.attn, run.device, run.dtype),
         "specs": lambda: _check_data(config.data.meta_path, config),
-        "eval_specs": lambda: _check_eval_data(config),
+        "eval_specs": lambda: _check_data(config.data.eval_meta_path, config, "--eval_meta_path: "),
         "validation": lambda: _raise(_validation_flags(config, results.get("eval_specs"))),
         "source": lambda: _check_model(config),
-        "flags": lambda: check_flags(config),
+        "flags": lambda: _raise(itertools.chain.from_iterable(rule(config) for rule in rules)),
     }
     for name, check in checks.items():
         try:
@@ -94,16 +91,6 @@ def _raise(problems: Iterable[str]) -> None:
 
 
 # ---- flags
-
-
-def check_flags(config: TrainConfig) -> None:
-    """Check the values of flags and their combinations.
-
-    Raises:
-        UsageError: lists all problems.
-    """
-    groups = (_compute_flags, _step_flags, _value_ranges, _trainable_flags)
-    _raise(problem for group in groups for problem in group(config))
 
 
 def _compute_flags(config: TrainConfig) -> Iterator[str]:
@@ -268,14 +255,7 @@ def _metric_problem(run: RunConfig, datasets: Sequence[str]) -> Iterator[str]:
 
 def _check_output(config: TrainConfig) -> OutputFolder:
     """Inspect the output folder on rank 0 and broadcast the result."""
-    output, problems = None, []
-    if config.run.is_main:
-        try:
-            output = _inspect_output(config)
-        except UsageError as error:
-            problems = error.problems
-    output, problems = distributed.broadcast_object((output, problems))
-    _raise(problems)
+    output = distributed.run_on_rank_0(lambda: _inspect_output(config))
     if output.resume and not (output.resume / "trainer_state.json").is_file():
         raise UsageError(
             f"rank {config.run.rank} cannot see the checkpoint {output.resume}: "
@@ -301,27 +281,22 @@ def _inspect_output(config: TrainConfig) -> OutputFolder:
     return output
 
 
-def _check_eval_data(config: TrainConfig) -> list[DatasetSpec]:
-    """Check the validation datasets, if any."""
-    if config.data.eval_meta_path is None:
+def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list[DatasetSpec]:
+    """Read a meta file, if given, and index every annotation file; errors start with the prefix."""
+    if meta is None:
         return []
-    try:
-        return _check_data(config.data.eval_meta_path, config)
-    except DataError as error:
-        raise DataError(f"--eval_meta_path: {error}") from None
-
-
-def _check_data(meta: str, config: TrainConfig) -> list[DatasetSpec]:
-    """Read a meta file and index every annotation file."""
-    specs = load_meta(meta, config.data.data_root or REPOSITORY, config.data.image_root)
     problems = []
-    for spec in specs:
-        try:
-            RecordFile(spec.annotation)
-        except DataError as error:
-            problems.append(f"dataset {spec.name}: {error}")
-    if problems:
-        raise DataError(format_problems(problems))
+    try:
+        specs = load_meta(meta, config.data.data_root or REPOSITORY, config.data.image_root)
+        for spec in specs:
+            try:
+                RecordFile(spec.annotation)
+            except DataError as error:
+                problems.append(f"dataset {spec.name}: {error}")
+        if problems:
+            raise DataError(format_problems(problems))
+    except DataError as error:
+        raise DataError(f"{prefix}{error}") from None
     return specs
 
 

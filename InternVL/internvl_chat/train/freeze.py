@@ -1,14 +1,13 @@
 """Choose the trainable parameters and tabulate them."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 
-@dataclass(frozen=True)
-class ModuleRow:
+class ModuleRow(NamedTuple):
     """A row of the table: module name, number of parameters, and number of trainable parameters."""
 
     module: str
@@ -31,24 +30,19 @@ def set_trainable(
     `unfreeze_vit_layers` n trains the vision blocks from index n on (negative from the end; 0 for none).
     Blocks after the one selected by `--vision_select_layer` do not affect the output and are never trained.
     """
-    _train(model.vision_model, not freeze_backbone and not model.config.use_backbone_lora)
-    _train(model.language_model, not freeze_llm and not model.config.use_llm_lora)
-    _train(model.mlp1, not freeze_mlp)
+    tower = model.vision_model
+    tower.requires_grad_(not freeze_backbone and not model.config.use_backbone_lora)
+    model.language_model.requires_grad_(not freeze_llm and not model.config.use_llm_lora)
+    model.mlp1.requires_grad_(not freeze_mlp)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.requires_grad_(True)
     if unfreeze_lm_head:
-        _train(model.language_model.get_output_embeddings(), True)
+        model.language_model.get_output_embeddings().requires_grad_(True)
     if unfreeze_vit_layers:
-        _train(model.vision_model.encoder.layers[unfreeze_vit_layers:], True)
-    tower = model.vision_model
-    _train(tower.encoder.layers[tower.layers_before(model.config.select_layer) :], False)
+        tower.encoder.layers[unfreeze_vit_layers:].requires_grad_(True)
+    tower.encoder.layers[tower.layers_before(model.config.select_layer) :].requires_grad_(False)
     return table(model)
-
-
-def _train(module: nn.Module, trained: bool) -> None:
-    for parameter in module.parameters():
-        parameter.requires_grad_(trained)
 
 
 def table(model: InternVLChatModel) -> list[ModuleRow]:

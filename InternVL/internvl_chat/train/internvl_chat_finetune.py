@@ -44,6 +44,7 @@ from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.model_card import count_parameters, describe_run, read_validation, write_model_card
 from internvl_chat.train.monitor.plots import plot_loss
 from internvl_chat.train.monitor.trackers import Trackers
+from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import MemoryPlan, plan_memory
 from internvl_chat.train.preflight.sanity import run_sanity_checks
 from internvl_chat.train.setup import (
@@ -105,7 +106,7 @@ def train(config: TrainConfig) -> signal.Signals | None:
     )
     if run.sanity_check:
         run_sanity_checks(plan.source, model, data, tokenizer, preprocessing)
-    loop.dry_run(memory, config.model.grad_checkpoint)
+    run_dry_run(loop, memory, config.model.grad_checkpoint)
     logger.info("output: %s, %d of %d steps done", plan.output.path, state.step, loop.total_steps)
     # Before this point a signal ends the process, because there is nothing to save.
     with loop.stop:

@@ -5,11 +5,9 @@ forward and backward, and gradients are reduced once. The loss is the weighted m
 of the step (see `model.loss`).
 """
 
-import itertools
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +19,10 @@ from internvl_chat.data.batching.dataloader import StepDataLoader
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.record_set import RecordKey
-from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.inference.tile_features import tile_features
-from internvl_chat.model.flops import FlopCounter, peak_flops
+from internvl_chat.model.flops import FlopCounter
 from internvl_chat.model.loss import token_weight
+from internvl_chat.train.checkpoint.run_folder import LEDGER, METRICS, VALIDATION
 from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.config import RunConfig
@@ -32,7 +30,6 @@ from internvl_chat.train.distributed.signals import StopRequest
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.train.monitor.console import Console
 from internvl_chat.train.monitor.nan_guard import NanGuard
-from internvl_chat.train.monitor.run_log import RunLog
 from internvl_chat.train.monitor.step_metrics import (
     StepRecord,
     StepSums,
@@ -40,14 +37,14 @@ from internvl_chat.train.monitor.step_metrics import (
     dataset_sums,
     ledger_row,
     metrics_row,
+    skipped_records,
 )
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.monitor.watchdog import Watchdog
-from internvl_chat.train.preflight.dry_run import run_dry_run
-from internvl_chat.train.preflight.memory import MemoryPlan, max_memory
-from internvl_chat.train.validation import Validation
+from internvl_chat.train.validation import Validation, named_metrics
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError
+from internvl_chat.utils.files import JsonLinesFile
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -61,17 +58,10 @@ class TrainingLoop:
     """Trains a model from the given state to the end of the run.
 
     Attributes:
-        run: the resolved flags.
-        strategy: the parallel layout, with model, optimizer and scheduler.
-        data: the training records.
         sampler: the order of the records and their packs.
         normalization: pixel statistics of the tiles.
-        flop_counter: counts the FLOPs of a pack.
-        checkpointer: writes the checkpoints.
-        trackers: experiment trackers such as W&B.
         state: initial progress; updated after each step.
         validation: the validation data; None without validation.
-        stop: records stop signals.
     """
 
     run: RunConfig
@@ -92,7 +82,9 @@ class TrainingLoop:
         self.set_names = [records.spec.name for records in self.data.sets]
         self.dataloader = StepDataLoader(self.packs, self.sampler, run.dataloader_options)
         self.total_steps = run.count_steps(len(self.sampler))
-        self.run_log, self.nan_guard = RunLog(Path(run.output_dir)), NanGuard(run.max_bad_steps)
+        files = (Path(run.output_dir) / name for name in (METRICS, LEDGER, VALIDATION))
+        self.metrics, self.ledger, self.validations = map(JsonLinesFile, files)
+        self.nan_guard = NanGuard(run.max_bad_steps)
         self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
         self.should_stop = False  # the same on all ranks
         self._step_start = time.perf_counter()
@@ -116,7 +108,6 @@ class TrainingLoop:
                 self.watchdog.note(f"waiting for the records of step {step}")
                 packs = next(batches)
                 record = self.train_step(step, packs)
-                self.state.step, self.state.epoch = step, step / len(self.sampler)
                 needs_barrier = self._log(record, console)
                 if not self.should_stop and self._is_due("eval"):
                     self.validate()
@@ -135,7 +126,12 @@ class TrainingLoop:
         return next((number for number in signals if number is not None), None)
 
     def train_step(self, step: int, packs: Sequence[Pack]) -> StepRecord:
-        """Run one optimizer step over this rank's packs."""
+        """Run one optimizer step over this rank's packs.
+
+        Raises:
+            DataError: too many records have been skipped.
+            TrainingError: too many bad steps.
+        """
         names = ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)
         self.watchdog.note(f"in step {step}, records {names}")
         # Seed dropout by step and rank, so that a resumed run needs no random state.
@@ -144,8 +140,15 @@ class TrainingLoop:
         self.strategy.wrapped.train()
         learning_rate = self.strategy.optimizer.param_groups[0]["lr"]
         weights = [self._record_weights(pack) for pack in packs]
-        sums = self._sums(packs, weights)
-        skipped = self._gather_skipped(packs) if sums.skipped else ()
+        flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
+        stop_requested, saving = self.stop.signal is not None, self.checkpointer.busy
+        local = StepSums.from_packs(packs, weights, flops, stop_requested=stop_requested, saving=saving)
+        sums, skipped = local.all_reduce(), []
+        if sums.skipped:
+            records = [record for pack in packs for record in pack.skipped]
+            gathered = distributed.all_gather_object(records, in_step=True)
+            skipped = [record for records in gathered for record in records]
+            self.skip_budget.add(skipped)
         # The sum is zero if every record of the step is skipped.
         total_weight = sums.weight or 1.0
         # The factor `world_size` undoes the averaging of the gradients over ranks.
@@ -160,17 +163,20 @@ class TrainingLoop:
         skipped_because = self.nan_guard.check(
             step, loss, norm, sums.supervised_tokens, lambda: self._records_of(step)
         )
-        if skipped_because and self.strategy.name == "deepspeed":
+        if self.strategy.name != "deepspeed":  # DeepSpeed has stepped while it clipped the gradients
+            if not skipped_because:
+                self.strategy.optimizer.step()
+            self.strategy.scheduler.step()
+            self.strategy.optimizer.zero_grad()
+        elif skipped_because:
             raise TrainingError(
                 "DeepSpeed has already applied the gradients; resume from the last checkpoint"
             )
-        if not skipped_because:
-            self.strategy.optimizer_step()
-        self.strategy.scheduler_step()
-        self.strategy.zero_grad()
         self.should_stop = self.should_stop or sums.stop_requested > 0
-        self.state.total_flops += sums.flops
-        return StepRecord(loss, learning_rate, norm, sums, sets, skipped, skipped_because)
+        state = self.state
+        state.step, state.epoch = step, step / len(self.sampler)
+        state.total_flops += sums.flops
+        return StepRecord(step, state.epoch, loss, learning_rate, norm, sums, sets, skipped, skipped_because)
 
     def forward_backward(
         self, packs: Sequence[Pack], weights: Sequence[torch.Tensor], scale: float, *, sync: bool = True
@@ -178,7 +184,6 @@ class TrainingLoop:
         """Run packs forward and backward; return the weighted sum of their token losses, and these losses.
 
         Args:
-            packs: packs of this rank.
             weights: (R,) per pack, the loss weight of each record's tokens.
             scale: factor on the loss in the backward pass.
             sync: reduce gradients across ranks after the last pack.
@@ -204,64 +209,21 @@ class TrainingLoop:
             token_losses.append(output.token_losses.detach())
         return total, token_losses
 
-    def dry_run(self, memory: MemoryPlan, grad_checkpoint: str) -> None:
-        """Run the largest pack before training; see `run_dry_run`.
-
-        Raises:
-            DataError: a record of the pack cannot be used.
-            TrainingError: the pack does not fit into memory.
-        """
-        run_dry_run(
-            memory,
-            lambda: self._run_largest_pack(memory),
-            self.strategy.model.checkpoint_layers,
-            device=self.run.device,
-            sharded=self.strategy.shards_weights,
-            grad_checkpoint=grad_checkpoint,
-            optimizer_state_loaded=bool(self.strategy.optimizer.state),
-        )
-
-    def _run_largest_pack(self, memory: MemoryPlan) -> None:
-        """Run the largest pack forward and backward and discard its gradients."""
-        pack = self.packs[memory.sample_indices]
-        if isinstance(pack, Exception):
-            raise pack
-        device = self.run.device
-        # With several packs per step, a pack runs while the gradients of the previous one are in memory.
-        packs = [pack] * (2 if memory.several_packs else 1)
-        weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
-        self.strategy.wrapped.train()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            try:
-                # With sharded weights, `zero_grad` frees only reduced gradients.
-                self.forward_backward(packs, weights, 1.0, sync=self.strategy.shards_weights)
-            finally:
-                self.strategy.zero_grad()
-
     def validate(self) -> None:
         """Validate, report the metrics, and update the best metric."""
         start, state = time.perf_counter(), self.state
         self.watchdog.note(f"validating after step {state.step}")
-        validation = self.validation
-        dataloader = self.run.dataloader_options.build(
-            validation.packs, validation.sampler, persistent_workers=False
-        )
         # With sharded weights, all ranks must run the same forward passes.
         may_leave = not self.strategy.shards_weights
-        # Avoid a recompilation of the blocks that are compiled for training.
-        eager = torch.compiler.set_stance("force_eager") if self.run.compile_blocks else nullcontext()
-        with eager:
-            result = validation.run(
-                self.strategy.model, dataloader, lambda: may_leave and self.stop.signal is not None
-            )
+        result = self.validation.run(self.strategy.model, lambda: may_leave and self.stop.signal is not None)
         if result is None:
             logger.warning("step %d: validation interrupted", state.step)
             self.should_stop = True
             return
-        metrics, seconds = result.metrics(), time.perf_counter() - start
+        metrics, seconds = named_metrics(result), time.perf_counter() - start
         if self.run.is_main:
             row = {"step": state.step, "epoch": round(state.epoch, 6), "seconds": round(seconds, 4)}
-            self.run_log.append_validation(row | result.row())
+            self.validations.append(row | result)
             self.trackers.log({f"eval/{k.removeprefix('eval_')}": v for k, v in metrics.items()}, state.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: validation in %.0f s: %s", state.step, seconds, shown)
@@ -276,13 +238,6 @@ class TrainingLoop:
         weights = [token_weight(n, self.run.loss_reduction) for n in pack.supervised.tolist()]
         return torch.tensor(weights, dtype=torch.float64) * pack.counts
 
-    def _sums(self, packs: Sequence[Pack], weights: Sequence[torch.Tensor]) -> StepSums:
-        """Return the sums of a step over all ranks."""
-        flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
-        stop_requested, saving = self.stop.signal is not None, self.checkpointer.busy
-        sums = StepSums.from_packs(packs, weights, flops, stop_requested=stop_requested, saving=saving)
-        return sums.all_reduce()
-
     def _vision_features(self, packs: Sequence[Pack]) -> Sequence[torch.Tensor] | None:
         """Run a frozen vision tower once over the tiles of all packs.
 
@@ -296,18 +251,6 @@ class TrainingLoop:
         features = tile_features(model, tiles, self.normalization)
         return features.split([len(pack.tiles) for pack in packs])
 
-    def _gather_skipped(self, packs: Sequence[Pack]) -> tuple[SkippedRecord, ...]:
-        """Return the skipped records of a step on all ranks, and count them.
-
-        Raises:
-            DataError: too many records have been skipped.
-        """
-        local = [record for pack in packs for record in pack.skipped]
-        gathered = distributed.all_gather_object(local, in_step=True)
-        skipped = tuple(itertools.chain.from_iterable(gathered))
-        self.skip_budget.add(skipped)
-        return skipped
-
     def _records_of(self, step: int) -> list[RecordKey]:
         """Return the records of a step over all ranks."""
         return [self.data.key_of(int(index)) for index in self.sampler.step(*self.sampler.position_of(step))]
@@ -316,31 +259,23 @@ class TrainingLoop:
 
     def _open_ledger(self) -> None:
         if self.state.step:
-            self.skip_budget.restore(
-                distributed.broadcast_object(self.run_log.skipped() if self.run.is_main else [])
-            )
+            skipped = skipped_records(self.ledger.path) if self.run.is_main else []
+            self.skip_budget.restore(distributed.broadcast_object(skipped))
         elif self.data.excluded and self.run.is_main:
-            self.run_log.write_excluded([record._asdict() for record in self.data.excluded])
+            excluded = [record._asdict() for record in self.data.excluded]
+            self.ledger.append({"step": 0, "skipped": excluded, "trained": []})
 
     def _log(self, record: StepRecord, console: Console) -> bool:
         """Write the lines of a step and report it if due; return whether rank 0 calls the trackers."""
-        now, step = time.perf_counter(), self.state.step
+        now, step = time.perf_counter(), record.step
         seconds, self._step_start = now - self._step_start, now
         is_due = self._is_due("logging") or (step == 1 and self.run.logging_first_step)
         calls_trackers = is_due and bool(self.run.report_to)
         if not self.run.is_main:
             return calls_trackers
-        row = metrics_row(
-            record,
-            step=step,
-            epoch=self.state.epoch,
-            seconds=seconds,
-            peak_flops=peak_flops(self.run.device),
-            world_size=self.run.world_size,
-            max_memory=max_memory(self.run.device),
-        )
-        epoch, _ = self.sampler.position_of(step)
-        self.run_log.write(row, ledger_row(record, step=step, epoch=epoch, records=self._records_of(step)))
+        row = metrics_row(record, seconds, self.run.device)
+        self.metrics.append(row)
+        self.ledger.append(ledger_row(record, self.sampler.position_of(step)[0], self._records_of(step)))
         averages = console.step(row, due=is_due)
         if averages is not None:
             self.trackers.log({f"train/{name}": value for name, value in averages.items()}, step)
@@ -377,7 +312,8 @@ class TrainingLoop:
             )
             return False
         if self.run.is_main:
-            self.run_log.flush()
+            self.metrics.flush()
+            self.ledger.flush()
         self.watchdog.note(f"saving after step {self.state.step}")
         self.checkpointer.save(self.state)
         return True
@@ -385,13 +321,8 @@ class TrainingLoop:
     def _update_best(self, metrics: dict[str, float]) -> None:
         """Update the best metric; stop early after `early_stopping_patience` validations without progress."""
         name = f"eval_{self.run.metric_for_best_model.removeprefix('eval_')}"
-        value, best = metrics[name], self.state.best_metric
-        if best is None or (value > best if self.run.greater_is_better else value < best):
-            self.state.best_metric, self.state.best_step = value, self.state.step
-            self.state.evals_without_improvement = 0
-            return
-        self.state.evals_without_improvement += 1
-        if self._is_out_of_patience():
+        improved = self.state.update_best(metrics[name], self.run.greater_is_better)
+        if not improved and self._is_out_of_patience():
             logger.info(
                 "step %d: early stopping: %s has not improved for %d validations",
                 self.state.step, name, self.state.evals_without_improvement,

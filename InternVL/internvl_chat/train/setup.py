@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +37,6 @@ from internvl_chat.train.optim.factory import make_optimizer, make_scheduler
 from internvl_chat.train.preflight.memory import MemoryPlan
 from internvl_chat.train.validation import Validation
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -114,8 +114,6 @@ def plan_preprocessing(
     """Return the preprocessing of a model's inputs.
 
     Args:
-        model_config: configuration of the model.
-        config: the resolved flags.
         specs: the datasets; their largest tile limit becomes the limit of the model.
     """
     model_config = copy.deepcopy(model_config)
@@ -158,9 +156,6 @@ def load_records(
     """Open the datasets and check every record.
 
     Args:
-        config: the resolved flags.
-        specs: the datasets.
-        encoder: encoder from `load_encoder`.
         resumed_exclusions: dataset and index of the records that were excluded when the resumed run started.
             They are excluded again, even if they have been repaired, so that the order stays the same.
 
@@ -171,7 +166,7 @@ def load_records(
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
     if len(set(limits.values())) > 1:
         logger.warning("tile limits differ (%s); the checkpoint stores the largest", limits)
-    lengths, excluded, digests = _check_on_rank_0(sets, config)
+    lengths, excluded, digests = distributed.run_on_rank_0(lambda: _check_records(sets, config))
     if resumed_exclusions is not None:
         excluded = [
             ExcludedRecord(name, index, "excluded since the start of this run")
@@ -200,82 +195,59 @@ def load_records(
 
 
 def build_sampler(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> StepSampler:
-    """Return the sampler of the records of each step and their packs.
-
-    Args:
-        config: the resolved flags.
-        data: the training records.
-        flops: cost of a record, by which the ranks are balanced.
-    """
+    """Return the sampler of the records of each step and their packs, balanced across ranks by FLOPs."""
     run = config.run
-    return StepSampler(
-        data.sizes,
+    return _sampler(
+        run,
+        data,
+        flops,
         step_records=run.records_per_step,
-        planner=_planner(run, data, flops),
-        rank=run.rank,
         seed=run.seed,
         strategy=run.train_sampling_strategy,
         resample=config.data.use_data_resampling,
     )
 
 
-def _planner(run: RunConfig, data: TrainingData, flops: FlopCounter) -> StepPlanner:
+def _sampler(run: RunConfig, data: TrainingData, flops: FlopCounter, **options: Any) -> StepSampler:
     lengths = data.epoch_lengths()
-    return StepPlanner(
+    planner = StepPlanner(
         run.world_size,
         tokens=lengths.tokens,
         costs=flops.records(lengths.tokens, lengths.supervised, lengths.tiles),
         max_packed_tokens=run.max_packed_tokens if run.packing else None,
         records_per_pack=run.records_per_pack,
     )
+    return StepSampler(data.sizes, planner=planner, rank=run.rank, **options)
 
 
 def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
-    """Balance the validation records across ranks; see `build_sampler`."""
-    run = config.run
-    sampler = StepSampler(
-        data.sizes,
-        step_records=_EVAL_RECORDS * run.world_size,
-        planner=_planner(run, data, flops),
-        rank=run.rank,
-        strategy="sequential",
-    )
+    """Return the validation, with its records in file order."""
+    run, records = config.run, _EVAL_RECORDS * config.run.world_size
+    sampler = _sampler(run, data, flops, step_records=records, strategy="sequential")
     normalization = data.sets[0].encoder.preprocessing.normalize_type
-    return Validation(data, sampler, run.loss_reduction, run.eval_generate, normalization)
+    return Validation(
+        data, sampler, run.loss_reduction, run.eval_generate, normalization, run.dataloader_options
+    )
 
 
-def _check_on_rank_0(
+def _check_records(
     sets: Sequence[RecordSet], config: TrainConfig
 ) -> tuple[list[Lengths], list[ExcludedRecord], list[str]]:
-    """Check the records on rank 0 and broadcast lengths, excluded records and digests."""
-    result, problem = None, "rank 0 failed to check the records; see its message"
-    try:
-        if config.run.is_main:
-            lengths, excluded = check_before_training(
-                sets,
-                check=config.data.check,
-                on_bad_record=config.data.on_bad_record,
-                max_bad_fraction=config.data.max_bad_fraction,
-            )
-            result, problem = (lengths, excluded, [records.digest() for records in sets]), None
-    except DataError as error:
-        problem = str(error)
-    finally:
-        # Broadcast after any exception, or the other ranks would wait.
-        result, problem = distributed.broadcast_object((result, problem))
-    if problem:
-        raise DataError(problem)
-    return result
+    """Check the records; return lengths, excluded records and digests of the annotation files."""
+    lengths, excluded = check_before_training(
+        sets,
+        check=config.data.check,
+        on_bad_record=config.data.on_bad_record,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    return lengths, excluded, [records.digest() for records in sets]
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:
     """Put a model into its planned parallel layout and build optimizer and scheduler.
 
     Args:
-        config: the resolved flags.
-        memory: the memory plan, which has the layout.
         model: model whose trainable parameters have been chosen.
-        steps: number of optimizer steps of the run.
     """
     run = config.run
     optimizer, scheduler = partial(make_optimizer, run), partial(make_scheduler, run, total_steps=steps)
@@ -284,5 +256,4 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
         return DeepSpeedStrategy(model, optimizer, scheduler, resolve_deepspeed(run, hidden_size))
     if memory.parallel == "fsdp":
         return FSDPStrategy(model, optimizer, scheduler, run.device)
-    model.to(run.device)
     return Strategy(model, optimizer, scheduler, run.device, bucket_cap_mb=run.ddp_bucket_cap_mb)

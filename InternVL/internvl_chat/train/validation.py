@@ -5,14 +5,15 @@ Validation does not affect training: it changes no weights, no random state and 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from internvl_chat.data.batching.collator import Pack, PackDataset
+from internvl_chat.data.batching.dataloader import DataLoaderOptions
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.sources.meta import DatasetSpec
@@ -28,68 +29,36 @@ from internvl_chat.utils.errors import DataError
 _MAX_NEW_TOKENS = 256
 
 
-@dataclass(frozen=True)
-class EvalMetrics:
-    """Metrics of one dataset, or of all.
+# Metrics of a dataset; `em` and `rougeL` compare generated answers with the references, in percent.
+_METRICS = ("loss", "em", "rougeL")
 
-    Attributes:
-        records: number of records.
-        tokens: number of supervised tokens.
-        loss: loss, weighted as in training (`--loss_reduction`); None without records.
-        em: percentage of generated answers that match exactly; None if none was generated.
-        rougeL: mean ROUGE-L F1 of the generated answers in percent; None if none was generated.
-        generated: number of generated answers.
+
+def metrics_of(sums: Sequence[float]) -> dict[str, Any]:
+    """Return the metrics of a dataset, given a row of the sums of `Validation.run`; None if not measured.
+
+    The loss is weighted as in training (`--loss_reduction`).
     """
-
-    records: int
-    tokens: int
-    loss: float | None
-    em: float | None
-    rougeL: float | None
-    generated: int
-
-    @classmethod
-    def from_sums(cls, sums: Sequence[float]) -> "EvalMetrics":
-        """Return the metrics, given the sums of `Validation.run`."""
-        weighted, weights, records, tokens, matches, rouges, generated = sums
-        means = (100 * total / generated if generated else None for total in (matches, rouges))
-        loss = weighted / weights if weights else None
-        return cls(int(records), int(tokens), loss, *means, int(generated))
-
-    def values(self) -> dict[str, float]:
-        """Return the metrics that were measured."""
-        values = {name: getattr(self, name) for name in ("loss", "em", "rougeL")}
-        return {name: value for name, value in values.items() if value is not None}
+    weighted, weights, records, tokens, matches, rouges, generated = sums
+    return {
+        "records": int(records),
+        "tokens": int(tokens),
+        "loss": weighted / weights if weights else None,
+        "em": 100 * matches / generated if generated else None,
+        "rougeL": 100 * rouges / generated if generated else None,
+        "generated": int(generated),
+    }
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """Result of a validation.
-
-    Attributes:
-        overall: metrics over the records of all datasets.
-        sets: metrics of each dataset, by name.
-    """
-
-    overall: EvalMetrics
-    sets: dict[str, EvalMetrics]
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics by name; see `metric_names`."""
-        values = {f"eval_{name}": value for name, value in self.overall.values().items()}
-        for dataset, metrics in self.sets.items():
-            values |= {f"eval_{dataset}_{name}": value for name, value in metrics.values().items()}
-        return values
-
-    def row(self) -> dict[str, Any]:
-        """Return the metrics as a line of `validation.jsonl`."""
-        sets = {name: dataclasses.asdict(metrics) for name, metrics in self.sets.items()}
-        return dataclasses.asdict(self.overall) | {"sets": sets}
+def named_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the measured metrics of a result of `Validation.run` by name; see `metric_names`."""
+    parts = {"": row} | {f"{dataset}_": part for dataset, part in row["sets"].items()}
+    values = {f"eval_{prefix}{name}": part[name] for prefix, part in parts.items() for name in _METRICS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def metric_names(datasets: Iterable[str], *, generate: bool) -> list[str]:
     """Return the names of the metrics that a validation measures."""
-    kinds = ("loss", "em", "rougeL") if generate else ("loss",)
+    kinds = _METRICS if generate else ("loss",)
     prefixes = ("", *(f"{name}_" for name in datasets))
     return [f"eval_{prefix}{kind}" for prefix in prefixes for kind in kinds]
 
@@ -106,12 +75,9 @@ class Validation:
     """The validation records and their packs on this rank.
 
     Attributes:
-        data: the validation records.
-        sampler: the packs of this rank.
         reduction: weighting of the loss, one of `LOSS_REDUCTIONS`.
         generate: number of answers to generate for each dataset.
         normalization: pixel statistics of the tiles.
-        packs: packs by sample indices, for the dataloader.
     """
 
     data: TrainingData
@@ -119,22 +85,18 @@ class Validation:
     reduction: str
     generate: int
     normalization: str
-    packs: PackDataset = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.packs = PackDataset(self.data)
+    options: DataLoaderOptions
 
     def run(
         self,
         model: InternVLChatModel,
-        batches: Iterable[Sequence[Pack | DataError]],
         is_stopped: Callable[[], bool] = lambda: False,
-    ) -> EvalResult | None:
+    ) -> dict[str, Any] | None:
         """Validate a model and leave it in evaluation mode; return None if any rank was stopped.
 
+        The result has the metrics over all records and, under `sets`, those of each dataset by name.
+
         Args:
-            model: the model on its device.
-            batches: batches of this rank's packs, from a dataloader over `packs` and `sampler`.
             is_stopped: returns whether to stop this rank; called after each pack and answer.
 
         Raises:
@@ -142,17 +104,20 @@ class Validation:
         """
         model.eval()
         sums = torch.zeros(len(self.data.sets), 7, dtype=torch.float64)
+        batches = self.options.build(PackDataset(self.data), self.sampler, persistent_workers=False)
         packs = itertools.takewhile(lambda _: not is_stopped(), itertools.chain.from_iterable(batches))
-        self._add_losses(model, packs, sums)
-        self._add_answers(model, sums, is_stopped)
+        # Avoid a recompilation of the blocks that are compiled for training.
+        with torch.compiler.set_stance("force_eager"):
+            self._add_losses(model, packs, sums)
+            self._add_answers(model, sums, is_stopped)
         if distributed.any_rank(is_stopped()):
             return None
         sums = distributed.all_reduce_sum(sums)
-        names = [records.spec.name for records in self.data.sets]
-        metrics = [EvalMetrics.from_sums(row) for row in sums.tolist()]
-        return EvalResult(
-            EvalMetrics.from_sums(sums.sum(dim=0).tolist()), dict(zip(names, metrics, strict=True))
-        )
+        sets = {
+            records.spec.name: metrics_of(row)
+            for records, row in zip(self.data.sets, sums.tolist(), strict=True)
+        }
+        return metrics_of(sums.sum(dim=0).tolist()) | {"sets": sets}
 
     def _add_losses(
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor

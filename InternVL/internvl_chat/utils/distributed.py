@@ -6,12 +6,14 @@ run. Gradients and weights are communicated over NCCL on GPUs.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import distributed as dist
+
+from internvl_chat.utils.errors import M3LLMError, TrainingError
 
 T = TypeVar("T")
 
@@ -112,13 +114,29 @@ def all_gather_object(value: T, *, in_step: bool = False) -> list[T]:
     return values
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """Return the value of the source rank on all ranks."""
+def broadcast_object(value: T) -> T:
+    """Return the value of rank 0 on all ranks."""
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=source, group=host_group())
+    dist.broadcast_object_list(values, src=0, group=host_group())
     return values[0]
+
+
+def run_on_rank_0(function: Callable[[], T]) -> T:
+    """Call a function on rank 0; return its result, or raise its `M3LLMError`, on all ranks."""
+    result, error = None, TrainingError("rank 0 has failed; see its message")
+    try:
+        if rank() == 0:
+            result, error = function(), None
+    except M3LLMError as failure:
+        error = failure
+    finally:
+        # Broadcast after any exception, or the other ranks would wait.
+        result, error = broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def all_reduce_sum(values: torch.Tensor, *, in_step: bool = False) -> torch.Tensor:

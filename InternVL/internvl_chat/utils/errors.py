@@ -24,8 +24,6 @@ class DataError(M3LLMError):
     Args:
         message: the problem and how to solve it.
         file: the faulty annotation, meta or image file.
-        line: line number in the file, from 1.
-        record: id of the record, if any.
         kind: category of the problem (see `data.sources.problems`).
     """
 
@@ -48,14 +46,6 @@ class DataError(M3LLMError):
         if self.record is not None:
             location += f" (record {self.record!r})"
         return f"{location}: {self.message}" if location else self.message
-
-    def __reduce__(self) -> tuple:
-        return _rebuild_data_error, (type(self), self.message, self.file, self.line, self.record, self.kind)
-
-
-def _rebuild_data_error(cls: type, message: str, file: Path, line: int, record: str, kind: str) -> DataError:
-    """Unpickle a `DataError` raised in a dataloader worker."""
-    return cls(message, file=file, line=line, record=record, kind=kind)
 
 
 class UsageError(M3LLMError):

@@ -2,20 +2,11 @@
 
 import hashlib
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 # Bytes between two syncs.
 _CHUNK = 2**26
-
-# Called after each chunk of work with its duration in seconds; may sleep to yield the CPU.
-Pause = Callable[[float], None]
-
-
-def no_pause(seconds: float) -> None:
-    """Return immediately; the default, without throttling."""
 
 
 class FileEntry(NamedTuple):
@@ -30,16 +21,11 @@ class HashedFile:
 
     Every chunk is synced to disk and dropped from the page cache: gigabytes of dirty pages would evict the
     training data and slow down every process.
-
-    Args:
-        path: file to create.
-        pause: called after each chunk with the seconds since the previous call; may sleep.
     """
 
-    def __init__(self, path: Path, pause: Pause = no_pause) -> None:
-        self._file, self._pause = path.open("wb", buffering=0), pause
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
         self._hash, self._size, self._unsynced = hashlib.sha256(), 0, 0
-        self._began = time.perf_counter()
 
     def write(self, data: bytes | memoryview) -> None:
         """Write all of the data."""
@@ -68,8 +54,6 @@ class HashedFile:
     def _sync(self) -> None:
         drop_from_cache(self._file.fileno())
         self._unsynced = 0
-        self._pause(time.perf_counter() - self._began)
-        self._began = time.perf_counter()
 
 
 def drop_from_cache(descriptor: int) -> None:

@@ -69,7 +69,6 @@ def html_image(content: bytes, kind: str, description: str) -> str:
     """Return an image embedded as a data URL.
 
     Args:
-        content: the image file.
         kind: `png` or `jpeg`.
         description: alternative text.
     """

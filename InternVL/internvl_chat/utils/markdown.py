@@ -8,8 +8,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, left
     """Return a Markdown table with escaped cells.
 
     Args:
-        header: titles of the columns.
-        rows: their cells.
         left: number of left-aligned columns; the others are right-aligned [all].
     """
     left = len(header) if left is None else left

@@ -18,7 +18,7 @@ from internvl_chat.metrics.rouge import rouge
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.monitor.trackers import Trackers
-from internvl_chat.train.validation import EvalMetrics, EvalResult, Validation
+from internvl_chat.train.validation import Validation, metrics_of
 
 pytest.importorskip("rouge", reason="the package rouge is not installed")
 
@@ -140,9 +140,9 @@ def fake_losses(monkeypatch):
     def tell(*losses: float) -> None:
         left = iter(losses)
 
-        def run(self, model, batches, is_stopped):
-            eval_metrics = EvalMetrics(1, 1, next(left), None, None, 0)
-            return EvalResult(eval_metrics, {records.spec.name: eval_metrics for records in self.data.sets})
+        def run(self, model, is_stopped):
+            row = metrics_of([next(left), 1, 1, 1, 0, 0, 0])
+            return row | {"sets": {records.spec.name: row for records in self.data.sets}}
 
         monkeypatch.setattr(Validation, "run", run)
 

@@ -37,13 +37,10 @@ class NoCheckpoints:
         pass
 
 
-class KeepsGradients(Strategy):
-    """A strategy that does not change gradients and weights after the backward pass."""
+class KeepsGradients(torch.optim.SGD):
+    """An optimizer that does not change gradients and weights after the backward pass."""
 
-    def optimizer_step(self) -> None:
-        pass
-
-    def scheduler_step(self) -> None:
+    def step(self) -> None:
         pass
 
     def zero_grad(self) -> None:
@@ -71,9 +68,9 @@ def make_loop(tiny_model, sample_data, tmp_path):
         set_trainable(model, freeze_backbone=True)
         encoder = RecordEncoder(tokenizer, preprocessing.with_tile_limit(config.data.max_dynamic_patch))
         data, flops = load_records(config, plan.specs, encoder), count_flops(model)
-        strategy = KeepsGradients(
+        strategy = Strategy(
             model,
-            lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+            lambda model: KeepsGradients(model.parameters(), lr=1.0),
             lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
             config.run.device,
         )

@@ -17,30 +17,38 @@ from internvl_chat.train.checkpoint.manifest import write_manifest
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import check_configuration
-from internvl_chat.train.validation import EvalMetrics, EvalResult, Validation, metric_names, validation_specs
+from internvl_chat.train.validation import (
+    Validation,
+    metric_names,
+    metrics_of,
+    named_metrics,
+    validation_specs,
+)
 from internvl_chat.utils.errors import ModelError, TrainingError, UsageError
 
 
 def test_metrics_from_sums():
     # Two records of 4 and 6 tokens with the losses 1 and 2, with equal weights; three answers.
     weighted = 4 * 0.25 * 1.0 + 6 / 6 * 2.0
-    metrics = EvalMetrics.from_sums([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
-    assert metrics == EvalMetrics(2, 10, 1.5, pytest.approx(200 / 3), 50.0, 3)
-    nothing = EvalMetrics.from_sums([0.0] * 7)
-    assert nothing == EvalMetrics(0, 0, None, None, None, 0)
-    outcome = EvalResult(metrics, {"qa": metrics, "empty": nothing})
-    assert outcome.metrics() == {
-        "eval_loss": 1.5, "eval_em": metrics.em, "eval_rougeL": 50.0,
-        "eval_qa_loss": 1.5, "eval_qa_em": metrics.em, "eval_qa_rougeL": 50.0,
+    metrics = metrics_of([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
+    assert metrics == {
+        "records": 2, "tokens": 10, "loss": 1.5, "em": pytest.approx(200 / 3), "rougeL": 50.0, "generated": 3,
     }  # fmt: skip
-    assert json.loads(json.dumps(outcome.row()))["sets"]["empty"]["loss"] is None
+    nothing = metrics_of([0.0] * 7)
+    assert nothing == {
+        "records": 0, "tokens": 0, "loss": None, "em": None, "rougeL": None, "generated": 0,
+    }  # fmt: skip
+    assert named_metrics(metrics | {"sets": {"qa": metrics, "empty": nothing}}) == {
+        "eval_loss": 1.5, "eval_em": metrics["em"], "eval_rougeL": 50.0,
+        "eval_qa_loss": 1.5, "eval_qa_em": metrics["em"], "eval_qa_rougeL": 50.0,
+    }  # fmt: skip
 
 
 def test_metric_names_match_the_metrics():
     assert metric_names(["a", "b"], generate=False) == ["eval_loss", "eval_a_loss", "eval_b_loss"]
-    metrics = EvalMetrics(1, 1, 1.0, 1.0, 1.0, 1)
+    metrics = metrics_of([1.0] * 7)
     names = metric_names(["a", "b"], generate=True)
-    assert sorted(names) == sorted(EvalResult(metrics, {"a": metrics, "b": metrics}).metrics())
+    assert sorted(names) == sorted(named_metrics(metrics | {"sets": {"a": metrics, "b": metrics}}))
 
 
 def test_validation_specs_have_no_augmentation_or_repeats(tmp_path):
@@ -54,7 +62,9 @@ def test_validation_specs_have_no_augmentation_or_repeats(tmp_path):
 def make_validation(tmp_path, records, generate, **options) -> Validation:
     sets = [write_set(tmp_path, records, by=encoder(**options))]
     data = TrainingData(sets, lengths=[index.lengths for index in index_records(sets)])
-    return Validation(data, sampler=None, reduction="sample", generate=generate, normalization="imagenet")
+    return Validation(
+        data, sampler=None, reduction="sample", generate=generate, normalization="imagenet", options=None
+    )
 
 
 def test_generation_indices_are_evenly_spaced(tmp_path):

@@ -9,13 +9,23 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from internvl_chat.utils import distributed
+from internvl_chat.utils.errors import TrainingError, UsageError
+
+
+def refuse(rank: int) -> None:
+    raise UsageError(["one", f"rank {rank}"])
 
 
 def check_collectives() -> None:
     rank, size = distributed.rank(), distributed.world_size()
     assert distributed.all_gather_object({"rank": rank}) == [{"rank": n} for n in range(size)]
     assert distributed.broadcast_object(f"rank {rank}") == "rank 0"
-    assert distributed.broadcast_object(rank, source=size - 1) == size - 1
+    assert distributed.run_on_rank_0(lambda: f"rank {rank}") == "rank 0"
+    with pytest.raises(UsageError) as caught:
+        distributed.run_on_rank_0(lambda: refuse(rank))
+    assert caught.value.problems == ["one", "rank 0"]
+    with pytest.raises(KeyError if rank == 0 else TrainingError):  # a bug; the other ranks do not wait
+        distributed.run_on_rank_0({}.popitem)
     values = torch.tensor([1.0, float(rank)])
     assert distributed.all_reduce_sum(values).tolist() == [size, sum(range(size))]
     assert values.tolist() == [1, rank]

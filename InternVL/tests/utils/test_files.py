@@ -1,12 +1,15 @@
 """Tests of atomic writes, JSON files and SHA-256 digests."""
 
+import errno
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from internvl_chat.utils.files import (
+    JsonLinesFile,
     append_json_line,
     atomic_path,
     file_sha256,
@@ -74,3 +77,66 @@ def test_interrupted_json_lines_leave_no_file(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(b"abc") == file_sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Limit the number of bytes of the next write; None for no limit."""
+    state = {"room": None}
+    original = Path.open
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.stream.close()
+
+        def tell(self):
+            return self.stream.tell()
+
+        def write(self, content):
+            if state["room"] is None:
+                return self.stream.write(content)
+            self.stream.write(content[: state["room"]])
+            self.stream.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", **options: (
+            Stream(original(path, mode)) if mode == "ab" else original(path, mode, **options)
+        ),
+    )
+    return state
+
+
+@pytest.mark.parametrize("room", [0, 5, 30])
+def test_no_line_is_lost_or_incomplete(tmp_path, caplog, full, room):
+    file = JsonLinesFile(tmp_path / "ledger.jsonl")
+    file.append({"step": 1})
+    full["room"] = room
+    file.append({"step": 2})
+    file.append({"step": 3, "records": [["größe", 1]]})
+    assert rows(file.path) == [{"step": 1}]
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+    full["room"] = None
+    file.append({"step": 4})
+    assert rows(file.path) == [{"step": 1}, {"step": 2}, {"step": 3, "records": [["größe", 1]]}, {"step": 4}]
+
+
+def test_a_folder_that_is_created_later(tmp_path, caplog):
+    file = JsonLinesFile(tmp_path / "later/metrics.jsonl")
+    file.append({"step": 1})
+    assert "cannot be written" in caplog.text
+    file.path.parent.mkdir()
+    file.append({"step": 2})
+    assert rows(file.path) == [{"step": 1}, {"step": 2}]

@@ -39,7 +39,6 @@ class Benchmark:
 
     Attributes:
         articles: PMC id -> location that mentions it.
-        images: image files.
         problems: warnings about content that is not compared.
     """
 
@@ -89,11 +88,7 @@ def not_compared(file: Path, message: str, line: int | None = None) -> Problem:
 
 
 class _BenchmarkReader:
-    """Collects the contents of files in `benchmark`.
-
-    Args:
-        data_root: base folder of relative paths in meta files.
-    """
+    """Collects the contents of files in `benchmark`."""
 
     def __init__(self, data_root: Path) -> None:
         self.benchmark = Benchmark()

@@ -30,11 +30,9 @@ class SetAudit:
     """Findings in one dataset.
 
     Attributes:
-        spec: its entry in the meta file.
         records: number of records in the file; 0 if it cannot be read.
         used: number of distinct records that `repeat_time` selects.
         lengths: lengths of the usable records among them.
-        problems: errors and warnings.
     """
 
     spec: DatasetSpec
@@ -59,7 +57,6 @@ class Audit:
     """Findings in all datasets.
 
     Attributes:
-        sets: findings of each dataset, in the order of the meta file.
         opened: datasets whose annotation file is readable.
         decoded: whether all images were decoded, not only opened.
         max_seq_length: limit that the records were checked against; None if tokens were not counted.
@@ -87,7 +84,6 @@ def audit(
     """Check all records that would be used for training.
 
     Args:
-        specs: the datasets.
         encoder: encoder of the records; without a tokenizer, tokens are not counted.
         decode: decode every image completely, instead of reading its header and end.
         workers: see `index_records`.
@@ -124,7 +120,6 @@ def check_before_training(
     """Index the records of a run and log what the data check finds.
 
     Args:
-        sets: the training or validation sets.
         check: `full` decodes every image, `fast` reads headers and ends, `off` also skips the warnings.
         on_bad_record: `fail`, or `skip` to exclude unusable records.
         max_bad_fraction: largest share of records that may be excluded.
@@ -167,7 +162,6 @@ def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) 
     """Yield warnings about usable records: wrong `length`, lost tiles, truncated text, duplicates.
 
     Args:
-        sets: the datasets.
         indexes: result of `index_records(sets)`.
     """
     for records, index in zip(sets, indexes, strict=True):

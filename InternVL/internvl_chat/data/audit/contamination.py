@@ -45,8 +45,6 @@ def find_leaks(
     Warnings about parts of the benchmark that could not be compared come first.
 
     Args:
-        sets: the datasets.
-        benchmark: result of `read_benchmark`.
         workers: number of processes that hash images [up to one per core, depending on the number of images].
     """
     numbers: dict[Path, int] = {}
@@ -67,8 +65,6 @@ def _read_contents(
     """Yield the articles and images of each record; unreadable records are skipped, as in training.
 
     Args:
-        sets: the datasets.
-        benchmark: the benchmark to compare with.
         numbers: image -> number; new images are added.
     """
     total = sum(s.num_distinct for s in sets)

@@ -15,7 +15,6 @@ def find_duplicates(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -
     Records have the same content if conversation and image paths are equal; images are not compared.
 
     Args:
-        sets: the datasets.
         indexes: result of `index_records(sets)`.
     """
     bounds = np.cumsum([0, *map(len, indexes)])

@@ -70,7 +70,6 @@ def near_pairs(
     Args:
         first: hashes, (N,) uint64.
         second: hashes, (M,) uint64.
-        max_bits: largest number of different bits.
         block: comparisons at a time; each takes 9 bytes.
 
     Returns:

@@ -40,7 +40,6 @@ class Pack:
         tiles: (N, S, S, 3) uint8, tiles of all records in order.
         supervised: (R,) number of supervised tokens of each record.
         counts: (R,) bool, False for records with weight zero.
-        keys: dataset and index of each record.
         skipped: records of this pack that were unusable.
     """
 
@@ -130,7 +129,6 @@ class PackDataset(Dataset):
     """Loads packs; each is addressed by its list of sample indices.
 
     Attributes:
-        data: the records.
         multiple: see `pack_samples`.
     """
 

@@ -46,8 +46,6 @@ class DataLoaderOptions:
         """Return the dataloader of a rank; each batch contains the packs of one step.
 
         Args:
-            packs: the packs.
-            sampler: the sampler of this rank.
             persistent_workers: keep the workers alive between epochs.
         """
         # Workers in excess of the cores compete with each other.
@@ -91,13 +89,7 @@ def kill_workers() -> None:
 
 
 class StepDataLoader:
-    """Iterates over the packs of a rank by optimizer step, across epochs.
-
-    Args:
-        packs: the packs.
-        sampler: the sampler of this rank.
-        options: options of the dataloader.
-    """
+    """Iterates over the packs of a rank by optimizer step, across epochs."""
 
     def __init__(self, packs: PackDataset, sampler: StepSampler, options: DataLoaderOptions) -> None:
         self.packs, self.sampler = packs, sampler

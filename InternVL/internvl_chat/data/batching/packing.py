@@ -18,7 +18,6 @@ def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = 
 
     Args:
         costs: cost of each record, in any unit.
-        world_size: number of ranks.
         equal_counts: also assign equal numbers of records, up to the remainder.
 
     Returns:
@@ -84,7 +83,6 @@ class StepPlanner:
     """Plans the forward passes of optimizer steps.
 
     Attributes:
-        world_size: number of ranks.
         tokens: length of every record of an epoch.
         costs: cost of every record of an epoch, in any unit.
         max_packed_tokens: maximum length of a pack; None to pack a fixed number of records.

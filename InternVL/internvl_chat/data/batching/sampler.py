@@ -16,7 +16,6 @@ def epoch_order(
 
     Args:
         sizes: number of records of each dataset; records are numbered across all datasets.
-        seed: seed of the run.
         epoch: epoch, counted from 0.
         sequential: keep the order of the files.
         resample: sample each dataset in proportion to the square root of its size, with the same total number
@@ -63,11 +62,7 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
     dummy sample: a record with weight zero.
 
     Args:
-        sizes: number of records of each dataset.
         step_records: number of records per step over all ranks.
-        planner: assigns a step's records to ranks and packs.
-        rank: this rank.
-        seed: seed of the run.
         strategy: one of `SAMPLING_STRATEGIES`.
         resample: use square-root resampling of the datasets.
     """

@@ -38,7 +38,6 @@ class TokenizedConversation:
     Attributes:
         ids: token ids of each message.
         supervised: supervised positions within each message.
-        context_id: id of the context token.
     """
 
     ids: tuple[list[int], ...]

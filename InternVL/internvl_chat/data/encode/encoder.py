@@ -91,7 +91,6 @@ class RecordEncoder:
 
     Args:
         tokenizer: the checkpoint's tokenizer; None to count tiles only.
-        preprocessing: the resolved preprocessing options.
         truncate_text: truncate conversations that do not fit even with one tile per image.
     """
 
@@ -142,11 +141,7 @@ class RecordEncoder:
         return self._expand(self.template.tokenize_prompt(messages), image_sizes, truncate=False)
 
     def measure(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> RecordLengths:
-        """Return `encode(...).lengths` without building ids and labels.
-
-        Raises:
-            RecordError: see `encode`.
-        """
+        """Return `encode(...).lengths` without building ids and labels."""
         self.reject_oversized(messages, len(image_sizes))
         if self._template is None:
             max_tiles = self._max_tiles_per_image(len(image_sizes))

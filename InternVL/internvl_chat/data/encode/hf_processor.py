@@ -125,9 +125,6 @@ def save_hf_processor(
     """Save tokenizer, chat template and processor files for transformers' `AutoProcessor`.
 
     Args:
-        tokenizer: tokenizer with InternVL's special tokens.
-        preprocessing: the preprocessing options.
-        folder: an existing folder.
         max_length: maximum number of tokens of the model.
 
     Raises:

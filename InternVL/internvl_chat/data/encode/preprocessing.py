@@ -74,7 +74,6 @@ class Preprocessing:
         """Read a checkpoint's `preprocessing.json`, or derive the options from the model's configuration.
 
         Args:
-            folder: the checkpoint.
             model_config: an `InternVLChatConfig`, used if the file does not exist.
             max_dynamic_patch: tile limit that replaces the checkpoint's; None to keep it.
 

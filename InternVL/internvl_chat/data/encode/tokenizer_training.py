@@ -18,7 +18,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Train a byte-level BPE with Qwen2's normalisation and pre-tokenisation.
 
     Args:
-        texts: training texts.
         vocab_size: maximum size without the special tokens, at least 256.
 
     Returns:

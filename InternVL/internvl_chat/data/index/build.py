@@ -60,7 +60,6 @@ def index_records(
     records are checked again if they were unusable, or if an image file changed or is missing.
 
     Args:
-        sets: the datasets.
         decode: decode every image; otherwise only images whose file does not end as its format requires.
         workers: number of worker processes; by default one per core, or none for few records.
         cache: cache folder; by default `default_cache()`.

@@ -180,11 +180,7 @@ def to_rgb(image: Image.Image, background: str = REFERENCE.background) -> Image.
 
 
 def image_size(path: Path, options: ImageOptions = REFERENCE) -> tuple[int, int]:
-    """Return (width, height) in pixels, from the header alone.
-
-    Raises:
-        RecordError: see `open_image`.
-    """
+    """Return (width, height) in pixels, from the header alone."""
     with open_image(path) as image:
         return turned_size(image.size, orientation(image), options)
 
@@ -215,8 +211,6 @@ class ImageInfo(NamedTuple):
         size: (width, height) in pixels, without EXIF rotation.
         content: what the file holds beyond one frame of opaque 8-bit RGB.
         has_end: whether the file ends as its format requires. If not, it may be truncated.
-        num_bytes: file size.
-        mtime_ns: time of the last modification.
     """
 
     size: tuple[int, int]
@@ -235,11 +229,7 @@ class ImageFile(NamedTuple):
 
 
 def image_info(path: Path) -> ImageInfo:
-    """Read an image's header and end; cached per process until the file changes.
-
-    Raises:
-        RecordError: see `open_image`.
-    """
+    """Read an image's header and end; cached per process until the file changes."""
     status = _file_status(path)
     num_bytes, mtime_ns = status.st_size, status.st_mtime_ns
     return ImageInfo(*_header_and_end(path, num_bytes, mtime_ns), num_bytes, mtime_ns)
@@ -276,11 +266,7 @@ def check_decoding(path: Path, info: ImageInfo) -> bool:
     Cached per process until the file changes.
 
     Args:
-        path: the file.
         info: result of `image_info(path)`.
-
-    Raises:
-        RecordError: see `decode_image`.
     """
     message, is_transparent = _decoding_result(path, info.num_bytes, info.mtime_ns)
     if message:

@@ -33,7 +33,6 @@ class DatasetSpec:
     Attributes:
         name: its key in the meta file.
         root: folder that image paths are relative to.
-        annotation: file of records.
         data_augment: apply random JPEG degradation to the images during training.
         repeat_time: below 1, the fraction of records used, starting with the first; otherwise the number of
             times each record is used per epoch.

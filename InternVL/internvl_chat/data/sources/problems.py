@@ -108,11 +108,8 @@ class Problem(NamedTuple):
     """A problem in a dataset.
 
     Attributes:
-        dataset: name of the dataset.
         index: index of the record in its file; None for the file as a whole.
-        file: the annotation file.
         line: line on which the record begins, counted from 1.
-        id: id of the record, if any.
         kind: a key of `KINDS`.
         message: what is wrong and how to fix it.
     """

@@ -37,7 +37,6 @@ class Record:
     """A conversation over any number of images.
 
     Attributes:
-        id: id in the file, or None.
         messages: an optional system message followed by user and assistant messages, at least one of the
             latter. The user messages contain one placeholder per image, in the order of the images.
         images: paths relative to the dataset's root.

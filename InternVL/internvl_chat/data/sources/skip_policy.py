@@ -53,7 +53,6 @@ def exclude_records(problems: Sequence[Problem], total: int, max_fraction: float
     """Return the unusable records.
 
     Args:
-        problems: problems of all datasets.
         total: number of records in all datasets.
         max_fraction: largest fraction of records that may be excluded.
 
@@ -78,7 +77,6 @@ class SkipBudget:
     Args:
         total: number of records in all datasets.
         max_fraction: largest fraction that may be excluded or skipped.
-        excluded: records excluded before training.
     """
 
     def __init__(self, total: int, max_fraction: float, excluded: Sequence[ExcludedRecord] = ()) -> None:

@@ -50,7 +50,6 @@ def system_texts(benchmark: Benchmark, file: Path | None = None) -> dict[str, st
     """Return the system text of each task; None selects the system text of the checkpoint.
 
     Args:
-        benchmark: benchmark whose tasks are looked up.
         file: YAML or JSON file that maps task names, or the name of the benchmark, to system texts (default:
             the file of the package).
 

@@ -27,7 +27,6 @@ class Figure:
     """An image of an item.
 
     Attributes:
-        name: name of the image in the benchmark.
         label: name of the image in the question, such as `Fig-0`; may be empty.
         path: image file, or None if the benchmark embeds the image.
         content: bytes of an embedded image.
@@ -64,11 +63,9 @@ class Item:
     """A question with its figures and its reference answer.
 
     Attributes:
-        task: task of the item.
         index: index in the task, from 0.
         question: the question, including its options.
         reference: reference answer; the letter of the correct option for multiple choice.
-        figures: images in order.
         choices: texts of the options, starting with A; empty for an open question.
         accepted: further correct answers for exact match.
     """
@@ -133,7 +130,6 @@ class Benchmark:
     """The items of a benchmark.
 
     Attributes:
-        name: name on the command line.
         items: items, grouped by task.
         pooled: whether to report metrics over all tasks together as well.
     """

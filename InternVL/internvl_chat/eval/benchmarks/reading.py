@@ -183,11 +183,7 @@ def correct_letter(answer: str, choices: Sequence[str]) -> str:
 def choice_item(
     task: str, question: str, answer: str, figures: tuple[Figure, ...], choices: Sequence[str]
 ) -> Item:
-    """Return a multiple-choice item whose options are listed after the question, one per line.
-
-    Raises:
-        DataError: see `correct_letter`.
-    """
+    """Return a multiple-choice item whose options are listed after the question, one per line."""
     options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
     text = "\n".join([question, *options])
     return Item(task, 0, text, correct_letter(answer, choices), figures, tuple(choices))

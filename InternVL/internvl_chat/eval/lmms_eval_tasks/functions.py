@@ -114,7 +114,6 @@ def doc_to_messages(
     """Return the chat messages, with images at the positions of their placeholders.
 
     Args:
-        doc: the document.
         lmms_eval_specific_kwargs: options of the model in the YAML file; `newline_after_image` means that its
             chat template appends a newline to each image.
 
@@ -135,12 +134,7 @@ def doc_to_messages(
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Return the per-item metrics of an answer in percent, and the inputs of the per-task metrics.
-
-    Args:
-        doc: the document.
-        results: list with the answer.
-    """
+    """Return the per-item metrics of an answer in percent, and the inputs of the per-task metrics."""
     item, answer = _item(doc), results[0]
     pair = {"reference": item.reference, "choices": list(item.choices), "prediction": answer}
     with _LOCK:

@@ -22,10 +22,6 @@ def write_report(
 
     Args:
         folder: output folder, created if needed.
-        benchmark: the answered items.
-        answers: answer to each item.
-        scores: scores of the items and tasks.
-        model: name of the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", scores.tasks)

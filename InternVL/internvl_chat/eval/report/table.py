@@ -66,9 +66,7 @@ def markdown(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> str
     """Return the report in Markdown.
 
     Args:
-        tasks: metrics of each task.
         benchmark: name of the benchmark; `pmc-mi` adds the tables of the paper.
-        model: name of the model.
     """
     parts = [f"# {benchmark}: {model}", NOTE]
     if benchmark == "pmc-mi":

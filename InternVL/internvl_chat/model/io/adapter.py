@@ -53,7 +53,6 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
     """Return the verified folder of an adapter's base.
 
     Args:
-        folder: the adapter's folder.
         override: folder or hub id of the base, if it has moved.
 
     Raises:
@@ -143,9 +142,7 @@ def save_adapter(
     """Write a model's adapters in peft's format, with the modules that were trained in full.
 
     Args:
-        model: a model with adapters.
         folder: folder to write; created if missing.
-        base: base model of the adapters.
         state_dict: full weights, if those of the model are sharded.
 
     Returns:

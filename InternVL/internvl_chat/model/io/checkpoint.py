@@ -48,12 +48,10 @@ def load_model(
     """Load a model of any format on the CPU.
 
     Args:
-        path_or_id: local folder or hub id.
         image_context_id: id of `<IMG_CONTEXT>` in the tokenizer.
         dtype: dtype of all weights except adapters, which stay float32.
         attn: a result of `resolve_attention`.
         base: base model of an adapter, if it has moved.
-        lora_dropout: dropout probability of the adapters, if there are any.
         drop_path_rate: stochastic depth rate of the vision tower; None for the checkpoint's.
 
     Raises:

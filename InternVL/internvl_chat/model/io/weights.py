@@ -18,7 +18,7 @@ from torch import nn
 
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import file_sha256, write_json
-from internvl_chat.utils.hashed_file import FileEntry, HashedFile, Pause, no_pause
+from internvl_chat.utils.hashed_file import FileEntry, HashedFile
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
@@ -185,7 +185,6 @@ def write_file(
     file: Path,
     *,
     metadata: Mapping[str, str] | None = None,
-    pause: Pause = no_pause,
 ) -> FileEntry:
     """Write a safetensors file in the library's layout; returns its size and hash.
 
@@ -195,7 +194,6 @@ def write_file(
         tensors: on any device.
         file: file to write or replace; tensors that are mapped from it stay valid.
         metadata: metadata of the header besides the format.
-        pause: see `HashedFile`.
     """
     dtypes = list(_DTYPES)
     names = sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
@@ -210,7 +208,7 @@ def write_file(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.unlink(missing_ok=True)
-    with HashedFile(file, pause) as stream:
+    with HashedFile(file) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             copy = tensors[name].detach().cpu().contiguous()

@@ -25,7 +25,6 @@ def apply_kernels(
 
     Args:
         model: a model whose trainable parameters have been chosen, on any device.
-        device: device on which it will run.
         liger: use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs).
         persistent_buffers: keep vocabulary-sized buffers from step to step (a single rank on a CPU).
     """

@@ -52,7 +52,6 @@ def add_lora(
     """Inject float32 adapters with alpha = 2 * rank, as in the reference; set the ranks in the configuration.
 
     Args:
-        model: the model.
         llm_rank: rank in the language model; 0 for no adapters.
         vision_rank: rank in the vision tower; 0 for no adapters.
         dropout: dropout probability of the adapters' input.
@@ -79,7 +78,6 @@ def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list
     """Return one peft configuration for the adapters of both towers.
 
     Args:
-        model: a model with adapters.
         base: path or hub id of the base model.
         modules_to_save: modules that are stored in full with the adapters.
     """

@@ -21,7 +21,6 @@ def find_best(folder: Path, last: float = math.inf) -> Path | None:
     """Return the newest checkpoint that was the best when it was written; None if there is none.
 
     Args:
-        folder: output folder of a run.
         last: ignore checkpoints after this step.
     """
     for checkpoint in reversed(list_checkpoints(folder)):
@@ -38,8 +37,6 @@ def copy_best(state: TrainState, output: Path, resume: Path | None) -> int:
     """Copy the model of the best checkpoint into the output folder; return its step.
 
     Args:
-        state: final state of the run.
-        output: output folder of the run.
         resume: checkpoint that the run resumed from; older checkpoints next to it are searched too.
 
     Raises:

@@ -7,7 +7,6 @@ from typing import Any
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.train.config import TrainConfig
 from internvl_chat.utils.errors import UsageError
-from internvl_chat.utils.files import write_json
 
 FINGERPRINT = "run_fingerprint.json"
 
@@ -76,8 +75,3 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
     ]
     if problems:
         raise UsageError(problems)
-
-
-def write_fingerprint(checkpoint: Path, current: dict[str, Any]) -> None:
-    """Store a fingerprint in a checkpoint."""
-    write_json(checkpoint / FINGERPRINT, current)

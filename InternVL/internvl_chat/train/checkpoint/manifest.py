@@ -1,22 +1,19 @@
 """Manifest of a checkpoint: sizes and hashes of its files, written last to mark the folder as complete."""
 
-import hashlib
 import json
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from internvl_chat.utils.files import write_json
-from internvl_chat.utils.hashed_file import FileEntry, Pause, no_pause
+from internvl_chat.utils.files import file_sha256, write_json
+from internvl_chat.utils.hashed_file import FileEntry
 
 MANIFEST = "manifest.json"
 
 _VERSION = 1
 # Hashing a file is bound by one core, so several files are hashed at a time.
 _THREADS = 8
-_CHUNK = 2**26
 
 
 def write_manifest(
@@ -24,15 +21,11 @@ def write_manifest(
     known: Mapping[str, FileEntry] | None = None,
     *,
     threads: int = _THREADS,
-    pause: Pause = no_pause,
 ) -> None:
     """Write the manifest of all files in a folder and its subfolders.
 
     Args:
-        folder: folder of the checkpoint.
         known: entries, by relative path, of files that were hashed while they were written.
-        threads: number of threads that hash the other files.
-        pause: see `HashedFile`.
 
     Raises:
         OSError: a file in `known` is missing or has another size, for example if ranks do not share the disk.
@@ -44,7 +37,7 @@ def write_manifest(
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = {path.relative_to(folder).as_posix(): path for path in files}
     unknown = {name: path for name, path in names.items() if name not in entries}
-    for name, digest in zip(unknown, hash_files(unknown.values(), threads, pause), strict=True):
+    for name, digest in zip(unknown, hash_files(unknown.values(), threads), strict=True):
         entries[name] = FileEntry(unknown[name].stat().st_size, digest)
     listed = {name: entries[name]._asdict() for name in names}
     write_json(folder / MANIFEST, {"version": _VERSION, "files": listed})
@@ -85,18 +78,7 @@ def _read_entries(file: Path) -> dict[str, FileEntry]:
     return {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in loaded["files"].items()}
 
 
-def hash_files(files: Iterable[Path], threads: int = _THREADS, pause: Pause = no_pause) -> Iterator[str]:
+def hash_files(files: Iterable[Path], threads: int = _THREADS) -> Iterator[str]:
     """Yield the SHA-256 of each file, hashing several files at a time."""
-
-    def digest(file: Path) -> str:
-        sha256 = hashlib.sha256()
-        with file.open("rb", buffering=0) as stream:
-            start = time.perf_counter()
-            while chunk := stream.read(_CHUNK):
-                sha256.update(chunk)
-                pause(time.perf_counter() - start)
-                start = time.perf_counter()
-        return sha256.hexdigest()
-
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(digest, files)
+        yield from pool.map(file_sha256, files)

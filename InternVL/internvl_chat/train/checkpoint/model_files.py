@@ -1,6 +1,6 @@
 """Write the model of a checkpoint: weights or adapters, tokenizer and preprocessing."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -20,52 +20,31 @@ from internvl_chat.train.setup import adapter_base
 from internvl_chat.utils.hashed_file import FileEntry
 
 
-@dataclass(frozen=True)
-class CheckpointWriter:
-    """Writes the model in training, or its adapters, into a folder.
-
-    Attributes:
-        model: the model in training.
-        tokenizer: the tokenizer of the model.
-        preprocessing: the preprocessing of the run.
-        auxiliary: tokenizer and other files of the initial model, by name. They are kept in memory, because
-            the initial model may be a checkpoint that is deleted during the run.
-        base: base model of the adapters; None without adapters.
-        keep_tokenizer: keep the tokenizer files in `auxiliary`, because the tokenizer has not changed.
-    """
-
-    model: InternVLChatModel
-    tokenizer: PreTrainedTokenizerBase
-    preprocessing: Preprocessing
-    auxiliary: dict[str, bytes]
-    base: BaseModel | None
-    keep_tokenizer: bool
-
-    def __call__(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, FileEntry]:
-        """Write the model with the given weights; create the folder if needed.
-
-        Returns:
-            Size and hash of each safetensors file, by name.
-        """
-        if self.base is not None:
-            entries = save_adapter(self.model, folder, self.base, weights)
-        else:
-            entries = save_model(self.model, folder, weights)
-        write_files(self.auxiliary, folder)
-        if not self.keep_tokenizer:
-            save_tokenizer(self.tokenizer, folder)
-        self.preprocessing.save(folder)
-        return entries
-
-
 def checkpoint_writer(
     plan: RunPlan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
-) -> CheckpointWriter:
-    """Return the writer of the run's checkpoints; with adapters, hash their base model on rank 0."""
+) -> Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]:
+    """Return a function that writes the model, or its adapters, with the given weights into a folder.
+
+    The function returns size and hash of each safetensors file, by name. The base model of adapters is hashed
+    now, on rank 0.
+    """
     base = _base_model(plan) if lora_layers(model) and plan.config.run.is_main else None
     _, added = load_tokenizer(plan.source)
+    # Kept in memory, because the initial model may be a checkpoint that is deleted during the run.
     auxiliary = read_auxiliary_files(plan.source)
-    return CheckpointWriter(model, tokenizer, preprocessing, auxiliary, base, keep_tokenizer=added == 0)
+
+    def write(folder: Path, weights: dict[str, Tensor]) -> dict[str, FileEntry]:
+        if base is not None:
+            entries = save_adapter(model, folder, base, weights)
+        else:
+            entries = save_model(model, folder, weights)
+        write_files(auxiliary, folder)
+        if added:  # otherwise the auxiliary files have the tokenizer
+            save_tokenizer(tokenizer, folder)
+        preprocessing.save(folder)
+        return entries
+
+    return write
 
 
 def _base_model(plan: RunPlan) -> BaseModel:

@@ -27,7 +27,7 @@ from torch.futures import Future
 from internvl_chat.model.io.weights import write_file
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError
-from internvl_chat.utils.hashed_file import FileEntry, Pause
+from internvl_chat.utils.hashed_file import FileEntry
 
 # A single rank has no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
@@ -53,7 +53,6 @@ def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str
     """Return the tensors that this rank writes: sharded ones, and a balanced part of the replicated ones.
 
     Args:
-        tensors: tensors from `named_state`.
         main_bytes: bytes that rank 0 writes in addition.
     """
     load = [main_bytes] + [0] * (distributed.world_size() - 1)
@@ -80,9 +79,9 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 class _Writer(dcp.HuggingFaceStorageWriter):
     """Writes and hashes safetensors files, one per thread."""
 
-    def __init__(self, folder: Path, threads: int, pause: Pause) -> None:
+    def __init__(self, folder: Path, threads: int) -> None:
         super().__init__(str(folder), save_distributed=True)
-        self._folder, self._threads, self._pause = folder, threads, pause
+        self._folder, self._threads = folder, threads
         self.entries: dict[str, FileEntry] = {}
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
@@ -104,7 +103,6 @@ class _Writer(dcp.HuggingFaceStorageWriter):
             tensors,
             self._folder / name,
             metadata={"DCP_SHARDING_INFO": json.dumps(offsets)},
-            pause=self._pause,
         )
         return [WriteResult(item.index, tensors[item.index.fqn].nbytes, None) for item in items]
 
@@ -115,24 +113,21 @@ def save_optimizer(
     copies: Mapping[str, Tensor],
     *,
     threads: int,
-    pause: Pause,
     group: dist.ProcessGroup | None,
 ) -> dict[str, FileEntry]:
     """Write this rank's tensors and return its files; a collective that fails on all ranks or on none.
 
     Args:
-        folder: target folder; created if needed.
         tensors: tensors from `tensors_to_write`.
         copies: host copies of this rank's shards, by the same names.
         threads: number of threads, each of which writes a file.
-        pause: see `HashedFile`.
         group: process group of all ranks that no other thread uses.
 
     Raises:
         OSError: a file cannot be written (a single rank).
         TrainingError: a file cannot be written (several ranks).
     """
-    writer = _Writer(folder, threads, pause)
+    writer = _Writer(folder, threads)
     with _unwrap_failure():
         dcp.save(dict(tensors), storage_writer=writer, planner=_StagedPlanner(copies), process_group=group)
     return writer.entries
@@ -145,7 +140,6 @@ def load_optimizer(
     """Load the state saved by any number of ranks; a collective.
 
     Args:
-        folder: folder with the safetensors files.
         model: model whose parameter names identify the state.
         optimizer: optimizer to load into; each rank loads its shards.
         saved: the second result of `named_state`.

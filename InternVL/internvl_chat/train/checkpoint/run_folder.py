@@ -47,9 +47,7 @@ class OutputFolder:
     """An output folder that has been inspected.
 
     Attributes:
-        path: the folder.
         resume: checkpoint to resume from; None to start a new run.
-        overwrite: delete the files of an earlier run.
         results: names of the checkpoints and results at the time of the inspection.
     """
 
@@ -117,8 +115,6 @@ def inspect_output_folder(
     An unfinished run is resumed from its newest intact checkpoint, as in the reference.
 
     Args:
-        path: the output folder; may be missing.
-        overwrite: start a new run and delete an earlier one.
         resume: checkpoint folder to resume from; `True` for the newest; `auto` or None for the newest if any.
         inputs: files and folders that the run reads, which must not be overwritten.
 

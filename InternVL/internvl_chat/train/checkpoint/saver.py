@@ -9,8 +9,8 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import threading
-import time
 from collections import ChainMap
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from internvl_chat.train.checkpoint.best import find_best
-from internvl_chat.train.checkpoint.fingerprint import write_fingerprint
+from internvl_chat.train.checkpoint.fingerprint import FINGERPRINT
 from internvl_chat.train.checkpoint.manifest import write_manifest
 from internvl_chat.train.checkpoint.optimizer_state import (
     load_optimizer,
@@ -33,11 +33,12 @@ from internvl_chat.train.checkpoint.optimizer_state import (
 from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, list_checkpoints
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_state_file
-from internvl_chat.train.checkpoint.weights import WeightGatherer, local_shard
+from internvl_chat.train.checkpoint.weights import WeightGatherer
 from internvl_chat.train.distributed.deepspeed import save_engine
-from internvl_chat.train.distributed.strategy import Strategy
+from internvl_chat.train.distributed.strategy import Strategy, local_shard
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.files import write_json
 from internvl_chat.utils.hashed_file import FileEntry, drop_from_cache
 from internvl_chat.utils.logging import get_logger
 
@@ -50,8 +51,8 @@ OPTIMIZER = "optimizer"
 DEEPSPEED = "deepspeed"
 _TAG = "state"
 
-# When training on the CPU, the thread sleeps this many times longer than it works, to slow no step down much.
-_SLEEP_RATIO = 4.0
+# On a CPU, the thread competes with training for the cores. This niceness gives it a third of a usual share.
+_NICENESS = 5
 _GPU_THREADS = 4
 
 
@@ -62,14 +63,9 @@ class Checkpointer:
     checkpoints stay intact and training continues.
 
     Args:
-        output: output folder of the run.
-        strategy: parallel layout with the model, the optimizer and the scheduler.
         write_model: writes the model with the given weights into a folder; returns the entries of the files
             that it has hashed.
-        fingerprint: settings that must not change when the run is resumed.
-        device: device of this rank.
         keep: maximum number of checkpoints, including the newest and the best; None for all.
-        model_only: do not save the state needed to resume.
         background: write while training continues. DeepSpeed always writes in the foreground.
     """
 
@@ -89,14 +85,10 @@ class Checkpointer:
         self._fingerprint, self._keep, self._model_only = fingerprint, keep, model_only
         self._is_deepspeed, self._is_main = strategy.name == "deepspeed", distributed.rank() == 0
         self._background = background and not self._is_deepspeed
-        self._device, self._throttled = device, device.type == "cpu"
-        self._threads = 1 if self._throttled else _GPU_THREADS
-        self._group = distributed.new_host_group()  # used only by the thread
+        self._device, self._threads = device, 1 if device.type == "cpu" else _GPU_THREADS
+        self._group = distributed.new_host_group()  # used by one thread at a time
         self._buffers, self._weights = HostBuffers(device), WeightGatherer(strategy.model, self._group)
         self._thread: threading.Thread | None = None
-        # Set while training waits for the thread, which then does not sleep.
-        self._is_awaited = threading.Event()
-        self._is_awaited.set()
 
     @property
     def busy(self) -> bool:
@@ -115,10 +107,16 @@ class Checkpointer:
         if not in_background:
             write()
             return
-        self._is_awaited.clear()
         # Not a daemon thread, so that the process waits for it at exit.
-        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread = threading.Thread(target=self._run_thread, args=(write,), name="checkpoint")
         self._thread.start()
+
+    def _run_thread(self, write: Callable[[], None]) -> None:
+        # Linux applies niceness to a thread and those that it starts, other systems to the whole process.
+        if self._device.type == "cpu" and sys.platform == "linux":
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
+        write()
 
     def before_optimizer_step(self) -> None:
         """Delay the optimizer step on the GPU until the tensors of the current save are copied."""
@@ -126,7 +124,6 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait for the current save, if any; its errors are logged."""
-        self._is_awaited.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -138,7 +135,11 @@ class Checkpointer:
             OSError: rank 0 cannot write the model.
         """
         self.wait()
-        weights = self._strategy.full_weights()
+        weights = (
+            self._strategy.full_weights()
+            if self._is_deepspeed
+            else self._weights.gather(self._weights.prepare())
+        )
         if self._is_main:
             self._write_model(folder, weights)
 
@@ -218,14 +219,14 @@ class Checkpointer:
             text: content of `trainer_state.json`.
             optimizer: live optimizer tensors that this rank writes.
             copies: host copies of this rank's shards of optimizer state and weights.
-            folder: folder of the checkpoint.
         """
         self._buffers.synchronize()
         weights = self._weights.gather(copies)
         entries = {}
         if not self._model_only:
-            options = {"threads": self._threads, "pause": self._pause, "group": self._group}
-            written = save_optimizer(folder / OPTIMIZER, optimizer, copies, **options)
+            written = save_optimizer(
+                folder / OPTIMIZER, optimizer, copies, threads=self._threads, group=self._group
+            )
             entries = {f"{OPTIMIZER}/{name}": entry for name, entry in written.items()}
         return entries | self._write_model_files(text, weights, folder)
 
@@ -245,17 +246,15 @@ class Checkpointer:
         """Write model, state and fingerprint on rank 0; return the entries of the hashed files."""
         if not self._is_main:
             return {}
-        start = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         entries = self._write_model(folder, weights)
-        self._pause(time.perf_counter() - start)
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-        write_fingerprint(folder, self._fingerprint)
+        write_json(folder / FINGERPRINT, self._fingerprint)
         return entries
 
     def _publish(self, folder: Path, entries: dict[str, FileEntry]) -> None:
         """Add the manifest, sync everything to disk, rename the folder, and delete older checkpoints."""
-        write_manifest(folder, entries, threads=self._threads, pause=self._pause)
+        write_manifest(folder, entries, threads=self._threads)
         for path in [*folder.rglob("*"), folder]:
             _sync(path)
         final, former = self._output / folder.name, folder.with_name(folder.name + FORMER)
@@ -283,11 +282,6 @@ class Checkpointer:
             shutil.disk_usage(self._output).free / 1e9,
             checkpoints[-1].name if checkpoints else "none",
         )
-
-    def _pause(self, seconds: float) -> None:
-        """Sleep after this many seconds of work, if the thread competes with training for the CPU."""
-        if self._throttled:
-            self._is_awaited.wait(_SLEEP_RATIO * seconds)
 
 
 def _sync(path: Path) -> None:

@@ -30,6 +30,15 @@ class TrainState:
     evals_without_improvement: int = 0
     total_flops: float = 0.0
 
+    def update_best(self, metric: float, greater_is_better: bool) -> bool:
+        """Record the metric of a validation after this step; return whether it is the best so far."""
+        best = self.best_metric
+        if best is None or (metric > best if greater_is_better else metric < best):
+            self.best_metric, self.best_step, self.evals_without_improvement = metric, self.step, 0
+            return True
+        self.evals_without_improvement += 1
+        return False
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields under their names in `trainer_state.json`."""
         return {_JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from internvl_chat.model.io.adapter import adapter_weights
 from internvl_chat.model.lora.injection import lora_layers
+from internvl_chat.train.distributed.strategy import local_shard
 from internvl_chat.utils import distributed
 
 
@@ -14,7 +15,6 @@ class WeightGatherer:
     """Collects the weights of each checkpoint; shards (FSDP2) are gathered over gloo, without the GPU.
 
     Args:
-        model: the model in training.
         group: gloo group that nothing else uses while `gather` runs; None with a single rank.
     """
 
@@ -81,8 +81,3 @@ class WeightGatherer:
                 part.copy_(shard)
             else:
                 dist.recv(part, src=rank, group=self._group)
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

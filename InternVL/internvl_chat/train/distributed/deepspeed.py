@@ -26,7 +26,6 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     """Return the user's configuration with all "auto" values replaced.
 
     Args:
-        run: the resolved flags.
         hidden_size: hidden size of the language model, which sets ZeRO-3's bucket sizes as in transformers.
 
     Raises:
@@ -97,7 +96,6 @@ class DeepSpeedStrategy(Strategy):
     """Trains with a DeepSpeed engine, which holds float32 master weights, clips the gradients and steps.
 
     Args:
-        model: model whose trainable parameters have been chosen.
         make_optimizer: builds the optimizer of the model, unless the configuration has one.
         make_scheduler: builds the learning-rate scheduler, unless the configuration has one.
         config: configuration from `resolve_deepspeed`.
@@ -142,19 +140,13 @@ class DeepSpeedStrategy(Strategy):
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def optimizer_step(self) -> None:
-        """Do nothing: `clip_gradients` has stepped the optimizer."""
-
-    def scheduler_step(self) -> None:
-        """Do nothing: `clip_gradients` has stepped the scheduler."""
-
-    def zero_grad(self) -> None:
-        """Do nothing: the engine frees the gradients when it steps."""
-
     def full_weights(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+        """Return all weights by name; a collective.
+
+        ZeRO-3's are gathered in the CPU memory of rank 0, and the other ranks return an empty dictionary.
+        """
         if not self.shards_weights:
-            return super().full_weights()
+            return dict(self.model.state_dict())
         import deepspeed
 
         weights, main = {}, distributed.rank() == 0

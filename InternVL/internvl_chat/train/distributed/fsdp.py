@@ -4,55 +4,28 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy, full_tensor
+from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.utils import distributed
 
 
 class FSDPStrategy(Strategy):
-    """Shards a model in place: each layer of both towers is a unit, and the rest of the model is another.
-
-    Args:
-        model: model whose trainable parameters have been chosen.
-        make_optimizer: builds the optimizer of the sharded model.
-        make_scheduler: builds the learning-rate scheduler of the optimizer.
-        device: device of this rank.
-    """
+    """Shards a model in place: each layer of both towers is a unit, and the rest of the model is another."""
 
     name, shards_weights = "fsdp", True
 
-    def __init__(
-        self,
-        model: InternVLChatModel,
-        make_optimizer: MakeOptimizer,
-        make_scheduler: MakeScheduler,
-        device: torch.device,
-    ) -> None:
-        model.to(device)
+    def _wrap(self, device: torch.device, bucket_cap_mb: int | None) -> nn.Module:
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
-        for layer in model.blocks:
+        for layer in self.model.blocks:
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        model.always_run_vision = True
-        self.model = self.wrapped = model
-        self.optimizer = make_optimizer(model)
-        self.scheduler = make_scheduler(self.optimizer)
+        self.model.always_run_vision = True
+        return fully_shard(self.model, mesh=mesh)
 
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Iterator[None]:
         """See `Strategy`."""
         self.wrapped.set_requires_gradient_sync(last)
         yield
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """See `Strategy`; gather one weight at a time, so that no GPU holds all of them."""
-        weights = {}
-        for name, tensor in self.model.state_dict().items():
-            full = full_tensor(tensor)
-            if distributed.rank() == 0:
-                weights[name] = full.cpu()
-        return weights

@@ -1,11 +1,13 @@
 """Parallel layouts of training: a single rank or DDP here, FSDP2 and DeepSpeed in subclasses."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,18 +22,13 @@ class Strategy:
     """Owns model, optimizer and scheduler; this class keeps all weights on every rank (DDP).
 
     Args:
-        model: model on its device, whose trainable parameters have been chosen.
-        make_optimizer: builds the optimizer of a model.
-        make_scheduler: builds the learning-rate scheduler of an optimizer.
-        device: device of this rank.
+        model: model on any device, whose trainable parameters have been chosen.
         bucket_cap_mb: size of DDP's gradient buckets; None for torch's default.
 
     Attributes:
         name: `single`, `ddp`, `fsdp` or `deepspeed`.
         model: the model without wrapper.
         wrapped: the module to call in training.
-        optimizer: optimizer of the trainable parameters.
-        scheduler: learning-rate scheduler.
         shards_weights: whether weights are sharded outside the forward pass. All ranks must then run the
             same modules.
     """
@@ -46,20 +43,24 @@ class Strategy:
         device: torch.device,
         bucket_cap_mb: int | None = None,
     ) -> None:
-        self.model = model
-        self.name = "ddp" if distributed.world_size() > 1 else "single"
-        self.wrapped: nn.Module = model
-        if self.name == "ddp":
-            # Gradients are views of the buckets, so they are stored once.
-            self.wrapped = DistributedDataParallel(
-                model,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                bucket_cap_mb=bucket_cap_mb,
-            )
+        self.model = model.to(device)
+        self.wrapped = self._wrap(device, bucket_cap_mb)
         self.optimizer = make_optimizer(model)
         self.scheduler = make_scheduler(self.optimizer)
+
+    def _wrap(self, device: torch.device, bucket_cap_mb: int | None) -> nn.Module:
+        """Return the module to call in training."""
+        self.name = "ddp" if distributed.world_size() > 1 else "single"
+        if self.name == "single":
+            return self.model
+        # Gradients are views of the buckets, so they are stored once.
+        return DistributedDataParallel(
+            self.model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=bucket_cap_mb,
+        )
 
     def gradient_sync(self, last: bool) -> AbstractContextManager:
         """Return the context of a forward and backward pass; gradients are reduced after the last pass."""
@@ -72,34 +73,14 @@ class Strategy:
     def clip_gradients(self, max_norm: float) -> float:
         """Clip the gradients to a total norm (0 disables clipping); return the norm before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if max_norm > 0:
-            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        return float(full_tensor(norm))
-
-    def optimizer_step(self) -> None:
-        """Step the optimizer, but not the scheduler."""
-        self.optimizer.step()
-
-    def scheduler_step(self) -> None:
-        """Step the learning-rate scheduler, also after skipped steps."""
-        self.scheduler.step()
-
-    def zero_grad(self) -> None:
-        """Free the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """Return all weights by name, unsharded; a collective.
-
-        Sharded weights are gathered in the CPU memory of rank 0, and the other ranks return an empty
-        dictionary. Otherwise these are the live parameters.
-        """
-        return dict(self.model.state_dict())
+        return float(full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor (DTensor) on every rank; return any other tensor unchanged."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

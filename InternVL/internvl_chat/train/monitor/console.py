@@ -22,7 +22,6 @@ class Console:
     """Reports the progress of a run.
 
     Args:
-        total_steps: number of steps of the run.
         first_step: first step, counting from 1.
         show_bar: show a progress bar if standard error is a terminal.
     """

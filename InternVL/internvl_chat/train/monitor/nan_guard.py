@@ -37,10 +37,6 @@ class NanGuard:
         """Return the reason to skip a step, or None if its gradients can be used.
 
         Args:
-            step: the step, counting from 1.
-            loss: loss over all ranks.
-            norm: gradient norm over all parameters.
-            supervised: number of supervised tokens.
             records: returns the records of the step, as dataset and index.
 
         Raises:

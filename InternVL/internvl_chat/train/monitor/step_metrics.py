@@ -1,7 +1,9 @@
 """Metrics of a step, and its lines in `metrics.jsonl` and `ledger.jsonl`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,9 @@ from torch import Tensor
 from internvl_chat.data.batching.collator import Pack
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.sources.skip_policy import SkippedRecord
-from internvl_chat.utils.distributed import all_reduce_sum
+from internvl_chat.model.flops import peak_flops
+from internvl_chat.train.preflight.memory import max_memory
+from internvl_chat.utils.distributed import all_reduce_sum, world_size
 
 
 class StepSums(NamedTuple):
@@ -20,9 +24,6 @@ class StepSums(NamedTuple):
     Attributes:
         weight: loss weights of all supervised tokens.
         records: number of records, without dummy samples.
-        tokens: number of tokens.
-        supervised_tokens: number of supervised tokens.
-        tiles: number of tiles.
         flops: FLOPs of forward and backward passes.
         skipped: number of unusable records.
         stop_requested: number of ranks that received a stop signal.
@@ -129,49 +130,31 @@ class StepRecord:
     """Outcome of a step over all ranks.
 
     Attributes:
-        loss: loss of the step.
-        learning_rate: learning rate of the step.
+        step: the step, counting from 1.
+        epoch: epochs completed after the step.
         grad_norm: gradient norm before clipping.
-        sums: sums over the packs of all ranks.
         sets: loss of each dataset with records in the step.
         skipped: unusable records.
         skipped_because: reason for skipping the step; None if it was not skipped.
     """
 
+    step: int
+    epoch: float
     loss: float
     learning_rate: float
     grad_norm: float
     sums: StepSums
     sets: Mapping[str, DatasetLoss] = field(default_factory=dict)
-    skipped: tuple[SkippedRecord, ...] = ()
+    skipped: Sequence[SkippedRecord] = ()
     skipped_because: str | None = None
 
 
-def metrics_row(
-    record: StepRecord,
-    *,
-    step: int,
-    epoch: float,
-    seconds: float,
-    peak_flops: float | None,
-    world_size: int,
-    max_memory: int,
-) -> dict[str, Any]:
-    """Return a step's line of `metrics.jsonl`.
-
-    Args:
-        record: outcome of the step.
-        step: the step, counting from 1.
-        epoch: epochs completed after the step.
-        seconds: duration of the step.
-        peak_flops: peak FLOP/s of a device; None if unknown.
-        world_size: number of ranks.
-        max_memory: peak memory of this rank in bytes.
-    """
+def metrics_row(record: StepRecord, seconds: float, device: torch.device) -> dict[str, Any]:
+    """Return a step's line of `metrics.jsonl`, given its duration."""
     sums = record.sums
     row: dict[str, Any] = {
-        "step": step,
-        "epoch": round(epoch, 6),
+        "step": record.step,
+        "epoch": round(record.epoch, 6),
         "loss": round(record.loss, 7),
         "grad_norm": round(record.grad_norm, 7),
         "learning_rate": record.learning_rate,
@@ -183,22 +166,29 @@ def metrics_row(
         "records_per_second": round(sums.records / seconds, 3),
         "tokens_per_second": round(sums.tokens / seconds, 1),
     }
-    if peak_flops:
-        row["mfu"] = round(sums.flops / seconds / peak_flops / world_size, 4)
-    row["max_memory_gb"] = round(max_memory / 1e9, 3)
+    if peak := peak_flops(device):
+        row["mfu"] = round(sums.flops / seconds / peak / world_size(), 4)
+    row["max_memory_gb"] = round(max_memory(device) / 1e9, 3)
     row["sets"] = {
         name: {"records": part.records, "loss": round(part.loss, 7)} for name, part in record.sets.items()
     }
     return row | _skipped_because(record)
 
 
-def ledger_row(record: StepRecord, *, step: int, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:
+def ledger_row(record: StepRecord, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:
     """Return a step's line of `ledger.jsonl`, given its epoch (from 0) and its planned records."""
     skipped = {(key.dataset, key.index) for key in record.skipped}
     trained = [key for key in records if key not in skipped]
-    row = {"step": step, "epoch": epoch, **_skipped_because(record), "trained": trained}
+    row = {"step": record.step, "epoch": epoch, **_skipped_because(record), "trained": trained}
     return row | ({"skipped": [item._asdict() for item in record.skipped]} if skipped else {})
 
 
 def _skipped_because(record: StepRecord) -> dict[str, str]:
     return {"skipped_because": record.skipped_because} if record.skipped_because else {}
+
+
+def skipped_records(ledger: Path) -> list[tuple[str, int]]:
+    """Return the records that earlier steps skipped, as dataset and index, from `ledger.jsonl`."""
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
+    rows = [json.loads(line) for line in lines if '"skipped"' in line]
+    return [(record["dataset"], record["index"]) for row in rows for record in row.get("skipped", ())]

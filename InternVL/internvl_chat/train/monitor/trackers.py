@@ -43,11 +43,7 @@ def tracker_problems(names: Sequence[str]) -> Iterator[str]:
 
 
 class Trackers:
-    """The trackers of a run; failures are logged, and a tracker is dropped after three.
-
-    Args:
-        trackers: started trackers.
-    """
+    """The trackers of a run; failures are logged, and a tracker is dropped after three."""
 
     def __init__(self, trackers: Sequence[GeneralTracker]) -> None:
         self._failures = dict.fromkeys(trackers, 0)
@@ -61,8 +57,6 @@ class Trackers:
         Args:
             names: names from `available_trackers`.
             run_name: name of the run; None for the name of its folder.
-            folder: output folder of the run, for trackers that write files.
-            config: configuration to log; may be nested.
         """
         started = []
         for name in names if rank() == 0 else ():

@@ -48,7 +48,6 @@ def build_adamw(
     Float32 parameters are updated as by `torch.optim.AdamW`, bit for bit, in every precision.
 
     Args:
-        groups: parameter groups.
         precision: `master` (a float32 copy of each bf16 weight), `stochastic` (stochastic rounding; less
             memory) or `bf16` (weights and moments in bf16, as the reference trains).
         seed: see `Float32AdamW`.

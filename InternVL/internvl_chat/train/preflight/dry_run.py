@@ -1,10 +1,10 @@
 """Dry run: run the largest pack before training, so that a run does not run out of memory later."""
 
 import gc
-from collections.abc import Callable
 
 import torch
 
+from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.preflight.memory import MemoryPlan, available_memory, gigabytes, max_memory
 from internvl_chat.utils.distributed import any_rank
 from internvl_chat.utils.errors import TrainingError
@@ -13,42 +13,25 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 
-def run_dry_run(
-    plan: MemoryPlan,
-    forward_backward: Callable[[], None],
-    set_checkpointing: Callable[[int], None],
-    *,
-    device: torch.device,
-    sharded: bool,
-    grad_checkpoint: str,
-    optimizer_state_loaded: bool,
-) -> int:
+def run_dry_run(loop: TrainingLoop, plan: MemoryPlan, grad_checkpoint: str) -> int:
     """Run the largest pack; if it does not fit and `grad_checkpoint` is `auto`, checkpoint more layers.
 
     A sharded model is not run again, because gradients are wrong after a failed backward pass with FSDP. A
     rank that fails raises immediately: the others wait in a collective, and the launcher ends them.
 
-    Args:
-        plan: the memory plan.
-        forward_backward: runs the largest pack and discards its gradients; a collective only if sharded.
-        set_checkpointing: sets the number of checkpointed layers.
-        device: device of this rank.
-        sharded: whether forward and backward passes are collectives.
-        grad_checkpoint: `auto`, `True` or `False`.
-        optimizer_state_loaded: whether the optimizer state is already in memory, as in a resumed run.
-
     Returns:
         The number of checkpointed layers.
 
     Raises:
+        DataError: a record of the pack cannot be used.
         TrainingError: the pack does not fit; the message has the memory plan.
     """
-    checkpointed = plan.checkpointed_layers
+    checkpointed, sharded = plan.checkpointed_layers, loop.strategy.shards_weights
     if plan.parallel == "deepspeed":
         logger.info("no dry run: DeepSpeed would add the gradients to those of the first step")
         return checkpointed
     while True:
-        shortage = _shortage(plan, forward_backward, device, optimizer_state_loaded)
+        shortage = _shortage(loop, plan)
         if shortage is None if sharded else not any_rank(shortage is not None):
             return checkpointed
         if sharded or grad_checkpoint != "auto" or checkpointed >= plan.layers:
@@ -58,18 +41,17 @@ def run_dry_run(
         logger.warning(
             "the largest pack does not fit: checkpointing %d of %d decoder layers", checkpointed, plan.layers
         )
-        set_checkpointing(checkpointed)
+        loop.strategy.model.checkpoint_layers(checkpointed)
 
 
-def _shortage(
-    plan: MemoryPlan, forward_backward: Callable[[], None], device: torch.device, state_loaded: bool
-) -> str | None:
+def _shortage(loop: TrainingLoop, plan: MemoryPlan) -> str | None:
     """Run the largest pack; return a message if it does not fit together with the optimizer state."""
+    device = loop.run.device
     on_gpu, error = device.type == "cuda", None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        forward_backward()
+        _run_largest_pack(loop, plan)
     except RuntimeError as raised:
         if not is_out_of_memory(raised):
             raise
@@ -80,7 +62,7 @@ def _shortage(
         if on_gpu:
             torch.cuda.empty_cache()
         return error
-    peak = max_memory(device) + (0 if state_loaded else plan.components["optimizer state"])
+    peak = max_memory(device) + (0 if loop.strategy.optimizer.state else plan.components["optimizer state"])
     if plan.parallel == "ddp" and not plan.several_packs:
         # Unreduced gradients are stored next to DDP's buckets; in training they are views of the buckets.
         peak -= plan.components["gradients"]
@@ -88,6 +70,23 @@ def _shortage(
     logger.info("dry run: planned %s GB, %s %s GB", gigabytes(plan.total), measured, gigabytes(peak))
     available = available_memory(device)
     return f"{gigabytes(peak)} of {gigabytes(available)} GB" if on_gpu and peak > available else None
+
+
+def _run_largest_pack(loop: TrainingLoop, plan: MemoryPlan) -> None:
+    """Run the largest pack forward and backward and discard its gradients."""
+    pack, strategy, device = loop.packs[plan.sample_indices], loop.strategy, loop.run.device
+    if isinstance(pack, Exception):
+        raise pack
+    # With several packs per step, a pack runs while the gradients of the previous one are in memory.
+    packs = [pack] * (2 if plan.several_packs else 1)
+    weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
+    strategy.wrapped.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            # With sharded weights, `zero_grad` frees only reduced gradients.
+            loop.forward_backward(packs, weights, 1.0, sync=strategy.shards_weights)
+        finally:
+            strategy.optimizer.zero_grad()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -46,7 +46,6 @@ class MemoryPlan:
         pack: size of the largest pack of any rank and step.
         sample_indices: records of the largest pack.
         several_packs: whether any step has several packs on a rank.
-        layers: number of decoder layers.
         fitting_flags: returns the flags that would keep the total within a limit, with their totals.
     """
 
@@ -90,10 +89,7 @@ def plan_memory(
     """Choose parallel layout and activation checkpointing for the largest pack of the run; a collective.
 
     Args:
-        config: the resolved flags.
         model: model whose trainable parameters have been chosen, on any device.
-        sampler: the packs of each step.
-        data: the training records.
 
     Raises:
         UsageError: the run does not fit; the message has the plan and the flags that would fit.
@@ -135,7 +131,6 @@ class _Planner:
         """Return the plan with the fewest checkpointed layers that fits; if none fits, with the most.
 
         Args:
-            parallel: the parallel layout.
             changed: `precision`, `checkpoint` or `packs`, to override those of the run.
         """
         packs, several = changed.get("packs", self.packs)

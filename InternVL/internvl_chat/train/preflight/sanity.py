@@ -40,13 +40,7 @@ def run_sanity_checks(
     tokenizer: PreTrainedTokenizerBase,
     preprocessing: Preprocessing,
 ) -> None:
-    """Run all checks of a run that starts from the checkpoint `source`; collective if the model is sharded.
-
-    Raises:
-        UsageError: see `check_preprocessing`.
-        DataError: see `first_samples`.
-        TrainingError: see `show_supervision` and `check_packing`.
-    """
+    """Run all checks of a run that starts from the checkpoint `source`; collective with a sharded model."""
     check_preprocessing(source, preprocessing)
     show_supervision(data, tokenizer)
     samples = first_samples(data, 0, 4)

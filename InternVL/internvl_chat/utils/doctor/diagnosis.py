@@ -10,8 +10,6 @@ class Problem:
     """A problem of a machine.
 
     Attributes:
-        what: the problem.
-        advice: how to fix it.
         severity: `error` prevents training, `warning` does not.
     """
 

@@ -1,7 +1,9 @@
 """The lines of a step, compared with expected lines."""
 
+import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from internvl_chat.data.record_set import RecordKey
@@ -15,6 +17,7 @@ from internvl_chat.train.monitor.step_metrics import (
     dataset_sums,
     ledger_row,
     metrics_row,
+    skipped_records,
 )
 
 SUMS = StepSums(
@@ -31,18 +34,26 @@ SUMS = StepSums(
 
 
 def record(**changes):
-    values = {"loss": 1.23456789, "learning_rate": 1e-5, "grad_norm": 0.25, "sums": SUMS}
+    values = {
+        "step": 3,
+        "epoch": 0.5,
+        "loss": 1.23456789,
+        "learning_rate": 1e-5,
+        "grad_norm": 0.25,
+        "sums": SUMS,
+    }
     return StepRecord(**values | {"sets": {"a": DatasetLoss(4, 1.23456789)}} | changes)
 
 
-def metrics(step, **changes) -> dict:
-    return metrics_row(step, **{
-        "step": 3, "epoch": 0.5, "seconds": 2.0, "peak_flops": None, "world_size": 2,
-        "max_memory": 1_500_000_000,
-    } | changes)  # fmt: skip
+@pytest.fixture
+def metrics(monkeypatch):
+    """Return the line of a step of 2 s on two ranks with a peak memory of 1.5 GB."""
+    monkeypatch.setattr(step_metrics, "max_memory", lambda _: 1_500_000_000)
+    monkeypatch.setattr(step_metrics, "world_size", lambda: 2)
+    return lambda step: metrics_row(step, 2.0, torch.device("cpu"))
 
 
-def test_metrics():
+def test_metrics(metrics):
     assert metrics(record()) == {
         "step": 3, "epoch": 0.5, "loss": 1.2345679, "grad_norm": 0.25, "learning_rate": 1e-5, "records": 4,
         "tokens": 100, "supervised_tokens": 30, "tiles": 7, "seconds": 2.0, "records_per_second": 2.0,
@@ -50,24 +61,25 @@ def test_metrics():
     }  # fmt: skip
 
 
-def test_mfu_needs_peak_flops():
-    assert metrics(record(), peak_flops=6e12)["mfu"] == 0.25
+def test_mfu_needs_peak_flops(metrics, monkeypatch):
+    monkeypatch.setattr(step_metrics, "peak_flops", lambda _: 6e12)
+    assert metrics(record())["mfu"] == 0.25
 
 
 def test_ledger_lists_trained_and_skipped_records():
     records = [RecordKey("a", 0), RecordKey("b", 5)]
-    plain = ledger_row(record(), step=3, epoch=0, records=records)
+    plain = ledger_row(record(), 0, records)
     assert plain == {"step": 3, "epoch": 0, "trained": [("a", 0), ("b", 5)]}
     skipped = (SkippedRecord("b", 5, "r5", "is no image"),)
-    assert ledger_row(record(skipped=skipped), step=3, epoch=0, records=records) == {
+    assert ledger_row(record(skipped=skipped), 0, records) == {
         "step": 3, "epoch": 0, "trained": [("a", 0)],
         "skipped": [{"dataset": "b", "index": 5, "id": "r5", "message": "is no image"}],
     }  # fmt: skip
 
 
-def test_both_lines_have_the_reason_of_a_skipped_step():
+def test_both_lines_have_the_reason_of_a_skipped_step(metrics):
     skipped = record(skipped_because="the loss is nan")
-    for row in (metrics(skipped), ledger_row(skipped, step=3, epoch=0, records=[])):
+    for row in (metrics(skipped), ledger_row(skipped, 0, [])):
         assert row["skipped_because"] == "the loss is nan"
 
 
@@ -117,3 +129,15 @@ def test_sums_over_ranks_keep_their_types(monkeypatch):
     total = SUMS._replace(stop_requested=1, saving=1).all_reduce()
     assert total == StepSums(4.0, 8, 200, 60, 14, 12e12, 0, 2, 2)
     assert [type(value) for value in total] == [float, int, int, int, int, float, int, int, int]
+
+
+def test_skipped_records_are_read_from_the_ledger(tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    assert skipped_records(ledger) == []
+    lines = [
+        {"step": 0, "skipped": [{"dataset": "a", "index": 3, "message": "no such file"}], "trained": []},
+        ledger_row(record(skipped=(SkippedRecord("b", 1, None, "x"),)), 0, [RecordKey("a", 0)]),
+        ledger_row(record(skipped_because="the loss is nan"), 0, [RecordKey("a", 1)]),
+    ]
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert skipped_records(ledger) == [("a", 3), ("b", 1)]

@@ -1,5 +1,6 @@
 """The dry run of the largest pack: handling of out-of-memory errors, and no effect on training."""
 
+import contextlib
 import json
 import logging
 import os
@@ -140,6 +141,7 @@ class Gpu:
     def __init__(self, monkeypatch, device: Device, peak) -> None:
         for name in ("reset_peak_memory_stats", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak(device.checkpointed))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (300, 5000))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
@@ -249,7 +251,7 @@ def test_dry_run_does_not_affect_training(start, metrics, monkeypatch, capfd, bf
     code, out = start("with", bf16=bf16)
     assert code == 0
     assert "dry run: planned" in capfd.readouterr().err
-    monkeypatch.setattr("internvl_chat.train.loop.run_dry_run", lambda *_, **__: 0)
+    monkeypatch.setattr("internvl_chat.train.internvl_chat_finetune.run_dry_run", lambda *_: 0)
     code, other = start("without", bf16=bf16)
     assert code == 0
     assert "dry run: planned" not in capfd.readouterr().err

@@ -66,11 +66,7 @@ class PersistentGradient:
 
 
 class PersistentHeadBuffers(HeadBuffers):
-    """A head's buffers, as large as the largest pack so far needs.
-
-    Args:
-        gradient: gradient of the head's weight.
-    """
+    """A head's buffers, as large as the largest pack so far needs."""
 
     def __init__(self, gradient: PersistentGradient) -> None:
         self._gradient = gradient
