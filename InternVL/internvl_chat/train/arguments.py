@@ -36,7 +36,7 @@ class _Parser(HfArgumentParser):
 
 
 def _build_parser() -> HfArgumentParser:
-    kinds = (ModelArguments, DataArguments, RunArguments)
+    kinds: Any = (ModelArguments, DataArguments, RunArguments)
     return _Parser(kinds, add_help=False, allow_abbrev=False, exit_on_error=False)
 
 

@@ -221,7 +221,7 @@ def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) 
         if find_spec("rouge") is None:
             yield f"--eval_generate {run.eval_generate}: rouge is not installed (pip install rouge)"
     if run.metric_for_best_model and specs is not None:
-        yield from _metric_problem(run, [spec.name for spec in specs])
+        yield from _metric_problem(run, run.metric_for_best_model, [spec.name for spec in specs])
     if run.load_best_model_at_end and run.save_strategy == "no":
         yield "--load_best_model_at_end True: --save_strategy no saves no checkpoints"
     if config.data.eval_meta_path is None:
@@ -236,10 +236,10 @@ def sharded_generation_problem(run: RunConfig, sharding: str) -> str:
     )
 
 
-def _metric_problem(run: RunConfig, datasets: Sequence[str]) -> Iterator[str]:
+def _metric_problem(run: RunConfig, given: str, datasets: Sequence[str]) -> Iterator[str]:
     """Check the metric that selects the best model."""
     losses, all_metrics = (metric_names(datasets, generate=generate) for generate in (False, True))
-    metric = f"eval_{run.metric_for_best_model.removeprefix('eval_')}"
+    metric = f"eval_{given.removeprefix('eval_')}"
     if metric in (all_metrics if run.eval_generate > 0 else losses):
         return
     matches = difflib.get_close_matches(metric, all_metrics, n=1)
@@ -247,7 +247,7 @@ def _metric_problem(run: RunConfig, datasets: Sequence[str]) -> Iterator[str]:
         advice = "it needs --eval_generate"
     else:
         advice = f"did you mean {matches[0]}?" if matches else f"use one of {', '.join(all_metrics)}"
-    yield f"--metric_for_best_model {run.metric_for_best_model}: not measured; {advice}"
+    yield f"--metric_for_best_model {given}: not measured; {advice}"
 
 
 # ---- output folder, data, model
@@ -304,9 +304,10 @@ def _check_model(config: TrainConfig) -> Path:
     """Check the folder of the initial model and return it."""
     model, data = config.model, config.data
     if model.model_name_or_path is None:
-        for path in (model.vision_path, model.llm_path):
-            weight_files(model_folder(path))
-        return model_folder(model.llm_path)
+        vision, llm = map(model_folder, model.parts)
+        weight_files(vision)
+        weight_files(llm)
+        return llm
     folder = model_folder(model.model_name_or_path)
     problems = []
     if is_adapter(folder):

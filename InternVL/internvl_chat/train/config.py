@@ -187,7 +187,7 @@ def resolve_run(args: RunArguments) -> RunConfig:
         raise UsageError(problems)
     values |= {
         "flags": vars(args),
-        "output_dir": str(Path(args.output_dir).expanduser().absolute()),
+        "output_dir": str(Path(args.output_dir or "").expanduser().absolute()),
         "rank": distributed.rank(),
         "world_size": distributed.world_size(),
         "local_world_size": distributed.local_world_size(),

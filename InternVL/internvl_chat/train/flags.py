@@ -87,6 +87,13 @@ class ModelArguments:
     attn: str = _memory("auto", "Attention kernel of both towers.", ATTENTION_NAMES)
     use_liger: bool = _memory(False, "Use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs).")
 
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Vision tower and language model of a model that is assembled from its parts."""
+        if self.vision_path is None or self.llm_path is None:
+            raise ValueError("the model is not assembled from its parts")
+        return self.vision_path, self.llm_path
+
     def __post_init__(self) -> None:
         names = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
         value = (names | {"auto": "auto"}).get(str(self.grad_checkpoint).lower())

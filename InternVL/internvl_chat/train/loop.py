@@ -215,6 +215,8 @@ class TrainingLoop:
         self.watchdog.note(f"validating after step {state.step}")
         # With sharded weights, all ranks must run the same forward passes.
         may_leave = not self.strategy.shards_weights
+        if self.validation is None:
+            return
         result = self.validation.run(self.strategy.model, lambda: may_leave and self.stop.signal is not None)
         if result is None:
             logger.warning("step %d: validation interrupted", state.step)
@@ -320,7 +322,7 @@ class TrainingLoop:
 
     def _update_best(self, metrics: dict[str, float]) -> None:
         """Update the best metric; stop early after `early_stopping_patience` validations without progress."""
-        name = f"eval_{self.run.metric_for_best_model.removeprefix('eval_')}"
+        name = f"eval_{(self.run.metric_for_best_model or '').removeprefix('eval_')}"
         improved = self.state.update_best(metrics[name], self.run.greater_is_better)
         if not improved and self._is_out_of_patience():
             logger.info(

@@ -107,7 +107,7 @@ def _base_paths(config: TrainConfig) -> list[str]:
     """Return the path of the initial model, or the paths of the parts it was assembled from."""
     model = config.model
     if model.model_name_or_path is None:
-        return [model.vision_path, model.llm_path]
+        return list(model.parts)
     folder = Path(model.model_name_or_path)
     if is_adapter(folder):
         return [model.base_model_path or read_base(folder).path]

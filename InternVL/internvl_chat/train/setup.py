@@ -62,9 +62,10 @@ def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedToken
     tokenizer, added = load_tokenizer(plan.source)
     context = image_context_id(tokenizer)
     if config.model.model_name_or_path is None and plan.output.resume is None:
+        vision, llm = map(model_folder, config.model.parts)
         model = assemble_model(
-            vision_folder=model_folder(config.model.vision_path),
-            llm_folder=model_folder(config.model.llm_path),
+            vision_folder=vision,
+            llm_folder=llm,
             mlp_file=Path(config.model.mlp_path) if config.model.mlp_path else None,
             downsample_ratio=config.data.down_sample_ratio,
             image_context_id=context,
@@ -136,8 +137,8 @@ def load_encoder(plan: RunPlan) -> RecordEncoder:
     """Return the encoder of a run's records, with the tile limit of the flags; read no weights."""
     config = plan.config
     if config.model.model_name_or_path is None and plan.output.resume is None:
-        folders = model_folder(config.model.vision_path), model_folder(config.model.llm_path)
-        model_config = assembled_config(*folders, config.data.down_sample_ratio)
+        vision, llm = map(model_folder, config.model.parts)
+        model_config = assembled_config(vision, llm, config.data.down_sample_ratio)
     else:
         model_config = read_config(plan.source)
     tokenizer, _ = load_tokenizer(plan.source)

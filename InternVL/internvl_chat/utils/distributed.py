@@ -8,7 +8,7 @@ run. Gradients and weights are communicated over NCCL on GPUs.
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -125,7 +125,8 @@ def broadcast_object(value: T) -> T:
 
 def run_on_rank_0(function: Callable[[], T]) -> T:
     """Call a function on rank 0; return its result, or raise its `M3LLMError`, on all ranks."""
-    result, error = None, TrainingError("rank 0 has failed; see its message")
+    result: Any = None
+    error: M3LLMError | None = TrainingError("rank 0 has failed; see its message")
     try:
         if rank() == 0:
             result, error = function(), None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from internvl_chat.constants import IM_END, IM_START, SPECIAL_TOKENS
 from internvl_chat.utils.files import write_json
@@ -39,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a tokenizer as `tokenizer.json`, and as the separate files that the reference's code reads."""
     tokenizer.save_pretrained(str(folder))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

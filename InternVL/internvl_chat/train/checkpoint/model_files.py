@@ -51,5 +51,5 @@ def _base_model(plan: RunPlan) -> BaseModel:
     """Return the base model of the run's adapters."""
     if is_adapter(plan.source):
         return find_base(plan.source, adapter_base(plan))[1]
-    path = plan.config.model.model_name_or_path
+    path = plan.config.model.model_name_or_path or str(plan.source)
     return BaseModel(str(Path(path).absolute()) if Path(path).is_dir() else path, weights_digest(plan.source))

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -37,7 +37,7 @@ def named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state tensors by "<parameter>/<state>", and the rest of the state for a JSON file."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {
         f"{names[parameter]}/{name}": value
         for parameter, values in optimizer.state.items()
@@ -56,7 +56,7 @@ def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str
         main_bytes: bytes that rank 0 writes in addition.
     """
     load = [main_bytes] + [0] * (distributed.world_size() - 1)
-    assigned = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    assigned: dict[str, Tensor] = {key: t for key, t in tensors.items() if isinstance(t, DTensor)}
     for key in sorted(tensors.keys() - assigned.keys(), key=lambda key: (-tensors[key].nbytes, key)):
         rank = load.index(min(load))
         load[rank] += tensors[key].nbytes
@@ -96,8 +96,13 @@ class _Writer(dcp.HuggingFaceStorageWriter):
     def _write_file(
         self, number: int, items: list[dcp.WriteItem], planner: dcp.SavePlanner
     ) -> list[WriteResult]:
-        tensors = {item.index.fqn: planner.resolve_data(item) for item in items}
-        offsets = {i.index.fqn: {"saved_offsets": list(i.tensor_data.chunk.offsets)} for i in items}
+        tensors, offsets = {}, {}
+        for item in items:
+            tensor, data = planner.resolve_data(item), item.tensor_data
+            if not isinstance(tensor, Tensor) or data is None:
+                raise TypeError(f"{item.index.fqn} is not a tensor")
+            tensors[item.index.fqn] = tensor
+            offsets[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
         name = f"rank-{distributed.rank():05d}-{number:02d}.safetensors"
         self.entries[name] = write_file(
             tensors,
@@ -153,12 +158,14 @@ def load_optimizer(
     if group_names != [group["params"] for group in saved["param_groups"]]:
         raise TrainingError(f"{folder}: the parameters differ from those of this run")
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     try:
         metadata = reader.read_metadata()
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{folder}: cannot be read: {error}") from None
     for key, stored in metadata.state_dict_metadata.items():
+        if not isinstance(stored, TensorStorageMetadata):
+            raise TrainingError(f"{folder}: {key} is not a tensor")
         parameter, dtype = parameters[key.rpartition("/")[0]], stored.properties.dtype
         # A tensor with the shape of its parameter is sharded like it; any other is replicated.
         like = parameter if stored.size == parameter.shape else torch.empty(stored.size)

@@ -97,7 +97,7 @@ class OutputFolder:
                 shutil.rmtree(checkpoint)
         for name in _LOGS:
             _truncate_log(self.path / name, step)
-        if self.resume.resolve().parent == self.path.resolve():
+        if self.resume and self.resume.resolve().parent == self.path.resolve():
             _warn_about_gaps(self.path / LEDGER, step)
 
 
@@ -234,7 +234,7 @@ def _truncate_log(path: Path, step: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+    kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     partial.replace(path)

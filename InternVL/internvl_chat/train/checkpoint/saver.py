@@ -15,7 +15,7 @@ from collections import ChainMap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, list_chec
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_state_file
 from internvl_chat.train.checkpoint.weights import WeightGatherer
-from internvl_chat.train.distributed.deepspeed import save_engine
+from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy, save_engine
 from internvl_chat.train.distributed.strategy import Strategy, local_shard
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
@@ -83,8 +83,9 @@ class Checkpointer:
     ) -> None:
         self._output, self._strategy, self._write_model = output, strategy, write_model
         self._fingerprint, self._keep, self._model_only = fingerprint, keep, model_only
-        self._is_deepspeed, self._is_main = strategy.name == "deepspeed", distributed.rank() == 0
-        self._background = background and not self._is_deepspeed
+        self._deepspeed = cast(DeepSpeedStrategy, strategy) if strategy.name == "deepspeed" else None
+        self._is_main = distributed.rank() == 0
+        self._background = background and self._deepspeed is None
         self._device, self._threads = device, 1 if device.type == "cpu" else _GPU_THREADS
         self._group = distributed.new_host_group()  # used by one thread at a time
         self._buffers, self._weights = HostBuffers(device), WeightGatherer(strategy.model, self._group)
@@ -136,8 +137,8 @@ class Checkpointer:
         """
         self.wait()
         weights = (
-            self._strategy.full_weights()
-            if self._is_deepspeed
+            self._deepspeed.full_weights()
+            if self._deepspeed
             else self._weights.gather(self._weights.prepare())
         )
         if self._is_main:
@@ -156,9 +157,9 @@ class Checkpointer:
         """Copy the state; return a function that writes it, and whether it can run in the background."""
         strategy, values = self._strategy, state.to_json()
         self._buffers.wait_for_training()
-        if self._is_deepspeed:
-            weights = strategy.full_weights()
-            return partial(self._write_deepspeed, json.dumps(values), weights), False
+        if self._deepspeed:
+            write = partial(self._write_deepspeed, self._deepspeed.engine)
+            return partial(write, json.dumps(values), self._deepspeed.full_weights()), False
         local, optimizer = self._weights.prepare(), {}
         if not self._model_only:
             tensors, rest = named_state(strategy.model, strategy.optimizer)
@@ -172,11 +173,13 @@ class Checkpointer:
     def _write(self, step: int, write_files: WriteFiles | None, error: Exception | None) -> None:
         """Write and publish a checkpoint; a collective that fails on all ranks or on none."""
         distributed.set_device(self._device)
-        partial_folder, entries = self._output / PARTIAL / f"checkpoint-{step}", {}
+        partial_folder = self._output / PARTIAL / f"checkpoint-{step}"
+        entries: dict[str, FileEntry] = {}
         try:
             self._gather(error)
-            with self._buffers.stream():
-                entries = write_files(partial_folder)
+            if write_files is not None:  # None only with an error, which `_gather` has raised
+                with self._buffers.stream():
+                    entries = write_files(partial_folder)
         except Exception as failure:
             error = failure
             if not isinstance(error, OSError | M3LLMError):
@@ -230,7 +233,9 @@ class Checkpointer:
             entries = {f"{OPTIMIZER}/{name}": entry for name, entry in written.items()}
         return entries | self._write_model_files(text, weights, folder)
 
-    def _write_deepspeed(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
+    def _write_deepspeed(
+        self, engine: Any, text: str, weights: dict[str, Tensor], folder: Path
+    ) -> dict[str, FileEntry]:
         """Write this rank's files; if rank 0 fails, the others do not wait for it inside DeepSpeed."""
         entries, error = {}, None
         try:
@@ -239,7 +244,7 @@ class Checkpointer:
             error = failure
         self._gather(error)
         if not self._model_only:
-            save_engine(self._strategy.engine, folder / DEEPSPEED, _TAG)
+            save_engine(engine, folder / DEEPSPEED, _TAG)
         return entries
 
     def _write_model_files(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
@@ -313,8 +318,9 @@ def load_training_state(checkpoint: Path, strategy: Strategy) -> TrainState:
     """
     saved = read_state_file(checkpoint)
     if strategy.name == "deepspeed" and (checkpoint / DEEPSPEED).is_dir():
-        folder = str(checkpoint / DEEPSPEED)
-        loaded, _ = strategy.engine.load_checkpoint(folder, tag=_TAG, load_module_strict=False)
+        folder = checkpoint / DEEPSPEED
+        engine = cast(DeepSpeedStrategy, strategy).engine
+        loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if loaded is None:
             raise TrainingError(f"{folder}: DeepSpeed cannot load this state")
     else:

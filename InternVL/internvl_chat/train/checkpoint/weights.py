@@ -1,12 +1,13 @@
 """Collect the weights of a checkpoint: select what each rank copies, and gather shards on rank 0."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from internvl_chat.model.io.adapter import adapter_weights
 from internvl_chat.model.lora.injection import lora_layers
+from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.distributed.strategy import local_shard
 from internvl_chat.utils import distributed
 
@@ -18,7 +19,7 @@ class WeightGatherer:
         group: gloo group that nothing else uses while `gather` runs; None with a single rank.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, model: InternVLChatModel, group: dist.ProcessGroup | None) -> None:
         self._model, self._group, self._is_main = model, group, distributed.rank() == 0
         self._full: dict[str, Tensor] = {}
         self._unique: dict[str, Tensor] = {}

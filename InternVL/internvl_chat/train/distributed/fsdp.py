@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.utils import distributed
@@ -22,10 +23,11 @@ class FSDPStrategy(Strategy):
         for layer in self.model.blocks:
             fully_shard(layer, mesh=mesh)
         self.model.always_run_vision = True
-        return fully_shard(self.model, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        return self.model
 
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Iterator[None]:
         """See `Strategy`."""
-        self.wrapped.set_requires_gradient_sync(last)
+        cast(FSDPModule, self.model).set_requires_gradient_sync(last)
         yield

@@ -64,7 +64,9 @@ class Strategy:
 
     def gradient_sync(self, last: bool) -> AbstractContextManager:
         """Return the context of a forward and backward pass; gradients are reduced after the last pass."""
-        return contextlib.nullcontext() if last or self.name == "single" else self.wrapped.no_sync()
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass, inside `gradient_sync`."""

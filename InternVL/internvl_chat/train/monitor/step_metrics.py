@@ -66,7 +66,7 @@ class StepSums(NamedTuple):
     def all_reduce(self) -> "StepSums":
         """Return the sums over all ranks; a collective."""
         values = all_reduce_sum(torch.tensor(self, dtype=torch.float64), in_step=True).tolist()
-        return StepSums(*(type(local)(value) for local, value in zip(self, values, strict=True)))
+        return StepSums._make(type(local)(value) for local, value in zip(self, values, strict=True))
 
 
 class DatasetLoss(NamedTuple):

@@ -78,9 +78,13 @@ class _Slice(NamedTuple):
     def split(self, size: int) -> Iterator["_Slice"]:
         """Split into flat slices of at most `size` elements; only the gradient may be copied."""
         flat = self.weight.view(-1), self.grad.reshape(-1), self.exp_avg.view(-1), self.exp_avg_sq.view(-1)
+        masters: Iterable[Tensor | None]
         masters = itertools.repeat(None) if self.master is None else self.master.view(-1).split(size)
-        for *tensors, master in zip(*(tensor.split(size) for tensor in flat), masters, strict=False):
-            yield _Slice(*tensors, master, self.step)
+        weights, grads, averages, squares = (tensor.split(size) for tensor in flat)
+        for weight, grad, average, square, master in zip(
+            weights, grads, averages, squares, masters, strict=False
+        ):
+            yield _Slice(weight, grad, average, square, master, self.step)
 
 
 class Float32AdamW(torch.optim.Optimizer):
@@ -125,10 +129,10 @@ class Float32AdamW(torch.optim.Optimizer):
                 raise TypeError(f"trained parameters must be float32 or bfloat16, not {parameter.dtype}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         """Update every parameter that has a gradient; closures are not supported."""
         for index, group in enumerate(self.param_groups):
-            slices = [self._next_step(p) for p in group["params"] if p.grad is not None]
+            slices = [self._next_step(p, p.grad) for p in group["params"] if p.grad is not None]
             float32 = [s for s in slices if s.weight.dtype == torch.float32]
             _adamw(float32, [s.weight for s in float32], [s.grad for s in float32], group)
             # A rank's shard of a small parameter may be empty.
@@ -139,9 +143,9 @@ class Float32AdamW(torch.optim.Optimizer):
                 group["roundings"] += 1
                 (self._update_compiled if self.compiled else self._update)(bf16, group, noise_seed)
 
-    def _next_step(self, parameter: Tensor) -> _Slice:
+    def _next_step(self, parameter: Tensor, gradient: Tensor) -> _Slice:
         """Return the tensors of a parameter's next step; the first step creates the state."""
-        if parameter.grad.is_sparse:
+        if gradient.is_sparse:
             raise RuntimeError("AdamW does not support sparse gradients; use an embedding with sparse=False")
         state = self.state[parameter]
         if "step" not in state:
@@ -151,8 +155,9 @@ class Float32AdamW(torch.optim.Optimizer):
         if "master" not in state and parameter.dtype == torch.bfloat16 and not self.stochastic:
             state["master"] = parameter.detach().float()
         state["step"] += 1
-        tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master")
-        return _Slice(*map(_local, tensors), step=int(state["step"]))
+        master = _local(state["master"]) if "master" in state else None
+        averages = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        return _Slice(_local(parameter), _local(gradient), *averages, master, int(state["step"]))
 
     def _update(self, parameters: list[_Slice], group: dict[str, Any], noise_seed: int) -> None:
         """Update bf16 weights eagerly, slice by slice."""
@@ -165,7 +170,7 @@ class Float32AdamW(torch.optim.Optimizer):
         for part in itertools.chain.from_iterable(s.split(size) for s in parameters):
             count = len(part.weight)
             grad = scratch[0, :count].copy_(part.grad)
-            if not self.stochastic:
+            if part.master is not None:
                 _adamw([part], [part.master], [grad], group)
                 part.weight.copy_(part.master)
                 continue
@@ -187,7 +192,9 @@ class Float32AdamW(torch.optim.Optimizer):
             for parameter in parameters:
                 (flat,) = parameter.split(parameter.weight.numel())
                 # Not the view itself, because torch recompiles for each shape of its base.
-                fused_step(*(None if t is None else t.data for t in flat[:-1]), factors[parameter.step])
+                weight, grad, average, square = (tensor.data for tensor in flat[:4])
+                master = None if flat.master is None else flat.master.data
+                fused_step(weight, grad, average, square, master, factors[parameter.step])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of any precision in float32, whereas torch casts it to the dtype of the weights.
@@ -216,15 +223,15 @@ def _adamw(
     if not slices:
         return
     # torch increments the steps.
-    steps = torch.tensor([s.step - 1.0 for s in slices], dtype=torch.float32)
-    steps = list(steps.to(weights[0].device, non_blocking=True).unbind())
+    counts = torch.tensor([s.step - 1.0 for s in slices], dtype=torch.float32)
+    steps = list(counts.to(weights[0].device, non_blocking=True).unbind())
     moments = [s.exp_avg for s in slices], [s.exp_avg_sq for s in slices]
     options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
     options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
     adamw(weights, grads, *moments, [], steps, fused=True, amsgrad=False, maximize=False, **options)
 
 
-def _local(tensor: Tensor | None) -> Tensor | None:
+def _local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

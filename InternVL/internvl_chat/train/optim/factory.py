@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -76,8 +76,10 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
     """Yield the problems of `make_optimizer` and `make_scheduler` that can be found without a model."""
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
-    library = [] if run.optim in OWN_OPTIMIZERS else [functools.partial(_library_optimizer, run)]
-    for check in (*library, functools.partial(make_scheduler, run, probe, 10**6)):
+    checks: list[Callable[[], Any]] = [functools.partial(make_scheduler, run, probe, 10**6)]
+    if run.optim not in OWN_OPTIMIZERS:
+        checks.insert(0, functools.partial(_library_optimizer, run))
+    for check in checks:
         try:
             check()
         except UsageError as error:
@@ -118,12 +120,13 @@ def _can_compile(precision: str, device: torch.device) -> bool:
 
 def _library_optimizer(run: RunConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Return class and options of an optimizer that transformers' Trainer supports."""
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
     if run.optim.startswith(_REFUSED_OPTIMIZERS):
         raise UsageError(f"--optim {run.optim}: not supported; use adamw_torch, adafactor or sgd")
     try:
-        return Trainer.get_optimizer_cls_and_kwargs(run)
+        # The method reads only flags that RunConfig has too.
+        return Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, run))
     except (ImportError, ValueError) as error:
         raise UsageError(f"--optim {run.optim}: {error}; or use adamw_torch (the default)") from None
 

@@ -174,7 +174,8 @@ class _Planner:
         columns = PackSize(tokens, self.lengths.supervised, self.lengths.tiles, tokens**2)
         counts = (0, self.activations.layers)
         needs = np.stack([sum(self.activations.for_pack(columns, count).values()) for count in counts])
-        largest, several = [(-1.0, [], 0)] * 2, False
+        largest: list[tuple[float, np.ndarray, int]] = [(-1.0, np.zeros(0, np.int64), 0)] * 2
+        several = False
         for step in range(1, self.steps + 1):
             epoch, number = self.sampler.position_of(step)
             ranks = planner(self.sampler.step(epoch, number))
@@ -182,7 +183,7 @@ class _Planner:
             for pack in itertools.chain.from_iterable(ranks):
                 candidates = [(needed, pack, epoch) for needed in needs[:, pack].sum(axis=1)]
                 pairs = zip(largest, candidates, strict=True)
-                largest = [max(pair, key=lambda candidate: candidate[0]) for pair in pairs]
+                largest = [new if new[0] > old[0] else old for old, new in pairs]
         return [
             (PackSize(*(int(c[pack].sum()) for c in columns)), [SampleIndex(int(i), epoch) for i in pack])
             for _, pack, epoch in largest
