@@ -153,11 +153,11 @@ class TrainingLoop:
         total_weight = sums.weight or 1.0
         # The factor `world_size` undoes the averaging of the gradients over ranks.
         weighted_sum, token_losses = self.forward_backward(packs, weights, self.run.world_size / total_weight)
-        local = dataset_sums(self.set_names, packs, weights, token_losses)
-        losses = torch.cat([weighted_sum.reshape(1).cpu(), local.flatten()])
+        by_set = dataset_sums(self.set_names, packs, weights, token_losses)
+        losses = torch.cat([weighted_sum.reshape(1).cpu(), by_set.flatten()])
         losses = distributed.all_reduce_sum(losses, in_step=True)
         loss = losses[0].item() / total_weight
-        sets = dataset_losses(self.set_names, losses[1:].view_as(local))
+        sets = dataset_losses(self.set_names, losses[1:].view_as(by_set))
         self.checkpointer.before_optimizer_step()
         norm = self.strategy.clip_gradients(self.run.max_grad_norm)
         skipped_because = self.nan_guard.check(
