@@ -20,6 +20,7 @@ from internvl_chat.commands.common import (
 )
 from internvl_chat.commands.output import echo, print_json, print_table
 from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.text import counted
 
 if TYPE_CHECKING:
     from internvl_chat.data.audit.checks import Audit
@@ -32,7 +33,7 @@ _EXAMPLES_PER_KIND = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `data check`."""
     add = parser.add_argument
-    add("meta", help="meta file (like PMC-data.json)")
+    add("meta", nargs="?", metavar="META", help="meta file (like PMC-data.json)")
     add("--model",
         help="model folder, adapter folder or hub id whose tokenizer counts tokens (default: tokens are "
         "not counted)")  # fmt: skip
@@ -58,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.data.sources.meta import load_meta
     from internvl_chat.data.sources.problems import WARNINGS
 
+    if args.meta is None:
+        if len(args.against) < 2:
+            raise UsageError("META is required: the meta file of the datasets to check")
+        args.meta = args.against.pop()  # `--against PATH META`
     if args.model is None and (args.max_seq_length or args.truncate_text):
         raise UsageError("--max_seq_length and --truncate_text need --model: its tokenizer counts the tokens")
     specs, encoder = load_meta(args.meta, args.data_root, args.image_root), _encoder(args)
@@ -119,7 +124,8 @@ def _leaks(args: argparse.Namespace, result: Audit) -> list[Problem]:
 
     benchmark = read_benchmark(args.against, args.data_root)
     if not args.json:
-        echo(f"compared with {len(benchmark.articles):,} PMC ids and {len(benchmark.images):,} images")
+        articles, images = counted(len(benchmark.articles), "PMC id"), counted(len(benchmark.images), "image")
+        echo(f"compared with {articles} and {images}")
     return find_leaks(result.opened, benchmark, workers=args.workers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from internvl_chat.commands.common import (
     preprocessing_options,
 )
 from internvl_chat.commands.output import echo, print_json, print_table, progress
-from internvl_chat.utils.errors import ModelError, UsageError
+from internvl_chat.utils.errors import DataError, ModelError, UsageError
+from internvl_chat.utils.text import counted
 
 if TYPE_CHECKING:
     from internvl_chat.eval.benchmarks.item import Benchmark, Key
@@ -45,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum tokens per answer (default: 128 with META, 1024 with --bench)")  # fmt: skip
     add("--batch_size", type=positive, metavar="N", default=8,
         help="questions per batch with META (default: 8)")  # fmt: skip
+    add("--on_bad_record", choices=("fail", "skip"), default="fail",
+        help="skip: leave out unusable records and items, and name them (default: fail)")  # fmt: skip
     add("--require-above-chance", type=float, metavar="P",
         help="fail unless closed questions are answered above chance at this significance")  # fmt: skip
     add = parser.add_argument_group("with --bench instead of META").add_argument
@@ -79,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_exact_match(args: argparse.Namespace) -> int:
     """Print exact match per dataset, and test the accuracy on closed questions against chance."""
+    from internvl_chat.data.sources.skip_policy import SkippedRecord
     from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance, score_dataset
     from internvl_chat.inference.engine import Engine
     from internvl_chat.model.io.folders import model_folder
@@ -90,15 +95,23 @@ def _run_exact_match(args: argparse.Namespace) -> int:
         args.model, device=args.device, base=args.base, preprocessing=preprocessing
     )
     answers: list[Answer] = []
+    skipped: list[SkippedRecord] | None = [] if args.on_bad_record == "skip" else None
     max_new_tokens = args.max_new_tokens or _MAX_NEW_TOKENS
     iterator = answer_records(
-        engine, sets, limit=args.limit, max_new_tokens=max_new_tokens, batch_size=args.batch_size
+        engine,
+        sets,
+        limit=args.limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=args.batch_size,
+        skipped=skipped,
     )
     for answer in progress(iterator, total=count_records(sets, args.limit)):
         answers.append(answer)
         if args.json:
             print_json(dataclasses.asdict(answer) | {"correct": answer.correct})
-    rows = [score_dataset(records.spec.name, answers) for records in sets]
+    if skipped and not answers:
+        raise DataError(f"all {len(skipped)} records were skipped; see the warnings above")
+    rows = [score_dataset(records.spec.name, answers, skipped or ()) for records in sets]
     chance = compare_with_chance(answers)
     if args.json:
         for row in rows:
@@ -107,6 +120,8 @@ def _run_exact_match(args: argparse.Namespace) -> int:
         print_json({"dataset": "closed questions", **closed})
     else:
         header = ("dataset", "records", "exact match", "closed", "closed accuracy")
+        if skipped:
+            header = (*header, "skipped")
         print_table(header, [[_percent(v) for v in row.values()] for row in rows])
         if chance:
             echo(
@@ -134,23 +149,30 @@ def _run_benchmark(args: argparse.Namespace) -> int:
     from internvl_chat.utils.distributed import rank
 
     _check_benchmark_arguments(args)
-    benchmark = open_benchmark(args.bench, args.data)
-    unknown = [task for task in args.tasks or () if task not in benchmark.tasks]
-    if unknown:
-        raise UsageError(f"--tasks {','.join(unknown)}: {benchmark.name} has {', '.join(benchmark.tasks)}")
+    benchmark = open_benchmark(
+        args.bench,
+        args.data,
+        tasks=args.tasks,
+        images=not args.predictions,
+        on_bad_record=args.on_bad_record,
+    )
     selected = benchmark.select(args.tasks, args.limit)
     system = system_texts(benchmark, args.prompts)
+    labelled = selected.labelled
+    if args.predictions and not labelled.items:
+        raise DataError("there are no reference answers to score against", file=args.data or args.bench)
     is_first = rank() == 0
-    if is_first:  # before answering, so that a missing metric fails early
+    if is_first and labelled.items:  # before answering, so that a missing metric fails early
         suite = build_suite(
             args.metrics,
-            has_open=any(not item.choices for item in selected.items),
+            has_open=any(not item.choices for item in labelled.items),
             bertscore_model=args.bertscore_model,
             sts_model=args.sts_model,
             device=args.device,
         )
     if args.predictions:
-        answers = read_answers(args.predictions, selected.items, benchmark.items)
+        known = (*benchmark.items, *benchmark.excluded)
+        answers = read_answers(args.predictions, selected.items, known, args.tasks)
     else:
         answers = answer_benchmark(
             benchmark,
@@ -164,17 +186,41 @@ def _run_benchmark(args: argparse.Namespace) -> int:
             max_dynamic_patch=args.max_dynamic_patch,
             options=preprocessing_options(args),
             progress=partial(progress, unit="item"),
+            on_bad_record=args.on_bad_record,
         )
-    if is_first:
-        _report(args, selected, answers, score(selected, answers, suite))
+    if not is_first:
+        return 0
+    answered = selected.keep(answers)
+    _report_exclusions(args, benchmark, selected, answered)
+    if not answered.items:
+        raise DataError("every item was skipped; see the warnings above")
+    if answered.labelled.items:
+        _report(args, answered.labelled, answers, score(answered.labelled, answers, suite))
     return 0
 
 
+def _report_exclusions(
+    args: argparse.Namespace, benchmark: Benchmark, selected: Benchmark, answered: Benchmark
+) -> None:
+    """Report the items that are not scored: skipped ones, and answers without references."""
+    skipped = len(benchmark.excluded) + len(selected.items) - len(answered.items)
+    unlabelled = len(answered.items) - len(answered.labelled.items)
+    file = f"{args.out}/predictions.jsonl" if args.out else args.predictions
+    if args.json and (skipped or unlabelled):
+        print_json({"skipped": skipped, "without_reference": unlabelled})
+    if skipped:
+        echo(f"{counted(skipped, 'item')} skipped; see the warnings for their names", stream=sys.stderr)
+    if unlabelled:
+        echo(f"{file}: {counted(unlabelled, 'answer')} without a reference, not scored", stream=sys.stderr)
+
+
 def _check_benchmark_arguments(args: argparse.Namespace) -> None:
+    from internvl_chat.eval.benchmarks.catalog import location_problem
     from internvl_chat.eval.predictions import SETTINGS
     from internvl_chat.metrics.suite import FAMILIES
 
-    problems = []
+    location = location_problem(args.bench, args.data)
+    problems = [location] if location else []
     if args.meta:
         problems.append(f"META {args.meta} and --bench {args.bench} exclude each other")
     if args.require_above_chance is not None:
@@ -210,7 +256,7 @@ def _report(
     if benchmark.name == "pmc-mi":
         tables = [*paper_tables(scores.tasks, model), *tables]
     for header, rows in tables:
-        print_table(header, [tuple(cell.strip("*") for cell in row) for row in rows])
+        print_table(header, [tuple(cell.replace("**", "") for cell in row) for row in rows])
         echo()
     if args.out:
         echo(f"report: {args.out / PAGE}")

@@ -13,7 +13,7 @@ from internvl_chat.convert.output import Conversion, ConversionOutput
 from internvl_chat.data.encode.hf_processor import save_hf_processor
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
-from internvl_chat.model.io.folders import ORIGINAL, model_folder, write_files
+from internvl_chat.model.io.folders import ORIGINAL, is_model_file, model_folder, write_files
 from internvl_chat.model.io.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.io.merged_checkpoint import MergedCheckpoint, open_merged
 from internvl_chat.model.io.weights import SHARD_BYTES, write_weights
@@ -64,6 +64,9 @@ def export_hf(
         original = folder / ORIGINAL
         original.mkdir()
         write_files(model.auxiliary_files, original)
+        # Licences and other files for readers are in both folders.
+        other = {name: content for name, content in model.auxiliary_files.items() if not is_model_file(name)}
+        write_files(other, folder)
         (original / "config.json").write_text(model.config_text, encoding="utf-8")
         write_weights(to_hf_weights(model.weights), folder, max_shard_bytes=max_shard_bytes)
         carry_card(source, folder, merged=model.merged_layers > 0)

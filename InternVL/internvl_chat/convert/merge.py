@@ -5,7 +5,8 @@ from pathlib import Path
 
 from internvl_chat.convert.model_card import carry_card
 from internvl_chat.convert.output import Conversion, ConversionOutput
-from internvl_chat.model.io.folders import is_hf_format, model_folder, write_files
+from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.model.io.folders import is_hf_format, model_folder, original_folder, write_files
 from internvl_chat.model.io.merged_checkpoint import has_adapters, open_merged
 from internvl_chat.model.io.weights import SHARD_BYTES, write_weights
 
@@ -37,9 +38,20 @@ def merge(
     if output.is_complete():
         return Conversion(target, already_done=True)
     model = open_merged(source, base=base)
+    preprocessing = None
+    if is_hf_format(source) and original_folder(source) is None:
+        # The reference's format has the tile limits in its configuration, not in processor files.
+        preprocessing = Preprocessing.from_folder(source, model.config)
+        model = model.with_options(
+            min_dynamic_patch=preprocessing.min_dynamic_patch,
+            max_dynamic_patch=preprocessing.max_dynamic_patch,
+            use_thumbnail=preprocessing.use_thumbnail,
+        )
     with output.write() as folder:
         write_weights(model.weights, folder, max_shard_bytes=max_shard_bytes)
         write_files(model.auxiliary_files, folder)
         (folder / "config.json").write_text(model.config_text, encoding="utf-8")
+        if preprocessing is not None:
+            preprocessing.save(folder)
         carry_card(source, folder, merged=model.merged_layers > 0)
     return Conversion(target, model.merged_layers)

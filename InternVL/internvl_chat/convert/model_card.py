@@ -4,6 +4,7 @@ A finished run writes one; merged and exported folders get an adapted copy.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,12 @@ ADAPTERS_FOR = "Adapters (LoRA) for"
 VERSION_OF = "A fine-tuned version of"
 
 _UNKNOWN = "unknown"
+
+_CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PUBLISHED = re.compile(r"InternVL[23](_5)?-\d+B(-A\d+B)?(-(Pretrained|Instruct|MPO))?(-hf|-HF)?")
+# Files in the results of runs and conversions.
+_RESULTS = ("train_results.json", "trainer_state.json", "made_from.json", "adapter_config.json")
 
 _USE = """\
 For research on questions about medical figures and their panels, in the form of the training data. It is not
@@ -85,8 +92,32 @@ def render_card(
 
 
 def base_names(paths: Sequence[str]) -> list[str]:
-    """Return hub ids unchanged, and only the names of folders, so that a card shows no local path."""
-    return [Path(path).resolve().name if Path(path).exists() else path for path in paths]
+    """Return hub ids, also of folders whose id is known, and otherwise the names of folders."""
+    return [
+        _hub_id(Path(path)) or Path(path).resolve().name if Path(path).exists() else path for path in paths
+    ]
+
+
+def _hub_id(folder: Path) -> str | None:
+    """Return the hub id of a model in a local folder, if the folder states it.
+
+    It does so in the cache of the hub (`models--organisation--name/snapshots/revision`), by `_name_or_path`
+    in its configuration, or by the name of a published InternVL model. The result of a run or of a merge is
+    another model than its configuration names.
+    """
+    folder = folder.resolve()
+    cached = _CACHED.search(folder.as_posix())
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    if any((folder / name).exists() for name in _RESULTS):
+        return None
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    if isinstance(named, str) and _HUB_ID.fullmatch(named):
+        return named
+    return f"OpenGVLab/{folder.name}" if _PUBLISHED.fullmatch(folder.name) else None
 
 
 def base_licence(paths: Sequence[str]) -> str:

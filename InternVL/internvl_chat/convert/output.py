@@ -1,6 +1,7 @@
 """Output folders of conversions: written completely or not at all, and not written twice."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import shutil
@@ -9,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS
-from internvl_chat.model.io.folders import is_adapter
+from internvl_chat.model.io.folders import is_adapter, read_auxiliary_files
 from internvl_chat.model.io.weights import weights_digest
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
 from internvl_chat.utils.folder_lock import LOCK, lock_folder
 
 STAMP = "made_from.json"
-# The files of a model folder besides weights that affect a conversion.
-_SETTINGS = (
-    "*config.json", "preprocessing.json", "base_model.json", "*token*.json", "vocab.json", "merges.txt",
-    "*.model", "chat_template.*", "*.index.json", "*.py",
-)  # fmt: skip
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# Files of a model folder that affect a conversion, besides weights and auxiliary files.
+_SETTINGS = ("config.json", "adapter_config.json", "base_model.json", "*.index.json")
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class ConversionOutput:
 
         Raises:
             UsageError: another process is writing the target.
-            ModelError: another process has written the target in the meantime.
+            ModelError: a file cannot be written, or another process has written the target in the meantime.
         """
         target = self.target
         staging = target.with_name(f".{target.name}.partial")
@@ -118,6 +117,14 @@ class ConversionOutput:
             staging.rename(target)
             # Not earlier, or another process could lock the staging folder.
             (target / LOCK).unlink()
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if error.errno not in _DISK_ERRORS:
+                raise
+            raise ModelError(
+                f"{error.filename or target}: {error.strerror}; the incomplete result was deleted: free "
+                f"space in {target.parent} and try again"
+            ) from None
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -126,13 +133,14 @@ class ConversionOutput:
 
 
 def _source_digest(source: Path) -> str:
-    """Return a hash of the weights and settings of a model folder."""
+    """Return a hash of everything in a model folder that a conversion reads."""
     if is_adapter(source):
         digest = hashlib.sha256((source / ADAPTER_WEIGHTS).read_bytes())
     else:
         digest = hashlib.sha256(weights_digest(source).encode())
-    for file in sorted({file for pattern in _SETTINGS for file in source.glob(pattern)}):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    settings = {file.name: file.read_bytes() for pattern in _SETTINGS for file in source.glob(pattern)}
+    for name, content in sorted((settings | read_auxiliary_files(source)).items()):
+        digest.update(name.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from internvl_chat.data.sources.records import Message, Record
 from internvl_chat.inference.engine import Engine, Prompt, last_question
 from internvl_chat.model.attention import pinned_sdpa
 from internvl_chat.model.io.folders import is_hf_format
+from internvl_chat.model.io.weights import describe_non_finite, non_finite_error
 from internvl_chat.utils.errors import DataError, ModelError
 
 # Number of last positions whose logits are compared.
@@ -131,7 +132,7 @@ class TransformersRunner:
         dtype: dtype of the weights.
 
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or weights are not finite.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -149,6 +150,7 @@ class TransformersRunner:
         finally:
             if progress_bar:
                 transformers_logging.enable_progress_bar()
+        _require_finite(model, folder)
         nn.Module.to(model, device)
         self.model, self.device, self.dtype = model.eval(), device, dtype
         probe = [{"role": "user", "content": IMAGE_PLACEHOLDER}]
@@ -225,3 +227,15 @@ class TransformersRunner:
         image_of_token = image_of_position[input_ids == processor.image_token_id]
         counts = torch.bincount(image_of_token)[1:].tolist()
         return tuple(count // processor.image_seq_length for count in counts)
+
+
+def _require_finite(model: nn.Module, folder: Path) -> None:
+    """Check the weights of a model that transformers loaded.
+
+    Raises:
+        ModelError: a weight contains NaN or Inf.
+    """
+    problems = {name: describe_non_finite(tensor) for name, tensor in model.state_dict().items()}
+    non_finite = [f"{name} ({problem})" for name, problem in problems.items() if problem is not None]
+    if non_finite:
+        raise non_finite_error(folder, non_finite)

@@ -7,8 +7,13 @@ from typing import Any
 from scipy.stats import binomtest
 
 from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources.skip_policy import SkippedRecord
 from internvl_chat.inference.engine import Engine, last_question
 from internvl_chat.metrics.overlap import exact_match
+from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,25 +45,49 @@ def answer_records(
     limit: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 8,
+    skipped: list[SkippedRecord] | None = None,
 ) -> Iterator[Answer]:
     """Answer the last question of the first `limit` records of each dataset (default: all records).
 
+    Args:
+        engine: the model.
+        sets: the datasets.
+        limit: number of records of each dataset; None for all.
+        max_new_tokens: maximum tokens per answer.
+        batch_size: number of records that are loaded together.
+        skipped: receives the records that cannot be used, which are logged; None to raise an error.
+
     Raises:
-        DataError: a record cannot be used.
+        DataError: a record cannot be used, and `skipped` is None.
     """
     for records in sets:
         indices = records.first(limit)
         for start in range(0, len(indices), batch_size):
-            yield from _answer_batch(engine, records, indices[start : start + batch_size], max_new_tokens)
+            batch = indices[start : start + batch_size]
+            yield from _answer_batch(engine, records, batch, max_new_tokens, skipped)
 
 
 def _answer_batch(
-    engine: Engine, records: RecordSet, indices: Iterable[int], max_new_tokens: int
+    engine: Engine,
+    records: RecordSet,
+    indices: Iterable[int],
+    max_new_tokens: int,
+    skipped: list[SkippedRecord] | None,
 ) -> Iterator[Answer]:
-    parsed = [(index, records.record(index)) for index in indices]
-    prompts, references = [], []
-    for index, record in parsed:
-        prompt, reference = last_question(record, records.images(index, record))
+    parsed, prompts, references = [], [], []
+    for index in indices:
+        try:
+            record = records.record(index)
+            prompt, reference = last_question(record, records.images(index, record))
+            if skipped is not None:
+                engine.encode(prompt)
+        except DataError as error:
+            if skipped is None:
+                raise
+            logger.warning("skipped: %s", error)
+            skipped.append(SkippedRecord(records.spec.name, index, error.record, str(error)))
+            continue
+        parsed.append((index, record))
         prompts.append(prompt)
         references.append(reference)
     predictions = engine.answer(prompts, max_new_tokens=max_new_tokens)
@@ -67,10 +96,13 @@ def _answer_batch(
         yield Answer(records.spec.name, index, record.id, prediction, reference, choices)
 
 
-def score_dataset(name: str, answers: Iterable[Answer]) -> dict[str, Any]:
+def score_dataset(
+    name: str, answers: Iterable[Answer], skipped: Sequence[SkippedRecord] = ()
+) -> dict[str, Any]:
     """Return the JSON row of a dataset: exact match over all records and over the closed questions.
 
-    Fractions are None if there are no such records. Closed questions are those with `choices`.
+    Fractions are None if there are no such records. Closed questions are those with `choices`. The row has
+    the number of skipped records if any dataset has some.
     """
     answers = [answer for answer in answers if answer.dataset == name]
     closed = [answer for answer in answers if answer.choices]
@@ -80,6 +112,7 @@ def score_dataset(name: str, answers: Iterable[Answer]) -> dict[str, Any]:
         "exact_match": _accuracy(answers),
         "closed": len(closed),
         "closed_accuracy": _accuracy(closed),
+        **({"skipped": sum(record.dataset == name for record in skipped)} if skipped else {}),
     }
 
 

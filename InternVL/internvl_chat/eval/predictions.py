@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from internvl_chat.eval.benchmarks.item import Item, Key
 from internvl_chat.eval.benchmarks.reading import raise_problems
-from internvl_chat.model.io.folders import read_auxiliary_files
+from internvl_chat.model.io.folders import is_model_file, read_auxiliary_files
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.utils.errors import DataError, UsageError, format_problems
 from internvl_chat.utils.files import append_json_line, file_sha256, sha256, write_json, write_json_lines
@@ -25,6 +25,8 @@ PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
 # Not compared: a checkpoint may move, its digest identifies it.
 _INFORMATIONAL = ("model",)
+# Compared by task, because an evaluation may continue with other tasks.
+_QUESTIONS = "questions"
 _MAX_INDICES_SHOWN = 5
 
 
@@ -85,13 +87,19 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     differences = [
         f"{name} was {previous.get(name)!r}, now {settings.get(name)!r}"
         for name in dict.fromkeys([*previous, *settings])
-        if previous.get(name) != settings.get(name) and name not in _INFORMATIONAL
+        if previous.get(name) != settings.get(name) and name not in (*_INFORMATIONAL, _QUESTIONS)
+    ]
+    earlier, now = (values.get(_QUESTIONS) or {} for values in (previous, settings))
+    differences += [
+        f"the questions of {task} have changed" for task in now if earlier.get(task, now[task]) != now[task]
     ]
     if differences:
         raise UsageError(
             f"--out {folder}: contains the answers of another evaluation; choose another folder. "
             f"{format_problems(differences)}"
         )
+    if now.keys() - earlier.keys():  # further tasks of the same benchmark
+        write_json(file, {**previous, _QUESTIONS: earlier | now})
 
 
 def _open_and_lock(file: Path) -> IO[bytes]:
@@ -135,22 +143,26 @@ def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
     return {key: row["prediction"] for key, row in rows.items()}
 
 
-def read_answers(file: Path, items: Sequence[Item], known: Sequence[Item]) -> dict[Key, str]:
+def read_answers(
+    file: Path, items: Sequence[Item], known: Sequence[Item], tasks: Collection[str] | None = None
+) -> dict[Key, str]:
     """Read answers that were generated elsewhere: JSONL with `task`, `index` (from 0) and `prediction`.
 
     Args:
         file: JSONL file; it may also answer other items of the benchmark.
         items: items that need an answer.
         known: all items of the benchmark.
+        tasks: the tasks that were read; answers to other tasks are ignored. None if all were read.
 
     Raises:
-        DataError: lines are invalid, or answers are missing, duplicate or unknown; lists all problems.
+        DataError: lines are invalid, or answers are missing, duplicate, unknown or to another question; lists
+            all problems.
     """
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
-    keys = {item.key for item in known}
+    by_key = {item.key: item for item in known}
     answers: dict[Key, str] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -162,13 +174,25 @@ def read_answers(file: Path, items: Sequence[Item], known: Sequence[Item]) -> di
             problems.append(str(error))
             continue
         key = (row["task"], row["index"])
-        if key in answers or key not in keys:
-            problem = "is answered twice" if key in answers else "is not an item of the benchmark"
+        if tasks is not None and key[0] not in tasks:
+            continue
+        problem = "is answered twice" if key in answers else _mismatch(row, by_key.get(key))
+        if problem:
             problems.append(str(DataError(f"{key[0]} {key[1]} {problem}", file=file, line=number)))
         answers[key] = row["prediction"]
     problems += [f"{file}: {problem}" for problem in _missing_answers(items, answers)]
     raise_problems(problems)
     return answers
+
+
+def _mismatch(row: Mapping[str, Any], item: Item | None) -> str | None:
+    """Return why a row does not answer an item, if so; rows need not have a question."""
+    if item is None:
+        return "is not an item of the benchmark"
+    question = row.get("question")
+    if isinstance(question, str) and not item.problem and question != item.question:
+        return f"has another question than the benchmark: {question!r:.80}"
+    return None
 
 
 def _missing_answers(items: Iterable[Item], answers: Mapping[Key, str]) -> Iterator[str]:
@@ -208,8 +232,17 @@ def checkpoint_digest(folder: Path) -> str:
         if file.is_file():
             digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
     for name, content in read_auxiliary_files(folder).items():
-        digest.update(f"{name}:{sha256(content)}\n".encode())
+        if is_model_file(name):
+            digest.update(f"{name}:{sha256(content)}\n".encode())
     return digest.hexdigest()
+
+
+def task_digests(items: Iterable[Item], system: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the digest of the items of each task; see `items_digest`."""
+    by_task: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_task[item.task].append(item)
+    return {task: items_digest(of_task, system) for task, of_task in by_task.items()}
 
 
 def items_digest(items: Iterable[Item], system: Mapping[str, str | None]) -> str:

@@ -24,7 +24,8 @@ class Scores:
 
     Attributes:
         tasks: task -> `items` (their number) and metrics in percent, None if not computed; multiple-choice
-            tasks also have `unreadable`, the number of answers that select no option.
+            tasks also have `unreadable`, the number of answers that select no option. `total` is the number
+            of items of the full task, if not all of them are scored.
         items: item -> metric -> score from 0 to 1 (`cider` from 0 to 10).
     """
 
@@ -51,7 +52,8 @@ def score(benchmark: Benchmark, answers: Mapping[Key, str], suite: Suite) -> Sco
     for task, group in groups.items():
         names = CHOICE_METRICS if _has_choices(group) else OPEN_METRICS
         means = {name: _mean_percent([scores[i.key].get(name) for i in group]) for name in names}
-        tasks[task] = {"items": len(group), **means}
+        total = benchmark.totals.get(task, 0) if task != ALL else sum(benchmark.totals.values())
+        tasks[task] = {"items": len(group), **({"total": total} if len(group) < total else {}), **means}
         if _has_choices(group):
             tasks[task] |= _choice_metrics([i for i in group if i.choices], answers, suite)
     return Scores(tasks, scores)

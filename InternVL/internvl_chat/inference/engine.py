@@ -142,7 +142,7 @@ class Engine:
         Raises:
             DataError: a prompt exceeds the token limit, or its numbers of placeholders and images differ.
         """
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         inputs = (self.embed(e, prompt.images) for prompt, e in zip(prompts, encoded, strict=True))
         for index, token in self._decoder(max_new_tokens, sampling).run(inputs):
@@ -198,7 +198,7 @@ class Engine:
             The index of a prompt and its answer, as soon as it is complete.
         """
         answers: dict[int, list[int]] = {}
-        inputs = (self.embed(self._encode(prompt), prompt.images) for prompt in prompts)
+        inputs = (self.embed(self.encode(prompt), prompt.images) for prompt in prompts)
         for index, token in self._decoder(max_new_tokens, None).run(inputs):
             ids = answers.setdefault(index, [])
             if token is None:
@@ -210,7 +210,7 @@ class Engine:
         self, prompt: Prompt, *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[str]:
         """Yield the answer to a prompt piece by piece; joined, the pieces equal the result of `answer`."""
-        embeddings = self.embed(self._encode(prompt), prompt.images)
+        embeddings = self.embed(self.encode(prompt), prompt.images)
         ids: list[int] = []
         sent = ""
         for _, token in self._decoder(max_new_tokens, sampling).run([embeddings]):
@@ -237,8 +237,12 @@ class Engine:
             self.model.language_model, end_id=self.end_id, max_new_tokens=max_new_tokens, sampling=sampling
         )
 
-    def _encode(self, prompt: Prompt) -> EncodedConversation:
-        """Return the ids of a prompt and the tile grids of its images."""
+    def encode(self, prompt: Prompt) -> EncodedConversation:
+        """Return the ids of a prompt and the tile grids of its images.
+
+        Raises:
+            DataError: see `generate_ids`.
+        """
         placeholders = sum(t.content.count(IMAGE_PLACEHOLDER) for t in prompt.messages if t.role == "user")
         if placeholders != len(prompt.images):
             raise DataError(

@@ -11,7 +11,11 @@ of these rules that matches decides; if it matches several options, the answer c
 5. It starts with the text of an option: `Yes, because …`.
 6. It calls a letter correct or chosen, or concludes with one: `option B`, `I choose B`, `B is correct`,
    `Therefore, B.`.
-7. It contains the text of exactly one option; of options that contain each other, the longest counts.
+7. It contains the text of exactly one option; of options that contain each other, the longest counts. The
+   texts A and I must be in capitals.
+
+A letter always means the option with this letter, even if it is also the text of another option: rule 2 reads
+`D. A` as option D if A is the text of D.
 
 From rule 3 on, negated clauses (`not A`, `A is incorrect`) and letters after a noun (`panel B`,
 `hepatitis B`) are ignored.
@@ -34,6 +38,8 @@ _NEGATION = re.compile(
     r"rather than|instead of)\b|n['’]t\b",
     re.IGNORECASE,
 )
+# Words that do not follow the article "a" or the pronoun "I".
+_NO_NOUN = r"(?:and|as|because|but|for|from|given|in|is|or|since|which|with)\b"
 
 
 def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
@@ -159,18 +165,31 @@ def _chosen(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
 
 
 def _contained(text: str, affirmed: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
-    """Find option texts outside negated clauses; options that are negations themselves count anywhere."""
+    """Find option texts outside negated clauses; options that are negations themselves count anywhere.
+
+    The texts A and I (a blood group, a stage) must be in capitals, and no words of the sentence.
+    """
     contained = {}
     for letter, choice in zip(letters, choices, strict=True):
         words = f" {_plain(choice)} "
         searched = text if _NEGATION.search(choice) else affirmed
-        if words.strip() and words in f" {_plain(searched)} ":
+        found = words in f" {_plain(searched)} "
+        if len(words) == 3 and words.strip().isalpha():
+            found = _contains_letter(searched, words.strip().upper())
+        if words.strip() and found:
             contained[letter] = words
     return [
         letter
         for letter, choice in contained.items()
         if not any(choice in other and choice != other for other in contained.values())
     ]
+
+
+def _contains_letter(text: str, capital: str) -> bool:
+    """Return whether a text contains a letter as a word of its own, A and I in capitals and no articles."""
+    case = "" if capital in "AI" else "(?i)"
+    article = rf"(?!\s+(?!{_NO_NOUN})[a-z])" if capital in "AI" else ""
+    return bool(re.search(rf"{case}(?<![\w'’]){capital}(?![\w'’]){article}", text))
 
 
 def _letter(match: re.Match) -> str:
@@ -186,8 +205,7 @@ def _joined(rest: str, letter: str) -> list[str]:
 def _is_article(match: re.Match, text: str, end: int | None = None) -> bool:
     """Return whether a bare A or I is a word of the sentence: "A benign lesion", but not "A because"."""
     end = match.end() if end is None else end
-    conjunctions = r"(?:and|as|because|but|for|from|given|in|is|or|since|which|with)\b"
-    return match[3] in ("A", "I") and bool(re.match(rf"\s+(?!{conjunctions})[a-z]", text[end:]))
+    return match[3] in ("A", "I") and bool(re.match(rf"\s+(?!{_NO_NOUN})[a-z]", text[end:]))
 
 
 def _plain(text: str) -> str:

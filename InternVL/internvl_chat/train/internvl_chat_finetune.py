@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from internvl_chat.data.audit.overlap import warn_about_overlap
 from internvl_chat.data.batching.dataloader import WORKER_DIED, kill_workers
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
@@ -134,6 +135,8 @@ def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
     eval_data = load_records(plan.config, eval_specs, encoder) if eval_specs else None
     if resume:
         check_same_run(resume, describe_data(data))
+    if eval_data is not None and plan.config.run.is_main:
+        warn_about_overlap(data, eval_data)
     return data, eval_data
 
 
@@ -181,14 +184,23 @@ def _apply_memory_plan(
 
 
 def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -> None:
-    """Save the final or best model, the loss plot, the model card and the results."""
-    output, run = plan.output.path, plan.config.run
+    """Save the final or best model, the loss plot, the model card and the results.
+
+    Raises:
+        TrainingError: no step was applied, or the model cannot be saved.
+    """
+    output, run, state = plan.output.path, plan.config.run, loop.state
+    if state.skipped_steps == state.step:
+        raise TrainingError(
+            f"{output}: all {state.step} steps were skipped, so the model has not changed and is not saved; "
+            f"{METRICS} has the reason for each step (skipped_because)"
+        )
     step = None
     try:
         if not run.load_best_model_at_end:
             loop.checkpointer.save_model(output)
         elif run.is_main:
-            step = copy_best(loop.state, output, plan.output.resume)
+            step = copy_best(state, output, plan.output.resume)
     except OSError as error:
         raise TrainingError(
             f"{output}: the model cannot be saved: {error}; free some space and run the same command again: "
@@ -199,8 +211,11 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
         plot_loss(output / METRICS, output / PLOT, output / VALIDATION, subtitle=describe_run(plan.config))
         validation = read_validation(output / VALIDATION, step)
         write_model_card(plan.config, loop.data, eval_data, parameters, validation)
-        write_json(output / FINISHED, dataclasses.asdict(loop.state))
-        logger.info("finished: the model is in %s", output)
+        write_json(output / FINISHED, dataclasses.asdict(state))
+        skipped = (
+            f" ({state.skipped_steps} of {state.step} steps were skipped)" if state.skipped_steps else ""
+        )
+        logger.info("finished: the model is in %s%s", output, skipped)
 
 
 def _explain(error: RuntimeError) -> str | None:

@@ -176,6 +176,7 @@ class TrainingLoop:
         state = self.state
         state.step, state.epoch = step, step / len(self.sampler)
         state.total_flops += sums.flops
+        state.skipped_steps += skipped_because is not None
         return StepRecord(step, state.epoch, loss, learning_rate, norm, sums, sets, skipped, skipped_because)
 
     def forward_backward(

@@ -144,9 +144,11 @@ def _training(config: TrainConfig, steps: Sequence[Mapping[str, Any]]) -> dict[s
     rows: dict[str, Any] = {"hardware at the end": f"{run.world_size} x {device}"}
     if steps:
         seconds = sum(step.get("seconds") or 0 for step in steps)
-        losses = [step["loss"] for step in steps if step.get("loss") is not None]
+        applied = [step for step in steps if "skipped_because" not in step]
+        losses = [step["loss"] for step in applied if step.get("loss") is not None]
+        skipped = len(steps) - len(applied)
         rows |= {
-            "steps": f"{steps[-1]['step']:,}",
+            "steps": f"{steps[-1]['step']:,}" + (f", {skipped:,} of them skipped" if skipped else ""),
             "records": f"{sum(step.get('records') or 0 for step in steps):,}",
             "tokens": f"{sum(step.get('tokens') or 0 for step in steps):,}",
             "time in steps": str(timedelta(seconds=round(seconds))),

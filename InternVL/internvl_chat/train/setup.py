@@ -15,7 +15,7 @@ from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData, build_sets
 from internvl_chat.data.encode.encoder import RecordEncoder
-from internvl_chat.data.encode.preprocessing import Preprocessing
+from internvl_chat.data.encode.preprocessing import Preprocessing, stored_options
 from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
@@ -35,6 +35,7 @@ from internvl_chat.train.distributed.fsdp import FSDPStrategy
 from internvl_chat.train.distributed.strategy import Strategy
 from internvl_chat.train.optim.factory import make_optimizer, make_scheduler
 from internvl_chat.train.preflight.memory import MemoryPlan
+from internvl_chat.train.preflight.sanity import preprocessing_changes
 from internvl_chat.train.validation import Validation
 from internvl_chat.utils import distributed
 from internvl_chat.utils.logging import get_logger
@@ -86,16 +87,39 @@ def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedToken
     if added:
         logger.info("%d special tokens added to the tokenizer", added)
         resize_vocabulary(model, len(tokenizer), added)
-    return model, tokenizer, prepare_model(model, config, plan.specs)
+    preprocessing = prepare_model(model, config, plan.specs)
+    _report_changes(plan.source, preprocessing)
+    return model, tokenizer, preprocessing
+
+
+def _report_changes(source: Path, preprocessing: Preprocessing) -> None:
+    """Log what the flags change in the preprocessing that the initial checkpoint states."""
+    for change in preprocessing_changes(source, preprocessing):
+        if "(--force_image_size" not in change:  # `prepare_model` has reported it
+            logger.warning("%s", change)
+    stored = stored_options(source)
+    if stored is not None and stored[1]["max_dynamic_patch"] != preprocessing.max_dynamic_patch:
+        file, options = stored
+        logger.info(
+            "tile limit: %d (--max_dynamic_patch and the meta file), %d in %s",
+            preprocessing.max_dynamic_patch, options["max_dynamic_patch"], file,
+        )  # fmt: skip
 
 
 def prepare_model(
     model: InternVLChatModel, config: TrainConfig, specs: Sequence[DatasetSpec]
 ) -> Preprocessing:
     """Apply the flags to a loaded model, add adapters, and return its preprocessing."""
-    if model.config.image_size != config.data.force_image_size:
+    before = model.config.image_size, model.config.tokens_per_tile
+    if before[0] != config.data.force_image_size:
         model.vision_model.resize_positions(config.data.force_image_size)
     apply_flags(model.config, config)
+    if before[0] != config.data.force_image_size:
+        logger.warning(
+            "--force_image_size %d: the tiles of the checkpoint have %d pixels and %d tokens; they change to "
+            "%d pixels and %d tokens, and its position embeddings are interpolated",
+            config.data.force_image_size, *before, model.config.image_size, model.config.tokens_per_tile,
+        )  # fmt: skip
     if not lora_layers(model):
         add_lora(
             model,

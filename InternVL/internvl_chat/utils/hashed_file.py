@@ -24,7 +24,7 @@ class HashedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
+        self._path, self._file = path, path.open("wb", buffering=0)
         self._hash, self._size, self._unsynced = hashlib.sha256(), 0, 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -32,7 +32,10 @@ class HashedFile:
         view = memoryview(data)
         while view:
             chunk = view[: _CHUNK - self._unsynced]
-            written = self._file.write(chunk)
+            try:
+                written = self._file.write(chunk)
+            except OSError as error:  # on a full disk it does not name the file
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
             self._hash.update(chunk[:written])
             self._size, self._unsynced = self._size + written, self._unsynced + written
             view = view[written:]
@@ -52,7 +55,10 @@ class HashedFile:
                 self._sync()
 
     def _sync(self) -> None:
-        drop_from_cache(self._file.fileno())
+        try:
+            drop_from_cache(self._file.fileno())
+        except OSError as error:  # a full disk may be noticed only now
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._unsynced = 0
 
 

@@ -64,6 +64,32 @@ def test_our_adapters(folder: Path, tmp_path: Path, parts: dict, layers: int) ->
     assert (contents(folder), contents(tmp_path / "adapter")) == before
 
 
+@pytest.mark.parametrize("part", ["adapter", "base", "sum"])
+def test_non_finite_weights_are_named(folder: Path, tmp_path: Path, part: str) -> None:
+    model = save_trained_adapter(folder, tmp_path / "adapter", llm_rank=4)
+    layer = "language_model.model.layers.0.mlp.up_proj"
+    file, key = tmp_path / "adapter/adapter_model.safetensors", f"base_model.model.{layer}.lora_B.weight"
+    expected = {
+        "adapter": f"{layer}.lora_B.default.weight",
+        "base": f"{layer}.weight",
+        "sum": f"{layer}.weight",
+    }
+    if part == "base":
+        file, key = folder / "model.safetensors", f"{layer}.weight"
+    weights = load_file(file)
+    weights[key][0, 0] = torch.nan if part != "sum" else 1e38
+    if part == "sum":
+        weights[key.replace("lora_B", "lora_A")][0] = 100.0
+    save_file(weights, file)
+    if part == "base":
+        save_adapter(model, tmp_path / "adapter", BaseModel(str(folder), weights_digest(folder)))
+    with pytest.raises(ModelError, match="not finite") as caught:
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert expected[part] in str(caught.value)
+    assert str(folder if part == "base" else tmp_path / "adapter") in str(caught.value)
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize(
     ("ranks", "layers"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_concurrent_merges_into_one_target(
         pytest.fail("the target exists already")
     assert contents(target) == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_full_disk_names_the_file(folder: Path, tmp_path: Path) -> None:
+    """A limit of the file size fails like a full disk: in the middle of a write, without a file name."""
+    save_trained_adapter(folder, tmp_path / "adapter")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(ModelError) as caught:
+            merge(tmp_path / "adapter", tmp_path / "out/merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file = tmp_path / "out/.merged.partial/part-00001.safetensors"
+    assert str(caught.value).startswith(
+        f"{file}: File too large; the incomplete result was deleted: free space"
+    )
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_failed_check_discards_the_merge(folder: Path, tmp_path: Path) -> None:

@@ -158,6 +158,169 @@ def test_unknown_or_missing_benchmark(tmp_path, monkeypatch, name, data, message
         open_benchmark(name, data and Path(data))
 
 
+@pytest.fixture
+def questions(folder):
+    """Write a file of questions with options; returns a function that reads it."""
+
+    def read(*rows: tuple, **options):
+        lines = [{"question": "Which?", "choices": list(c), "answer": a} for c, a in rows]
+        return open_benchmark("vqa", write_lines(folder / "set.jsonl", lines), **options)
+
+    return read
+
+
+DENSITY, BLOOD = ("D", "C", "B", "A"), ("A", "B", "AB", "O")
+
+
+@pytest.mark.parametrize(
+    ("rows", "letters"),
+    [
+        ([(DENSITY, "A"), (("Yes", "No"), "No")], "DB"),  # all other answers are texts
+        ([(DENSITY, "A"), (("Yes", "No"), "b")], "AB"),  # all other answers are letters
+        ([(BLOOD, "A"), (BLOOD, "O")], "AD"),  # both readings are the same option
+        ([(DENSITY, "D. A"), (DENSITY, "(B) C")], "DB"),
+        ([(("One", "Two"), "B. Two"), (("One", "Two"), "A.")], "BA"),
+        ([(("1", "2", "3"), "2")], "B"),
+        ([(("A. Yes", "B. No"), "B. No"), (("A) Yes", "B) No"), "A")], "BA"),
+    ],
+)
+def test_answers_as_letters_or_texts(questions, rows, letters):
+    items = questions(*rows).items
+    assert "".join(item.reference for item in items) == letters
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(DENSITY, "A")], "'A' is ambiguous: it is the letter of option A, and the text of option D"),
+        ([(DENSITY, "A"), (("Yes", "No"), "No"), (("Yes", "No"), "A")], 'for example "D. A"'),
+        ([(DENSITY, "D. B")], "none of the 4 options"),
+        ([(("2", "1", "0"), 2)], "may be the text of an option or its index from 0"),
+        ([(("B. Yes", "A. No"), "A")], "begin with the letters B, A; list them in the order of the alphabet"),
+    ],
+)
+def test_ambiguous_answers_are_refused(questions, rows, message):
+    with pytest.raises(DataError) as caught:
+        questions(*rows)
+    assert message in str(caught.value) and "set.jsonl, line 1: " in str(caught.value)
+
+
+def test_options_keep_their_text_without_their_letter(questions):
+    [item] = questions((("A. Yes", "B. No"), "A")).items
+    assert item.choices == ("Yes", "No") and item.text == "Which?\nA. Yes\nB. No"
+    [item] = questions((("A. fumigatus", "C. albicans"), "B")).items
+    assert item.choices == ("A. fumigatus", "C. albicans")
+
+
+def test_options_that_look_like_letters_are_reported(questions, caplog):
+    questions((DENSITY, "D. A"), (BLOOD, "O"))
+    assert (
+        "1 item with an option whose text is the letter of another option (the first is set 0)" in caplog.text
+    )
+    caplog.clear()
+    questions((BLOOD, "O"))
+    assert not caplog.records
+
+
+def omnimed(folder: Path, *changes: dict) -> Path:
+    """Write questions of OmniMedVQA; None removes a key."""
+    options = {"option_A": "CT", "option_B": "MR", "option_C": "X-Ray"}
+    one = {
+        "question": "Which?",
+        "gt_answer": "CT",
+        "image_path": "images/a.png",
+        "modality_type": "CT",
+        **options,
+    }
+    rows = [{k: v for k, v in {**one, **change}.items() if v is not None} for change in changes]
+    (folder / "QA_information").mkdir(exist_ok=True)
+    return write(folder / "QA_information", rows).parent
+
+
+BAD = {
+    "non-empty string under 'modality_type'": {"modality_type": None},
+    "the image images/none.png is not in": {"image_path": "images/none.png"},
+    "the correct answer 'CT.' is none of the 3 options": {"gt_answer": "CT."},
+    "non-empty string under 'gt_answer', like other items of its task": {"gt_answer": None},
+    "non-empty string under 'question'": {"question": 3},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_items_can_be_skipped_by_name(folder, caplog, message):
+    data = omnimed(folder, {}, BAD[message], {"gt_answer": "MR"})
+    with pytest.raises(DataError) as caught:
+        open_benchmark("omnimedvqa", data)
+    assert message in str(caught.value) and str(caught.value).endswith("--on_bad_record skip")
+    benchmark = open_benchmark("omnimedvqa", data, on_bad_record="skip")
+    assert [item.reference for item in benchmark.items] == ["A", "B"] and len(benchmark.excluded) == 1
+    assert "skipped 1 of 3 items:" in caplog.text and message in caplog.text
+    if "modality_type" not in message:  # the task is known, so that the others keep their indices
+        assert [item.key for item in benchmark.items] == [("CT", 0), ("CT", 2)]
+        assert benchmark.totals == {"CT": 3}
+
+
+def test_nothing_left_after_skipping(folder):
+    with pytest.raises(DataError, match="no item can be used"):
+        open_benchmark("omnimedvqa", omnimed(folder, {"question": ""}), on_bad_record="skip")
+
+
+def test_texts_of_omnimed_are_never_letters(folder):
+    options = dict(zip(("option_A", "option_B", "option_C", "option_D"), DENSITY, strict=True))
+    [item] = open_benchmark("omnimedvqa", omnimed(folder, {**options, "gt_answer": "A"})).items
+    assert item.reference == "D" and item.is_correct("D. A")
+
+
+def test_images_are_not_needed_to_score_answers(folder):
+    data = omnimed(folder, {}, {"image_path": "images/none.png"})
+    assert len(open_benchmark("omnimedvqa", data, images=False).items) == 2
+    write(folder, [item(images=["none.png"])])
+    assert len(open_benchmark(str(folder), None, images=False).items) == 1
+    file = write_lines(folder / "set.jsonl", [{"question": "?", "answer": "no", "image": "none.png"}])
+    assert len(open_benchmark("vqa", file, images=False).items) == 1
+
+
+def test_only_the_tasks_asked_for_are_read(folder, tmp_path):
+    data = omnimed(folder, {}, {"modality_type": "MR", "image_path": "images/none.png"})
+    benchmark = open_benchmark("omnimedvqa", data, tasks=["CT"])
+    assert benchmark.tasks == ("CT",) and not benchmark.excluded
+    (folder / "own.json").write_text("[broken")
+    write(folder, [{"question": "Only text?", "gt": "Yes"}], FILES["puretext"])
+    assert open_benchmark("pmc-mi", folder, tasks=["puretext"]).tasks == ("puretext",)
+    custom = open_benchmark(str(folder), None, tasks=["puretext"])
+    assert custom.tasks == ("puretext",)
+    prompts = folder / "prompts.yaml"
+    prompts.write_text("own: Look.\npuretext: Read.")
+    assert system_texts(custom, prompts) == {"puretext": "Read."}
+    for name, location, known in (
+        ("omnimedvqa", data, "CT, MR"),
+        ("pmc-mi", folder, ", ".join(FILES)),
+        (str(folder), None, "own, puretext"),
+        ("mmmu-med", folder, ", ".join(SUBJECTS)),
+    ):
+        with pytest.raises(UsageError, match=f"--tasks none: .* has {known}"):
+            open_benchmark(name, location, tasks=["none"])
+
+
+def test_items_without_references(folder):
+    rows = [
+        {"question": "What?"},
+        {"question": "Which?", "choices": ["A", "B"], "answer": None, "task": "choice"},
+    ]
+    benchmark = open_benchmark("vqa", write_lines(folder / "set.jsonl", rows))
+    assert [item.reference for item in benchmark.items] == ["", ""] and not benchmark.labelled.items
+    assert benchmark.items[1].text == "Which?\nA. A\nB. B"
+    with pytest.raises(
+        DataError, match=r"line 2: an item needs a non-empty string under 'answer', like other"
+    ):
+        open_benchmark("vqa", write_lines(folder / "set.jsonl", [{**rows[0], "answer": "a"}, rows[0]]))
+    assert not open_benchmark("omnimedvqa", omnimed(folder, {"gt_answer": None})).items[0].reference
+    custom = {key: value for key, value in item(question=OPTIONS).items() if key != "gt"}
+    write(folder, [custom])
+    (folder / "set.jsonl").unlink()
+    assert not open_benchmark(str(folder), None).labelled.items
+
+
 def test_omnimed(folder):
     options = {"option_A": "CT", "option_B": "MR", "option_C": "X-Ray"}
     one = {"question": "Which modality?", "gt_answer": "MR", "image_path": "images/a.png", **options}

@@ -11,6 +11,7 @@ from internvl_chat.eval.predictions import (
     items_digest,
     merge_predictions,
     read_answers,
+    task_digests,
 )
 from internvl_chat.utils.errors import DataError, UsageError
 
@@ -128,6 +129,27 @@ def test_external_answers_to_more_items(tmp_path):
         "\n".join(json.dumps({"task": i.task, "index": i.index, "prediction": "p"}) for i in ITEMS)
     )
     assert read_answers(file, ITEMS[:2], ITEMS).keys() >= {item.key for item in ITEMS[:2]}
+
+
+def test_external_answers_to_other_tasks_and_questions(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    rows = [{"task": item.task, "index": item.index, "prediction": "p"} for item in ITEMS]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_answers(file, ITEMS[:3], ITEMS[:3], ["one"])) == 3
+    rows[1]["question"] = "What 2?"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"line 2: one 1 has another question than the benchmark: 'What 2\?'"):
+        read_answers(file, ITEMS, ITEMS)
+
+
+def test_further_tasks_of_the_same_evaluation(tmp_path):
+    one, two = task_digests(ITEMS[:3], {"one": None}), task_digests(ITEMS[3:], {"two": None})
+    for questions in (one, two, one | two):
+        with PredictionLog(tmp_path, {**SETTINGS, "questions": questions}):
+            pass
+    assert json.loads((tmp_path / "evaluation.json").read_text())["questions"] == one | two
+    with pytest.raises(UsageError, match="the questions of two have changed"):
+        PredictionLog(tmp_path, {**SETTINGS, "questions": one | {"two": "other"}})
 
 
 def test_invalid_external_answers(tmp_path):

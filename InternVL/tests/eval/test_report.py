@@ -51,6 +51,33 @@ def test_other_benchmarks_have_no_published_rows():
     assert "M3LLM-8B" not in text and "| CT | 50 | 3 | 12.3 | 12.3 | 12.3 | 12.3 |" in text
 
 
+def test_part_of_a_task_is_marked_beside_published_rows():
+    some = tasks()
+    some["puretext"] |= {"items": 5, "total": 50}
+    lines = markdown(some, benchmark="pmc-mi", model="run").splitlines()
+    row = "| text-only QA | **run** (partial: 5 of 50 items) | 12.3 | 12.3 | 12.3 | 12.3 |"
+    assert row in lines and sum("partial" in line for line in lines) == 1
+    assert any(line.startswith("| puretext | 5 of 50 | 12.3") for line in lines)
+
+
+def test_totals_of_scores():
+    items = tuple(Item("only", n, "?", "a") for n in range(3))
+    benchmark = Benchmark("own", items[:2], totals={"only": 3, "other": 4})
+    scores = score(benchmark, {item.key: "a" for item in items}, Suite(frozenset({"overlap"})))
+    assert (scores.tasks["only"]["items"], scores.tasks["only"]["total"]) == (2, 3)
+    complete = score(
+        Benchmark("own", items, totals={"only": 3}), {i.key: "a" for i in items}, Suite(frozenset())
+    )
+    assert "total" not in complete.tasks["only"]
+
+
+def test_page_without_the_images(evaluated, tmp_path):
+    _, benchmark, answers, scores = evaluated
+    (tmp_path / "a.png").unlink()
+    page = Page(pages.evaluation_page(benchmark, answers, scores, model="run", pictures={}))
+    assert page.text.count("(the image is not available)") == 5
+
+
 def test_task_name_is_escaped():
     text = markdown({"C|T": tasks()["multi-choice"]}, benchmark="omnimedvqa", model="run")
     assert r"| C\|T | 50 | 3 | 12.3 |" in text

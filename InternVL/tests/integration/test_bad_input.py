@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers import flags
+from safetensors.torch import load_file, save_file
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS
@@ -115,6 +117,69 @@ def test_broken_image(start, one_set, sample_data, capfd, tmp_path):
         error = capfd.readouterr().err
         assert "records.jsonl, line 1" in error
         assert name in error
+
+
+NORM = "language_model.model.norm.weight"
+NAN_MODEL = f"1 weight is not finite: {NORM} (1 NaN in 48 values)"
+
+
+@pytest.fixture
+def damaged_model(tiny_model, tmp_path):
+    """The small model with one NaN, as in a checkpoint that was damaged or that overflowed."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[NORM][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--model", "MODEL", "hi"],
+        ["loss", "META", "--model", "MODEL", "--limit", "1"],
+        ["eval", "META", "--model", "MODEL", "--limit", "1"],
+        ["parity", "MODEL", "GOOD", "--meta", "META", "--limit", "1"],
+        ["parity", "GOOD", "MODEL", "--meta", "META", "--limit", "1", "--max_new_tokens", "1"],
+        ["merge", "MODEL", "OUT"],
+        ["export", "MODEL", "OUT", "--check", "False"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_non_finite_weights_are_refused_by_every_command(
+    damaged_model, tiny_model, sample_data, tmp_path, capsys, command
+):
+    paths = {"MODEL": damaged_model, "GOOD": tiny_model, "META": sample_data / "held_out.json",
+             "OUT": tmp_path / "out"}  # fmt: skip
+    assert m3llm([str(paths.get(word, word)) for word in command]) == 1
+    captured = capsys.readouterr()
+    assert f"{damaged_model}: {NAN_MODEL}" in captured.err
+    assert not captured.out
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
+
+
+@pytest.mark.parametrize("sanity_check", [True, False])
+def test_non_finite_weights_are_refused_by_training(start, damaged_model, capfd, sanity_check):
+    code, out = start(model_name_or_path=damaged_model, sanity_check=sanity_check)
+    error = capfd.readouterr().err
+    assert code == 1 and f"{damaged_model}: {NAN_MODEL}" in error
+    assert "attention" not in error
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_non_finite_weights_in_the_transformers_format(tiny_model, sample_data, tmp_path, capsys):
+    """Parity runs this format with transformers, which does not look at the values."""
+    assert m3llm(["export", str(tiny_model), str(tmp_path / "hf"), "--check", "False"]) == 0
+    file = tmp_path / "hf/model.safetensors"
+    weights = load_file(file)
+    weights["model.vision_tower.encoder.layer.0.layernorm_before.weight"][0] = torch.inf
+    save_file(weights, file, metadata={"format": "pt"})
+    meta = str(sample_data / "held_out.json")
+    assert m3llm(["parity", str(tmp_path / "hf"), str(tiny_model), "--meta", meta, "--limit", "1"]) == 1
+    assert "encoder.layer.0.layernorm_before.weight (1 Inf in 32 values)" in capsys.readouterr().err
+    assert m3llm(["generate", "--model", str(tmp_path / "hf"), "hi"]) == 1
+    assert "encoder.layers.0.norm1.weight (1 Inf in 32 values)" in capsys.readouterr().err
 
 
 def test_all_configuration_problems_at_once(start, tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,10 +199,11 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
     more = ("--data", str(shared / "pmc_mi"), "--limit", "2")
     assert m3llm(argv(Path("pmc-mi"), tiny, tmp_path, *more)) == 0
     out = capfd.readouterr().out
-    assert "multi-image VQA      M3LLM-8B        15.0     37.8  70.1       78.2" in out
+    assert "multi-image VQA M3LLM-8B 15.0 37.8 70.1 78.2" in " ".join(out.split())
     assert [(r["task"], r["index"]) for r in lines(tmp_path)] == [(t, n) for t in FILES for n in range(2)]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics) == list(FILES) and all(values["items"] == 2 for values in metrics.values())
+    assert out.count("tiny (partial: 2 of 25 items)") == len(FILES)
     assert all(row["prediction"] for row in lines(tmp_path))
     assert metrics["puretext"]["bertscore"] is None
 
@@ -218,7 +220,8 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
         (
             ("meta.json", "--bench", "b", "--require-above-chance", "0.1", "--metrics", "blue"),
             [
-                "4 problems",
+                "5 problems",
+                "1. --bench b: neither a folder nor one of",
                 "exclude each other",
                 "--require-above-chance",
                 "give either --model",
@@ -226,6 +229,7 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
             ],
         ),
         (("--bench", "b", "--model", "x"), ["--out DIR is required"]),
+        (("--bench", "pmcmi"), ["1. --bench pmcmi", "did you mean pmc-mi?", "2. give either --model"]),
         (
             ("--bench", "b", "--model", "x", "--predictions", "f", "--out", "o"),
             ["give either --model", "or --predictions"],
@@ -246,6 +250,108 @@ def test_invalid_command_lines(bench, more, messages, capfd, tmp_path, monkeypat
     error = capfd.readouterr().err
     assert all(message in error for message in messages) and "Traceback" not in error
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def damaged(bench, tmp_path) -> Path:
+    """A benchmark with an item without an image, and one whose image is truncated."""
+    folder = shutil.copytree(bench, tmp_path / "damaged")
+    content = (folder / "images/b.png").read_bytes()
+    (folder / "images/b.png").write_bytes(content[: len(content) // 2])
+    items = json.loads((folder / "choice.json").read_text())
+    items[1]["images"] = ["none.png"]
+    (folder / "choice.json").write_text(json.dumps(items))
+    return folder
+
+
+def test_bad_items_are_named_before_the_model_is_loaded(damaged, tiny_model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(Engine, "from_checkpoint", None)
+    assert m3llm(argv(damaged, tiny_model, tmp_path / "out")) == 1
+    assert "the image none.png is not in" in capfd.readouterr().err
+    assert m3llm(argv(damaged, tiny_model, tmp_path / "out", "--tasks", "open")) == 1
+    error = capfd.readouterr().err
+    assert "2 problems" in error and "open, item 2: the image" in error and "open, item 5: the image" in error
+    assert "--on_bad_record skip" in error and "Traceback" not in error
+
+
+def test_bad_items_are_skipped_and_counted(damaged, complete, tiny_model, tmp_path, capfd):
+    skip = ("--on_bad_record", "skip")
+    assert m3llm(argv(damaged, tiny_model, tmp_path / "out", *skip)) == 0
+    captured = capfd.readouterr()
+    assert "skipped 1 of 11 items" in captured.err and "skipped 2 of 10 items" in captured.err
+    assert "3 items skipped" in captured.err and "3 of 4" in captured.out and "5 of 7" in captured.out
+    bad = {("choice", 1), ("open", 2), ("open", 5)}
+    kept = [row for row in lines(complete) if (row["task"], row["index"]) not in bad]
+    assert lines(tmp_path / "out") == kept
+    assert m3llm(argv(damaged, tiny_model, tmp_path / "out", *skip, "--json")) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert rows[0] == {"skipped": 3, "without_reference": 0}
+    assert [(row["items"], row["total"]) for row in rows[1:]] == [(3, 4), (5, 7)]
+    answers = tmp_path / "out/predictions.jsonl"
+    scored = ("eval", "--bench", str(damaged), "--predictions", str(answers), *FAST[:2], "--tasks", "choice")
+    assert m3llm([*scored, *skip]) == 1  # its image is not needed, so that its answer is missing
+    assert "choice has no answer for index 1" in capfd.readouterr().err
+
+
+def test_item_that_does_not_fit_the_model_is_skipped(bench, tiny_model, tmp_path, capfd):
+    folder = shutil.copytree(bench, tmp_path / "long")
+    items = json.loads((folder / "open.json").read_text())
+    items[3]["question"] = "why " * 20_000
+    (folder / "open.json").write_text(json.dumps(items))
+    command = argv(folder, tiny_model, tmp_path / "out", "--tasks", "open")
+    assert m3llm(command) == 1
+    assert m3llm([*command, "--on_bad_record", "skip"]) == 0
+    error = capfd.readouterr().err
+    assert "open, item 3: skipped: " in error and "1 item skipped" in error
+    assert [row["index"] for row in lines(tmp_path / "out")] == [0, 1, 2, 4, 5, 6]
+
+
+def test_answers_without_references(bench, complete, tiny_model, tmp_path, capfd):
+    folder = shutil.copytree(bench, tmp_path / "hidden")
+    items = json.loads((folder / "open.json").read_text())
+    (folder / "open.json").write_text(json.dumps([{k: v for k, v in i.items() if k != "gt"} for i in items]))
+    assert m3llm(argv(folder, tiny_model, tmp_path / "one", "--tasks", "open")) == 0
+    captured = capfd.readouterr()
+    assert "7 answers without a reference, not scored" in captured.err and not captured.out
+    expected = {row["index"]: row["prediction"] for row in lines(complete) if row["task"] == "open"}
+    assert {row["index"]: row["prediction"] for row in lines(tmp_path / "one")} == expected
+    assert not (tmp_path / "one/metrics.json").exists()
+    assert m3llm(argv(folder, tiny_model, tmp_path / "two")) == 0
+    assert list(json.loads((tmp_path / "two/metrics.json").read_text())) == ["choice"]
+    answers = str(tmp_path / "one/predictions.jsonl")
+    assert m3llm(["eval", "--bench", str(folder), "--predictions", answers, "--tasks", "open"]) == 1
+    assert "no reference answers to score against" in capfd.readouterr().err
+
+
+def test_answers_are_scored_without_the_images(bench, complete, tmp_path):
+    folder = shutil.copytree(bench, tmp_path / "texts")
+    shutil.rmtree(folder / "images")
+    command = [
+        "eval",
+        "--bench",
+        str(folder),
+        "--predictions",
+        str(complete / "predictions.jsonl"),
+        *FAST[:2],
+    ]
+    assert m3llm([*command, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/metrics.json").read_bytes() == (complete / "metrics.json").read_bytes()
+    (folder / "open.json").write_text("[broken")
+    assert m3llm([*command, "--tasks", "choice"]) == 0
+
+
+def test_ambiguous_answer_is_refused(tmp_path, capfd):
+    """The reference is an option's text and another option's letter; with both it is clear."""
+    item = {"question": "Which density?", "choices": ["D", "C", "B", "A"], "answer": "A"}
+    data, said = tmp_path / "density.jsonl", tmp_path / "said.jsonl"
+    said.write_text(json.dumps({"task": "density", "index": 0, "prediction": "D. A"}))
+    command = ["eval", "--bench", "vqa", "--data", str(data), "--predictions", str(said), "--json", *FAST[:2]]
+    data.write_text(json.dumps(item))
+    assert m3llm(command) == 1
+    assert "density.jsonl, line 1: the correct answer 'A' is ambiguous" in capfd.readouterr().err
+    data.write_text(json.dumps(item | {"answer": "D. A"}))
+    assert m3llm(command) == 0
+    assert json.loads(capfd.readouterr().out)["accuracy"] == 100
 
 
 def start(command: list[str], *launcher: str) -> subprocess.Popen:

@@ -286,7 +286,21 @@ class TestCommand:
         noise(300, 100, seed=3).save(tmp_path / "other/PMC43_x.png")
         code, out, _ = shown("data", "check", meta, "--against", tmp_path / "other")
         assert code == 0
-        assert "compared with 1 PMC ids and 1 images" in out
+        assert "compared with 1 PMC id and 1 image" in out
+
+    def test_meta_file_after_the_benchmark(self, rows, shown, write, tmp_path):
+        (tmp_path / "bench").mkdir()
+        (tmp_path / "bench/items.tsv").write_text("PMC42")
+        (tmp_path / "bench/more.tsv").write_text("PMC43")
+        meta, bench = write(text_record(0, id="PMC42-1")), tmp_path / "bench"
+        expected = rows("data", "check", meta, "--against", bench)
+        assert rows("data", "check", "--against", bench, meta) == expected
+        assert rows("data", "check", "--against", bench, "--workers", "1", meta) == expected
+        files = sorted(bench.iterdir())
+        assert rows("data", "check", "--against", *files, meta) == expected
+        for command in (("data", "check"), ("data", "check", "--against", bench)):
+            code, _, error = shown(*command)
+            assert code == 2 and "META is required" in error
 
     def test_benchmark_files_that_are_not_compared(self, shown, rows, write, tmp_path):
         (tmp_path / "bench").mkdir()
@@ -297,14 +311,14 @@ class TestCommand:
         argv = ("data", "check", meta, "--against", tmp_path / "bench", "--report", tmp_path / "r")
         code, out, _ = shown(*argv)
         assert code == 1
-        assert "compared with 1 PMC ids and 1 images" in out
+        assert "compared with 1 PMC id and 1 image" in out
         assert "not compared" in out
         for name in (
             "items.parquet: neither an image nor text",
             "truncated.jpg: cannot be decoded, so only its bytes are compared",
         ):
             assert f"warning: {tmp_path / 'bench' / name}" in out
-        assert "1 errors, 2 warnings, 2 leaks" in out
+        assert "1 error, 2 warnings, 2 leaks" in out
         lines = [json.loads(line) for line in (tmp_path / "r/problems.jsonl").read_text().splitlines()]
         assert [(row["kind"], row["severity"]) for row in lines[1:]] == [
             ("not compared", "warning"), ("not compared", "warning"), ("same article", "leak"),

@@ -456,6 +456,38 @@ def test_too_many_bad_steps_end_the_run(tiny_model, sample_data, tmp_path, capfd
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_run_without_an_applied_step_is_not_finished(
+    tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch
+):
+    """Neither at first, nor when the same command resumes it after its last step."""
+    spoiled(monkeypatch, {1, 2, 3})
+    out = tmp_path / "out"
+    command = arguments(tiny_model, sample_data, out, max_steps=3, save_steps=1)
+    for _ in range(2):
+        assert train(command) == 1
+        stderr = capfd.readouterr().err
+        assert "all 3 steps were skipped, so the model has not changed and is not saved" in stderr
+        assert "finished" not in stderr
+        assert not (out / "train_results.json").exists() and not list(out.glob("*.safetensors"))
+    assert [row["loss"] for row in metrics(out)] == [None] * 3
+
+
+def test_skipped_steps_do_not_count_in_the_results(
+    tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch
+):
+    spoiled(monkeypatch, {1, 3}, float("inf"))
+    out = tmp_path / "out"
+    assert train(arguments(tiny_model, sample_data, out, max_steps=3, save_steps=1, logging_steps=3)) == 0
+    stderr = capfd.readouterr().err
+    [loss] = [row["loss"] for row in metrics(out) if row["loss"] is not None]
+    assert f"step 3/3 (100.0 %) | epoch 0.500 | loss {loss:.4f} |" in stderr
+    assert f"finished: the model is in {out} (2 of 3 steps were skipped)" in stderr
+    assert json.loads((out / "train_results.json").read_text())["skipped_steps"] == 2
+    card = (out / "README.md").read_text()
+    assert "| steps | 3, 2 of them skipped |" in card
+    assert f"| loss, mean of the last 1 step(s) | {loss:.4f} |" in card
+
+
 # Dataloader workers
 
 

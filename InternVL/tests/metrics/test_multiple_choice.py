@@ -148,6 +148,41 @@ def test_easily_misread_answers(answer, letter):
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
+    [
+        ("D. A", "D"),
+        ("(D) A", "D"),
+        ("The answer is D. A", "D"),
+        ("A", "A"),  # a single letter is the letter of an option
+        ("Density category A is shown", "D"),
+        ("C: B", "C"),
+    ],
+)
+def test_option_texts_that_are_letters_of_other_options(answer, letter):
+    assert parse_choice(answer, ("D", "C", "B", "A")) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("It is a benign lesion", None),  # an article is no blood group
+        ("A benign lesion is shown", None),
+        ("The patient has type O blood, a rare finding", "A"),
+        ("The blood type shown is A.", "B"),
+        ("blood group AB", "D"),
+        ("a type b sample", "C"),
+    ],
+)
+def test_option_texts_of_one_letter_are_no_words_of_the_sentence(answer, letter):
+    assert parse_choice(answer, ("O", "A", "B", "AB")) == letter
+
+
+def test_roman_numerals_are_no_pronouns():
+    assert parse_choice("I think it is II", ("I", "II", "III")) == "B"
+    assert parse_choice("Grade I", ("I", "II", "III")) == "A"
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
     [("Yes, there is no doubt", "A"), ("No, it is not.", "B"), ("yes", "A"), ("There is none", None)],
 )
 def test_yes_no_options(answer, letter):

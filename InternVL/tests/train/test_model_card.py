@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from internvl_chat.convert.export import export_hf
 from internvl_chat.convert.merge import merge
-from internvl_chat.convert.model_card import CARD, CARD_MARK
+from internvl_chat.convert.model_card import CARD, CARD_MARK, base_names
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.run_folder import inspect_output_folder
 from internvl_chat.train.internvl_chat_finetune import main as train
@@ -92,6 +92,40 @@ def test_licence_of_the_base_model(tiny_model, sample_data, tmp_path) -> None:
     text = run(tmp_path / "run", base, sample_data).read_text(encoding="utf-8")
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert "Adapters (LoRA) for InternVL3-tiny." in text
+
+
+HUB = "OpenGVLab/InternVL3-8B"
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "name"),
+    [
+        ("hub/models--OpenGVLab--InternVL3-8B/snapshots/1a2b", {}, HUB),
+        ("weights", {"config.json": {"_name_or_path": HUB}}, HUB),
+        ("InternVL3-8B", {"config.json": {"_name_or_path": "/mnt/petrelfs/InternVL3-8B"}}, HUB),
+        ("InternVL3_5-30B-A3B-HF", {}, "OpenGVLab/InternVL3_5-30B-A3B-HF"),
+        ("my-base", {"config.json": {"_name_or_path": "./a/b"}}, "my-base"),
+        ("my-base", {"config.json": [1]}, "my-base"),
+        ("InternVL3-8B-medical", {}, "InternVL3-8B-medical"),
+        # The results of runs and merges are other models.
+        ("InternVL3-8B", {"train_results.json": {}}, "InternVL3-8B"),
+        ("merged", {"config.json": {"_name_or_path": HUB}, "made_from.json": {}}, "merged"),
+    ],
+)
+def test_hub_id_of_a_local_base(tmp_path, folder, files, name) -> None:
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    for file, content in files.items():
+        (path / file).write_text(json.dumps(content))
+    assert base_names([str(path), "another/model"]) == [name, "another/model"]
+
+
+def test_base_model_of_a_local_folder_with_a_known_id(tiny_model, sample_data, tmp_path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "weights"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": HUB}))
+    data = ModelCard.load(run(tmp_path / "run", base, sample_data)).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == (HUB, "adapter")
 
 
 def test_validation_data_have_hashes(tiny_model, sample_data, tmp_path) -> None:

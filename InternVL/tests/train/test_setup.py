@@ -1,12 +1,15 @@
 """Preprocessing: the same before and after the weights are loaded."""
 
 import json
+import logging
 import shutil
 
 import pytest
 from helpers import flags
 from safetensors.torch import save_file
 
+from internvl_chat.convert.export import export_hf
+from internvl_chat.convert.merge import merge
 from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.fingerprint import fingerprint
@@ -47,6 +50,56 @@ def agree(plan) -> bool:
 ], ids=str)  # fmt: skip
 def test_preprocessing_of_a_model(plan_of, values):
     assert agree(plan_of(**values))
+
+
+def test_another_tile_size_is_stated(plan_of, tiny_model, tmp_path, caplog):
+    """Also of a base without a file that states its preprocessing, like the published ones."""
+    plain = shutil.copytree(
+        tiny_model, tmp_path / "plain", ignore=shutil.ignore_patterns("preprocessing.json")
+    )
+    for folder in (tiny_model, plain):
+        caplog.clear()
+        load_for_training(plan_of(model_name_or_path=folder, force_image_size=112))
+        [message] = [entry.message for entry in caplog.records if "--force_image_size" in entry.message]
+        assert "have 56 pixels and 4 tokens; they change to 112 pixels and 16 tokens" in message
+    caplog.clear()
+    load_for_training(plan_of(model_name_or_path=plain))
+    assert not caplog.records
+
+
+def test_changes_to_the_preprocessing_of_others_are_stated(plan_of, tiny_model, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    export_hf(tiny_model, tmp_path / "hf")
+    (tmp_path / "hf/preprocessing.json").unlink()
+    shutil.rmtree(tmp_path / "hf/original")
+    load_for_training(
+        plan_of(model_name_or_path=tmp_path / "hf", normalize_type="siglip", max_dynamic_patch=3)
+    )
+    file = tmp_path / "hf/preprocessor_config.json"
+    assert (
+        f"{file}: normalize_type was 'imagenet' there, and is 'siglip' here (--normalize_type)" in caplog.text
+    )
+    assert f"tile limit: 3 (--max_dynamic_patch and the meta file), 12 in {file}" in caplog.text
+
+
+def test_extra_files_of_the_base_are_kept(tiny_model, sample_data, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    extra = {"LICENSE": "Apache", "processor_config.json": "{}", "thresholds.csv": "1,2", "NOTICE.txt": "by"}
+    for name, text in extra.items():
+        (base / name).write_text(text)
+    values = {"model_name_or_path": base, "meta_path": sample_data / "train.json", **LORA}
+    assert train(flags(**values, output_dir=tmp_path / "run", max_steps=1, save_steps=1)) == 0
+    merge(tmp_path / "run", tmp_path / "merged")
+    export_hf(tmp_path / "merged", tmp_path / "hf")
+    for name, text in extra.items():
+        for folder in ("run", "run/checkpoint-1", "merged", "hf/original"):
+            assert (tmp_path / folder / name).read_text() == text, (folder, name)
+        if name != "processor_config.json":  # the export has its own
+            assert (tmp_path / "hf" / name).read_text() == text
+    merge(tmp_path / "hf", tmp_path / "back")
+    assert {name: (tmp_path / "back" / name).read_text() for name in extra} == extra
+    again = flags(**values, output_dir=tmp_path / "run", max_steps=1, save_steps=1, overwrite_output_dir=True)
+    assert train(again) == 0
 
 
 def test_preprocessing_of_an_assembled_model(plan_of, tiny_model, tmp_path):

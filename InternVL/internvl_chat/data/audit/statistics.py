@@ -8,6 +8,7 @@ import numpy as np
 
 from internvl_chat.data.audit.checks import Audit, SetAudit
 from internvl_chat.data.sources.problems import KINDS, LEAKS, WARNINGS, Problem
+from internvl_chat.utils.text import counted
 
 SET_HEADER = (
     "dataset", "records", "usable", "tiles", "tokens 5 %", "50 %", "95 %", "max", "supervised", "errors",
@@ -72,10 +73,8 @@ def summary(audit: Audit, problems: Sequence[Problem]) -> str:
     """Summarize the findings in a few sentences."""
     used, usable = (sum(getattr(findings, name) for findings in audit.sets) for name in ("used", "usable"))
     counts = Counter(severity(problem.kind) for problem in problems)
-    return (
-        f"{usable:,} of {used:,} records can be used; {counts['error']:,} errors, {counts['warning']:,} "
-        f"warnings, {counts['leak']:,} leaks. {describe_check(audit)}"
-    )
+    found = ", ".join(counted(counts[kind], kind) for kind in ("error", "warning", "leak"))
+    return f"{usable:,} of {counted(used, 'record')} can be used; {found}. {describe_check(audit)}"
 
 
 def describe_check(audit: Audit) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_chat.constants import BACKGROUNDS, MAX_TILES, NORMALIZATIONS, SYSTEM_TEXTS
+from internvl_chat.data.encode.hf_image_options import read_image_options
 from internvl_chat.data.sources.image_content import ImageOptions
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
@@ -71,23 +72,34 @@ class Preprocessing:
     def from_folder(
         cls, folder: Path, model_config: Any, *, max_dynamic_patch: int | None = None
     ) -> "Preprocessing":
-        """Read a checkpoint's `preprocessing.json`, or derive the options from the model's configuration.
+        """Read a checkpoint's options.
+
+        They are those of its `preprocessing.json`. Without this file they are derived from the model's
+        configuration, and from transformers' processor files if there are any.
 
         Args:
-            model_config: an `InternVLChatConfig`, used if the file does not exist.
+            model_config: an `InternVLChatConfig`.
             max_dynamic_patch: tile limit that replaces the checkpoint's; None to keep it.
 
         Raises:
-            ModelError: the file is malformed or does not match the model.
+            ModelError: a file is malformed or does not match the model.
         """
-        file = folder / PREPROCESSING_FILE
-        if not file.is_file():
+        stored = stored_options(folder)
+        if stored is None:
             return cls.from_model_config(model_config).with_tile_limit(max_dynamic_patch)
-        options = cls.read(file)
+        file, values = stored
         for name, model_name in (("tile_size", "image_size"), ("tokens_per_tile", "tokens_per_tile")):
-            value, model_value = getattr(options, name), getattr(model_config, model_name)
-            if value != model_value:
-                raise ModelError(f"{file}: {name} is {value}, but {model_value} in the model's configuration")
+            model_value = getattr(model_config, model_name)
+            if values.get(name, model_value) != model_value:
+                raise ModelError(
+                    f"{file}: {name} is {values[name]}, but {model_value} in the model's configuration"
+                )
+        if file.name == PREPROCESSING_FILE:
+            return cls(**values).with_tile_limit(max_dynamic_patch)
+        try:
+            options = dataclasses.replace(cls.from_model_config(model_config), **values)
+        except ModelError as error:
+            raise ModelError(f"{file}: {error}") from None
         return options.with_tile_limit(max_dynamic_patch)
 
     def with_tile_limit(self, max_dynamic_patch: int | None) -> "Preprocessing":
@@ -141,3 +153,15 @@ class Preprocessing:
     def save(self, folder: Path) -> None:
         """Write `preprocessing.json`."""
         write_json(folder / PREPROCESSING_FILE, dataclasses.asdict(self))
+
+
+def stored_options(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file that states a folder's preprocessing, and the options in it; None without such a file.
+
+    Raises:
+        ModelError: the file is malformed.
+    """
+    file = folder / PREPROCESSING_FILE
+    if file.is_file():
+        return file, dataclasses.asdict(Preprocessing.read(file))
+    return read_image_options(folder)

@@ -1,15 +1,17 @@
 """Benchmark items, independent of the file format."""
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.image_content import ImageOptions, content_warnings
-from internvl_chat.data.sources.images import REFERENCE, decode_image, image_info
+from internvl_chat.data.sources.images import REFERENCE, check_decoding, decode_image, image_info
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Prompt
@@ -20,6 +22,7 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 Key = tuple[str, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,34 @@ class Figure:
         Raises:
             DataError: the image is missing or cannot be decoded.
         """
+        return self._read(partial(decode_image, options=options))
+
+    def check(self) -> None:
+        """Read the header and the end of the image, and decode it if the end looks damaged.
+
+        Raises:
+            DataError: the image is missing or cannot be decoded.
+        """
+        self._read(_check_image)
+
+    def _read(self, read: Callable[[Path], T]) -> T:
+        """Call a function with the path of the image, in a temporary file if it is embedded."""
         try:
             if self.path is not None:
-                return decode_image(self.path, options)
+                return read(self.path)
             with tempfile.NamedTemporaryFile() as file:
                 file.write(self.content or b"")
                 file.flush()
-                return decode_image(Path(file.name), options)
+                return read(Path(file.name))
         except RecordError as problem:
             name = None if self.path is not None else self.name  # the message already names the path
             raise DataError(str(problem), file=name, kind=problem.kind) from None
+
+
+def _check_image(path: Path) -> None:
+    info = image_info(path)
+    if not info.has_end:
+        check_decoding(path, info)
 
 
 @dataclass(frozen=True)
@@ -65,9 +86,11 @@ class Item:
     Attributes:
         index: index in the task, from 0.
         question: the question, including its options.
-        reference: reference answer; the letter of the correct option for multiple choice.
+        reference: reference answer; the letter of the correct option for multiple choice; empty if the
+            benchmark has none.
         choices: texts of the options, starting with A; empty for an open question.
         accepted: further correct answers for exact match.
+        problem: why the item cannot be used, with its location; empty for a usable item.
     """
 
     task: str
@@ -77,6 +100,7 @@ class Item:
     figures: tuple[Figure, ...] = ()
     choices: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
+    problem: str = ""
 
     @property
     def key(self) -> Key:
@@ -108,8 +132,20 @@ class Item:
         Raises:
             DataError: an image cannot be read.
         """
+        return Prompt(self.messages(system), self._read_figures(lambda figure: figure.decode(options)))
+
+    def check_images(self) -> None:
+        """Check the images without decoding them; see `Figure.check`.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        self._read_figures(Figure.check)
+
+    def _read_figures(self, read: Callable[[Figure], T]) -> list[T]:
+        """Call a function with each figure; an error names the item."""
         try:
-            return Prompt(self.messages(system), [figure.decode(options) for figure in self.figures])
+            return [read(figure) for figure in self.figures]
         except DataError as error:
             raise DataError(f"{self.task}, item {self.index}: {error}", kind=error.kind) from None
 
@@ -130,13 +166,19 @@ class Benchmark:
     """The items of a benchmark.
 
     Attributes:
-        items: items, grouped by task.
+        items: usable items, grouped by task.
         pooled: whether to report metrics over all tasks together as well.
+        excluded: items that cannot be used.
+        totals: number of items of each task before any selection or exclusion; empty if unknown.
+        other_tasks: tasks whose files were not read.
     """
 
     name: str
     items: tuple[Item, ...]
     pooled: bool = False
+    excluded: tuple[Item, ...] = ()
+    totals: Mapping[str, int] = field(default_factory=dict)
+    other_tasks: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -150,7 +192,16 @@ class Benchmark:
             for item in self.items
             if (tasks is None or item.task in tasks) and (limit is None or item.index < limit)
         )
-        return Benchmark(self.name, tuple(selected), self.pooled)
+        return replace(self, items=tuple(selected))
+
+    def keep(self, keys: Container[Key]) -> "Benchmark":
+        """Return the benchmark with the items of the given keys."""
+        return replace(self, items=tuple(item for item in self.items if item.key in keys))
+
+    @property
+    def labelled(self) -> "Benchmark":
+        """The benchmark with the items that have a reference."""
+        return replace(self, items=tuple(item for item in self.items if item.reference))
 
 
 def log_lost_content(items: Sequence[Item], options: ImageOptions) -> None:

@@ -3,15 +3,22 @@
 import ast
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    EVERYTHING,
+    Format,
+    Request,
+    Row,
     check_reserved_token,
     choice_item,
-    raise_problems,
+    optional_string,
+    read_rows,
     required_strings,
+    unknown_tasks,
     with_indices,
 )
 from internvl_chat.utils.errors import DataError, UsageError
@@ -27,44 +34,52 @@ _MAX_IMAGES = 7
 _IMAGE_REFERENCE = re.compile(r"<image (\d)>")
 
 
-def read_mmmu(data: Path) -> Benchmark:
+def read_mmmu(data: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read `SUBJECT/validation-*.parquet` of the five subjects.
 
     As in the training data, images precede the question: `<image 2>` becomes the label `Fig-2`.
 
     Args:
         data: folder with one sub-folder per subject.
+        request: what is read.
 
     Raises:
-        DataError: a subject is missing, or items are invalid.
-        UsageError: pyarrow is not installed.
+        DataError: a subject is missing.
+        UsageError: pyarrow is not installed, or a task is unknown.
     """
+    if unknown := [task for task in request.tasks or () if task not in SUBJECTS]:
+        raise UsageError(unknown_tasks(unknown, "mmmu-med", SUBJECTS))
     try:
         from pyarrow import parquet
     except ImportError:
         raise UsageError("reading MMMU needs pyarrow: pip install '.[eval]'") from None
-    files = {subject: sorted((data / subject).glob("validation-*.parquet")) for subject in SUBJECTS}
+    subjects = [subject for subject in SUBJECTS if request.wants(subject)]
+    files = {subject: sorted((data / subject).glob("validation-*.parquet")) for subject in subjects}
     missing = [subject for subject, paths in files.items() if not paths]
     if missing:
         raise DataError(f"no validation-*.parquet of {', '.join(missing)}", file=data)
     items: list[Item] = []
-    problems: list[str] = []
     for subject, file in ((subject, file) for subject, paths in files.items() for file in paths):
         try:
             rows = parquet.read_table(file).to_pylist()
         except (OSError, ValueError) as error:
             raise DataError(f"not a parquet file: {error}", file=file) from None
-        for number, row in enumerate(rows, 1):
-            try:
-                items.append(_parse(subject, row))
-            except DataError as error:
-                problems.append(str(DataError(f"row {number}: {error.message}", file=file)))
-    raise_problems(problems)
+        rule = Format(partial(_parse, subject), partial(_subject, subject), "answer", answers="letter")
+        items += read_rows((_row(file, number, row) for number, row in enumerate(rows, 1)), rule)
     return Benchmark("mmmu-med", tuple(with_indices(items)), pooled=True)
 
 
+def _row(file: Path, number: int, row: Mapping[str, Any]) -> Row:
+    return Row(lambda: row, file, lambda: f"row {number}")
+
+
+def _subject(subject: str, raw: Mapping[str, Any]) -> str:
+    return subject
+
+
 def _parse(subject: str, row: Mapping[str, Any]) -> Item:
-    name, question, answer, kind = required_strings(row, "id", "question", "answer", "question_type")
+    name, question, kind = required_strings(row, "id", "question", "question_type")
+    answer = optional_string(row, "answer")
     figures = tuple(
         Figure(f"{name}_{number}", f"Fig-{number}", content=image["bytes"])
         for number in range(1, _MAX_IMAGES + 1)

@@ -8,11 +8,17 @@ from typing import Any
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    EVERYTHING,
+    Format,
+    Request,
     check_images,
     choice_item,
+    file_rows,
     find_image,
-    read_items,
+    optional_string,
+    read_rows,
     required_strings,
+    with_indices,
 )
 from internvl_chat.utils.errors import DataError
 
@@ -30,38 +36,49 @@ _MODALITIES = {
 _ORDER = ("CT", "FP", "MR", "OCT", "Der", "Mic", "X-Ray", "US")
 
 
-def read_omnimed(data: Path) -> Benchmark:
+def read_omnimed(data: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read `QA_information/Open-access/*.json`, or all of `QA_information` if there is no such folder.
 
     Modalities that the published tables do not have keep their names.
 
     Args:
         data: folder of `QA_information/` and the images.
+        request: what is read.
 
     Raises:
-        DataError: there are no questions, or items are invalid.
+        DataError: there are no questions.
     """
     folder = data / "QA_information"
     folder = folder / "Open-access" if (folder / "Open-access").is_dir() else folder
     files = sorted(folder.rglob("*.json"))
     if not files:
         raise DataError("no questions of OmniMedVQA: no JSON file in QA_information", file=data)
-    items = read_items([(RecordFile(file), partial(_parse, data=data)) for file in files])
+    parse = partial(_parse, data=data, images=request.images)
+    rule = Format(parse, _task_of, answer_key="gt_answer", answers="text")
+    items = [item for file in files for item in read_rows(file_rows(RecordFile(file)), rule)]
+    items = with_indices(items)
     order = {name: number for number, name in enumerate(_ORDER)}
     items.sort(key=lambda item: (order.get(item.task, len(order)), item.task, item.index))
     return Benchmark("omnimedvqa", tuple(items), pooled=True)
 
 
-def _parse(raw: Mapping[str, Any], *, data: Path) -> Item:
-    question, answer, image, *_ = required_strings(
-        raw, "question", "gt_answer", "image_path", "option_A", "option_B"
-    )
+def _task_of(raw: Mapping[str, Any]) -> str:
+    """Return the task of an item, or nothing if it has no modality."""
     # The key differs between the files of the dataset.
-    [modality] = required_strings(raw, "modality" if "modality" in raw else "modality_type")
+    modality = raw.get("modality" if "modality" in raw else "modality_type")
+    return short_modality(modality) if isinstance(modality, str) else ""
+
+
+def _parse(raw: Mapping[str, Any], *, data: Path, images: bool) -> Item:
+    question, image, _, _, modality = required_strings(
+        raw, "question", "image_path", "option_A", "option_B",
+        "modality" if "modality" in raw else "modality_type",
+    )  # fmt: skip
+    answer = optional_string(raw, "gt_answer")
     options = [f"option_{letter}" for letter in "ABCD" if raw.get(f"option_{letter}")]
     choices = required_strings(raw, *options)
     check_images(raw, ("image_path", "question"), [image], question)
-    figure = Figure(image, path=find_image(image, [data]))
+    figure = Figure(image, path=find_image(image, [data], required=images))
     return choice_item(short_modality(modality), question, answer, (figure,), choices)
 
 

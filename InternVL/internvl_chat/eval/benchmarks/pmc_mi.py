@@ -6,23 +6,31 @@ Text-only questions have no `images`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    EVERYTHING,
+    Format,
+    Request,
     check_images,
-    correct_letter,
+    file_rows,
     find_image,
-    read_items,
+    optional_string,
+    read_rows,
     required_strings,
     string_list,
+    unknown_tasks,
 )
 from internvl_chat.metrics.multiple_choice import split_choices
-from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.errors import DataError, UsageError
+
+T = TypeVar("T")
 
 FILES = {
     "puretext": "puretextQA_benchmark.json",
@@ -36,31 +44,40 @@ _QUESTION_FOLDERS = (".", "benchmark", "benchmark_data")
 _IMAGE_FOLDERS = ("images", "benchmark_images", ".")
 
 
-def read_pmc_mi(data: Path) -> Benchmark:
+def read_pmc_mi(data: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read the six published files.
 
     Args:
         data: folder of the files, or the parent of `benchmark/` or `benchmark_data/`. The images are in the
             folder of the files, or in `images/` or `benchmark_images/` inside or next to it.
+        request: what is read.
 
     Raises:
-        DataError: files are missing or items are invalid; lists all of them.
+        DataError: files are missing.
+        UsageError: a task is unknown.
     """
+    names = _wanted(FILES, request, "pmc-mi")
     folders = [data / name for name in _QUESTION_FOLDERS]
     folder = next((f for f in folders if any((f / name).is_file() for name in FILES.values())), data)
-    missing = [name for name in FILES.values() if not (folder / name).is_file()]
+    missing = [name for name in names.values() if not (folder / name).is_file()]
     if missing:
         raise DataError(f"PMC-MI-Bench is incomplete: no {', '.join(missing)}", file=folder)
-    return _read("pmc-mi", {task: folder / name for task, name in FILES.items()}, folder)
+    benchmark = _read("pmc-mi", {task: folder / name for task, name in names.items()}, folder, request)
+    return replace(benchmark, other_tasks=tuple(FILES.keys() - names.keys()))
 
 
-def read_folder(folder: Path) -> Benchmark:
+def read_folder(folder: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read a custom benchmark: each `.json` or `.jsonl` file of a folder is a task.
 
     The task has the name of the file without `_benchmark`; published files keep their task names.
 
+    Args:
+        folder: the folder.
+        request: what is read.
+
     Raises:
-        DataError: there is no such file, two files have the same task, or items are invalid.
+        DataError: there is no such file, or two files have the same task.
+        UsageError: a task is unknown.
     """
     published = {name: task for task, name in FILES.items()}
     files: dict[str, Path] = {}
@@ -71,17 +88,35 @@ def read_folder(folder: Path) -> Benchmark:
         files[task] = file
     if not files:
         raise DataError("no .json or .jsonl file with questions", file=folder)
-    return _read(folder.resolve().name, files, folder)
+    name = folder.resolve().name
+    wanted = _wanted(files, request, name)
+    benchmark = _read(name, wanted, folder, request)
+    return replace(benchmark, other_tasks=tuple(files.keys() - wanted.keys()))
 
 
-def _read(name: str, files: Mapping[str, Path], folder: Path) -> Benchmark:
+def _wanted(files: Mapping[str, T], request: Request, benchmark: str) -> dict[str, T]:
+    """Return the files of the tasks to read.
+
+    Raises:
+        UsageError: a task is unknown.
+    """
+    if unknown := [task for task in request.tasks or () if task not in files]:
+        raise UsageError(unknown_tasks(unknown, benchmark, files))
+    return {task: file for task, file in files.items() if request.wants(task)}
+
+
+def _read(name: str, files: Mapping[str, Path], folder: Path, request: Request) -> Benchmark:
     roots = [root / name for root in (folder, folder.parent) for name in _IMAGE_FOLDERS]
-    parsers = [(RecordFile(file), partial(_parse, task=task, roots=roots)) for task, file in files.items()]
-    return Benchmark(name, tuple(read_items(parsers)))
+    items: list[Item] = []
+    for task, file in files.items():
+        parse = partial(_parse, task=task, roots=roots, images=request.images)
+        rule = Format(parse, lambda _, task=task: task, answer_key="gt", answers="letter")
+        items += read_rows(file_rows(RecordFile(file)), rule)
+    return Benchmark(name, tuple(items))
 
 
-def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path]) -> Item:
-    question, answer = required_strings(raw, "question", "gt")
+def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: bool) -> Item:
+    [question], answer = required_strings(raw, "question"), optional_string(raw, "gt")
     if IMAGE_PLACEHOLDER in question:
         raise DataError(f"the question contains {IMAGE_PLACEHOLDER}, but its images precede it")
     names, labels = string_list(raw, "images"), string_list(raw, "image_indices")
@@ -90,9 +125,9 @@ def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path]) -> Item:
     check_images(raw, ("question", "gt", "images", "image_indices"), names, question)
     # Text-only questions may have labels without images.
     labelled = zip(names, labels, strict=False)
-    figures = tuple(Figure(name, label, find_image(name, roots)) for name, label in labelled)
+    figures = tuple(Figure(name, label, find_image(name, roots, required=images)) for name, label in labelled)
     is_letter = len(answer.strip()) == 1 and answer.strip().isalpha()
     choices = split_choices(question) if is_letter or task == "multi-choice" else ()
-    if choices or task == "multi-choice":
-        return Item(task, 0, question, correct_letter(answer, choices), figures, choices)
-    return Item(task, 0, question, answer, figures)
+    if task == "multi-choice" and not choices:
+        raise DataError("the question lists no options (A. ... B. ...)")
+    return Item(task, 0, question, answer, figures, choices)

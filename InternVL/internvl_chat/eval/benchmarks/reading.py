@@ -1,8 +1,9 @@
 """Helpers of the benchmark readers; all problems of a benchmark are collected and reported together."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -11,61 +12,170 @@ from internvl_chat.constants import IMG_CONTEXT
 from internvl_chat.data.sources.dialects import control_tokens, misplaced_image
 from internvl_chat.data.sources.image_names import describe_missing, describe_remote
 from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.eval.benchmarks.answers import (
+    AnswerForm,
+    common_form,
+    options_like_letters,
+    strip_letters,
+    with_letter,
+)
 from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.utils.errors import DataError, format_problems
 from internvl_chat.utils.logging import get_logger
+from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
 _MAX_PROBLEMS_SHOWN = 20
 
 
-def read_items(files: Iterable[tuple[RecordFile, Callable[[Mapping[str, Any]], Item]]]) -> list[Item]:
-    """Parse all objects of some files, and index the items of each task from 0.
+@dataclass(frozen=True)
+class Request:
+    """What is read from a benchmark.
+
+    Attributes:
+        tasks: read only the files of these tasks, where a file has one task; None for all tasks.
+        images: whether the images are needed.
+    """
+
+    tasks: Collection[str] | None = None
+    images: bool = True
+
+    def wants(self, task: str) -> bool:
+        """Return whether a task is read."""
+        return self.tasks is None or task in self.tasks
+
+
+EVERYTHING = Request()
+
+
+@dataclass(frozen=True)
+class Row:
+    """An object of a benchmark file that has not been parsed.
+
+    Attributes:
+        read: returns the object; raises `DataError` if it is not valid JSON.
+        file: file of the object.
+        place: returns the line or row, and the number of an object that is not alone on its line.
+    """
+
+    read: Callable[[], Any]
+    file: Path
+    place: Callable[[], str]
+
+    def locate(self, message: str) -> str:
+        """Add file and place to an error message."""
+        return f"{self.file}, {self.place()}: {message}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the objects of a benchmark are read.
+
+    Attributes:
+        parse: parses an object; raises `DataError` if it is invalid. The reference of a multiple-choice item
+            is the answer as it is written, or empty if there is none.
+        task: returns the task of an object that may be invalid; empty if it is unknown.
+        answer_key: key of the answer.
+        answers: whether answers to multiple-choice questions are letters or texts of options; None if this
+            differs between files.
+    """
+
+    parse: Callable[[Mapping[str, Any]], Item]
+    task: Callable[[Mapping[str, Any]], str]
+    answer_key: str
+    answers: AnswerForm | None = None
+
+
+def file_rows(file: RecordFile) -> Iterator[Row]:
+    """Yield the objects of a JSONL file or a JSON array."""
+    for number in range(len(file)):
+
+        def place(number: int = number) -> str:
+            line = file.line(number)
+            several = len(file) > 1 and line == file.line(number - 1)
+            return f"line {line}" + (f": object {number + 1} of the file" if several else "")
+
+        yield Row(partial(file.__getitem__, number), file.path, place)
+
+
+def read_rows(rows: Iterable[Row], rule: Format) -> list[Item]:
+    """Return an item for each row; an invalid row becomes an item with a `problem`.
+
+    The items of a task have no references if none of its rows has the key of the answer.
+    """
+    rows = list(rows)
+    parsed = [_parse(row, rule) for row in rows]
+    by_task: dict[str, list[Item]] = defaultdict(list)
+    for item in parsed:
+        if not item.problem:
+            by_task[item.task].append(item)
+    forms = {task: rule.answers or common_form(items) for task, items in by_task.items()}
+    labelled = {task for task, items in by_task.items() if any(item.reference for item in items)}
+    result = []
+    for row, item in zip(rows, parsed, strict=True):
+        try:
+            if item.task in labelled and not item.problem:
+                item = with_letter(item, forms[item.task], rule.answer_key)
+        except DataError as error:
+            item = replace(item, problem=row.locate(error.message))
+        result.append(item)
+    marked = [row for row, item in zip(rows, result, strict=True) if not item.problem and _is_marked(item)]
+    if marked:
+        logger.warning(
+            "%s: %d questions or answers contain control tokens such as <|im_end|>, e.g. in %s; "
+            "--escape_control_tokens True reads them as text", marked[0].file, len(marked), marked[0].place(),
+        )  # fmt: skip
+    return with_indices(result)
+
+
+def _is_marked(item: Item) -> bool:
+    """Return whether question or answer contain control tokens."""
+    return bool(control_tokens(f"{item.question}\n{item.reference}"))
+
+
+def _parse(row: Row, rule: Format) -> Item:
+    raw = None
+    try:
+        raw = row.read()
+        if not isinstance(raw, Mapping):
+            raise DataError(f"an item must be a JSON object, found {type(raw).__name__}")
+        return rule.parse(raw)
+    except DataError as error:
+        known = raw if isinstance(raw, Mapping) else {}
+        choices = ("",) if known.get("choices") else ()
+        return Item(rule.task(known), 0, "", "", choices=choices, problem=row.locate(error.message))
+
+
+def raise_problems(problems: Sequence[str], advice: Sequence[str] = ()) -> None:
+    """Raise one error for all problems, if there are any.
 
     Args:
-        files: each file with a function that parses one object and raises `DataError` for an invalid one.
-
-    Raises:
-        DataError: objects are invalid; lists them with file and line.
-    """
-    items: list[Item] = []
-    problems: list[str] = []
-    for file, parse in files:
-        marked: list[int] = []
-        for number in range(len(file)):
-            try:
-                raw = file[number]
-                if not isinstance(raw, Mapping):
-                    raise DataError(f"an item must be a JSON object, found {type(raw).__name__}")
-                items.append(parse(raw))
-                if control_tokens(f"{items[-1].question}\n{items[-1].reference}"):
-                    marked.append(file.line(number))
-            except DataError as error:
-                line, message = file.line(number), error.message
-                if len(file) > 1 and line == file.line(number - 1):  # several objects on one line
-                    message = f"object {number + 1} of the file: {message}"
-                problems.append(str(DataError(message, file=file.path, line=line)))
-        if marked:
-            logger.warning(
-                "%s: %d questions or answers contain control tokens such as <|im_end|>, e.g. in line %d; "
-                "--escape_control_tokens True reads them as text", file.path, len(marked), marked[0],
-            )  # fmt: skip
-    raise_problems(problems)
-    return with_indices(items)
-
-
-def raise_problems(problems: Sequence[str]) -> None:
-    """Raise one error for all problems, if there are any.
+        problems: one message for each problem.
+        advice: what to do, after the problems.
 
     Raises:
         DataError: lists the first twenty problems and the number of the others.
     """
     if problems:
-        shown = list(problems[:_MAX_PROBLEMS_SHOWN])
-        if len(problems) > _MAX_PROBLEMS_SHOWN:
-            shown.append(f"and {len(problems) - _MAX_PROBLEMS_SHOWN:,} more")
-        raise DataError(format_problems(shown))
+        raise DataError("\n".join([format_problems(_first(problems)), *advice]))
+
+
+def skipped_message(problems: Sequence[str], total: int) -> str:
+    """Return a message with the number of items that are skipped, and the first of them."""
+    lines = [f"  {problem}" for problem in _first(problems)]
+    return "\n".join([f"skipped {len(problems):,} of {counted(total, 'item')}:", *lines])
+
+
+def _first(problems: Sequence[str]) -> list[str]:
+    """Return the first twenty problems and the number of the others."""
+    rest = len(problems) - _MAX_PROBLEMS_SHOWN
+    return list(problems[:_MAX_PROBLEMS_SHOWN]) + ([f"and {rest:,} more"] if rest > 0 else [])
+
+
+def unknown_tasks(unknown: Sequence[str], benchmark: str, known: Iterable[str]) -> str:
+    """Return the error message for names given to `--tasks`."""
+    return f"--tasks {','.join(unknown)}: {benchmark} has {', '.join(known)}"
 
 
 def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
@@ -73,7 +183,10 @@ def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
 
     The metrics of the two kinds have the same names but different meanings.
     """
-    mixed = {item.task for item in items if item.choices} & {item.task for item in items if not item.choices}
+    usable = [item for item in items if not item.problem]
+    mixed = {item.task for item in usable if item.choices} & {
+        item.task for item in usable if not item.choices
+    }
     renamed = [
         item if item.choices or item.task not in mixed else replace(item, task=f"{item.task} (open)")
         for item in items
@@ -104,6 +217,15 @@ def required_strings(raw: Mapping[str, Any], *keys: str) -> list[str]:
     for key in keys:
         check_reserved_token(raw[key])
     return [raw[key] for key in keys]
+
+
+def optional_string(raw: Mapping[str, Any], key: str) -> str:
+    """Return the string under a key, or nothing if the key is missing or null.
+
+    Raises:
+        DataError: the value is empty or not a string.
+    """
+    return "" if raw.get(key) is None else required_strings(raw, key)[0]
 
 
 def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
@@ -146,44 +268,51 @@ def check_reserved_token(text: str) -> None:
         raise DataError(f"the text contains the reserved token {IMG_CONTEXT}")
 
 
-def find_image(name: str, roots: Sequence[Path]) -> Path:
+def find_image(name: str, roots: Sequence[Path], *, required: bool = True) -> Path:
     """Return the image file in the first of the folders that has it.
 
+    Args:
+        name: path of the image in the folder.
+        roots: the folders.
+        required: whether the image is needed; otherwise the path may not exist.
+
     Raises:
-        DataError: no folder has it.
+        DataError: no folder has a required image.
     """
-    if remote := describe_remote(name):
+    if required and (remote := describe_remote(name)):
         raise DataError(remote)
     for root in roots:
         if (path := root / name).is_file():
             return path
+    if not required:
+        return roots[0] / name
     reason = next(filter(None, (describe_missing(root / name) for root in roots)), None)
     folders = ", ".join(dict.fromkeys(str(root) for root in roots if root.is_dir()))
     more = f"; {reason}" if reason else ""
     raise DataError(f"the image {name} is not in {folders or 'any image folder'}{more}")
 
 
-def correct_letter(answer: str, choices: Sequence[str]) -> str:
-    """Return the letter of the correct option, given as a letter or as the text of the option.
-
-    Raises:
-        DataError: the answer is neither, or there are more options than letters.
-    """
-    if len(choices) > len(ascii_uppercase):
-        raise DataError(f"{len(choices)} options, more than the {len(ascii_uppercase)} letters")
-    letters = list(ascii_uppercase[: len(choices)])
-    if answer.strip().upper() in letters:
-        return answer.strip().upper()
-    for letter, choice in zip(letters, choices, strict=True):
-        if choice.strip().lower() == answer.strip().lower():
-            return letter
-    raise DataError(f"the correct answer {answer!r:.80} is none of the {len(choices)} options")
-
-
 def choice_item(
     task: str, question: str, answer: str, figures: tuple[Figure, ...], choices: Sequence[str]
 ) -> Item:
-    """Return a multiple-choice item whose options are listed after the question, one per line."""
-    options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
-    text = "\n".join([question, *options])
-    return Item(task, 0, text, correct_letter(answer, choices), figures, tuple(choices))
+    """Return a multiple-choice item whose options are listed after the question, one per line.
+
+    Options that begin with their own letters (`A. yes`, `B. no`) are listed as they are.
+
+    Raises:
+        DataError: options begin with letters in another order.
+    """
+    texts = strip_letters(choices)
+    options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, texts, strict=False)]
+    return Item(task, 0, "\n".join([question, *options]), answer, figures, tuple(texts))
+
+
+def warn_about_letters(items: Sequence[Item]) -> None:
+    """Log the number of items in which a single letter is an option's text and another option's letter."""
+    found = [item for item in items if options_like_letters(item.choices)]
+    if found:
+        logger.warning(
+            "%s with an option whose text is the letter of another option (the first is %s %d): a single "
+            "letter as an answer is read as the letter of an option, not as its text",
+            counted(len(found), "item"), *found[0].key,
+        )  # fmt: skip

@@ -9,10 +9,15 @@ from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
+    EVERYTHING,
+    Format,
+    Request,
     check_images,
     choice_item,
+    file_rows,
     find_image,
-    read_items,
+    optional_string,
+    read_rows,
     required_strings,
     split_mixed_tasks,
     string_list,
@@ -20,7 +25,7 @@ from internvl_chat.eval.benchmarks.reading import (
 from internvl_chat.utils.errors import DataError
 
 
-def read_vqa(file: Path) -> Benchmark:
+def read_vqa(file: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read a JSONL file (or a JSON array) of questions.
 
     An object has `question` and `answer`. Optional keys: `image` (one path or a list, relative to the folder
@@ -28,19 +33,31 @@ def read_vqa(file: Path) -> Benchmark:
     and `task` (default: the name of the file). The open questions of a task with both kinds become a task of
     their own.
 
+    Args:
+        file: the file.
+        request: what is read.
+
     Raises:
-        DataError: the file cannot be read, or items are invalid.
+        DataError: the file cannot be read.
     """
     if not file.is_file():
         raise DataError("not a file; --data must be a JSONL file of questions", file=file)
-    items = split_mixed_tasks(read_items([(RecordFile(file), partial(_parse, file=file))]))
+    parse = partial(_parse, file=file, images=request.images)
+    rule = Format(parse, partial(_task_of, file=file), answer_key="answer")
+    items = split_mixed_tasks(read_rows(file_rows(RecordFile(file)), rule))
     return Benchmark("vqa", tuple(items))
 
 
-def _parse(raw: Mapping[str, Any], *, file: Path) -> Item:
+def _task_of(raw: Mapping[str, Any], *, file: Path) -> str:
+    task = raw.get("task", file.stem)
+    return task if isinstance(task, str) else ""
+
+
+def _parse(raw: Mapping[str, Any], *, file: Path, images: bool) -> Item:
     if isinstance(raw.get("answer"), int | float) and not isinstance(raw["answer"], bool):
+        _reject_index(raw)
         raw = {**raw, "answer": str(raw["answer"])}
-    question, answer = required_strings(raw, "question", "answer")
+    [question], answer = required_strings(raw, "question"), optional_string(raw, "answer")
     [task] = required_strings(raw, "task") if "task" in raw else [file.stem]
     names = string_list(raw, "image") or string_list(raw, "images")
     choices = string_list(raw, "choices")
@@ -49,9 +66,25 @@ def _parse(raw: Mapping[str, Any], *, file: Path) -> Item:
     if placeholders not in (0, len(names)):
         raise DataError(f"{placeholders} {IMAGE_PLACEHOLDER} in the question, but {len(names)} images")
     figures = tuple(
-        Figure(name, "" if len(names) == 1 else f"Fig-{number}", find_image(name, [file.parent]))
+        Figure(
+            name, "" if len(names) == 1 else f"Fig-{number}", find_image(name, [file.parent], required=images)
+        )
         for number, name in enumerate(names)
     )
     if not choices:
         return Item(task, 0, question, answer, figures)
     return choice_item(task, question, answer, figures, choices)
+
+
+def _reject_index(raw: Mapping[str, Any]) -> None:
+    """Reject a number that is the text of one option and may be the index of another one.
+
+    Raises:
+        DataError: the number is ambiguous.
+    """
+    choices, number = raw.get("choices") or [], raw["answer"]
+    if str(number) in choices and number in range(len(choices)) and choices[int(number)] != str(number):
+        raise DataError(
+            f"the answer {number} may be the text of an option or its index from 0; write the text in "
+            "quotes, or the letter of the option"
+        )

@@ -65,10 +65,12 @@ def read_documents(task: str, folder: Path) -> list[dict[str, Any]]:
         UsageError: there is no such folder or task.
         DataError: items are invalid.
     """
-    benchmark = open_benchmark("pmc-mi", folder) if task in FILES else open_benchmark(str(folder), None)
-    items = benchmark.select([task], None).items
-    if not items:
-        raise UsageError(f"{DATA}={folder}: no task {task}; the tasks are {', '.join(benchmark.tasks)}")
+    name, data = ("pmc-mi", folder) if task in FILES else (str(folder), None)
+    try:
+        benchmark = open_benchmark(name, data, tasks=[task])
+    except UsageError as error:
+        raise UsageError(f"{DATA}={folder}: {error}") from None
+    items = benchmark.items
     shared = {
         "task": task,
         "system": system_texts(benchmark)[task],

@@ -6,7 +6,7 @@ from pathlib import Path
 from internvl_chat.eval.benchmarks.item import Benchmark, Key
 from internvl_chat.eval.report.page import evaluation_page
 from internvl_chat.eval.report.plots import plot_bars, plot_radar
-from internvl_chat.eval.report.table import markdown
+from internvl_chat.eval.report.table import is_partial, markdown
 from internvl_chat.eval.scoring import Scores
 from internvl_chat.utils.files import write_json
 
@@ -28,7 +28,8 @@ def write_report(
     table = markdown(scores.tasks, benchmark=benchmark.name, model=model)
     (folder / "table.md").write_text(table, encoding="utf-8")
     bars, radar = folder / "bars.png", folder / "radar.png"
-    names = {"benchmark": benchmark.name, "model": model}
+    partial = " (partial)" if any(map(is_partial, scores.tasks.values())) else ""
+    names = {"benchmark": benchmark.name, "model": model + partial}
     plot_bars(scores.tasks, bars, **names)
     pictures = {"main metrics of every task": bars}
     if plot_radar(scores.tasks, radar, **names):

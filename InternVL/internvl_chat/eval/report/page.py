@@ -46,7 +46,7 @@ def evaluation_page(
     """
     tables = paper_tables(scores.tasks, model) if benchmark.name == "pmc-mi" else []
     parts = [f"<p>{NOTE}</p>"]
-    plain = [(header, [tuple(c.strip("*") for c in row) for row in rows]) for header, rows in tables]
+    plain = [(header, [tuple(c.replace("**", "") for c in row) for row in rows]) for header, rows in tables]
     parts += [html_table(*table) for table in (*plain, *metric_tables(scores.tasks))]
     parts += [
         f"<div class='plot'>{html_image(file.read_bytes(), 'png', text)}</div>"
@@ -80,6 +80,8 @@ def _item(item: Item, answer: str, scores: Mapping[str, float]) -> str:
 
 def _figure(figure: Figure) -> str:
     title = html.escape(f"{figure.label} {figure.name}".strip())
+    if figure.path is not None and not figure.path.exists():  # answers can be scored without the images
+        return f"<figure><figcaption>{title} (the image is not available)</figcaption></figure>"
     picture = html_image(_thumbnail(figure), "jpeg", figure.label or figure.name)
     return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
 

@@ -26,6 +26,25 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def is_partial(metrics: Metrics) -> bool:
+    """Return whether the metrics are those of a part of a task."""
+    return "total" in metrics
+
+
+def _label(model: str, metrics: Metrics) -> str:
+    """Return the name of a row; a part of a task is marked, because it has no published counterpart."""
+    if not is_partial(metrics):
+        return f"**{model}**"
+    return f"**{model}** (partial: {metrics['items']:,} of {metrics['total']:,} items)"
+
+
+def _count(metrics: Metrics, name: str) -> str:
+    """Return a number of items; for a part of a task with the number of all."""
+    if name == "items" and is_partial(metrics):
+        return f"{metrics['items']:,} of {metrics['total']:,}"
+    return f"{metrics[name]:,}"
+
+
 def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
     """Return a table of all metrics of the open tasks, and one of the multiple-choice tasks."""
     tables: list[Table] = []
@@ -34,7 +53,7 @@ def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
         rows = [
             (
                 task,
-                *(f"{metrics[name]:,}" for name in counts),
+                *(_count(metrics, name) for name in counts),
                 *(percent(metrics.get(name)) for name in names),
             )
             for task, metrics in tasks.items()
@@ -56,7 +75,13 @@ def paper_tables(tasks: Mapping[str, Metrics], model: str) -> list[Table]:
                 for other in PUBLISHED
                 if task in PUBLISHED[other]
             ]
-            rows.append((TITLES[task], f"**{model}**", *(percent(tasks[task].get(name)) for name in names)))
+            rows.append(
+                (
+                    TITLES[task],
+                    _label(model, tasks[task]),
+                    *(percent(tasks[task].get(name)) for name in names),
+                )
+            )
         if rows:
             tables.append((("task", "model", *(LABELS[name] for name in names)), rows))
     return tables

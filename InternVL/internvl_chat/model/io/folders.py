@@ -5,6 +5,7 @@ adapter in peft's format.
 """
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,40 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Folder in an export with the configuration and auxiliary files from before.
 ORIGINAL = "original"
 
-# Tokenizer, generation configuration, preprocessing, and the reference's code for other programs.
-_AUXILIARY = (
-    "tokenizer_config.json",
-    "tokenizer.json",
+# Files that decide what the model reads and writes, in the format of the reference.
+_MODEL_FILES = (
+    "*token*.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    "added_tokens.json",
     "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
+    "chat_template.*",
     "generation_config.json",
-    "preprocessor_config.json",
+    "*processor_config.json",
     "preprocessing.json",
     "*.py",
 )
-_NOT_AUXILIARY = ("zero_to_fp32.py",)  # DeepSpeed writes it into its checkpoints
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
+# Files that belong to the weights, to one state of the folder, or to a run or evaluation in it.
+_NOT_AUXILIARY = (
+    *("config.json", "adapter_config.json", "base_model.json", "*.index.json", "README.md", "made_from.json"),
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz"),
+    *("metrics.jsonl", "ledger.jsonl", "validation.jsonl", "config.yaml", "training_log.txt", "loss.png"),
+    *("train_results.json", "trainer_state.json", "run_fingerprint.json", "manifest.json", "latest"),
+    *("zero_to_fp32.py", "evaluation.json", "predictions*.jsonl", "metrics.json", "table.md", "bars.png"),
+    *("radar.png", "report.html", ".*"),
+)
+_MAX_AUXILIARY_BYTES = 100 * 10**6
+_DOWNLOADED = (
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def model_folder(path_or_id: str | Path) -> Path:
@@ -128,10 +145,26 @@ def write_config(config: InternVLChatConfig, folder: Path) -> None:
 
 
 def read_auxiliary_files(source: Path) -> dict[str, bytes]:
-    """Read the files of a checkpoint besides weights and configuration, by name."""
+    """Read the files of a checkpoint besides weights and configuration, by name; subfolders are not read.
+
+    These are the tokenizer, the preprocessing, the reference's code, the licence, and all other files that no
+    run wrote.
+    """
     source = original_folder(source) or source
-    files = {file for pattern in _AUXILIARY for file in source.glob(pattern)}
-    return {file.name: file.read_bytes() for file in sorted(files) if file.name not in _NOT_AUXILIARY}
+    files = {}
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or any(fnmatchcase(file.name, pattern) for pattern in _NOT_AUXILIARY):
+            continue
+        if file.stat().st_size > _MAX_AUXILIARY_BYTES:
+            logger.warning("%s: not copied, because it is larger than %d bytes", file, _MAX_AUXILIARY_BYTES)
+            continue
+        files[file.name] = file.read_bytes()
+    return files
+
+
+def is_model_file(name: str) -> bool:
+    """Return whether an auxiliary file affects what the model reads or writes, unlike a licence."""
+    return any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
 
 
 def write_files(files: dict[str, bytes], folder: Path) -> None:

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS, adopt_options, find_base
 from internvl_chat.model.io.checkpoint import model_weights, untie_distinct_head
 from internvl_chat.model.io.folders import config_file, is_adapter, read_auxiliary_files, read_config
-from internvl_chat.model.io.weights import Weights, open_weights
+from internvl_chat.model.io.weights import Weights, check_finite, open_weights
 from internvl_chat.model.lora.injection import merged_weight, parameter_name, read_adapter_config
 from internvl_chat.utils.errors import ModelError
 
@@ -38,6 +38,14 @@ class MergedCheckpoint:
     auxiliary_files: dict[str, bytes]
     merged_layers: int
 
+    def with_options(self, **options: int | bool) -> "MergedCheckpoint":
+        """Return the checkpoint with other values of some fields of its configuration."""
+        config = copy.deepcopy(self.config)
+        for name, value in options.items():
+            setattr(config, name, value)
+        text = self.config_text if config == self.config else config.to_json_string()
+        return replace(self, config=config, config_text=text)
+
 
 def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckpoint:
     """Open a full model, a LoRA-wrapped checkpoint of the reference, or an adapter with its base.
@@ -47,14 +55,14 @@ def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckp
         base: base model of an adapter, if it has moved.
 
     Raises:
-        ModelError: the base is missing or does not match.
+        ModelError: the base is missing or does not match; when a weight is read that is not finite.
     """
     if is_adapter(source):
         base_folder, _ = find_base(source, base)
         weights = _with_adapter(source, base_folder)
     else:
-        base_folder, weights = source, model_weights(source)
-    weights, merged_layers = _merge(weights)
+        base_folder, weights = source, check_finite(model_weights(source), source)
+    weights, merged_layers = _merge(weights, source)
     config = read_config(base_folder)
     before = copy.deepcopy(config)
     untie_distinct_head(config, weights)
@@ -77,7 +85,7 @@ def has_adapters(folder: Path) -> bool:
     return is_adapter(folder) or any(".lora_" in name for name in model_weights(folder))
 
 
-def _merge(weights: Weights) -> tuple[Weights, int]:
+def _merge(weights: Weights, source: Path) -> tuple[Weights, int]:
     """Merge `lora_A` and `lora_B` into each `base_layer`; return the weights and the number of layers."""
     merged: Weights = {}
     layers = 0
@@ -89,7 +97,8 @@ def _merge(weights: Weights) -> tuple[Weights, int]:
         plain_name = _BASE_LAYER.sub("", name)
         if a and b and name.endswith(".base_layer.weight"):
             layers += 1
-            merged[plain_name] = partial(_read_merged, read, a, b)
+            # The sum of finite weights may overflow in 16 bits.
+            merged |= check_finite({plain_name: partial(_read_merged, read, a, b)}, source)
         else:
             merged[plain_name] = read
     return merged, layers
@@ -99,9 +108,10 @@ def _with_adapter(folder: Path, base_folder: Path) -> Weights:
     """Return the weights of an adapter and its base under LoRA-wrapped names."""
     read_adapter_config(folder)
     adapter = {parameter_name(key): read for key, read in open_weights(folder / ADAPTER_WEIGHTS).items()}
+    adapter = check_finite(adapter, folder)
     layers = {name.partition(".lora_")[0] for name in adapter if ".lora_" in name}
     weights: Weights = {}
-    for name, read in model_weights(base_folder).items():
+    for name, read in check_finite(model_weights(base_folder), base_folder).items():
         layer, _, kind = name.rpartition(".")
         weights[f"{layer}.base_layer.{kind}" if layer in layers else name] = read
     missing = {f"{layer}.base_layer.weight" for layer in layers} - weights.keys()

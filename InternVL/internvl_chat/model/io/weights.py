@@ -6,8 +6,9 @@
 import functools
 import hashlib
 import json
+import math
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ Weights = dict[str, Callable[[], torch.Tensor]]
 SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 _PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+_MAX_LISTED = 5
 # In the order in which safetensors stores them: large elements first, so that all are aligned.
 _DTYPES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32",
@@ -96,6 +98,55 @@ def _read_tensor(file: Path, name: str) -> torch.Tensor:
         return handle.get_tensor(name)
 
 
+def describe_non_finite(tensor: torch.Tensor) -> str | None:
+    """Return what is wrong with a tensor that contains NaN or Inf; None if all of its values are finite.
+
+    `aminmax` reads the tensor once without copying it; that takes a few percent of loading it.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return None
+    if tensor.itemsize == 1:  # `aminmax` does not support float8
+        tensor = tensor.float()
+    low, high = tensor.aminmax()
+    if math.isfinite(low) and math.isfinite(high):
+        return None
+    nan, total = int(tensor.isnan().sum()), tensor.numel()
+    infinite = int(tensor.isinf().sum())
+    found = [f"{count:,} {name}" for count, name in ((nan, "NaN"), (infinite, "Inf")) if count]
+    return f"{' and '.join(found)} in {total:,} values"
+
+
+def check_finite(weights: Weights, source: Path) -> Weights:
+    """Return the weights with readers that check each tensor.
+
+    Args:
+        weights: the weights.
+        source: folder or file of the weights, for error messages.
+
+    Raises:
+        ModelError: when a tensor is read that contains NaN or Inf.
+    """
+
+    return {name: partial(_read_finite, name, read, source) for name, read in weights.items()}
+
+
+def _read_finite(name: str, read: Callable[[], torch.Tensor], source: Path) -> torch.Tensor:
+    tensor = read()
+    if (problem := describe_non_finite(tensor)) is not None:
+        raise non_finite_error(source, [f"{name} ({problem})"])
+    return tensor
+
+
+def non_finite_error(source: Path | str, tensors: Sequence[str]) -> ModelError:
+    """Return the error for weights that contain NaN or Inf; each entry names a tensor and its values."""
+    more = f" and {len(tensors) - _MAX_LISTED} more" if len(tensors) > _MAX_LISTED else ""
+    noun = "1 weight is" if len(tensors) == 1 else f"{len(tensors)} weights are"
+    return ModelError(
+        f"{source}: {noun} not finite: {', '.join(tensors[:_MAX_LISTED])}{more}; the file is damaged or its "
+        "training diverged: copy the checkpoint again, or use an earlier one"
+    )
+
+
 def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial: bool = False) -> None:
     """Load weights into a module one by one, each converted to the dtype of its parameter.
 
@@ -106,19 +157,26 @@ def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial:
         partial: whether weights may be missing.
 
     Raises:
-        ModelError: weights are missing, unexpected or of another shape.
+        ModelError: weights are missing, unexpected, of another shape, or not finite.
     """
     own = dict(model.state_dict(keep_vars=True))
     tied = {name for name, p in own.items() if any(p is q for loaded, q in own.items() if loaded in weights)}
     missing = [] if partial else sorted(own.keys() - weights.keys() - tied)
     unexpected = sorted(weights.keys() - own.keys())
-    mismatched = []
-    for name in weights.keys() & own.keys():
+    mismatched, non_finite = [], []
+    for name in sorted(weights.keys() & own.keys()):
         tensor, target = weights[name](), own[name]
         if tensor.shape != target.shape:
             mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(target.shape)}")
             continue
         target.data = tensor.to(target.dtype)  # keeps the parameter, and so tied weights
+        if (problem := describe_non_finite(target.data)) is not None:
+            cast = (
+                ""
+                if describe_non_finite(tensor)
+                else f" after conversion from {tensor.dtype} to {target.dtype}"
+            )
+            non_finite.append(f"{name} ({problem}{cast})")
     problems = [
         f"{len(names)} {kind} weight(s), e.g. {', '.join(names[:3])}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
@@ -126,6 +184,8 @@ def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial:
     ]
     if problems:
         raise ModelError(f"{source}: does not fit its config.json: {'; '.join(problems)}")
+    if non_finite:
+        raise non_finite_error(source, non_finite)
 
 
 def weights_digest(folder: Path) -> str:

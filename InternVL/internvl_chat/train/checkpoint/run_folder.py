@@ -36,7 +36,9 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WRITTEN = re.compile(
     r"checkpoint-\d+|\.partial|(metrics|ledger|validation)\.jsonl|config\.yaml|loss\.png|train_results\.json|"
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
-    r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|tokenizer|"
+    r"(LICENSE|LICENCE|COPYING|NOTICE).*|"
+    r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|processor_config|"
+    r"video_preprocessor_config|tokenizer|"
     r"tokenizer_config|vocab|added_tokens|special_tokens_map|chat_template)\.json|merges\.txt|"
     r"tokenizer\.model|chat_template\.jinja"
 )

@@ -1,6 +1,7 @@
 """Progress of a run: step, epoch and best validation."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class TrainState:
         best_metric: metric of the best validation.
         evals_without_improvement: number of validations since the best, for early stopping.
         total_flops: FLOPs so far, over all ranks.
+        skipped_steps: number of completed steps whose gradients were not applied.
     """
 
     step: int = 0
@@ -29,11 +31,13 @@ class TrainState:
     best_metric: float | None = None
     evals_without_improvement: int = 0
     total_flops: float = 0.0
+    skipped_steps: int = 0
 
     def update_best(self, metric: float, greater_is_better: bool) -> bool:
         """Record the metric of a validation after this step; return whether it is the best so far."""
         best = self.best_metric
-        if best is None or (metric > best if greater_is_better else metric < best):
+        is_better = best is None or (metric > best if greater_is_better else metric < best)
+        if is_better and math.isfinite(metric):
             self.best_metric, self.best_step, self.evals_without_improvement = metric, self.step, 0
             return True
         self.evals_without_improvement += 1
@@ -46,6 +50,7 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
         """Restore the state from the result of `to_json`; ignore other keys."""
+        values = {"skipped_steps": 0, **values}  # earlier versions did not count them
         return cls(**{f.name: values[_JSON_NAMES.get(f.name, f.name)] for f in fields(cls)})
 
 

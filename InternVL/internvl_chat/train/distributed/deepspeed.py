@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch import distributed as dist
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig
@@ -92,6 +94,15 @@ def _fill(
             )
 
 
+def _init_single_rank(model: InternVLChatModel) -> None:
+    """Create the process group of a run without a launcher; otherwise DeepSpeed looks for MPI."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
+    dist.init_process_group(
+        backend, store=dist.TCPStore("127.0.0.1", 0, 1, is_master=True), rank=0, world_size=1
+    )
+
+
 class DeepSpeedStrategy(Strategy):
     """Trains with a DeepSpeed engine, which holds float32 master weights, clips the gradients and steps.
 
@@ -112,6 +123,8 @@ class DeepSpeedStrategy(Strategy):
     ) -> None:
         import deepspeed
 
+        if not dist.is_initialized():
+            _init_single_rank(model)
         self.shards_weights = zero_stage(config) == 3
         model.always_run_vision = self.shards_weights
         self.model = model

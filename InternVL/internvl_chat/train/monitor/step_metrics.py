@@ -1,6 +1,7 @@
 """Metrics of a step, and its lines in `metrics.jsonl` and `ledger.jsonl`."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,13 +151,17 @@ class StepRecord:
 
 
 def metrics_row(record: StepRecord, seconds: float, device: torch.device) -> dict[str, Any]:
-    """Return a step's line of `metrics.jsonl`, given its duration."""
+    """Return a step's line of `metrics.jsonl`, given its duration.
+
+    A loss or gradient norm that is not finite is None, and so is the loss without supervised tokens.
+    """
     sums = record.sums
+    loss = _rounded(record.loss) if sums.supervised_tokens else None
     row: dict[str, Any] = {
         "step": record.step,
         "epoch": round(record.epoch, 6),
-        "loss": round(record.loss, 7),
-        "grad_norm": round(record.grad_norm, 7),
+        "loss": loss,
+        "grad_norm": _rounded(record.grad_norm),
         "learning_rate": record.learning_rate,
         "records": sums.records,
         "tokens": sums.tokens,
@@ -170,9 +175,14 @@ def metrics_row(record: StepRecord, seconds: float, device: torch.device) -> dic
         row["mfu"] = round(sums.flops / seconds / peak / world_size(), 4)
     row["max_memory_gb"] = round(max_memory(device) / 1e9, 3)
     row["sets"] = {
-        name: {"records": part.records, "loss": round(part.loss, 7)} for name, part in record.sets.items()
+        name: {"records": part.records, "loss": _rounded(part.loss)} for name, part in record.sets.items()
     }
     return row | _skipped_because(record)
+
+
+def _rounded(value: float) -> float | None:
+    """Return a measurement with seven decimals; None if it is not finite."""
+    return round(value, 7) if math.isfinite(value) else None
 
 
 def ledger_row(record: StepRecord, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from internvl_chat.data.batching.collator import Pack, pack_samples
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.encode.encoder import supervised_spans
-from internvl_chat.data.encode.preprocessing import PREPROCESSING_FILE, Preprocessing
+from internvl_chat.data.encode.preprocessing import Preprocessing, stored_options
 from internvl_chat.data.record_set import Sample
 from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+from internvl_chat.train.monitor.nan_guard import format_records
 from internvl_chat.utils.errors import DataError, TrainingError, UsageError
 from internvl_chat.utils.logging import get_logger
 
@@ -49,21 +50,28 @@ def run_sanity_checks(
 
 
 def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
-    """Compare the preprocessing of a run with the `preprocessing.json` of its initial checkpoint, if any.
+    """Refuse a run whose preprocessing differs from that of its initial checkpoint.
 
     Raises:
         UsageError: lists all differences.
     """
-    file = source / PREPROCESSING_FILE
-    if not file.is_file():
-        return
-    stored, problems = Preprocessing.read(file), []
-    for name, flag in _FIXED.items():
-        before, now = getattr(stored, name), getattr(preprocessing, name)
-        if before != now:
-            problems.append(f"{file}: {name} was {before!r} there, and is {now!r} here ({flag})")
+    problems = preprocessing_changes(source, preprocessing)
     if problems:
         raise UsageError(problems)
+
+
+def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> list[str]:
+    """Return what a run changes in the preprocessing that the files of its initial checkpoint state."""
+    stored = stored_options(source)
+    if stored is None:
+        return []
+    file, options = stored
+    now = {name: getattr(preprocessing, name) for name in _FIXED}
+    return [
+        f"{file}: {name} was {options[name]!r} there, and is {now[name]!r} here ({flag})"
+        for name, flag in _FIXED.items()
+        if options.get(name, now[name]) != now[name]
+    ]
 
 
 def first_samples(data: TrainingData, number: int, count: int) -> list[Sample]:
@@ -101,11 +109,31 @@ def show_supervision(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> 
             logger.info("%s: first supervised span: %r", records.spec.name, text)
 
 
+def _require_finite(samples: Sequence[Sample], losses: Sequence[torch.Tensor]) -> None:
+    """Check the token losses of single records, to which neither packing nor another record contributes.
+
+    Raises:
+        TrainingError: losses are not finite; names the records.
+    """
+    bad = [
+        sample.key
+        for sample, of_record in zip(samples, losses, strict=True)
+        if not of_record.isfinite().all()
+    ]
+    if bad:
+        raise TrainingError(
+            f"{len(bad)} of the first {len(samples)} records have losses that are not finite, even unpacked "
+            f"and before the first step ({format_records(bad)}): the model overflows on them; try float32 "
+            "(no --bf16), or another base model"
+        )
+
+
 def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normalization: str) -> None:
     """Compare the token losses of packed records with those of single records.
 
     Raises:
-        TrainingError: they differ by more than rounding error, so attention leaks between records.
+        TrainingError: losses of single records are not finite, or they differ from those of packed records by
+            more than rounding error, so attention leaks between records.
     """
 
     def losses(pack: Pack) -> torch.Tensor:
@@ -117,7 +145,9 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
         # Avoid compiling the blocks for evaluation mode as well.
         with torch.compiler.set_stance("force_eager"):
             packed = losses(pack)
-            single = torch.cat([losses(pack_samples([(sample, True)])) for sample in samples])
+            by_record = [losses(pack_samples([(sample, True)])) for sample in samples]
+            _require_finite(samples, by_record)
+            single = torch.cat(by_record)
             # Rotary embeddings encode only distances, so shifting all positions changes the losses only by
             # rounding. This measures the rounding error of this model and these losses. A leak changes them
             # 10 (bf16) to a million (float32) times as much.

@@ -124,6 +124,37 @@ def test_file_of_another_model(tmp_path):
         Preprocessing.from_folder(tmp_path, model_config())
 
 
+def write_processor(folder, **changes) -> None:
+    settings = {"image_processor_type": "GotOcr2ImageProcessor", "max_patches": 1, "size": 56,
+                "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | changes))
+    (folder / "processor_config.json").write_text('{"image_seq_length": 4}')
+
+
+def test_processor_files_of_transformers_are_used_without_a_file_of_ours(tmp_path):
+    write_processor(tmp_path)
+    options = Preprocessing.from_folder(tmp_path, model_config())
+    assert (options.min_dynamic_patch, options.max_dynamic_patch, options.normalize_type) == (1, 1, "siglip")
+    assert options.template == "internvl2_5" and not options.use_thumbnail  # from the model
+    assert Preprocessing.from_folder(tmp_path, model_config(), max_dynamic_patch=3).max_dynamic_patch == 3
+    write(tmp_path, OTHER)
+    assert Preprocessing.from_folder(tmp_path, model_config()).max_dynamic_patch == OTHER["max_dynamic_patch"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 28}, "tile_size is 28, but 56 in the model's configuration"),
+        ({"min_patches": 3}, "min_dynamic_patch 3 must be from 1 to max_dynamic_patch 1"),
+        ({"max_patches": 1000}, "max_dynamic_patch 1000 must be at most 100"),
+    ],
+)
+def test_processor_files_of_another_model(tmp_path, changes, message):
+    write_processor(tmp_path, **changes)
+    with pytest.raises(ModelError, match=rf"preprocessor_config\.json: {message}"):
+        Preprocessing.from_folder(tmp_path, model_config())
+
+
 class TestTileLimit:
     def test_other_options_are_unchanged(self):
         options = Preprocessing(**OTHER)

@@ -7,9 +7,8 @@ import huggingface_hub
 import pytest
 from model.conftest import CONTEXT
 
-from internvl_chat.model.io.adapter import (
-    BASE_FILE,
-)
+from internvl_chat.model.io import folders
+from internvl_chat.model.io.adapter import BASE_FILE
 from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.model.io.folders import (
     model_folder,
@@ -63,8 +62,25 @@ def test_auxiliary_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
         "preprocessing.json",
         "modeling_internvl_chat.py",
         "conversation.py",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "LICENSE",
+        "NOTICE.txt",
+        "USE_POLICY.md",
+        "thresholds.yaml",
+        "labels.csv",
     }
     left = {
+        ".gitattributes",
+        "README.md",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "model.gguf",
+        "training_args.bin",
+        "made_from.json",
+        "evaluation.json",
+        "predictions.1.jsonl",
         "config.json",
         "model.safetensors",
         "optimizer.pt",
@@ -74,10 +90,21 @@ def test_auxiliary_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     }
     for name in kept | left:
         (source / name).write_bytes(f"\xff {name}\r\n".encode("latin-1"))
+    (source / "examples").mkdir()
     (target / "vocab.json").write_text("old")
     write_files(read_auxiliary_files(source), target)
     assert {file.name for file in target.iterdir()} == kept
     assert all((target / name).read_bytes() == (source / name).read_bytes() for name in kept)
+
+
+def test_large_files_are_reported_and_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(folders, "_MAX_AUXILIARY_BYTES", 5)
+    (tmp_path / "small.txt").write_text("12345")
+    (tmp_path / "video.mp4").write_text("123456")
+    assert read_auxiliary_files(tmp_path) == {"small.txt": b"12345"}
+    assert f"{tmp_path / 'video.mp4'}: not copied, because it is larger than 5 bytes" in caplog.text
 
 
 def test_copying_a_folder_onto_itself(tmp_path: Path) -> None:

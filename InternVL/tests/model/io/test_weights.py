@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import stat
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from internvl_chat.model.io import weights
 from internvl_chat.model.io.weights import (
     INDEX_FILE,
     Weights,
+    assign_weights,
+    check_finite,
+    describe_non_finite,
     open_weights,
     read_weights,
     weight_files,
@@ -46,6 +51,47 @@ def assert_same(found: Weights, expected: dict[str, torch.Tensor]) -> None:
         assert read().dtype == expected[name].dtype, name
         same = torch.equal(read(), expected[name])
         assert same, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize(("value", "name"), [(math.nan, "NaN"), (math.inf, "Inf"), (-math.inf, "Inf")])
+def test_non_finite_value_is_described(dtype: torch.dtype, value: float, name: str) -> None:
+    tensor = torch.ones(3, 5)
+    assert describe_non_finite(tensor.to(dtype)) is None
+    tensor[1, 2] = value
+    assert describe_non_finite(tensor.to(dtype).T) == f"1 {name} in 15 values"
+
+
+def test_finite_values_pass() -> None:
+    large = torch.full((3000,), torch.finfo(torch.float16).max, dtype=torch.float16)  # their sum overflows
+    for tensor in (large, -large, torch.zeros(0), torch.arange(3), torch.tensor(True), torch.tensor(0.0)):
+        assert describe_non_finite(tensor) is None
+
+
+def test_checked_weights_are_read_on_demand(tmp_path: Path) -> None:
+    given = tensors()
+    given["half"][2:4] = torch.tensor([math.nan, math.inf])
+    read = check_finite(lazy(given), tmp_path)
+    assert torch.equal(read["turned"](), given["turned"])
+    with pytest.raises(ModelError, match=r"1 weight is not finite: half \(1 NaN and 1 Inf in 7 values\)"):
+        read["half"]()
+
+
+def test_all_non_finite_weights_are_named_while_loading(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    given = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    given["0.bias"][1], given["1.weight"][0, 2] = math.inf, math.nan
+    with pytest.raises(ModelError) as caught:
+        assign_weights(module, lazy(given), source=tmp_path)
+    assert f"{tmp_path}: 2 weights are not finite: 0.bias (1 Inf in 3 values), 1.weight (1 NaN" in str(
+        caught.value
+    )
+
+
+def test_overflow_of_a_conversion_is_named(tmp_path: Path) -> None:
+    module = nn.Linear(2, 1, bias=False, dtype=torch.float16)
+    with pytest.raises(ModelError, match=r"after conversion from torch\.float32 to torch\.float16"):
+        assign_weights(module, lazy({"weight": torch.tensor([[1.0, 1e6]])}), source=tmp_path)
 
 
 def test_single_file_round_trip(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The lines of a step, compared with expected lines."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,20 @@ def test_metrics(metrics):
         "tokens": 100, "supervised_tokens": 30, "tiles": 7, "seconds": 2.0, "records_per_second": 2.0,
         "tokens_per_second": 50.0, "max_memory_gb": 1.5, "sets": {"a": {"records": 4, "loss": 1.2345679}},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss", "norm"),
+    [
+        ({"loss": math.nan, "grad_norm": math.inf}, None, None),
+        ({"grad_norm": math.nan}, 1.2345679, None),
+        ({"loss": 0.0, "grad_norm": 0.0, "sums": SUMS._replace(supervised_tokens=0)}, None, 0.0),
+    ],
+)
+def test_values_that_are_no_measurement_are_null(metrics, changes, loss, norm):
+    row = metrics(record(**changes, skipped_because="a reason"))
+    assert (row["loss"], row["grad_norm"]) == (loss, norm)
+    json.dumps(row, allow_nan=False)
 
 
 def test_mfu_needs_peak_flops(metrics, monkeypatch):

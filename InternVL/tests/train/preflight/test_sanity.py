@@ -235,7 +235,21 @@ def test_non_finite_losses_are_refused(tiny_model):
     model = load(tiny_model, torch.float32)
     with torch.no_grad():
         model.language_model.lm_head.weight[:] = torch.nan
-    with pytest.raises(TrainingError, match="differ by nan"):
+    with pytest.raises(TrainingError) as caught:
+        check_packing(model, random_samples(), "imagenet")
+    # Attention is not at fault: a single record has the same losses.
+    assert "3 of the first 3 records have losses that are not finite, even unpacked" in str(caught.value)
+    assert "qa 0" in str(caught.value) and "attention" not in str(caught.value)
+    assert model.training
+
+
+def test_non_finite_losses_of_packed_records_only_are_a_fault_of_attention(tiny_model):
+    def overflows(module, *inputs, cu_seq_lens_q=None, **options):
+        out, _ = varlen_attention(module, *inputs, cu_seq_lens_q=cu_seq_lens_q, **options)
+        return out * (torch.nan if len(cu_seq_lens_q) > 2 else 1), None
+
+    model = load(tiny_model, torch.float32, attention("overflows", overflows))
+    with pytest.raises(TrainingError, match="attention 'overflows' leaks between records"):
         check_packing(model, random_samples(), "imagenet")
 
 
