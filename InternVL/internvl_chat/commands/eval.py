@@ -119,7 +119,7 @@ def _run_exact_match(args: argparse.Namespace) -> int:
         closed = dataclasses.asdict(chance) if chance else {"questions": 0}
         print_json({"dataset": "closed questions", **closed})
     else:
-        header = ("dataset", "records", "exact match", "closed", "closed accuracy")
+        header: tuple[str, ...] = ("dataset", "records", "exact match", "closed", "closed accuracy")
         if skipped:
             header = (*header, "skipped")
         print_table(header, [[_percent(v) for v in row.values()] for row in rows])

@@ -110,9 +110,13 @@ def _read(name: str, files: Mapping[str, Path], folder: Path, request: Request) 
     items: list[Item] = []
     for task, file in files.items():
         parse = partial(_parse, task=task, roots=roots, images=request.images)
-        rule = Format(parse, lambda _, task=task: task, answer_key="gt", answers="letter")
+        rule = Format(parse, partial(_task, task), answer_key="gt", answers="letter")
         items += read_rows(file_rows(RecordFile(file)), rule)
     return Benchmark(name, tuple(items))
+
+
+def _task(task: str, raw: Mapping[str, Any]) -> str:
+    return task
 
 
 def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: bool) -> Item:
