@@ -67,7 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a file, or of all text and JSONL files under a folder."""
+    """Yield the texts of a file, or of all text and JSONL files under a folder.
+
+    The default system text precedes each record, as in training, so that it becomes few tokens.
+    """
+    from internvl_chat.data.encode.conversation import SYSTEM_TEXTS
+
     files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.jsonl")])
     if not files:
         raise DataError("no text or JSONL file found", file=path)
@@ -80,4 +85,5 @@ def _texts(path: Path) -> Iterator[str]:
                 messages = json.loads(line).get("conversations", [])
             except (ValueError, AttributeError) as error:
                 raise DataError(f"invalid record: {error}", file=file) from None
+            yield SYSTEM_TEXTS["internvl2_5"]
             yield from (message["value"] for message in messages)
