@@ -16,7 +16,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 # lower floors only; parts on the same floor do not know each other. The longest matching name decides.
 FLOORS = {
     "": ("constants", "utils", "metrics data model", "inference", "convert", "train eval", "commands", "cli"),
-    "data": ("sources synthetic", "encode", "record_set", "index", "dataset", "batching audit"),
+    "data": ("sources", "encode", "record_set", "index", "dataset", "batching audit", "synthetic"),
     "model": (
         "configuration loss projector kernels.cross_entropy",
         "kernels.supervised_head",
