@@ -26,7 +26,7 @@ FLOORS = {
         "commands",
         "cli",
     ),
-    "data": ("sources synthetic", "encode", "record_set", "index", "dataset", "batching audit"),
+    "data": ("sources", "encode", "record_set", "index", "dataset", "batching audit", "synthetic"),
     "model": (
         "configuration loss projector kernels.cross_entropy",
         "kernels.supervised_head",

@@ -1,85 +1,182 @@
-"""Last step of quickstart.sh: print the results and check that training had an effect."""
+"""Last step of quickstart.sh: compare the models of both stages on the held-out records."""
 
-import json
+import html
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from internvl_chat.commands.output import echo, print_table
+import torch
 
+from internvl_chat.commands.output import echo, print_table, progress
+from internvl_chat.data.dataset import build_sets
+from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources.meta import load_meta
+from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance
+from internvl_chat.eval.losses import losses
+from internvl_chat.eval.report.comparison import ComparedRecord, comparison_page
+from internvl_chat.inference.engine import Engine, last_question
+from internvl_chat.utils.html import html_image, html_table
+
+# Model folder -> column of the table.
+MODELS = {"tiny": "base", "full": "full", "merged": "+ LoRA"}
+TITLES = {
+    "qa-puretext": "text only",
+    "qa-bbox": "panel positions",
+    "qa-single_subimage": "one panel",
+    "qa-multiple_subimage": "several panels",
+    "qa-subimage-option": "multiple choice",
+    "qa-compound-image": "whole figure",
+}
+PAGE = "report.html"
 MAX_LOSS_RATIO = 0.5
 SIGNIFICANCE = 0.01
+LEGEND = (
+    "Loss: cross-entropy of the expected answers, lower is better. Accuracy: closed questions answered "
+    "exactly; chance is the expected accuracy of guessing."
+)
+_MAX_NEW_TOKENS = 96
+_SHOWN_PER_TASK = 4
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+@dataclass(frozen=True)
+class Result:
+    """Losses and answers of a model, in the order of the held-out records."""
+
+    losses: Sequence[tuple[str, float]]
+    answers: Sequence[Answer]
+
+    def loss(self, datasets: Sequence[str]) -> float:
+        """Return the mean loss over the records of some datasets."""
+        values = [loss for dataset, loss in self.losses if dataset in datasets]
+        return sum(values) / len(values)
+
+    def of(self, datasets: Sequence[str]) -> list[Answer]:
+        """Return the answers to the records of some datasets."""
+        return [answer for answer in self.answers if answer.dataset in datasets]
 
 
-def first_and_last_loss(metrics: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the mean loss over the first and over the last tenth of the steps."""
-    tenth = max(1, len(metrics) // 10)
-    first, last = metrics[:tenth], metrics[-tenth:]
-    return sum(r["loss"] for r in first) / len(first), sum(r["loss"] for r in last) / len(last)
-
-
-def failures(work: Path) -> list[str]:
-    """Return the results of a quickstart folder that miss their target."""
-    problems = []
-    first, last = first_and_last_loss(read_jsonl(work / "full/metrics.jsonl"))
-    if not last <= MAX_LOSS_RATIO * first:
-        problems.append(f"the training loss fell from {first:.3f} to {last:.3f} only, not by half")
-    test = read_jsonl(work / "answers.jsonl")[-1]
-    if not test.get("questions") or not test["p_value"] < SIGNIFICANCE:
-        problems.append(f"accuracy on closed questions is not above chance: {test}")
-    return problems
-
-
-def report(work: Path) -> None:
-    """Print the results and the paths of all outputs."""
-    losses = {
-        when: {r["dataset"]: r["loss"] for r in read_jsonl(work / f"loss_{when}.jsonl") if "records" in r}
-        for when in ("before", "after")
-    }
-    *rows, test = read_jsonl(work / "answers.jsonl")
-    table = [
-        (
-            row["dataset"],
-            row["records"],
-            f"{losses['before'][row['dataset']]:.3f}",
-            f"{losses['after'][row['dataset']]:.3f}",
-            f"{row['exact_match']:.0%}",
-            row["closed"],
-            f"{row['closed_accuracy']:.0%}" if row["closed"] else "-",
-        )
-        for row in rows
-        if "exact_match" in row
-    ]
-    header = ("held-out set", "records", "loss before", "after", "exact match", "closed", "closed accuracy")
-    print_table(header, table)
-    for run in ("full", "lora"):
-        first, last = first_and_last_loss(read_jsonl(work / run / "metrics.jsonl"))
-        echo(f"training loss, {run:<5} {first:.3f} -> {last:.3f}")
-    echo(
-        f"closed questions    {test['correct']} of {test['questions']} correct; chance level "
-        f"{test['chance'] * test['questions']:.1f} (binomial test, p = {test['p_value']:.1g})"
+def evaluate(model: Path, meta: Path) -> tuple[Result, list[RecordSet]]:
+    """Compute what `m3llm loss` and `m3llm eval` print, without starting two more processes."""
+    engine = Engine.from_checkpoint(model)
+    sets = build_sets(load_meta(meta, meta.parent), engine.encoder)
+    count = sum(len(records.first(None)) for records in sets)
+    of_records = losses(engine.model, sets, engine.encoder.preprocessing.normalize_type)
+    answers = answer_records(engine, sets, max_new_tokens=_MAX_NEW_TOKENS, batch_size=32)
+    result = Result(
+        [(row.dataset, row.loss) for row in progress(of_records, total=count)],
+        list(progress(answers, total=count)),
     )
-    for name, path in (
-        ("data", "data"),
-        ("full model", "full"),
-        ("adapters", "lora"),
-        ("merged model", "merged"),
-        ("loss curve", "full/loss.png"),
-        ("answers", "answers.jsonl"),
+    return result, sets
+
+
+def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of losses and accuracies: one row for each task, and one for all."""
+    names = list(MODELS.values())
+    header = ["held-out task", "records", *(f"loss {name}" for name in names), "chance", *names]
+    rows = []
+    for title, datasets in [*((title, [name]) for name, title in TITLES.items()), ("all", list(TITLES))]:
+        tests = [compare_with_chance(result.of(datasets)) for result in results]
+        rows.append(
+            [
+                f"{title} *" if datasets == [withheld] else title,
+                str(len(results[0].of(datasets))),
+                *(f"{result.loss(datasets):.2f}" for result in results),
+                f"{tests[0].chance:.0%}" if tests[0] else "-",
+                *(f"{test.correct / test.questions:.0%}" if test else "-" for test in tests),
+            ]
+        )
+    return header, rows
+
+
+def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
+    """Yield what a stage has not learned."""
+    base, full, lora = results
+    trained = [name for name in TITLES if name != withheld]
+    for stage, before, after, datasets in (
+        ("full-model", base, full, trained),
+        ("LoRA", full, lora, [withheld]),
     ):
-        echo(f"{name:<14} {work / path}")
+        first, last = before.loss(datasets), after.loss(datasets)
+        if not last <= MAX_LOSS_RATIO * first:
+            yield f"{stage} stage: the held-out loss of its tasks went from {first:.3f} to {last:.3f}"
+        test = compare_with_chance(after.of(datasets))
+        if test is None or not test.p_value < SIGNIFICANCE:
+            yield f"{stage} stage: accuracy on the closed questions of its tasks is not above chance: {test}"
+
+
+def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str) -> Iterator[ComparedRecord]:
+    """Yield the first records of each task with all answers, the withheld task first."""
+    for records in sorted(sets, key=lambda records: records.spec.name != withheld):
+        name = records.spec.name
+        for index in records.first(_SHOWN_PER_TASK):
+            record = records.record(index)
+            prompt, reference = last_question(record, records.images(index, record))
+            answers = [answer for result in results for answer in result.of([name]) if answer.index == index]
+            yield ComparedRecord(
+                TITLES[name] + (" (taught by the LoRA stage)" if name == withheld else ""),
+                prompt.messages[-1].content,
+                prompt.images,
+                reference,
+                {
+                    model: (answer.prediction, answer.correct)
+                    for model, answer in zip(MODELS.values(), answers, strict=True)
+                },
+            )
+
+
+def write_page(
+    work: Path, results: Sequence[Result], sets: Sequence[RecordSet], withheld: str, note: str
+) -> None:
+    """Write the page: table, training losses, and answers to some held-out questions."""
+    plots = (
+        html_image((work / run / "loss.png").read_bytes(), "png", f"training loss, {run}")
+        for run in ("full", "lora")
+    )
+    introduction = [
+        "<p>A small InternVL3 with random weights, trained on synthetic figures to show that both launchers "
+        "work. It is not a medical model.</p>",
+        html_table(*table(results, withheld)),
+        *(f"<p>{html.escape(text)}</p>" for text in (note, LEGEND)),
+        *(f"<div class='plot'>{plot}</div>" for plot in plots),
+        f"<p>The first {_SHOWN_PER_TASK} held-out questions of each task, with greedy answers:</p>",
+    ]
+    page = comparison_page("M3LLM quickstart", introduction, compared(results, sets, withheld))
+    (work / PAGE).write_text(page, encoding="utf-8")
+
+
+def example_command(work: Path, sets: Sequence[RecordSet], withheld: str) -> str:
+    """Return a command that asks the merged model the first question of the withheld task."""
+    records = next(records for records in sets if records.spec.name == withheld)
+    record = records.record(0)
+    images = [word for path in records.image_paths(record) for word in ("--image", str(path))]
+    model = ["--model", str(work / "merged")]
+    return shlex.join(["m3llm", "generate", *model, *images, record.messages[0].content])
 
 
 def main() -> int:
-    """Report on the folder given on the command line; returns 1 if a result misses its target."""
-    work = Path(sys.argv[1])
-    report(work)
-    problems = failures(work)
+    """Compare the models in a quickstart folder; returns 1 if a stage has not learned.
+
+    The arguments are the folder and the dataset that was withheld from the full-model stage.
+    """
+    work, withheld = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)  # more threads do not make a model this small faster
+    meta = work / "data/held_out.json"
+    results: list[Result] = []
+    for folder in MODELS:
+        echo(f"m3llm loss {meta} --model {work / folder}")
+        echo(f"m3llm eval {meta} --model {work / folder}")
+        result, sets = evaluate(work / folder, meta)
+        results.append(result)
+    note = f"* {TITLES[withheld]}: withheld from the full-model stage, taught by the LoRA stage."
+    write_page(work, results, sets, withheld, note)
+    echo()
+    print_table(*table(results, withheld))
+    echo(f"{note}\n{LEGEND}\n")
+    echo(f"answers with figures: {work / PAGE}")
+    echo(f"ask it yourself:      source .venv/bin/activate\n{example_command(work, sets, withheld)}")
+    problems = list(failures(results, withheld))
     for problem in problems:
         echo(f"FAILED: {problem}")
     return 1 if problems else 0

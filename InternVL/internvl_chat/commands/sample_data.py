@@ -13,8 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="folder to create")
     add("--seed", type=int, default=0, help="random seed (default: 0)")
-    add("--train", type=positive, metavar="N", default=60, help="training records per task (default: 60)")
-    add("--held-out", type=positive, metavar="N", default=20, help="held-out records per task (default: 20)")
+    add("--train", type=positive, metavar="N", default=60,
+        help="training records per task (default: 60; at most 75 without images)")  # fmt: skip
+    add("--held-out", type=positive, metavar="N", default=20,
+        help="held-out records per task (default: 20; at most 25 without images)")  # fmt: skip
     add("--json", action="store_true", help="print the paths of the meta files as JSON")
 
 

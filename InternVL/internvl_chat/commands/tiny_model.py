@@ -9,6 +9,7 @@ from pathlib import Path
 
 from internvl_chat.commands.common import positive
 from internvl_chat.commands.output import echo
+from internvl_chat.constants import SYSTEM_TEXTS
 from internvl_chat.model.tiny import TinyShape
 from internvl_chat.utils.errors import DataError, UsageError
 
@@ -67,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a file, or of all text and JSONL files under a folder."""
+    """Yield the texts of a file, or of all text and JSONL files under a folder.
+
+    The default system text precedes each record, as in training, so that it becomes few tokens.
+    """
     files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.jsonl")])
     if not files:
         raise DataError("no text or JSONL file found", file=path)
@@ -80,4 +84,5 @@ def _texts(path: Path) -> Iterator[str]:
                 messages = json.loads(line).get("conversations", [])
             except (ValueError, AttributeError) as error:
                 raise DataError(f"invalid record: {error}", file=file) from None
+            yield SYSTEM_TEXTS["internvl2_5"]
             yield from (message["value"] for message in messages)

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# End-to-end demo on synthetic data: small random model, both launchers, merge, evaluation, one question.
+# End-to-end demo on synthetic data: a small random model, both launchers, merge, and an evaluation of every stage.
 #
-#   bash quickstart.sh       needs Python 3.11+ and a package registry; no GPU, no weights; about 10 minutes on two
-#                            CPU cores, installation included
+#   bash quickstart.sh       needs Python 3.11+ and a package registry; no GPU, no weights; about 5 minutes on two
+#                            CPU cores, and the time to download and install 6 GB on the first run
+#
+# The full-model stage trains on all tasks but one, which the LoRA stage then teaches. A table and report.html compare
+# the models on held-out records.
 #
 # Environment: WORK_DIR (default: work_dirs/quickstart in the repository) is deleted and created again.
 set -euo pipefail
@@ -10,13 +13,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 WORK_DIR=${WORK_DIR:-$REPOSITORY/work_dirs/quickstart}
 LAUNCHERS=$SHELL_DIR/internvl3.0/2nd_finetune
+WITHHELD=qa-subimage-option
 
-step() { printf '\n== %s\n' "$*"; }
+step() { printf '\n== %s (after %d min %02d s)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 m3llm() { PYTHONPATH=$SOURCE_ROOT "$PYTHON" -m internvl_chat.cli "$@"; }
 # Overrides of the recipe for a small model.
-small=(--force_image_size 112 --max_dynamic_patch 1 --grad_checkpoint False --logging_steps 25)
+small=(--force_image_size 112 --max_dynamic_patch 1 --grad_checkpoint False --logging_steps 50)
 
-step "1/8 set-up"
+step "1/7 set-up"
 ensure_environment
 export PYTHON
 if [[ -e $WORK_DIR && ! -f $WORK_DIR/.quickstart ]]; then
@@ -26,37 +30,32 @@ rm -rf "$WORK_DIR"
 mkdir -p "$WORK_DIR"
 touch "$WORK_DIR/.quickstart"
 
-step "2/8 sample data: compound figures, questions and answers"
-m3llm sample-data "$WORK_DIR/data" --train 200 --held-out 40
+step "2/7 sample data: compound figures, questions and answers"
+m3llm sample-data "$WORK_DIR/data" --train 300 --held-out 40
+# A meta file without one task.
+"$PYTHON" -c 'import json, sys
+meta = json.load(open(sys.argv[1]))
+del meta[sys.argv[3]]
+json.dump(meta, open(sys.argv[2], "w"), indent=2)' "$WORK_DIR/data/train.json" "$WORK_DIR/data/train_full.json" "$WITHHELD"
 
-step "3/8 a small InternVL3 with random weights"
+step "3/7 a small InternVL3 with random weights"
 m3llm tiny-model "$WORK_DIR/tiny" --text "$WORK_DIR/data/train"
 
-export GPUS=0 META_PATH=$WORK_DIR/data/train.json REPORT_TO=none
-step "4/8 the full-model launcher"
-MODEL_PATH=$WORK_DIR/tiny OUTPUT_DIR=$WORK_DIR/full BATCH_SIZE=8 PER_DEVICE_BATCH_SIZE=8 \
-  bash "$LAUNCHERS/M3LLM-fulldata-fullmodel.sh" "${small[@]}" --learning_rate 1e-3 --num_train_epochs 3
+# More threads do not make a model this small faster; the other cores load the images.
+export GPUS=0 REPORT_TO=none OMP_NUM_THREADS=1
+step "4/7 the full-model launcher, on all tasks but $WITHHELD"
+MODEL_PATH=$WORK_DIR/tiny META_PATH=$WORK_DIR/data/train_full.json OUTPUT_DIR=$WORK_DIR/full \
+  BATCH_SIZE=8 PER_DEVICE_BATCH_SIZE=8 \
+  bash "$LAUNCHERS/M3LLM-fulldata-fullmodel.sh" "${small[@]}" --learning_rate 2e-3 --num_train_epochs 3
 
-step "5/8 the LoRA launcher, on the result"
-MODEL_PATH=$WORK_DIR/full OUTPUT_DIR=$WORK_DIR/lora BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=8 \
-  bash "$LAUNCHERS/M3LLM-fulldata-lora.sh" "${small[@]}" --learning_rate 5e-4 --max_steps 40
+step "5/7 the LoRA launcher, on the result and on all tasks"
+MODEL_PATH=$WORK_DIR/full META_PATH=$WORK_DIR/data/train.json OUTPUT_DIR=$WORK_DIR/lora \
+  BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=16 \
+  bash "$LAUNCHERS/M3LLM-fulldata-lora.sh" "${small[@]}" --learning_rate 2e-3 --num_train_epochs 2
 
-step "6/8 merge"
+step "6/7 merge"
 m3llm merge "$WORK_DIR/lora" "$WORK_DIR/merged"
 
-step "7/8 evaluation on the held-out records"
-held_out=$WORK_DIR/data/held_out.json
-m3llm loss "$held_out" --model "$WORK_DIR/tiny" --json > "$WORK_DIR/loss_before.jsonl"
-m3llm loss "$held_out" --model "$WORK_DIR/merged" --json > "$WORK_DIR/loss_after.jsonl"
-m3llm eval "$held_out" --model "$WORK_DIR/merged" --max_new_tokens 48 --json > "$WORK_DIR/answers.jsonl"
-
-step "8/8 one question"
-figure=$(find "$WORK_DIR/data/images" -name '*_fig1.*_0.*' | sort | tail -n 1)
-question="Fig-0: <image>
-Which imaging modality is Fig-0? Answer with one of: CT, MRI, X-ray, ultrasound, histology, chart."
-echo "image:    $figure"
-echo "question: $question"
-echo "answer:   $(m3llm generate --model "$WORK_DIR/merged" --image "$figure" "$question")"
-
-step "result"
-PYTHONPATH=$SOURCE_ROOT "$PYTHON" -m internvl_chat.commands.quickstart "$WORK_DIR"
+step "7/7 evaluation on the held-out records"
+PYTHONPATH=$SOURCE_ROOT "$PYTHON" -m internvl_chat.commands.quickstart "$WORK_DIR" "$WITHHELD"
+step "done"

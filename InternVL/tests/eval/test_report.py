@@ -10,6 +10,7 @@ from small_sets import noise
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.report import page as pages
+from internvl_chat.eval.report.comparison import ComparedRecord, comparison_page
 from internvl_chat.eval.report.files import write_report
 from internvl_chat.eval.report.plots import bar_figure, radar_axes, radar_figure
 from internvl_chat.eval.report.published import PUBLISHED, TITLES, published
@@ -281,3 +282,17 @@ def test_report_without_metrics(tmp_path):
     assert isinstance(scores, Scores)
     write_report(tmp_path, benchmark, answers, scores, model="run")
     assert "| only | 1 | - |" in (tmp_path / "table.md").read_text()
+
+
+def test_comparison_page_shows_images_questions_and_all_answers():
+    images = [noise(400, 300, seed) for seed in range(3)]
+    record = ComparedRecord(
+        "positions", f"Fig-0: <image>\nFig-1: <image>\nFig-2: <image>\n{EVIL}", images, "left",
+        {"base": (EVIL, False), "full": ("left", True), "empty": (" ", False)},
+    )  # fmt: skip
+    page = comparison_page("demo", ["<p>start</p>"], [record, record])
+    assert page.count("<h2>positions</h2>") == 1 and "<p>start</p>" in page
+    assert page.count("src='data:image/jpeg;base64,") == 6 and page.count(">Fig-2</figcaption>") == 2
+    assert "http" not in page and "<script>" not in page and "&lt;image&gt;" not in page
+    assert page.count("✓ correct") == 2 and page.count("✗ wrong") == 4 and "(no answer)" in page
+    HTMLParser().feed(page)

@@ -53,7 +53,7 @@ def perceptual_hash(image: Image.Image) -> int | None:
     """Return the 64-bit hash of an RGB image, or None for a uniform image."""
     from scipy.fft import dctn
 
-    grey = _grey(image)
+    grey = grey_levels(image)
     if grey.std() < _MIN_DEVIATION:
         return None
     frequencies = dctn(grey)[:_FREQUENCIES, :_FREQUENCIES].ravel()
@@ -86,16 +86,19 @@ def near_pairs(
 
 def similarity(first: Path, second: Path) -> float:
     """Return the correlation of two images as 32 x 32 grey images; -1 if one cannot be decoded."""
-    images = []
-    for path in (first, second):
-        try:
-            grey = _grey(decode_image(path))
-        except (RecordError, OSError):
-            return -1.0
-        centred = grey - grey.mean()
-        images.append(centred / max(float(np.linalg.norm(centred)), 1e-9))
-    return float((images[0] * images[1]).sum())
+    try:
+        return correlation(grey_levels(decode_image(first)), grey_levels(decode_image(second)))
+    except (RecordError, OSError):
+        return -1.0
 
 
-def _grey(image: Image.Image) -> np.ndarray:
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the correlation of two results of `grey_levels`; 0 if one is uniform."""
+    centred = [grey - grey.mean() for grey in (first, second)]
+    norms = [max(float(np.linalg.norm(grey)), 1e-9) for grey in centred]
+    return float((centred[0] * centred[1]).sum()) / (norms[0] * norms[1])
+
+
+def grey_levels(image: Image.Image) -> np.ndarray:
+    """Return an image as 32 x 32 grey levels."""
     return np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64)

@@ -84,8 +84,8 @@ def _random_view(width: int, height: int, rng: Generator) -> _View:
     """Return a view with random zoom, shift and rotation, for variation between patients."""
     plain = _plain_view(width, height)
     margin = (max(width, height) / min(width, height)) ** 0.35
-    zoom, angle = margin * rng.uniform(0.92, 1.06), math.radians(rng.uniform(-7, 7))
-    x, y = plain.x / zoom - rng.uniform(-0.05, 0.05), plain.y / zoom - rng.uniform(-0.05, 0.05)
+    zoom, angle = margin * rng.uniform(0.85, 1.1), math.radians(rng.uniform(-9, 9))
+    x, y = plain.x / zoom - rng.uniform(-0.08, 0.08), plain.y / zoom - rng.uniform(-0.1, 0.1)
     return _View(x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle))
 
 

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
+from internvl_chat.data.audit.contamination import MAX_DIFFERENT_BITS, MIN_SIMILARITY
+from internvl_chat.data.audit.image_hash import correlation, grey_levels, near_pairs, perceptual_hash
 from internvl_chat.data.synthetic.figures import MIN_FIGURES, Figure, plan_figures
 from internvl_chat.data.synthetic.panels import draw_figure
 from internvl_chat.data.synthetic.questions import image_records
@@ -23,6 +25,10 @@ DATASETS = {
     "qa-subimage-option": "subimage_option",
     "qa-compound-image": "compound_image",
 }
+# A drawing that looks like an earlier one is replaced. The margins allow for JPEG compression.
+_MAX_DRAWINGS = 20
+_SIMILAR_BITS = MAX_DIFFERENT_BITS + 2
+_SIMILARITY = MIN_SIMILARITY - 0.01
 
 
 def write_sample_data(
@@ -35,13 +41,15 @@ def write_sample_data(
 ) -> dict[str, Path]:
     """Write figures, records and the meta files of two splits; return the path of each meta file.
 
-    The splits share no image. The meta files are written last, so a folder with both is complete.
+    No two images look alike to the contamination check, unless there are so many that none of `_MAX_DRAWINGS`
+    drawings is new. No record repeats another, so the text-only category has at most 75 and 25 records. The
+    meta files are written last, so a folder with both is complete.
 
     Args:
         folder: output folder; must be missing or empty.
         seed: determines the entire dataset.
-        train: records per category in the training split.
-        held_out: records per category in the held-out split.
+        train: records per category in the training split; fewer if there are no more text-only questions.
+        held_out: the same for the held-out split.
         progress: wraps the iterable of figures to draw, for a progress bar.
 
     Raises:
@@ -62,8 +70,9 @@ def write_sample_data(
     images = folder / "images"
     images.mkdir()
     all_figures = [figure for split in figures.values() for figure in split]
+    gallery = _Gallery()
     for figure in progress(all_figures) if progress else all_figures:
-        _write_figure(figure, images, draw_rng)
+        _write_figure(figure, images, gallery, draw_rng)
     metas = {
         split: _write_records(folder, split, counts[split], figures[split], fact_order, ask_rng)
         for split in counts
@@ -82,14 +91,40 @@ def _empty_folder(folder: Path) -> Path:
     return folder
 
 
-def _write_figure(figure: Figure, images: Path, rng: Generator) -> None:
-    """Write a figure, and its panels as crops of it."""
-    image = draw_figure(figure, rng)
-    _save(image, images / figure.name, figure.quality)
-    for index, panel in enumerate(figure.panels):
-        crop = image.crop(panel.box)
+class _Gallery:
+    """The images drawn so far."""
+
+    def __init__(self) -> None:
+        self._hashes: list[int] = []
+        self._greys: list[np.ndarray] = []
+
+    def add(self, images: Sequence[Image.Image], *, even_if_similar: bool) -> bool:
+        """Add images, unless one looks like an earlier one or like another of them; return whether added."""
+        known = len(self._hashes)
+        self._hashes += [perceptual_hash(image) or 0 for image in images]
+        self._greys += [grey_levels(image) for image in images]
+        hashes = np.array(self._hashes, np.uint64)
+        similar = any(
+            i + known > j and correlation(self._greys[i + known], self._greys[j]) >= _SIMILARITY
+            for i, j, _ in near_pairs(hashes[known:], hashes, _SIMILAR_BITS)
+        )
+        if similar and not even_if_similar:
+            del self._hashes[known:], self._greys[known:]
+            return False
+        return True
+
+
+def _write_figure(figure: Figure, folder: Path, gallery: _Gallery, rng: Generator) -> None:
+    """Write a figure that looks like no earlier one, and its panels as crops of it."""
+    for attempt in range(_MAX_DRAWINGS):
+        image = draw_figure(figure, rng)
+        crops = [image.crop(panel.box) for panel in figure.panels]
+        if gallery.add([image, *crops], even_if_similar=attempt == _MAX_DRAWINGS - 1):
+            break
+    _save(image, folder / figure.name, figure.quality)
+    for index, (panel, crop) in enumerate(zip(figure.panels, crops, strict=True)):
         crop = crop.convert("L") if panel.saved_grey else crop
-        _save(crop, images / figure.panel_name(index), figure.quality)
+        _save(crop, folder / figure.panel_name(index), figure.quality)
 
 
 def _save(image: Image.Image, path: Path, quality: int) -> None:

@@ -158,10 +158,10 @@ FACTS = tuple(tuple(fact.splitlines()) for fact in _FACTS.strip().split("\n\n"))
 
 
 def text_records(count: int, split: str, order: Sequence[int]) -> list[dict[str, object]]:
-    """Return records without images: each fact in turn, then again in its next wording.
+    """Return different records without images: each fact in turn, then again in its next wording.
 
     Args:
-        count: number of records; wordings repeat if there are too few.
+        count: number of records, or fewer if there are not that many wordings.
         split: "held_out" uses the last wording of each fact, other splits the wordings before it.
         order: order of the facts.
     """
@@ -169,7 +169,9 @@ def text_records(count: int, split: str, order: Sequence[int]) -> list[dict[str,
     for number in range(count):
         answer, *wordings = FACTS[order[number % len(order)]]
         usable = wordings[-1:] if split == "held_out" else wordings[:-1]
-        question = usable[number // len(order) % len(usable)]
+        if number // len(order) == len(usable):
+            break
+        question = usable[number // len(order)]
         messages = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         records.append({"id": f"puretext-{split}-{number}", "conversations": messages})
     return records

@@ -82,6 +82,13 @@ def test_held_out_text_questions_ask_for_trained_facts() -> None:
     assert len(set(wordings)) == len(wordings) == 4 * len(FACTS)
 
 
+def test_text_questions_do_not_repeat() -> None:
+    order = list(range(len(FACTS)))
+    for split, available in (("train", 3 * len(FACTS)), ("held_out", len(FACTS))):
+        records = text_records(1000, split, order)
+        assert len({prompt(record) for record in records}) == len(records) == available
+
+
 def offset(record: dict, figures: dict[str, Figure]) -> tuple[set[str], set[str]]:
     """Return the positions of Fig-1 relative to Fig-2, along axes on which they do not overlap."""
     a, b = (np.array(panel.box) for panel in shown_panels(record, figures))

@@ -4,13 +4,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_chat.data.synthetic.figures import Figure
+from internvl_chat.data.audit.contamination import MAX_DIFFERENT_BITS, MIN_SIMILARITY
+from internvl_chat.data.audit.image_hash import fingerprint, near_pairs, similarity
+from internvl_chat.data.synthetic import sample_data
+from internvl_chat.data.synthetic.figures import Figure, plan_figures
+from internvl_chat.data.synthetic.panels import draw_figure
 from internvl_chat.data.synthetic.sample_data import DATASETS, write_sample_data
 
 TRAIN, HELD_OUT = 6, 3
@@ -118,6 +123,33 @@ def test_splits_share_no_image(metas: dict[str, Path], images: Path) -> None:
     }
     assert used["train"] and used["held_out"] and not used["train"] & used["held_out"]
     assert len({path.read_bytes() for path in images.iterdir()}) == len(list(images.iterdir()))
+
+
+def test_drawing_that_looks_like_an_earlier_one_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every figure is first drawn alike, and only then at random."""
+    seen: set[str] = set()
+
+    def draw(figure: Figure, rng: np.random.Generator) -> Image.Image:
+        alike = figure.name not in seen
+        seen.add(figure.name)
+        return draw_figure(figure, np.random.default_rng(0) if alike else rng)
+
+    def plan(count: int, first: int, rng: np.random.Generator) -> list[Figure]:
+        figure = planned[0]
+        return [replace(figure, name=f"SYN{first + i:04d}_fig1.jpg") for i in range(count)]
+
+    planned = plan_figures(1, 1, np.random.default_rng(0))
+    monkeypatch.setattr(sample_data, "draw_figure", draw)
+    monkeypatch.setattr(sample_data, "plan_figures", plan)
+    monkeypatch.setattr(sample_data, "image_records", lambda *_: [])
+    write_sample_data(tmp_path / "data", train=4, held_out=4)
+    files = sorted((tmp_path / "data/images").iterdir())
+    assert len(files) == 12 * (1 + len(planned[0].panels))
+    hashes = np.array([fingerprint(file).look for file in files], np.uint64)
+    pairs = [(files[i], files[j]) for i, j, _ in near_pairs(hashes, hashes, MAX_DIFFERENT_BITS) if i < j]
+    assert not [pair for pair in pairs if similarity(*pair) >= MIN_SIMILARITY]
 
 
 def test_panel_count_equals_the_number_of_files(images: Path, metas: dict[str, Path]) -> None:
