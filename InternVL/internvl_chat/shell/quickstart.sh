@@ -32,11 +32,18 @@ touch "$WORK_DIR/.quickstart"
 
 step "2/7 sample data: compound figures, questions and answers"
 m3llm sample-data "$WORK_DIR/data" --train 300 --held-out 40
-# A meta file without one task.
-"$PYTHON" -c 'import json, sys
-meta = json.load(open(sys.argv[1]))
-del meta[sys.argv[3]]
-json.dump(meta, open(sys.argv[2], "w"), indent=2)' "$WORK_DIR/data/train.json" "$WORK_DIR/data/train_full.json" "$WITHHELD"
+# One meta file per stage. There are few text-only records, so they are repeated; so is what the LoRA stage teaches.
+"$PYTHON" - "$WORK_DIR/data" "$WITHHELD" <<'PYTHON'
+import json, pathlib, sys
+
+folder, withheld = pathlib.Path(sys.argv[1]), sys.argv[2]
+meta = json.loads((folder / "train.json").read_text())
+meta["qa-puretext"]["repeat_time"] = 3
+meta[withheld]["repeat_time"] = 4
+(folder / "train_lora.json").write_text(json.dumps(meta, indent=2))
+del meta[withheld]
+(folder / "train_full.json").write_text(json.dumps(meta, indent=2))
+PYTHON
 
 step "3/7 a small InternVL3 with random weights"
 m3llm tiny-model "$WORK_DIR/tiny" --text "$WORK_DIR/data/train"
@@ -49,9 +56,9 @@ MODEL_PATH=$WORK_DIR/tiny META_PATH=$WORK_DIR/data/train_full.json OUTPUT_DIR=$W
   bash "$LAUNCHERS/M3LLM-fulldata-fullmodel.sh" "${small[@]}" --learning_rate 2e-3 --num_train_epochs 3
 
 step "5/7 the LoRA launcher, on the result and on all tasks"
-MODEL_PATH=$WORK_DIR/full META_PATH=$WORK_DIR/data/train.json OUTPUT_DIR=$WORK_DIR/lora \
+MODEL_PATH=$WORK_DIR/full META_PATH=$WORK_DIR/data/train_lora.json OUTPUT_DIR=$WORK_DIR/lora \
   BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=16 \
-  bash "$LAUNCHERS/M3LLM-fulldata-lora.sh" "${small[@]}" --learning_rate 2e-3 --num_train_epochs 2
+  bash "$LAUNCHERS/M3LLM-fulldata-lora.sh" "${small[@]}" --learning_rate 3e-3 --num_train_epochs 1
 
 step "6/7 merge"
 m3llm merge "$WORK_DIR/lora" "$WORK_DIR/merged"
