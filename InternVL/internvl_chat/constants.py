@@ -30,7 +30,8 @@ SPECIAL_TOKENS = (
     "</box>",
 )
 
-# The reference's default system message of each conversation template.
+# The reference's default system message of each conversation template. All templates use ChatML markup, so a
+# new entry changes the system message only.
 SYSTEM_TEXTS = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，"
     "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",

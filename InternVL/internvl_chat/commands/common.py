@@ -125,7 +125,7 @@ def count_records(sets: Sequence[RecordSet], limit: int | None) -> int:
 
 
 def log_warnings(sets: Sequence[RecordSet], limit: int | None) -> None:
-    """Log the warnings about the first `limit` records of each dataset by kind, with one example of each."""
+    """Log warnings about the first `limit` records of each dataset, by kind, with an example of each kind."""
     from internvl_chat.data.sources.problems import describe_by_kind
     from internvl_chat.utils.errors import DataError
     from internvl_chat.utils.logging import get_logger

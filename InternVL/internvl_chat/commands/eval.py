@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=positive, metavar="N", default=8,
         help="questions per batch with META (default: 8)")  # fmt: skip
     add("--on_bad_record", choices=("fail", "skip"), default="fail",
-        help="skip: leave out unusable records and items, and name them (default: fail)")  # fmt: skip
+        help="skip: exclude and list unusable records and items (default: fail)")  # fmt: skip
     add("--require-above-chance", type=float, metavar="P",
         help="fail unless closed questions are answered above chance at this significance")  # fmt: skip
     add = parser.add_argument_group("with --bench instead of META").add_argument
@@ -222,7 +222,7 @@ def _check_benchmark_arguments(args: argparse.Namespace) -> None:
     location = location_problem(args.bench, args.data)
     problems = [location] if location else []
     if args.meta:
-        problems.append(f"META {args.meta} and --bench {args.bench} exclude each other")
+        problems.append(f"META {args.meta} and --bench {args.bench} are mutually exclusive")
     if args.require_above_chance is not None:
         problems.append("--require-above-chance needs META, not --bench")
     if bool(args.model) == bool(args.predictions):

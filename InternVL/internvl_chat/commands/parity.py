@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base_second", help="base model of the second adapter, if it has moved")
     add("--device", help="for example cpu or cuda:0 (default: GPU if available)")
     add("--pixel_tolerance", type=float, metavar="X", dest="pixels",
-        help="maximum difference of a normalised pixel (default: 1e-05)")  # fmt: skip
+        help="maximum difference of a normalized pixel (default: 1e-05)")  # fmt: skip
     add("--logit_tolerance", type=float, metavar="X", dest="logits",
         help="maximum difference of a logit, over the largest logit (default: rounding error)")  # fmt: skip
     add("--same_answers", type=float, metavar="X",

@@ -74,7 +74,7 @@ def evaluate(model: Path, meta: Path) -> tuple[Result, list[RecordSet]]:
 def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of losses and accuracies: one row for each task, and one for all."""
     names = list(MODELS.values())
-    header = ["held-out task", "records", *(f"loss {name}" for name in names), "chance", *names]
+    header = ["held-out task", "records", *(f"loss {name}" for name in names), "accuracy chance", *names]
     rows = []
     for title, datasets in [*((title, [name]) for name, title in TITLES.items()), ("all", list(TITLES))]:
         tests = [compare_with_chance(result.of(datasets)) for result in results]
@@ -115,7 +115,7 @@ def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str
             prompt, reference = last_question(record, records.images(index, record))
             answers = [answer for result in results for answer in result.of([name]) if answer.index == index]
             yield ComparedRecord(
-                TITLES[name] + (" (taught by the LoRA stage)" if name == withheld else ""),
+                TITLES[name] + (" (in the LoRA training data only)" if name == withheld else ""),
                 prompt.messages[-1].content,
                 prompt.images,
                 reference,
@@ -169,7 +169,7 @@ def main() -> int:
         echo(f"m3llm eval {meta} --model {work / folder}")
         result, sets = evaluate(work / folder, meta)
         results.append(result)
-    note = f"* {TITLES[withheld]}: withheld from the full-model stage, taught by the LoRA stage."
+    note = f"* {TITLES[withheld]}: excluded from the full-model stage, in the LoRA training data only."
     write_page(work, results, sets, withheld, note)
     echo()
     print_table(*table(results, withheld))

@@ -32,8 +32,8 @@ _RESULTS = ("train_results.json", "trainer_state.json", "made_from.json", "adapt
 
 _USE = """\
 For research on questions about medical figures and their panels, in the form of the training data. It is not
-a medical device: answers may be wrong in ways that read well, and no diagnosis or treatment may rest on them.
-What it does on data of another kind, in another language or from another source than below is not known.
+a medical device: answers can be plausible but wrong and must not be used for diagnosis or treatment. Its
+behavior on other kinds of data, other languages or other sources than those below has not been evaluated.
 Limits of the base model and of the training data are limits of this model."""
 
 _COMMANDS = """\
@@ -83,7 +83,7 @@ def render_card(
         f"---\n{data.to_yaml()}\n---\n{CARD_MARK}",
         f"# {title}",
         f"{ADAPTERS_FOR if adapters else VERSION_OF} {' and '.join(base)}.",
-        f"**Licence of the base:** {licence}.",
+        f"**License of the base:** {licence}.",
         f"## Intended use and limits\n\n{_USE}",
         f"## Use\n\n{commands}",
         *(f"## {heading}\n\n{text}" for heading, text in sections.items()),
@@ -121,7 +121,7 @@ def _hub_id(folder: Path) -> str | None:
 
 
 def base_licence(paths: Sequence[str]) -> str:
-    """Return the licence that the README or configuration of every base states, or "unknown"."""
+    """Return the license that the README or configuration of every base states, or "unknown"."""
     licences = {_licence_of(path) for path in paths}
     return licences.pop() if len(licences) == 1 else _UNKNOWN
 

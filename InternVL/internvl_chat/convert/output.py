@@ -72,8 +72,8 @@ class ConversionOutput:
         files, checked = stamp.pop("files", {}), stamp.pop("checked", False)
         if stamp != self.stamp:
             raise ModelError(
-                f"{self.target}: exists, but is not the result of an earlier {self.stamp['work']} of the "
-                "source in its present state; choose another folder"
+                f"{self.target}: already exists and was not created by this command from the current source; "
+                "choose another folder"
             )
         changed = sorted(files.items() - _sizes(self.target).items())
         if changed:

@@ -38,7 +38,7 @@ class Tolerances:
 
     Attributes:
         logits: maximum difference of a logit, as a fraction of the record's largest logit.
-        pixels: maximum difference of a normalised pixel.
+        pixels: maximum difference of a normalized pixel.
         same_answers: minimum fraction of equal greedy answers.
     """
 

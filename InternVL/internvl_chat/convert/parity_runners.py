@@ -56,7 +56,7 @@ class Trace:
     Attributes:
         input_ids: (T,) token ids of the full conversation.
         tiles: number of tiles of each image.
-        pixels: (N, 3, S, S) float32, normalised.
+        pixels: (N, 3, S, S) float32, normalized.
         logits: (P, V) float32 logits at the last positions, with teacher forcing.
         answer: greedy answer to the prompt.
     """

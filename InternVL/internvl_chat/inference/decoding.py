@@ -56,13 +56,13 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, prompts: Iterable[torch.Tensor]) -> Iterator[tuple[int, int | None]]:
-        """Answer prompts, as many at a time as rows and memory allow.
+        """Decode answers in a batch as large as rows and memory allow.
 
         Args:
-            prompts: embeddings (T, C) of each prompt; the next one is read when it can start.
+            prompts: embeddings (T, C) of each prompt; consumed lazily.
 
         Yields:
-            The index of a prompt, and the next token of its answer or, once it is complete, None.
+            (prompt index, next token) pairs; the token is None when the answer is complete.
         """
         waiting = enumerate(prompts)
         upcoming = next(waiting, None)

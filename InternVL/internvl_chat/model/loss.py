@@ -5,7 +5,8 @@ The loss of a step is the weighted mean over its supervised tokens i, on all ran
     L = sum_i w_i * L_i / sum_i w_i,    w_i = 1 / n_i^x,
 
 where n_i is the number of supervised tokens in the record of token i. With x = 1 (`sample`) every record
-counts the same, with x = 0 (`token`) every token; x = 0.5 (`square`) lies between them.
+counts the same, with x = 0 (`token`) every token; x = 0.5 (`square`) lies between them. The weights w_i are
+applied in `InternVLChatModel.forward`; `TrainingLoop.train_step` divides by their sum over all ranks.
 
 Shapes: T tokens, U supervised tokens.
 """

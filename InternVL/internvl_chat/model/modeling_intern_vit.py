@@ -15,7 +15,7 @@ from internvl_chat.model.configuration import InternVisionConfig
 
 
 def _norm(config: InternVisionConfig) -> nn.Module:
-    """Return the normalisation layer of the configuration."""
+    """Return the normalization layer of the configuration."""
     cls = LlamaRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return cls(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -64,7 +64,7 @@ def _resize_grid(patches: torch.Tensor, grid: int, height: int, width: int) -> t
 
 
 class InternAttention(nn.Module):
-    """Self-attention among the tokens of a tile, optionally with normalised queries and keys."""
+    """Self-attention among the tokens of a tile, optionally with normalized queries and keys."""
 
     def __init__(self, config: InternVisionConfig, attn: str) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class InternVisionModel(nn.Module):
         """Return a hidden state, class token first; the layers after it do not run.
 
         Args:
-            pixel_values: normalised tiles (N, 3, S, S).
+            pixel_values: normalized tiles (N, 3, S, S).
             select_layer: index of the hidden state; 0 is the embedding, -1 the output of the last layer.
 
         Returns:

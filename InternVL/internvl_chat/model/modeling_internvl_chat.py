@@ -114,7 +114,7 @@ class InternVLChatModel(nn.Module):
         return pixel_shuffle(x, config.downsample_ratio, config.ps_version).flatten(1, 2)
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode normalised tiles, (N, 3, S, S) -> (N, K, C).
+        """Encode normalized tiles, (N, 3, S, S) -> (N, K, C).
 
         Without tiles a frozen tower does not run, but `mlp1` does, so that its gradients are zero, not None.
         The optimizer then applies momentum and weight decay to it, as in the reference, which encodes a blank
@@ -189,11 +189,11 @@ class InternVLChatModel(nn.Module):
 
         Records do not attend to each other: varlen attention uses their bounds, and transformers' own masks
         follow from the positions, which restart at 0 in each record. Pass `image_positions` and
-        `label_positions` to avoid a GPU synchronisation.
+        `label_positions` to avoid a GPU synchronization.
 
         Args:
             input_ids: (1, T) packed, or (B, T) without `cu_seq_lens`.
-            pixel_values: normalised tiles of all records in order, (N, 3, S, S).
+            pixel_values: normalized tiles of all records in order, (N, 3, S, S).
             labels: (1, T), `IGNORE_INDEX` where unsupervised; the first token of a record is never a target.
             token_weights: (U,) weight of each supervised token in the loss.
             position_ids: (1, T) or (B, T).
@@ -217,7 +217,7 @@ class InternVLChatModel(nn.Module):
         if labels is None:
             return InternVLOutput(logits=self.language_model(**llm_inputs).logits)
         if len(input_ids) != 1:
-            raise ValueError("losses are computed for one packed row; got a batch of rows with labels")
+            raise ValueError("labels require a single packed row")
         if label_positions is None:
             label_positions = (labels[0, 1:] != IGNORE_INDEX).nonzero().squeeze(1)
         targets = labels[0, label_positions + 1]

@@ -137,7 +137,7 @@ def _step_flags(config: TrainConfig) -> Iterator[str]:
         if getattr(run, f"{flag}_strategy") == "steps" and (
             value <= 0 or (value > 1 and value != int(value))
         ):
-            yield f"--{flag}_steps {value} must be an integer, or below 1 a fraction of all steps"
+            yield f"--{flag}_steps {value} must be an integer, or a fraction of all steps if below 1"
 
 
 def _value_ranges(config: TrainConfig) -> Iterator[str]:

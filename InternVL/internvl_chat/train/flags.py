@@ -174,7 +174,10 @@ class RunArguments:
     num_train_epochs: float = _optimization(3.0, "Number of epochs.")
     max_steps: int = _optimization(-1, "Number of optimizer steps; overrides --num_train_epochs if positive.")
     loss_reduction: str = _optimization(
-        "sample", "Weighting of the loss: per sample, per token, or square in between.", LOSS_REDUCTIONS
+        "sample",
+        "Loss weight of a token in a record with n supervised tokens: 1/n (sample: equal weight per record), "
+        "1 (token), or 1/sqrt(n) (square).",
+        LOSS_REDUCTIONS,
     )
     train_sampling_strategy: str = _data("random", "Order of the records.", SAMPLING_STRATEGIES)
     group_by_length: bool = _data(False, "No effect: steps are always balanced across ranks by cost.")
@@ -185,7 +188,7 @@ class RunArguments:
     lr_scheduler_type: str = _optimization("linear", "Schedule of transformers, such as linear or cosine.")
     lr_scheduler_kwargs: str | None = _optimization(None, "Options of the schedule, as JSON.")
     warmup_steps: float = _optimization(
-        0.0, "Warm-up steps of the learning rate, or below 1 a fraction of all steps; 0: use --warmup_ratio."
+        0.0, "Warm-up steps, or a fraction of all steps if below 1; 0: use --warmup_ratio."
     )
     warmup_ratio: float = _optimization(0.0, "Fraction of warm-up steps; --warmup_steps takes precedence.")
     optim: str = _optimization(
@@ -234,7 +237,7 @@ class RunArguments:
     eval_strategy: str = _validation("no", "When to validate.", INTERVALS)
     evaluation_strategy: str | None = _validation(None, "Former name of --eval_strategy.")
     eval_steps: float | None = _validation(
-        None, "Steps between validations, or below 1 a fraction of all steps [--save_steps]."
+        None, "Steps between validations, or a fraction of all steps if below 1 [--save_steps]."
     )
     eval_delay: float = _validation(0, "Steps or epochs before the first validation.")
     eval_on_start: bool = _validation(False, "Also validate before the first step.")
@@ -251,7 +254,7 @@ class RunArguments:
     )
     # checkpoints
     save_strategy: str = _checkpoints("steps", "When to save a checkpoint.", (*INTERVALS, "best"))
-    save_steps: float = _checkpoints(500, "Steps between checkpoints, or below 1 a fraction of all steps.")
+    save_steps: float = _checkpoints(500, "Steps between checkpoints, or a fraction of all steps if below 1.")
     save_total_limit: int | None = _checkpoints(None, "Checkpoints to keep, the best included [all].")
     save_only_model: bool = _checkpoints(False, "Save no optimizer state; the run cannot be resumed.")
     async_save: bool = _checkpoints(True, "Write checkpoints in the background while training continues.")
@@ -260,7 +263,7 @@ class RunArguments:
     )
     # logging
     logging_strategy: str = _reporting("steps", "When to log.", INTERVALS)
-    logging_steps: float = _reporting(500, "Steps between log lines, or below 1 a fraction of all steps.")
+    logging_steps: float = _reporting(500, "Steps between log lines, or a fraction of all steps if below 1.")
     logging_first_step: bool = _reporting(False, "Also log the first step.")
     report_to: list[str] = field(
         default_factory=lambda: ["none"],

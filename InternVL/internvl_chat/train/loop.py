@@ -285,18 +285,22 @@ class TrainingLoop:
         return calls_trackers
 
     def _is_due(self, action: str) -> bool:
-        """Return whether an action (`logging`, `eval` or `save`) is due after this step."""
+        """Return whether an action (`logging`, `eval` or `save`) is due after this step.
+
+        The last step is always validated and saved, unless the strategy is `no`.
+        """
         run, step = self.run, self.state.step
         strategy, interval = getattr(run, f"{action}_strategy"), getattr(run, f"{action}_steps")
         if action == "eval" and run.eval_delay > (step if strategy == "steps" else self.state.epoch):
             return False
+        if strategy not in ("steps", "epoch"):
+            return False
+        if step == self.total_steps and action != "logging":
+            return True
         if strategy == "epoch":
             return step % len(self.sampler) == 0
-        if strategy != "steps":
-            return False
-        # Intervals below 1 are fractions of all steps. The last step is always validated and saved.
-        interval = max(1, round(interval if interval >= 1 else interval * self.total_steps))
-        return step % interval == 0 or (step == self.total_steps and action != "logging")
+        # Intervals below 1 are fractions of all steps.
+        return step % max(1, round(interval if interval >= 1 else interval * self.total_steps)) == 0
 
     def _save(self, *, required: bool, saving: int) -> bool:
         """Save a checkpoint if due and return whether it was saved; the same on all ranks.

@@ -93,7 +93,7 @@ class JsonLinesFile:
                 self._truncate(size)
             if not self._warned:
                 self._warned = True
-                message = "%s: cannot be written (%s); its lines stay in memory until it can"
+                message = "%s: cannot be written (%s); its lines are kept in memory until writing succeeds"
                 logger.warning(message, self.path, error.strerror)
             return
         self._pending.clear()
@@ -110,4 +110,4 @@ class JsonLinesFile:
             with self.path.open("r+b") as stream:
                 stream.truncate(size)
         except OSError as error:
-            logger.warning("%s: may hold part of a line (%s)", self.path, error.strerror)
+            logger.warning("%s: may end with an incomplete line (%s)", self.path, error.strerror)

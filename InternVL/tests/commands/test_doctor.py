@@ -79,9 +79,9 @@ def test_a_full_disk_is_an_error(quick, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("free", "speed", "expected"),
     [
-        (1 * GB, 1e9, "a LoRA checkpoint has about 0.6 GB, and two must fit"),
-        (200 * GB, 1e9, "a checkpoint of full training has 107.6 GB"),
-        (300 * GB, 1e8, "a checkpoint of full training takes 18 minutes"),
+        (1 * GB, 1e9, "a LoRA checkpoint takes about 0.6 GB, and two must fit"),
+        (200 * GB, 1e9, "a full-training checkpoint takes 107.6 GB"),
+        (300 * GB, 1e8, "a full-training checkpoint takes 18 minutes"),
         (300 * GB, 1e9, None),
     ],
 )

@@ -38,7 +38,7 @@ LORA = result(loss=0.4, correct=16, withheld_loss=1.0, withheld_correct=14)
 
 def test_table():
     header, rows = table([BASE, FULL, LORA], WITHHELD)
-    assert header == ["held-out task", "records", "loss base", "loss full", "loss + LoRA", "chance",
+    assert header == ["held-out task", "records", "loss base", "loss full", "loss + LoRA", "accuracy chance",
                       *MODELS.values()]  # fmt: skip
     assert ["multiple choice *", "20", "7.00", "8.00", "1.00", "25%", "0%", "0%", "70%"] in rows
     assert ["text only", "20", "7.00", "0.50", "0.40", "-", "-", "-", "-"] in rows

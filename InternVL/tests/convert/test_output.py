@@ -52,7 +52,7 @@ def test_target_of_another_source_is_rejected(folder: Path, tmp_path: Path) -> N
         save_trained_adapter(folder, tmp_path / f"adapter-{seed}", seed=seed)
     merge(tmp_path / "adapter-1", tmp_path / "merged")
     before = contents(tmp_path / "merged")
-    with pytest.raises(ModelError, match="not the result of an earlier merge"):
+    with pytest.raises(ModelError, match="was not created by this command"):
         merge(tmp_path / "adapter-2", tmp_path / "merged")
     assert contents(tmp_path / "merged") == before
 
@@ -182,5 +182,5 @@ def test_existing_result_is_validated(folder: Path, tmp_path: Path) -> None:
     (target / "elsewhere").rename(weights)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_dynamic_patch": 3}))
-    with pytest.raises(ModelError, match="is not the result of an earlier merge of the source"):
+    with pytest.raises(ModelError, match="from the current source"):
         merge(source, target)

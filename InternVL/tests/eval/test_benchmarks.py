@@ -195,7 +195,7 @@ def test_answers_as_letters_or_texts(questions, rows, letters):
         ([(DENSITY, "A")], "'A' is ambiguous: it is the letter of option A, and the text of option D"),
         ([(DENSITY, "A"), (("Yes", "No"), "No"), (("Yes", "No"), "A")], 'for example "D. A"'),
         ([(DENSITY, "D. B")], "none of the 4 options"),
-        ([(("2", "1", "0"), 2)], "may be the text of an option or its index from 0"),
+        ([(("2", "1", "0"), 2)], "an option's text or its index, counted from 0"),
         ([(("B. Yes", "A. No"), "A")], "begin with the letters B, A; list them in the order of the alphabet"),
     ],
 )
@@ -214,9 +214,7 @@ def test_options_keep_their_text_without_their_letter(questions):
 
 def test_options_that_look_like_letters_are_reported(questions, caplog):
     questions((DENSITY, "D. A"), (BLOOD, "O"))
-    assert (
-        "1 item with an option whose text is the letter of another option (the first is set 0)" in caplog.text
-    )
+    assert "1 item with an option whose text is another option's letter (for example set 0)" in caplog.text
     caplog.clear()
     questions((BLOOD, "O"))
     assert not caplog.records
@@ -531,7 +529,7 @@ class TestImagesThatAreNotRead:
             ({"question": "<|image_pad|> What?"}, "marks an image by '<|image_pad|>'"),
             ({"image": "https://example.org/a.png"}, "is a URL (https://), which is not fetched"),
             ({"image": "data:image/png;base64,iVBORw0KGgo="}, "given as base64"),
-            ({"image": "images/A.PNG"}, "the folder has a.png"),
+            ({"image": "images/A.PNG"}, "the folder contains a.png"),
         ],
     )
     def test_vqa(self, folder, values, message):

@@ -7,6 +7,7 @@ import pytest
 from encoders import write_bert, write_sentence_encoder
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Item
+from internvl_chat.eval.report.table import LABELS
 from internvl_chat.eval.scoring import score
 from internvl_chat.metrics import suite as suites
 from internvl_chat.metrics.bleu import bleu
@@ -101,6 +102,20 @@ def test_with_encoders(tmp_path):
     assert scores.items["b", 0]["sts"] == pytest.approx(1, abs=1e-5)
     assert all(value is not None for metrics in scores.tasks.values() for value in metrics.values())
     json.dumps(scores.tasks, allow_nan=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_computed(tmp_path, family):
+    encoders = write_bert(tmp_path / "bert"), write_sentence_encoder(tmp_path / "sentences")
+    suite = Suite(frozenset({family}), bertscore_model=encoders[0], bertscore_layer=2, sts_model=encoders[1])
+    benchmark, answers = open_benchmark() if FAMILIES[family] else choice_benchmark()
+    names = FAMILIES[family] or set(CHOICE_METRICS) - {"accuracy"}
+    for metrics in score(benchmark, answers, suite).tasks.values():
+        assert [name for name in names if metrics.get(name) is None] == []
+
+
+def test_every_metric_has_a_label():
+    assert {*OPEN_METRICS, *CHOICE_METRICS} == set(LABELS)
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
             [
                 "5 problems",
                 "1. --bench b: neither a folder nor one of",
-                "exclude each other",
+                "are mutually exclusive",
                 "--require-above-chance",
                 "give either --model",
                 "--metrics blue: unknown; choose from bleu",

@@ -141,7 +141,7 @@ def test_content_that_is_not_shown(generate, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("no.png", "no.png does not exist"), ("https://example.org/a.png", "is a URL (https://)"),
-     ("PAGES.TIF", "the folder has pages.tif")],
+     ("PAGES.TIF", "the folder contains pages.tif")],
 )  # fmt: skip
 def test_image_that_is_no_file(generate, tmp_path, monkeypatch, name, message):
     Image.new("RGB", (60, 30)).save(tmp_path / "pages.tif")

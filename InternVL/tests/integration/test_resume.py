@@ -72,12 +72,15 @@ def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 7}, "seed was 42 there, and is 7 here"),
-        ({"optim": "adafactor"}, "optim was 'adamw_torch_fused' there, and is 'adafactor' here"),
-        ({"adam_beta2": 0.95}, "adam_beta2 was 0.999 there, and is 0.95 here"),
-        ({"gradient_accumulation_steps": 4}, "records of a step was 4 there, and is 8 here"),
-        ({"use_llm_lora": 2, "freeze_llm": True}, "use_llm_lora was 0 there, and is 2 here"),
-        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy was 'random' there"),
+        ({"seed": 7}, "seed is 7, but the checkpoint has 42"),
+        ({"optim": "adafactor"}, "optim is 'adafactor', but the checkpoint has 'adamw_torch_fused'"),
+        ({"adam_beta2": 0.95}, "adam_beta2 is 0.95, but the checkpoint has 0.999"),
+        ({"gradient_accumulation_steps": 4}, "(records per step) is 8, but the checkpoint has 4"),
+        ({"use_llm_lora": 2, "freeze_llm": True}, "use_llm_lora is 2, but the checkpoint has 0"),
+        (
+            {"train_sampling_strategy": "sequential"},
+            "train_sampling_strategy is 'sequential', but the checkpoint has 'random'",
+        ),
     ],
 )
 def test_resuming_with_other_flags_is_refused(arguments, tmp_path, capfd, change, message):
@@ -100,7 +103,7 @@ def test_resuming_on_other_data_is_refused(arguments, augmented, tmp_path, capfd
     checkpoint = first / "checkpoint-2"
     again = arguments(tmp_path / "second", meta_path=other, resume_from_checkpoint=checkpoint)
     assert train(again) == 2
-    assert "records of each set was [4, 4, 4, 4, 4, 4] there" in capfd.readouterr().err
+    assert "but the checkpoint has [4, 4, 4, 4, 4, 4]" in capfd.readouterr().err
 
 
 def test_adapters_resume_though_their_base_has_moved(arguments, tiny_model, tmp_path):

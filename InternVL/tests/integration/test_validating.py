@@ -112,6 +112,15 @@ def test_answers_match_the_finished_model(arguments, sample_data, tmp_path):
     assert row["rougeL"] > 0
 
 
+def test_end_within_an_epoch_is_validated_and_saved(arguments, tmp_path):
+    """As in transformers, where an epoch also ends with the run."""
+    out = tmp_path / "out"
+    values = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 8}
+    assert train(arguments(out, **values)) == 0
+    assert [row["step"] for row in validations(out)] == [6, 8]
+    assert (out / "checkpoint-8/trainer_state.json").is_file()
+
+
 def test_metrics_are_reported(arguments, tmp_path, monkeypatch):
     logged: list[dict] = []
     monkeypatch.setattr(Trackers, "log", lambda self, values, step: logged.append({"step": step, **values}))

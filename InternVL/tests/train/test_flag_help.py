@@ -62,7 +62,7 @@ def test_each_flag_has_one_short_sentence_and_its_default(sections):
     for shown in (
         "--learning_rate FLOAT Peak learning rate. [5e-05]",
         "--ps_version {v1,v2} Version of the pixel shuffle. [v2]",
-        "a fraction of all steps [--save_steps].",
+        "a fraction of all steps if below 1 [--save_steps].",
         "--packing [BOOL]",
     ):
         assert shown in text

@@ -160,8 +160,8 @@ def test_vision_per_pack_does_not_change_gradients(make_loop):
 def test_dummy_sample_does_not_change_gradients(make_loop):
     loop = make_loop()
     loss, expected = gradients(loop, [SAMPLES[:3]])
-    filler = SampleIndex(14, 0, counts=False)
-    for packs in ([[*SAMPLES[:3], filler]], [SAMPLES[:3], [filler]]):
+    dummy = SampleIndex(14, 0, counts=False)
+    for packs in ([[*SAMPLES[:3], dummy]], [SAMPLES[:3], [dummy]]):
         padded_loss, found = gradients(loop, packs)
         assert_same_step(loop, loss, expected, padded_loss, found)
 

@@ -86,7 +86,7 @@ def test_card_has_no_secrets_or_paths(card, tiny_model, sample_data, tmp_path, m
             assert secret not in text
 
 
-def test_licence_of_the_base_model(tiny_model, sample_data, tmp_path) -> None:
+def test_license_of_the_base_model(tiny_model, sample_data, tmp_path) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "InternVL3-tiny"))
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
     text = run(tmp_path / "run", base, sample_data).read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ def test_card_is_carried_over_by_merge_and_export(card, tmp_path) -> None:
     assert "library_name" not in data and data["license"] == "unknown"
     [line] = [line for line in merged.splitlines() if "fine-tuned version of" in line]
     assert line.endswith("a fine-tuned version of tiny.")
-    assert merged.split("**Licence")[1] == text.split("**Licence")[1]
+    assert merged.split("**License")[1] == text.split("**License")[1]
     # A conversion and back adds nothing.
     export_hf(tmp_path / "merged", tmp_path / "there")
     merge(tmp_path / "there", tmp_path / "back")

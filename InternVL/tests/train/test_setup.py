@@ -77,7 +77,8 @@ def test_changes_to_the_preprocessing_of_others_are_stated(plan_of, tiny_model, 
     )
     file = tmp_path / "hf/preprocessor_config.json"
     assert (
-        f"{file}: normalize_type was 'imagenet' there, and is 'siglip' here (--normalize_type)" in caplog.text
+        f"normalize_type is 'siglip', but the checkpoint has 'imagenet' in {file} (--normalize_type)"
+        in caplog.text
     )
     assert f"tile limit: 3 (--max_dynamic_patch and the meta file), 12 in {file}" in caplog.text
 

@@ -17,11 +17,11 @@ from internvl_chat.utils.text import counted
 logger = get_logger(__name__)
 
 
-def warn_about_overlap(training: TrainingData, held_out: TrainingData) -> None:
+def warn_about_overlap(training: TrainingData, eval_data: TrainingData) -> None:
     """Log how many records of each held-out dataset are training records, with the first of them."""
     sets = {records.spec.name: records for records in training.sets}
-    pairs = list(repeated_records(training, held_out))
-    for number, records in enumerate(held_out.sets):
+    pairs = list(repeated_records(training, eval_data))
+    for number, records in enumerate(eval_data.sets):
         name = records.spec.name
         found = [pair for pair in pairs if pair[0].dataset == name]
         if not found:
@@ -30,20 +30,23 @@ def warn_about_overlap(training: TrainingData, held_out: TrainingData) -> None:
         first = f"{records.spec.annotation}, line {records.file.line(index)}"
         other = f"{sets[train_name].spec.annotation}, line {sets[train_name].file.line(train_index)}"
         logger.warning(
-            "validation: %d of %s of %s are training records, with the same conversation and images (the "
-            "first: %s, is %s): their loss does not show how the model generalizes; remove them from one set",
-            len(found), counted(len(held_out.indices(number)), "record"), name, first, other,
+            "validation: %d of the %s in %s also occur in the training data (same conversation and images; "
+            "for example, %s = %s). Their loss does not measure generalization; remove them from one of the "
+            "two sets",
+            len(found), counted(len(eval_data.indices(number)), "record"), name, first, other,
         )  # fmt: skip
 
 
-def repeated_records(training: TrainingData, held_out: TrainingData) -> Iterator[tuple[RecordKey, RecordKey]]:
+def repeated_records(
+    training: TrainingData, eval_data: TrainingData
+) -> Iterator[tuple[RecordKey, RecordKey]]:
     """Yield each held-out record that is used for training, and the first training record that equals it.
 
     Images are compared by content, so that a copy under another name is found. Only the images of records
     with the same conversation and the same sizes of image files are read.
     """
     candidates: dict[Hashable, list[tuple[RecordKey, list[Path]]]] = defaultdict(list)
-    for key, outline, paths in _outlines(held_out):
+    for key, outline, paths in _outlines(eval_data):
         candidates[outline].append((key, paths))
     first: dict[RecordKey, RecordKey] = {}
     digest = cache(file_sha256)

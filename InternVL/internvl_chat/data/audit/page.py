@@ -45,7 +45,7 @@ def report_page(
         problems_file: file that lists all problems.
     """
     groups = group_by_kind(problems)
-    # The last folder tells files of the same name apart.
+    # The last folder distinguishes files of the same name.
     files = ["/".join(findings.spec.annotation.parts[-2:]) for findings in audit.sets]
     rows = [(*row, file) for row, file in zip(set_rows(audit), files, strict=True)]
     parts = [

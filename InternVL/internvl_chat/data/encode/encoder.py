@@ -250,9 +250,9 @@ class RecordEncoder:
         """Return the tiles of all images as uint8, (N, S, S, 3).
 
         Args:
-            images: images in any mode.
-            grids: grids from `encode`.
-            augment: random generator of the JPEG degradation; None to disable it.
+            images: images of any mode.
+            grids: their tile grids, from `EncodedConversation.grids`.
+            augment: random number generator for JPEG degradation; None disables it.
 
         Raises:
             ValueError: an image has more than 8 bits per channel.

@@ -118,7 +118,7 @@ def default_cache() -> Path:
 
 
 def cache_file(folder: Path, key: Mapping[str, Any]) -> Path:
-    """Return the cache file for a JSON-serialisable key."""
+    """Return the cache file for a JSON-serializable key."""
     text = json.dumps({"version": _VERSION, **key}, sort_keys=True)
     return folder / f"records-{sha256(text.encode())[:40]}.npz"
 
@@ -141,13 +141,15 @@ def read_index(file: Path, num_records: int) -> RecordIndex | None:
     except FileNotFoundError:
         return None
     except Exception as error:
-        logger.warning("cannot read the length cache %s (%s); measuring again", file, error)
+        logger.warning("cannot read the length cache %s (%s); recomputing it", file, error)
         return None
     columns = [*lengths.columns.values(), index.id_hashes, index.content_hashes]
     dtypes = [np.dtype(np.int32)] * len(lengths.columns) + [np.dtype(np.uint64)] * 2
     shapes_match = {column.shape for column in columns} == {(num_records,)}
     if not shapes_match or [c.dtype for c in columns] != dtypes or len(index.ids) != num_records:
-        logger.warning("the length cache %s is not of %d records; measuring again", file, num_records)
+        logger.warning(
+            "the length cache %s does not match the dataset (%d records); recomputing it", file, num_records
+        )
         return None
     return index
 

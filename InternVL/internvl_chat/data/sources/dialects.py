@@ -33,7 +33,7 @@ RECORD_FIELDS = {
     "history": "earlier messages",
     "objects": "objects and boxes to be inserted into the text",
     **dict.fromkeys(("loss", "weight", "lossweight", "sampleweight", "lossscale"), "the weight in the loss"),
-    "lossmask": "the messages to learn from; set 'loss' in each message",
+    "lossmask": "which messages are supervised; set 'loss' in each message",
 }
 # The same for fields of a message.
 MESSAGE_FIELDS = {
@@ -132,7 +132,7 @@ def _strings(value: Any, depth: int = 3) -> Iterator[str]:
 
 
 def is_supervised(entry: Mapping[str, Any]) -> bool:
-    """Return whether an answer is to be learnt from, by the fields of its message."""
+    """Return whether an answer is supervised, according to the fields of its message."""
     for key, value in entry.items():
         name = plain_key(key)
         if (name in _SUPERVISION and _is_flag(value) and not value) or (
@@ -148,22 +148,22 @@ def _is_flag(value: Any) -> bool:
 
 
 def unread_record_fields(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a description of each field of a record that has a meaning elsewhere and is not read."""
+    """Describe each record field that other frameworks interpret and this one ignores."""
     for key, value in raw.items():
         meaning = RECORD_FIELDS.get(plain_key(key))
         is_empty = value in _EMPTY or (value == 1 and "weight in the loss" in (meaning or ""))
         if meaning and not is_empty and key != "system":
             yield f"{key!r} ({meaning})"
     if raw.get("label") is False:
-        yield "'label' (false: in preference data a bad answer)"
+        yield "'label' (false marks a bad answer in preference data)"
 
 
 def unread_message_fields(entry: Mapping[str, Any], role: str) -> Iterator[str]:
-    """Yield a description of each field of a message that has a meaning elsewhere and is not read.
+    """Describe each message field that other frameworks interpret and this one ignores.
 
     Args:
-        entry: the message as the file has it.
-        role: its role: `system`, `user` or `assistant`.
+        entry: raw message from the file.
+        role: role of the message: `system`, `user` or `assistant`.
     """
     for key, value in entry.items():
         name = plain_key(key)
@@ -171,9 +171,9 @@ def unread_message_fields(entry: Mapping[str, Any], role: str) -> Iterator[str]:
             yield f"{key!r} of a message ({MESSAGE_FIELDS[name]})"
         elif name in (*_SUPERVISION, *_MASKS) and value is not None:
             if not _is_flag(value):
-                yield f"{key!r} of a message ({value!r:.20}; only 0, 1, true and false are applied)"
+                yield f"{key!r} of a message ({value!r:.20}; only 0, 1, true and false are supported)"
             elif role != "assistant" and name in _SUPERVISION and value:
-                yield f"{key!r} of a message of the {role} (only answers are supervised)"
+                yield f"{key!r} of a message with the role {role} (only assistant messages are supervised)"
 
 
 def foreign_placeholder(text: str, *, possible: bool) -> str | None:

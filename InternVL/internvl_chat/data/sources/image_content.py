@@ -160,7 +160,7 @@ def content_warnings(
         options: how the images are read.
         transparent: whether each image has transparent pixels; None if it was not decoded.
     """
-    unknown = "; --check full tells whether a pixel is transparent"
+    unknown = "; --check full reports whether any pixel is transparent"
     found: dict[str, list[str]] = {}
     for name, content, visible in zip(names, contents, transparent, strict=True):
         if content.frames > 1:

@@ -35,11 +35,11 @@ def describe_remote(name: str) -> str | None:
 
 
 def describe_missing(path: Path) -> str | None:
-    """Return why the path of a file that does not exist may be wrong, as far as the disk tells."""
+    """Return why the path of a file that does not exist may be wrong, judging by the files next to it."""
     if similar := _similar_file(path):
         return similar
     if "\\" in str(path) and (other := Path(str(path).replace("\\", "/"))).is_file():
-        return f"{other} does: write the path with / instead of \\"
+        return f"{other} exists: use / instead of \\ in the path"
     return None
 
 
@@ -52,15 +52,18 @@ def _similar_file(path: Path) -> str | None:
     for name in names:
         if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name):
             return _other_form(path, "NFD" if unicodedata.is_normalized("NFD", name) else "NFC")
-    return f"the folder has {printable_message(names[0])}: the names must be equal" if names else None
+    return (
+        f"the folder contains {printable_message(names[0])}: the names must match exactly" if names else None
+    )
 
 
 def _other_form(path: Path, form: str) -> str:
     own = "NFC" if form == "NFD" else "NFD"
+    escaped = path.name.encode("unicode_escape").decode("ascii")
     return (
-        f"a file of the same name in another Unicode form does: the file has {form}, the record {own} "
-        f"({path.name.encode('unicode_escape').decode('ascii')}); rename the file or rewrite the record, for "
-        f"example with convmv or unicodedata.normalize({form!r}, name)"
+        f"a file whose name differs only in Unicode normalization exists: the file has {form}, the record "
+        f"{own} ({escaped}); rename the file or rewrite the record, for example with convmv or "
+        f"unicodedata.normalize({form!r}, name)"
     )
 
 

@@ -221,7 +221,7 @@ class ImageInfo(NamedTuple):
 
 
 class ImageFile(NamedTuple):
-    """An image file as a record names it, with the size and modification time that identify its contents."""
+    """An image file: its name in the record, and the size and modification time that identify its content."""
 
     name: str
     num_bytes: int

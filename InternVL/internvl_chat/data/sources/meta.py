@@ -212,5 +212,5 @@ def _resolve(name: str, key: str, value: str, folders: Sequence[Path], problems:
         return None
     found = list(dict.fromkeys(folder / path for folder in folders if _exists(folder / path)))
     if len(found) > 1 and not found[0].samefile(found[1]):
-        logger.warning("dataset %s: %r is %s; %s exists as well", name, key, *found)
+        logger.warning("dataset %s: %r resolves to %s; %s exists as well", name, key, *found)
     return found[0] if found else folders[0] / path

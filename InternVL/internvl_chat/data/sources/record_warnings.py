@@ -1,4 +1,4 @@
-"""Warnings about records that can be used: what is unusual, and what is not read."""
+"""Warnings about usable records: unusual content and ignored fields."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -22,7 +22,7 @@ def record_warnings(
     """Yield (kind, message) of each warning about a usable record; kinds are keys of `WARNINGS`.
 
     Args:
-        raw: the record as the file has it.
+        raw: the raw record from the file.
         record: the parsed record.
         root: folder of the images.
         escaped: whether control tokens in texts are escaped.
@@ -34,7 +34,10 @@ def record_warnings(
     known = {*record.images}
     for key, name in file_names(raw, RECORD_KEYS):
         if name not in known and _is_file(root / name):
-            yield "file not read", f"{key!r} is the file {name!r:.80}, which is not shown; images are 'image'"
+            yield (
+                "file not read",
+                f"{key!r} names the existing file {name!r:.80}, which is ignored; list images under 'image'",
+            )
             break
 
 

@@ -153,9 +153,9 @@ def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
     if not answers and any(message.role == "assistant" for message in messages):
         raise RecordError("no answer is supervised ('loss' or 'weight' excludes all)", kind="empty answer")
     if not answers:
-        raise RecordError("no assistant message ('from': 'gpt'), so there is nothing to learn", kind="role")
+        raise RecordError("no assistant message ('from': 'gpt'), so no token is supervised", kind="role")
     if not any(map(str.strip, answers)):
-        raise RecordError("all answers are empty, so there is nothing to learn", kind="empty answer")
+        raise RecordError("all answers are empty, so no token is supervised", kind="empty answer")
     return messages
 
 

@@ -42,7 +42,7 @@ def strip_letters(choices: Sequence[str]) -> list[str]:
 
 
 def options_like_letters(choices: Sequence[str]) -> bool:
-    """Return whether the text of an option is the letter of another one."""
+    """Return whether any option's text is another option's letter (for example, option B reads 'A')."""
     letters = ascii_uppercase[: len(choices)]
     return any(
         len(text := choice.strip().upper()) == 1 and text in letters and text != letter

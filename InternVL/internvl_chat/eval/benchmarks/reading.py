@@ -308,11 +308,11 @@ def choice_item(
 
 
 def warn_about_letters(items: Sequence[Item]) -> None:
-    """Log the number of items in which a single letter is an option's text and another option's letter."""
+    """Log how many items have an option whose text is another option's letter."""
     found = [item for item in items if options_like_letters(item.choices)]
     if found:
         logger.warning(
-            "%s with an option whose text is the letter of another option (the first is %s %d): a single "
-            "letter as an answer is read as the letter of an option, not as its text",
+            "%s with an option whose text is another option's letter (for example %s %d): a single-letter "
+            "answer is interpreted as the letter of an option, not as its text",
             counted(len(found), "item"), *found[0].key,
         )  # fmt: skip

@@ -85,6 +85,6 @@ def _reject_index(raw: Mapping[str, Any]) -> None:
     choices, number = raw.get("choices") or [], raw["answer"]
     if str(number) in choices and number in range(len(choices)) and choices[int(number)] != str(number):
         raise DataError(
-            f"the answer {number} may be the text of an option or its index from 0; write the text in "
-            "quotes, or the letter of the option"
+            f"the answer {number} is ambiguous: it can be an option's text or its index, counted from 0; "
+            "put the text in quotes, or give the letter of the option"
         )

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: bars of every task beside the published results, and a radar chart."""
+"""Plots of an evaluation: bars of every task next to the published results, and a radar chart."""
 
 import textwrap
 from collections.abc import Mapping

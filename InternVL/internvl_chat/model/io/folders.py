@@ -145,10 +145,10 @@ def write_config(config: InternVLChatConfig, folder: Path) -> None:
 
 
 def read_auxiliary_files(source: Path) -> dict[str, bytes]:
-    """Read the files of a checkpoint besides weights and configuration, by name; subfolders are not read.
+    """Read all files of a checkpoint except weights and configuration, as name -> content.
 
-    These are the tokenizer, the preprocessing, the reference's code, the licence, and all other files that no
-    run wrote.
+    These are the tokenizer, the preprocessing, the reference's code, the license, and any other file that was
+    not written by a run. Subfolders are skipped.
     """
     source = original_folder(source) or source
     files = {}
@@ -163,7 +163,7 @@ def read_auxiliary_files(source: Path) -> dict[str, bytes]:
 
 
 def is_model_file(name: str) -> bool:
-    """Return whether an auxiliary file affects what the model reads or writes, unlike a licence."""
+    """Return whether an auxiliary file affects what the model reads or writes, unlike a license."""
     return any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
 
 

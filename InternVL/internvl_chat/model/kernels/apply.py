@@ -77,7 +77,7 @@ def supervise_positions(model: InternVLChatModel) -> None:
 def supervised_losses(
     llm: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Return the same losses as `next_token_losses`, through `LastLayer` and `SupervisedHead`."""
+    """Compute the losses of `next_token_losses` with `LastLayer` and `SupervisedHead`."""
     hidden = llm.get_decoder()(**inputs, output_positions=positions).last_hidden_state[0]
     return llm.get_output_embeddings()(hidden, targets)
 

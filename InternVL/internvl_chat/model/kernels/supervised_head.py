@@ -25,7 +25,8 @@ class LastLayer(GradientCheckpointingLayer):
     """A pre-norm decoder layer whose MLP runs at selected positions.
 
     Args:
-        layer: the Llama, Mistral, Qwen2 or Qwen3 layer whose modules, and so parameter names, it takes over.
+        layer: a Llama, Mistral, Qwen2 or Qwen3 layer. Its modules are reused, so parameter names do not
+            change.
     """
 
     def __init__(self, layer: nn.Module) -> None:

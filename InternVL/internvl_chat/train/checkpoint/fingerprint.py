@@ -12,6 +12,10 @@ FINGERPRINT = "run_fingerprint.json"
 
 SET_SIZES = "records of each set"
 EXCLUDED = "excluded records"
+STEP_SIZE = "records of a step"
+
+# Names in messages of the settings whose names in checkpoints are less clear.
+_TITLES = {SET_SIZES: "records per dataset", STEP_SIZE: "global batch size (records per step)"}
 
 _MODEL_FLAGS = (
     "freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head", "use_llm_lora",
@@ -37,7 +41,7 @@ def fingerprint(config: TrainConfig) -> dict[str, Any]:
     groups = (config.model, _MODEL_FLAGS), (config.run, _RUN_FLAGS), (config.data, _DATA_FLAGS)
     settings = {name: getattr(group, name) for group, names in groups for name in names}
     settings["weight precision"] = config.run.weight_precision
-    settings["records of a step"] = config.run.records_per_step
+    settings[STEP_SIZE] = config.run.records_per_step
     settings["DeepSpeed"] = bool(config.run.deepspeed)
     if config.run.deepspeed:
         settings["number of ranks (with DeepSpeed use as many as before)"] = config.run.world_size
@@ -68,8 +72,8 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
     """
     stored, current = read_fingerprint(checkpoint), json.loads(json.dumps(current))
     problems = [
-        f"cannot resume {checkpoint}: {name} was {stored[name]!r} there, and is {value!r} here; "
-        "use the earlier value, or start a new run in another --output_dir"
+        f"cannot resume {checkpoint}: {_TITLES.get(name, name)} is {value!r}, but the checkpoint has "
+        f"{stored[name]!r}; use the earlier value, or start a new run in another --output_dir"
         for name, value in current.items()
         if name in stored and stored[name] != value
     ]

@@ -123,10 +123,10 @@ def save_optimizer(
     """Write this rank's tensors and return its files; a collective that fails on all ranks or on none.
 
     Args:
-        tensors: tensors from `tensors_to_write`.
-        copies: host copies of this rank's shards, by the same names.
-        threads: number of threads, each of which writes a file.
-        group: process group of all ranks that no other thread uses.
+        tensors: result of `tensors_to_write`.
+        copies: host copies of this rank's shards, under the same names.
+        threads: number of writer threads; each writes one file.
+        group: process group of all ranks, not used by any other thread.
 
     Raises:
         OSError: a file cannot be written (a single rank).

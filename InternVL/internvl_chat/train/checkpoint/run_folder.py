@@ -14,6 +14,7 @@ from internvl_chat.train.checkpoint.manifest import find_damage
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.folder_lock import LOCK, lock_folder
 from internvl_chat.utils.logging import get_logger
+from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
@@ -62,8 +63,8 @@ class OutputFolder:
         """Create and lock the folder, and delete outdated files; the caller holds the returned lock.
 
         Raises:
-            UsageError: the folder cannot be created, or another process is writing to it or has written to it
-                since the inspection.
+            UsageError: the folder cannot be created, another process is using it, or its content has changed
+                since it was inspected.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -73,8 +74,8 @@ class OutputFolder:
         if _results(self.path) != self.results:
             lock.release()
             raise UsageError(
-                f"{self.path}: another run has written to this folder while this one was starting; run the "
-                "same command again to resume"
+                f"{self.path}: another run wrote to this folder while this one was starting; run the same "
+                "command again to resume that run"
             )
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
         if self.resume is None and may_write_card(self.path):
@@ -248,8 +249,8 @@ def _warn_about_gaps(ledger: Path, step: int) -> None:
     missing = sorted(set(range(1, step + 1)) - {_step_of(line) for line in lines})
     if missing:
         logger.warning(
-            "%s: the lines of %d steps of this run are missing, the first is step %d; the records of these "
-            "steps are not documented, but follow from the seed", ledger, len(missing), missing[0],
+            "%s: no entry for %s (first: step %d). Their records can be reconstructed from the seed.",
+            ledger, counted(len(missing), "step"), missing[0],
         )  # fmt: skip
 
 

@@ -279,14 +279,14 @@ class Checkpointer:
     def _discard(self, folder: Path, error: Exception) -> None:
         """Delete an incomplete checkpoint and log the error."""
         shutil.rmtree(folder, ignore_errors=True)
-        checkpoints = list_checkpoints(self._output)
+        newest, free = "unknown", "unknown"
+        with contextlib.suppress(OSError):  # the disk itself may be gone
+            free = f"{shutil.disk_usage(self._output).free / 1e9:.1f} GB"
+            newest = next((path.name for path in reversed(list_checkpoints(self._output))), "none")
         logger.error(
-            "%s was not written: %s (%.1f GB free); the newest checkpoint is %s; training continues",
-            self._output / folder.name,
-            error,
-            shutil.disk_usage(self._output).free / 1e9,
-            checkpoints[-1].name if checkpoints else "none",
-        )
+            "%s was not written: %s (free space: %s); the newest checkpoint is %s",
+            self._output / folder.name, error, free, newest,
+        )  # fmt: skip
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from internvl_chat.utils.errors import TrainingError
 from internvl_chat.utils.logging import get_logger
+from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
@@ -55,8 +56,8 @@ class NanGuard:
         message = f"step {step}: {reason}; records (dataset and index): {format_records(records())}"
         if self.bad_steps > self.max_bad_steps:
             raise TrainingError(
-                f"{message}. The step was not applied. This is bad step number {self.bad_steps}, and "
-                f"--max_bad_steps is {self.max_bad_steps}"
+                f"{message}. The step was skipped. Skipped in total: {counted(self.bad_steps, 'step')}, "
+                f"more than --max_bad_steps {self.max_bad_steps} allows"
             )
         logger.warning("%s. Step skipped (%d of %d)", message, self.bad_steps, self.max_bad_steps)
         return reason

@@ -46,11 +46,11 @@ def plot_loss(metrics: Path, output: Path, validation: Path | None = None, *, su
         validation: path of `validation.jsonl`; may be missing.
         subtitle: model and recipe of the run.
     """
-    rows, held_out = read_steps(metrics), read_steps(validation) if validation else []
+    rows, eval_losses = read_steps(metrics), read_steps(validation) if validation else []
     if not rows:
         return
     try:
-        figure = loss_figure(rows, held_out, title=output.parent.name, subtitle=subtitle)
+        figure = loss_figure(rows, eval_losses, title=output.parent.name, subtitle=subtitle)
     except ImportError:
         logger.warning("%s: not plotted: matplotlib is not installed", output)
         return
@@ -62,7 +62,7 @@ def loss_figure(
 ) -> "Figure":
     """Return the figure of a run: the loss, the loss of each dataset if there are several, the learning rate.
 
-    Losses far outside the range of all others are left out of axis and mean, and marked at the edge.
+    Losses far outside the range of all others are excluded from axis and mean, and marked at the edge.
 
     Args:
         rows: lines of `metrics.jsonl`, in the order of their steps.
@@ -101,8 +101,8 @@ def _draw_title(axes: "Axes", title: str, steps: str, subtitle: str) -> None:
 def _draw_loss(axes: "Axes", rows: Sequence[Row], validation: Sequence[Row]) -> None:
     """Draw the loss of each step, its mean, the validation losses, skipped steps and spikes."""
     curve = Curve.from_points((row["step"], _used(row, row["loss"]), row.get("records", 1)) for row in rows)
-    held_out = Curve.from_points((row["step"], row["loss"], 1) for row in validation)
-    limits = loss_limits(curve.losses, held_out.losses)
+    eval_losses = Curve.from_points((row["step"], row["loss"], 1) for row in validation)
+    limits = loss_limits(curve.losses, eval_losses.losses)
     is_short = not curve.half_width
     style = {"color": BLUE, "marker": "o"} if is_short else {"color": LIGHT_BLUE, "alpha": 0.6}
     axes.plot(*thin(curve.steps, curve.losses), linewidth=0.8, markersize=4, label="loss of a step", **style)
@@ -110,9 +110,9 @@ def _draw_loss(axes: "Axes", rows: Sequence[Row], validation: Sequence[Row]) -> 
         mean = curve.mean(limits)
         label = f"mean of {2 * curve.half_width + 1:,} steps{_at_the_end(mean)}"
         axes.plot(*thin(curve.steps, mean), color=BLUE, linewidth=2, label=label)
-    if len(held_out.steps):
-        label = f"validation{_at_the_end(held_out.losses)}"
-        axes.plot(*held_out[:2], "o-", color=ORANGE, linewidth=1.5, markersize=4, label=label)
+    if len(eval_losses.steps):
+        label = f"validation{_at_the_end(eval_losses.losses)}"
+        axes.plot(*eval_losses[:2], "o-", color=ORANGE, linewidth=1.5, markersize=4, label=label)
     marked = [
         ("skipped", "x", 0, _SKIPPED_COLOR, ~np.isfinite(curve.losses)),
         ("above the axis", "^", 1, BLUE, curve.losses > limits[1]),
@@ -133,7 +133,7 @@ def _draw_datasets(
     axes: "Axes", names: Sequence[str], rows: Sequence[Row], validation: Sequence[Row]
 ) -> None:
     """Draw the mean loss of each dataset, and its validation losses as circles."""
-    means, held_out = [np.zeros(0)], [np.zeros(0)]
+    means, eval_losses = [np.zeros(0)], [np.zeros(0)]
     for number, name in enumerate(names):
         parts = [(row, row["sets"][name]) for row in rows if name in row.get("sets", ())]
         curve = Curve.from_points((r["step"], _used(r, part["loss"]), part["records"]) for r, part in parts)
@@ -147,11 +147,11 @@ def _draw_datasets(
         known = [row for row in validation if name in row.get("sets", ())]
         points = Curve.from_points((row["step"], row["sets"][name]["loss"], 1) for row in known)
         if len(points.steps):
-            held_out.append(points.losses)
+            eval_losses.append(points.losses)
             axes.plot(*points[:2], "o", color=style["color"], markersize=4, markerfacecolor="white")
-    if len(held_out) > 1:
+    if len(eval_losses) > 1:
         axes.plot([], [], "o", color=TEXT_GRAY, markersize=4, markerfacecolor="white", label="validation")
-    axes.set(ylabel="loss by dataset", ylim=loss_limits(np.concatenate(means), np.concatenate(held_out)))
+    axes.set(ylabel="loss by dataset", ylim=loss_limits(np.concatenate(means), np.concatenate(eval_losses)))
 
 
 def _used(row: Row, loss: float | None) -> float | None:

@@ -68,7 +68,7 @@ def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> list[st
     file, options = stored
     now = {name: getattr(preprocessing, name) for name in _FIXED}
     return [
-        f"{file}: {name} was {options[name]!r} there, and is {now[name]!r} here ({flag})"
+        f"{name} is {now[name]!r}, but the checkpoint has {options[name]!r} in {file} ({flag})"
         for name, flag in _FIXED.items()
         if options.get(name, now[name]) != now[name]
     ]

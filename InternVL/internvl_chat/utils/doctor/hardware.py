@@ -119,21 +119,21 @@ def inspect_disk(folder: Path, diagnosis: Diagnosis) -> dict[str, Any]:
     if free < 2 * _LORA_CHECKPOINT_BYTES:
         diagnosis.warn(
             f"only {_format_gb(free)} free in {path}",
-            f"a LoRA checkpoint has about {_format_gb(_LORA_CHECKPOINT_BYTES)}, and two must fit: set "
+            f"a LoRA checkpoint takes about {_format_gb(_LORA_CHECKPOINT_BYTES)}, and two must fit: set "
             "OUTPUT_DIR to another disk",
         )
     elif free < 2 * _FULL_CHECKPOINT_BYTES:
         diagnosis.warn(
             f"only {_format_gb(free)} free in {path}",
-            f"a checkpoint of full training has {_format_gb(_FULL_CHECKPOINT_BYTES)}, and two must fit: set "
+            f"a full-training checkpoint takes {_format_gb(_FULL_CHECKPOINT_BYTES)}, and two must fit: set "
             "OUTPUT_DIR to another disk, or train with --save_only_model True",
         )
     if write_speed < _MIN_BYTES_PER_SECOND:
         minutes = _FULL_CHECKPOINT_BYTES / write_speed / 60
         diagnosis.warn(
             f"{path} is written at {write_speed / 1e6:.0f} MB/s",
-            f"a checkpoint of full training takes {minutes:.0f} minutes: set OUTPUT_DIR to a faster disk, or "
-            "raise --save_steps",
+            f"writing a full-training checkpoint takes {minutes:.0f} minutes: set OUTPUT_DIR to a "
+            "faster disk, or raise --save_steps",
         )
     return {
         "folder": path,

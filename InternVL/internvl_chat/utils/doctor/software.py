@@ -94,7 +94,7 @@ def inspect_attention(device: torch.device, diagnosis: Diagnosis) -> dict[str, A
         except Exception as error:
             diagnosis.fail(
                 f"flash-attn {flash_attn} cannot be imported: {error}",
-                "it was built for another torch version: reinstall it, or uninstall it (torch has one)",
+                "it was built for another torch version: reinstall or uninstall it (torch includes its own)",
             )
     if device.type == "cuda" and not _can_compile():
         diagnosis.warn(

@@ -324,7 +324,7 @@ class TestCache:
         measured.clear()
         assert rows(index_lengths([records], cache=cache)[0]) == encoded(records)
         assert measured == [0, 1, 2]
-        assert "measuring again" in caplog.text
+        assert "recomputing it" in caplog.text
         index_lengths([records], cache=cache)
         assert measured == [0, 1, 2]
 

@@ -75,7 +75,7 @@ class TestPaths:
         assert spec.annotation == data_root / "a.jsonl"
         [message] = caplog.messages
         assert message.endswith(
-            f"'annotation' is {data_root / 'a.jsonl'}; {folder / 'a.jsonl'} exists as well"
+            f"'annotation' resolves to {data_root / 'a.jsonl'}; {folder / 'a.jsonl'} exists as well"
         )
 
     def test_neither_exists(self, folder, tmp_path_factory):

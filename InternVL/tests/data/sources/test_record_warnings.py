@@ -71,6 +71,8 @@ class TestFields:
     def test_value_that_is_a_file(self, tmp_path, value):
         (tmp_path / "a.png").touch()
         raw = text_record(0, source_figure=value)
-        assert "'source_figure' is the file 'a.png'" in warnings_of(raw, tmp_path)["file not read"]
+        assert (
+            "'source_figure' names the existing file 'a.png'" in warnings_of(raw, tmp_path)["file not read"]
+        )
         assert warnings_of(raw, tmp_path / "other") == {}
         assert warnings_of(image_record(0, "a.png", source="a.png"), tmp_path) == {}

@@ -22,5 +22,5 @@ def test_world_size_is_fixed_only_with_deepspeed(tmp_path, deepspeed):
     if deepspeed is None:
         check_same_run(tmp_path, four)
         return
-    with pytest.raises(UsageError, match=r"use as many as before.* was 2 there, and is 4 here"):
+    with pytest.raises(UsageError, match=r"use as many as before.* is 4, but the checkpoint has 2"):
         check_same_run(tmp_path, four)

@@ -280,9 +280,18 @@ class TestFailures:
                 saver.save(TrainState(step=step))
         reason = "[Errno 28] No space left on device"
         assert f"{tmp_path / 'checkpoint-2'} was not written: {reason}" in caplog.text
-        assert "the newest checkpoint is checkpoint-1; training continues" in caplog.text
+        assert "the newest checkpoint is checkpoint-1" in caplog.text
         assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
         assert not (tmp_path / ".partial").exists()
+
+    def test_lost_disk_does_not_end_training(self, tmp_path, strategy, monkeypatch, caplog):
+        def fail(*_):
+            raise OSError(116, "Stale file handle")
+
+        with checkpointer(tmp_path, strategy, fail) as saver:
+            monkeypatch.setattr("shutil.disk_usage", fail)
+            saver.save(TrainState(step=1))
+        assert "Stale file handle (free space: unknown)" in caplog.text
 
     def test_failed_replacement_keeps_the_first(self, tmp_path, strategy, monkeypatch):
         with checkpointer(tmp_path, strategy) as saver:

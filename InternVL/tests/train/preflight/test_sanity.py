@@ -42,8 +42,8 @@ def test_preprocessing_must_match_the_checkpoint(tmp_path):
     with pytest.raises(UsageError) as caught:
         check_preprocessing(tmp_path, changed)
     assert len(caught.value.problems) == 2
-    assert "tile_size was 56 there, and is 112 here (--force_image_size)" in str(caught.value)
-    assert "normalize_type was 'imagenet' there, and is 'siglip' here (--normalize_type)" in str(caught.value)
+    assert "tile_size is 112, but the checkpoint has 56 in " in str(caught.value)
+    assert "normalize_type is 'siglip', but the checkpoint has 'imagenet' in " in str(caught.value)
 
 
 # ---- records and labels
