@@ -34,7 +34,7 @@ class RunConfig:
         records_per_pack: records per forward pass without packing (`per_device_train_batch_size`).
         records_per_rank: records per optimizer step on each rank.
         records_per_step: records per optimizer step on all ranks.
-        warmup_steps: number of warm-up steps, or below 1 a fraction of all steps.
+        warmup_steps: number of warm-up steps, or a fraction of all steps if below 1.
         deepspeed: content of the DeepSpeed configuration; None without DeepSpeed.
         parallel: parallel layout; `auto` leaves the choice to the memory plan.
         compile_blocks: compile the blocks of both towers (`--torch_compile`).
