@@ -79,10 +79,10 @@ class TestInspect:
         draft = text_record(1)
         draft["conversations"][1]["weight"] = 0
         draft["conversations"] += text_record(2)["conversations"]
-        meta = write(text_record(0, system="Be brief."), draft, text_record(2))
+        meta = write(text_record(0, system="0123456789" * 9), draft, text_record(2))
         _, found = rows("data", "inspect", meta, "--model", tiny_model)
-        brief, draft, plain = found
-        assert brief["num_tokens"] < plain["num_tokens"]  # InternVL's own system message is longer
+        own_system, draft, plain = found
+        assert own_system["num_tokens"] > plain["num_tokens"]  # longer than InternVL's own system text
         assert draft["supervised"] == plain["supervised"] == ["a cat<|im_end|>"]
 
     def test_warnings_of_each_kind_once(self, shown, write, tiny_model):
