@@ -41,7 +41,7 @@ def decode(engine: Engine, prompts: Iterable[Prompt], **options) -> tuple[list[l
     decoder = Watched(engine.model.language_model, **settings)
     answers: dict[int, list[int]] = {}
     for number, token in decoder.run(
-        engine.embed(engine._encode(prompt), prompt.images) for prompt in prompts
+        engine.embed(engine.encode(prompt), prompt.images) for prompt in prompts
     ):
         answers.setdefault(number, []).extend([] if token is None else [token])
     return [answers[number] for number in sorted(answers)], decoder
@@ -94,7 +94,7 @@ def test_logits_match_a_full_forward_pass(kind):
     llm, words = engine.model.language_model, engine.model.language_model.get_input_embeddings()
     for prompt in mixed_prompts(5, seed=1):
         [ids], watched = decode(engine, [prompt])
-        embeddings = engine.embed(engine._encode(prompt), prompt.images)
+        embeddings = engine.embed(engine.encode(prompt), prompt.images)
         with torch.no_grad():
             row = torch.cat([embeddings, words(torch.tensor(ids[:-1], dtype=torch.long))])[None]
             expected = llm(inputs_embeds=row, use_cache=False).logits[0, len(embeddings) - 1 :]
