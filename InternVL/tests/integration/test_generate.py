@@ -64,14 +64,18 @@ def test_one_answer(generate, engine, figures):
     }
 
 
+# Long, so that it changes the answers of a model with random weights.
+SYSTEM = "Fig-7: 0123456789 zebra " * 20
+
+
 def test_conversation_with_a_system_text(generate, engine, figures):
     images = [Image.open(figures[0]).convert("RGB")]
-    questions = ["Which panel?", "Why?", "And the other?"]
-    code, written = generate("--image", figures[0], "--system", "Be brief.", *questions)
-    expected = answers(engine, questions, images, system="Be brief.")
+    questions = ["Which panel? " * 40, "Why?", "And the other?"]
+    code, written = generate("--image", figures[0], "--system", SYSTEM, *questions)
+    expected = answers(engine, questions, images, system=SYSTEM)
     assert (code, written.out) == (0, "".join(f"{answer}\n" for answer in expected))
     assert expected != answers(engine, questions, images)
-    assert expected[1] != answers(engine, ["Why?"], images, system="Be brief.")[0]
+    assert expected[1] != answers(engine, ["Why?"], images, system=SYSTEM)[0]
 
 
 def test_questions_from_a_file(generate, engine, monkeypatch):
