@@ -272,7 +272,7 @@ def test_without_labels() -> None:
 
 def test_labels_with_a_batch_are_rejected() -> None:
     ids = torch.zeros(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match="one packed row"):
+    with pytest.raises(ValueError, match="single packed row"):
         make_model()(input_ids=ids, pixel_values=torch.zeros(0, 3, 56, 56), labels=ids)
 
 
