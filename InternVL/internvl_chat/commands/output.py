@@ -26,7 +26,7 @@ def progress(items: Iterable[T], total: int | None = None, unit: str = "record")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows under a header, text left-aligned and numbers right-aligned."""
+    """Print rows under a header, text left-aligned; numbers, and `-` for missing ones, are right-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
@@ -37,4 +37,4 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def _is_number(cell: Any) -> bool:
     text = str(cell).strip("%").replace(".", "", 1).replace(",", "")
-    return isinstance(cell, int | float) or text.isdigit()
+    return isinstance(cell, int | float) or text == "-" or text.isdigit()

@@ -17,6 +17,7 @@ from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_
 from internvl_chat.eval.losses import losses
 from internvl_chat.eval.report.comparison import ComparedRecord, comparison_page
 from internvl_chat.inference.engine import Engine, last_question
+from internvl_chat.train.checkpoint.run_folder import PLOT
 from internvl_chat.utils.html import html_image, html_table
 
 # Model folder -> column of the table.
@@ -33,8 +34,9 @@ PAGE = "report.html"
 MAX_LOSS_RATIO = 0.5
 SIGNIFICANCE = 0.01
 LEGEND = (
-    "Loss: cross-entropy of the expected answers, lower is better. Accuracy: closed questions answered "
-    "exactly; chance is the expected accuracy of guessing."
+    "Loss: cross-entropy of the expected answers; lower is better.",
+    "Accuracy: closed questions answered exactly; chance is what guessing among the choices would reach.",
+    "The vision tower is random and frozen: enough to recognize kinds of images, but hardly positions.",
 )
 _MAX_NEW_TOKENS = 96
 _SHOWN_PER_TASK = 4
@@ -73,8 +75,8 @@ def evaluate(model: Path, meta: Path) -> tuple[Result, list[RecordSet]]:
 
 def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of losses and accuracies: one row for each task, and one for all."""
-    names = list(MODELS.values())
-    header = ["held-out task", "records", *(f"loss {name}" for name in names), "accuracy chance", *names]
+    base, *others = MODELS.values()
+    header = ["held-out task", "records", f"loss: {base}", *others, "accuracy: chance", base, *others]
     rows = []
     for title, datasets in [*((title, [name]) for name, title in TITLES.items()), ("all", list(TITLES))]:
         tests = [compare_with_chance(result.of(datasets)) for result in results]
@@ -129,20 +131,21 @@ def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str
 def write_page(
     work: Path, results: Sequence[Result], sets: Sequence[RecordSet], withheld: str, note: str
 ) -> None:
-    """Write the page: table, training losses, and answers to some held-out questions."""
-    plots = (
-        html_image((work / run / "loss.png").read_bytes(), "png", f"training loss, {run}")
-        for run in ("full", "lora")
-    )
+    """Write the page: table, answers to some held-out questions, and training losses."""
     introduction = [
-        "<p>A small InternVL3 with random weights, trained on synthetic figures to show that both launchers "
-        "work. It is not a medical model.</p>",
+        "<p>A small InternVL3 with random weights (base), trained on synthetic figures by the full-model "
+        "launcher (full) and then by the LoRA launcher (+ LoRA). It is not a medical model.</p>",
         html_table(*table(results, withheld)),
-        *(f"<p>{html.escape(text)}</p>" for text in (note, LEGEND)),
-        *(f"<div class='plot'>{plot}</div>" for plot in plots),
-        f"<p>The first {_SHOWN_PER_TASK} held-out questions of each task, with greedy answers:</p>",
+        *(f"<p>{html.escape(text)}</p>" for text in (note, *LEGEND)),
+        f"<p>Below are the first {_SHOWN_PER_TASK} held-out questions of each task, with greedy answers.</p>",
     ]
-    page = comparison_page("M3LLM quickstart", introduction, compared(results, sets, withheld))
+    plots = {run: (work / run / PLOT).read_bytes() for run in ("full", "lora")}
+    end = [
+        "<h2>Training loss</h2>",
+        *(f"<div class='plot'>{html_image(plot, 'png', run)}</div>" for run, plot in plots.items()),
+    ]
+    records = compared(results, sets, withheld)
+    page = comparison_page("M3LLM quickstart", introduction, records, end)
     (work / PAGE).write_text(page, encoding="utf-8")
 
 
@@ -173,9 +176,9 @@ def main() -> int:
     write_page(work, results, sets, withheld, note)
     echo()
     print_table(*table(results, withheld))
-    echo(f"{note}\n{LEGEND}\n")
-    echo(f"answers with figures: {work / PAGE}")
-    echo(f"ask it yourself:      source .venv/bin/activate\n{example_command(work, sets, withheld)}")
+    echo("\n".join([note, *LEGEND]))
+    echo(f"\nAnswers with figures:\n  {work / PAGE}")
+    echo(f"Ask a question:\n  source .venv/bin/activate\n  {example_command(work, sets, withheld)}")
     problems = list(failures(results, withheld))
     for problem in problems:
         echo(f"FAILED: {problem}")

@@ -60,7 +60,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     text = str(value)
-    is_number = text == "-" or text.replace(",", "").replace(".", "", 1).isdigit()
+    is_number = text == "-" or text.strip("%").replace(",", "").replace(".", "", 1).isdigit()
     kind = " class='n'" if is_number else " class='long'" if len(text) > _LONG_CELL else ""
     return f"<td{kind}>{html.escape(text)}</td>"
 

@@ -290,8 +290,9 @@ def test_comparison_page_shows_images_questions_and_all_answers():
         "positions", f"Fig-0: <image>\nFig-1: <image>\nFig-2: <image>\n{EVIL}", images, "left",
         {"base": (EVIL, False), "full": ("left", True), "empty": (" ", False)},
     )  # fmt: skip
-    page = comparison_page("demo", ["<p>start</p>"], [record, record])
-    assert page.count("<h2>positions</h2>") == 1 and "<p>start</p>" in page
+    page = comparison_page("demo", ["<p>start</p>"], [record, record], ["<p>end</p>"])
+    assert page.count("<h2>positions</h2>") == 1
+    assert page.index("<p>start</p>") < page.index("<h2>positions</h2>") < page.index("<p>end</p>")
     assert page.count("src='data:image/jpeg;base64,") == 6 and page.count(">Fig-2</figcaption>") == 2
     assert "http" not in page and "<script>" not in page and "&lt;image&gt;" not in page
     assert page.count("✓ correct") == 2 and page.count("✗ wrong") == 4 and "(no answer)" in page

@@ -15,8 +15,8 @@ def test_text_is_escaped():
 
 
 def test_numbers_are_right_aligned():
-    table = html_table(["n"], [["1,234.5"], [7], ["-"], ["1 of 2"], ["v1"]])
-    assert table.count("class='n'") == 3
+    table = html_table(["n"], [["1,234.5"], [7], ["-"], ["42%"], ["1 of 2"], ["v1"]])
+    assert table.count("class='n'") == 4
     assert table.count("<td>") == 2
 
 

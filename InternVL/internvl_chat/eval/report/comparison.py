@@ -48,12 +48,14 @@ class ComparedRecord:
     answers: Mapping[str, tuple[str, bool]]
 
 
-def comparison_page(title: str, introduction: Iterable[str], records: Iterable[ComparedRecord]) -> str:
-    """Return the page: the introduction (HTML fragments), then the records of each task."""
+def comparison_page(
+    title: str, introduction: Iterable[str], records: Iterable[ComparedRecord], end: Iterable[str] = ()
+) -> str:
+    """Return the page: the introduction (HTML fragments), the records of each task, and the end (as well)."""
     parts = list(introduction)
     for task, of_task in groupby(records, key=lambda record: record.task):
         parts += [f"<h2>{html.escape(task)}</h2>", *map(_item, of_task)]
-    return html_page(title, parts, _STYLE)
+    return html_page(title, [*parts, *end], _STYLE)
 
 
 def _item(record: ComparedRecord) -> str:
