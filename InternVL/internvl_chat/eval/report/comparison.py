@@ -24,7 +24,7 @@ figure img { display: block; border: 1px solid var(--line); border-radius: .25re
   padding: .35rem .7rem; }
 .answer.right { border-color: var(--good); }
 .answer b { color: var(--error); font-size: .85rem; } .answer.right b { color: var(--good); }
-.answer p { margin: .15rem 0 0; max-height: 9rem; overflow-y: auto; }
+.answer p { margin: .15rem 0 0; max-height: 6rem; overflow-y: auto; }
 .expected { margin: .2rem 0 .7rem; } .expected b, .answer span { color: var(--muted); font-size: .85rem; }
 """
 
