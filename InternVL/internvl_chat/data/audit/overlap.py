@@ -1,7 +1,7 @@
 """Held-out records that are training records too: the same conversation with the same images."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -42,38 +42,46 @@ def repeated_records(
 ) -> Iterator[tuple[RecordKey, RecordKey]]:
     """Yield each held-out record that is used for training, and the first training record that equals it.
 
-    Images are compared by content, so that a copy under another name is found. Only the images of records
-    with the same conversation and the same sizes of image files are read.
+    Images are compared by content, so that a copy under another name is found. Only the image files of
+    records with the same conversation are looked at, and only those of the same size are read.
     """
-    candidates: dict[Hashable, list[tuple[RecordKey, list[Path]]]] = defaultdict(list)
-    for key, outline, paths in _outlines(eval_data):
-        candidates[outline].append((key, paths))
+    candidates: dict[str, list[tuple[RecordKey, list[Path]]]] = defaultdict(list)
+    for key, conversation, paths in _conversations(eval_data):
+        candidates[conversation].append((key, paths))
     first: dict[RecordKey, RecordKey] = {}
     digest = cache(file_sha256)
-    for key, outline, paths in _outlines(training):
-        for held_key, held_paths in candidates.get(outline, ()):
-            if held_key not in first and _same_files(paths, held_paths, digest):
-                first[held_key] = key
+    for key, conversation, paths in _conversations(training):
+        for eval_key, eval_paths in candidates.get(conversation, ()):
+            if eval_key not in first and _same_files(paths, eval_paths, digest):
+                first[eval_key] = key
     yield from sorted(first.items())
 
 
-def _outlines(data: TrainingData) -> Iterator[tuple[RecordKey, Hashable, list[Path]]]:
-    """Yield the key, the messages with the sizes of the images, and the images of each used record."""
+def _conversations(data: TrainingData) -> Iterator[tuple[RecordKey, str, list[Path]]]:
+    """Yield the key, the hash of the messages, and the images of each used record."""
     for number, records in enumerate(data.sets):
         for index in data.indices(number).tolist():
             try:
                 record = records.record(index)
                 paths = records.image_paths(record)
-                yield RecordKey(records.spec.name, index), _outline(record, paths), paths
-            except (DataError, RecordError, OSError):
+            except (DataError, RecordError):
                 continue  # reported when it is used
+            yield RecordKey(records.spec.name, index), _hash_messages(record), paths
 
 
-def _outline(record: Record, paths: Sequence[Path]) -> Hashable:
+def _hash_messages(record: Record) -> str:
     text = "\0".join(f"{message.role}:{message.content.strip()}" for message in record.messages)
-    return sha256(text.encode("utf-8", "surrogatepass")), tuple(path.stat().st_size for path in paths)
+    return sha256(text.encode("utf-8", "surrogatepass"))
 
 
 def _same_files(paths: Sequence[Path], others: Sequence[Path], digest: Callable[[Path], str]) -> bool:
-    """Return whether two lists of files, equal in number, have the same contents."""
-    return all(a == b or digest(a) == digest(b) for a, b in zip(paths, others, strict=True))
+    """Return whether two lists of files have the same contents; False if a file cannot be read."""
+    if len(paths) != len(others):
+        return False
+    pairs = [(a, b) for a, b in zip(paths, others, strict=True) if a != b]
+    try:
+        if any(a.stat().st_size != b.stat().st_size for a, b in pairs):
+            return False
+        return all(digest(a) == digest(b) for a, b in pairs)
+    except OSError:  # reported when the record is used
+        return False

@@ -76,6 +76,12 @@ def test_records_that_are_not_used_are_not_compared(data_of):
     assert not list(repeated_records(training, data_of(held=[record("Text?")])))
 
 
+def test_images_that_cannot_be_read_are_not_equal(data_of):
+    training = data_of(one=[record("Same?", "missing"), record("Same?", "a")])
+    held_out = data_of(held=[record("Same?", "lost"), record("Same?", "copy_of_a")])
+    assert list(repeated_records(training, held_out)) == [(("held", 1), ("one", 1))]
+
+
 def test_warning_for_each_set(data_of, caplog, tmp_path):
     training = data_of(one=[record("First?"), record("Text?")])
     held_out = data_of(held=[record("New?"), record("Text?")], clean=[record("Also new?")])
