@@ -310,7 +310,9 @@ def _open(name: str, options: ImageOptions) -> Image.Image:
         reason = describe_missing(path)
         raise RecordError(f"the image {path} does not exist{f'; {reason}' if reason else ''}")
     info = image_info(path)
-    is_transparent = check_decoding(path, info)
+    # Only what would be warned about is worth another decoding.
+    may_warn = info.content.has_alpha and options.background == "none"
+    is_transparent = may_warn and check_decoding(path, info)
     for _, message in content_warnings([name], [info.content], options, [is_transparent]):
         logger.warning("%s", message)
     return decode_image(path, options)
