@@ -94,8 +94,8 @@ def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedToken
 
 def _report_changes(source: Path, preprocessing: Preprocessing) -> None:
     """Log what the flags change in the preprocessing that the initial checkpoint states."""
-    for change in preprocessing_changes(source, preprocessing):
-        if "(--force_image_size" not in change:  # `prepare_model` has reported it
+    for name, change in preprocessing_changes(source, preprocessing).items():
+        if name not in ("tile_size", "tokens_per_tile"):  # `prepare_model` has reported these
             logger.warning("%s", change)
     stored = stored_options(source)
     if stored is not None and stored[1]["max_dynamic_patch"] != preprocessing.max_dynamic_patch:

@@ -55,23 +55,23 @@ def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
     Raises:
         UsageError: lists all differences.
     """
-    problems = preprocessing_changes(source, preprocessing)
-    if problems:
-        raise UsageError(problems)
+    changes = preprocessing_changes(source, preprocessing)
+    if changes:
+        raise UsageError(list(changes.values()))
 
 
-def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> list[str]:
-    """Return what a run changes in the preprocessing that the files of its initial checkpoint state."""
+def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> dict[str, str]:
+    """Describe, by option, what a run changes in the preprocessing that its initial checkpoint states."""
     stored = stored_options(source)
     if stored is None:
-        return []
+        return {}
     file, options = stored
     now = {name: getattr(preprocessing, name) for name in _FIXED}
-    return [
-        f"{name} is {now[name]!r}, but the checkpoint has {options[name]!r} in {file} ({flag})"
+    return {
+        name: f"{name} is {now[name]!r}, but the checkpoint has {options[name]!r} in {file} ({flag})"
         for name, flag in _FIXED.items()
         if options.get(name, now[name]) != now[name]
-    ]
+    }
 
 
 def first_samples(data: TrainingData, number: int, count: int) -> list[Sample]:
