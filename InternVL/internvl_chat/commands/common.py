@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.output import progress
+from internvl_chat.constants import BACKGROUNDS
 from internvl_chat.utils.paths import REPOSITORY
 
 # Preprocessing options of the command line, apart from the tile limit.
@@ -53,7 +54,7 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that replace preprocessing options of the checkpoint."""
     add_tile_limit(parser)
     add = parser.add_argument
-    add("--image_background", choices=("none", "white", "black"),
+    add("--image_background", choices=BACKGROUNDS,
         help="color behind transparent pixels; none ignores transparency (default: from the "
         "checkpoint)")  # fmt: skip
     add("--exif_transpose", type=boolean, metavar="BOOL",

@@ -22,6 +22,7 @@ from internvl_chat.commands.common import (
     preprocessing_options,
 )
 from internvl_chat.commands.output import echo, print_json, print_table, progress
+from internvl_chat.data.sources.skip_policy import POLICIES
 from internvl_chat.utils.errors import DataError, ModelError, UsageError
 from internvl_chat.utils.text import counted
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum tokens per answer (default: 128 with META, 1024 with --bench)")  # fmt: skip
     add("--batch_size", type=positive, metavar="N", default=8,
         help="questions per batch with META (default: 8)")  # fmt: skip
-    add("--on_bad_record", choices=("fail", "skip"), default="fail",
+    add("--on_bad_record", choices=POLICIES, default="fail",
         help="skip: exclude and list unusable records and items (default: fail)")  # fmt: skip
     add("--require-above-chance", type=float, metavar="P",
         help="fail unless closed questions are answered above chance at this significance")  # fmt: skip

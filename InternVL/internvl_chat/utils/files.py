@@ -1,4 +1,4 @@
-"""Atomic file writes, JSON and JSON Lines files, SHA-256 digests."""
+"""File utilities: atomic writes, JSON and JSON Lines, SHA-256, and a check for files that never raises."""
 
 import contextlib
 import hashlib
@@ -55,6 +55,14 @@ def _encode_line(row: Any) -> bytes:
 def _encode(text: str) -> bytes:
     # Lone surrogates, as in file names that are not UTF-8, become JSON escapes.
     return text.encode("utf-8", "backslashreplace")
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path is a file; False if it is no valid path, or cannot be looked up."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def sha256(content: bytes) -> str:

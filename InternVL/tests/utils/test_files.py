@@ -13,6 +13,7 @@ from internvl_chat.utils.files import (
     append_json_line,
     atomic_path,
     file_sha256,
+    is_file,
     sha256,
     write_json,
     write_json_lines,
@@ -72,6 +73,16 @@ def test_interrupted_json_lines_leave_no_file(tmp_path):
     with pytest.raises(ValueError):
         write_json_lines(tmp_path / "x.jsonl", rows())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["missing", "a\0b", "n" * 5000, "."])
+def test_no_file(tmp_path, name):
+    assert not is_file(tmp_path / name)
+
+
+def test_file(tmp_path):
+    (tmp_path / "a").write_text("")
+    assert is_file(tmp_path / "a")
 
 
 def test_sha256(tmp_path):

@@ -17,6 +17,7 @@ from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.data.sources.problems import Problem, RecordError, printable_message
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.files import is_file
 
 # Data set name in the problems of a benchmark.
 BENCHMARK = "benchmark"
@@ -176,7 +177,7 @@ class _BenchmarkReader:
         self._add_articles(content, str(file) if line is None else f"{file}, line {line}")
         self._embedded[file] += len(_BASE64_IMAGE.findall(content))
         for name in _image_names(item):
-            image = next((path for folder in folders if _is_file(path := folder / name)), None)
+            image = next((path for folder in folders if is_file(path := folder / name)), None)
             if image is not None:
                 self._add_image(image)
             elif name not in self._not_found:
@@ -234,10 +235,3 @@ def _image_names(item: Any) -> Iterator[str]:
 
 def _is_image_name(text: str) -> bool:
     return len(text) < _MAX_PATH and "\n" not in text and text.lower().endswith(_IMAGE_SUFFIXES)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False

@@ -5,7 +5,7 @@ import json
 import re
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -129,13 +129,13 @@ def _unpack(path: Path, num_bytes: int, mtime_ns: int, is_gzip: bool) -> Path:
     return Path(target.name)
 
 
-def _gzip_blocks(path: Path) -> Any:
+def _gzip_blocks(path: Path) -> Iterator[bytes]:
     with gzip.open(path, "rb") as stream:
         while block := stream.read(1 << 24):
             yield block
 
 
-def _parquet_rows(path: Path) -> Any:
+def _parquet_rows(path: Path) -> Iterator[bytes]:
     """Yield the rows of a Parquet file as lines of JSON."""
     try:
         from pyarrow import ArrowException

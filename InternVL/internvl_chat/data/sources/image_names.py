@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from internvl_chat.data.sources.problems import printable_message
+from internvl_chat.utils.files import is_file
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://", re.ASCII)
 # Start of a JPEG, PNG, GIF, WebP or TIFF file in base64.
@@ -46,7 +47,7 @@ def describe_missing(path: Path) -> str | None:
 def _similar_file(path: Path) -> str | None:
     """Return a message about a file whose name looks the same or differs in case."""
     for form in ("NFC", "NFD"):
-        if _exists(unicodedata.normalize(form, str(path))):
+        if is_file(Path(unicodedata.normalize(form, str(path)))):
             return _other_form(path, form)
     names = _names(os.fspath(path.parent)).get(_folded(path.name), ())
     for name in names:
@@ -65,13 +66,6 @@ def _other_form(path: Path, form: str) -> str:
         f"{own} ({escaped}); rename the file or rewrite the record, for example with convmv or "
         f"unicodedata.normalize({form!r}, name)"
     )
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def _folded(name: str) -> str:

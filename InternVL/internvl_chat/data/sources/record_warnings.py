@@ -13,7 +13,8 @@ from internvl_chat.data.sources.dialects import (
     unread_message_fields,
     unread_record_fields,
 )
-from internvl_chat.data.sources.records import RECORD_KEYS, Message, Record
+from internvl_chat.data.sources.records import RECORD_KEYS, Message, Record, raw_messages
+from internvl_chat.utils.files import is_file
 
 
 def record_warnings(
@@ -33,7 +34,7 @@ def record_warnings(
         yield "field not read", f"not read: {', '.join(fields)}"
     known = {*record.images}
     for key, name in file_names(raw, RECORD_KEYS):
-        if name not in known and _is_file(root / name):
+        if name not in known and is_file(root / name):
             yield (
                 "file not read",
                 f"{key!r} names the existing file {name!r:.80}, which is ignored; list images under 'image'",
@@ -44,7 +45,7 @@ def record_warnings(
 def _unread_fields(raw: Mapping[str, Any], record: Record) -> Iterator[str]:
     """Yield a description of each field that has a meaning elsewhere."""
     yield from unread_record_fields(raw)
-    entries = raw.get("conversations", raw.get("messages"))
+    entries, _, _ = raw_messages(raw)
     if "conversations" in raw and raw.get("messages") and not _same_texts(raw):
         yield "'messages' (a second conversation; 'conversations' is read)"
     shift = len(record.messages) - len(entries)  # the field `system` precedes the messages
@@ -88,26 +89,18 @@ def _text_warnings(raw: Mapping[str, Any], record: Record, escaped: bool) -> Ite
 
 def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield the texts of the user's messages as the file has them; an image part is a placeholder."""
-    for entry in raw.get("conversations", raw.get("messages")):
-        text = entry.get("value", entry.get("content"))
-        if entry.get("from", entry.get("role")) in ("human", "user"):
+    entries, role_key, text_key = raw_messages(raw)
+    for entry in entries:
+        if entry[role_key] in ("human", "user"):
+            text = entry[text_key]
             yield text if isinstance(text, str) else IMAGE_PLACEHOLDER
 
 
 def _system_text(raw: Mapping[str, Any]) -> str:
     """Return the system message as the file has it; the reference puts a placeholder before some."""
-    first = raw.get("conversations", raw.get("messages"))[0]
-    text = (
-        first.get("value", first.get("content")) if "system" in (first.get("from"), first.get("role")) else ""
-    )
+    (first, *_), role_key, text_key = raw_messages(raw)
+    text = first[text_key] if first[role_key] == "system" else ""
     return f"{raw.get('system') or ''}{text if isinstance(text, str) else ''}"
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def conversation_warnings(messages: Sequence[Message]) -> list[tuple[str, str]]:

@@ -88,7 +88,7 @@ def parse_record(raw: Any) -> Record:
 def _reject_unread_images(raw: Mapping[str, Any], messages: Sequence[Message], images: Sequence[str]) -> None:
     """Refuse a record that names an image, a video or audio where it is not read."""
     unread = unread_media(raw, RECORD_KEYS, images)
-    for number, entry in enumerate(_entries(raw)[0], 1):
+    for number, entry in enumerate(raw_messages(raw)[0], 1):
         if unread is None and (found := unread_media(entry, MESSAGE_KEYS, images)):
             unread = f"message {number}: {found}"
     for number, message in enumerate(messages, 1):
@@ -141,7 +141,7 @@ def _count_placeholders(messages: Sequence[Message]) -> int:
 
 
 def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
-    entries, role_key, text_key = _entries(raw)
+    entries, role_key, text_key = raw_messages(raw)
     if not isinstance(entries, list) or not entries:
         raise RecordError("no conversation: 'conversations' must be a list of messages")
     messages = tuple(
@@ -159,8 +159,8 @@ def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
     return messages
 
 
-def _entries(raw: Mapping[str, Any]) -> tuple[Any, str, str]:
-    """Return the messages as the file has them, and their keys of role and text."""
+def raw_messages(raw: Mapping[str, Any]) -> tuple[Any, str, str]:
+    """Return the messages of a record as the file has them, and their keys of role and text."""
     if "conversations" not in raw and "messages" in raw:
         return raw["messages"], "role", "content"
     return raw.get("conversations"), "from", "value"
