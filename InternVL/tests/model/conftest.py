@@ -1,4 +1,4 @@
-"""Small models whose every parameter matters, and records for them: what the tests of the model share.
+"""Small models and records, shared by the tests of the model.
 
 Freshly initialised models are poor test objects: zero biases, unit norms and tiny weights hide mistakes.
 """
