@@ -264,7 +264,7 @@ class Checkpointer:
             _sync(path)
         final, former = self._output / folder.name, folder.with_name(folder.name + FORMER)
         if final.exists():
-            # A step can be saved twice, for example again after a validation.
+            # The loop saves each step once. A second save of a step must not lose the first if it fails.
             shutil.rmtree(former, ignore_errors=True)
             final.replace(former)
         folder.replace(final)
