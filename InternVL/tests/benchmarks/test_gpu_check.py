@@ -61,12 +61,14 @@ def test_unknown_items_are_refused(capsys):
     assert "--items: sound is unknown; choose from doctor,attention" in capsys.readouterr().err
 
 
-def test_imports_work_without_unneeded_packages(bare):
+def test_works_without_unneeded_packages(bare, tmp_path):
     code = (
         "import sys\n"
         "from benchmarks.gpu import decoding, kernels, launchers, training\n"
         "import benchmarks.checkpoint_overhead, benchmarks.presets.fast, benchmarks.presets.reference\n"
         "import internvl_chat.train.internvl_chat_finetune\n"
+        "from internvl_chat.cli import main\n"
+        f"assert main(['sample-data', {str(tmp_path / 'data')!r}, '--train', '2', '--held-out', '1']) == 0\n"
         f"assert not any(sys.modules[name] for name in {UNNEEDED!r})"
     )
     result = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True)
