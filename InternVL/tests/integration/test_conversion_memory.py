@@ -93,6 +93,6 @@ def test_peak_memory_does_not_grow_with_the_shards(tiny_model, tmp_path, work) -
         shards.append(len(list(target.glob("*.safetensors"))))
         shutil.rmtree(source)
     few, many = peaks
-    assert shards[0] <= 2 and shards[1] >= 8, shards
+    assert shards[1] >= 3 * shards[0], shards
     assert many < few + SHARD, f"{few:,} bytes with {shards[0]} shards, {many:,} with {shards[1]}"
     assert many < 5 * SHARD
