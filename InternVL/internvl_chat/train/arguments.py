@@ -1,15 +1,14 @@
 """Parse the training command line, or a JSON or YAML file, into a frozen `TrainConfig`.
 
-All errors are reported together.
+All errors are reported together. Of two flags with the same meaning, the one that comes later is used.
 """
 
 import argparse
-import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +18,24 @@ from transformers import HfArgumentParser
 from internvl_chat import __version__
 from internvl_chat.train.config import TrainConfig, resolve_run
 from internvl_chat.train.flag_help import flag_groups
-from internvl_chat.train.flags import DataArguments, ModelArguments, RunArguments
-from internvl_chat.train.refused_flags import split_refused
+from internvl_chat.train.flags import RANGES, DataArguments, ModelArguments, RunArguments
+from internvl_chat.train.monitor.trackers import tracker_problems
+from internvl_chat.train.optim.factory import optimizer_problems
+from internvl_chat.train.refused_flags import CONFIG_FILES, describe_unknown, split_refused
+from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+_KINDS: Any = (ModelArguments, DataArguments, RunArguments)
+# Flags with the same meaning.
+_ALTERNATIVES = (
+    ({"warmup_steps"}, {"warmup_ratio"}),
+    ({"eval_strategy"}, {"evaluation_strategy"}),
+    ({"sanity_check"}, {"self_test"}),
+    ({"model_name_or_path"}, {"vision_path", "llm_path"}),
+)
 
 
 class _Parser(HfArgumentParser):
@@ -35,11 +49,6 @@ class _Parser(HfArgumentParser):
         raise UsageError(message)
 
 
-def _build_parser() -> HfArgumentParser:
-    kinds: Any = (ModelArguments, DataArguments, RunArguments)
-    return _Parser(kinds, add_help=False, allow_abbrev=False, exit_on_error=False)
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     """Parse flags, optionally after a configuration file, whose values they override.
 
@@ -47,9 +56,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
         UsageError: lists all unknown flags and invalid values.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
-    if tokens and tokens[0].endswith((".json", ".yaml", ".yml")) and not tokens[0].startswith("--"):
-        tokens = _tokens_from_file(Path(tokens[0])) + tokens[1:]
-    parser = _build_parser()
+    if tokens and tokens[0].endswith(CONFIG_FILES) and not tokens[0].startswith("--"):
+        tokens = _override(_tokens_from_file(Path(tokens[0])), tokens[1:])
+    else:
+        tokens = _override([], tokens)
+    parser = _Parser(_KINDS, add_help=False, allow_abbrev=False, exit_on_error=False)
     tokens, problems = split_refused(tokens)
     while True:
         try:
@@ -58,16 +69,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
         except argparse.ArgumentError as error:
             flag = error.argument_name.split("/")[0] if error.argument_name else None
             problems.append(f"{flag}: {error.message}")
-            tokens = _without(tokens, flag)
-    problems += _unknown_flags(unknown)
+            tokens = _without(tokens, {*_names([flag])} if flag else None)
+    problems += describe_unknown(unknown, [flag.name for group in flag_groups().values() for flag in group])
     problems += _missing(tokens)
-    if problems:
-        raise UsageError(problems)
     try:
-        model, data, run = parser.parse_args_into_dataclasses(args=tokens, look_for_args_file=False)
+        model, data, run, _ = parser.parse_args_into_dataclasses(
+            args=tokens, look_for_args_file=False, return_remaining_strings=True
+        )
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from None
-    return TrainConfig(model, data, resolve_run(run))
+        raise UsageError([*problems, str(error)]) from None
+    problems += _outside_range(model, data, run)
+    resolved = resolve_run(run, problems)
+    if problems:
+        # The checks of the configuration follow only without problems; these need nothing but flags.
+        problems += [*optimizer_problems(resolved), *tracker_problems(resolved.report_to)]
+        raise UsageError(list(dict.fromkeys(problems)))
+    return TrainConfig(model, data, resolved)
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -98,33 +115,69 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALS
 
 def _missing(tokens: list[str]) -> list[str]:
     """Report missing required flags."""
-    given = {token.partition("=")[0].replace("-", "_") for token in tokens if token.startswith("--")}
-    problems = [f"--{name} is required" for name in ("output_dir", "meta_path") if f"__{name}" not in given]
-    if not given & {"__model_name_or_path"} and not given >= {"__vision_path", "__llm_path"}:
+    given = set(_names(tokens))
+    problems = [f"--{name} is required" for name in ("output_dir", "meta_path") if name not in given]
+    if "model_name_or_path" not in given and not given >= {"vision_path", "llm_path"}:
         problems.append("--model_name_or_path is required (or --vision_path with --llm_path)")
     return problems
 
 
-def _unknown_flags(unknown: list[str]) -> list[str]:
-    """Report unknown flags, each with the closest known flag."""
-    known = [f"--{f.name}" for kind in (ModelArguments, DataArguments, RunArguments) for f in fields(kind)]
+def _outside_range(*parts: Any) -> list[str]:
+    """Report numbers outside the range of their flag, and set them to its default."""
     problems = []
-    for token in unknown:
-        if token.startswith("--"):
-            name = token.partition("=")[0]
-            matches = difflib.get_close_matches(name, known, n=1)
-            problems.append(f"unknown flag {name}" + (f"; did you mean {matches[0]}?" if matches else ""))
-    return problems or [f"unexpected argument {token!r}" for token in unknown]
+    for part in parts:
+        for name, value in vars(part).items():
+            if name not in RANGES or value is None or _is_within(value, interval := RANGES[name]):
+                continue
+            low, high = interval[1:-1].split(", ")
+            bounds = {"at least " if interval[0] == "[" else "above ": low}
+            bounds["at most " if interval[-1] == "]" else "below "] = high
+            words = [text + bound for text, bound in bounds.items() if "inf" not in bound]
+            if not math.isfinite(value):
+                words = ["a finite number"]
+            problems.append(f"--{name} {value} must be {' and '.join(words)}")
+            object.__setattr__(part, name, getattr(type(part), name))
+    return problems
 
 
-def _without(tokens: list[str], flag: str | None) -> list[str]:
-    """Remove a flag and its values."""
-    if flag is None:
+def _is_within(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(", "))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and math.isfinite(value)
+
+
+def _names(tokens: Sequence[str]) -> list[str]:
+    """Return the names of all flags on a command line, in order."""
+    return [t.partition("=")[0][2:].replace("-", "_") for t in tokens if t.startswith("--")]
+
+
+def _override(defaults: list[str], tokens: list[str]) -> list[str]:
+    """Return the flags of a configuration file and of the command line, without flags that others replace."""
+    given = _names(tokens)
+    for flags in _ALTERNATIVES:
+        used = next((kind for name in reversed(given) for kind in flags if name in kind), None)
+        if used is None:
+            continue
+        others = set().union(*flags) - used
+        replaced = [name for name in given if name in others]
+        if replaced and distributed.rank() == 0:
+            winner = next(name for name in reversed(given) if name in used)
+            logger.info("--%s comes after --%s and replaces it", winner, replaced[-1])
+        defaults, tokens = _without(defaults, others), _without(tokens, others)
+    if "num_train_epochs" in given and "max_steps" not in given:
+        defaults = _without(defaults, {"max_steps"})
+    return defaults + tokens
+
+
+def _without(tokens: list[str], flags: set[str] | None) -> list[str]:
+    """Remove flags and their values; all tokens if the flags are None."""
+    if flags is None:
         return []
     kept, skipping = [], False
     for token in tokens:
         if token.startswith("--"):
-            skipping = token.partition("=")[0].replace("-", "_") == flag.replace("-", "_")
+            skipping = _names([token])[0] in flags
         if not skipping:
             kept.append(token)
     return kept

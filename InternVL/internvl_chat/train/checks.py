@@ -25,7 +25,7 @@ from internvl_chat.train.checkpoint.fingerprint import check_same_run, fingerpri
 from internvl_chat.train.checkpoint.run_folder import OutputFolder, inspect_output_folder, list_checkpoints
 from internvl_chat.train.checkpoint.saver import check_resumable
 from internvl_chat.train.config import RunConfig, TrainConfig, is_restarted
-from internvl_chat.train.distributed.deepspeed import resolve_deepspeed, zero_stage
+from internvl_chat.train.distributed.deepspeed import deepspeed_problems, zero_stage
 from internvl_chat.train.monitor.trackers import tracker_problems
 from internvl_chat.train.optim.factory import OWN_OPTIMIZERS, optimizer_problems
 from internvl_chat.train.validation import metric_names
@@ -61,7 +61,7 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     problems: list[str] = []
     only_files = True
     results: dict[str, Any] = {}
-    run, rules = config.run, (_compute_flags, _step_flags, _value_ranges, _trainable_flags)
+    run, rules = config.run, (_compute_flags, _step_flags, _tile_flags, _trainable_flags)
     checks = {
         "output": lambda: _check_output(config),
         "attn": lambda: resolve_attention(config.model.attn, run.device, run.dtype),
@@ -113,10 +113,9 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
     if run.deepspeed and find_spec("deepspeed") is None:
         yield "--deepspeed: the package deepspeed is not installed (pip install deepspeed)"
     elif run.deepspeed:
-        try:
-            resolve_deepspeed(run, hidden_size=1)
-        except UsageError as error:
-            yield from error.problems
+        yield from deepspeed_problems(run)
+    if run.dataloader_prefetch_factor and not run.dataloader_num_workers:
+        yield f"--dataloader_prefetch_factor {run.dataloader_prefetch_factor} needs --dataloader_num_workers"
     yield from optimizer_problems(run)
     yield from tracker_problems(run.report_to)
 
@@ -124,51 +123,28 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
 def _step_flags(config: TrainConfig) -> Iterator[str]:
     """Check the number and the size of the steps."""
     run = config.run
-    if run.max_packed_tokens < 1:
-        yield f"--max_packed_tokens {run.max_packed_tokens} must be at least 1"
     if not run.flags["do_train"]:
         yield "--do_train False: this script only trains"
-    if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
+    if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs == 0):
         yield "no training steps: --max_steps (or --num_train_epochs) must be greater than 0"
-    if run.records_per_rank < 1:
-        yield "--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1"
     for flag in ("logging", "save", "eval"):
         value = getattr(run, f"{flag}_steps")
         if getattr(run, f"{flag}_strategy") == "steps" and (
-            value <= 0 or (value > 1 and value != int(value))
+            value == 0 or (value > 1 and value != int(value))
         ):
             yield f"--{flag}_steps {value} must be an integer, or a fraction of all steps if below 1"
 
 
-def _value_ranges(config: TrainConfig) -> Iterator[str]:
-    """Check the ranges of numeric flags."""
-    model, data, run = config.model, config.data, config.run
-    for flag, value, minimum in (
-        ("learning_rate", run.learning_rate, 0),
-        ("warmup_steps", run.warmup_steps, 0),
-        ("seed", run.seed, 0),
-        ("max_bad_steps", run.max_bad_steps, 0),
-        ("hang_seconds", run.hang_seconds, 0),
-        ("dataloader_num_workers", run.dataloader_num_workers, 0),
-        ("force_image_size", data.force_image_size, 1),
-        ("max_seq_length", data.max_seq_length, 1),
-    ):
-        if value < minimum:
-            yield f"--{flag} {value} must be at least {minimum}"
-    if run.save_total_limit is not None and run.save_total_limit < 1:
-        yield f"--save_total_limit {run.save_total_limit} must be at least 1"
-    for flag, value in (
-        ("drop_path_rate", model.drop_path_rate),
-        ("lora_dropout", model.lora_dropout),
-        ("warmup_ratio", run.flags["warmup_ratio"]),
-    ):
-        if not 0 <= value < 1:
-            yield f"--{flag} {value} must be at least 0 and below 1"
-    if model.mlp_path and not Path(model.mlp_path).is_file():
+def _tile_flags(config: TrainConfig) -> Iterator[str]:
+    """Check the tile limits, and the parts of an assembled model."""
+    model, data = config.model, config.data
+    if model.mlp_path and model.model_name_or_path:
+        yield f"--mlp_path {model.mlp_path}: has no effect without --vision_path and --llm_path"
+    elif model.mlp_path and not Path(model.mlp_path).is_file():
         yield f"--mlp_path {model.mlp_path}: no such file"
     min_tiles, max_tiles = data.min_dynamic_patch, data.max_dynamic_patch
-    if not 1 <= min_tiles <= max_tiles:
-        yield f"--min_dynamic_patch {min_tiles} must be between 1 and --max_dynamic_patch {max_tiles}"
+    if min_tiles > max_tiles:
+        yield f"--min_dynamic_patch {min_tiles} must be at most --max_dynamic_patch {max_tiles}"
     if max_tiles > MAX_TILES:
         yield f"--max_dynamic_patch {max_tiles} must be at most {MAX_TILES}"
 
@@ -177,8 +153,6 @@ def _trainable_flags(config: TrainConfig) -> Iterator[str]:
     """Check the adapter ranks, and that at least one parameter is trained."""
     model = config.model
     adapters = model.use_llm_lora or model.use_backbone_lora
-    if min(model.use_llm_lora, model.use_backbone_lora) < 0:
-        yield "--use_llm_lora and --use_backbone_lora must be at least 0"
     if model.model_name_or_path is None and adapters:
         yield (
             "adapters need a base model on disk: first train the model assembled from --vision_path and "
@@ -211,9 +185,6 @@ def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) 
         for flag, value in given.items():
             yield f"--{flag} {value} has no effect without --eval_strategy steps (or epoch)"
         return
-    for flag in ("eval_generate", "early_stopping_patience"):
-        if getattr(run, flag) < 0:
-            yield f"--{flag} {getattr(run, flag)} must be at least 0"
     if run.eval_generate > 0:
         zero3 = run.deepspeed is not None and zero_stage(run.deepspeed) == 3
         if run.parallel == "fsdp" or zero3:

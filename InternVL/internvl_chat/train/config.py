@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import SchedulerType
@@ -15,7 +15,6 @@ from transformers.training_args import OptimizerNames
 from internvl_chat.data.batching.dataloader import DataLoaderOptions
 from internvl_chat.train.flags import INTERVALS, DataArguments, ModelArguments, RunArguments
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -153,13 +152,12 @@ class TrainConfig:
         return {"model": vars(self.model), "data": vars(self.data), "training": dict(self.run.flags)}
 
 
-def resolve_run(args: RunArguments) -> RunConfig:
+def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
     """Resolve the training flags and the environment variables of this rank.
 
-    Raises:
-        UsageError: lists all flags that have an invalid value.
+    Args:
+        problems: gets the problems of all flags with an invalid value, which is replaced by a default.
     """
-    problems: list[str] = []
     values = {f.name: getattr(args, f.name) for f in fields(RunConfig) if hasattr(args, f.name)}
     for name, enum in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         values[name] = _choice(name, values[name], [member.value for member in enum], problems)
@@ -181,10 +179,10 @@ def resolve_run(args: RunArguments) -> RunConfig:
         metric = "eval_loss"
     if args.greater_is_better is None:
         values["greater_is_better"] = metric is not None and not metric.endswith("loss")
-    reports = [name for names in args.report_to for name in names.replace(",", " ").split()]
+    reports = dict.fromkeys(name for names in args.report_to for name in names.replace(",", " ").split())
+    if "none" in reports and len(reports) > 1:
+        problems.append(f"--report_to {' '.join(reports)}: none cannot be combined with trackers")
     records = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if problems:
-        raise UsageError(problems)
     values |= {
         "flags": vars(args),
         "output_dir": str(Path(args.output_dir or "").expanduser().absolute()),
@@ -207,6 +205,7 @@ def resolve_run(args: RunArguments) -> RunConfig:
 def _choice(name: str, value: str, known: Sequence[str], problems: list[str]) -> str:
     if value not in known:
         problems.append(f"--{name} {value}: must be one of {', '.join(known)}")
+        return getattr(RunArguments, name)
     return value
 
 
@@ -216,9 +215,9 @@ def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any
         return None
     try:
         text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        loaded = json.loads(text)
+        loaded = json.loads(text, parse_constant=_refuse_constant)
     except OSError as error:
-        problems.append(f"--{name} {value}: cannot be read ({error.strerror})")
+        problems.append(f"--{name} {value}: cannot be read ({error.strerror}); give JSON text or a JSON file")
     except ValueError as error:
         problems.append(f"--{name} {value}: not valid JSON ({error})")
     else:
@@ -226,6 +225,10 @@ def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any
             return loaded
         problems.append(f"--{name} {value}: must be a JSON object")
     return None
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number")
 
 
 def _parallel(args: RunArguments, problems: list[str]) -> str:

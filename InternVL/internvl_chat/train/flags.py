@@ -35,6 +35,29 @@ GROUPS = {
     "reporting": "Logging and checks",
 }
 
+# Accepted values of all numeric flags; infinite ones never are. What depends on the model, the data or other
+# flags is checked later.
+RANGES = {
+    flag: interval
+    for interval, flags in {
+        "(-inf, inf)": "unfreeze_vit_layers vision_select_layer",
+        "[-1, inf)": "max_steps local_rank",
+        "[0, inf)": "use_backbone_lora use_llm_lora learning_rate weight_decay adam_epsilon max_grad_norm "
+        "warmup_steps max_bad_steps dataloader_num_workers eval_generate eval_delay early_stopping_patience "
+        "logging_steps save_steps eval_steps",
+        "[0, 1)": "lora_dropout drop_path_rate adam_beta1 adam_beta2 warmup_ratio",
+        "[0, 1]": "max_bad_fraction",
+        "(0, 1]": "down_sample_ratio",
+        "[0, 1e9]": "num_train_epochs hang_seconds",
+        "[0, 4294967295]": "seed",
+        "[1, 1e9]": "ddp_timeout",
+        "[1, inf)": "max_seq_length force_image_size min_dynamic_patch max_dynamic_patch "
+        "per_device_train_batch_size gradient_accumulation_steps max_packed_tokens "
+        "dataloader_prefetch_factor ddp_bucket_cap_mb save_total_limit",
+    }.items()
+    for flag in flags.split()
+}
+
 
 def _arg(group: str, default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
     """Return a dataclass field with its group and help text."""
@@ -152,10 +175,6 @@ class DataArguments:
         False, "Read control tokens such as <|im_end|> in texts as plain text."
     )
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must be between 0 and 1")
-
 
 @dataclass
 class RunArguments:
@@ -187,10 +206,10 @@ class RunArguments:
     learning_rate: float = _optimization(5e-5, "Peak learning rate.")
     lr_scheduler_type: str = _optimization("linear", "Schedule of transformers, such as linear or cosine.")
     lr_scheduler_kwargs: str | None = _optimization(None, "Options of the schedule, as JSON.")
-    warmup_steps: float = _optimization(
-        0.0, "Warm-up steps, or a fraction of all steps if below 1; 0: use --warmup_ratio."
+    warmup_steps: float = _optimization(0.0, "Warm-up steps, or a fraction of all steps if below 1.")
+    warmup_ratio: float = _optimization(
+        0.0, "Fraction of warm-up steps; of this flag and --warmup_steps, the later one counts."
     )
-    warmup_ratio: float = _optimization(0.0, "Fraction of warm-up steps; --warmup_steps takes precedence.")
     optim: str = _optimization(
         "adamw_torch_fused", "Optimizer of transformers, such as adamw_torch, adafactor or adamw_8bit."
     )

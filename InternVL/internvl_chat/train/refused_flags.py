@@ -1,5 +1,6 @@
-"""Flags of transformers that have no effect here; they are refused by name, never ignored."""
+"""Flags of transformers and of other projects that do not exist here; refused by name, never ignored."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,123 @@ REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((False,), "training needs no key-value cache"),
     "use_liger_kernel": ((False,), "use --use_liger"),
 }
+
+CONFIG_FILES = (".json", ".yaml", ".yml")
+_FILE_FIRST = "a configuration file comes first: m3llm train FILE --FLAG VALUE"
+# Names of flags in other projects: our flags with their other names.
+_OTHER_NAMES = {
+    "model_name_or_path": "model model_path model_id model_name base_model pretrained_model_name_or_path "
+    "model_id_or_path adapter_name_or_path adapters",
+    "base_model_path": "base_model_name_or_path",
+    "meta_path": "data data_path data_file dataset dataset_dir dataset_name dataset_path train_data "
+    "train_dataset train_file meta meta_data",
+    "image_root": "image_folder image_dir media_dir image_path",
+    "eval_meta_path": "eval_data eval_data_path eval_dataset eval_file val_data val_dataset validation_file "
+    "val_size split_dataset_ratio",
+    "data_root": "root data_dir",
+    "output_dir": "output output_path out save_dir save_path",
+    "use_llm_lora": "lora lora_r lora_rank lora_dim lora_enable use_lora use_peft peft finetuning_type "
+    "train_type tuner_type sft_type r rank",
+    "use_backbone_lora": "vision_lora vision_lora_rank use_vision_lora",
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size per_gpu_train_batch_size "
+    "per_device_batch_size bs",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_acc accumulation_steps "
+    "grad_accumulation_steps gradient_acc accumulate_grad_batches",
+    "learning_rate": "lr base_lr max_lr",
+    "num_train_epochs": "epochs num_epochs epoch train_epochs max_epochs",
+    "max_steps": "steps num_steps train_steps max_train_steps num_train_steps train_iters",
+    "max_seq_length": "max_length max_len model_max_length cutoff_len seq_length seq_len max_seq_len "
+    "context_length",
+    "lr_scheduler_type": "scheduler lr_scheduler lr_schedule lr_decay_style",
+    "warmup_ratio": "warmup lr_warmup_fraction warmup_fraction",
+    "warmup_steps": "num_warmup_steps lr_warmup_iters",
+    "weight_decay": "wd",
+    "max_grad_norm": "clip_grad gradient_clipping grad_clip gradient_clip_val",
+    "adam_beta1": "beta1 betas adam_betas",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps epsilon adam_eps",
+    "optim": "optimizer adafactor",
+    "bf16": "dtype torch_dtype precision mixed_precision",
+    "attn": "attn_impl attn_implementation flash_attn use_flash_attn flash_attention",
+    "grad_checkpoint": "gradient_checkpoint use_gradient_checkpointing recompute",
+    "deepspeed": "deepspeed_config ds_config deepspeed_plugin",
+    "parallel": "strategy ddp",
+    "freeze_backbone": "freeze_vit freeze_vision freeze_vision_tower freeze_vision_model "
+    "freeze_image_encoder tune_mm_vision unfreeze_mm_vision_tower",
+    "freeze_mlp": "freeze_aligner freeze_projector freeze_connector freeze_merger "
+    "freeze_multi_modal_projector freeze_mm_mlp_adapter tune_mm_mlp tune_mm_mlp_adapter",
+    "freeze_llm": "freeze_language_model freeze_lm freeze_model tune_mm_llm",
+    "vision_select_layer": "mm_vision_select_layer vision_feature_layer",
+    "mlp_path": "pretrain_mm_mlp_adapter",
+    "vision_path": "vision_tower vision_model",
+    "force_image_size": "image_size img_size input_size",
+    "max_dynamic_patch": "max_num max_num_tiles max_tiles max_patches max_pixels image_max_pixels",
+    "min_dynamic_patch": "min_num min_pixels",
+    "dynamic_image_size": "dynamic_resolution image_aspect_ratio",
+    "conv_style": "template conv_template chat_template conversation_template",
+    "dataloader_num_workers": "num_workers workers dataloader_workers",
+    "packing": "neat_packing use_packed_ds data_flatten",
+    "max_packed_tokens": "max_packed_length",
+    "truncate_text": "truncation_strategy truncation",
+    "report_to": "wandb use_wandb tensorboard logger tracker",
+    "run_name": "wandb_name wandb_run_name exp_name experiment_name",
+    "resume_from_checkpoint": "resume resume_from load_checkpoint checkpoint",
+    "overwrite_output_dir": "overwrite force",
+    "save_steps": "save_interval checkpoint_interval save_every",
+    "save_total_limit": "max_checkpoints keep_checkpoints",
+    "eval_steps": "eval_interval val_interval eval_every",
+    "logging_steps": "log_interval log_every log_steps",
+    "use_cpu": "cpu no_cuda device",
+    "seed": "random_seed",
+    "sanity_check": "sanity",
+}
+# Flags of other projects whose purpose is reached otherwise here.
+_OTHER_WAYS = {
+    "alpha is twice the rank of --use_llm_lora": "lora_alpha alpha lora_scale",
+    "--use_llm_lora adapts every linear layer of the language model": "lora_target lora_target_modules "
+    "target_modules lora_modules additional_target modules_to_save use_rslora use_dora init_lora_weights "
+    "lora_bias",
+    "quantized training is not supported": "bits quant_bits quantization_bit quant_method load_in_4bit "
+    "load_in_8bit use_qlora qlora",
+    _FILE_FIRST: "config config_file recipe yaml",
+    "set GPUS for the launchers": "gpus num_gpus n_gpus gpu_ids nproc_per_node num_processes world_size",
+    "the system message comes from --conv_style or the records": "system system_prompt system_message",
+    "all parameters have one learning rate": "vit_lr aligner_lr mm_projector_lr vision_tower_lr llm_lr "
+    "projector_lr",
+    "only the answers are supervised": "train_on_inputs train_on_prompt mask_history completion_only_loss "
+    "assistant_only_loss loss_scale",
+    "set repeat_time in the meta file to use a part of a dataset": "max_samples max_train_samples "
+    "num_samples",
+    "TensorBoard's files are in runs/ in the output folder; set TENSORBOARD_LOGGING_DIR": "logging_dir",
+    "checkpoints are always in the safetensors format": "save_safetensors",
+}
+OTHER_PROJECTS = {
+    other: text
+    for texts in ({f"did you mean --{flag}?": names for flag, names in _OTHER_NAMES.items()}, _OTHER_WAYS)
+    for text, names in texts.items()
+    for other in names.split()
+}
+
+
+def describe_unknown(unknown: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return a problem for each unknown flag, with the flag to use instead; without any, of each argument.
+
+    Args:
+        unknown: the tokens that are no flag of ours or its value.
+        known: names of our flags.
+    """
+    problems = []
+    for token in unknown:
+        if token.startswith("--"):
+            flag = token.partition("=")[0]
+            name = flag.removeprefix("--").replace("-", "_").lower()
+            matches = difflib.get_close_matches(name, known, n=1)
+            advice = OTHER_PROJECTS.get(name) or (f"did you mean --{matches[0]}?" if matches else "")
+            problems.append(f"unknown flag {flag}" + (f"; {advice}" if advice else ""))
+    return problems or [
+        f"unexpected argument {token!r}" + (f"; {_FILE_FIRST}" if token.endswith(CONFIG_FILES) else "")
+        for token in unknown
+    ]
 
 
 def split_refused(tokens: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -13,10 +13,11 @@ from transformers import TrainingArguments
 
 from internvl_chat.train.arguments import dump_config, parse_arguments
 from internvl_chat.train.flag_help import FlagHelp, flag_groups
-from internvl_chat.train.flags import RunArguments
-from internvl_chat.train.refused_flags import REFUSED_FLAGS
+from internvl_chat.train.flags import RANGES, RunArguments
+from internvl_chat.train.refused_flags import OTHER_PROJECTS, REFUSED_FLAGS
 from internvl_chat.utils.errors import UsageError
 
+FLAGS = {flag.name: flag for group in flag_groups().values() for flag in group}
 NEEDED = {"output_dir": "out", "meta_path": "meta.json", "model_name_or_path": "model"}
 
 
@@ -38,17 +39,52 @@ def test_former_flag_names():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("words", "expected"),
     [
-        ({"warmup_steps": 100}, 100),
-        ({"warmup_ratio": 0.03}, 0.03),
-        ({"warmup_ratio": 0.03, "warmup_steps": 100}, 100),
-        ({"warmup_ratio": 0.03, "warmup_steps": 0}, 0.03),
+        ("--warmup_steps 100", 100),
+        ("--warmup_ratio 0.03", 0.03),
+        ("--warmup_ratio 0.03 --warmup_steps 8", 8),
+        ("--warmup_ratio 0.03 --warmup-steps=0", 0),
+        ("--warmup_steps 8 --warmup_ratio 0.1", 0.1),
     ],
 )
-def test_warmup_steps_win_over_the_ratio(values, expected):
-    """As transformers 4 documents it, where 0 is the default."""
-    assert parse(**values).run.warmup_steps == expected
+def test_the_later_flag_for_warmup_is_used(words, expected, caplog):
+    """A launcher sets --warmup_ratio; what follows its name comes later."""
+    logging.getLogger("internvl_chat").propagate = True
+    with caplog.at_level(logging.INFO):
+        assert parse_arguments([*flags(**NEEDED), *words.split()]).run.warmup_steps == expected
+    assert ("and replaces it" in caplog.text) == (words.count("--") == 2)
+
+
+def test_later_flags_replace_former_names():
+    needed = flags(**NEEDED)
+    run = parse_arguments([*needed, "--eval_strategy", "steps", "--evaluation_strategy", "no"]).run
+    assert run.eval_strategy == "no"
+    run = parse_arguments([*needed, "--evaluation_strategy", "no", "--eval_strategy", "epoch"]).run
+    assert run.eval_strategy == "epoch"
+    assert not parse_arguments([*needed, "--sanity_check", "--self_test", "False"]).run.sanity_check
+    parts = ["--vision_path", "vit", "--llm_path", "llm"]
+    assert parse_arguments([*needed, *parts]).model.model_name_or_path is None
+    assert parse_arguments([*parts, *needed]).model.vision_path is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "expected"),
+    [
+        ({"warmup_steps": 100}, "--warmup_ratio 0.1", {"warmup_steps": 0.1}),
+        ({"warmup_ratio": 0.1}, "--warmup_steps 0", {"warmup_steps": 0}),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "--seed 1", {"warmup_steps": 5}),
+        ({"max_steps": 7}, "--num_train_epochs 2", {"max_steps": -1, "num_train_epochs": 2}),
+        ({"max_steps": 7}, "--num_train_epochs 2 --max_steps 3", {"max_steps": 3}),
+        ({"num_train_epochs": 2}, "--max_steps 3", {"max_steps": 3}),
+        ({"eval_strategy": "steps"}, "--evaluation_strategy no", {"eval_strategy": "no"}),
+    ],
+)
+def test_flags_replace_those_of_a_recipe_with_the_same_meaning(tmp_path, recipe, words, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**NEEDED, "use_cpu": True, **recipe}))
+    run = parse_arguments([str(path), *words.split()]).run
+    assert {name: getattr(run, name) for name in expected} == expected
 
 
 def test_steps_between_validations_default_to_those_between_checkpoints():
@@ -68,6 +104,13 @@ def test_several_trackers(words, tmp_path):
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump({**NEEDED, "use_cpu": True, "report_to": given}))
         assert parse_arguments([str(path)]).run.report_to == ("wandb", "tensorboard")
+
+
+def test_trackers_are_named_once_and_not_with_none():
+    assert parse(report_to="wandb,wandb").run.report_to == ("wandb",)
+    assert "--report_to none wandb: none cannot be combined with trackers" in problems(
+        *flags(**NEEDED, report_to="none wandb")
+    )
 
 
 def test_no_tracker():
@@ -270,20 +313,95 @@ def test_json_flags(tmp_path):
 def test_all_errors_are_reported():
     found = problems(
         "--bf16", "perhaps", "--num_train_epochs", "many", "--attn", "magic", "--lerning_rate", "1",
-        "--meta_path", "x",
+        "--meta_path", "x", "--use_cpu", "--weight_decay", "-1", "--optim", "lomo", "--report_to", "pigeon",
+        "--lr_scheduler_kwargs", "{", "--lora_rank", "4", "--fp16",
     )  # fmt: skip
     text = "\n".join(found)
     for message in (
         "--bf16", "--num_train_epochs: invalid float value: 'many'", "--attn: invalid choice: 'magic'",
         "unknown flag --lerning_rate; did you mean --learning_rate?", "--output_dir is required",
-        "--model_name_or_path is required",
+        "--model_name_or_path is required", "--weight_decay -1.0 must be at least 0", "--optim lomo: not supported",
+        "--report_to pigeon: unknown", "--lr_scheduler_kwargs {: not valid JSON",
+        "unknown flag --lora_rank; did you mean --use_llm_lora?", "--fp16 True: not supported",
     ):  # fmt: skip
         assert message in text
-    assert len(found) == 6
+    assert len(found) == 12
+
+
+NUMBERS = {name: flag for name, flag in FLAGS.items() if flag.type in ("int", "float")}
+# Flags for which a negative number has a meaning.
+MAY_BE_NEGATIVE = {"max_steps", "local_rank", "vision_select_layer", "unfreeze_vit_layers"}
+
+
+def test_every_numeric_flag_has_a_range():
+    assert RANGES.keys() == NUMBERS.keys()
+    defaults = {name: flag.default for name, flag in NUMBERS.items() if flag.default is not None}
+    assert parse(**defaults)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_numbers_outside_the_range_of_their_flag(value):
+    words = flags(**NEEDED) + [word for name in NUMBERS for word in (f"--{name}", value)]
+    found = problems(*words)
+    accepted = MAY_BE_NEGATIVE if value == "-1" else set()
+    for name in NUMBERS.keys() - accepted:
+        assert sum(problem.startswith((f"--{name} {value}", f"--{name}: ")) for problem in found) == 1, name
+    assert len(found) == len(NUMBERS) - len(accepted)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("adam_beta1", 1, "1.0 must be at least 0 and below 1"),
+        ("lora_dropout", 1.5, "1.5 must be at least 0 and below 1"),
+        ("down_sample_ratio", 0, "0.0 must be above 0 and at most 1"),
+        ("seed", 2**32, "4294967296 must be at least 0 and at most 4294967295"),
+        ("dataloader_prefetch_factor", 0, "0 must be at least 1"),
+        ("save_total_limit", 0, "0 must be at least 1"),
+        ("num_train_epochs", "inf", "inf must be a finite number"),
+        ("max_steps", -2, "-2 must be at least -1"),
+        ("max_bad_fraction", 1.01, "1.01 must be at least 0 and at most 1"),
+    ],
+)
+def test_bounds_of_numbers(flag, value, message):
+    assert problems(*flags(**{**NEEDED, flag: value})) == [f"--{flag} {message}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lora_r", "did you mean --use_llm_lora?"),
+        ("lora-rank", "did you mean --use_llm_lora?"),
+        ("batch_size", "did you mean --per_device_train_batch_size?"),
+        ("lr", "did you mean --learning_rate?"),
+        ("epochs", "did you mean --num_train_epochs?"),
+        ("gradient_accumulation", "did you mean --gradient_accumulation_steps?"),
+        ("max_length", "did you mean --max_seq_length?"),
+        ("model", "did you mean --model_name_or_path?"),
+        ("data", "did you mean --meta_path?"),
+        ("output", "did you mean --output_dir?"),
+        ("deepspeed_config", "did you mean --deepspeed?"),
+        ("freeze_vit", "did you mean --freeze_backbone?"),
+        ("load_in_4bit", "quantized training is not supported"),
+        ("lora_alpha", "alpha is twice the rank of --use_llm_lora"),
+        ("config", "a configuration file comes first: m3llm train FILE --FLAG VALUE"),
+    ],
+)
+def test_names_of_other_projects(name, advice):
+    assert problems(*flags(**NEEDED), f"--{name}", "1") == [f"unknown flag --{name}; {advice}"]
+
+
+def test_names_of_other_projects_are_not_ours():
+    assert not OTHER_PROJECTS.keys() & (FLAGS.keys() | REFUSED_FLAGS.keys())
+    for text in OTHER_PROJECTS.values():
+        named = text.removeprefix("did you mean --").removesuffix("?")
+        assert named == text or named in FLAGS
 
 
 def test_positional_argument_is_an_error():
     assert problems(*flags(**NEEDED), "stray") == ["unexpected argument 'stray'"]
+    [problem] = problems(*flags(**NEEDED), "recipe.yaml")
+    assert problem.endswith("; a configuration file comes first: m3llm train FILE --FLAG VALUE")
 
 
 def test_abbreviations_are_not_accepted():
@@ -315,7 +433,6 @@ TEXTS = {
     "fsdp": "full_shard", "parallel": "ddp", "ddp_backend": "gloo", "evaluation_strategy": "steps",
     "report_to": ["wandb", "tensorboard"],
 }  # fmt: skip
-FLAGS = {flag.name: flag for group in flag_groups().values() for flag in group}
 
 
 def other_value(flag: FlagHelp):

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from pydantic import ValidationError
+from torch import Tensor, nn, optim, zeros
 from torch import distributed as dist
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
@@ -16,6 +17,9 @@ from internvl_chat.train.config import RunConfig
 from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
+
+# Options that DeepSpeed does not pass on to torch's AdamW.
+_ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 
 
 def zero_stage(config: Mapping[str, Any]) -> Any:
@@ -68,9 +72,53 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     config.setdefault("bf16", {"enabled": run.bf16})
     # Without an optimizer in the configuration, ours is used.
     config.setdefault("zero_allow_untested_optimizer", True)
+    if _uses_torch_adam(config):
+        config["optimizer"]["params"] = {"torch_adam": True} | (config["optimizer"].get("params") or {})
     if problems:
         raise UsageError(problems)
     return config
+
+
+def _uses_torch_adam(config: Mapping[str, Any]) -> bool:
+    """Return whether the configuration names Adam or AdamW, which otherwise is compiled at the first start.
+
+    With optimizer state in CPU memory, DeepSpeed's own CPU kernel is used.
+    """
+    section, zero = config.get("optimizer"), config.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    name = section.get("type") if isinstance(section, Mapping) else None
+    return str(name).lower() in ("adam", "adamw") and not offload
+
+
+def deepspeed_problems(run: RunConfig) -> Iterator[str]:
+    """Yield the problems of the DeepSpeed configuration that can be found without a model."""
+    try:
+        config = resolve_deepspeed(run, hidden_size=1)
+    except UsageError as error:
+        yield from error.problems
+        return
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+
+    try:
+        DeepSpeedConfig(config | {"train_batch_size": run.records_per_rank})  # knows a single rank
+    except ValidationError as error:
+        for detail in error.errors():
+            yield f'--deepspeed: "{".".join(map(str, detail["loc"]))}": {detail["msg"]}'
+    except Exception as error:  # DeepSpeed raises errors of many types
+        yield f"--deepspeed: {error}"
+    kinds = {"optimizer": DEEPSPEED_OPTIMIZERS, "scheduler": VALID_LR_SCHEDULES}
+    for name, known in kinds.items():
+        kind = config[name].get("type") if isinstance(config.get(name), Mapping) else None
+        is_optimizer = name == "optimizer" and (str(kind).lower() in known or hasattr(optim, str(kind)))
+        if name in config and kind not in known and not is_optimizer:
+            yield f'--deepspeed: "{name}.type" is {kind!r}, but must be one of {", ".join(known)}'
+    if _uses_torch_adam(config):
+        options = {k: v for k, v in config["optimizer"]["params"].items() if k not in _ADAM_SWITCHES}
+        try:
+            optim.AdamW([nn.Parameter(zeros(1))], **options)
+        except Exception as error:
+            yield f'--deepspeed: "optimizer.params": {error}'
 
 
 def _fill(

@@ -1,14 +1,17 @@
 """Build the optimizer and the learning-rate scheduler of a run."""
 
+import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import get_parameter_names
 
 from internvl_chat.train.config import RunConfig
@@ -25,6 +28,8 @@ _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm
 _REFUSED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
 # These schedules need a metric in every step.
 _REFUSED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
+# Arguments of transformers' schedules that are no options of the user.
+_SET_BY_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 
 def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -35,10 +40,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """
     groups = group_by_decay(model, run.weight_decay)
     if run.optim not in OWN_OPTIMIZERS:
-        optimizer, options = _library_optimizer(run)
-        if options.get("optim_bits") == 8:
-            _keep_embeddings_32_bit(model)
-        return optimizer(groups, **options)
+        return _library_optimizer(run, groups, model)
     # DeepSpeed holds its own float32 master weights.
     precision = run.weight_precision if run.deepspeed is None else "bf16"
     has_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
@@ -67,18 +69,54 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
         )
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(total_steps * warmup)
     options = dict(run.lr_scheduler_kwargs)
+    known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
+    known = [option for option in known if option not in _SET_BY_THE_RUN]
+    if unknown := [option for option in options if option not in known]:
+        raise UsageError(
+            f"--lr_scheduler_kwargs {', '.join(unknown)}: {name} has no such option; its options: "
+            f"{', '.join(known) or 'none'}"
+        )
     try:
-        return get_scheduler(name, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=options)
-    except (TypeError, ValueError) as error:
+        scheduler = get_scheduler(
+            name, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=options
+        )
+        _check_rates(scheduler, total_steps)
+        decay = options.get("num_decay_steps")
+        if decay and "num_stable_steps" not in options and warmup_steps + decay > total_steps:
+            raise ValueError(
+                f"num_decay_steps {decay} and {warmup_steps} warm-up steps exceed all {total_steps} steps"
+            )
+    except Exception as error:  # of any kind: the schedules compute with unchecked options
         raise UsageError(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: {error}") from None
+    return scheduler
+
+
+def _check_rates(scheduler: LRScheduler, total_steps: int) -> None:
+    """Compute the factors of the learning rate at up to about 1000 steps; wrong options may fail only there.
+
+    Raises:
+        ValueError: a factor is not between 0 and 1.
+    """
+    for factor in scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else ():
+        for step in {*range(0, total_steps, total_steps // 1000 + 1), total_steps}:
+            if not 0 <= (value := factor(step)) <= 1 + 1e-6:
+                raise ValueError(f"the learning rate of step {step} is {value} times --learning_rate")
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
     """Yield the problems of `make_optimizer` and `make_scheduler` that can be found without a model."""
-    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
-    checks: list[Callable[[], Any]] = [functools.partial(make_scheduler, run, probe, 10**6)]
+    weight = nn.Parameter(torch.zeros(1))
+    probe = torch.optim.SGD([weight], lr=run.learning_rate)
+    groups = [{"params": [weight], "weight_decay": run.weight_decay}]
+    total_steps = run.max_steps if run.max_steps > 0 else 10**6
+    checks: list[Callable[[], Any]] = [functools.partial(make_scheduler, run, probe, total_steps)]
     if run.optim not in OWN_OPTIMIZERS:
-        checks.insert(0, functools.partial(_library_optimizer, run))
+        checks.insert(0, functools.partial(_library_optimizer, run, groups))
+    elif run.optim_args:
+        yield (
+            f"--optim_args {run.optim_args}: {run.optim} has no options; use --adam_beta1, --adam_beta2, "
+            "--adam_epsilon and --weight_decay"
+        )
     for check in checks:
         try:
             check()
@@ -118,17 +156,55 @@ def _can_compile(precision: str, device: torch.device) -> bool:
     return True
 
 
-def _library_optimizer(run: RunConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return class and options of an optimizer that transformers' Trainer supports."""
-    from transformers import Trainer, TrainingArguments
+def _library_optimizer(
+    run: RunConfig, groups: list[dict[str, Any]], model: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """Return an optimizer that transformers' Trainer supports.
 
+    Args:
+        model: keep its embeddings' state in 32 bits.
+
+    Raises:
+        UsageError: the optimizer is not supported or not installed, or its options are invalid.
+    """
     if run.optim.startswith(_REFUSED_OPTIMIZERS):
         raise UsageError(f"--optim {run.optim}: not supported; use adamw_torch, adafactor or sgd")
+    pairs = run.optim_args.replace(" ", "").split(",") if run.optim_args else []
+    if wrong := [pair for pair in pairs if pair.count("=") != 1]:
+        raise UsageError(f"--optim_args {','.join(wrong)}: must be name=value,name=value")
+    options_of = functools.partial(_library_options, run)
     try:
-        # The method reads only flags that RunConfig has too.
-        return Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, run))
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"--optim {run.optim}: {error}; or use adamw_torch (the default)") from None
+        optimizer_class, options = options_of(pairs)
+        # transformers ignores unknown options, and the parameter groups have their own weight decay.
+        unused = [
+            pair for i, pair in enumerate(pairs)
+            if pair.startswith("weight_decay=") or options_of(pairs[:i] + pairs[i + 1 :])[1] == options
+        ]  # fmt: skip
+        if unused:
+            raise UsageError(f"--optim_args {','.join(unused)}: has no effect with --optim {run.optim}")
+        if infinite := [
+            name for name, value in options.items() if value in (math.inf, -math.inf) or value != value
+        ]:
+            raise ValueError(f"{', '.join(infinite)} must be finite")
+        if model is not None and options.get("optim_bits") == 8:
+            _keep_embeddings_32_bit(model)
+        return optimizer_class(groups, **options)
+    except UsageError:
+        raise
+    except Exception as error:  # of any kind: the optimizers check their options themselves
+        given = f" --optim_args {run.optim_args}" if pairs else ""
+        raise UsageError(f"--optim {run.optim}{given}: {error}; or use adamw_torch (the default)") from None
+
+
+def _library_options(
+    run: RunConfig, pairs: Sequence[str]
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return class and options of an optimizer, given its pairs of name and value."""
+    from transformers import Trainer, TrainingArguments
+
+    run = dataclasses.replace(run, optim_args=",".join(pairs))
+    # The method reads only flags that RunConfig has too.
+    return Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, run))
 
 
 def _keep_embeddings_32_bit(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ SHAPE = TinyShape(
 
 
 def resolve(**flags):
-    return resolve_run(RunArguments(output_dir="out", use_cpu=True, **flags))
+    return resolve_run(RunArguments(output_dir="out", use_cpu=True, **flags), [])
 
 
 def make_model(**vision):
