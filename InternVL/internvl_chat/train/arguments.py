@@ -157,7 +157,7 @@ def _override(defaults: list[str], tokens: list[str]) -> list[str]:
     given = _names(tokens)
     for flags in _ALTERNATIVES:
         used = next((kind for name in reversed(given) for kind in flags if name in kind), None)
-        if used is None:
+        if used is None or not used <= set(given):
             continue
         others = set().union(*flags) - used
         replaced = [name for name in given if name in others]

@@ -138,8 +138,10 @@ def _step_flags(config: TrainConfig) -> Iterator[str]:
 def _tile_flags(config: TrainConfig) -> Iterator[str]:
     """Check the tile limits, and the parts of an assembled model."""
     model, data = config.model, config.data
-    if model.mlp_path and model.model_name_or_path:
-        yield f"--mlp_path {model.mlp_path}: has no effect without --vision_path and --llm_path"
+    if model.model_name_or_path:
+        for flag in ("vision_path", "llm_path", "mlp_path"):
+            if value := getattr(model, flag):
+                yield f"--{flag} {value}: has no effect with --model_name_or_path"
     elif model.mlp_path and not Path(model.mlp_path).is_file():
         yield f"--mlp_path {model.mlp_path}: no such file"
     min_tiles, max_tiles = data.min_dynamic_patch, data.max_dynamic_patch

@@ -188,14 +188,14 @@ def test_all_configuration_problems_at_once(start, tmp_path, capfd):
     code, out = start(
         model_name_or_path=tmp_path / "nowhere",
         meta_path=tmp_path / "no.json",
-        warmup_ratio=2,
-        max_dynamic_patch=0,
+        optim="lomo",
+        min_dynamic_patch=9,
         attn="flash_attention_2",
     )
     error = capfd.readouterr().err
     assert code == 2
     for message in (
-        "no such model folder", "no such meta file", "--warmup_ratio", "--min_dynamic_patch",
+        "no such model folder", "no such meta file", "--optim lomo", "--min_dynamic_patch",
         "needs an NVIDIA GPU", "is in use (it contains thesis.txt)",
     ):  # fmt: skip
         assert message in error
@@ -275,6 +275,8 @@ def test_output_folder_in_use(start, tmp_path, capfd):
         ({"report_to": "carrier-pigeon"}, "--report_to carrier-pigeon: unknown"),
         ({"fp16": True}, "trains in bfloat16"),
         ({"use_llm_lora": -1}, "must be at least 0"),
+        ({"dataloader_prefetch_factor": 2}, "--dataloader_prefetch_factor 2 needs --dataloader_num_workers"),
+        ({"mlp_path": "mlp.pt"}, "--mlp_path mlp.pt: has no effect with --model_name_or_path"),
         ({"freeze_llm": True, "freeze_mlp": True}, "all parameters are frozen"),
         ({"deepspeed": "nowhere.json"}, "nowhere.json"),
         ({"down_sample_ratio": 0.25}, "the model uses 0.5"),

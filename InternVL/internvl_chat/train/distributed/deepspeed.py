@@ -100,6 +100,13 @@ def deepspeed_problems(run: RunConfig) -> Iterator[str]:
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
     from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 
+    kinds = {"optimizer": DEEPSPEED_OPTIMIZERS, "scheduler": VALID_LR_SCHEDULES}
+    for name, known in kinds.items():
+        kind = config[name].get("type") if isinstance(config.get(name), Mapping) else None
+        is_optimizer = name == "optimizer" and (str(kind).lower() in known or hasattr(optim, str(kind)))
+        if name in config and kind not in known and not is_optimizer:
+            yield f'--deepspeed: "{name}.type" is {kind!r}, but must be one of {", ".join(known)}'
+            return
     try:
         DeepSpeedConfig(config | {"train_batch_size": run.records_per_rank})  # knows a single rank
     except ValidationError as error:
@@ -107,12 +114,6 @@ def deepspeed_problems(run: RunConfig) -> Iterator[str]:
             yield f'--deepspeed: "{".".join(map(str, detail["loc"]))}": {detail["msg"]}'
     except Exception as error:  # DeepSpeed raises errors of many types
         yield f"--deepspeed: {error}"
-    kinds = {"optimizer": DEEPSPEED_OPTIMIZERS, "scheduler": VALID_LR_SCHEDULES}
-    for name, known in kinds.items():
-        kind = config[name].get("type") if isinstance(config.get(name), Mapping) else None
-        is_optimizer = name == "optimizer" and (str(kind).lower() in known or hasattr(optim, str(kind)))
-        if name in config and kind not in known and not is_optimizer:
-            yield f'--deepspeed: "{name}.type" is {kind!r}, but must be one of {", ".join(known)}'
     if _uses_torch_adam(config):
         options = {k: v for k, v in config["optimizer"]["params"].items() if k not in _ADAM_SWITCHES}
         try:

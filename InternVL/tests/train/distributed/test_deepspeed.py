@@ -6,7 +6,7 @@ import pytest
 from helpers import flags
 
 from internvl_chat.train.arguments import parse_arguments
-from internvl_chat.train.distributed.deepspeed import resolve_deepspeed
+from internvl_chat.train.distributed.deepspeed import deepspeed_problems, resolve_deepspeed
 from internvl_chat.utils.errors import UsageError
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}
@@ -18,14 +18,17 @@ BATCH = {
 }
 
 
-def resolve(**config):
-    run = parse_arguments(
+def run_with(**config):
+    return parse_arguments(
         flags(
             output_dir="out", meta_path="meta.json", model_name_or_path="model",
             per_device_train_batch_size=2, gradient_accumulation_steps=4, deepspeed=json.dumps(config),
         )
     ).run  # fmt: skip
-    return resolve_deepspeed(run, hidden_size=8)
+
+
+def resolve(**config):
+    return resolve_deepspeed(run_with(**config), hidden_size=8)
 
 
 def problems(**config) -> list[str]:
@@ -65,3 +68,50 @@ def test_unsupported_zero_stages_are_refused(config, stage):
         f'--deepspeed: "zero_optimization.stage" is {stage}, but must be 1, 2 or 3; to train '
         "without ZeRO, use --parallel ddp instead of --deepspeed"
     )
+
+
+ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+
+
+def test_adam_of_a_configuration_needs_no_compiler():
+    """DeepSpeed's FusedAdam is compiled at the first start."""
+    assert resolve(**ZERO_2, optimizer=ADAMW)["optimizer"]["params"] == {
+        "torch_adam": True, "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,
+    }  # fmt: skip
+    assert resolve(**ZERO_2, optimizer={"type": "Adam"})["optimizer"]["params"] == {"torch_adam": True}
+    given = {"type": "AdamW", "params": {"torch_adam": False}}
+    assert resolve(**ZERO_2, optimizer=given)["optimizer"] == given
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert resolve(**offload, optimizer={"type": "AdamW"})["optimizer"] == {"type": "AdamW"}
+    assert resolve(**ZERO_2, optimizer={"type": "Lamb"})["optimizer"] == {"type": "Lamb"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ZERO_2, None),
+        (ZERO_2 | {"optimizer": ADAMW, "wall_clock_breakdown": True}, None),
+        (ZERO_2 | {"train_batch_size": 32}, '"train_batch_size" is 32, but the flags set 8; use "auto"'),
+        ({"zero_optimization": {"stage": 2, "stge": 1}}, '"stge": Extra inputs are not permitted'),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}},
+            '"overlap_comm": Input should be a valid',
+        ),
+        (ZERO_2 | {"optimizer": {"type": "Adamax2"}}, "\"optimizer.type\" is 'Adamax2', but must be one of "),
+        (ZERO_2 | {"optimizer": "adam"}, '"optimizer.type" is None, but must be one of '),
+        (ZERO_2 | {"scheduler": {"type": "Cosine"}}, "\"scheduler.type\" is 'Cosine', but must be one of "),
+        (
+            ZERO_2 | {"optimizer": {"type": "AdamW", "params": {"foo": 1}}},
+            '"optimizer.params": AdamW.__init__() got an unexpected keyword argument',
+        ),
+        (
+            ZERO_2 | {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 2]}}},
+            '"optimizer.params": Invalid beta parameter',
+        ),
+    ],
+)
+def test_problems_of_a_configuration(config, expected):
+    pytest.importorskip("deepspeed")
+    found = list(deepspeed_problems(run_with(**config)))
+    assert len(found) == (expected is not None)
+    assert not found or found[0].startswith(f"--deepspeed: {expected}")

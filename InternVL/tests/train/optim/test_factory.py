@@ -120,10 +120,29 @@ class TestOptimizer:
         )
         assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
 
-    @pytest.mark.parametrize("arguments", ["momentum", "momentum=much"])
-    def test_invalid_optimizer_options(self, arguments):
-        with pytest.raises(UsageError, match="--optim sgd: "):
-            make_optimizer(resolve(optim="sgd", optim_args=arguments), two_layers())
+    @pytest.mark.parametrize(
+        ("name", "given", "problem"),
+        [
+            ("sgd", "momentum", "--optim_args momentum: must be name=value,name=value"),
+            (
+                "sgd",
+                "momentum=much",
+                "--optim sgd --optim_args momentum=much: could not convert string to float",
+            ),
+            ("sgd", "momentum=-1", "--optim sgd --optim_args momentum=-1: Invalid momentum value: -1.0"),
+            ("sgd", "momentum=nan", "--optim sgd --optim_args momentum=nan: momentum must be finite"),
+            ("sgd", "nesterov=True", "--optim sgd --optim_args nesterov=True: Nesterov momentum requires"),
+            ("sgd", "momentum=0.9, foo=1", "--optim_args foo=1: has no effect with --optim sgd"),
+            ("sgd", "momentum=0.9,weight_decay=0.1", "--optim_args weight_decay=0.1: has no effect"),
+            ("adagrad", "lr=1,eps=1e-8", "--optim_args lr=1: has no effect with --optim adagrad"),
+            ("adafactor", "relative_step=True", "--optim_args relative_step=True: has no effect"),
+            ("adamw_torch", "foo=1", "--optim_args foo=1: adamw_torch has no options; use --adam_beta1"),
+            ("adamw_torch_fused", "beta1=0.9", "--optim_args beta1=0.9: adamw_torch_fused has no options"),
+        ],
+    )
+    def test_invalid_optimizer_options(self, name, given, problem):
+        [found] = optimizer_problems(resolve(optim=name, optim_args=given))
+        assert found.startswith(problem)
 
     @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
     def test_missing_optimizer_package(self):
@@ -246,11 +265,50 @@ class TestSchedule:
         assert self.make(**flags) == rates(expected, optimizer, 100)
         assert not list(optimizer_problems(resolve(**flags)))
 
-    def test_invalid_schedule_options(self):
-        run = resolve(lr_scheduler_type="cosine", lr_scheduler_kwargs='{"colour": "red"}')
-        (problem,) = optimizer_problems(run)
-        assert problem.startswith("--lr_scheduler_type cosine: check --lr_scheduler_kwargs: ")
-        assert "colour" in problem
+    @pytest.mark.parametrize("name", [one.value for one in SchedulerType])
+    def test_unknown_and_missing_schedule_options(self, name):
+        if name in ("reduce_lr_on_plateau", "greedy"):
+            return
+        options = OPTIONS.get(name, {})
+        for own in ("colour", "last_epoch", "num_training_steps"):
+            run = resolve(lr_scheduler_type=name, lr_scheduler_kwargs=json.dumps({**options, own: 1}))
+            [problem] = optimizer_problems(run)
+            assert problem.startswith(
+                f"--lr_scheduler_kwargs {own}: {name} has no such option; its options: "
+            )
+            assert all(option in problem for option in options)
+        needs_options = name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+        assert len(list(optimizer_problems(resolve(lr_scheduler_type=name)))) == needs_options
+
+    @pytest.mark.parametrize(
+        ("name", "options", "problem"),
+        [
+            ("cosine", {"num_cycles": "two"}, "could not convert string to float: 'two'"),
+            ("cosine", {"num_cycles": None}, "float() argument must be a string or a real number"),
+            ("polynomial", {"power": "2"}, "unsupported operand"),
+            ("polynomial", {"power": -2}, "times --learning_rate"),
+            ("polynomial", {"lr_end": 1}, "must be smaller than initial lr"),
+            ("polynomial", {"lr_end": -1}, "times --learning_rate"),
+            ("inverse_sqrt", {"timescale": -5}, "times --learning_rate"),
+            ("cosine_with_min_lr", {"min_lr": "1e-6"}, "unsupported operand"),
+            ("cosine_with_min_lr", {"min_lr": 1}, "times --learning_rate"),
+            ("cosine_with_min_lr", {"min_lr": 0, "min_lr_rate": 0}, "Only one of"),
+            ("warmup_stable_decay", {"num_decay_steps": 100}, "exceed all 12 steps"),
+            ("warmup_stable_decay", {"num_decay_steps": "2"}, "unsupported operand"),
+            ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "exp"}, "Unknown decay type: exp"),
+        ],
+    )  # fmt: skip
+    def test_invalid_schedule_options(self, name, options, problem):
+        """Also those that fail only after the warm-up."""
+        run = resolve(
+            lr_scheduler_type=name, lr_scheduler_kwargs=json.dumps(options), max_steps=12, warmup_steps=8,
+            learning_rate=1e-3,
+        )  # fmt: skip
+        [found] = optimizer_problems(run)
+        assert (
+            found.startswith(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: ")
+            and problem in found
+        )
 
     def test_all_problems_are_reported_together(self):
         run = resolve(optim="lomo", lr_scheduler_type="greedy")
