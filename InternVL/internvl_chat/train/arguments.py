@@ -25,6 +25,7 @@ from internvl_chat.train.refused_flags import CONFIG_FILES, describe_unknown, sp
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
+from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
@@ -90,9 +91,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
 def dump_config(config: TrainConfig) -> str:
     """Return the flags that differ from their defaults as YAML, which `parse_arguments` reads again."""
     run = config.run
-    ranks = "1 rank" if run.world_size == 1 else f"{run.world_size} ranks"
+    ranks, records = counted(run.world_size, "rank"), counted(run.records_per_step, "record")
     lines = [f"# m3llm {__version__}: flags that differ from their defaults\n",
-             f"# {ranks} on {run.device.type}, {run.records_per_step} records per step\n"]  # fmt: skip
+             f"# {ranks} on {run.device.type}, {records} per step\n"]  # fmt: skip
     given = {**vars(config.model), **vars(config.data), **run.flags}
     for title, flags in flag_groups().items():
         changed = {flag.name: given[flag.name] for flag in flags if given[flag.name] != flag.default}

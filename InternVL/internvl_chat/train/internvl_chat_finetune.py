@@ -61,6 +61,7 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, M3LLMError, TrainingError, UsageError
 from internvl_chat.utils.files import write_json
 from internvl_chat.utils.logging import configure_logging, get_logger
+from internvl_chat.utils.text import counted
 
 # __name__ is `__main__` here.
 logger = get_logger("internvl_chat.train.internvl_chat_finetune")
@@ -191,8 +192,9 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
     """
     output, run, state = plan.output.path, plan.config.run, loop.state
     if state.skipped_steps == state.step:
+        steps = "the only step was" if state.step == 1 else f"all {state.step} steps were"
         raise TrainingError(
-            f"{output}: all {state.step} steps were skipped, so the model has not changed and is not saved; "
+            f"{output}: {steps} skipped, so the model has not changed and is not saved; "
             f"{METRICS} has the reason for each step (skipped_because)"
         )
     step = None
@@ -213,7 +215,9 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
         write_model_card(plan.config, loop.data, eval_data, parameters, validation)
         write_json(output / FINISHED, dataclasses.asdict(state))
         skipped = (
-            f" ({state.skipped_steps} of {state.step} steps were skipped)" if state.skipped_steps else ""
+            f" ({state.skipped_steps} of {counted(state.step, 'step')} skipped)"
+            if state.skipped_steps
+            else ""
         )
         logger.info("finished: the model is in %s%s", output, skipped)
 

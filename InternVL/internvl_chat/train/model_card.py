@@ -20,6 +20,7 @@ from internvl_chat.train.checkpoint.run_folder import METRICS, may_write_card
 from internvl_chat.train.config import TrainConfig
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.markdown import markdown_table
+from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
@@ -75,7 +76,7 @@ def describe_run(config: TrainConfig) -> str:
     name = " and ".join(base_names(_base_paths(config)))
     return (
         f"{name}, trained: {', '.join(trained) or 'selected layers'}; "
-        f"learning rate {rate}, {run.records_per_step:,} records per step"
+        f"learning rate {rate}, {counted(run.records_per_step, 'record')} per step"
     )
 
 

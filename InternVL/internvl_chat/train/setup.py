@@ -39,6 +39,7 @@ from internvl_chat.train.preflight.sanity import preprocessing_changes
 from internvl_chat.train.validation import Validation
 from internvl_chat.utils import distributed
 from internvl_chat.utils.logging import get_logger
+from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
@@ -207,14 +208,16 @@ def load_records(
         digests=digests,
     )
     rows = [
-        f"  {s.spec.name}: {len(s)} records, {size} per epoch, at most {limits[s.spec.name]} tiles each"
+        f"  {s.spec.name}: {counted(len(s), 'record')}, {size} per epoch, "
+        f"at most {counted(limits[s.spec.name], 'tile')} each"
         for s, size in zip(sets, data.sizes, strict=True)
     ]
-    logger.info("data: %d records per epoch\n%s", len(data), "\n".join(rows))
+    logger.info("data: %s per epoch\n%s", counted(len(data), "record"), "\n".join(rows))
     if excluded:
         logger.warning(
-            "%d records are excluded; ledger.jsonl lists all of them:\n%s",
-            len(excluded), "\n".join(f"  {record.message}" for record in excluded[:_MAX_LOGGED]),
+            "%s excluded; ledger.jsonl lists all of them:\n%s",
+            counted(len(excluded), "record"),
+            "\n".join(f"  {record.message}" for record in excluded[:_MAX_LOGGED]),
         )  # fmt: skip
     return data
 

@@ -434,7 +434,7 @@ class TestTraining:
         records[1:1] = [shows(10, "no.png")]
         code, err, out = start(write(*records), on_bad_record="skip", max_bad_fraction=0.2)
         assert code == 0
-        assert "1 records are excluded; ledger.jsonl lists all of them:\n" in err
+        assert "1 record excluded; ledger.jsonl lists all of them:\n" in err
         assert "records.jsonl, line 2 (record 'r10'): the image " in err
         ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
         trained = [index for row in ledger for _, index in row.get("trained", [])]

@@ -478,7 +478,7 @@ def test_skipped_steps_do_not_count_in_the_results(
     stderr = capfd.readouterr().err
     [loss] = [row["loss"] for row in metrics(out) if row["loss"] is not None]
     assert f"step 3/3 (100.0 %) | epoch 0.500 | loss {loss:.4f} |" in stderr
-    assert f"finished: the model is in {out} (2 of 3 steps were skipped)" in stderr
+    assert f"finished: the model is in {out} (2 of 3 steps skipped)" in stderr
     assert json.loads((out / "train_results.json").read_text())["skipped_steps"] == 2
     card = (out / "README.md").read_text()
     assert "| steps | 3, 2 of them skipped |" in card

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from internvl_chat.data.sources.problems import Problem
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.text import counted
 
 POLICIES = ("fail", "skip")
 
@@ -39,7 +40,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
         [error] = errors
         raise DataError(error.message, file=error.file, line=error.line, record=error.id, kind=error.kind)
     if errors:
-        message = "\n".join([f"{len(errors)} records cannot be used:", *list_problems(errors)])
+        message = "\n".join([f"{counted(len(errors), 'record')} cannot be used:", *list_problems(errors)])
         raise DataError(message, kind=errors[0].kind)
 
 
