@@ -165,7 +165,9 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
     values["eval_strategy"] = _choice("eval_strategy", eval_strategy or "no", INTERVALS, problems)
     values["logging_strategy"] = _choice("logging_strategy", args.logging_strategy, INTERVALS, problems)
     values["save_strategy"] = _choice("save_strategy", args.save_strategy, (*INTERVALS, "best"), problems)
-    values["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, problems) or {}
+    values["lr_scheduler_kwargs"] = (
+        _mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs or None, problems) or {}
+    )
     values["deepspeed"] = _mapping("deepspeed", args.deepspeed or None, problems)
     values["parallel"] = _parallel(args, problems)
     values["device"] = _device(args, problems)
