@@ -1,12 +1,12 @@
-"""Special tokens, indices and names of options that several parts of the package must agree on.
+"""Special tokens, indices and option names shared across the package.
 
-The tokens and indices are InternVL's: changing one makes every published checkpoint unreadable. The names are
-here so that the command line can list them without importing torch.
+The tokens and indices are InternVL's: changing one would break compatibility with all published checkpoints.
+The option names are here so that the command line can list them without importing torch.
 """
 
 IGNORE_INDEX = -100
 
-# Upper bound of max_dynamic_patch: planning an image takes time cubic in it.
+# Upper bound of max_dynamic_patch: the time to plan the tiles of an image is cubic in it.
 MAX_TILES = 100
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -30,14 +30,14 @@ SPECIAL_TOKENS = (
     "</box>",
 )
 
-# The reference's default system message of each conversation template. All templates use ChatML markup, so a
-# new entry changes the system message only.
+# Default system prompt of each conversation template, from the reference. All templates use ChatML markup and
+# differ only in the system prompt.
 SYSTEM_TEXTS = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，"
     "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
 }
 
-# Colors behind transparent pixels; none drops the transparency, as the reference does.
+# Background colors for transparent pixels; `none` drops the alpha channel, like the reference.
 BACKGROUNDS = ("none", "white", "black")
 
 # Mean and standard deviation of pixel values, per channel.
@@ -54,5 +54,5 @@ SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 LOSS_REDUCTIONS = ("sample", "token", "square")
 
-# Update of bf16 weights: float32 master copies, stochastic rounding, or plain bf16.
+# How bf16 weights are updated: float32 master copies, stochastic rounding, or plain bf16.
 WEIGHT_PRECISIONS = ("master", "stochastic", "bf16")

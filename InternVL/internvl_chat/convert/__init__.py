@@ -1,1 +1,1 @@
-"""Conversions between checkpoint formats, and their verification: merge, export, parity."""
+"""Conversions between checkpoint formats (merge, export) and their verification (parity)."""

@@ -1,4 +1,4 @@
-"""Export a checkpoint to transformers' own format, which loads there without remote code."""
+"""Export a checkpoint to transformers' own format, which transformers loads without remote code."""
 
 import json
 from collections.abc import Callable
@@ -29,21 +29,22 @@ def export_hf(
     check: Callable[[Path], None] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Write a checkpoint of any format as transformers' `InternVLForConditionalGeneration`; merges adapters.
+    """Export a checkpoint as transformers' `InternVLForConditionalGeneration`, with adapters merged.
 
-    Files that transformers does not use, such as the reference's configuration, go to the folder `original`.
-    With these, `merge` restores the reference's format bit for bit.
+    The original configuration and auxiliary files are kept in the folder `original`. With these, `merge`
+    restores the reference's format bit for bit.
 
     Args:
-        source: folder or hub id.
+        source: folder or Hub id, in any supported format.
         target: folder to write; must be new, empty, or the result of an earlier export of `source`.
         base: base model of an adapter, if it has moved.
-        check: called with the complete folder before it becomes the target; an exception discards it.
+        check: called with the finished folder before it is moved into place; if it raises, the folder is
+            deleted.
         max_shard_bytes: maximum size of a weight file, and of the weights in memory.
 
     Raises:
-        ModelError: transformers does not support the model or its preprocessing, or the target contains
-            something else or is inside the source.
+        ModelError: transformers does not support the model or its preprocessing, or the target has other
+            content or is inside the source.
     """
     source, target = model_folder(source), Path(target)
     output = ConversionOutput(target, source, "export", check)
@@ -64,7 +65,7 @@ def export_hf(
         original = folder / ORIGINAL
         original.mkdir()
         write_files(model.auxiliary_files, original)
-        # Licences and other files for readers are in both folders.
+        # Licenses and other documentation go into both folders.
         other = {name: content for name, content in model.auxiliary_files.items() if not is_model_file(name)}
         write_files(other, folder)
         (original / "config.json").write_text(model.config_text, encoding="utf-8")
@@ -74,7 +75,7 @@ def export_hf(
 
 
 def _config(model: MergedCheckpoint, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return transformers' `config.json`, with the dtype of the weights."""
+    """Return the content of transformers' `config.json`, including the dtype of the weights."""
     dtype = str(model.weights["language_model.model.embed_tokens.weight"]().dtype).removeprefix("torch.")
     config = to_hf_config(model.config, image_context_id(tokenizer)) | {"dtype": dtype}
     config["vision_config"]["dtype"] = config["text_config"]["dtype"] = dtype
@@ -82,7 +83,7 @@ def _config(model: MergedCheckpoint, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def _generation_config(model: MergedCheckpoint, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the checkpoint's generation configuration, with `<|im_end|>` as the end of an answer."""
+    """Return the checkpoint's generation configuration with `<|im_end|>` as the end-of-sequence token."""
     config = json.loads(model.auxiliary_files.get("generation_config.json", b"{}"))
     config.pop("_from_model_config", None)
     end = tokenizer.convert_tokens_to_ids(IM_END)

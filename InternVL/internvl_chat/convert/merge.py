@@ -1,4 +1,4 @@
-"""Merge adapters into their base tensor by tensor, so that memory use does not depend on the model size."""
+"""Merge adapters into their base model tensor by tensor; memory use does not depend on the model size."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +19,19 @@ def merge(
     check: Callable[[Path], None] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Write a checkpoint of any format as a full model in the reference's format, with adapters merged.
+    """Write a checkpoint as a full model in the reference's format, with adapters merged.
 
     Args:
-        source: folder or hub id.
+        source: folder or Hub id, in any supported format.
         target: folder to write; must be new, empty, or the result of an earlier merge of `source`.
         base: base model of an adapter, if it has moved.
-        check: called with the complete folder before it becomes the target; an exception discards it.
+        check: called with the finished folder before it is moved into place; if it raises, the folder is
+            deleted.
         max_shard_bytes: maximum size of a weight file, and of the weights in memory.
 
     Raises:
-        ModelError: the base does not match, or the target contains something else or is inside the source.
+        ModelError: the base model does not match the adapter, or the target has other content or is inside
+            the source.
     """
     source, target = model_folder(source), Path(target)
     if source.resolve() == target.resolve() and not has_adapters(source) and not is_hf_format(source):
@@ -40,7 +42,7 @@ def merge(
     model = open_merged(source, base=base)
     preprocessing = None
     if is_hf_format(source) and original_folder(source) is None:
-        # The reference's format has the tile limits in its configuration, not in processor files.
+        # The reference's format stores the tile limits in `config.json`, not in processor files.
         preprocessing = Preprocessing.from_folder(source, model.config)
         model = model.with_options(
             min_dynamic_patch=preprocessing.min_dynamic_patch,

@@ -1,6 +1,6 @@
-"""Model cards: the `README.md` that model hubs show.
+"""Model cards: the `README.md` that model hubs display.
 
-A finished run writes one; merged and exported folders get an adapted copy.
+A finished run writes a model card; merged and exported folders get an adapted copy of it.
 """
 
 import json
@@ -18,7 +18,7 @@ from internvl_chat.utils.errors import ModelError
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by m3llm when the run ended; a card without this line is never written over. -->"
-# First words of the cards of adapters and of full models; the names of their bases follow.
+# Openings of the cards of adapters and of full models, followed by the names of the base models.
 ADAPTERS_FOR = "Adapters (LoRA) for"
 VERSION_OF = "A fine-tuned version of"
 
@@ -27,14 +27,14 @@ _UNKNOWN = "unknown"
 _CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PUBLISHED = re.compile(r"InternVL[23](_5)?-\d+B(-A\d+B)?(-(Pretrained|Instruct|MPO))?(-hf|-HF)?")
-# Files in the results of runs and conversions.
+# Files that identify the output of a run or a conversion.
 _RESULTS = ("train_results.json", "trainer_state.json", "made_from.json", "adapter_config.json")
 
 _USE = """\
-For research on questions about medical figures and their panels, in the form of the training data. It is not
-a medical device: answers can be plausible but wrong and must not be used for diagnosis or treatment. Its
-behavior on other kinds of data, other languages or other sources than those below has not been evaluated.
-Limits of the base model and of the training data are limits of this model."""
+For research on question answering about medical figures and their panels, in the format of the training data.
+This model is not a medical device: answers can be plausible but wrong and must not be used for diagnosis or
+treatment. It has not been evaluated on other kinds of data, other languages, or sources not listed below. It
+inherits the limitations of its base model and of its training data."""
 
 _COMMANDS = """\
 ```bash
@@ -44,7 +44,7 @@ m3llm generate --model FOLDER --image figure.jpg "What does panel A show?"
 
 
 def carry_card(source: Path, target: Path, *, merged: bool) -> None:
-    """Copy the model card of a folder, if any; after a merge, describe the result as a full model."""
+    """Copy the model card of `source`, if any; with `merged`, make a generated card describe a full model."""
     file = source / CARD
     if not file.is_file():
         return
@@ -52,7 +52,7 @@ def carry_card(source: Path, target: Path, *, merged: bool) -> None:
     if not (merged and CARD_MARK in text):
         shutil.copyfile(file, target / CARD)
         return
-    base = f"From adapters (LoRA), which are merged: {VERSION_OF.lower()}"
+    base = f"Merged from LoRA adapters: {VERSION_OF.lower()}"
     card = ModelCard(text.replace(ADAPTERS_FOR, base, 1))
     card.data.pop("library_name", None)
     if card.data.get("base_model_relation"):
@@ -66,10 +66,10 @@ def render_card(
     """Return the model card of a run.
 
     Args:
-        base: hub ids or folder names of the base model, or of the parts that it was assembled from.
-        sections: further sections by heading.
+        base: Hub id or folder name of the base model, or of each part that it was assembled from.
+        sections: additional sections, keyed by heading.
     """
-    ids = [name for name in base if name.count("/") == 1]  # the hub knows no folder
+    ids = [name for name in base if name.count("/") == 1]  # without names of local folders
     data = ModelCardData(
         license=licence,
         pipeline_tag="image-text-to-text",
@@ -92,18 +92,18 @@ def render_card(
 
 
 def base_names(paths: Sequence[str]) -> list[str]:
-    """Return hub ids, also of folders whose id is known, and otherwise the names of folders."""
+    """Return the Hub id of each base model if it is known, otherwise the name of its folder."""
     return [
         _hub_id(Path(path)) or Path(path).resolve().name if Path(path).exists() else path for path in paths
     ]
 
 
 def _hub_id(folder: Path) -> str | None:
-    """Return the hub id of a model in a local folder, if the folder states it.
+    """Return the Hub id of a model in a local folder; None if it is unknown.
 
-    It does so in the cache of the hub (`models--organisation--name/snapshots/revision`), by `_name_or_path`
-    in its configuration, or by the name of a published InternVL model. The result of a run or of a merge is
-    another model than its configuration names.
+    It is derived from the path in the Hub cache (`models--organization--name/snapshots/revision`), from
+    `_name_or_path` in `config.json`, or from a folder name that matches a published InternVL model. The
+    output of a run or conversion has no Hub id: its `_name_or_path` refers to a different model.
     """
     folder = folder.resolve()
     cached = _CACHED.search(folder.as_posix())
@@ -121,12 +121,12 @@ def _hub_id(folder: Path) -> str | None:
 
 
 def base_licence(paths: Sequence[str]) -> str:
-    """Return the license that the README or configuration of every base states, or "unknown"."""
-    licences = {_licence_of(path) for path in paths}
-    return licences.pop() if len(licences) == 1 else _UNKNOWN
+    """Return the license that all base models state in their README or `config.json`, or "unknown"."""
+    licenses = {_license_of(path) for path in paths}
+    return licenses.pop() if len(licenses) == 1 else _UNKNOWN
 
 
-def _licence_of(path: str) -> str:
+def _license_of(path: str) -> str:
     try:
         folder = model_folder(path)
         card, config = folder / "README.md", folder / "config.json"

@@ -1,4 +1,4 @@
-"""Output folders of conversions: written completely or not at all, and not written twice."""
+"""Output folders of conversions: written atomically, and reused if they are already complete."""
 
 import contextlib
 import errno
@@ -18,17 +18,17 @@ from internvl_chat.utils.folder_lock import LOCK, lock_folder
 
 STAMP = "made_from.json"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-# Files of a model folder that affect a conversion, besides weights and auxiliary files.
+# Files of a model folder that affect a conversion, in addition to weights and auxiliary files.
 _SETTINGS = ("config.json", "adapter_config.json", "base_model.json", "*.index.json")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion.
+    """Result of a conversion.
 
     Attributes:
         merged_layers: number of layers into which adapters were merged.
-        already_done: whether an earlier conversion had already written the folder.
+        already_done: whether the folder was already complete, so that nothing was written.
     """
 
     folder: Path
@@ -37,14 +37,15 @@ class Conversion:
 
 
 class ConversionOutput:
-    """The target of a conversion, with a record of its source.
+    """Target folder of a conversion, stamped with the hash of its source.
 
     Args:
         kind: name of the conversion, for example `merge`.
-        check: called with the complete folder before it becomes the target; an exception discards it.
+        check: called with the finished folder before it is moved into place; if it raises, the folder is
+            deleted.
 
     Raises:
-        ModelError: the target is a file or inside the source.
+        ModelError: the target is a file, or is inside the source.
     """
 
     def __init__(
@@ -58,17 +59,17 @@ class ConversionOutput:
         self.stamp = {"work": kind, "source_sha256": _source_digest(source)}
 
     def is_complete(self) -> bool:
-        """Return whether the target is the complete result of the same conversion.
+        """Return whether the target already contains the complete result of this conversion.
 
         Raises:
-            ModelError: the target contains something else, is incomplete, or was not checked.
+            ModelError: the target has other content, is incomplete, or was written without the check.
         """
         if not self.target.exists() or not any(self.target.iterdir()):
             return False
         try:
             stamp = dict(json.loads((self.target / STAMP).read_text(encoding="utf-8")))
         except (OSError, ValueError):
-            stamp = {}  # not ours, and so never overwritten
+            stamp = {}  # not written by a conversion, so it must not be overwritten
         files, checked = stamp.pop("files", {}), stamp.pop("checked", False)
         if stamp != self.stamp:
             raise ModelError(
@@ -83,7 +84,7 @@ class ConversionOutput:
             )
         if self.check and not checked:
             raise ModelError(
-                f"{self.target}: was written without a comparison with its source; delete the folder, or "
+                f"{self.target}: was written without being compared with its source; delete the folder, or "
                 "pass --check False"
             )
         return True
@@ -94,7 +95,7 @@ class ConversionOutput:
 
         Raises:
             UsageError: another process is writing the target.
-            ModelError: a file cannot be written, or another process has written the target in the meantime.
+            ModelError: a file cannot be written, or another process wrote the target in the meantime.
         """
         target = self.target
         staging = target.with_name(f".{target.name}.partial")
@@ -115,14 +116,14 @@ class ConversionOutput:
             if target.exists():
                 target.rmdir()
             staging.rename(target)
-            # Not earlier, or another process could lock the staging folder.
+            # Deleting it earlier would allow another process to lock the staging folder.
             (target / LOCK).unlink()
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
             if error.errno not in _DISK_ERRORS:
                 raise
             raise ModelError(
-                f"{error.filename or target}: {error.strerror}; the incomplete result was deleted: free "
+                f"{error.filename or target}: {error.strerror}; the incomplete result was deleted; free up "
                 f"space in {target.parent} and try again"
             ) from None
         except BaseException:
@@ -133,7 +134,7 @@ class ConversionOutput:
 
 
 def _source_digest(source: Path) -> str:
-    """Return a hash of everything in a model folder that a conversion reads."""
+    """Return a hash of all files in a model folder that a conversion reads."""
     if is_adapter(source):
         digest = hashlib.sha256((source / ADAPTER_WEIGHTS).read_bytes())
     else:
@@ -145,7 +146,7 @@ def _source_digest(source: Path) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Delete the content of a folder except its lock."""
+    """Delete everything in a folder except its lock file."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -154,7 +155,7 @@ def _clear(folder: Path) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of each file of a folder, by its relative path."""
+    """Return the size in bytes of each file in a folder, keyed by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in folder.rglob("*")

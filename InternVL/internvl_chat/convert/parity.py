@@ -1,6 +1,6 @@
-"""Compare two checkpoints, or two formats of one: tokens, tiles, pixels, logits and greedy answers.
+"""Compare tokens, tiles, pixels, logits and greedy answers of two checkpoints or two formats of a checkpoint.
 
-Only one checkpoint is in memory at a time; the results of the first are stored on disk.
+Only one checkpoint is in memory at a time; the results of the first one are stored on disk.
 """
 
 import gc
@@ -34,12 +34,12 @@ Progress = Callable[[Iterable[Example]], Iterable[Example]]
 
 @dataclass(frozen=True)
 class Tolerances:
-    """The largest accepted differences between two checkpoints.
+    """Largest accepted differences between two checkpoints.
 
     Attributes:
-        logits: maximum difference of a logit, as a fraction of the record's largest logit.
-        pixels: maximum difference of a normalized pixel.
-        same_answers: minimum fraction of equal greedy answers.
+        logits: maximum difference between logits, as a fraction of the record's largest absolute logit.
+        pixels: maximum difference between normalized pixels.
+        same_answers: minimum fraction of identical greedy answers.
     """
 
     logits: float
@@ -49,13 +49,13 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class Difference:
-    """The differences between two checkpoints on one record.
+    """Differences between two checkpoints on one record.
 
     Attributes:
-        same_ids: whether the token ids of the conversation are equal.
+        same_ids: whether the token ids of the conversation are identical.
         same_tiles: whether every image has the same number of tiles.
-        pixels: largest difference of a pixel; None if the tiles differ in number or size.
-        logits: largest difference of a logit; None if the token ids or the vocabularies differ.
+        pixels: largest difference between pixels; None if the tiles differ in number or size.
+        logits: largest difference between logits; None if the token ids or vocabulary sizes differ.
         largest_logit: largest absolute logit of the first checkpoint.
     """
 
@@ -95,8 +95,8 @@ def compare(
 
     Args:
         dtype: dtype of the weights (see `comparison_dtype`).
-        bases: base models of the two checkpoints, if they are adapters whose bases have moved.
-        progress: wraps the examples of the first checkpoint.
+        bases: base model of each checkpoint, if it is an adapter whose base model has moved.
+        progress: progress bar around the examples, used while the first checkpoint runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         runner = open_runner(first, device=device, dtype=dtype, base=bases[0])
@@ -127,22 +127,22 @@ def _difference(example: Example, a: Trace, b: Trace) -> Difference:
 
 
 def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the largest difference; NaN counts as infinite."""
+    """Return the largest absolute difference; NaN counts as infinite."""
     difference = (a - b).abs().nan_to_num(nan=torch.inf)
     return difference.max().item() if difference.numel() else 0.0
 
 
 def faults(differences: Sequence[Difference], allowed: Tolerances) -> list[str]:
-    """Return the differences that exceed the tolerances, one sentence each."""
+    """Return a message for each difference that exceeds the tolerances."""
     problems = []
     for name, field in (("token ids", "same_ids"), ("tiles", "same_tiles")):
         differing = [d for d in differences if not getattr(d, field)]
         if differing:
-            problems.append(f"the {name} of {len(differing)} of {len(differences)} records differ, "
+            problems.append(f"the {name} differ on {len(differing)} of {len(differences)} records, "
                             f"e.g. {differing[0].dataset} {differing[0].index}")  # fmt: skip
     for name, field in (("pixels", "same_tiles"), ("logits", "same_ids")):
         if any(getattr(d, field) and getattr(d, name) is None for d in differences):
-            problems.append(f"the {name} have different shapes: these are models of different sizes")
+            problems.append(f"the {name} have different shapes: the models differ in size")
     pixels = max((d.pixels for d in differences if d.pixels is not None), default=0.0)
     if not pixels <= allowed.pixels:
         problems.append(f"the pixels differ by up to {pixels:.3g}, more than {allowed.pixels:.3g}")
@@ -154,14 +154,16 @@ def faults(differences: Sequence[Difference], allowed: Tolerances) -> list[str]:
         )
     same = sum(d.same_answer for d in differences) / max(len(differences), 1)
     if same < allowed.same_answers:
-        problems.append(f"{same:.0%} of the greedy answers are equal, less than {allowed.same_answers:.0%}")
+        problems.append(
+            f"{same:.0%} of the greedy answers are identical, less than {allowed.same_answers:.0%}"
+        )
     return problems
 
 
 def comparison_dtype(
     folders: Sequence[Path], device: torch.device, bases: Sequence[str | Path | None]
 ) -> torch.dtype:
-    """Return float32 if the larger checkpoint fits into memory in float32, and otherwise bfloat16."""
+    """Return float32 if the larger checkpoint fits in memory in float32, otherwise bfloat16."""
     needed = max(_float32_bytes(folder, base) for folder, base in zip(folders, bases, strict=True))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -187,7 +189,7 @@ def examples_of(sets: Sequence[RecordSet], limit: int | None, max_tiles: int | N
 
     Args:
         limit: number of records per dataset; None for all.
-        max_tiles: tile limit of datasets without their own; None for the checkpoint's.
+        max_tiles: tile limit of datasets that do not set one; None for the checkpoint's limit.
     """
     examples = []
     for records in sets:
@@ -199,12 +201,13 @@ def examples_of(sets: Sequence[RecordSet], limit: int | None, max_tiles: int | N
 
 
 def synthetic_examples(folder: Path) -> list[Example]:
-    """Return synthetic examples without images, with one image and with several.
+    """Return synthetic examples with zero, one and multiple images.
 
-    Records that exceed the checkpoint's `max_seq_length` are excluded: transformers does not drop tiles.
+    Records that exceed the checkpoint's `max_seq_length` are excluded, because transformers does not reduce
+    the number of tiles to fit.
 
     Raises:
-        DataError: no record fits.
+        DataError: all records exceed `max_seq_length`.
     """
     tokenizer, _ = load_tokenizer(folder)
     encoder = RecordEncoder(tokenizer, Preprocessing.from_folder(folder, read_config(folder)))
@@ -234,14 +237,14 @@ def check_same(
     base: str | Path | None = None,
     progress: Progress = iter,
 ) -> list[Difference]:
-    """Compare a checkpoint with its conversion on synthetic examples; return the differences.
+    """Compare a checkpoint with its conversion on synthetic examples and return the differences.
 
     Args:
-        base: base model of `source`, if it is an adapter whose base has moved.
-        progress: wraps the examples.
+        base: base model of `source`, if it is an adapter whose base model has moved.
+        progress: progress bar around the examples.
 
     Raises:
-        ModelError: they differ by more than rounding explains.
+        ModelError: the differences exceed `rounding_tolerances`.
     """
     examples = synthetic_examples(source)
     bases = (base, None)
@@ -260,15 +263,16 @@ def check_same(
 
 
 def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolerances:
-    """Return the differences that rounding explains between two equal models.
+    """Return tolerances that cover the rounding errors of two equivalent checkpoints.
 
-    n independent rounding errors add up to sqrt(n) times one error, which is half an epsilon; two models
-    double it. In float32 every addition rounds, and n is the number of terms summed between a pixel and a
-    logit. In 16 bits products are summed in float32, and n is the number of intermediate results stored. For
-    InternVL3-8B the tolerance is 1.2e-4 of the largest logit in float32 (n is a million) and 0.16 of it in
-    bfloat16.
+    n independent rounding errors of half an epsilon add up to sqrt(n) / 2 epsilons, and comparing two models
+    doubles this. In float32 every addition rounds, so n is the number of terms summed between a pixel and a
+    logit. In 16 bits products are summed in float32, so n is the number of intermediate results stored. For
+    InternVL3-8B the tolerance is 1.2e-4 of the largest logit in float32 (n is about a million) and 0.16 of it
+    in bfloat16.
 
-    Merging adapters into 16-bit weights rounds each weight once, with an effect like rounding the results.
+    Merging adapters into 16-bit weights rounds each weight once, which has a similar effect to rounding the
+    intermediate results.
     """
     stored = [_stored_dtype(folder) for folder in (first, second) if not is_adapter(folder)]
     if dtype == torch.float32 and (has_adapters(first) or has_adapters(second)):
@@ -280,11 +284,11 @@ def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolera
 
 
 def _roundings(config: InternVLChatConfig) -> tuple[int, int]:
-    """Return the number of terms summed, and of results stored, between a pixel and a logit."""
+    """Return the number of terms summed and the number of results stored between a pixel and a logit."""
     llm, vision = config.build_llm_config(), config.vision_config
     layers: list[PretrainedConfig | InternVisionConfig] = [llm] * llm.num_hidden_layers
     layers += [vision] * vision.num_hidden_layers
-    # Three sums over the hidden size (queries, attention output, first MLP matrix), one over the MLP's width.
+    # Three sums over the hidden size (query, attention output, first MLP matrix), one over the MLP width.
     summed = sum(3 * layer.hidden_size + layer.intermediate_size for layer in layers) + llm.hidden_size
-    # Norm, product and residual sum of attention and MLP, attention weights, activation.
+    # Attention and MLP: norm, matrix product and residual sum each; also attention weights and activation.
     return summed, 8 * len(layers)

@@ -1,6 +1,6 @@
-"""Run examples through a checkpoint, with this package or with transformers' own classes.
+"""Run examples through a checkpoint with this package or with transformers' own classes.
 
-Shapes: T tokens, N tiles, S pixels per side, P last positions of a conversation, V vocabulary.
+Shapes: T tokens, N tiles, S pixels per side, P = min(T, POSITIONS) last positions, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ from internvl_chat.model.io.folders import is_hf_format
 from internvl_chat.model.io.weights import describe_non_finite, non_finite_error
 from internvl_chat.utils.errors import DataError, ModelError
 
-# Number of last positions whose logits are compared.
+# Logits are compared at this many positions at the end of a conversation.
 POSITIONS = 32
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation on which checkpoints are compared.
+    """Conversation on which checkpoints are compared.
 
     Attributes:
-        record: the conversation; it ends with a message of the assistant.
-        max_tiles: maximum number of tiles of all images; None for the checkpoint's own limit.
+        record: the conversation; the last message is the assistant's.
+        max_tiles: maximum total number of tiles; None for the checkpoint's limit.
     """
 
     key: RecordKey
@@ -45,19 +45,19 @@ class Example:
 
     @property
     def prompt(self) -> Prompt:
-        """The conversation before the assistant's last message."""
+        """The conversation up to the assistant's last message."""
         return last_question(self.record, self.images)[0]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The results of a checkpoint on an example.
+    """Results of a checkpoint on an example.
 
     Attributes:
         input_ids: (T,) token ids of the full conversation.
         tiles: number of tiles of each image.
-        pixels: (N, 3, S, S) float32, normalized.
-        logits: (P, V) float32 logits at the last positions, with teacher forcing.
+        pixels: (N, 3, S, S) normalized tiles in float32.
+        logits: (P, V) teacher-forced logits at the last positions in float32.
         answer: greedy answer to the prompt.
     """
 
@@ -71,14 +71,14 @@ class Trace:
 def open_runner(
     folder: Path, *, device: torch.device, dtype: torch.dtype, base: str | Path | None = None
 ) -> "OwnRunner | TransformersRunner":
-    """Load a checkpoint: transformers' format with transformers' own classes, all others with ours."""
+    """Load a checkpoint: transformers' format with transformers' classes, all others with this package."""
     if is_hf_format(folder):
         return TransformersRunner(folder, device, dtype)
     return OwnRunner(folder, device, dtype, base)
 
 
 class OwnRunner:
-    """Runs a checkpoint of any format with this package.
+    """Runs a checkpoint in any supported format with this package.
 
     Args:
         folder: folder of the checkpoint.
@@ -95,7 +95,7 @@ class OwnRunner:
 
     @torch.inference_mode()
     def run(self, example: Example, max_new_tokens: int) -> Trace:
-        """Run an example.
+        """Run the checkpoint on an example.
 
         Raises:
             DataError: the example cannot be encoded.
@@ -132,7 +132,7 @@ class TransformersRunner:
         dtype: dtype of the weights.
 
     Raises:
-        ModelError: transformers cannot load it, or weights are not finite.
+        ModelError: transformers cannot load the checkpoint, or a weight is not finite.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -158,7 +158,7 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def run(self, example: Example, max_new_tokens: int) -> Trace:
-        """Run an example."""
+        """Run the checkpoint on an example."""
         inputs = self._prepare(example, example.record.messages, example.images, add_generation_prompt=False)
         pixels = inputs.get("pixel_values")
         with pinned_sdpa(self.device):
@@ -190,7 +190,7 @@ class TransformersRunner:
         *,
         add_generation_prompt: bool,
     ) -> dict[str, Any]:
-        """Return the processor's inputs; the images of a record share its tile limit."""
+        """Return the model inputs from the processor; the images share the example's tile limit."""
         chat = [{"role": message.role, "content": self._content(message)} for message in messages]
         text = self.processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
         limit = example.max_tiles or self.processor.image_processor.max_patches
@@ -203,25 +203,25 @@ class TransformersRunner:
         )
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
-        """Return the content of a message in the form that the chat template supports."""
+        """Return the content of a message as text or as parts, whichever the chat template supports."""
         if self.reads_placeholders or message.role != "user" or IMAGE_PLACEHOLDER not in message.content:
             return message.content
         first, *others = message.content.split(IMAGE_PLACEHOLDER)
         parts = [{"type": "text", "text": first}] if first else []
         for text in others:
-            # The template adds a new line after an image.
+            # The template adds a newline after an image.
             parts += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n")}]
         return parts
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the inputs on the model's device, with pixels in its dtype."""
+        """Move the inputs to the model's device and convert the pixels to its dtype."""
         moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         if "pixel_values" in moved:
             moved["pixel_values"] = moved["pixel_values"].to(self.dtype)
         return moved
 
     def _tiles(self, input_ids: torch.Tensor) -> tuple[int, ...]:
-        """Return the number of tiles of each image, from the image tokens after each start token."""
+        """Return the number of tiles per image, computed from the image tokens after each start token."""
         processor = self.processor
         image_of_position = (input_ids == processor.start_image_token_id).cumsum(0)
         image_of_token = image_of_position[input_ids == processor.image_token_id]
@@ -230,10 +230,10 @@ class TransformersRunner:
 
 
 def _require_finite(model: nn.Module, folder: Path) -> None:
-    """Check the weights of a model that transformers loaded.
+    """Check that all weights of a transformers model are finite.
 
     Raises:
-        ModelError: a weight contains NaN or Inf.
+        ModelError: a weight contains NaN or Inf; the message lists the weights.
     """
     problems = {name: describe_non_finite(tensor) for name, tensor in model.state_dict().items()}
     non_finite = [f"{name} ({problem})" for name, problem in problems.items() if problem is not None]

@@ -1,16 +1,16 @@
 """Decoding attention over a padded KV cache.
 
-Answers of similar length share a bank: tensors with one slot per answer, all of the same capacity. An answer
-does not depend on its slot or on the other answers, to the last bit:
+Answers of similar length share a bank: tensors with one slot of the same capacity per answer. Answers are
+bitwise independent of their slot and of the other answers:
 
 - On a GPU, each step makes one SDPA call per bank, with a mask that hides the padding. The mask selects the
-  efficient kernel; the flash kernel does not support masks, and splits keys by the number of slots. A thread
-  block computes one slot and key head, in key blocks of 64 or 128. `_BLOCK` is a multiple of these, so the
-  size of a key block does not depend on other answers. A fully masked block changes nothing: its weights are
-  exp(-inf) = 0. This requires finite values, so unused positions are zeroed.
-- On a CPU, each step makes one SDPA call per answer. In a joint call, the alignment of a thread's buffers,
-  and so the last bits of a product, would depend on the thread that computes an answer. Separate calls take
-  no longer.
+  memory-efficient kernel. The flash kernel supports no masks, and it splits the keys depending on the number
+  of slots. A thread block computes one slot and key head, in key blocks of 64 or 128. `_BLOCK` is a multiple
+  of these, so the size of a key block does not depend on other answers. A fully masked block has no effect,
+  because its weights are exp(-inf) = 0. This requires finite values, so unused positions are zeroed.
+- On a CPU, each step makes one SDPA call per answer. In a joint call, the memory alignment of a thread's
+  buffers, and thus the last bits of a product, would depend on which thread computes an answer. Separate
+  calls are not slower.
 
 Shapes: W rows of a step, S slots, H query heads, K key/value heads, G = H / K, L tokens, D features per head.
 """
@@ -32,11 +32,11 @@ _ONE_CALL_PER_ANSWER = ("cpu",)
 
 
 class _Bank:
-    """Keys and values of answers with the same capacity, in every layer.
+    """KV cache for a group of answers, one slot per answer; all slots have the same capacity.
 
     Attributes:
-        capacity: maximum number of tokens of a slot.
-        slots: number of slots; the tensors of a layer grow to it when a prompt is written.
+        capacity: maximum number of tokens per slot.
+        slots: number of allocated slots; a layer's tensors grow to this size at its next `write`.
         layers: keys and values of each layer, (S, K, capacity, D).
     """
 
@@ -46,7 +46,7 @@ class _Bank:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def write(self, slot: int, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the keys and values of a prompt, (K, L, D), and zero the rest of the slot."""
+        """Store the keys and values of a prompt, (K, L, D); the rest of the slot is zeroed."""
         old = self.layers.get(layer)
         missing = self.slots - (len(old[0]) if old else 0)
         if missing:
@@ -61,10 +61,10 @@ class _Bank:
 
 @dataclass
 class Slot:
-    """The part of the cache that holds one answer.
+    """Part of the cache that stores one answer.
 
     Attributes:
-        length: number of stored tokens; the caller updates it after all layers have run.
+        length: number of stored tokens; updated by the caller after all layers have run.
     """
 
     bank: _Bank
@@ -72,16 +72,16 @@ class Slot:
     length: int = 0
 
     def release(self) -> None:
-        """Free the slot for another answer."""
+        """Mark the slot as free for a new answer."""
         self.bank.used.remove(self.index)
 
 
 class KVCache:
-    """Allocates slots within a memory bound.
+    """Allocates slots up to a memory limit.
 
     Args:
         rows: maximum number of slots in use.
-        max_tokens: maximum number of allocated tokens, free slots included; a single answer may exceed it.
+        max_tokens: maximum number of allocated tokens, including free slots; a single answer may exceed it.
     """
 
     def __init__(self, rows: int, max_tokens: int) -> None:
@@ -94,7 +94,7 @@ class KVCache:
         return sum(bank.capacity * bank.slots for bank in self.banks)
 
     def reserve(self, tokens: int) -> Slot | None:
-        """Return a slot for `tokens` of prompt and answer; None if it must wait for other answers."""
+        """Return a slot for a prompt and answer of `tokens` tokens; None if memory must be freed first."""
         blocks = -(-tokens // _BLOCK)
         capacity = _BLOCK << (blocks - 1).bit_length()  # powers of two keep the number of banks small
         bank = next((b for b in self.banks if b.capacity == capacity), None) or _Bank(capacity)
@@ -111,17 +111,17 @@ class KVCache:
 
 
 class Prefill:
-    """A forward pass over the tokens of one prompt."""
+    """Forward pass over the tokens of one prompt."""
 
     def __init__(self, slot: Slot) -> None:
         self.slots = [slot]
 
 
 class DecodeStep:
-    """A forward pass over the newest token of every answer.
+    """Forward pass over the newest token of each answer.
 
     Args:
-        rows: slot of each row; None for an empty row, whose output is 0.
+        rows: slot of each row; None for an empty row, whose attention output is 0.
     """
 
     def __init__(self, rows: Sequence[Slot | None]) -> None:
@@ -135,7 +135,7 @@ class DecodeStep:
 
 
 class _BankStep:
-    """The rows of a step whose slots are in one bank."""
+    """Rows of a decoding step whose slots are in the same bank."""
 
     def __init__(self, bank: _Bank, rows: dict[int, Slot]) -> None:
         self.bank, self.rows = bank, rows
@@ -152,13 +152,13 @@ class _BankStep:
         window: int | None,
         out: torch.Tensor,
     ) -> None:
-        """Store the new keys and values of the bank's rows, attend, and write the result to `out`.
+        """Store the new keys and values of the bank's rows, compute attention and write it to `out`.
 
         Args:
             query: (W, H, 1, D).
             key: (W, K, 1, D).
             value: (W, K, 1, D).
-            window: number of tokens that a token attends to, itself included.
+            window: sliding window: number of tokens that a token attends to, including itself.
             out: (W, H, 1, D).
         """
         heads, device = key.shape[1], query.device
@@ -169,7 +169,7 @@ class _BankStep:
         for cached, new in zip(stored, (key, value), strict=True):
             newest = new.flatten(0, 2).index_select(0, indices.sources)
             cached.view(-1, cached.shape[3]).index_copy_(0, indices.targets, newest)
-        # The G query heads of a key head are passed as G queries, so that keys need not be repeated.
+        # The G query heads of a key head are passed as G queries, which avoids repeating the keys.
         if device.type in _ONE_CALL_PER_ANSWER:
             for row, slot in self.rows.items():
                 end = slot.length + 1
@@ -189,7 +189,7 @@ class _BankStep:
         out.index_copy_(0, indices.rows, attended.index_select(0, indices.slots))
 
     def _mask(self, device: torch.device, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """Return the additive mask, (S, 1, 1, L): 0 for visible tokens, -inf for all others."""
+        """Return the additive mask, (S, 1, 1, L): 0 for visible tokens, -inf for hidden ones."""
         key = (device, dtype, window)
         if key not in self._masks:
             length = -(-(1 + max(slot.length for slot in self.rows.values())) // _BLOCK) * _BLOCK
@@ -203,15 +203,15 @@ class _BankStep:
 
 
 class _Indices(NamedTuple):
-    """Indices of n rows in their bank, and of the S slots up to the last one in use.
+    """Index tensors between the n rows of a bank and its first S slots (up to the last one in use).
 
     Attributes:
-        rows: (n,) indices of the rows.
+        rows: (n,) indices of the rows in the step.
         slots: (n,) slot of each row.
         row_of_slot: (S,) row of each slot; 0 for a free slot.
         newest: (S,) position of the newest token; -1 for a free slot.
-        sources: (n * K,) key heads of the rows, among the key heads of all W rows.
-        targets: (n * K,) positions of the newest keys in the flattened bank.
+        sources: (n * K,) indices of the rows' key heads in the flattened keys of the step.
+        targets: (n * K,) indices of the newest keys in the flattened bank.
     """
 
     rows: torch.Tensor
@@ -223,11 +223,7 @@ class _Indices(NamedTuple):
 
     @classmethod
     def of(cls, rows: dict[int, Slot], heads: int, capacity: int, device: torch.device) -> "_Indices":
-        """Return the indices of rows on a device.
-
-        Args:
-            heads: K.
-        """
+        """Build the index tensors on a device; `heads` is K."""
         slots = [slot.index for slot in rows.values()]
         row_of_slot, newest = [0] * (1 + max(slots)), [-1] * (1 + max(slots))
         for row, slot in rows.items():
@@ -245,7 +241,7 @@ class _Indices(NamedTuple):
 
 @contextlib.contextmanager
 def cached_attention(language_model: PreTrainedModel) -> Iterator[None]:
-    """Let a language model accept `kv_pass`, a `Prefill` or `DecodeStep`, in its forward pass."""
+    """Switch a language model to cached attention; its forward pass then takes `kv_pass` (see `_attend`)."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = _CACHED
@@ -267,15 +263,16 @@ def _attend(
     sliding_window: int | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend in transformers' calling convention.
+    """Compute attention over the KV cache, in transformers' calling convention.
 
     Args:
         query: (1, H, L, D) in a prefill, (W, H, 1, D) in a decoding step.
         key: (1, K, L, D) or (W, K, 1, D).
         value: (1, K, L, D) or (W, K, 1, D).
-        scaling: factor of the scores.
-        sliding_window: number of tokens that a token attends to, itself included.
-        options: further arguments of `varlen_attention`.
+        kv_pass: the forward pass, which determines the slots.
+        scaling: scaling factor of the attention scores.
+        sliding_window: number of tokens that a token attends to, including itself.
+        options: additional arguments for `varlen_attention`.
 
     Returns:
         (1, L, H, D) or (W, 1, H, D), and None in place of the attention weights.

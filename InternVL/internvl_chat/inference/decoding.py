@@ -1,8 +1,8 @@
-"""Batched decoding in which an answer does not depend on the other answers of the batch, to the last bit.
+"""Batched decoding in which answers are bitwise independent of the other answers in the batch.
 
-Prompts are prefilled one at a time. Decoding steps have a fixed number of rows, one for the newest token of
-each answer, and attention handles each row separately (see `cached_attention`), so that a row does not depend
-on the others or on their number. When an answer ends, the next prompt takes its row.
+Prompts are prefilled one at a time. A decoding step has a fixed number of rows, one for the newest token of
+each answer. Attention handles each row separately (see `cached_attention`), so a row does not depend on the
+others or on their number. When an answer ends, its row is reused for the next prompt.
 
 Shapes: T tokens of a prompt, C hidden size, W rows, V vocabulary.
 """
@@ -16,19 +16,19 @@ from transformers import PreTrainedModel
 from internvl_chat.inference.cached_attention import DecodeStep, KVCache, Prefill, Slot, cached_attention
 from internvl_chat.inference.sampling import Sampling
 
-# Rows of a decoding step. On a GPU, reading the weights dominates for any of these numbers.
+# Rows of a decoding step. On a GPU, reading the weights dominates the time of a step of this size.
 _ROWS = {"cpu": 8, "cuda": 32}
-# Maximum number of tokens in the KV cache: 57 kB per token for InternVL3-8B.
+# Maximum number of tokens in the KV cache; a token takes 57 kB with InternVL3-8B.
 _MAX_CACHED_TOKENS = 1 << 16
 
 
 @dataclass
 class _Answer:
-    """An answer in progress.
+    """Answer in progress.
 
     Attributes:
-        remaining: maximum number of further tokens.
-        sample: samples a token from logits; None for greedy decoding.
+        remaining: maximum number of tokens still to generate.
+        sample: function that samples a token from logits; None for greedy decoding.
     """
 
     index: int
@@ -39,11 +39,11 @@ class _Answer:
 
 
 class Decoder:
-    """Answers prompts with a language model.
+    """Decodes answers to prompts with a language model.
 
     Args:
         end_id: id of the token that ends an answer.
-        sampling: how to sample; None for greedy decoding.
+        sampling: sampling options; None for greedy decoding.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, prompts: Iterable[torch.Tensor]) -> Iterator[tuple[int, int | None]]:
-        """Decode answers in a batch as large as rows and memory allow.
+        """Decode answers in parallel, as many as the rows and the KV cache allow.
 
         Args:
-            prompts: embeddings (T, C) of each prompt; consumed lazily.
+            prompts: embeddings (T, C) of each prompt; consumed lazily, one prompt ahead.
 
         Yields:
-            (prompt index, next token) pairs; the token is None when the answer is complete.
+            (prompt index, next token); the token is None when the answer is complete.
         """
         waiting = enumerate(prompts)
         upcoming = next(waiting, None)
@@ -85,7 +85,7 @@ class Decoder:
                     yield from self._emit(rows, row, active)
 
     def _start(self, index: int, embeddings: torch.Tensor, slot: Slot) -> _Answer:
-        """Prefill a prompt, and choose the first token of its answer."""
+        """Prefill a prompt and choose the first token of its answer."""
         sample = self.sampling.sampler(embeddings.device) if self.sampling else None
         answer = _Answer(index, slot, self.max_new_tokens, sample)
         positions = torch.arange(len(embeddings), device=embeddings.device).unsqueeze(0)
@@ -103,7 +103,7 @@ class Decoder:
     def _logits(
         self, embeddings: torch.Tensor, positions: torch.Tensor, kv_pass: Prefill | DecodeStep
     ) -> torch.Tensor:
-        """Return the logits (W, V) after the last token of (W, T, C)."""
+        """Run the language model on embeddings (W, T, C); return the logits (W, V) at the last position."""
         with cached_attention(self.language_model):
             output = self.language_model(
                 inputs_embeds=embeddings,
@@ -117,7 +117,7 @@ class Decoder:
         return output.logits[:, -1].to(embeddings.device)
 
     def _choose(self, rows: Sequence[_Answer | None], logits: torch.Tensor) -> None:
-        """Set the newest token of each answer."""
+        """Choose the next token of each answer from the logits (W, V)."""
         most_likely = logits.float().argmax(dim=-1).tolist()
         for row, answer in enumerate(rows):
             if answer is not None:
@@ -126,7 +126,7 @@ class Decoder:
     def _emit(
         self, rows: list[_Answer | None], row: int, answer: _Answer
     ) -> Iterator[tuple[int, int | None]]:
-        """Yield the newest token of the answer in a row; after the last one, free the row and yield None."""
+        """Yield the newest token of the answer in a row; if the answer ends, free the row and yield None."""
         answer.remaining = 0 if answer.token == self.end_id else answer.remaining - 1
         if answer.token != self.end_id:
             yield answer.index, answer.token

@@ -1,4 +1,4 @@
-"""Place a model on one device, or distribute its layers over several GPUs."""
+"""Place a model on one device or distribute its layers across multiple GPUs."""
 
 import torch
 from torch import nn
@@ -16,10 +16,10 @@ DeviceMap = dict[str, str | int | torch.device]
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """Return the named device; by default the GPU of this rank, or the CPU if there is none.
+    """Return the device with this name; None selects the GPU of this rank, or the CPU without GPUs.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: the device does not exist.
     """
     if name is None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -36,16 +36,16 @@ def find_device(name: str | torch.device | None) -> torch.device:
 
 
 def place(model: InternVLChatModel, device: str | torch.device | None) -> InternVLChatModel:
-    """Move a model to a device, or distribute it over all GPUs of this machine (`auto`).
+    """Move a model to a device, or distribute it across all GPUs of this node (`auto`).
 
     Raises:
-        UsageError: there is no such device, or each of several ranks would use all GPUs.
+        UsageError: the device does not exist, or `auto` is used with multiple ranks.
     """
     if device != AUTO:
         return model.to(find_device(device))
     if world_size() > 1:
         raise UsageError(
-            f"--device {AUTO} distributes the model over all GPUs, but torchrun starts one rank per GPU; "
+            f"--device {AUTO} distributes the model across all GPUs, but torchrun starts one rank per GPU; "
             "use only one of the two"
         )
     if torch.cuda.device_count() < 2:
@@ -54,21 +54,23 @@ def place(model: InternVLChatModel, device: str | torch.device | None) -> Intern
 
 
 def distribute(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatModel:
-    """Move the modules of a model to several devices; accelerate moves activations between them.
+    """Distribute the modules of a model across devices; accelerate moves the activations between them.
 
     Args:
         device_map: device of each module, as returned by `balanced_map`.
     """
     from accelerate import dispatch_model
 
-    logger.info("the model is distributed over %s", ", ".join(sorted({str(d) for d in device_map.values()})))
+    devices = ", ".join(sorted({str(device) for device in device_map.values()}))
+    logger.info("the model is distributed across %s", devices)
     return dispatch_model(model, device_map=device_map, force_hooks=True)
 
 
 def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
-    """Return a device map that balances the bytes of the decoder layers.
+    """Return a device map that splits the model by decoder layer into parts of about equal size in bytes.
 
-    Vision tower, projector and word embeddings go to the first device, final norm and head to the last.
+    The vision tower, projector and word embeddings are on the first device; the final norm and the head on
+    the last (a tied head stays with the embeddings).
     """
     llm = model.language_model
     decoder = llm.get_decoder()

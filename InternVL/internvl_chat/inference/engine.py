@@ -1,4 +1,4 @@
-"""Answer prompts of text and any number of images."""
+"""Answer prompts that contain text and any number of images."""
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,16 +26,16 @@ from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import DataError
 
-# The decoded text of a character whose last bytes are still missing.
+# Decoded text of a character whose last bytes have not been generated yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to be continued by the assistant.
+    """Conversation for the assistant to continue.
 
     Attributes:
-        messages: messages; the user's messages contain one placeholder per image.
+        messages: messages of the conversation; the user messages contain one placeholder per image.
         images: images in the order of their placeholders.
     """
 
@@ -43,15 +43,15 @@ class Prompt:
     images: Sequence[Image.Image] = ()
 
     def then(self, answer: str, question: str) -> "Prompt":
-        """Return the conversation continued by an answer and another question about the same images."""
+        """Return the conversation extended by an answer and a follow-up question about the same images."""
         return Prompt((*self.messages, Message("assistant", answer), Message("user", question)), self.images)
 
 
 def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = None) -> Prompt:
     """Return a prompt with one question.
 
-    If the question has no placeholders, the images are inserted before it; several images get the labels
-    `Fig-0`, `Fig-1`, ... of the training data. Without a system text the checkpoint's own is used.
+    If the question has no placeholders, the images are inserted before it; multiple images get the labels
+    `Fig-0`, `Fig-1`, ... of the training data. If `system` is None, the checkpoint's system prompt is used.
     """
     if images and IMAGE_PLACEHOLDER not in question:
         labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
@@ -61,7 +61,7 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
-    """Return the conversation of a record before its last supervised answer, and this answer."""
+    """Split a record into the conversation before its last supervised answer and this answer."""
     last = max(i for i, m in enumerate(record.messages) if m.role == "assistant" and m.supervised)
     messages = record.messages[:last]
     shown = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
@@ -69,12 +69,12 @@ def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt
 
 
 class Engine:
-    """A model with its tokenizer and preprocessing.
+    """Model with its tokenizer and preprocessing.
 
-    An answer depends only on its prompt, not on its batch (see `decoding`).
+    An answer depends only on its prompt, not on the batch (see `decoding`).
 
     Args:
-        model: the model on its device; it is set to evaluation mode.
+        model: model on its final device; set to evaluation mode.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class Engine:
         max_dynamic_patch: int | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> "Engine":
-        """Load a checkpoint of any format.
+        """Load a checkpoint in any supported format.
 
         Args:
-            path_or_id: folder or hub id.
-            device: device; by default the GPU of this rank; `auto` distributes the model over all GPUs.
-            dtype: dtype of the weights; by default bfloat16 on a GPU and float32 on a CPU.
+            path_or_id: folder or Hub id.
+            device: `cpu`, `cuda:0`, ..., or `auto` to use all GPUs (default: GPU of this rank if available).
+            dtype: dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU).
             base: base model of an adapter, if it has moved.
-            max_dynamic_patch: maximum number of tiles; by default the checkpoint's.
-            preprocessing: preprocessing options that replace the checkpoint's.
+            max_dynamic_patch: maximum number of tiles (default: from the checkpoint).
+            preprocessing: preprocessing options (default: from the checkpoint).
         """
         folder = model_folder(path_or_id)
         first = find_device(None if device == AUTO else device)
@@ -131,13 +131,13 @@ class Engine:
     def generate_ids(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """Answer prompts; all of them are validated first.
+        """Answer prompts, after validating all of them.
 
         Args:
-            sampling: how to sample; None for greedy decoding.
+            sampling: sampling options; None for greedy decoding.
 
         Returns:
-            The new token ids of each answer, up to and without `<|im_end|>`, in the order of the prompts.
+            The generated token ids of each answer without `<|im_end|>`, in the order of the prompts.
 
         Raises:
             DataError: a prompt exceeds the token limit, or its numbers of placeholders and images differ.
@@ -162,14 +162,15 @@ class Engine:
         """Return the answer to one question; see `ask`.
 
         Args:
-            question: the question.
-            images: decoded images, or paths of image files.
-            system: system text [the checkpoint's].
+            question: the question, with or without image placeholders.
+            images: decoded images or paths of image files.
+            system: system prompt (default: from the checkpoint).
             max_new_tokens: maximum number of tokens of the answer.
-            sampling: how to sample; None for greedy decoding.
+            sampling: sampling options; None for greedy decoding.
 
         Raises:
-            DataError: an image cannot be read, or the prompt exceeds the token limit.
+            DataError: an image cannot be read, the prompt exceeds the token limit, or the numbers of
+                placeholders and images differ.
         """
         opened = [
             image
@@ -192,10 +193,10 @@ class Engine:
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
     ) -> Iterator[tuple[int, str]]:
-        """Answer a stream of prompts greedily; each is read when it can start.
+        """Greedily decode answers for a stream of prompts, reading one prompt ahead.
 
         Yields:
-            The index of a prompt and its answer, as soon as it is complete.
+            (prompt index, answer), in order of completion.
         """
         answers: dict[int, list[int]] = {}
         inputs = (self.embed(self.encode(prompt), prompt.images) for prompt in prompts)
@@ -209,7 +210,7 @@ class Engine:
     def stream(
         self, prompt: Prompt, *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """Yield the answer to a prompt piece by piece; joined, the pieces equal the result of `answer`."""
+        """Yield the answer to a prompt in pieces; concatenated, they match the result of `answer`."""
         embeddings = self.embed(self.encode(prompt), prompt.images)
         ids: list[int] = []
         sent = ""
@@ -224,7 +225,7 @@ class Engine:
 
     @torch.no_grad()
     def embed(self, encoded: EncodedConversation, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the embeddings of ids with the features of their images inserted, (T, C)."""
+        """Return the embeddings of an encoded conversation, with its image features inserted, (T, C)."""
         features = self._features(images, encoded.grids)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
 
@@ -238,10 +239,10 @@ class Engine:
         )
 
     def encode(self, prompt: Prompt) -> EncodedConversation:
-        """Return the ids of a prompt and the tile grids of its images.
+        """Return the token ids of a prompt and the tile grids of its images.
 
         Raises:
-            DataError: see `generate_ids`.
+            DataError: the prompt exceeds the token limit, or its numbers of placeholders and images differ.
         """
         placeholders = sum(t.content.count(IMAGE_PLACEHOLDER) for t in prompt.messages if t.role == "user")
         if placeholders != len(prompt.images):
@@ -254,7 +255,7 @@ class Engine:
             raise DataError(str(problem)) from None
 
     def _features(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> torch.Tensor:
-        """Return the vision features (N, K, F) of images; those of the latest prompt are cached."""
+        """Return the vision features (N, K, F) of images; the features of the last call are cached."""
         cached_images, cached_grids, features = self._latest
         same = len(images) == len(cached_images) and all(map(operator.is_, images, cached_images))
         if not (images and same and tuple(grids) == cached_grids):

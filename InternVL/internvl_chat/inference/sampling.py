@@ -1,4 +1,4 @@
-"""Sample the next token with temperature and nucleus sampling."""
+"""Temperature and nucleus (top-p) sampling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from internvl_chat.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample tokens; each answer has its own random generator and does not depend on other prompts.
+    """Sampling options. Each answer has its own random generator, so it does not depend on other prompts.
 
     Attributes:
-        temperature: divisor of the logits; below 1 it favours the most likely tokens.
-        top_p: sample from the most likely tokens with at least this total probability.
-        seed: seed of each answer; None for a different answer each time.
+        temperature: divisor of the logits; values below 1 favor the most likely tokens.
+        top_p: sample from the smallest set of most likely tokens with at least this total probability.
+        seed: seed of the generator of each answer; None for a random seed.
     """
 
     temperature: float = 1.0
@@ -34,7 +34,7 @@ class Sampling:
             raise UsageError(problems)
 
     def sampler(self, device: torch.device) -> Callable[[torch.Tensor], int]:
-        """Return a function that samples a token of one answer from logits (V,)."""
+        """Return a function that samples the tokens of one answer, each from logits (V,)."""
         generator = torch.Generator(device)
         if self.seed is None:
             generator.seed()
@@ -42,7 +42,7 @@ class Sampling:
             generator.manual_seed(self.seed)
         warp = LogitsProcessorList([TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)])
 
-        no_ids: Any = None  # these processors need no tokens
+        no_ids: Any = None  # ignored by these processors
 
         def sample(logits: torch.Tensor) -> int:
             scores = warp(no_ids, logits.float().unsqueeze(0))

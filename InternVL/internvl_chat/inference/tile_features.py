@@ -1,4 +1,4 @@
-"""Compute vision features in batches of tiles, to bound memory."""
+"""Compute vision features in batches of tiles to limit memory use."""
 
 import torch
 
@@ -14,9 +14,9 @@ def tile_features(model: InternVLChatModel, tiles: torch.Tensor, normalization: 
     """Return the vision features of tiles, without gradients.
 
     Args:
-        model: model on the device of the tiles.
+        model: model on the same device as the tiles.
         tiles: (N, S, S, 3) uint8; N may be 0.
-        normalization: name of the pixel statistics.
+        normalization: one of `NORMALIZATIONS`.
 
     Returns:
         (N, K, F).

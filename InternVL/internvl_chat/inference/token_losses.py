@@ -8,11 +8,11 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 @torch.no_grad()
 def pack_losses(model: InternVLChatModel, pack: Pack, normalization: str) -> list[torch.Tensor]:
-    """Return the losses of each record's supervised tokens, float32 on the CPU.
+    """Return the losses of the supervised tokens of each record, in float32 on the CPU.
 
     Args:
         model: model in evaluation mode.
-        normalization: name of the pixel statistics.
+        normalization: one of `NORMALIZATIONS`.
     """
     device = next(model.parameters()).device
     pixels = pack.pixel_values(device, normalization, model.pixel_dtype)

@@ -1,4 +1,4 @@
-"""Assemble a new model from a vision tower, a language model and optionally a projector."""
+"""Assemble a new model from a vision tower, a language model and an optional projector."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from internvl_chat.utils.errors import ModelError
 def assembled_config(
     vision_folder: Path, llm_folder: Path, downsample_ratio: float, drop_path_rate: float = 0.0
 ) -> InternVLChatConfig:
-    """Return the configuration of `assemble_model`'s result, without reading weights.
+    """Return the configuration of the model that `assemble_model` builds, without reading weights.
 
     Raises:
-        ModelError: the configuration of a part is missing or invalid.
+        ModelError: a part's configuration is missing or invalid.
     """
     raw = {
         "model_type": "internvl_chat",
@@ -46,13 +46,13 @@ def assemble_model(
 
     Args:
         vision_folder: InternViT with `config.json` and weights; the prefix `vision_model.` is optional.
-        llm_folder: a causal language model in transformers' format.
-        mlp_file: projector weights, the prefix `mlp1.` is optional; None for random weights.
-        attn: a result of `resolve_attention`.
+        llm_folder: causal language model in transformers' format.
+        mlp_file: projector weights (the prefix `mlp1.` is optional); None for random initialization.
+        attn: attention implementation, as returned by `resolve_attention`.
         drop_path_rate: stochastic depth rate of the vision tower.
 
     Raises:
-        ModelError: a part is missing or does not fit.
+        ModelError: a part is missing, or its weights do not match its configuration.
     """
     config = assembled_config(vision_folder, llm_folder, downsample_ratio, drop_path_rate)
     model = empty_model(config, image_context_id, dtype, attn)

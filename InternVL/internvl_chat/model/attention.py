@@ -1,4 +1,4 @@
-"""Attention for packed records and for tiles, and the choice of its implementation.
+"""Attention for packed records and for image tiles, and selection of its implementation.
 
 Shapes: B rows, H query heads, K key/value heads, L tokens, D features per head, S = number of segments + 1.
 """
@@ -24,10 +24,10 @@ _SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 
 def pinned_sdpa(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which SDPA on a GPU uses the flash, efficient or math kernel, in this order.
+    """Return a context that restricts SDPA on a GPU to the flash, efficient and math kernels, in this order.
 
-    cuDNN is excluded, because it takes about 30 ms to plan each new shape (number of tiles, key length). On
-    other devices the context does nothing.
+    cuDNN is excluded because planning each new shape (number of tiles, key length) takes it about 30 ms. On
+    other devices, the context does nothing.
     """
     return sdpa_kernel(_SDPA_BACKENDS, set_priority=True) if device.type == "cuda" else nullcontext()
 
@@ -35,14 +35,14 @@ def pinned_sdpa(device: torch.device) -> AbstractContextManager[object]:
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """Return the attention implementation for a device: one of `ATTENTION_NAMES` except `auto`.
 
-    `auto` selects flash-attn if it is installed and the GPU supports it, and otherwise `varlen`: torch's own
-    flash kernel on a GPU, SDPA record by record elsewhere.
+    `auto` selects flash-attn if it is installed and supports the GPU and dtype, otherwise `varlen`: torch's
+    own flash kernel if the GPU supports it, else attention record by record.
 
     Args:
         name: one of `ATTENTION_NAMES`.
 
     Raises:
-        UsageError: the name is unknown, or the hardware or the installation does not support it.
+        UsageError: the name is unknown, or the device, dtype or installation does not support it.
     """
     if name not in ATTENTION_NAMES:
         raise UsageError(f"--attn {name!r} is unknown; choose one of {', '.join(ATTENTION_NAMES)}")
@@ -55,11 +55,11 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torc
 
 
 def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the flash-attn package cannot run on the device; None if it can."""
+    """Return the reason why the flash-attn package cannot be used; None if it can."""
     if device.type != "cuda":
         return f"needs an NVIDIA GPU, but this run is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return "computes in half precision only, but this run is in float32"
+        return "supports half precision only, but this run uses float32"
     if find_spec("flash_attn") is None:
         return "needs the package flash-attn (pip install 'm3llm[flash]')"
     major, minor = torch.cuda.get_device_capability(device)
@@ -68,7 +68,7 @@ def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str |
     return None
 
 
-# A compiled graph cannot depend on the bounds of the segments.
+# The segment boundaries vary from pack to pack, so they cannot be part of a compiled graph.
 @torch.compiler.disable
 def varlen_attention(
     module: torch.nn.Module,
@@ -86,19 +86,19 @@ def varlen_attention(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment of a packed row, in transformers' calling convention.
+    """Compute attention within each segment of a packed row, in transformers' calling convention.
 
     Args:
         query: (B, H, L, D); B is 1 with `cu_seq_lens_q`.
         key: (B, K, L, D).
         value: (B, K, L, D).
         attention_mask: must be None; segments are the only mask.
-        scaling: factor of the scores; 1 / sqrt(D) by default.
-        dropout: probability of dropping an attention weight.
-        cu_seq_lens_q: (S,) int32, start of each segment and end of the last; None: each row is a segment.
-        max_length_q: tokens of the longest segment.
-        is_causal: overrides the layer's own setting.
-        sliding_window: number of tokens that a token attends to, itself included.
+        scaling: scaling factor of the attention scores (default: 1 / sqrt(D)).
+        dropout: attention dropout probability.
+        cu_seq_lens_q: (S,) int32, start of each segment and end of the last one; None: each row is a segment.
+        max_length_q: length of the longest segment in tokens.
+        is_causal: whether attention is causal (default: the layer's `is_causal`, or True).
+        sliding_window: number of tokens that a token attends to, including itself.
         softcap: must be None; not supported.
         s_aux: must be None; attention sinks are not supported.
 
@@ -136,7 +136,7 @@ def _sdpa(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Run SDPA on one segment; (B, H, L, D), (B, K, L, D), (B, K, L, D) -> (B, H, L, D)."""
+    """Run SDPA on one segment: (B, H, L, D), (B, K, L, D), (B, K, L, D) -> (B, H, L, D)."""
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     length = query.shape[2]
     mask = None
@@ -149,19 +149,19 @@ def _sdpa(
 
 
 def _prefers_blocks(query: torch.Tensor, dropout: float) -> bool:
-    """Return whether blocked attention is faster than SDPA: in bfloat16 on a CPU, by up to a factor of 2."""
+    """Return whether blocked attention is faster than SDPA (in bfloat16 on a CPU, by up to a factor of 2)."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0
 
 
 def _band(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
-    """Return the mask of a sliding window, (L, L) bool."""
+    """Return the sliding-window mask, (L, L) bool."""
     distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     near = distance < window
     return near & (distance >= 0) if causal else near & (distance > -window)
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Repeat the K key/value heads of (B, K, L, D) to H query heads."""
+    """Repeat the key/value heads to match the query heads: (B, K, L, D) -> (B, H, L, D)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
@@ -191,10 +191,10 @@ def _flash_varlen(
         query: (1, H, L, D).
         key: (1, K, L, D).
         value: (1, K, L, D).
-        cu_seq_lens: (S,) int32, bounds of the segments.
-        max_length: tokens of the longest segment.
-        window: number of tokens visible to the left and to the right; -1 for all.
-        scaling: factor of the scores.
+        cu_seq_lens: (S,) int32, segment boundaries.
+        max_length: length of the longest segment in tokens.
+        window: number of visible tokens to the left and to the right; -1 for all.
+        scaling: scaling factor of the attention scores.
 
     Returns:
         (1, H, L, D).
@@ -217,14 +217,14 @@ AttentionInterface.register(VARLEN, varlen_attention)
 def bidirectional_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, name: str, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Full attention within each row, for the vision tower.
+    """Compute full (bidirectional) attention within each row, for the vision tower.
 
     Args:
         query: (B, H, L, D).
         key: (B, H, L, D).
         value: (B, H, L, D).
-        name: a result of `resolve_attention`; `varlen` means SDPA here.
-        dropout: probability of dropping an attention weight.
+        name: attention implementation, as returned by `resolve_attention`; `varlen` uses SDPA here.
+        dropout: attention dropout probability.
 
     Returns:
         (B, H, L, D).

@@ -1,6 +1,6 @@
-"""The configuration of an InternVL-Chat checkpoint, read from and written to `config.json`.
+"""Configuration of an InternVL-Chat checkpoint, read from and written to `config.json`.
 
-Unknown keys are preserved for other software.
+Unknown keys are preserved, because other software may need them.
 """
 
 import copy
@@ -18,7 +18,7 @@ from internvl_chat.utils.errors import ModelError
 MODEL_TYPE = "internvl_chat"
 ARCHITECTURE = "InternVLChatModel"
 
-# Written by the library that saved the file; must not influence how the model is built.
+# Keys added by the library that saved the file; they must not affect how the model is built.
 _NOT_FOR_THE_LLM = (
     "_attn_implementation_autoset",
     "_name_or_path",
@@ -34,7 +34,7 @@ _NOT_FOR_THE_LLM = (
 
 @dataclass
 class InternVisionConfig:
-    """Shape of the InternViT tower, with the reference's field names and defaults (InternViT-6B)."""
+    """Configuration of the InternViT vision tower, with the reference's field names and defaults."""
 
     hidden_size: int = 3200
     num_hidden_layers: int = 48
@@ -56,7 +56,7 @@ class InternVisionConfig:
 
     @property
     def grid(self) -> int:
-        """Number of patches per side of a tile."""
+        """Number of patches along each side of a tile."""
         return self.image_size // self.patch_size
 
 
@@ -65,8 +65,8 @@ class InternVLChatConfig:
     """Configuration of the full model, with the field names of the reference's `config.json`.
 
     Attributes:
-        llm_config: configuration of the language model, as read from the file.
-        raw: the full dictionary, as read from the file.
+        llm_config: configuration of the language model as stored in the file.
+        raw: full content of the file.
     """
 
     vision_config: InternVisionConfig
@@ -105,7 +105,7 @@ class InternVLChatConfig:
         """Build the configuration from the content of a `config.json`.
 
         Raises:
-            ModelError: it is not an InternVL-Chat configuration, or values are invalid (lists all of them).
+            ModelError: not an InternVL-Chat configuration, or invalid values; the message lists all of them.
         """
         if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:
             found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
@@ -123,14 +123,14 @@ class InternVLChatConfig:
         try:
             problems = config.problems()
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            problems = [f"a value has the wrong type: {error}"]
+            problems = [f"invalid value: {error}"]
         if problems:
             raise ModelError(f"{source}: " + "; ".join(problems))
         return config
 
     @classmethod
     def from_folder(cls, folder: Path) -> "InternVLChatConfig":
-        """Read `config.json` of a checkpoint folder."""
+        """Read the `config.json` in a checkpoint folder."""
         file = Path(folder) / "config.json"
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
@@ -141,11 +141,12 @@ class InternVLChatConfig:
         return cls.from_dict(raw, source=str(file))
 
     def problems(self) -> list[str]:
-        """Return the inconsistencies of this configuration, one sentence each."""
+        """Return a message for each invalid value or inconsistency."""
         vision, problems = self.vision_config, []
         if vision.hidden_size % vision.num_attention_heads:
             problems.append(
-                f"vision width {vision.hidden_size} is not a multiple of {vision.num_attention_heads} heads"
+                f"vision hidden_size {vision.hidden_size} is not a multiple of num_attention_heads "
+                f"{vision.num_attention_heads}"
             )
         if vision.norm_type not in ("layer_norm", "rms_norm"):
             problems.append(f"vision norm_type {vision.norm_type!r} is neither 'layer_norm' nor 'rms_norm'")
@@ -153,7 +154,7 @@ class InternVLChatConfig:
             problems.append(f"ps_version {self.ps_version!r} is neither 'v1' nor 'v2'")
         if not -vision.num_hidden_layers - 1 <= self.select_layer <= vision.num_hidden_layers:
             problems.append(
-                f"select_layer {self.select_layer} is outside the {vision.num_hidden_layers} layers"
+                f"select_layer {self.select_layer} is out of range for {vision.num_hidden_layers} layers"
             )
         side = (self.image_size // vision.patch_size) * self.downsample_ratio
         if side != int(side) or side < 1:
@@ -164,12 +165,12 @@ class InternVLChatConfig:
         return problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `config.json`, unknown keys included."""
+        """Return the content of `config.json`, including unknown keys."""
         out = copy.deepcopy(self.raw)
         vision = out.get("vision_config", {}) | dataclasses.asdict(self.vision_config)
         out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "raw"}
         out["vision_config"] = vision
-        out["llm_config"] = _in_reference_terms(self.llm_config)
+        out["llm_config"] = _with_reference_keys(self.llm_config)
         out["model_type"] = MODEL_TYPE
         out["architectures"] = [ARCHITECTURE]
         out.setdefault("hidden_size", self.hidden_size)
@@ -177,11 +178,11 @@ class InternVLChatConfig:
         return out
 
     def to_json_string(self) -> str:
-        """Return `config.json` as text."""
+        """Return the content of `config.json` as JSON text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def build_llm_config(self) -> PretrainedConfig:
-        """Return the language model's configuration as a transformers object.
+        """Return the language model's configuration as a transformers `PretrainedConfig`.
 
         Raises:
             ModelError: transformers has no causal language model of this type.
@@ -197,11 +198,11 @@ class InternVLChatConfig:
         return AutoConfig.for_model(model_type, **options)
 
 
-def _in_reference_terms(llm: dict[str, Any]) -> dict[str, Any]:
-    """Return a language model's configuration with the keys that the reference reads.
+def _with_reference_keys(llm: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a language model's configuration with the keys that the reference needs.
 
-    transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`, without which the
-    reference would use the default frequencies.
+    transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`. Without these two, the
+    reference would use the default RoPE frequencies.
     """
     out = copy.deepcopy(llm)
     rope = out.get("rope_parameters")

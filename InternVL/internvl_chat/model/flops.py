@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and the peak of the hardware."""
+"""FLOPs of a training step, and the peak FLOP/s of the hardware."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
-# Dense bf16 peak in FLOP/s by part of the device name (data sheets, without sparsity).
+# Substring of the device name and dense bf16 peak in FLOP/s (from data sheets, without sparsity).
 _PEAKS = (
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
@@ -25,7 +25,7 @@ _PEAKS = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of a device in FLOP/s; None if unknown."""
+    """Return the dense bf16 peak FLOP/s of a device; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -34,15 +34,15 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class FlopCounter:
-    """FLOPs of the forward pass per unit of work, and the cost of training in forward passes.
+    """FLOPs of the forward pass by component, and the cost of training as a multiple of the forward pass.
 
     Attributes:
-        decoder: per token, in the matrices of the language model that run for every token.
-        attention: per pair of a token and one that it attends to.
-        supervised: per supervised token, in the matrices that run for no other: head and last MLP.
+        decoder: per token, in the language-model weights applied to all tokens.
+        attention: per pair of a token and a token that it attends to.
+        supervised: per supervised token, in the weights applied only there (head; with kernels, last MLP).
         tile: per tile, in the vision tower.
         projector: per tile, in `mlp1`.
-        llm_passes: cost of training the language model: 1 forward only, 2 frozen weights, 3 trained weights.
+        llm_passes: language model: 1 for forward only, 2 if gradients pass through it, 3 if it is trained.
         vision_passes: the same for the vision tower.
         projector_passes: the same for `mlp1`.
     """
@@ -57,12 +57,12 @@ class FlopCounter:
     projector_passes: int
 
     def step(self, lengths: list[int], supervised: int, tiles: int) -> float:
-        """Return the FLOPs of a step on records of these lengths, without recomputed activations."""
+        """Return the FLOPs of a step on records with these lengths, excluding recomputed activations."""
         pairs = sum(n * (n + 1) / 2 for n in lengths)
         return self._count(sum(lengths), pairs, supervised, tiles)
 
     def records(self, tokens: np.ndarray, supervised: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-        """Return the FLOPs of training on each record; all arrays have one entry per record."""
+        """Return the training FLOPs of each record; all arrays have one entry per record."""
         tokens = tokens.astype(np.float64)
         return self._count(tokens, tokens * (tokens + 1) / 2, supervised, tiles)
 
@@ -73,7 +73,7 @@ class FlopCounter:
 
 
 def count_flops(model: InternVLChatModel) -> FlopCounter:
-    """Count the FLOPs of a model whose trainable parameters have been chosen."""
+    """Count the FLOPs of a model, after `set_trainable`."""
     vision, llm = model.config.vision_config, model.language_model
     embeddings, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
     last_mlp = _matrix_size(llm.get_decoder().layers[-1].mlp) if has_supervised_head(model) else 0
@@ -103,5 +103,5 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
 
 
 def _matrix_size(module: nn.Module) -> int:
-    """Return the number of elements of a module's weight matrices, without adapters."""
+    """Return the number of elements in a module's weight matrices, without adapters."""
     return sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and ".lora_" not in name)

@@ -1,4 +1,4 @@
-"""Estimate training memory in bytes: activations per pack, and the rest by parallel layout.
+"""Estimate training memory in bytes: activations of a pack, and weights, gradients and optimizer per rank.
 
 Activation sizes are measured from the tensors that autograd saves in one decoder layer and the vision tower.
 """
@@ -15,17 +15,17 @@ from torch import nn
 from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
-# Record lengths at which a layer is measured; two lengths separate the linear from the quadratic part.
+# Record lengths at which a layer is measured; two are needed to separate the linear and quadratic terms.
 _PROBE_LENGTHS = (256, 512)
-# DeepSpeed's defaults for the number of parameters that ZeRO-3 gathers.
+# DeepSpeed's default limits on the number of parameters that ZeRO-3 gathers.
 _ZERO3_GATHERED = {"max_live_parameters": 1e9, "prefetch_bucket_size": 5e7}
 
-# Memory that does not depend on the pack.
+# Components whose memory does not depend on the pack.
 COMPONENTS = ("weights", "gradients", "optimizer state", "optimizer scratch", "communication buffers")
 
 
 class PackSize(NamedTuple):
-    """Counts that determine a pack's memory, as numbers or arrays.
+    """Counts that determine a pack's memory: numbers, or arrays for multiple packs.
 
     `squares` is the sum of the squared record lengths.
     """
@@ -38,16 +38,16 @@ class PackSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of activations per token, supervised token and tile of a pack.
+    """Activation memory in bytes, per token, supervised token and tile of a pack.
 
     Attributes:
         layers: number of decoder layers.
         layer_token: activations of a decoder layer, per token.
         layer_square: activations of a decoder layer, per squared record length.
-        input_token: input of a decoder layer, per token; a checkpointed layer saves nothing else.
-        supervised: logits and hidden state, per supervised token.
+        input_token: input of a decoder layer, per token; a checkpointed layer saves only its input.
+        supervised: logits and hidden states, per supervised token.
         tile: image features and activations of a trained vision tower, per tile.
-        checkpointed_tile: the same with activation checkpointing.
+        checkpointed_tile: the same as `tile`, with activation checkpointing.
     """
 
     layers: int
@@ -59,10 +59,10 @@ class Activations:
     checkpointed_tile: float
 
     def for_pack(self, pack: PackSize, checkpointed: int) -> dict[str, Any]:
-        """Return the bytes of a pack by component, given the number of checkpointed decoder layers."""
+        """Return the bytes of a pack, keyed by component, with `checkpointed` checkpointed decoder layers."""
         layer = self.layer_token * pack.tokens + self.layer_square * pack.squares
-        # The backward pass recomputes one checkpointed layer at a time and holds one layer's activation
-        # gradients.
+        # The backward pass recomputes one checkpointed layer at a time and keeps the activation gradients of
+        # one layer.
         in_memory = self.layers - checkpointed + (checkpointed > 0) + 1
         return {
             "activations": in_memory * layer + checkpointed * self.input_token * pack.tokens,
@@ -74,7 +74,7 @@ class Activations:
 def measure_activations(model: InternVLChatModel, device: torch.device) -> Activations:
     """Measure a model's activations on the training device.
 
-    The model may still be on another device, on which its kernels may not run.
+    The model itself may still be on a different device, even one that its kernels do not support.
     """
     llm = model.language_model
     itemsize, hidden = model.projector_weight.element_size(), llm.config.hidden_size
@@ -95,14 +95,14 @@ def measure_activations(model: InternVLChatModel, device: torch.device) -> Activ
 
 
 def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
-    """Return the activations of a decoder layer per token and per squared record length."""
+    """Return the activation bytes of a decoder layer per token and per squared record length."""
     decoder = model.language_model.get_decoder()
     layer = _on_device(decoder.layers[0], device)
     dtype, saved = next(layer.parameters()).dtype, []
     for tokens in _PROBE_LENGTHS:
         x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
         positions = torch.arange(tokens, device=device).unsqueeze(0)
-        # A packed row with a single record.
+        # A packed row with one record.
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         inputs: dict[str, Any] = {"attention_mask": None, "position_ids": positions}
         inputs["position_embeddings"] = decoder.rotary_emb(x, positions)
@@ -114,7 +114,7 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
 
 
 def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
-    """Return the activations of the vision tower per tile, without and with activation checkpointing."""
+    """Return the activation bytes of the vision tower per tile, without and with activation checkpointing."""
     if model.vision_is_frozen:
         return 0.0, 0.0
     tower, config = _on_device(model.vision_model, device), model.vision_model.config
@@ -125,12 +125,12 @@ def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float
 
 
 def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return the module if it is on the device, otherwise a copy of it on the device."""
+    """Return the module itself if it is on the device, otherwise a copy on the device."""
     return module if next(module.parameters()).device == device else copy.deepcopy(module).to(device)
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
-    """Return the bytes that autograd saves during a call, excluding the module's own parameters."""
+    """Return the bytes that autograd saves for backward during a call, excluding the module's parameters."""
     saved: set[torch.UntypedStorage] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,28 +154,30 @@ def parallel_memory(
     several_packs: bool,
     zero: Mapping[str, Any],
 ) -> dict[str, int]:
-    """Return the memory of a rank by component: weights, gradients, optimizer and communication.
+    """Return the memory per rank in bytes, without activations, keyed by component (see `COMPONENTS`).
 
     Args:
-        model: model whose trainable parameters have been chosen.
+        model: model, after `set_trainable`.
         parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
-        optimizer_state: bytes of the unsharded optimizer state; not used with DeepSpeed.
-        optimizer_scratch: temporary bytes of an optimizer step; not used with DeepSpeed.
-        several_packs: whether gradients are accumulated over several packs.
-        zero: the `zero_optimization` section of the DeepSpeed configuration.
+        world_size: number of ranks.
+        optimizer_state: bytes of the unsharded optimizer state; ignored with DeepSpeed.
+        optimizer_scratch: temporary bytes of an optimizer step; ignored with DeepSpeed.
+        several_packs: whether gradients are accumulated over multiple packs per step.
+        zero: `zero_optimization` section of the DeepSpeed configuration.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
     weights, gradients = _size(model.parameters()), _size(trained)
     if parallel == "ddp":
-        # Gradients are views of DDP's buckets and are copied there one at a time, but all packs except the
-        # last accumulate them outside the buckets.
+        # Gradients are views of DDP's buckets and are copied there one at a time. With gradient accumulation,
+        # all packs except the last accumulate outside the buckets.
         buffers = gradients if several_packs else max(p.nbytes for p in trained)
     elif parallel == "fsdp":
         layers = model.blocks
         inside = {p for layer in layers for p in layer.parameters()}
         root = [p for p in model.parameters() if p not in inside]
-        # The root module stays unsharded for the full pass. Gradients are unsharded until they are reduced,
-        # after each layer of the last pack. Buffers hold three layers: in use, being gathered, being reduced.
+        # The root module stays unsharded for the entire pass. A layer's gradients are unsharded until they
+        # are reduced, which happens in the last pack only. The buffers hold three layers: one in use, one
+        # being gathered and one being reduced.
         unreduced = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
         reduced = gradients // ranks + _size(p for p in root if p.requires_grad)
         gradients = unreduced + (gradients if several_packs else reduced)
@@ -200,7 +202,7 @@ def _deepspeed_memory(
         return model.config.hidden_size**2 if value == "auto" else int(float(value))
 
     weights, gradients = shard(_size(model.parameters()), 3), shard(_size(trained), 2)
-    # DeepSpeed holds float32 master weights and moments, and casts the gradients to float32 in a step.
+    # DeepSpeed keeps float32 master weights and moments and casts the gradients to float32 for the update.
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
     buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
     buffers = buckets * min(elements("reduce_bucket_size", 5e8), numel)

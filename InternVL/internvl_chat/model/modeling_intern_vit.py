@@ -1,4 +1,4 @@
-"""InternViT, the vision tower, with the reference's parameter names.
+"""The InternViT vision tower, with the reference's parameter names.
 
 Shapes: N tiles, S pixels per side, P = (S / patch size)^2 patches, C features, H heads, D = C / H.
 """
@@ -15,13 +15,13 @@ from internvl_chat.model.configuration import InternVisionConfig
 
 
 def _norm(config: InternVisionConfig) -> nn.Module:
-    """Return the normalization layer of the configuration."""
+    """Return the normalization layer selected by `norm_type`."""
     cls = LlamaRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return cls(config.hidden_size, eps=config.layer_norm_eps)
 
 
 def _drop_path(rate: float) -> nn.Module:
-    """Return timm's stochastic depth, or the identity at rate 0, as timm takes seconds to import."""
+    """Return timm's DropPath (stochastic depth); at rate 0 the identity, because importing timm is slow."""
     if rate == 0:
         return nn.Identity()
     from timm.layers import DropPath
@@ -30,7 +30,7 @@ def _drop_path(rate: float) -> nn.Module:
 
 
 class InternVisionEmbeddings(nn.Module):
-    """Patch embeddings, a class token and learned positions."""
+    """Patch embeddings with a class token and learned position embeddings."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class InternVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.randn(1, 1 + config.grid**2, width))
 
     def positions(self, height: int, width: int) -> torch.Tensor:
-        """Return the position embedding of a grid of patches, interpolated unless it is the trained grid."""
+        """Return the position embeddings of a patch grid, interpolated if it differs from `self.grid`."""
         if (height, width) == (self.grid, self.grid):
             return self.position_embedding
         cls, patches = self.position_embedding[:, :1], self.position_embedding[:, 1:]
@@ -57,14 +57,14 @@ class InternVisionEmbeddings(nn.Module):
 
 
 def _resize_grid(patches: torch.Tensor, grid: int, height: int, width: int) -> torch.Tensor:
-    """Interpolate the positions of a square grid (bicubic), (1, grid^2, C) -> (1, height * width, C)."""
+    """Interpolate the position embeddings of a square grid, (1, grid^2, C) -> (1, height * width, C)."""
     image = patches.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
     return image.flatten(2).transpose(1, 2).to(patches.dtype)
 
 
 class InternAttention(nn.Module):
-    """Self-attention among the tokens of a tile, optionally with normalized queries and keys."""
+    """Self-attention within a tile, optionally with normalized queries and keys."""
 
     def __init__(self, config: InternVisionConfig, attn: str) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class InternAttention(nn.Module):
 
 
 class InternMLP(nn.Module):
-    """The MLP of a block."""
+    """Two-layer MLP of a transformer block."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class InternMLP(nn.Module):
 
 
 class InternVisionEncoderLayer(nn.Module):
-    """A pre-norm transformer block with layer scale and stochastic depth."""
+    """Pre-norm transformer block with layer scale and stochastic depth."""
 
     def __init__(self, config: InternVisionConfig, attn: str, drop_path_rate: float) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class InternVisionEncoderLayer(nn.Module):
 
 
 class InternVisionEncoder(nn.Module):
-    """The transformer blocks; the stochastic depth rate grows linearly from 0 to the configured rate."""
+    """Transformer blocks; the stochastic depth rate increases linearly from 0 to the configured rate."""
 
     def __init__(self, config: InternVisionConfig, attn: str) -> None:
         super().__init__()
@@ -132,10 +132,10 @@ class InternVisionEncoder(nn.Module):
 
 
 class InternVisionModel(nn.Module):
-    """InternViT.
+    """InternViT vision tower.
 
     Args:
-        attn: a result of `resolve_attention`.
+        attn: attention implementation, as returned by `resolve_attention`.
     """
 
     def __init__(self, config: InternVisionConfig, attn: str = "sdpa") -> None:
@@ -146,11 +146,11 @@ class InternVisionModel(nn.Module):
         self.encoder = InternVisionEncoder(config, attn)
 
     def forward(self, pixel_values: torch.Tensor, select_layer: int = -1) -> torch.Tensor:
-        """Return a hidden state, class token first; the layers after it do not run.
+        """Return the hidden state at `select_layer`, class token first; later layers do not run.
 
         Args:
             pixel_values: normalized tiles (N, 3, S, S).
-            select_layer: index of the hidden state; 0 is the embedding, -1 the output of the last layer.
+            select_layer: index of the hidden state; 0 for the embeddings, -1 for the last layer's output.
 
         Returns:
             (N, 1 + P, C).
@@ -169,7 +169,7 @@ class InternVisionModel(nn.Module):
 
     @torch.no_grad()
     def resize_positions(self, image_size: int) -> None:
-        """Resize the position embedding for tiles of another size in pixels, as the reference does."""
+        """Interpolate the position embeddings for a different tile size in pixels, as in the reference."""
         grid = image_size // self.config.patch_size
         self.config.image_size = image_size
         embeddings = self.embeddings

@@ -1,4 +1,4 @@
-"""InternVL-Chat: the vision tower and projector turn tiles into tokens for the language model.
+"""InternVL-Chat: a vision tower and a projector turn image tiles into tokens for a language model.
 
 Shapes: N tiles, S pixels per side, K tokens per tile, F vision features per token, B rows, T tokens per row,
 C hidden size of the language model, U supervised tokens, V vocabulary.
@@ -21,12 +21,12 @@ from internvl_chat.model.projector import build_projector, pixel_shuffle
 
 @dataclass
 class InternVLOutput(ModelOutput):
-    """The output of a forward pass.
+    """Output of a forward pass.
 
     Attributes:
-        loss: weighted sum of `token_losses`; without weights their mean.
+        loss: weighted sum of `token_losses`, or their mean if no weights are given.
         token_losses: (U,) cross-entropy of each supervised token.
-        logits: (B, T, V), only without labels.
+        logits: (B, T, V), only if no labels are given.
     """
 
     loss: torch.Tensor | None = None
@@ -35,11 +35,11 @@ class InternVLOutput(ModelOutput):
 
 
 class InternVLChatModel(nn.Module):
-    """The reference's model, with its parameter names: `vision_model`, `mlp1`, `language_model`.
+    """InternVL-Chat with the reference's parameter names (`vision_model`, `mlp1`, `language_model`).
 
     Args:
-        image_context_id: id of `<IMG_CONTEXT>`, the token whose embedding the image features replace.
-        attn: a result of `resolve_attention`, for vision tower and language model.
+        image_context_id: id of `<IMG_CONTEXT>`, whose embeddings are replaced with image features.
+        attn: attention implementation of the vision tower and the language model (see `resolve_attention`).
     """
 
     def __init__(self, config: InternVLChatConfig, image_context_id: int, attn: str = "sdpa") -> None:
@@ -54,29 +54,29 @@ class InternVLChatModel(nn.Module):
         )
         # `apply_kernels` may replace it.
         self.loss_function = next_token_losses
-        # Set where all ranks must run the same modules (ZeRO-3, FSDP).
+        # True if all ranks must run the same modules (ZeRO-3, FSDP).
         self.always_run_vision = False
-        # Modules that an adapter stores in full, because their weights differ from those of its base.
+        # Modules that an adapter must store in full because their weights differ from the base model.
         self.replaced_modules: set[str] = set()
 
     @property
     def pixel_dtype(self) -> torch.dtype:
-        """The dtype of the vision tower's input."""
+        """Dtype of the vision tower's input."""
         return self.vision_model.embeddings.patch_embedding.weight.dtype
 
     @property
     def projector_weight(self) -> torch.Tensor:
-        """The first weight of `mlp1`."""
+        """First weight of `mlp1` (its LayerNorm)."""
         return self.mlp1.get_parameter("0.weight")
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether the vision tower has no trainable parameter."""
+        """Whether the vision tower has no trainable parameters."""
         return not any(p.requires_grad for p in self.vision_model.parameters())
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of vision tower and language model."""
+        """Transformer blocks of the vision tower and the language model."""
         return [*self.vision_model.encoder.layers, *self.language_model.get_decoder().layers]
 
     def train(self, mode: bool = True) -> "InternVLChatModel":
@@ -87,9 +87,9 @@ class InternVLChatModel(nn.Module):
         return self
 
     def checkpoint_layers(self, count: int) -> None:
-        """Use activation checkpointing in `count` decoder layers, evenly spaced.
+        """Enable activation checkpointing in `count` evenly spaced decoder layers.
 
-        A trained vision tower uses it in all blocks, unless `count` is 0.
+        If `count` is above 0, all blocks of a trained vision tower are checkpointed, too.
         """
         llm = self.language_model
         # transformers renamed the method after 5.17.
@@ -101,12 +101,12 @@ class InternVLChatModel(nn.Module):
         self.vision_model.gradient_checkpointing = count > 0
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the transformer blocks for rows of any length; parameter names stay the same."""
+        """Compile the transformer blocks with dynamic sequence lengths; parameter names do not change."""
         for layer in self.blocks:
             layer.compile(backend=backend, dynamic=True)
 
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run vision tower and pixel shuffle, (N, 3, S, S) -> (N, K, F); no autograd graph if frozen."""
+        """Run the vision tower and pixel shuffle, (N, 3, S, S) -> (N, K, F); no autograd graph if frozen."""
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             x = self.vision_model(pixel_values, config.select_layer)[:, 1:]
@@ -116,9 +116,9 @@ class InternVLChatModel(nn.Module):
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode normalized tiles, (N, 3, S, S) -> (N, K, C).
 
-        Without tiles a frozen tower does not run, but `mlp1` does, so that its gradients are zero, not None.
-        The optimizer then applies momentum and weight decay to it, as in the reference, which encodes a blank
-        tile.
+        Without tiles, `mlp1` still runs so that its gradients are zero instead of None. The optimizer then
+        applies momentum and weight decay to it, as in the reference, which encodes a blank tile. The vision
+        tower runs on a blank tile if it is trained or `always_run_vision` is set.
         """
         if len(pixel_values):
             return self.mlp1(self.vision_features(pixel_values))
@@ -128,7 +128,7 @@ class InternVLChatModel(nn.Module):
         return self.mlp1(self.empty_features())
 
     def empty_features(self) -> torch.Tensor:
-        """Return vision features of zero tiles, (0, K, F)."""
+        """Return empty vision features (no tiles), (0, K, F)."""
         config = self.config
         width = int(config.vision_config.hidden_size / config.downsample_ratio**2)
         return self.projector_weight.new_zeros(0, config.tokens_per_tile, width)
@@ -140,19 +140,20 @@ class InternVLChatModel(nn.Module):
         vision_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embed text, and replace the embeddings of `<IMG_CONTEXT>` by image features.
+        """Embed tokens and replace the embeddings of `<IMG_CONTEXT>` with image features.
 
         Args:
             input_ids: (B, T).
-            pixel_values: tiles of all rows in order, (N, 3, S, S); N may be 0.
-            vision_features: precomputed features (N, K, F) instead of `pixel_values`.
-            image_positions: positions of `<IMG_CONTEXT>` in the flattened rows; computed if not given.
+            pixel_values: normalized tiles of all rows in order, (N, 3, S, S); N may be 0.
+            vision_features: precomputed vision features (N, K, F), used instead of `pixel_values`.
+            image_positions: positions of `<IMG_CONTEXT>` in the flattened rows; computed if None.
 
         Returns:
             (B, T, C).
 
         Raises:
-            ValueError: the numbers of `<IMG_CONTEXT>` tokens and image features differ.
+            ValueError: the numbers of `<IMG_CONTEXT>` tokens and image features differ, or neither
+                `pixel_values` nor `vision_features` is given.
         """
         text = self.language_model.get_input_embeddings()(input_ids)
         if vision_features is not None:
@@ -187,24 +188,24 @@ class InternVLChatModel(nn.Module):
     ) -> InternVLOutput:
         """Run one row of packed records, or a batch of rows of equal length.
 
-        Records do not attend to each other: varlen attention uses their bounds, and transformers' own masks
-        follow from the positions, which restart at 0 in each record. Pass `image_positions` and
-        `label_positions` to avoid a GPU synchronization.
+        Records do not attend to each other: varlen attention uses their boundaries, and transformers derives
+        its masks from the positions, which restart at 0 in each record. Passing `image_positions` and
+        `label_positions` avoids GPU synchronization.
 
         Args:
             input_ids: (1, T) packed, or (B, T) without `cu_seq_lens`.
             pixel_values: normalized tiles of all records in order, (N, 3, S, S).
-            labels: (1, T), `IGNORE_INDEX` where unsupervised; the first token of a record is never a target.
-            token_weights: (U,) weight of each supervised token in the loss.
+            labels: (1, T), `IGNORE_INDEX` if unsupervised; the first token of a record must be unsupervised.
+            token_weights: (U,) loss weight of each supervised token.
             position_ids: (1, T) or (B, T).
-            cu_seq_lens: (records + 1,) int32, bounds of the records.
-            max_length: tokens of the longest record.
-            vision_features: precomputed features (N, K, F) instead of `pixel_values`.
+            cu_seq_lens: (records + 1,) int32, record boundaries.
+            max_length: length of the longest record in tokens.
+            vision_features: precomputed vision features (N, K, F), used instead of `pixel_values`.
             image_positions: positions of `<IMG_CONTEXT>` in the row.
             label_positions: (U,) positions whose next token is supervised.
 
         Returns:
-            Losses if there are labels, and otherwise logits.
+            Losses if labels are given, otherwise logits.
         """
         llm_inputs: dict[str, Any] = {
             "inputs_embeds": self.embed(input_ids, pixel_values, vision_features, image_positions),

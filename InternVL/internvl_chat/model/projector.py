@@ -1,6 +1,6 @@
-"""The projector from the vision tower's patches to the language model's tokens: pixel shuffle, then `mlp1`.
+"""Projector from vision-tower patches to language-model tokens: pixel shuffle, then `mlp1`.
 
-Shapes: N tiles, W x H patches, C features of a patch, r downsample ratio (0.5 in InternVL3).
+Shapes: N tiles, W x H patches, C features per patch, r downsample ratio (0.5 in InternVL3).
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def pixel_shuffle(x: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
-    """Concatenate the features of 1/r x 1/r neighbouring patches into one token.
+    """Concatenate the features of 1/r x 1/r neighboring patches into one token.
 
     Args:
         x: (N, W, H, C).
@@ -18,7 +18,7 @@ def pixel_shuffle(x: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
     Returns:
         (N, W * r, H * r, C / r^2), or (N, H * r, W * r, C / r^2) for v1.
 
-    Four patches of one feature become one token of four, row by row:
+    Four patches with one feature each become one token with four features, in row-major order:
 
     >>> pixel_shuffle(torch.arange(4).view(1, 2, 2, 1), 0.5, "v2").flatten().tolist()
     [0, 1, 2, 3]

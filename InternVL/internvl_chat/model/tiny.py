@@ -1,6 +1,6 @@
-"""A small InternVL3 with random weights for the quickstart, the tests and the benchmarks.
+"""A small InternVL3 with random weights for the quickstart, tests and benchmarks.
 
-Functions import what they need, so that `m3llm --help` reads `TinyShape` without loading torch.
+Imports are local to the functions so that `m3llm --help` can use `TinyShape` without importing torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class TinyShape:
     """Sizes of a small model; the defaults train in minutes on two CPU cores.
 
     Attributes:
-        image_size: side of a tile in pixels, a multiple of 28.
+        image_size: side length of a tile in pixels; a multiple of 28.
     """
 
     image_size: int = 112
@@ -34,7 +34,7 @@ class TinyShape:
     kv_heads: int = 2
 
     def problems(self) -> list[str]:
-        """Return the inconsistencies between the sizes, one sentence each."""
+        """Return a message for each inconsistency between the sizes."""
         problems = []
         if self.width % self.heads or (self.width // self.heads) % 2:
             problems.append(f"--width {self.width} must be an even multiple of --heads {self.heads}")
@@ -50,7 +50,7 @@ class TinyShape:
 
 
 def tiny_config(shape: TinyShape, vocab_size: int) -> InternVLChatConfig:
-    """Return the configuration of an InternVL3 of this shape, in the reference's format."""
+    """Return the configuration of an InternVL3 with this shape."""
     from internvl_chat.model.configuration import InternVLChatConfig
 
     raw = {
@@ -108,7 +108,7 @@ def build_tiny_model(
 ) -> InternVLChatModel:
     """Return a model of this shape with random weights.
 
-    The position embedding is scaled down, or it would drown the image in a vision tower that stays frozen.
+    The position embeddings are scaled down; otherwise they would dominate the image in a frozen vision tower.
     """
     import torch
 
@@ -122,7 +122,7 @@ def build_tiny_model(
 
 
 def save_tiny_model(model: InternVLChatModel, folder: Path, eos_token_id: int, pad_token_id: int) -> None:
-    """Write the model and a generation configuration with its end-of-answer and padding tokens."""
+    """Write the model and a generation configuration with the end-of-sequence and padding token ids."""
     from internvl_chat.model.io.checkpoint import save_model
 
     save_model(model, folder)

@@ -1,8 +1,8 @@
 """Rank, world size, and collectives for Python objects and CPU tensors.
 
-These collectives use gloo. Outside a training step their timeout is days, so that ranks can wait while rank 0
-writes or checks files. Within a step (`in_step`) it is `--ddp_timeout`, so that a rank that hangs ends the
-run. Gradients and weights are communicated over NCCL on GPUs.
+These collectives use gloo. Outside a training step, their timeout is two days, so that ranks can wait while
+rank 0 writes or checks files. Within a step (`in_step`), it is `--ddp_timeout`, so that a hanging rank ends
+the run. On GPUs, gradients and weights are communicated with NCCL instead.
 """
 
 import os
@@ -17,7 +17,7 @@ from internvl_chat.utils.errors import M3LLMError, TrainingError
 
 T = TypeVar("T")
 
-# Covers writing a large checkpoint and decoding every image on one rank.
+# Long enough to write a large checkpoint or to decode all images on one rank.
 _HOST_TIMEOUT = timedelta(days=2)
 
 _host_group: dist.ProcessGroup | None = None
@@ -44,7 +44,7 @@ def local_world_size() -> int:
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """Return every n-th of the items for each of n ranks.
+    """Return this rank's shard of the items: every `world_size`-th item, starting at `rank`.
 
     >>> shard(["a", "b", "c"])
     ['a', 'b', 'c']
@@ -53,17 +53,17 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 
 def set_device(device: torch.device) -> None:
-    """Make a GPU the current one of this thread; each thread starts with GPU 0."""
+    """Set the current GPU of this thread; without this call, a thread uses GPU 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def init_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Make the device current and, with several ranks, join the default process group.
+    """Set the current device and, with multiple ranks, create the default process group.
 
     Args:
         device: device of this rank; a GPU adds the NCCL backend.
-        timeout: limit for collectives of the training step.
+        timeout: timeout of collectives within a training step.
     """
     set_device(device)
     if world_size() == 1 or dist.is_initialized():
@@ -75,7 +75,10 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """Return the gloo group with the long timeout; None with a single rank. The first call is collective."""
+    """Return the gloo group with the long timeout; None with a single rank.
+
+    The first call is collective: call on all ranks.
+    """
     global _host_group
     if _host_group is None and dist.is_initialized():
         _host_group = new_host_group()
@@ -83,7 +86,10 @@ def host_group() -> dist.ProcessGroup | None:
 
 
 def new_host_group() -> dist.ProcessGroup | None:
-    """Create another gloo group with the long timeout, for use in another thread; collective."""
+    """Create an additional gloo group with the long timeout, for use in another thread.
+
+    Collective: call on all ranks.
+    """
     if not dist.is_initialized():
         return None
     group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
@@ -91,7 +97,7 @@ def new_host_group() -> dist.ProcessGroup | None:
 
 
 def destroy_process_group() -> None:
-    """Wait for all ranks, then destroy the process group; leaving early would abort the other ranks."""
+    """Wait for all ranks, then destroy the process group; a rank that exits early would abort the others."""
     global _host_group
     if dist.is_initialized():
         barrier()
@@ -126,14 +132,14 @@ def broadcast_object(value: T) -> T:
 def run_on_rank_0(function: Callable[[], T]) -> T:
     """Call a function on rank 0; return its result, or raise its `M3LLMError`, on all ranks."""
     result: Any = None
-    error: M3LLMError | None = TrainingError("rank 0 has failed; see its message")
+    error: M3LLMError | None = TrainingError("rank 0 failed; see its error message")
     try:
         if rank() == 0:
             result, error = function(), None
     except M3LLMError as failure:
         error = failure
     finally:
-        # Broadcast after any exception, or the other ranks would wait.
+        # Broadcast even after an unexpected exception; otherwise the other ranks would wait.
         result, error = broadcast_object((result, error))
     if error is not None:
         raise error
@@ -141,7 +147,7 @@ def run_on_rank_0(function: Callable[[], T]) -> T:
 
 
 def all_reduce_sum(values: torch.Tensor, *, in_step: bool = False) -> torch.Tensor:
-    """Return the sum of a CPU tensor over the ranks."""
+    """Return the sum of a CPU tensor across ranks."""
     if not dist.is_initialized():
         return values
     total = values.clone()
@@ -155,5 +161,5 @@ def any_rank(flag: bool) -> bool:
 
 
 def _group(in_step: bool) -> dist.ProcessGroup | None:
-    """Return the group with the timeout of a training step, or the one with the long timeout."""
+    """Return the process group with the timeout of a training step or with the long timeout."""
     return dist.group.WORLD if in_step else host_group()

@@ -1,17 +1,17 @@
-"""User errors with their exit codes; any other exception is a bug and keeps its traceback."""
+"""User errors with their exit codes. Any other exception is a bug and is shown with a traceback."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 class M3LLMError(Exception):
-    """An error in the user's data, model or command line, reported as one message."""
+    """Error in the user's data, model or command line; reported as a message without traceback."""
 
     exit_code = 1
 
 
 class ModelError(M3LLMError):
-    """A checkpoint is missing, incomplete or unsuitable for the request."""
+    """A checkpoint is missing, incomplete or unsuitable for the operation."""
 
 
 class TrainingError(M3LLMError):
@@ -19,11 +19,11 @@ class TrainingError(M3LLMError):
 
 
 class DataError(M3LLMError):
-    """A record or file cannot be used.
+    """A record or file is unusable.
 
     Args:
         message: the problem and how to solve it.
-        file: the faulty annotation, meta or image file.
+        file: annotation, meta or image file with the problem.
         kind: category of the problem (see `data.sources.problems`).
     """
 
@@ -59,7 +59,7 @@ class UsageError(M3LLMError):
 
 
 def format_problems(problems: Sequence[str]) -> str:
-    """Return a single problem unchanged, several as a numbered list."""
+    """Return a single problem unchanged, and multiple problems as a numbered list."""
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))

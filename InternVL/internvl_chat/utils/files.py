@@ -1,4 +1,4 @@
-"""File utilities: atomic writes, JSON and JSON Lines, SHA-256, and a check for files that never raises."""
+"""File utilities: atomic writes, JSON and JSON Lines, SHA-256, and a file check that never raises."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 
 @contextlib.contextmanager
 def atomic_path(file: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; it replaces the file if the block succeeds."""
+    """Yield a temporary path next to the file; if the block succeeds, it is renamed to the file."""
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
@@ -42,7 +42,7 @@ def write_json_lines(file: Path, rows: Iterable[Any]) -> None:
 
 
 def append_json_line(stream: IO[bytes], row: Any) -> None:
-    """Append a JSON value as one line to an open file and sync it to disk."""
+    """Append a JSON value as one line to an open file and sync the file to disk."""
     stream.write(_encode_line(row))
     stream.flush()
     os.fsync(stream.fileno())
@@ -53,12 +53,12 @@ def _encode_line(row: Any) -> bytes:
 
 
 def _encode(text: str) -> bytes:
-    # Lone surrogates, as in file names that are not UTF-8, become JSON escapes.
+    # Lone surrogates (from file names that are not UTF-8) become JSON escapes.
     return text.encode("utf-8", "backslashreplace")
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a path is a file; False if it is no valid path, or cannot be looked up."""
+    """Return whether a path is a file; False if the path is invalid or inaccessible."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -77,10 +77,10 @@ def file_sha256(file: Path) -> str:
 
 
 class JsonLinesFile:
-    """Appends complete lines to a JSON Lines file; lines that a full disk refuses are written later.
+    """Appends complete lines to a JSON Lines file; if a write fails (disk full), it is retried later.
 
     Args:
-        path: the file; the first line creates it.
+        path: the file; created when the first line is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class JsonLinesFile:
         self._warned = False
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append a line after those that are pending; if that fails it stays pending."""
+        """Write all pending lines and a new one; if the write fails, all of them stay pending."""
         self._pending.append(_encode_line(row))
         size = None
         try:
@@ -101,19 +101,19 @@ class JsonLinesFile:
                 self._truncate(size)
             if not self._warned:
                 self._warned = True
-                message = "%s: cannot be written (%s); its lines are kept in memory until writing succeeds"
+                message = "%s: cannot be written (%s); new lines are kept in memory until a write succeeds"
                 logger.warning(message, self.path, error.strerror)
             return
         self._pending.clear()
         self._warned = False
 
     def flush(self) -> None:
-        """Wait until the lines are on disk."""
+        """Sync the file to disk; errors are ignored."""
         with contextlib.suppress(OSError), self.path.open("rb") as stream:
             os.fsync(stream.fileno())
 
     def _truncate(self, size: int) -> None:
-        """Remove a line that was written in part."""
+        """Remove a partially written line."""
         try:
             with self.path.open("r+b") as stream:
                 stream.truncate(size)

@@ -1,4 +1,4 @@
-"""Exclusive lock on an output folder, released when its process ends."""
+"""Exclusive lock on an output folder, released when the process that holds it ends."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ LOCK = ".lock"
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Lock a folder, without waiting, until the returned lock is released.
+    """Lock a folder without waiting; the lock is held until the returned object is released.
 
     Raises:
         UsageError: another process holds the lock.

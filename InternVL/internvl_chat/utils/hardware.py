@@ -1,4 +1,4 @@
-"""CPU cores, bf16 instructions and memory available to this process, within its cgroup limits."""
+"""CPU cores, bf16 instruction sets and memory available to this process, within its cgroup limits."""
 
 import math
 import os
@@ -11,7 +11,7 @@ _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 
 
 def cpu_cores() -> int:
-    """Return the number of cores that CPU affinity and cgroup quotas allow."""
+    """Return the number of CPU cores allowed by the CPU affinity and cgroup quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     for folder in cgroup_folders():
@@ -24,7 +24,7 @@ def cpu_cores() -> int:
 
 
 def cpu_bf16_instructions() -> tuple[str, ...]:
-    """Return the CPU's bf16 instruction sets; without any, bf16 matrix products are emulated."""
+    """Return the CPU's bf16 instruction sets; if there are none, bf16 matrix products are emulated."""
     flags = {
         word
         for line in _read(_CPU_INFO).splitlines()
@@ -53,11 +53,11 @@ def available_host_memory() -> int:
 
 
 def cgroup_folders() -> list[Path]:
-    """Return the folders of this process's cgroups and of their parents."""
+    """Return the folders of this process's cgroups and their parents."""
     folders = []
     for line in _read(_OWN_CGROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
-        # In a container the path may be the host's, with the limits at the root.
+        # In a container, the path may be relative to the host, while the limits are at the root.
         root = _CGROUPS / controllers
         own = root / path.lstrip("/")
         folders += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]

@@ -1,4 +1,4 @@
-"""Write large files: hash them on the way and drop them from the page cache."""
+"""Write large files, computing their SHA-256 on the fly and dropping them from the page cache."""
 
 import hashlib
 import os
@@ -19,8 +19,8 @@ class FileEntry(NamedTuple):
 class HashedFile:
     """Context manager that writes a new file and computes its SHA-256.
 
-    Every chunk is synced to disk and dropped from the page cache: gigabytes of dirty pages would evict the
-    training data and slow down every process.
+    Each chunk is synced to disk and dropped from the page cache: gigabytes of dirty pages would evict the
+    training data and slow down all processes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,13 +28,13 @@ class HashedFile:
         self._hash, self._size, self._unsynced = hashlib.sha256(), 0, 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write all of the data."""
+        """Write all of the data, in as many calls as needed."""
         view = memoryview(data)
         while view:
             chunk = view[: _CHUNK - self._unsynced]
             try:
                 written = self._file.write(chunk)
-            except OSError as error:  # on a full disk it does not name the file
+            except OSError as error:  # does not contain the file name if the disk is full
                 raise OSError(error.errno, error.strerror, str(self._path)) from None
             self._hash.update(chunk[:written])
             self._size, self._unsynced = self._size + written, self._unsynced + written
@@ -57,13 +57,13 @@ class HashedFile:
     def _sync(self) -> None:
         try:
             drop_from_cache(self._file.fileno())
-        except OSError as error:  # a full disk may be noticed only now
+        except OSError as error:  # a full disk may be detected only here
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._unsynced = 0
 
 
 def drop_from_cache(descriptor: int) -> None:
-    """Sync a file to disk and free its page cache."""
+    """Sync a file to disk and drop it from the page cache."""
     os.fsync(descriptor)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, for the reports of the data check and of evaluations."""
+"""Self-contained HTML pages for the data check and evaluation reports."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _LONG_CELL = 40
-# Colors as variables, for light and dark screens.
+# The colors are variables that switch between light and dark mode.
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2128; --muted: #59636e; --page: #fff; --panel: #f6f8fa;
   --line: #d4d9de; --error: #b3261e; --warning: #8a5a00; --good: #1a7f37; }
@@ -32,10 +32,10 @@ img { max-width: 100%; }
 
 
 def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
-    """Return an HTML page.
+    """Return an HTML page with the default style.
 
     Args:
-        title: title and heading, as plain text.
+        title: title and heading in plain text.
         parts: HTML fragments of the body.
         style: additional CSS.
     """
@@ -49,9 +49,9 @@ def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return an HTML table with escaped cells; numbers, and `-` for missing ones, are right-aligned.
+    """Return an HTML table with escaped cells; numbers and `-` (missing values) are right-aligned.
 
-    Only long cells break within words, so that narrow columns stay readable.
+    Only cells with long text break within words, so that narrow columns stay readable.
     """
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
@@ -78,7 +78,7 @@ def html_image(content: bytes, kind: str, description: str) -> str:
 
 
 def jpeg_thumbnail(image: "Image", pixels: int) -> bytes:
-    """Shrink an RGB image in place to at most this number of pixels per side; return it as a JPEG file."""
+    """Shrink an RGB image in place to at most `pixels` per side and return it JPEG-encoded."""
     image.thumbnail((pixels, pixels))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)

@@ -1,4 +1,4 @@
-"""Logging for several ranks: rank 0 logs everything, the other ranks only warnings and errors."""
+"""Logging with multiple ranks: rank 0 logs everything, the other ranks only warnings and errors."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import sys
 
 
 class _RankFilter(logging.Filter):
-    """Drop messages below warnings on all ranks but 0, and name the rank in the others."""
+    """Drop records below WARNING on ranks other than 0, and prefix the remaining ones with the rank."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         rank = int(os.environ.get("RANK", "0"))
@@ -16,7 +16,7 @@ class _RankFilter(logging.Filter):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module, with messages filtered by rank."""
+    """Return the logger of a module, filtered by rank."""
     logger = logging.getLogger(name)
     if not any(isinstance(f, _RankFilter) for f in logger.filters):
         logger.addFilter(_RankFilter())
@@ -24,7 +24,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def configure_logging() -> None:
-    """Log this package's messages, with time and level, to standard error."""
+    """Log this package's messages to standard error, with time and level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger("internvl_chat")

@@ -8,7 +8,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, left
     """Return a Markdown table with escaped cells.
 
     Args:
-        left: number of left-aligned columns; the others are right-aligned [all].
+        left: number of left-aligned columns (default: all); the remaining ones are right-aligned.
     """
     left = len(header) if left is None else left
     rule = [":--"] * left + ["--:"] * (len(header) - left)

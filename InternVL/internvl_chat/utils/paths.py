@@ -1,6 +1,6 @@
-"""Root of the repository; relative paths in meta files start there by default.
+"""Repository root, the default base folder of relative paths in meta files.
 
-If the package is installed elsewhere, the current folder takes the place of the repository.
+If the package is installed outside the repository, the current folder is used instead.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Numbers with nouns in messages."""
+"""Singular and plural nouns in messages."""
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with a noun in the singular or plural.
+    """Return a count with its noun in the singular or plural.
 
     >>> counted(1, "error"), counted(1200, "record"), counted(0, "leak")
     ('1 error', '1,200 records', '0 leaks')

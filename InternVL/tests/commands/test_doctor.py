@@ -11,7 +11,7 @@ import torch
 from internvl_chat.cli import main as m3llm
 from internvl_chat.commands import doctor
 from internvl_chat.utils.doctor import hardware, software
-from internvl_chat.utils.doctor.diagnosis import Diagnosis
+from internvl_chat.utils.doctor.diagnosis import Diagnosis, Problem
 
 SECRET = "hf_not_to_be_printed"
 GB = 10**9
@@ -134,4 +134,4 @@ def test_a_failing_inspection_does_not_stop_the_others(quick, monkeypatch, tmp_p
     diagnosis = doctor.diagnose(tmp_path)
     assert diagnosis.facts["gpus"] is None
     assert diagnosis.facts["disk"]["free_gb"] > 0
-    assert "gpus could not be inspected: RuntimeError: driver is gone" in problems(diagnosis)
+    assert Problem("gpus could not be inspected", "RuntimeError: driver is gone") in diagnosis.problems

@@ -1,4 +1,4 @@
-"""Merging keeps the function of the model and everything else unchanged."""
+"""Merging preserves the outputs of the model, its options and its auxiliary files."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def logits(model: InternVLChatModel) -> torch.Tensor:
 
 
 def assert_same_logits(found: InternVLChatModel, expected: InternVLChatModel) -> None:
-    """Equal but for rounding; W + 2 B A adds the ranks before the product with the input, not after it."""
+    """Compare logits up to rounding: merged and unmerged adapters sum products in different orders."""
     assert_within_rounding(logits(found), logits(expected), terms_of(expected))
 
 
@@ -65,7 +65,7 @@ def test_our_adapters(folder: Path, tmp_path: Path, parts: dict, layers: int) ->
 
 
 @pytest.mark.parametrize("part", ["adapter", "base", "sum"])
-def test_non_finite_weights_are_named(folder: Path, tmp_path: Path, part: str) -> None:
+def test_non_finite_weights_are_reported(folder: Path, tmp_path: Path, part: str) -> None:
     model = save_trained_adapter(folder, tmp_path / "adapter", llm_rank=4)
     layer = "language_model.model.layers.0.mlp.up_proj"
     file, key = tmp_path / "adapter/adapter_model.safetensors", f"base_model.model.{layer}.lora_B.weight"
@@ -197,7 +197,7 @@ def test_merged_model_can_get_new_adapters(folder: Path, tmp_path: Path) -> None
 def test_base_may_move_but_not_change(folder: Path, tmp_path: Path) -> None:
     model = save_trained_adapter(folder, tmp_path / "adapter")
     folder.rename(tmp_path / "moved")
-    with pytest.raises(ModelError, match="base is missing"):
+    with pytest.raises(ModelError, match="base model is missing"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "moved")
     assert_same_logits(load(tmp_path / "merged"), model)

@@ -1,4 +1,4 @@
-"""Output folders of conversions: complete or absent, never overwritten, checked before they are reused."""
+"""Output folders of conversions are written atomically, never overwritten, and validated before reuse."""
 
 import json
 import os
@@ -108,18 +108,18 @@ def test_leftovers_of_a_killed_merge_are_removed(folder: Path, tmp_path: Path) -
 def test_concurrent_merges_into_one_target(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that starts while another is at work is refused; one that was overtaken leaves the result alone."""
+    """A merge fails if another one is running, and does not overwrite a target written in the meantime."""
     source, target = tmp_path / "adapter", tmp_path / "merged"
     save_trained_adapter(folder, source)
     write = merging.write_weights
 
-    def refused(*args, **kwargs) -> None:
+    def write_during_second_merge(*args, **kwargs) -> None:
         with pytest.raises(UsageError, match=rf"another run \(process {os.getpid()}\) is writing"):
             merge(source, target)
         return write(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "write_weights", refused)
+        patch.setattr(merging, "write_weights", write_during_second_merge)
         merge(source, target)
     assert_plain(target)
     before = contents(target)
@@ -131,8 +131,8 @@ def test_concurrent_merges_into_one_target(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_full_disk_names_the_file(folder: Path, tmp_path: Path) -> None:
-    """A limit of the file size fails like a full disk: in the middle of a write, without a file name."""
+def test_full_disk_error_contains_the_file(folder: Path, tmp_path: Path) -> None:
+    """A file size limit fails like a full disk: during a write, without the file name."""
     save_trained_adapter(folder, tmp_path / "adapter")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
@@ -143,7 +143,7 @@ def test_full_disk_names_the_file(folder: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     file = tmp_path / "out/.merged.partial/part-00001.safetensors"
     assert str(caught.value).startswith(
-        f"{file}: File too large; the incomplete result was deleted: free space"
+        f"{file}: File too large; the incomplete result was deleted; free up space"
     )
     assert not list((tmp_path / "out").iterdir())
 
@@ -152,25 +152,25 @@ def test_failed_check_discards_the_merge(folder: Path, tmp_path: Path) -> None:
     save_trained_adapter(folder, tmp_path / "adapter")
     seen: list[Path] = []
 
-    def refuse(result: Path) -> None:
+    def fail(result: Path) -> None:
         assert_plain(result)
         seen.append(result)
         raise ModelError("differs")
 
     with pytest.raises(ModelError, match="differs"):
-        merge(tmp_path / "adapter", tmp_path / "out/merged", check=refuse)
+        merge(tmp_path / "adapter", tmp_path / "out/merged", check=fail)
     assert len(seen) == 1 and not list((tmp_path / "out").iterdir())
     merge(tmp_path / "adapter", tmp_path / "out/merged", check=seen.append)
     merge(tmp_path / "adapter", tmp_path / "out/merged", check=seen.append)
-    assert len(seen) == 2, "a merge that is there already is not checked again"
+    assert len(seen) == 2, "an existing result is not checked again"
 
 
 def test_existing_result_is_validated(folder: Path, tmp_path: Path) -> None:
-    """A missing file, changed settings of the source, a skipped check."""
+    """Reuse fails if a file is missing, the source has changed, or the check was skipped."""
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(folder, source)
     merge(source, target)
-    with pytest.raises(ModelError, match="was written without a comparison with its source"):
+    with pytest.raises(ModelError, match="was written without being compared with its source"):
         merge(source, target, check=lambda _: None)
     shutil.rmtree(target)
     merge(source, target, check=lambda _: None)

@@ -45,7 +45,7 @@ def exported(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def changed(exported, tmp_path) -> Path:
-    """A copy of the exported model for a test to change."""
+    """Copy of the exported model that the test modifies."""
     return Path(shutil.copytree(exported, tmp_path / "changed"))
 
 
@@ -76,7 +76,7 @@ def test_different_head_is_detected(tiny_model, changed, capsys) -> None:
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
     code, rows = run(tiny_model, changed, capsys=capsys)
     assert code == 1 and rows[-1]["faults"][0].startswith("the logits differ by up to")
-    # What is within a tolerance that is given passes.
+    # The same difference passes with a higher tolerance.
     flags = ("--logit_tolerance", 100, "--same_answers", 0)
     assert run(tiny_model, changed, *flags, capsys=capsys)[0] == 0
 
@@ -102,7 +102,7 @@ def test_different_system_text_is_detected(tiny_model, changed, capsys) -> None:
     file = changed / "chat_template.jinja"
     file.write_text(file.read_text().replace("InternVL", "Intern"))
     code, rows = run(tiny_model, changed, capsys=capsys)
-    assert code == 1 and "token ids of 6 of 6 records differ" in rows[-1]["faults"][0]
+    assert code == 1 and "token ids differ on 6 of 6 records" in rows[-1]["faults"][0]
 
 
 def test_table_of_differences(tiny_model, changed, capsys) -> None:
@@ -159,7 +159,7 @@ def tie_head(folder: Path) -> None:
 
 
 def permute_qkv(folder: Path) -> None:
-    """Exchange queries and keys in the first layer of the vision tower."""
+    """Swap queries and keys in the first layer of the vision tower."""
 
     def change(weights: dict[str, torch.Tensor]) -> None:
         names = [f"model.vision_tower.encoder.layer.0.attention.{x}_proj.weight" for x in "qk"]
@@ -180,7 +180,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_real_errors_are_detected(tiny_model, changed, error) -> None:
-    """Each is at least ten times what rounding explains."""
+    """Each error is at least ten times the rounding tolerance."""
     ERRORS[error](changed)
     allowed = rounding_tolerances(tiny_model, changed, torch.float32)
     examples = synthetic_examples(tiny_model)
@@ -199,7 +199,7 @@ SIZES = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rounding_is_tolerated(tiny_model, tmp_path, size) -> None:
-    """Two sides that are each as far from double precision as ours pass, with large logits and with small."""
+    """Twice the error relative to float64 is within the tolerance, for small and large logits."""
     model = make_model(SIZES[size])
     save_with_tokenizer(model, tiny_model, tmp_path / "model")
     largest = []
@@ -308,7 +308,7 @@ PARTS_ONLY = """\
 
 
 def test_template_that_requires_image_parts(exported, changed, capsys) -> None:
-    """As of models that transformers' own script has converted; without our system text the tokens differ."""
+    """transformers' own conversion script writes such templates; without our system prompt, tokens differ."""
     (changed / "chat_template.jinja").write_text(PARTS_ONLY)
     code, rows = run(exported, changed, capsys=capsys)
     *records, summary = rows

@@ -1,4 +1,4 @@
-"""A small model and varied prompts for the tests of inference."""
+"""A small model and varied prompts for the inference tests."""
 
 import random
 
@@ -17,7 +17,7 @@ PREPROCESSING = Preprocessing(
 
 
 def make_engine(**model) -> Engine:
-    """An engine over a small model with lively weights."""
+    """Return an engine with a small model with random weights (see `make_model`)."""
     tokenizer = train_tokenizer(TEXT, 280)
     llm = {"vocab_size": len(tokenizer), **model.pop("llm", {})}
     made = make_model(llm=llm, **model)
@@ -31,7 +31,7 @@ def picture(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
 
 
 def mixed_prompts(count: int, seed: int = 0) -> list[Prompt]:
-    """Prompts with 1 to 60 words, 0 to 4 images of several shapes, and one or more messages."""
+    """Return prompts with 1 to 60 words, 0 to 4 images of different shapes, and one or more messages."""
     rng, prompts = random.Random(seed), []
     for number in range(count):
         words = rng.choices(["which", "panel", "shows", "the", "scan"], k=rng.randint(1, 60))

@@ -1,4 +1,4 @@
-"""Attention over the cache: exact, independent of other answers to the last bit, bounded memory."""
+"""Cached attention is exact, bitwise independent of other answers, and limited in memory."""
 
 import random
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ FEATURES = 16
 
 
 class Conversation:
-    """Random queries, keys and values of one answer, the same whenever they are made from the same seed."""
+    """Random queries, keys and values of one answer, determined by a seed."""
 
     device = torch.device("cpu")
 
@@ -34,11 +34,11 @@ class Conversation:
         self.slot: Slot | None = None
 
     def tokens(self, start: int, count: int = 1) -> list[torch.Tensor]:
-        """Queries, keys and values of some tokens, (heads, count, D) each."""
+        """Return queries, keys and values of some tokens, (heads, count, D) each."""
         return [x[start : start + count].transpose(0, 1) for x in self.qkv]
 
     def expected(self, token: int, window: int | None) -> torch.Tensor:
-        """The output of a token, (H, D), in double precision."""
+        """Return the expected output of a token, (H, D), in float64."""
         first = 0 if window is None else max(0, token + 1 - window)
         query, key, value = (x.double().transpose(0, 1) for x in self.qkv)
         return F.scaled_dot_product_attention(
@@ -50,7 +50,7 @@ class Conversation:
 
 
 def decode(conversations: list[Conversation], window: int | None, cache: KVCache | None = None) -> None:
-    """Decode conversations that start one after the other, as rows and memory allow."""
+    """Decode conversations that start one after the other, as soon as rows and memory allow."""
     cache = cache or KVCache(ROWS, 1 << 16)
     waiting, rows = list(conversations), [None] * ROWS
     while waiting or any(rows):
@@ -73,7 +73,7 @@ def decode(conversations: list[Conversation], window: int | None, cache: KVCache
 
 def step(rows: list[Conversation | None], window: int | None) -> None:
     like = next(filter(None, rows))
-    # An empty row has tokens, too, which must not matter.
+    # The tokens of an empty row must be ignored.
     batch = [x[:1].transpose(0, 1).unsqueeze(0).repeat(ROWS, 1, 1, 1) for x in like.qkv]
     for row, conversation in enumerate(rows):
         if conversation:
@@ -94,7 +94,7 @@ HEADS = {"grouped": (6, 2), "one key head": (4, 1), "not grouped": (2, 2), "one 
 
 
 def check_independence(heads: tuple[int, int], dtype: torch.dtype, window: int | None) -> None:
-    """Prompts of 1 to 2100 tokens: within a block, at its end, over several, and in several banks."""
+    """Decode prompts of 1 to 2100 tokens: within, at the end of and across blocks, and in multiple banks."""
     rng = random.Random(0)
     prompts = [1, 2, 500, 511, 512, 513, 1023, 1100, 2100, *(rng.randint(1, 1500) for _ in range(5))]
     sizes = [(seed, prompt, rng.randint(1, 8), *heads) for seed, prompt in enumerate(prompts)]
@@ -111,7 +111,7 @@ def check_independence(heads: tuple[int, int], dtype: torch.dtype, window: int |
 
 @pytest.fixture(params=["one call per answer", "one call per answer, two threads", "one call for all"])
 def calls(request, monkeypatch):
-    """Both ways to attend; one call for all, as on a GPU, is exact on a CPU with one thread only."""
+    """Run with both call patterns; the joint call of GPUs is bitwise exact on a CPU only with one thread."""
     if request.param == "one call for all":
         monkeypatch.setattr(cached_attention, "_ONE_CALL_PER_ANSWER", ())
     if "two threads" in request.param:
@@ -177,7 +177,7 @@ def test_non_finite_answers_do_not_contaminate_their_slot(dtype) -> None:
 def test_memory_is_bounded() -> None:
     cache = KVCache(ROWS, 8 * _BLOCK)
     short = [cache.reserve(_BLOCK) for _ in range(3)]
-    assert [slot.index for slot in short] == [0, 1, 2] and cache.tokens == 4 * _BLOCK  # slots double
+    assert [slot.index for slot in short] == [0, 1, 2] and cache.tokens == 4 * _BLOCK  # slots have doubled
     assert cache.reserve(8 * _BLOCK) is None
     long = [cache.reserve(tokens) for tokens in (_BLOCK + 1, 2 * _BLOCK)]
     assert [slot.bank.capacity for slot in long] == 2 * [2 * _BLOCK] and cache.tokens == 8 * _BLOCK

@@ -1,4 +1,4 @@
-"""An answer does not depend on its batch, to the last bit; the cache is bounded."""
+"""Answers are bitwise independent of their batch, and the size of the cache is limited."""
 
 from collections.abc import Iterable
 
@@ -19,8 +19,8 @@ from internvl_chat.model.attention import pinned_sdpa
 LENGTH = 10
 
 
-class Watched(Decoder):
-    """Keeps the logits of every token, and how many answers were under way."""
+class RecordingDecoder(Decoder):
+    """Decoder that records the logits of each token and the number of answers in progress."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -35,10 +35,10 @@ class Watched(Decoder):
         super()._choose(rows, logits)
 
 
-def decode(engine: Engine, prompts: Iterable[Prompt], **options) -> tuple[list[list[int]], Watched]:
-    """Return the ids of each answer, and what was watched."""
+def decode(engine: Engine, prompts: Iterable[Prompt], **options) -> tuple[list[list[int]], RecordingDecoder]:
+    """Return the token ids of each answer, and the decoder with its records."""
     settings = {"end_id": engine.end_id, "max_new_tokens": LENGTH, "sampling": None, **options}
-    decoder = Watched(engine.model.language_model, **settings)
+    decoder = RecordingDecoder(engine.model.language_model, **settings)
     answers: dict[int, list[int]] = {}
     for number, token in decoder.run(
         engine.embed(engine.encode(prompt), prompt.images) for prompt in prompts
@@ -51,7 +51,7 @@ def check_identity(engine: Engine, prompts: list[Prompt], **options) -> None:
     together, watched = decode(engine, prompts, **options)
     backwards, watched_backwards = decode(engine, prompts[::-1], **options)
     assert len({tuple(ids) for ids in together}) > len(prompts) // 5, (
-        "the prompts must have answers of their own"
+        "the prompts must have different answers"
     )
     assert backwards[::-1] == together
     for number, prompt in enumerate(prompts):
@@ -145,7 +145,7 @@ def test_attention_implementation_is_restored():
 
 
 def test_kernels_are_pinned(monkeypatch):
-    """As on a GPU: one call for all answers, and cuDNN is allowed in none of them, prompts included."""
+    """On a GPU, all answers share one call, and cuDNN is disabled in decoding and in prefill."""
     allowed, sdpa = [], F.scaled_dot_product_attention
 
     def watched(*args, **options):

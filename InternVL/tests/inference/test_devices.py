@@ -1,4 +1,4 @@
-"""Devices of ranks, and models distributed over several devices."""
+"""Device selection per rank, and models distributed across multiple devices."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_balanced_map_covers_every_parameter_once(tied):
 
 
 def test_a_distributed_model_gives_the_same_answers(monkeypatch):
-    """On one CPU, with accelerate's hooks between all parts, as on several GPUs."""
+    """Runs on one CPU, with accelerate's hooks between all parts, as with multiple GPUs."""
     prompts = mixed_prompts(6)
     expected = make_engine().generate_ids(prompts, max_new_tokens=8)
     engine = make_engine()

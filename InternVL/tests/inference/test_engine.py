@@ -1,4 +1,4 @@
-"""Answers against greedy decoding with full forward passes, from inputs built by hand."""
+"""Answers match greedy decoding with full forward passes on manually built inputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +61,7 @@ def picture(width: int = 56, height: int = 56, seed: int = 0) -> Image.Image:
 def ids_by_hand(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], tiles: Sequence[int]
 ) -> torch.Tensor:
-    """The ids of a prompt, each message by itself, `{}` in a message standing for an image."""
+    """Return the token ids of a prompt, tokenized message by message; `{}` stands for an image."""
     left, ids = list(tiles), []
     for role, text in messages:
         while "{}" in text:
@@ -72,7 +72,7 @@ def ids_by_hand(
 
 
 def pixels_by_hand(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Tiles (N, 3, 56, 56) of pictures that are one tile each."""
+    """Return the tiles (N, 3, 56, 56) of images that are one tile each."""
     arrays = [np.asarray(image.convert("RGB"), np.float64) / 255 for image in pictures]
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     tiles = [((array - mean) / deviation).transpose(2, 0, 1) for array in arrays]
@@ -80,10 +80,10 @@ def pixels_by_hand(pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def likeliest(
+def decode_greedily(
     model: InternVLChatModel, ids: torch.Tensor, pixels: torch.Tensor, length: int = LENGTH
 ) -> list[int]:
-    """The likeliest next token, again and again, each from a full forward pass without a cache."""
+    """Decode greedily, with a full forward pass without a cache for each token."""
     embeddings, found = model.embed(ids[None], pixels), []
     words = model.language_model.get_input_embeddings()
     for _ in range(length):
@@ -94,7 +94,7 @@ def likeliest(
 
 
 WIDE = picture(112, 56, seed=3)
-# Prompts as they are asked, and by hand: messages, tiles of each image, and those tiles.
+# Prompts, and their expected messages, number of tiles per image, and tiles.
 CASES = {
     "text": (ask("What is it?"), [("user", "What is it?")], [], []),
     "long text": (ask("What is the arrow? " * 9), [("user", "What is the arrow? " * 9)], [], []),
@@ -136,7 +136,7 @@ CASES = {
 def expected_answer(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     _, messages, tiles, pictures = CASES[name]
     ids = ids_by_hand(tokenizer, [("system", SYSTEM), *messages], tiles)
-    return likeliest(model, ids, pixels_by_hand(pictures))
+    return decode_greedily(model, ids, pixels_by_hand(pictures))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -170,7 +170,7 @@ def test_answer_ends_at_im_end(tokenizer: PreTrainedTokenizerBase) -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     names = list(CASES)
     long = [expected_answer(model, tokenizer, name) for name in names]
-    # Exchanging two rows of the head makes the model end its message where it said the fourth token before.
+    # Swapping two rows of the head makes the model end its answer in place of the fourth token.
     token = long[0][3]
     head = model.language_model.lm_head.weight
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_placement_of_images(question: str, images: int, text: str) -> None:
         ),
     ],
 )
-def test_mismatch_of_placeholders_and_images(engine: Engine, prompt: Prompt, message: str) -> None:
+def test_number_of_placeholders_and_images_must_match(engine: Engine, prompt: Prompt, message: str) -> None:
     with pytest.raises(DataError, match=message):
         engine.answer([ask("Why?"), prompt])
 
@@ -240,7 +240,7 @@ def test_a_placeholder_in_an_earlier_answer_is_text(
 ) -> None:
     prompt = Prompt((Message("user", "Why?"), Message("assistant", "See <image>."), Message("user", "What?")))
     messages = [("system", SYSTEM), ("user", "Why?"), ("assistant", "See <image>."), ("user", "What?")]
-    expected = likeliest(model, ids_by_hand(tokenizer, messages, []), pixels_by_hand([]))
+    expected = decode_greedily(model, ids_by_hand(tokenizer, messages, []), pixels_by_hand([]))
     assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [expected]
 
 
@@ -249,7 +249,9 @@ def test_system_message_of_the_prompt(
 ) -> None:
     prompt = Prompt((Message("system", "Be brief."), Message("user", "What?")))
     ids = ids_by_hand(tokenizer, [("system", "Be brief."), ("user", "What?")], [])
-    assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [likeliest(model, ids, pixels_by_hand([]))]
+    assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [
+        decode_greedily(model, ids, pixels_by_hand([]))
+    ]
 
 
 def test_too_long_prompt(engine: Engine) -> None:
@@ -297,7 +299,7 @@ def test_from_a_folder_with_another_tile_limit(
     loaded = Engine.from_checkpoint(checkpoint, device="cpu", max_dynamic_patch=1)
     assert loaded.encoder.preprocessing.max_dynamic_patch == 1
     ids = ids_by_hand(tokenizer, [("system", SYSTEM), ("user", "{}\nThe scan?")], [1])
-    expected = likeliest(model, ids, pixels_by_hand([WIDE.resize((56, 56))]))
+    expected = decode_greedily(model, ids, pixels_by_hand([WIDE.resize((56, 56))]))
     assert loaded.generate_ids([CASES["an image of tiles"][0]], max_new_tokens=LENGTH) == [expected]
 
 
@@ -318,5 +320,5 @@ def test_from_adapters_whose_base_has_moved(
     engine = Engine.from_checkpoint(tmp_path / "adapter", device="cpu", base=checkpoint)
     prompt, messages, tiles, pictures = CASES["one image"]
     ids = ids_by_hand(tokenizer, [("system", SYSTEM), *messages], tiles)
-    expected = likeliest(trained.eval(), ids, pixels_by_hand(pictures))
+    expected = decode_greedily(trained.eval(), ids, pixels_by_hand(pictures))
     assert engine.generate_ids([prompt], max_new_tokens=LENGTH) == [expected]

@@ -24,7 +24,7 @@ def test_temperature(temperature):
 
 
 def test_top_p_samples_only_the_most_likely():
-    # The first two have 0.64 and 0.24 of the probability: 0.7 needs both, 0.6 only one.
+    # The two most likely tokens have probabilities 0.64 and 0.24: 0.7 needs both, 0.6 only the first.
     first_two = torch.exp(LOGITS[:2])
     first_two /= first_two.sum()
     found = shares(Sampling(top_p=0.7, seed=1))

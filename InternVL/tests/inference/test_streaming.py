@@ -26,7 +26,7 @@ def test_joined_pieces_equal_the_answer(sampling):
     "text", ["é", "naïve 漢字, 🙂!", "  a  b \n\n c  ", "x\ufffdy", "ends in half \ufffd", ""]
 )
 def test_characters_are_not_split(text, monkeypatch):
-    """Characters of several tokens, white space at the ends, and signs that look like half a character."""
+    """Multi-token characters, leading and trailing whitespace, and genuine replacement characters."""
     engine = make_engine()
     ids = engine.tokenizer(text).input_ids
 
@@ -92,7 +92,7 @@ def test_image_features_are_cached(monkeypatch):
     first, second = ask("Which?", [picture(112, 56)]), ask("Which?", [picture(112, 56, seed=1)])
     answers = engine.answer([first, first.then("The scan.", "Why?"), second, first], max_new_tokens=8)
     assert looked == [3, 3, 3]
-    # Another limit of tiles cuts the same image in another way.
+    # A different tile limit gives a different grid for the same image.
     preprocessing = engine.encoder.preprocessing.with_tile_limit(1)
     engine.encoder = RecordEncoder(engine.tokenizer, preprocessing)
     engine.answer([first], max_new_tokens=1)

@@ -209,7 +209,7 @@ def test_conversion_of_a_folder_saved_by_transformers(exported, shared, tmp_path
     check_same(tmp_path / "back", tmp_path / "saved", device=CPU)
 
 
-def test_original_files_of_another_model_are_ignored(exported, tmp_path, caplog) -> None:
+def test_original_files_of_a_different_model_are_ignored(exported, tmp_path, caplog) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(exported, changed)
     config = json.loads((changed / "config.json").read_text())
@@ -217,7 +217,7 @@ def test_original_files_of_another_model_are_ignored(exported, tmp_path, caplog)
     (changed / "config.json").write_text(json.dumps(config))
     assert read_config(exported).select_layer == -1
     assert read_config(changed).select_layer == -2
-    assert "describes another model" in caplog.text
+    assert "describes a different model" in caplog.text
 
 
 def test_original_configuration_is_restored(exported, shared) -> None:

@@ -1,6 +1,6 @@
-"""Small models and records, shared by the tests of the model.
+"""Small models and records for the model tests.
 
-Freshly initialised models are poor test objects: zero biases, unit norms and tiny weights hide mistakes.
+Default initialization hides mistakes (zero biases, unit norms, tiny weights), so all parameters are random.
 """
 
 import json
@@ -45,7 +45,7 @@ def make_config(
     llm: dict[str, Any] | None = None,
     **changes: Any,
 ) -> InternVLChatConfig:
-    """A small configuration with keys changed in the tower, the language model or at the top."""
+    """Return a small configuration with overrides for the vision tower, language model and top level."""
     raw = tiny_config(shape, VOCABULARY).to_dict()
     raw["vision_config"].update(vision or {})
     raw["llm_config"].update(llm or {})
@@ -61,15 +61,15 @@ def make_model(
     llm: dict[str, Any] | None = None,
     **changes: Any,
 ) -> InternVLChatModel:
-    """A small model in evaluation mode, all of its parameters drawn from `seed`."""
+    """Return a small model in evaluation mode with random parameters."""
     model = InternVLChatModel(make_config(shape, vision=vision, llm=llm, **changes), CONTEXT, attn)
-    enliven(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 
 @torch.no_grad()
-def enliven(model: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter so that activations stay near one: matrices by fan-in, norms about one."""
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Randomize all parameters so that activations stay near one: matrices by fan-in, norms around one."""
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=rng)
@@ -88,7 +88,7 @@ def enliven(model: torch.nn.Module, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """Ids, labels (T,) and normalised tiles (N, 3, S, S) of one record."""
+    """Token ids and labels (T,) and normalized tiles (N, 3, S, S) of one record."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -103,7 +103,7 @@ def make_record(
     image_size: int = 56,
     tokens_per_tile: int = 4,
 ) -> Record:
-    """A record with random text and images of so many tiles each; about half of its text is supervised."""
+    """Return a record with random text, about half of it supervised, and images with these tile counts."""
     rng = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ def make_record(
 
 
 def pack(records: Sequence[Record], *, labels: bool = False) -> dict[str, Any]:
-    """The arguments of a forward pass over records behind one another."""
+    """Return the arguments of a forward pass over a pack of records."""
     lengths = [len(record.input_ids) for record in records]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     inputs = {
@@ -140,19 +140,19 @@ def pack(records: Sequence[Record], *, labels: bool = False) -> dict[str, Any]:
 
 
 def run_alone(model: InternVLChatModel, record: Record) -> torch.Tensor:
-    """The logits (T, V) of one record in a row of its own."""
+    """Return the logits (T, V) of an unpacked record."""
     return model(input_ids=record.input_ids[None], pixel_values=record.pixel_values).logits[0]
 
 
 def load(folder: Path, **options: Any) -> InternVLChatModel:
-    """Load a folder of any kind, in evaluation mode."""
+    """Load a model in any supported format, in evaluation mode."""
     return load_model(folder, image_context_id=CONTEXT, **options).eval()
 
 
 def save_trained_adapter(
     base: Path, target: Path, *, mlp: bool = False, head: bool = False, seed: int = 1, **ranks: int
 ) -> InternVLChatModel:
-    """Save adapters over `base` as training leaves them, and return the model that was trained."""
+    """Save randomized ("trained") adapters for `base` and return the model with these adapters."""
     model = load(base)
     add_lora(model, **(ranks or {"llm_rank": 4}))
     set_trainable(model, freeze_llm=True, freeze_mlp=not mlp, freeze_backbone=True, unfreeze_lm_head=head)
@@ -167,10 +167,10 @@ def save_trained_adapter(
 
 
 def save_wrapped(target: Path, *, seed: int = 2, **ranks: int) -> InternVLChatModel:
-    """Write a model with adapters as the reference does, and return it."""
+    """Write a model with adapters in the reference's LoRA-wrapped format and return the model."""
     model = make_model()
     add_lora(model, **(ranks or {"llm_rank": 4}))
-    enliven(model, seed)
+    randomize(model, seed)
     towers = {"language_model.": model.config.use_llm_lora, "vision_model.": model.config.use_backbone_lora}
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -186,13 +186,13 @@ def save_wrapped(target: Path, *, seed: int = 2, **ranks: int) -> InternVLChatMo
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A full model on disk, that of `make_model()`."""
+    """Folder with the full model from `make_model()`."""
     save_model(make_model(), tmp_path / "model")
     return tmp_path / "model"
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Rewrite a JSON file by a function of its content."""
+    """Rewrite a JSON file with a function of its content."""
     content = json.loads(file.read_text(encoding="utf-8"))
     change(content)
     file.write_text(json.dumps(content), encoding="utf-8")
@@ -201,7 +201,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def edit_weights(
     folder: Path, change: Callable[[dict[str, Any]], Any], name: str = "model.safetensors"
 ) -> None:
-    """Rewrite a safetensors file by a function of its tensors."""
+    """Rewrite a safetensors file with a function of its tensors."""
     content = load_file(folder / name)
     change(content)
     save_file(content, folder / name, metadata={"format": "pt"})
@@ -212,7 +212,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_plain(folder: Path) -> None:
-    """Assert that a folder is a full model in the reference's format, without any trace of adapters."""
+    """Assert that a folder contains a full model in the reference's format, without adapters."""
     assert load_file(folder / "model.safetensors").keys() == make_model().state_dict().keys()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert (config["use_llm_lora"], config["use_backbone_lora"]) == (0, 0)

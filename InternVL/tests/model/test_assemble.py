@@ -1,4 +1,4 @@
-"""A model assembled from parts, with all naming schemes and file formats."""
+"""Models assembled from parts, with all naming schemes and file formats."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def whole() -> InternVLChatModel:
 
 @pytest.fixture
 def parts(tmp_path: Path, whole: InternVLChatModel) -> dict[str, Path]:
-    """The model's parts as others write them: transformers the language model, PyTorch the projector."""
+    """Parts of the model as other tools save them: language model by transformers, projector by PyTorch."""
     vision, llm, mlp = tmp_path / "vit", tmp_path / "llm", tmp_path / "mlp.bin"
     vision.mkdir()
     raw = {**whole.config.to_dict()["vision_config"], "auto_map": {"AutoModel": "modeling_intern_vit.X"}}
@@ -82,7 +82,7 @@ def test_without_a_projector_its_weights_are_random(parts: dict[str, Path], whol
     assert not torch.equal(one["1.weight"], other["1.weight"])
     assert torch.equal(one["0.weight"], torch.ones(128)) and torch.equal(one["0.bias"], torch.zeros(128))
     for name, width in (("1.weight", 128), ("1.bias", 128), ("3.weight", 64), ("3.bias", 64)):
-        # torch's own start for a linear layer: uniform within 1 / sqrt(inputs)
+        # torch's default initialization of a linear layer: uniform within 1 / sqrt(inputs)
         assert 0.9 < one[name].abs().max() * width**0.5 <= 1
     for name, tensor in whole.vision_model.state_dict().items():
         assert torch.equal(models[0].vision_model.state_dict()[name], tensor)

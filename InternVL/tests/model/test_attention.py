@@ -1,4 +1,4 @@
-"""Attention of packed records against an explicit masked softmax, and the choice of the implementation."""
+"""Attention over packed records matches an explicit masked softmax; selection of the implementation."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ SEGMENTS = {
 
 
 class Layer(torch.nn.Module):
-    """What transformers passes as the calling layer."""
+    """Stand-in for the calling layer that transformers passes."""
 
     def __init__(self, is_causal: bool = True) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def masked_softmax(
     causal: bool = True,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Attention in float64 over all pairs, except those of different segments or in the future."""
+    """Return float64 attention in which future tokens and other segments are masked."""
     q, k, v = (x.double() for x in (query, key, value))
     rows, heads, tokens, features = q.shape
     scaling = features**-0.5 if scaling is None else scaling
@@ -75,7 +75,7 @@ def masked_softmax(
 
 
 def amplification(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> float:
-    """How much the scores add to rounding: the error of a score is the relative error of its weight."""
+    """Return how much the scores amplify rounding: a score's error is the relative error of its weight."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return 1 + float(query.norm(dim=-1).max() * key.norm(dim=-1).max()) * scaling
 
@@ -87,7 +87,7 @@ def assert_outputs(
     key: torch.Tensor,
     scaling: float | None = None,
 ) -> None:
-    """Equal but for rounding: a score is a sum over features, an output one over tokens."""
+    """Compare outputs up to rounding: a score is a sum over features, an output a sum over tokens."""
     magnitude = amplification(query, key, scaling) * float(expected.abs().max())
     assert_within_rounding(found, expected, query.shape[-1] + key.shape[2], magnitude=magnitude)
 
@@ -97,11 +97,11 @@ def assert_gradients(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scaling: float | None = None,
 ) -> None:
-    """The gradients of two outputs are equal but for rounding, of which there is three times as much."""
+    """Compare the gradients of two outputs up to rounding, with three times the tolerance of the outputs."""
     query, key, _ = qkv
     direction = torch.randn(outputs[1].shape, generator=torch.Generator().manual_seed(1))
     found, expected = (torch.autograd.grad((output * direction).sum(), qkv) for output in outputs)
-    # Those of queries and keys are differences, of nothing at all where there is one key only.
+    # The gradients of queries and keys are differences; with a single key they are zero.
     magnitude = amplification(query, key, scaling) * max(float(x.abs().max()) for x in expected)
     for one, other in zip(found, expected, strict=True):
         assert_within_rounding(one, other, 3 * (query.shape[-1] + key.shape[2]), magnitude=magnitude)
@@ -230,7 +230,7 @@ def test_bidirectional_attention(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_attention_dropout_keeps_the_mean(name: str) -> None:
-    # With values that are all one, an output is the sum of its weights: 0, 2, 4, ... over 4 at rate 1/2.
+    # If all values are 1, an output is the sum of its weights: 0, 2, 4, ... over 4 at rate 1/2.
     zeros, ones = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
     torch.manual_seed(0)
     draws = torch.stack([bidirectional_attention(zeros, zeros, ones, name, dropout=0.5) for _ in range(200)])
@@ -251,7 +251,7 @@ def test_cudnn_is_excluded_on_a_gpu_only() -> None:
 
 @pytest.fixture
 def cudnn_allowed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Pin kernels on a CPU as on a GPU; a list that says of every SDPA call whether cuDNN was allowed."""
+    """Pin kernels on the CPU as on a GPU; list that records whether cuDNN was enabled in each SDPA call."""
     calls: list[bool] = []
     sdpa = F.scaled_dot_product_attention
 
@@ -265,7 +265,7 @@ def cudnn_allowed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def test_kernels_are_pinned_in_training(cudnn_allowed: list[bool]) -> None:
-    """Both towers, with activation checkpointing, which calls attention again in the backward pass."""
+    """Covers both towers with activation checkpointing, which recomputes attention in the backward pass."""
     model = make_model(attn="varlen")
     model.checkpoint_layers(1)
     record = make_record((2,))
@@ -306,7 +306,7 @@ def test_sliding_window(window: int, lengths: list[int] | None) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 400])
 def test_blocked_attention_matches_torch(length: int, heads: int, kv_heads: int) -> None:
-    """128 queries make a block: one, a part of one, full ones, and one with a rest."""
+    """Covers lengths of exactly one block (128 queries), a partial block, and multiple blocks."""
     for scaling in (None, 0.3):
         qkv = inputs(length, heads, kv_heads)
         found = blocked_attention(*qkv, [length], scaling)
@@ -317,7 +317,7 @@ def test_blocked_attention_matches_torch(length: int, heads: int, kv_heads: int)
 
 
 def count_blocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that gets the tokens of every segment that is attended in blocks."""
+    """List that records the length of each segment processed by blocked attention."""
     calls: list[int] = []
 
     def counted(*args: Any) -> torch.Tensor:
@@ -330,7 +330,7 @@ def count_blocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("lengths", [[300], [130, 5, 1, 260]])
 def test_bfloat16_accuracy_on_a_cpu(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
-    """Errors are those of a few roundings to bfloat16, each at most 2^-8 of the value."""
+    """Errors are at most a few bfloat16 roundings of 2^-8 each."""
     blocked = count_blocked(monkeypatch)
     exact = inputs(sum(lengths), heads=6, kv_heads=2, features=32)
     qkv = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -370,7 +370,7 @@ def test_blocked_attention_isolates_records(monkeypatch: pytest.MonkeyPatch, cha
         for number, (one, two) in enumerate(
             zip(before.split(lengths, dim=2), after.split(lengths, dim=2), strict=True)
         ):
-            # A single token's weight is 1 whatever its query and key are.
+            # The attention weight of a single token is 1, regardless of its query and key.
             assert torch.equal(one, two) == (number != changed) or not (one.any() or two.any())
 
 

@@ -1,4 +1,4 @@
-"""The configuration: preserved keys, validation, and the language model's part."""
+"""Configuration: preserved keys, validation, and the language model's section."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from internvl_chat.model.configuration import InternVisionConfig, InternVLChatCo
 from internvl_chat.model.io.checkpoint import empty_model
 from internvl_chat.utils.errors import ModelError
 
-# Keys of a published checkpoint, used and unused.
+# Keys of a published checkpoint, including unused ones.
 PUBLISHED = {
     "_commit_hash": None,
     "architectures": ["InternVLChatModel"],
@@ -110,9 +110,9 @@ PUBLISHED = {
     },
 }
 
-# One mistake each: where it is, what it is set to, and what the message must name.
+# Single mistakes: section, key, value, and a part of the expected message.
 MISTAKES = [
-    ("vision_config", "num_attention_heads", 3, "vision width 1024 is not a multiple of 3 heads"),
+    ("vision_config", "num_attention_heads", 3, "1024 is not a multiple of num_attention_heads 3"),
     ("vision_config", "norm_type", "batch_norm", "'batch_norm'"),
     (None, "ps_version", "v3", "ps_version 'v3'"),
     (None, "select_layer", 25, "select_layer 25"),
@@ -185,7 +185,7 @@ def test_image_size_of_the_tower() -> None:
     assert (config.image_size, config.tokens_per_tile) == (336, 144)
 
 
-def test_defaults_are_the_reference_s() -> None:
+def test_defaults_match_the_reference() -> None:
     config = InternVLChatConfig.from_dict(
         {"model_type": "internvl_chat", "vision_config": {}, "llm_config": {"hidden_size": 8}}
     )
@@ -216,17 +216,17 @@ def test_all_mistakes_are_reported_at_once() -> None:
     raw["vision_config"] |= {"num_attention_heads": 3, "norm_type": "batch_norm"}
     with pytest.raises(ModelError) as caught:
         InternVLChatConfig.from_dict(raw)
-    for word in ("3 heads", "batch_norm", "v3", "select_layer 25", "image size 70"):
+    for word in ("num_attention_heads 3", "batch_norm", "v3", "select_layer 25", "image size 70"):
         assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("model_type", ["internvl", "qwen2", None])
-def test_another_model_type_is_refused(model_type: str | None) -> None:
+def test_other_model_types_are_rejected(model_type: str | None) -> None:
     with pytest.raises(ModelError, match=f"model_type is {model_type!r}, expected 'internvl_chat'"):
         InternVLChatConfig.from_dict(published() | {"model_type": model_type})
 
 
-def test_missing_parts_are_named() -> None:
+def test_missing_parts_are_reported() -> None:
     with pytest.raises(ModelError, match="no vision_config and no llm_config"):
         InternVLChatConfig.from_dict({"model_type": "internvl_chat"})
     raw = published()
@@ -270,7 +270,7 @@ def test_remote_code_language_model_is_rejected() -> None:
         "architectures": ["InternLM2ForCausalLM"],
         "auto_map": {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"},
     }
-    config = InternVLChatConfig.from_dict(raw)  # readable, so that what needs no model still works
+    config = InternVLChatConfig.from_dict(raw)  # can be read, for commands that need no model
     with pytest.raises(
         ModelError, match=r"'InternLM2ForCausalLM'.*'internlm2'.*code from checkpoints is never run"
     ):

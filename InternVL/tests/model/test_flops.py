@@ -1,4 +1,4 @@
-"""FLOPs by hand for small shapes, and by torch's own counter for a forward pass."""
+"""FLOPs match manual counts for small shapes and torch's own counter for a forward pass."""
 
 import dataclasses
 
@@ -36,8 +36,8 @@ def test_the_parts_by_hand() -> None:
     model = make_model()
     apply_kernels(model, torch.device("cpu"))
     counts = count_flops(model)
-    # Language model, a layer: q and o 64 x 64, k and v 64 x 32, three matrices of 64 x 256.
-    # Two layers, the MLP of the last for supervised tokens only.
+    # Layer of the language model: q and o 64 x 64, k and v 64 x 32, three matrices of 64 x 256.
+    # Two layers; the MLP of the last one runs for supervised tokens only.
     assert counts.decoder == 2 * (2 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 256)
     assert counts.supervised == 2 * (64 * 64 + 3 * 64 * 256)
     assert counts.attention == 2 * (2 * 64 + 2 * 64)  # scores and values, all heads, two layers
@@ -48,7 +48,7 @@ def test_the_parts_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_the_tower_and_projector_by_torch_s_counter(shape: TinyShape) -> None:
+def test_the_tower_and_projector_match_the_counter_of_torch(shape: TinyShape) -> None:
     model = make_model(shape, attn="eager")
     counts = count_flops(model)
     tiles = torch.zeros(3, 3, shape.image_size, shape.image_size)
@@ -64,7 +64,7 @@ def test_the_tower_and_projector_by_torch_s_counter(shape: TinyShape) -> None:
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("kernels", [False, True])
-def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict, kernels: bool) -> None:
+def test_the_language_model_matches_the_counter_of_torch(shape: TinyShape, llm: dict, kernels: bool) -> None:
     model = make_model(shape, attn="eager", llm=llm)
     if kernels:
         apply_kernels(model, torch.device("cpu"))
@@ -73,13 +73,13 @@ def test_the_language_model_by_torch_s_counter(shape: TinyShape, llm: dict, kern
     tokens, supervised = len(record.input_ids), int((record.labels >= 0).sum())
     positions, rotary = torch.arange(tokens)[None], model.language_model.model.rotary_emb
     with torch.no_grad():
-        # The rotary angles are an outer product, which torch counts too and which no matrix takes part in.
+        # torch also counts the outer product that computes the rotary angles.
         angles = torch_counts(lambda: rotary(torch.zeros(1, tokens, 4), positions))
         found = torch_counts(lambda: model.language_model(input_ids=record.input_ids[None], use_cache=False))
         expected = (counts.decoder + counts.supervised) * tokens + counts.attention * tokens**2
         assert found - angles == expected
         found = torch_counts(lambda: model(**pack([record], labels=True)))
-    # Eager attention computes the masked half as well; a step counts the pairs that matter.
+    # Eager attention also computes the masked half; `step` counts only the visible pairs.
     masked = counts.attention * tokens * (tokens - 1) / 2
     step = dataclasses.replace(counts, llm_passes=1).step([tokens], supervised, tiles=0)
     assert found - angles == step + masked

@@ -1,4 +1,4 @@
-"""The weights of the training loss, computed by hand."""
+"""Weights of the training loss match manual computations."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def test_weight_of_a_token(supervised: int, reduction: str, weight: float) -> No
 @pytest.mark.parametrize(
     ("reduction", "expected"),
     [
-        ("sample", (2.0 + 6.0) / 2),  # the mean of the records' means
-        ("token", (4 * 2.0 + 1 * 6.0) / 5),  # the mean of all tokens
+        ("sample", (2.0 + 6.0) / 2),  # mean of the records' means
+        ("token", (4 * 2.0 + 1 * 6.0) / 5),  # mean over all tokens
         ("square", (4 * 0.5 * 2.0 + 1 * 6.0) / (4 * 0.5 + 1)),
     ],
 )

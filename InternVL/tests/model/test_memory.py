@@ -1,4 +1,4 @@
-"""Activation memory: counted by hand and measured with the kernels of the training device."""
+"""Activation memory: matches manual counts and is measured with the kernels of the training device."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def kept(module: nn.Module, x: torch.Tensor) -> int:
 
 
 def rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A (5, 4) input that requires a gradient."""
+    """Return a (5, 4) input that requires a gradient."""
     return torch.ones(5, 4, dtype=dtype, requires_grad=True)
 
 
@@ -70,7 +70,7 @@ def test_views_of_a_storage_are_counted_once():
 
 
 def test_every_output_of_a_chain_is_counted():
-    """Each output is saved for its own derivative."""
+    """Each operation saves its own output."""
 
     def call() -> torch.Tensor:
         x = rows()
@@ -109,8 +109,8 @@ PACK = PackSize(tokens=10, supervised=5, tiles=2, squares=100)
 @pytest.mark.parametrize(
     ("checkpointed", "activations"),
     [
-        (0, (4 + 1) * 100),  # four layers, and the gradients of one layer's activations
-        (1, (3 + 1 + 1) * 100 + 10),  # one keeps its input and is recomputed while the others are in memory
+        (0, (4 + 1) * 100),  # four layers, and the activation gradients of one
+        (1, (3 + 1 + 1) * 100 + 10),  # one layer keeps only its input and is recomputed later
         (2, (2 + 1 + 1) * 100 + 20),
         (4, (1 + 1) * 100 + 40),
     ],
@@ -147,7 +147,7 @@ def test_tokens_and_tiles_by_hand(tiny_model, dtype, size):
     found = measure_activations(model, CPU)
     vocabulary = model.language_model.config.vocab_size
     assert (found.layers, found.input_token) == (2, 48 * size)
-    # Logits, their gradient, three of them in float32; the token's hidden state and its gradient.
+    # Logits and their gradient, three float32 copies; the token's hidden state and its gradient.
     assert found.supervised == vocabulary * (2 * size + 12) + 2 * 48 * size
     apply_kernels(model, CPU)  # the gradient overwrites the logits
     assert measure_activations(model, CPU).supervised == vocabulary * size + 2 * 48 * size
@@ -157,7 +157,7 @@ def test_tokens_and_tiles_by_hand(tiny_model, dtype, size):
 
 
 def test_trained_vision_tower_saves_activations(tiny_model):
-    """The difference between three tiles and two."""
+    """Compares packs with three and two tiles."""
     model = load(tiny_model, torch.float32)
     frozen = measure_activations(model, CPU)
     model.vision_model.requires_grad_(True)
@@ -172,7 +172,7 @@ def test_trained_vision_tower_saves_activations(tiny_model):
 
 
 def test_layer_memory_matches_the_full_model(tiny_model):
-    """The difference between a language model with two layers and one."""
+    """Compares language models with two layers and one."""
     model = load(tiny_model, torch.float32)
     found, llm = measure_activations(model, CPU), model.language_model.get_decoder()
     tokens, kept_by = 96, []
@@ -186,7 +186,7 @@ def test_layer_memory_matches_the_full_model(tiny_model):
 
 
 def test_attention_weights_of_long_records_are_counted(tiny_model):
-    """In bf16 on a CPU a layer saves them: 4 heads, half of the weights (causal), two bytes each."""
+    """In bf16 on a CPU, a layer saves half of the weights (causal) of 4 heads, two bytes each."""
     assert measure_activations(load(tiny_model, torch.float32), CPU).layer_square == 0
     model = load(tiny_model, torch.bfloat16)
     found = measure_activations(model, CPU)
@@ -261,7 +261,7 @@ def test_a_kernel_of_the_training_device_is_measured_there(tiny_model, lora):
 
 
 def test_copy_on_the_device_saves_the_same_bytes(tiny_model):
-    """With a kernel that runs on both devices; norms agree only in float32."""
+    """Uses a kernel that runs on both devices, in float32: in other dtypes the norms differ."""
 
     def both(module, query, key, value, attention_mask, **options):
         return (query * query).transpose(1, 2), None

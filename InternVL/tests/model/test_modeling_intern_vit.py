@@ -1,4 +1,4 @@
-"""The vision tower against explicit formulas: blocks, positions, stochastic depth."""
+"""The vision tower matches explicit formulas: blocks, position embeddings, stochastic depth."""
 
 import copy
 import itertools
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_within_rounding, rounding_bound, terms_of
-from model.conftest import enliven
+from model.conftest import randomize
 from torch import nn
 
 from internvl_chat.model.configuration import InternVisionConfig
@@ -33,7 +33,7 @@ def config(**changes) -> InternVisionConfig:
 
 def tower(attn: str = "sdpa", **changes) -> InternVisionModel:
     model = InternVisionModel(config(**changes), attn)
-    enliven(model, seed=0)
+    randomize(model, seed=0)
     return model.eval()
 
 
@@ -42,7 +42,7 @@ def tiles(number: int = 2, size: int = 56, seed: int = 1) -> torch.Tensor:
 
 
 def normed(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, eps: float) -> torch.Tensor:
-    """Layer norm where the weights have a bias, RMS norm where they have none."""
+    """Apply layer norm if the weights include a bias, otherwise RMS norm."""
     if f"{name}.bias" in weights:
         x = x - x.mean(dim=-1, keepdim=True)
         x = x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps)
@@ -51,14 +51,14 @@ def normed(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, eps: fl
 
 
 def block_by_hand(x: torch.Tensor, layer: InternVisionEncoderLayer, heads: int, eps: float) -> torch.Tensor:
-    """One pre-norm block in float64, one head after the other."""
+    """Compute a pre-norm block in float64, head by head."""
     weights = {name: p.detach().double() for name, p in layer.state_dict().items()}
     x = x.double()
     y = normed(x, weights, "norm1", eps)
     qkv = y @ weights["attn.qkv.weight"].T + weights.get("attn.qkv.bias", 0)
     width = x.shape[-1]
     q, k, v = qkv[..., :width], qkv[..., width : 2 * width], qkv[..., 2 * width :]
-    if "attn.q_norm.weight" in weights:  # over all heads together
+    if "attn.q_norm.weight" in weights:  # across all heads
         q, k = normed(q, weights, "attn.q_norm", eps), normed(k, weights, "attn.k_norm", eps)
     size = width // heads
     outputs = []
@@ -84,7 +84,7 @@ def test_a_block(norm_type: str, qk_normalization: bool, qkv_bias: bool, attn: s
         norm_type=norm_type, qk_normalization=qk_normalization, qkv_bias=qkv_bias, layer_norm_eps=0.01
     )
     layer = InternVisionEncoderLayer(options, attn, 0.0)
-    enliven(layer, seed=3)
+    randomize(layer, seed=3)
     x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(2))
     names = {name for name, _ in layer.named_parameters()}
     assert ("norm1.bias" in names) == (norm_type == "layer_norm")
@@ -139,7 +139,7 @@ def test_layers_after_select_layer_do_not_run(select_layer: int, runs: int) -> N
 
 
 def resized_by_hand(position: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """The class token's position as it is, the others as a picture of `old` x `old` in bicubic."""
+    """Resize the patch positions like an `old` x `old` image (bicubic); keep the class token's position."""
     picture = torch.stack(
         [torch.stack([position[0, 1 + row * old + column] for column in range(old)]) for row in range(old)]
     )
@@ -158,7 +158,7 @@ def test_resized_positions(image_size: int) -> None:
     model.resize_positions(image_size)
     grid = image_size // PATCH
     after = model.embeddings.position_embedding
-    # Bicubic interpolation weighs 4 x 4 neighbours.
+    # Bicubic interpolation is a weighted sum of 4 x 4 neighbors.
     assert_within_rounding(after, resized_by_hand(before, 4, grid), terms=16)
     assert isinstance(after, nn.Parameter) and not after.requires_grad
     assert model.config.image_size == image_size
@@ -193,7 +193,7 @@ def test_stochastic_depth_rates() -> None:
 
 def test_stochastic_depth_only_in_training() -> None:
     layer = InternVisionEncoderLayer(config(), "sdpa", 0.25)
-    enliven(layer, seed=3)
+    randomize(layer, seed=3)
     rows = 64
     x = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(2)).repeat(rows, 1, 1)
     plain = InternVisionEncoderLayer(config(), "sdpa", 0.0)
@@ -203,7 +203,7 @@ def test_stochastic_depth_only_in_training() -> None:
     torch.manual_seed(0)
     found = layer.train()(x)
     outcomes = []
-    for first, second in itertools.product((0, 1 / 0.75), repeat=2):  # dropped, or kept and scaled up
+    for first, second in itertools.product((0, 1 / 0.75), repeat=2):  # either dropped, or kept and scaled up
         y = x[:1] + first * plain.attn(plain.norm1(x[:1])) * plain.ls1
         outcomes.append(y + second * plain.mlp(plain.norm2(y)) * plain.ls2)
     distance = torch.stack([(found - outcome).abs().amax(dim=(1, 2)) for outcome in outcomes])

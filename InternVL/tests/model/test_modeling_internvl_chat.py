@@ -1,4 +1,4 @@
-"""Forward pass: features replace tokens, parts run when they must, packed records are independent."""
+"""Forward pass: features replace tokens, modules run only if needed, packed records are independent."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 ATTENTIONS = ("varlen", "sdpa", "eager")
-# Additions on the way to a logit or loss, and to a gradient.
+# Number of additions between the input and a logit or loss, and a gradient.
 FORWARD = terms_of(make_model())
 BACKWARD = 3 * FORWARD
 
@@ -35,13 +35,13 @@ def freeze_tower(model: InternVLChatModel) -> InternVLChatModel:
 
 
 def count_calls(module: torch.nn.Module) -> list[tuple]:
-    """A list that grows by the shape of the first input whenever the module begins to run."""
+    """Return a list that records the shape of the first input in each call of the module."""
     calls: list[tuple] = []
     module.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
     return calls
 
 
-# Fusion
+# Insertion of image features
 
 
 def test_features_replace_their_tokens_in_order() -> None:
@@ -217,7 +217,7 @@ def test_checkpointed_layers_keep_gradients(frozen: bool, count: int) -> None:
 def test_checkpointed_layers_are_evenly_spaced(count: int, again: str) -> None:
     model = make_model(dataclasses.replace(SHAPE, layers=6))
     model.checkpoint_layers(6)
-    model.checkpoint_layers(count)  # the last call decides
+    model.checkpoint_layers(count)  # the last call takes effect
     calls = [count_calls(layer.mlp) for layer in model.language_model.model.layers]
     model.train()(**pack(records(), labels=True)).loss.backward()
     assert "".join(".x"[len(of_layer) - 1] for of_layer in calls) == again
@@ -288,11 +288,11 @@ def test_loss_of_a_pack_combines_its_records(attn: str) -> None:
     assert_within_rounding(loss, mean_of_records, FORWARD)
 
 
-# What is known beforehand
+# Precomputed features and positions
 
 
 def results(model: InternVLChatModel, inputs: dict) -> dict[str, torch.Tensor]:
-    """Losses and every gradient there is."""
+    """Return the losses and all gradients."""
     model.zero_grad()
     output = model(**inputs)
     output.loss.backward()
@@ -301,7 +301,7 @@ def results(model: InternVLChatModel, inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Compare what `results` returns."""
+    """Compare two outputs of `results` up to rounding."""
     found, expected = dict(found), dict(expected)
     for name in ("loss", "token losses"):
         assert_within_rounding(found.pop(name), expected.pop(name), FORWARD, name=name)
@@ -309,7 +309,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """A small gradient may be the difference of larger ones: all are measured by the largest."""
+    """Compare gradients relative to the largest: a small gradient may be the difference of larger terms."""
     assert found.keys() == expected.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in found.items():
@@ -317,7 +317,7 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 
 
 def with_features(model: InternVLChatModel, inputs: dict) -> dict:
-    """The same arguments with the tower run beforehand, a tile at a time."""
+    """Return the same arguments with features precomputed tile by tile."""
     inputs = dict(inputs)
     tiles = inputs.pop("pixel_values")
     features = [model.vision_features(tile[None]) for tile in tiles]
@@ -325,7 +325,7 @@ def with_features(model: InternVLChatModel, inputs: dict) -> dict:
 
 
 def positions(inputs: dict) -> dict[str, torch.Tensor]:
-    """Where features and targets are, found token by token."""
+    """Return the positions of features and targets, found token by token."""
     ids, labels = inputs["input_ids"][0].tolist(), inputs["labels"][0].tolist()
     targets = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORE_INDEX]
     found = {
@@ -349,11 +349,11 @@ def test_precomputed_features(attn: str, frozen: bool) -> None:
     assert given["vision_features"].shape == (4, 4, 128) and len(calls) == 4
     assert given["vision_features"].requires_grad == (not frozen)
     assert_same(results(model, given), expected)
-    assert len(calls) == 4  # forward did not run the tower once more
+    assert len(calls) == 4  # the forward pass did not run the tower again
 
 
 def test_features_of_several_packs() -> None:
-    """As in training: one run of a frozen tower for the tiles of all packs of a step."""
+    """As in training, a frozen tower runs once for the tiles of all packs in a step."""
     model, rows = freeze_tower(make_model()), records()
     packs = [pack(rows[:2], labels=True), pack(rows[1:], labels=True)]
     tiles = [inputs.pop("pixel_values") for inputs in packs]
@@ -402,7 +402,7 @@ def test_positions_in_a_batch() -> None:
 
 
 def test_positions_determine_features_and_targets() -> None:
-    """They are taken at their word: with the ids of ordinary tokens, with fewer targets than labels."""
+    """Given positions are used as they are, even at ordinary tokens or with fewer targets than labels."""
     model, record = make_model(), make_record((1,))
     inputs = pack([record], labels=True)
     known = positions(inputs)
@@ -438,7 +438,7 @@ MULTIPLE = 32
 
 
 def padded(rows: list[Record]) -> dict:
-    """The arguments of a forward pass over records, padded as training pads them for compiled blocks."""
+    """Return the arguments of a forward pass over records, padded as in training with compiled blocks."""
     samples = []
     for number, row in enumerate(rows):
         where = (row.input_ids == CONTEXT).nonzero().flatten()
@@ -450,7 +450,7 @@ def padded(rows: list[Record]) -> dict:
 
 
 def rows_of_length(blocks: int) -> list[Record]:
-    """Records with five tiles that need so many times MULTIPLE tokens, of which two are missing."""
+    """Return records with five tiles whose length is two tokens short of a multiple of MULTIPLE."""
     rows = [make_record((2,), seed=blocks), make_record((3,), text=4, seed=blocks + 1)]
     known = sum(len(row.input_ids) for row in rows)
     return [*rows, make_record(text=blocks * MULTIPLE - known - 4, seed=blocks + 2)]
@@ -458,7 +458,7 @@ def rows_of_length(blocks: int) -> list[Record]:
 
 @pytest.fixture
 def dynamo():
-    """Compile from scratch, and leave nothing behind."""
+    """Reset the compiler before and after a test."""
     torch._dynamo.reset()
     counters.clear()
     yield counters
@@ -494,7 +494,7 @@ def test_padding_keeps_gradients() -> None:
     assert_same(results(model, inputs), results(model, pack(rows, labels=True)))
 
 
-# Packed records stay apart
+# Isolation of packed records
 
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
@@ -535,7 +535,7 @@ def test_tiles_of_a_record_do_not_affect_others(attn: str, changed: int) -> None
 
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
-def test_length_of_a_neighbour_has_no_effect(attn: str) -> None:
+def test_length_of_a_neighboring_record_has_no_effect(attn: str) -> None:
     model, middle = make_model(attn=attn), make_record((1,), seed=8)
     for before, after in ((1, 1), (20, 3), (2, 30)):
         rows = [make_record(text=before, seed=9), middle, make_record(text=after, seed=10)]
@@ -545,7 +545,7 @@ def test_length_of_a_neighbour_has_no_effect(attn: str) -> None:
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
 def test_token_id_zero_is_an_ordinary_token(attn: str) -> None:
-    """Exchanging the ids 0 and 5 everywhere must only exchange the columns of the logits."""
+    """Swapping ids 0 and 5 everywhere only swaps the corresponding logits."""
     model, exchanged = make_model(attn=attn), make_model(attn=attn)
     order = list(range(VOCABULARY))
     order[0], order[5] = 5, 0

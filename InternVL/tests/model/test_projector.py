@@ -1,4 +1,4 @@
-"""Pixel shuffle and projector against explicit loops and formulas."""
+"""Pixel shuffle and projector match explicit loops and formulas."""
 
 import math
 
@@ -10,7 +10,7 @@ from internvl_chat.model.projector import build_projector, pixel_shuffle
 
 
 def folded_by_hand(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Every block x block neighbourhood of (N, W, H, C) as one vector, along H first."""
+    """Flatten each block x block neighborhood of (N, W, H, C) to a vector, with H as the inner axis."""
     n, w, h, c = x.shape
     out = torch.empty(n, w // block, h // block, c * block * block)
     for tile in range(n):
@@ -26,11 +26,11 @@ def folded_by_hand(x: torch.Tensor, block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [1, 2, 4])
 @pytest.mark.parametrize(("w", "h"), [(4, 8), (8, 4), (4, 4)])
-def test_neighbours_become_one_token(w: int, h: int, block: int) -> None:
+def test_neighboring_patches_become_one_token(w: int, h: int, block: int) -> None:
     x = torch.arange(2 * w * h * 8, dtype=torch.float32).reshape(2, w, h, 8)
     expected = folded_by_hand(x, block)
     assert torch.equal(pixel_shuffle(x, 1 / block, "v2"), expected)
-    # v1 is v2 with the two spatial axes swapped.
+    # v1 equals v2 with swapped spatial axes.
     swapped = torch.stack([torch.stack([t[:, j] for j in range(t.shape[1])]) for t in expected])
     assert torch.equal(pixel_shuffle(x, 1 / block, "v1"), swapped)
 

@@ -85,7 +85,7 @@ def test_internvl3_options() -> None:
 
 
 def test_the_image_reaches_the_answer() -> None:
-    """A tower that is never trained must let differences between images through."""
+    """The untrained tower must preserve differences between images."""
     model, record = build().eval(), make_record((1,))
     other = {**pack([record]), "pixel_values": -record.pixel_values}
     logits, changed = run_alone(model, record), model(**other).logits[0]

@@ -1,4 +1,4 @@
-"""Process groups and collectives, with one rank and with two."""
+"""Process groups and collectives with one and two ranks."""
 
 import socket
 from datetime import timedelta
@@ -75,7 +75,7 @@ TIMEOUT = timedelta(seconds=77)
 
 @pytest.fixture
 def world(monkeypatch):
-    """A process group of one rank, as `init_process_group` makes it for several."""
+    """Process group of one rank, created in the same way as for multiple ranks."""
     init = dist.init_process_group
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(

@@ -96,7 +96,7 @@ def rows(file):
 
 @pytest.fixture
 def full(monkeypatch):
-    """Limit the number of bytes of the next write; None for no limit."""
+    """Limit the size of the next write in bytes; None for no limit."""
     state = {"room": None}
     original = Path.open
 

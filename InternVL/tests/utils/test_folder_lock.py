@@ -11,7 +11,7 @@ from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.folder_lock import LOCK, lock_folder
 
 
-def test_lock_is_exclusive_and_names_its_process(tmp_path):
+def test_lock_is_exclusive_and_reports_its_process(tmp_path):
     lock = lock_folder(tmp_path)
     assert (tmp_path / LOCK).read_text() == str(os.getpid())
     for _ in range(2):
@@ -34,7 +34,7 @@ sys.stdin.read()
 
 
 def test_lock_ends_with_its_process(tmp_path):
-    """A child forked by the process, like a dataloader worker, does not keep the lock."""
+    """A forked child process, such as a dataloader worker, does not keep the lock."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as holder:
         assert holder.stdout.readline() == b"locked\n"

@@ -1,4 +1,4 @@
-"""Tests of the limits on CPU cores and memory, and of the detection of bf16 instructions."""
+"""Tests of the limits on CPU cores and memory, and of the detection of bf16 instruction sets."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def write(folder: Path, **files: str) -> None:
 
 @pytest.fixture
 def cgroups(monkeypatch, tmp_path):
-    """File with the cgroups of this process, and the root of the cgroup tree."""
+    """File that lists the cgroups of this process, and root of the cgroup tree."""
     own = tmp_path / "cgroup"
     monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "sys")
     monkeypatch.setattr(hardware, "_OWN_CGROUPS", own)
@@ -36,7 +36,7 @@ def test_limits_of_cgroups_v2(cgroups):
 
 
 def test_limits_of_cgroups_v1_in_a_container(cgroups):
-    """In a container the path is the host's, and the limits are at the root."""
+    """In a container, the path is relative to the host, while the limits are at the root."""
     own, root = cgroups
     own.write_text("5:memory:/docker/0123\n4:cpu:/docker/0123\n")
     write(root / "cpu", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")

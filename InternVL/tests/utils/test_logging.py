@@ -1,4 +1,4 @@
-"""Tests of log messages on several ranks."""
+"""Tests of logging with multiple ranks."""
 
 import logging
 

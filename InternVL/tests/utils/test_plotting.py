@@ -1,4 +1,4 @@
-"""Helpers of all plots."""
+"""Tests of the plotting helpers."""
 
 import numpy as np
 from PIL import Image

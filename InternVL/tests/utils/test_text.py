@@ -1,4 +1,4 @@
-"""Numbers with nouns."""
+"""Singular and plural nouns."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Read and write adapters in peft's format, with the path and the hash of their base model."""
+"""Read and write adapters in peft's format, together with the path and hash of their base model."""
 
 import json
 from collections.abc import Iterable
@@ -30,41 +30,42 @@ BASE_FILE = "base_model.json"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model of an adapter: its path or hub id, and the SHA-256 of its weights."""
+    """Base model of an adapter: path or Hub id, and SHA-256 of its weights."""
 
     path: str
     sha256: str
 
 
 def read_base(folder: Path) -> BaseModel:
-    """Read the recorded base model of an adapter.
+    """Read the path and hash of an adapter's base model from `base_model.json`.
 
     Raises:
-        ModelError: the record is missing or malformed.
+        ModelError: the file is missing or malformed.
     """
     file = folder / BASE_FILE
     try:
         return BaseModel(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{file}: does not name the adapter's base model: {error}") from None
+        raise ModelError(f"{file}: cannot read the adapter's base model: {error}") from None
 
 
 def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, BaseModel]:
-    """Return the verified folder of an adapter's base.
+    """Locate an adapter's base model and verify its hash; return its folder and its path and hash.
 
     Args:
-        override: folder or hub id of the base, if it has moved.
+        override: folder or Hub id of the base model, if it has moved.
 
     Raises:
-        ModelError: the base is missing, or its weights are not those that the adapter was trained on.
+        ModelError: the base model is missing, is an adapter itself, or its hash differs from the one recorded
+            by the adapter.
     """
     base = read_base(folder)
     try:
         base_folder = model_folder(override or base.path)
     except ModelError as error:
         raise ModelError(
-            f"{folder}: the adapter's base is missing: {error}; pass its folder with --base "
-            "(in training --base_model_path)"
+            f"{folder}: the adapter's base model is missing: {error}; pass its folder with --base "
+            "(for training: --base_model_path)"
         ) from None
     if is_adapter(base_folder):
         raise ModelError(f"{base_folder}: is an adapter itself; the base must be a full model")
@@ -72,15 +73,15 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
     if digest != base.sha256:
         raise ModelError(
             f"{base_folder}: these weights (sha256 {digest[:12]}) are not the base that {folder} was "
-            f"trained on (sha256 {base.sha256[:12]}); pass its folder with --base"
+            f"trained on (sha256 {base.sha256[:12]}); pass the right folder with --base"
         )
     return base_folder, BaseModel(str(override or base.path), digest)
 
 
 def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.05) -> None:
-    """Add an adapter to its base, and replace the modules that it stores in full."""
+    """Add an adapter to its base model and load the modules that the adapter stores in full."""
     llm_rank, vision_rank = ranks_of(read_adapter_config(folder))
-    if not lora_layers(model):  # the reference's LoRA-wrapped format has them already
+    if not lora_layers(model):  # a base model in the reference's LoRA-wrapped format already has LoRA layers
         add_lora(model, llm_rank=llm_rank, vision_rank=vision_rank, dropout=dropout)
     weights = {parameter_name(key): read for key, read in open_weights(folder / ADAPTER_WEIGHTS).items()}
     expected = {name for name in model.state_dict() if ".lora_" in name}
@@ -95,7 +96,7 @@ def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.0
     model.replaced_modules = _parent_modules(name for name in weights if ".lora_" not in name)
 
 
-# Options that training may change, and that affect the result of the model.
+# Options that training can change and that affect the model's output.
 _OPTIONS = (
     "ps_version",
     "select_layer",
@@ -110,19 +111,19 @@ _OPTIONS = (
 
 
 def adopt_options(config: InternVLChatConfig, adapter: InternVLChatConfig) -> None:
-    """Copy the options and the vocabulary size of an adapter into the configuration of its base."""
+    """Copy an adapter's options and vocabulary size into the configuration of its base model."""
     for name in _OPTIONS:
         setattr(config, name, getattr(adapter, name))
     config.llm_config["vocab_size"] = adapter.llm_config["vocab_size"]
 
 
 def _parent_modules(names: Iterable[str]) -> set[str]:
-    """Return the modules of the named parameters; `mlp1` counts as one module."""
+    """Return the names of the modules that contain these parameters; `mlp1` counts as one module."""
     return {"mlp1" if name.startswith("mlp1.") else name.rpartition(".")[0] for name in names}
 
 
 def _modules_to_save(model: InternVLChatModel) -> set[str]:
-    """Return the modules that an adapter stores in full: trained, or replaced when it was loaded."""
+    """Return the modules to store in full with an adapter: trained ones and those in `replaced_modules`."""
     trained = (name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
     return _parent_modules(trained) | model.replaced_modules
 
@@ -139,14 +140,15 @@ def save_adapter(
     base: BaseModel,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, FileEntry]:
-    """Write a model's adapters in peft's format, with the modules that were trained in full.
+    """Write a model's adapters and fully trained modules in peft's format.
 
     Args:
         folder: folder to write; created if missing.
-        state_dict: full weights, if those of the model are sharded.
+        base: base model, recorded next to the adapter.
+        state_dict: unsharded weights, if the model's own are sharded.
 
     Returns:
-        Size and hash of the safetensors file, by name.
+        Size and hash of the safetensors file, keyed by file name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = model.state_dict() if state_dict is None else state_dict

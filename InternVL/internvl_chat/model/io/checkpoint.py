@@ -1,4 +1,4 @@
-"""Load a model from a folder of any format, and save it in the reference's format."""
+"""Load checkpoints in any supported format and save them in the reference's format."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from internvl_chat.utils.hashed_file import FileEntry
 
 
 def model_weights(folder: Path) -> Weights:
-    """Open the weights of a full model of any format, under the reference's names."""
+    """Open the weights of a full model in any supported format, under the reference's parameter names."""
     weights = read_weights(folder)
     if any(name.startswith(("model.vision_tower.", "vision_tower.")) for name in weights):
         return from_hf_weights(weights)
@@ -27,7 +27,7 @@ def model_weights(folder: Path) -> Weights:
 
 
 def untie_distinct_head(config: InternVLChatConfig, weights: Weights) -> None:
-    """Reset `tie_word_embeddings` if embeddings and head differ, as transformers does."""
+    """Like transformers, set `tie_word_embeddings` to False if the embeddings and the head differ."""
     if config.llm_config.get("tie_word_embeddings"):
         names = ("lm_head", "model.embed_tokens")
         head, embeddings = (weights.get(f"language_model.{name}.weight") for name in names)
@@ -45,17 +45,19 @@ def load_model(
     lora_dropout: float = 0.05,
     drop_path_rate: float | None = None,
 ) -> InternVLChatModel:
-    """Load a model of any format on the CPU.
+    """Load a model in any supported format on the CPU.
 
     Args:
+        path_or_id: folder or Hub id.
         image_context_id: id of `<IMG_CONTEXT>` in the tokenizer.
         dtype: dtype of all weights except adapters, which stay float32.
-        attn: a result of `resolve_attention`.
+        attn: attention implementation, as returned by `resolve_attention`.
         base: base model of an adapter, if it has moved.
-        drop_path_rate: stochastic depth rate of the vision tower; None for the checkpoint's.
+        lora_dropout: dropout probability of the adapters' input.
+        drop_path_rate: stochastic depth rate of the vision tower (default: from the checkpoint).
 
     Raises:
-        ModelError: weights are missing, unexpected or of another shape.
+        ModelError: weights are missing, unexpected, of the wrong shape, or not finite.
     """
     folder = model_folder(path_or_id)
     base_folder = find_base(folder, base)[0] if is_adapter(folder) else folder
@@ -76,10 +78,10 @@ def load_model(
 def empty_model(
     config: InternVLChatConfig, image_context_id: int, dtype: torch.dtype, attn: str
 ) -> InternVLChatModel:
-    """Build a model with uninitialised weights."""
+    """Build a model with uninitialized weights."""
     with no_init_weights(), _default_dtype(dtype):
         model = InternVLChatModel(config, image_context_id, attn)
-    model.language_model.tie_weights()  # part of the skipped initialisation
+    model.language_model.tie_weights()  # normally part of the initialization
     return model
 
 
@@ -99,15 +101,15 @@ def save_model(
     """Write a full model in the reference's format: `config.json` and safetensors.
 
     Args:
-        model: a model without adapters.
+        model: model without adapters.
         folder: folder to write; created if missing.
-        state_dict: full weights, if those of the model are sharded.
+        state_dict: unsharded weights, if the model's own are sharded.
 
     Returns:
-        Size and hash of each safetensors file, by name.
+        Size and hash of each safetensors file, keyed by file name.
     """
     if lora_layers(model):
-        raise ModelError("the model has adapters; save them with save_adapter, or merge the checkpoint")
+        raise ModelError("the model has adapters; save them with save_adapter or merge the checkpoint")
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = model.state_dict() if state_dict is None else state_dict
     shared: set[int] = set()
@@ -124,7 +126,7 @@ def save_model(
 
 
 def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None:
-    """Resize the vocabulary; the new rows of the head are the mean of the old ones, as in the reference."""
+    """Resize the vocabulary; each new row of the head is the mean of the old rows, as in the reference."""
     llm = model.language_model
     llm.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():

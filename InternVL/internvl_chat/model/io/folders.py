@@ -1,7 +1,7 @@
 """Model folders: location, format, configuration and auxiliary files.
 
-A folder contains a full model (in the reference's format, plain or LoRA-wrapped, or in transformers') or an
-adapter in peft's format.
+A folder contains a full model in the reference's format (plain or LoRA-wrapped) or in transformers' format,
+or an adapter in peft's format.
 """
 
 import json
@@ -17,10 +17,10 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Folder in an export with the configuration and auxiliary files from before.
+# Subfolder of an export with the original configuration and auxiliary files.
 ORIGINAL = "original"
 
-# Files that decide what the model reads and writes, in the format of the reference.
+# Files in the reference's format that determine the model's input and output.
 _MODEL_FILES = (
     "*token*.json",
     "tokenizer.model",
@@ -33,7 +33,7 @@ _MODEL_FILES = (
     "preprocessing.json",
     "*.py",
 )
-# Files that belong to the weights, to one state of the folder, or to a run or evaluation in it.
+# Weights, configurations, metadata of a folder, and files written by runs and evaluations.
 _NOT_AUXILIARY = (
     *("config.json", "adapter_config.json", "base_model.json", "*.index.json", "README.md", "made_from.json"),
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz"),
@@ -57,7 +57,7 @@ _DOWNLOADED = (
 
 
 def model_folder(path_or_id: str | Path) -> Path:
-    """Return the folder of a model; `organisation/name` is downloaded from the Hugging Face hub.
+    """Return the folder of a model, downloading it if `organization/name` is a Hugging Face Hub id.
 
     Raises:
         ModelError: the folder does not exist, or the download failed.
@@ -73,7 +73,7 @@ def model_folder(path_or_id: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_id), allow_patterns=list(_DOWNLOADED)))
     except Exception as error:
         raise ModelError(
-            f"{path_or_id}: neither a local folder nor available from the Hugging Face hub ({error}); "
+            f"{path_or_id}: neither a local folder nor available from the Hugging Face Hub ({error}); "
             "download the model and pass its folder"
         ) from error
 
@@ -90,10 +90,10 @@ def is_hf_format(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> InternVLChatConfig:
-    """Read the configuration of a folder of any format.
+    """Read the configuration of a model in any supported format.
 
     Raises:
-        ModelError: it is missing or malformed.
+        ModelError: the configuration is missing or malformed.
     """
     if not is_hf_format(folder):
         return InternVLChatConfig.from_folder(folder)
@@ -102,22 +102,22 @@ def read_config(folder: Path) -> InternVLChatConfig:
 
 
 def config_file(folder: Path) -> Path | None:
-    """Return the file with a folder's configuration in the reference's format, if there is one."""
+    """Return the `config.json` in the reference's format that belongs to a folder; None without one."""
     parent = original_folder(folder) if is_hf_format(folder) else folder
     return parent / "config.json" if parent else None
 
 
 def original_folder(folder: Path) -> Path | None:
-    """Return the folder in an export with its original files; None if there is none or the model has changed.
+    """Return the `original` subfolder of an export; None if it is missing or does not match the export.
 
-    Another program may have changed the model, for example by further training.
+    It stops matching if another program changes the exported model's configuration.
     """
     original = folder / ORIGINAL
     if not (original / "config.json").is_file() or not is_hf_format(folder):
         return None
     if to_hf_config(InternVLChatConfig.from_folder(original), 0) == to_hf_config(_read_hf_config(folder), 0):
         return original
-    logger.warning("%s: ignored, because %s describes another model", original, folder / "config.json")
+    logger.warning("%s: ignored, because %s describes a different model", original, folder / "config.json")
     return None
 
 
@@ -126,7 +126,7 @@ def _read_hf_config(folder: Path) -> InternVLChatConfig:
     try:
         return from_hf_config(read_json(file), source=str(file))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: not transformers' InternVL: {error!r}") from None
+        raise ModelError(f"{file}: not a configuration of transformers' InternVL: {error!r}") from None
 
 
 def read_json(file: Path) -> Any:
@@ -140,14 +140,14 @@ def read_json(file: Path) -> Any:
 
 
 def write_config(config: InternVLChatConfig, folder: Path) -> None:
-    """Write `config.json`."""
+    """Write a configuration to `config.json` in a folder."""
     (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
 
 
 def read_auxiliary_files(source: Path) -> dict[str, bytes]:
-    """Read all files of a checkpoint except weights and configuration, as name -> content.
+    """Read all files of a checkpoint except weights and configuration; returns file name -> content.
 
-    These are the tokenizer, the preprocessing, the reference's code, the license, and any other file that was
+    These are the tokenizer, preprocessing, the reference's code, the license, and all other files that were
     not written by a run. Subfolders are skipped.
     """
     source = original_folder(source) or source
@@ -163,11 +163,11 @@ def read_auxiliary_files(source: Path) -> dict[str, bytes]:
 
 
 def is_model_file(name: str) -> bool:
-    """Return whether an auxiliary file affects what the model reads or writes, unlike a license."""
+    """Return whether an auxiliary file affects the model's input or output (unlike, say, a license)."""
     return any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
 
 
 def write_files(files: dict[str, bytes], folder: Path) -> None:
-    """Write files, given by name, into a folder."""
+    """Write files, given as file name -> content, to a folder."""
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -1,6 +1,6 @@
 """Convert weights and configuration between the reference's format and transformers' own InternVL.
 
-The tensors are the same under other names, except that transformers splits the vision tower's fused qkv.
+Only the parameter names change, except that transformers splits the vision tower's fused qkv weights.
 """
 
 import re
@@ -16,7 +16,7 @@ from internvl_chat.utils.errors import ModelError
 
 HF_MODEL_TYPE = "internvl"
 
-# Prefixes of all parameters except the fused qkv: reference, transformers.
+# Prefixes of all parameter names except the fused qkv: reference, transformers.
 _RENAMES = (
     ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
     ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
@@ -76,7 +76,7 @@ def to_hf_weights(weights: Weights) -> Weights:
 
 
 def from_hf_weights(weights: Weights) -> Weights:
-    """Return transformers' weights, with either of its naming schemes, in the reference's format."""
+    """Return transformers' weights (in either of its naming schemes) in the reference's format."""
     weights = {_current_hf_name(name): read for name, read in weights.items()}
     out: Weights = {}
     for name, read in weights.items():
@@ -91,7 +91,7 @@ def from_hf_weights(weights: Weights) -> Weights:
 
 
 def _current_hf_name(name: str) -> str:
-    """Return transformers' current name of a parameter that may have the name of its first release."""
+    """Map a parameter name from transformers' first InternVL release to its current name."""
     if name.startswith("language_model.model."):
         return "model.language_model." + name.removeprefix("language_model.model.")
     if name.startswith("language_model.lm_head."):
@@ -100,7 +100,7 @@ def _current_hf_name(name: str) -> str:
 
 
 def _rename(name: str, *, to_hf: bool) -> str:
-    """Translate the name of a parameter to transformers' or to the reference's."""
+    """Translate a parameter name to transformers' naming scheme or back to the reference's."""
     side = 0 if to_hf else 1
     for pair in _RENAMES:
         if name.startswith(pair[side]):
@@ -115,10 +115,10 @@ def _rename(name: str, *, to_hf: bool) -> str:
 
 
 def to_hf_config(config: InternVLChatConfig, image_context_id: int) -> dict[str, Any]:
-    """Return transformers' `config.json` for a configuration in the reference's format.
+    """Return the content of transformers' `config.json` for a configuration in the reference's format.
 
     Raises:
-        ModelError: transformers has no such model.
+        ModelError: transformers does not support the model.
     """
     vision = config.vision_config
     if config.ps_version != "v2":
@@ -139,13 +139,13 @@ def to_hf_config(config: InternVLChatConfig, image_context_id: int) -> dict[str,
         "downsample_ratio": config.downsample_ratio,
         "vision_feature_layer": config.select_layer,
         "projector_hidden_act": "gelu",
-        # The default, True, would tie the head regardless of the text configuration.
+        # The default (True) would tie the head regardless of the text configuration.
         "tie_word_embeddings": bool(config.llm_config.get("tie_word_embeddings", False)),
     }
 
 
 def from_hf_config(raw: dict[str, Any], *, source: str) -> InternVLChatConfig:
-    """Return the configuration in the reference's format for transformers' `config.json`."""
+    """Convert the content of transformers' `config.json` to a configuration in the reference's format."""
     text, vision = raw["text_config"], raw["vision_config"]
     side, patch = (
         _square(vision.get(k, default)) for k, default in (("image_size", 448), ("patch_size", 14))
@@ -178,7 +178,7 @@ def _square(size: int | list[int]) -> int:
 
 
 def _third(read: Callable[[], torch.Tensor], position: int) -> torch.Tensor:
-    """Return queries, keys or values of a fused weight."""
+    """Return the query, key or value part of a fused weight."""
     return read().chunk(3)[position]
 
 

@@ -1,4 +1,4 @@
-"""Read a checkpoint of any format lazily as a full model in the reference's format, with adapters merged."""
+"""Lazily read any supported checkpoint as a full model in the reference's format, with adapters merged."""
 
 import copy
 import re
@@ -22,13 +22,13 @@ _BASE_LAYER = re.compile(r"\.base_layer(?=\.(?:weight|bias)$)")
 
 @dataclass(frozen=True)
 class MergedCheckpoint:
-    """A full model whose weights are read, and merged, on demand.
+    """Full model whose weights are read and merged on demand.
 
     Attributes:
         config: configuration in the reference's format.
-        config_text: content of its `config.json`; the original file if nothing had to change.
+        config_text: content of its `config.json`; identical to the original file if nothing changed.
         weights: weights under the reference's parameter names.
-        auxiliary_files: other files by name; those of an adapter replace those of its base.
+        auxiliary_files: contents of other files, keyed by file name; an adapter's files override its base's.
         merged_layers: number of layers into which adapters are merged.
     """
 
@@ -39,7 +39,7 @@ class MergedCheckpoint:
     merged_layers: int
 
     def with_options(self, **options: int | bool) -> "MergedCheckpoint":
-        """Return the checkpoint with other values of some fields of its configuration."""
+        """Return a copy in which some configuration fields are replaced."""
         config = copy.deepcopy(self.config)
         for name, value in options.items():
             setattr(config, name, value)
@@ -48,14 +48,15 @@ class MergedCheckpoint:
 
 
 def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckpoint:
-    """Open a full model, a LoRA-wrapped checkpoint of the reference, or an adapter with its base.
+    """Open a full model, a LoRA-wrapped checkpoint of the reference, or an adapter with its base model.
 
     Args:
         source: folder of the checkpoint.
         base: base model of an adapter, if it has moved.
 
     Raises:
-        ModelError: the base is missing or does not match; when a weight is read that is not finite.
+        ModelError: the base model is missing or does not match, or a weight is not finite (raised when the
+            weight is read).
     """
     if is_adapter(source):
         base_folder, _ = find_base(source, base)
@@ -97,7 +98,7 @@ def _merge(weights: Weights, source: Path) -> tuple[Weights, int]:
         plain_name = _BASE_LAYER.sub("", name)
         if a and b and name.endswith(".base_layer.weight"):
             layers += 1
-            # The sum of finite weights may overflow in 16 bits.
+            # The merged weight may overflow in 16 bits even if its inputs are finite.
             merged |= check_finite({plain_name: partial(_read_merged, read, a, b)}, source)
         else:
             merged[plain_name] = read
@@ -105,7 +106,7 @@ def _merge(weights: Weights, source: Path) -> tuple[Weights, int]:
 
 
 def _with_adapter(folder: Path, base_folder: Path) -> Weights:
-    """Return the weights of an adapter and its base under LoRA-wrapped names."""
+    """Return the combined weights of an adapter and its base model under LoRA-wrapped names."""
     read_adapter_config(folder)
     adapter = {parameter_name(key): read for key, read in open_weights(folder / ADAPTER_WEIGHTS).items()}
     adapter = check_finite(adapter, folder)
@@ -116,7 +117,7 @@ def _with_adapter(folder: Path, base_folder: Path) -> Weights:
         weights[f"{layer}.base_layer.{kind}" if layer in layers else name] = read
     missing = {f"{layer}.base_layer.weight" for layer in layers} - weights.keys()
     if missing:
-        raise ModelError(f"{folder}: the base {base_folder} lacks {len(missing)} of the adapted layers")
+        raise ModelError(f"{folder}: the base model {base_folder} lacks {len(missing)} of the adapted layers")
     return weights | adapter
 
 

@@ -1,4 +1,4 @@
-"""Read weight files lazily, and write them in shards: conversions never hold a full model in memory.
+"""Read weight files lazily and write them in shards, so that conversions never hold a full model in memory.
 
 `Weights` maps parameter names to functions that read the tensor. Pickles are loaded with `weights_only`.
 """
@@ -27,7 +27,7 @@ SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 _PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 _MAX_LISTED = 5
-# In the order in which safetensors stores them: large elements first, so that all are aligned.
+# In the order in which safetensors stores tensors: large elements first, so that all tensors are aligned.
 _DTYPES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32",
     torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
@@ -37,10 +37,10 @@ _DTYPES = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a folder's weight files, sorted: safetensors, or otherwise PyTorch's.
+    """Return a folder's safetensors files, sorted by name; if there are none, its PyTorch weight files.
 
     Raises:
-        ModelError: there are none, or the index lists a missing file.
+        ModelError: the folder has no weight files, or the index lists a missing file.
     """
     for pattern in _PATTERNS:
         files = sorted(folder.glob(pattern))
@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _require_complete(folder: Path, names: set[str]) -> None:
-    """Check the shards against the index, if there is one."""
+    """Raise a `ModelError` if a shard listed in the index is missing."""
     for index in folder.glob("*.index.json"):
         expected = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if expected & names and expected - names:
@@ -64,7 +64,7 @@ def read_weights(folder: Path) -> Weights:
     """Open the weight files of a folder; tensors are read on demand.
 
     Raises:
-        ModelError: no weights, a missing shard, or a damaged file.
+        ModelError: there are no weight files, a shard is missing, or a file is damaged.
     """
     weights: Weights = {}
     for file in weight_files(folder):
@@ -73,14 +73,14 @@ def read_weights(folder: Path) -> Weights:
 
 
 def open_weights(file: Path) -> Weights:
-    """Open one weight file.
+    """Open one weight file; tensors are read on demand.
 
     Raises:
         ModelError: the file is damaged.
     """
     try:
         if file.suffix == ".bin":
-            zipped = zipfile.is_zipfile(file)  # not before PyTorch 1.6, and then it cannot be mapped
+            zipped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 are not and cannot be mapped
             tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
             return {name: partial(tensors.get, name) for name in tensors}
         with safe_open(file, framework="pt") as handle:
@@ -90,18 +90,18 @@ def open_weights(file: Path) -> Weights:
 
 
 def _read_tensor(file: Path, name: str) -> torch.Tensor:
-    """Read one tensor, with a memory mapping of its own.
+    """Read one tensor through its own memory mapping.
 
-    A mapping shared by all tensors would keep in memory everything read through it.
+    A mapping shared by all tensors would keep everything that was read through it in memory.
     """
     with safe_open(file, framework="pt") as handle:
         return handle.get_tensor(name)
 
 
 def describe_non_finite(tensor: torch.Tensor) -> str | None:
-    """Return what is wrong with a tensor that contains NaN or Inf; None if all of its values are finite.
+    """Return the number of NaN and Inf values in a tensor as text; None if all values are finite.
 
-    `aminmax` reads the tensor once without copying it; that takes a few percent of loading it.
+    `aminmax` reads the tensor once without copying it, which takes a few percent of the loading time.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return None
@@ -117,14 +117,14 @@ def describe_non_finite(tensor: torch.Tensor) -> str | None:
 
 
 def check_finite(weights: Weights, source: Path) -> Weights:
-    """Return the weights with readers that check each tensor.
+    """Wrap the weights so that each tensor is checked when it is read.
 
     Args:
-        weights: the weights.
+        weights: weights to check.
         source: folder or file of the weights, for error messages.
 
     Raises:
-        ModelError: when a tensor is read that contains NaN or Inf.
+        ModelError: a tensor contains NaN or Inf (raised when the tensor is read).
     """
 
     return {name: partial(_read_finite, name, read, source) for name, read in weights.items()}
@@ -138,26 +138,26 @@ def _read_finite(name: str, read: Callable[[], torch.Tensor], source: Path) -> t
 
 
 def non_finite_error(source: Path | str, tensors: Sequence[str]) -> ModelError:
-    """Return the error for weights that contain NaN or Inf; each entry names a tensor and its values."""
+    """Return the error for weights that contain NaN or Inf; `tensors` are descriptions of the weights."""
     more = f" and {len(tensors) - _MAX_LISTED} more" if len(tensors) > _MAX_LISTED else ""
     noun = "1 weight is" if len(tensors) == 1 else f"{len(tensors)} weights are"
     return ModelError(
         f"{source}: {noun} not finite: {', '.join(tensors[:_MAX_LISTED])}{more}; the file is damaged or its "
-        "training diverged: copy the checkpoint again, or use an earlier one"
+        "training diverged; copy the checkpoint again or use an earlier one"
     )
 
 
 def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial: bool = False) -> None:
-    """Load weights into a module one by one, each converted to the dtype of its parameter.
+    """Load weights into a module one by one, converting each to the dtype of its parameter.
 
     Args:
         model: module to load the weights into.
         weights: weights under the module's parameter names.
-        source: where the weights are from, for error messages.
+        source: folder or file of the weights, for error messages.
         partial: whether weights may be missing.
 
     Raises:
-        ModelError: weights are missing, unexpected, of another shape, or not finite.
+        ModelError: weights are missing, unexpected, of the wrong shape, or not finite.
     """
     own = dict(model.state_dict(keep_vars=True))
     tied = {name for name, p in own.items() if any(p is q for loaded, q in own.items() if loaded in weights)}
@@ -169,7 +169,7 @@ def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial:
         if tensor.shape != target.shape:
             mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(target.shape)}")
             continue
-        target.data = tensor.to(target.dtype)  # keeps the parameter, and so tied weights
+        target.data = tensor.to(target.dtype)  # keeps the parameter object, so tied weights stay tied
         if (problem := describe_non_finite(target.data)) is not None:
             cast = (
                 ""
@@ -183,13 +183,13 @@ def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial:
         if names
     ]
     if problems:
-        raise ModelError(f"{source}: does not fit its config.json: {'; '.join(problems)}")
+        raise ModelError(f"{source}: the weights do not match config.json: {'; '.join(problems)}")
     if non_finite:
         raise non_finite_error(source, non_finite)
 
 
 def weights_digest(folder: Path) -> str:
-    """Return the SHA-256 of the names and contents of a folder's weight files."""
+    """Return a SHA-256 over the names and contents of a folder's weight files."""
     total = hashlib.sha256()
     for file in weight_files(folder):
         state = file.stat()
@@ -199,7 +199,7 @@ def weights_digest(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _file_digest(file: Path, size: int, modified: int) -> str:
-    """Hash a file; cached by size and time of modification, because a large model takes many seconds."""
+    """Return the SHA-256 of a file, cached by path, size and modification time (hashing a model is slow)."""
     return file_sha256(file)
 
 
@@ -209,12 +209,12 @@ def write_weights(
     """Write `model.safetensors`, or shards and an index, with one shard in memory at a time.
 
     Args:
-        weights: the weights.
-        folder: an existing folder; its earlier weight files are replaced.
-        max_shard_bytes: maximum size of a shard, unless one tensor is larger.
+        weights: weights to write.
+        folder: existing folder; its previous weight files are replaced.
+        max_shard_bytes: maximum size of a shard; a larger tensor gets a shard of its own.
 
     Returns:
-        Size and hash of each safetensors file, by name.
+        Size and hash of each safetensors file, keyed by file name.
     """
     earlier = [*folder.glob(_PATTERNS[0]), *folder.glob(_PATTERNS[1]), *folder.glob("*.index.json")]
     shards: list[list[str]] = []
@@ -225,7 +225,7 @@ def write_weights(
         shards.append(list(shard))
         written.append(write_file(shard, folder / _part(len(shards))))
         shard.clear()
-    for file in earlier:  # a reader would mix them with the new files
+    for file in earlier:  # otherwise a reader would mix them with the new files
         file.unlink()
     if len(shards) == 1:
         (folder / _part(1)).rename(folder / "model.safetensors")
@@ -246,14 +246,14 @@ def write_file(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> FileEntry:
-    """Write a safetensors file in the library's layout; returns its size and hash.
+    """Write a safetensors file with the same layout as the safetensors library; return its size and hash.
 
     Tensors are copied to the host one at a time.
 
     Args:
-        tensors: on any device.
-        file: file to write or replace; tensors that are mapped from it stay valid.
-        metadata: metadata of the header besides the format.
+        tensors: tensors on any device, keyed by name.
+        file: file to write or replace; tensors mapped from the old file stay valid.
+        metadata: additional metadata for the header.
     """
     dtypes = list(_DTYPES)
     names = sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
@@ -282,7 +282,7 @@ def _part(number: int) -> str:
 
 
 def _shards(weights: Weights, max_bytes: int) -> Iterable[dict[str, torch.Tensor]]:
-    """Yield the tensors in groups of at most `max_bytes` (one tensor may be larger)."""
+    """Yield the tensors in groups of at most `max_bytes`; a larger tensor is a group of its own."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, read in weights.items():

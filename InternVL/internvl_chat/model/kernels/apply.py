@@ -1,6 +1,6 @@
-"""Switch on the optional fast paths: the same parameters, names and results in less time or memory.
+"""Enable the optional kernels, which save time or memory without changing parameters, names or results.
 
-The model is complete without them.
+The model also works without them.
 """
 
 from typing import Any, cast
@@ -14,24 +14,25 @@ from internvl_chat.model.kernels.cpu.persistent_buffers import use_persistent_bu
 from internvl_chat.model.kernels.supervised_head import LastLayer, SupervisedHead
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
-# Model types with pre-norm decoder layers, RMSNorm, and a linear head whose logits are not scaled.
+# Model types with pre-norm decoder layers, RMSNorm, and a linear head with unscaled logits.
 _SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def apply_kernels(
     model: InternVLChatModel, device: torch.device, *, liger: bool = False, persistent_buffers: bool = False
 ) -> None:
-    """Replace modules of the language model by faster ones that share their parameters.
+    """Replace language-model modules with faster ones that share their parameters.
 
     Args:
-        model: a model whose trainable parameters have been chosen, on any device.
-        liger: use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs).
-        persistent_buffers: keep vocabulary-sized buffers from step to step (a single rank on a CPU).
+        model: model on any device, after `set_trainable`.
+        device: device on which the model will run.
+        liger: use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs only).
+        persistent_buffers: reuse vocabulary-sized buffers across steps (single-rank CPU training only).
     """
     llm = model.language_model
     if liger:
         kernels = {"rope": True, "swiglu": True, "rms_norm": True}
-        # SupervisedHead computes the losses.
+        # The cross-entropy is computed by SupervisedHead.
         apply_liger_kernel(llm, kernels | {"cross_entropy": False, "fused_linear_cross_entropy": False})
     if llm.config.model_type not in _SUPPORTED:
         return
@@ -43,10 +44,10 @@ def apply_kernels(
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """Replace transformers' RMSNorms by torch's fused one.
+    """Replace transformers' RMSNorm modules with torch's fused RMSNorm.
 
-    Autograd then saves the input and one number per token, instead of two more copies of the input, one of
-    them in float32. This saves about a fifth of the activations of an 8B model.
+    Autograd then keeps only the input and one scalar per token; the original also keeps two copies of the
+    input, one in float32. This cuts the activation memory of an 8B model by about a fifth.
     """
     for parent in list(module.modules()):
         for name, norm in parent.named_children():
@@ -58,9 +59,9 @@ def fuse_norms(module: nn.Module) -> None:
 
 
 def supervise_positions(model: InternVLChatModel) -> None:
-    """Run the last MLP, the final norm, the head and the losses at labeled positions only.
+    """Compute the last MLP, the final norm, the head and the losses at labeled positions only.
 
-    A head with a bias or an adapter is not replaced.
+    Models whose head has a bias or an adapter are left unchanged.
     """
     llm = model.language_model
     head = llm.get_output_embeddings()
@@ -77,7 +78,7 @@ def supervise_positions(model: InternVLChatModel) -> None:
 def supervised_losses(
     llm: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the losses of `next_token_losses` with `LastLayer` and `SupervisedHead`."""
+    """Compute the same losses as `next_token_losses` with `LastLayer` and `SupervisedHead`."""
     hidden = llm.get_decoder()(**inputs, output_positions=positions).last_hidden_state[0]
     return llm.get_output_embeddings()(hidden, targets)
 

@@ -1,4 +1,4 @@
-"""Cross-entropy in float32 that overwrites the logits with their gradient, chunk by chunk.
+"""Cross-entropy in float32, chunk by chunk, that overwrites the logits with their gradient.
 
 For logits z and target y, the loss is L = log(sum_v exp(z_v)) - z_y, and dL/dz = softmax(z) - onehot(y).
 
@@ -7,7 +7,7 @@ Shapes: U supervised tokens, V vocabulary.
 
 import torch
 
-# Bytes of float32 logits at a time: they fit a CPU's cache; a GPU needs few launches.
+# Bytes of float32 logits per chunk: small enough for a CPU's cache, large enough for few kernel launches.
 _CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
@@ -15,13 +15,13 @@ def cross_entropy_in_place(logits: torch.Tensor, targets: torch.Tensor, *, gradi
     """Return the loss of each token, (U,) float32.
 
     Args:
-        logits: (U, V) in any dtype.
+        logits: (U, V) in any floating-point dtype.
         targets: (U,) int64.
-        gradient: whether to replace the logits by the gradient of the sum of the losses.
+        gradient: whether to overwrite the logits with the gradient of the summed losses.
     """
     rows = max(1, _CHUNK_BYTES.get(logits.device.type, 1 << 28) // (4 * logits.shape[1]))
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    # Allocating memory for every chunk would cost a CPU more than the arithmetic.
+    # On a CPU, allocating memory for each chunk would take longer than the arithmetic.
     buffer = logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
     chunks = (x.split(rows) for x in (logits, targets.unsqueeze(1), losses))
     for chunk, labels, loss in zip(*chunks, strict=True):

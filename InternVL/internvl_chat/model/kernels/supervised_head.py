@@ -1,9 +1,9 @@
 """The last MLP, the head and the cross-entropy, computed at labeled positions only.
 
-All other positions matter only as keys and values of the last layer's attention. The gradient of a token's
-loss with respect to its logits z is softmax(z) - onehot(y), times the token's weight. The forward pass
-computes it already, without the weight, and overwrites the logits: the two never occupy memory together. If
-the head is frozen, only a few rows of logits are in memory at a time.
+All other positions are needed only as keys and values of the last layer's attention. The gradient of a
+token's loss with respect to its logits z is softmax(z) - onehot(y), times the token's weight. The forward
+pass already computes it without the weight and overwrites the logits with it, so that the two are never in
+memory together. If the head is frozen, only a few rows of logits are in memory at a time.
 
 Shapes: B rows, T tokens, U labeled positions, C hidden size, V vocabulary.
 """
@@ -17,16 +17,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from internvl_chat.model.kernels.cross_entropy import cross_entropy_in_place
 
-# Rows of logits at a time with a frozen head: enough for an efficient matrix product.
+# Rows of logits per chunk with a frozen head: enough for an efficient matrix product.
 _ROWS = 256
 
 
 class LastLayer(GradientCheckpointingLayer):
-    """A pre-norm decoder layer whose MLP runs at selected positions.
+    """Pre-norm decoder layer whose MLP runs only at selected positions.
 
     Args:
-        layer: a Llama, Mistral, Qwen2 or Qwen3 layer. Its modules are reused, so parameter names do not
-            change.
+        layer: Llama, Mistral, Qwen2 or Qwen3 layer; its modules are reused, so parameter names do not change.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -47,48 +46,48 @@ class LastLayer(GradientCheckpointingLayer):
 
 
 class HeadBuffers:
-    """Allocates the large tensors of a head, here anew in each call."""
+    """Allocates the large tensors of a head; this default allocates new ones in each call."""
 
     def take_logits(self, rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return a buffer for logits (rows, V), exclusive until `give_back`."""
+        """Return a buffer for logits (rows, V) that is not reused until `give_back`."""
         return hidden.new_empty(rows, len(weight))
 
     def give_back(self, logits: torch.Tensor) -> None:
-        """Accept the buffer that `take_logits` returned."""
+        """Take back a buffer from `take_logits`."""
 
     def weight_gradient(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-        """Return the weight's gradient, (V, U) @ (U, C), or None if it is already accumulated."""
+        """Return the weight's gradient, (V, U) @ (U, C); None if it was accumulated in place."""
         return left @ right
 
 
 class SupervisedHead(nn.Linear):
-    """A linear head without bias that returns losses if it is given targets.
+    """Linear head without bias that returns losses if targets are given.
 
     Attributes:
-        head_buffers: allocates the logits and the weight's gradient.
+        head_buffers: allocator of the logits and the weight's gradient.
     """
 
     head_buffers = HeadBuffers()
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Return logits, (..., C) -> (..., V), or with targets (U,) the losses, (U, C) -> (U,) float32."""
+        """Return logits, (..., C) -> (..., V), or, given targets (U,), float32 losses, (U, C) -> (U,)."""
         if targets is None:
             return super().forward(hidden)
         weight = self.weight
         if not torch.is_grad_enabled():
-            # Otherwise `needs_input_grad` is True.
+            # Otherwise `needs_input_grad` would be True even under `no_grad`.
             hidden, weight = hidden.detach(), weight.detach()
         return _HeadLosses.apply(hidden, weight, targets, self.head_buffers)
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Head and cross-entropy; differentiable only once, because the backward pass frees the gradients."""
+    """Fused head and cross-entropy; only one backward pass is possible, because it frees the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, buffers: HeadBuffers
     ) -> torch.Tensor:
-        """Return the losses (U,); save the gradients of their unweighted sum."""
+        """Return the losses (U,) and save the gradients of their unweighted sum."""
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         rows = max(1, len(hidden) if needs_weight else min(_ROWS, len(hidden)))
         logits = buffers.take_logits(min(rows, len(hidden)), hidden, weight)
@@ -111,7 +110,7 @@ class _HeadLosses(torch.autograd.Function):
     def backward(
         ctx: Any, upstream: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        """Multiply the saved gradients by the tokens' weights."""
+        """Multiply the saved gradients by the upstream gradient of each token's loss."""
         (hidden,) = ctx.saved_tensors
         if ctx.hidden_grad is None and ctx.logits_grad is None:
             raise RuntimeError("the losses of a supervised head can be differentiated only once")

@@ -1,1 +1,1 @@
-"""LoRA adapters: injection, layers and names."""
+"""LoRA adapters: injection, layer and parameter names."""

@@ -1,6 +1,6 @@
-"""LoRA in the language model and the vision tower, injected by peft.
+"""LoRA for the language model and the vision tower, injected with peft.
 
-Adapted layers store their original weights as `base_layer`; all other parameter names stay the same.
+Adapted layers keep their original weights in `base_layer`; all other parameter names are unchanged.
 """
 
 from pathlib import Path
@@ -32,10 +32,10 @@ _PHI3_TARGETS = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_
 
 
 def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
-    """Return the linear layers that the reference adapts: those of attention and MLP.
+    """Return the name suffixes of the linear layers to adapt (attention and MLP), as in the reference.
 
     Raises:
-        ModelError: the architecture is unknown.
+        ModelError: the architecture is not supported.
     """
     names = [name for name, _ in language_model.named_modules()]
     for targets in (_LLAMA_TARGETS, _PHI3_TARGETS):
@@ -49,11 +49,11 @@ def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
 def add_lora(
     model: InternVLChatModel, *, llm_rank: int = 0, vision_rank: int = 0, dropout: float = 0.05
 ) -> None:
-    """Inject float32 adapters with alpha = 2 * rank, as in the reference; set the ranks in the configuration.
+    """Inject float32 adapters with alpha = 2 * rank, as in the reference; store the ranks in `model.config`.
 
     Args:
-        llm_rank: rank in the language model; 0 for no adapters.
-        vision_rank: rank in the vision tower; 0 for no adapters.
+        llm_rank: rank for the language model; 0 for no adapters.
+        vision_rank: rank for the vision tower; 0 for no adapters.
         dropout: dropout probability of the adapters' input.
     """
     towers = (
@@ -78,8 +78,8 @@ def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list
     """Return one peft configuration for the adapters of both towers.
 
     Args:
-        base: path or hub id of the base model.
-        modules_to_save: modules that are stored in full with the adapters.
+        base: path or Hub id of the base model.
+        modules_to_save: names of the modules that are stored in full with the adapters.
     """
     llm_rank, vision_rank = model.config.use_llm_lora, model.config.use_backbone_lora
     targets = llm_targets(model.language_model) if llm_rank else ()
@@ -95,7 +95,7 @@ def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list
 
 
 def ranks_of(config: LoraConfig) -> tuple[int, int]:
-    """Return the ranks of language model and vision tower in a configuration by `adapter_config`."""
+    """Return the LoRA ranks of the language model and the vision tower in a config from `adapter_config`."""
     targets = set(config.target_modules or ())
     vision = targets.issuperset(VISION_TARGETS)
     llm = bool(targets - set(VISION_TARGETS))
@@ -104,7 +104,7 @@ def ranks_of(config: LoraConfig) -> tuple[int, int]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return the layers with adapters by name."""
+    """Return the layers with adapters, keyed by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -124,7 +124,7 @@ def adapter_key(name: str) -> str:
 
 
 def parameter_name(key: str) -> str:
-    """Return the parameter name of a key in peft's weight file; the inverse of `adapter_key`."""
+    """Return the parameter name for a key in peft's weight file; inverse of `adapter_key`."""
     name = key.removeprefix("base_model.model.")
     for part in (".lora_A.", ".lora_B."):
         name = name.replace(part, f"{part}{ADAPTER_NAME}.")
@@ -132,7 +132,7 @@ def parameter_name(key: str) -> str:
 
 
 def unwrapped_name(name: str) -> str:
-    """Return the parameter name of a weight in the reference's LoRA-wrapped checkpoint.
+    """Return the parameter name for a weight name in a LoRA-wrapped checkpoint of the reference.
 
     >>> unwrapped_name("language_model.base_model.model.lm_head.weight")
     'language_model.lm_head.weight'
@@ -146,9 +146,9 @@ def unwrapped_name(name: str) -> str:
 def merged_weight(
     weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float = 2.0
 ) -> torch.Tensor:
-    """Return W + s B A, computed in float32 and rounded to W's dtype; (O, I), (R, I), (O, R) -> (O, I).
+    """Return W + s B A, computed in float32 and rounded to W's dtype: (O, I), (R, I), (O, R) -> (O, I).
 
-    The scaling s = alpha / rank is 2 in this project and in the reference.
+    The scaling factor s = alpha / rank is 2 in this project and in the reference.
     """
     delta = scaling * (lora_b.float() @ lora_a.float())
     return (weight.float() + delta).to(weight.dtype)
@@ -158,7 +158,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        ModelError: it does not describe plain LoRA with alpha = 2 * rank.
+        ModelError: the file is missing, malformed, or not plain LoRA with alpha = 2 * rank.
     """
     file = folder / "adapter_config.json"
     try:
@@ -171,7 +171,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     }
     if not isinstance(targets, set | list) or scalings != {2.0} or config.use_rslora or config.use_dora:
         raise ModelError(
-            f"{file}: expected plain LoRA, a list of target modules, alpha = 2 * rank; found {targets!r}, "
-            f"rank {config.r}, alpha {config.lora_alpha}, rsLoRA {config.use_rslora}, DoRA {config.use_dora}"
+            f"{file}: expected plain LoRA with a list of target modules and alpha = 2 * rank; found "
+            f"{targets!r}, rank {config.r}, alpha {config.lora_alpha}, rsLoRA {config.use_rslora}, "
+            f"DoRA {config.use_dora}"
         )
     return config

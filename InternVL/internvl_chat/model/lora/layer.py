@@ -1,7 +1,7 @@
-"""peft's LoRA layer, with its arithmetic in the dtype of the activations.
+"""peft's LoRA layer, computed in the dtype of the activations.
 
-peft casts the input of each adapter to float32 and its output back, which costs more than the adapter. For
-float32 inputs both layers compute the same.
+peft casts the input of each adapter to float32 and its output back, which takes longer than the adapter
+itself. For float32 inputs, both layers give the same results.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The result of the inspections: facts about a machine, and its problems."""
+"""Result of the inspections: facts about the host and the problems found."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a machine.
+    """Problem found by an inspection.
 
     Attributes:
         severity: `error` prevents training, `warning` does not.
@@ -20,23 +20,23 @@ class Problem:
 
 @dataclass
 class Diagnosis:
-    """Facts about a machine by subject, and its problems."""
+    """Facts about the host, keyed by subject, and the problems found."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def run(self, name: str, inspect: Callable[["Diagnosis"], Any]) -> None:
-        """Store the facts of an inspection; an exception becomes a warning.
+        """Run an inspection and store its facts; an exception becomes a warning.
 
         Args:
             name: subject of the inspection.
-            inspect: adds problems to this diagnosis and returns facts.
+            inspect: function that adds problems to this diagnosis and returns the facts.
         """
         try:
             self.facts[name] = inspect(self)
         except Exception as error:
             self.facts[name] = None
-            self.warn(f"{name} could not be inspected: {type(error).__name__}: {error}", "see the error")
+            self.warn(f"{name} could not be inspected", f"{type(error).__name__}: {error}")
 
     def warn(self, what: str, advice: str) -> None:
         """Add a problem that does not prevent training."""

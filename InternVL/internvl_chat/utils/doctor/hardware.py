@@ -1,4 +1,4 @@
-"""Inspections of CPU, GPUs and disk."""
+"""Inspections of the CPU, GPUs and disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from internvl_chat.utils import hardware
 from internvl_chat.utils.doctor.diagnosis import Diagnosis
 
-# InternVL3-8B; a checkpoint of full training has 16 GB of weights and 91.7 GB of optimizer state.
+# For InternVL3-8B; a full-training checkpoint contains 16 GB of weights and 91.7 GB of optimizer state.
 _MODEL_BYTES = 16e9
 _FULL_CHECKPOINT_BYTES = 107.6e9
 _LORA_CHECKPOINT_BYTES = 0.6e9
@@ -25,12 +25,12 @@ _MIN_SHARED_MEMORY_BYTES = 1e9
 
 
 def inspect_cpu(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the cores, instructions and memory of the host."""
+    """Return the cores, bf16 instruction sets and available memory of the host; warn if memory is short."""
     free, shared = hardware.available_host_memory(), Path("/dev/shm")
     shared_bytes = shutil.disk_usage(shared).total if shared.is_dir() else None
     if free < _MODEL_BYTES:
         diagnosis.warn(
-            f"only {_format_gb(free)} of host memory available",
+            f"only {_format_gb(free)} of host memory is available",
             f"loading InternVL3-8B needs {_format_gb(_MODEL_BYTES)}: raise the memory limit",
         )
     if shared_bytes is not None and shared_bytes < _MIN_SHARED_MEMORY_BYTES:
@@ -48,7 +48,7 @@ def inspect_cpu(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def inspect_gpus(diagnosis: Diagnosis) -> list[dict[str, Any]]:
-    """Return the GPUs that can run a matrix product."""
+    """Return the GPUs that can run a matrix product; report the others and slow, busy or small GPUs."""
     import torch
 
     drivers = _drivers()
@@ -60,7 +60,7 @@ def inspect_gpus(diagnosis: Diagnosis) -> list[dict[str, Any]]:
             )
         else:
             emulated = "" if hardware.cpu_bf16_instructions() else ", in float32 (bf16 is emulated)"
-            diagnosis.warn("no GPU", f"a CPU can train small models only (GPUS=0){emulated}")
+            diagnosis.warn("no GPU", f"only small models can be trained on a CPU (GPUS=0){emulated}")
         return []
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -84,12 +84,12 @@ def inspect_gpus(diagnosis: Diagnosis) -> list[dict[str, Any]]:
             )
         if free < 0.9 * total:
             diagnosis.warn(
-                f"GPU {index}: {_format_gb(total - free)} are in use",
+                f"GPU {index}: {_format_gb(total - free)} of memory is in use",
                 "stop the other processes (see nvidia-smi)",
             )
         if total < 2 * _MODEL_BYTES:
             diagnosis.warn(
-                f"GPU {index} has {_format_gb(total)}",
+                f"GPU {index} has only {_format_gb(total)} of memory",
                 f"LoRA needs about {_format_gb(2 * _MODEL_BYTES)}: use --parallel fsdp",
             )
         gpus.append(
@@ -105,7 +105,7 @@ def inspect_gpus(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 
 def inspect_disk(folder: Path, diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the free space and the speed of the disk of a folder."""
+    """Return the free space and the speed of a folder's disk; warn if it is too small or too slow."""
     free, path = shutil.disk_usage(folder).free, str(folder.resolve())
     try:
         write_speed, read_speed = _disk_speed(folder)
@@ -115,7 +115,7 @@ def inspect_disk(folder: Path, diagnosis: Diagnosis) -> dict[str, Any]:
             "free some space, or set OUTPUT_DIR to another disk",
         )
         return {"folder": path, "free_gb": _gb(free)}
-    # The previous checkpoint is deleted after the next one is complete, so that two must fit.
+    # The previous checkpoint is deleted only after the next one is complete, so there must be space for two.
     if free < 2 * _LORA_CHECKPOINT_BYTES:
         diagnosis.warn(
             f"only {_format_gb(free)} free in {path}",
@@ -131,7 +131,7 @@ def inspect_disk(folder: Path, diagnosis: Diagnosis) -> dict[str, Any]:
     if write_speed < _MIN_BYTES_PER_SECOND:
         minutes = _FULL_CHECKPOINT_BYTES / write_speed / 60
         diagnosis.warn(
-            f"{path} is written at {write_speed / 1e6:.0f} MB/s",
+            f"the disk of {path} writes only {write_speed / 1e6:.0f} MB/s",
             f"writing a full-training checkpoint takes {minutes:.0f} minutes: set OUTPUT_DIR to a "
             "faster disk, or raise --save_steps",
         )

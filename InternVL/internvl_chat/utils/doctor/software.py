@@ -1,4 +1,4 @@
-"""Inspections of Python, packages, torch, attention kernels, the training script and the environment."""
+"""Inspections of Python, packages, torch, attention kernels, the training script and access tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SOURCE_ROOT = Path(__file__).resolve().parents[3]
 _MIN_PYTHON = (3, 11)
-# Requirements that training can do without, and what each is for.
+# Requirements that training does not need, and what each of them is for.
 _OPTIONAL = {
     "deepspeed": "--deepspeed",
     "matplotlib": "the loss plot",
@@ -41,12 +41,12 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY
 def inspect_system(diagnosis: Diagnosis) -> dict[str, Any]:
     """Return the versions of Python and the operating system."""
     if sys.version_info < _MIN_PYTHON:
-        diagnosis.fail(f"Python {platform.python_version()}", "install Python 3.11 or newer")
+        diagnosis.fail(f"Python {platform.python_version()} is too old", "install Python 3.11 or newer")
     return {"python": platform.python_version(), "executable": sys.executable, "os": platform.platform()}
 
 
 def inspect_packages(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the installed versions of the packages, and the supported ranges."""
+    """Return the installed package versions and the supported version ranges."""
     from packaging.requirements import Requirement
 
     installed: dict[str, str | None] = {}
@@ -71,7 +71,7 @@ def inspect_packages(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def inspect_torch(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the version and backends of torch."""
+    """Return the versions of torch and its libraries, and its CPU capability."""
     import torch
 
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
@@ -86,7 +86,7 @@ def inspect_torch(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def inspect_attention(device: torch.device, diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the attention kernels that run a test call on a device."""
+    """Return the attention kernels that work on a device."""
     flash_attn = _version("flash-attn")
     if flash_attn:
         try:
@@ -109,7 +109,7 @@ def inspect_attention(device: torch.device, diagnosis: Diagnosis) -> dict[str, A
 
 
 def inspect_training(diagnosis: Diagnosis) -> str:
-    """Import the training script in a subprocess."""
+    """Try to import the training script in a subprocess; return the outcome as a message."""
     paths = [str(_SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, "-c", "import internvl_chat.train.internvl_chat_finetune"],
@@ -125,7 +125,7 @@ def inspect_training(diagnosis: Diagnosis) -> str:
 
 
 def inspect_tokens(diagnosis: Diagnosis) -> list[str]:
-    """Return the names of the access tokens in the environment, never their values."""
+    """Return the names (never the values) of the access tokens in the environment."""
     names = [name for name in _TOKENS if os.environ.get(name)]
     if "WANDB_API_KEY" in names and _version("wandb") is None:
         diagnosis.warn("WANDB_API_KEY is set, but wandb is missing", "pip install wandb, or REPORT_TO=none")
@@ -161,7 +161,7 @@ def _sdpa_backends(device: torch.device) -> list[str]:
     query = torch.randn(1, 4, 64, 64, device=device, dtype=torch.bfloat16)
     backends = []
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        # A backend that cannot run warns, then raises.
+        # An unsupported backend emits warnings and then raises.
         with (
             warnings.catch_warnings(action="ignore"),
             contextlib.suppress(RuntimeError),

@@ -1,4 +1,4 @@
-"""Adapters are saved and loaded exactly, and only with their own base."""
+"""Adapters are saved and loaded exactly, and only with their own base model."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_the_dropout_of_loaded_adapters(folder: Path, tmp_path: Path) -> None:
 def test_the_base_may_have_moved(folder: Path, tmp_path: Path) -> None:
     model = save_trained_adapter(folder, tmp_path / "adapter")
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=r"adapter's base is missing.*--base") as caught:
+    with pytest.raises(ModelError, match=r"adapter's base model is missing.*--base") as caught:
         load(tmp_path / "adapter")
     assert str(folder) in str(caught.value)
     loaded = load(tmp_path / "adapter", base=tmp_path / "elsewhere")
@@ -143,7 +143,7 @@ def test_missing_base_record(folder: Path, tmp_path: Path, content: str | None) 
     save_trained_adapter(folder, tmp_path / "adapter")
     file = tmp_path / "adapter" / BASE_FILE
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ModelError, match="does not name the adapter's base"):
+    with pytest.raises(ModelError, match="cannot read the adapter's base model"):
         load(tmp_path / "adapter")
 
 
@@ -159,7 +159,7 @@ def test_missing_adapter_weights(folder: Path, tmp_path: Path) -> None:
 
 
 def test_adapter_options_override_the_base(folder: Path, tmp_path: Path) -> None:
-    """Training sets them in the configuration after loading the base, and they change what is computed."""
+    """Training sets options in the configuration after loading the base; they affect the model's output."""
     model = load(folder)
     model.config.select_layer, model.config.ps_version = -2, "v1"
     model.config.force_image_size, model.config.max_dynamic_patch = 56, 3

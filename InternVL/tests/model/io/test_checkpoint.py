@@ -1,4 +1,4 @@
-"""Checkpoints of all formats are saved and loaded exactly; invalid ones are reported."""
+"""Checkpoints in all formats are saved and loaded exactly; invalid ones are reported."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def logits(model: InternVLChatModel) -> torch.Tensor:
     return run_alone(model, RECORD)
 
 
-# Whole models
+# Full models
 
 
 def test_save_and_load_is_exact(folder: Path) -> None:
@@ -202,7 +202,7 @@ def test_load_transformers_format(tmp_path: Path, tied: bool) -> None:
 
 @pytest.mark.parametrize("text_flag", [False, None])
 def test_distinct_head_stays_untied(tmp_path: Path, text_flag: bool | None) -> None:
-    """transformers 4 wrote the flag next to the text options or not at all; different matrices decide."""
+    """transformers 4 wrote the flag next to the text options or not at all; the weights decide."""
     model = make_model()
     transformers_folder(model, tmp_path / "hf")
 
@@ -223,7 +223,7 @@ def test_distinct_head_stays_untied(tmp_path: Path, text_flag: bool | None) -> N
 # Adapters
 
 
-# The reference's checkpoints with adapters inside
+# The reference's LoRA-wrapped checkpoints
 
 
 @pytest.mark.parametrize("ranks", [{"llm_rank": 4}, {"vision_rank": 3}, {"llm_rank": 4, "vision_rank": 2}])
@@ -248,7 +248,7 @@ def test_wrapped_checkpoint_resumes_as_an_adapter(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "adapter")), logits(trained))
 
 
-# Companions
+# Weight files
 
 
 def test_files_of_old_pytorch_are_read(folder: Path, tmp_path: Path) -> None:

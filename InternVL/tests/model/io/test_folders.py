@@ -28,8 +28,8 @@ def test_no_such_folder(name: str) -> None:
 def test_unavailable_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="organisation/model: neither a local folder nor available"):
-        load_model("organisation/model", image_context_id=CONTEXT)
+    with pytest.raises(ModelError, match="organization/model: neither a local folder nor available"):
+        load_model("organization/model", image_context_id=CONTEXT)
 
 
 def test_hub_download_excludes_pickles(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -40,8 +40,8 @@ def test_hub_download_excludes_pickles(monkeypatch: pytest.MonkeyPatch, folder: 
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert model_folder("organisation/model") == folder
-    assert asked["name"] == "organisation/model"
+    assert model_folder("organization/model") == folder
+    assert asked["name"] == "organization/model"
     assert not {"*.bin", "*.pt", "*.pth", "*.pkl"} & set(asked["allow_patterns"])
 
 

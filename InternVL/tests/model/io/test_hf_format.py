@@ -1,4 +1,4 @@
-"""Names, shapes and options between the reference's format and transformers' own."""
+"""Conversion of names, shapes and options between the reference's and transformers' formats."""
 
 from pathlib import Path
 
@@ -120,14 +120,14 @@ def test_first_naming_scheme() -> None:
 
 
 def test_converted_weights_can_be_written(tmp_path: Path) -> None:
-    """The three parts of a fused layer share memory, which a writer may stumble over."""
+    """The three parts of a fused layer share memory, which not all writers support."""
     theirs = to_hf_weights(lazy(make_model().state_dict()))
     write_weights(theirs, tmp_path)
     assert_same(read(read_weights(tmp_path)), read(theirs))
 
 
 @pytest.mark.parametrize("convert", [to_hf_weights, from_hf_weights])
-def test_an_unknown_weight_is_named(convert) -> None:
+def test_an_unknown_weight_is_reported(convert) -> None:
     with pytest.raises(ModelError, match=r"'audio_model\.weight'"):
         convert({"audio_model.weight": lambda: torch.zeros(1)})
 
@@ -174,7 +174,7 @@ def test_transformers_reads_the_configuration() -> None:
     assert theirs.tie_word_embeddings is False and theirs.text_config.tie_word_embeddings is False
     assert list(theirs.vision_config.image_size) == [56, 56]
     assert theirs.text_config.model_type == "qwen2"
-    # And what transformers writes itself is read back as it was.
+    # A configuration written by transformers itself is converted back to the original.
     back = from_hf_config(theirs.to_dict(), source="config.json")
     assert back.vision_config == from_hf_config(to_hf_config(config, CONTEXT), source="").vision_config
     assert (back.select_layer, back.tokens_per_tile) == (-2, 4)

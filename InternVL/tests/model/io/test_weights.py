@@ -63,7 +63,7 @@ def test_non_finite_value_is_described(dtype: torch.dtype, value: float, name: s
 
 
 def test_finite_values_pass() -> None:
-    large = torch.full((3000,), torch.finfo(torch.float16).max, dtype=torch.float16)  # their sum overflows
+    large = torch.full((3000,), torch.finfo(torch.float16).max, dtype=torch.float16)  # the sum overflows
     for tensor in (large, -large, torch.zeros(0), torch.arange(3), torch.tensor(True), torch.tensor(0.0)):
         assert describe_non_finite(tensor) is None
 
@@ -77,7 +77,7 @@ def test_checked_weights_are_read_on_demand(tmp_path: Path) -> None:
         read["half"]()
 
 
-def test_all_non_finite_weights_are_named_while_loading(tmp_path: Path) -> None:
+def test_all_non_finite_weights_are_reported_while_loading(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     given = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     given["0.bias"][1], given["1.weight"][0, 2] = math.inf, math.nan
@@ -88,7 +88,7 @@ def test_all_non_finite_weights_are_named_while_loading(tmp_path: Path) -> None:
     )
 
 
-def test_overflow_of_a_conversion_is_named(tmp_path: Path) -> None:
+def test_overflow_in_a_conversion_is_reported(tmp_path: Path) -> None:
     module = nn.Linear(2, 1, bias=False, dtype=torch.float16)
     with pytest.raises(ModelError, match=r"after conversion from torch\.float32 to torch\.float16"):
         assign_weights(module, lazy({"weight": torch.tensor([[1.0, 1e6]])}), source=tmp_path)
@@ -143,7 +143,7 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(seen) == len(weight_files(tmp_path)) == 4
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
     write_weights(lazy(tensors()), tmp_path, max_shard_bytes=170)
     gone = weight_files(tmp_path)[2]
     gone.unlink()
@@ -158,7 +158,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
-def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
     write_weights(lazy(tensors()), tmp_path)
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
@@ -205,7 +205,7 @@ def test_pickle_with_code_is_rejected(tmp_path: Path, container: str) -> None:
         read_weights(tmp_path)
     assert not mark.exists()
     torch.load(file, weights_only=False) if container == "torch" else pickle.loads(file.read_bytes())
-    assert mark.exists(), "the file must be dangerous for the test to mean anything"
+    assert mark.exists(), "unrestricted loading must run the code"
 
 
 def test_digest_depends_only_on_weights(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_file_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int
     before = os.umask(umask)
     try:
         write_file({"a": torch.zeros(1)}, tmp_path / "file.safetensors")
-        assert os.umask(umask) == umask, "the umask itself must stay"
+        assert os.umask(umask) == umask, "the umask must not change"
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file.safetensors").stat().st_mode) == mode

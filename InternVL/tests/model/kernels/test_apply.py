@@ -27,7 +27,7 @@ TARGETS = torch.tensor([4, 4, 0, 28])
 
 
 class Model(nn.Module):
-    """The part of `InternVLChatModel` that kernels replace."""
+    """The part of `InternVLChatModel` that the kernels need."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def gradients(model: Model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_same_losses_and_gradients(config, device, checkpointed: bool) -> None:
-    """Kernels for a GPU are applied on the CPU here."""
+    """This test applies the GPU kernels on the CPU."""
     plain, fast = pair(config, device)
     assert has_supervised_head(fast) and not has_supervised_head(plain)
     logits = plain.language_model(input_ids=IDS, use_cache=False).logits[0, POSITIONS]
@@ -104,7 +104,7 @@ def test_parameters_are_shared() -> None:
 
 
 def test_modules_keep_the_methods_of_nn_module() -> None:
-    """An attribute of a kernel must not hide, for example, `nn.Module.buffers`, which FSDP2 calls."""
+    """Attributes of the kernels must not shadow methods such as `nn.Module.buffers`, which FSDP2 calls."""
     model = Model(CONFIGS["qwen2"])
     apply_kernels(model, torch.device("cuda"), persistent_buffers=True)
     public = [name for name in vars(nn.Module) if not name.startswith("_")]
@@ -134,7 +134,7 @@ def test_norms_are_fused_only_on_a_gpu() -> None:
     _, on_gpu = pair(CONFIGS["qwen3"], torch.device("cuda"))
     assert not any(isinstance(module, nn.RMSNorm) for module in on_cpu.modules())
     fused = [name for name, module in on_gpu.named_modules() if isinstance(module, nn.RMSNorm)]
-    assert len(fused) == 3 * 4 + 1  # two of a layer, two of its queries and keys, and the last
+    assert len(fused) == 3 * 4 + 1  # two per layer, two for queries and keys, and the final one
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""Cross-entropy against torch's, and against an explicit log-softmax in float64."""
+"""Cross-entropy against torch's and against an explicit log-softmax in float64."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ CHUNKS = [1, 40, 4 * 11, 4 * 11 * 3, 4 * 11 * 7, 1 << 23]  # bytes; 11 columns: 
 def sample(
     rows: int, columns: int, *, seed: int = 0, scale: float = 3.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in float64 and targets."""
+    """Return float64 logits and targets."""
     rng = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, columns, generator=rng, dtype=torch.float64)
     return logits, torch.randint(0, columns, (rows,), generator=rng)
@@ -29,32 +29,32 @@ def expected_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def expected_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The gradient of the losses' sum, by autograd."""
+    """Return autograd's gradient of the summed losses."""
     leaf = logits.detach().clone().requires_grad_(True)
     return torch.autograd.grad(expected_losses(leaf, targets).sum(), leaf)[0]
 
 
 def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses, and the gradient of their sum."""
+    """Return the losses and the gradient of their sum."""
     work = logits.clone()
     return cross_entropy_in_place(work, targets, gradient=True), work
 
 
 def assert_losses(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor) -> None:
-    """A sum over the columns, after the logits are rounded and the largest subtracted, and a logarithm."""
+    """Compare losses up to rounding: of the logits, the maximum subtraction, the sum and the logarithm."""
     magnitude = 2 * float(logits.abs().max()) if logits.numel() else 0.0
     assert_within_rounding(found, expected, logits.shape[1] + 3, magnitude=magnitude)
 
 
 def assert_gradients(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor) -> None:
-    """The error of a logit is the relative error of its probability, which is at most 1."""
+    """Compare gradients up to rounding: the error of a logit is the relative error of its probability."""
     magnitude = 1 + 2 * float(logits.abs().max()) if logits.numel() else 0.0
     assert_within_rounding(found, expected, logits.shape[1] + 3, magnitude=magnitude)
 
 
 @pytest.fixture
 def chunk_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Set the number of bytes of a chunk."""
+    """Set the chunk size in bytes."""
     return lambda size: monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": size})
 
 
@@ -67,7 +67,7 @@ def test_cross_entropy_of_each_token_by_a_log_softmax(scale: float) -> None:
 
 
 def test_loss_and_gradient_by_hand() -> None:
-    """Two equally likely tokens, then one three times as likely: log 2 and log 4."""
+    """Losses are log 2 for two equally likely tokens, and log 4 if the other one is three times as likely."""
     logits = torch.tensor([[0.0, 0.0], [0.0, float(torch.tensor(3.0).log())]])
     losses, gradient = losses_and_gradient(logits, torch.tensor([0, 0]))
     assert losses.tolist() == pytest.approx([0.6931472, 1.3862944])
@@ -109,7 +109,7 @@ def test_16_bit_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_without_gradient_logits_do_not_change(dtype: torch.dtype) -> None:
-    """In float32 a conversion is no copy."""
+    """For float32 logits, the conversion to float32 does not copy them."""
     logits, targets = sample(5, 7)
     logits = logits.to(dtype)
     before = logits.clone()
@@ -148,7 +148,7 @@ def test_extreme_logits(row: list[float], target: int, loss: float, gradient: li
 
 @pytest.mark.parametrize("row", [[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
 def test_invalid_logits_give_nan(row: list[float]) -> None:
-    """As in torch; other rows are not affected."""
+    """As in torch, other rows are not affected."""
     logits, targets = torch.tensor([row, [0.0, 0.0]]), torch.tensor([0, 0])
     losses, gradient = losses_and_gradient(logits, targets)
     assert losses[0].isnan() and expected_losses(logits, targets)[0].isnan()
@@ -164,6 +164,6 @@ def test_losses_are_never_negative() -> None:
 
 @pytest.mark.parametrize("target", [-100, 9])
 def test_targets_outside_the_vocabulary_raise(target: int) -> None:
-    """No target is ignored silently."""
+    """Invalid targets are never silently ignored."""
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy_in_place(torch.zeros(2, 9), torch.tensor([0, target]), gradient=False)

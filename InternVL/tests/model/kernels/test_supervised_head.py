@@ -1,4 +1,4 @@
-"""Losses and gradients of the head against a linear layer and torch's cross-entropy in float64."""
+"""Losses and gradients of the head match a linear layer with torch's cross-entropy in float64."""
 
 import copy
 
@@ -12,7 +12,7 @@ from internvl_chat.model.kernels import supervised_head as head_module
 from internvl_chat.model.kernels.supervised_head import HeadBuffers, SupervisedHead
 
 WIDTH, VOCABULARY = 6, 11
-# A logit is a sum over the width, a loss over the vocabulary; gradients take both once more.
+# A logit is a sum over the hidden size and a loss one over the vocabulary; gradients repeat both sums.
 FORWARD = WIDTH + VOCABULARY
 
 
@@ -22,7 +22,7 @@ def make_head(*, dtype: torch.dtype = torch.float32, trained: bool = True) -> Su
 
 
 def draw(count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, targets and weights of the tokens."""
+    """Return random hidden states, targets and token weights."""
     rng = torch.Generator().manual_seed(seed)
     hidden = 3 * torch.randn(count, WIDTH, generator=rng)
     return hidden, torch.randint(0, VOCABULARY, (count,), generator=rng), torch.rand(count, generator=rng)
@@ -31,7 +31,7 @@ def draw(count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def exact(
     head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, and the gradients of hidden states and weight, by autograd in float64."""
+    """Return losses and the gradients of the hidden states and the weight, from autograd in float64."""
     leaf, matrix = (x.detach().double().requires_grad_(True) for x in (hidden, head.weight))
     losses = F.cross_entropy(leaf @ matrix.t(), targets, reduction="none")
     return losses.detach(), *torch.autograd.grad(losses, (leaf, matrix), weights.double())
@@ -59,7 +59,7 @@ def test_losses_and_gradients(monkeypatch: pytest.MonkeyPatch, rows: int, traine
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_bfloat16_is_as_accurate_as_a_linear_layer(trained: bool) -> None:
-    """Both are compared with float64; the errors are those of bf16, 2^-8, and no larger than torch's."""
+    """Errors relative to float64 are within bf16 precision (2^-8) and no larger than torch's."""
     head, (hidden, targets, weights) = make_head(dtype=torch.bfloat16, trained=trained), draw(200)
     hidden = hidden.bfloat16()
     _, of_hidden, of_weight = exact(head, hidden, targets, weights)

@@ -43,7 +43,7 @@ LINEAR_LAYERS = {
 
 
 def with_lora(seed: int = 1, **ranks) -> InternVLChatModel:
-    """A model with adapters that have been trained, as it were: no B is zero."""
+    """Return a model with adapters whose B matrices are nonzero, as after training."""
     model = make_model()
     add_lora(model, **ranks)
     rng = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def trained(model: torch.nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# What is adapted
+# Target layers
 
 
 def test_llm_targets() -> None:
@@ -114,7 +114,7 @@ def test_targets_of_other_architectures() -> None:
         llm_targets(other)
 
 
-# What an adapter computes
+# Output of adapters
 
 
 def test_adapted_layer_by_hand() -> None:
@@ -188,7 +188,7 @@ def test_merging_rounds_once() -> None:
     assert torch.equal(found, exact.bfloat16())
 
 
-# What is trained
+# Trainable parameters
 
 
 def test_only_adapters_are_trained() -> None:
@@ -274,7 +274,7 @@ def test_parameter_table_as_text() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-# Names and files
+# Parameter names and files
 
 
 def test_peft_key_round_trip() -> None:
@@ -316,7 +316,7 @@ def test_file_has_the_keys_of_peft(tmp_path: Path, ranks: dict[str, int]) -> Non
         ("language_model.model.norm.weight", "language_model.model.norm.weight"),
     ],
 )
-def test_names_of_the_reference_s_wrapped_checkpoints(wrapped: str, plain: str) -> None:
+def test_names_of_lora_wrapped_checkpoints(wrapped: str, plain: str) -> None:
     assert unwrapped_name(wrapped) == plain
 
 

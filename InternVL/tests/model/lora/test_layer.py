@@ -1,4 +1,4 @@
-"""The LoRA layer against peft's: outputs, gradients, and the cases that peft handles."""
+"""The LoRA layer against peft's: outputs, gradients, and cases delegated to peft."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_within_rounding, terms_of
-from model.conftest import enliven, make_model, make_record, pack
+from model.conftest import make_model, make_record, pack, randomize
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora import layer as peft_layers
@@ -26,7 +26,7 @@ SHAPES = [(4, 16), (1, 4, 16), (2, 3, 16), (2, 1, 3, 16), (0, 16), (2, 0, 16), (
 def make_pair(
     *, dropout: float = 0.0, bias: bool = True, rank: int = 4, dtype: torch.dtype = torch.float32
 ) -> tuple[LoraLinear, Linear]:
-    """Our layer and peft's with the same weights, 16 -> 12; the adapters are float32, the base is frozen."""
+    """Return our layer and peft's, 16 -> 12, with the same weights, float32 adapters and a frozen base."""
     torch.manual_seed(0)
     base = nn.Linear(16, 12, bias=bias).to(dtype).requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
@@ -50,7 +50,7 @@ def draw(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 1
 
 
 def run(layer: nn.Module, x: torch.Tensor, seed: int = 5) -> dict[str, torch.Tensor]:
-    """The output for x, and the gradients of x and of everything in the layer that is trained."""
+    """Return the output for x and the gradients of x and of all trainable parameters."""
     x = x.clone().requires_grad_(True)
     torch.manual_seed(seed)
     output = layer(x)
@@ -61,14 +61,14 @@ def run(layer: nn.Module, x: torch.Tensor, seed: int = 5) -> dict[str, torch.Ten
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], layer: nn.Module) -> None:
-    """Compare what `run` returns; gradients of weights are sums over rows."""
+    """Compare results of `run` up to rounding; weight gradients are sums over rows."""
     assert found.keys() == expected.keys()
     rows = found["output"][..., 0].numel()
     for name in found:
         assert_within_rounding(found[name], expected[name], 2 * terms_of(layer) + rows, name=name)
 
 
-# In float32 it is peft's
+# Equivalence to peft in float32
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -117,12 +117,12 @@ def test_scaling() -> None:
     assert not torch.allclose(ours(draw((3, 16))), before)
 
 
-# In low precision
+# Low precision
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (4, 8, 16)], ids=str)
 def test_bfloat16_accuracy(shape: tuple[int, ...]) -> None:
-    """Weights of adapters stay float32, and so do their gradients; all is within bfloat16's rounding."""
+    """Adapter weights and gradients stay float32; all results are within bfloat16 rounding."""
     ours, _ = make_pair(dtype=torch.bfloat16)
     x = draw(shape, torch.bfloat16)
     found, exact = run(ours, x), run(copy.deepcopy(ours).double(), x.double())
@@ -156,7 +156,7 @@ def test_bfloat16_is_as_accurate_as_peft() -> None:
 
 
 def test_nothing_is_computed_in_the_dtype_of_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is the point of it: peft's cast of the activations is what costs."""
+    """The layer exists to avoid peft's expensive cast of the activations."""
     ours, theirs = make_pair(dtype=torch.bfloat16)
     seen: list[torch.dtype] = []
     original = nn.functional.linear
@@ -172,12 +172,12 @@ def test_nothing_is_computed_in_the_dtype_of_the_adapters(monkeypatch: pytest.Mo
     assert torch.float32 in seen
 
 
-# What it leaves to peft
+# Cases delegated to peft
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that grows whenever peft's own forward pass runs."""
+    """List with one entry per call of peft's own forward pass."""
     grown: list[str] = []
     original = peft_layers.Linear.forward
 
@@ -212,7 +212,7 @@ def test_merged_adapters(calls: list[str]) -> None:
     assert_within_rounding(ours(x), adapted, terms_of(ours))
     assert torch.equal(ours(x), ours.base_layer(x)) and len(calls) == 2
     ours.enable_adapters(False)  # peft unmerges
-    # What unmerging takes away again was rounded with it.
+    # Merging and unmerging rounds the base weights.
     assert_within_rounding(ours(x), plain, 2 * terms_of(ours), magnitude=float(adapted.abs().max()))
     ours.enable_adapters(True)
     assert_within_rounding(ours(x), adapted, terms_of(ours))
@@ -251,11 +251,11 @@ def test_a_mixed_batch(calls: list[str]) -> None:
     torch.testing.assert_close(found[1], ours.base_layer(x)[1])
 
 
-# In the model
+# Within the model
 
 
 def by_peft(model: nn.Module) -> nn.Module:
-    """A copy of the model in which peft's own class computes the adapted layers."""
+    """Return a copy of the model in which the adapted layers use peft's own class."""
     model = copy.deepcopy(model)
     for layer in lora_layers(model).values():
         assert type(layer) is LoraLinear
@@ -289,7 +289,7 @@ def test_names_and_initial_weights_match_peft() -> None:
 def test_training_matches_peft(dropout: float, checkpointing: bool) -> None:
     model = make_model()
     add_lora(model, llm_rank=4, vision_rank=2, dropout=dropout)
-    enliven(model, 3)
+    randomize(model, 3)
     if checkpointing:
         model.checkpoint_layers(1)
     inputs, results = pack([make_record((1,)), make_record((2,), seed=1)], labels=True), []

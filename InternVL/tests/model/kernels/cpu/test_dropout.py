@@ -1,4 +1,4 @@
-"""16-bit dropout: dropped fraction, scale, gradient, and the cases that torch handles."""
+"""16-bit dropout: dropped fraction, scale, gradient, and cases delegated to torch."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ def test_dropped_fraction(probability: float) -> None:
     numbers = 2_000_000
     dropped = int((seeded(ones(numbers), probability) == 0).sum())
     deviation = (numbers * probability * (1 - probability)) ** 0.5
-    # Five deviations, and the probability's own rounding to a multiple of 2^-16.
+    # Five standard deviations, plus rounding of the probability to a multiple of 2^-16.
     assert abs(dropped - numbers * probability) <= 5 * deviation + numbers * 2**-17
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_numbers_from_one_word_are_independent(index: int) -> None:
-    """Four come from one random number of 64 bits, and none of them decides about another."""
+    """Four elements share one 64-bit random number but are dropped independently."""
     rows = (seeded(ones(400_000), 0.3) == 0).unflatten(0, (-1, 4))
     assert rows[:, index].float().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / 100_000) ** 0.5)
     for other in range(4):
@@ -125,7 +125,7 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_numbers_of_a_partial_word() -> None:
-    """7 numbers take two draws of 64 bits, of which the second is used in part."""
+    """Seven elements need two 64-bit random numbers, the second of which is only partly used."""
     torch.manual_seed(0)
     drops = torch.stack([dropout(ones(7), 0.5) == 0 for _ in range(2000)]).float().mean(0)
     torch.testing.assert_close(drops, torch.full((7,), 0.5), atol=5 * (0.25 / 2000) ** 0.5, rtol=0)
@@ -166,7 +166,7 @@ def test_checkpointing_reproduces_the_mask(reentrant: bool) -> None:
     x = ones(257).requires_grad_()
     torch.manual_seed(0)
     out = checkpoint(block, x, use_reentrant=reentrant)
-    torch.rand(10)  # what comes between changes nothing
+    torch.rand(10)  # numbers drawn in between have no effect
     out.sum().backward()
     first, again = masks
     assert torch.equal(first, again)

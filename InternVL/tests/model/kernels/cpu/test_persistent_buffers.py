@@ -1,4 +1,4 @@
-"""Gradients in persistent buffers equal autograd's over several steps."""
+"""Gradients in persistent buffers match autograd's over multiple steps."""
 
 import copy
 
@@ -18,7 +18,7 @@ WIDTH, VOCABULARY = 6, 11
 
 
 class Llm(nn.Module):
-    """A head over an embedding, with transformers' names for both."""
+    """Embedding and head with transformers' accessor names."""
 
     def __init__(self, tied: bool = False, padding: int | None = None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def test_same_gradients_over_packs_and_steps(options, dtype):
             for ids in PACKS[step:]:
                 model(ids).backward()
         for (name, a), b in zip(plain.named_parameters(), kept.parameters(), strict=True):
-            # bfloat16 products are summed in float32; head and words round each pack's gradient and total.
+            # bfloat16 products are summed in float32; head and embedding round each pack's gradient and sum.
             terms = 2 * (WIDTH + VOCABULARY) if dtype == torch.float32 else 4 * len(PACKS[step:])
             assert_within_rounding(b.grad, a.grad, terms, dtype=dtype, name=f"{name}, step {step}")
         for optimizer in optimizers:
@@ -95,7 +95,7 @@ def test_frozen_weights_get_no_gradient():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_logits_in_use_are_not_overwritten(trained):
-    """Three passes begin before any goes back, and then two more, the last with more rows."""
+    """Three forward passes run before any backward pass, then two more, the last with more rows."""
     plain = Model().requires_grad_(trained)
     kept = copy.deepcopy(plain)
     use_persistent_buffers(kept.language_model)
