@@ -1,1 +1,1 @@
-"""Generating answers with a checkpoint."""
+"""Answer generation with a checkpoint."""

@@ -1,1 +1,1 @@
-"""Helpers without domain knowledge: errors, logging, files, HTML and Markdown, distributed communication."""
+"""General-purpose helpers: errors, logging, files, HTML and Markdown, distributed communication."""

@@ -58,7 +58,7 @@ def test_unknown_items_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--items", "attention,sound"])
     assert end.value.code == 2
-    assert "--items: sound is unknown; choose from doctor,attention" in capsys.readouterr().err
+    assert "--items: unknown: sound; choose from doctor,attention" in capsys.readouterr().err
 
 
 def test_works_without_unneeded_packages(bare, tmp_path):

@@ -53,9 +53,9 @@ def test_stages_that_learned_pass():
 @pytest.mark.parametrize(
     ("full", "lora", "message"),
     [
-        ({"loss": 6.0}, {}, "full-model stage: the held-out loss of its tasks went from 7.000 to 6.000"),
+        ({"loss": 6.0}, {}, "full-model stage: held-out loss of its tasks: 7.000 before, 6.000 after"),
         ({"loss": float("nan")}, {}, "full-model stage: the held-out loss"),
-        ({}, {"withheld_loss": 7.0}, "LoRA stage: the held-out loss of its tasks went from 8.000 to 7.000"),
+        ({}, {"withheld_loss": 7.0}, "LoRA stage: held-out loss of its tasks: 8.000 before, 7.000 after"),
         ({}, {"correct": 5, "withheld_correct": 6}, "accuracy on closed questions after both stages"),
     ],
 )

@@ -12,7 +12,7 @@ from small_sets import noise, write_lines
 
 from internvl_chat.data.sources.image_content import ImageOptions
 from internvl_chat.data.sources.records import Message
-from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
 from internvl_chat.eval.benchmarks.item import Figure, Item, log_lost_content
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
 from internvl_chat.eval.benchmarks.omnimed import short_modality
@@ -114,7 +114,7 @@ def test_letter_without_options_is_an_open_answer(folder):
         (item(images=["none.png"]), "the image none.png is not in"),
         (item(images="a.png", image_indices=[]), "1 'images', but 0 'image_indices'"),
         (item(images=[1]), "'images' must be a list of non-empty strings"),
-        (item(question="<image> what?"), "its images precede it"),
+        (item(question="<image> what?"), "its images are inserted before it"),
         (item(question="<IMG_CONTEXT>?"), "reserved token"),
         (item(question=OPTIONS, gt="D"), "the correct answer 'D' is none of the 3 options"),
     ],
@@ -147,7 +147,7 @@ def test_selection(published):
     ("name", "data", "message"),
     [
         ("pmcmi", None, "did you mean pmc-mi"),
-        ("pmc-mi", None, "needs --data"),
+        ("pmc-mi", None, "requires --data"),
         ("pmc-mi", "none", "no such file or folder"),
         (".", ".", "remove --data"),
     ],
@@ -192,11 +192,11 @@ def test_answers_as_letters_or_texts(questions, rows, letters):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([(DENSITY, "A")], "'A' is ambiguous: it is the letter of option A, and the text of option D"),
+        ([(DENSITY, "A")], "'A' is ambiguous: it is the letter of option A and the text of option D"),
         ([(DENSITY, "A"), (("Yes", "No"), "No"), (("Yes", "No"), "A")], 'for example "D. A"'),
         ([(DENSITY, "D. B")], "none of the 4 options"),
-        ([(("2", "1", "0"), 2)], "an option's text or its index, counted from 0"),
-        ([(("B. Yes", "A. No"), "A")], "begin with the letters B, A; list them in the order of the alphabet"),
+        ([(("2", "1", "0"), 2)], "the text of one option and the 0-based index of a different one"),
+        ([(("B. Yes", "A. No"), "A")], "begin with the letters B, A; list them in alphabetical order"),
     ],
 )
 def test_ambiguous_answers_are_refused(questions, rows, message):
@@ -214,7 +214,10 @@ def test_options_keep_their_text_without_their_letter(questions):
 
 def test_options_that_look_like_letters_are_reported(questions, caplog):
     questions((DENSITY, "D. A"), (BLOOD, "O"))
-    assert "1 item with an option whose text is another option's letter (for example set 0)" in caplog.text
+    assert (
+        "1 item with an option whose text is the letter of a different option (for example set 0)"
+        in caplog.text
+    )
     caplog.clear()
     questions((BLOOD, "O"))
     assert not caplog.records
@@ -259,7 +262,7 @@ def test_bad_items_can_be_skipped_by_name(folder, caplog, message):
 
 
 def test_nothing_left_after_skipping(folder):
-    with pytest.raises(DataError, match="no item can be used"):
+    with pytest.raises(DataError, match="no usable items"):
         open_benchmark("omnimedvqa", omnimed(folder, {"question": ""}), on_bad_record="skip")
 
 
@@ -289,14 +292,14 @@ def test_only_the_tasks_asked_for_are_read(folder, tmp_path):
     assert custom.tasks == ("puretext",)
     prompts = folder / "prompts.yaml"
     prompts.write_text("own: Look.\npuretext: Read.")
-    assert system_texts(custom, prompts) == {"puretext": "Read."}
+    assert system_prompts(custom, prompts) == {"puretext": "Read."}
     for name, location, known in (
         ("omnimedvqa", data, "CT, MR"),
         ("pmc-mi", folder, ", ".join(FILES)),
         (str(folder), None, "own, puretext"),
         ("mmmu-med", folder, ", ".join(SUBJECTS)),
     ):
-        with pytest.raises(UsageError, match=f"--tasks none: .* has {known}"):
+        with pytest.raises(UsageError, match=f"--tasks none: unknown; .* are {known}"):
             open_benchmark(name, location, tasks=["none"])
 
 
@@ -306,7 +309,7 @@ def test_items_without_references(folder):
         {"question": "Which?", "choices": ["A", "B"], "answer": None, "task": "choice"},
     ]
     benchmark = open_benchmark("vqa", write_lines(folder / "set.jsonl", rows))
-    assert [item.reference for item in benchmark.items] == ["", ""] and not benchmark.labelled.items
+    assert [item.reference for item in benchmark.items] == ["", ""] and not benchmark.labeled.items
     assert benchmark.items[1].text == "Which?\nA. A\nB. B"
     with pytest.raises(
         DataError, match=r"line 2: an item needs a non-empty string under 'answer', like other"
@@ -316,7 +319,7 @@ def test_items_without_references(folder):
     custom = {key: value for key, value in item(question=OPTIONS).items() if key != "gt"}
     write(folder, [custom])
     (folder / "set.jsonl").unlink()
-    assert not open_benchmark(str(folder), None).labelled.items
+    assert not open_benchmark(str(folder), None).labeled.items
 
 
 def test_omnimed(folder):
@@ -445,7 +448,7 @@ def test_vqa(folder):
     ]
     assert benchmark.items[4].reference == "B"
     write_lines(file, [{"question": "Which?", "answer": "A", "choices": [str(n) for n in range(27)]}])
-    with pytest.raises(DataError, match="27 options, more than the 26 letters"):
+    with pytest.raises(DataError, match="27 options; at most 26"):
         open_benchmark("vqa", file)
     write_lines(file, [{"question": "Is <image>?", "answer": "no"}])
     with pytest.raises(DataError, match=r"line 1: 1 <image> in the question, but 0 images"):
@@ -459,15 +462,15 @@ def test_corrupt_image(tmp_path):
             figure.decode()
 
 
-def test_system_texts(folder, published):
-    texts = system_texts(published)
+def test_system_prompts(folder, published):
+    texts = system_prompts(published)
     assert len(set(texts.values())) == 6 and all(texts.values())
     own = folder / "prompts.yaml"
     own.write_text("puretext: Be brief.\npmc-mi: >-\n  Look\n  closely.\n")
-    assert system_texts(published, own)["puretext"] == "Be brief."
-    assert system_texts(published, own)["bboxVQA"] == "Look closely."
+    assert system_prompts(published, own)["puretext"] == "Be brief."
+    assert system_prompts(published, own)["bboxVQA"] == "Look closely."
     own.write_text('{"puretext": "Be brief."}')
-    assert system_texts(published, own)["bboxVQA"] is None
+    assert system_prompts(published, own)["bboxVQA"] is None
 
 
 @pytest.mark.parametrize(
@@ -480,11 +483,11 @@ def test_system_texts(folder, published):
         (None, "cannot be read as YAML"),
     ],
 )
-def test_invalid_system_texts(tmp_path, published, content, message):
+def test_invalid_system_prompts(tmp_path, published, content, message):
     if content:
         (tmp_path / "prompts.yaml").write_text(content)
     with pytest.raises(DataError, match=message):
-        system_texts(published, tmp_path / "prompts.yaml")
+        system_prompts(published, tmp_path / "prompts.yaml")
 
 
 def test_correct_answers():

@@ -13,7 +13,7 @@ from encoders import write_bert, write_sentence_encoder
 from small_sets import noise
 
 from internvl_chat.eval import lmms_eval_tasks
-from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.eval.lmms_eval_tasks import functions
 from internvl_chat.eval.scoring import score
@@ -131,7 +131,7 @@ def test_task_files_are_packaged():
 
 def test_prompts(data):
     benchmark = open_benchmark("pmc-mi", data)
-    system = system_texts(benchmark)
+    system = system_prompts(benchmark)
     for task in FILES:
         documents = functions.read_documents(task, data)
         items = [item for item in benchmark.items if item.task == task]
@@ -199,7 +199,7 @@ class Loaded(list):
 def test_folder_from_the_environment(data, monkeypatch):
     documents = functions.process_docs(Loaded())
     assert isinstance(documents, Loaded) and documents == functions.read_documents("bboxVQA", data)
-    with pytest.raises(UsageError, match=r"--tasks organs: .* has compoundVQA, "):
+    with pytest.raises(UsageError, match=r"--tasks organs: unknown; the tasks of .* are compoundVQA, "):
         functions.read_documents("organs", data)
     monkeypatch.setenv(functions.DATA, str(data / "none"))
     with pytest.raises(UsageError, match="no such file or folder"):

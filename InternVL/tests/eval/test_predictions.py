@@ -138,7 +138,9 @@ def test_external_answers_to_other_tasks_and_questions(tmp_path):
     assert len(read_answers(file, ITEMS[:3], ITEMS[:3], ["one"])) == 3
     rows[1]["question"] = "What 2?"
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match=r"line 2: one 1 has another question than the benchmark: 'What 2\?'"):
+    with pytest.raises(
+        DataError, match=r"line 2: one 1 has a different question from the benchmark: 'What 2\?'"
+    ):
         read_answers(file, ITEMS, ITEMS)
 
 

@@ -176,7 +176,7 @@ class TestBars:
         axes = bar_figure({"puretext": some["puretext"]}, benchmark="pmc-mi", model="run").axes[0]
         assert "BERTScore" not in [label.get_text() for label in axes.get_yticklabels()]
         [axes] = bar_figure({"own": tasks(None)["puretext"]}, benchmark="own", model="run").axes
-        assert axes.texts[0].get_text() == "no metric was computed"
+        assert axes.texts[0].get_text() == "no metrics computed"
 
 
 def test_radar_shows_our_and_the_published_values():
@@ -255,7 +255,7 @@ def test_page_shows_every_item_without_scripts(evaluated):
         for text in (item.question, item.reference, answers[item.key], f"{item.task} {item.index}"):
             assert text in page.text
     assert f"BLEU@1 {scores.items[benchmark.items[0].key]['bleu1']:.3f}" in page.text
-    assert "(read as B)" in page.text
+    assert "(parsed as B)" in page.text
 
 
 def test_page_shows_the_first_items_of_a_large_task(evaluated, monkeypatch, tmp_path):

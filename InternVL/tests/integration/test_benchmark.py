@@ -155,7 +155,7 @@ def test_external_answers(complete, bench, tmp_path, capfd):
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
     assert "exact match" in capfd.readouterr().out
     assert m3llm([*command, "--out", str(complete)]) == 2
-    assert "contains another evaluation; choose another folder" in capfd.readouterr().err
+    assert "contains a different evaluation; choose another folder" in capfd.readouterr().err
     assert json.loads((complete / "metrics.json").read_text()) == metrics
 
 
@@ -211,11 +211,11 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "messages"),
     [
-        ((), ["give META", "--bench"]),
+        ((), ["META (a meta file) or --bench (a benchmark) is required"]),
         (("meta.json",), ["--model is required"]),
         (
             ("meta.json", "--model", "x", "--out", "o", "--tasks", "a"),
-            ["--out needs --bench", "--tasks needs --bench"],
+            ["--out requires --bench", "--tasks requires --bench"],
         ),
         (
             ("meta.json", "--bench", "b", "--require-above-chance", "0.1", "--metrics", "blue"),
@@ -225,7 +225,7 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
                 "are mutually exclusive",
                 "--require-above-chance",
                 "give either --model",
-                "--metrics blue: unknown; choose from bleu",
+                "--metrics blue: unknown; the choices are bleu",
             ],
         ),
         (("--bench", "b", "--model", "x"), ["--out DIR is required"]),
@@ -236,7 +236,7 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
         ),
         (
             ("--bench", "BENCH", "--model", "x", "--out", "o", "--tasks", "none"),
-            ["--tasks none: own has choice, open"],
+            ["--tasks none: unknown; the tasks of own are choice, open"],
         ),
         (
             ("--bench", "BENCH", "--model", "x", "--out", "o", "--bertscore_model", "/none"),
@@ -312,7 +312,7 @@ def test_answers_without_references(bench, complete, tiny_model, tmp_path, capfd
     (folder / "open.json").write_text(json.dumps([{k: v for k, v in i.items() if k != "gt"} for i in items]))
     assert m3llm(argv(folder, tiny_model, tmp_path / "one", "--tasks", "open")) == 0
     captured = capfd.readouterr()
-    assert "7 answers without a reference, not scored" in captured.err and not captured.out
+    assert "7 answers not scored (no reference)" in captured.err and not captured.out
     expected = {row["index"]: row["prediction"] for row in lines(complete) if row["task"] == "open"}
     assert {row["index"]: row["prediction"] for row in lines(tmp_path / "one")} == expected
     assert not (tmp_path / "one/metrics.json").exists()

@@ -230,7 +230,10 @@ class TestCommand:
         monkeypatch.setattr(RecordSet, "check", lambda *_, **__: pytest.fail("looked at records"))
         code, out, err = shown("data", "check", write(text_record(0)), "--report", tmp_path / path)
         assert (code, out) == (2, "")
-        assert f"--report {tmp_path / path}: a file is in the way; choose another folder" in err
+        assert (
+            f"--report {tmp_path / path}: the path or one of its parents is a file; choose a different folder"
+            in err
+        )
         assert (tmp_path / "taken").read_text() == "a file"
 
     def test_without_a_model_tokens_are_not_counted(self, shown, rows, write):
@@ -254,7 +257,9 @@ class TestCommand:
     def test_token_limits_need_a_model(self, shown, write, limit):
         code, out, err = shown("data", "check", write(text_record(0)), *limit)
         assert (code, out) == (2, "")
-        assert "--max_seq_length and --truncate_text need --model: its tokenizer counts the tokens" in err
+        assert (
+            "--max_seq_length and --truncate_text require --model, whose tokenizer counts the tokens" in err
+        )
 
     def test_user_errors(self, shown, write, tmp_path, tiny_model):
         for argv, message in (
@@ -300,7 +305,7 @@ class TestCommand:
         assert rows("data", "check", "--against", *files, meta) == expected
         for command in (("data", "check"), ("data", "check", "--against", bench)):
             code, _, error = shown(*command)
-            assert code == 2 and "META is required" in error
+            assert code == 2 and "META (the meta file to check) is required" in error
 
     def test_benchmark_files_that_are_not_compared(self, shown, rows, write, tmp_path):
         (tmp_path / "bench").mkdir()

@@ -106,7 +106,7 @@ def test_sampled_answers(generate, engine):
     ("argv", "code", "messages"),
     [
         ([], 2, ["no question"]),
-        (["What?", "--seed", "1"], 2, ["--top_p and --seed need --temperature"]),
+        (["What?", "--seed", "1"], 2, ["--top_p and --seed require --temperature"]),
         (["What?", "--temperature", "-1", "--top_p", "3"], 2, ["temperature -1.0 must", "top_p 3.0 must"]),
         (["What?", "--device", "gpu"], 2, ["--device gpu: unknown"]),
         (["--image", "/no/a.jpg", "--image", "/no/b.jpg", "--image", "BROKEN", "What?"], 1,

@@ -64,11 +64,11 @@ def test_relative_paths_start_from_the_working_folder(tiny_model, sample_data, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"BATCH_SIZE": "5", "NPROC": "2"}, "BATCH_SIZE=5 cannot be divided"),
-        ({"BATCH_SIZE": "many"}, "BATCH_SIZE must be a whole number"),
-        ({"NPROC": "-1"}, "NPROC must be a whole number, found '-1'"),
+        ({"BATCH_SIZE": "5", "NPROC": "2"}, "BATCH_SIZE=5 must be divisible"),
+        ({"BATCH_SIZE": "many"}, "BATCH_SIZE must be a non-negative integer"),
+        ({"NPROC": "-1"}, "NPROC must be a non-negative integer, found '-1'"),
         ({"PER_DEVICE_BATCH_SIZE": "0"}, "PER_DEVICE_BATCH_SIZE must be at least 1"),
-        ({"GPUS": "1", "NPROC": "2"}, "need as many GPUs"),
+        ({"GPUS": "1", "NPROC": "2"}, "NPROC=2 exceeds GPUS=1"),
         ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
         ({"PYTHON": "/no/python"}, "PYTHON=/no/python: no such interpreter"),
     ],

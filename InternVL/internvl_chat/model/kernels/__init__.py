@@ -1,1 +1,1 @@
-"""Optional fast paths, switched on by `apply_kernels`."""
+"""Optional optimized kernels, enabled by `apply_kernels`."""

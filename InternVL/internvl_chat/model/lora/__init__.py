@@ -1,1 +1,1 @@
-"""LoRA adapters: injection, layers and names."""
+"""LoRA adapters: injection, layers and parameter names."""

@@ -1,1 +1,1 @@
-"""Inspections of a machine for `m3llm doctor`: hardware and software, with advice for each problem."""
+"""Hardware and software checks of `m3llm doctor`, with advice for each problem."""

@@ -1,1 +1,1 @@
-"""Fast paths for CPUs."""
+"""Optimized kernels for CPUs."""
