@@ -209,7 +209,9 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
         if (interrupted / "train_results.json").is_file():
             break
         if not killed:
-            raise RuntimeError(f"a start without a kill failed with exit code {code}; see {interrupted}.log")
+            raise RuntimeError(
+                f"the launcher failed with exit code {code} without being killed; see {interrupted}.log"
+            )
     if outcome.kills < args.kills:
         raise RuntimeError(f"the run finished after {outcome.kills} kills; increase --steps")
     outcome.same_ledger = _lines(baseline / "ledger.jsonl") == _lines(interrupted / "ledger.jsonl")

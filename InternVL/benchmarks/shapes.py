@@ -64,7 +64,7 @@ SHAPES = {
 
 
 def default_dtype(device: str) -> str:
-    """Return `float32` for CPUs without bf16 instructions (a bf16 step takes minutes there), else `bfloat16`."""
+    """Return `float32` for CPUs without bf16 instructions (bf16 steps take minutes), else `bfloat16`."""
     return "float32" if device == "cpu" and not cpu_bf16_instructions() else "bfloat16"
 
 

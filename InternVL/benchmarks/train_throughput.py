@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="tokenizer folder (default: train a tokenizer on the records)")
     add("--max_dynamic_patch", type=int, default=1, help="maximum tiles per record (default: 1)")
     add("--context_tokens", type=int, default=230,
-        help="mean context length of synthetic records (default: 230, about 900 tokens per record)")  # fmt: skip
+        help="mean context of synthetic records (default: 230, about 900 tokens per record)")  # fmt: skip
     add("--steps", type=int, help="timed steps (default: 2 of 16 records for lora, 12 of 2 for full)")
     add("--warmup", type=int, help="untimed steps before the timed ones (default: 1 for lora, 3 for full)")
     add(

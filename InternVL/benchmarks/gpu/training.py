@@ -59,7 +59,7 @@ def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
         except RuntimeError as error:
             if "does not fit" not in str(error):
                 raise
-            is_planned = "does not fit into memory" in str(error)
+            is_planned = "does not fit in" in str(error)
             check.expect(is_planned, f"{' '.join((recipe, *flags))}: the plan fits, but the dry run does not")
             errors.append(str(error)[-2000:])
             check.add(refused=errors)

@@ -194,7 +194,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
     answered = selected.keep(answers)
     _report_exclusions(args, benchmark, selected, answered)
     if not answered.items:
-        raise DataError("every item was skipped; see the warnings above")
+        raise DataError("all items were skipped; see the warnings above")
     if answered.labeled.items:
         _report(args, answered.labeled, answers, score(answered.labeled, answers, suite))
     return 0

@@ -43,8 +43,10 @@ def answer_benchmark(
         selected: the subset to answer.
         system: task -> system prompt, or None for no system message.
         model: model folder, adapter folder or hub id.
+        out: output folder.
         base: base model of an adapter, if it has been moved.
         device: device of the model (default: GPU if available).
+        max_new_tokens: maximum tokens per answer.
         max_dynamic_patch: maximum tiles per item (default: from the checkpoint).
         options: preprocessing options; None keeps the checkpoint's value.
         progress: wraps the answered items in a progress bar; called with `total`.

@@ -31,6 +31,7 @@ def losses(
 
     Args:
         model: the model, which is switched to evaluation mode.
+        sets: the datasets.
         normalization: pixel statistics, a key of `NORMALIZATIONS`.
         limit: use the first `limit` records of each dataset (default: all).
     """

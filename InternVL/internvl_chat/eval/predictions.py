@@ -238,7 +238,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def task_digests(items: Iterable[Item], system: Mapping[str, str | None]) -> dict[str, str]:
-    """Return task -> digest of its items (see `items_digest`)."""
+    """Return the digest of each task's items; see `items_digest`."""
     by_task: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_task[item.task].append(item)

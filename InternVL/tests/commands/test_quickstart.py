@@ -1,4 +1,4 @@
-"""The quickstart's comparison of the models: table, checks and example command."""
+"""Model comparison of the quickstart: table, checks and example command."""
 
 import itertools
 import shlex
@@ -18,7 +18,7 @@ QUESTIONS = 20
 
 
 def result(*, loss: float, correct: int, withheld_loss: float, withheld_correct: int) -> Result:
-    """Return a result with closed questions in each task but the text-only one."""
+    """Return a result with closed questions in all tasks except the text-only task."""
     losses, answers = [], []
     for name in TITLES:
         value, right = (withheld_loss, withheld_correct) if name == WITHHELD else (loss, correct)

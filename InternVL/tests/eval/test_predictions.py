@@ -73,7 +73,7 @@ def test_merge_of_ranks_in_benchmark_order(tmp_path):
     assert merge_predictions(tmp_path, ITEMS) == answers
 
 
-def test_settings_of_another_evaluation_are_rejected(tmp_path):
+def test_settings_of_a_different_evaluation_are_rejected(tmp_path):
     with PredictionLog(tmp_path, SETTINGS):
         pass
     with pytest.raises(UsageError) as error:
@@ -144,7 +144,7 @@ def test_external_answers_to_other_tasks_and_questions(tmp_path):
         read_answers(file, ITEMS, ITEMS)
 
 
-def test_further_tasks_of_the_same_evaluation(tmp_path):
+def test_new_tasks_of_the_same_evaluation(tmp_path):
     one, two = task_digests(ITEMS[:3], {"one": None}), task_digests(ITEMS[3:], {"two": None})
     for questions in (one, two, one | two):
         with PredictionLog(tmp_path, {**SETTINGS, "questions": questions}):

@@ -1,4 +1,4 @@
-"""Both launchers, run from another folder with settings in the environment."""
+"""Both launchers, run from a different folder and configured by environment variables."""
 
 import dataclasses
 import json
@@ -128,7 +128,7 @@ BOTH = {
 
 @pytest.fixture
 def command(tmp_path):
-    """Run a launcher with a fake interpreter that prints its arguments."""
+    """Return a function that runs a launcher with a fake interpreter, which prints its arguments."""
     interpreter = tmp_path / "python"
     interpreter.write_text(
         '#!/bin/sh\nprintf "%s\\n" "alloc=$PYTORCH_ALLOC_CONF" "cuda=$CUDA_VISIBLE_DEVICES" "$@"\n'
@@ -161,7 +161,7 @@ def test_launcher_runs_torchrun_with_the_recipe(command, name):
 
 @pytest.mark.parametrize("name", RECIPE)
 def test_recipe_file_is_the_recipe_of_the_launcher(command, name, monkeypatch):
-    """Both give the same configuration on one device; the paths differ in what they are relative to."""
+    """Both result in the same configuration on one device, except for the base folder of relative paths."""
     monkeypatch.chdir(SOURCE_ROOT.parent)
     _, flags, _ = command(name, GPUS="0")
     launched = parse_arguments([text for flag in flags.items() for text in (f"--{flag[0]}", flag[1])])

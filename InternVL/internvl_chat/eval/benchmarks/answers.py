@@ -73,7 +73,7 @@ def with_letter(item: Item, form: AnswerForm | None, answer_key: str) -> Item:
     """
     if not item.reference:
         raise DataError(
-            f"an item needs a non-empty string under {answer_key!r}, like other items of its task"
+            f"expected a non-empty string for {answer_key!r}, because other items of the task have one"
         )
     if not item.choices:
         return item
@@ -95,7 +95,7 @@ def correct_letter(answer: str, choices: Sequence[str], form: AnswerForm | None 
         raise DataError(f"{len(choices)} options; at most {len(ascii_uppercase)} (A to Z) are supported")
     readings = _readings(answer, choices)
     if not readings:
-        raise DataError(f"the correct answer {answer!r:.80} is none of the {len(choices)} options")
+        raise DataError(f"the correct answer {answer!r:.80} is not one of the {len(choices)} options")
     letters = set(readings.values())
     if len(letters) == 1:
         return letters.pop()

@@ -90,7 +90,7 @@ def open_benchmark(
 
 
 def system_prompts(benchmark: Benchmark, file: Path | None = None) -> dict[str, str | None]:
-    """Return task -> system prompt; None selects the checkpoint's default system prompt.
+    """Return the system prompt of each task; None selects the default of the checkpoint.
 
     Args:
         file: YAML or JSON file that maps task names or the benchmark name to system prompts (default: the

@@ -70,9 +70,7 @@ class Figure:
                 file.flush()
                 return read(Path(file.name))
         except RecordError as problem:
-            name = (
-                None if self.path is not None else self.name
-            )  # otherwise the message already contains the path
+            name = None if self.path is not None else self.name  # the message contains the path
             raise DataError(str(problem), file=name, kind=problem.kind) from None
 
 
@@ -129,7 +127,7 @@ class Item:
         """Return the messages with decoded images.
 
         Args:
-            system: system message; None for none.
+            system: system message, or None.
             options: handling of transparency and EXIF rotation.
 
         Raises:

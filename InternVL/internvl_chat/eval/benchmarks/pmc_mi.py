@@ -137,5 +137,5 @@ def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: 
     is_letter = len(answer.strip()) == 1 and answer.strip().isalpha()
     choices = split_choices(question) if is_letter or task == "multi-choice" else ()
     if task == "multi-choice" and not choices:
-        raise DataError("the question lists no options (A. ... B. ...)")
+        raise DataError("the question does not list options (A. ... B. ...)")
     return Item(task, 0, question, answer, figures, choices)

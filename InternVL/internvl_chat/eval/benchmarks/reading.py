@@ -124,7 +124,7 @@ def read_rows(rows: Iterable[Row], rule: Format) -> list[Item]:
     if marked:
         logger.warning(
             "%s: %d questions or answers contain control tokens such as <|im_end|>, e.g. in %s; "
-            "--escape_control_tokens True treats them as text", marked[0].file, len(marked), marked[0].place(),
+            "--escape_control_tokens True keeps them as text", marked[0].file, len(marked), marked[0].place(),
         )  # fmt: skip
     return with_indices(result)
 
@@ -213,7 +213,7 @@ def required_strings(raw: Mapping[str, Any], *keys: str) -> list[str]:
     """
     invalid = [key for key in keys if not isinstance(raw.get(key), str) or not raw[key].strip()]
     if invalid:
-        raise DataError(f"an item needs a non-empty string under {', '.join(map(repr, invalid))}")
+        raise DataError(f"expected a non-empty string for {', '.join(map(repr, invalid))}")
     for key in keys:
         check_reserved_token(raw[key])
     return [raw[key] for key in keys]
@@ -229,10 +229,10 @@ def optional_string(raw: Mapping[str, Any], key: str) -> str:
 
 
 def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
-    """Return the string list of a key; a single string becomes a list, a missing key an empty list.
+    """Return the list under a key; a single string becomes a list, a missing key an empty list.
 
     Raises:
-        DataError: the value is not a string or a list of non-empty strings.
+        DataError: the value is neither a string nor a list of non-empty strings.
     """
     value = raw.get(key) or []
     value = [value] if isinstance(value, str) else value

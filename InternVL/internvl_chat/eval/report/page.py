@@ -80,9 +80,7 @@ def _item(item: Item, answer: str, scores: Mapping[str, float]) -> str:
 
 def _figure(figure: Figure) -> str:
     title = html.escape(f"{figure.label} {figure.name}".strip())
-    if (
-        figure.path is not None and not figure.path.exists()
-    ):  # scoring existing answers does not require the images
+    if figure.path is not None and not figure.path.exists():  # scoring does not require the images
         return f"<figure><figcaption>{title} (the image is not available)</figcaption></figure>"
     picture = html_image(_thumbnail(figure), "jpeg", figure.label or figure.name)
     return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"

@@ -100,7 +100,7 @@ def radar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) ->
 
 
 def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "Figure":
-    """Return the bar chart: one panel per task with bars for `model` and the published models per metric."""
+    """Return the bar chart: one panel per task, with bars of `model` and the published models per metric."""
     series = {task: _task_bars(task, metrics, benchmark) for task, metrics in tasks.items()}
     columns = min(_COLUMNS, len(tasks))
     rows = [list(tasks)[start : start + columns] for start in range(0, len(tasks), columns)]
@@ -139,7 +139,7 @@ def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "
 
 
 def _task_bars(task: str, metrics: Metrics, benchmark: str) -> dict[str, dict[str, float]]:
-    """Return metric -> model -> bar value; the evaluated model has the key ""."""
+    """Return the bar values, keyed by metric and model; the evaluated model has the key ""."""
     names = [n for n in (CHOICE if is_choice(metrics) else _BARS) if metrics.get(n) is not None]
     bars: dict[str, dict[str, float]] = {}
     for name in names:
