@@ -1,9 +1,9 @@
 """Kill a training run repeatedly and compare the result with an uninterrupted run.
 
-The launcher trains a small model twice on the CPU with the same command. In the second run, SIGKILL hits one
-rank, the launcher, or all processes at random times, sometimes during a save; sometimes the newest checkpoint
-is corrupted before the restart. Finally, the ledgers, the losses of all steps and the weights must be
-bit-identical.
+The launcher trains a small model twice on the CPU with the same command. In the second run, a rank, the
+launcher or all processes are killed with SIGKILL at random times, sometimes during a save. Sometimes the
+newest checkpoint is corrupted before a restart. At the end, the ledgers, the losses of all steps and the
+weights must be bit-identical.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from benchmarks.common import write_report
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune/M3LLM-fulldata-fullmodel.sh"
 VICTIMS = ("process", "launcher", "all")
-# Probability that a kill comes after a step, not during the start, and the maximum number of steps before it.
+# Probability of a kill after a step instead of during startup, and the maximum number of steps before it.
 _LATE_PROBABILITY = 0.7
 _MAX_STEPS_BEFORE_KILL = 8
-# A step and a save take less time than this number of steps.
+# Maximum delay of a kill after a step, in step durations; long enough for another step and a save.
 _STEPS_PER_SAVE = 3
 # Probability that the newest checkpoint is corrupted before a restart.
 _DAMAGE_PROBABILITY = 0.2
@@ -41,22 +41,22 @@ _DAMAGE_PROBABILITY = 0.2
 
 @dataclass
 class Outcome:
-    """Number of disturbances, and the comparison with the uninterrupted run.
+    """Number of faults, and comparison with the uninterrupted run.
 
     Attributes:
-        kills: number of SIGKILLs.
-        victims: number of kills of each kind.
+        kills: number of kills.
+        victims: type of victim -> number of kills.
         kills_while_saving: kills while a checkpoint was being written.
-        kills_before_the_first_step: kills before the first step after a start.
+        kills_before_the_first_step: kills between a start and its first step.
         damaged: corrupted checkpoints.
-        damaged_loaded: corrupted checkpoints that a run resumed from.
-        starts: starts of the launcher.
-        steps: steps of the run.
+        damaged_loaded: corrupted checkpoints from which a run resumed.
+        starts: launcher starts.
+        steps: training steps.
         steps_done_again: repeated steps.
-        same_ledger: whether the ledgers are equal.
-        same_losses: whether the losses of all steps are equal.
-        same_weights: whether the final weights are equal.
-        seconds: total duration.
+        same_ledger: whether the ledgers are identical.
+        same_losses: whether the losses of all steps are identical.
+        same_weights: whether the final weights are identical.
+        seconds: total duration of both runs.
     """
 
     kills: int = 0
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="chaos.py",
         description=__doc__,
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Run from the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if min(args.kills, args.processes, args.save_steps) < 1:
@@ -119,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start the training.
+    """Launcher call.
 
     Attributes:
-        command: command of the launcher with its flags.
+        command: launcher command with its flags.
         environment: environment variables of the launcher.
     """
 
@@ -130,7 +130,7 @@ class Launch:
     environment: dict[str, str]
 
     def start(self, output: Path) -> subprocess.Popen:
-        """Start or resume the run in an output folder."""
+        """Start or resume a run in the given output folder."""
         log = (output.parent / f"{output.name}.log").open("ab")
         with log:
             return subprocess.Popen(
@@ -140,7 +140,7 @@ class Launch:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Launch:
-    """Create data and a model, and return the command that trains it."""
+    """Create sample data and a tiny model; return the launcher call that trains the model."""
     own = os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "CUDA_VISIBLE_DEVICES": ""}
     m3llm = [sys.executable, "-m", "internvl_chat.cli"]
     data, model = folder / "data", folder / "tiny"
@@ -174,7 +174,11 @@ def prepare(args: argparse.Namespace, folder: Path) -> Launch:
 
 
 def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outcome:
-    """Train without interruptions, then with kills, and compare the runs."""
+    """Train once without interruptions and once with kills, and compare the runs.
+
+    Raises:
+        RuntimeError: a start fails without a kill, ranks outlive their launcher, or the run ends too early.
+    """
     began = time.monotonic()
     baseline, interrupted = folder / "baseline", folder / "interrupted"
     process = launch.start(baseline)
@@ -205,7 +209,9 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
         if (interrupted / "train_results.json").is_file():
             break
         if not killed:
-            raise RuntimeError(f"a start without a kill failed with exit code {code}; see {interrupted}.log")
+            raise RuntimeError(
+                f"the launcher failed with exit code {code} without being killed; see {interrupted}.log"
+            )
     if outcome.kills < args.kills:
         raise RuntimeError(f"the run finished after {outcome.kills} kills; increase --steps")
     outcome.same_ledger = _lines(baseline / "ledger.jsonl") == _lines(interrupted / "ledger.jsonl")
@@ -218,14 +224,14 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
 def _wait_to_kill(
     process: subprocess.Popen, output: Path, first_step: float, step: float, kept: int, rng: random.Random
 ) -> bool:
-    """Wait for a random time during the start or after some steps; returns whether the run is still alive.
+    """Wait for a random time during startup or until after some steps; return whether the run is still alive.
 
     Args:
         process: the launcher.
         output: run folder.
-        first_step: seconds from the start to the first step.
+        first_step: seconds from the start to the end of the first step.
         step: seconds per step.
-        kept: last step of the newest valid checkpoint.
+        kept: step of the newest valid checkpoint.
         rng: random number generator.
     """
     until, steps = rng.uniform(0.1, first_step), 0
@@ -241,7 +247,7 @@ def _wait_to_kill(
 
 
 def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random, outcome: Outcome) -> None:
-    """Kill one rank, the launcher, or all processes."""
+    """Kill a random rank, the launcher or all processes, and record the kill in `outcome`."""
     saving = any((output / ".partial").glob("checkpoint-*"))
     stepping = _last_step(output) > kept
     victim = rng.choice(VICTIMS)
@@ -265,7 +271,7 @@ def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random
 
 
 def _ranks(output: Path) -> list[psutil.Process]:
-    """Return the ranks of a run, even if their launcher is dead."""
+    """Return the rank processes of a run, even if the launcher is dead."""
     ranks = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -277,14 +283,18 @@ def _ranks(output: Path) -> list[psutil.Process]:
 
 
 def _wait_for_all_to_end(output: Path, seconds: float = 60.0) -> None:
-    """Wait for all ranks; ranks without a launcher save and exit by themselves."""
+    """Wait until all ranks have ended; ranks whose launcher was killed save and exit on their own.
+
+    Raises:
+        RuntimeError: ranks are still running after `seconds`.
+    """
     _, alive = psutil.wait_procs(_ranks(output), timeout=seconds)
     if alive:
         raise RuntimeError(f"{len(alive)} ranks are still running without their launcher")
 
 
 def _wait_for_step(process: subprocess.Popen, output: Path) -> float:
-    """Return the seconds until the end of the first step."""
+    """Wait for the end of the first step and return the seconds waited."""
     began = time.monotonic()
     while process.poll() is None and not _last_step(output):
         time.sleep(0.05)
@@ -292,7 +302,7 @@ def _wait_for_step(process: subprocess.Popen, output: Path) -> float:
 
 
 def _damage_newest(output: Path, rng: random.Random, damaged: set[tuple[int, int]]) -> bool:
-    """Corrupt or truncate a file of the newest of several checkpoints; returns whether it did."""
+    """Corrupt or truncate a file of the newest checkpoint if there is an older one; return whether it did."""
     checkpoints = sorted(_checkpoints(output), key=_step_of)
     if len(checkpoints) < 2 or _identity(checkpoints[-1]) in damaged:
         return False
@@ -310,7 +320,7 @@ def _damage_newest(output: Path, rng: random.Random, damaged: set[tuple[int, int
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Return a unique id of a checkpoint; names and inode numbers alone are reused."""
+    """Return a unique id of a checkpoint folder; names and inode numbers alone may be reused."""
     state = folder.stat()
     return state.st_ino, state.st_mtime_ns
 
@@ -328,7 +338,7 @@ def _newest_step(output: Path, excluded: set[str]) -> int:
 
 
 def _resumed_from(output: Path, logged: int) -> str | None:
-    """Return the name of the checkpoint that a start resumed from, read from new log lines."""
+    """Return the name of the checkpoint from which a start resumed, according to the new log lines."""
     lines = [line for line in _lines(output / "training_log.txt")[logged:] if " resuming from " in line]
     return Path(lines[-1].rpartition(" ")[2]).name if lines else None
 

@@ -1,7 +1,7 @@
-"""Cost of checkpoints: duration of the steps after a save, asynchronous and synchronous.
+"""Cost of checkpoints: duration of the step after an asynchronous or a synchronous save.
 
-All steps train the same records. The checkpoints of a random model are written to a temporary folder, or to
-`--folder`, and deleted. Downloads nothing.
+All steps train on the same records. The checkpoints of a random model are written to a temporary folder, or
+to `--folder`, and deleted. Nothing is downloaded.
 """
 
 import argparse
@@ -40,10 +40,10 @@ class Overhead:
         mode: one of `MODES`.
         checkpoint_gb: size of a checkpoint.
         median_seconds: median duration of all timed steps.
-        after_save_seconds: duration of each step after a save, including a synchronous save.
+        after_save_seconds: duration of each step after a save; includes the save if it is synchronous.
         ratio: median of `after_save_seconds` relative to `median_seconds`.
         worst_ratio: maximum of `after_save_seconds` relative to `median_seconds`.
-        seconds_a_save: total time above the median, per save.
+        seconds_a_save: extra time per save, relative to the median step.
     """
 
     mode: str
@@ -56,7 +56,7 @@ class Overhead:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="checkpoint_overhead.py",
         description=__doc__,
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--modes", default=",".join(MODES), help="comma-separated: background,synchronous (default: both)")
     add("--every", type=int, default=4, help="steps between saves (default: 4)")
     add("--steps", type=int, default=16, help="timed steps (default: 16)")
-    add("--warmup", type=int, default=2, help="untimed steps before them (default: 2)")
+    add("--warmup", type=int, default=2, help="untimed steps before the timed ones (default: 2)")
     add("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     add("--folder", type=Path, help="folder of the checkpoints (default: temporary folder)")
     add("--json", metavar="FILE", type=Path, help="write the results as JSON")
@@ -79,14 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Run from the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.model = args.model or ("mid" if args.device == "cpu" else "internvl3-8b")
     modes = parse_names(parser, "--modes", args.modes, MODES)
     if args.every < 2 or args.steps <= args.every or args.warmup < 0:
-        parser.error("--every must be at least 2, --steps larger than it, and --warmup at least 0")
+        parser.error(
+            "--every must be at least 2, --steps must be larger than --every, and --warmup must be at least 0"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = []
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def repeated_workload(args: argparse.Namespace, folder: Path) -> Workload:
-    """Prepare the records of one step, repeated for every step."""
+    """Prepare the records of one step and repeat them for every step."""
     workload = prepare_workload(
         folder,
         SHAPES[args.model],
@@ -123,7 +125,7 @@ def repeated_workload(args: argparse.Namespace, folder: Path) -> Workload:
 
 
 def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Path) -> Overhead:
-    """Train and save checkpoints in the given mode."""
+    """Train with the given save mode and return its overhead."""
     folder = folder / mode
     folder.mkdir()
     saving = {"save_strategy": "steps", "save_steps": args.every, "save_total_limit": 1}
@@ -145,15 +147,15 @@ def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Pat
     loop = make_loop(job, workload, _save_adapter if RECIPES[args.recipe].lora_rank else save_model)
     loop.train()
     seconds = [row["seconds"] for row in read_metrics(job)]
-    return summarise(mode, seconds, args.every, args.warmup, folder_bytes(folder / "run"))
+    return summarize(mode, seconds, args.every, args.warmup, folder_bytes(folder / "run"))
 
 
-def summarise(mode: str, seconds: Sequence[float], every: int, warmup: int, size: int) -> Overhead:
-    """Compare the steps after a save with all steps.
+def summarize(mode: str, seconds: Sequence[float], every: int, warmup: int, size: int) -> Overhead:
+    """Compare the duration of the steps after a save with the median step.
 
     Args:
         mode: one of `MODES`.
-        seconds: duration of each step, from the end of the previous one.
+        seconds: duration of each step, measured from the end of the previous step.
         every: steps between saves.
         warmup: number of untimed steps.
         size: size of a checkpoint in bytes.
@@ -178,7 +180,7 @@ def folder_bytes(run: Path) -> int:
 
 
 def format_row(args: argparse.Namespace, row: Overhead) -> str:
-    """Return the result as a line of text."""
+    """Format a result as one line."""
     after = statistics.median(row.after_save_seconds)
     verdict = "within" if row.ratio <= MAX_RATIO else "over"
     return (

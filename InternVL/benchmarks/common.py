@@ -1,4 +1,4 @@
-"""Helpers of all benchmark scripts: comma-separated options and JSON reports."""
+"""Helpers shared by the benchmark scripts: comma-separated options and JSON reports."""
 
 import argparse
 import datetime
@@ -18,27 +18,27 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 def parse_names(parser: argparse.ArgumentParser, flag: str, value: str, known: Sequence[str]) -> list[str]:
-    """Split comma-separated names; exits with a usage error if one is unknown.
+    """Split comma-separated names; exit with a usage error if a name is unknown.
 
     Args:
         parser: parser that reports the error.
-        flag: flag of the value.
-        value: names such as `reference,fast`.
-        known: permitted names.
+        flag: flag that the value belongs to.
+        value: comma-separated names such as `reference,fast`.
+        known: valid names.
     """
     names = [name.strip() for name in value.split(",")]
     if unknown := set(names) - set(known):
-        parser.error(f"{flag}: {', '.join(sorted(unknown))} is unknown; choose from {','.join(known)}")
+        parser.error(f"{flag}: unknown: {', '.join(sorted(unknown))}; choose from {','.join(known)}")
     return names
 
 
 def write_report(file: Path, device: str = "cpu", **results: Any) -> None:
-    """Write results as JSON, with date, hardware and versions.
+    """Write results, date, hardware and library versions as JSON.
 
     Args:
-        file: file to write; its folder is created.
+        file: file to write; its folder is created if needed.
         device: device of the measurement, `cpu` or `cuda`.
-        results: JSON values; other objects such as paths are converted to strings.
+        results: JSON values; other objects, such as paths, are converted to strings.
     """
     instructions = ", ".join(cpu_bf16_instructions()) or "no bf16 instructions"
     cores = f"{os.cpu_count()} {platform.machine()} CPU cores ({instructions})"

@@ -1,7 +1,7 @@
 """Peak memory and duration of `m3llm merge` and `m3llm export` for a full-size model.
 
 A random model and random adapters are written to a temporary folder, or to `--folder`, and deleted. The 8B
-shape needs 16 GB of disk for the model and 16 GB for the result.
+model requires 16 GB of disk space, and the result another 16 GB.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Conversion:
 
     Attributes:
         work: `merge` or `export`.
-        checked: whether source and result were compared, which loads one after the other.
+        checked: whether source and result were compared (they are loaded one after the other).
         shards: number of weight files of the result.
         seconds: duration of the command.
         peak_memory_gb: peak resident memory, including mapped weight files.
@@ -57,7 +57,7 @@ class Conversion:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="conversion_memory.py",
         description=__doc__,
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Run from the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     commands = parse_names(parser, "--works", args.works, COMMANDS)
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_adapter(folder: Path, shape: Shape) -> Path:
-    """Write a random bfloat16 base model and adapters of the LoRA recipe; returns the adapter folder."""
+    """Write a random bfloat16 base model and LoRA adapters; return the adapter folder."""
     base, adapter = folder / "base", folder / "adapter"
     model = weightless_model(shape).requires_grad_(False)
     write_base(base, model)
@@ -120,7 +120,7 @@ def write_adapter(folder: Path, shape: Shape) -> Path:
 
 
 def write_base(folder: Path, model: InternVLChatModel) -> None:
-    """Write random weights for a model on the meta device, shard by shard, with a small tokenizer."""
+    """Write random weights for a model on the meta device, shard by shard, and a small tokenizer."""
     folder.mkdir()
     save_tokenizer(train_tokenizer([Preprocessing.system_text], _VOCABULARY), folder)
     generator = torch.Generator().manual_seed(0)
@@ -134,10 +134,10 @@ def write_base(folder: Path, model: InternVLChatModel) -> None:
 
 
 def measure(command: str, source: Path, folder: Path, check: str) -> Conversion:
-    """Run a command and delete its result.
+    """Run a command, measure its duration and peak memory, and delete its result.
 
     Raises:
-        RuntimeError: the command failed; contains its output.
+        RuntimeError: the command failed; the message contains the end of its output.
     """
     target = folder / command
     argv = [sys.executable, "-m", "internvl_chat.cli", command, str(source), str(target), "--device", "cpu"]

@@ -2,7 +2,7 @@
 
     python InternVL/benchmarks/data_throughput.py --index-records 238000 --json data.json
 
-Without `--meta` the records are synthetic. CPU seconds are the sum over all processes; on a shared machine
+Without `--meta`, the records are synthetic. CPU seconds are summed over all processes; on a shared machine,
 they are more reliable than wall time.
 """
 
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,9 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--data_root",
         type=Path,
         default=Path.cwd(),
-        help="folder that relative paths in the meta file start from",
+        help="base folder of relative paths in the meta file (default: current folder)",
     )
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: train one on the records)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer folder (default: train a tokenizer on the records)"
+    )
     parser.add_argument(
         "--max_dynamic_patch", type=positive, default=12, help="maximum tiles per record (default: 12)"
     )
@@ -69,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="numbers of dataloader workers to measure (default: 0 1 2)",
     )
     parser.add_argument(
-        "--index-records", type=positive, help="number of records for the index, by repetition"
+        "--index-records",
+        type=positive,
+        help="number of records in the index; records are repeated as needed (default: each record once)",
     )
     parser.add_argument(
         "--index-workers", type=positive, help="worker processes of the index (default: one per core)"
@@ -79,13 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Run from the command line and return the exit code."""
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as in training
     with tempfile.TemporaryDirectory() as scratch:
         specs, tokenizer = open_data(args, Path(scratch))
         encoder = RecordEncoder(tokenizer, Preprocessing(max_dynamic_patch=args.max_dynamic_patch))
-        # Before the stages, so that the peak memory is that of the index.
+        # The index comes first, so that its peak memory is not hidden by the other stages.
         index = index_rows(specs, encoder, args.index_records, args.index_workers, Path(scratch))
         sets = build_sets(specs, encoder)
         selected = [(records, i) for records in sets for i in records.first(args.records)]
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_data(args: argparse.Namespace, scratch: Path) -> tuple[list[DatasetSpec], PreTrainedTokenizerBase]:
-    """Return the datasets and the tokenizer; create those that the command line does not specify."""
+    """Return the datasets and the tokenizer; create them if they are not given on the command line."""
     meta = args.meta or write_sample_data(scratch / "sample", train=args.records, held_out=1)["train"]
     specs = load_meta(meta, args.data_root)
     if args.tokenizer:
@@ -109,7 +113,7 @@ def open_data(args: argparse.Namespace, scratch: Path) -> tuple[list[DatasetSpec
 
 
 def measure(name: str, records: int, work: Callable[[], Any]) -> Row:
-    """Return wall time, CPU time and throughput of a function that processes `records` records."""
+    """Call `work`, which processes `records` records, and return its wall time, CPU time and throughput."""
     start, cpu = time.perf_counter(), cpu_seconds()
     work()
     seconds = time.perf_counter() - start
@@ -138,8 +142,8 @@ def stage_rows(selected: list[tuple[RecordSet, int]]) -> list[Row]:
     stages: dict[str, Callable[[], Any]] = {
         "parse": lambda: [records.record(i) for records, i in selected],
         "image headers": lambda: [image_size(path) for path in paths],
-        "tokenise": lambda: [encoder.template.tokenize(record.messages) for _, _, record in parsed],
-        "measure (the above)": lambda: [records.measure(i) for records, i in selected],
+        "tokenize": lambda: [encoder.template.tokenize(record.messages) for _, _, record in parsed],
+        "compute lengths (all of the above)": lambda: [records.measure(i) for records, i in selected],
         "encode": lambda: [records.encode(i) for records, i in selected],
         "decode images": lambda: [len(records.images(i, record)) for records, i, record in parsed],
         "split into tiles": lambda: [len(encoder.tiles(*pair)) for pair in zip(decoded, grids, strict=True)],
@@ -155,7 +159,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def dataloader_rows(sets: list[RecordSet], records: int, workers: list[int]) -> list[Row]:
-    """Measure the second pass of a dataloader with one record per pack, after its workers have started."""
+    """Measure a dataloader with one record per pack; a first pass, which starts the workers, is not timed."""
     specs = [replace(s.spec, repeat_time=min(1, records / len(s))) for s in sets]
     data = TrainingData(build_sets(specs, sets[0].encoder))
     rows = []
@@ -177,7 +181,7 @@ def dataloader_rows(sets: list[RecordSet], records: int, workers: list[int]) -> 
 
 
 def use_one_thread(worker: int) -> None:
-    """Limit a dataloader worker to one thread like in training."""
+    """Limit a dataloader worker to one thread, as in training."""
     torch.set_num_threads(1)
 
 
@@ -185,7 +189,7 @@ def iterate(dataloader: DataLoader) -> None:
     """Fetch all packs.
 
     Raises:
-        DataError: a record cannot be used.
+        DataError: a record is unusable.
     """
     for pack in dataloader:
         if isinstance(pack, DataError):
@@ -195,7 +199,7 @@ def iterate(dataloader: DataLoader) -> None:
 def index_rows(
     specs: list[DatasetSpec], encoder: RecordEncoder, records: int | None, workers: int | None, scratch: Path
 ) -> list[Row]:
-    """Measure the length index without and with its cache."""
+    """Measure the length index without and with a cache."""
     if records:
         specs = [
             repeat_records(spec, count, scratch)
@@ -214,12 +218,12 @@ def index_rows(
 
 
 def split_evenly(total: int, parts: int) -> Iterator[int]:
-    """Yield parts of nearly equal size that add up to the total."""
+    """Yield `parts` integers of nearly equal size whose sum is `total`."""
     yield from ((i + 1) * total // parts - i * total // parts for i in range(parts))
 
 
 def repeat_records(spec: DatasetSpec, number: int, scratch: Path) -> DatasetSpec:
-    """Return a dataset of `number` records that repeats the records of another."""
+    """Return a dataset that repeats the records of `spec` until it has `number` records."""
     source = RecordFile(spec.annotation)
     annotation = scratch / f"{spec.annotation.stem}.jsonl"
     with annotation.open("wb") as stream:
@@ -228,7 +232,7 @@ def repeat_records(spec: DatasetSpec, number: int, scratch: Path) -> DatasetSpec
 
 
 def peak_memory() -> Row:
-    """Return the peak memory of this process and of any terminated child, in megabytes."""
+    """Return the peak memory of this process and of the largest terminated child, in MB."""
     peaks = {"peak_mb": resource.RUSAGE_SELF, "peak_mb_worker": resource.RUSAGE_CHILDREN}
     return {name: resource.getrusage(who).ru_maxrss // 1024 for name, who in peaks.items()}
 

@@ -1,7 +1,7 @@
-"""Acceptance run on one GPU: kernels, launchers, resume, memory, decoding, compilation and the 8B shape.
+"""Acceptance run on one GPU: kernels, launchers, resume, memory, decoding, compilation and training speed.
 
-Every item runs in a separate process with a time limit; the others continue if it fails. Downloads nothing:
-models are random, records synthetic. Without a GPU the items run at small size.
+Each item runs in a separate process with a time limit; if an item fails, the remaining items still run.
+Models are random, records synthetic; nothing is downloaded. Without a GPU, the items run at small size.
 """
 
 import argparse
@@ -30,15 +30,15 @@ from benchmarks.gpu.check import SIZES, Check, read_result
 SCRIPT = Path(__file__).resolve()
 REPOSITORY = SCRIPT.parents[2]
 RESULTS, LOG = "gpu_check.json", "gpu_check.log"
-# An item is not started with less time left.
+# Items are skipped if less time is left.
 _MIN_SECONDS = 5.0
-# Factor on the time limits on a CPU, which may be shared.
+# Multiplies the time limits on CPUs, which may be shared.
 _CPU_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Item:
-    """A check.
+    """An item of the acceptance run.
 
     Attributes:
         name: name in the table.
@@ -51,7 +51,7 @@ class Item:
     seconds: float
 
 
-# Most important first: time may run out before the last items.
+# Most important items first, because time may run out before the last ones.
 ITEMS = (
     Item("doctor", "launchers:doctor", 60),
     Item("attention", "kernels:attention", 60),
@@ -71,7 +71,7 @@ NAMES = tuple(item.name for item in ITEMS)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh",
         description=__doc__,
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=10.0,
-        help="time limit; items that exceed it are skipped (default: 10)",
+        help="time limit in minutes; items that do not fit are killed or skipped (default: 10)",
     )
     add("--items", default=",".join(NAMES), help="comma-separated items (default: all)")
     add("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Run from the command line and return the exit code."""
     began = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"{item.name}: {result['status']} in {result['seconds']:.0f} s", file=sys.stderr, flush=True
             )
-            # After every item, so that a killed run leaves its results so far.
+            # Written after each item, so that a killed run leaves partial results.
             write_results(args, results, time.monotonic() - began)
     print(format_table(results))
     print(f"results: {args.out / RESULTS}, output of all items: {args.out / LOG}")
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log: IO[str]) -> dict[str, Any]:
-    """Run an item in a subprocess, limited by its own time and the time left."""
+    """Run an item in a subprocess, within its time limit and the time left; return its result."""
     if left < _MIN_SECONDS:
         return {"status": "skipped", "why": "no time left", "summary": "", "figures": {}, "seconds": 0.0}
     seconds = min(item.seconds * (1 if args.device == "cuda" else _CPU_FACTOR), left)
@@ -154,14 +154,14 @@ def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log:
     result = read_result(work, item.name) or {"status": "failed", "summary": "", "figures": {}}
     if why is not None:
         result |= {"status": "failed", "why": why}
-        for file in sorted((work / item.name).rglob("log.txt")):  # of the processes that the item started
+        for file in sorted((work / item.name).rglob("log.txt")):  # logs of processes that the item started
             text = file.read_text(encoding="utf-8", errors="replace")
             print(f"---- {file.relative_to(work)}\n{text[-2000:]}", file=log, flush=True)
     return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def environment(device: str, work: Path) -> dict[str, str]:
-    """Return the environment of every item: like the launchers, offline, with a temporary cache."""
+    """Return the environment variables of an item: as in the launchers, offline, with a temporary cache."""
     variables = {
         "PYTHON": sys.executable,
         "HF_HUB_OFFLINE": "1",
@@ -174,7 +174,7 @@ def environment(device: str, work: Path) -> dict[str, str]:
 
 
 def kill_processes(process: subprocess.Popen) -> None:
-    """Kill an item that is still running, with all of its child processes."""
+    """Kill an item that is still running, including all its child processes."""
     try:
         running = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -186,7 +186,7 @@ def kill_processes(process: subprocess.Popen) -> None:
 
 
 def write_results(args: argparse.Namespace, results: dict[str, dict[str, Any]], seconds: float) -> None:
-    """Write the results so far, with date, hardware and versions."""
+    """Write the results so far, with the date, hardware and library versions."""
     facts = results.get("doctor", {}).get("figures", {})
     gpus, packages = facts.get("gpus") or [], facts.get("packages") or {}
     report = {
@@ -204,7 +204,7 @@ def write_results(args: argparse.Namespace, results: dict[str, dict[str, Any]], 
 
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:
-    """Return the results as text, one line per item."""
+    """Format the results as a table with one line per item."""
     rows = [("item", "status", "seconds", "")]
     for name, result in results.items():
         note = "; ".join(filter(None, (result["why"], result["summary"]))).replace("\n", " ")
@@ -224,6 +224,6 @@ def _find_device() -> str:
 
 
 if __name__ == "__main__":
-    # Exit normally, so that the running item is killed as well.
+    # Exit through Python, so that the running item is killed as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Jobs: one measurement in a subprocess, with its settings, clock and result."""
+"""Benchmark jobs: a measurement in a subprocess, with its settings, clock and result."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ class Job:
         recipe: `lora` or `full`.
         model: key of `SHAPES`.
         device: `cpu` or `cuda`.
-        workload: file of the prepared workload, with the records of all steps.
+        workload: JSON file of the prepared workload.
         folder: working folder.
         warmup: number of untimed steps.
         steps: number of timed steps.
         threads: CPU threads; 0 for all cores.
-        flags: extra flags of the training script, for `fast`.
+        flags: additional flags of the training script (`fast` only).
         variant: ablation of `fast`, a key of `ABLATIONS`.
-        dtype: dtype of weights and activations, a key of `DTYPES`.
+        dtype: dtype of the weights and activations, a key of `DTYPES`.
     """
 
     preset: str
@@ -56,17 +56,17 @@ class Job:
 
     @property
     def settings(self) -> Recipe:
-        """Recipe of the job."""
+        """The recipe."""
         return RECIPES[self.recipe]
 
     @property
     def shape(self) -> Shape:
-        """Shape of the model."""
+        """The model shape."""
         return SHAPES[self.model]
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Dtype of weights and activations."""
+        """Dtype of the weights and activations."""
         return DTYPES[self.dtype]
 
     @property
@@ -76,16 +76,16 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        """Number of steps, including untimed ones."""
+        """Number of steps, including the warm-up."""
         return self.warmup + self.steps
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of a preset.
+    """Tokens and losses of the steps of a job.
 
     Attributes:
-        tokens: number of tokens of each step, counted by the preset.
+        tokens: tokens of each step, counted by the preset.
         losses: loss of each step.
     """
 
@@ -101,8 +101,8 @@ class Result:
         seconds: duration of the timed steps.
         records: records of the timed steps.
         tokens: tokens of the timed steps.
-        flops: operations of the timed steps, without recomputation.
-        peak_flops: peak operations per second of the device, or None if unknown.
+        flops: FLOPs of the timed steps, without recomputation.
+        peak_flops: peak FLOP/s of the device, or None if unknown.
         peak_memory: peak memory in bytes.
         first_loss: loss of the first step.
     """
@@ -117,20 +117,20 @@ class Result:
 
 
 class Clock(TrainerCallback):
-    """Record the start and the end of every step; also a callback of the Trainer of transformers."""
+    """Records the start and the end of every step; also usable as a callback of transformers' Trainer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stamps: list[float] = []
 
     def tick(self) -> None:
-        """Synchronise the device and record the time."""
+        """Synchronize the device and record the time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.stamps.append(time.perf_counter())
 
     def seconds(self, warmup: int) -> float:
-        """Return the duration of all steps after the first `warmup`."""
+        """Return the total duration of all steps after the first `warmup` steps."""
         return self.stamps[-1] - self.stamps[warmup]
 
     def on_step_begin(self, *_: object, **__: object) -> None:
@@ -164,12 +164,12 @@ def result_of(job: Job, workload: Workload, clock: Clock, steps: Steps) -> Resul
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated on the GPU, or resident in this process."""
+    """Return the peak memory in bytes: allocated by torch on a GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
-        # ru_maxrss includes the memory of the parent process before exec.
+        # Unlike VmHWM, ru_maxrss includes memory of the parent process (before exec).
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -180,11 +180,11 @@ def run_in_subprocess(job: Job, script: Path, number: int) -> Result:
 
     Args:
         job: the job.
-        script: script that runs the job with `--child`.
-        number: number of the job, for its folder.
+        script: script that runs a job file with `--child`.
+        number: job number, used in the folder name.
 
     Raises:
-        RuntimeError: the job failed; contains the end of its output.
+        RuntimeError: the job failed; the message contains the end of its output.
     """
     folder = Path(job.folder) / f"job{number}"
     folder.mkdir()
@@ -205,7 +205,7 @@ def run_in_subprocess(job: Job, script: Path, number: int) -> Result:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Return the environment variables that the launchers set as well, with a temporary cache."""
+    """Return the environment variables of the subprocess: those of the launchers, and a temporary cache."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "M3LLM_CACHE": job.folder}
     if job.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,7 +1,7 @@
-"""Scaling of a training step with records, tokens, tiles and ranks, one at a time.
+"""Scaling of a training step with the number of records, tokens, tiles and ranks, varied one at a time.
 
-Records, tokens and tiles: duration and operations of one packed forward and backward pass. Ranks: throughput
-of training under torchrun, and balance of the records' costs. Prints a table and writes JSON.
+Records, tokens and tiles: duration and FLOPs of one packed forward and backward pass. Ranks: training
+throughput under torchrun, and load balance of the records. Prints a table and optionally writes JSON.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=RECIPES, default="full", help="recipe (default: full)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="passes per measurement; reports the median (default: 3)"
+        "--repeats", type=int, default=3, help="passes per measurement; the median is reported (default: 3)"
     )
     parser.add_argument("--largest", type=int, default=4096, help="maximum tokens per pack (default: 4096)")
     parser.add_argument(
@@ -69,12 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Run from the command line and return the exit code."""
     args = build_parser().parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = default_dtype(device.type)
     if dtype == "float32":
-        print("This CPU has no bf16 instructions: all passes are in float32.")
+        print("This CPU has no bf16 instructions: all passes use float32.")
     model = build_model(SHAPES[args.model], args.recipe, device, DTYPES[dtype])
     rows = [
         measure(model, device, quantity, number, pack, args.repeats)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype) -> InternVLChatModel:
-    """Return a random model with the trainable parameters of a recipe."""
+    """Return a model with random weights and the trainable parameters of a recipe."""
     attn = resolve_attention("auto", device)
     model = random_model(shape, IMAGE_CONTEXT, attn=attn, device=device, dtype=dtype)
     rank = RECIPES[recipe].lora_rank
@@ -101,7 +101,7 @@ def build_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.dt
 
 
 def synthetic_packs(shape: Shape, largest: int) -> list[tuple[str, int, Pack]]:
-    """Return packs in which one quantity doubles at a time, as (quantity, number, pack)."""
+    """Return (quantity, number, pack) triples in which one quantity at a time is doubled."""
     per_tile = shape.config().tokens_per_tile
     tokens, record = largest // 8, largest // 8
     packs = [("tokens", n, pack_of(1, n, 0, shape)) for n in doubling(tokens, largest)]
@@ -112,7 +112,7 @@ def synthetic_packs(shape: Shape, largest: int) -> list[tuple[str, int, Pack]]:
 
 
 def doubling(first: int, last: int) -> list[int]:
-    """Return `first`, doubled until it exceeds `last`.
+    """Return `first`, `2 * first`, `4 * first`, ... up to `last`.
 
     >>> doubling(1, 9)
     [1, 2, 4, 8]
@@ -121,7 +121,7 @@ def doubling(first: int, last: int) -> list[int]:
 
 
 def pack_of(records: int, tokens: int, tiles: int, shape: Shape) -> Pack:
-    """Return a pack of equal records with `tokens` random tokens and `tiles` tiles each."""
+    """Return a pack of `records` records, each with `tokens` random tokens and `tiles` tiles."""
     config = shape.config()
     size, context = config.image_size, config.tokens_per_tile * tiles
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def pack_of(records: int, tokens: int, tiles: int, shape: Shape) -> Pack:
 def measure(
     model: InternVLChatModel, device: torch.device, quantity: str, number: int, pack: Pack, repeats: int
 ) -> Row:
-    """Measure the duration and the operations of a forward and backward pass."""
+    """Measure the duration and the FLOPs of a forward and backward pass."""
     inputs = pack.text_inputs(device)
     inputs["pixel_values"] = pack.pixel_values(device, "imagenet", model.language_model.dtype)
 
@@ -173,7 +173,7 @@ def timed(function: Callable[[], None], device: torch.device) -> float:
 
 
 def measure_balance(world_size: int, step_records: int = 128, steps: int = 50) -> Row:
-    """Return the cost of the most expensive rank relative to the mean, balanced by cost and in file order."""
+    """Return the maximum load of a rank relative to the mean, with balanced records and in file order."""
     rng = np.random.default_rng(0)
     by_cost, in_order = [], []
     for _ in range(steps):
@@ -190,7 +190,7 @@ def measure_balance(world_size: int, step_records: int = 128, steps: int = 50) -
 
 
 def measure_ranks(world_size: int) -> Row:
-    """Measure records per second when training a small model on `world_size` ranks."""
+    """Measure the training throughput of a small model on `world_size` ranks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_sample_data(folder / "data", train=8, held_out=1)

@@ -1,4 +1,4 @@
-"""Model shapes of the benchmarks, with random weights created on the device."""
+"""Model shapes of the benchmarks, and models with random weights."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model.
+    """Dimensions of a model.
 
     Attributes:
-        sizes: sizes of both towers; the vision MLP is four times as wide as the tower.
-        mlp_width: width of the MLP of the language model.
-        vocabulary: rows of the embeddings and of the (untied) head.
+        sizes: sizes of both towers; the vision MLP is four times as wide as the vision tower.
+        mlp_width: MLP width of the language model.
+        vocabulary: rows of the embeddings and of the untied head.
     """
 
     sizes: TinyShape
@@ -29,7 +29,7 @@ class Shape:
     vocabulary: int = INTERNVL3_VOCABULARY
 
     def config(self) -> InternVLChatConfig:
-        """Return the configuration of the model."""
+        """Return the model configuration."""
         config = tiny_config(self.sizes, self.vocabulary)
         config.llm_config["intermediate_size"] = self.mlp_width
         return config
@@ -64,7 +64,7 @@ SHAPES = {
 
 
 def default_dtype(device: str) -> str:
-    """Return `float32` for a CPU without bf16 instructions (a bf16 step takes minutes), else `bfloat16`."""
+    """Return `float32` for CPUs without bf16 instructions (bf16 steps take minutes), else `bfloat16`."""
     return "float32" if device == "cpu" and not cpu_bf16_instructions() else "bfloat16"
 
 
@@ -82,9 +82,9 @@ def random_model(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
 ) -> InternVLChatModel:
-    """Return a model with random weights, reproducible on each device.
+    """Return a model with random weights, which are reproducible on each type of device.
 
-    Matrices have the distribution N(0, 0.02); biases are 0, norms 1, and layer scales as configured.
+    Matrices are drawn from N(0, 0.02); biases are 0, norm weights 1, and layer scales as configured.
     """
     with torch.device(device):
         model = empty_model(shape.config(), image_context_id, dtype, attn)
@@ -98,7 +98,7 @@ def random_model(
 def fill(
     name: str, tensor: torch.Tensor, config: InternVLChatConfig, generator: torch.Generator
 ) -> torch.Tensor:
-    """Initialise the weight of the given name in place, and return it."""
+    """Initialize a parameter in place according to its name and return it."""
     if tensor.ndim > 1:
         return tensor.normal_(0.0, 0.02, generator=generator)
     scale = config.vision_config.initializer_factor

@@ -1,7 +1,7 @@
-"""Training throughput and peak memory: this project (`fast`) compared with the reference implementation.
+"""Training throughput and peak memory of this project (`fast`), compared with the reference implementation.
 
-Every preset trains the same records, in the same steps, from the same random weights, in a separate process.
-Prints a table and writes JSON. Needs no installed package, weights or data.
+Every preset trains on the same records, in the same steps, from the same random weights, in a separate
+process. Prints a table and optionally writes JSON. The package need not be installed.
 """
 
 import argparse
@@ -44,20 +44,20 @@ HEADER = (
     "preset", "recipe", "model", "device", "dtype", "records/s", "tokens/s", "mfu", "peak GB", "epoch h",
     "x ref.",
 )  # fmt: skip
-# Relative tolerances of the first loss: bfloat16 has 8 significant bits, and the loss of the peer is the mean
-# over the tokens of a step, not over its records.
+# Relative tolerances of the first loss: bfloat16 has 8 significant bits, and the peer averages the loss over
+# the tokens of a step instead of its records.
 LOSS_TOLERANCE = 0.002
 PEER_TOLERANCE = 0.02
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="train_throughput.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Peak memory: on a GPU the memory allocated by torch; on a CPU the resident memory of the "
-        "training\nprocess without its dataloader workers. MFU does not count recomputation."
+        epilog="Peak memory: on a GPU, the memory allocated by torch; on a CPU, the resident memory of the "
+        "training\nprocess without its dataloader workers. MFU excludes recomputation."
         "\n\nExample: python InternVL/benchmarks/train_throughput.py --recipe lora --model mid "
         "--meta PMC-data.json \\\n  --tokenizer MODEL --presets reference,fast --peers --json result.json",
     )
@@ -65,20 +65,31 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=tuple(RECIPES), default="lora", help="recipe (default: lora)")
     add("--model", choices=tuple(SHAPES), help="model shape (default: internvl3-8b on a GPU, mid on a CPU)")
     add("--presets", default=",".join(PRESETS), help="comma-separated: reference,fast (default: both)")
-    add("--peers", action="store_true", help="also measure InternVL of transformers with Trainer and peft")
-    add("--ablate", action="store_true", help="also measure `fast` with each optimization toggled alone")
+    add("--peers", action="store_true", help="also measure transformers' InternVL with Trainer and peft")
+    add(
+        "--ablate",
+        action="store_true",
+        help="also measure `fast` with each optimization toggled individually",
+    )
     add("--meta", help="meta file of the training records (default: synthetic records)")
-    add("--tokenizer", help="tokenizer folder (default: train one on the text of the records)")
+    add("--tokenizer", help="tokenizer folder (default: train a tokenizer on the records)")
     add("--max_dynamic_patch", type=int, default=1, help="maximum tiles per record (default: 1)")
     add("--context_tokens", type=int, default=230,
-        help="mean context of synthetic records (default: 230, for about 900 tokens per record)")  # fmt: skip
+        help="mean context of synthetic records (default: 230, about 900 tokens per record)")  # fmt: skip
     add("--steps", type=int, help="timed steps (default: 2 of 16 records for lora, 12 of 2 for full)")
-    add("--warmup", type=int, help="untimed steps before them (default: 1 for lora, 3 for full)")
-    add("--repeats", type=int, default=1, help="runs per preset, interleaved; reports medians (default: 1)")
+    add("--warmup", type=int, help="untimed steps before the timed ones (default: 1 for lora, 3 for full)")
+    add(
+        "--repeats",
+        type=int,
+        default=1,
+        help="interleaved runs per preset; medians are reported (default: 1)",
+    )
     add("--threads", type=int, default=0, help="CPU threads per process (default: all cores)")
     add("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
     add(
-        "--dtype", choices=tuple(DTYPES), help="default: bfloat16; float32 on a CPU without bf16 instructions"
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="dtype (default: bfloat16; float32 on a CPU without bf16 instructions)",
     )
     add("--json", metavar="FILE", help="write the results as JSON")
     add("--child", help=argparse.SUPPRESS)
@@ -86,13 +97,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+    """Run from the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.child:
         return measure(Path(args.child))
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
+        parser.error("--device cuda: no GPU available")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.dtype is None:
         args.dtype = default_dtype(args.device)
@@ -121,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Write the workload of all steps to a folder."""
+    """Prepare the workload for all steps in a folder."""
     records = RECIPES[args.recipe].step_records * (args.warmup + args.steps)
     workload = prepare_workload(
         folder,
@@ -136,7 +147,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def run_all(planned: Sequence[Job], repeats: int) -> dict[str, list[Result]]:
-    """Run all jobs `repeats` times, interleaved; ablations that fail are reported and skipped."""
+    """Run all jobs `repeats` times, interleaved; failing ablations are reported and skipped."""
     results: dict[str, list[Result]] = {job.label: [] for job in planned}
     for number, job in enumerate([*planned] * repeats):
         if job.label not in results:
@@ -158,7 +169,7 @@ def run_all(planned: Sequence[Job], repeats: int) -> dict[str, list[Result]]:
 
 
 def plan_jobs(args: argparse.Namespace, presets: Sequence[str], folder: Path) -> list[Job]:
-    """Return the jobs in order."""
+    """Return the jobs in the order of execution."""
     dtype = args.dtype or default_dtype(args.device)
 
     def job(preset: str, label: str, variant: str | None = None) -> Job:
@@ -174,24 +185,28 @@ def plan_jobs(args: argparse.Namespace, presets: Sequence[str], folder: Path) ->
 
 
 def check_same_work(results: dict[str, Result]) -> None:
-    """Raise a RuntimeError unless all presets trained the same tokens and have the same first loss."""
+    """Check that all presets trained on the same number of tokens and have the same first loss.
+
+    Raises:
+        RuntimeError: the number of records or tokens, or the first loss, differs.
+    """
     first_label, first = next(iter(results.items()))
     for label, result in results.items():
         if (result.records, result.tokens) != (first.records, first.tokens):
             raise RuntimeError(
-                f"{label} trained {result.records} records of {result.tokens} tokens, but {first_label} "
-                f"{first.records} of {first.tokens}"
+                f"{label} trained on {result.records} records with {result.tokens} tokens, but {first_label} "
+                f"on {first.records} with {first.tokens}"
             )
         tolerance = PEER_TOLERANCE if PEER in (label, first_label) else LOSS_TOLERANCE
         if abs(result.first_loss - first.first_loss) > tolerance * first.first_loss:
             raise RuntimeError(
-                f"{label} has a first loss of {result.first_loss:.5f}, but {first_label} of "
+                f"first loss of {label} is {result.first_loss:.5f}, but of {first_label} "
                 f"{first.first_loss:.5f}"
             )
 
 
 def measure(job_file: Path) -> int:
-    """Run one job in this process, which `run_in_subprocess` has started."""
+    """Run a job in this process, which was started by `run_in_subprocess`; return the exit code."""
     job = jobs.read_job(job_file)
     if job.preset == "reference":
         from benchmarks.presets.reference import run
@@ -209,7 +224,7 @@ def measure(job_file: Path) -> int:
 
 
 def row_of(label: str, args: argparse.Namespace, runs: Sequence[Result]) -> dict[str, Any]:
-    """Return a table row: the median duration and the maximum peak memory over the runs."""
+    """Return a table row with the median duration and the maximum peak memory of the runs."""
     seconds, first = statistics.median(run.seconds for run in runs), runs[0]
     rate = first.records / seconds
     return {
@@ -227,7 +242,7 @@ def row_of(label: str, args: argparse.Namespace, runs: Sequence[Result]) -> dict
 
 
 def ratio(rows: Sequence[dict[str, Any]], preset: str = "fast") -> float | None:
-    """Return records per second of a preset relative to the reference, or None if one is missing."""
+    """Return the speed of a preset relative to the reference, or None if either is missing."""
     rates = {row["preset"]: row["records_per_second"] for row in rows}
     if preset not in rates or "reference" not in rates:
         return None
@@ -235,7 +250,7 @@ def ratio(rows: Sequence[dict[str, Any]], preset: str = "fast") -> float | None:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as text, with a column for the speed relative to the reference."""
+    """Format the rows as a table, with an extra column for the speed relative to the reference."""
     widths = [len(form.format(0) if "." in form else form.format("")) for _, form in COLUMNS]
     head = [
         f"{name:{'<' if i < 5 else '>'}{width}}"

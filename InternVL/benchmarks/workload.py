@@ -1,4 +1,4 @@
-"""The training records of a run, written to one file so that all presets train the same records."""
+"""Training records of a benchmark, written to one file so that all presets train on the same records."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ _TOKENIZER_VOCABULARY = 1200
 
 @dataclass(frozen=True)
 class Size:
-    """Lengths of a record."""
+    """Token and tile counts of a record."""
 
     tokens: int
     supervised: int
@@ -36,13 +36,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Workload:
-    """The records of a run, prepared in a folder.
+    """Prepared records and tokenizer of a benchmark.
 
     Attributes:
-        meta: meta file of one dataset, whose records are used once each and in order.
-        tokenizer: folder of the tokenizer.
+        meta: meta file with a single dataset; each record is used once, in file order.
+        tokenizer: tokenizer folder.
         max_dynamic_patch: maximum tiles per record.
-        sizes: lengths of each record.
+        sizes: counts of each record.
     """
 
     meta: str
@@ -51,7 +51,7 @@ class Workload:
     sizes: tuple[Size, ...]
 
     def save(self, path: Path) -> None:
-        """Write the workload as JSON."""
+        """Write the workload to a JSON file."""
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
 
     @classmethod
@@ -65,7 +65,7 @@ class Workload:
         return load_tokenizer(Path(self.tokenizer))[0]
 
     def open_records(self, shape: Shape, tokenizer: PreTrainedTokenizerBase) -> RecordSet:
-        """Open the records for a model of the given shape."""
+        """Open the records with the preprocessing of a model of the given shape."""
         (spec,) = load_meta(self.meta, data_root=Path.cwd())
         return RecordSet(spec, RecordEncoder(tokenizer, Preprocessing.from_model_config(shape.config())))
 
@@ -80,19 +80,19 @@ def prepare_workload(
     tokenizer: str | None = None,
     context_tokens: int = 0,
 ) -> Workload:
-    """Sample records and write them, with a tokenizer, to a folder.
+    """Sample records and write them to a folder, with a tokenizer.
 
     Args:
         folder: empty folder.
-        shape: shape of the model.
+        shape: model shape.
         records: number of records.
         max_dynamic_patch: maximum tiles per record.
         meta: meta file to sample from (default: synthetic records).
-        tokenizer: folder of the tokenizer (default: train one on the text of the records).
+        tokenizer: tokenizer folder (default: train a tokenizer on the records).
         context_tokens: mean context length of synthetic records.
 
     Raises:
-        UsageError: the tokenizer has more tokens than the model.
+        UsageError: the vocabulary of the tokenizer is larger than that of the model.
     """
     source = meta or write_synthetic_records(folder / "synthetic", context_tokens)
     raws = take_records(load_meta(source, data_root=Path.cwd()), records)
@@ -108,7 +108,9 @@ def prepare_workload(
     workload = Workload(str(folder / "meta.json"), tokenizer, max_dynamic_patch, ())
     loaded = workload.load_tokenizer()
     if len(loaded) > shape.vocabulary:
-        raise UsageError(f"{tokenizer}: {len(loaded)} tokens, but the model has {shape.vocabulary}")
+        raise UsageError(
+            f"{tokenizer}: vocabulary of {len(loaded)} tokens exceeds the {shape.vocabulary} of the model"
+        )
     opened = workload.open_records(shape, loaded)
     encoded = [opened.encode(index)[1] for index in range(len(opened))]
     sizes = tuple(Size(len(e.input_ids), e.num_supervised, e.num_tiles) for e in encoded)
@@ -116,7 +118,7 @@ def prepare_workload(
 
 
 def take_records(specs: Sequence[DatasetSpec], count: int) -> list[dict[str, Any]]:
-    """Return `count` records with absolute image paths; any slice has about the mix of all datasets."""
+    """Return `count` records with absolute image paths; any slice has about the same mix of datasets."""
     taken: list[dict[str, Any]] = []
     rng = random.Random(0)
     while len(taken) < count:
@@ -125,7 +127,7 @@ def take_records(specs: Sequence[DatasetSpec], count: int) -> list[dict[str, Any
 
 
 def _interleave(specs: Sequence[DatasetSpec], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Yield every record once, datasets interleaved in proportion to their sizes."""
+    """Yield every record once; datasets are interleaved in proportion to their sizes."""
     ordered = []
     for number, spec in enumerate(specs):
         file = RecordFile(spec.annotation)
@@ -136,7 +138,7 @@ def _interleave(specs: Sequence[DatasetSpec], rng: random.Random) -> Iterator[di
 
 
 def _with_absolute_images(raw: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Return the record with absolute image paths."""
+    """Make the image paths of a record absolute."""
     out = dict(raw)
     for key in ("image", "images"):
         if isinstance(out.get(key), str):

@@ -1,4 +1,4 @@
-"""Functions of the public Python API that no other module has; see docs/python_api.md."""
+"""High-level functions of the public Python API; see docs/python_api.md."""
 
 import atexit
 import os
@@ -32,10 +32,10 @@ def load(
 
     Args:
         model: model folder, adapter folder or hub id, in any format.
-        device: `cpu`, `cuda:0`, or `auto` for all GPUs [GPU if available].
-        dtype: dtype of the weights [bfloat16 on a GPU, float32 on a CPU].
-        base: base model of an adapter, if it has moved.
-        max_dynamic_patch: maximum number of tiles [the checkpoint's].
+        device: `cpu`, `cuda:0`, or `auto` for all GPUs (default: GPU if available).
+        dtype: dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU).
+        base: base model of an adapter, if it has been moved.
+        max_dynamic_patch: maximum tiles per prompt (default: from the checkpoint).
     """
     return Engine.from_checkpoint(
         model, device=device, dtype=dtype, base=base, max_dynamic_patch=max_dynamic_patch
@@ -53,17 +53,17 @@ def open_datasets(
     exif_transpose: bool | None = None,
     escape_control_tokens: bool | None = None,
 ) -> list[RecordSet]:
-    """Open the datasets of a meta file as the model encodes them; reads no weights.
+    """Open the datasets of a meta file with the preprocessing of a model; reads no weights.
 
     Args:
         meta: meta file, such as PMC-data.json.
         model: model folder, adapter folder or hub id.
-        data_root: base folder of relative paths in the meta file [repository].
+        data_root: base folder of relative paths in the meta file (default: the repository).
         image_root: folder of the images, if `meta` is an annotation file instead of a meta file.
-        max_dynamic_patch: maximum number of tiles [the checkpoint's].
-        image_background: color behind transparent pixels, or `none` [the checkpoint's].
-        exif_transpose: apply the EXIF orientation [the checkpoint's].
-        escape_control_tokens: read control tokens in texts as plain text [the checkpoint's].
+        max_dynamic_patch: maximum tiles per record (default: from the checkpoint).
+        image_background: color behind transparent pixels, or `none` (default: from the checkpoint).
+        exif_transpose: apply the EXIF orientation (default: from the checkpoint).
+        escape_control_tokens: treat control tokens in records as plain text (default: from the checkpoint).
     """
     folder = model_folder(model)
     tokenizer, _ = load_tokenizer(folder)
@@ -82,13 +82,13 @@ def open_datasets(
 def evaluate(
     engine: Engine, datasets: Sequence[RecordSet], *, limit: int | None = None, max_new_tokens: int = 128
 ) -> list[dict[str, Any]]:
-    """Answer the last question of each record, and return the exact match of each dataset.
+    """Answer the last question of each record and return the exact match of each dataset.
 
     Args:
         engine: the model.
         datasets: the datasets, from `open_datasets`.
-        limit: use the first `limit` records of each dataset, or all if None.
-        max_new_tokens: maximum number of tokens of an answer.
+        limit: use the first `limit` records of each dataset (default: all).
+        max_new_tokens: maximum tokens per answer.
     """
     from internvl_chat.eval.exact_match import answer_records, score_dataset
 
@@ -97,14 +97,14 @@ def evaluate(
 
 
 def finetune(recipe: str | Path | None = None, **flags: Any) -> Path:
-    """Train in this process with the flags of `m3llm train`, and return the folder of the model.
+    """Train in this process with the flags of `m3llm train` and return the model folder.
 
     Args:
         recipe: YAML or JSON file with flags.
-        flags: further flags, which override the recipe.
+        flags: additional flags, which override the recipe.
 
     Raises:
-        TrainingError: training failed, or was stopped by a signal; call again to resume.
+        TrainingError: training failed, or was stopped by a signal (call `finetune` again to resume).
     """
     from internvl_chat.data.batching.dataloader import kill_workers
     from internvl_chat.train.arguments import as_tokens, parse_arguments

@@ -1,6 +1,6 @@
-"""The command `m3llm`.
+"""Command-line interface `m3llm`.
 
-Exit codes: 0 success, 1 error in the data or the model, 2 error in the command line.
+Exit codes: 0 success, 1 data or model error, 2 invalid command line.
 """
 
 # PYTHON_ARGCOMPLETE_OK
@@ -37,7 +37,7 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm data inspect PMC-data.json --model OpenGVLab/InternVL3-8B --limit 3"),
     ("loss", loss, "Compute the teacher-forced loss of each record and dataset.",
      "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json"),
-    ("eval", evaluate, "Evaluate on PMC-MI-Bench or another benchmark, or by exact match on a meta file.",
+    ("eval", evaluate, "Evaluate on PMC-MI-Bench or another benchmark, or with exact match on a meta file.",
      "m3llm eval --bench pmc-mi --data PMC-MI-Bench --model work_dirs/run --out work_dirs/eval\n"
      "         m3llm eval held_out.json --model work_dirs/run"),
     ("generate", generate, "Answer questions about one or more images.",
@@ -46,7 +46,7 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm merge work_dirs/lora work_dirs/merged"),
     ("export", export, "Convert a checkpoint to the transformers format, or back to the reference format.",
      "m3llm export work_dirs/run work_dirs/run-hf"),
-    ("parity", parity, "Compare two checkpoints or formats: tokens, tiles, pixels, logits and answers.",
+    ("parity", parity, "Compare the tokens, tiles, pixels, logits and answers of two checkpoints or formats.",
      "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8"),
     ("doctor", doctor, "Check whether this machine can train, and suggest a fix for each problem.",
      "m3llm doctor --folder work_dirs"),
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="m3llm",
-        description="Fine-tune InternVL3 on compound figures, and evaluate, export and run the result.",
+        description="Fine-tune InternVL3 on compound figures; evaluate, export and run the result.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"m3llm {__version__}")
@@ -81,16 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    # The training script itself parses the flags; here they are for help and completion.
-    add_flags(groups[""].add_parser("train", help="Fine-tune a model with flags, or a recipe and flags."))
+    # These flags serve help and completion only; the training script parses them itself.
+    add_flags(groups[""].add_parser("train", help="Fine-tune a model with the given recipe and flags."))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return its exit code."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    if "_ARGCOMPLETE" in os.environ:  # set by the shell when it completes a command line
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell during completion
         import argcomplete
 
         argcomplete.autocomplete(parser, always_complete_options="long")

@@ -1,4 +1,4 @@
-"""Pairs of answers and references for the tests of text metrics."""
+"""Pairs of answers and references for the text metric tests."""
 
 # (answer, reference)
 PAIRS = [

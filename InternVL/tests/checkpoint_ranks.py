@@ -1,4 +1,4 @@
-"""Helpers of the checkpoint tests: a small model in every layout, and ranks that save and load it."""
+"""Helpers of the checkpoint tests: a small model in every parallel layout, saved and loaded by ranks."""
 
 import io
 import logging
@@ -34,7 +34,7 @@ PATIENCE = HANG_SECONDS
 
 
 class Toy(nn.Module):
-    """Weights with empty shards on some ranks, a tied head, a frozen layer and a buffer."""
+    """Model with empty shards on some ranks, a tied head, a frozen layer and a buffer."""
 
     def __init__(self, dtype=torch.bfloat16):
         super().__init__()
@@ -88,7 +88,7 @@ class ToyStrategy:
             self.scheduler.step()
 
     def full_state(self):
-        """The full state that a resumed run must restore."""
+        """Return the full state that a resumed run must restore."""
         names = {p: name for name, p in self.model.named_parameters()}
         state = {
             f"{names[p]}/{key}": full_tensor(value).clone() if isinstance(value, torch.Tensor) else value
@@ -103,20 +103,20 @@ class ToyStrategy:
 
 
 def write_toy(folder, weights):
-    """Write the weights to one file, tied ones once; return its size and hash."""
+    """Write the weights to one file, tied weights only once; return its size and hash."""
     folder.mkdir(parents=True, exist_ok=True)
     unique = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(weights.items())}
     return {"model.safetensors": write_file(dict(unique.values()), folder / "model.safetensors")}
 
 
 def checkpointer(output, strategy, write_model=write_toy, **options):
-    """A checkpointer with defaults for tests."""
+    """Return a checkpointer with test defaults."""
     options = {"keep": None, "model_only": False, "background": True, "device": CPU} | options
     return Checkpointer(output, strategy, write_model, fingerprint={"seed": 1}, **options)
 
 
 def assert_same_state(one, other):
-    """Assert that two results of `full_state` agree in every bit."""
+    """Assert that two results of `full_state` are bit-identical."""
     assert one[0].keys() == other[0].keys()
     for key, value in one[0].items():
         if isinstance(value, torch.Tensor):
@@ -128,9 +128,9 @@ def assert_same_state(one, other):
 
 
 def run_ranks(world_size, function, *arguments):
-    """Call a function of this module on several ranks with a process group; return their results."""
+    """Call a function of this module on multiple ranks with a process group; return their results."""
     context = multiprocessing.get_context("forkserver")
-    # Imports take most of the time of a rank.
+    # Most of the run time of a rank is spent on imports.
     context.set_forkserver_preload(["internvl_chat.train.checkpoint.saver", "torch.distributed.fsdp"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -174,11 +174,11 @@ def _run_rank(rank, world_size, port, answers, function, arguments):
         answers.put((rank, None, traceback.format_exc()))
 
 
-# Called in every rank
+# Functions that are called on every rank
 
 
 def move(layout, source, target, reference):
-    """Load a checkpoint, assert equality, and save it; return numbers of elements read and owned."""
+    """Load a checkpoint, compare and save it; return the numbers of elements read and owned."""
     strategy, read = ToyStrategy(layout), []
     read_data = dcp.HuggingFaceStorageReader.read_data
 
@@ -203,7 +203,7 @@ def move(layout, source, target, reference):
 
 
 def save_with_failures(layout, output):
-    """Save five checkpoints, three of which fail on one rank; return the log of this rank."""
+    """Save five checkpoints, three of which fail on a rank; return the log of this rank."""
     strategy, rank = ToyStrategy(layout), distributed.rank()
     log = io.StringIO()
     logging.getLogger("internvl_chat").addHandler(logging.StreamHandler(log))
@@ -266,7 +266,7 @@ class DeepSpeedToy(ToyStrategy):
 
 
 def save_deepspeed_with_failures(stage, output):
-    """Save four checkpoints, two of which fail on one rank, and resume; return the log of this rank."""
+    """Save four checkpoints, two of which fail on a rank, and resume; return the log of this rank."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     strategy, rank, save = DeepSpeedToy(stage), distributed.rank(), TorchCheckpointEngine.save
@@ -293,7 +293,7 @@ def save_deepspeed_with_failures(stage, output):
 
 
 def save_and_be_killed(output):
-    """Save a checkpoint and die while writing the next."""
+    """Save a checkpoint, and exit while writing the next one."""
     strategy = ToyStrategy("single")
     strategy.train(1)
     with checkpointer(output, strategy) as writer:

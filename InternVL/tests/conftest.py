@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the published reference data, a small model and a small dataset."""
+"""Fixtures shared by all tests: the published reference data, a small model and a small dataset."""
 
 import json
 import os
@@ -22,13 +22,13 @@ settings.load_profile("any speed")
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Tests run in parallel processes; more threads would compete for the cores."""
+    """Use one thread, because tests run in parallel processes."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _compiler_cache():
-    """torch's compiler would reuse code compiled for another CPU capability."""
+    """Separate compiler cache: torch would reuse code compiled for a different CPU capability."""
     name = f"torchinductor-tests-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / name)
 
@@ -41,7 +41,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of reference data: `M3LLM_SHARED`, or `shared` next to the repository."""
+    """Folder of the reference data: `M3LLM_SHARED`, or `shared` next to the repository."""
     folder = Path(os.environ.get("M3LLM_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "conformance").is_dir():
         pytest.skip(f"no reference data in {folder}; set M3LLM_SHARED to their folder")
@@ -68,7 +68,7 @@ def tiny_model(tmp_path_factory, sample_data) -> Path:
 
 @pytest.fixture
 def metrics():
-    """Read `metrics.jsonl` of an output folder."""
+    """Return a function that reads `metrics.jsonl` of an output folder."""
 
     def read(folder: Path) -> list[dict]:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,6 @@
-"""Two ranks in a dry run: `python dry_run_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""Dry run on two ranks: `python dry_run_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-Each rank writes what it finds to FOLDER/RANK.json.
+Each rank writes its results to FOLDER/RANK.json.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def a_plan(layers: int = 8, checkpointed: int = 0, **values) -> MemoryPlan:
 
 
 class Device:
-    """A device on which the pack fits if enough layers are checkpointed."""
+    """Simulated device on which the pack fits if enough layers are checkpointed."""
 
     def __init__(self, enough: int, start: int = 0, error: Exception = OUT) -> None:
         self.enough, self.checkpointed, self.error = enough, start, error
@@ -74,7 +74,7 @@ class Device:
         loaded: bool = False,
         **plan,
     ) -> int:
-        loop = MagicMock()  # in which the pack and the optimizer do nothing
+        loop = MagicMock()  # its forward pass and optimizer step do nothing
         loop.run.device = torch.device(device)
         loop.forward_backward = lambda *_, **__: self.forward_backward()
         loop.strategy.shards_weights = sharded
@@ -84,7 +84,7 @@ class Device:
 
 
 class ShardedDevice(Device):
-    """A device whose forward and backward passes are collectives, as FSDP2's; rank 1 fails in the second."""
+    """Simulated device whose passes are collectives, as with FSDP2; rank 1 fails in the second pass."""
 
     def __init__(self) -> None:
         super().__init__(enough=0)
@@ -104,7 +104,7 @@ class ShardedDevice(Device):
 
 
 def storages(*, reduced: bool) -> int:
-    """Return the number of storages of DDP's six gradients."""
+    """Return the number of distinct storages of the six DDP gradients."""
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(6)])
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     with contextlib.nullcontext() if reduced else wrapped.no_sync():
@@ -113,7 +113,7 @@ def storages(*, reduced: bool) -> int:
 
 
 def main(folder: Path) -> None:
-    """Run all cases; in the last, rank 0 waits for ever."""
+    """Run all cases; in the last one, rank 0 waits forever."""
     rank = distributed.rank()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=distributed.world_size()

@@ -1,4 +1,4 @@
-"""Small random encoders, and their outputs, for the tests of BERTScore and sentence similarity."""
+"""Small random encoders and their outputs, for the BERTScore and sentence similarity tests."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ ANSWERS, REFERENCES = (list(side) for side in zip(*ENCODER_PAIRS, strict=True))
 
 
 def write_bert(folder: Path, layers: int = 3) -> Path:
-    """Write a BERT with 16 hidden units and a tokenizer without a length limit."""
+    """Write a BERT model with hidden size 16 and a tokenizer without a length limit."""
     torch.manual_seed(0)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -53,7 +53,7 @@ def write_bert(folder: Path, layers: int = 3) -> Path:
 
 
 def write_sentence_encoder(folder: Path) -> Path:
-    """Write a sentence-transformers model that averages the outputs of such a BERT."""
+    """Write a sentence-transformers model that averages the outputs of a BERT model from `write_bert`."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
@@ -63,7 +63,7 @@ def write_sentence_encoder(folder: Path) -> Path:
 
 
 def similarity_tolerance(folder: Path) -> float:
-    """Return the rounding bound of a similarity, which is at most 1 and sums over two encoder outputs."""
+    """Return the rounding bound of a similarity, which sums over two encoder outputs and is at most 1."""
     model = AutoModel.from_pretrained(folder)
     return rounding_bound(2 * terms_of(model) + model.config.hidden_size, torch.float32, 1)
 

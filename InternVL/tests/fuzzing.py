@@ -38,7 +38,7 @@ VALUES = (
 
 @contextmanager
 def time_limit():
-    """Fail if the block takes too long."""
+    """Fail the test if the block takes too long."""
 
     def fail(*_):
         pytest.fail(f"took more than {HANG_SECONDS} seconds")
@@ -121,7 +121,7 @@ def valid_record(rng: random.Random) -> dict:
 
 
 def check_records(folder, lines: list[bytes]) -> dict[str, int]:
-    """Index the lines of a file; returns the number of records per outcome."""
+    """Index the lines of a file; return the number of records per outcome."""
     file = folder / "fuzz.jsonl"
     file.write_bytes(b"\n".join(line.replace(b"\n", b" ") for line in lines) + b"\n")
     try:
@@ -190,7 +190,7 @@ def sample_images() -> list[tuple[str, bytes]]:
 
 
 def fuzz_images(folder, seed: int, count: int) -> dict[str, int]:
-    """Damage images, mostly in their headers; what still decodes must equal Pillow's result."""
+    """Damage images, mostly in their headers; images that still decode must match Pillow's result."""
     rng, originals = random.Random(seed), sample_images()
     outcomes: dict[str, int] = {}
     for number in range(count):

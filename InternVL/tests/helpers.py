@@ -1,4 +1,4 @@
-"""Helpers of the tests: numeric tolerances, runs of the training script and of the launchers."""
+"""Test helpers: numeric tolerances, and runs of the training script and the launchers."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from internvl_chat.model.io.weights import open_weights
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune"
 
-# Only a test that hangs takes so long, even on a slow or busy machine.
+# Generous: only a test that hangs takes this long.
 HANG_SECONDS = 1800
 
 # Flags for a small model on a CPU.
@@ -30,11 +30,11 @@ CPU_FLAGS = {
     "report_to": "none",
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
-    # Asynchronous saving skips checkpoints on slow disks.
+    # Asynchronous saves may skip checkpoints on slow disks.
     "async_save": False,
 }
 
-# Training recipes, and the file to which each writes its weights.
+# Training recipe -> file with its weights.
 RECIPES = {
     "full": {},
     "lora": {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0.1},
@@ -45,23 +45,23 @@ WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 def rounding_bound(terms: int, dtype: torch.dtype, magnitude: float) -> float:
     """Return a bound on the difference between two sums of the same numbers in different orders.
 
-    Each addition rounds its partial sum by at most eps / 2, assumed uniform: a variance of eps^2 / 12.
-    Rounding errors are independent, so two orders differ with a standard deviation of sqrt(terms / 6) * eps,
-    times the partial sums. The bound is 2.4 standard deviations if all partial sums are as large as
-    `magnitude`, and more than 5 for a random walk that ends there. With one term it is the worst case.
+    Each addition has a relative rounding error of at most eps / 2; if uniform, its variance is eps^2 / 12.
+    The errors are independent, so the difference of two orders has a standard deviation of
+    sqrt(terms / 6) * eps * partial sum. The bound is 2.4 standard deviations if all partial sums are as large
+    as `magnitude`, and more than 5 for a random walk that ends there. For one term, it is the worst case.
 
     Args:
-        terms: number of additions on the way to a result, summed over consecutive operations.
+        terms: number of additions that contribute to a result, summed over consecutive operations.
         dtype: dtype of the partial sums.
-        magnitude: largest partial sum; the largest result, unless large terms cancel.
+        magnitude: largest partial sum (the largest result, unless large terms cancel).
     """
     return terms**0.5 * torch.finfo(dtype).eps * magnitude
 
 
 def terms_of(model: nn.Module) -> int:
-    """Return the number of additions of a forward pass: the inner dimensions of all matrix products.
+    """Return the number of additions in a forward pass: the sum of the inner dimensions of all products.
 
-    A backward pass adds twice as many, for the gradients of inputs and of weights.
+    A backward pass has twice as many, for the gradients of the inputs and the weights.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     return sum(layer.weight[0].numel() for layer in layers)
@@ -76,15 +76,15 @@ def assert_within_rounding(
     magnitude: float | None = None,
     name: str = "",
 ) -> None:
-    """Assert that a result equals the expected one up to the order of its sums.
+    """Assert that two results differ only by the rounding of sums in different orders.
 
     Args:
         actual: the result.
         expected: expected result, in the same or in double precision.
         terms: see `rounding_bound`.
         dtype: dtype of the result.
-        magnitude: magnitude of the partial sums [the largest expected value].
-        name: name of the value, for the message.
+        magnitude: magnitude of the partial sums (default: the largest expected value).
+        name: name of the value in the error message.
     """
     assert actual.dtype == dtype, name
     if magnitude is None:
@@ -96,7 +96,7 @@ def assert_within_rounding(
 
 
 def flags(**values) -> list[str]:
-    """Return CPU_FLAGS with changes as command-line arguments; None drops a flag."""
+    """Return CPU_FLAGS with changes as command-line arguments; None removes a flag."""
     merged = {**CPU_FLAGS, **values}
     return [text for name, value in merged.items() if value is not None for text in (f"--{name}", str(value))]
 
@@ -110,7 +110,7 @@ def changed_weights(first: Path, second: Path) -> list[str]:
 
 
 def run_training(*argv: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run the training script in a subprocess, with torchrun for several ranks."""
+    """Run the training script in a subprocess; multiple ranks are started by torchrun."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

@@ -40,7 +40,7 @@ def image_record(number: int, *images: str, **extra) -> dict:
 
 
 def write_lines(file: Path, records: list) -> Path:
-    """Write a line per record (objects as JSON, bytes unchanged) unless the file has this content."""
+    """Write one line per record (objects as JSON, bytes unchanged) unless the file has this content."""
     lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in records]
     content = b"\n".join(lines) + b"\n"
     if not file.is_file() or file.read_bytes() != content:
@@ -62,7 +62,7 @@ def entry_of(folder: Path, name: str = "qa") -> dict:
 
 
 def write_meta(file: Path, sets: list[RecordSet], **entry) -> Path:
-    """Write the meta file of datasets from `write_set`."""
+    """Write the meta file of datasets created by `write_set`."""
     meta = {
         s.spec.name: {
             "root": str(s.spec.root),
@@ -82,13 +82,13 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return an image that changes little when it is scaled or compressed."""
+    """Return a smooth image, which changes little when it is scaled or compressed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def break_inside(file: Path) -> Path:
-    """Damage the middle of a PNG, so that its header, end and size stay valid."""
+    """Damage the middle of a PNG file; its header, end and size stay valid."""
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 16] = bytes(16)
@@ -99,12 +99,12 @@ def break_inside(file: Path) -> Path:
 def write_png(
     file: Path, width: int, height: int, *, bits: int = 1, colours: int = 0, row: bytes = b""
 ) -> Path:
-    """Write a PNG of equal rows without holding it in memory.
+    """Write a PNG of identical rows without holding it in memory.
 
     Args:
         bits: bits per channel.
-        colours: 0 for grey, 2 for RGB, 4 for grey with alpha, 6 for RGB with alpha.
-        row: packed pixels of a row [black].
+        colours: 0 for grayscale, 2 for RGB, 4 for grayscale with alpha, 6 for RGB with alpha.
+        row: packed pixels of a row (default: black).
     """
 
     def chunk(name: bytes, content: bytes) -> bytes:

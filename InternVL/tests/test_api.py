@@ -1,4 +1,4 @@
-"""The public Python API: every snippet of docs/python_api.md, and a quick import."""
+"""The public Python API: every snippet of docs/python_api.md, and fast import."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from internvl_chat.utils.errors import DataError, UsageError
 
 PAGE = (SOURCE_ROOT / "docs/python_api.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-# The training snippet, with a small model on the CPU.
+# Replacements in the training snippet, for a small model on the CPU.
 SMALL = (
     ('"InternVL/internvl_chat', f'"{SOURCE_ROOT}/internvl_chat'),
     ('"OpenGVLab/InternVL3-8B"', '"work_dirs/run"'),
@@ -25,7 +25,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model, sample_data):
-    """A working folder with the files that the page names."""
+    """Working folder with the files that the page mentions."""
     folder = tmp_path_factory.mktemp("api")
     run = flags(
         model_name_or_path=tiny_model,

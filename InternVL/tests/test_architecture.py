@@ -1,4 +1,4 @@
-"""The structure of the package: floors without upward imports or cycles, small folders, mirrored tests."""
+"""Package structure: layers without upward imports or cycles, small folders, mirrored tests."""
 
 import ast
 import subprocess
@@ -12,9 +12,9 @@ TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "internvl_chat"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
-# The floors of the package and of two of its parts, lowest first. A module imports from its own part and from
-# lower floors only; parts on the same floor do not know each other. The longest matching name decides.
-FLOORS = {
+# The layers of the package and of two of its subpackages, lowest first. A module imports only from its own
+# subpackage and from lower layers, not from others in the same layer. The longest matching name counts.
+LAYERS = {
     "": (
         "constants",
         "utils",
@@ -42,14 +42,14 @@ FLOORS = {
 }  # fmt: skip
 MAX_MODULES = 14
 MIN_LINES = 30
-# Shorter modules with a single importer, and why they stay.
+# Short modules with a single importer that are kept, and the reason.
 SMALL_MODULES: dict[str, str] = {}
-# Modules and packages without a test file of their own, and the tests that cover them.
+# Modules and packages without a separate test file, and the tests that cover them.
 TESTED_BY = {
     # Constants, used by all tests.
     "constants": "test_architecture.py",
     "utils.paths": "test_architecture.py",
-    # Commands, run as a user runs them.
+    # Commands, tested through the command line.
     "cli": "integration/test_cli.py",
     "commands": "integration/test_cli.py",
     "utils.doctor": "commands/test_doctor.py",
@@ -97,7 +97,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imported(path: Path) -> set[str]:
-    """Return the modules of this package that a file imports, also inside functions."""
+    """Return the modules of this package that a file imports, including imports inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -111,28 +111,28 @@ def imported(path: Path) -> set[str]:
 IMPORTS = {name: imported(path) for name, path in MODULES.items()}
 
 
-def locate(name: str, floors: tuple[str, ...]) -> tuple[int, str]:
-    """Return the floor of a module, and its part on this floor."""
+def locate(name: str, layers: tuple[str, ...]) -> tuple[int, str]:
+    """Return the layer of a module, and its subpackage in this layer."""
     matches = [
-        (len(part), floor, part)
-        for floor, parts in enumerate(floors)
+        (len(part), layer, part)
+        for layer, parts in enumerate(layers)
         for part in parts.split()
         if f"{name}.".startswith(f"{part}.")
     ]
-    assert matches, f"{name} is on no floor"
+    assert matches, f"{name} is in no layer"
     return max(matches)[1:]
 
 
-@pytest.mark.parametrize("package", FLOORS)
+@pytest.mark.parametrize("package", LAYERS)
 def test_no_import_runs_upward(package):
     prefix = f"{package}." if package else ""
     for importer, modules in IMPORTS.items():
         for module in modules:
             if not (importer.startswith(prefix) and module.startswith(prefix)):
                 continue
-            floor, part = locate(importer.removeprefix(prefix), FLOORS[package])
-            other_floor, other_part = locate(module.removeprefix(prefix), FLOORS[package])
-            assert part == other_part or other_floor < floor, f"{importer} must not import {module}"
+            layer, part = locate(importer.removeprefix(prefix), LAYERS[package])
+            other_layer, other_part = locate(module.removeprefix(prefix), LAYERS[package])
+            assert part == other_part or other_layer < layer, f"{importer} must not import {module}"
 
 
 def test_no_cycle():
@@ -183,7 +183,7 @@ def test_every_module_has_its_mirrored_test():
         key = covered_by(name)
         assert key, f"{name} has no {mirrored.relative_to(TESTS)}"
         unused.discard(key)
-    assert not unused, "these modules have a test of their own, or are gone"
+    assert not unused, "these modules have a separate test file or no longer exist"
     assert all((TESTS / file).is_file() for file in TESTED_BY.values())
 
 
@@ -227,7 +227,7 @@ def test_help_is_quick_to_import():
 
 
 def test_no_override_of_a_trainer():
-    """The training loop is our own: nothing derives from transformers' Trainer."""
+    """The package has its own training loop: no class derives from transformers' Trainer."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):

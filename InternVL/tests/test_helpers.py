@@ -1,4 +1,4 @@
-"""The bound on rounding holds for any order of a sum, and is not so wide as to hide a wrong one."""
+"""The rounding bound holds for any summation order, and is tight enough to detect wrong sums."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_sums_in_any_order(dtype: torch.dtype, terms: int) -> None:
         assert differences.max() > bound / 20
 
 
-def test_what_differs_by_more_is_named() -> None:
+def test_larger_differences_are_reported() -> None:
     numbers = torch.randn(588, generator=torch.Generator().manual_seed(0))
     assert_within_rounding(numbers.sum(), numbers.double().sum(), 588, magnitude=30.0)
     with pytest.raises(AssertionError, match="one term too few"):

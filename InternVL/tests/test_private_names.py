@@ -1,4 +1,4 @@
-"""Private names of libraries that the package uses, each with a test that fails if its meaning changes."""
+"""Private library names that the package uses, each with a test that fails if its meaning changes."""
 
 import ast
 from pathlib import Path
@@ -8,12 +8,12 @@ import torch
 from test_architecture import FILES, PACKAGE
 from torch import nn
 
-# Python's own, and torch's multi-tensor operators, are private by name only.
+# Python's own names and torch's multi-tensor operators are private in name only.
 _NOT_PRIVATE = {"_asdict", "_fields", "_replace", "_make", "_exit", "_current_frames"}
 
 
 def private_names(path) -> set[str]:
-    """Return the private names that a file uses of objects other than those of its own classes."""
+    """Return the private names that a file accesses on objects other than `self` and its own classes."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     own = {a.attr for a in attributes if isinstance(a.value, ast.Name) and a.value.id in ("self", "cls")}
@@ -53,7 +53,7 @@ def bert_score_has_model_and_tokenizer():
 
 
 def transformers_reads_the_attention_by_name():
-    """`set_attn_implementation` walks through all modules, which is too slow for every decoding step."""
+    """`set_attn_implementation` visits all modules, which is too slow for every decoding step."""
     from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}

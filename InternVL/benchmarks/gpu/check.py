@@ -11,20 +11,20 @@ SIZES = ("small", "8b")
 
 
 class Skipped(Exception):
-    """The item does not apply to this machine; the message gives the reason."""
+    """Raised if an item does not apply to this machine; the message is the reason."""
 
 
 @dataclass
 class Check:
-    """A running item.
+    """State of a running item.
 
     Attributes:
         name: name of the item.
-        work: working folder of all items.
+        work: working folder shared by all items.
         size: `small` or `8b`.
         device: `cpu` or `cuda`.
-        metrics: measurements, under `figures` in the result file.
-        summary: line in the table.
+        metrics: measurements, stored as `figures` in the result file.
+        summary: text in the result table.
         failures: failed expectations.
     """
 
@@ -38,7 +38,7 @@ class Check:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the items run on a GPU."""
+        """Whether the item runs on a GPU."""
         return self.device == "cuda"
 
     @property
@@ -49,22 +49,22 @@ class Check:
         return folder
 
     def add(self, **metrics: Any) -> None:
-        """Add metrics and save them, in case the item fails or is killed later."""
+        """Add metrics and write them to disk, in case the item is killed later."""
         self.metrics |= metrics
         self._write("failed", "killed")
 
     def expect(self, condition: bool, message: str) -> None:
-        """Record a failure unless a condition holds; the item continues."""
+        """Record a failure if the condition is False; the item continues."""
         if not condition:
             self.failures.append(message)
 
     def compare(self, name: str, error: float, tolerance: float) -> None:
-        """Add an error and its tolerance; record a failure if the error is larger or NaN."""
+        """Add an error and its tolerance; record a failure if the error exceeds the tolerance or is NaN."""
         self.add(**{name: {"error": error, "tolerance": tolerance}})
         self.expect(error <= tolerance, f"{name}: error {error:.3g}, tolerance {tolerance:.3g}")
 
     def result_of(self, name: str) -> dict[str, Any] | None:
-        """Return the result of another item, or None if it did not run."""
+        """Return the result of a different item, or None if it did not run."""
         return read_result(self.work, name)
 
     def run(self, item: Callable[["Check"], None]) -> None:

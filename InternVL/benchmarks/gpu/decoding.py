@@ -1,4 +1,4 @@
-"""Decoding speed, with the pinned SDPA backend and with the one that torch selects."""
+"""Decoding speed with the pinned SDPA backend and with the backend that torch selects."""
 
 import contextlib
 import time
@@ -23,7 +23,7 @@ _NEW_TOKENS = {"small": 8, "8b": 48}
 
 @torch.no_grad()
 def decoding(check: Check) -> None:
-    """Measure tokens per second by batch size, without the prompts."""
+    """Measure the tokens per second for each batch size, without the prefill."""
     device = torch.device(check.device)
     model = random_model(SHAPES[_MODELS[check.size]], 0, attn="sdpa", device=device).eval().language_model
     _rate(check, model, batch=1, new_tokens=2)  # warm-up
@@ -39,12 +39,12 @@ def decoding(check: Check) -> None:
 
 
 def _rate(check: Check, model: PreTrainedModel, batch: int, new_tokens: int) -> float:
-    """Return the tokens per second of a batch, after the first token of each answer."""
+    """Return the tokens per second of a batch, measured after the first token of each answer."""
     decoder = Decoder(model, end_id=model.config.vocab_size - 1, max_new_tokens=new_tokens, sampling=None)
     tokens, began = 0, 0.0
     for _, token in decoder.run(_prompts(check, model, batch)):
         tokens += token is not None
-        if tokens == batch and not began:  # prefill done; reading a token synchronises
+        if tokens == batch and not began:  # prefill done; reading a token synchronizes the device
             began = time.perf_counter()
     return (tokens - batch) / (time.perf_counter() - began)
 

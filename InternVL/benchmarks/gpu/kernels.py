@@ -1,4 +1,4 @@
-"""Compare kernels with plain float64 arithmetic: attention, decoding, optimizer step.
+"""Compare attention, decoding and the optimizer step with a plain float64 or float32 computation.
 
 Shapes: H query heads, K key/value heads, L tokens, D head dimension, N tiles.
 """
@@ -20,24 +20,24 @@ from internvl_chat.model.tiny import TinyShape
 from internvl_chat.train.optim.adamw import build_adamw
 
 _DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-# (H, K, D) of InternVL3-8B, and smaller ones for a CPU.
+# (H, K, D) of InternVL3-8B, and smaller values for CPUs.
 _HEADS = {"8b": (28, 4, 128), "small": (4, 2, 32)}
 _LENGTHS = {"8b": (700, 1, 33, 1500, 128), "small": (60, 1, 33, 130)}
 _TILES = {"8b": (4, 16, 1025, 64), "small": (2, 4, 65, 32)}  # (N, H, L, D)
-# Two layers with the heads of InternVL3-8B, and a smaller model for a CPU.
+# Two layers with the head configuration of InternVL3-8B, and a smaller model for CPUs.
 _DECODERS = {
     "8b": Shape(TinyShape(56, 32, 1, 2, width=3584, layers=2, heads=28, kv_heads=4), 4096, 2048),
     "small": Shape(TinyShape(56, 32, 1, 2, width=64, layers=2, heads=4, kv_heads=2), 128, 512),
 }
 _PROMPTS = {"8b": (5, 700, 64, 301), "small": (5, 70, 33)}
 _NEW_TOKENS, _END = 12, 1
-# Shape of the weight matrix whose optimizer step is timed.
+# Shape of the weight matrix in the optimizer test.
 _WEIGHTS = {"8b": (18_944, 3_584), "small": (512, 384)}
 _LEARNING_RATE = 1e-3
 
 
 def attention(check: Check) -> None:
-    """Compare attention over packed records, over tiles and in decoding, in both precisions."""
+    """Check attention over packed records, over tiles and in decoding, in both precisions."""
     for name, dtype in _DTYPES.items():
         _packed(check, name, dtype)
         _tiles(check, name, dtype)
@@ -47,7 +47,7 @@ def attention(check: Check) -> None:
 
 
 def _packed(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare causal attention over packed records, and its gradients, with separate records."""
+    """Compare causal attention over packed records with separate records, including the gradients."""
     heads, kv_heads, features = _HEADS[check.size]
     lengths = _LENGTHS[check.size]
     shapes = [(1, h, sum(lengths), features) for h in (heads, kv_heads, kv_heads, heads)]
@@ -75,7 +75,7 @@ def _packed(check: Check, name: str, dtype: torch.dtype) -> None:
 
 
 def _tiles(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare attention of the vision tower and its gradients."""
+    """Compare the attention of the vision tower with exact attention, including the gradients."""
     shape = _TILES[check.size]
     query, key, value, upstream = _random([shape] * 4, dtype, check.device)
     expected = _with_gradients(exact_attention, [x.double() for x in (query, key, value)], upstream.double())
@@ -100,9 +100,9 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = Fa
 def attention_tolerance(query: Tensor, key: Tensor, length: int) -> float:
     """Return a bound on the relative rounding error of attention and its gradients.
 
-    In bf16 there are at most four consecutive roundings of up to half an epsilon: scores or their gradients,
-    weights, sum, result; the bound is twice that. In float32, sums of D and of L terms have random rounding
-    errors; the absolute error of a score is the relative error of its weight, as it is in an exponent.
+    In bf16, there are at most four consecutive roundings (scores or their gradients, weights, sum, result) of
+    up to half an epsilon each; the bound is twice their sum. In float32, sums of D and of L terms have random
+    rounding errors. Because of exp, the absolute error of a score is the relative error of its weight.
     """
     eps = torch.finfo(query.dtype).eps
     if query.dtype == torch.bfloat16:
@@ -129,9 +129,9 @@ def _random(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> l
 
 @torch.no_grad()
 def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare decoded tokens with a float64 model without a cache.
+    """Compare decoded tokens with a float64 model without a KV cache.
 
-    The logit of a decoded token may be smaller than the largest one by the rounding error of two logits.
+    The logit of a decoded token may be below the maximum by at most the rounding error of two logits.
     """
     device = torch.device(check.device)
     model = random_model(_DECODERS[check.size], 0, attn="eager", device=device)
@@ -151,7 +151,7 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
 
     answers = decode(prompts)
     for number, prompt in enumerate(prompts):
-        check.expect(decode([prompt]) == [answers[number]], f"{name}: answer {number} depends on its batch")
+        check.expect(decode([prompt]) == [answers[number]], f"{name}: answer {number} depends on the batch")
     model.double()
     worst, largest = 0.0, 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -162,7 +162,7 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
         regret = logits.max(dim=-1).values - logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         worst, largest = max(worst, regret.max().item()), max(largest, logits.abs().max().item())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # Random rounding errors: of the float32 sums in all products; in bf16 also of some 12 results per layer.
+    # Random rounding errors: float32 sums in all matrix products; in bf16 also about 12 results per layer.
     tolerance = 2 * sum(m.in_features for m in linear) ** 0.5 * torch.finfo(torch.float32).eps
     if dtype == torch.bfloat16:
         tolerance += 2 * (12 * model.config.num_hidden_layers) ** 0.5 * torch.finfo(dtype).eps
@@ -170,16 +170,16 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
 
 
 def optimizer(check: Check) -> None:
-    """Compare the compiled optimizer step of bf16 weights with the eager step: result and speed."""
+    """Compare the result and the speed of the compiled and the eager optimizer step for bf16 weights."""
     if not check.on_gpu and shutil.which("c++") is None:
-        raise Skipped("torch.compile needs a C++ compiler")
+        raise Skipped("torch.compile requires a C++ compiler")
     steps = {
         (precision, compiled): _step(check, precision, compiled)
         for precision in ("master", "stochastic")
         for compiled in (False, True)
     }
     exact = steps["master", False].master
-    # Per step, two roundings of the float32 weight and about 16 of its update, including both moments.
+    # A step rounds the float32 weight twice, and its update (including both moments) about 16 times.
     absolute = 2 * 2**-24 * (2 * exact.abs().max().item() + 32 * _LEARNING_RATE)
     error = (steps["master", True].master - exact).abs().max().item()
     check.compare("masters", error, absolute)
@@ -187,7 +187,7 @@ def optimizer(check: Check) -> None:
         error = steps["stochastic", compiled].weight.float() - exact
         spacing = torch.finfo(torch.bfloat16).eps * exact.abs() + absolute
         check.compare(f"stochastic {name}, in spacings", (error.abs() / spacing).max().item(), 1.0)
-        # Unbiased: within six standard deviations of the mean of independent errors.
+        # Unbiased: the mean error must be within six of its standard deviations, assuming independent errors.
         deviation = error.square().mean().sqrt().item() / error.numel() ** 0.5
         check.compare(f"stochastic {name}, bias", abs(error.mean().item()), 6 * deviation)
     rates = []
@@ -199,7 +199,7 @@ def optimizer(check: Check) -> None:
 
 
 class _Step(NamedTuple):
-    """Weight and master after one step, and the duration of a later step."""
+    """Weight and master after one step, and the minimum duration of later steps."""
 
     weight: Tensor
     master: Tensor | None

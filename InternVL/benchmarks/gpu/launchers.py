@@ -1,4 +1,4 @@
-"""Items that run commands of the repository: doctor, both launchers, resume, DeepSpeed."""
+"""Items that run commands and launchers: doctor, both launchers, resume, DeepSpeed."""
 
 import json
 import math
@@ -29,7 +29,7 @@ _FLAGS = {
 
 
 def doctor(check: Check) -> None:
-    """Run `m3llm doctor`."""
+    """Run `m3llm doctor` and record a failure for each error it reports."""
     result = subprocess.run(
         [*_m3llm(), "doctor", "--json", "--folder", str(check.folder)],
         stdout=subprocess.PIPE, text=True, env=_environment(check),
@@ -52,14 +52,16 @@ def launchers(check: Check) -> None:
         check.add(**{recipe: {"exit_code": code, "seconds": round(time.monotonic() - began, 1),
                               "losses": [row["loss"] for row in rows]}})  # fmt: skip
         check.expect(code == 0, f"{recipe} failed with exit code {code}")
-        check.expect(len(rows) == _STEPS[recipe], f"{recipe} has metrics of {len(rows)} steps")
+        check.expect(
+            len(rows) == _STEPS[recipe], f"{recipe} logged {len(rows)} steps instead of {_STEPS[recipe]}"
+        )
         check.expect(all(math.isfinite(row["loss"]) for row in rows), f"{recipe} has a non-finite loss")
         check.expect((output / _WEIGHTS[recipe]).is_file(), f"{recipe} did not write a model")
     check.summary = ", ".join(f"{recipe} {run['seconds']} s" for recipe, run in check.metrics.items())
 
 
 def resume(check: Check) -> None:
-    """Compare a run that was stopped by a signal and resumed with an uninterrupted run."""
+    """Compare an uninterrupted run with a run that is stopped by a signal and resumed."""
     uninterrupted, stopped = check.work / "launchers/full", check.folder / "stopped"
     if not (uninterrupted / "train_results.json").is_file():
         shutil.rmtree(uninterrupted, ignore_errors=True)
@@ -77,16 +79,16 @@ def resume(check: Check) -> None:
     check.expect(code == 0, f"the resumed run failed with exit code {code}")
     expected, resumed = read_rows(uninterrupted), read_rows(stopped)
     errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(resumed, expected, strict=False)]
-    # On a GPU the order of sums varies, and weights are bf16 (epsilon 2 ** -7).
+    # On a GPU, the summation order varies and weights are bf16 (epsilon 2 ** -7).
     check.compare("losses", max(errors, default=math.nan), 2**-7 if check.on_gpu else 1e-6)
     check.expect(len(resumed) == len(expected), f"{len(resumed)} steps instead of {len(expected)}")
     ledgers = [(folder / "ledger.jsonl").read_text(encoding="utf-8") for folder in (uninterrupted, stopped)]
-    check.expect(ledgers[0] == ledgers[1], "the resumed run trained different records")
+    check.expect(ledgers[0] == ledgers[1], "the resumed run trained on different records")
     check.summary = f"stopped after step {steps} of {len(expected)}"
 
 
 def deepspeed(check: Check) -> None:
-    """Compare the losses of ZeRO-1 and ZeRO-3 on one rank with a run without DeepSpeed."""
+    """Compare the losses of ZeRO-1 and ZeRO-3 on one rank with those of a run without DeepSpeed."""
     if find_spec("deepspeed") is None:
         raise Skipped("deepspeed is not installed")
     expected = [row["loss"] for row in read_rows(check.work / "launchers/lora")]
@@ -97,7 +99,7 @@ def deepspeed(check: Check) -> None:
         check.expect(code == 0, f"ZeRO-{stage} failed with exit code {code}")
         errors = [abs(a["loss"] / b - 1) for a, b in zip(read_rows(output), expected, strict=False)]
         if errors:
-            # bf16 weights on a GPU (epsilon 2 ** -7); float32 on a CPU, with another order of sums.
+            # bf16 weights on a GPU (epsilon 2 ** -7); float32 with a different summation order on a CPU.
             check.compare(f"zero{stage}", max(errors), 2**-7 if check.on_gpu else 1e-4)
     check.summary = "same losses as without DeepSpeed" if expected else "no losses to compare with"
 
@@ -125,14 +127,14 @@ def start(check: Check, recipe: str, output: Path, **variables: str) -> subproce
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run so far."""
+    """Return the metrics that a run has written so far."""
     file = output / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _tiny(check: Check) -> tuple[Path, Path]:
-    """Return the folders of sample data and a tiny model; the first item that needs them creates them."""
+    """Return the folders of the sample data and the tiny model, which are created on first use."""
     data, model = check.work / "data", check.work / "tiny"
     if not model.is_dir():
         shutil.rmtree(data, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Items that train random models: throughput, checkpoints, memory, FSDP2, compiled blocks."""
+"""Items that train random models: throughput, compiled blocks, checkpoints, memory, FSDP2."""
 
 import dataclasses
 import gc
@@ -24,34 +24,34 @@ from internvl_chat.utils import distributed
 
 SCRIPT = Path(train_throughput.__file__).resolve()
 _MODELS = {"small": "smoke", "8b": "internvl3-8b"}
-# For items that do not need the full size.
+# Models of items that do not require the full size.
 _SMALLER_MODELS = {"small": "smoke", "8b": "mid"}
 _STEPS = {"small": ["--steps", "1", "--warmup", "1"], "8b": []}
 _GB = 1e9
-# Not planned: cuBLAS workspaces (bytes) and fragmentation of the allocator (fraction).
+# Not in the memory plan: cuBLAS workspaces (bytes) and allocator fragmentation (fraction).
 _UNPLANNED_BYTES, _UNPLANNED_FRACTION = 0.3 * _GB, 0.1
-# Relative tolerance of the loss of a step: the epsilon of bf16.
+# Relative tolerance of the step losses: the bf16 epsilon.
 _LOSS_TOLERANCE = 2**-7
 
 
 def train_lora(check: Check) -> None:
-    """Measure LoRA training and compare it with the reference."""
+    """Measure the throughput of LoRA training and compare it with the reference."""
     _train(check, "lora", [()])
 
 
 def train_full(check: Check) -> None:
-    """Measure full training in the most exact precision that fits, and compare it with the reference."""
+    """Measure full training in the highest precision that fits in memory, and compare with the reference."""
     precisions = [("--weight_precision", name) for name in ("master", "stochastic", "bf16")]
     _train(check, "full", precisions if check.on_gpu else [()])
 
 
 def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
-    """Measure the preset `fast` with the first flags that fit into memory, then the reference."""
+    """Measure the `fast` preset with the first flags that fit in memory, then the reference."""
     fast, reference = _jobs(check, recipe, ["fast", "reference"])
-    refusals = []
+    errors = []
     for number, flags in enumerate(choices):
         # The error message lists the flags that would fit.
-        if refusals and f"{' '.join(flags)} (" not in refusals[0]:
+        if errors and f"{' '.join(flags)} (" not in errors[0]:
             continue
         try:
             row = _measure(check, dataclasses.replace(fast, flags=flags), number)
@@ -59,12 +59,12 @@ def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
         except RuntimeError as error:
             if "does not fit" not in str(error):
                 raise
-            is_planned = "does not fit into memory" in str(error)
+            is_planned = "does not fit in" in str(error)
             check.expect(is_planned, f"{' '.join((recipe, *flags))}: the plan fits, but the dry run does not")
-            refusals.append(str(error)[-2000:])
-            check.add(refused=refusals)
+            errors.append(str(error)[-2000:])
+            check.add(refused=errors)
     else:
-        raise Skipped(f"{recipe} training does not fit: {refusals[0]}")
+        raise Skipped(f"{recipe} training does not fit: {errors[0]}")
     check.add(fast=row, flags=" ".join(flags))
     check.summary = _describe(row, " ".join(flags))
     if check.on_gpu:
@@ -85,9 +85,9 @@ def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
 
 
 def compiled_blocks(check: Check) -> None:
-    """Compare the first loss and the speed of LoRA training with and without compiled blocks."""
+    """Compare the first loss and the speed of LoRA training with compiled and with eager blocks."""
     if not check.on_gpu:
-        raise Skipped("compilation takes minutes on a CPU, without a gain")
+        raise Skipped("on a CPU, compilation takes minutes without a speedup")
     (job,) = _jobs(check, "lora", ["fast"])
     row = _measure(check, dataclasses.replace(job, flags=("--torch_compile", "True")), 0)
     check.add(compiled=row)
@@ -101,7 +101,7 @@ def compiled_blocks(check: Check) -> None:
 
 
 def checkpoint(check: Check) -> None:
-    """Measure the size of LoRA checkpoints and the steps after an asynchronous save."""
+    """Measure the size of a LoRA checkpoint and the duration of the step after an asynchronous save."""
     file = check.folder / "rows.json"
     steps = {"small": ["--steps", "4", "--every", "2"], "8b": ["--steps", "6", "--every", "3"]}[check.size]
     subprocess.run(
@@ -112,9 +112,10 @@ def checkpoint(check: Check) -> None:
     )  # fmt: skip
     (row,) = json.loads(file.read_text(encoding="utf-8"))["rows"]
     check.add(**row)
-    # On a CPU the save competes with the step for cores and takes longer than the step.
+    # On a CPU, the save takes longer than a step and competes with it for cores.
     check.expect(
-        not check.on_gpu or row["ratio"] <= 1.5, f"a step after a save takes {row['ratio']:.2f} times"
+        not check.on_gpu or row["ratio"] <= 1.5,
+        f"the step after a save takes {row['ratio']:.2f} times the median",
     )
     check.summary = (
         f"{row['checkpoint_gb']:.2f} GB; the step after a save takes {row['ratio']:.2f} times the median of "
@@ -123,7 +124,7 @@ def checkpoint(check: Check) -> None:
 
 
 def memory(check: Check) -> None:
-    """Compare used with planned memory."""
+    """Compare used memory with planned memory, for both recipes."""
     ratios = []
     for recipe in ("lora", "full"):
         for checkpointed in ("False", "True") if check.on_gpu else ("auto",):
@@ -131,14 +132,14 @@ def memory(check: Check) -> None:
             rows = _train_in_process(check, name, recipe, ("--grad_checkpoint", checkpointed))
             plan, used = rows[0]["plan"], peak_memory(torch.device(check.device))
             check.add(**{name: {"planned_gb": plan["total"] / _GB, "used_gb": used / _GB, "plan": plan}})
-            if check.on_gpu:  # on a CPU most memory belongs to the libraries
+            if check.on_gpu:  # on a CPU, libraries use most of the memory
                 _compare_memory(check, name, plan["total"], used)
                 ratios.append(f"{used / plan['total']:.2f}")
     check.summary = f"used over planned: {', '.join(ratios)}" if ratios else "not compared on a CPU"
 
 
 def fsdp(check: Check) -> None:
-    """Compare the losses of FSDP2 on one rank with training without it."""
+    """Compare the losses of FSDP2 on one rank with those of a run without FSDP2."""
     expected = [row["loss"] for row in _train_in_process(check, "single", "full", ())]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the hostname may not resolve offline
     backend = "cpu:gloo,cuda:nccl" if check.on_gpu else "gloo"
@@ -161,7 +162,7 @@ def _compare_memory(check: Check, name: str, planned: float, used: float) -> Non
 
 
 def _jobs(check: Check, recipe: str, presets: list[str]) -> list[Job]:
-    """Prepare the records of all steps and return jobs of `train_throughput.py`."""
+    """Prepare the records for all steps and return the jobs of `train_throughput.py`."""
     argv = ["--recipe", recipe, "--model", _MODELS[check.size], "--device", check.device, *_STEPS[check.size]]
     args = train_throughput.build_parser().parse_args(argv)
     args.steps = RECIPES[recipe].steps if args.steps is None else args.steps
@@ -171,7 +172,7 @@ def _jobs(check: Check, recipe: str, presets: list[str]) -> list[Job]:
 
 
 def _measure(check: Check, job: Job, number: int) -> dict[str, Any]:
-    """Run a job in a subprocess; returns its table row, raw result and memory plan (`fast` only)."""
+    """Run a job in a subprocess; return its table row, raw result and memory plan (`fast` only)."""
     result = run_in_subprocess(job, SCRIPT, number)
     row = train_throughput.row_of(job.label, job, [result])
     row |= {"first_loss": result.first_loss, "result": dataclasses.asdict(result)}
@@ -180,7 +181,7 @@ def _measure(check: Check, job: Job, number: int) -> dict[str, Any]:
 
 
 def _train_in_process(check: Check, name: str, recipe: str, flags: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Train a small model in this process; returns the metrics of each step with the memory plan."""
+    """Train a small model in this process; return the metrics of each step, with the memory plan."""
     device, folder = torch.device(check.device), check.folder / name
     folder.mkdir()
     job = Job(
@@ -198,7 +199,7 @@ def _train_in_process(check: Check, name: str, recipe: str, flags: tuple[str, ..
 
 
 def _workload(check: Check, job: Job) -> Workload:
-    """Return the workload of a small model, created on first use."""
+    """Return the workload of a recipe for a small model, which is created on first use."""
     folder = check.folder / job.recipe
     file = folder / "workload.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Ablations of the preset `fast`: each toggles one optimization."""
+"""Ablations of the `fast` preset: each toggles one optimization."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 @dataclass(frozen=True)
 class Ablation:
-    """How to toggle one optimization.
+    """Changes that toggle one optimization.
 
     Attributes:
         flags: flags of the training script.
-        patch: change made before training is set up.
-        recipes: recipes that the optimization affects.
-        devices: devices that it affects.
-        dtypes: dtypes that it affects.
+        patch: function that is called with the model before the training setup.
+        recipes: recipes to which the optimization applies.
+        devices: devices to which it applies.
+        dtypes: dtypes to which it applies.
     """
 
     flags: Flags = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Ablation:
 
 
 def _plain_head(model: InternVLChatModel) -> None:
-    """Compute all positions in the last layer, logits with transformers, and cross-entropy in float32."""
+    """Run the last layer and the head at all positions, as transformers does, with float32 cross-entropy."""
     apply.supervise_positions = lambda model: None
 
 
@@ -54,7 +54,7 @@ def _new_buffers(model: InternVLChatModel) -> None:
 
 LIGER = "with Liger"
 
-# Labels in the table, after "fast".
+# Keys follow "fast" in the table.
 ABLATIONS = {
     "without packing": Ablation({"packing": False}),
     "with activation checkpointing": Ablation({"grad_checkpoint": True}),
@@ -75,7 +75,7 @@ ABLATIONS = {
 
 
 def ablations(recipe: str, device: str, dtype: str) -> dict[str, Ablation]:
-    """Return the ablations of a recipe on a device in a dtype whose packages are installed."""
+    """Return the ablations that apply to a recipe, a device and a dtype, if their packages are installed."""
     return {
         name: ablation
         for name, ablation in ABLATIONS.items()

@@ -1,6 +1,6 @@
-"""The preset `fast`: the training loop of this project.
+"""The `fast` preset: the training loop of this project.
 
-This is the only benchmark module that depends on the internals of the loop.
+This is the only benchmark module that depends on internals of the training loop.
 """
 
 import atexit
@@ -36,12 +36,12 @@ from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import plan_memory
 from internvl_chat.train.setup import build_sampler, build_strategy, load_records, prepare_model
 
-# Memory plan in the run folder.
+# File of the memory plan in the run folder.
 PLAN = "memory_plan.json"
 
 
 def configuration(job: Job, workload: Workload) -> TrainConfig:
-    """Return the configuration of the training script."""
+    """Return the training configuration of a job."""
     recipe, folder = job.settings, str(Path(job.folder) / "run")
     job_flags: Flags = {
         "model_name_or_path": folder,
@@ -65,14 +65,14 @@ def configuration(job: Job, workload: Workload) -> TrainConfig:
 def make_loop(
     job: Job, workload: Workload, write_model: Callable[..., dict] = lambda model, folder, weights: {}
 ) -> TrainingLoop:
-    """Return the training loop of a job with a random model.
+    """Return the training loop of a job, with a random model.
 
     Args:
         job: the job.
         workload: the records.
-        write_model: writes the weights of a checkpoint; called with model, folder and weights.
+        write_model: called with model, folder and weights to write the weights of a checkpoint.
     """
-    atexit.register(kill_workers)  # otherwise the process waits for them
+    atexit.register(kill_workers)  # otherwise the process waits for the workers
     config, tokenizer = configuration(job, workload), workload.load_tokenizer()
     run = config.run
     attn = resolve_attention(config.model.attn, run.device)
@@ -121,13 +121,13 @@ def make_loop(
 
 
 def read_metrics(job: Job) -> list[dict[str, Any]]:
-    """Return the metrics of each step of a job."""
+    """Return the metrics of a job, one row per step."""
     lines = (Path(job.folder) / "run" / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def run(job: Job, workload: Workload, clock: Clock) -> Steps:
-    """Train all steps of a job."""
+    """Run all training steps of a job."""
     loop = make_loop(job, workload)
     train_step = loop.train_step
 

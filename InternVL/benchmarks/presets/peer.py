@@ -1,7 +1,7 @@
-"""The preset `peer`: InternVL of transformers with its processor, trained by its Trainer, with LoRA by peft.
+"""The `peer` preset: transformers' InternVL, processor and Trainer, with LoRA from peft.
 
-Set up like in the documentation of transformers: one record per micro-batch, gradient checkpointing, bfloat16
-(float32 on a CPU without bf16 instructions), defaults otherwise. The loss of a step is the mean over its
+The setup follows the transformers documentation: one record per micro-batch, gradient checkpointing, bfloat16
+(float32 on a CPU without bf16 instructions), and defaults otherwise. The loss of a step is the mean over its
 tokens, not over its records.
 """
 
@@ -55,7 +55,7 @@ _CHAT_TEMPLATE = (
     "{% if part.type == 'image' %}<IMG_CONTEXT>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}"
 )
-# Attributes of the tokenizer that the processor of transformers reads.
+# Tokenizer attributes that transformers' processor requires.
 _TOKEN_NAMES = {
     "start_image_token": IMG_START,
     "end_image_token": IMG_END,
@@ -67,7 +67,7 @@ Message = dict[str, Any]
 
 
 class Conversations(Dataset):
-    """Dataset of messages and images."""
+    """Dataset of chat messages and their images."""
 
     def __init__(self, records: RecordSet) -> None:
         self.records = records
@@ -84,7 +84,7 @@ class Conversations(Dataset):
 
 
 def _message(role: str, text: str) -> Message:
-    """Return a message for the chat templates of transformers, with images at their placeholders."""
+    """Return a message for transformers' chat templates, with image parts in place of the placeholders."""
     pieces = text.split(IMAGE_PLACEHOLDER) if role == "user" else [text]
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(pieces):
@@ -94,7 +94,7 @@ def _message(role: str, text: str) -> Message:
 
 
 class Collator:
-    """Convert one conversation to model inputs, with labels on the assistant tokens."""
+    """Converts one conversation to model inputs, with labels on the assistant tokens."""
 
     def __init__(self, processor: InternVLProcessor, max_dynamic_patch: int) -> None:
         self.processor, self.max_dynamic_patch = processor, max_dynamic_patch
@@ -102,7 +102,7 @@ class Collator:
         self.end = processor.tokenizer.convert_tokens_to_ids(IM_END)
 
     def __call__(self, conversations: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Run the processor on a batch of one conversation."""
+        """Process a batch of one conversation."""
         (conversation,) = conversations
         text = self.processor.apply_chat_template(conversation["messages"], tokenize=False)
         images: list[Image.Image] = conversation["images"]
@@ -116,7 +116,7 @@ class Collator:
 
 
 def assistant_labels(ids: list[int], header: list[int], end: int) -> list[int]:
-    """Return labels for the tokens after each assistant header, up to the end of the message.
+    """Return labels for the tokens from each assistant header to the end of the message; ignore all others.
 
     >>> assistant_labels([1, 7, 5, 9, 1, 8, 6, 9, 3], header=[1, 8], end=9)
     [-100, -100, -100, -100, -100, -100, 6, 9, -100]
@@ -130,7 +130,7 @@ def assistant_labels(ids: list[int], header: list[int], end: int) -> list[int]:
 
 
 class ImageProcessor(InternVLProcessor):
-    """Processor of transformers without videos, which need torchvision."""
+    """transformers' processor without video support, which requires torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: object) -> object:
         """Accept a missing video processor."""
@@ -138,10 +138,10 @@ class ImageProcessor(InternVLProcessor):
 
 
 def build_processor(tokenizer_folder: str, tile_size: int, tokens_per_tile: int) -> InternVLProcessor:
-    """Return the processor of transformers with an InternVL tokenizer."""
+    """Return transformers' processor with an InternVL tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, extra_special_tokens=_TOKEN_NAMES)
     mean, std = NORMALIZATIONS["imagenet"]
-    # transformers has a Pillow variant of the image processor for use without torchvision.
+    # Without torchvision, use the Pillow variant of the image processor.
     backend = "" if find_spec("torchvision") else "Pil"
     image_processor = getattr(got_ocr2, f"GotOcr2ImageProcessor{backend}")(
         size={"height": tile_size, "width": tile_size}, image_mean=list(mean), image_std=list(std)
@@ -155,7 +155,7 @@ def build_processor(tokenizer_folder: str, tile_size: int, tokens_per_tile: int)
 
 
 def build_model(job: Job, context_id: int, device: torch.device) -> InternVLForConditionalGeneration:
-    """Return the model of transformers with the random weights of the other presets."""
+    """Return transformers' model with the same random weights as in the other presets."""
     source = random_model(job.shape, context_id, attn="sdpa", device=device, dtype=job.torch_dtype)
     with torch.device(device):
         model = InternVLForConditionalGeneration._from_config(
@@ -167,7 +167,7 @@ def build_model(job: Job, context_id: int, device: torch.device) -> InternVLForC
 
 
 def run(job: Job, workload: Workload, clock: Clock) -> Steps:
-    """Train all steps of a job."""
+    """Run all training steps of a job."""
     tokenizer, recipe, config = workload.load_tokenizer(), job.settings, job.shape.config()
     model = build_model(job, image_context_id(tokenizer), clock.device)
     if recipe.lora_rank:
@@ -191,7 +191,7 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
 
 
 def training_arguments(job: Job) -> TrainingArguments:
-    """Return the arguments of the Trainer: those of the recipe, and defaults."""
+    """Return the Trainer arguments: recipe values, and defaults otherwise."""
     return TrainingArguments(
         output_dir=job.folder,
         per_device_train_batch_size=1,

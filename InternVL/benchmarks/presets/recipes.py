@@ -1,4 +1,4 @@
-"""The two recipes that every preset trains, and the flags of the training script for them."""
+"""The two training recipes, and the corresponding flags of the training script."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ class Recipe:
 
     Attributes:
         step_records: records per optimizer step.
-        lora_rank: rank of the LoRA adapters of the language model, with everything else frozen; 0 trains all
-            weights of the language model and the projector.
+        lora_rank: rank of the LoRA adapters in the language model, with everything else frozen; 0 trains the
+            language model and the projector.
         warmup: default number of untimed steps.
         steps: default number of timed steps.
     """
@@ -38,7 +38,7 @@ RECIPES = {
     "full": Recipe(step_records=2, lora_rank=0, warmup=3, steps=12),
 }
 
-# Flags of the launchers, except for those that depend on the job.
+# Flags of the launchers, except those that depend on the job.
 RECIPE_FLAGS: Flags = {
     "conv_style": "internvl2_5",
     "down_sample_ratio": 0.5,
@@ -62,25 +62,25 @@ RECIPE_FLAGS: Flags = {
     "per_device_train_batch_size": 1,
     "report_to": "none",
     "disable_tqdm": True,
-    # Every preset trains the records in file order.
+    # All presets use the records in file order.
     "train_sampling_strategy": "sequential",
 }
 
 
 def fast_flags(device: str, bf16: bool) -> Flags:
-    """Return the optimizations of the preset `fast` that are not defaults of the training script."""
-    # On a CPU, longer packs and float32 masters of bf16 weights cost memory without a gain in speed.
+    """Return the flags of the `fast` preset that differ from the defaults of the training script."""
+    # On a CPU, longer packs and float32 masters would only cost memory.
     flags: Flags = {"max_packed_tokens": 4096} if device == "cpu" else {}
     return flags | ({"weight_precision": "stochastic"} if device == "cpu" and bf16 else {})
 
 
 def as_tokens(flags: Flags) -> list[str]:
-    """Return flags as command-line tokens."""
+    """Convert flags to command-line tokens."""
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
 def plain_lora(recipe: Recipe, target_modules: str | list[str]) -> LoraConfig:
-    """Return the peft configuration of the adapters of a recipe."""
+    """Return the peft configuration of a recipe."""
     return LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=2 * recipe.lora_rank,

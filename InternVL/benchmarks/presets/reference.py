@@ -1,7 +1,7 @@
-"""The preset `reference`: the training step of InternVL-Chat, operation by operation.
+"""The `reference` preset: reproduces the operations of an InternVL-Chat training step.
 
-One record per micro-batch; float32 tiles from the dataloader, a blank one for records without images;
-activation checkpointing of every decoder layer; float32 logits of all positions; AdamW on the model weights.
+One record per micro-batch; float32 tiles from the dataloader, with a blank tile for records without images;
+activation checkpointing of every decoder layer; float32 logits at all positions; AdamW on the model weights.
 """
 
 import os
@@ -37,7 +37,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class ReferenceRecords(Dataset):
-    """Dataset of records with normalised float32 tiles."""
+    """Dataset of records with normalized float32 tiles."""
 
     def __init__(self, records: RecordSet) -> None:
         self.records = records
@@ -60,9 +60,9 @@ class ReferenceRecords(Dataset):
 
 
 def run(job: Job, workload: Workload, clock: Clock) -> Steps:
-    """Train all steps of a job."""
+    """Run all training steps of a job."""
     tokenizer, device, recipe = workload.load_tokenizer(), clock.device, job.settings
-    # The reference uses flash-attn (also the SDPA kernel) on GPUs, and eager attention elsewhere.
+    # The reference uses flash-attn on GPUs (which SDPA also calls) and eager attention elsewhere.
     attn = "sdpa" if device.type == "cuda" else "eager"
     model = random_model(
         job.shape, image_context_id(tokenizer), attn=attn, device=device, dtype=job.torch_dtype
@@ -83,7 +83,10 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
 
 
 def select_trainable(model: InternVLChatModel, recipe: Recipe) -> list[nn.Parameter]:
-    """Freeze the parameters that the recipe does not train, and add float32 adapters like peft."""
+    """Freeze or add parameters according to the recipe, and return the trainable ones.
+
+    Adapters are float32, as in peft.
+    """
     if recipe.lora_rank:
         model.requires_grad_(False)
         inject_adapter_in_model(plain_lora(recipe, LORA_TARGETS), model.language_model)
@@ -94,14 +97,14 @@ def select_trainable(model: InternVLChatModel, recipe: Recipe) -> list[nn.Parame
 
 
 def checkpoint_every_layer(language_model: PreTrainedModel) -> None:
-    """Enable activation checkpointing of all decoder layers; the frozen vision tower has no graph."""
+    """Enable activation checkpointing for all decoder layers; the frozen vision tower needs none."""
     # transformers renamed the method after 5.17.
     current = getattr(language_model, "activation_checkpointing_enable", None)
     (current or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _dataloader(records: RecordSet, device: torch.device) -> DataLoader:
-    """Return a dataloader of single records in order."""
+    """Return a dataloader that yields single records in order."""
     return DataLoader(
         ReferenceRecords(records),
         batch_size=None,
@@ -117,7 +120,7 @@ def train_step(
     batches: Iterator[Batch],
     accumulate: int,
 ) -> tuple[float, int]:
-    """Run one optimizer step on `accumulate` records; returns its loss and its number of tokens."""
+    """Run one optimizer step on `accumulate` records; return its mean loss and number of tokens."""
     device = trainable[0].device
     total, tokens = torch.zeros((), device=device), 0
     for _ in range(accumulate):
@@ -142,7 +145,7 @@ def record_loss(
     pixel_values: torch.Tensor,
     image_flags: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the mean loss over the supervised tokens of one record."""
+    """Return the mean loss over the supervised tokens of a record."""
     text = model.language_model.get_input_embeddings()(input_ids)
     features = model.image_features(pixel_values.to(text.dtype))[image_flags].flatten(0, 1)
     positions = (input_ids == model.image_context_id).unsqueeze(-1)

@@ -1,1 +1,1 @@
-"""One module per `m3llm` subcommand; slow libraries are imported inside functions."""
+"""One module per `m3llm` subcommand. Libraries with slow imports are imported inside functions."""

@@ -11,7 +11,7 @@ from internvl_chat.commands.output import progress
 from internvl_chat.constants import BACKGROUNDS
 from internvl_chat.utils.paths import REPOSITORY
 
-# Preprocessing options of the command line, apart from the tile limit.
+# Preprocessing options on the command line, except the tile limit.
 _PREPROCESSING = ("image_background", "exif_transpose", "escape_control_tokens")
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the arguments of commands that run a model over the records of a meta file.
+    """Add the arguments of commands that run a model on the records of a meta file.
 
     Args:
         parser: parser of the command.
-        required: whether META and `--model` are mandatory.
+        required: whether META and `--model` are required.
     """
     add = parser.add_argument
     nargs = None if required else "?"
@@ -39,7 +39,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
 def add_data_root(parser: argparse.ArgumentParser) -> None:
     """Add `--data_root` and `--image_root`."""
     parser.add_argument("--data_root", default=REPOSITORY, type=Path,
-        help="folder that relative paths in the meta file start from (default: the repository)")  # fmt: skip
+        help="base folder of relative paths in the meta file (default: the repository)")  # fmt: skip
     parser.add_argument("--image_root", type=Path, metavar="DIR",
         help="folder of the images, if META is an annotation file instead of a meta file")  # fmt: skip
 
@@ -51,7 +51,7 @@ def add_tile_limit(parser: argparse.ArgumentParser) -> None:
 
 
 def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that replace preprocessing options of the checkpoint."""
+    """Add the arguments that override preprocessing options of the checkpoint."""
     add_tile_limit(parser)
     add = parser.add_argument
     add("--image_background", choices=BACKGROUNDS,
@@ -60,17 +60,17 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exif_transpose", type=boolean, metavar="BOOL",
         help="apply the rotation stored as EXIF orientation (default: from the checkpoint)")  # fmt: skip
     add("--escape_control_tokens", type=boolean, metavar="BOOL",
-        help="read control tokens such as <|im_end|> in texts as plain text (default: from the "
+        help="treat control tokens such as <|im_end|> in records as plain text (default: from the "
         "checkpoint)")  # fmt: skip
 
 
 def preprocessing_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `add_preprocessing_arguments` by the options they replace, except the limit."""
+    """Return the preprocessing overrides (option -> value or None), except the tile limit."""
     return {name: vars(args).get(name) for name in _PREPROCESSING}
 
 
 def load_preprocessing(args: argparse.Namespace, folder: Path) -> Preprocessing:
-    """Return the preprocessing of a checkpoint with the options of the command line."""
+    """Return the preprocessing of a checkpoint with the overrides from the command line."""
     from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.model.io.folders import read_config
 
@@ -82,7 +82,7 @@ def load_preprocessing(args: argparse.Namespace, folder: Path) -> Preprocessing:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of commands that run the model."""
-    parser.add_argument("--base", help="base model of an adapter, if it has moved since training")
+    parser.add_argument("--base", help="base model of an adapter, if it has been moved since training")
     parser.add_argument("--device", help="cpu, cuda:0, or auto for all GPUs (default: GPU if available)")
 
 
@@ -107,7 +107,7 @@ def comma_separated(text: str) -> list[str]:
 
 
 def open_sets(args: argparse.Namespace) -> list[RecordSet]:
-    """Open the datasets of a command with `add_data_arguments`, without reading weights."""
+    """Open the datasets given by the arguments of `add_data_arguments`; reads no weights."""
     from internvl_chat.api import open_datasets
 
     return open_datasets(
@@ -121,12 +121,12 @@ def open_sets(args: argparse.Namespace) -> list[RecordSet]:
 
 
 def count_records(sets: Sequence[RecordSet], limit: int | None) -> int:
-    """Return the number of records if at most `limit` of each dataset are used."""
+    """Return the number of records, counting at most `limit` per dataset."""
     return sum(len(records.first(limit)) for records in sets)
 
 
 def log_warnings(sets: Sequence[RecordSet], limit: int | None) -> None:
-    """Log warnings about the first `limit` records of each dataset, by kind, with an example of each kind."""
+    """Log warnings about the first `limit` records of each dataset: one line per kind, with an example."""
     from internvl_chat.data.sources.problems import describe_by_kind
     from internvl_chat.utils.errors import DataError
     from internvl_chat.utils.logging import get_logger
@@ -138,6 +138,6 @@ def log_warnings(sets: Sequence[RecordSet], limit: int | None) -> None:
             try:
                 found += records.warnings(index)
             except DataError:
-                unusable.add(records.spec.name)  # the command itself reports it
+                unusable.add(records.spec.name)  # reported by the command itself
     for line in describe_by_kind(found):
         get_logger(__name__).warning("%s", line)

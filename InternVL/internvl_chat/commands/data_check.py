@@ -35,25 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("meta", nargs="?", metavar="META", help="meta file (like PMC-data.json)")
     add("--model",
-        help="model folder, adapter folder or hub id whose tokenizer counts tokens (default: tokens are "
+        help="model folder, adapter folder or hub id; its tokenizer counts the tokens (default: tokens are "
         "not counted)")  # fmt: skip
     add_data_root(parser)
     add("--check", choices=("fast", "full"), default="fast",
-        help="full decodes every image, fast reads only its header and its end (default: fast)")  # fmt: skip
+        help="full decodes every image; fast reads only its header and its end (default: fast)")  # fmt: skip
     add_preprocessing_arguments(parser)
     add("--max_seq_length", type=positive, metavar="N",
         help="maximum tokens per record (default: from the checkpoint)")  # fmt: skip
-    add("--truncate_text", action="store_true", help="check for training with --truncate_text True")
+    add("--truncate_text", action="store_true", help="check as for training with --truncate_text True")
     add("--against", nargs="+", type=Path, metavar="PATH", default=[],
-        help="benchmarks to check for contamination: meta files, JSON, tables, other text, images, and "
-        "folders of these")  # fmt: skip
+        help="benchmarks to check for contamination: meta files, JSON, tables, other text files, images, or "
+        "folders of such files")  # fmt: skip
     add("--report", type=Path, metavar="DIR", help="folder for problems.jsonl, report.html and lengths.png")
     add("--workers", type=positive, metavar="N", help="worker processes (default: one per core)")
     add("--json", action="store_true", help="print one JSON object per dataset")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the datasets of a meta file; returns 1 if a record is unusable or in a benchmark."""
+    """Check the datasets of a meta file; return 1 if a record is unusable or also in a benchmark."""
     from internvl_chat.data.audit.checks import audit
     from internvl_chat.data.audit.report import write_report
     from internvl_chat.data.sources.meta import load_meta
@@ -61,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.meta is None:
         if len(args.against) < 2:
-            raise UsageError("META is required: the meta file of the datasets to check")
+            raise UsageError("META (the meta file to check) is required")
         args.meta = args.against.pop()  # `--against PATH META`
     if args.model is None and (args.max_seq_length or args.truncate_text):
-        raise UsageError("--max_seq_length and --truncate_text need --model: its tokenizer counts the tokens")
+        raise UsageError(
+            "--max_seq_length and --truncate_text require --model, whose tokenizer counts the tokens"
+        )
     specs, encoder = load_meta(args.meta, args.data_root, args.image_root), _encoder(args)
     if args.report:
         _create_folder(args.report)
@@ -80,18 +82,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, str]:
-    """Return the inputs of the check for the head of the report."""
+    """Return the inputs of the check, which are listed at the top of the report."""
     benchmarks = {"compared with": ", ".join(map(str, args.against))} if args.against else {}
     return {
         "data": str(args.meta),
-        "model": args.model or "none: tokens were not counted",
+        "model": args.model or "none (tokens were not counted)",
         **benchmarks,
         "command": shlex.join(["m3llm", *sys.argv[1:]]),
     }
 
 
 def _encoder(args: argparse.Namespace) -> RecordEncoder:
-    """Return the encoder of the model, or without a model one that only counts tiles."""
+    """Return the encoder of the model; without a model, an encoder that only counts tiles."""
     from internvl_chat.data.encode.encoder import RecordEncoder
     from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.encode.tokenizer import load_tokenizer
@@ -107,15 +109,17 @@ def _encoder(args: argparse.Namespace) -> RecordEncoder:
 
 
 def _create_folder(folder: Path) -> None:
-    """Create the report folder before the long check, so that a bad path fails early."""
+    """Create the report folder before the check, so that an invalid path fails early."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"--report {folder}: a file is in the way; choose another folder") from None
+        raise UsageError(
+            f"--report {folder}: the path or one of its parents is a file; choose a different folder"
+        ) from None
     except OSError as error:
         raise UsageError(f"--report {folder}: cannot create the folder: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"--report {folder}: not writable; choose another folder")
+        raise UsageError(f"--report {folder}: not writable; choose a different folder")
 
 
 def _leaks(args: argparse.Namespace, result: Audit) -> list[Problem]:
@@ -175,4 +179,4 @@ def _print_summary(result: Audit, problems: Sequence[Problem], page: Path | None
     if page is not None:
         echo(f"report: {page}")
     elif groups:
-        echo("--report DIR writes all problems, with plots.")
+        echo("Use --report DIR to write all problems and plots to a folder.")

@@ -1,4 +1,4 @@
-"""`m3llm data inspect`: print the tokens, labels and tiles of each record."""
+"""`m3llm data inspect`: print the tiles, tokens and supervised text of each record."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ from internvl_chat.utils.errors import UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `doctor`."""
     parser.add_argument("--folder", type=Path, default=Path(),
-        help="folder whose disk is checked (default: the current folder)")  # fmt: skip
+        help="folder whose disk space is checked (default: the current folder)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Inspect this machine; returns 1 if a problem prevents training."""
+    """Inspect this machine; return 1 if a problem prevents training."""
     if not args.folder.is_dir():
         raise UsageError(f"--folder {args.folder}: no such folder")
     diagnosis = diagnose(args.folder)
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def diagnose(folder: Path) -> Diagnosis:
-    """Run all inspections.
+    """Run all checks.
 
     Args:
-        folder: folder whose disk is checked.
+        folder: folder whose disk space is checked.
     """
     inspections: dict[str, Callable[[Diagnosis], Any]] = {
         "system": software.inspect_system,
@@ -61,7 +61,7 @@ def diagnose(folder: Path) -> Diagnosis:
 
 
 def _inspect_attention(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the working attention kernels, and the one that `--attn auto` selects."""
+    """Return the available attention kernels and the one selected by `--attn auto`."""
     import torch
 
     from internvl_chat.model.attention import resolve_attention
@@ -71,7 +71,7 @@ def _inspect_attention(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the facts as table rows, nested names joined by spaces."""
+    """Yield the facts as table rows; nested keys are joined with spaces."""
     for name, value in facts.items():
         label = f"{prefix} {name}".strip().replace("_", " ")
         if isinstance(value, dict) and name != "installed":

@@ -1,4 +1,4 @@
-"""`m3llm eval`: evaluate a model on a benchmark, or by exact match on the records of a meta file."""
+"""`m3llm eval`: evaluate a model on a benchmark, or with exact match on the records of a meta file."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from internvl_chat.eval.scoring import Scores
 
 _MAX_NEW_TOKENS = 128
-# Enough for a verbose answer to any question of the benchmarks.
+# Enough for a verbose answer to any benchmark question.
 _BENCHMARK_MAX_NEW_TOKENS = 1024
-# Arguments that need --bench.
+# Arguments that require --bench.
 _BENCHMARK_ONLY = (
     "data", "out", "predictions", "tasks", "metrics", "bertscore_model", "sts_model", "prompts",
 )  # fmt: skip
@@ -49,41 +49,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=positive, metavar="N", default=8,
         help="questions per batch with META (default: 8)")  # fmt: skip
     add("--on_bad_record", choices=POLICIES, default="fail",
-        help="skip: exclude and list unusable records and items (default: fail)")  # fmt: skip
+        help="skip: log and exclude unusable records and items (default: fail)")  # fmt: skip
     add("--require-above-chance", type=float, metavar="P",
-        help="fail unless closed questions are answered above chance at this significance")  # fmt: skip
+        help="fail unless closed-question accuracy is above chance at this significance level")  # fmt: skip
     add = parser.add_argument_group("with --bench instead of META").add_argument
-    add("--bench", help="pmc-mi, omnimedvqa, mmmu-med, vqa, or a folder in the format of PMC-MI-Bench")
+    add("--bench", help="pmc-mi, omnimedvqa, mmmu-med, vqa, or a folder in PMC-MI-Bench format")
     add("--data", type=Path, help="folder of the benchmark; JSONL file for --bench vqa")
     add("--out", type=Path, help="output folder for answers, metrics and report")
     add("--predictions", type=Path, metavar="FILE",
-        help="score these answers, do not run a model: JSONL with task, index, prediction")  # fmt: skip
+        help="score existing answers (no model): JSONL with task, index, prediction")  # fmt: skip
     add("--tasks", type=comma_separated, help="comma-separated tasks (default: all)")
     add("--metrics", type=comma_separated,
         help="comma-separated: bleu,rouge,overlap,cider,bertscore,sts,macro; fails if one is unavailable "
-        "(default: all that are available)")  # fmt: skip
+        "(default: all available)")  # fmt: skip
     add("--bertscore_model",
-        help="BERTScore encoder, folder or hub id (default: microsoft/deberta-xlarge-mnli)")  # fmt: skip
-    add("--sts_model", help="sentence encoder, folder or hub id (default: all-MiniLM-L6-v2)")
-    add("--prompts", type=Path, help="YAML or JSON file with a system text per task (default: built in)")
+        help="BERTScore encoder: folder or hub id (default: microsoft/deberta-xlarge-mnli)")  # fmt: skip
+    add("--sts_model", help="sentence encoder: folder or hub id (default: all-MiniLM-L6-v2)")
+    add("--prompts", type=Path, help="YAML or JSON file with a system prompt per task (default: built in)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate a model, or answers that were generated elsewhere."""
+    """Evaluate a model, or existing answers."""
     if args.bench:
         return _run_benchmark(args)
     if not args.meta:
-        raise UsageError("give META, a meta file of records to answer, or --bench, a benchmark")
+        raise UsageError("META (a meta file) or --bench (a benchmark) is required")
     if not args.model:
         raise UsageError("--model is required with META")
-    given = [f"--{name} needs --bench" for name in _BENCHMARK_ONLY if getattr(args, name) is not None]
+    given = [f"--{name} requires --bench" for name in _BENCHMARK_ONLY if getattr(args, name) is not None]
     if given:
         raise UsageError(given)
     return _run_exact_match(args)
 
 
 def _run_exact_match(args: argparse.Namespace) -> int:
-    """Print exact match per dataset, and test the accuracy on closed questions against chance."""
+    """Print the exact match of each dataset, and test the accuracy on closed questions against chance."""
     from internvl_chat.data.sources.skip_policy import SkippedRecord
     from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance, score_dataset
     from internvl_chat.inference.engine import Engine
@@ -126,7 +126,7 @@ def _run_exact_match(args: argparse.Namespace) -> int:
         print_table(header, [[_percent(v) for v in row.values()] for row in rows])
         if chance:
             echo(
-                f"closed questions: {chance.correct} of {chance.questions} correct; chance level "
+                f"closed questions: {chance.correct} of {chance.questions} correct; expected by chance: "
                 f"{chance.chance * chance.questions:.1f} (binomial test, p = {chance.p_value:.2g})"
             )
     level = args.require_above_chance
@@ -141,9 +141,9 @@ def _percent(value: Any) -> Any:
 
 
 def _run_benchmark(args: argparse.Namespace) -> int:
-    """Answer a benchmark or read answers to it, then score and report."""
+    """Answer a benchmark or read existing answers, then score and report them."""
     from internvl_chat.eval.answering import answer_benchmark
-    from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+    from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
     from internvl_chat.eval.predictions import read_answers
     from internvl_chat.eval.scoring import score
     from internvl_chat.metrics.suite import build_suite
@@ -158,15 +158,15 @@ def _run_benchmark(args: argparse.Namespace) -> int:
         on_bad_record=args.on_bad_record,
     )
     selected = benchmark.select(args.tasks, args.limit)
-    system = system_texts(benchmark, args.prompts)
-    labelled = selected.labelled
-    if args.predictions and not labelled.items:
-        raise DataError("there are no reference answers to score against", file=args.data or args.bench)
+    system = system_prompts(benchmark, args.prompts)
+    labeled = selected.labeled
+    if args.predictions and not labeled.items:
+        raise DataError("no reference answers to score against", file=args.data or args.bench)
     is_first = rank() == 0
-    if is_first and labelled.items:  # before answering, so that a missing metric fails early
+    if is_first and labeled.items:  # before answering, so that an unavailable metric fails early
         suite = build_suite(
             args.metrics,
-            has_open=any(not item.choices for item in labelled.items),
+            has_open=any(not item.choices for item in labeled.items),
             bertscore_model=args.bertscore_model,
             sts_model=args.sts_model,
             device=args.device,
@@ -194,25 +194,25 @@ def _run_benchmark(args: argparse.Namespace) -> int:
     answered = selected.keep(answers)
     _report_exclusions(args, benchmark, selected, answered)
     if not answered.items:
-        raise DataError("every item was skipped; see the warnings above")
-    if answered.labelled.items:
-        _report(args, answered.labelled, answers, score(answered.labelled, answers, suite))
+        raise DataError("all items were skipped; see the warnings above")
+    if answered.labeled.items:
+        _report(args, answered.labeled, answers, score(answered.labeled, answers, suite))
     return 0
 
 
 def _report_exclusions(
     args: argparse.Namespace, benchmark: Benchmark, selected: Benchmark, answered: Benchmark
 ) -> None:
-    """Report the items that are not scored: skipped ones, and answers without references."""
+    """Report the number of skipped items, and of answers without a reference."""
     skipped = len(benchmark.excluded) + len(selected.items) - len(answered.items)
-    unlabelled = len(answered.items) - len(answered.labelled.items)
+    unlabeled = len(answered.items) - len(answered.labeled.items)
     file = f"{args.out}/predictions.jsonl" if args.out else args.predictions
-    if args.json and (skipped or unlabelled):
-        print_json({"skipped": skipped, "without_reference": unlabelled})
+    if args.json and (skipped or unlabeled):
+        print_json({"skipped": skipped, "without_reference": unlabeled})
     if skipped:
-        echo(f"{counted(skipped, 'item')} skipped; see the warnings for their names", stream=sys.stderr)
-    if unlabelled:
-        echo(f"{file}: {counted(unlabelled, 'answer')} without a reference, not scored", stream=sys.stderr)
+        echo(f"{counted(skipped, 'item')} skipped; see the warnings above", stream=sys.stderr)
+    if unlabeled:
+        echo(f"{file}: {counted(unlabeled, 'answer')} not scored (no reference)", stream=sys.stderr)
 
 
 def _check_benchmark_arguments(args: argparse.Namespace) -> None:
@@ -225,16 +225,18 @@ def _check_benchmark_arguments(args: argparse.Namespace) -> None:
     if args.meta:
         problems.append(f"META {args.meta} and --bench {args.bench} are mutually exclusive")
     if args.require_above_chance is not None:
-        problems.append("--require-above-chance needs META, not --bench")
+        problems.append("--require-above-chance requires META instead of --bench")
     if bool(args.model) == bool(args.predictions):
-        problems.append("give either --model, to answer the questions, or --predictions, to score answers")
+        problems.append(
+            "give either --model (to answer the questions) or --predictions (to score existing answers)"
+        )
     if args.model and not args.out:
         problems.append("--out DIR is required with --model")
     if args.predictions and args.out and (args.out / SETTINGS).exists():
-        problems.append(f"--out {args.out}: contains another evaluation; choose another folder")
+        problems.append(f"--out {args.out}: contains a different evaluation; choose another folder")
     unknown = [name for name in args.metrics or () if name not in FAMILIES]
     if unknown:
-        problems.append(f"--metrics {','.join(unknown)}: unknown; choose from {', '.join(FAMILIES)}")
+        problems.append(f"--metrics {','.join(unknown)}: unknown; the choices are {', '.join(FAMILIES)}")
     if problems:
         raise UsageError(problems)
 

@@ -26,17 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `generate`."""
     add = parser.add_argument
     add("question", nargs="*",
-        help="question; <image> marks the position of an image. More questions continue the "
+        help="question; <image> marks the position of an image. Additional questions continue the "
         "conversation")  # fmt: skip
     add("--model", required=True, help="model folder, adapter folder or hub id")
-    add("--image", action="append", default=[], help="image file; repeat for several images")
-    add("--chat", action="store_true", help="read further questions from standard input, one per line")
-    add("--system", metavar="TEXT", help="system message (default: the one stored with the model)")
+    add("--image", action="append", default=[], help="image file; repeat for multiple images")
+    add("--chat", action="store_true", help="read more questions from standard input, one per line")
+    add("--system", metavar="TEXT", help="system prompt (default: from the checkpoint)")
     add("--max_new_tokens", type=positive, metavar="N", default=512,
         help="maximum tokens per answer (default: 512)")  # fmt: skip
     add("--temperature", type=float, default=0.0,
         help="sampling temperature, for example 0.7; 0 is greedy decoding (default: 0)")  # fmt: skip
-    add("--top_p", type=float, help="nucleus sampling: cumulative probability (default: 1)")
+    add("--top_p", type=float, help="cumulative probability of nucleus sampling (default: 1)")
     add("--seed", type=int, help="seed for reproducible sampling")
     add_preprocessing_arguments(parser)
     add("--json", action="store_true", help="print one JSON object per answer")
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.model.io.folders import model_folder
 
     if any(not question.strip() for question in args.question):
-        raise UsageError("a question is empty")
+        raise UsageError("empty question")
     if not args.question and not args.chat:
-        raise UsageError("no question: give one, or use --chat to type questions")
+        raise UsageError("no question given; add one, or use --chat to enter questions")
     sampling = _sampling(args)
     preprocessing = load_preprocessing(args, model_folder(args.model))
     images = open_images(args.image, preprocessing.image_options)
@@ -75,12 +75,12 @@ def _sampling(args: argparse.Namespace) -> Sampling | None:
     if args.temperature:
         return Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
     if args.top_p is not None or args.seed is not None:
-        raise UsageError("--top_p and --seed need --temperature: without it decoding is greedy")
+        raise UsageError("--top_p and --seed require --temperature; without it, decoding is greedy")
     return None
 
 
 def _answer(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sampling | None) -> str:
-    """Return an answer and, without `--json`, print it; on a terminal it is streamed."""
+    """Generate an answer and, without `--json`, print it; on a terminal, the answer is streamed."""
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     if args.json or not sys.stdout.isatty():
         [answer] = engine.answer([prompt], **options)
@@ -96,7 +96,7 @@ def _answer(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: 
 
 
 def _read_questions() -> Iterator[str]:
-    """Yield the lines of standard input up to an empty line; on a terminal, show a prompt."""
+    """Yield lines from standard input until an empty line; show a prompt on a terminal."""
     while True:
         if sys.stdin.isatty():
             echo("> ", end="", stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""`m3llm merge`: merge LoRA adapters into their base model and compare the result with its source."""
+"""`m3llm merge`: merge LoRA adapters into their base model and compare the result with the source."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merge`."""
-    parser.add_argument("source", help="adapter folder, or a LoRA-wrapped checkpoint of the reference")
+    parser.add_argument("source", help="adapter folder, or LoRA-wrapped checkpoint in the reference format")
     add_target_arguments(parser)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `merge` and `export` have in common."""
+    """Add the arguments shared by `merge` and `export`."""
     add = parser.add_argument
     add("target", type=Path, help="folder to write")
     add_model_arguments(parser)
     add("--check", type=boolean, default=True,
-        help="compare source and result on synthetic records; delete the result if they differ "
+        help="compare source and result on synthetic records and delete the result if they differ "
         "(default: True)")  # fmt: skip
     add("--json", action="store_true", help="print a JSON object")
 
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class ResultCheck:
-    """Compare the source of a conversion with its result, and report both.
+    """Compares the source of a conversion with its result, and prints the outcome.
 
     Args:
-        args: arguments of a command with `add_target_arguments`.
+        args: parsed arguments of `add_target_arguments`.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -59,7 +59,11 @@ class ResultCheck:
         self.differences: Sequence[Difference] = ()
 
     def __call__(self, result: Path) -> None:
-        """Compare the source with a result, which is deleted if this raises."""
+        """Compare the source with the result.
+
+        Raises:
+            ModelError: they differ; the caller then deletes the result.
+        """
         from internvl_chat.convert.parity import check_same
         from internvl_chat.inference.devices import find_device
         from internvl_chat.model.io.folders import model_folder
@@ -77,8 +81,8 @@ class ResultCheck:
 
         Args:
             folder: folder of the result.
-            row: fields of the JSON object.
-            summary: outcome of the conversion as text.
+            row: fields for `--json`.
+            summary: text that is printed otherwise.
         """
         count, largest = len(self.differences), max((d.logits or 0.0 for d in self.differences), default=0.0)
         if self.args.json:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def print_json(row: dict[str, Any]) -> None:
-    """Print one JSON object on a line."""
+    """Print a JSON object on one line."""
     echo(json.dumps(row, ensure_ascii=False))
 
 
@@ -21,12 +21,12 @@ def echo(text: str = "", *, end: str = "\n", stream: TextIO | None = None) -> No
 
 
 def progress(items: Iterable[T], total: int | None = None, unit: str = "record") -> Iterable[T]:
-    """Show a progress bar on standard error after two seconds."""
+    """Wrap items in a progress bar on stderr, which appears after two seconds and only on a terminal."""
     return tqdm(items, total=total, unit=unit, delay=2, file=sys.stderr, dynamic_ncols=True, disable=None)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows under a header, text left-aligned; numbers, and `-` for missing ones, are right-aligned."""
+    """Print a table; numeric columns (which may contain `-`) are right-aligned, all others left-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]

@@ -1,4 +1,4 @@
-"""`m3llm parity`: compare two checkpoints, or two formats of one, on the same records."""
+"""`m3llm parity`: compare two checkpoints, or two formats of a checkpoint, on the same records."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _LIMITS = ("pixels", "logits", "same_answers")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `parity`."""
     add = parser.add_argument
-    add("first", help="model or adapter folder; transformers runs checkpoints in its format")
-    add("second", help="another checkpoint, or the same one in another format")
+    add("first", help="model or adapter folder; checkpoints in transformers format are run by transformers")
+    add("second", help="checkpoint to compare with, such as the first one in a different format")
     add("--meta", help="meta file of the records to compare on (default: synthetic records)")
     add_data_root(parser)
     add("--limit", type=positive, default=8, metavar="N", help="records per dataset (default: 8)")
     add_tile_limit(parser)
     add("--max_new_tokens", type=positive, metavar="N", default=16,
         help="maximum tokens per answer (default: 16)")  # fmt: skip
-    add("--base_first", help="base model of the first adapter, if it has moved")
-    add("--base_second", help="base model of the second adapter, if it has moved")
+    add("--base_first", help="base model of the first adapter, if it has been moved")
+    add("--base_second", help="base model of the second adapter, if it has been moved")
     add("--device", help="for example cpu or cuda:0 (default: GPU if available)")
     add("--pixel_tolerance", type=float, metavar="X", dest="pixels",
-        help="maximum difference of a normalized pixel (default: 1e-05)")  # fmt: skip
+        help="maximum difference of a normalized pixel value (default: 1e-05)")  # fmt: skip
     add("--logit_tolerance", type=float, metavar="X", dest="logits",
-        help="maximum difference of a logit, over the largest logit (default: rounding error)")  # fmt: skip
+        help="maximum logit difference relative to the largest logit (default: rounding error)")  # fmt: skip
     add("--same_answers", type=float, metavar="X",
-        help="minimum fraction of identical greedy answers (default: 1; in 16-bit precision 0)")  # fmt: skip
+        help="minimum fraction of identical greedy answers (default: 1; 0 in 16-bit precision)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare two checkpoints; returns 1 if a difference exceeds its tolerance."""
+    """Compare two checkpoints; return 1 if a difference exceeds its tolerance."""
     from internvl_chat.convert.parity import compare, comparison_dtype, faults, rounding_tolerances
     from internvl_chat.inference.devices import find_device
     from internvl_chat.model.io.folders import model_folder
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examples(args: argparse.Namespace, first: Path) -> list[Example]:
-    """Return the records to compare on, read with the preprocessing of the first checkpoint."""
+    """Return the records for the comparison, preprocessed as for the first checkpoint."""
     from internvl_chat.convert.parity import examples_of, synthetic_examples
 
     if args.meta is None:
@@ -112,6 +112,6 @@ def _print_differences(differences: Sequence[Difference]) -> None:
 
 
 def _largest(values: Sequence[float | None]) -> str:
-    """Return the largest of the values that could be compared."""
+    """Format the largest value, ignoring None; "-" if all values are None."""
     known = [value for value in values if value is not None]
     return f"{max(known):.2g}" if known else "-"

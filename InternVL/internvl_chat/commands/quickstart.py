@@ -1,4 +1,4 @@
-"""Last step of quickstart.sh: compare the models of both stages on the held-out records."""
+"""Last step of quickstart.sh: compare the base model and both stages on the held-out records."""
 
 import html
 import shlex
@@ -26,7 +26,7 @@ TITLES = {
     "qa-puretext": "text only",
     "qa-bbox": "panel positions",
     "qa-single_subimage": "one panel",
-    "qa-multiple_subimage": "several panels",
+    "qa-multiple_subimage": "multiple panels",
     "qa-subimage-option": "multiple choice",
     "qa-compound-image": "whole figure",
 }
@@ -35,8 +35,8 @@ MAX_LOSS_RATIO = 0.5
 SIGNIFICANCE = 0.01
 LEGEND = (
     "Loss: cross-entropy of the expected answers; lower is better.",
-    "Accuracy: closed questions answered exactly; chance is what guessing among the choices would reach.",
-    "The vision tower is random and frozen: enough to recognize kinds of images, but hardly positions.",
+    "Accuracy: exact match on closed questions; chance is the expected accuracy of random guessing.",
+    "The vision tower is random and frozen. It can distinguish types of images, but hardly positions.",
 )
 _MAX_NEW_TOKENS = 96
 _SHOWN_PER_TASK = 4
@@ -44,23 +44,23 @@ _SHOWN_PER_TASK = 4
 
 @dataclass(frozen=True)
 class Result:
-    """Losses and answers of a model, in the order of the held-out records."""
+    """Losses and answers of one model, in the order of the held-out records."""
 
     losses: Sequence[tuple[str, float]]
     answers: Sequence[Answer]
 
     def loss(self, datasets: Sequence[str]) -> float:
-        """Return the mean loss over the records of some datasets."""
+        """Return the mean loss over the records of the given datasets."""
         values = [loss for dataset, loss in self.losses if dataset in datasets]
         return sum(values) / len(values)
 
     def of(self, datasets: Sequence[str]) -> list[Answer]:
-        """Return the answers to the records of some datasets."""
+        """Return the answers to the records of the given datasets."""
         return [answer for answer in self.answers if answer.dataset in datasets]
 
 
 def evaluate(model: Path, meta: Path) -> tuple[Result, list[RecordSet]]:
-    """Compute what `m3llm loss` and `m3llm eval` print, without starting two more processes."""
+    """Compute the results of `m3llm loss` and `m3llm eval` in this process."""
     engine = Engine.from_checkpoint(model)
     sets = build_sets(load_meta(meta, meta.parent), engine.encoder)
     count = sum(len(records.first(None)) for records in sets)
@@ -74,7 +74,7 @@ def evaluate(model: Path, meta: Path) -> tuple[Result, list[RecordSet]]:
 
 
 def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of losses and accuracies: one row for each task, and one for all."""
+    """Return header and rows of the loss and accuracy table: one row per task, and one for all tasks."""
     base, *others = MODELS.values()
     header = ["held-out task", "records", f"loss: {base}", *others, "accuracy: chance", base, *others]
     rows = []
@@ -93,7 +93,7 @@ def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[lis
 
 
 def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
-    """Yield what a stage has not learned."""
+    """Yield a message for each missed goal: a lower loss after each stage, and accuracy above chance."""
     base, full, lora = results
     trained = [name for name in TITLES if name != withheld]
     for stage, before, after, datasets in (
@@ -102,14 +102,14 @@ def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
     ):
         first, last = before.loss(datasets), after.loss(datasets)
         if not last <= MAX_LOSS_RATIO * first:
-            yield f"{stage} stage: the held-out loss of its tasks went from {first:.3f} to {last:.3f}"
+            yield f"{stage} stage: held-out loss of its tasks: {first:.3f} before, {last:.3f} after"
     test = compare_with_chance(lora.answers)
     if test is None or not test.p_value < SIGNIFICANCE:
         yield f"accuracy on closed questions after both stages is not above chance: {test}"
 
 
 def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str) -> Iterator[ComparedRecord]:
-    """Yield the first records of each task with all answers, the withheld task first."""
+    """Yield the first records of each task with the answers of all models; the withheld task comes first."""
     for records in sorted(sets, key=lambda records: records.spec.name != withheld):
         name = records.spec.name
         for index in records.first(_SHOWN_PER_TASK):
@@ -131,7 +131,7 @@ def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str
 def write_page(
     work: Path, results: Sequence[Result], sets: Sequence[RecordSet], withheld: str, note: str
 ) -> None:
-    """Write the page: table, answers to some held-out questions, and training losses."""
+    """Write the HTML page: result table, some held-out questions with answers, and training losses."""
     introduction = [
         "<p>A small InternVL3 with random weights (base), trained on synthetic figures by the full-model "
         "launcher (full) and then by the LoRA launcher (+ LoRA). It is not a medical model.</p>",
@@ -150,7 +150,7 @@ def write_page(
 
 
 def example_command(work: Path, sets: Sequence[RecordSet], withheld: str) -> str:
-    """Return a command that asks the merged model the first question of the withheld task."""
+    """Return a shell command that asks the merged model the first question of the withheld task."""
     records = next(records for records in sets if records.spec.name == withheld)
     record = records.record(0)
     images = [word for path in records.image_paths(record) for word in ("--image", str(path))]
@@ -159,12 +159,12 @@ def example_command(work: Path, sets: Sequence[RecordSet], withheld: str) -> str
 
 
 def main() -> int:
-    """Compare the models in a quickstart folder; returns 1 if a stage has not learned.
+    """Compare the models in a quickstart folder; return 1 if a goal of `failures` is missed.
 
-    The arguments are the folder and the dataset that was withheld from the full-model stage.
+    The command-line arguments are the folder and the dataset that was withheld from the full-model stage.
     """
     work, withheld = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)  # more threads do not make a model this small faster
+    torch.set_num_threads(1)  # more threads do not speed up such a small model
     meta = work / "data/held_out.json"
     results: list[Result] = []
     for folder in MODELS:
@@ -172,7 +172,7 @@ def main() -> int:
         echo(f"m3llm eval {meta} --model {work / folder}")
         result, sets = evaluate(work / folder, meta)
         results.append(result)
-    note = f"* {TITLES[withheld]}: excluded from the full-model stage, in the LoRA training data only."
+    note = f"* {TITLES[withheld]}: only in the LoRA training data, withheld from the full-model stage."
     write_page(work, results, sets, withheld, note)
     echo()
     print_table(*table(results, withheld))

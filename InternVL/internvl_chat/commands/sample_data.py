@@ -1,4 +1,4 @@
-"""`m3llm sample-data`: write a small synthetic dataset."""
+"""`m3llm sample-data`: create a small synthetic dataset."""
 
 import argparse
 from pathlib import Path

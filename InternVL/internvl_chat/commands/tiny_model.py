@@ -14,7 +14,7 @@ from internvl_chat.model.tiny import TinyShape
 from internvl_chat.utils.errors import DataError, UsageError
 
 _SIZES = (
-    "side of a tile in pixels, a multiple of 28", "hidden size of the vision tower",
+    "tile size in pixels, a multiple of 28", "hidden size of the vision tower",
     "layers of the vision tower", "attention heads of the vision tower", "hidden size of the language model",
     "layers of the language model", "query heads of the language model",
     "key/value heads of the language model",
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="folder to create")
     add("--text", type=Path, required=True,
-        help="text to train the tokenizer on: a text or JSONL file, or a folder of such files")  # fmt: skip
+        help="training text of the tokenizer: a text or JSONL file, or a folder of such files")  # fmt: skip
     add("--vocab_size", type=positive, metavar="N", default=1024,
         help="vocabulary size without special tokens (default: 1024)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.model.tiny import build_tiny_model, save_tiny_model
 
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise UsageError(f"{args.folder} exists; choose a new folder")
+        raise UsageError(f"{args.folder} already exists; choose a new folder")
     if args.vocab_size < 256:
-        raise UsageError(f"--vocab_size {args.vocab_size}: must be at least 256 (the single bytes)")
+        raise UsageError(f"--vocab_size {args.vocab_size}: must be at least 256 (one token per byte)")
     shape = TinyShape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TinyShape)})
     if shape.problems():
         raise UsageError(shape.problems())
@@ -68,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a file, or of all text and JSONL files under a folder.
+    """Yield the lines or messages of a file, or of all text and JSONL files under a folder.
 
-    The default system text precedes each record, as in training, so that it becomes few tokens.
+    As in training, the default system prompt precedes each record, so that it is tokenized into few tokens.
     """
     files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.jsonl")])
     if not files:
-        raise DataError("no text or JSONL file found", file=path)
+        raise DataError("no .txt or .jsonl file found", file=path)
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             if file.suffix != ".jsonl":

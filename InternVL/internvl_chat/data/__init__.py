@@ -1,1 +1,1 @@
-"""From the meta file to batches: records, tiles, labels, packs."""
+"""Data pipeline from the meta file to batches: records, tiles, labels and packs."""

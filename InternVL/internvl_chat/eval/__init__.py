@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints: losses, answers, benchmarks, scores and reports."""
+"""Evaluation of checkpoints: benchmarks, answers, losses, scores and reports."""

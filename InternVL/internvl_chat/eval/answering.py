@@ -1,4 +1,4 @@
-"""Answer the items of a benchmark; each answer is on disk as soon as it is complete."""
+"""Answer the items of a benchmark and write each answer to disk as soon as it is complete."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -17,7 +17,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# The rank with the longest answers may take days; if it dies, torchrun stops the others.
+# Ranks may finish days apart. If one dies, torchrun stops the others.
 _BARRIER_TIMEOUT = timedelta(days=7)
 
 
@@ -36,25 +36,27 @@ def answer_benchmark(
     progress: Callable[..., Iterable[Item]],
     on_bad_record: str = "fail",
 ) -> dict[Key, str]:
-    """Answer the items that have no answer yet; under torchrun each rank answers its shard.
+    """Answer the items that have no answer yet. Under torchrun, each rank answers its shard.
 
     Args:
         benchmark: the full benchmark.
-        selected: the part of it to answer.
-        system: system text of each task.
+        selected: the subset to answer.
+        system: task -> system prompt, or None for no system message.
         model: model folder, adapter folder or hub id.
-        base: base model of an adapter, if it has moved.
-        device: device of the model, or None for the default.
-        max_dynamic_patch: maximum tiles per item, or None for the limit of the checkpoint.
-        options: preprocessing options that replace the checkpoint's; None keeps one.
-        progress: progress bar around the answered items; receives `total`.
-        on_bad_record: `fail`, or `skip` to leave items unanswered that cannot be used, and log them.
+        out: output folder.
+        base: base model of an adapter, if it has been moved.
+        device: device of the model (default: GPU if available).
+        max_new_tokens: maximum tokens per answer.
+        max_dynamic_patch: maximum tiles per item (default: from the checkpoint).
+        options: preprocessing options; None keeps the checkpoint's value.
+        progress: wraps the answered items in a progress bar; called with `total`.
+        on_bad_record: `fail`, or `skip` to log unusable items and leave them unanswered.
 
     Returns:
-        On rank 0 all answers in the output folder, on other ranks nothing.
+        All answers in the output folder on rank 0, an empty dict on other ranks.
 
     Raises:
-        DataError: images cannot be read, or an item does not fit the model.
+        DataError: an item is unusable and `on_bad_record` is `fail`.
     """
     folder = model_folder(model).resolve()
     settings: dict[str, Any] = {
@@ -84,10 +86,10 @@ def answer_benchmark(
 
 
 def _check_images(items: Sequence[Item], *, skip: bool) -> list[Item]:
-    """Return the items whose images can be read, so that a damaged image does not stop a run after hours.
+    """Drop items with unreadable images before the run, so that a damaged image cannot stop it hours later.
 
     Raises:
-        DataError: images cannot be read, and their items are not skipped; lists all of them.
+        DataError: an image is unreadable and `skip` is False; the message lists all of them.
     """
     usable, problems = [], []
     for item in items:
@@ -98,9 +100,7 @@ def _check_images(items: Sequence[Item], *, skip: bool) -> list[Item]:
         else:
             usable.append(item)
     if problems and not skip:
-        raise_problems(
-            problems, ["replace these images, or evaluate without the items: --on_bad_record skip"]
-        )
+        raise_problems(problems, ["replace these images, or exclude the items with --on_bad_record skip"])
     if problems:
         logger.warning("%s", skipped_message(problems, len(items)))
     return usable
@@ -115,18 +115,18 @@ def answer_items(
     max_new_tokens: int,
     skip: bool = False,
 ) -> Iterator[Item]:
-    """Answer items greedily and log the answers; yields each item once its answer is on disk.
+    """Answer items with greedy decoding and yield each item once its answer is on disk.
 
     Args:
         engine: the model.
         items: items to answer.
-        system: system text of each task.
+        system: task -> system prompt, or None for no system message.
         log: receives the answers.
         max_new_tokens: maximum tokens per answer.
-        skip: whether to log and skip items that cannot be used.
+        skip: whether to log and skip unusable items.
 
     Raises:
-        DataError: an image cannot be read, or an item does not fit the model, unless it is skipped.
+        DataError: an item is unusable and `skip` is False.
     """
     options = engine.encoder.preprocessing.image_options
     asked: list[Item] = []
@@ -155,7 +155,7 @@ def _name(item: Item) -> str:
 
 
 def wait_for_all_ranks() -> None:
-    """Block until all ranks of torchrun have reached this call."""
+    """Block until all ranks have reached this call."""
     if world_size() == 1:
         return
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Exact match of greedy answers per dataset, and a test against chance on closed questions."""
+"""Exact match of greedy answers, and a significance test of the closed questions against chance."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer of a model to the last question of a record.
+    """Model answer to the last question of a record.
 
     Attributes:
         reference: last assistant message.
-        choices: permitted answers if the record lists them (`choices`), else empty.
+        choices: permitted answers (the record's `choices`); empty for open questions.
     """
 
     dataset: str
@@ -34,7 +34,7 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        """Whether the answer matches, up to case and surrounding white space."""
+        """Whether the answer equals the reference, ignoring case and surrounding whitespace."""
         return bool(exact_match(self.prediction, self.reference))
 
 
@@ -47,18 +47,18 @@ def answer_records(
     batch_size: int = 8,
     skipped: list[SkippedRecord] | None = None,
 ) -> Iterator[Answer]:
-    """Answer the last question of the first `limit` records of each dataset (default: all records).
+    """Answer the last question of each record.
 
     Args:
         engine: the model.
         sets: the datasets.
-        limit: number of records of each dataset; None for all.
+        limit: use the first `limit` records of each dataset (default: all).
         max_new_tokens: maximum tokens per answer.
         batch_size: number of records that are loaded together.
-        skipped: receives the records that cannot be used, which are logged; None to raise an error.
+        skipped: list that unusable records are appended to; None to fail instead.
 
     Raises:
-        DataError: a record cannot be used, and `skipped` is None.
+        DataError: a record is unusable and `skipped` is None.
     """
     for records in sets:
         indices = records.first(limit)
@@ -99,10 +99,9 @@ def _answer_batch(
 def score_dataset(
     name: str, answers: Iterable[Answer], skipped: Sequence[SkippedRecord] = ()
 ) -> dict[str, Any]:
-    """Return the JSON row of a dataset: exact match over all records and over the closed questions.
+    """Return the JSON row of a dataset: exact match on all records and on closed questions (with `choices`).
 
-    Fractions are None if there are no such records. Closed questions are those with `choices`. The row has
-    the number of skipped records if any dataset has some.
+    Exact match is None without records. The row contains `skipped` only if `skipped` is not empty.
     """
     answers = [answer for answer in answers if answer.dataset == name]
     closed = [answer for answer in answers if answer.choices]
@@ -122,7 +121,7 @@ def _accuracy(answers: Sequence[Answer]) -> float | None:
 
 @dataclass(frozen=True)
 class ChanceTest:
-    """Test of the accuracy on closed questions against chance.
+    """Significance test of the accuracy on closed questions against chance.
 
     Attributes:
         chance: expected accuracy of random guessing.
@@ -136,10 +135,10 @@ class ChanceTest:
 
 
 def compare_with_chance(answers: Iterable[Answer]) -> ChanceTest | None:
-    """Test the closed questions (those with `choices`) against chance; None if there are none.
+    """Test the accuracy on closed questions (with `choices`) against chance; None if there are none.
 
-    Chance is the mean of one over the number of choices. If that number varies, the binomial test with the
-    mean is conservative: the true variance is smaller.
+    Chance is the mean of 1 / number of choices. If the number of choices varies, the binomial test with this
+    mean is conservative, because the true variance is smaller.
     """
     closed = [answer for answer in answers if answer.choices]
     if not closed:

@@ -11,7 +11,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 @dataclass(frozen=True)
 class RecordLoss:
-    """Loss of one record; the fields are the JSON keys of `m3llm loss`.
+    """Loss of one record. The fields are the JSON keys of `m3llm loss`.
 
     Attributes:
         loss: mean cross-entropy over the supervised tokens.
@@ -30,9 +30,10 @@ def losses(
     """Yield the loss of each record in order.
 
     Args:
-        model: the model; it is set to evaluation mode.
+        model: the model, which is switched to evaluation mode.
+        sets: the datasets.
         normalization: pixel statistics, a key of `NORMALIZATIONS`.
-        limit: use the first `limit` records of each dataset, or all if None.
+        limit: use the first `limit` records of each dataset (default: all).
     """
     model.eval()
     for records in sets:

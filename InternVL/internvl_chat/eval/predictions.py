@@ -1,8 +1,8 @@
-"""Predictions on disk, written one by one so that an interrupted evaluation can continue.
+"""Predictions on disk, written one by one so that an interrupted evaluation can resume.
 
-Each rank appends to its own file: rank 0 to `predictions.jsonl`, rank n to `predictions.n.jsonl`. At the end
-all are merged into `predictions.jsonl` in the order of the benchmark. `evaluation.json` stores the settings
-that the answers depend on.
+Each rank appends to its own file: rank 0 to `predictions.jsonl`, rank n to `predictions.n.jsonl`. At the end,
+all files are merged into `predictions.jsonl` in benchmark order. `evaluation.json` stores the settings that
+the answers depend on.
 """
 
 import fcntl
@@ -23,22 +23,22 @@ from internvl_chat.utils.files import append_json_line, file_sha256, sha256, wri
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
-# Not compared: a checkpoint may move, its digest identifies it.
+# Not compared: a checkpoint may have moved; its digest identifies it.
 _INFORMATIONAL = ("model",)
-# Compared by task, because an evaluation may continue with other tasks.
+# Compared per task, because a later run may add tasks.
 _QUESTIONS = "questions"
 _MAX_INDICES_SHOWN = 5
 
 
 class PredictionLog:
-    """Append the predictions of one rank to its file, and know those of all ranks so far.
+    """Prediction file of one rank; `done` also contains the predictions of the other ranks so far.
 
     Args:
-        folder: folder of the evaluation, created if needed.
+        folder: output folder of the evaluation, created if needed.
         settings: settings that the answers depend on.
 
     Raises:
-        UsageError: the folder belongs to another evaluation, or another process is writing to it.
+        UsageError: the folder belongs to a different evaluation, or another process is writing to it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
@@ -71,9 +71,9 @@ def _row(item: Item, prediction: str) -> dict[str, Any]:
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a new evaluation, or compare them with those of the one to continue."""
+    """Write the settings of a new evaluation, or compare them with those in the folder when resuming."""
     file = folder / SETTINGS
-    # Before `is_file`: another rank may write the settings and its first answer in between.
+    # Must precede `is_file`: another rank may write the settings and its first answer in between.
     has_predictions = any(folder.glob("predictions*.jsonl"))
     if not file.is_file():
         if has_predictions:
@@ -95,10 +95,10 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise UsageError(
-            f"--out {folder}: contains the answers of another evaluation; choose another folder. "
+            f"--out {folder}: contains answers from a different evaluation; choose another folder. "
             f"{format_problems(differences)}"
         )
-    if now.keys() - earlier.keys():  # further tasks of the same benchmark
+    if now.keys() - earlier.keys():  # new tasks of the same benchmark
         write_json(file, {**previous, _QUESTIONS: earlier | now})
 
 
@@ -116,25 +116,25 @@ def _open_and_lock(file: Path) -> IO[bytes]:
 
 
 def read_predictions(folder: Path) -> dict[Key, dict[str, Any]]:
-    """Return the rows of the files of all ranks by item.
+    """Return the rows in the files of all ranks, keyed by item.
 
     Raises:
-        DataError: a line is not a prediction.
+        DataError: a line is not a valid prediction.
     """
     rows: dict[Key, dict[str, Any]] = {}
     for file in sorted(folder.glob("predictions*.jsonl")):
         for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-            if line.endswith(b"\n"):  # an incomplete line is still being written, or was interrupted
+            if line.endswith(b"\n"):  # skip a line that is still being written or was cut off
                 row = _parse_row(line, file, number)
                 rows[row["task"], row["index"]] = row
     return rows
 
 
 def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
-    """Merge the predictions of all ranks into one file in the order of the benchmark; returns them.
+    """Merge the predictions of all ranks into one file in benchmark order and return them.
 
     Raises:
-        DataError: a line is not a prediction.
+        DataError: a line is not a valid prediction.
     """
     rows = read_predictions(folder)
     write_json_lines(folder / PREDICTIONS, [rows[item.key] for item in order if item.key in rows])
@@ -146,17 +146,17 @@ def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
 def read_answers(
     file: Path, items: Sequence[Item], known: Sequence[Item], tasks: Collection[str] | None = None
 ) -> dict[Key, str]:
-    """Read answers that were generated elsewhere: JSONL with `task`, `index` (from 0) and `prediction`.
+    """Read answers that were generated elsewhere: JSONL with `task`, `index` (0-based) and `prediction`.
 
     Args:
-        file: JSONL file; it may also answer other items of the benchmark.
+        file: JSONL file; may also answer other items of the benchmark.
         items: items that need an answer.
         known: all items of the benchmark.
-        tasks: the tasks that were read; answers to other tasks are ignored. None if all were read.
+        tasks: tasks that were read; answers to other tasks are ignored (default: all tasks).
 
     Raises:
-        DataError: lines are invalid, or answers are missing, duplicate, unknown or to another question; lists
-            all problems.
+        DataError: a line is invalid, or an answer is missing, duplicate, or does not match an item; the
+            message lists all problems.
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -186,12 +186,12 @@ def read_answers(
 
 
 def _mismatch(row: Mapping[str, Any], item: Item | None) -> str | None:
-    """Return why a row does not answer an item, if so; rows need not have a question."""
+    """Return why a row does not answer an item, or None. The `question` of a row is optional."""
     if item is None:
         return "is not an item of the benchmark"
     question = row.get("question")
     if isinstance(question, str) and not item.problem and question != item.question:
-        return f"has another question than the benchmark: {question!r:.80}"
+        return f"has a different question from the benchmark: {question!r:.80}"
     return None
 
 
@@ -224,7 +224,7 @@ def _parse_row(line: bytes, file: Path, number: int) -> dict[str, Any]:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Return the SHA-256 of everything in a checkpoint that its answers depend on."""
+    """Return the SHA-256 of all checkpoint files that affect the answers."""
     digest = hashlib.sha256()
     adapter = folder / "adapter_model.safetensors"
     weights = [adapter] if adapter.is_file() else weight_files(folder)
@@ -238,7 +238,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def task_digests(items: Iterable[Item], system: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the digest of the items of each task; see `items_digest`."""
+    """Return the digest of each task's items; see `items_digest`."""
     by_task: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_task[item.task].append(item)
@@ -246,7 +246,7 @@ def task_digests(items: Iterable[Item], system: Mapping[str, str | None]) -> dic
 
 
 def items_digest(items: Iterable[Item], system: Mapping[str, str | None]) -> str:
-    """Return the SHA-256 of questions, image names, references and system texts."""
+    """Return the SHA-256 of the questions, image names, references and system prompts."""
     digest = hashlib.sha256()
     for item in items:
         content = [_row(item, ""), item.text, system[item.task]]

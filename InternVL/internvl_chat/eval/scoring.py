@@ -1,4 +1,4 @@
-"""Score predictions against references: metrics of each item, and of each task in percent."""
+"""Score predictions against references: per-item metrics, and per-task averages in percent."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +23,9 @@ class Scores:
     """Metrics of an evaluation.
 
     Attributes:
-        tasks: task -> `items` (their number) and metrics in percent, None if not computed; multiple-choice
-            tasks also have `unreadable`, the number of answers that select no option. `total` is the number
-            of items of the full task, if not all of them are scored.
+        tasks: task -> number of `items`, and metrics in percent (None if not computed). Multiple-choice tasks
+            have `unreadable`, the number of answers from which no option could be parsed. Partially scored
+            tasks have `total`, the number of items of the full task.
         items: item -> metric -> score from 0 to 1 (`cider` from 0 to 10).
     """
 
@@ -36,8 +36,8 @@ class Scores:
 def score(benchmark: Benchmark, answers: Mapping[Key, str], suite: Suite) -> Scores:
     """Score the answers to all items of a benchmark.
 
-    A task with multiple-choice items has accuracy (over all of its items, open ones by exact match) and macro
-    averages over the letters; any other task has the metrics of open answers, averaged over its items.
+    Tasks with multiple-choice items get accuracy over all items (exact match for open items) and macro
+    averages over the letters. All other tasks get the open-answer metrics, averaged over items.
     """
     groups: dict[str, list[Item]] = {task: [] for task in benchmark.tasks}
     for item in benchmark.items:
@@ -71,7 +71,7 @@ def _mean_percent(values: Sequence[float | None]) -> float | None:
 def _score_open(
     items: Sequence[Item], answers: Mapping[Key, str], suite: Suite
 ) -> dict[Key, dict[str, float]]:
-    """Return the scores of open answers; CIDEr uses the document frequencies of each task."""
+    """Return the scores of open answers; CIDEr document frequencies are computed per task."""
     predictions, references = [answers[i.key] for i in items], [i.reference for i in items]
     item_metrics: dict[str, Callable[[str, str], dict[str, float]]] = {
         "bleu": bleu,

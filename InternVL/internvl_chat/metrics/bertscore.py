@@ -1,4 +1,4 @@
-"""BERTScore: similarity of contextual token embeddings, computed with the package `bert-score`."""
+"""BERTScore: similarity of contextual token embeddings, computed by the `bert-score` package."""
 
 import json
 from collections.abc import Sequence
@@ -22,15 +22,16 @@ def bert_score(
     layer: int,
     device: str | None = None,
 ) -> list[float]:
-    """Return the F score of each answer, from -1 to 1; 0 if a text is empty.
+    """Return the F1 score of each answer (-1 to 1), or 0 if the answer or the reference is empty.
 
-    As in the published results, scores are neither rescaled by a baseline nor weighted by idf.
+    As in the published results, there is no baseline rescaling and no idf weighting.
 
     Args:
+        predictions: the answers.
         references: one reference per answer.
-        model: folder of an encoder in transformers' format.
-        layer: layer whose outputs are compared, see `select_layer`.
-        device: device of the encoder [GPU if available].
+        model: folder of an encoder in transformers format.
+        layer: layer whose outputs are compared; see `select_layer`.
+        device: device of the encoder (default: GPU if available).
 
     Raises:
         ModelError: the encoder cannot be loaded.
@@ -42,7 +43,7 @@ def bert_score(
         scorer = BERTScorer(model_type=str(model), **settings)
     except (OSError, ValueError, AssertionError) as error:
         raise ModelError(f"{model}: cannot be loaded for BERTScore: {error}") from error
-    # Tokenizers without a limit report 10**30, which fast tokenizers reject.
+    # Without a configured limit this is 10**30, which fast tokenizers reject.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, _max_length(scorer._model))
     pairs = zip(predictions, references, strict=True)
     nonempty = [i for i, texts in enumerate(pairs) if all(text.strip() for text in texts)]
@@ -55,7 +56,7 @@ def bert_score(
 
 
 def _max_length(model: Any) -> int:
-    """Return the maximum sequence length of an encoder; RoBERTa's positions start after the padding index."""
+    """Return the maximum sequence length of an encoder; RoBERTa positions start after the padding index."""
     length = getattr(model.config, "max_position_embeddings", 512)
     tables = (table for name, table in model.named_modules() if name.endswith("position_embeddings"))
     padding = getattr(next(tables, None), "padding_idx", None)
@@ -65,15 +66,15 @@ def _max_length(model: Any) -> int:
 def select_layer(name: str, model: Path) -> int:
     """Return the layer whose outputs BERTScore compares.
 
-    For models that BERTScore's authors tuned, recognised by the name of their folder, it is the best layer;
-    otherwise the layer at three quarters of the depth, where most of those are.
+    For models tuned by the BERTScore authors, identified by their folder name, this is the recommended layer.
+    For other models, it is the layer at three quarters of the depth, where most recommended layers are.
 
     Args:
         name: model name given by the user.
-        model: folder of the model.
+        model: model folder.
 
     Raises:
-        ModelError: the folder contains no usable encoder.
+        ModelError: the folder does not contain an encoder that bert-score can load.
     """
     from bert_score.utils import model2layers
 
@@ -82,15 +83,15 @@ def select_layer(name: str, model: Path) -> int:
         config = json.loads(file.read_text(encoding="utf-8"))
         layers = int(config.get("num_hidden_layers") or config.get("n_layers") or config["num_layers"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{file}: does not contain the number of layers, which BERTScore needs") from None
+        raise ModelError(f"{file}: does not contain the number of layers, which BERTScore requires") from None
     if "t5" in str(model) and config.get("model_type") not in _T5:
         raise ModelError(
-            f"{model}: bert-score takes any path that contains 't5' for a T5 model; rename or link the folder"
+            f"{model}: bert-score treats paths that contain 't5' as T5 models; rename or symlink the folder"
         )
     known = {full.rpartition("/")[2]: layer for full, layer in model2layers.items()}
     for part in (name.rpartition("/")[2], *reversed(model.resolve().parts)):
         if (layer := known.get(part.rpartition("--")[2])) is not None and layer <= layers:
             return layer
     layer = max(1, round(0.75 * layers))
-    logger.info("BERTScore uses layer %d of %d of %s", layer, layers, model)
+    logger.info("BERTScore: comparing layer %d/%d of %s", layer, layers, model)
     return layer

@@ -1,6 +1,6 @@
 """CIDEr-D (Vedantam et al., CVPR 2015): cosine similarity of tf-idf n-gram vectors, with a length penalty.
 
-The scores equal those of the COCO caption evaluation with one reference per answer.
+The scores match the COCO caption evaluation with one reference per answer.
 """
 
 import math
@@ -17,10 +17,11 @@ _SCALE = 10.0
 def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """Return the score of each answer, from 0 to 10.
 
-    The weight of an n-gram depends on how many references contain it, so a score depends on the entire set.
-    With a single reference all weights are 0, and so is the score.
+    Document frequencies are computed over `references`, so a score depends on the entire set. With a single
+    reference, all weights and the score are 0.
 
     Args:
+        predictions: the answers.
         references: one reference per answer.
     """
     expected = [_ngrams(tokenize(text)) for text in references]
@@ -28,7 +29,7 @@ def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     log_total = math.log(len(references)) if references else 0.0
 
     def vectors(counts: Counter) -> list[dict]:
-        """Return the tf-idf vector for each n-gram order."""
+        """Return one tf-idf vector per n-gram order."""
         orders: list[dict] = [{} for _ in range(_ORDERS)]
         for ngram, count in counts.items():
             orders[len(ngram) - 1][ngram] = count * (log_total - math.log(max(1, frequency[ngram])))
@@ -39,7 +40,7 @@ def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         answer = _ngrams(tokenize(text))
         pairs = zip(vectors(answer), vectors(reference), strict=True)
         similarity = sum(_clipped_cosine(*pair) for pair in pairs) / _ORDERS
-        # The original implementation measures length in bigrams.
+        # As in the original implementation, the length is the number of bigrams.
         difference = _num_bigrams(answer) - _num_bigrams(reference)
         scores.append(_SCALE * similarity * math.exp(-(difference**2) / (2 * _SIGMA**2)))
     return scores
@@ -55,7 +56,7 @@ def _num_bigrams(counts: Counter) -> int:
 
 
 def _clipped_cosine(answer: dict, reference: dict) -> float:
-    """Return the cosine similarity, with the answer's weights clipped to those of the reference."""
+    """Return the cosine similarity, with the weights of the answer clipped to those of the reference."""
     norms = math.sqrt(sum(v * v for v in answer.values()) * sum(v * v for v in reference.values()))
     if not norms:
         return 0.0

@@ -1,21 +1,21 @@
-"""Multiple choice: parse the chosen option from a free-text answer, and average the scores over the options.
+"""Multiple choice: parse the selected option from a free-text answer, and compute macro averages.
 
 Reasoning in `<think> … </think>` is ignored, and text after "wait" or "actually" takes precedence. The first
-of these rules that matches decides; if it matches several options, the answer counts as unreadable:
+matching rule decides; if it matches more than one option, the answer counts as unreadable:
 
 1. The answer is a letter, with any punctuation: `B`, `b.`, `(B)`, `**B**`.
-2. It is the text of an option, with or without its letter.
-3. It declares a letter: `the answer is B`, `Answer: (b)`, `\\boxed{B}`, `<answer>B</answer>`. The last
-   declaration counts.
-4. Lines start with a letter, all with the same one: `B. text`, `(b) text`, `B` and then reasons.
-5. It starts with the text of an option: `Yes, because …`.
-6. It calls a letter correct or chosen, or concludes with one: `option B`, `I choose B`, `B is correct`,
-   `Therefore, B.`.
-7. It contains the text of exactly one option; of options that contain each other, the longest counts. The
-   texts A and I must be in capitals.
+2. The answer is the text of an option, with or without its letter.
+3. The answer declares a letter: `the answer is B`, `Answer: (b)`, `\\boxed{B}`, `<answer>B</answer>`. The
+   last declaration counts.
+4. One or more lines start with the same letter: `B. text`, `(b) text`, `B, because …`.
+5. The answer starts with the text of an option: `Yes, because …`.
+6. The answer calls a letter correct or chosen, or concludes with a letter: `option B`, `I choose B`,
+   `B is correct`, `Therefore, B.`.
+7. The answer contains the text of exactly one option. If one option contains another, the longer one counts.
+   The option texts A and I must be uppercase.
 
-A letter always means the option with this letter, even if it is also the text of another option: rule 2 reads
-`D. A` as option D if A is the text of D.
+A letter always refers to the option with this letter, even if it is also the text of a different option. Rule
+2 parses `D. A` as option D if A is the text of D.
 
 From rule 3 on, negated clauses (`not A`, `A is incorrect`) and letters after a noun (`panel B`,
 `hepatitis B`) are ignored.
@@ -38,15 +38,16 @@ _NEGATION = re.compile(
     r"rather than|instead of)\b|n['’]t\b",
     re.IGNORECASE,
 )
-# Words that do not follow the article "a" or the pronoun "I".
+# Words after a capital A or I that show that it is an option letter, not an article or a pronoun.
 _NO_NOUN = r"(?:and|as|because|but|for|from|given|in|is|or|since|which|with)\b"
 
 
 def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
-    """Return the letter of the chosen option, or None if there is none or more than one.
+    """Return the letter of the selected option, or None if no option or more than one is selected.
 
     Args:
-        choices: texts of the options A, B, ..., at most 26.
+        answer: free-text answer.
+        choices: text of each option, at most 26.
     """
     if not choices:
         return None
@@ -60,7 +61,7 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _read(text: str, choices: Sequence[str]) -> str | None:
-    """Apply the rules to an answer without reasoning."""
+    """Apply the rules to an answer from which the reasoning was removed."""
     letters = ascii_uppercase[: len(choices)]
     for rule in (_whole_letter, _whole_text):
         matches = set(rule(text, letters, choices))
@@ -96,7 +97,7 @@ def _whole_text(text: str, letters: str, choices: Sequence[str]) -> Iterable[str
     ]
 
 
-# A lower-case letter must be marked as an option, so that "the answer is a tumour" does not match.
+# A lowercase letter must have brackets or punctuation, so that "the answer is a tumor" does not match.
 _LETTER = r"(?:\(\s*([{0}{1}])\s*\)|\[\s*([{0}{1}])\s*\]|([{0}])(?![\w'’])|([{1}])(?=\s*(?:[.):}}<*\"]|$)))"
 _SURE = r"(?:\s*\b(?:most\s+likely|likely|probably|clearly|definitely|certainly|therefore|thus|indeed)\b)*"
 _DECLARATION = re.compile(
@@ -153,7 +154,7 @@ def _chosen(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
     for match in re.finditer(rf"(?i:{before})(?:it\s+is\s+)?[*_\"']*{letter}[*_\"')]*", text):
         if not _is_article(match, text[match.start() :], match.end() - match.start()):
             named += [_letter(match), *_joined(text[match.end() :], letter)]
-    # These two patterns must not follow a noun.
+    # A noun must not precede these two patterns.
     connectives = "so|but|therefore|thus|hence"
     clause_start = rf"(?:^|[.;:,\n]|\b(?i:that|think|believe|only|{connectives})\b,?)\s*[*_\"'(]*"
     correct = r"[*_\"')]*\s+(?:is|seems|would be)\s+(?:the\s+)?(?:correct|right|best|most|true|answer|likely)"
@@ -165,9 +166,10 @@ def _chosen(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
 
 
 def _contained(text: str, affirmed: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
-    """Find option texts outside negated clauses; options that are negations themselves count anywhere.
+    """Find option texts outside negated clauses; options that contain a negation match anywhere.
 
-    The texts A and I (a blood group, a stage) must be in capitals, and no words of the sentence.
+    The option texts A and I (a blood group, a stage) match only as uppercase words that are not an article or
+    a pronoun.
     """
     contained = {}
     for letter, choice in zip(letters, choices, strict=True):
@@ -186,7 +188,7 @@ def _contained(text: str, affirmed: str, letters: str, choices: Sequence[str]) -
 
 
 def _contains_letter(text: str, capital: str) -> bool:
-    """Return whether a text contains a letter as a word of its own, A and I in capitals and no articles."""
+    """Return whether a letter is a separate word; A and I must be uppercase and not article or pronoun."""
     case = "" if capital in "AI" else "(?i)"
     article = rf"(?!\s+(?!{_NO_NOUN})[a-z])" if capital in "AI" else ""
     return bool(re.search(rf"{case}(?<![\w'’]){capital}(?![\w'’]){article}", text))
@@ -197,27 +199,27 @@ def _letter(match: re.Match) -> str:
 
 
 def _joined(rest: str, letter: str) -> list[str]:
-    """Return the letter that "and", "or", "," or "/" joins to a preceding one."""
+    """Return the letter that follows another one after "and", "or", ",", "/", "&" or "+", as a list."""
     match = re.match(rf"\W*(?:\b(?:and|or)\b|[,/&+])[\s*_\"']*(?:option\s+)?{letter}", rest)
     return [_letter(match)] if match else []
 
 
 def _is_article(match: re.Match, text: str, end: int | None = None) -> bool:
-    """Return whether a bare A or I is a word of the sentence: "A benign lesion", but not "A because"."""
+    """Return whether a bare A or I is an article or a pronoun: "A benign lesion", but not "A because"."""
     end = match.end() if end is None else end
     return match[3] in ("A", "I") and bool(re.match(rf"\s+(?!{_NO_NOUN})[a-z]", text[end:]))
 
 
 def _plain(text: str) -> str:
-    """Return a text in lower case, without punctuation."""
+    """Lowercase a text and remove punctuation."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
 
 
 def split_choices(question: str) -> tuple[str, ...]:
-    """Return the options that a question lists as `A. … B. …` (or `A)`, `A:`), at least A and B, or nothing.
+    """Return the options that a question lists as `A. … B. …` (or `A)`, `A:`), or () if fewer than two.
 
-    Options start a line (the first may also follow a colon or a question mark) or else follow any white
-    space. The letters must be in order, so that "C. elegans" within an option does not start a new one.
+    Options start on a new line (the first may also follow a colon or a question mark) or else after any
+    whitespace. The letters must be in order, so that "C. elegans" does not start an option.
     """
     for first, others in ((r"(?:^|\n|[:?])[ \t]*", r"\n[ \t]*"), (r"(?<!\S)", r"(?<!\S)")):
         marks: list[re.Match] = []
@@ -236,11 +238,11 @@ def split_choices(question: str) -> tuple[str, ...]:
 def macro_averages(expected: Sequence[str], predicted: Sequence[str | None]) -> dict[str, float]:
     """Return macro-averaged `f1`, `precision` and `recall` over all expected and predicted letters.
 
-    An unreadable answer misses the correct letter, but is no class of its own.
+    An unreadable answer counts as wrong, but is not a separate class.
 
     Args:
         expected: correct letters.
-        predicted: letters of the answers, None if unreadable.
+        predicted: letters of the answers; None if unreadable.
     """
     from sklearn.metrics import precision_recall_fscore_support
 

@@ -1,15 +1,15 @@
-"""Exact match, and F1, precision and recall of word sets."""
+"""Exact match, and word-overlap F1, precision and recall."""
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Return 1 if the texts are equal up to case and surrounding white space, else 0."""
+    """Return 1 if the strings match, ignoring case and surrounding whitespace, else 0."""
     return float(prediction.strip().lower() == reference.strip().lower())
 
 
 def word_overlap(prediction: str, reference: str) -> dict[str, float]:
-    """Return `f1`, `precision` and `recall` of the sets of lower-cased words, split at white space.
+    """Return `f1`, `precision` and `recall` of the sets of lowercase words, split at whitespace.
 
-    All are 0 if a text has no words.
+    All three are 0 if the sets are disjoint.
     """
     predicted, expected = set(prediction.lower().split()), set(reference.lower().split())
     common = len(predicted & expected)

@@ -1,4 +1,4 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L of single answers, computed with the package `rouge`."""
+"""Sentence-level ROUGE-1, ROUGE-2 and ROUGE-L, computed by the `rouge` package."""
 
 import sys
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ _NAMES = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL"}
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """Return the F scores `rouge1`, `rouge2` and `rougeL` of lower-cased texts.
+    """Return the case-insensitive F1 scores `rouge1`, `rouge2` and `rougeL`.
 
-    Texts of only white space and full stops, which the package rejects, score 0.
+    If a string contains only whitespace and periods, which the package rejects, all scores are 0.
     """
     from rouge import Rouge
 
@@ -24,7 +24,7 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 @contextmanager
 def _extra_recursion(words: int) -> Iterator[None]:
-    """Raise the recursion limit: the package recurses once for each word of a sentence."""
+    """Raise the recursion limit, because the package recurses once per word."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(limit + words)
     try:

@@ -1,4 +1,4 @@
-"""STS: semantic similarity of answer and reference, the cosine of their sentence embeddings."""
+"""STS: semantic similarity of answer and reference, as the cosine of their sentence embeddings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ def sentence_similarity(
     """Return the cosine similarity of each answer and its reference, from -1 to 1.
 
     Args:
-        predictions: the answers; empty ones are embedded, too.
+        predictions: the answers; empty answers are embedded as well.
         references: one reference per answer.
         model: folder of a sentence-transformers model.
-        device: device of the encoder [GPU if available].
+        device: device of the encoder (default: GPU if available).
 
     Raises:
         ModelError: the encoder cannot be loaded.

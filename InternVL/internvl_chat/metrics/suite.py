@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: their names, and the packages and models that they need."""
+"""Evaluation metrics: their names and the packages and models they require."""
 
 import importlib.util
 import textwrap
@@ -31,7 +31,7 @@ _PACKAGES = {
     "sts": "sentence_transformers",
     "macro": "sklearn",
 }
-# The same weights in formats that are not used here.
+# Weights in formats that are not used here.
 _IGNORED_FILES = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "*.tflite", "coreml/*"]
 
 
@@ -40,11 +40,11 @@ class Suite:
     """The metrics to compute.
 
     Attributes:
-        families: keys of `FAMILIES`; accuracy is always computed.
+        families: keys of `FAMILIES` (accuracy is always computed).
         bertscore_model: folder of the BERTScore encoder, if used.
         bertscore_layer: layer whose outputs BERTScore compares.
         sts_model: folder of the sentence encoder, if used.
-        device: device of both encoders [GPU if available].
+        device: device of both encoders (default: GPU if available).
     """
 
     families: frozenset[str]
@@ -62,17 +62,17 @@ def build_suite(
     sts_model: str | None = None,
     device: str | None = None,
 ) -> Suite:
-    """Resolve the packages and models of the metrics, before any question is answered.
+    """Check the packages and locate the models of the metrics, before any question is answered.
 
     Args:
-        requested: families to compute; None for all that are available.
-        has_open: whether there are open questions; otherwise the default is `macro` alone.
-        bertscore_model: folder or hub id; requests BERTScore.
-        sts_model: folder or hub id; requests STS.
+        requested: families to compute (default: all available).
+        has_open: whether there are open questions; if not, the default is only `macro`.
+        bertscore_model: folder or hub id of the encoder; if given, BERTScore is required.
+        sts_model: folder or hub id of the encoder; if given, STS is required.
         device: device of the encoders, or `auto`.
 
     Raises:
-        UsageError: requested metrics cannot be computed; lists all missing packages and models.
+        UsageError: a required metric is unavailable; the message lists all missing packages and models.
     """
     families = set(requested if requested is not None else FAMILIES if has_open else ("macro",))
     required = set(requested or ())
@@ -92,9 +92,9 @@ def build_suite(
                 layer = bertscore.select_layer(names[family], models[family])
         except ModelError as error:
             missing[family] = f"{error}; pass a local folder with --{family}_model"
-    refused = [f"{family}: {reason}" for family, reason in missing.items() if family in required]
-    if refused:
-        raise UsageError([f"{text}, or choose other metrics with --metrics" for text in refused])
+    unavailable = [f"{family}: {reason}" for family, reason in missing.items() if family in required]
+    if unavailable:
+        raise UsageError([f"{text}, or choose other metrics with --metrics" for text in unavailable])
     for family, reason in missing.items():
         logger.warning("%s is not computed: %s", family, reason)
     computed = frozenset((families | required) - missing.keys())
@@ -104,10 +104,10 @@ def build_suite(
 
 
 def _find_model(name: str) -> Path:
-    """Return the folder of an encoder; a hub id is downloaded.
+    """Return the folder of an encoder, downloading it if `name` is a hub id.
 
     Raises:
-        ModelError: the model is not available.
+        ModelError: the model is neither in a local folder nor on the hub.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():

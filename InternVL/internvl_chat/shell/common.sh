@@ -1,4 +1,4 @@
-# Shared by the launchers and scripts: paths, the Python environment, and torchrun.
+# Functions shared by the launchers and scripts: paths, Python environment, torchrun.
 # shellcheck shell=bash disable=SC2034
 
 SHELL_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -8,7 +8,7 @@ REPOSITORY=$(cd "$SOURCE_ROOT/.." && pwd)
 PYTHONS=(python3.12 python3.13 python3.11 python3 python)
 IS_INSTALLED=
 if [[ ! -f $REPOSITORY/pyproject.toml ]]; then
-  # Installed from a wheel: use the interpreter of the active environment, and write to the current folder.
+  # Installed from a wheel: use the active environment's interpreter and write to the current folder.
   IS_INSTALLED=1 REPOSITORY=$PWD PYTHONS=(python python3)
 fi
 
@@ -26,7 +26,7 @@ find_python() {
       return
     fi
   done
-  fail "needs Python 3.11 or newer; install it or set PYTHON"
+  fail "Python 3.11 or newer is required; install it or set PYTHON"
 }
 
 # Create or update .venv with the package and its dependencies. Sets PYTHON.
@@ -46,27 +46,27 @@ ensure_environment() {
   echo "$stamp" > "$venv/.m3llm"
 }
 
-# Check the launchers' environment variables. Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes and
-# restarts) and CPU_FLAGS (for the training script).
+# Validate the launchers' environment variables. Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes
+# and restarts) and CPU_FLAGS (for the training script).
 prepare_training() {
   local name records threads
   NPROC=${NPROC:-$GPUS} NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0}
   for name in GPUS NPROC BATCH_SIZE PER_DEVICE_BATCH_SIZE NNODES MAX_RESTARTS; do
-    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name must be a whole number, found '${!name}'"
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name must be a non-negative integer, found '${!name}'"
   done
   for name in BATCH_SIZE PER_DEVICE_BATCH_SIZE NNODES; do
     ((${!name} > 0)) || fail "$name must be at least 1"
   done
   NPROC=$((NPROC > 0 ? NPROC : 1))
-  ((GPUS == 0 || NPROC <= GPUS)) || fail "NPROC=$NPROC ranks need as many GPUs, but GPUS=$GPUS"
+  ((GPUS == 0 || NPROC <= GPUS)) || fail "NPROC=$NPROC exceeds GPUS=$GPUS; each rank needs its own GPU"
   records=$((NNODES * NPROC * PER_DEVICE_BATCH_SIZE))
-  ((BATCH_SIZE % records == 0)) || fail "BATCH_SIZE=$BATCH_SIZE cannot be divided by $NNODES node(s) x" \
+  ((BATCH_SIZE % records == 0)) || fail "BATCH_SIZE=$BATCH_SIZE must be divisible by $NNODES node(s) x" \
     "$NPROC rank(s) x PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE; change one of them"
   GRADIENT_ACC=$((BATCH_SIZE / records))
 
   TORCHRUN_FLAGS=(--max_restarts "$MAX_RESTARTS")
   if ((NNODES > 1)); then
-    [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$NNODES needs MASTER_ADDR, the address of the first machine"
+    [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$NNODES requires MASTER_ADDR, the address of the first node"
     TORCHRUN_FLAGS+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"
       --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-34229}")
   elif [[ -n ${MASTER_PORT:-} ]]; then

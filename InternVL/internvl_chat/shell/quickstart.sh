@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# End-to-end demo on synthetic data: a small random model, both launchers, merge, and an evaluation of every stage.
+# End-to-end demo on synthetic data: a small random model, both launchers, merging, and an evaluation of each stage.
 #
-#   bash quickstart.sh       needs Python 3.11+ and a package registry; no GPU, no weights; about 5 minutes on two
-#                            CPU cores, and the time to download and install 6 GB on the first run
+#   bash quickstart.sh       requires Python 3.11+ and a package registry; no GPU, no weights; about 5 minutes on two
+#                            CPU cores, plus the download and installation of 6 GB on the first run
 #
-# The full-model stage trains on all tasks but one, which the LoRA stage then teaches. A table and report.html compare
-# the models on held-out records.
+# The full-model stage trains on all tasks but one; the LoRA stage trains on all tasks. A table and report.html
+# compare the models on held-out records.
 #
 # Environment: WORK_DIR (default: work_dirs/quickstart in the repository) is deleted and created again.
 set -euo pipefail
@@ -20,11 +20,11 @@ m3llm() { PYTHONPATH=$SOURCE_ROOT "$PYTHON" -m internvl_chat.cli "$@"; }
 # Overrides of the recipe for a small model.
 small=(--force_image_size 112 --max_dynamic_patch 1 --grad_checkpoint False --logging_steps 50)
 
-step "1/7 set-up"
+step "1/7 setup"
 ensure_environment
 export PYTHON
 if [[ -e $WORK_DIR && ! -f $WORK_DIR/.quickstart ]]; then
-  fail "$WORK_DIR exists and is not an earlier quickstart; set WORK_DIR to another folder"
+  fail "$WORK_DIR exists and was not created by quickstart.sh; set WORK_DIR to a different folder"
 fi
 rm -rf "$WORK_DIR"
 mkdir -p "$WORK_DIR"
@@ -32,7 +32,7 @@ touch "$WORK_DIR/.quickstart"
 
 step "2/7 sample data: compound figures, questions and answers"
 m3llm sample-data "$WORK_DIR/data" --train 300 --held-out 40
-# One meta file per stage. There are few text-only records, so they are repeated; so is what the LoRA stage teaches.
+# One meta file per stage. Text-only records are repeated because there are few, and so is the withheld task.
 "$PYTHON" - "$WORK_DIR/data" "$WITHHELD" <<'PYTHON'
 import json, pathlib, sys
 
@@ -45,17 +45,17 @@ del meta[withheld]
 (folder / "train_full.json").write_text(json.dumps(meta, indent=2))
 PYTHON
 
-step "3/7 a small InternVL3 with random weights"
+step "3/7 a small InternVL3 model with random weights"
 m3llm tiny-model "$WORK_DIR/tiny" --text "$WORK_DIR/data/train"
 
-# More threads do not make a model this small faster; the other cores load the images.
+# More threads do not speed up such a small model; the other cores load images.
 export GPUS=0 REPORT_TO=none OMP_NUM_THREADS=1
-step "4/7 the full-model launcher, on all tasks but $WITHHELD"
+step "4/7 full-model launcher on all tasks except $WITHHELD"
 MODEL_PATH=$WORK_DIR/tiny META_PATH=$WORK_DIR/data/train_full.json OUTPUT_DIR=$WORK_DIR/full \
   BATCH_SIZE=8 PER_DEVICE_BATCH_SIZE=8 \
   bash "$LAUNCHERS/M3LLM-fulldata-fullmodel.sh" "${small[@]}" --learning_rate 2e-3 --num_train_epochs 3
 
-step "5/7 the LoRA launcher, on the result and on all tasks"
+step "5/7 LoRA launcher on all tasks, from the full-model result"
 MODEL_PATH=$WORK_DIR/full META_PATH=$WORK_DIR/data/train_lora.json OUTPUT_DIR=$WORK_DIR/lora \
   BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=16 \
   bash "$LAUNCHERS/M3LLM-fulldata-lora.sh" "${small[@]}" --learning_rate 3e-3 --num_train_epochs 1

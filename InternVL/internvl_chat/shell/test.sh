@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the linters, the type checker and the tests; needs no GPU, network or weights.
+# Run the linters, the type checker and the tests. No GPU or weights required.
 #
 #   bash test.sh             the fast tests
 #   bash test.sh -m slow     the slow tests (other arguments are passed to pytest)

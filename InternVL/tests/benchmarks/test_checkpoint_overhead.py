@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: its summary, and a small run."""
+"""The checkpoint benchmark: summary, and a small run."""
 
 import json
 import subprocess
@@ -9,13 +9,13 @@ from helpers import HANG_SECONDS, SOURCE_ROOT
 
 sys.path.insert(0, str(SOURCE_ROOT))
 
-from benchmarks.checkpoint_overhead import summarise
+from benchmarks.checkpoint_overhead import summarize
 
 
 def test_summary_of_steps_after_a_save() -> None:
-    """A save after every third step; the first two steps do not count."""
+    """A checkpoint is saved after every third step; the first two steps are warm-up."""
     seconds = [9.0, 5.0, 1.0, 1.5, 1.0, 1.0, 2.5, 1.0, 1.0]
-    row = summarise("background", seconds, every=3, warmup=2, size=2_000_000_000)
+    row = summarize("background", seconds, every=3, warmup=2, size=2_000_000_000)
     assert row.after_save_seconds == [1.5, 2.5]
     assert (row.median_seconds, row.checkpoint_gb) == (1.0, 2.0)
     assert row.ratio == pytest.approx(2.0) and row.worst_ratio == pytest.approx(2.5)

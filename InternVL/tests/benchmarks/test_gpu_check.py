@@ -1,4 +1,4 @@
-"""The acceptance run at small size on a CPU: its report, and the packages that it needs."""
+"""The acceptance run at small size on a CPU: report and required packages."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ from benchmarks.jobs import Result
 from benchmarks.presets.fast import PLAN
 
 SCRIPT = SOURCE_ROOT / "internvl_chat/shell/gpu_check.sh"
-# Packages that the acceptance run does not need.
+# Packages that the acceptance run does not require.
 UNNEEDED = ("bert_score", "deepspeed", "matplotlib", "nltk", "pandas", "pyarrow", "rouge", "scipy",
             "sentence_transformers", "sentencepiece", "sklearn", "wandb")  # fmt: skip
 
 
 @pytest.fixture
 def bare(tmp_path) -> dict[str, str]:
-    """Environment variables that make the unneeded packages unimportable."""
+    """Environment variables that prevent the import of packages that are not required."""
     folder = tmp_path / "site"
     folder.mkdir()
     code = f"import sys\nsys.modules.update(dict.fromkeys({UNNEEDED!r}))\n"
@@ -36,7 +36,7 @@ def bare(tmp_path) -> dict[str, str]:
 
 
 def check_script(out, environment, *flags):
-    """Run the script; returns its exit code, output and report."""
+    """Run the script and return its exit code, output and report."""
     result = subprocess.run(
         ["bash", str(SCRIPT), "--out", str(out), "--device", "cpu", *flags],
         capture_output=True, text=True, env=environment,
@@ -54,11 +54,11 @@ def test_help(capsys):
     assert "--child" not in text
 
 
-def test_unknown_items_are_refused(capsys):
+def test_unknown_items_are_rejected(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--items", "attention,sound"])
     assert end.value.code == 2
-    assert "--items: sound is unknown; choose from doctor,attention" in capsys.readouterr().err
+    assert "--items: unknown: sound; choose from doctor,attention" in capsys.readouterr().err
 
 
 def test_works_without_unneeded_packages(bare, tmp_path):
@@ -195,7 +195,7 @@ def test_killed_item_keeps_its_metrics(tmp_path):
 
 @pytest.fixture
 def fake_jobs(monkeypatch):
-    """Fake the jobs of a GPU with 80 GB: neither float32 masters nor the reference fit."""
+    """Fake the jobs on an 80 GB GPU, where neither float32 masters nor the reference fit in memory."""
     plan = {"parallel": "single", "checkpointed_layers": 4, "components": {"weights": 16e9}, "total": 64e9}
     refusal = (
         "TrainingError: the largest pack does not fit into memory\nmemory plan: 123 of 80\n"
@@ -220,7 +220,7 @@ def fake_jobs(monkeypatch):
     return ran
 
 
-def test_full_training_uses_the_most_exact_precision_that_fits(fake_jobs, tmp_path):
+def test_full_training_uses_the_highest_precision_that_fits(fake_jobs, tmp_path):
     check = Check("train-full", tmp_path, "8b", "cuda")
     check.run(training.train_full)
     result = read_result(tmp_path, "train-full")
@@ -239,7 +239,7 @@ def test_full_training_uses_the_most_exact_precision_that_fits(fake_jobs, tmp_pa
     assert "weight_precision bf16 8 records/s" in result["summary"]
 
 
-def test_dry_run_that_contradicts_its_plan_fails(monkeypatch, tmp_path):
+def test_dry_run_that_contradicts_the_plan_fails(monkeypatch, tmp_path):
     def run(job, script, number):
         raise RuntimeError("TrainingError: the largest pack does not fit: CUDA out of memory")
 

@@ -1,4 +1,4 @@
-"""The training benchmark at small size: equal work of all presets, and the report."""
+"""The training benchmark at small size: same work in all presets, and the report."""
 
 import dataclasses
 import json
@@ -96,7 +96,7 @@ def test_presets_do_the_same_work(cpu, flags, dtype, records, tmp_path, capsys):
     losses = written["same_work"]["first_loss"]
     shape = SHAPES["smoke"]
     terms = terms_of(weightless_model(shape)) + shape.vocabulary
-    # In float32 only the order of sums differs; a mean of losses has more precision than a bfloat16 loss.
+    # In float32, only the summation order differs; a mean of losses is more precise than a bfloat16 loss.
     tolerance = 1e-3 if dtype == "bfloat16" else rounding_bound(terms, torch.float32, 1)
     assert losses["fast"] == pytest.approx(losses["reference"], rel=tolerance)
     assert written["arguments"]["dtype"] == dtype
@@ -110,7 +110,7 @@ def test_presets_do_the_same_work(cpu, flags, dtype, records, tmp_path, capsys):
     assert table[1].split()[-1] == "1.00"
 
 
-def test_presets_that_do_different_work_are_an_error():
+def test_different_work_is_an_error():
     one = Result(seconds=1, records=2, tokens=100, flops=1, peak_flops=None, peak_memory=1, first_loss=7.0)
     check_same_work({"reference": one, "fast": dataclasses.replace(one, first_loss=7.005)})
     for change, message in (({"tokens": 101}, "of 101 tokens"), ({"first_loss": 7.1}, "a first loss of 7.1")):
@@ -132,7 +132,7 @@ def test_synthetic_records_have_the_published_counts(records, tmp_path):
     assert Workload.load(tmp_path / "workload.json") == workload
 
 
-def test_any_slice_has_the_mix_of_all_datasets(records):
+def test_any_slice_has_the_same_mix_of_datasets(records):
     taken = take_records(load_meta(records, data_root=Path.cwd()), 60)
     images = [len(record.get("image", [])) for record in taken]
     for start in range(0, 60, 12):
@@ -149,7 +149,7 @@ def test_flags_of_ablations_are_valid(ablation, tmp_path):
 
 
 def test_failing_ablation_is_reported_and_skipped(monkeypatch, capsys, tmp_path):
-    """Ablations that fail are skipped with exit code 1; a failing preset ends the run."""
+    """Failing ablations are skipped and the exit code is 1; a failing preset ends the run."""
     result = Result(
         seconds=1.0, records=2, tokens=9, flops=1.0, peak_flops=None, peak_memory=1, first_loss=3.0
     )
@@ -205,7 +205,7 @@ def test_table_without_a_reference():
 
 def test_tokenizer_with_too_many_tokens(tmp_path):
     small = dataclasses.replace(SHAPES["smoke"], vocabulary=8)
-    with pytest.raises(UsageError, match="tokens, but the model has 8"):
+    with pytest.raises(UsageError, match="exceeds the 8 of the model"):
         prepare_workload(tmp_path, small, records=1, max_dynamic_patch=1)
 
 
@@ -213,7 +213,7 @@ def test_missing_gpu(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         main(["--device", "cuda"])
-    assert "--device cuda: torch finds no GPU" in capsys.readouterr().err
+    assert "--device cuda: no GPU available" in capsys.readouterr().err
 
 
 def test_unknown_preset(capsys):

@@ -126,7 +126,7 @@ def test_training_script_that_cannot_be_imported(monkeypatch):
     assert "undefined symbol" in diagnosis.problems[0].what
 
 
-def test_a_failing_inspection_does_not_stop_the_others(quick, monkeypatch, tmp_path):
+def test_a_failing_check_does_not_stop_the_others(quick, monkeypatch, tmp_path):
     def fail(diagnosis):
         raise RuntimeError("driver is gone")
 

@@ -1,4 +1,4 @@
-"""The quickstart's comparison of the models: table, checks and example command."""
+"""Model comparison of the quickstart: table, checks and example command."""
 
 import itertools
 import shlex
@@ -18,7 +18,7 @@ QUESTIONS = 20
 
 
 def result(*, loss: float, correct: int, withheld_loss: float, withheld_correct: int) -> Result:
-    """Return a result with closed questions in each task but the text-only one."""
+    """Return a result with closed questions in all tasks except the text-only task."""
     losses, answers = [], []
     for name in TITLES:
         value, right = (withheld_loss, withheld_correct) if name == WITHHELD else (loss, correct)
@@ -53,9 +53,9 @@ def test_stages_that_learned_pass():
 @pytest.mark.parametrize(
     ("full", "lora", "message"),
     [
-        ({"loss": 6.0}, {}, "full-model stage: the held-out loss of its tasks went from 7.000 to 6.000"),
+        ({"loss": 6.0}, {}, "full-model stage: held-out loss of its tasks: 7.000 before, 6.000 after"),
         ({"loss": float("nan")}, {}, "full-model stage: the held-out loss"),
-        ({}, {"withheld_loss": 7.0}, "LoRA stage: the held-out loss of its tasks went from 8.000 to 7.000"),
+        ({}, {"withheld_loss": 7.0}, "LoRA stage: held-out loss of its tasks: 8.000 before, 7.000 after"),
         ({}, {"correct": 5, "withheld_correct": 6}, "accuracy on closed questions after both stages"),
     ],
 )

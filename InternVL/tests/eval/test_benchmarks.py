@@ -1,4 +1,4 @@
-"""Readers of benchmark files: questions, images, references, and rejected input."""
+"""Benchmark readers: questions, images, references, and rejected input."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from small_sets import noise, write_lines
 
 from internvl_chat.data.sources.image_content import ImageOptions
 from internvl_chat.data.sources.records import Message
-from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
 from internvl_chat.eval.benchmarks.item import Figure, Item, log_lost_content
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
 from internvl_chat.eval.benchmarks.omnimed import short_modality
@@ -49,7 +49,7 @@ def test_published_files(published, shared):
 
 
 def test_prompts_match_the_training_data(published, shared):
-    """Training records with the same questions have the same messages and images."""
+    """Compare the messages and images with training records of the same questions."""
     compared = 0
     for task, name in TRAINING.items():
         records = map(json.loads, (shared / f"pmc_mi/jsonl/{name}.jsonl").read_text().splitlines())
@@ -109,14 +109,14 @@ def test_letter_without_options_is_an_open_answer(folder):
     ("record", "message"),
     [
         ([], "must be a JSON object, found list"),
-        (item(gt=3), "string under 'gt'"),
-        (item(question=" "), "string under 'question'"),
+        (item(gt=3), "string for 'gt'"),
+        (item(question=" "), "string for 'question'"),
         (item(images=["none.png"]), "the image none.png is not in"),
         (item(images="a.png", image_indices=[]), "1 'images', but 0 'image_indices'"),
         (item(images=[1]), "'images' must be a list of non-empty strings"),
-        (item(question="<image> what?"), "its images precede it"),
+        (item(question="<image> what?"), "its images are inserted before it"),
         (item(question="<IMG_CONTEXT>?"), "reserved token"),
-        (item(question=OPTIONS, gt="D"), "the correct answer 'D' is none of the 3 options"),
+        (item(question=OPTIONS, gt="D"), "the correct answer 'D' is not one of the 3 options"),
     ],
 )
 def test_invalid_item(folder, record, message):
@@ -147,7 +147,7 @@ def test_selection(published):
     ("name", "data", "message"),
     [
         ("pmcmi", None, "did you mean pmc-mi"),
-        ("pmc-mi", None, "needs --data"),
+        ("pmc-mi", None, "requires --data"),
         ("pmc-mi", "none", "no such file or folder"),
         (".", ".", "remove --data"),
     ],
@@ -160,7 +160,7 @@ def test_unknown_or_missing_benchmark(tmp_path, monkeypatch, name, data, message
 
 @pytest.fixture
 def questions(folder):
-    """Write a file of questions with options; returns a function that reads it."""
+    """Return a function that writes questions with options to a file and reads them."""
 
     def read(*rows: tuple, **options):
         lines = [{"question": "Which?", "choices": list(c), "answer": a} for c, a in rows]
@@ -175,16 +175,16 @@ DENSITY, BLOOD = ("D", "C", "B", "A"), ("A", "B", "AB", "O")
 @pytest.mark.parametrize(
     ("rows", "letters"),
     [
-        ([(DENSITY, "A"), (("Yes", "No"), "No")], "DB"),  # all other answers are texts
+        ([(DENSITY, "A"), (("Yes", "No"), "No")], "DB"),  # all other answers are option text
         ([(DENSITY, "A"), (("Yes", "No"), "b")], "AB"),  # all other answers are letters
-        ([(BLOOD, "A"), (BLOOD, "O")], "AD"),  # both readings are the same option
+        ([(BLOOD, "A"), (BLOOD, "O")], "AD"),  # both interpretations are the same option
         ([(DENSITY, "D. A"), (DENSITY, "(B) C")], "DB"),
         ([(("One", "Two"), "B. Two"), (("One", "Two"), "A.")], "BA"),
         ([(("1", "2", "3"), "2")], "B"),
         ([(("A. Yes", "B. No"), "B. No"), (("A) Yes", "B) No"), "A")], "BA"),
     ],
 )
-def test_answers_as_letters_or_texts(questions, rows, letters):
+def test_answers_as_letters_or_text(questions, rows, letters):
     items = questions(*rows).items
     assert "".join(item.reference for item in items) == letters
 
@@ -192,14 +192,14 @@ def test_answers_as_letters_or_texts(questions, rows, letters):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([(DENSITY, "A")], "'A' is ambiguous: it is the letter of option A, and the text of option D"),
+        ([(DENSITY, "A")], "'A' is ambiguous: it is the letter of option A and the text of option D"),
         ([(DENSITY, "A"), (("Yes", "No"), "No"), (("Yes", "No"), "A")], 'for example "D. A"'),
         ([(DENSITY, "D. B")], "none of the 4 options"),
-        ([(("2", "1", "0"), 2)], "an option's text or its index, counted from 0"),
-        ([(("B. Yes", "A. No"), "A")], "begin with the letters B, A; list them in the order of the alphabet"),
+        ([(("2", "1", "0"), 2)], "the text of one option and the 0-based index of a different one"),
+        ([(("B. Yes", "A. No"), "A")], "begin with the letters B, A; list them in alphabetical order"),
     ],
 )
-def test_ambiguous_answers_are_refused(questions, rows, message):
+def test_ambiguous_answers_are_rejected(questions, rows, message):
     with pytest.raises(DataError) as caught:
         questions(*rows)
     assert message in str(caught.value) and "set.jsonl, line 1: " in str(caught.value)
@@ -214,14 +214,17 @@ def test_options_keep_their_text_without_their_letter(questions):
 
 def test_options_that_look_like_letters_are_reported(questions, caplog):
     questions((DENSITY, "D. A"), (BLOOD, "O"))
-    assert "1 item with an option whose text is another option's letter (for example set 0)" in caplog.text
+    assert (
+        "1 item with an option whose text is the letter of a different option (for example set 0)"
+        in caplog.text
+    )
     caplog.clear()
     questions((BLOOD, "O"))
     assert not caplog.records
 
 
 def omnimed(folder: Path, *changes: dict) -> Path:
-    """Write questions of OmniMedVQA; None removes a key."""
+    """Write OmniMedVQA questions; None removes a key."""
     options = {"option_A": "CT", "option_B": "MR", "option_C": "X-Ray"}
     one = {
         "question": "Which?",
@@ -236,11 +239,11 @@ def omnimed(folder: Path, *changes: dict) -> Path:
 
 
 BAD = {
-    "non-empty string under 'modality_type'": {"modality_type": None},
+    "non-empty string for 'modality_type'": {"modality_type": None},
     "the image images/none.png is not in": {"image_path": "images/none.png"},
-    "the correct answer 'CT.' is none of the 3 options": {"gt_answer": "CT."},
-    "non-empty string under 'gt_answer', like other items of its task": {"gt_answer": None},
-    "non-empty string under 'question'": {"question": 3},
+    "the correct answer 'CT.' is not one of the 3 options": {"gt_answer": "CT."},
+    "non-empty string for 'gt_answer', because other items of the task have one": {"gt_answer": None},
+    "non-empty string for 'question'": {"question": 3},
 }
 
 
@@ -259,11 +262,11 @@ def test_bad_items_can_be_skipped_by_name(folder, caplog, message):
 
 
 def test_nothing_left_after_skipping(folder):
-    with pytest.raises(DataError, match="no item can be used"):
+    with pytest.raises(DataError, match="no usable items"):
         open_benchmark("omnimedvqa", omnimed(folder, {"question": ""}), on_bad_record="skip")
 
 
-def test_texts_of_omnimed_are_never_letters(folder):
+def test_omnimed_answers_are_never_letters(folder):
     options = dict(zip(("option_A", "option_B", "option_C", "option_D"), DENSITY, strict=True))
     [item] = open_benchmark("omnimedvqa", omnimed(folder, {**options, "gt_answer": "A"})).items
     assert item.reference == "D" and item.is_correct("D. A")
@@ -278,7 +281,7 @@ def test_images_are_not_needed_to_score_answers(folder):
     assert len(open_benchmark("vqa", file, images=False).items) == 1
 
 
-def test_only_the_tasks_asked_for_are_read(folder, tmp_path):
+def test_only_the_requested_tasks_are_read(folder, tmp_path):
     data = omnimed(folder, {}, {"modality_type": "MR", "image_path": "images/none.png"})
     benchmark = open_benchmark("omnimedvqa", data, tasks=["CT"])
     assert benchmark.tasks == ("CT",) and not benchmark.excluded
@@ -289,14 +292,14 @@ def test_only_the_tasks_asked_for_are_read(folder, tmp_path):
     assert custom.tasks == ("puretext",)
     prompts = folder / "prompts.yaml"
     prompts.write_text("own: Look.\npuretext: Read.")
-    assert system_texts(custom, prompts) == {"puretext": "Read."}
+    assert system_prompts(custom, prompts) == {"puretext": "Read."}
     for name, location, known in (
         ("omnimedvqa", data, "CT, MR"),
         ("pmc-mi", folder, ", ".join(FILES)),
         (str(folder), None, "own, puretext"),
         ("mmmu-med", folder, ", ".join(SUBJECTS)),
     ):
-        with pytest.raises(UsageError, match=f"--tasks none: .* has {known}"):
+        with pytest.raises(UsageError, match=f"--tasks none: unknown; .* are {known}"):
             open_benchmark(name, location, tasks=["none"])
 
 
@@ -306,17 +309,15 @@ def test_items_without_references(folder):
         {"question": "Which?", "choices": ["A", "B"], "answer": None, "task": "choice"},
     ]
     benchmark = open_benchmark("vqa", write_lines(folder / "set.jsonl", rows))
-    assert [item.reference for item in benchmark.items] == ["", ""] and not benchmark.labelled.items
+    assert [item.reference for item in benchmark.items] == ["", ""] and not benchmark.labeled.items
     assert benchmark.items[1].text == "Which?\nA. A\nB. B"
-    with pytest.raises(
-        DataError, match=r"line 2: an item needs a non-empty string under 'answer', like other"
-    ):
+    with pytest.raises(DataError, match=r"line 2: expected a non-empty string for 'answer', because other"):
         open_benchmark("vqa", write_lines(folder / "set.jsonl", [{**rows[0], "answer": "a"}, rows[0]]))
     assert not open_benchmark("omnimedvqa", omnimed(folder, {"gt_answer": None})).items[0].reference
     custom = {key: value for key, value in item(question=OPTIONS).items() if key != "gt"}
     write(folder, [custom])
     (folder / "set.jsonl").unlink()
-    assert not open_benchmark(str(folder), None).labelled.items
+    assert not open_benchmark(str(folder), None).labeled.items
 
 
 def test_omnimed(folder):
@@ -413,7 +414,7 @@ def test_problems_in_a_single_line_file_have_object_numbers(folder):
     with pytest.raises(DataError) as caught:
         open_benchmark("vqa", file)
     for number in (1, 3):
-        assert f"{file}, line 1: object {number} of the file: an item needs a non-empty string" in str(
+        assert f"{file}, line 1: object {number} of the file: expected a non-empty string" in str(
             caught.value
         )
     assert "object 2" not in str(caught.value)
@@ -445,7 +446,7 @@ def test_vqa(folder):
     ]
     assert benchmark.items[4].reference == "B"
     write_lines(file, [{"question": "Which?", "answer": "A", "choices": [str(n) for n in range(27)]}])
-    with pytest.raises(DataError, match="27 options, more than the 26 letters"):
+    with pytest.raises(DataError, match="27 options; at most 26"):
         open_benchmark("vqa", file)
     write_lines(file, [{"question": "Is <image>?", "answer": "no"}])
     with pytest.raises(DataError, match=r"line 1: 1 <image> in the question, but 0 images"):
@@ -459,15 +460,15 @@ def test_corrupt_image(tmp_path):
             figure.decode()
 
 
-def test_system_texts(folder, published):
-    texts = system_texts(published)
+def test_system_prompts(folder, published):
+    texts = system_prompts(published)
     assert len(set(texts.values())) == 6 and all(texts.values())
     own = folder / "prompts.yaml"
     own.write_text("puretext: Be brief.\npmc-mi: >-\n  Look\n  closely.\n")
-    assert system_texts(published, own)["puretext"] == "Be brief."
-    assert system_texts(published, own)["bboxVQA"] == "Look closely."
+    assert system_prompts(published, own)["puretext"] == "Be brief."
+    assert system_prompts(published, own)["bboxVQA"] == "Look closely."
     own.write_text('{"puretext": "Be brief."}')
-    assert system_texts(published, own)["bboxVQA"] is None
+    assert system_prompts(published, own)["bboxVQA"] is None
 
 
 @pytest.mark.parametrize(
@@ -480,11 +481,11 @@ def test_system_texts(folder, published):
         (None, "cannot be read as YAML"),
     ],
 )
-def test_invalid_system_texts(tmp_path, published, content, message):
+def test_invalid_system_prompts(tmp_path, published, content, message):
     if content:
         (tmp_path / "prompts.yaml").write_text(content)
     with pytest.raises(DataError, match=message):
-        system_texts(published, tmp_path / "prompts.yaml")
+        system_prompts(published, tmp_path / "prompts.yaml")
 
 
 def test_correct_answers():
@@ -494,7 +495,7 @@ def test_correct_answers():
 
 
 def test_mixed_task_is_split(folder):
-    """Otherwise open answers would have no metrics except accuracy."""
+    """Open answers in a multiple-choice task would have no metrics except accuracy."""
     rows = [
         {"question": "Which?", "answer": "A", "choices": ["One", "Two"]},
         {"question": "How many?", "answer": 3},
@@ -506,7 +507,7 @@ def test_mixed_task_is_split(folder):
     ]  # fmt: skip
 
 
-def test_error_of_a_corrupt_image_names_its_item(folder):
+def test_error_of_a_corrupt_image_contains_its_item(folder):
     (folder / "images/truncated.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
     file = write_lines(
         folder / "set.jsonl", [{"question": "?", "answer": "no", "image": "images/truncated.jpg"}]
@@ -518,7 +519,7 @@ def test_error_of_a_corrupt_image_names_its_item(folder):
     assert str(caught.value).count("truncated.jpg") == 1
 
 
-class TestImagesThatAreNotRead:
+class TestUnsupportedImages:
     @pytest.mark.parametrize(
         ("values", "message"),
         [

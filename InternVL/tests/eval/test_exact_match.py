@@ -1,4 +1,4 @@
-"""Exact match: prompts, correct answers, and the test against chance."""
+"""Exact match: prompts, correctness, and the significance test against chance."""
 
 import json
 from collections.abc import Sequence
@@ -139,7 +139,7 @@ def test_real_engine(sets: list[RecordSet], encoder: RecordEncoder, tmp_path: Pa
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged"])
-def test_error_of_an_unreadable_image_names_the_record(
+def test_error_of_an_unreadable_image_contains_the_record(
     sets: list[RecordSet], tmp_path: Path, fault: str
 ) -> None:
     (tmp_path / "1.png").unlink()
@@ -165,7 +165,7 @@ def test_chance_with_equal_numbers_of_choices(right: int, questions: int, choice
     found = compare_with_chance(answers_of([(i < right, choices) for i in range(questions)]))
     assert (found.questions, found.correct) == (questions, right)
     assert found.chance == pytest.approx(1 / choices)
-    # P(X >= right) by the binomial distribution's terms.
+    # P(X >= right), summed from the terms of the binomial distribution.
     expected = sum(binom.pmf(k, questions, 1 / choices) for k in range(right, questions + 1))
     assert found.p_value == pytest.approx(expected, abs=1e-12)
 

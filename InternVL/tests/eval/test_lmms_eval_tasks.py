@@ -1,4 +1,4 @@
-"""lmms-eval tasks: prompts, and metrics equal to those of `m3llm eval`."""
+"""lmms-eval tasks: prompts, and metrics that match `m3llm eval`."""
 
 import fnmatch
 import json
@@ -13,7 +13,7 @@ from encoders import write_bert, write_sentence_encoder
 from small_sets import noise
 
 from internvl_chat.eval import lmms_eval_tasks
-from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.eval.lmms_eval_tasks import functions
 from internvl_chat.eval.scoring import score
@@ -28,7 +28,7 @@ CHOICE_ANSWERS = ["A.", "The answer is A", "I cannot say"]
 
 
 class Loader(yaml.SafeLoader):
-    """YAML loader that resolves `!function module.name` like lmms-eval."""
+    """YAML loader that resolves `!function module.name` as lmms-eval does."""
 
 
 def import_named(loader, node):
@@ -47,7 +47,7 @@ def read(file: Path) -> dict:
 
 @pytest.fixture
 def configs() -> dict[str, dict]:
-    """Task configurations by the task name in `m3llm eval`."""
+    """Task configurations, keyed by the task name in `m3llm eval`."""
     read_all = [read(file) for file in sorted(FOLDER.glob("*.yaml")) if file != TEMPLATE]
     return {config["dataset_name"]: config for config in read_all if isinstance(config.get("task"), str)}
 
@@ -61,7 +61,7 @@ def encoders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def suite(encoders, monkeypatch):
-    """All metrics, with random encoders."""
+    """Suite of all metrics, with random encoders."""
     monkeypatch.setenv(functions.BERTSCORE_MODEL, encoders["bertscore_model"])
     monkeypatch.setenv(functions.STS_MODEL, encoders["sts_model"])
     functions._suite.cache_clear()
@@ -75,7 +75,7 @@ def record(reference: str, **values) -> dict:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """The six files, with three questions each and two images per question (none for text-only QA)."""
+    """Folder of the six files, with three questions each and two images per question (text-only QA: none)."""
     (tmp_path / "images").mkdir()
     for name in ("a.png", "b.png"):
         noise(30, 20).save(tmp_path / "images" / name)
@@ -95,7 +95,7 @@ def answers_to(task: str) -> list[str]:
 
 
 def evaluate(config: dict, documents: list[dict], answers: list[str]) -> dict[str, float]:
-    """Aggregate results like lmms-eval."""
+    """Aggregate the results as lmms-eval does."""
     rows = [config["process_results"](doc, [answer]) for doc, answer in zip(documents, answers, strict=True)]
     metrics = {}
     for metric in config["metric_list"]:
@@ -131,7 +131,7 @@ def test_task_files_are_packaged():
 
 def test_prompts(data):
     benchmark = open_benchmark("pmc-mi", data)
-    system = system_texts(benchmark)
+    system = system_prompts(benchmark)
     for task in FILES:
         documents = functions.read_documents(task, data)
         items = [item for item in benchmark.items if item.task == task]
@@ -152,7 +152,7 @@ def test_prompts(data):
             assert [image.tobytes() for image in urls] == [image.tobytes() for image in shown]
 
 
-def test_metrics_equal_those_of_m3llm_eval(configs, data, suite):
+def test_metrics_match_m3llm_eval(configs, data, suite):
     benchmark = open_benchmark("pmc-mi", data)
     answers = {item.key: answers_to(item.task)[item.index] for item in benchmark.items}
     expected = score(benchmark, answers, suite).tasks
@@ -190,7 +190,7 @@ def test_custom_folder(configs, tmp_path, suite):
 
 
 class Loaded(list):
-    """Dataset that lmms-eval has loaded."""
+    """Stand-in for the dataset that lmms-eval loads."""
 
     config_name = "bboxVQA"
     from_list = classmethod(lambda cls, rows: cls(rows))
@@ -199,7 +199,7 @@ class Loaded(list):
 def test_folder_from_the_environment(data, monkeypatch):
     documents = functions.process_docs(Loaded())
     assert isinstance(documents, Loaded) and documents == functions.read_documents("bboxVQA", data)
-    with pytest.raises(UsageError, match=r"--tasks organs: .* has compoundVQA, "):
+    with pytest.raises(UsageError, match=r"--tasks organs: unknown; the tasks of .* are compoundVQA, "):
         functions.read_documents("organs", data)
     monkeypatch.setenv(functions.DATA, str(data / "none"))
     with pytest.raises(UsageError, match="no such file or folder"):

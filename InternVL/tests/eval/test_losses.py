@@ -1,4 +1,4 @@
-"""Loss of each record, compared with an independent log-softmax over ids, labels and pixels."""
+"""Loss of each record, compared with an independent computation from token ids, labels and pixels."""
 
 import json
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def sets(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> list[RecordSet]:
 def expected_loss(
     model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, record: dict, folder: Path
 ) -> tuple[float, int]:
-    """Return the mean of -log p over the assistant messages and their ends, and the number of tokens."""
+    """Return the mean -log p over the assistant messages with their end tokens, and the token count."""
     messages: Sequence[tuple[str, str]] = record["conversations"]
     if messages[0][0] != "system":
         messages = [("system", SYSTEM), *messages]
@@ -155,7 +155,7 @@ def test_model_is_in_evaluation_mode_without_gradients(
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_error_names_the_unusable_record(
+def test_error_contains_the_unusable_record(
     model: InternVLChatModel, sets: list[RecordSet], tmp_path: Path
 ) -> None:
     (tmp_path / "1.png").unlink()

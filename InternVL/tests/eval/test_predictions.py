@@ -73,7 +73,7 @@ def test_merge_of_ranks_in_benchmark_order(tmp_path):
     assert merge_predictions(tmp_path, ITEMS) == answers
 
 
-def test_settings_of_another_evaluation_are_rejected(tmp_path):
+def test_settings_of_a_different_evaluation_are_rejected(tmp_path):
     with PredictionLog(tmp_path, SETTINGS):
         pass
     with pytest.raises(UsageError) as error:
@@ -138,11 +138,13 @@ def test_external_answers_to_other_tasks_and_questions(tmp_path):
     assert len(read_answers(file, ITEMS[:3], ITEMS[:3], ["one"])) == 3
     rows[1]["question"] = "What 2?"
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match=r"line 2: one 1 has another question than the benchmark: 'What 2\?'"):
+    with pytest.raises(
+        DataError, match=r"line 2: one 1 has a different question from the benchmark: 'What 2\?'"
+    ):
         read_answers(file, ITEMS, ITEMS)
 
 
-def test_further_tasks_of_the_same_evaluation(tmp_path):
+def test_new_tasks_of_the_same_evaluation(tmp_path):
     one, two = task_digests(ITEMS[:3], {"one": None}), task_digests(ITEMS[3:], {"two": None})
     for questions in (one, two, one | two):
         with PredictionLog(tmp_path, {**SETTINGS, "questions": questions}):

@@ -1,4 +1,4 @@
-"""Report of an evaluation: metrics, tables, plots and HTML page."""
+"""Evaluation report: metrics, tables, plots and HTML page."""
 
 import json
 from html.parser import HTMLParser
@@ -52,7 +52,7 @@ def test_other_benchmarks_have_no_published_rows():
     assert "M3LLM-8B" not in text and "| CT | 50 | 3 | 12.3 | 12.3 | 12.3 | 12.3 |" in text
 
 
-def test_part_of_a_task_is_marked_beside_published_rows():
+def test_partial_task_is_marked_next_to_published_rows():
     some = tasks()
     some["puretext"] |= {"items": 5, "total": 50}
     lines = markdown(some, benchmark="pmc-mi", model="run").splitlines()
@@ -104,7 +104,7 @@ def test_radar_axes():
 
 
 def bars(axes) -> list[tuple[float, str, float]]:
-    """Return the bars of a panel from top to bottom, with color and number of the label at their end."""
+    """Return the bars of a panel from top to bottom: their color and the number on their label."""
     texts = {round(text.get_position()[1], 3): float(text.get_text()) for text in axes.texts}
     return [
         (round(bar.get_width(), 1), to_hex(bar.get_facecolor()), texts[round(bar.get_y() + 0.45, 3)])
@@ -115,7 +115,7 @@ def bars(axes) -> list[tuple[float, str, float]]:
 class TestBars:
     GRAY, AMBER, BLUE = (color.lower() for color in (GRAY, AMBER, BLUE))
 
-    def test_published_bars_stand_beside_ours(self):
+    def test_published_bars_are_next_to_ours(self):
         axes = bar_figure(tasks(), benchmark="pmc-mi", model="run").axes[0]
         assert axes.get_title("left") == "multi-image VQA (50 items)"
         assert [label.get_text() for label in axes.get_yticklabels()] == [
@@ -147,7 +147,7 @@ class TestBars:
         for number, box in enumerate(boxes):
             assert box.count_overlaps(boxes[number + 1 :]) == 0
 
-    def test_legend_names_the_models(self):
+    def test_legend_lists_the_models(self):
         [legend] = bar_figure(tasks(), benchmark="pmc-mi", model="_run$").legends
         names = [text.get_text().strip() for text in legend.get_texts()]
         assert names == ["InternVL3-8B (published)", "M3LLM-8B (published)", r"_run\$"]
@@ -176,7 +176,7 @@ class TestBars:
         axes = bar_figure({"puretext": some["puretext"]}, benchmark="pmc-mi", model="run").axes[0]
         assert "BERTScore" not in [label.get_text() for label in axes.get_yticklabels()]
         [axes] = bar_figure({"own": tasks(None)["puretext"]}, benchmark="own", model="run").axes
-        assert axes.texts[0].get_text() == "no metric was computed"
+        assert axes.texts[0].get_text() == "no metrics computed"
 
 
 def test_radar_shows_our_and_the_published_values():
@@ -200,7 +200,7 @@ def test_radar_labels_are_inside_the_picture():
 
 
 class Page(HTMLParser):
-    """Tags, links and text of a page."""
+    """Parser that collects the tags, links and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def test_page_shows_every_item_without_scripts(evaluated):
         for text in (item.question, item.reference, answers[item.key], f"{item.task} {item.index}"):
             assert text in page.text
     assert f"BLEU@1 {scores.items[benchmark.items[0].key]['bleu1']:.3f}" in page.text
-    assert "(read as B)" in page.text
+    assert "(parsed as B)" in page.text
 
 
 def test_page_shows_the_first_items_of_a_large_task(evaluated, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Scores of items and tasks: metrics, means, missing metrics, and their log messages."""
+"""Scores of items and tasks: metrics, means, and unavailable metrics with their log messages."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def test_open_answers():
             values = [metric(answer, reference)[name] for t, answer, reference in OPEN if t == task]
             assert scores.tasks[task][name] == pytest.approx(100 * sum(values) / 2, abs=1e-9)
     assert scores.tasks["b"]["em"] == 50 and scores.items["b", 0]["em"] == 1
-    # Document frequencies come from the references of the task.
+    # Document frequencies are computed from the references of the task.
     expected = cider(["the left lobe of the lung", "nothing of the kind"], ["the left lobe", "a small mass"])
     assert [scores.items["a", n]["cider"] for n in range(2)] == pytest.approx(expected)
     assert scores.tasks["a"]["cider"] == pytest.approx(50 * sum(expected))
@@ -123,10 +123,10 @@ def no_hub(monkeypatch):
     """Make the hub unreachable."""
     import huggingface_hub
 
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
 
 
 def test_unavailable_metrics_are_logged_by_default(no_hub, caplog):

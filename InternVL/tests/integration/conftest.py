@@ -8,7 +8,7 @@ from helpers import RECIPES, flags
 
 @pytest.fixture(scope="module")
 def augmented(sample_data, tmp_path_factory):
-    """The sample data with random augmentation, so that randomness in the dataloader matters."""
+    """Meta file of the sample data with random augmentation, to test the random state of the dataloader."""
     meta = json.loads((sample_data / "train.json").read_text())
     for entry in meta.values():
         entry["data_augment"] = True
@@ -19,7 +19,7 @@ def augmented(sample_data, tmp_path_factory):
 
 @pytest.fixture
 def small_run(tiny_model, augmented):
-    """The command line of a small run, with changes."""
+    """Return a function that builds the command line of a small run, with changes."""
 
     def make(folder, recipe="full", **values) -> list[str]:
         common = {

@@ -18,7 +18,7 @@ MESSAGES = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value
 
 @pytest.fixture
 def start(tiny_model, sample_data, tmp_path):
-    """Run a training of one step with changes; returns the exit code and the output folder."""
+    """Return a function that trains one step with changes and returns the exit code and the output folder."""
 
     def run(**changes):
         values = {
@@ -35,7 +35,7 @@ def start(tiny_model, sample_data, tmp_path):
 
 @pytest.fixture
 def one_set(sample_data, tmp_path):
-    """Write a meta file of one dataset with the given lines."""
+    """Return a function that writes a dataset with the given lines and its meta file."""
 
     def write(*lines, **entry):
         annotation = tmp_path / "records.jsonl"
@@ -125,7 +125,7 @@ NAN_MODEL = f"1 weight is not finite: {NORM} (1 NaN in 48 values)"
 
 @pytest.fixture
 def damaged_model(tiny_model, tmp_path):
-    """The small model with one NaN, as in a checkpoint that was damaged or that overflowed."""
+    """The small model with one NaN weight, as after an overflow or file corruption."""
     folder = tmp_path / "damaged"
     shutil.copytree(tiny_model, folder)
     weights = load_file(folder / "model.safetensors")
@@ -169,7 +169,7 @@ def test_non_finite_weights_are_refused_by_training(start, damaged_model, capfd,
 
 
 def test_non_finite_weights_in_the_transformers_format(tiny_model, sample_data, tmp_path, capsys):
-    """Parity runs this format with transformers, which does not look at the values."""
+    """Parity loads this format with transformers, which does not check the values."""
     assert m3llm(["export", str(tiny_model), str(tmp_path / "hf"), "--check", "False"]) == 0
     file = tmp_path / "hf/model.safetensors"
     weights = load_file(file)

@@ -1,4 +1,4 @@
-"""`m3llm eval --bench`: answers, prompts, resume, several ranks, errors."""
+"""`m3llm eval --bench`: answers, prompts, resume, multiple ranks, errors."""
 
 import json
 import os
@@ -27,7 +27,7 @@ FAST = ("--metrics", "bleu,rouge,overlap,cider,macro", "--max_new_tokens", "6", 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Path:
-    """A benchmark of 7 open questions and 4 of multiple choice, with figures."""
+    """A benchmark of 7 open and 4 multiple-choice questions with figures."""
     folder = tmp_path_factory.mktemp("bench") / "own"
     (folder / "images").mkdir(parents=True)
     for name, size in (("a.png", (60, 60)), ("b.png", (130, 60))):
@@ -104,7 +104,7 @@ def test_interrupted_evaluation_continues(complete, bench, tiny_model, tmp_path,
     assert m3llm(argv(bench, tiny_model, tmp_path / "out")) == 0
     for name in ("predictions.jsonl", "metrics.json", "report.html"):
         assert (tmp_path / "out" / name).read_bytes() == (complete / name).read_bytes()
-    monkeypatch.setattr(Engine, "from_checkpoint", None)  # everything is answered: the model is not loaded
+    monkeypatch.setattr(Engine, "from_checkpoint", None)  # all items are answered, so the model is not loaded
     assert m3llm(argv(bench, tiny_model, tmp_path / "out")) == 0
 
 
@@ -155,7 +155,7 @@ def test_external_answers(complete, bench, tmp_path, capfd):
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
     assert "exact match" in capfd.readouterr().out
     assert m3llm([*command, "--out", str(complete)]) == 2
-    assert "contains another evaluation; choose another folder" in capfd.readouterr().err
+    assert "contains a different evaluation; choose another folder" in capfd.readouterr().err
     assert json.loads((complete / "metrics.json").read_text()) == metrics
 
 
@@ -194,7 +194,7 @@ def test_prompts(bench, tiny_model, tmp_path, monkeypatch):
 
 
 def test_pmc_mi_bench(shared, tmp_path, capfd):
-    """The published tasks with the small model and the built-in system texts."""
+    """Evaluate the small model on the published tasks with the built-in system prompts."""
     tiny = shared / "conformance/tiny"
     more = ("--data", str(shared / "pmc_mi"), "--limit", "2")
     assert m3llm(argv(Path("pmc-mi"), tiny, tmp_path, *more)) == 0
@@ -211,11 +211,11 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "messages"),
     [
-        ((), ["give META", "--bench"]),
+        ((), ["META (a meta file) or --bench (a benchmark) is required"]),
         (("meta.json",), ["--model is required"]),
         (
             ("meta.json", "--model", "x", "--out", "o", "--tasks", "a"),
-            ["--out needs --bench", "--tasks needs --bench"],
+            ["--out requires --bench", "--tasks requires --bench"],
         ),
         (
             ("meta.json", "--bench", "b", "--require-above-chance", "0.1", "--metrics", "blue"),
@@ -225,7 +225,7 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
                 "are mutually exclusive",
                 "--require-above-chance",
                 "give either --model",
-                "--metrics blue: unknown; choose from bleu",
+                "--metrics blue: unknown; the choices are bleu",
             ],
         ),
         (("--bench", "b", "--model", "x"), ["--out DIR is required"]),
@@ -236,7 +236,7 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
         ),
         (
             ("--bench", "BENCH", "--model", "x", "--out", "o", "--tasks", "none"),
-            ["--tasks none: own has choice, open"],
+            ["--tasks none: unknown; the tasks of own are choice, open"],
         ),
         (
             ("--bench", "BENCH", "--model", "x", "--out", "o", "--bertscore_model", "/none"),
@@ -254,7 +254,7 @@ def test_invalid_command_lines(bench, more, messages, capfd, tmp_path, monkeypat
 
 @pytest.fixture
 def damaged(bench, tmp_path) -> Path:
-    """A benchmark with an item without an image, and one whose image is truncated."""
+    """A benchmark with a missing image and a truncated image."""
     folder = shutil.copytree(bench, tmp_path / "damaged")
     content = (folder / "images/b.png").read_bytes()
     (folder / "images/b.png").write_bytes(content[: len(content) // 2])
@@ -289,7 +289,7 @@ def test_bad_items_are_skipped_and_counted(damaged, complete, tiny_model, tmp_pa
     assert [(row["items"], row["total"]) for row in rows[1:]] == [(3, 4), (5, 7)]
     answers = tmp_path / "out/predictions.jsonl"
     scored = ("eval", "--bench", str(damaged), "--predictions", str(answers), *FAST[:2], "--tasks", "choice")
-    assert m3llm([*scored, *skip]) == 1  # its image is not needed, so that its answer is missing
+    assert m3llm([*scored, *skip]) == 1  # scoring does not need the image: an answer is missing
     assert "choice has no answer for index 1" in capfd.readouterr().err
 
 
@@ -312,7 +312,7 @@ def test_answers_without_references(bench, complete, tiny_model, tmp_path, capfd
     (folder / "open.json").write_text(json.dumps([{k: v for k, v in i.items() if k != "gt"} for i in items]))
     assert m3llm(argv(folder, tiny_model, tmp_path / "one", "--tasks", "open")) == 0
     captured = capfd.readouterr()
-    assert "7 answers without a reference, not scored" in captured.err and not captured.out
+    assert "7 answers not scored (no reference)" in captured.err and not captured.out
     expected = {row["index"]: row["prediction"] for row in lines(complete) if row["task"] == "open"}
     assert {row["index"]: row["prediction"] for row in lines(tmp_path / "one")} == expected
     assert not (tmp_path / "one/metrics.json").exists()
@@ -341,7 +341,7 @@ def test_answers_are_scored_without_the_images(bench, complete, tmp_path):
 
 
 def test_ambiguous_answer_is_refused(tmp_path, capfd):
-    """The reference is an option's text and another option's letter; with both it is clear."""
+    """The reference is the text of one option and the letter of a different one; both together are clear."""
     item = {"question": "Which density?", "choices": ["D", "C", "B", "A"], "answer": "A"}
     data, said = tmp_path / "density.jsonl", tmp_path / "said.jsonl"
     said.write_text(json.dumps({"task": "density", "index": 0, "prediction": "D. A"}))

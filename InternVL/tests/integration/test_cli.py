@@ -32,7 +32,7 @@ COMMANDS = [
 
 @pytest.fixture
 def rows(capfd):
-    """Run a command with --json; returns its exit code and the objects it printed."""
+    """Return a function that runs a command with --json and returns the exit code and the printed objects."""
 
     def run(*argv):
         capfd.readouterr()

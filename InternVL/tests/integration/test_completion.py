@@ -1,4 +1,4 @@
-"""Shell completion of `m3llm`: subcommands, flags and their values, without loading torch."""
+"""Shell completion of `m3llm`: subcommands, flags and values, without importing torch."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ pytest.importorskip("argcomplete")
 
 
 def complete(line: str, tmp_path, *, before: str = "") -> set[str]:
-    """Return what the shell offers at the end of a line; `before` is code to run first."""
+    """Return the completions at the end of a command line; `before` is code to run first."""
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE_ROOT), os.environ.get("PYTHONPATH", "")]),
         "_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)),

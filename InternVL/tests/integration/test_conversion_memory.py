@@ -1,4 +1,4 @@
-"""The memory that merging and exporting take depends on the size of a shard, not on their number."""
+"""The peak memory of merge and export depends on the shard size, not on the number of shards."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from internvl_chat.model.io.weights import write_weights
 from internvl_chat.model.tiny import TinyShape
 
 SHARD = 24 << 20
-# In a process of its own: what it held at most, in bytes, beside what the libraries take.
+# Run in a separate process: prints the peak memory in bytes, without the memory of the libraries.
 CHILD = """
 import json, sys, threading, time
 from pathlib import Path
@@ -46,7 +46,7 @@ print(json.dumps(most - before))
 
 
 def write_large(folder: Path, tiny_model: Path, layers: int) -> Path:
-    """A model of many layers, wrapped in LoRA as the reference writes it, in shards of SHARD bytes."""
+    """Write a LoRA-wrapped model with many layers in the reference format, in shards of SHARD bytes."""
     vocabulary = len(json.loads((tiny_model / "vocab.json").read_text())) + 12
     shape = TinyShape(
         image_size=56,

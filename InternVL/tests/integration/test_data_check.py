@@ -24,7 +24,7 @@ SIX = (
 
 @pytest.fixture
 def rows(capfd):
-    """Run a command with --json; returns its exit code and the objects it printed."""
+    """Return a function that runs a command with --json and returns the exit code and the printed objects."""
 
     def run(*argv):
         capfd.readouterr()
@@ -36,7 +36,7 @@ def rows(capfd):
 
 @pytest.fixture
 def shown(capfd):
-    """Run a command; returns its exit code, standard output and standard error."""
+    """Return a function that runs a command and returns its exit code, stdout and stderr."""
 
     def run(*argv):
         capfd.readouterr()
@@ -48,9 +48,9 @@ def shown(capfd):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a dataset with some images, and its meta file.
+    """Return a function that writes a dataset with images and its meta file.
 
-    `truncated.jpg` lacks its end; `broken.png` has an error that only decoding finds.
+    `truncated.jpg` lacks its end; the error in `broken.png` is detected only by decoding.
     """
     (tmp_path / "images").mkdir()
     noise(300, 100).save(tmp_path / "images/broken.png")
@@ -82,7 +82,7 @@ class TestInspect:
         meta = write(text_record(0, system="0123456789" * 9), draft, text_record(2))
         _, found = rows("data", "inspect", meta, "--model", tiny_model)
         own_system, draft, plain = found
-        assert own_system["num_tokens"] > plain["num_tokens"]  # longer than InternVL's own system text
+        assert own_system["num_tokens"] > plain["num_tokens"]  # longer than InternVL's default system prompt
         assert draft["supervised"] == plain["supervised"] == ["a cat<|im_end|>"]
 
     def test_warnings_of_each_kind_once(self, shown, write, tiny_model):
@@ -230,7 +230,7 @@ class TestCommand:
         monkeypatch.setattr(RecordSet, "check", lambda *_, **__: pytest.fail("looked at records"))
         code, out, err = shown("data", "check", write(text_record(0)), "--report", tmp_path / path)
         assert (code, out) == (2, "")
-        assert f"--report {tmp_path / path}: a file is in the way; choose another folder" in err
+        assert f"--report {tmp_path / path}: the path or one of its parents is a file" in err
         assert (tmp_path / "taken").read_text() == "a file"
 
     def test_without_a_model_tokens_are_not_counted(self, shown, rows, write):
@@ -254,7 +254,7 @@ class TestCommand:
     def test_token_limits_need_a_model(self, shown, write, limit):
         code, out, err = shown("data", "check", write(text_record(0)), *limit)
         assert (code, out) == (2, "")
-        assert "--max_seq_length and --truncate_text need --model: its tokenizer counts the tokens" in err
+        assert "--max_seq_length and --truncate_text require --model, whose tokenizer" in err
 
     def test_user_errors(self, shown, write, tmp_path, tiny_model):
         for argv, message in (
@@ -300,7 +300,7 @@ class TestCommand:
         assert rows("data", "check", "--against", *files, meta) == expected
         for command in (("data", "check"), ("data", "check", "--against", bench)):
             code, _, error = shown(*command)
-            assert code == 2 and "META is required" in error
+            assert code == 2 and "META (the meta file to check) is required" in error
 
     def test_benchmark_files_that_are_not_compared(self, shown, rows, write, tmp_path):
         (tmp_path / "bench").mkdir()
@@ -360,7 +360,7 @@ class TestRealFigures:
         assert all(row["leaks"].get("same image") == 25 for row in found[:-1] if row["dataset"] != "puretext")
 
     def test_contamination_by_one_task(self, rows, shared, tmp_path):
-        """The benchmark of one task matches its own images only."""
+        """The benchmark of a task matches only the images of that task."""
         task = "single_subimage"
         items = json.loads((shared / "pmc_mi/benchmark/single_subimageVQA_benchmark.json").read_text())
         names = {name for item in items for name in item["images"]}
@@ -392,7 +392,7 @@ class TestRealFigures:
 class TestTraining:
     @pytest.fixture
     def start(self, tiny_model, tmp_path, capfd):
-        """Train for two steps; returns the exit code, standard error, and the output folder."""
+        """Return a function that trains two steps and returns the exit code, stderr and the output folder."""
 
         def start(meta, **changes):
             values = {"model_name_or_path": tiny_model, "meta_path": meta, "output_dir": tmp_path / "out",
@@ -406,7 +406,7 @@ class TestTraining:
 
     @pytest.fixture
     def loaded(self, monkeypatch):
-        """Whether weights were read."""
+        """List that is empty if no weights were read."""
         calls, load = [], internvl_chat_finetune.load_for_training
         monkeypatch.setattr(
             internvl_chat_finetune, "load_for_training", lambda plan: (calls.append(plan), load(plan))[1]
@@ -498,7 +498,7 @@ class TestTraining:
         assert "records.jsonl, line 2 (record 'r1'): the image" in err
 
     def test_training_uses_the_index_of_the_check(self, start, write, rows, tiny_model, monkeypatch):
-        """Training with the same settings uses the index of `m3llm data check`."""
+        """Training with the same settings reuses the index of `m3llm data check`."""
         meta = write(*[shows(i, "wide.png") for i in range(3)])
         argv = ("data", "check", meta, "--model", tiny_model, "--max_dynamic_patch", 6)
         assert rows(*argv)[0] == 0

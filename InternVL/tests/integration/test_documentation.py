@@ -1,4 +1,4 @@
-"""Every command in the documentation works, with small stand-ins for weights and data."""
+"""Every command in the documentation works, with small replacements for the weights and data."""
 
 import json
 import os
@@ -18,14 +18,13 @@ from internvl_chat.train.internvl_chat_finetune import main as train
 
 REPOSITORY = SOURCE_ROOT.parent
 DOCS = REPOSITORY / "InternVL/docs"
-# The commands of the benchmarks have tests of their own.
+# The benchmark commands have separate tests.
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "full_training_data/README.md", SOURCE_ROOT / "README.md",
          *sorted(DOCS.glob("*.md"))]  # fmt: skip
 CPU = "--use_cpu True --bf16 False"
 SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1"
 
-# Run elsewhere: quickstart and acceptance run as slow tests, this command by whoever runs the tests, and what
-# test.sh does.
+# Not run here: quickstart and acceptance run have slow tests; the others set up or test the repository.
 ELSEWHERE = (
     "bash InternVL/internvl_chat/shell/quickstart.sh",
     "bash InternVL/internvl_chat/shell/gpu_check.sh --out work_dirs/gpu_check",
@@ -65,7 +64,7 @@ def test_there_are_commands():
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, tiny_model, sample_data):
-    """A folder that looks like the repository of a user who has trained."""
+    """A folder that resembles the repository after a training run."""
     folder = tmp_path_factory.mktemp("stage")
     (folder / "InternVL").symlink_to(SOURCE_ROOT)
     figure = next((sample_data / "images").glob("*_fig1.jpg"))
@@ -106,7 +105,7 @@ def stage(tmp_path_factory, tiny_model, sample_data):
 
 
 def write_small_benchmark(folder, figure):
-    """Write one item of each task, as PMC-MI-Bench is published."""
+    """Write one item per task in the layout of PMC-MI-Bench."""
     (folder / "images").mkdir(parents=True)
     (folder / "images/figure.jpg").write_bytes(figure.read_bytes())
     item = {
@@ -119,7 +118,7 @@ def write_small_benchmark(folder, figure):
         (folder / name).write_text(json.dumps([item]))
 
 
-# What is made small, or goes elsewhere, in a documented command: pattern, and what takes its place.
+# Replacements that make a documented command small or redirect its output: pattern -> replacement.
 STAND_INS = (
     (r"/models/InternVL3-8B", "{model}"),
     (r"InternVL/internvl_chat/shell/data/PMC-data\.json", "{meta}"),
@@ -168,7 +167,7 @@ def test_command(command, stage, tiny_model, sample_data, tmp_path):
 
 @pytest.mark.slow
 def test_quickstart(tmp_path):
-    """The whole quickstart, in an environment that is there already."""
+    """Run the entire quickstart in an existing environment."""
     environment = {**os.environ, "WORK_DIR": str(tmp_path / "quickstart")}
     command = ["bash", str(SOURCE_ROOT / "internvl_chat/shell/quickstart.sh")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG_SECONDS)

@@ -1,4 +1,4 @@
-"""Export compared with the classes of transformers, and conversion back, on real records and many shapes."""
+"""Export compared with transformers' classes, and conversion back, on real records and many model shapes."""
 
 import json
 import shutil
@@ -104,7 +104,7 @@ def test_greedy_answers_match(shared, exported, transformers_parts) -> None:
         )
         tiles = {"max_patches": max(1, 12 // len(images))}
         inputs = processor(text=text, images=images, images_kwargs=tiles, return_tensors="pt")
-        # The end of an answer comes from the exported generation settings.
+        # The stop token comes from the exported generation settings.
         ids = theirs.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
         assert processor.decode(ids, skip_special_tokens=True).strip() == ours
 
@@ -194,7 +194,7 @@ def test_bfloat16_round_trip(tiny_model, tmp_path) -> None:
 
 
 def test_conversion_of_a_folder_saved_by_transformers(exported, shared, tmp_path) -> None:
-    """The folder lacks the original files and has other weights."""
+    """The folder does not contain the original files and has different weights."""
     model = AutoModelForImageTextToText.from_pretrained(exported)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)

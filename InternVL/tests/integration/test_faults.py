@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or short of disk space resume exactly or report the problem."""
+"""Runs that are stopped or killed, or run out of disk space, resume exactly or report the problem."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def same_run(one, other, metrics):
 
 
 class Launched:
-    """The launcher, running a longer training."""
+    """A launcher process with a longer training run."""
 
     def __init__(self, tiny_model, sample_data, folder, world_size, **environment):
         variables = {
@@ -86,14 +86,14 @@ class Launched:
         return [one for one in children if "internvl_chat.train.distributed.launch" not in one.cmdline()]
 
     def end(self):
-        """Wait for the end; return exit code and output."""
+        """Wait for the end of the launcher; return its exit code and output."""
         output, _ = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, output
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model, sample_data, tmp_path_factory):
-    """Finished runs by world size."""
+    """Return a function that returns the finished run of a world size."""
 
     @functools.cache
     def get(world_size):
@@ -107,7 +107,7 @@ def uninterrupted(tiny_model, sample_data, tmp_path_factory):
 
 @pytest.fixture
 def launch(tiny_model, sample_data, tmp_path):
-    """Start the launcher, always with the same output folder."""
+    """Return a function that starts the launcher, always with the same output folder."""
     # Tests started in the background inherit an ignored SIGINT.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -120,7 +120,7 @@ def launch(tiny_model, sample_data, tmp_path):
 
 @pytest.fixture
 def ends_uninterrupted(uninterrupted, metrics):
-    """Wait for the end of a run, compare it with an uninterrupted one, and return its output."""
+    """Return a function that waits for a run, compares it with an uninterrupted one, returns its output."""
 
     def wait(run, world_size):
         code, output = run.end()
@@ -160,7 +160,7 @@ def test_signal_saves_and_the_same_command_resumes(
 
 @pytest.mark.slow
 def test_a_signal_to_every_process_of_the_job(launch, ends_uninterrupted):
-    """As SLURM sends it: also to the dataloader workers and to ranks that get it from the launcher."""
+    """As in SLURM, dataloader workers are signaled too, and ranks twice: the launcher forwards the signal."""
     run = launch(2)
     run.wait_for_step(2)
     for process in psutil.Process(run.process.pid).children(recursive=True):
@@ -173,9 +173,9 @@ def test_a_signal_to_every_process_of_the_job(launch, ends_uninterrupted):
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_worker_is_restarted(launch, ends_uninterrupted, world_size):
-    """torchrun restarts it, and the run resumes from the newest checkpoint."""
+    """torchrun restarts the rank, and the run resumes from the newest checkpoint."""
     run = launch(world_size, MAX_RESTARTS="2")
-    run.wait_until((run.folder / "checkpoint-5").is_dir)  # it is written in the background
+    run.wait_until((run.folder / "checkpoint-5").is_dir)  # the checkpoint is written in the background
     run.trainers()[-1].kill()
     output = ends_uninterrupted(run, world_size)
     assert re.search(rf"resuming from {run.folder}/checkpoint-(5|10)$", output, re.M)
@@ -271,7 +271,7 @@ def test_no_new_run_if_all_checkpoints_are_damaged(tiny_model, sample_data, tmp_
 def test_training_continues_on_a_full_disk(
     finished_run, tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch
 ):
-    """The disk is full only for the second checkpoint."""
+    """The disk is full only while the second checkpoint is written."""
     out = tmp_path / "out"
     original, calls = checkpoint_writer.save_model, []
 
@@ -292,7 +292,7 @@ def test_training_continues_on_a_full_disk(
 
 
 def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
-    """Files are limited to less than the model's size: no checkpoint is complete, but all steps run."""
+    """The file size limit is below the model size: no checkpoint is complete, but all steps run."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "internvl_chat.train.internvl_chat_finetune"]
     command += map(str, arguments(tiny_model, sample_data, out))
@@ -355,7 +355,7 @@ def test_unwritable_log_does_not_stop_the_run(launch, tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_missing_image_ends_a_launched_run(tiny_model, sample_data, tmp_path, world_size):
-    """A dataloader worker must not delay the end."""
+    """A dataloader worker must not delay the exit."""
     data = tmp_path / "data"
     shutil.copytree(sample_data, data)
     meta = (sample_data / "train.json").read_text().replace(str(sample_data), str(data))
@@ -370,7 +370,7 @@ def test_missing_image_ends_a_launched_run(tiny_model, sample_data, tmp_path, wo
 
 
 def test_concurrent_run_is_not_overwritten(tiny_model, sample_data, tmp_path, capfd, monkeypatch):
-    """A run stops if its output folder changes after the inspection."""
+    """A run stops if its output folder changes after it was checked."""
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, max_steps=2)) == 0
     (out / "train_results.json").unlink()
@@ -428,7 +428,7 @@ def spoiled(monkeypatch, steps, value=float("nan")):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_step_changes_no_weights(tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch, value):
-    """Its records are listed in log and ledger, and the weights do not change."""
+    """The records of the step are listed in the log and the ledger, and the weights do not change."""
     spoiled(monkeypatch, {3, 4}, value)
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, save_steps=1)) == 0
@@ -456,7 +456,7 @@ def test_too_many_bad_steps_end_the_run(tiny_model, sample_data, tmp_path, capfd
 def test_run_without_an_applied_step_is_not_finished(
     tiny_model, sample_data, tmp_path, metrics, capfd, monkeypatch
 ):
-    """Neither at first, nor when the same command resumes it after its last step."""
+    """The run fails at first, and again when the same command resumes it after the last step."""
     spoiled(monkeypatch, {1, 2, 3})
     out = tmp_path / "out"
     command = arguments(tiny_model, sample_data, out, max_steps=3, save_steps=1)

@@ -19,7 +19,7 @@ def figures(sample_data):
 
 @pytest.fixture
 def generate(tiny_model, capfd):
-    """Run `generate` with the small model; returns the exit code and the output."""
+    """Return a function that runs `generate` with the small model and returns exit code and output."""
 
     def run(*argv, model=tiny_model):
         capfd.readouterr()
@@ -36,7 +36,7 @@ def engine(tiny_model):
 
 
 def answers(engine, questions, images=(), **options):
-    """Return the answers to the questions of one conversation."""
+    """Return the answers to the questions of a conversation."""
     prompt, result = ask(questions[0], images, options.pop("system", None)), []
     for question in [*questions[1:], None]:
         result += engine.answer([prompt], max_new_tokens=8, **options)
@@ -64,7 +64,7 @@ def test_one_answer(generate, engine, figures):
     }
 
 
-# Long, so that it changes the answers of a model with random weights.
+# Long enough to change the answers of a model with random weights.
 SYSTEM = "Fig-7: 0123456789 zebra " * 20
 
 
@@ -106,7 +106,7 @@ def test_sampled_answers(generate, engine):
     ("argv", "code", "messages"),
     [
         ([], 2, ["no question"]),
-        (["What?", "--seed", "1"], 2, ["--top_p and --seed need --temperature"]),
+        (["What?", "--seed", "1"], 2, ["--top_p and --seed require --temperature"]),
         (["What?", "--temperature", "-1", "--top_p", "3"], 2, ["temperature -1.0 must", "top_p 3.0 must"]),
         (["What?", "--device", "gpu"], 2, ["--device gpu: unknown"]),
         (["--image", "/no/a.jpg", "--image", "/no/b.jpg", "--image", "BROKEN", "What?"], 1,

@@ -1,4 +1,4 @@
-"""Both launchers, run from another folder with settings in the environment."""
+"""Both launchers, run from a different folder and configured by environment variables."""
 
 import dataclasses
 import json
@@ -64,11 +64,11 @@ def test_relative_paths_start_from_the_working_folder(tiny_model, sample_data, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"BATCH_SIZE": "5", "NPROC": "2"}, "BATCH_SIZE=5 cannot be divided"),
-        ({"BATCH_SIZE": "many"}, "BATCH_SIZE must be a whole number"),
-        ({"NPROC": "-1"}, "NPROC must be a whole number, found '-1'"),
+        ({"BATCH_SIZE": "5", "NPROC": "2"}, "BATCH_SIZE=5 must be divisible"),
+        ({"BATCH_SIZE": "many"}, "BATCH_SIZE must be a non-negative integer"),
+        ({"NPROC": "-1"}, "NPROC must be a non-negative integer, found '-1'"),
         ({"PER_DEVICE_BATCH_SIZE": "0"}, "PER_DEVICE_BATCH_SIZE must be at least 1"),
-        ({"GPUS": "1", "NPROC": "2"}, "need as many GPUs"),
+        ({"GPUS": "1", "NPROC": "2"}, "NPROC=2 exceeds GPUS=1"),
         ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
         ({"PYTHON": "/no/python"}, "PYTHON=/no/python: no such interpreter"),
     ],
@@ -128,7 +128,7 @@ BOTH = {
 
 @pytest.fixture
 def command(tmp_path):
-    """Run a launcher with a fake interpreter that prints its arguments."""
+    """Return a function that runs a launcher with a fake interpreter, which prints its arguments."""
     interpreter = tmp_path / "python"
     interpreter.write_text(
         '#!/bin/sh\nprintf "%s\\n" "alloc=$PYTORCH_ALLOC_CONF" "cuda=$CUDA_VISIBLE_DEVICES" "$@"\n'
@@ -161,7 +161,7 @@ def test_launcher_runs_torchrun_with_the_recipe(command, name):
 
 @pytest.mark.parametrize("name", RECIPE)
 def test_recipe_file_is_the_recipe_of_the_launcher(command, name, monkeypatch):
-    """Both give the same configuration on one device; the paths differ in what they are relative to."""
+    """Both result in the same configuration on one device, except for the base folder of relative paths."""
     monkeypatch.chdir(SOURCE_ROOT.parent)
     _, flags, _ = command(name, GPUS="0")
     launched = parse_arguments([text for flag in flags.items() for text in (f"--{flag[0]}", flag[1])])

@@ -1,4 +1,4 @@
-"""The statements of the documentation that can be checked: links, names, messages, flags and figures."""
+"""Statements of the documentation that can be checked: links, names, messages, flags and numbers."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ def prose(page: Path) -> str:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of the headings of a page, as GitHub names them."""
+    """Return the heading anchors of a page as GitHub generates them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -93,7 +93,7 @@ def cells(page: Path, heading: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("heading", ["The path of one record", "Where things are", "How to add something"])
 def test_architecture_page_names_real_files(heading):
-    """Each file exists and contains the names in parentheses after it; tests exist too."""
+    """Each file exists and contains the names in parentheses after it; its tests exist as well."""
     rows = cells(DOCS / "architecture.md", heading)
     assert len(rows) > 9
     for row in rows:
@@ -117,7 +117,7 @@ def test_architecture_page_names_every_folder():
         for name in re.findall(r"`(\S+)/`", row[0])
     }
     folders = {file.parent.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")} - {"."}
-    # Parts of a folder that the page names as a whole.
+    # Folders that the page describes as part of their parent folder.
     parts = {
         "data",
         "model/kernels/cpu",

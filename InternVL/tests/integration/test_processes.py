@@ -1,4 +1,4 @@
-"""A run on several ranks equals one with the same global batch on one rank, for every layout."""
+"""A multi-rank run matches a single-rank run with the same global batch, for every parallel layout."""
 
 import json
 
@@ -15,12 +15,12 @@ LAYOUTS = {
     "fsdp": {"parallel": "fsdp"},
     **{f"zero{stage}": {"deepspeed": DEEPSPEED / f"zero{stage}.json"} for stage in (1, 2, 3)},
 }
-# Losses differ only by the order of additions.
+# Losses differ only in the summation order.
 TOLERANCE = 1e-5
 
 
 def train(metrics, tiny_model, sample_data, folder, ranks, **values) -> list[dict]:
-    """Train and return the rows of `metrics.jsonl`; a step has 10 of the 24 records, the last one 4."""
+    """Train and return the rows of `metrics.jsonl`; steps have 10 of the 24 records, the last step has 4."""
     records = {1: (5, 2), 2: (1, 5), 4: (1, 3)}[ranks]
     argv = {
         "model_name_or_path": tiny_model,
@@ -63,7 +63,7 @@ def assert_same_weights(one, two):
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_model, sample_data, tmp_path_factory):
-    """Train each configuration once on one rank; return its folder."""
+    """Return a function that trains a configuration once on one rank and returns its folder."""
     done = {}
 
     def run(metrics, **values):
@@ -115,7 +115,7 @@ def test_several_ranks_equal_one(tiny_model, sample_data, tmp_path, metrics, one
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero2", "zero3"])
 def test_resume_is_exact_on_two_ranks(tiny_model, sample_data, tmp_path, metrics, layout):
     values = {**LAYOUTS[layout], "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    values["async_save"] = False  # every checkpoint is needed
+    values["async_save"] = False  # no checkpoint may be skipped
     common = (metrics, tiny_model, sample_data)
     full = train(*common, tmp_path / "one", 2, **values)
     checkpoint = tmp_path / "one/checkpoint-2"
@@ -132,7 +132,7 @@ MOVES = [("ddp", 2), ("fsdp", 2), ("ddp", 1), ("fsdp", 4), ("ddp", 4), ("ddp", 2
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [{}, LORA], ids=["full", "lora"])
 def test_resume_with_other_layouts_and_world_sizes(tiny_model, sample_data, tmp_path, metrics, recipe):
-    """Six steps on six layouts, each resumed from the previous one, equal six steps on one rank."""
+    """Six steps on six layouts, each resumed from the previous one, match six steps on one rank."""
 
     def values(ranks: int, steps: int) -> dict:
         batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks}

@@ -1,4 +1,4 @@
-"""A resumed run equals an uninterrupted one: records, losses and weights."""
+"""A resumed run matches an uninterrupted run: records, losses and weights."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from internvl_chat.train.internvl_chat_finetune import main as train
 
 @pytest.fixture
 def arguments(small_run):
-    """The command line of one and a half epochs."""
+    """Builder of the command line for one and a half epochs."""
     return partial(small_run, max_steps=9, save_steps=2, dataloader_num_workers=2)
 
 
@@ -39,7 +39,7 @@ def test_same_command_resumes(arguments, tmp_path, metrics):
     full, stopped = tmp_path / "full", tmp_path / "stopped"
     assert train(arguments(full)) == 0
     assert train(arguments(stopped)) == 0
-    # As after a kill between steps 6 and 7, while a checkpoint was being written.
+    # Simulates a kill between steps 6 and 7, while a checkpoint was being written.
     (stopped / "train_results.json").unlink()
     (stopped / "model.safetensors").unlink()
     for step in (8, 9):
@@ -52,7 +52,7 @@ def test_same_command_resumes(arguments, tmp_path, metrics):
 
 
 def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
-    """Also if the checkpoint that it resumed from has been deleted by rotation."""
+    """This also holds if rotation has deleted the checkpoint from which the run resumed."""
     full, stopped = tmp_path / "full", tmp_path / "stopped"
     for recipe in RECIPES:
         for folder in (full, stopped):
@@ -127,7 +127,7 @@ def test_going_back_to_an_earlier_checkpoint(arguments, tmp_path, metrics):
 
 
 def test_complete_run_takes_no_more_steps(arguments, tmp_path, metrics):
-    """As after a kill while the final model was being written."""
+    """Simulates a kill while the final model was being written."""
     run = tmp_path / "run"
     assert train(arguments(run, max_steps=4)) == 0
     weights = {name: read().clone() for name, read in open_weights(run / "model.safetensors").items()}
@@ -141,7 +141,7 @@ def test_complete_run_takes_no_more_steps(arguments, tmp_path, metrics):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saving_at_every_step_changes_nothing(arguments, tmp_path, metrics, recipe):
-    """Checkpoints written in the background equal those written in the foreground."""
+    """Checkpoints written in the background match those written in the foreground."""
     waits, background = tmp_path / "waits", tmp_path / "background"
     for folder, asynchronous in ((waits, False), (background, True)):
         values = {"save_steps": 1, "bf16": True, "max_steps": 5, "async_save": asynchronous}

@@ -59,7 +59,7 @@ def folder(tmp_path, tiny_model):
 
 @pytest.fixture
 def damaged(folder):
-    """Nine records; the damage of the second image is found only by decoding it."""
+    """Nine records; the damage to the second image is detected only by decoding."""
     made = folder(*map(shows, range(9)))
     break_inside(made.image(1))
     return made
@@ -84,7 +84,7 @@ def test_step_continues_without_the_skipped_record(damaged, folder, metrics, cap
     assert "skipped" not in second
     assert [row["records"] for row in metrics(damaged.path / "out")] == [2, 3]
 
-    # The step equals one without the skipped record.
+    # The step matches a step without the skipped record.
     damaged.train("one", on_bad_record="skip", max_bad_fraction=0.2, max_steps=1)
     never = folder(shows(0), shows(2), name="never")
     never.train("one", max_steps=1, per_device_train_batch_size=2)
@@ -171,7 +171,7 @@ def test_undecodable_first_record_does_not_stop_the_sanity_check(folder):
 
 @pytest.mark.parametrize("strategy", ["random", "sequential"])
 def test_unplanned_records_are_detected(folder, monkeypatch, capfd, strategy):
-    """A dataloader that returns the wrong record."""
+    """The dataloader returns the wrong record."""
     made = folder(*map(shows, range(9)))
     original = TrainingData.__getitem__
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The models that docs/models.md calls supported can be trained; small random ones stand for them."""
+"""All models listed as supported in docs/models.md can be trained, tested with small random models."""
 
 import pytest
 from helpers import flags
@@ -35,7 +35,7 @@ def test_training(model, recipe, tiny_model, sample_data, tmp_path, metrics):
 
 
 def test_mixture_of_experts_is_refused(tiny_model, tmp_path):
-    """Published checkpoints have one weight per expert; transformers 5 has one for all experts."""
+    """Published checkpoints have one weight per expert; transformers 5 stores all experts in one weight."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     config = make_config(llm={"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **experts})
     dense = make_model(llm=QWEN3)

@@ -25,7 +25,7 @@ pytest.importorskip("rouge", reason="the package rouge is not installed")
 
 @pytest.fixture
 def arguments(small_run, sample_data):
-    """The command line of a small run with validation."""
+    """Builder of the command line of a small run with validation."""
     validation = {"eval_meta_path": sample_data / "held_out.json", "eval_strategy": "steps", "eval_steps": 2}
     return partial(small_run, max_steps=6, save_steps=3, **validation)
 
@@ -55,7 +55,7 @@ def test_validation_does_not_change_training(arguments, tmp_path, metrics, recip
 @pytest.mark.parametrize("reduction", ["sample", "token"])
 @pytest.mark.parametrize("packing", [{}, {"max_packed_tokens": 300}, {"packing": False}])
 def test_losses_match_the_finished_model(arguments, sample_data, tmp_path, capfd, reduction, packing):
-    """Against `m3llm loss`, which runs each record alone."""
+    """Compare with `m3llm loss`, which processes one record at a time."""
     out = tmp_path / "out"
     assert train(arguments(out, max_steps=2, loss_reduction=reduction, **packing)) == 0
     [row] = validations(out)
@@ -113,7 +113,7 @@ def test_answers_match_the_finished_model(arguments, sample_data, tmp_path):
 
 
 def test_end_within_an_epoch_is_validated_and_saved(arguments, tmp_path):
-    """As in transformers, where an epoch also ends with the run."""
+    """As in transformers, the end of the run also ends the epoch."""
     out = tmp_path / "out"
     values = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 8}
     assert train(arguments(out, **values)) == 0
@@ -144,7 +144,7 @@ def test_metrics_are_reported(arguments, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_losses(monkeypatch):
-    """Let successive validations return the given losses."""
+    """Return a function that makes successive validations return the given losses."""
 
     def tell(*losses: float) -> None:
         left = iter(losses)
@@ -176,7 +176,7 @@ def test_best_checkpoint_is_kept_and_becomes_the_model(arguments, fake_losses, t
     assert train(arguments(last, recipe, save_steps=2, save_total_limit=1)) == 0
     assert checkpoints(last) == [6]
     assert not changed_weights(last, out / "checkpoint-6")
-    # The same files as in a run that saves its last model, and the model loads.
+    # The files match those of a run that saves its last model, and the model can be loaded.
     own = {"config.yaml", "validation.jsonl"}
     files = [{path.name for path in folder.iterdir() if path.is_file()} - own for folder in (out, last)]
     assert files[0] == files[1]
@@ -232,7 +232,7 @@ def test_best_and_patience_survive_a_restart(arguments, fake_losses, tmp_path):
     fake_losses(*losses)
     assert train(arguments(full, **values)) == 0
     assert validations(full)[-1]["step"] == 10
-    # As after a kill after step 6, with one validation without improvement.
+    # Simulates a kill after step 6, with one validation without improvement.
     shutil.copytree(full, resumed)
     for name in ("train_results.json", "model.safetensors", "checkpoint-8", "checkpoint-10"):
         path = resumed / name
@@ -243,7 +243,7 @@ def test_best_and_patience_survive_a_restart(arguments, fake_losses, tmp_path):
     assert rows[0] == rows[1]
     assert not changed_weights(full, resumed)
     assert not changed_weights(resumed, resumed / "checkpoint-4")
-    # With another output folder, the best checkpoint is next to the one to resume from.
+    # With a different output folder, the best checkpoint is next to the checkpoint to resume from.
     fake_losses(*losses[3:])
     again = arguments(elsewhere, **values, resume_from_checkpoint=full / "checkpoint-6")
     assert train(again) == 0

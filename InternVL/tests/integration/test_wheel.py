@@ -1,4 +1,4 @@
-"""The wheel has all files that are not code, and its launchers work without the repository."""
+"""The wheel contains all non-code files, and its launchers work without the repository."""
 
 import json
 import os
@@ -13,14 +13,14 @@ import yaml
 from helpers import HANG_SECONDS, SOURCE_ROOT
 
 PACKAGE = SOURCE_ROOT / "internvl_chat"
-# Scripts that need the repository.
+# Scripts that require the repository.
 REPOSITORY_ONLY = {"shell/quickstart.sh", "shell/test.sh", "shell/gpu_check.sh"}
 LORA = "internvl_chat/shell/internvl3.0/2nd_finetune/M3LLM-fulldata-lora.sh"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The unpacked wheel, built from a copy of the repository without network."""
+    """The unpacked wheel, built from a copy of the repository without network access."""
     source, wheels, site = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "site"))
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(SOURCE_ROOT.parent / name, source)
@@ -49,7 +49,7 @@ def test_wheel_is_complete(installed):
 
 @pytest.mark.parametrize("choice", ["PYTHON", "active environment"])
 def test_installed_launcher_trains(installed, choice, tiny_model, sample_data, tmp_path, metrics):
-    """In the current folder, with the given interpreter or with `python` on the path."""
+    """The launcher writes to the current folder and uses PYTHON, or else `python` on the PATH."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "bin/python").chmod(0o755)

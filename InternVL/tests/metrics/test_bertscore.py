@@ -1,4 +1,4 @@
-"""Tests of BERTScore against transformers' outputs, with small random encoders."""
+"""BERTScore compared with a computation from transformers' outputs, with small random encoders."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def bert(tmp_path_factory):
 
 
 def expected_bert_score(folder, answer: str, reference: str, layer: int) -> float:
-    """Zhang et al. (2020): best match of each token but the special ones, in both directions."""
+    """Zhang et al. (2020): best match of each token except special tokens, in both directions."""
     if not answer.strip() or not reference.strip():
         return 0.0
     predicted, expected = (
@@ -86,7 +86,7 @@ def test_unloadable_encoder(bert, tmp_path):
 
 
 def test_positions_after_the_padding_index(bert, tmp_path):
-    """RoBERTa has fewer usable positions than its configuration states."""
+    """RoBERTa has fewer usable positions than its configuration specifies."""
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     RobertaModel(RobertaConfig(vocab_size=200, max_position_embeddings=30, **shape)).save_pretrained(tmp_path)

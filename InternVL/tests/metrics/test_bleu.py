@@ -1,4 +1,4 @@
-"""Tests of BLEU and its tokenization against the published definition."""
+"""BLEU and its tokenization compared with the published definition."""
 
 import math
 import sys
@@ -17,7 +17,7 @@ def test_tokenize():
 
 
 def expected_bleu(answer: str, reference: str, order: int) -> float:
-    """Papineni et al. (2002), equation 1 to 3, where every order has a match; else what nltk makes of it."""
+    """Papineni et al. (2002), equations 1 to 3, if every order has a match; otherwise as nltk does."""
     predicted, expected = tokenize(answer), tokenize(reference)
     logs = []
     for n in range(1, order + 1):
@@ -39,7 +39,7 @@ def test_bleu(answer, reference, recwarn):
     assert not recwarn.list
 
 
-def test_bleu_of_known_texts():
+def test_bleu_of_known_sentences():
     # Unigrams 4 of 5, pairs 2 of 4, no brevity penalty.
     scores = bleu("the cat sat on mat", "The cat sat near mat")
     assert scores["bleu1"] == pytest.approx(4 / 5, abs=1e-9)

@@ -1,4 +1,4 @@
-"""Tests of CIDEr-D against the published definition and the COCO caption evaluation."""
+"""CIDEr-D compared with the published definition and the COCO caption evaluation."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ from internvl_chat.metrics.cider import cider
 
 
 def expected_cider(predictions: list[str], references: list[str]) -> list[float]:
-    """Equations 1 to 3 and 6 of Vedantam et al. (2015), written out for one reference per item."""
+    """Equations 1 to 3 and 6 of Vedantam et al. (2015), for one reference per item."""
     total = len(references)
 
     def grams(text, n):
@@ -43,7 +43,7 @@ def test_cider():
     assert max(expected) > 5 and min(expected) == 0
 
 
-def test_cider_equals_the_coco_caption_evaluation():
+def test_cider_matches_the_coco_caption_evaluation():
     scorer = pytest.importorskip("pycocoevalcap.cider.cider", reason="pycocoevalcap is not installed")
     predictions, references = zip(*PAIRS, strict=True)
     named = [{i: [" ".join(tokenize(t))] for i, t in enumerate(side)} for side in (references, predictions)]

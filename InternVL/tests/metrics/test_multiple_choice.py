@@ -1,4 +1,4 @@
-"""Tests of the parsing of multiple-choice answers, and of the macro averages."""
+"""Parsing of multiple-choice answers, and macro averages."""
 
 from collections import Counter
 
@@ -71,7 +71,7 @@ ANSWERS = [
     ("I think it is B", "B"),
     ("Option A is incorrect, so I pick option B.", "B"),
     ("Based on Fig-3, option C is the most likely.", "C"),
-    # Several letters, or none.
+    # More than one letter, or none.
     ("B or C", None),
     ("A and C", None),
     ("A, C", None),
@@ -94,7 +94,7 @@ ANSWERS = [
 
 LUNGS = ("Left lung", "Right lung", "Both lungs", "None of the above")
 
-# Answers that are easily misread.
+# Answers that are easily misinterpreted.
 PITFALLS = [
     ("<think>The answer is A?</think> B", "B"),
     ("<think>At first the answer is A</think>\n\nB", "B"),
@@ -142,7 +142,7 @@ PITFALLS = [
 
 
 @pytest.mark.parametrize(("answer", "letter"), PITFALLS, ids=[repr(answer) for answer, _ in PITFALLS])
-def test_easily_misread_answers(answer, letter):
+def test_easily_misinterpreted_answers(answer, letter):
     assert parse_choice(answer, LUNGS) == letter
 
 
@@ -157,14 +157,14 @@ def test_easily_misread_answers(answer, letter):
         ("C: B", "C"),
     ],
 )
-def test_option_texts_that_are_letters_of_other_options(answer, letter):
+def test_option_text_that_is_the_letter_of_a_different_option(answer, letter):
     assert parse_choice(answer, ("D", "C", "B", "A")) == letter
 
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
-        ("It is a benign lesion", None),  # an article is no blood group
+        ("It is a benign lesion", None),  # an article is not a blood group
         ("A benign lesion is shown", None),
         ("The patient has type O blood, a rare finding", "A"),
         ("The blood type shown is A.", "B"),
@@ -172,11 +172,11 @@ def test_option_texts_that_are_letters_of_other_options(answer, letter):
         ("a type b sample", "C"),
     ],
 )
-def test_option_texts_of_one_letter_are_no_words_of_the_sentence(answer, letter):
+def test_single_letter_option_text_is_not_an_article_or_pronoun(answer, letter):
     assert parse_choice(answer, ("O", "A", "B", "AB")) == letter
 
 
-def test_roman_numerals_are_no_pronouns():
+def test_roman_numerals_are_not_pronouns():
     assert parse_choice("I think it is II", ("I", "II", "III")) == "B"
     assert parse_choice("Grade I", ("I", "II", "III")) == "A"
 
@@ -250,7 +250,7 @@ def test_macro_averages_by_hand():
     )
 
 
-def test_macro_averages_equal_scikit_learn_if_all_answers_are_readable():
+def test_macro_averages_match_scikit_learn_if_all_answers_are_readable():
     from sklearn.metrics import f1_score, precision_score, recall_score
 
     expected, predicted = list("ABCDABCDDC"), list("ABCDBBADCC")

@@ -1,4 +1,4 @@
-"""Tests of exact match and word overlap."""
+"""Exact match and word overlap."""
 
 import pytest
 

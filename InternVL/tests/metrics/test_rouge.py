@@ -1,4 +1,4 @@
-"""Tests of ROUGE against the definition of the package."""
+"""ROUGE compared with the definition in the package."""
 
 import sys
 
@@ -9,7 +9,7 @@ from internvl_chat.metrics.rouge import rouge
 
 
 def lcs(first: list[str], second: list[str]) -> set[str]:
-    """The words of a longest common subsequence; the last one words from the end, as the package walks."""
+    """Return the words of a longest common subsequence; ties are resolved from the end, as in the package."""
     rows = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
     for i, a in enumerate(first, 1):
         for j, b in enumerate(second, 1):
@@ -27,13 +27,13 @@ def lcs(first: list[str], second: list[str]) -> set[str]:
 
 
 def f_score(common: int, predicted: int, expected: int) -> float:
-    # The package adds 1e-8 below the line.
+    # The package adds 1e-8 to the denominator.
     precision, recall = (common / predicted if predicted else 0), (common / expected if expected else 0)
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
 def expected_rouge(answer: str, reference: str) -> dict[str, float]:
-    """Sets of n-grams over all sentences; for L the union of each sentence's common subsequences."""
+    """Use n-gram sets over all sentences; for ROUGE-L, the union of the common subsequences per sentence."""
     sentences = [[s.split() for s in text.lower().split(".") if s] for text in (answer, reference)]
     predicted, expected = ([word for s in side for word in s] for side in sentences)
     if not predicted or not expected:

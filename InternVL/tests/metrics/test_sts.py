@@ -1,4 +1,4 @@
-"""Tests of sentence similarity against transformers' outputs, with a small random encoder."""
+"""Sentence similarity compared with transformers' outputs, with a small random encoder."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every value of the reference implementation, within its tolerance (see conformance/README.md)."""
+"""All published values of the reference implementation, within tolerance (see conformance/README.md)."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ def test_samples(shared, internvl3_tokenizer, file, most):
         assert (digest(ids), digest(labels)) == (row["ids"], row["labels"]), row["id"]
         assert len(sample.tiles) == row["flags"]
         if not row["flags"]:
-            continue  # a blank tile that takes part in nothing
+            continue  # a blank tile that does not affect the result
         pixels = normalize_tiles(sample.tiles, "imagenet").numpy()
         if PIXELS_ARE_EXACT:
             assert digest(sample.tiles.numpy()) == row["tiles_u8"]
@@ -173,7 +173,7 @@ def test_greedy_tokens(shared, golden, encoder):
 
 @pytest.fixture(scope="module")
 def first_four(shared, tmp_path_factory):
-    """A meta file over the first four records of each task, files in order of name."""
+    """Meta file of the first four records of each task, with the files sorted by name."""
     folder = tmp_path_factory.mktemp("first_four")
     meta = {}
     for file in sorted(set(FILES) - {"extra"}):

@@ -1,6 +1,6 @@
-"""The model against transformers' own InternVL, an independent implementation: logits, losses, gradients.
+"""The model compared with transformers' InternVL, an independent implementation: logits, losses, gradients.
 
-transformers always gets one record a call, without packing, so that packing is checked as well.
+transformers processes one record per call without packing, so that packing is tested as well.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ IMAGES = {"text only": (), "one image": (1,), "one image of tiles": (3,), "sever
 
 
 def transformers_model(model: InternVLChatModel, attn: str = "eager") -> InternVLForConditionalGeneration:
-    """transformers' model with the weights of ours."""
+    """Return transformers' model with the weights of our model."""
     config = InternVLConfig(**to_hf_config(model.config, CONTEXT))
     other = InternVLForConditionalGeneration._from_config(config, attn_implementation=attn)
     own = {name: lambda tensor=tensor: tensor for name, tensor in model.state_dict().items()}
@@ -62,7 +62,7 @@ def transformers_model(model: InternVLChatModel, attn: str = "eager") -> InternV
 
 
 def arguments(record: Record) -> dict[str, torch.Tensor]:
-    """The record as transformers takes it."""
+    """Return the record as inputs for transformers' model."""
     pixels = {"pixel_values": record.pixel_values} if len(record.pixel_values) else {}
     return {"input_ids": record.input_ids[None], "use_cache": False, **pixels}
 
@@ -81,7 +81,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def assert_gradients(
     model: torch.nn.Module, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> None:
-    """A small gradient may be the difference of larger ones: all are measured by the largest."""
+    """Compare all gradients relative to the largest: small gradients may be differences of large terms."""
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         assert_within_rounding(found[name], gradient, 3 * terms_of(model), magnitude=largest, name=name)
@@ -111,7 +111,7 @@ def test_logits_loss_and_every_gradient(name: str, images: tuple[int, ...]) -> N
     if images:
         assert "model.multi_modal_projector.linear_1.weight" in theirs
     assert_gradients(model, {name: found[name] for name in theirs}, theirs)
-    for parameter in found.keys() - theirs.keys():  # what no image and no used layer reaches
+    for parameter in found.keys() - theirs.keys():  # parameters without effect on the loss
         assert not found[parameter].any(), parameter
 
 

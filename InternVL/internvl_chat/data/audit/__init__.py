@@ -1,1 +1,1 @@
-"""Data checks before training: faulty records, duplicates, benchmark contamination, and the report."""
+"""Data checks before training: invalid records, duplicates, benchmark contamination, and the report."""

@@ -1,1 +1,1 @@
-"""Lengths of all records, computed before training and cached."""
+"""Token counts of all records, computed before training and cached."""

@@ -1,5 +1,5 @@
-"""User data as it is on disk: the meta file, annotation files, records and images.
+"""Readers of the user's files: meta file, annotation files, records and images.
 
-To support another record layout, extend `records.py`; for another type of annotation file, extend
+To support a new record format, extend `records.py`; for a new type of annotation file, extend
 `annotation_files.py`.
 """

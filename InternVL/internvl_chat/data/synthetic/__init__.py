@@ -1,1 +1,1 @@
-"""Synthetic figures, questions and answers, for the quickstart and the tests."""
+"""Synthetic figures, questions and answers for the quickstart and the tests."""

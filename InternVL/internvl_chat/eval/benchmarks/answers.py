@@ -1,8 +1,8 @@
-"""Correct options of multiple-choice items: a benchmark gives their letters or their texts.
+"""Correct options of multiple-choice items, which a benchmark gives as letters or as option text.
 
-An answer such as `A` may be both: the letter of the first option, and the text of another one. Then the other
-answers of the same file and task decide, if all of them are letters or all of them are texts; otherwise the
-item is refused.
+An answer such as `A` can be both the letter of the first option and the text of a different option. It is
+interpreted like the other answers of the same file and task if these are all letters or all option text;
+otherwise the item is rejected.
 """
 
 import re
@@ -21,13 +21,13 @@ _LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*(\S.*)", re.DOTALL)
 
 
 def strip_letters(choices: Sequence[str]) -> list[str]:
-    """Return the options without the letters that all of them begin with.
+    """Remove the leading letters if all options begin with their own letter.
 
     >>> strip_letters(["A. yes", "B. no"]), strip_letters(["A. fumigatus", "C. albicans"])
     (['yes', 'no'], ['A. fumigatus', 'C. albicans'])
 
     Raises:
-        DataError: they begin with the right letters in another order.
+        DataError: the options begin with the expected letters in a different order.
     """
     lettered = [_LETTERED.fullmatch(choice) for choice in choices]
     letters = [match[1] for match in lettered if match]
@@ -36,13 +36,13 @@ def strip_letters(choices: Sequence[str]) -> list[str]:
         return list(choices)
     if letters != expected:
         raise DataError(
-            f"the options begin with the letters {', '.join(letters)}; list them in the order of the alphabet"
+            f"the options begin with the letters {', '.join(letters)}; list them in alphabetical order"
         )
     return [match[2].strip() for match in lettered if match]
 
 
 def options_like_letters(choices: Sequence[str]) -> bool:
-    """Return whether any option's text is another option's letter (for example, option B reads 'A')."""
+    """Return whether the text of any option is the letter of a different option (option B reads 'A')."""
     letters = ascii_uppercase[: len(choices)]
     return any(
         len(text := choice.strip().upper()) == 1 and text in letters and text != letter
@@ -51,7 +51,7 @@ def options_like_letters(choices: Sequence[str]) -> bool:
 
 
 def common_form(items: Iterable[Item]) -> AnswerForm | None:
-    """Return the form of all unambiguous answers; None if there are none, or of both forms."""
+    """Return the form that all unambiguous answers share, or None if there is no such form."""
     forms: set[AnswerForm] = set()
     for item in items:
         readings = _readings(item.reference, item.choices)
@@ -61,19 +61,19 @@ def common_form(items: Iterable[Item]) -> AnswerForm | None:
 
 
 def with_letter(item: Item, form: AnswerForm | None, answer_key: str) -> Item:
-    """Return an item with the letter of its correct option as the reference; open items are not changed.
+    """Set the reference of a multiple-choice item to the letter of its correct option; keep open items.
 
     Args:
-        item: item whose reference is the answer as the benchmark gives it.
+        item: item whose reference is the raw answer from the benchmark.
         form: form of the benchmark's answers; None if unknown.
-        answer_key: key of the answer, for the error message.
+        answer_key: JSON key of the answer, for error messages.
 
     Raises:
-        DataError: there is no answer, it is ambiguous or no option, or there are more options than letters.
+        DataError: the answer is missing, is ambiguous or is not an option, or there are more than 26 options.
     """
     if not item.reference:
         raise DataError(
-            f"an item needs a non-empty string under {answer_key!r}, like other items of its task"
+            f"expected a non-empty string for {answer_key!r}, because other items of the task have one"
         )
     if not item.choices:
         return item
@@ -81,35 +81,35 @@ def with_letter(item: Item, form: AnswerForm | None, answer_key: str) -> Item:
 
 
 def correct_letter(answer: str, choices: Sequence[str], form: AnswerForm | None = None) -> str:
-    """Return the letter of the correct option, given as a letter, as its text, or as both (`B. text`).
+    """Return the letter of the correct option, which is given as a letter, as text, or as both (`B. text`).
 
     Args:
         answer: the correct answer.
-        choices: texts of the options.
-        form: how to read an answer that is both a letter and the text of another option.
+        choices: text of each option.
+        form: how to interpret an answer that is a letter and also the text of a different option.
 
     Raises:
         DataError: see `with_letter`.
     """
     if len(choices) > len(ascii_uppercase):
-        raise DataError(f"{len(choices)} options, more than the {len(ascii_uppercase)} letters")
+        raise DataError(f"{len(choices)} options; at most {len(ascii_uppercase)} (A to Z) are supported")
     readings = _readings(answer, choices)
     if not readings:
-        raise DataError(f"the correct answer {answer!r:.80} is none of the {len(choices)} options")
+        raise DataError(f"the correct answer {answer!r:.80} is not one of the {len(choices)} options")
     letters = set(readings.values())
     if len(letters) == 1:
         return letters.pop()
     if form is None:
         letter, text = readings["letter"], readings["text"]
         raise DataError(
-            f"the correct answer {answer!r} is ambiguous: it is the letter of option {letter}, and the text "
-            f'of option {text}; write letter and text, for example "{text}. {answer.strip()}"'
+            f"the correct answer {answer!r} is ambiguous: it is the letter of option {letter} and the text "
+            f'of option {text}; write both letter and text, for example "{text}. {answer.strip()}"'
         )
     return readings[form]
 
 
 def _readings(answer: str, choices: Sequence[str]) -> dict[AnswerForm, str]:
-    """Return the letter of the option that an answer means, as a letter and as a text."""
+    """Return the option letters that an answer can mean, keyed by how the answer is interpreted."""
     letters = ascii_uppercase[: len(choices)]
     plain = answer.strip()
     texts = {_plain(choice): letter for letter, choice in reversed(list(zip(letters, choices, strict=False)))}

@@ -1,4 +1,4 @@
-"""Benchmarks by name, and the system texts of their tasks."""
+"""Registry of benchmark readers, and the system prompts of the tasks."""
 
 import difflib
 from collections import Counter
@@ -33,7 +33,7 @@ PROMPTS = Path(__file__).with_name("prompts.yaml")
 
 
 def location_problem(name: str, data: Path | None) -> str | None:
-    """Return what is wrong with the name of a benchmark or the location of its data, if anything."""
+    """Return an error message if the benchmark name or the data location is invalid, else None."""
     if name not in READERS:
         if not Path(name).is_dir():
             near = difflib.get_close_matches(name, READERS, n=1)
@@ -41,7 +41,7 @@ def location_problem(name: str, data: Path | None) -> str | None:
             return f"--bench {name}: neither a folder nor one of {', '.join(READERS)}{hint}"
         return None if data is None else f"--bench {name} is a folder; remove --data"
     if data is None:
-        return f"--bench {name} needs --data, the location of the benchmark"
+        return f"--bench {name} requires --data, the location of the benchmark"
     return None if data.exists() else f"--data {data}: no such file or folder"
 
 
@@ -53,18 +53,18 @@ def open_benchmark(
     images: bool = True,
     on_bad_record: str = "fail",
 ) -> Benchmark:
-    """Read a benchmark.
+    """Read and validate a benchmark.
 
     Args:
-        name: key of `READERS`, or a folder in the format of PMC-MI-Bench.
-        data: file or folder of a named benchmark.
-        tasks: tasks to read; None for all.
-        images: whether the images are needed.
-        on_bad_record: `fail`, or `skip` to exclude invalid items by name.
+        name: key of `READERS`, or a folder in PMC-MI-Bench format.
+        data: file or folder of the benchmark; None if `name` is a folder.
+        tasks: tasks to read (default: all).
+        images: whether the image files must exist.
+        on_bad_record: `fail`, or `skip` to log and exclude invalid items.
 
     Raises:
-        UsageError: the name or a task is unknown, or the data do not exist.
-        DataError: items are invalid, unless they are excluded.
+        UsageError: the name or a task is unknown, or `data` does not exist.
+        DataError: an item is invalid and `on_bad_record` is `fail`, or no item is usable.
     """
     problem = location_problem(name, data)
     if problem is not None:
@@ -74,30 +74,30 @@ def open_benchmark(
     known = dict.fromkeys(item.task for item in benchmark.items if item.task)
     if unknown := [task for task in tasks or () if task not in known]:
         raise UsageError(unknown_tasks(unknown, benchmark.name, known))
-    # An invalid item may belong to any task.
+    # The task of an invalid item may be unknown.
     items = [item for item in benchmark.items if request.wants(item.task) or not item.task]
     usable, bad = ([item for item in items if bool(item.problem) == is_bad] for is_bad in (False, True))
     if bad and on_bad_record != "skip":
-        advice = ["correct these items, or evaluate without them: --on_bad_record skip"]
+        advice = ["correct these items, or exclude them with --on_bad_record skip"]
         raise_problems([item.problem for item in bad], advice)
     if bad:
         logger.warning("%s", skipped_message([item.problem for item in bad], len(items)))
     if not usable:
-        raise DataError("no item can be used", file=data or name)
+        raise DataError("no usable items", file=data or name)
     warn_about_letters(usable)
     totals = Counter(item.task for item in benchmark.items if item.task)
     return replace(benchmark, items=tuple(usable), excluded=tuple(bad), totals=totals)
 
 
-def system_texts(benchmark: Benchmark, file: Path | None = None) -> dict[str, str | None]:
-    """Return the system text of each task; None selects the system text of the checkpoint.
+def system_prompts(benchmark: Benchmark, file: Path | None = None) -> dict[str, str | None]:
+    """Return the system prompt of each task; None selects the default of the checkpoint.
 
     Args:
-        file: YAML or JSON file that maps task names, or the name of the benchmark, to system texts (default:
-            the file of the package).
+        file: YAML or JSON file that maps task names or the benchmark name to system prompts (default: the
+            built-in `prompts.yaml`).
 
     Raises:
-        DataError: the file cannot be read, is not such a map, or has unknown names.
+        DataError: the file is unreadable, is not a mapping of strings, or contains unknown names.
     """
     texts = _read(file or PROMPTS)
     if file is not None:
@@ -120,5 +120,5 @@ def _read(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"cannot be read as YAML: {error}", file=file) from None
     if not isinstance(texts, dict) or not all(isinstance(t, str) for pair in texts.items() for t in pair):
-        raise DataError("must map task names to system texts", file=file)
+        raise DataError("must map task names to system prompts", file=file)
     return {name: text.strip() for name, text in texts.items()}

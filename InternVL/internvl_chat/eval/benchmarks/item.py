@@ -30,7 +30,8 @@ class Figure:
     """An image of an item.
 
     Attributes:
-        label: name of the image in the question, such as `Fig-0`; may be empty.
+        name: image name in the benchmark.
+        label: label of the image in the question, such as `Fig-0`; may be empty.
         path: image file, or None if the benchmark embeds the image.
         content: bytes of an embedded image.
     """
@@ -44,7 +45,7 @@ class Figure:
         """Return the image in RGB.
 
         Args:
-            options: how to read transparency and EXIF rotation.
+            options: handling of transparency and EXIF rotation.
 
         Raises:
             DataError: the image is missing or cannot be decoded.
@@ -52,7 +53,7 @@ class Figure:
         return self._read(partial(decode_image, options=options))
 
     def check(self) -> None:
-        """Read the header and the end of the image, and decode it if the end looks damaged.
+        """Check the header and the end of the image; decode the image only if its end looks damaged.
 
         Raises:
             DataError: the image is missing or cannot be decoded.
@@ -60,7 +61,7 @@ class Figure:
         self._read(_check_image)
 
     def _read(self, read: Callable[[Path], T]) -> T:
-        """Call a function with the path of the image, in a temporary file if it is embedded."""
+        """Call `read` with the image path; an embedded image is first written to a temporary file."""
         try:
             if self.path is not None:
                 return read(self.path)
@@ -69,7 +70,7 @@ class Figure:
                 file.flush()
                 return read(Path(file.name))
         except RecordError as problem:
-            name = None if self.path is not None else self.name  # the message already names the path
+            name = None if self.path is not None else self.name  # the message contains the path
             raise DataError(str(problem), file=name, kind=problem.kind) from None
 
 
@@ -84,13 +85,13 @@ class Item:
     """A question with its figures and its reference answer.
 
     Attributes:
-        index: index in the task, from 0.
+        index: 0-based index in the task.
         question: the question, including its options.
-        reference: reference answer; the letter of the correct option for multiple choice; empty if the
-            benchmark has none.
-        choices: texts of the options, starting with A; empty for an open question.
-        accepted: further correct answers for exact match.
-        problem: why the item cannot be used, with its location; empty for a usable item.
+        reference: reference answer, or for multiple choice the letter of the correct option; empty if the
+            benchmark has no answers.
+        choices: text of the options A, B, ...; empty for open questions.
+        accepted: other answers that count as an exact match.
+        problem: why and where the item is invalid; empty if it is usable.
     """
 
     task: str
@@ -104,12 +105,12 @@ class Item:
 
     @property
     def key(self) -> Key:
-        """Identifier of the item in its benchmark."""
+        """Task and index, which identify the item in its benchmark."""
         return (self.task, self.index)
 
     @property
     def text(self) -> str:
-        """User message: the labelled figures in the layout of the training data, then the question."""
+        """User message: labeled image placeholders as in the training data, then the question."""
         if IMAGE_PLACEHOLDER in self.question:
             return self.question
         shown = [
@@ -118,7 +119,7 @@ class Item:
         return "".join(shown) + self.question
 
     def messages(self, system: str | None) -> tuple[Message, ...]:
-        """Return the messages up to the answer; without a system message if `system` is None."""
+        """Return the system message (unless `system` is None) and the user message."""
         user = Message("user", self.text)
         return (user,) if system is None else (Message("system", system), user)
 
@@ -126,8 +127,8 @@ class Item:
         """Return the messages with decoded images.
 
         Args:
-            system: system message, if any.
-            options: how to read transparency and EXIF rotation.
+            system: system message, or None.
+            options: handling of transparency and EXIF rotation.
 
         Raises:
             DataError: an image cannot be read.
@@ -143,22 +144,22 @@ class Item:
         self._read_figures(Figure.check)
 
     def _read_figures(self, read: Callable[[Figure], T]) -> list[T]:
-        """Call a function with each figure; an error names the item."""
+        """Call `read` with each figure; error messages contain the task and index."""
         try:
             return [read(figure) for figure in self.figures]
         except DataError as error:
             raise DataError(f"{self.task}, item {self.index}: {error}", kind=error.kind) from None
 
     def selected_letter(self, prediction: str) -> str | None:
-        """Return the letter that an answer to a multiple-choice question selects, or None."""
+        """Return the letter of the option that an answer selects, or None if it cannot be parsed."""
         return parse_choice(prediction, self.choices)
 
     def is_correct(self, prediction: str) -> bool:
-        """Return whether an answer is correct: by letter, or by exact match for open questions."""
+        """Return whether an answer is correct: by selected letter, or by exact match for open questions."""
         if self.choices:
             return self.selected_letter(prediction) == self.reference
-        normalised = prediction.strip().lower()
-        return any(normalised == answer.strip().lower() for answer in (self.reference, *self.accepted))
+        normalized = prediction.strip().lower()
+        return any(normalized == answer.strip().lower() for answer in (self.reference, *self.accepted))
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ class Benchmark:
 
     Attributes:
         items: usable items, grouped by task.
-        pooled: whether to report metrics over all tasks together as well.
-        excluded: items that cannot be used.
-        totals: number of items of each task before any selection or exclusion; empty if unknown.
+        pooled: whether the report also includes metrics over all tasks together.
+        excluded: invalid items.
+        totals: task -> number of items before selection and exclusion; empty if unknown.
         other_tasks: tasks whose files were not read.
     """
 
@@ -182,11 +183,11 @@ class Benchmark:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks in order."""
+        """Task names in the order of the items."""
         return tuple(dict.fromkeys(item.task for item in self.items))
 
     def select(self, tasks: Sequence[str] | None, limit: int | None) -> "Benchmark":
-        """Return the benchmark with the first `limit` items of the given tasks (None: no restriction)."""
+        """Return the benchmark with the first `limit` items of the given tasks; None means no restriction."""
         selected = (
             item
             for item in self.items
@@ -195,17 +196,17 @@ class Benchmark:
         return replace(self, items=tuple(selected))
 
     def keep(self, keys: Container[Key]) -> "Benchmark":
-        """Return the benchmark with the items of the given keys."""
+        """Return the benchmark restricted to the given item keys."""
         return replace(self, items=tuple(item for item in self.items if item.key in keys))
 
     @property
-    def labelled(self) -> "Benchmark":
-        """The benchmark with the items that have a reference."""
+    def labeled(self) -> "Benchmark":
+        """The benchmark restricted to items with a reference answer."""
         return replace(self, items=tuple(item for item in self.items if item.reference))
 
 
 def log_lost_content(items: Sequence[Item], options: ImageOptions) -> None:
-    """Log how many image files hold more than is shown, with one example of each kind."""
+    """Warn about image content that is not shown to the model, such as more frames; one example per kind."""
     found: dict[str, list[str]] = {}
     for path in dict.fromkeys(f.path for item in items for f in item.figures if f.path is not None):
         try:

@@ -40,11 +40,11 @@ def read_mmmu(data: Path, request: Request = EVERYTHING) -> Benchmark:
     As in the training data, images precede the question: `<image 2>` becomes the label `Fig-2`.
 
     Args:
-        data: folder with one sub-folder per subject.
-        request: what is read.
+        data: folder with one subfolder per subject.
+        request: tasks to read.
 
     Raises:
-        DataError: a subject is missing.
+        DataError: a subject is missing, or a file is not a parquet file.
         UsageError: pyarrow is not installed, or a task is unknown.
     """
     if unknown := [task for task in request.tasks or () if task not in SUBJECTS]:
@@ -52,12 +52,12 @@ def read_mmmu(data: Path, request: Request = EVERYTHING) -> Benchmark:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UsageError("reading MMMU needs pyarrow: pip install '.[eval]'") from None
+        raise UsageError("MMMU requires pyarrow: pip install '.[eval]'") from None
     subjects = [subject for subject in SUBJECTS if request.wants(subject)]
     files = {subject: sorted((data / subject).glob("validation-*.parquet")) for subject in subjects}
     missing = [subject for subject, paths in files.items() if not paths]
     if missing:
-        raise DataError(f"no validation-*.parquet of {', '.join(missing)}", file=data)
+        raise DataError(f"no validation-*.parquet for {', '.join(missing)}", file=data)
     items: list[Item] = []
     for subject, file in ((subject, file) for subject, paths in files.items() for file in paths):
         try:
@@ -96,7 +96,11 @@ def _parse(subject: str, row: Mapping[str, Any]) -> Item:
 
 
 def _parse_list(text: str) -> list[str]:
-    """Parse a list that the dataset stores as a Python literal."""
+    """Parse a list stored as a Python literal.
+
+    Raises:
+        DataError: the text is not a list.
+    """
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):

@@ -22,7 +22,7 @@ from internvl_chat.eval.benchmarks.reading import (
 )
 from internvl_chat.utils.errors import DataError
 
-# Name in the published tables -> prefix of the name in the dataset, or a part of it.
+# Name in the published tables -> prefix of the name in the dataset, then other substrings that identify it.
 _MODALITIES = {
     "OCT": ("oct", "optical coherence"),
     "CT": ("ct", "computed tomography"),
@@ -37,22 +37,22 @@ _ORDER = ("CT", "FP", "MR", "OCT", "Der", "Mic", "X-Ray", "US")
 
 
 def read_omnimed(data: Path, request: Request = EVERYTHING) -> Benchmark:
-    """Read `QA_information/Open-access/*.json`, or all of `QA_information` if there is no such folder.
+    """Read all JSON files in `QA_information/Open-access`, or in `QA_information` if that folder is missing.
 
-    Modalities that the published tables do not have keep their names.
+    Modalities that are not in the published tables keep their names.
 
     Args:
-        data: folder of `QA_information/` and the images.
-        request: what is read.
+        data: folder with `QA_information/` and the images.
+        request: whether the images are needed; all tasks are read.
 
     Raises:
-        DataError: there are no questions.
+        DataError: there is no JSON file.
     """
     folder = data / "QA_information"
     folder = folder / "Open-access" if (folder / "Open-access").is_dir() else folder
     files = sorted(folder.rglob("*.json"))
     if not files:
-        raise DataError("no questions of OmniMedVQA: no JSON file in QA_information", file=data)
+        raise DataError("not OmniMedVQA: no JSON file in QA_information", file=data)
     parse = partial(_parse, data=data, images=request.images)
     rule = Format(parse, _task_of, answer_key="gt_answer", answers="text")
     items = [item for file in files for item in read_rows(file_rows(RecordFile(file)), rule)]
@@ -63,8 +63,8 @@ def read_omnimed(data: Path, request: Request = EVERYTHING) -> Benchmark:
 
 
 def _task_of(raw: Mapping[str, Any]) -> str:
-    """Return the task of an item, or nothing if it has no modality."""
-    # The key differs between the files of the dataset.
+    """Return the task of an item, or "" if it has no modality."""
+    # Some files of the dataset use a different key.
     modality = raw.get("modality" if "modality" in raw else "modality_type")
     return short_modality(modality) if isinstance(modality, str) else ""
 
@@ -83,7 +83,7 @@ def _parse(raw: Mapping[str, Any], *, data: Path, images: bool) -> Item:
 
 
 def short_modality(name: str) -> str:
-    """Return the name of a modality in the published tables, or the given name if they do not have it.
+    """Return the name of a modality in the published tables, or the given name if it is not in them.
 
     >>> short_modality("OCT (Optical Coherence Tomography"), short_modality("Endoscopy")
     ('OCT', 'Endoscopy')

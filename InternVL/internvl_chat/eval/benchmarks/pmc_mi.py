@@ -1,7 +1,7 @@
-"""PMC-MI-Bench, and any folder of files in its format.
+"""PMC-MI-Bench, and custom benchmarks in its format.
 
-A file is a JSON array (or JSONL) of objects with `question`, `gt` (reference answer; the letter for multiple
-choice), `images` (file names) and `image_indices` (labels of the images in the question, such as `Fig-0`).
+A file is a JSON array or JSONL. Each object has `question`, `gt` (reference answer; for multiple choice, its
+letter), `images` (file names) and `image_indices` (labels of the images in the question, such as `Fig-0`).
 Text-only questions have no `images`.
 """
 
@@ -48,12 +48,12 @@ def read_pmc_mi(data: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read the six published files.
 
     Args:
-        data: folder of the files, or the parent of `benchmark/` or `benchmark_data/`. The images are in the
-            folder of the files, or in `images/` or `benchmark_images/` inside or next to it.
-        request: what is read.
+        data: folder of the files, or the parent of `benchmark/` or `benchmark_data/`. Images are searched in
+            the folder of the files, its parent, and `images/` and `benchmark_images/` in both.
+        request: tasks to read, and whether the images are needed.
 
     Raises:
-        DataError: files are missing.
+        DataError: a file is missing.
         UsageError: a task is unknown.
     """
     names = _wanted(FILES, request, "pmc-mi")
@@ -61,7 +61,7 @@ def read_pmc_mi(data: Path, request: Request = EVERYTHING) -> Benchmark:
     folder = next((f for f in folders if any((f / name).is_file() for name in FILES.values())), data)
     missing = [name for name in names.values() if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"PMC-MI-Bench is incomplete: no {', '.join(missing)}", file=folder)
+        raise DataError(f"PMC-MI-Bench is incomplete: missing {', '.join(missing)}", file=folder)
     benchmark = _read("pmc-mi", {task: folder / name for task, name in names.items()}, folder, request)
     return replace(benchmark, other_tasks=tuple(FILES.keys() - names.keys()))
 
@@ -69,14 +69,14 @@ def read_pmc_mi(data: Path, request: Request = EVERYTHING) -> Benchmark:
 def read_folder(folder: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read a custom benchmark: each `.json` or `.jsonl` file of a folder is a task.
 
-    The task has the name of the file without `_benchmark`; published files keep their task names.
+    The task name is the file name without `_benchmark`; PMC-MI-Bench files keep their task names.
 
     Args:
-        folder: the folder.
-        request: what is read.
+        folder: folder of the files.
+        request: tasks to read, and whether the images are needed.
 
     Raises:
-        DataError: there is no such file, or two files have the same task.
+        DataError: there is no such file, or two files have the same task name.
         UsageError: a task is unknown.
     """
     published = {name: task for task, name in FILES.items()}
@@ -84,7 +84,9 @@ def read_folder(folder: Path, request: Request = EVERYTHING) -> Benchmark:
     for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".jsonl")):
         task = published.get(file.name, file.stem.removesuffix("_benchmark"))
         if task in files:
-            raise DataError(f"{files[task].name} and {file.name} are both task {task}", file=folder)
+            raise DataError(
+                f"{files[task].name} and {file.name} have the same task name, {task}", file=folder
+            )
         files[task] = file
     if not files:
         raise DataError("no .json or .jsonl file with questions", file=folder)
@@ -95,7 +97,7 @@ def read_folder(folder: Path, request: Request = EVERYTHING) -> Benchmark:
 
 
 def _wanted(files: Mapping[str, T], request: Request, benchmark: str) -> dict[str, T]:
-    """Return the files of the tasks to read.
+    """Return the files of the requested tasks.
 
     Raises:
         UsageError: a task is unknown.
@@ -122,16 +124,18 @@ def _task(task: str, raw: Mapping[str, Any]) -> str:
 def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: bool) -> Item:
     [question], answer = required_strings(raw, "question"), optional_string(raw, "gt")
     if IMAGE_PLACEHOLDER in question:
-        raise DataError(f"the question contains {IMAGE_PLACEHOLDER}, but its images precede it")
+        raise DataError(
+            f"the question must not contain {IMAGE_PLACEHOLDER}; its images are inserted before it"
+        )
     names, labels = string_list(raw, "images"), string_list(raw, "image_indices")
     if names and len(names) != len(labels):
         raise DataError(f"{len(names)} 'images', but {len(labels)} 'image_indices'")
     check_images(raw, ("question", "gt", "images", "image_indices"), names, question)
     # Text-only questions may have labels without images.
-    labelled = zip(names, labels, strict=False)
-    figures = tuple(Figure(name, label, find_image(name, roots, required=images)) for name, label in labelled)
+    labeled = zip(names, labels, strict=False)
+    figures = tuple(Figure(name, label, find_image(name, roots, required=images)) for name, label in labeled)
     is_letter = len(answer.strip()) == 1 and answer.strip().isalpha()
     choices = split_choices(question) if is_letter or task == "multi-choice" else ()
     if task == "multi-choice" and not choices:
-        raise DataError("the question lists no options (A. ... B. ...)")
+        raise DataError("the question does not list options (A. ... B. ...)")
     return Item(task, 0, question, answer, figures, choices)

@@ -1,4 +1,4 @@
-"""Helpers of the benchmark readers; all problems of a benchmark are collected and reported together."""
+"""Helpers of the benchmark readers. All problems of a benchmark are reported together."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,18 +31,18 @@ _MAX_PROBLEMS_SHOWN = 20
 
 @dataclass(frozen=True)
 class Request:
-    """What is read from a benchmark.
+    """Which parts of a benchmark to read.
 
     Attributes:
-        tasks: read only the files of these tasks, where a file has one task; None for all tasks.
-        images: whether the images are needed.
+        tasks: read only these tasks, if the benchmark has one file per task; None for all tasks.
+        images: whether the image files must exist.
     """
 
     tasks: Collection[str] | None = None
     images: bool = True
 
     def wants(self, task: str) -> bool:
-        """Return whether a task is read."""
+        """Return whether a task is requested."""
         return self.tasks is None or task in self.tasks
 
 
@@ -51,12 +51,12 @@ EVERYTHING = Request()
 
 @dataclass(frozen=True)
 class Row:
-    """An object of a benchmark file that has not been parsed.
+    """Unparsed row of a benchmark file.
 
     Attributes:
-        read: returns the object; raises `DataError` if it is not valid JSON.
-        file: file of the object.
-        place: returns the line or row, and the number of an object that is not alone on its line.
+        read: returns the JSON object; raises `DataError` if it is not valid JSON.
+        file: benchmark file.
+        place: returns the line or row number, and the object number if the line contains several objects.
     """
 
     read: Callable[[], Any]
@@ -64,21 +64,21 @@ class Row:
     place: Callable[[], str]
 
     def locate(self, message: str) -> str:
-        """Add file and place to an error message."""
+        """Prefix an error message with the file and the location."""
         return f"{self.file}, {self.place()}: {message}"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the objects of a benchmark are read.
+    """Row format of a benchmark.
 
     Attributes:
-        parse: parses an object; raises `DataError` if it is invalid. The reference of a multiple-choice item
-            is the answer as it is written, or empty if there is none.
-        task: returns the task of an object that may be invalid; empty if it is unknown.
-        answer_key: key of the answer.
-        answers: whether answers to multiple-choice questions are letters or texts of options; None if this
-            differs between files.
+        parse: converts a JSON object to an item; raises `DataError` if it is invalid. The reference of a
+            multiple-choice item is the raw answer, or empty if there is none.
+        task: returns the task of a possibly invalid object, or "" if unknown.
+        answer_key: JSON key of the answer.
+        answers: whether multiple-choice answers are letters or option text; None if this differs between
+            files.
     """
 
     parse: Callable[[Mapping[str, Any]], Item]
@@ -100,9 +100,9 @@ def file_rows(file: RecordFile) -> Iterator[Row]:
 
 
 def read_rows(rows: Iterable[Row], rule: Format) -> list[Item]:
-    """Return an item for each row; an invalid row becomes an item with a `problem`.
+    """Parse rows into items; an invalid row becomes an item with a `problem`.
 
-    The items of a task have no references if none of its rows has the key of the answer.
+    The answer key may be missing only if all rows of the task lack it.
     """
     rows = list(rows)
     parsed = [_parse(row, rule) for row in rows]
@@ -111,11 +111,11 @@ def read_rows(rows: Iterable[Row], rule: Format) -> list[Item]:
         if not item.problem:
             by_task[item.task].append(item)
     forms = {task: rule.answers or common_form(items) for task, items in by_task.items()}
-    labelled = {task for task, items in by_task.items() if any(item.reference for item in items)}
+    labeled = {task for task, items in by_task.items() if any(item.reference for item in items)}
     result = []
     for row, item in zip(rows, parsed, strict=True):
         try:
-            if item.task in labelled and not item.problem:
+            if item.task in labeled and not item.problem:
                 item = with_letter(item, forms[item.task], rule.answer_key)
         except DataError as error:
             item = replace(item, problem=row.locate(error.message))
@@ -124,13 +124,13 @@ def read_rows(rows: Iterable[Row], rule: Format) -> list[Item]:
     if marked:
         logger.warning(
             "%s: %d questions or answers contain control tokens such as <|im_end|>, e.g. in %s; "
-            "--escape_control_tokens True reads them as text", marked[0].file, len(marked), marked[0].place(),
+            "--escape_control_tokens True keeps them as text", marked[0].file, len(marked), marked[0].place(),
         )  # fmt: skip
     return with_indices(result)
 
 
 def _is_marked(item: Item) -> bool:
-    """Return whether question or answer contain control tokens."""
+    """Return whether the question or the answer contains control tokens."""
     return bool(control_tokens(f"{item.question}\n{item.reference}"))
 
 
@@ -148,40 +148,40 @@ def _parse(row: Row, rule: Format) -> Item:
 
 
 def raise_problems(problems: Sequence[str], advice: Sequence[str] = ()) -> None:
-    """Raise one error for all problems, if there are any.
+    """Raise a single error for all problems; do nothing if there are none.
 
     Args:
-        problems: one message for each problem.
-        advice: what to do, after the problems.
+        problems: one message per problem.
+        advice: lines to append after the problems.
 
     Raises:
-        DataError: lists the first twenty problems and the number of the others.
+        DataError: there is a problem; the message lists the first 20 and counts the rest.
     """
     if problems:
         raise DataError("\n".join([format_problems(_first(problems)), *advice]))
 
 
 def skipped_message(problems: Sequence[str], total: int) -> str:
-    """Return a message with the number of items that are skipped, and the first of them."""
+    """Return a log message that counts the skipped items and lists the first 20."""
     lines = [f"  {problem}" for problem in _first(problems)]
     return "\n".join([f"skipped {len(problems):,} of {counted(total, 'item')}:", *lines])
 
 
 def _first(problems: Sequence[str]) -> list[str]:
-    """Return the first twenty problems and the number of the others."""
+    """Return the first 20 problems, and a line that counts the rest."""
     rest = len(problems) - _MAX_PROBLEMS_SHOWN
     return list(problems[:_MAX_PROBLEMS_SHOWN]) + ([f"and {rest:,} more"] if rest > 0 else [])
 
 
 def unknown_tasks(unknown: Sequence[str], benchmark: str, known: Iterable[str]) -> str:
-    """Return the error message for names given to `--tasks`."""
-    return f"--tasks {','.join(unknown)}: {benchmark} has {', '.join(known)}"
+    """Return the error message for unknown names in `--tasks`."""
+    return f"--tasks {','.join(unknown)}: unknown; the tasks of {benchmark} are {', '.join(known)}"
 
 
 def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
-    """Split tasks that mix open and multiple-choice questions, and group the items by task.
+    """Split tasks that mix open and multiple-choice questions; the result is grouped by task.
 
-    The metrics of the two kinds have the same names but different meanings.
+    Some metrics of open and multiple-choice tasks have the same names but different definitions.
     """
     usable = [item for item in items if not item.problem]
     mixed = {item.task for item in usable if item.choices} & {
@@ -196,7 +196,7 @@ def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
 
 
 def with_indices(items: Iterable[Item]) -> list[Item]:
-    """Return the items with their indices in their tasks."""
+    """Number the items of each task from 0."""
     counts: Counter[str] = Counter()
     result = []
     for item in items:
@@ -206,21 +206,21 @@ def with_indices(items: Iterable[Item]) -> list[Item]:
 
 
 def required_strings(raw: Mapping[str, Any], *keys: str) -> list[str]:
-    """Return the strings under the given keys.
+    """Return the string values of the given keys.
 
     Raises:
         DataError: a value is missing, empty or not a string.
     """
     invalid = [key for key in keys if not isinstance(raw.get(key), str) or not raw[key].strip()]
     if invalid:
-        raise DataError(f"an item needs a non-empty string under {', '.join(map(repr, invalid))}")
+        raise DataError(f"expected a non-empty string for {', '.join(map(repr, invalid))}")
     for key in keys:
         check_reserved_token(raw[key])
     return [raw[key] for key in keys]
 
 
 def optional_string(raw: Mapping[str, Any], key: str) -> str:
-    """Return the string under a key, or nothing if the key is missing or null.
+    """Return the string value of a key, or "" if the key is missing or null.
 
     Raises:
         DataError: the value is empty or not a string.
@@ -229,10 +229,10 @@ def optional_string(raw: Mapping[str, Any], key: str) -> str:
 
 
 def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
-    """Return the list of strings under a key; accepts a single string and a missing key.
+    """Return the list under a key; a single string becomes a list, a missing key an empty list.
 
     Raises:
-        DataError: the value is of another type.
+        DataError: the value is neither a string nor a list of non-empty strings.
     """
     value = raw.get(key) or []
     value = [value] if isinstance(value, str) else value
@@ -243,23 +243,23 @@ def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
 
 
 def check_images(raw: Mapping[str, Any], read: Sequence[str], names: Sequence[str], question: str) -> None:
-    """Refuse an item with an image that is named under another key or marked in another dialect.
+    """Reject an item if it refers to an image in an unsupported key or with an unsupported placeholder.
 
     Args:
-        raw: the item as the file has it.
-        read: keys that are read.
-        names: the images that are read.
-        question: the question.
+        raw: the unparsed item.
+        read: supported keys.
+        names: images of the item.
+        question: text of the question.
 
     Raises:
-        DataError: an image would not be shown, or not at its position.
+        DataError: an image would be dropped or misplaced.
     """
     if problem := misplaced_image(raw, read, names, question):
         raise DataError(problem)
 
 
 def check_reserved_token(text: str) -> None:
-    """Reject text that contains the image context token.
+    """Reject text that contains the reserved image context token.
 
     Raises:
         DataError: the text contains the token.
@@ -269,15 +269,15 @@ def check_reserved_token(text: str) -> None:
 
 
 def find_image(name: str, roots: Sequence[Path], *, required: bool = True) -> Path:
-    """Return the image file in the first of the folders that has it.
+    """Return the path of an image in the first folder that contains it.
 
     Args:
-        name: path of the image in the folder.
-        roots: the folders.
-        required: whether the image is needed; otherwise the path may not exist.
+        name: image path relative to a folder.
+        roots: folders to search.
+        required: whether the image must exist.
 
     Raises:
-        DataError: no folder has a required image.
+        DataError: a required image is remote or in none of the folders.
     """
     if required and (remote := describe_remote(name)):
         raise DataError(remote)
@@ -295,12 +295,12 @@ def find_image(name: str, roots: Sequence[Path], *, required: bool = True) -> Pa
 def choice_item(
     task: str, question: str, answer: str, figures: tuple[Figure, ...], choices: Sequence[str]
 ) -> Item:
-    """Return a multiple-choice item whose options are listed after the question, one per line.
+    """Return a multiple-choice item with lettered options after the question, one per line.
 
-    Options that begin with their own letters (`A. yes`, `B. no`) are listed as they are.
+    If all options already begin with their letters (`A. yes`, `B. no`), these are not repeated.
 
     Raises:
-        DataError: options begin with letters in another order.
+        DataError: the options begin with the expected letters in a different order.
     """
     texts = strip_letters(choices)
     options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, texts, strict=False)]
@@ -308,11 +308,11 @@ def choice_item(
 
 
 def warn_about_letters(items: Sequence[Item]) -> None:
-    """Log how many items have an option whose text is another option's letter."""
+    """Warn about items in which the text of an option is the letter of a different option."""
     found = [item for item in items if options_like_letters(item.choices)]
     if found:
         logger.warning(
-            "%s with an option whose text is another option's letter (for example %s %d): a single-letter "
-            "answer is interpreted as the letter of an option, not as its text",
+            "%s with an option whose text is the letter of a different option (for example %s %d); "
+            "single-letter answers are interpreted as letters, not as option text",
             counted(len(found), "item"), *found[0].key,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Custom visual question answering data as JSONL."""
+"""Custom visual question answering (VQA) data in JSONL format."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -29,16 +29,16 @@ def read_vqa(file: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read a JSONL file (or a JSON array) of questions.
 
     An object has `question` and `answer`. Optional keys: `image` (one path or a list, relative to the folder
-    of the file), `choices` (options, appended to the question; `answer` is a letter or the text of an option)
-    and `task` (default: the name of the file). The open questions of a task with both kinds become a task of
-    their own.
+    of the file), `choices` (options, appended to the question; `answer` is then a letter or the text of an
+    option) and `task` (default: the file name). If a task mixes multiple-choice and open questions, its open
+    questions become a separate task.
 
     Args:
-        file: the file.
-        request: what is read.
+        file: JSONL or JSON file.
+        request: whether the images are needed; all tasks are read.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file is unreadable.
     """
     if not file.is_file():
         raise DataError("not a file; --data must be a JSONL file of questions", file=file)
@@ -77,7 +77,7 @@ def _parse(raw: Mapping[str, Any], *, file: Path, images: bool) -> Item:
 
 
 def _reject_index(raw: Mapping[str, Any]) -> None:
-    """Reject a number that is the text of one option and may be the index of another one.
+    """Reject a numeric answer that is the text of one option and the index of a different one.
 
     Raises:
         DataError: the number is ambiguous.
@@ -85,6 +85,6 @@ def _reject_index(raw: Mapping[str, Any]) -> None:
     choices, number = raw.get("choices") or [], raw["answer"]
     if str(number) in choices and number in range(len(choices)) and choices[int(number)] != str(number):
         raise DataError(
-            f"the answer {number} is ambiguous: it can be an option's text or its index, counted from 0; "
-            "put the text in quotes, or give the letter of the option"
+            f"the answer {number} is ambiguous: it is the text of one option and the 0-based index "
+            "of a different one; put the text in quotes, or give the letter of the option"
         )

@@ -1,7 +1,7 @@
-"""Functions that the YAML files refer to: documents and results of lmms-eval from our readers and metrics.
+"""lmms-eval hooks for the YAML task files, based on the readers and metrics of `m3llm eval`.
 
-lmms-eval passes only the loaded dataset to `process_docs`. The folder of the questions therefore comes from
-the environment, and the task from the name of the dataset configuration (`dataset_name` in the YAML file).
+lmms-eval passes only the loaded dataset to `process_docs`. The question folder therefore comes from an
+environment variable, and the task from the dataset configuration (`dataset_name` in the YAML file).
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
-from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_texts
+from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.eval.scoring import score
@@ -34,19 +34,19 @@ _PER_ITEM = ("bleu", "rouge", "overlap")
 # Computed over all answers of a task.
 _PER_TASK = ("cider", "bertscore", "sts")
 _CHOICE_AVERAGES = ("f1", "recall", "precision")
-# lmms-eval scores in several threads, but `rouge` changes the recursion limit of the interpreter.
+# lmms-eval scores in multiple threads, but `rouge` changes the global recursion limit.
 _LOCK = Lock()
 
 
 def process_docs(dataset: "Dataset") -> "Dataset":
-    """Return the documents of a task, replacing the dataset that lmms-eval has loaded.
+    """Return the documents of a task, which replace the dataset loaded by lmms-eval.
 
     Args:
-        dataset: any dataset; the name of its configuration is the task.
+        dataset: placeholder dataset whose configuration name is the task.
 
     Raises:
-        UsageError: the environment variable for the folder is not set, or the folder has no such task.
-        DataError: items are invalid.
+        UsageError: `M3LLM_BENCH_DATA` is not set, or the task is not in its folder.
+        DataError: an item is invalid.
     """
     folder = os.environ.get(DATA)
     if not folder:
@@ -58,12 +58,12 @@ def read_documents(task: str, folder: Path) -> list[dict[str, Any]]:
     """Return the items of a task as flat records.
 
     Args:
-        task: task of PMC-MI-Bench, or name of a file in a folder of that format.
-        folder: like `--data` of `m3llm eval`, or a custom folder like its `--bench`.
+        task: PMC-MI-Bench task, or name of a file in a custom folder.
+        folder: value of `--data` for PMC-MI-Bench, or of `--bench` for a custom folder (see `m3llm eval`).
 
     Raises:
-        UsageError: there is no such folder or task.
-        DataError: items are invalid.
+        UsageError: the folder or the task does not exist.
+        DataError: an item is invalid.
     """
     name, data = ("pmc-mi", folder) if task in FILES else (str(folder), None)
     try:
@@ -73,7 +73,7 @@ def read_documents(task: str, folder: Path) -> list[dict[str, Any]]:
     items = benchmark.items
     shared = {
         "task": task,
-        "system": system_texts(benchmark)[task],
+        "system": system_prompts(benchmark)[task],
         "multiple_choice": any(item.choices for item in items),
     }
     return [
@@ -91,8 +91,8 @@ def read_documents(task: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _item(doc: Mapping[str, Any]) -> Item:
-    labelled = zip(doc["images"], doc["labels"], strict=True)
-    figures = tuple(Figure(Path(path).name, label, Path(path)) for path, label in labelled)
+    labeled = zip(doc["images"], doc["labels"], strict=True)
+    figures = tuple(Figure(Path(path).name, label, Path(path)) for path, label in labeled)
     return Item(doc["task"], doc["index"], doc["question"], doc["reference"], figures, tuple(doc["choices"]))
 
 
@@ -106,7 +106,7 @@ def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Return the prompt for models without roles: system text, an empty line, user message."""
+    """Return the prompt for models without chat roles: system prompt, empty line, user message."""
     return "\n\n".join(message.content for message in _item(doc).messages(doc["system"]))
 
 
@@ -116,8 +116,8 @@ def doc_to_messages(
     """Return the chat messages, with images at the positions of their placeholders.
 
     Args:
-        lmms_eval_specific_kwargs: options of the model in the YAML file; `newline_after_image` means that its
-            chat template appends a newline to each image.
+        lmms_eval_specific_kwargs: model options from the YAML file; `newline_after_image` means that the
+            model's chat template adds a newline after each image.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -159,7 +159,7 @@ def _suite() -> Suite:
 
 
 def _task_metric(pairs: Sequence[Mapping[str, Any]], *, name: str) -> float:
-    """Return a metric over all answers of a task, computed like in `m3llm eval`."""
+    """Compute a metric over all answers of a task as `m3llm eval` does."""
     items = [
         Item("task", n, "", pair["reference"], choices=tuple(pair["choices"])) for n, pair in enumerate(pairs)
     ]

@@ -1,1 +1,1 @@
-"""Reports of an evaluation: tables, plots, and an HTML page with every item."""
+"""Evaluation reports: tables, plots, and an HTML page with every item."""

@@ -1,4 +1,4 @@
-"""HTML page that shows the answers of several models to the same questions side by side."""
+"""HTML page that shows the answers of multiple models to the same questions side by side."""
 
 import html
 import re
@@ -31,14 +31,14 @@ figure img { display: block; border: 1px solid var(--line); border-radius: .25re
 
 @dataclass(frozen=True)
 class ComparedRecord:
-    """A question that several models have answered.
+    """A question and the answers of multiple models.
 
     Attributes:
-        task: heading of its section; records of a task follow each other.
-        question: the question, with its image placeholders.
+        task: section heading; records of a task must be consecutive.
+        question: the question, including image placeholders.
         images: RGB images, labeled Fig-0, Fig-1, ... in this order.
         reference: expected answer.
-        answers: name of the model -> its answer and whether it is correct.
+        answers: model name -> answer, and whether it is correct.
     """
 
     task: str
@@ -51,7 +51,7 @@ class ComparedRecord:
 def comparison_page(
     title: str, introduction: Iterable[str], records: Iterable[ComparedRecord], end: Iterable[str] = ()
 ) -> str:
-    """Return the page: the introduction (HTML fragments), the records of each task, and the end (as well)."""
+    """Return the HTML page; `introduction` and `end` are HTML fragments before and after the records."""
     parts = list(introduction)
     for task, of_task in groupby(records, key=lambda record: record.task):
         parts += [f"<h2>{html.escape(task)}</h2>", *map(_item, of_task)]
@@ -70,7 +70,7 @@ def _item(record: ComparedRecord) -> str:
 
 
 def _figure(number: int, image: Image.Image) -> str:
-    """Return a captioned thumbnail; the first image is the largest, because it contains the others."""
+    """Return a captioned thumbnail; the first image is larger, because it is the compound figure."""
     thumbnail = jpeg_thumbnail(image, _PANEL_PIXELS if number else _FIGURE_PIXELS)
     name = f"Fig-{number}"
     return f"<figure>{html_image(thumbnail, 'jpeg', name)}<figcaption>{name}</figcaption></figure>"

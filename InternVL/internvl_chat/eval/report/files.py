@@ -1,4 +1,4 @@
-"""Write the report of an evaluation: metrics, table, plots and HTML page."""
+"""Write an evaluation report: metrics, table, plots and HTML page."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ PAGE = "report.html"
 def write_report(
     folder: Path, benchmark: Benchmark, answers: Mapping[Key, str], scores: Scores, *, model: str
 ) -> None:
-    """Write `metrics.json`, `table.md`, `bars.png`, `radar.png` and `report.html`, replacing earlier ones.
+    """Write `metrics.json`, `table.md`, `bars.png`, `radar.png` and `report.html`; overwrite existing files.
 
-    There is no radar plot with fewer than three axes.
+    The radar plot is omitted if it would have fewer than three axes.
 
     Args:
         folder: output folder, created if needed.

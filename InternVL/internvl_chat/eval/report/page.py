@@ -1,4 +1,4 @@
-"""HTML page with every item: question, figures, reference, answer of the model and scores."""
+"""HTML page with question, figures, reference, model answer and scores of every item."""
 
 import html
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from internvl_chat.eval.report.table import LABELS, NOTE, metric_tables, paper_t
 from internvl_chat.eval.scoring import Scores
 from internvl_chat.utils.html import html_image, html_page, html_table, jpeg_thumbnail
 
-# Browsers do not cope with pages of very many images.
+# Pages with too many images are slow in a browser.
 MAX_ITEMS_PER_TASK = 500
 _THUMBNAIL_PIXELS = 240
 _STYLE = """
@@ -32,14 +32,14 @@ def evaluation_page(
     model: str,
     pictures: Mapping[str, Path],
 ) -> str:
-    """Return the page, with at most `MAX_ITEMS_PER_TASK` items of each task.
+    """Return the HTML page, with at most `MAX_ITEMS_PER_TASK` items per task.
 
     Args:
-        benchmark: the answered items.
-        answers: answer to each item.
+        benchmark: benchmark with the answered items.
+        answers: item -> answer.
         scores: scores of the items and tasks.
-        model: name of the model.
-        pictures: description -> PNG file of each plot.
+        model: model name.
+        pictures: description of a plot -> PNG file.
 
     Raises:
         DataError: a figure cannot be decoded.
@@ -69,7 +69,7 @@ def _item(item: Item, answer: str, scores: Mapping[str, float]) -> str:
     shown = ", ".join(f"{LABELS[name]} {value:.3f}" for name, value in scores.items())
     kind = "" if "accuracy" not in scores else " right" if scores["accuracy"] else " wrong"
     if item.choices:
-        answer = f"{answer}\n(read as {item.selected_letter(answer) or 'no option'})"
+        answer = f"{answer}\n(parsed as {item.selected_letter(answer) or 'no option'})"
     texts = (("Question", item.question), ("Reference", item.reference), ("Answer", answer))
     listed = "".join(f"<dt>{name}</dt><dd class='text'>{html.escape(text)}</dd>" for name, text in texts)
     return (
@@ -80,13 +80,13 @@ def _item(item: Item, answer: str, scores: Mapping[str, float]) -> str:
 
 def _figure(figure: Figure) -> str:
     title = html.escape(f"{figure.label} {figure.name}".strip())
-    if figure.path is not None and not figure.path.exists():  # answers can be scored without the images
+    if figure.path is not None and not figure.path.exists():  # scoring does not require the images
         return f"<figure><figcaption>{title} (the image is not available)</figcaption></figure>"
     picture = html_image(_thumbnail(figure), "jpeg", figure.label or figure.name)
     return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
 
 
-@cache  # several items may show the same figure
+@cache  # items may share a figure
 def _thumbnail(figure: Figure) -> bytes:
-    """Return a small JPEG of a figure."""
+    """Return a JPEG thumbnail of a figure."""
     return jpeg_thumbnail(figure.decode(), _THUMBNAIL_PIXELS)

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: bars of every task next to the published results, and a radar chart."""
+"""Evaluation plots: a bar chart per task with the published results, and a radar chart."""
 
 import textwrap
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 _COLORS = {"InternVL3-8B": GRAY, "M3LLM-8B": AMBER}
 _MODEL_COLOR = BLUE
-# Metrics of open tasks in the bar chart; the table has all of them.
+# Metrics of open tasks in the bar chart; the table contains all metrics.
 _BARS = ("bleu1", "bleu4", "rougeL", "f1", "bertscore", "sts")
 _COLUMNS = 2
-# In inches: a bar, and the title and axis of a panel.
+# Heights in inches: a bar, and the title and axis of a panel.
 _BAR, _PANEL = 0.18, 0.8
-# Between metrics, in bars.
+# Gap between metrics, in units of a bar.
 _GAP = 0.7
 
 
 def radar_axes(tasks: Mapping[str, Metrics], benchmark: str) -> list[tuple[str, str]]:
-    """Return the axes of the radar chart as pairs of task and metric.
+    """Return the axes of the radar chart as (task, metric) pairs.
 
-    PMC-MI-Bench has the published metrics that were computed; any other benchmark has accuracy or ROUGE-L of
-    each task.
+    For PMC-MI-Bench, these are the computed metrics that have a published value; for other benchmarks, the
+    accuracy or ROUGE-L of each task.
     """
     if benchmark == "pmc-mi":
         pairs = [(task, name) for task in TITLES for name in (CHOICE if task == "multi-choice" else OPEN)]
@@ -41,7 +41,7 @@ def radar_axes(tasks: Mapping[str, Metrics], benchmark: str) -> list[tuple[str, 
 
 
 def plot_radar(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, model: str) -> bool:
-    """Plot the radar chart as a PNG; returns False if there are fewer than three axes."""
+    """Save the radar chart as a PNG; return False if it would have fewer than three axes."""
     figure = radar_figure(tasks, benchmark=benchmark, model=model)
     if figure is None:
         return False
@@ -50,12 +50,12 @@ def plot_radar(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, m
 
 
 def plot_bars(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, model: str) -> None:
-    """Plot the main metrics of every task as a PNG."""
+    """Save the bar chart as a PNG."""
     save_png(bar_figure(tasks, benchmark=benchmark, model=model), picture)
 
 
 def radar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "Figure | None":
-    """Return the radar chart, or None if there are fewer than three axes."""
+    """Return the radar chart, or None if it would have fewer than three axes."""
     pairs = radar_axes(tasks, benchmark)
     if len(pairs) < 3:
         return None
@@ -76,7 +76,7 @@ def radar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) ->
     for label, (color, values) in lines.items():
         closed = ([*angles, angles[0]], [*values, values[0]])
         is_model = color == _MODEL_COLOR
-        # The space keeps names that start with "_" in the legend.
+        # matplotlib drops labels that start with "_" from the legend; the space prevents that.
         axes.plot(*closed, color=color, linewidth=2.2 if is_model else 1.6, label=f" {label}")
         axes.fill(*closed, color=color, alpha=0.15 if is_model else 0.06)
     axes.set(ylim=(0, 100), xticks=angles)
@@ -100,11 +100,11 @@ def radar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) ->
 
 
 def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "Figure":
-    """Return the bar chart: a panel per task, and per metric a bar of each published model and of `model`."""
+    """Return the bar chart: one panel per task, with bars of `model` and the published models per metric."""
     series = {task: _task_bars(task, metrics, benchmark) for task, metrics in tasks.items()}
     columns = min(_COLUMNS, len(tasks))
     rows = [list(tasks)[start : start + columns] for start in range(0, len(tasks), columns)]
-    # The length of a panel's axis in bars; a gap follows each metric.
+    # Axis length of each row of panels, in units of a bar.
     lengths = [
         max(sum(len(bars) + _GAP for bars in series[task].values()) or 2 for task in row) for row in rows
     ]
@@ -130,7 +130,7 @@ def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "
         return figure
     names = [f"{other} (published)" for other in PUBLISHED if other in drawn]
     bars = [drawn[other] for other in (*PUBLISHED, "") if other in drawn]
-    # The title of the legend, because a legend outside the panels would cover that of the figure.
+    # Use the legend title as figure title: a legend outside the panels would cover a suptitle.
     figure.legend(
         bars, [*names, f" {name}"], loc="outside upper center", ncols=3, frameon=False, title=title,
         title_fontproperties={"weight": "bold", "size": "large"},
@@ -139,7 +139,7 @@ def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "
 
 
 def _task_bars(task: str, metrics: Metrics, benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the values of the bars, by metric and model; the evaluated model is ""."""
+    """Return the bar values, keyed by metric and model; the evaluated model has the key ""."""
     names = [n for n in (CHOICE if is_choice(metrics) else _BARS) if metrics.get(n) is not None]
     bars: dict[str, dict[str, float]] = {}
     for name in names:
@@ -150,19 +150,22 @@ def _task_bars(task: str, metrics: Metrics, benchmark: str) -> dict[str, dict[st
 
 
 def _draw_task(axes: "Axes", metrics: Mapping[str, Mapping[str, float]], length: float) -> dict[str, Any]:
-    """Draw the bars of a task from the top of an axis of the given length; return a bar of each model."""
+    """Draw the bars of a task from the top down; return model -> bar container for the legend.
+
+    `length` is the length of the axis in units of a bar.
+    """
     y, ticks, drawn = 0.0, [], {}
     for name, values in metrics.items():
         ticks.append((y + (len(values) - 1) / 2, LABELS[name]))
         for model, value in values.items():
             color = _COLORS.get(model, _MODEL_COLOR)
             drawn[model] = axes.barh(y, value, height=0.9, color=color)
-            # Outside the axis for the largest values, which the layout leaves room for.
+            # Labels of large values extend beyond the axis; the layout leaves room for them.
             axes.text(value + 1, y, f"{value:.1f}", va="center", fontsize="x-small")
             y += 1
         y += _GAP
     if not metrics:
-        axes.text(50, 0.5, "no metric was computed", ha="center", va="center", color=TEXT_GRAY)
+        axes.text(50, 0.5, "no metrics computed", ha="center", va="center", color=TEXT_GRAY)
     axes.set_yticks([middle for middle, _ in ticks], [label for _, label in ticks])
     axes.tick_params(axis="y", length=0)
     axes.set(xlim=(0, 100), ylim=(length - _GAP - 0.4, -0.6))

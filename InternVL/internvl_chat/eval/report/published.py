@@ -1,6 +1,6 @@
 """Published results on PMC-MI-Bench (Chen et al., 2025, arXiv 2511.22232), in percent.
 
-The paper has no rows for the tasks on compound figures and on bounding boxes.
+The paper does not report results for the compound-figure and bounding-box tasks.
 """
 
 OPEN = ("bleu4", "rougeL", "bertscore", "sts")
@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 def published(model: str, task: str, metric: str) -> float | None:
-    """Return a published metric, or None if the paper does not have it."""
+    """Return a published metric, or None if the paper does not report it."""
     row = PUBLISHED[model].get(task)
     names = CHOICE if task == "multi-choice" else OPEN
     return row[names.index(metric)] if row and metric in names else None

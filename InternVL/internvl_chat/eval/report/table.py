@@ -1,4 +1,4 @@
-"""Metrics as tables and Markdown; PMC-MI-Bench also in the layout of the paper, with its published rows."""
+"""Metrics as tables and Markdown, for PMC-MI-Bench also next to the published results."""
 
 from collections.abc import Mapping
 
@@ -27,26 +27,26 @@ def percent(value: float | None) -> str:
 
 
 def is_partial(metrics: Metrics) -> bool:
-    """Return whether the metrics are those of a part of a task."""
+    """Return whether only some items of the task are scored."""
     return "total" in metrics
 
 
 def _label(model: str, metrics: Metrics) -> str:
-    """Return the name of a row; a part of a task is marked, because it has no published counterpart."""
+    """Return the row label; partially scored tasks are marked as not comparable with published results."""
     if not is_partial(metrics):
         return f"**{model}**"
     return f"**{model}** (partial: {metrics['items']:,} of {metrics['total']:,} items)"
 
 
 def _count(metrics: Metrics, name: str) -> str:
-    """Return a number of items; for a part of a task with the number of all."""
+    """Format a count; the number of items of a partially scored task as "N of TOTAL"."""
     if name == "items" and is_partial(metrics):
         return f"{metrics['items']:,} of {metrics['total']:,}"
     return f"{metrics[name]:,}"
 
 
 def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
-    """Return a table of all metrics of the open tasks, and one of the multiple-choice tasks."""
+    """Return a table with all metrics of the open tasks and one for the multiple-choice tasks."""
     tables: list[Table] = []
     for names, choice in ((OPEN_METRICS, False), (CHOICE_METRICS, True)):
         counts = ("items", "unreadable") if choice else ("items",)
@@ -65,7 +65,7 @@ def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
 
 
 def paper_tables(tasks: Mapping[str, Metrics], model: str) -> list[Table]:
-    """Return the tables of PMC-MI-Bench in the layout of the paper: a row for each task and model."""
+    """Return PMC-MI-Bench tables in the layout of the paper: one row per task and model."""
     tables: list[Table] = []
     for names, choice in ((OPEN, False), (CHOICE, True)):
         rows: list[tuple[str, ...]] = []
@@ -91,7 +91,7 @@ def markdown(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> str
     """Return the report in Markdown.
 
     Args:
-        benchmark: name of the benchmark; `pmc-mi` adds the tables of the paper.
+        benchmark: benchmark name; `pmc-mi` adds the comparison with the published results.
     """
     parts = [f"# {benchmark}: {model}", NOTE]
     if benchmark == "pmc-mi":

@@ -1,1 +1,1 @@
-"""Reading and writing model folders and checkpoint formats."""
+"""Reading and writing of model folders and checkpoint formats."""

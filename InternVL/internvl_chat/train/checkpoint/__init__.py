@@ -1,1 +1,1 @@
-"""Checkpoints: saving in the background, integrity, resuming, and the output folder."""
+"""Checkpoints: background saving, integrity checks, resuming, and the output folder."""

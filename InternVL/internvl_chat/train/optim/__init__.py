@@ -1,1 +1,1 @@
-"""Optimizers and learning-rate schedules, with an AdamW for bf16 weights."""
+"""Optimizers (including AdamW for bf16 weights) and learning rate schedules."""

@@ -3,23 +3,23 @@
 #
 #   [NAME=VALUE ...] bash M3LLM-fulldata-lora.sh [training flags, which override the recipe]
 #
-# First edit the paths in shell/data/PMC-data.json or set META_PATH. Example, 20 steps on 8 GPUs:
+# First edit the paths in shell/data/PMC-data.json or set META_PATH. Example with 20 steps on 8 GPUs:
 #
 #   GPUS=8 MODEL_PATH=/models/InternVL3-8B bash M3LLM-fulldata-lora.sh --max_steps 20
 #
-# Environment variables and defaults (if the package is installed elsewhere, the current folder takes the place of
-# the repository):
-#   GPUS=1                     GPUs on this machine; 0 trains on the CPU
-#   NPROC=GPUS                 ranks on this machine (1 on a CPU)
-#   BATCH_SIZE=16              global batch: records per optimizer step, over all ranks
+# Environment variables and defaults (if the package is installed from a wheel, "the repository" is the current
+# folder):
+#   GPUS=1                     GPUs on this node; 0 trains on the CPU
+#   NPROC=GPUS                 ranks on this node (1 on a CPU)
+#   BATCH_SIZE=16              global batch: records per optimizer step, across all ranks
 #   PER_DEVICE_BATCH_SIZE=1    records per forward pass with --packing False
-#   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id; training continues a LoRA checkpoint
+#   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id; a LoRA checkpoint is trained further
 #   META_PATH=shell/data/PMC-data.json   the datasets
-#   DATA_ROOT=the repository   folder that relative paths in the meta file start from
+#   DATA_ROOT=the repository   base folder of relative paths in the meta file
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-lora-lr=5e-6 (in the repository)
-#   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    several machines with a shared disk
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    multiple nodes with a shared file system
 #   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank fails
-#   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits into memory, else FSDP2
+#   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits in memory, else FSDP2
 #   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 trackers, e.g. wandb,tensorboard; wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if it exists, else python3
