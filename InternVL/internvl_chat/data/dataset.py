@@ -1,4 +1,4 @@
-"""The training dataset: the records of all entries of a meta file, in the order of one epoch."""
+"""The training dataset: the concatenated records of all datasets in a meta file."""
 
 import random
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class SampleIndex(NamedTuple):
 
     Attributes:
         index: position among all records of the epoch.
-        epoch: epoch, counted from 0; it seeds the augmentation together with the index.
-        counts: False for a dummy sample with weight zero.
+        epoch: 0-based epoch; together with the index, it seeds the augmentation.
+        counts: whether the record contributes to the loss; False for a dummy sample.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -34,9 +34,9 @@ class TrainingData(Dataset):
 
     Args:
         seed: seed of the augmentation.
-        lengths: lengths from `index_records(sets)`. A record that no longer matches it is an error.
-        excluded: records that are not used. The order of the others does not change.
-        max_bad_fraction: largest fraction of records that may be excluded before or skipped during training;
+        lengths: lengths from `index_records(sets)`; loading a record with different lengths is an error.
+        excluded: records to exclude; the order of the others does not change.
+        max_bad_fraction: maximum fraction of records that may be excluded before or skipped during training;
             None to stop at the first unusable record.
         digests: SHA-256 of each dataset's annotation file, if needed.
     """
@@ -74,11 +74,11 @@ class TrainingData(Dataset):
 
     @property
     def sizes(self) -> list[int]:
-        """Number of records per epoch of each dataset, before resampling."""
+        """Number of records per epoch of each dataset, with repetitions, before resampling."""
         return [len(usable) * repeats for usable, repeats in zip(self._usable, self._repeats, strict=True)]
 
     def indices(self, set_number: int) -> np.ndarray:
-        """Return the file indices of a dataset's records that are used, in file order."""
+        """Return the file indices of a dataset's used records, in file order."""
         return self._usable[set_number]
 
     @property
@@ -87,30 +87,30 @@ class TrainingData(Dataset):
         return self.max_bad_fraction is not None
 
     def skip_budget(self) -> SkipBudget:
-        """Return the limit of records that may be excluded or skipped."""
+        """Return the budget of records that may be excluded or skipped."""
         total = sum(records.num_distinct for records in self.sets)
         return SkipBudget(total, self.max_bad_fraction or 0.0, self.excluded)
 
     def locate(self, index: int) -> tuple[RecordSet, int]:
-        """Return the dataset of a record of the epoch, and its index in the file."""
+        """Map a position in the epoch to a dataset and the record's index in its file."""
         set_number, file_index = self._locate(index)
         return self.sets[set_number], file_index
 
     def key_of(self, index: int) -> RecordKey:
-        """Return the key of a record of the epoch."""
+        """Return the key of the record at a position in the epoch."""
         records, file_index = self.locate(index)
         return RecordKey(records.spec.name, file_index)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return the number of a record's dataset, and its index in the file."""
+        """Map a position in the epoch to a dataset number and the record's index in its file."""
         set_number = int(np.searchsorted(self._bounds, index, side="right")) - 1
         usable = self._usable[set_number]
         return set_number, int(usable[(index - int(self._bounds[set_number])) % len(usable)])
 
     def __getitem__(self, sample_index: SampleIndex) -> tuple[Sample, bool] | DataError:
-        """Load a record; return it and whether it counts in the loss.
+        """Load a record; return it and whether it contributes to the loss.
 
-        Errors are returned, not raised, because a dataloader worker would wrap them in its traceback.
+        Errors are returned instead of raised, because a dataloader worker would add its own traceback.
         """
         set_number, index = self._locate(sample_index.index)
         rng = random.Random(f"{self.seed}/{sample_index.epoch}/{sample_index.index}")
@@ -122,7 +122,7 @@ class TrainingData(Dataset):
         return sample, sample_index.counts
 
     def _check_lengths(self, set_number: int, index: int, sample: Sample) -> None:
-        """Raise a `DataError` if a record's lengths differ from the index."""
+        """Raise a `DataError` if a record's lengths differ from the indexed ones."""
         if self.lengths is None:
             return
         lengths = self.lengths[set_number]

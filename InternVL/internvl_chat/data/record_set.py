@@ -1,4 +1,4 @@
-"""The records of one dataset: parse, check, measure, encode and load them by index."""
+"""Parse, validate, encode and load the records of one dataset by index."""
 
 import hashlib
 import random
@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 
 class RecordKey(NamedTuple):
-    """Identifies a record: name of its dataset, and index in the file."""
+    """Identifies a record by the name of its dataset and its index in the file."""
 
     dataset: str
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -43,10 +43,10 @@ class RecordKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A loaded record.
+    """A loaded record: encoded conversation and image tiles.
 
     Attributes:
-        tiles: (N, S, S, 3) uint8.
+        tiles: (N, S, S, 3) uint8, N tiles of S x S pixels.
     """
 
     key: RecordKey
@@ -59,9 +59,9 @@ class CheckedRecord(NamedTuple):
     """Result of checking a usable record.
 
     Attributes:
-        id_hash: hash of the id, 0 if there is none.
+        id_hash: hash of the id; 0 without an id.
         content_hash: hash of the conversation and the image paths.
-        warnings: (kind, message) of each warning about the record and its images.
+        warnings: warnings about the record and its images, as (kind, message).
     """
 
     lengths: RecordLengths
@@ -73,13 +73,14 @@ class CheckedRecord(NamedTuple):
 
 
 class RecordSet:
-    """The records of one entry of the meta file.
+    """The records of one entry in the meta file.
 
     Args:
-        encoder: encoder with the options of the run. The entry's own tile limit takes precedence.
+        spec: the entry.
+        encoder: encoder with the run's options; the entry's tile limit takes precedence.
 
     Raises:
-        DataError: the annotation file cannot be read.
+        DataError: the annotation file is unreadable.
     """
 
     def __init__(self, spec: DatasetSpec, encoder: RecordEncoder) -> None:
@@ -109,29 +110,29 @@ class RecordSet:
 
     @property
     def num_distinct(self) -> int:
-        """Number of records per epoch, without repetitions; these are the first of the file."""
+        """Number of distinct records per epoch; they are the first ones in the file."""
         return min(len(self), self.num_used)
 
     def first(self, limit: int | None) -> range:
-        """Return the indices of the first `limit` records, or of all records."""
+        """Return the indices of the first `limit` records; of all records if `limit` is None."""
         return range(len(self) if limit is None else min(limit, len(self)))
 
     def record(self, index: int) -> Record:
         """Parse a record.
 
         Raises:
-            DataError: it is malformed.
+            DataError: the record is malformed.
         """
         return self._parse(index)[1]
 
     def _parse(self, index: int) -> tuple[Any, Record]:
-        """Return a record as the file has it, and parsed."""
+        """Return a raw record from the file and the parsed record."""
         raw = self.file[index]
         with self._errors_of(index, raw.get("id") if isinstance(raw, dict) else None):
             return raw, parse_record(raw)
 
     def error(self, index: int, message: str, record_id: object, kind: str = "structure") -> DataError:
-        """Return an error with file, line and id of a record."""
+        """Return an error with the record's file, line and id."""
         return DataError(
             printable_message(message),
             file=self.spec.annotation,
@@ -142,7 +143,7 @@ class RecordSet:
 
     @contextmanager
     def _errors_of(self, index: int, record_id: object) -> Iterator[None]:
-        """Convert a `RecordError` to a `DataError` with file, line and id."""
+        """Convert a `RecordError` to a `DataError` with the record's file, line and id."""
         try:
             yield
         except RecordError as error:
@@ -154,7 +155,7 @@ class RecordSet:
         """Encode a record, reading only the headers of its images.
 
         Raises:
-            DataError: it cannot be used.
+            DataError: the record is unusable.
         """
         record = self.record(index)
         with self._errors_of(index, record.id):
@@ -166,21 +167,22 @@ class RecordSet:
         return record, encoded
 
     def measure(self, index: int) -> RecordLengths:
-        """Return the lengths of a record; see `check`.
+        """Compute the lengths of a record; see `check`.
 
         Raises:
-            DataError: it cannot be used.
+            DataError: the record is unusable.
         """
         return self.check(index).lengths
 
     def check(self, index: int, *, decode: bool = False) -> CheckedRecord:
-        """Check and measure a record.
+        """Validate a record and compute its lengths.
 
         Args:
-            decode: decode its images; otherwise only those whose file does not end as its format requires.
+            index: index of the record in the file.
+            decode: decode all images; otherwise only those whose file may be truncated.
 
         Raises:
-            DataError: it cannot be used; the same error as from `encode`, or from `load` if decoding fails.
+            DataError: the record is unusable; same error as from `encode`, or `load` if decoding fails.
         """
         raw, record = self._parse(index)
         with self._errors_of(index, record.id):
@@ -205,10 +207,10 @@ class RecordSet:
         )
 
     def warnings(self, index: int) -> list[Problem]:
-        """Return the warnings about a record, without measuring it.
+        """Return the warnings about a record without computing its lengths.
 
         Raises:
-            DataError: it cannot be used.
+            DataError: the record is unusable.
         """
         raw, record = self._parse(index)
         with self._errors_of(index, record.id):
@@ -226,7 +228,7 @@ class RecordSet:
     def _warnings(
         self, raw: Any, record: Record, infos: Sequence[ImageInfo], transparent: Sequence[bool | None]
     ) -> Iterator[tuple[str, str]]:
-        """Yield (kind, message) of each warning about a record and its images."""
+        """Yield each warning about a record and its images as (kind, message)."""
         escaped = self.encoder.preprocessing.escape_control_tokens
         contents = [info.content for info in infos]
         yield from record_warnings(raw, record, self.spec.root, escaped=escaped)
@@ -240,10 +242,11 @@ class RecordSet:
         """Encode a record and decode its images.
 
         Args:
-            augment: random generator for datasets with augmentation; None to disable it.
+            index: index of the record in the file.
+            augment: random number generator for datasets with augmentation; None disables augmentation.
 
         Raises:
-            DataError: it cannot be used.
+            DataError: the record is unusable.
         """
         record, encoded = self.encode(index)
         with self._errors_of(index, record.id):
@@ -272,25 +275,26 @@ class RecordSet:
         """Return the paths of a record's images.
 
         Raises:
-            RecordError: a path leaves the dataset's root.
+            RecordError: an image path is invalid; see `locate_image`.
         """
         return [locate_image(self.spec.root, name) for name in record.images]
 
     def _log_losses(self, index: int, record: Record, lengths: RecordLengths) -> None:
-        """Log the tiles and tokens removed from a record to fit."""
+        """Log the tiles and tokens that were removed to fit `max_seq_length`."""
         losses = []
         if lengths.tiles_lost:
             losses.append(f"{lengths.tiles} tiles instead of {lengths.tiles + lengths.tiles_lost}")
         if lengths.tokens_truncated:
             losses.append(f"the last {lengths.tokens_truncated} tokens truncated")
         if losses:
+            record_id = "" if record.id is None else f" (record {printable_id(record.id)!r})"
             logger.warning(
-                "%s, line %d (record %r): %s, to fit max_seq_length %d",
-                self.spec.annotation, self.file.line(index), printable_id(record.id), " and ".join(losses),
+                "%s, line %d%s: %s, to fit max_seq_length %d",
+                self.spec.annotation, self.file.line(index), record_id, " and ".join(losses),
                 self.encoder.preprocessing.max_seq_length,
             )  # fmt: skip
 
 
 def _hash(text: str) -> int:
-    """Return a 64-bit hash: the probability of any collision among a million texts is 3e-8."""
+    """Return a 64-bit hash; the probability of a collision among a million strings is 3e-8."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())

@@ -1,4 +1,4 @@
-"""What tests of the data share."""
+"""Shared fixtures of the data tests."""
 
 import pytest
 from small_sets import smooth
@@ -6,7 +6,7 @@ from small_sets import smooth
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the images a.png, wide, and b.jpg, high."""
+    """Folder with a wide image a.png and a tall image b.jpg."""
     (tmp_path / "images").mkdir()
     smooth(60, 20).save(tmp_path / "images/a.png")
     smooth(20, 60, seed=1).save(tmp_path / "images/b.jpg")

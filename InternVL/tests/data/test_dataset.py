@@ -47,7 +47,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def make(tmp_path, encoder):
-    """Write records (objects, or lines as they are) and open them as a dataset with images."""
+    """Write records (objects or raw lines) and open them as a dataset with images."""
 
     def make(records, name="qa", **options) -> RecordSet:
         lines = [line if isinstance(line, str) else json.dumps(line) for line in records]
@@ -146,7 +146,7 @@ class TestSamples:
 
     @pytest.mark.parametrize(("own", "tiles"), [(None, 5), (1, 1), (2, 3), (3, 4), (6, 5), (12, 5)])
     def test_tile_limit_of_the_entry_takes_precedence(self, make, own, tiles):
-        """40 x 10 pixels are four tiles and a thumbnail without a limit."""
+        """Without a limit, 40 x 10 pixels are four tiles and a thumbnail."""
         records = make([text_record(0, image="wide.png")], max_dynamic_patch=own)
         assert len(records.load(0).tiles) == tiles
 
@@ -294,7 +294,7 @@ class TestLength:
 class TestLengths:
     @pytest.fixture
     def sets(self, make) -> list[RecordSet]:
-        """Two texts twice, two of three records, an unused dataset, and one with its own tile limit."""
+        """Two records twice, two of three records, an unused dataset, and one with its own tile limit."""
         wide, tall = (text_record(0, image=f"{name}.png") for name in ("wide", "tall"))
         return [
             make([text_record(0), text_record(1, more="text")], name="text", repeat_time=2),
@@ -352,8 +352,8 @@ class TestLengths:
         assert data[SampleIndex(5, 0)][0].id == "r7"
 
 
-def test_lost_tiles_are_logged(tmp_path, caplog, monkeypatch):
-    """The warning names file, line and id."""
+def test_removed_tiles_are_logged(tmp_path, caplog, monkeypatch):
+    """The warning contains the file, line and id."""
     import logging
 
     from internvl_chat.data.encode.tokenizer_training import train_tokenizer

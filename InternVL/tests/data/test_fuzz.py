@@ -1,4 +1,4 @@
-"""Random corrupted input: correct results or errors that name the record, with little time and memory."""
+"""Randomly corrupted input: correct results or errors that name the record, fast and in little memory."""
 
 import json
 import random

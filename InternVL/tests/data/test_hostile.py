@@ -17,7 +17,7 @@ from internvl_chat.utils.errors import DataError, ModelError
 
 
 def problem_of(folder, content: bytes) -> tuple[str, str]:
-    """Return kind and message of the one problem of a file's second record."""
+    """Return the kind and message of the only problem of a file's second record."""
     first = json.dumps(text_record(0)).encode()
     file = folder / "a.jsonl"
     file.write_bytes(first + b"\n" + content + b"\n")
@@ -81,13 +81,13 @@ class TestLines:
 
     def test_50_megabytes_of_text(self, folder):
         kind, message = problem_of(folder, json.dumps(text_record(1, answer="cat " * 12_500_000)).encode())
-        assert (kind, message) == ("too long", "50,000,011 characters cannot fit into max_seq_length 400")
+        assert (kind, message) == ("too long", "50,000,011 characters cannot fit in max_seq_length 400")
 
     def test_line_too_long(self, folder, monkeypatch):
         monkeypatch.setattr(jsonl, "_MAX_RECORD_BYTES", 10_000)
         line = json.dumps(text_record(1, source="x" * 20_000)).encode()
         assert problem_of(folder, line) == (
-            "line too long", f"{len(line):,} bytes, more than the limit of 10,000 per record"
+            "line too long", f"the record has {len(line):,} bytes, more than the limit of 10,000"
         )  # fmt: skip
 
     def test_70_megabytes_are_not_read(self, folder, monkeypatch):
@@ -96,16 +96,14 @@ class TestLines:
             stream.truncate(70_000_000)
         records = RecordSet(DatasetSpec("a", folder, folder / "sparse.jsonl"), encoder())
         monkeypatch.setattr("os.pread", lambda *_: pytest.fail("was read"))
-        with pytest.raises(
-            DataError, match="70,000,000 bytes, more than the limit of 67,108,864 per record"
-        ) as caught:
+        with pytest.raises(DataError, match="70,000,000 bytes, more than the limit of 67,108,864") as caught:
             records.check(0)
         assert caught.value.kind == "line too long"
 
     @pytest.mark.parametrize("unit", [b"[],", b"{},", b'[{"":[]}],'])
     def test_a_million_lists(self, folder, unit):
         line = b'{"x": [' + unit * 300_000 + b"0]}"
-        assert problem_of(folder, line) == ("structure", "more than 200,000 lists and objects")
+        assert problem_of(folder, line) == ("structure", "the record has more than 200,000 lists and objects")
 
     @pytest.mark.parametrize("depth", [500, 5_000, 90_000])
     def test_depth(self, folder, depth):
@@ -144,7 +142,7 @@ class TestLines:
     def test_more_images_than_files_can_be_open(self, folder):
         record = image_record(1, *["a.png"] * 3000)
         kind, message = problem_of(folder, json.dumps(record).encode())
-        assert (kind, message) == ("too long", "3,000 images cannot fit into max_seq_length 400")
+        assert (kind, message) == ("too long", "3,000 images cannot fit in max_seq_length 400")
 
     def test_array_too_large(self, folder, monkeypatch):
         monkeypatch.setattr(jsonl, "_MAX_ARRAY_BYTES", 100)

@@ -523,13 +523,13 @@ class TestUnsupportedImages:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"image_path": "images/a.png"}, "'image_path' names 'images/a.png', which is not read"),
-            ({"img": "images/a.png"}, "'img' names"),
-            ({"video": "a.mp4"}, "'video' names"),
-            ({"image": "images/a.png", "question": "<image 1> What?"}, "marks an image by '<image 1>'"),
-            ({"question": "<|image_pad|> What?"}, "marks an image by '<|image_pad|>'"),
-            ({"image": "https://example.org/a.png"}, "is a URL (https://), which is not fetched"),
-            ({"image": "data:image/png;base64,iVBORw0KGgo="}, "given as base64"),
+            ({"image_path": "images/a.png"}, "unsupported key 'image_path' refers to 'images/a.png'"),
+            ({"img": "images/a.png"}, "'img' refers to"),
+            ({"video": "a.mp4"}, "'video' refers to"),
+            ({"image": "images/a.png", "question": "<image 1> What?"}, "unsupported placeholder '<image 1>'"),
+            ({"question": "<|image_pad|> What?"}, "unsupported placeholder '<|image_pad|>'"),
+            ({"image": "https://example.org/a.png"}, "is a URL (https://), which is not supported"),
+            ({"image": "data:image/png;base64,iVBORw0KGgo="}, "embedded as base64"),
             ({"image": "images/A.PNG"}, "the folder contains a.png"),
         ],
     )
@@ -542,7 +542,7 @@ class TestUnsupportedImages:
     @pytest.mark.parametrize("values", [{"image_path": "c.png"}, {"question": "See <image1>"}])
     def test_custom_folder(self, folder, values):
         write(folder, [item(**values)])
-        with pytest.raises(DataError, match="which is not read"):
+        with pytest.raises(DataError, match=r"unsupported (key|placeholder)"):
             open_benchmark(str(folder), None)
 
 
@@ -570,4 +570,4 @@ def test_lost_content_is_logged_once(folder, monkeypatch, caplog):
     figures = tuple(Figure(name, path=folder / name) for name in ("a.gif", "b.gif", "missing.gif"))
     log_lost_content([Item("t", i, "q", "a", figures) for i in range(3)], ImageOptions())
     [message] = set(caplog.messages)
-    assert message == "several frames: 2 images, e.g. a.gif: only the first of 2 pages or frames is shown"
+    assert message == "multiple frames: 2 images, e.g. a.gif: only the first of 2 pages or frames is used"

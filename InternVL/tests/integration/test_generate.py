@@ -136,7 +136,7 @@ def test_content_that_is_not_shown(generate, tmp_path):
     image.save(tmp_path / "turned.jpg", exif=exif)
     argv = ("--image", tmp_path / "pages.tif", "--image", tmp_path / "turned.jpg", "Which?")
     _, written = generate(*argv)
-    assert "pages.tif: only the first of 3 pages or frames is shown" in written.err
+    assert "pages.tif: only the first of 3 pages or frames is used" in written.err
     assert "turned.jpg: EXIF orientation 6 is not applied" in written.err
     _, written = generate(*argv, "--exif_transpose", "True")
     assert "EXIF" not in written.err

@@ -1,6 +1,6 @@
-"""Read the articles and images of a benchmark, to compare them with training data.
+"""Read the articles and images of a benchmark for comparison with training data.
 
-Everything that cannot be compared is reported: skipping it silently would hide contamination.
+Everything that cannot be compared is reported, because skipping it silently would hide contamination.
 """
 
 import json
@@ -19,13 +19,13 @@ from internvl_chat.data.sources.problems import Problem, RecordError, printable_
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.files import is_file
 
-# Data set name in the problems of a benchmark.
+# Dataset name in the problems of a benchmark.
 BENCHMARK = "benchmark"
 
 _ARTICLE = re.compile(rb"(?<![A-Za-z0-9])PMC\d+")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".webp", ".bmp", ".jp2")
 _MAX_PATH = 4096
-# Start of a JPEG, PNG, GIF or WebP file in base64.
+# Base64-encoded start of a JPEG, PNG, GIF or WebP file.
 _BASE64_IMAGE = re.compile(rb"(?<![A-Za-z0-9+/])(?:/9j\\?/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\\]{40}")
 _SEPARATORS = {".csv": re.compile(rb"[,;\t]"), ".tsv": re.compile(rb"\t")}
 _QUOTES = b"\"'[] \r\n"
@@ -36,11 +36,12 @@ _HEAD = 1 << 13
 
 @dataclass
 class Benchmark:
-    """Content that training data must not include.
+    """Benchmark content that must not occur in training data.
 
     Attributes:
-        articles: PMC id -> location that mentions it.
-        problems: warnings about content that is not compared.
+        articles: PMC id -> location of its first mention.
+        images: image files.
+        problems: warnings about content that cannot be compared.
     """
 
     articles: dict[str, str] = field(default_factory=dict)
@@ -49,33 +50,33 @@ class Benchmark:
 
 
 def read_benchmark(paths: Sequence[Path], data_root: Path) -> Benchmark:
-    """Collect articles and images from meta files, text files, images, and folders of these.
+    """Collect articles and images from meta files, text files, images, and folders of such files.
 
-    Image names in JSON and in table cells (.csv, .tsv) are resolved in the folder of the file, in its
-    subfolder `images`, and in the sibling folder `images`. `.git` is skipped.
+    Image names in JSON and in table cells (.csv, .tsv) are looked up in the file's folder, its subfolder
+    `images`, and its sibling folder `images`. `.git` is skipped.
 
     Args:
-        paths: files, and folders that are searched recursively.
+        paths: files and folders; folders are searched recursively.
         data_root: base folder of relative paths in meta files.
 
     Raises:
-        DataError: a path does not exist, a text file cannot be read, or there is nothing to compare with.
+        DataError: a path does not exist, a text file is unreadable, or there are no articles or images.
     """
     reader = _BenchmarkReader(data_root)
     for path in paths:
         if not path.exists():
-            raise DataError("no such file or folder to compare with", file=path)
+            raise DataError("no such file or folder", file=path)
         for file in reader.list_files(path) if path.is_dir() else [path]:
             reader.add(file)
     benchmark = reader.benchmark
     if not benchmark.articles and not benchmark.images:
         reason = "".join(f"; {problem}" for problem in benchmark.problems[:1])
-        raise DataError(f"no PMC ids and no images in {', '.join(map(str, paths))}{reason}")
+        raise DataError(f"no PMC ids or images in {', '.join(map(str, paths))}{reason}")
     return benchmark
 
 
 def find_articles(content: bytes) -> set[str]:
-    """Return the PMC ids in a text.
+    """Return the PMC ids in text.
 
     >>> sorted(find_articles(b"PMC12_f1.jpg, as in PMC345. XPMC6"))
     ['PMC12', 'PMC345']
@@ -84,7 +85,7 @@ def find_articles(content: bytes) -> set[str]:
 
 
 def not_compared(file: Path, message: str, line: int | None = None) -> Problem:
-    """Return a warning about a part of the benchmark that is not compared."""
+    """Return a warning about a part of the benchmark that cannot be compared."""
     return Problem(BENCHMARK, None, file, line, None, "not compared", printable_message(message))
 
 
@@ -99,8 +100,8 @@ class _BenchmarkReader:
         self._embedded: Counter[Path] = Counter()
 
     def list_files(self, folder: Path) -> Iterator[Path]:
-        """Yield all files below a folder."""
-        for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
+        """Yield all files in a folder and its subfolders."""
+        for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
             folders[:] = sorted(name for name in folders if name != ".git")
             for subfolder in (Path(parent, name) for name in folders):
                 if subfolder.is_symlink():
@@ -173,7 +174,7 @@ class _BenchmarkReader:
     def _read_item(
         self, file: Path, line: int | None, content: bytes, item: Any, folders: Sequence[Path]
     ) -> None:
-        """Add the articles and images that a record or a line mentions."""
+        """Add the articles and images mentioned in a record or line."""
         self._add_articles(content, str(file) if line is None else f"{file}, line {line}")
         self._embedded[file] += len(_BASE64_IMAGE.findall(content))
         for name in _image_names(item):
@@ -185,7 +186,7 @@ class _BenchmarkReader:
                 self._warn(file, f"the image {name} was not found, so not compared", line)
 
 
-def _refuse_folder(error: OSError) -> NoReturn:
+def _raise_unreadable(error: OSError) -> NoReturn:
     raise DataError(f"cannot be read: {error.strerror}", file=error.filename) from None
 
 
@@ -210,7 +211,7 @@ def _is_image(file: Path) -> bool:
 
 
 def _read_object(file: Path) -> dict[str, Any] | None:
-    """Return the content of a JSON file if it is an object, None for an array of records."""
+    """Return the content of a JSON file if it is an object; None for an array of records."""
     try:
         with file.open("rb") as stream:
             if not stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):

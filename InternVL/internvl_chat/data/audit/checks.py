@@ -1,4 +1,4 @@
-"""Audit of datasets: usable records, their lengths, and all problems."""
+"""Audit datasets: find the usable records, their lengths, and all problems."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,9 +30,9 @@ class SetAudit:
     """Findings in one dataset.
 
     Attributes:
-        records: number of records in the file; 0 if it cannot be read.
+        records: number of records in the file; 0 if the file is unreadable.
         used: number of distinct records that `repeat_time` selects.
-        lengths: lengths of the usable records among them.
+        lengths: lengths of the usable records among the used ones.
     """
 
     spec: DatasetSpec
@@ -84,8 +84,9 @@ def audit(
     """Check all records that would be used for training.
 
     Args:
+        specs: datasets to check.
         encoder: encoder of the records; without a tokenizer, tokens are not counted.
-        decode: decode every image completely, instead of reading its header and end.
+        decode: decode all images; otherwise only those whose file may be truncated.
         workers: see `index_records`.
         cache: see `index_records`.
     """
@@ -117,18 +118,19 @@ def audit(
 def check_before_training(
     sets: Sequence[RecordSet], *, check: str, on_bad_record: str, max_bad_fraction: float
 ) -> tuple[list[Lengths], list[ExcludedRecord]]:
-    """Index the records of a run and log what the data check finds.
+    """Index the records of a run and log the findings of the data check.
 
     Args:
-        check: `full` decodes every image, `fast` reads headers and ends, `off` also skips the warnings.
-        on_bad_record: `fail`, or `skip` to exclude unusable records.
-        max_bad_fraction: largest share of records that may be excluded.
+        sets: datasets of the run.
+        check: `full` decodes all images; `fast` reads headers and file ends; `off` also omits the warnings.
+        on_bad_record: `fail` to raise an error, `skip` to exclude unusable records.
+        max_bad_fraction: maximum fraction of records that may be excluded.
 
     Returns:
-        Lengths of the records of each set, and the excluded records.
+        Lengths of the records of each dataset, and the excluded records.
 
     Raises:
-        DataError: too many records are unusable, or any with `fail`.
+        DataError: with `fail`, a record is unusable; with `skip`, too many records are.
     """
     indexes = index_records(sets, decode=check == "full")
     problems = [problem for index in indexes for problem in index.problems]
@@ -159,9 +161,10 @@ def check_before_training(
 
 
 def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:
-    """Yield warnings about usable records: wrong `length`, lost tiles, truncated text, duplicates.
+    """Yield warnings about wrong `length`, unused datasets, removed tiles, truncated text and duplicates.
 
     Args:
+        sets: datasets to check.
         indexes: result of `index_records(sets)`.
     """
     for records, index in zip(sets, indexes, strict=True):
@@ -170,7 +173,7 @@ def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) 
             message = f"'length' is {spec.length} in the meta file, but there are {len(records)} records"
             yield Problem(spec.name, None, spec.annotation, None, None, "length", message)
         if not len(index):
-            message = f"'repeat_time' {spec.repeat_time:g} of {len(records)} records leaves none"
+            message = f"'repeat_time' {spec.repeat_time:g} selects none of the {len(records)} records"
             yield Problem(spec.name, None, spec.annotation, None, None, "no records", message)
         for i in np.flatnonzero(lengths.tiles_lost | lengths.tokens_truncated):
             tiles, lost, cut = lengths.tiles[i], lengths.tiles_lost[i], lengths.tokens_truncated[i]

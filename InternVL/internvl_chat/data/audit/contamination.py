@@ -1,4 +1,4 @@
-"""Benchmark contamination: records of the training data that share articles or images with a benchmark."""
+"""Benchmark contamination: training records that share articles or images with a benchmark."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,9 @@ from internvl_chat.data.sources.problems import Problem, RecordError, printable_
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.hardware import cpu_cores
 
-# Among 306 figures and panels of PubMed Central, any two differ in at least 14 bits; scaled, recompressed and
-# grey copies differ in at most 4. A training set has more chance matches, hence the similarity threshold.
+# Among 306 figures and panels from PubMed Central, any two differ in at least 14 bits; scaled, recompressed
+# and grayscale copies differ in at most 4. A training set has more chance matches, hence the similarity
+# threshold.
 MAX_DIFFERENT_BITS = 8
 MIN_SIMILARITY = 0.95
 
@@ -28,7 +29,7 @@ _IMAGES_PER_WORKER = 500
 
 
 class _Content(NamedTuple):
-    """Articles of the benchmark and images (by number) in a record."""
+    """A training record's benchmark articles and image numbers."""
 
     dataset: int
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -40,12 +41,15 @@ class _Content(NamedTuple):
 def find_leaks(
     sets: Sequence[RecordSet], benchmark: Benchmark, *, workers: int | None = None
 ) -> list[Problem]:
-    """Return the used records that share articles or images with a benchmark, in file order.
+    """Return a problem for each used record that shares articles or images with a benchmark, in file order.
 
     Warnings about parts of the benchmark that could not be compared come first.
 
     Args:
-        workers: number of processes that hash images [up to one per core, depending on the number of images].
+        sets: the training datasets.
+        benchmark: result of `read_benchmark`.
+        workers: number of processes that hash images; by default up to one per core, depending on the number
+            of images.
     """
     numbers: dict[Path, int] = {}
     contents = list(_read_contents(sets, benchmark, numbers))
@@ -62,10 +66,10 @@ def find_leaks(
 def _read_contents(
     sets: Sequence[RecordSet], benchmark: Benchmark, numbers: dict[Path, int]
 ) -> Iterator[_Content]:
-    """Yield the articles and images of each record; unreadable records are skipped, as in training.
+    """Yield the benchmark articles and images of each record; unreadable records are skipped.
 
     Args:
-        numbers: image -> number; new images are added.
+        numbers: image path -> number; new images are added.
     """
     total = sum(s.num_distinct for s in sets)
     bar = tqdm(
@@ -108,7 +112,7 @@ def _hash_images(paths: Sequence[Path], workers: int) -> Iterator[Fingerprint]:
 def _match_images(
     training: Sequence[Path], benchmark: Sequence[Path], fingerprints: dict[Path, Fingerprint]
 ) -> dict[int, tuple[str, str]]:
-    """Return, for each matching training image by number, the kind of match and a message."""
+    """Return the (kind, message) of each matching training image, keyed by its number."""
     matches: dict[int, tuple[str, str]] = {}
     same_content = {fingerprints[path].content: path for path in reversed(benchmark)}
     candidates = []

@@ -1,4 +1,4 @@
-"""Duplicate records: the same id within a dataset, or the same content in any datasets."""
+"""Duplicate records: the same id within a dataset, or the same content within or across datasets."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,9 +12,10 @@ from internvl_chat.data.sources.problems import Problem
 def find_duplicates(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:
     """Yield a warning for each record that repeats an earlier one, in file order.
 
-    Records have the same content if conversation and image paths are equal; images are not compared.
+    Records have the same content if their conversations and image paths match; image files are not compared.
 
     Args:
+        sets: datasets to compare.
         indexes: result of `index_records(sets)`.
     """
     bounds = np.cumsum([0, *map(len, indexes)])
@@ -33,7 +34,7 @@ def find_duplicates(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -
 
 
 def _repeated(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of repeated values and the first position of each; zeros are ignored.
+    """Return the positions of repeated values and of their first occurrences; zeros are ignored.
 
     >>> [positions.tolist() for positions in _repeated(np.array([5, 0, 7, 5, 0, 5], np.uint64))]
     [[3, 5], [0, 0]]
@@ -45,6 +46,6 @@ def _repeated(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def record_warning(records: RecordSet, index: RecordIndex, i: int, kind: str, message: str) -> Problem:
-    """Return a warning about a record."""
+    """Return a warning about the record with index `i`."""
     spec = records.spec
     return Problem(spec.name, int(i), spec.annotation, records.file.line(i), index.ids[i], kind, message)

@@ -1,4 +1,4 @@
-"""Thumbnails of the images of records with problems, embedded in the HTML report."""
+"""Image thumbnails of records with problems, embedded in the HTML report."""
 
 import html
 import re
@@ -12,7 +12,7 @@ from internvl_chat.data.sources.problems import LEAKS, Problem, RecordError
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.html import html_image, jpeg_thumbnail
 
-# Kinds of problems that an image helps to understand; the others are about text.
+# Kinds of problems for which images are shown; the others concern text.
 KINDS_WITH_IMAGES = frozenset(
     {"placeholders", "image missing", "image outside root", "image unreadable", "image depth",
      "image too large", "too long", "changed", "fewer tiles", "duplicate record", *LEAKS}
@@ -35,9 +35,9 @@ STYLE = """
 
 
 def gallery(problems: Sequence[Problem], audit: Audit) -> str:
-    """Return the images of the first records with problems of one kind as HTML; empty if there are none.
+    """Return an HTML gallery of the first records with problems of one kind; empty if there are no images.
 
-    An image that cannot be decoded is named with the reason.
+    If an image cannot be decoded, the kind of error is shown in its place.
     """
     opened = {records.spec.name: records for records in audit.opened}
     figures: dict[Path, str] = {}
@@ -51,7 +51,7 @@ def gallery(problems: Sequence[Problem], audit: Audit) -> str:
 
 
 def _affected_images(problem: Problem, opened: Mapping[str, RecordSet]) -> Iterator[tuple[str, Path]]:
-    """Yield name and path of the images that a message names, or else of the first images of its record."""
+    """Yield (name, path) of the images mentioned in a problem's message, or else of its record's first."""
     records = opened.get(problem.dataset)
     if records is None or problem.index is None:
         return
@@ -65,7 +65,7 @@ def _affected_images(problem: Problem, opened: Mapping[str, RecordSet]) -> Itera
 
 
 def _is_named(name: str, message: str) -> bool:
-    """Return whether a message has the name of an image, alone or as the end of a path."""
+    """Return whether a message mentions an image name, alone or as the end of a path."""
     return re.search(rf"(^|[\s/]){re.escape(name)}(\s|$)", message) is not None
 
 
@@ -83,7 +83,7 @@ def _thumbnail(path: Path) -> bytes:
     """Return a small JPEG of an image.
 
     Raises:
-        RecordError: it cannot be decoded, or only slowly.
+        RecordError: the image cannot be decoded, or is too large to decode quickly.
     """
     with open_image(path) as image:
         if image.width * image.height > _MAX_DECODED_PIXELS:

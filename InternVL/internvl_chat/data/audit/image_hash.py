@@ -1,7 +1,7 @@
-"""Image fingerprints: SHA-256 of the file, and a perceptual hash that survives scaling and recompression.
+"""Image fingerprints: SHA-256 of the file, and a perceptual hash that is robust to scaling and recompression.
 
-The perceptual hash ("pHash") compares the lowest DCT frequencies of a 32 x 32 grey image with their median.
-Scaled, recompressed and grey copies differ in a few of its 64 bits.
+The perceptual hash ("pHash") compares the lowest DCT frequencies of a 32 x 32 grayscale image with their
+median. Scaled, recompressed and grayscale copies differ in a few of its 64 bits.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from internvl_chat.utils.files import file_sha256
 
 _SIDE = 32
 _FREQUENCIES = 8
-# An image with a smaller standard deviation of grey levels is uniform, and its hash would be noise.
+# An image with a smaller standard deviation of gray levels counts as uniform: its hash would be noise.
 _MIN_DEVIATION = 4.0
 # The lowest rows of the DCT-II matrix, (8, 32).
 _COSINES = np.cos(np.pi / _SIDE * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE) + 0.5))
@@ -26,9 +26,9 @@ class Fingerprint(NamedTuple):
     """Fingerprint of one image.
 
     Attributes:
-        content: SHA-256 of the file; None if it cannot be read.
-        look: perceptual hash; None for a uniform image, and if it cannot be decoded.
-        problem: why a hash is missing and what that means; None if nothing is wrong.
+        content: SHA-256 of the file; None if the file is unreadable.
+        look: perceptual hash; None if the image is uniform or cannot be decoded.
+        problem: why a hash is missing and what is not compared; None without a problem.
     """
 
     content: str | None
@@ -37,14 +37,14 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Return the fingerprint of an image file, as far as the file is readable."""
+    """Return the fingerprint of an image file; hashes that cannot be computed are None."""
     try:
         content = file_sha256(path)
     except (OSError, ValueError) as error:
         return Fingerprint(None, None, f"cannot be read, so not compared: {error}")
     try:
         with open_image(path) as image:
-            # Decoding a JPEG at reduced size is faster, and the grey image averages over the details anyway.
+            # Decode JPEG files at reduced size: this is faster, and details are averaged out anyway.
             image.draft("RGB", (8 * _SIDE, 8 * _SIDE))
             return Fingerprint(content, perceptual_hash(to_rgb(image)))
     except (RecordError, OSError, ValueError, SyntaxError, MemoryError) as error:
@@ -52,11 +52,11 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def perceptual_hash(image: Image.Image) -> int | None:
-    """Return the 64-bit hash of an RGB image, or None for a uniform image."""
-    grey = grey_levels(image)
-    if grey.std() < _MIN_DEVIATION:
+    """Return the 64-bit DCT hash of an RGB image, or None for a uniform image."""
+    gray = gray_levels(image)
+    if gray.std() < _MIN_DEVIATION:
         return None
-    frequencies = (_COSINES @ grey @ _COSINES.T).ravel()
+    frequencies = (_COSINES @ gray @ _COSINES.T).ravel()
     bits = frequencies > np.median(frequencies[1:])
     bits[0] = False  # the mean, above the median in almost every image
     return int.from_bytes(np.packbits(bits).tobytes())
@@ -70,10 +70,10 @@ def near_pairs(
     Args:
         first: hashes, (N,) uint64.
         second: hashes, (M,) uint64.
-        block: comparisons at a time; each takes 9 bytes.
+        block: number of comparisons at a time; each takes 9 bytes.
 
     Returns:
-        Index in `first`, index in `second` and number of different bits, in the order of the indices.
+        (index in `first`, index in `second`, number of differing bits) of each pair, sorted by index.
     """
     pairs = []
     step = max(1, block // max(1, len(second)))
@@ -85,20 +85,20 @@ def near_pairs(
 
 
 def similarity(first: Path, second: Path) -> float:
-    """Return the correlation of two images as 32 x 32 grey images; -1 if one cannot be decoded."""
+    """Return the correlation of two image files as 32 x 32 grayscale images; -1 if one cannot be decoded."""
     try:
-        return correlation(grey_levels(decode_image(first)), grey_levels(decode_image(second)))
+        return correlation(gray_levels(decode_image(first)), gray_levels(decode_image(second)))
     except (RecordError, OSError):
         return -1.0
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the correlation of two results of `grey_levels`; 0 if one is uniform."""
-    centred = [grey - grey.mean() for grey in (first, second)]
-    norms = [max(float(np.linalg.norm(grey)), 1e-9) for grey in centred]
-    return float((centred[0] * centred[1]).sum()) / (norms[0] * norms[1])
+    """Return the correlation of two grayscale images from `gray_levels`; 0 if one is uniform."""
+    centered = [gray - gray.mean() for gray in (first, second)]
+    norms = [max(float(np.linalg.norm(gray)), 1e-9) for gray in centered]
+    return float((centered[0] * centered[1]).sum()) / (norms[0] * norms[1])
 
 
-def grey_levels(image: Image.Image) -> np.ndarray:
-    """Return an image as 32 x 32 grey levels."""
+def gray_levels(image: Image.Image) -> np.ndarray:
+    """Return the gray levels of an image, downscaled to 32 x 32."""
     return np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64)

@@ -1,4 +1,4 @@
-"""Histograms of the record lengths of each dataset."""
+"""Histograms of record lengths per dataset."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ _MAX_NAME = 28
 
 
 def plot_lengths(audit: Audit, file: Path) -> None:
-    """Plot the lengths into a PNG file; see `length_figure`."""
+    """Save the plot of the lengths as a PNG file; see `length_figure`."""
     save_png(length_figure(audit), file)
 
 
 def length_figure(audit: Audit) -> "Figure":
     """Return histograms of tokens, supervised tokens and tiles, with one row per dataset.
 
-    The panels of a column share their x axis, logarithmic for tokens. Each panel has its own y axis, so that
-    a dataset of equal lengths does not flatten the others.
+    The panels of a column share their x axis, which is logarithmic for tokens. Each panel has its own y axis,
+    so that a tall peak in one dataset does not flatten the others.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -45,7 +45,7 @@ def length_figure(audit: Audit) -> "Figure":
             _draw(axes, column, bins, _COLORS[name], limit)
         if name != "tiles":
             panels[0, position].set_xscale("log")
-            # Denser ticks within a decade.
+            # Use denser ticks if the axis spans less than a decade.
             subs = (1, 2, 3, 4, 5, 6, 8) if bins[-1] < 10 * bins[0] else (1, 2, 5)
             panels[-1, position].xaxis.set_major_locator(LogLocator(subs=subs))
             panels[-1, position].xaxis.set_minor_locator(NullLocator())
@@ -67,9 +67,9 @@ def _bins(columns: Sequence[np.ndarray], limit: int | None, *, logarithmic: bool
     """Return bin edges for all panels of a column.
 
     Args:
-        columns: non-negative integers of each dataset.
-        limit: value that the edges must enclose, if any.
-        logarithmic: space the edges logarithmically, between integers.
+        columns: values of each dataset, non-negative integers.
+        limit: value that the bins must include, if any.
+        logarithmic: space the edges logarithmically; they still lie halfway between integers.
     """
     filled = [column for column in columns if len(column)]
     largest = max((int(column.max()) for column in filled), default=1)
@@ -78,7 +78,7 @@ def _bins(columns: Sequence[np.ndarray], limit: int | None, *, logarithmic: bool
         return np.arange(-0.5, largest + step, step)
     smallest = max(1, min((int(column.min()) for column in filled), default=1))
     top = max(largest, limit * 1.2 if limit else 0)
-    # At the lower end several edges may fall between the same two integers.
+    # At the lower end, multiple edges may fall between the same two integers.
     edges = np.unique(np.geomspace(smallest, top + 1, _BINS).astype(int)) - 0.5
     return np.append(edges, top + 1.5)
 

@@ -1,4 +1,4 @@
-"""Held-out records that are training records too: the same conversation with the same images."""
+"""Held-out records that also occur in the training data, with the same conversation and images."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 def warn_about_overlap(training: TrainingData, eval_data: TrainingData) -> None:
-    """Log how many records of each held-out dataset are training records, with the first of them."""
+    """Log how many records of each held-out dataset also occur in the training data, with an example."""
     sets = {records.spec.name: records for records in training.sets}
     pairs = list(repeated_records(training, eval_data))
     for number, records in enumerate(eval_data.sets):
@@ -31,8 +31,8 @@ def warn_about_overlap(training: TrainingData, eval_data: TrainingData) -> None:
         other = f"{sets[train_name].spec.annotation}, line {sets[train_name].file.line(train_index)}"
         logger.warning(
             "validation: %d of the %s in %s also occur in the training data (same conversation and images; "
-            "for example, %s = %s). Their loss does not measure generalization; remove them from one of the "
-            "two sets",
+            "for example, %s and %s). Their loss does not measure generalization; remove them from one of "
+            "the two sets",
             len(found), counted(len(eval_data.indices(number)), "record"), name, first, other,
         )  # fmt: skip
 
@@ -40,10 +40,10 @@ def warn_about_overlap(training: TrainingData, eval_data: TrainingData) -> None:
 def repeated_records(
     training: TrainingData, eval_data: TrainingData
 ) -> Iterator[tuple[RecordKey, RecordKey]]:
-    """Yield each held-out record that is used for training, and the first training record that equals it.
+    """Yield each held-out record that is also used for training, and the first matching training record.
 
-    Images are compared by content, so that a copy under another name is found. Only the image files of
-    records with the same conversation are looked at, and only those of the same size are read.
+    Images are compared by content, so copies with a different name are found. Only image files of records
+    with the same conversation are compared, and only files of the same size are read.
     """
     candidates: dict[str, list[tuple[RecordKey, list[Path]]]] = defaultdict(list)
     for key, conversation, paths in _conversations(eval_data):
@@ -58,7 +58,7 @@ def repeated_records(
 
 
 def _conversations(data: TrainingData) -> Iterator[tuple[RecordKey, str, list[Path]]]:
-    """Yield the key, the hash of the messages, and the images of each used record."""
+    """Yield the key, message hash and image paths of each used record."""
     for number, records in enumerate(data.sets):
         for index in data.indices(number).tolist():
             try:

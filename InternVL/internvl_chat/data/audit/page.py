@@ -35,17 +35,17 @@ details { border: 1px solid var(--line); border-radius: .5rem; margin: .8rem 0; 
 def report_page(
     audit: Audit, problems: Sequence[Problem], plot: bytes, inputs: Mapping[str, str], problems_file: str
 ) -> str:
-    """Return the page.
+    """Return the HTML page of a data check.
 
     Args:
         audit: the findings.
         problems: problems of all datasets, and leaks.
-        plot: histograms of the lengths, a PNG file.
-        inputs: what was checked and how, by description; `command` is shown as code.
-        problems_file: file that lists all problems.
+        plot: PNG file with histograms of the lengths.
+        inputs: what was checked and how, keyed by label; `command` is shown as code.
+        problems_file: name of the file that lists all problems.
     """
     groups = group_by_kind(problems)
-    # The last folder distinguishes files of the same name.
+    # The parent folder distinguishes files with the same name.
     files = ["/".join(findings.spec.annotation.parts[-2:]) for findings in audit.sets]
     rows = [(*row, file) for row, file in zip(set_rows(audit), files, strict=True)]
     parts = [
@@ -75,7 +75,7 @@ def _counts(audit: Audit, problems: Sequence[Problem]) -> str:
 
 
 def _head(inputs: Mapping[str, str]) -> str:
-    """Return inputs, date and versions as a list."""
+    """Return the inputs, date and versions as an HTML list."""
     versions = [f"m3llm {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {version(name)}" for name in _LIBRARIES]
     date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -88,10 +88,10 @@ def _head(inputs: Mapping[str, str]) -> str:
 
 
 def _kind_section(kind: str, group: Sequence[Problem], audit: Audit, problems_file: str) -> str:
-    """Return meaning, remedy, thumbnails and examples of the problems of one kind."""
+    """Return the HTML section of a kind of problem: meaning, remedy, thumbnails and examples."""
     rows = [(_location(p), p.message, p.dataset, p.id or "") for p in group[:_MAX_SHOWN]]
     more = len(group) - len(rows)
-    rest = f"<p>and {more:,} more; {problems_file} lists all</p>" if more else ""
+    rest = f"<p>and {more:,} more; see {problems_file} for all</p>" if more else ""
     is_open = "" if severity(kind) == "warning" else " open"
     return (
         f"<details{is_open}><summary class='{severity(kind)}'>{html.escape(kind)}: {len(group):,}</summary>"

@@ -1,4 +1,4 @@
-"""Report of an audit: `problems.jsonl`, a plot of the lengths, and a self-contained HTML page."""
+"""Write the report of an audit: `problems.jsonl`, a plot of the lengths, and a self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +19,13 @@ PAGE = "report.html"
 def write_report(
     folder: Path, audit: Audit, leaks: Sequence[Problem] = (), *, inputs: Mapping[str, str] | None = None
 ) -> Path:
-    """Write `problems.jsonl`, the plot and the HTML page into a folder; return the page.
+    """Write `problems.jsonl`, the plot and the HTML page to a folder; return the path of the page.
 
     Args:
         folder: created if missing; an earlier report in it is overwritten.
         audit: the findings.
         leaks: overlaps between training data and benchmarks.
-        inputs: what was checked and how, such as `model` and `command`, for the head of the page.
+        inputs: what was checked and how (such as `model` and `command`), shown at the top of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     problems = [*audit.problems, *leaks]
@@ -33,7 +33,7 @@ def write_report(
     plot_lengths(audit, folder / PLOT)
     page = folder / PAGE
     text = report_page(audit, problems, (folder / PLOT).read_bytes(), inputs or {}, PROBLEMS)
-    # Lone surrogates, as in file names that are not UTF-8, are escaped.
+    # Escape lone surrogates, which occur in file names that are not UTF-8.
     page.write_text(text, encoding="utf-8", errors="backslashreplace")
     return page
 

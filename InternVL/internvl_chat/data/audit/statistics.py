@@ -1,4 +1,4 @@
-"""Statistics of an audit for the console and the report."""
+"""Audit statistics for the console and the report."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ SET_HEADER = (
 
 
 def set_statistics(findings: SetAudit, *, with_tokens: bool) -> dict[str, Any]:
-    """Return the statistics of a dataset by their JSON keys; None if unknown."""
+    """Return the statistics of a dataset, keyed by their JSON names; unknown values are None."""
     tokens, kinds = findings.lengths.tokens, findings.kinds
     percentiles: list[int | None] = [None] * 4
     if with_tokens and len(tokens):

@@ -1,6 +1,6 @@
-"""Pack samples into one row, with the positions and boundaries that attention and the loss need.
+"""Pack samples into one row, with the positions and boundaries required by attention and the loss.
 
-Shapes: R records, T tokens of all records, U supervised tokens, N tiles, S tile size in pixels.
+Shapes: R records, T tokens in the row, U supervised tokens, N tiles, S tile size in pixels.
 """
 
 import itertools
@@ -36,11 +36,12 @@ class Pack:
         label_positions: (U,) positions in the row whose next token is supervised.
         position_ids: (1, T), starting at 0 in each record.
         cu_seq_lens: (R + 1,) int32, start of each record and end of the last; padding adds a segment.
-        max_length: number of tokens of the longest record.
+        max_length: number of tokens of the longest segment, rounded up to the `multiple` of `pack_samples`.
         tiles: (N, S, S, 3) uint8, tiles of all records in order.
         supervised: (R,) number of supervised tokens of each record.
-        counts: (R,) bool, False for records with weight zero.
-        skipped: records of this pack that were unusable.
+        counts: (R,) bool, whether each record contributes to the loss.
+        keys: key of each record.
+        skipped: unusable records of this pack.
     """
 
     input_ids: torch.Tensor
@@ -63,16 +64,16 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of the records that count."""
+        """Number of tokens of the records that contribute to the loss."""
         return int((self.lengths * self.counts).sum())
 
     @property
     def num_supervised(self) -> int:
-        """Number of supervised tokens of the records that count."""
+        """Number of supervised tokens of the records that contribute to the loss."""
         return int((self.supervised * self.counts).sum())
 
     def text_inputs(self, device: torch.device) -> dict[str, Any]:
-        """Return the arguments of the model's forward pass on a device, except the tiles."""
+        """Return the model's forward arguments on a device, except the tiles."""
         names = ("input_ids", "labels", "image_positions", "label_positions", "position_ids", "cu_seq_lens")
         inputs: dict[str, Any] = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
         inputs["max_length"] = self.max_length
@@ -81,7 +82,7 @@ class Pack:
     def pixel_values(
         self, device: torch.device, normalization: str, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Move the tiles to a device and normalise them there; (N, 3, S, S)."""
+        """Move the tiles to a device and normalize them there; returns (N, 3, S, S)."""
         return normalize_tiles(self.tiles.to(device, non_blocking=True), normalization, dtype)
 
     def pin_memory(self) -> "Pack":
@@ -96,8 +97,8 @@ def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> P
     """Concatenate samples into one row.
 
     Args:
-        samples: samples, and whether each counts in the loss.
-        multiple: pad the row to a multiple of this number of tokens.
+        samples: samples, and whether each contributes to the loss.
+        multiple: pad the row to a multiple of this many tokens.
     """
     encoded = [sample.encoded for sample, _ in samples]
     lengths = [len(e.input_ids) for e in encoded]
@@ -126,7 +127,7 @@ def pack_samples(samples: Sequence[tuple[Sample, bool]], multiple: int = 1) -> P
 
 @dataclass(frozen=True)
 class PackDataset(Dataset):
-    """Loads packs; each is addressed by its list of sample indices.
+    """Dataset of packs, indexed by lists of sample indices.
 
     Attributes:
         multiple: see `pack_samples`.
@@ -141,8 +142,8 @@ class PackDataset(Dataset):
     def __getitem__(self, sample_indices: Sequence[SampleIndex]) -> Pack | DataError:
         """Load a pack.
 
-        An unusable record is skipped and listed in the pack if the data allows it; otherwise its error is
-        returned, because a dataloader worker would wrap a raised error in its traceback.
+        An unusable record is skipped and listed in the pack if `data.skip_bad`. Otherwise its error is
+        returned instead of raised, because a dataloader worker would add its own traceback.
         """
         samples, skipped = [], []
         for sample_index in sample_indices:
@@ -160,6 +161,6 @@ class PackDataset(Dataset):
         return replace(pack, skipped=tuple(skipped)) if skipped else pack
 
     def _dummy(self) -> Sample:
-        """Return a dummy sample for a pack without records, since every rank must run a forward pass."""
+        """Return a dummy sample for a pack without usable records: every rank must run a forward pass."""
         encoder = self.data.sets[0].encoder
         return Sample(DUMMY_KEY, None, encoder.dummy(), encoder.tiles([], []))

@@ -1,4 +1,4 @@
-"""The dataloader: its options, its worker processes, and iteration by optimizer step."""
+"""Dataloader: options, worker processes, and iteration by optimizer step."""
 
 import multiprocessing
 import os
@@ -18,8 +18,8 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, TrainingError
 
 # A worker forked while another thread holds CPython's HEAD lock deadlocks (before 3.11.10 and 3.12, see
-# github.com/python/cpython/issues/112275). This call waits for the same lock: under constant contention,
-# 1 fork in 4,000 deadlocks instead of 1 in 90.
+# github.com/python/cpython/issues/112275). This call waits for the same lock, so deadlocks are rarer: under
+# constant contention, 1 fork in 4,000 instead of 1 in 90.
 os.register_at_fork(before=sys._current_frames)
 
 WORKER_DIED = (
@@ -30,12 +30,12 @@ WORKER_DIED = (
 
 @dataclass(frozen=True)
 class DataLoaderOptions:
-    """Options of the dataloader.
+    """Dataloader options.
 
     Attributes:
         workers: number of worker processes; 0 to load in the training process.
-        prefetch_factor: number of steps that each worker prefetches; None for torch's default.
-        pin_memory: copy packs to pinned memory, for a GPU.
+        prefetch_factor: number of steps prefetched per worker; None for torch's default.
+        pin_memory: copy packs to pinned memory, for GPU training.
     """
 
     workers: int = 0
@@ -43,12 +43,14 @@ class DataLoaderOptions:
     pin_memory: bool = False
 
     def build(self, packs: PackDataset, sampler: StepSampler, *, persistent_workers: bool) -> DataLoader:
-        """Return the dataloader of a rank; each batch contains the packs of one step.
+        """Return a rank's dataloader; each batch contains the packs of one step.
 
         Args:
+            packs: dataset of packs.
+            sampler: sampler of the rank.
             persistent_workers: keep the workers alive between epochs.
         """
-        # Workers in excess of the cores compete with each other.
+        # More workers than cores would compete with each other.
         cores = max(1, (os.cpu_count() or 1) // distributed.local_world_size())
         workers = min(self.workers, cores)
         return DataLoader(
@@ -66,10 +68,10 @@ class DataLoaderOptions:
 
 
 def _init_worker(_: int) -> None:
-    """Limit a worker to one thread, and let it survive the first stop signal.
+    """Limit a worker to one thread and let it survive the first stop signal.
 
-    A scheduler may signal every process of a job, but the training loop needs the workers until it has saved.
-    A second SIGTERM ends the worker; `kill_workers` ends the others.
+    A scheduler may signal every process of a job, but the training loop needs its workers until it has saved
+    a checkpoint. A second SIGTERM ends the worker; `kill_workers` ends the remaining ones.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -78,9 +80,9 @@ def _init_worker(_: int) -> None:
 
 
 def kill_workers() -> None:
-    """Kill the remaining workers when the program exits.
+    """Kill the remaining workers at exit.
 
-    Python would send one SIGTERM and then wait indefinitely for workers that ignore it.
+    Python would send a single SIGTERM and then wait indefinitely for workers that ignore it.
     """
     # torch's handler would report this as a failure.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -89,18 +91,18 @@ def kill_workers() -> None:
 
 
 class StepDataLoader:
-    """Iterates over the packs of a rank by optimizer step, across epochs."""
+    """Iterates over a rank's packs by optimizer step, across epochs."""
 
     def __init__(self, packs: PackDataset, sampler: StepSampler, options: DataLoaderOptions) -> None:
         self.packs, self.sampler = packs, sampler
         self.dataloader = options.build(packs, sampler, persistent_workers=True)
 
     def steps(self, first: int, last: int) -> Iterator[list[Pack]]:
-        """Yield the packs of each step from `first` to `last`, counted from 1.
+        """Yield the packs of each step from `first` to `last` (1-based, inclusive).
 
         Raises:
-            DataError: a record cannot be used.
-            TrainingError: a worker died, or the records differ from the plan.
+            DataError: a record is unusable.
+            TrainingError: a worker died, or the dataloader returned other records than planned.
         """
         step = first
         while step <= last:
@@ -126,13 +128,13 @@ class StepDataLoader:
         try:
             return next(batches, None)
         except (ConnectionError, EOFError, FileNotFoundError) as error:
-            # The packs that the worker had not delivered are lost.
+            # The worker's undelivered packs are lost.
             if not self.dataloader.num_workers:
                 raise
             raise TrainingError(f"{WORKER_DIED} ({error!r})") from None
 
     def _planned(self, step: int) -> Counter[RecordKey]:
-        """Return this rank's records of a step, with their counts."""
+        """Count this rank's planned records of a step, without dummy samples."""
         indices = [i for pack in self.sampler.packs(*self.sampler.position_of(step)) for i in pack]
         return Counter(self.packs.data.key_of(i.index) for i in indices if i.counts)
 

@@ -1,7 +1,7 @@
-"""Balance the records of an optimizer step across ranks, and bin-pack them into forward passes.
+"""Balance the records of an optimizer step across ranks and bin-pack them into forward passes.
 
 The plan depends only on the step's records and their lengths, so ranks compute it without communication. It
-does not affect the result of a step.
+does not affect the result of the step.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ StepPlan = list[list[np.ndarray]]
 
 
 def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = False) -> list[np.ndarray]:
-    """Balance the total cost of each rank: most expensive record first, to the rank with the lowest cost.
+    """Balance the total cost per rank: assign the most expensive records first, each to the cheapest rank.
 
     Args:
         costs: cost of each record, in any unit.
         equal_counts: also assign equal numbers of records, up to the remainder.
 
     Returns:
-        For each rank the positions of its records in `costs`, sorted.
+        For each rank, the sorted positions of its records in `costs`.
 
     >>> [positions.tolist() for positions in balance_records(np.array([9, 1, 1, 7]), 2)]
     [[0], [1, 2, 3]]
@@ -40,7 +40,7 @@ def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = 
 
 
 def bin_pack(tokens: np.ndarray, max_tokens: int, min_packs: int = 1) -> list[np.ndarray]:
-    """Bin-pack records into few packs of similar length, longest first into the shortest pack.
+    """Bin-pack records into few packs of similar length: longest record first, into the shortest pack.
 
     Args:
         tokens: length of each record; a record longer than `max_tokens` gets its own pack.
@@ -48,7 +48,7 @@ def bin_pack(tokens: np.ndarray, max_tokens: int, min_packs: int = 1) -> list[np
         min_packs: minimum number of packs, if there are enough records.
 
     Returns:
-        For each pack the positions of its records in `tokens`, sorted.
+        For each pack, the sorted positions of its records in `tokens`.
 
     >>> [pack.tolist() for pack in bin_pack(np.array([500, 300, 400, 200]), 700)]
     [[0, 3], [1, 2]]
@@ -86,7 +86,7 @@ class StepPlanner:
         tokens: length of every record of an epoch.
         costs: cost of every record of an epoch, in any unit.
         max_packed_tokens: maximum length of a pack; None to pack a fixed number of records.
-        records_per_pack: maximum number of records per pack, without `max_packed_tokens`.
+        records_per_pack: maximum number of records per pack if `max_packed_tokens` is None.
     """
 
     world_size: int
@@ -119,6 +119,6 @@ class StepPlanner:
         return [records[positions] for positions in packs]
 
     def shortest(self, records: Sequence[int] | np.ndarray) -> int:
-        """Return the shortest record, which costs least as a dummy sample."""
+        """Return the shortest record, the cheapest choice for a dummy sample."""
         records = np.asarray(records)
         return int(records[np.argmin(self.tokens[records])])

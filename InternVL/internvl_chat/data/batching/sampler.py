@@ -1,4 +1,4 @@
-"""Choose the records of each optimizer step from seed, epoch and step; the number of ranks has no effect."""
+"""Choose the records of each optimizer step from the seed, epoch and step, for any number of ranks."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,10 +16,10 @@ def epoch_order(
 
     Args:
         sizes: number of records of each dataset; records are numbered across all datasets.
-        epoch: epoch, counted from 0.
+        epoch: 0-based epoch.
         sequential: keep the order of the files.
-        resample: sample each dataset in proportion to the square root of its size, with the same total number
-            of records. Small datasets are repeated and large ones used in part.
+        resample: sample each dataset in proportion to the square root of its size, keeping the total number
+            of records. Small datasets are repeated and large ones subsampled.
 
     Returns:
         (records,) int64.
@@ -39,7 +39,7 @@ def epoch_order(
 
 
 def resampled_sizes(sizes: Sequence[int]) -> list[int]:
-    """Return the number of samples of each dataset under square-root resampling, with the same sum.
+    """Return the number of samples per dataset under square-root resampling; the total is unchanged.
 
     >>> resampled_sizes([900, 100])
     [750, 250]
@@ -50,7 +50,7 @@ def resampled_sizes(sizes: Sequence[int]) -> list[int]:
 
 
 def _sample(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Sample from `range(size)`, repeating a number only after all others were sampled as often."""
+    """Draw `count` numbers from `range(size)`; how often a number is drawn varies by at most one."""
     rounds = [rng.permutation(size) for _ in range(-(-count // size))] if size else []
     return np.concatenate([*rounds, np.zeros(0, np.int64)])[:count].astype(np.int64)
 
@@ -58,13 +58,15 @@ def _sample(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
 class StepSampler(Sampler[list[list[SampleIndex]]]):
     """Yields one rank's packs of each optimizer step of an epoch.
 
-    All ranks get the same number of steps, and of packs per step. If there are too few records, a rank gets a
-    dummy sample: a record with weight zero.
+    All ranks get the same number of steps and the same number of packs per step. A rank with too few records
+    gets dummy samples, which do not contribute to the loss.
 
     Args:
-        step_records: number of records per step over all ranks.
+        sizes: number of records of each dataset.
+        step_records: number of records per step across ranks.
+        planner: assigns the records of a step to ranks and packs.
         strategy: one of `SAMPLING_STRATEGIES`.
-        resample: use square-root resampling of the datasets.
+        resample: resample the datasets by the square root of their sizes.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         self._cached_order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Set the epoch of the next iteration, and the number of steps to skip."""
+        """Set the epoch of the next iteration and the number of steps to skip."""
         self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
@@ -100,15 +102,18 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         return self._cached_order[1]
 
     def step(self, epoch: int, number: int) -> np.ndarray:
-        """Return the records of all ranks in a step of an epoch, counted from 0."""
+        """Return the records of all ranks for step `number` (0-based) of an epoch."""
         return self._order(epoch)[number * self.step_records : (number + 1) * self.step_records]
 
     def position_of(self, step: int) -> tuple[int, int]:
-        """Return the epoch of a step counted from 1, and the step's number within the epoch, from 0."""
+        """Return the epoch of a 1-based step and the step's number within the epoch, both 0-based."""
         return divmod(step - 1, len(self))
 
     def packs(self, epoch: int, number: int) -> list[list[SampleIndex]]:
-        """Return this rank's packs in a step of an epoch, counted from 0."""
+        """Return this rank's packs for step `number` (0-based) of an epoch.
+
+        They are padded with dummy packs so that all ranks have the same number.
+        """
         records = self.step(epoch, number)
         plan = self.planner(records)
         packs = [[SampleIndex(int(index), epoch) for index in pack] for pack in plan[self.rank]]

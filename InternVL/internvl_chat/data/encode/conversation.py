@@ -1,7 +1,7 @@
-"""Tokenise and label conversations in InternVL 2.5's template.
+"""Tokenize and label conversations with InternVL 2.5's template.
 
-Each message is `<|im_start|>ROLE\\nTEXT<|im_end|>\\n`, tokenised separately. Only assistant messages are
-supervised: their text and `<|im_end|>`, but not the header and the final newline.
+Each message is `<|im_start|>ROLE\\nTEXT<|im_end|>\\n`, tokenized separately. Only assistant messages are
+supervised: their text and `<|im_end|>`, but not the header or the final newline.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,12 @@ _IMAGE = f"{IMG_START}{IMG_CONTEXT}{IMG_END}"
 class TokenizedConversation:
     """Token ids of a conversation in which each image is a single context token.
 
-    Lengths are computed without building arrays, which the length index relies on for speed.
+    Lengths are computed without building arrays, which keeps indexing fast.
 
     Attributes:
         ids: token ids of each message.
-        supervised: supervised positions within each message.
+        supervised: range of supervised positions within each message.
+        context_id: id of the context token.
     """
 
     ids: tuple[list[int], ...]
@@ -56,16 +57,16 @@ class TokenizedConversation:
         )
 
     def num_tokens(self, tokens_per_image: Sequence[int]) -> int:
-        """Return the number of tokens, given those of each image."""
+        """Return the number of tokens, given the number of tokens per image."""
         return sum(map(len, self.ids)) + sum(tokens_per_image) - len(tokens_per_image)
 
     def num_supervised(self, tokens_per_image: Sequence[int]) -> int:
-        """Return the number of supervised tokens, given the tokens of each image."""
+        """Return the number of supervised tokens, given the number of tokens per image."""
         images = zip(tokens_per_image, self.supervised_images, strict=True)
         return sum(map(len, self.supervised)) + sum(tokens - 1 for tokens, supervised in images if supervised)
 
     def expand(self, tokens_per_image: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and labels, (T,) int64, with each context token repeated for the tokens of its image."""
+        """Return ids and labels, (T,) int64, repeating each context token to its image's number of tokens."""
         input_ids = np.array([token for ids in self.ids for token in ids], np.int64)
         labels = np.full_like(input_ids, IGNORE_INDEX)
         start = 0
@@ -80,17 +81,17 @@ class TokenizedConversation:
 
 
 class Template:
-    """Applies the conversation template and tokenises the result.
+    """Applies the conversation template and tokenizes the result.
 
-    The default system message and the header of an answer are tokenised once.
+    The default system message and the answer header are tokenized once.
 
     Args:
         tokenizer: tokenizer with InternVL's special tokens.
         system_text: system message of conversations without one.
-        escape_control_tokens: tokenise control tokens in messages as plain text.
+        escape_control_tokens: tokenize control tokens in messages as plain text.
 
     Attributes:
-        header: token ids before the text of an answer.
+        header: token ids that precede the text of an answer.
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class Template:
 
     @cached_property
     def max_token_length(self) -> int:
-        """Number of characters of the longest token."""
+        """Length of the longest token in characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def tokenize(self, messages: Sequence[Message]) -> TokenizedConversation:
-        """Tokenise a conversation, with the default system message if it has none."""
+        """Tokenize a conversation; the default system message is added if it has none."""
         ids = token_ids(self.tokenizer, [render_message(message) for message in messages])
         if self.escape_control_tokens:
             ids = [
@@ -126,12 +127,12 @@ class Template:
         return TokenizedConversation(tuple(ids), tuple(supervised), self.context_id)
 
     def tokenize_prompt(self, messages: Sequence[Message]) -> TokenizedConversation:
-        """Tokenise a conversation up to the text of the next answer; nothing is supervised."""
+        """Tokenize a conversation and append the header of the next answer; nothing is supervised."""
         ids = (*self.tokenize(messages).ids, self.header)
         return TokenizedConversation(ids, (range(0),) * len(ids), self.context_id)
 
     def _escaped_ids(self, message: Message) -> list[int]:
-        """Tokenise a message, with the control tokens in its text as plain text."""
+        """Tokenize a message, treating control tokens in its content as plain text."""
         ids, pending = [], f"{IM_START}{message.role}\n"
         for text, is_control in split_control_tokens(message.content):
             if not is_control:
@@ -145,17 +146,17 @@ class Template:
 
 
 def render_message(message: Message) -> str:
-    """Return a message in the template, with one context token per image."""
+    """Return a message in the template's format, with one context token per image."""
     return f"{IM_START}{message.role}\n{_with_images(message.role, message.content)}{IM_END}\n"
 
 
 def _with_images(role: str, text: str) -> str:
-    """Return a text of a role, with one context token per image."""
+    """Replace each placeholder in a user message with image tokens; other roles are unchanged."""
     return text.replace(IMAGE_PLACEHOLDER, _IMAGE) if role == "user" else text
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise texts without special tokens, truncation or padding; faster than calling the tokenizer."""
+    """Tokenize strings without special tokens, truncation or padding; faster than calling the tokenizer."""
     if not texts:
         return []
     if not tokenizer.is_fast:
@@ -165,7 +166,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return a fast tokenizer's backend, without the truncation, padding and splitting of earlier calls."""
+    """Return a fast tokenizer's backend, resetting truncation, padding and splitting set by earlier calls."""
     backend = tokenizer.backend_tokenizer
     if backend.encode_special_tokens:
         backend.encode_special_tokens = False

@@ -1,4 +1,4 @@
-"""Encode records to ids, labels and tiles, for training, data check, evaluation, export and serving."""
+"""Encode records as token ids, labels and tiles for training, data checks, evaluation, export and serving."""
 
 import random
 import unicodedata
@@ -27,12 +27,12 @@ from internvl_chat.data.sources.images import to_rgb
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message
 
-# With truncation, texts up to this many characters (and half as many messages) are always tokenised.
+# With truncation, conversations of up to this many characters (and half as many messages) are tokenized.
 _MAX_TRUNCATABLE = 1 << 20
 
 
 class RecordLengths(NamedTuple):
-    """Numbers of tokens and tiles of a record, and of those removed to fit `max_seq_length`."""
+    """Token and tile counts of a record, and how many were removed to fit `max_seq_length`."""
 
     tokens: int
     supervised: int
@@ -43,7 +43,7 @@ class RecordLengths(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation as the model takes it.
+    """A conversation as model inputs and labels.
 
     Attributes:
         input_ids: (T,) int64.
@@ -73,13 +73,13 @@ class EncodedConversation:
 
     @property
     def lengths(self) -> RecordLengths:
-        """The same numbers that `RecordEncoder.measure` returns."""
+        """Lengths of the conversation, as returned by `RecordEncoder.measure`."""
         tokens, supervised = len(self.input_ids), self.num_supervised
         return RecordLengths(tokens, supervised, self.num_tiles, self.tiles_lost, self.tokens_truncated)
 
 
 class _TilePlan(NamedTuple):
-    """Tiles of a conversation's images: a grid per image, tiles removed to fit, and tokens still too many."""
+    """Tile grid per image, number of tiles removed to fit, and number of tokens still over the limit."""
 
     grids: tuple[Grid, ...]
     tiles_lost: int
@@ -124,7 +124,7 @@ class RecordEncoder:
             image_sizes: (width, height) of each image in pixels.
 
         Raises:
-            RecordError: it does not fit into `max_seq_length`.
+            RecordError: the conversation exceeds `max_seq_length`.
         """
         self.reject_oversized(messages, len(image_sizes))
         return self._expand(self.template.tokenize(messages), image_sizes, self.truncate_text)
@@ -132,16 +132,16 @@ class RecordEncoder:
     def encode_prompt(
         self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]
     ) -> EncodedConversation:
-        """Encode a conversation up to the text of the next answer.
+        """Encode a conversation as a prompt that ends with the header of the next answer.
 
         Raises:
-            RecordError: it does not fit into `max_seq_length`.
+            RecordError: the conversation exceeds `max_seq_length`.
         """
         self.reject_oversized(messages, len(image_sizes))
         return self._expand(self.template.tokenize_prompt(messages), image_sizes, truncate=False)
 
     def measure(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> RecordLengths:
-        """Return `encode(...).lengths` without building ids and labels."""
+        """Return `encode(...).lengths` without building token ids and labels."""
         self.reject_oversized(messages, len(image_sizes))
         if self._template is None:
             max_tiles = self._max_tiles_per_image(len(image_sizes))
@@ -159,20 +159,20 @@ class RecordEncoder:
         )
 
     def reject_oversized(self, messages: Sequence[Message], num_images: int) -> None:
-        """Reject conversations that cannot fit, before tokenising them takes time and memory.
+        """Reject conversations that cannot fit, before tokenization takes time and memory.
 
         Raises:
             RecordError: there are too many messages, images or characters.
         """
         max_length = self.preprocessing.max_seq_length
-        # The start and the end of each message and of each image are separate tokens.
+        # Each message and each image has a start token and an end token.
         counts = [("images", num_images, max_length // 2)]
         if self._template is not None:
             truncatable = _MAX_TRUNCATABLE if self.truncate_text else 0
             max_characters = max(max_length * self.template.max_token_length, truncatable)
             characters = sum(len(message.content) for message in messages)
             if characters > max_characters:
-                # The tokenizer composes characters first, which may shorten the text.
+                # The tokenizer normalizes text to NFC, which may shorten it.
                 characters = sum(len(unicodedata.normalize("NFC", message.content)) for message in messages)
             counts += [
                 ("messages", len(messages), max(max_length, truncatable) // 2),
@@ -181,7 +181,7 @@ class RecordEncoder:
         for name, count, limit in counts:
             if count > limit:
                 raise RecordError(
-                    f"{count:,} {name} cannot fit into max_seq_length {max_length}", kind="too long"
+                    f"{count:,} {name} cannot fit in max_seq_length {max_length}", kind="too long"
                 )
 
     def dummy(self) -> EncodedConversation:
@@ -193,7 +193,7 @@ class RecordEncoder:
     def _expand(
         self, conversation: TokenizedConversation, image_sizes: Sequence[tuple[int, int]], truncate: bool
     ) -> EncodedConversation:
-        """Build ids and labels, with the planned number of context tokens for each image."""
+        """Build token ids and labels, with the planned number of context tokens per image."""
         plan = self._plan_tiles(conversation, image_sizes, truncate)
         ids, labels = conversation.expand(self._image_tokens(plan.grids))
         image_positions = np.flatnonzero(ids == conversation.context_id)
@@ -206,7 +206,7 @@ class RecordEncoder:
     def _plan_tiles(
         self, conversation: TokenizedConversation, image_sizes: Sequence[tuple[int, int]], truncate: bool
     ) -> _TilePlan:
-        """Choose a grid for each image; all images get fewer tiles if the conversation is too long."""
+        """Choose a grid for each image; if the conversation is too long, lower the limit of all images."""
         max_length, num_images = self.preprocessing.max_seq_length, len(conversation.supervised_images)
         if num_images != len(image_sizes):
             raise RecordError(
@@ -232,7 +232,7 @@ class RecordEncoder:
         return [grid.tiles * self.preprocessing.tokens_per_tile for grid in grids]
 
     def plan_grid(self, size: tuple[int, int], max_tiles: int) -> Grid:
-        """Return the tile grid of an image of (width, height) pixels with at most `max_tiles` tiles."""
+        """Return the tile grid for an image of `size` (width, height) with at most `max_tiles` tiles."""
         options = self.preprocessing
         if not options.dynamic_image_size:
             return Grid(1, 1, thumbnail=False)
@@ -250,8 +250,8 @@ class RecordEncoder:
         """Return the tiles of all images as uint8, (N, S, S, 3).
 
         Args:
-            images: images of any mode.
-            grids: their tile grids, from `EncodedConversation.grids`.
+            images: images in any mode.
+            grids: tile grid of each image, from `EncodedConversation.grids`.
             augment: random number generator for JPEG degradation; None disables it.
 
         Raises:
@@ -276,7 +276,11 @@ class RecordEncoder:
 def _truncate(
     ids: np.ndarray, labels: np.ndarray, image_positions: np.ndarray, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Truncate ids and labels, but never an image nor all supervised tokens."""
+    """Truncate token ids and labels to `max_length`.
+
+    Raises:
+        RecordError: truncation would cut an image or remove all supervised tokens.
+    """
     # The last token of an image is followed by its end token.
     if len(image_positions) and image_positions[-1] + 2 > max_length:
         lost = "an image"
@@ -295,7 +299,7 @@ def _too_long(tokens: int, max_length: int, num_images: int, reason: str = "") -
 
 
 def supervised_spans(encoded: EncodedConversation) -> list[list[int]]:
-    """Return the ids of each contiguous span of supervised tokens."""
+    """Return the token ids of each contiguous span of supervised tokens."""
     spans: list[list[int]] = []
     previous = IGNORE_INDEX
     for token, label in zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True):

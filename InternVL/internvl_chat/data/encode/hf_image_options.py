@@ -1,4 +1,4 @@
-"""Read the image options of a model in transformers' format from its processor files."""
+"""Read image options from the processor files of a model in transformers' format."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from PIL import Image
 from internvl_chat.constants import NORMALIZATIONS
 from internvl_chat.utils.errors import ModelError, format_problems
 
-# Newer releases of transformers save all settings in the second file, under `image_processor`.
+# Newer transformers releases save all settings in the second file, under `image_processor`.
 IMAGE_PROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 _PROCESSOR = "GotOcr2ImageProcessor"
-# Settings that this package cannot change, with their only supported values.
+# Settings with a single supported value.
 _FIXED = {
     "do_resize": True,
     "do_rescale": True,
@@ -23,14 +23,14 @@ _FIXED = {
 
 
 def read_image_options(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the file with a folder's image settings and the options (fields of `Preprocessing`) in it.
+    """Return a model folder's image settings file and the options in it (fields of `Preprocessing`).
 
-    As in transformers, limits that are not set are 1 and 12 tiles, and `crop_to_patches` has no effect:
-    `InternVLProcessor` always splits images. Returns None without settings of InternVL's image processor;
-    folders in the reference's format have those of CLIP, which no program uses.
+    As in transformers, the tile limits default to 1 and 12, and `crop_to_patches` has no effect, since
+    `InternVLProcessor` always splits images. Returns None if the folder has no settings for InternVL's image
+    processor; folders in the reference's format have unused CLIP settings instead.
 
     Raises:
-        ModelError: the file is malformed or has settings that are not supported; lists all of them.
+        ModelError: a file is malformed or has unsupported settings; the message lists all of these.
     """
     processor = _read(folder / PROCESSOR_FILE)
     file, settings = folder / PROCESSOR_FILE, processor.get("image_processor")
@@ -48,7 +48,7 @@ def read_image_options(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, empty if it does not exist."""
+    """Return the content of a JSON file; empty if the file does not exist."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -61,7 +61,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _parse(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options in an image processor's settings, and the settings that are not supported."""
+    """Return the options in an image processor's settings, and a message per unsupported setting."""
     problems = [
         f"{name} is {settings[name]!r}; only {value!r} is supported"
         for name, value in _FIXED.items()
@@ -83,26 +83,30 @@ def _parse(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if (side := _side(settings.get("size"))) is not None:
         options["tile_size"] = side
     elif settings.get("size") is not None:
-        problems.append(f"size is {settings['size']!r}; tiles must be square, with height and width")
+        problems.append(
+            f"size is {settings['size']!r}; expected an integer, or equal 'height' and 'width' (tiles are "
+            "square)"
+        )
     statistics = [settings.get("image_mean"), settings.get("image_std")]
     if None not in statistics:
         options["normalize_type"] = next((k for k, v in NORMALIZATIONS.items() if _same(statistics, v)), None)
         if options["normalize_type"] is None:
             problems.append(
-                f"image_mean and image_std are {statistics}; use those of {', '.join(NORMALIZATIONS)}"
+                f"image_mean and image_std are {statistics}; only those of {', '.join(NORMALIZATIONS)} are "
+                "supported"
             )
     return options, problems
 
 
 def _side(size: Any) -> int | None:
-    """Return the side of a square size, or None."""
+    """Return the side length of a square size, or None."""
     if isinstance(size, dict) and size.get("height") == size.get("width"):
         size = size.get("height")
     return size if isinstance(size, int) else None
 
 
 def _same(statistics: list[Any], known: tuple[tuple[float, ...], ...]) -> bool:
-    """Return whether mean and deviation equal known ones; a single number stands for all channels."""
+    """Return whether the mean and deviation match known ones; a single number applies to all channels."""
     for values, expected in zip(statistics, known, strict=True):
         channels = values if isinstance(values, list) else [values] * len(expected)
         numeric = all(isinstance(value, int | float) for value in channels)

@@ -1,6 +1,6 @@
 """Export preprocessing options to transformers' `InternVLProcessor`.
 
-Tested with transformers 5.24 and `GotOcr2ImageProcessor`. Pixels are identical with its Pillow backend; its
+Tested with transformers 5.24 and `GotOcr2ImageProcessor`. The Pillow backend gives identical pixels; the
 torchvision backend interpolates differently.
 """
 
@@ -26,7 +26,7 @@ from internvl_chat.utils.files import write_json
 
 PROCESSOR_CLASS = "InternVLProcessor"
 
-# The processor requires a video token; this one occurs in no text.
+# The processor requires a video token; this one is not used in prompts.
 _UNUSED_TOKEN = "</quad>"
 
 _TEMPLATE = """\
@@ -60,10 +60,10 @@ _TEMPLATE = """\
 
 
 def chat_template(system_text: str) -> str:
-    """Return the conversation template in Jinja.
+    """Return the conversation template as a Jinja chat template.
 
-    A message's content is text with `<image>` placeholders, or a list of parts. As in records, an image part
-    becomes a placeholder and a newline.
+    A message's content is text with `<image>` placeholders, or a list of parts. An image part becomes a
+    placeholder and a newline, as in records.
 
     Args:
         system_text: system message of conversations without one.
@@ -85,15 +85,15 @@ def chat_template(system_text: str) -> str:
 def unsupported_options(preprocessing: Preprocessing) -> list[str]:
     """Return a message for each option that transformers' processor does not support."""
     messages = []
-    several = preprocessing.dynamic_image_size and preprocessing.max_dynamic_patch > 1
-    if several and not preprocessing.use_thumbnail:
+    splits_images = preprocessing.dynamic_image_size and preprocessing.max_dynamic_patch > 1
+    if splits_images and not preprocessing.use_thumbnail:
         messages.append("use_thumbnail is False, but transformers' processor always adds a thumbnail")
     if preprocessing.pad2square and not preprocessing.dynamic_image_size:
         messages.append("pad2square is True, but transformers' processor cannot pad")
     for name in ("image_background", "exif_transpose", "escape_control_tokens"):
         value = getattr(preprocessing, name)
         if value != getattr(Preprocessing, name):
-            messages.append(f"{name} is {value}, which transformers' processor cannot do")
+            messages.append(f"{name} is {value}, which transformers' processor does not support")
     return messages
 
 
@@ -122,13 +122,16 @@ def image_processor_settings(preprocessing: Preprocessing) -> dict[str, Any]:
 def save_hf_processor(
     tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing, folder: Path, max_length: int
 ) -> None:
-    """Save tokenizer, chat template and processor files for transformers' `AutoProcessor`.
+    """Save the tokenizer, chat template and processor files for transformers' `AutoProcessor`.
 
     Args:
-        max_length: maximum number of tokens of the model.
+        tokenizer: tokenizer with InternVL's special tokens.
+        preprocessing: options to export.
+        folder: output folder.
+        max_length: maximum sequence length of the model in tokens.
 
     Raises:
-        ModelError: lists the options that transformers' processor does not support.
+        ModelError: transformers' processor does not support an option; the message lists all of them.
     """
     problems = unsupported_options(preprocessing)
     if problems:
@@ -149,7 +152,7 @@ def save_hf_processor(
 
 
 def _tokenizer_settings(folder: Path, max_length: int) -> dict[str, Any]:
-    """Return the saved `tokenizer_config.json` with the tokens that the processor requires."""
+    """Return the saved `tokenizer_config.json` plus the tokens required by the processor."""
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for key in ("chat_template", "is_local", "local_files_only"):
         settings.pop(key, None)

@@ -1,4 +1,4 @@
-"""Preprocessing options of text and images, saved with every checkpoint as `preprocessing.json`."""
+"""Preprocessing options for text and images, saved with every checkpoint as `preprocessing.json`."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ PREPROCESSING_FILE = "preprocessing.json"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """All options, apart from the tokenizer, that determine the model's inputs.
+    """All options that determine the model's inputs, except the tokenizer.
 
     Attributes:
         template: name of the conversation template.
@@ -27,13 +27,13 @@ class Preprocessing:
         min_dynamic_patch: minimum number of tiles per image.
         max_dynamic_patch: maximum number of tiles per record, shared by its images.
         dynamic_image_size: split images into tiles; otherwise each image is one tile.
-        use_thumbnail: append the downscaled image to its tiles, if there are several.
+        use_thumbnail: append a thumbnail tile to images that are split into more than one tile.
         pad2square: pad single-tile images to a square instead of changing their aspect ratio.
-        normalize_type: pixel statistics, a key of `NORMALIZATIONS`.
+        normalize_type: pixel mean and standard deviation, a key of `NORMALIZATIONS`.
         max_seq_length: maximum number of tokens per record.
         image_background: color behind transparent pixels; `none` drops the transparency.
         exif_transpose: apply the rotation stored as EXIF orientation.
-        escape_control_tokens: read control tokens such as `<|im_end|>` in texts as plain text.
+        escape_control_tokens: tokenize control tokens such as `<|im_end|>` in messages as plain text.
     """
 
     template: str = "internvl2_5"
@@ -74,12 +74,13 @@ class Preprocessing:
     ) -> "Preprocessing":
         """Read a checkpoint's options.
 
-        They are those of its `preprocessing.json`. Without this file they are derived from the model's
-        configuration, and from transformers' processor files if there are any.
+        They are read from `preprocessing.json`. Without this file, they are derived from the model's
+        configuration and, if present, transformers' processor files.
 
         Args:
+            folder: the checkpoint.
             model_config: an `InternVLChatConfig`.
-            max_dynamic_patch: tile limit that replaces the checkpoint's; None to keep it.
+            max_dynamic_patch: overrides the checkpoint's tile limit; None to keep it.
 
         Raises:
             ModelError: a file is malformed or does not match the model.
@@ -103,19 +104,19 @@ class Preprocessing:
         return options.with_tile_limit(max_dynamic_patch)
 
     def with_tile_limit(self, max_dynamic_patch: int | None) -> "Preprocessing":
-        """Return the options with another tile limit; None keeps this one."""
+        """Return the options with a different tile limit; None keeps the current one."""
         if max_dynamic_patch is None:
             return self
         min_tiles = min(self.min_dynamic_patch, max_dynamic_patch)
         return dataclasses.replace(self, max_dynamic_patch=max_dynamic_patch, min_dynamic_patch=min_tiles)
 
     def with_options(self, **options: Any) -> "Preprocessing":
-        """Return the options with some of them replaced; None keeps one."""
+        """Return the options with the given changes; None keeps the current value."""
         return dataclasses.replace(self, **{name: v for name, v in options.items() if v is not None})
 
     @property
     def image_options(self) -> ImageOptions:
-        """How to read what RGB cannot hold."""
+        """How to read transparency and EXIF rotation."""
         return ImageOptions(self.image_background, self.exif_transpose)
 
     @classmethod
@@ -123,7 +124,7 @@ class Preprocessing:
         """Read a `preprocessing.json`.
 
         Raises:
-            ModelError: it is malformed.
+            ModelError: the file is malformed.
         """
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
@@ -156,7 +157,7 @@ class Preprocessing:
 
 
 def stored_options(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the file that states a folder's preprocessing, and the options in it; None without such a file.
+    """Return a folder's preprocessing file and the options in it; None without such a file.
 
     Raises:
         ModelError: the file is malformed.

@@ -1,6 +1,6 @@
 """Dynamic resolution (InternVL 1.5, section 3.2): split images into tiles of a fixed size.
 
-Grids depend on the image size alone, so they are planned without decoding images.
+Tile grids depend only on the image size, so they are planned without decoding images.
 """
 
 import io
@@ -19,7 +19,7 @@ JPEG_QUALITIES = (75, 100)
 
 @dataclass(frozen=True)
 class Grid:
-    """Columns and rows of tiles of an image, and whether a thumbnail of it follows them."""
+    """Tile grid of an image: number of columns and rows, and whether a thumbnail tile follows."""
 
     columns: int
     rows: int
@@ -33,7 +33,7 @@ class Grid:
 
 @lru_cache(maxsize=256)
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return all (columns, rows) with `min_tiles` to `max_tiles` tiles, sorted by the number of tiles.
+    """Return all (columns, rows) with `min_tiles` to `max_tiles` tiles, sorted by number of tiles.
 
     Grids with equal numbers of tiles keep the order of the reference's set, which decides exact ties.
     """
@@ -51,7 +51,7 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
     """Return the (columns, rows) closest to the image's aspect ratio.
 
-    In a tie the larger grid wins if the image has more than half as many pixels as the grid.
+    In a tie, the larger grid wins if the image has more than half as many pixels as that grid.
 
     >>> closest_grid(1000, 500, 1, 6, 448)
     (2, 1)
@@ -71,7 +71,7 @@ def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_s
 def plan_grid(
     width: int, height: int, *, min_tiles: int, max_tiles: int, tile_size: int, use_thumbnail: bool
 ) -> Grid:
-    """Return the grid of an image of the given size; only grids of several tiles get a thumbnail.
+    """Return the tile grid for an image size; only grids with more than one tile get a thumbnail.
 
     >>> plan_grid(1000, 500, min_tiles=1, max_tiles=6, tile_size=448, use_thumbnail=True).tiles
     3
@@ -81,7 +81,7 @@ def plan_grid(
 
 
 def tiles_per_image(max_tiles: int, num_images: int) -> int:
-    """Return the maximum number of tiles of each image of a record, at least one.
+    """Return the maximum number of tiles per image of a record, at least one.
 
     >>> tiles_per_image(12, 5), tiles_per_image(6, 8)
     (2, 1)
@@ -90,7 +90,7 @@ def tiles_per_image(max_tiles: int, num_images: int) -> int:
 
 
 def split_into_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Image]:
-    """Resize an RGB image to the grid (bicubic), split it row by row, and append the thumbnail."""
+    """Resize an RGB image to the grid (bicubic), split it row by row, and append any thumbnail."""
     resized = image.resize((grid.columns * tile_size, grid.rows * tile_size))
     boxes = [
         (x * tile_size, y * tile_size, (x + 1) * tile_size, (y + 1) * tile_size)
@@ -102,7 +102,7 @@ def split_into_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Ima
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """Pad an image to a square of its longer side, centred."""
+    """Center an image on a square canvas whose side is the image's longer side."""
     side = max(image.size)
     if image.size == (side, side):
         return image
@@ -112,7 +112,7 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image
 
 
 def degrade_jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Compress a tile as JPEG with a random quality from 75 to 100, as in the reference's augmentation."""
+    """Re-encode a tile as JPEG with a random quality from 75 to 100, like the reference's augmentation."""
     with io.BytesIO() as buffer:
         image.save(buffer, format="JPEG", quality=rng.randint(*JPEG_QUALITIES))
         buffer.seek(0)
@@ -120,7 +120,7 @@ def degrade_jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def stack_tiles(tiles: list[Image.Image], tile_size: int) -> torch.Tensor:
-    """Return RGB tiles as uint8, (N, tile_size, tile_size, 3)."""
+    """Stack RGB tiles into a uint8 tensor, (N, tile_size, tile_size, 3)."""
     pixels = np.zeros((len(tiles), tile_size, tile_size, 3), np.uint8)
     for i, tile in enumerate(tiles):
         pixels[i] = np.asarray(tile)
@@ -130,12 +130,12 @@ def stack_tiles(tiles: list[Image.Image], tile_size: int) -> torch.Tensor:
 def normalize_tiles(
     tiles: torch.Tensor, normalization: str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Normalise uint8 tiles on their device.
+    """Normalize uint8 tiles on their device.
 
     Args:
         tiles: (N, S, S, 3) uint8.
         normalization: a key of `NORMALIZATIONS`.
-        dtype: dtype of the result; computed in float32.
+        dtype: dtype of the result; the computation is in float32.
 
     Returns:
         (N, 3, S, S).

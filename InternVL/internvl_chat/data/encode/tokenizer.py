@@ -14,8 +14,8 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
     """Load the tokenizer of a model folder.
 
     Returns:
-        The tokenizer, and the number of InternVL's special tokens added to it, by which the model's
-        vocabulary must grow.
+        The tokenizer, and the number of special tokens added to it; the model's vocabulary must grow by this
+        number.
 
     Raises:
         ModelError: the folder has no usable tokenizer.
@@ -40,10 +40,10 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
 
 
 def image_context_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that vision features replace."""
+    """Return the id of the context token, whose embeddings are replaced with vision features."""
     return token_id(tokenizer, IMG_CONTEXT)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Return the id of one token."""
+    """Return the id of a token."""
     return cast(int, tokenizer.convert_tokens_to_ids(token))

@@ -1,4 +1,4 @@
-"""Train and save small tokenizers like InternVL3's, for models with random weights."""
+"""Train and save small InternVL3-style tokenizers for models with random weights."""
 
 import json
 from collections.abc import Iterable
@@ -15,13 +15,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Train a byte-level BPE with Qwen2's normalisation and pre-tokenisation.
+    """Train a byte-level BPE tokenizer with Qwen2's normalization and pre-tokenization.
 
     Args:
-        vocab_size: maximum size without the special tokens, at least 256.
+        texts: training text.
+        vocab_size: maximum vocabulary size without the special tokens, at least 256.
 
     Returns:
-        A tokenizer with InternVL's special tokens after the vocabulary.
+        A tokenizer with InternVL's special tokens appended to the vocabulary.
     """
     qwen = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
@@ -30,7 +31,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
-    # By default the special tokens of Qwen2 would be added.
+    # Prevent Qwen2's default special tokens from being added.
     no_tokens: dict[str, Any] = {"unk_token": None, "eos_token": None, "pad_token": None}
     merges: list[Any] = [tuple(pair) for pair in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, **no_tokens)
@@ -40,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer as `tokenizer.json`, and as the separate files that the reference's code reads."""
+    """Save a tokenizer as `tokenizer.json` and as the separate files that the reference's code reads."""
     tokenizer.save_pretrained(str(folder))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = json.dumps(backend["model"]["vocab"], ensure_ascii=False)

@@ -1,6 +1,6 @@
-"""Measure and check all records before training, in parallel, with a cache across runs.
+"""Validate all records and compute their lengths before training, in parallel and cached across runs.
 
-Texts are tokenised and image headers are read once. Lengths equal those of `RecordSet.load`, which uses the
+Text is tokenized and image headers are read once. The lengths match those of `RecordSet.load`, which uses the
 same tile plan.
 """
 
@@ -39,7 +39,7 @@ from internvl_chat.utils.files import sha256
 from internvl_chat.utils.hardware import cpu_cores
 
 _CHUNK = 256
-# Starting a worker takes about 400 MB and as long as measuring some thousands of records.
+# Starting a worker takes about 400 MB and as long as indexing several thousand records.
 _RECORDS_PER_WORKER = 5000
 _DECODED_RECORDS_PER_WORKER = 250
 _MAX_WORKERS = 16
@@ -54,14 +54,15 @@ def index_records(
     workers: int | None = None,
     cache: Path | None = None,
 ) -> list[RecordIndex]:
-    """Check each dataset's records, and return their index in file order and without repetitions.
+    """Validate the records of each dataset and return their indexes, in file order without repetitions.
 
-    The cache is valid as long as annotation file, root, tokenizer and preprocessing are the same. Cached
+    The cache is valid as long as the annotation file, root, tokenizer and preprocessing are unchanged. Cached
     records are checked again if they were unusable, or if an image file changed or is missing.
 
     Args:
-        decode: decode every image; otherwise only images whose file does not end as its format requires.
-        workers: number of worker processes; by default one per core, or none for few records.
+        sets: datasets to index.
+        decode: decode all images; otherwise only those whose file may be truncated.
+        workers: number of worker processes; by default one per core (at most 16), or none for few records.
         cache: cache folder; by default `default_cache()`.
     """
     files = _cache_files(sets, cache or default_cache())
@@ -95,7 +96,7 @@ def _empty_index(num_records: int, decode: bool) -> RecordIndex:
 
 
 def _cache_files(sets: Sequence[RecordSet], folder: Path) -> list[Path]:
-    """Return each dataset's cache file; its name depends on everything that affects lengths except images."""
+    """Return each dataset's cache file, named after a hash of all inputs of the index except the images."""
     tokenizers = {id(s.encoder.tokenizer): s.encoder.tokenizer for s in sets}
     digests = {key: tokenizer_digest(tokenizer) for key, tokenizer in tokenizers.items()}
     files = []
@@ -130,7 +131,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 
 class _Task(NamedTuple):
-    """Records of a dataset to check."""
+    """Records of a dataset to check, and whether to decode all their images."""
 
     set_number: int
     indices: np.ndarray
@@ -143,7 +144,7 @@ class _Result(NamedTuple):
     Attributes:
         lengths: (N, 5) int32, one row of `RecordLengths` per record.
         ids: id of each record.
-        hashes: (N, 2) uint64, id and content hash of each record.
+        hashes: (N, 2) uint64, id hash and content hash of each record.
         images: image files of each record.
         problems: problems of all records.
     """
@@ -156,7 +157,7 @@ class _Result(NamedTuple):
 
 
 def _update(cached: RecordIndex, task: _Task, result: _Result) -> RecordIndex:
-    """Return an index with the results of a task."""
+    """Return the cached index, updated with the result of a task."""
     lengths = np.stack(list(cached.lengths.columns.values()))
     lengths[:, task.indices] = result.lengths.T
     columns = dict(zip(RecordLengths._fields, lengths, strict=True))
@@ -215,7 +216,7 @@ def _check(sets: Sequence[RecordSet], tasks: Sequence[_Task], workers: int | Non
 
 @contextmanager
 def _run(sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int) -> Iterator[Iterator[_Result]]:
-    """Provide the results of the tasks in order, computed by this process or by several workers."""
+    """Provide the results of the tasks in order, computed in this process or in worker processes."""
     if workers <= 1:
         yield (_check_records(sets, task) for task in tasks)
         return
@@ -226,7 +227,7 @@ def _run(sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int) -> Ite
     try:
         yield pool.map(_check_in_worker, tasks)
     except BrokenProcessPool as error:
-        raise DataError("a worker of the data check died; the machine may be out of memory") from error
+        raise DataError("a data check worker died; the machine may be out of memory") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -237,7 +238,7 @@ def _empty_result(num_records: int) -> _Result:
 
 
 def _check_records(sets: Sequence[RecordSet], task: _Task) -> _Result:
-    """Check records one by one; unusable ones have zero lengths and hashes."""
+    """Check records one by one; unusable ones get zero lengths and hashes."""
     records, result = sets[task.set_number], _empty_result(len(task.indices))
     no_images: tuple[ImageFile, ...] = ()
     for row, index in enumerate(task.indices.tolist()):
@@ -262,7 +263,7 @@ _sets: Sequence[RecordSet] = ()
 
 
 def _init_worker(sets: Sequence[RecordSet]) -> None:
-    """Store the datasets, and disable the tokenizer's own threads."""
+    """Store the datasets and disable the tokenizer's own threads."""
     global _sets
     _sets = sets
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

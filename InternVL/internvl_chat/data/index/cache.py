@@ -1,4 +1,4 @@
-"""The index of a dataset's records, and its cache on disk."""
+"""Index of a dataset's records and its on-disk cache."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Increase when the template, the tiling or the format of the cache changes.
-_VERSION = 6
+# Increase when the template, the tiling, the kinds of problems or the cache format changes.
+_VERSION = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class Lengths:
     """The `RecordLengths` of R records, one array per field.
 
     Attributes:
-        tokens: (R,) int32.
-        supervised: (R,) int32, supervised tokens.
+        tokens: (R,) int32, number of tokens.
+        supervised: (R,) int32, number of supervised tokens.
         tiles: (R,) int32, tiles of all images.
         tiles_lost: (R,) int32, tiles removed to fit `max_seq_length`; zeros by default.
         tokens_truncated: (R,) int32, tokens removed to fit `max_seq_length`; zeros by default.
@@ -49,12 +49,12 @@ class Lengths:
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, np.ndarray], file: Path | None = None) -> "Lengths":
-        """Return lengths with the given arrays by name, as in `columns`."""
+        """Create lengths from arrays keyed by field name, as in `columns`."""
         tokens, supervised, tiles, lost, truncated = (columns[name] for name in RecordLengths._fields)
         return cls(tokens, supervised, tiles, lost, truncated, file)
 
     def select(self, records: np.ndarray) -> "Lengths":
-        """Return the lengths of some records, by index or mask."""
+        """Return the lengths of the selected records (indices or mask)."""
         return Lengths.from_columns({name: column[records] for name, column in self.columns.items()})
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class Lengths:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """The arrays by name."""
+        """The arrays, keyed by field name."""
         return {name: getattr(self, name) for name in RecordLengths._fields}
 
 
@@ -78,10 +78,10 @@ class RecordIndex:
         lengths: zeros for unusable records.
         ids: printable ids; None for records without one.
         id_hashes: (R,) uint64, 0 for records without an id.
-        content_hashes: (R,) uint64, hashes of conversation and image paths; 0 for unusable records.
-        problems: problems in file order; a record may have several.
+        content_hashes: (R,) uint64, hashes of the conversation and image paths; 0 for unusable records.
+        problems: problems in file order; a record may have more than one.
         images: image files of the usable records.
-        decoded: whether the images were decoded.
+        decoded: whether all images were decoded.
     """
 
     lengths: Lengths
@@ -97,11 +97,11 @@ class RecordIndex:
 
     @property
     def unusable(self) -> list[int]:
-        """Indices of the records that cannot be used."""
+        """Indices of the unusable records."""
         return sorted({problem.index or 0 for problem in self.problems if problem.is_error})
 
     def equals(self, other: "RecordIndex") -> bool:
-        """Return whether two indexes of the same annotation file agree; equal images imply equal lengths."""
+        """Return whether two indexes of one annotation file are equal; equal images imply equal lengths."""
         return self.problems == other.problems and self.images.equals(other.images)
 
 
@@ -124,7 +124,7 @@ def cache_file(folder: Path, key: Mapping[str, Any]) -> Path:
 
 
 def read_index(file: Path, num_records: int) -> RecordIndex | None:
-    """Read a cached index; return None if it does not exist or is damaged."""
+    """Read a cached index; return None if it is missing or damaged."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             lengths = Lengths.from_columns(arrays, file)
@@ -155,7 +155,7 @@ def read_index(file: Path, num_records: int) -> RecordIndex | None:
 
 
 def write_index(file: Path, index: RecordIndex) -> bool:
-    """Cache an index atomically; return whether that succeeded, logging a warning if not."""
+    """Write an index to the cache atomically; on failure, log a warning and return False."""
     problems = [[*problem[:2], str(problem.file), *problem[3:]] for problem in index.problems]
     metadata = json.dumps({"ids": index.ids, "problems": problems, "decoded": index.decoded})
     try:
@@ -170,6 +170,6 @@ def write_index(file: Path, index: RecordIndex) -> bool:
             }
             np.savez(stream, **arrays)
     except OSError as error:
-        logger.warning("cannot write the length cache (set M3LLM_CACHE to another folder): %s", error)
+        logger.warning("cannot write the length cache (set M3LLM_CACHE to a different folder): %s", error)
         return False
     return True

@@ -1,4 +1,4 @@
-"""Manifest of a dataset's image files, to find the records whose images changed since they were indexed."""
+"""Manifest of a dataset's image files, used to find records whose images changed since they were indexed."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from internvl_chat.data.sources.images import ImageFile
 
-# Several threads, because each stat on a network file system waits for a round trip.
+# Threads overlap the round trip of each stat call on a network file system.
 _THREADS = 16
 _CHUNK = 2048
 _MISSING = (-1, -1)
@@ -36,7 +36,7 @@ class ImageManifest:
         return cls([], np.zeros((0, 2), np.int64), np.zeros((0, 2), np.int32))
 
     def changed_records(self, root: Path) -> np.ndarray:
-        """Return the sorted indices of the records with an image file that changed or is missing.
+        """Return the sorted indices of the records with a changed or missing image file.
 
         Args:
             root: folder that the names are relative to.
@@ -45,11 +45,11 @@ class ImageManifest:
         return np.unique(self.uses[changed[self.uses[:, 1]], 0])
 
     def update(self, records: np.ndarray, images: Sequence[Sequence[ImageFile]]) -> "ImageManifest":
-        """Return a manifest with new images for some records.
+        """Return a manifest with new images for the given records.
 
         Args:
-            records: (N,) indices of the records.
-            images: the images of each of them.
+            records: (N,) record indices.
+            images: images of each of these records.
         """
         other_uses = self.uses[~np.isin(self.uses[:, 0], records)]
         listed = map(ImageFile, self.names, *self.states.T.tolist())
@@ -81,7 +81,7 @@ class ImageManifest:
         """Restore a manifest from the arrays of `to_arrays`.
 
         Raises:
-            ValueError: the arrays are inconsistent or belong to another number of records.
+            ValueError: the arrays are malformed or do not match the number of records.
         """
         content = arrays["images"].tobytes()
         names = [os.fsdecode(name) for name in content.split(b"\0")] if content else []
@@ -95,7 +95,7 @@ class ImageManifest:
 
 
 def _states(root: str, names: Sequence[str]) -> np.ndarray:
-    """Return size and modification time of files, (N, 2) int64; -1 for missing files."""
+    """Return the size and modification time of each file, (N, 2) int64; -1 for missing files."""
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
         states = [

@@ -1,4 +1,4 @@
-"""Annotation files in any encoding and layout: unpack what can be read, and name the rest in one message."""
+"""Open annotation files: unpack gzip and Parquet, and reject unsupported formats with a single error."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from internvl_chat.utils.errors import DataError
 
 _HEAD = 1 << 12
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
-# Starts of files that are not read.
+# Magic bytes of unsupported formats.
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a ZIP archive (or an Excel table); unpack it, or save it as JSONL",
     b"BZh": "compressed with bzip2; unpack it (bunzip2)",
@@ -34,19 +34,20 @@ _WIDE_MARKS = {
     b"\xfe\xff": "UTF-16",
 }
 _MAX_LISTED = 5
-# Lines that are tried before a file is refused as a whole, and bytes of an object that spans several lines.
+# Number of first lines to parse, and how many invalid ones cause a file that looks like JSON to be rejected.
 _TRIED_LINES = 20
 _MIN_BAD_LINES = 10
+# Maximum number of bytes to parse, per line and at the start of the file.
 _MAX_OBJECT = 1 << 20
 _ROWS = 1 << 10
 
 
 class Source(NamedTuple):
-    """A plain file with the records of an annotation file.
+    """Uncompressed file with the records of an annotation file.
 
     Attributes:
-        path: the annotation file, or a temporary copy that is not compressed.
-        is_array: whether it is a JSON array, otherwise it has one record per line.
+        path: the annotation file itself, or a temporary uncompressed copy.
+        is_array: whether the file is a JSON array; otherwise it has one record per line.
     """
 
     path: Path
@@ -54,16 +55,16 @@ class Source(NamedTuple):
 
 
 def open_source(path: Path) -> Source:
-    """Return the plain file with the records of an annotation file.
+    """Return the uncompressed file with the records of an annotation file.
 
-    gzip and Parquet are unpacked into a temporary folder, once per process.
+    gzip and Parquet files are unpacked into a temporary folder, once per process.
 
     Raises:
-        DataError: the file is of another kind; says of which.
-        OSError: it cannot be read.
+        DataError: the file is damaged or has an unsupported format.
+        OSError: the file cannot be read.
     """
     if path.is_dir():
-        raise DataError(f"cannot be read: it is a folder; give one file{_examples(path)}", file=path)
+        raise DataError(f"cannot be read: it is a folder; use one file{_examples(path)}", file=path)
     head = _head(path)
     name = path.name.lower().removesuffix(".gz")
     if head.startswith((_GZIP, _PARQUET)):
@@ -72,10 +73,10 @@ def open_source(path: Path) -> Source:
         path, origin = _unpack(path, status.st_size, status.st_mtime_ns, is_gzip), path
         head = _head(path)
         if head.startswith((_GZIP, _PARQUET)):
-            raise DataError("is packed twice; unpack it once", file=origin)
-        _refuse_other(head, origin)
+            raise DataError("is compressed twice; decompress it once", file=origin)
+        _reject_other_formats(head, origin)
         return Source(path, is_gzip and name.endswith(".json"))
-    _refuse_other(head, path)
+    _reject_other_formats(head, path)
     return Source(path, name.endswith(".json"))
 
 
@@ -92,8 +93,8 @@ def _examples(folder: Path) -> str:
     return f" per dataset: {', '.join(names[:_MAX_LISTED])}{more}" if names else ""
 
 
-def _refuse_other(head: bytes, path: Path) -> None:
-    """Raise a `DataError` for a file of another format or encoding."""
+def _reject_other_formats(head: bytes, path: Path) -> None:
+    """Raise a `DataError` if a file has an unsupported format or encoding."""
     for start, description in _OTHER_FORMATS.items():
         if head.startswith(start):
             raise DataError(f"this is {description}", file=path)
@@ -109,72 +110,85 @@ def _refuse_other(head: bytes, path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _folder() -> tempfile.TemporaryDirectory:
-    """Return a folder that is deleted when this process ends."""
+    """Return a temporary folder that is deleted when this process ends."""
     return tempfile.TemporaryDirectory(prefix="m3llm-records-")
 
 
 @lru_cache(maxsize=1 << 10)
 def _unpack(path: Path, num_bytes: int, mtime_ns: int, is_gzip: bool) -> Path:
-    """Write a plain copy of a packed file."""
-    with tempfile.NamedTemporaryFile(dir=_folder().name, suffix=".jsonl", delete=False) as target:
-        try:
-            for block in _gzip_blocks(path) if is_gzip else _parquet_rows(path):
-                target.write(block)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"cannot be unpacked: {error}", file=path) from None
-        except OSError as error:
-            raise DataError(
-                f"cannot be unpacked into {_folder().name}: {error}; set TMPDIR to a larger folder", file=path
-            ) from None
+    """Write an uncompressed copy of a gzip or Parquet file and return its path."""
+    folder = _folder().name
+    blocks = _gzip_blocks(path) if is_gzip else _parquet_rows(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".jsonl", delete=False) as target:
+            target.writelines(blocks)
+    except OSError as error:  # a write error: read errors are DataErrors
+        raise DataError(
+            f"cannot be unpacked into {folder}: {error}; if the disk is full, set TMPDIR to a folder with "
+            "more free space",
+            file=path,
+        ) from None
     return Path(target.name)
 
 
 def _gzip_blocks(path: Path) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as stream:
-        while block := stream.read(1 << 24):
-            yield block
+    """Yield the decompressed content of a gzip file in blocks.
+
+    Raises:
+        DataError: the file is damaged or cannot be read.
+    """
+    try:
+        with gzip.open(path, "rb") as stream:
+            while block := stream.read(1 << 24):
+                yield block
+    except (EOFError, zlib.error, OSError) as error:
+        raise DataError(f"cannot be unpacked: {error}", file=path) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[bytes]:
-    """Yield the rows of a Parquet file as lines of JSON."""
+    """Yield the rows of a Parquet file as JSON lines.
+
+    Raises:
+        DataError: the file is damaged or cannot be read, or has values that JSON does not support.
+    """
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError(
-            "this is a Parquet file; reading it needs pyarrow (pip install pyarrow), or save it as JSONL",
+            "this is a Parquet file; install pyarrow to read it (pip install pyarrow), or save it as JSONL",
             file=path,
         ) from None
 
-    def refuse(value: Any) -> NoReturn:
+    def reject(value: Any) -> NoReturn:
         if isinstance(value, bytes):
             raise DataError(
-                "a column holds the content of files; save the images as files and give their names",
+                "a column contains binary data; save embedded images as files and use their paths instead",
                 file=path,
             )
-        raise DataError(f"a column holds {type(value).__name__} values; convert them to text", file=path)
+        raise DataError(f"a column contains {type(value).__name__} values; convert them to text", file=path)
 
     try:
         for batch in ParquetFile(path).iter_batches(_ROWS):
             for row in batch.to_pylist():
                 yield (
-                    json.dumps(row, ensure_ascii=False, default=refuse).encode("utf-8", "surrogatepass")
+                    json.dumps(row, ensure_ascii=False, default=reject).encode("utf-8", "surrogatepass")
                     + b"\n"
                 )
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise DataError(f"this Parquet file cannot be read: {error}", file=path) from None
 
 
 def check_lines(source: Path, path: Path, spans: Sequence[Sequence[int]]) -> None:
-    """Raise one error for a file that is not JSONL at all, instead of one for each line.
+    """Raise a single error for a file that is not JSONL, instead of one error per line.
 
     Args:
-        source: the plain file.
-        path: the annotation file, for the message.
-        spans: start and end of the first lines.
+        source: uncompressed file.
+        path: annotation file, for error messages.
+        spans: start and end offsets of the first lines.
 
     Raises:
-        DataError: the file is a JSON array, has objects over several lines, or no line is valid JSON.
+        DataError: the file is a JSON array, begins with a multi-line object, or its first lines are not JSON.
     """
     with source.open("rb") as stream:
         stream.seek(spans[0][0])
@@ -187,7 +201,7 @@ def check_lines(source: Path, path: Path, spans: Sequence[Sequence[int]]) -> Non
                 break
     if _starts_array(text, lines, len(spans)):
         raise DataError(
-            "this is a JSON array, not one record per line; name it .json (or .json.gz)", file=path
+            "this is a JSON array, not one record per line; rename it to .json (or .json.gz)", file=path
         )
     if len(spans) == 1 or (len(lines) == 1 and _is_json(lines[0])):
         return
@@ -202,21 +216,21 @@ def check_lines(source: Path, path: Path, spans: Sequence[Sequence[int]]) -> Non
     if not _is_json(lines[-1]) and (len(lines) >= _MIN_BAD_LINES or not looks_like_json):
         first = lines[0][:60].decode("utf-8", "replace").strip()
         raise DataError(
-            f"none of the first {len(lines)} lines is valid JSON (the file begins {first!r}); it must have "
+            f"none of the first {len(lines)} lines is valid JSON (the file begins with {first!r}); expected "
             "one JSON object per line",
             file=path,
         )
 
 
 def _starts_array(text: str, lines: Sequence[bytes], num_lines: int) -> bool:
-    """Return whether a JSON array of objects starts here, rather than a bad record that is a list."""
+    """Return whether the file is a JSON array of objects, rather than JSONL whose first record is a list."""
     if not re.match(r"\[\s*\{", text):
         return False
     return not _is_json(lines[0]) or num_lines == 1
 
 
 def _is_json(line: bytes) -> bool:
-    """Return whether a line is valid JSON, as far as it was read."""
+    """Return whether a line is valid JSON; True for lines that were only read in part."""
     if len(line) == _MAX_OBJECT:
         return True
     try:
@@ -227,12 +241,12 @@ def _is_json(line: bytes) -> bool:
 
 
 def _describe_object(value: dict[str, Any], rest: str) -> str:
-    """Return a message about an object over several lines, at the start of a JSONL file."""
+    """Return an error message for a file that begins with a multi-line JSON object."""
     if value and all(isinstance(entry, dict) and "annotation" in entry for entry in value.values()):
         return "this is a meta file, not a file of records"
     if not rest:
-        return "this is one JSON object over several lines; write one record per line, or an array (.json)"
+        return "this is a single multi-line JSON object; write one record per line, or an array (.json)"
     return (
-        "the records are indented over several lines; write one per line (jq -c . FILE), or put them into an "
-        "array in a .json file (jq -s . FILE)"
+        "the records span multiple lines; write one per line (jq -c . FILE), or an array in a .json file "
+        "(jq -s . FILE)"
     )

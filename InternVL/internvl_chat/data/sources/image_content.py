@@ -1,4 +1,4 @@
-"""What an image file holds beyond one upright frame of opaque 8-bit RGB, and how to keep it on request."""
+"""Image content beyond a single upright frame of opaque 8-bit RGB, and options to preserve it."""
 
 import re
 import warnings
@@ -10,22 +10,22 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-# Malformed EXIF data does not concern the pixels.
+# Malformed EXIF data does not affect the pixels.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", module="PIL")
 
 _BIT_DEPTH = re.compile(r";(\d{2})")
-# TIFF tags: bits per channel; kind of a page, whose flags 1 and 4 are a smaller copy and a mask.
+# TIFF tags for the bits per channel and the page type; flag 1 is a reduced-size copy, flag 4 a mask.
 _TIFF_BITS, _TIFF_PAGE, _TIFF_COPY = 258, 254, 0b101
-# Formats whose EXIF or XMP orientation Pillow reads but does not apply; it applies that of a TIFF.
+# Formats whose EXIF or XMP orientation Pillow reads but does not apply. It does apply TIFF orientation.
 _TURNED = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 _HEADER = 1 << 12
 
 
 class ImageOptions(NamedTuple):
-    """How to read what RGB cannot hold.
+    """How to read transparency and EXIF rotation.
 
     Attributes:
-        background: color behind transparent pixels; `none` drops the transparency, as the reference does.
+        background: color behind transparent pixels; `none` drops transparency, like the reference.
         exif_transpose: apply the rotation stored as EXIF orientation.
     """
 
@@ -34,7 +34,7 @@ class ImageOptions(NamedTuple):
 
 
 class ImageContent(NamedTuple):
-    """Properties of an image from its header.
+    """Image properties from the file header.
 
     Attributes:
         frames: number of frames or pages.
@@ -50,15 +50,15 @@ class ImageContent(NamedTuple):
 
 
 def read_content(image: ImageFile) -> ImageContent:
-    """Return the properties of an opened image; afterwards only its header is valid."""
+    """Return the properties of an opened image; do not decode it afterward, since this seeks its frames."""
     return ImageContent(
         bits=_bits(image), orientation=orientation(image), has_alpha=has_alpha(image), frames=_frames(image)
     )
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation that remains to be applied; 1 if there is none, or none that is valid."""
-    # Pillow decodes a PNG to look for EXIF behind the pixels.
+    """Return the EXIF orientation that Pillow has not applied; 1 if it is missing or invalid."""
+    # Without EXIF in its header, a PNG would be decoded by getexif() to look for EXIF after the pixels.
     sources = ("exif",) if image.format == "PNG" else ("exif", "xmp")
     if image.format not in _TURNED or not any(source in image.info for source in sources):
         return 1
@@ -70,12 +70,12 @@ def orientation(image: Image.Image) -> int:
 
 
 def turned_size(size: tuple[int, int], orientation: int, options: ImageOptions) -> tuple[int, int]:
-    """Return the size of an image after the rotation that the options ask for."""
+    """Return the (width, height) of an image after any rotation enabled by the options."""
     return size[::-1] if options.exif_transpose and orientation >= 5 else size
 
 
 def turn(image: Image.Image, options: ImageOptions) -> Image.Image:
-    """Apply the EXIF orientation if the options ask for it."""
+    """Apply the EXIF orientation if the options enable it."""
     if options.exif_transpose and orientation(image) != 1:
         return ImageOps.exif_transpose(image)
     return image
@@ -94,15 +94,15 @@ def has_transparent_pixels(image: Image.Image) -> bool:
 
 
 def flatten(image: Image.Image, background: str) -> Image.Image:
-    """Return an image in RGB, on a background of the given color."""
+    """Composite an image onto a background color and return it as RGB."""
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")
 
 
 def _frames(image: ImageFile) -> int:
-    """Return the number of frames, or of pages without the smaller copies and masks of a TIFF."""
-    if image.format == "MPO":  # a photo with its preview or depth map
+    """Return the number of frames or pages, excluding reduced-size copies and masks in a TIFF."""
+    if image.format == "MPO":  # a photo with a preview or depth map
         return 1
     try:
         frames = getattr(image, "n_frames", 1)
@@ -113,12 +113,12 @@ def _frames(image: ImageFile) -> int:
             image.seek(number)
             pages += not image.tag_v2.get(_TIFF_PAGE, 0) & _TIFF_COPY
         return max(pages, 1)
-    except Exception:  # the file is damaged after the first frame, which is all that is used
+    except Exception:  # damaged after the first frame; later frames are not used
         return 1
 
 
 def _bits(image: ImageFile) -> int:
-    """Return the bits per channel."""
+    """Return the number of bits per channel."""
     if isinstance(image, TiffImageFile):
         return max(image.tag_v2.get(_TIFF_BITS, (8,)))
     arguments = image.tile[0].args if image.tile else ()
@@ -132,10 +132,10 @@ def _bits(image: ImageFile) -> int:
 
 
 def _coded_bits(header: bytes, image_format: str) -> int:
-    """Return the bits per channel from the header of a JPEG 2000 or AVIF file.
+    """Return the number of bits per channel from the header of a JPEG 2000 or AVIF file.
 
-    JPEG 2000: byte Ssiz of the first component in the marker segment SIZ (ISO/IEC 15444-1, A.5.1).
-    AVIF: the flags high_bitdepth and twelve_bit of the configuration box (AV1 in ISOBMFF, 2.3.3).
+    JPEG 2000: byte Ssiz of the first component in the SIZ marker segment (ISO/IEC 15444-1, A.5.1).
+    AVIF: flags high_bitdepth and twelve_bit in the configuration box (AV1 in ISOBMFF, 2.3.3).
     """
     mark, offset = (b"\xff\x4f\xff\x51", 42) if image_format == "JPEG2000" else (b"av1C", 6)
     position = header.find(mark) + offset
@@ -152,7 +152,7 @@ def content_warnings(
     options: ImageOptions,
     transparent: Sequence[bool | None],
 ) -> Iterator[tuple[str, str]]:
-    """Yield (kind, message) for each kind of content of a record's images that is not used.
+    """Yield (kind, message) for each kind of content in a record's images that is discarded.
 
     Args:
         names: name of each image.
@@ -164,15 +164,17 @@ def content_warnings(
     found: dict[str, list[str]] = {}
     for name, content, visible in zip(names, contents, transparent, strict=True):
         if content.frames > 1:
-            found.setdefault("several frames", []).append(
-                f"{name}: only the first of {content.frames} pages or frames is shown"
+            found.setdefault("multiple frames", []).append(
+                f"{name}: only the first of {content.frames} pages or frames is used"
             )
         if content.has_alpha and visible is not False and options.background == "none":
             text = f"{name}: the transparency is dropped{unknown if visible is None else ''}"
             found.setdefault("transparency", []).append(text)
         if content.bits > 8:
             black = 1 << content.bits - 8
-            text = f"{name}: only the highest 8 of {content.bits} bits; values below {black} become black"
+            text = (
+                f"{name}: only the upper 8 of {content.bits} bits are used: values below {black} turn black"
+            )
             found.setdefault("color depth", []).append(text)
         if content.orientation != 1 and not options.exif_transpose:
             text = f"{name}: EXIF orientation {content.orientation} is not applied"

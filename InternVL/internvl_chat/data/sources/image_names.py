@@ -1,4 +1,4 @@
-"""Messages for image names that are no file: URLs, contents, and names written in another form."""
+"""Error messages for image names that are not files: URLs, embedded images and mismatched names."""
 
 import os
 import re
@@ -10,19 +10,19 @@ from internvl_chat.data.sources.problems import printable_message
 from internvl_chat.utils.files import is_file
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://", re.ASCII)
-# Start of a JPEG, PNG, GIF, WebP or TIFF file in base64.
+# Base64-encoded start of a JPEG, PNG, GIF, WebP or TIFF file.
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/=\s]*", re.ASCII)
 _MIN_BASE64 = 64
-# Folders whose names are kept to look for similar ones.
+# Number of cached folder listings.
 _MAX_FOLDERS = 8
 
 
 def describe_remote(name: str) -> str | None:
-    """Return a message if a name is a URL or the content of an image, and None for a path."""
+    """Return an error message if a name is a URL or base64 data; None for a path."""
     if name.startswith("data:") or (len(name) >= _MIN_BASE64 and _BASE64.fullmatch(name)):
         return (
-            f"the image is given as base64 ({name[:24]}...), which is not decoded; save it as a file and "
-            "give its name"
+            f"the image is embedded as base64 ({name[:24]}...), which is not supported; save it as a file "
+            "and give its path"
         )
     scheme = _SCHEME.match(name)
     if scheme is None:
@@ -30,13 +30,13 @@ def describe_remote(name: str) -> str | None:
     if scheme[1].lower() == "file":
         return f"the image {printable_message(name)} is a file:// URL; give the path without file://"
     return (
-        f"the image {printable_message(name)} is a URL ({scheme[1]}://), which is not fetched; download it "
-        "and give the name of the file"
+        f"the image {printable_message(name)} is a URL ({scheme[1]}://), which is not supported; download it "
+        "and give the path of the file"
     )
 
 
 def describe_missing(path: Path) -> str | None:
-    """Return why the path of a file that does not exist may be wrong, judging by the files next to it."""
+    """Return a likely reason why a path does not exist, based on the files next to it; None if unknown."""
     if similar := _similar_file(path):
         return similar
     if "\\" in str(path) and (other := Path(str(path).replace("\\", "/"))).is_file():
@@ -45,7 +45,7 @@ def describe_missing(path: Path) -> str | None:
 
 
 def _similar_file(path: Path) -> str | None:
-    """Return a message about a file whose name looks the same or differs in case."""
+    """Return a message if a file name differs only in Unicode form, case or surrounding whitespace."""
     for form in ("NFC", "NFD"):
         if is_file(Path(unicodedata.normalize(form, str(path)))):
             return _other_form(path, form)
@@ -53,17 +53,15 @@ def _similar_file(path: Path) -> str | None:
     for name in names:
         if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name):
             return _other_form(path, "NFD" if unicodedata.is_normalized("NFD", name) else "NFC")
-    return (
-        f"the folder contains {printable_message(names[0])}: the names must match exactly" if names else None
-    )
+    return f"the folder contains {printable_message(names[0])}; names must match exactly" if names else None
 
 
 def _other_form(path: Path, form: str) -> str:
     own = "NFC" if form == "NFD" else "NFD"
     escaped = path.name.encode("unicode_escape").decode("ascii")
     return (
-        f"a file whose name differs only in Unicode normalization exists: the file has {form}, the record "
-        f"{own} ({escaped}); rename the file or rewrite the record, for example with convmv or "
+        f"there is a file whose name differs only in Unicode normalization: the file has {form}, the record "
+        f"{own} ({escaped}); rename the file or change the record, for example with convmv or "
         f"unicodedata.normalize({form!r}, name)"
     )
 
@@ -74,7 +72,7 @@ def _folded(name: str) -> str:
 
 @lru_cache(maxsize=_MAX_FOLDERS)
 def _names(folder: str) -> dict[str, list[str]]:
-    """Return the files of a folder by their names without case and Unicode form."""
+    """Return the file names in a folder, keyed by their `_folded` form."""
     names: dict[str, list[str]] = {}
     try:
         with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""Image files: locate them, read their headers and decode them; whatever cannot be used is refused."""
+"""Locate image files, read their headers and decode them; unusable files raise a `RecordError`."""
 
 import os
 import stat
@@ -30,15 +30,15 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# As the reference reads images: transparency and EXIF rotation are ignored.
+# Like the reference: ignore transparency and EXIF rotation.
 REFERENCE = ImageOptions()
 
-# Pillow's own default, repeated here because other libraries may raise it: 0.7 GB as decoded RGB.
+# Pillow's default limit, fixed here because other libraries may raise it; 0.7 GB as decoded RGB.
 MAX_PIXELS = 178_956_970
-# Pillow warns from half of that on; only the limit matters here.
+# Pillow already warns at half the limit; only the limit matters here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# The formats that Pillow decodes itself; for others (such as EPS) it runs external programs.
+# Formats that Pillow decodes itself; for others (such as EPS) it may run external programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF")
 
 _JPEG_END = b"\xff\xd9"
@@ -49,7 +49,7 @@ _END_MARKERS = {
     "PNG": b"IEND\xaeB`\x82",
     "GIF": b"\0;",
 }
-# Padding that programs append to files, and how many bytes of it are searched.
+# Padding that some programs append to files, and the number of bytes at the end to search.
 _PADDING = b"\0\r\n "
 _PADDING_WINDOW = 4096
 
@@ -64,17 +64,16 @@ def _formats() -> tuple[str, ...]:
 def locate_image(root: Path, name: str) -> Path:
     """Return the path of a record's image.
 
-    A relative path must stay under the root. Absolute paths and symbolic links are accepted: both place
-    images elsewhere on purpose.
+    A relative path must stay under the root. Absolute paths and symbolic links may point anywhere.
 
     Raises:
-        RecordError: the path leaves the root, or the name is a URL or the content of an image.
+        RecordError: a relative path points outside the root, or the name is a URL or base64 data.
     """
     if problem := describe_remote(name):
         raise RecordError(problem, kind="image missing")
     path = root / name
     if os.pardir in name and not Path(name).is_absolute():
-        # Compared as text: symbolic links may lead anywhere.
+        # Compare the paths without resolving symbolic links, which may point anywhere.
         base = os.path.abspath(root)  # noqa: PTH100
         if os.path.commonpath([base, os.path.abspath(path)]) != base:  # noqa: PTH100
             raise RecordError(
@@ -86,10 +85,10 @@ def locate_image(root: Path, name: str) -> Path:
 
 
 def _file_status(path: Path) -> os.stat_result:
-    """Return size and times of an image file.
+    """Return the `stat` result of an image file.
 
     Raises:
-        RecordError: it is missing, empty, or not a regular file.
+        RecordError: the file is missing, empty, or not a regular file.
     """
     try:
         status = path.stat()
@@ -98,7 +97,7 @@ def _file_status(path: Path) -> os.stat_result:
     except Exception as error:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
-        raise _unreadable(path, "it is not a file")
+        raise _unreadable(path, "it is not a regular file")
     if not status.st_size:
         raise _unreadable(path, "it is empty")
     return status
@@ -117,7 +116,7 @@ def open_image(path: Path) -> PillowFile:
     """Read an image's header; use the result as a context manager.
 
     Raises:
-        RecordError: it is missing, not an image, too large, or has more than 8 bits per channel.
+        RecordError: the file is missing, not an image, too large, or has an unsupported bit depth.
     """
     _file_status(path)
     try:
@@ -157,7 +156,7 @@ def _check_header(path: Path, image: Image.Image) -> None:
 
 
 def _has_8_bit_channels(image: Image.Image) -> bool:
-    """Return whether an image has at most 8 bits per channel; Pillow would clip deeper ones."""
+    """Return whether an opened image has at most 8 bits per channel; Pillow would clip deeper channels."""
     return image.mode != "F" and not image.mode.startswith("I")
 
 
@@ -165,11 +164,11 @@ def to_rgb(image: Image.Image, background: str = REFERENCE.background) -> Image.
     """Convert an image to RGB; an opaque RGB image is returned without a copy.
 
     Args:
-        image: an image of any mode.
-        background: color behind transparent pixels; `none` drops the transparency, as Pillow does.
+        image: image in any mode.
+        background: color behind transparent pixels; `none` drops transparency, like Pillow.
 
     Raises:
-        ValueError: it has more than 8 bits per channel.
+        ValueError: the image has more than 8 bits per channel.
     """
     if not _has_8_bit_channels(image):
         raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
@@ -180,7 +179,7 @@ def to_rgb(image: Image.Image, background: str = REFERENCE.background) -> Image.
 
 
 def image_size(path: Path, options: ImageOptions = REFERENCE) -> tuple[int, int]:
-    """Return (width, height) in pixels, from the header alone."""
+    """Return the (width, height) of an image in pixels, reading only its header."""
     with open_image(path) as image:
         return turned_size(image.size, orientation(image), options)
 
@@ -189,11 +188,11 @@ def decode_image(path: Path, options: ImageOptions = REFERENCE) -> Image.Image:
     """Decode the first frame of an image to RGB.
 
     Args:
-        path: the file.
+        path: image file.
         options: how to read transparency and EXIF rotation.
 
     Raises:
-        RecordError: see `open_image`; also if decoding fails.
+        RecordError: the image cannot be opened (see `open_image`) or decoded.
     """
     with open_image(path) as image:
         try:
@@ -205,12 +204,12 @@ def decode_image(path: Path, options: ImageOptions = REFERENCE) -> Image.Image:
 
 
 class ImageInfo(NamedTuple):
-    """Properties of an image file that are known without decoding it.
+    """Properties of an image file that do not require decoding it.
 
     Attributes:
-        size: (width, height) in pixels, without EXIF rotation.
-        content: what the file holds beyond one frame of opaque 8-bit RGB.
-        has_end: whether the file ends as its format requires. If not, it may be truncated.
+        size: (width, height) in pixels, before EXIF rotation.
+        content: content beyond a single frame of opaque 8-bit RGB.
+        has_end: whether the file ends as its format requires; otherwise it may be truncated.
     """
 
     size: tuple[int, int]
@@ -221,7 +220,7 @@ class ImageInfo(NamedTuple):
 
 
 class ImageFile(NamedTuple):
-    """An image file: its name in the record, and the size and modification time that identify its content."""
+    """Image file of a record: its name, and the size and modification time that identify its content."""
 
     name: str
     num_bytes: int
@@ -229,7 +228,7 @@ class ImageFile(NamedTuple):
 
 
 def image_info(path: Path) -> ImageInfo:
-    """Read an image's header and end; cached per process until the file changes."""
+    """Read an image file's header and last bytes; cached per process until the file changes."""
     status = _file_status(path)
     num_bytes, mtime_ns = status.st_size, status.st_mtime_ns
     return ImageInfo(*_header_and_end(path, num_bytes, mtime_ns), num_bytes, mtime_ns)
@@ -248,25 +247,29 @@ def _header_and_end(path: Path, num_bytes: int, mtime_ns: int) -> tuple[tuple[in
 def _has_end(path: Path, image_format: str | None, num_bytes: int) -> bool:
     """Return whether a file ends as its format requires; True for formats without an end marker.
 
-    A complete file may lack its marker, for example where other data follows.
+    A complete file may still lack its end marker, for example if it is followed by other data.
     """
     if image_format not in _END_MARKERS and image_format != "WEBP":
         return True
     with path.open("rb", buffering=0) as stream:
         if image_format == "WEBP":
-            # "RIFF" and the length of the rest: https://developers.google.com/speed/webp/docs/riff_container
+            # "RIFF" and the length of the remaining file: https://developers.google.com/speed/webp/docs/riff_container
             return int.from_bytes(stream.read(8)[4:], "little") + 8 <= num_bytes
         stream.seek(max(0, num_bytes - _PADDING_WINDOW))
         return stream.read(_PADDING_WINDOW).rstrip(_PADDING).endswith(_END_MARKERS[image_format])
 
 
 def check_decoding(path: Path, info: ImageInfo) -> bool:
-    """Check that an image decodes, and return whether it has transparent pixels.
+    """Check that an image decodes and return whether it has transparent pixels.
 
     Cached per process until the file changes.
 
     Args:
+        path: image file.
         info: result of `image_info(path)`.
+
+    Raises:
+        RecordError: the image cannot be decoded.
     """
     message, is_transparent = _decoding_result(path, info.num_bytes, info.mtime_ns)
     if message:
@@ -276,7 +279,7 @@ def check_decoding(path: Path, info: ImageInfo) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _decoding_result(path: Path, num_bytes: int, mtime_ns: int) -> tuple[str | None, bool]:
-    """Return the error that decoding raises, and whether the image has transparent pixels."""
+    """Return the decoding error, if any, and whether the image has transparent pixels."""
     try:
         decode_image(path)
         with open_image(path) as image:
@@ -286,10 +289,10 @@ def _decoding_result(path: Path, num_bytes: int, mtime_ns: int) -> tuple[str | N
 
 
 def open_images(paths: Iterable[str | Path], options: ImageOptions = REFERENCE) -> list[Image.Image]:
-    """Decode image files, and log what the options leave out of them.
+    """Decode image files and warn about content that the options discard.
 
     Raises:
-        DataError: files are missing or cannot be decoded; lists all of them.
+        DataError: a file is missing or cannot be decoded; the message lists all such files.
     """
     images, problems = [], []
     for name in map(str, paths):
@@ -310,7 +313,7 @@ def _open(name: str, options: ImageOptions) -> Image.Image:
         reason = describe_missing(path)
         raise RecordError(f"the image {path} does not exist{f'; {reason}' if reason else ''}")
     info = image_info(path)
-    # Only what would be warned about is worth another decoding.
+    # Decode twice only if the result may cause a warning.
     may_warn = info.content.has_alpha and options.background == "none"
     is_transparent = may_warn and check_decoding(path, info)
     for _, message in content_warnings([name], [info.content], options, [is_transparent]):

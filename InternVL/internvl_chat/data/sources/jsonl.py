@@ -1,4 +1,4 @@
-"""Random access to JSONL files and JSON arrays by byte offset, with constant memory per record."""
+"""Random access to records in JSONL files and JSON arrays by byte offset, with constant memory per record."""
 
 import json
 import os
@@ -13,29 +13,29 @@ from internvl_chat.utils.errors import DataError
 
 _CHUNK = 1 << 24
 _BOM = b"\xef\xbb\xbf"
-# Lines shorter than any record; they are checked for white space.
+# Shorter lines cannot contain a record; they are dropped if they are blank.
 _MAX_BLANK_BYTES = 16
-# Limits of one record. Python's lists and objects take about 30 times the bytes of their JSON.
+# Limits per record. Python lists and dictionaries take about 30 times the size of their JSON.
 _MAX_RECORD_BYTES = 1 << 26
 _MAX_CONTAINERS = 200_000
-# JSON arrays are read into memory as a whole.
+# JSON arrays are read into memory in full.
 _MAX_ARRAY_BYTES = 1 << 31
 
 
 class RecordFile:
-    """The raw records of a JSONL file or a JSON array (`.json`), also with gzip, or of a Parquet file.
+    """Raw records of a JSONL, JSON array (`.json`) or Parquet file; the first two may be gzip-compressed.
 
     Args:
-        path: the file. It is scanned on construction and opened separately in each process.
+        path: the file. It is indexed on construction and opened separately in each process.
 
     Raises:
-        DataError: the file cannot be read or contains no records.
+        DataError: the file is unreadable or contains no records.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # (N, 3) int64: start, end and line number of each record.
+            # (N, 3) int64: start offset, end offset and line number of each record.
             self._source, is_array = open_source(path)
             self._spans = _array_spans(self._source, path) if is_array else _line_spans(self._source)
         except OSError as error:
@@ -56,18 +56,18 @@ class RecordFile:
         return (self[i] for i in range(len(self)))
 
     def line(self, index: int) -> int:
-        """Return the line on which a record begins, counted from 1."""
+        """Return the 1-based line number at which a record begins."""
         return int(self._spans[index, 2])
 
     def read(self, index: int) -> bytes:
         """Return the bytes of a record.
 
         Raises:
-            DataError: it exceeds the size limit.
+            DataError: the record exceeds the size limit.
         """
         start, end, _ = self._spans[index].tolist()
         if end - start > _MAX_RECORD_BYTES:
-            message = f"{end - start:,} bytes, more than the limit of {_MAX_RECORD_BYTES:,} per record"
+            message = f"the record has {end - start:,} bytes, more than the limit of {_MAX_RECORD_BYTES:,}"
             raise self._error(index, message, "line too long")
         return os.pread(self._open(), end - start, start)
 
@@ -84,11 +84,12 @@ class RecordFile:
         """Parse a record.
 
         Raises:
-            DataError: it is not valid JSON in UTF-8, or too large.
+            DataError: the record is not valid UTF-8 JSON, or is too large.
         """
         content, kind = self.read(index), "json"
         if content.count(b"[") + content.count(b"{") > _MAX_CONTAINERS:
-            raise self._error(index, f"more than {_MAX_CONTAINERS:,} lists and objects", "structure")
+            message = f"the record has more than {_MAX_CONTAINERS:,} lists and objects"
+            raise self._error(index, message, "structure")
         try:
             return json.loads(content.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -98,12 +99,12 @@ class RecordFile:
             if isinstance(error, json.JSONDecodeError):
                 message += f" (character {error.pos + 1})"
                 if not content.strip():
-                    message = "the line contains only white space; delete it"
+                    message = "the line contains only whitespace; delete it"
         raise self._error(index, message, kind)
 
 
 def describe_json_error(error: ValueError | RecursionError) -> str:
-    """Return a message for an error of Python's JSON parser."""
+    """Return a user-facing message for a JSON parser error."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg}"
     if isinstance(error, RecursionError):
@@ -137,9 +138,13 @@ def _line_spans(path: Path) -> np.ndarray:
 
 
 def _array_spans(source: Path, path: Path) -> np.ndarray:
-    """Return the spans of all elements of the JSON array in `source`, the plain copy of `path`.
+    """Return the spans of all elements of a JSON array.
 
-    JSON's syntax is ASCII, and decoded as Latin-1, character offsets equal byte offsets.
+    The text is decoded as Latin-1, so that character offsets are byte offsets; JSON syntax is ASCII.
+
+    Args:
+        source: uncompressed file.
+        path: annotation file, for error messages.
     """
     if source.stat().st_size > _MAX_ARRAY_BYTES:
         raise DataError("too large for a JSON array; use .jsonl with one record per line", file=path)
@@ -175,7 +180,7 @@ def _array_spans(source: Path, path: Path) -> np.ndarray:
 
 
 def _skip_space(text: str, position: int) -> int:
-    """Return the next position that is not white space."""
+    """Return the position of the next non-whitespace character."""
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position

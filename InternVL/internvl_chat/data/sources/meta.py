@@ -1,4 +1,4 @@
-"""The meta file (`PMC-data.json`): the datasets to train on, and how each is used."""
+"""The meta file (such as `PMC-data.json`): the training datasets and their settings."""
 
 import difflib
 import json
@@ -31,12 +31,12 @@ class DatasetSpec:
     """One entry of the meta file.
 
     Attributes:
-        name: its key in the meta file.
-        root: folder that image paths are relative to.
+        name: key of the entry.
+        root: base folder of relative image paths.
         data_augment: apply random JPEG degradation to the images during training.
-        repeat_time: below 1, the fraction of records used, starting with the first; otherwise the number of
-            times each record is used per epoch.
-        max_dynamic_patch: maximum tiles per record; None for the limit of the run.
+        repeat_time: below 1, the fraction of records used, from the start of the file; otherwise the number
+            of times each record is used per epoch.
+        max_dynamic_patch: maximum number of tiles per record; None for the run's limit.
         length: expected number of records.
     """
 
@@ -52,15 +52,15 @@ class DatasetSpec:
 def load_meta(
     path: str | Path, data_root: str | Path, image_root: str | Path | None = None
 ) -> list[DatasetSpec]:
-    """Read a meta file, expanding `~` and `$NAME`.
+    """Read a meta file, expanding `~` and `$NAME` in paths.
 
     Args:
-        path: the meta file, or with `image_root` an annotation file, which is a dataset of its name.
-        data_root: folder of relative paths; what is not there is looked for in the folder of the meta file.
-        image_root: folder of the images of an annotation file.
+        path: the meta file; with `image_root`, an annotation file, whose name becomes the dataset's name.
+        data_root: base folder of relative paths; the fallback is the meta file's folder.
+        image_root: image folder of an annotation file.
 
     Raises:
-        DataError: the file is missing or malformed; lists the problems of all entries.
+        DataError: the file is missing or malformed; the message lists the problems of all entries.
     """
     path = Path(path).expanduser()
     entries = _read_object(path)
@@ -68,12 +68,12 @@ def load_meta(
         if image_root is not None:
             return [DatasetSpec(path.name.split(".")[0], Path(image_root).expanduser(), path)]
         raise DataError(
-            "this is an annotation file, not a meta file; add --image_root FOLDER, the folder of its images "
-            "(any folder for texts), or give a meta file",
+            "this is an annotation file, not a meta file; add --image_root FOLDER with its images (any folder "
+            "for text-only records), or pass a meta file",
             file=path,
         )
     if image_root is not None:
-        raise DataError("a meta file has its own 'root' folders; remove --image_root", file=path)
+        raise DataError("a meta file sets 'root' for each dataset; remove --image_root", file=path)
     folders = Path(data_root), path.parent
     problems: list[str] = []
     specs = [_parse_entry(name, entry, folders, problems) for name, entry in entries.items()]
@@ -85,12 +85,12 @@ def load_meta(
 
 
 def _is_record(meta: dict[str, Any]) -> bool:
-    """Return whether a JSON object is a record instead of a meta file."""
+    """Return whether a JSON object is a record rather than a meta file."""
     return isinstance(meta.get("conversations", meta.get("messages")), list)
 
 
 def _holds_records(path: Path) -> bool:
-    """Return whether a file is an annotation file, by its name or its content."""
+    """Return whether a file is an annotation file, based on its content and name."""
     with path.open("rb") as stream:
         start = stream.read(_HEAD)
     first, _, rest = start.decode("utf-8", "replace").removeprefix("\ufeff").lstrip().partition("\n")
@@ -114,7 +114,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         if path.is_dir():
             files = ", ".join(sorted(file.name for file in path.glob("*.json"))[:5])
-            hint = f"; give one of its files, such as {files}" if files else ""
+            hint = f"; pass one of its files, such as {files}" if files else ""
             raise DataError(f"cannot be read: it is a folder{hint}", file=path)
         if _holds_records(path):
             return None
@@ -135,7 +135,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 
 def _parse_entry(name: str, entry: Any, folders: Sequence[Path], problems: list[str]) -> DatasetSpec | None:
-    """Check one entry and append to `problems`; return None if it cannot be used."""
+    """Parse one entry; if it is invalid, append to `problems` and return None."""
     if len(name) > _MAX_NAME_LENGTH or not name.isprintable():
         problems.append(
             f"{_quote(name)}: use a dataset name of at most {_MAX_NAME_LENGTH} printable characters"
@@ -183,7 +183,7 @@ def _parse_entry(name: str, entry: Any, folders: Sequence[Path], problems: list[
 
 
 def _quote(value: Any) -> str:
-    """Return a printable representation of bounded length."""
+    """Return a printable representation of limited length."""
     try:
         return printable_message(repr(value))
     except RecursionError:
@@ -198,7 +198,7 @@ def _exists(path: Path) -> bool:
 
 
 def _resolve(name: str, key: str, value: str, folders: Sequence[Path], problems: list[str]) -> Path | None:
-    """Expand `~` and `$NAME`, and resolve the path against the first folder that has it."""
+    """Expand `~` and `$NAME`, then resolve the path against the first folder in which it exists."""
     unset = [variable for variable in re.findall(r"\$\{?(\w+)\}?", value) if not os.environ.get(variable)]
     if unset:
         problems.append(
@@ -212,5 +212,5 @@ def _resolve(name: str, key: str, value: str, folders: Sequence[Path], problems:
         return None
     found = list(dict.fromkeys(folder / path for folder in folders if _exists(folder / path)))
     if len(found) > 1 and not found[0].samefile(found[1]):
-        logger.warning("dataset %s: %r resolves to %s; %s exists as well", name, key, *found)
+        logger.warning("dataset %s: %r resolves to %s; %s also exists", name, key, *found)
     return found[0] if found else folders[0] / path

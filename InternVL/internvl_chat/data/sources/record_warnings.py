@@ -20,35 +20,35 @@ from internvl_chat.utils.files import is_file
 def record_warnings(
     raw: Mapping[str, Any], record: Record, root: Path, *, escaped: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Yield (kind, message) of each warning about a usable record; kinds are keys of `WARNINGS`.
+    """Yield each warning about a usable record as (kind, message); kinds are keys of `WARNINGS`.
 
     Args:
-        raw: the raw record from the file.
-        record: the parsed record.
-        root: folder of the images.
-        escaped: whether control tokens in texts are escaped.
+        raw: raw record from the file.
+        record: result of `parse_record(raw)`.
+        root: image folder of the dataset.
+        escaped: whether control tokens in messages are tokenized as plain text.
     """
     yield from conversation_warnings(record.messages)
     yield from _text_warnings(raw, record, escaped)
     if fields := list(_unread_fields(raw, record)):
-        yield "field not read", f"not read: {', '.join(fields)}"
+        yield "ignored field", f"ignored: {', '.join(fields)}"
     known = {*record.images}
     for key, name in file_names(raw, RECORD_KEYS):
         if name not in known and is_file(root / name):
             yield (
-                "file not read",
-                f"{key!r} names the existing file {name!r:.80}, which is ignored; list images under 'image'",
+                "ignored file",
+                f"ignored key {key!r} refers to the existing file {name!r:.80}; list images under 'image'",
             )
             break
 
 
 def _unread_fields(raw: Mapping[str, Any], record: Record) -> Iterator[str]:
-    """Yield a description of each field that has a meaning elsewhere."""
+    """Yield a description of each ignored field that other frameworks interpret."""
     yield from unread_record_fields(raw)
     entries, _, _ = raw_messages(raw)
-    if "conversations" in raw and raw.get("messages") and not _same_texts(raw):
-        yield "'messages' (a second conversation; 'conversations' is read)"
-    shift = len(record.messages) - len(entries)  # the field `system` precedes the messages
+    if "conversations" in raw and raw.get("messages") and not _same_text(raw):
+        yield "'messages' (a second conversation; 'conversations' is used)"
+    shift = len(record.messages) - len(entries)  # 1 if a `system` field adds a message
     fields = (
         field
         for entry, message in zip(entries, record.messages[shift:], strict=True)
@@ -57,8 +57,8 @@ def _unread_fields(raw: Mapping[str, Any], record: Record) -> Iterator[str]:
     yield from dict.fromkeys(fields)
 
 
-def _same_texts(raw: Mapping[str, Any]) -> bool:
-    """Return whether `conversations` and `messages` have the same texts."""
+def _same_text(raw: Mapping[str, Any]) -> bool:
+    """Return whether `conversations` and `messages` contain the same text."""
     texts = [
         [entry.get(key) if isinstance(entry, Mapping) else entry for entry in entries]
         for entries, key in ((raw["conversations"], "value"), (raw["messages"], "content"))
@@ -68,11 +68,11 @@ def _same_texts(raw: Mapping[str, Any]) -> bool:
 
 
 def _text_warnings(raw: Mapping[str, Any], record: Record, escaped: bool) -> Iterator[tuple[str, str]]:
-    """Yield warnings about placeholders and control tokens that remain text."""
+    """Yield warnings about unsupported placeholders and unescaped control tokens."""
     foreign, control = [], []
     if IMAGE_PLACEHOLDER in _system_text(raw):
         foreign.append(f"{IMAGE_PLACEHOLDER!r} in the system message")
-    # Placeholders that a record has for each of its images are counted.
+    # Ambiguous placeholders are reported only if no user message contains <image>.
     unmarked = not any(IMAGE_PLACEHOLDER in text for text in _user_texts(raw))
     for number, message in enumerate(record.messages, 1):
         possible = message.role == "user" and unmarked
@@ -81,14 +81,14 @@ def _text_warnings(raw: Mapping[str, Any], record: Record, escaped: bool) -> Ite
         if not escaped and (tokens := control_tokens(message.content)):
             control.append(f"{tokens[0]!r} in message {number}")
     if foreign:
-        yield "placeholder not read", f"{foreign[0]} marks no image and is treated as text"
+        yield "unsupported placeholder", f"{foreign[0]} is treated as text, not as an image placeholder"
     if control:
-        text = "is a control token, not text; --escape_control_tokens True makes it text"
+        text = "is tokenized as a control token; to treat it as text, pass --escape_control_tokens True"
         yield "control token", f"{control[0]} {text}"
 
 
 def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the texts of the user's messages as the file has them; an image part is a placeholder."""
+    """Yield the raw text of each user message; a list of content parts is yielded as a placeholder."""
     entries, role_key, text_key = raw_messages(raw)
     for entry in entries:
         if entry[role_key] in ("human", "user"):
@@ -97,14 +97,14 @@ def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _system_text(raw: Mapping[str, Any]) -> str:
-    """Return the system message as the file has it; the reference puts a placeholder before some."""
+    """Return the raw system text, without the placeholder that `parse_record` may insert."""
     (first, *_), role_key, text_key = raw_messages(raw)
     text = first[text_key] if first[role_key] == "system" else ""
     return f"{raw.get('system') or ''}{text if isinstance(text, str) else ''}"
 
 
 def conversation_warnings(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Return (kind, message) of each warning about a usable conversation; kinds are keys of `WARNINGS`."""
+    """Return each warning about a usable conversation as (kind, message); kinds are keys of `WARNINGS`."""
     answers = [
         (number, message.content) for number, message in enumerate(messages, 1) if message.role == "assistant"
     ]

@@ -1,4 +1,4 @@
-"""Parse and check records: `conversations` (LLaVA, ShareGPT) or `messages`, with any number of images."""
+"""Parse and validate records: `conversations` (LLaVA, ShareGPT) or `messages`, with any number of images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,23 +8,23 @@ from internvl_chat.constants import IMAGE_PLACEHOLDER, IMG_CONTEXT
 from internvl_chat.data.sources.dialects import file_in_text, foreign_placeholder, is_supervised, unread_media
 from internvl_chat.data.sources.problems import RecordError
 
-# Keys that are read.
+# Supported keys.
 RECORD_KEYS = ("id", "conversations", "messages", "image", "images", "system")
 MESSAGE_KEYS = ("from", "value", "role", "content")
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-# Types of content parts that are images; the second is OpenAI's.
+# Types of image content parts; `image_url` is OpenAI's.
 _IMAGE_PARTS = ("image", "image_url")
 
 
 @dataclass(frozen=True)
 class Message:
-    """A message.
+    """One message of a conversation.
 
     Attributes:
         role: `system`, `user` or `assistant`.
-        content: its text.
-        supervised: whether to learn from it, if it is an answer.
+        content: text of the message.
+        supervised: whether its tokens contribute to the loss (assistant messages only).
     """
 
     role: str
@@ -34,12 +34,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation over any number of images.
+    """A conversation about any number of images.
 
     Attributes:
-        messages: an optional system message followed by user and assistant messages, at least one of the
-            latter. The user messages contain one placeholder per image, in the order of the images.
-        images: paths relative to the dataset's root.
+        messages: optional system message, then user and assistant messages, including at least one assistant
+            message. The user messages contain one placeholder per image, in the order of the images.
+        images: image paths; relative ones start at the dataset's root.
     """
 
     id: str | None
@@ -48,28 +48,28 @@ class Record:
 
 
 def parse_record(raw: Any) -> Record:
-    """Check a record and convert it to messages and images.
+    """Validate a record and convert it to messages and images.
 
-    Images are listed under `image` or `images`; otherwise the parts of `messages` name them. A `system` field
-    is the system message. Answers with a false or zero `loss` or `weight` are not supervised.
+    Images are listed under `image` or `images`, or else in the content parts of `messages`. A `system` field
+    becomes the system message. Answers with a false or zero `loss` or `weight` are not supervised.
 
-    A single image without a placeholder is placed before the first user message (InternVL's rule). If `image`
-    is a string, the reference puts a placeholder before the first message unless that message contains one.
-    A system message followed by `<image>` therefore begins with the placeholder as plain text.
+    A single image without a placeholder is placed before the first user message, as in InternVL. If `image`
+    is a string, the reference inserts a placeholder before the first message unless that message has one. A
+    system message before a message with `<image>` therefore starts with a literal `<image>`.
 
     Raises:
-        RecordError: what is wrong and how to fix it.
+        RecordError: the record is unusable; the message says how to fix it.
     """
     if not isinstance(raw, Mapping):
         raise RecordError(f"a record must be a JSON object, found {type(raw).__name__}")
     messages = _parse_messages(raw)
     images = _parse_images(raw)
-    _reject_unread_images(raw, messages, images)
+    _reject_unsupported_media(raw, messages, images)
     unmarked_system = messages[0].role == "system" and IMAGE_PLACEHOLDER not in messages[0].content
     if len(images) == 1 and not _count_placeholders(messages):
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
-            raise RecordError("an image, but no human message to put its placeholder in", kind="placeholders")
+            raise RecordError("an image, but no human message for its placeholder", kind="placeholders")
         _reject_foreign_placeholder(messages)
         messages = _add_placeholder(messages, first)
     elif isinstance(raw.get("image"), str) and images and unmarked_system:
@@ -85,44 +85,46 @@ def parse_record(raw: Any) -> Record:
     return Record(None if record_id is None else str(record_id), messages, images)
 
 
-def _reject_unread_images(raw: Mapping[str, Any], messages: Sequence[Message], images: Sequence[str]) -> None:
-    """Refuse a record that names an image, a video or audio where it is not read."""
+def _reject_unsupported_media(
+    raw: Mapping[str, Any], messages: Sequence[Message], images: Sequence[str]
+) -> None:
+    """Reject a record that refers to an image, a video or audio in an unsupported key or tag."""
     unread = unread_media(raw, RECORD_KEYS, images)
     for number, entry in enumerate(raw_messages(raw)[0], 1):
         if unread is None and (found := unread_media(entry, MESSAGE_KEYS, images)):
             unread = f"message {number}: {found}"
     for number, message in enumerate(messages, 1):
         if unread is None and message.role == "user" and (name := file_in_text(message.content)):
-            unread = f"message {number}: the text names {name!r:.80} in <img>, which is not read"
+            unread = f"message {number}: unsupported <img> tag with {name!r:.80}"
     if unread:
         raise RecordError(
-            f"{unread}; list images under 'image' and mark each position by {IMAGE_PLACEHOLDER} (videos and "
-            "audio cannot be read)",
-            kind="image not read",
+            f"{unread}; list images under 'image' and mark each position with {IMAGE_PLACEHOLDER} (videos "
+            "and audio are not supported)",
+            kind="unsupported media",
         )
 
 
 def _reject_foreign_placeholder(messages: Sequence[Message]) -> None:
-    """Refuse a text that marks an image in another dialect, where no `<image>` says otherwise."""
+    """Reject an image placeholder of another framework; call only if no user message has an `<image>`."""
     for number, message in enumerate(messages, 1):
         found = foreign_placeholder(message.content, possible=False)
         if found and message.role == "user":
             raise RecordError(
-                f"message {number} marks an image by {found!r:.80}, which is not read; write "
+                f"message {number} contains the unsupported placeholder {found!r:.80}; use "
                 f"{IMAGE_PLACEHOLDER} instead, once per image",
                 kind="placeholders",
             )
 
 
 def _hint(messages: Sequence[Message]) -> str:
-    """Return which other placeholder a text has, for a message about their number."""
+    """Return an error-message suffix that quotes the first foreign placeholder in user messages, or ""."""
     texts = (message.content for message in messages if message.role == "user")
     found = next(filter(None, (foreign_placeholder(text, possible=True) for text in texts)), None)
     return f"; {found!r:.80} is not a placeholder" if found else ""
 
 
 def _system_field(raw: Mapping[str, Any], messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the system message that the field `system` holds, if any."""
+    """Return the message from the `system` field; empty if there is none or the conversation includes it."""
     text = raw.get("system")
     if text is None or text == "":
         return ()
@@ -131,7 +133,7 @@ def _system_field(raw: Mapping[str, Any], messages: Sequence[Message]) -> tuple[
     if messages[0].role == "system":
         if messages[0].content == text:
             return ()
-        raise RecordError("both 'system' and a system message are given, and differ; keep one", kind="role")
+        raise RecordError("'system' and the system message differ; keep one of them", kind="role")
     _check_text(text, "'system'")
     return (Message("system", text),)
 
@@ -151,7 +153,7 @@ def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
         raise RecordError("a system message must be the first message", kind="role")
     answers = [message.content for message in messages if message.role == "assistant" and message.supervised]
     if not answers and any(message.role == "assistant" for message in messages):
-        raise RecordError("no answer is supervised ('loss' or 'weight' excludes all)", kind="empty answer")
+        raise RecordError("no answer is supervised: 'loss' or 'weight' excludes all", kind="empty answer")
     if not answers:
         raise RecordError("no assistant message ('from': 'gpt'), so no token is supervised", kind="role")
     if not any(map(str.strip, answers)):
@@ -160,7 +162,7 @@ def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def raw_messages(raw: Mapping[str, Any]) -> tuple[Any, str, str]:
-    """Return the messages of a record as the file has them, and their keys of role and text."""
+    """Return a record's raw messages and the names of their role and text keys."""
     if "conversations" not in raw and "messages" in raw:
         return raw["messages"], "role", "content"
     return raw.get("conversations"), "from", "value"
@@ -183,7 +185,7 @@ def _parse_message(entry: Any, number: int, role_key: str, text_key: str) -> Mes
 
 
 def _check_text(text: str, where: str) -> None:
-    """Refuse a text that cannot be encoded."""
+    """Reject text that is not valid Unicode or contains the reserved image token."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -195,7 +197,7 @@ def _check_text(text: str, where: str) -> None:
 
 
 def _join_parts(parts: list[Any], number: int) -> str:
-    """Join the parts of a message's content; an image part becomes a placeholder and a newline."""
+    """Join a message's content parts, replacing each image part with a placeholder and a newline."""
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -205,7 +207,7 @@ def _join_parts(parts: list[Any], number: int) -> str:
             texts.append(part["text"])
         else:
             raise RecordError(
-                f"message {number} has a content part that is neither text nor image: {part!r:.80}"
+                f"message {number} has a content part that is neither text nor an image: {part!r:.80}"
             )
     return "".join(texts)
 
@@ -221,7 +223,7 @@ def _parse_images(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _images_of_parts(raw: Mapping[str, Any]) -> list[Any]:
-    """Return the paths in the image parts of `messages`, which have been checked."""
+    """Return the paths in the image parts of `messages`; call after `_parse_messages` has validated them."""
     entries = [] if "conversations" in raw else raw.get("messages", [])
     contents = [entry["content"] for entry in entries if isinstance(entry["content"], list)]
     parts = [part for content in contents for part in content if part["type"] in _IMAGE_PARTS]
@@ -229,7 +231,7 @@ def _images_of_parts(raw: Mapping[str, Any]) -> list[Any]:
 
 
 def _image_of_part(part: Mapping[str, Any]) -> Any:
-    """Return the path that an image part names, if any."""
+    """Return the path of an image part, or None."""
     if part["type"] == "image":
         return part.get("image") or part.get("path") or part.get("url")
     url = part.get("image_url")
@@ -237,6 +239,6 @@ def _image_of_part(part: Mapping[str, Any]) -> Any:
 
 
 def _add_placeholder(messages: tuple[Message, ...], index: int) -> tuple[Message, ...]:
-    """Put a placeholder before the text of a message."""
+    """Insert a placeholder before the content of message `index`."""
     marked = replace(messages[index], content=f"{IMAGE_PLACEHOLDER}\n{messages[index].content}")
     return (*messages[:index], marked, *messages[index + 1 :])

@@ -1,4 +1,4 @@
-"""Handling of unusable records: stop the run, or exclude them without changing the order of the others."""
+"""Policies for unusable records: stop the run, or exclude them and keep the order of the others."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -30,10 +30,10 @@ class SkippedRecord(NamedTuple):
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raise an error if any record cannot be used.
+    """Raise an error if any record is unusable.
 
     Raises:
-        DataError: lists the first unusable records.
+        DataError: a record is unusable; the message lists the first ones.
     """
     errors = [problem for problem in problems if problem.is_error]
     if len(errors) == 1:
@@ -45,20 +45,21 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 
 def list_problems(problems: Sequence[Problem], limit: int = _MAX_LISTED) -> list[str]:
-    """Return a numbered line for each of the first problems, and the number of those not listed."""
+    """Return a numbered line for each of the first `limit` problems, and a line that counts the rest."""
     lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:limit], 1)]
     return lines + [f"  ... and {len(problems) - limit} more"] * (len(problems) > limit)
 
 
 def exclude_records(problems: Sequence[Problem], total: int, max_fraction: float) -> list[ExcludedRecord]:
-    """Return the unusable records.
+    """Return the records to exclude: those with an error.
 
     Args:
+        problems: problems in all datasets.
         total: number of records in all datasets.
-        max_fraction: largest fraction of records that may be excluded.
+        max_fraction: maximum fraction of records that may be excluded.
 
     Raises:
-        DataError: more records are unusable; lists the first of them and what to do.
+        DataError: too many records are unusable; the message lists the first ones and a remedy.
     """
     errors = [problem for problem in problems if problem.is_error]
     if len(errors) > max_fraction * total:
@@ -77,7 +78,8 @@ class SkipBudget:
 
     Args:
         total: number of records in all datasets.
-        max_fraction: largest fraction that may be excluded or skipped.
+        max_fraction: maximum fraction of records that may be excluded or skipped.
+        excluded: records excluded before training.
     """
 
     def __init__(self, total: int, max_fraction: float, excluded: Sequence[ExcludedRecord] = ()) -> None:
@@ -85,20 +87,21 @@ class SkipBudget:
         self._unused = {(record.dataset, record.index) for record in excluded}
 
     def restore(self, records: Iterable[tuple[str, int]]) -> None:
-        """Count the records (dataset and index) that were skipped before the run was resumed."""
+        """Count records (dataset, index) that were skipped before the run was resumed."""
         self._unused.update((dataset, index) for dataset, index in records)
 
     def add(self, skipped: Sequence[SkippedRecord]) -> None:
         """Count skipped records.
 
         Raises:
-            DataError: the fraction exceeds the limit.
+            DataError: the fraction of excluded and skipped records exceeds the limit.
         """
         self._unused.update((record.dataset, record.index) for record in skipped)
         count = len(self._unused)
         if skipped and count > self.max_fraction * self.total:
             raise DataError(
                 f"{count} of {self.total} records are excluded or skipped ({count / self.total:.2%}), more "
-                f"than --max_bad_fraction {self.max_fraction:g} allows; the last: {skipped[-1].message}. Fix "
-                "the records named in the log and run the same command again, or raise --max_bad_fraction"
+                f"than --max_bad_fraction {self.max_fraction:g} allows; the last one: {skipped[-1].message}. "
+                "Fix the records listed in the log and run the same command again, or raise "
+                "--max_bad_fraction"
             )

@@ -1,4 +1,4 @@
-"""Descriptions of synthetic compound figures, from which images, questions and answers are generated."""
+"""Descriptions of synthetic compound figures, used to generate images, questions and answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ T = TypeVar("T")
 KINDS = ("CT", "MRI", "X-ray", "ultrasound", "histology", "chart")
 RADIOLOGY = ("CT", "MRI", "X-ray", "ultrasound")
 PANEL_COUNTS = (2, 3, 4, 5, 6)
-MIN_FIGURES = len(KINDS)  # the first panels of so many figures cover every kind
+MIN_FIGURES = len(KINDS)  # the first panels of this many figures cover all kinds
 
 # Kind -> variant -> noun phrase for a panel of that variant.
 VARIANTS: dict[str, dict[str, str]] = {
@@ -34,9 +34,9 @@ _ROW_HEIGHTS = (250, 520)
 
 @dataclass(frozen=True)
 class Finding:
-    """A finding at `x` right of and `y` below the centre of a panel, in units of half its short side.
+    """A finding, `x` to the right and `y` down from a panel's center, in units of half its short side.
 
-    Each image zooms and shifts the anatomy slightly, including a lesion, which stays in its half.
+    Each image slightly zooms and shifts the anatomy and its lesion, but the lesion stays in its half.
     """
 
     name: Literal["lesion", "arrow"]
@@ -45,15 +45,15 @@ class Finding:
 
     @property
     def side(self) -> str:
-        """Half of the image that contains it, "left" or "right" as seen by the viewer."""
+        """Half of the panel that contains the finding: "left" or "right" as seen by the viewer."""
         return "left" if self.x < 0 else "right"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a figure; its `box` is (left, top, right, bottom), right and bottom exclusive.
+    """One panel of a figure; `box` is (left, top, right, bottom), with right and bottom exclusive.
 
-    With `saved_grey` its own file has one channel; the figure always has three.
+    If `saved_gray`, the panel's own image file is grayscale; the figure is always RGB.
     """
 
     label: str
@@ -61,7 +61,7 @@ class Panel:
     variant: str
     finding: Finding | None
     box: Box
-    saved_grey: bool = False
+    saved_gray: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class Panel:
 
     @property
     def description(self) -> str:
-        """The panel as a noun phrase that includes its finding and the half it lies in."""
+        """The panel as a noun phrase, including any finding and the half that contains it."""
         phrase = VARIANTS[self.kind][self.variant]
         if self.finding is None:
             return phrase
@@ -93,7 +93,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """A compound figure; `size` is (width, height) in pixels, `quality` the JPEG quality."""
+    """A compound figure; `size` is (width, height) in pixels, and `quality` is the JPEG quality."""
 
     name: str
     size: tuple[int, int]
@@ -121,10 +121,10 @@ def vertical_relation(first: Panel, second: Panel) -> str | None:
 
 
 def plan_figures(count: int, first_number: int, rng: Generator) -> list[Figure]:
-    """Describe `count` figures, named from SYN<first_number>_fig1 on.
+    """Plan `count` figures with consecutive numbers, named SYN<number>_fig1.
 
-    The number of panels, the kind of the first panel, and whether all panels are of one kind are balanced
-    over any run of figures. The first panels of the first `MIN_FIGURES` figures cover every kind.
+    The number of panels, the kind of the first panel, and whether all panels have the same kind are balanced
+    over any consecutive figures. The first panels of the first `MIN_FIGURES` figures cover all kinds.
     """
     counts = _shuffled_rounds(PANEL_COUNTS, count, rng)
     leads = _shuffled_rounds(KINDS, count, rng)
@@ -135,7 +135,7 @@ def plan_figures(count: int, first_number: int, rng: Generator) -> list[Figure]:
 
 
 def _shuffled_rounds(values: Sequence[T], count: int, rng: Generator) -> list[T]:
-    """Return `count` values: every value once in random order, then again in another order, and so on."""
+    """Return `count` values in rounds; each round contains every value once, in a new random order."""
     rounds = -(-count // len(values))
     return [value for _ in range(rounds) for value in _shuffled(values, rng)][:count]
 
@@ -164,8 +164,8 @@ def _plan_figure(number: int, panels: int, lead: str, single_kind: bool, rng: Ge
 
 
 def _plan_panel(label: str, kind: str, box: Box, jpeg: bool, rng: Generator) -> Panel:
-    grey = bool(rng.random() < 0.4) and jpeg and kind in RADIOLOGY
-    return Panel(label, kind, pick(tuple(VARIANTS[kind]), rng), _plan_finding(kind, rng), box, grey)
+    gray = bool(rng.random() < 0.4) and jpeg and kind in RADIOLOGY
+    return Panel(label, kind, pick(tuple(VARIANTS[kind]), rng), _plan_finding(kind, rng), box, gray)
 
 
 def _plan_finding(kind: str, rng: Generator) -> Finding | None:
@@ -179,7 +179,7 @@ def _plan_finding(kind: str, rng: Generator) -> Finding | None:
 
 
 def _lay_out(panels: int, rng: Generator) -> tuple[tuple[int, int], list[Box]]:
-    """Return the size of the figure and the boxes of its panels, row by row, in pixels."""
+    """Return the figure's size and its panels' boxes in pixels, row by row."""
     columns = int(rng.choice(_COLUMNS[panels]))
     rows = -(-panels // columns)
     margin, gutter = int(rng.integers(12, 21)), int(rng.integers(6, 18))

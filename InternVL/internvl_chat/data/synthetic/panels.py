@@ -1,4 +1,4 @@
-"""Rendering of synthetic CT, MRI, X-ray, ultrasound, histology and chart panels with numpy and Pillow."""
+"""Render synthetic CT, MRI, X-ray, ultrasound, histology and chart panels with numpy and Pillow."""
 
 import math
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from internvl_chat.data.synthetic.figures import RADIOLOGY, Figure, Finding, Panel
 
 Field = NDArray[np.floating]
-_LESION_GREY = {"CT": 235.0, "MRI": 252.0, "X-ray": 232.0, "ultrasound": 6.0}
-_MRI_GREYS = {"T1": (230.0, 182.0, 138.0, 34.0), "T2": (150.0, 128.0, 182.0, 248.0)}
+_LESION_GRAY = {"CT": 235.0, "MRI": 252.0, "X-ray": 232.0, "ultrasound": 6.0}
+_MRI_GRAYS = {"T1": (230.0, 182.0, 138.0, 34.0), "T2": (150.0, 128.0, 182.0, 248.0)}
 _NOISE_SD = {"CT": 7.0, "MRI": 6.0, "X-ray": 3.5, "ultrasound": 0.0}
 
 
 @dataclass(frozen=True)
 class _View:
-    """Pixel centres in anatomical coordinates: body centre (0, 0), 1 is about half the short side."""
+    """Pixel centers in anatomical coordinates: (0, 0) is the body center, 1 is about half the short side."""
 
     x: Field
     y: Field
@@ -42,17 +42,17 @@ def draw_figure(figure: Figure, rng: Generator) -> Image.Image:
         left, top = panel.box[:2]
         image.paste(draw_panel(panel, rng), (left, top))
         position = (left + 8, top + 4)
-        colour, outline = ("white", "black") if panel.kind in RADIOLOGY else ("black", "white")
+        color, outline = ("white", "black") if panel.kind in RADIOLOGY else ("black", "white")
         if figure.boxed_letters:
             x0, y0, x1, y1 = draw.textbbox(position, panel.label, font=font)
-            draw.rectangle((x0 - 6, y0 - 6, x1 + 6, y1 + 6), fill=outline, outline=colour)
-        draw.text(position, panel.label, fill=colour, font=font, stroke_width=2, stroke_fill=outline)
+            draw.rectangle((x0 - 6, y0 - 6, x1 + 6, y1 + 6), fill=outline, outline=color)
+        draw.text(position, panel.label, fill=color, font=font, stroke_width=2, stroke_fill=outline)
     return image
 
 
 def draw_panel(panel: Panel, rng: Generator) -> Image.Image:
     """Draw a panel as an RGB image with random anatomy and noise."""
-    if panel.kind in _GREY_DRAWERS:
+    if panel.kind in _GRAY_DRAWERS:
         image = _draw_radiology(panel, rng)
     else:
         image = {"histology": _draw_histology, "chart": _draw_chart}[panel.kind](panel, rng)
@@ -64,13 +64,13 @@ def draw_panel(panel: Panel, rng: Generator) -> Image.Image:
 def _draw_radiology(panel: Panel, rng: Generator) -> Image.Image:
     width, height = panel.size
     view = _random_view(width, height, rng)
-    grey = _GREY_DRAWERS[panel.kind](view, panel.variant, rng)
+    gray = _GRAY_DRAWERS[panel.kind](view, panel.variant, rng)
     noise = rng.standard_normal((height, width), dtype=np.float32) * _NOISE_SD[panel.kind]
     if panel.finding is not None and panel.has_lesion:
         radius = rng.uniform(0.09, 0.13)
         spot = view.soft(panel.finding.x, panel.finding.y, radius, radius, edge=3.0)
-        grey = _blend(grey, spot, _LESION_GREY[panel.kind])
-    return Image.fromarray(np.clip(np.abs(grey + noise), 0, 255).astype(np.uint8)).convert("RGB")
+        gray = _blend(gray, spot, _LESION_GRAY[panel.kind])
+    return Image.fromarray(np.clip(np.abs(gray + noise), 0, 255).astype(np.uint8)).convert("RGB")
 
 
 def _plain_view(width: int, height: int) -> _View:
@@ -81,7 +81,7 @@ def _plain_view(width: int, height: int) -> _View:
 
 
 def _random_view(width: int, height: int, rng: Generator) -> _View:
-    """Return a view with random zoom, shift and rotation, for variation between patients."""
+    """Return a view with random zoom, shift and rotation, which mimics variation between patients."""
     plain = _plain_view(width, height)
     margin = (max(width, height) / min(width, height)) ** 0.35
     zoom, angle = margin * rng.uniform(0.85, 1.1), math.radians(rng.uniform(-9, 9))
@@ -96,8 +96,8 @@ def _cloud(shape: tuple[int, ...], cells: int, rng: Generator) -> Field:
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _blend(grey: Field, mask: Field, value: float | Field) -> Field:
-    return grey + (value - grey) * mask
+def _blend(gray: Field, mask: Field, value: float | Field) -> Field:
+    return gray + (value - gray) * mask
 
 
 def _draw_ct(view: _View, variant: str, rng: Generator) -> Field:
@@ -107,85 +107,85 @@ def _draw_ct(view: _View, variant: str, rng: Generator) -> Field:
 
 def _ct_head(view: _View, variant: str, rng: Generator) -> Field:
     rx, ry = rng.uniform(0.64, 0.72), rng.uniform(0.80, 0.88)
-    grey = np.full(view.ellipse(0, 0, rx, ry).shape, 6.0, dtype=np.float32)
-    grey = _blend(grey, view.soft(0, 0, rx, ry, 20), 90.0)
-    grey = _blend(grey, view.soft(0, 0, rx * 0.95, ry * 0.95, 20), 245.0)
+    gray = np.full(view.ellipse(0, 0, rx, ry).shape, 6.0, dtype=np.float32)
+    gray = _blend(gray, view.soft(0, 0, rx, ry, 20), 90.0)
+    gray = _blend(gray, view.soft(0, 0, rx * 0.95, ry * 0.95, 20), 245.0)
     brain = view.soft(0, 0, rx * 0.84, ry * 0.86, 20)
-    grey = _blend(grey, brain, 104.0 + 5.0 * _cloud(grey.shape, 12, rng))
-    grey = _blend(grey, brain * np.clip(1.5 - 90 * np.abs(view.x), 0, 1), 150.0)
+    gray = _blend(gray, brain, 104.0 + 5.0 * _cloud(gray.shape, 12, rng))
+    gray = _blend(gray, brain * np.clip(1.5 - 90 * np.abs(view.x), 0, 1), 150.0)
     spread, length = rng.uniform(0.10, 0.15), rng.uniform(0.2, 0.3)
     for side in (-1, 1):
         slanted = _View(view.x - side * 0.25 * np.abs(view.y), view.y)
-        grey = _blend(grey, slanted.soft(side * spread * 0.6, -0.02, 0.06, length), 48.0)
-    return grey
+        gray = _blend(gray, slanted.soft(side * spread * 0.6, -0.02, 0.06, length), 48.0)
+    return gray
 
 
 def _ct_trunk(view: _View, variant: str, rng: Generator) -> Field:
     rx, ry = rng.uniform(0.92, 1.0), rng.uniform(0.66, 0.74)
     body = view.ellipse(0, 0, rx, ry)
-    grey = np.full(body.shape, 5.0, dtype=np.float32)
-    grey = _blend(grey, np.clip(1 - np.abs(view.y - 0.86 + 0.08 * view.x**2) * 60, 0, 1), 90.0)
-    grey = _blend(grey, np.clip((1 - body) * 20, 0, 1), 62.0)
-    grey = _blend(grey, np.clip((0.88 - body) * 20, 0, 1), 128.0)
+    gray = np.full(body.shape, 5.0, dtype=np.float32)
+    gray = _blend(gray, np.clip(1 - np.abs(view.y - 0.86 + 0.08 * view.x**2) * 60, 0, 1), 90.0)
+    gray = _blend(gray, np.clip((1 - body) * 20, 0, 1), 62.0)
+    gray = _blend(gray, np.clip((0.88 - body) * 20, 0, 1), 128.0)
     angle = np.arctan2(view.y / ry, view.x / rx)
     ribs = np.clip(np.sin(angle * 8 + rng.uniform(0, 6)) * 4, 0, 1)
-    grey = _blend(grey, ribs * np.clip(1 - np.abs(body - 0.74) * 14, 0, 1) * 0.97, 248.0)
+    gray = _blend(gray, ribs * np.clip(1 - np.abs(body - 0.74) * 14, 0, 1) * 0.97, 248.0)
     if variant == "chest":
         for side in (-1, 1):
             lung = view.soft(side * 0.42 * rx, -0.03, 0.33 * rx, 0.62 * ry, 12)
-            vessels = np.clip(_cloud(grey.shape, 40, rng) - 1.5, 0, 1) * 110
-            grey = _blend(grey, lung, 24.0 + vessels)
-        grey = _blend(grey, view.soft(0.1, 0.05, 0.24, 0.26), 148.0)
+            vessels = np.clip(_cloud(gray.shape, 40, rng) - 1.5, 0, 1) * 110
+            gray = _blend(gray, lung, 24.0 + vessels)
+        gray = _blend(gray, view.soft(0.1, 0.05, 0.24, 0.26), 148.0)
     else:
         inside = np.clip((0.62 - body) * 12, 0, 1)
-        grey = _blend(grey, inside, 92.0 + 26.0 * _cloud(grey.shape, 9, rng))
-        grey = _blend(grey, view.soft(-0.40 * rx, -0.08, 0.34 * rx, 0.48 * ry), 152.0)
-        grey = _blend(grey, view.soft(0.52 * rx, 0.02, 0.15 * rx, 0.30 * ry), 148.0)
+        gray = _blend(gray, inside, 92.0 + 26.0 * _cloud(gray.shape, 9, rng))
+        gray = _blend(gray, view.soft(-0.40 * rx, -0.08, 0.34 * rx, 0.48 * ry), 152.0)
+        gray = _blend(gray, view.soft(0.52 * rx, 0.02, 0.15 * rx, 0.30 * ry), 148.0)
         for side in (-1, 1):
-            grey = _blend(grey, view.soft(side * 0.30, 0.24, 0.10, 0.13), 172.0)
-    grey = _blend(grey, view.soft(0.0, 0.60 * ry, 0.15, 0.14), 246.0)
-    return _blend(grey, view.soft(0.09, 0.36 * ry, 0.06, 0.06), 185.0)
+            gray = _blend(gray, view.soft(side * 0.30, 0.24, 0.10, 0.13), 172.0)
+    gray = _blend(gray, view.soft(0.0, 0.60 * ry, 0.15, 0.14), 246.0)
+    return _blend(gray, view.soft(0.09, 0.36 * ry, 0.06, 0.06), 185.0)
 
 
 def _draw_mri(view: _View, variant: str, rng: Generator) -> Field:
-    scalp, white, cortex, fluid = _MRI_GREYS[variant]
+    scalp, white, cortex, fluid = _MRI_GRAYS[variant]
     rx, ry = rng.uniform(0.82, 0.88), rng.uniform(0.92, 0.98)
     head = view.ellipse(0, 0, rx, ry)
-    grey = np.full(head.shape, 4.0, dtype=np.float32)
-    grey = _blend(grey, np.clip((1 - head) * 20, 0, 1), scalp)
-    grey = _blend(grey, np.clip((0.90 - head) * 20, 0, 1), 20.0)
+    gray = np.full(head.shape, 4.0, dtype=np.float32)
+    gray = _blend(gray, np.clip((1 - head) * 20, 0, 1), scalp)
+    gray = _blend(gray, np.clip((0.90 - head) * 20, 0, 1), 20.0)
     brain = np.clip((0.80 - head) * 16, 0, 1)
-    grey = _blend(grey, brain, cortex)
-    folds = _cloud(grey.shape, 17, rng)
-    grey = _blend(grey, np.clip((0.56 + 0.13 * folds - head) * 10, 0, 1), white)
+    gray = _blend(gray, brain, cortex)
+    folds = _cloud(gray.shape, 17, rng)
+    gray = _blend(gray, np.clip((0.56 + 0.13 * folds - head) * 10, 0, 1), white)
     sulci = np.clip(1.3 - 9 * np.abs(folds), 0, 1) * np.clip((head - 0.42) * 6, 0, 1) * brain
-    grey = _blend(grey, sulci * 0.8, fluid)
-    grey = _blend(grey, brain * np.clip(1.4 - 80 * np.abs(view.x), 0, 1) * (np.abs(view.y) > 0.3), fluid)
+    gray = _blend(gray, sulci * 0.8, fluid)
+    gray = _blend(gray, brain * np.clip(1.4 - 80 * np.abs(view.x), 0, 1) * (np.abs(view.y) > 0.3), fluid)
     spread, length = rng.uniform(0.07, 0.10), rng.uniform(0.20, 0.30)
     for side in (-1, 1):
         slanted = _View(view.x - side * 0.35 * np.abs(view.y), view.y)
-        grey = _blend(grey, slanted.soft(side * spread, 0.0, 0.06, length), fluid)
-        grey = _blend(grey, view.soft(side * 0.26, 0.02, 0.08, 0.14, 2), cortex)
-    return grey * (1.0 + 0.06 * _cloud(grey.shape, 3, rng))
+        gray = _blend(gray, slanted.soft(side * spread, 0.0, 0.06, length), fluid)
+        gray = _blend(gray, view.soft(side * 0.26, 0.02, 0.08, 0.14, 2), cortex)
+    return gray * (1.0 + 0.06 * _cloud(gray.shape, 3, rng))
 
 
 def _draw_xray(view: _View, variant: str, rng: Generator) -> Field:
     distance = np.abs(view.x)
-    grey = 158.0 - 16.0 * view.y + 4.0 * _cloud(np.broadcast_shapes(view.x.shape, view.y.shape), 4, rng)
-    grey = _blend(grey, np.clip((distance - 0.92 - 0.12 * view.y) * 5, 0, 1), 74.0)
+    gray = 158.0 - 16.0 * view.y + 4.0 * _cloud(np.broadcast_shapes(view.x.shape, view.y.shape), 4, rng)
+    gray = _blend(gray, np.clip((distance - 0.92 - 0.12 * view.y) * 5, 0, 1), 74.0)
     height = rng.uniform(0.66, 0.74)
     for side in (-1, 1):
         lung = view.soft(side * 0.44, -0.06, 0.36, height, 2.5)
-        grey = _blend(grey, lung, 66.0 + 10.0 * _cloud(grey.shape, 10, rng))
+        gray = _blend(gray, lung, 66.0 + 10.0 * _cloud(gray.shape, 10, rng))
     phase = (view.y + 0.38 * distance**2 - 0.22 * distance) * rng.uniform(5.5, 6.5)
     ribs = np.clip((np.cos(phase * 1.24 * math.pi) - 0.45) * 3, 0, 1)
-    grey = grey + 30.0 * ribs * np.clip((0.9 - distance) * 8, 0, 1) * (np.abs(view.y + 0.1) < 0.7)
-    grey = _blend(grey, np.clip((0.17 - distance) * 8, 0, 1) * 0.9, 212.0)
-    grey = _blend(grey, view.soft(0.16, 0.34, rng.uniform(0.36, 0.44), 0.28, 2), 216.0)
+    gray = gray + 30.0 * ribs * np.clip((0.9 - distance) * 8, 0, 1) * (np.abs(view.y + 0.1) < 0.7)
+    gray = _blend(gray, np.clip((0.17 - distance) * 8, 0, 1) * 0.9, 212.0)
+    gray = _blend(gray, view.soft(0.16, 0.34, rng.uniform(0.36, 0.44), 0.28, 2), 216.0)
     dome = rng.uniform(0.46, 0.56) + 0.5 * (distance - 0.42) ** 2
-    grey = _blend(grey, np.clip((view.y - dome) * 8, 0, 1) * np.clip((0.95 - distance) * 6, 0, 1), 206.0)
+    gray = _blend(gray, np.clip((view.y - dome) * 8, 0, 1) * np.clip((0.95 - distance) * 6, 0, 1), 206.0)
     collar = np.clip(1 - np.abs(view.y + 0.66 + 0.25 * distance) * 18, 0, 1)
-    return grey + 42.0 * collar * np.clip((0.75 - distance) * 8, 0, 1)
+    return gray + 42.0 * collar * np.clip((0.75 - distance) * 8, 0, 1)
 
 
 def _draw_ultrasound(view: _View, variant: str, rng: Generator) -> Field:
@@ -205,7 +205,7 @@ def _draw_ultrasound(view: _View, variant: str, rng: Generator) -> Field:
     return np.clip(105.0 * tissue * np.asarray(speckle), 0, 255) * fan
 
 
-_GREY_DRAWERS: dict[str, Callable[[_View, str, Generator], Field]] = {
+_GRAY_DRAWERS: dict[str, Callable[[_View, str, Generator], Field]] = {
     "CT": _draw_ct,
     "MRI": _draw_mri,
     "X-ray": _draw_xray,
@@ -228,11 +228,11 @@ def _draw_histology(panel: Panel, rng: Generator) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(0.8))
 
 
-def _draw_nuclei(draw: ImageDraw.ImageDraw, centres: NDArray, scale: float, rng: Generator) -> None:
-    """Draw a purple nucleus at each of the `centres`, (N, 2) in pixels."""
-    radii = rng.uniform(2.6, 5.2, size=centres.shape) * scale
-    tints = rng.integers(-18, 19, size=len(centres))
-    for (x, y), (rx, ry), tint in zip(centres.tolist(), radii.tolist(), tints.tolist(), strict=True):
+def _draw_nuclei(draw: ImageDraw.ImageDraw, centers: NDArray, scale: float, rng: Generator) -> None:
+    """Draw a purple nucleus at each of the `centers`, (N, 2) in pixels."""
+    radii = rng.uniform(2.6, 5.2, size=centers.shape) * scale
+    tints = rng.integers(-18, 19, size=len(centers))
+    for (x, y), (rx, ry), tint in zip(centers.tolist(), radii.tolist(), tints.tolist(), strict=True):
         draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=(96 + tint, 62 + tint, 142 + tint))
 
 
@@ -240,14 +240,14 @@ def _draw_gland(draw: ImageDraw.ImageDraw, size: tuple[int, int], scale: float, 
     """Draw a gland: a pale lumen, its wall, and a ring of nuclei."""
     x, y = rng.uniform(0.1, 0.9, size=2) * size
     rx, ry = rng.uniform(26, 48, size=2) * scale
-    for grow, colour in ((15 * scale, (196, 128, 190)), (0.0, (247, 240, 246))):
-        draw.ellipse((x - rx - grow, y - ry - grow, x + rx + grow, y + ry + grow), fill=colour)
+    for grow, color in ((15 * scale, (196, 128, 190)), (0.0, (247, 240, 246))):
+        draw.ellipse((x - rx - grow, y - ry - grow, x + rx + grow, y + ry + grow), fill=color)
     angle = np.linspace(0, 2 * math.pi, int((rx + ry) / 3 / scale), endpoint=False)
     ring = np.stack([(rx + 9 * scale) * np.cos(angle) + x, (ry + 9 * scale) * np.sin(angle) + y], axis=1)
     _draw_nuclei(draw, ring + rng.normal(0, 1.2 * scale, size=ring.shape), scale, rng)
 
 
-_CHART_COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189))
+_CHART_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189))
 
 
 def _draw_chart(panel: Panel, rng: Generator) -> Image.Image:
@@ -265,26 +265,26 @@ def _draw_chart(panel: Panel, rng: Generator) -> Image.Image:
     xs = (left + (right - left) / points * (np.arange(points) + 0.5)).tolist()
     for index, x in enumerate(xs):
         draw.text((x, bottom + 6), str(index + 1), fill="black", font=font, anchor="ma")
-    colours = [_CHART_COLOURS[index] for index in rng.permutation(len(_CHART_COLOURS))]
+    colors = [_CHART_COLORS[index] for index in rng.permutation(len(_CHART_COLORS))]
     if panel.variant == "bar":
         ys = bottom - (bottom - top) * rng.uniform(0.15, 0.95, size=points)
         half_bar = 0.32 * (right - left) / points
         for index, (x, y) in enumerate(zip(xs, ys.tolist(), strict=True)):
-            draw.rectangle((x - half_bar, y, x + half_bar, bottom), fill=colours[index % 2], outline="black")
+            draw.rectangle((x - half_bar, y, x + half_bar, bottom), fill=colors[index % 2], outline="black")
             draw.line((x, y - 14, x, y), fill="black", width=2)
         return image
-    for colour in colours[: int(rng.integers(2, 4))]:
+    for color in colors[: int(rng.integers(2, 4))]:
         levels = np.cumsum(rng.normal(0.04, 0.13, size=points)) + rng.uniform(0.2, 0.7)
         ys = bottom - (bottom - top) * np.clip(levels, 0.04, 0.97)
         line = list(zip(xs, ys.tolist(), strict=True))
-        draw.line(line, fill=colour, width=4)
+        draw.line(line, fill=color, width=4)
         for x, y in line:
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color)
     return image
 
 
-def _draw_arrow(image: Image.Image, finding: Finding, colour: str) -> None:
-    """Draw an arrow with its tip at the finding and its tail away from the vertical centre line."""
+def _draw_arrow(image: Image.Image, finding: Finding, color: str) -> None:
+    """Draw an arrow with its tip at the finding and its tail away from the vertical center line."""
     width, height = image.size
     half = min(width, height) / 2
     tip = np.array([width / 2 + finding.x * half, height / 2 + finding.y * half])
@@ -293,4 +293,4 @@ def _draw_arrow(image: Image.Image, finding: Finding, colour: str) -> None:
     length = 0.30 * half
     shape = [(0, 0), (0.42, 0.24), (0.42, 0.09), (1, 0.09), (1, -0.09), (0.42, -0.09), (0.42, -0.24)]
     outline = [tuple((tip + length * (along * back + aside * across)).tolist()) for along, aside in shape]
-    ImageDraw.Draw(image).polygon(outline, fill=colour, outline="white" if colour == "black" else "black")
+    ImageDraw.Draw(image).polygon(outline, fill=color, outline="white" if color == "black" else "black")

@@ -1,4 +1,4 @@
-"""Questions about synthetic compound figures, with correct and balanced answers from their descriptions."""
+"""Questions about synthetic compound figures, with balanced answers derived from the figure descriptions."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ _ONE_OF_DIRECTIONS = f"Answer with one of: {', '.join(DIRECTIONS)}."
 class Question:
     """A question about a figure and the panels shown after it as Fig-1, Fig-2, ...
 
-    `choices` are all admissible answers; an open question has none.
+    `choices` lists all admissible answers; it is empty for an open question.
     """
 
     text: str
@@ -54,13 +54,13 @@ def image_records(
 
     Args:
         category: key of `FAMILIES`.
-        figures: figures to ask about; as many as records, and at least `MIN_FIGURES`, always suffice.
+        figures: figures to ask about; `max(count, MIN_FIGURES)` figures always suffice.
         count: number of records.
         split: used in the record ids.
         rng: random generator.
 
     Raises:
-        ValueError: the figures allow no further question of some family.
+        ValueError: there are too few figures for another question of some family.
     """
     families = FAMILIES[category]
     starts = {family: len(figures) * i // len(families) for i, family in enumerate(families)}
@@ -74,7 +74,7 @@ def image_records(
 
 @dataclass
 class _Asker:
-    """Asks questions of one family with balanced answers; the `queue` starts with the least recent figure."""
+    """Asks questions of one family with balanced answers; `queue` is sorted by last use, oldest first."""
 
     family: Family
     queue: list[Figure]
@@ -82,10 +82,11 @@ class _Asker:
     asked: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
 
     def ask(self, rng: Generator) -> tuple[Figure, Question]:
-        """Return a question about one of the next figures, with the rarest answer so far."""
+        """Return a question about one of the next figures, with the least frequent answer so far."""
         candidates = self._candidates(rng)
         if not candidates:
-            raise ValueError(f"{len(self.queue)} figures allow no further {self.family.__name__} question")
+            name = self.family.__name__
+            raise ValueError(f"{len(self.queue)} figures are too few for another {name} question")
         least = min(self.tally[question.answer] for _, question in candidates)
         rare = [pair for pair in candidates if self.tally[pair[1].answer] == least]
         answer = pick(sorted({question.answer for _, question in rare}), rng)
@@ -146,7 +147,7 @@ def _is_above(figure: Figure, rng: Generator) -> list[Question]:
 def _yes_no_position(
     figure: Figure, side: str, phrase: str, relation: Callable[[Panel, Panel], str | None], rng: Generator
 ) -> list[Question]:
-    """Ask for each pair of panels that do not overlap along an axis whether the first is on a side."""
+    """For each pair of panels without overlap along an axis, ask whether the first is on the given side."""
     text = pick((f"Is Fig-1 {phrase} Fig-2", f"Does Fig-1 lie {phrase} Fig-2"), rng)
     return [
         Question(f"{text} in the compound image? Answer yes or no.", pair, _yes_no(actual == side), YES_NO)
@@ -287,7 +288,7 @@ def _fixed_options(figure: Figure, rng: Generator) -> list[Question]:
 def _shuffled_options(
     question: str, answers: Sequence[str], pool: Sequence[str], rng: Generator
 ) -> list[Question]:
-    """Ask the question about each panel four times, with the correct option under each letter in turn."""
+    """Ask the question about each panel four times, with the correct option at each letter once."""
     questions = []
     for index, answer in enumerate(answers):
         wrong = [option for option in rng.permutation(list(pool)).tolist() if option != answer]

@@ -9,7 +9,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from internvl_chat.data.audit.contamination import MAX_DIFFERENT_BITS, MIN_SIMILARITY
-from internvl_chat.data.audit.image_hash import correlation, grey_levels, near_pairs, perceptual_hash
+from internvl_chat.data.audit.image_hash import correlation, gray_levels, near_pairs, perceptual_hash
 from internvl_chat.data.synthetic.figures import MIN_FIGURES, Figure, plan_figures
 from internvl_chat.data.synthetic.panels import draw_figure
 from internvl_chat.data.synthetic.questions import image_records
@@ -25,7 +25,7 @@ DATASETS = {
     "qa-subimage-option": "subimage_option",
     "qa-compound-image": "compound_image",
 }
-# A drawing that looks like an earlier one is replaced. The margins allow for JPEG compression.
+# A drawing that looks like an earlier one is redrawn. The stricter thresholds allow for JPEG compression.
 _MAX_DRAWINGS = 20
 _SIMILAR_BITS = MAX_DIFFERENT_BITS + 2
 _SIMILARITY = MIN_SIMILARITY - 0.01
@@ -39,17 +39,17 @@ def write_sample_data(
     held_out: int = 20,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> dict[str, Path]:
-    """Write figures, records and the meta files of two splits; return the path of each meta file.
+    """Write the figures, records and meta files of two splits; return the path of each meta file.
 
-    No two images look alike to the contamination check, unless there are so many that none of `_MAX_DRAWINGS`
-    drawings is new. No record repeats another, so the text-only category has at most 75 and 25 records. The
-    meta files are written last, so a folder with both is complete.
+    No two images match in the contamination check, unless `_MAX_DRAWINGS` attempts give no new drawing.
+    Records are unique, so the text-only category has at most 75 training and 25 held-out records. The meta
+    files are written last, so a folder that contains both is complete.
 
     Args:
         folder: output folder; must be missing or empty.
-        seed: determines the entire dataset.
-        train: records per category in the training split; fewer if there are no more text-only questions.
-        held_out: the same for the held-out split.
+        seed: seed of the entire dataset.
+        train: records per category in the training split; the text-only category may have fewer.
+        held_out: records per category in the held-out split, likewise.
         progress: wraps the iterable of figures to draw, for a progress bar.
 
     Raises:
@@ -59,7 +59,7 @@ def write_sample_data(
     counts = {"train": train, "held_out": held_out}
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"{name} is {count}, but must be at least 1 record per category")
+            raise ValueError(f"{name} is {count}, but there must be at least 1 record per category")
     folder = _empty_folder(folder)
     plan_rng, draw_rng, ask_rng = np.random.default_rng(seed).spawn(3)
     fact_order = ask_rng.permutation(len(FACTS)).tolist()
@@ -83,7 +83,7 @@ def write_sample_data(
 
 
 def _empty_folder(folder: Path) -> Path:
-    """Create a folder and return its absolute path; refuse one that is not empty."""
+    """Create a folder and return its absolute path; raise `FileExistsError` if it is not empty."""
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; choose another or delete it")
@@ -92,30 +92,30 @@ def _empty_folder(folder: Path) -> Path:
 
 
 class _Gallery:
-    """The images drawn so far."""
+    """Hashes and gray levels of the images drawn so far."""
 
     def __init__(self) -> None:
         self._hashes: list[int] = []
-        self._greys: list[np.ndarray] = []
+        self._grays: list[np.ndarray] = []
 
     def add(self, images: Sequence[Image.Image], *, even_if_similar: bool) -> bool:
-        """Add images, unless one looks like an earlier one or like another of them; return whether added."""
+        """Add images unless one looks like an earlier or another new one; return whether they were added."""
         known = len(self._hashes)
         self._hashes += [perceptual_hash(image) or 0 for image in images]
-        self._greys += [grey_levels(image) for image in images]
+        self._grays += [gray_levels(image) for image in images]
         hashes = np.array(self._hashes, np.uint64)
         similar = any(
-            i + known > j and correlation(self._greys[i + known], self._greys[j]) >= _SIMILARITY
+            i + known > j and correlation(self._grays[i + known], self._grays[j]) >= _SIMILARITY
             for i, j, _ in near_pairs(hashes[known:], hashes, _SIMILAR_BITS)
         )
         if similar and not even_if_similar:
-            del self._hashes[known:], self._greys[known:]
+            del self._hashes[known:], self._grays[known:]
             return False
         return True
 
 
 def _write_figure(figure: Figure, folder: Path, gallery: _Gallery, rng: Generator) -> None:
-    """Write a figure that looks like no earlier one, and its panels as crops of it."""
+    """Write a figure that differs from all earlier ones, and its panels as crops."""
     for attempt in range(_MAX_DRAWINGS):
         image = draw_figure(figure, rng)
         crops = [image.crop(panel.box) for panel in figure.panels]
@@ -123,7 +123,7 @@ def _write_figure(figure: Figure, folder: Path, gallery: _Gallery, rng: Generato
             break
     _save(image, folder / figure.name, figure.quality)
     for index, (panel, crop) in enumerate(zip(figure.panels, crops, strict=True)):
-        crop = crop.convert("L") if panel.saved_grey else crop
+        crop = crop.convert("L") if panel.saved_gray else crop
         _save(crop, folder / figure.panel_name(index), figure.quality)
 
 

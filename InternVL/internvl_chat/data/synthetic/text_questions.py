@@ -1,8 +1,8 @@
-"""Text-only questions about medical imaging; held-out questions ask for trained facts in another wording."""
+"""Text-only questions about medical imaging; held-out questions reword questions about trained facts."""
 
 from collections.abc import Sequence
 
-# An answer, then its questions; the last one is reserved for the held-out split.
+# Per fact: the answer, then its questions; the last question is reserved for the held-out split.
 _FACTS = """
 Computed tomography uses X-rays, a form of ionising radiation.
 What kind of radiation does computed tomography use?
@@ -158,10 +158,10 @@ FACTS = tuple(tuple(fact.splitlines()) for fact in _FACTS.strip().split("\n\n"))
 
 
 def text_records(count: int, split: str, order: Sequence[int]) -> list[dict[str, object]]:
-    """Return different records without images: each fact in turn, then again in its next wording.
+    """Return unique text-only records: each fact once, then each with its next wording, and so on.
 
     Args:
-        count: number of records, or fewer if there are not that many wordings.
+        count: number of records; fewer are returned if the wordings run out.
         split: "held_out" uses the last wording of each fact, other splits the wordings before it.
         order: order of the facts.
     """

@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def check(folder):
-    """Write datasets and audit them with the encoder `by`."""
+    """Write datasets and audit them with encoder `by`."""
 
     def check(sets: dict[str, list], *, by=None, decode=False, **entries):
         specs = []
@@ -57,7 +57,7 @@ def test_warnings_at_the_start_of_training(folder, monkeypatch, caplog):
     check_before_training(sets, check="fast", on_bad_record="fail", max_bad_fraction=0.0)
     lines = caplog.messages[-1].splitlines()
     for name in ("a", "b"):
-        for kind in ("control token", "field not read"):
+        for kind in ("control token", "ignored field"):
             [line] = [one for one in lines if one.startswith(f"  dataset {name}: {kind}: 3 records, for ")]
             assert f"{name}.jsonl, line 1 (record 'r0')" in line
 
@@ -83,10 +83,10 @@ class TestFindings:
         assert [findings.usable for findings in result.sets] == [1, 1]
         assert len(result.sets[0].lengths) == 1
 
-    def test_repeat_time_that_leaves_nothing(self, check):
+    def test_repeat_time_that_selects_nothing(self, check):
         result = check({"a": [text_record(0)], "b": [text_record(1)]}, a={"repeat_time": 0.5})
         assert kinds(result) == [("a", "no records", None)]
-        assert "'repeat_time' 0.5 of 1 records leaves none" in result.problems[0].message
+        assert "'repeat_time' 0.5 selects none of the 1 records" in result.problems[0].message
 
     def test_only_used_records_are_checked(self, check):
         result = check({"a": [text_record(0), text_record(1), b"{", b"{"]}, a={"repeat_time": 0.5})
@@ -313,12 +313,12 @@ class TestCache:
         assert kinds(check(sets)) == [("a", "too long", 1)]
 
 
-# Record 0 has no image; each of the others has two of six images, and each image is in two records.
+# Record 0 has no image. The others have two of six images each, and each image is in two records.
 WITH_IMAGES = {"a": [text_record(9), *(image_record(i, f"{i}.png", f"{(i + 1) % 6}.png") for i in range(6))]}
 
 
 class TestChangedImages:
-    """Cached results of a record are valid until one of its images changes."""
+    """A record's cached results are valid until one of its images changes."""
 
     @pytest.fixture(autouse=True)
     def _images(self, folder):
@@ -359,7 +359,7 @@ class TestChangedImages:
         assert check(WITH_IMAGES).problems == []
         assert examined == []
 
-    def test_replaced_image_is_measured_again(self, check, folder, examined):
+    def test_replaced_image_is_indexed_again(self, check, folder, examined):
         before = check(WITH_IMAGES).sets[0].lengths
         noise(16, 16).save(folder / "images/0.png")
         examined.clear()

@@ -26,7 +26,7 @@ def figure(seed: int, size: int = 200) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folder with five training images a.png to e.png and an empty benchmark."""
+    """Folder with the training images a.png to e.png and an empty benchmark."""
     (tmp_path / "images").mkdir()
     for seed, name in enumerate("abcde"):
         figure(seed).save(tmp_path / f"images/{name}.png")
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def compare(folder):
-    """Compare records with the benchmark; returns line, kind and message of each problem."""
+    """Compare records with the benchmark; return the line, kind and message of each problem."""
 
     def compare(records, *paths):
         sets = [write_set(folder, records)]
@@ -235,8 +235,8 @@ class TestBenchmark:
         assert read_benchmark([tmp_path / "x.json"], tmp_path).articles == {"PMC4": str(tmp_path / "x.json")}
 
     @pytest.mark.parametrize(("content", "message"), [
-        (None, "no such file or folder to compare with"), ("[{]", "not valid JSON"), ("{", "cannot be read"),
-        ("[1]", "no PMC ids and no images in"), ("{" + '"a":{' * 10**5, "cannot be read"),
+        (None, "no such file or folder"), ("[{]", "not valid JSON"), ("{", "cannot be read"),
+        ("[1]", "no PMC ids or images in"), ("{" + '"a":{' * 10**5, "cannot be read"),
     ])  # fmt: skip
     def test_unusable_benchmark_file(self, tmp_path, content, message):
         file = tmp_path / "x.json"
@@ -259,11 +259,11 @@ class TestBenchmark:
 
 
 class TestNotCompared:
-    """A folder may contain any files: unreadable ones are reported."""
+    """A folder may contain arbitrary files; those that cannot be compared are reported."""
 
     @pytest.fixture
     def read(self, folder):
-        """Read the benchmark; returns it and the file, line and message of each problem."""
+        """Read the benchmark; return it and the file, line and message of each problem."""
 
         def read(*paths):
             result = read_benchmark(paths or [folder / "bench"], folder)
@@ -339,7 +339,7 @@ class TestNotCompared:
     def test_folder_without_comparable_files(self, folder):
         (folder / "bench/a.parquet").write_bytes(b"PAR1\x15\x04" + bytes(50))
         for path in (folder / "bench", folder / "bench/a.parquet"):
-            with pytest.raises(DataError, match=r"no PMC ids and no images in .*neither an image nor text"):
+            with pytest.raises(DataError, match=r"no PMC ids or images in .*neither an image nor text"):
                 read_benchmark([path], folder)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")

@@ -1,4 +1,4 @@
-"""Thumbnails of images of records with problems."""
+"""Image thumbnails of records with problems."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from internvl_chat.data.sources.problems import KINDS, Problem
 
 @pytest.fixture
 def show(tmp_path):
-    """Write records, check them and return the gallery of a kind of problem."""
+    """Write and check records; return the gallery of one kind of problem."""
     (tmp_path / "images").mkdir()
 
     def show(records, kind, problems=None) -> str:
@@ -48,7 +48,7 @@ def test_duplicate_records_show_their_image(show, tmp_path):
     assert "a.png<br>set.jsonl:2" in text
 
 
-def test_broken_images_are_named(show, tmp_path):
+def test_broken_images_are_listed(show, tmp_path):
     (tmp_path / "images/<b>.png").write_bytes(b"no image")
     text = show([image_record(0, "<b>.png")], "image unreadable")
     assert not thumbnails(text)
@@ -57,7 +57,7 @@ def test_broken_images_are_named(show, tmp_path):
     assert "image missing</div>" in show([image_record(0, "none.png")], "image missing")
 
 
-def test_only_the_images_that_the_message_names(show, tmp_path):
+def test_only_images_mentioned_in_the_message(show, tmp_path):
     names = ["a.png", "b_a.png", "a.png_1.png"]
     for name in names:
         noise(30, 30).save(tmp_path / "images" / name)

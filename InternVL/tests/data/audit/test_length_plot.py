@@ -19,7 +19,7 @@ def set_audit(name, tokens, supervised, tiles, folder) -> SetAudit:
 
 @pytest.fixture
 def drawn(tmp_path):
-    """Return the figure of datasets."""
+    """Return the figure for the given datasets."""
 
     def drawn(*sets, limit=8192):
         audits = [set_audit(*columns, tmp_path) for columns in sets]

@@ -1,4 +1,4 @@
-"""Held-out records that are training records: exact copies, also of images under other names."""
+"""Held-out records that also occur in the training data, including copies with renamed images."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from internvl_chat.data.sources.skip_policy import ExcludedRecord
 
 @pytest.fixture
 def data_of(tmp_path):
-    """Build the data of a meta file with one set per keyword; images are `NAME.png` in `images/`."""
+    """Build the data of a meta file with one dataset per keyword; images are `images/NAME.png`."""
     (tmp_path / "images").mkdir()
     for seed, name in enumerate("abc"):
         noise(30, 20, seed=seed).save(tmp_path / f"images/{name}.png")
@@ -49,11 +49,11 @@ def test_copies_are_found(data_of):
     )
     held_out = data_of(
         held=[
-            record("Same?", "copy_of_a", id="another id"),  # the same image under another name
-            record("Same?", "c"),  # the same question about another image
+            record("Same?", "copy_of_a", id="another id"),  # the same image with a different name
+            record("Same?", "c"),  # the same question about a different image
             record("Text?", answer="No"),
             record(" Text? "),
-            record("Both?", "b", "a"),  # another order
+            record("Both?", "b", "a"),  # a different order
             record("Both?", "copy_of_a", "b"),
         ]
     )
@@ -76,7 +76,7 @@ def test_records_that_are_not_used_are_not_compared(data_of):
     assert not list(repeated_records(training, data_of(held=[record("Text?")])))
 
 
-def test_images_that_cannot_be_read_are_not_equal(data_of):
+def test_unreadable_images_are_not_equal(data_of):
     training = data_of(one=[record("Same?", "missing"), record("Same?", "a")])
     held_out = data_of(held=[record("Same?", "lost"), record("Same?", "copy_of_a")])
     assert list(repeated_records(training, held_out)) == [(("held", 1), ("one", 1))]

@@ -16,7 +16,7 @@ from internvl_chat.data.sources.problems import KINDS, REMEDIES
 
 @pytest.fixture
 def show(tmp_path):
-    """Write records and return their page."""
+    """Write and check records; return the page."""
 
     def show(*records, inputs=None) -> str:
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -78,7 +78,7 @@ def test_examples_are_bounded(show, monkeypatch):
     monkeypatch.setattr(page, "_MAX_SHOWN", 2)
     text = show(*[b"{"] * 5)
     assert text.count("<td>set.jsonl:") == 2
-    assert "and 3 more; problems.jsonl lists all" in text
+    assert "and 3 more; see problems.jsonl for all" in text
 
 
 def test_every_kind_has_a_remedy():

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def sample(number: int, labels: list[int], tiles: int = 0, positions: tuple[int, ...] = ()) -> Sample:
-    """Return a sample with ids 100, 101, ... for number 1, 200, 201, ... for number 2."""
+    """Return a sample with ids 100, 101, ... for number 1, and 200, 201, ... for number 2."""
     ids = torch.arange(len(labels)) + 100 * number
     grids = (Grid(tiles, 1, False),) if tiles else ()
     encoded = EncodedConversation(
@@ -127,7 +127,7 @@ class TestPack:
         )
     )
     def test_positions_of_random_records(self, records):
-        """Each token receives a vision feature, is supervised, both or neither."""
+        """Each token may receive a vision feature, be supervised, or both."""
         samples = []
         for number, tokens in enumerate(records):
             labels = [-100, *(7 if supervised else -100 for _, supervised in tokens[1:])]
@@ -143,14 +143,14 @@ class TestPack:
 
 
 class TestMultiple:
-    """Rows padded to a multiple; the padding belongs to no record."""
+    """Rows are padded to a multiple; the padding does not belong to any record."""
 
     @pytest.fixture
     def padded(self):
         return pack_samples([(FIRST, True), (SECOND, False), (THIRD, True)], multiple=4)
 
     def test_padding_is_an_additional_segment(self, padded):
-        """9 tokens of 3 records, and 3 tokens of padding."""
+        """3 records with 9 tokens, and 3 tokens of padding."""
         assert padded.input_ids.tolist() == [[100, 101, 102, 200, 201, 202, 203, 204, 300, 0, 0, 0]]
         assert padded.labels.tolist()[0][9:] == [-100] * 3
         assert padded.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1, 2]]
@@ -213,7 +213,7 @@ class TestInputs:
         assert pack.pixel_values(meta, "imagenet").device == meta
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_tiles_are_normalised(self, pack, dtype):
+    def test_tiles_are_normalized(self, pack, dtype):
         pixels = pack.pixel_values(CPU, "imagenet", dtype)
         assert (pixels.shape, pixels.dtype) == ((3, 3, 2, 2), dtype)
         means, deviations = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -244,7 +244,7 @@ ANSWERS = ["One.", "Two of them.", "Three, I think.", "It is four.", "Five."]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> TrainingData:
-    """Five records; 1, 3 and 4 have an image, and those of 3 and 4 are missing."""
+    """Five records; 1, 3 and 4 have an image, and the images of 3 and 4 are missing."""
     folder = tmp_path_factory.mktemp("data")
     records = []
     for number, answer in enumerate(ANSWERS):
@@ -314,7 +314,7 @@ class TestPackDataset:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_dataloader_yields_the_packs_of_a_step(self, data, workers):
-        """Errors are returned through worker processes, too."""
+        """Worker processes return errors, too."""
         tokens = np.array([5, 4, 3, 2, 1])
         sampler = StepSampler(
             [5], step_records=3, planner=StepPlanner(1, tokens, tokens, 9), strategy="sequential"

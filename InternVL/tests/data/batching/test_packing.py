@@ -1,4 +1,4 @@
-"""Balancing and bin-packing: worked examples, brute force, and properties of any plan."""
+"""Balancing and bin-packing: worked examples, brute force, and properties of all plans."""
 
 from itertools import product
 from math import ceil
@@ -117,13 +117,13 @@ class TestBinPack:
             ([10, 20, 30], 60, [[0, 1, 2]]),
             ([10, 20, 31], 60, [[2], [0, 1]]),
             ([60, 60], 60, [[0], [1]]),
-            ([40, 40, 40], 60, [[0], [1], [2]]),  # the sum would fit into two packs
+            ([40, 40, 40], 60, [[0], [1], [2]]),  # the total would fit in two packs
             ([5] * 6, 10, [[0, 3], [1, 4], [2, 5]]),
             ([7], 10, [[0]]),
             ([], 10, []),
             ([25, 4, 3, 2], 10, [[0], [1, 2, 3]]),  # longer than a pack
             ([9, 25, 12], 10, [[1], [2], [0]]),
-            ([1000, *[5] * 6], 10, [[0], [1, 4], [2, 5], [3, 6]]),  # its excess length adds no packs
+            ([1000, *[5] * 6], 10, [[0], [1, 4], [2, 5], [3, 6]]),  # its excess length does not add packs
         ],
     )
     def test_by_hand(self, tokens, max_tokens, packs):
@@ -190,7 +190,7 @@ class TestBinPack:
 
 
 def check_plan(plan: StepPlan, planner: StepPlanner, records: np.ndarray) -> None:
-    """Check that each record occurs once, and that packs keep the order of the step."""
+    """Check that each record occurs once and that packs keep the order of the step."""
     assert len(plan) == planner.world_size
     assert sorted(r for packs in plan for pack in packs for r in pack) == sorted(records.tolist())
     position = {record: i for i, record in enumerate(records.tolist())}
@@ -213,13 +213,13 @@ class TestStepPlanner:
     def test_packing_by_hand(self):
         tokens = np.array([300, 100, 500, 200, 400, 100])
         planner = StepPlanner(2, tokens, tokens, max_packed_tokens=500)
-        # 500 (record 2) | 400 (4), 300 (0); 100 (5) joins 500. Neither 600 nor 700 fit into one pack.
+        # 500 (record 2) | 400 (4), 300 (0); 100 (5) joins 500. Neither 600 nor 700 fits in one pack.
         assert [lists(packs) for packs in planner(np.array([5, 2, 0, 4]))] == [[[2], [5]], [[4], [0]]]
 
     def test_all_ranks_get_the_same_number_of_packs(self):
         tokens, costs = np.array([400, 400, 400, 100, 100, 100]), np.array([6, 2, 2, 5, 3, 2])
         planner = StepPlanner(2, tokens, costs, max_packed_tokens=500)
-        # Costs 6 + 2 + 2 | 5 + 3 + 2: one pack would be enough for the second rank.
+        # Costs 6 + 2 + 2 | 5 + 3 + 2: one pack would suffice for the second rank.
         assert [lists(packs) for packs in planner(np.arange(6))] == [[[0], [1], [2]], [[3], [4], [5]]]
 
     def test_fewer_packs_if_there_are_too_few_records(self):

@@ -1,4 +1,4 @@
-"""The order of records depends on seed, epoch and step, and not on the number of ranks."""
+"""The order of records depends on the seed, epoch and step, but not on the number of ranks."""
 
 from collections import Counter
 from itertools import pairwise
@@ -110,7 +110,7 @@ def sampler(world_size=1, rank=0, step=6, plan=None, tokens=None, **options) -> 
 
 
 def steps_of(world_size: int, epoch: int = 0, **options) -> list[list[list[list[SampleIndex]]]]:
-    """Return sample indices by step, rank and pack."""
+    """Return the sample indices as nested lists: steps, ranks, packs."""
     by_rank = []
     for rank in range(world_size):
         rank_sampler = sampler(world_size, rank, **options)
@@ -124,7 +124,7 @@ def samples_of(packs: list[list[SampleIndex]]) -> list[SampleIndex]:
 
 
 def indices(packs: list[list[SampleIndex]]) -> list[int]:
-    """The records that count in packs."""
+    """Return the records in packs, without dummy samples."""
     return [sample.index for sample in samples_of(packs) if sample.counts]
 
 
@@ -177,8 +177,8 @@ class TestStepSampler:
         max_tokens=st.integers(20, 200),
         seed=st.integers(0, 99),
     )
-    def test_packed_steps_of_any_lengths(self, tokens, world_size, step, max_tokens, seed):
-        """Every record once an epoch, no pack too long, no more packs than one rank requires."""
+    def test_packed_steps_of_arbitrary_lengths(self, tokens, world_size, step, max_tokens, seed):
+        """Each record occurs once per epoch, and packs are neither too long nor too many."""
         steps = steps_of(
             world_size,
             sizes=[len(tokens)],
@@ -200,7 +200,7 @@ class TestStepSampler:
     @every_plan
     @pytest.mark.parametrize("world_size", WORLD_SIZES)
     @pytest.mark.parametrize("strategy", ["random", "sequential"])
-    def test_every_record_once_an_epoch(self, world_size, strategy, plan):
+    def test_every_record_once_per_epoch(self, world_size, strategy, plan):
         steps = steps_of(world_size, strategy=strategy, plan=plan)
         used = [i for step in steps for packs in step for i in indices(packs)]
         assert sorted(used) == list(range(23))
@@ -261,7 +261,7 @@ class TestStepSampler:
         ],
     )
     def test_dummy_samples_of_the_last_step(self, world_size, step, sizes, last, plan):
-        """Numbers of packs of one record and of dummy samples per rank; all records have equal lengths."""
+        """Number of single-record packs and of dummy samples per rank; all records have equal lengths."""
         ranks = steps_of(world_size, step=step, sizes=sizes, tokens=[5] * sum(sizes), plan=plan)[-1]
         assert all(len(pack) == 1 for packs in ranks for pack in packs)
         assert [(len(indices(packs)), len(packs) - len(indices(packs))) for packs in ranks] == last

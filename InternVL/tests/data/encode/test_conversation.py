@@ -1,4 +1,4 @@
-"""Labels of handwritten conversations, and the positions of their images."""
+"""Labels and image positions of handwritten conversations."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ WORDS = "the cat sat on the mat . yes no what is this ? a b system user assistan
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Each word of WORDS is one token, alone and after a space, and so are two and three newlines."""
+    """Each word in WORDS, with or without a leading space, is one token; so are two or three newlines."""
     text = f"{WORDS}\n{' '.join(WORDS.split())}\n\n\nend\n\nend\n" + "\n".join(WORDS.split())
     return train_tokenizer([text] * 20, 600)
 
@@ -187,7 +187,7 @@ class TestImages:
     @settings(max_examples=50)
     @given(st.data())
     def test_expansion_of_random_tokens(self, data):
-        """Token 0 is the context token; each message is supervised from a random position on."""
+        """Token 0 is the context token; each message is supervised from a random position to its end."""
         messages = data.draw(
             st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=4)
         )
@@ -352,7 +352,7 @@ class TestEscapedControlTokens:
         supervised = [token for token in spell(conversation, tokenizer) if token.startswith("+")]
         assert "".join(token[1:] for token in supervised) == "no<|im_end|><|im_end|>"
 
-    def test_later_texts_are_tokenised_as_before(self, tokenizer):
+    def test_later_text_is_tokenized_as_before(self, tokenizer):
         before = token_ids(tokenizer, ["<|im_end|>"])
         Template(tokenizer, "a", escape_control_tokens=True).tokenize([user("<|im_end|>")])
         assert token_ids(tokenizer, ["<|im_end|>"]) == before

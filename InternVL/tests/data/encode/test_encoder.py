@@ -1,4 +1,4 @@
-"""The encoder: tiles that fit into a token budget, and their pixels compared with Pillow."""
+"""The encoder: tiles that fit the token budget, and their pixels compared with Pillow."""
 
 import io
 import random
@@ -41,7 +41,7 @@ def conversation(images: int) -> list[Message]:
 
 
 def text_of(*tiles: int) -> str:
-    """Return the conversation as one text with the image tokens."""
+    """Return the conversation as one string, including the image tokens."""
     images = "".join(f"<img>{'<IMG_CONTEXT>' * TOKENS * n}</img>\n" for n in tiles)
     return (
         f"<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n{images}what is this ?<|im_end|>\n"
@@ -69,7 +69,7 @@ class TestEncode:
     def test_grids_and_tokens(self, encoder, tokenizer, sizes, most, grids):
         encoded = encoder(max_dynamic_patch=most).encode(conversation(len(sizes)), sizes)
         assert encoded.grids == tuple(Grid(*grid) for grid in grids)
-        # Tokenised as one text; the template is tested in test_conversation.py.
+        # Tokenized as one string; the template is tested in test_conversation.py.
         assert (
             encoded.input_ids.tolist()
             == tokenizer(text_of(*(grid.tiles for grid in encoded.grids))).input_ids
@@ -96,7 +96,7 @@ class TestEncode:
 
 
 class TestTokenBudget:
-    """WIDE with at most 4, 3, 2 and 1 tiles has 5, 4, 3 (with the thumbnail) and 1."""
+    """With a limit of 4, 3, 2 or 1 tiles, WIDE has 5, 4, 3 (including the thumbnail) or 1."""
 
     @pytest.mark.parametrize(
         ("spare", "tiles"), [(60, 5), (50, 5), (49, 4), (40, 4), (39, 3), (30, 3), (29, 1), (10, 1)]
@@ -195,7 +195,7 @@ class TestPixels:
             encoder().tiles([noise(*SQUARE)], ())
 
     @pytest.mark.parametrize(
-        ("image", "colour"),
+        ("image", "color"),
         [
             (Image.new("L", (30, 20), 77), (77, 77, 77)),
             (Image.new("LA", (30, 20), (77, 5)), (77, 77, 77)),
@@ -208,10 +208,10 @@ class TestPixels:
         ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
     )
     @pytest.mark.parametrize("dynamic", [True, False])
-    def test_modes(self, encoder, image, colour, dynamic):
+    def test_modes(self, encoder, image, color, dynamic):
         record_encoder = encoder(dynamic_image_size=dynamic)
         tiles = record_encoder.tiles([image], record_encoder.encode(conversation(1), [image.size]).grids)
-        assert np.unique(tiles.reshape(-1, 3).numpy(), axis=0).tolist() == [list(colour)]
+        assert np.unique(tiles.reshape(-1, 3).numpy(), axis=0).tolist() == [list(color)]
 
     def test_palette(self, encoder):
         image = Image.new("P", (30, 20), 1)
@@ -220,7 +220,7 @@ class TestPixels:
         assert np.unique(tiles.reshape(-1, 3).numpy(), axis=0).tolist() == [[200, 100, 50]]
 
     def test_palette_images_are_resized_as_rgb(self, encoder):
-        """Resizing palette indices would produce other colours, or nearest-neighbour pixels."""
+        """Resizing palette indices would give wrong colors or nearest-neighbor pixels."""
         image = Image.new("P", (32, 16))
         image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
         image.paste(2, (16, 0, 32, 16))
@@ -242,7 +242,7 @@ class TestFixedImageSize:
     @pytest.mark.parametrize(
         ("statistics", "fill"), [("imagenet", (123, 116, 103)), ("siglip", (127, 127, 127))]
     )
-    def test_padded_with_the_mean_colour(self, encoder, size, statistics, fill):
+    def test_padded_with_the_mean_color(self, encoder, size, statistics, fill):
         record_encoder = encoder(dynamic_image_size=False, pad2square=True, normalize_type=statistics)
         image, side = noise(*size), max(size)
         square = np.tile(np.array(fill, np.uint8), (side, side, 1))
@@ -303,7 +303,7 @@ def test_numbers_of_positions_and_images_must_match(encoder):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_deep_images_are_refused(encoder, mode):
+def test_deep_images_are_rejected(encoder, mode):
     image = Image.new(mode, (60, 60))
     encoded = encoder().encode_prompt(conversation(1), [image.size])
     with pytest.raises(ValueError, match=f"more than 8 bits per channel .mode {mode}."):

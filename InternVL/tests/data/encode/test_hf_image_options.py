@@ -1,4 +1,4 @@
-"""Image options in transformers' processor files: limits, statistics, size, and settings that are refused."""
+"""Image options in transformers' processor files: limits, statistics, size, and unsupported settings."""
 
 import json
 
@@ -14,7 +14,7 @@ OURS = image_processor_settings(Preprocessing(tile_size=56, min_dynamic_patch=2,
 
 
 def write(folder, *, nested=False, processor=None, **changes):
-    """Write the files of one of our exports with changes; None removes a setting."""
+    """Write the files of an export with changed settings; None removes a setting."""
     settings = {name: value for name, value in {**OURS, **changes}.items() if value is not None}
     processor = processor or {}
     if nested:
@@ -73,7 +73,7 @@ def test_settings(tmp_path, changes, expected):
         ({"resample": 0, "max_patches": 2.5}, "2 problems"),
     ],
 )
-def test_unsupported_settings_are_refused(tmp_path, changes, message):
+def test_unsupported_settings_are_rejected(tmp_path, changes, message):
     with pytest.raises(ModelError, match=r"preprocessor_config\.json: ") as caught:
         read_image_options(write(tmp_path, **changes))
     assert message in str(caught.value)

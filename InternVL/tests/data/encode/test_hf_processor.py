@@ -1,4 +1,4 @@
-"""The exported chat template, rendered by transformers, compared with ours; the settings of the processor."""
+"""The exported chat template matches ours when rendered by transformers; the processor settings."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ SYSTEM = 'You see "figures".\n\tBackslash \\ and {{ braces }}, 书生 and 🩻.'
 CONVERSATIONS = {
     "question": [("user", "what is this ?")],
     "image": [("user", "<image>\nwhat is this ?"), ("assistant", "a cat")],
-    "labelled": [("user", "Fig-0: <image>\nFig-1: <image>\nwhich ?"), ("assistant", "Fig-1")],
+    "labeled": [("user", "Fig-0: <image>\nFig-1: <image>\nwhich ?"), ("assistant", "Fig-1")],
     "own system": [("system", "be brief  \n"), ("user", " a cat "), ("assistant", "\n on a mat \n")],
     "messages": [("user", "<image> a"), ("assistant", "b <image>"), ("user", "c"), ("assistant", "d")],
     "marks": [("user", "{{ x }} {% y %} <b>&amp;</b> <|im_end|>"), ("assistant", "é ü 你")],
@@ -74,7 +74,7 @@ def test_content_parts_match_records() -> None:
     assert "Fig-0: <IMG_CONTEXT>\nFig-1: <IMG_CONTEXT>\nwhich ?" in render(messages)
 
 
-def test_video_is_refused() -> None:
+def test_video_is_rejected() -> None:
     with pytest.raises(Exception, match="text or an image"):
         render([{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}])
 

@@ -28,7 +28,7 @@ OTHER = {
 
 
 def model_config(**changes) -> SimpleNamespace:
-    """Return the fields of a model's configuration that are read."""
+    """Return the relevant fields of a model's configuration."""
     values = {
         "template": "internvl2_5",
         "image_size": 56,
@@ -131,7 +131,7 @@ def write_processor(folder, **changes) -> None:
     (folder / "processor_config.json").write_text('{"image_seq_length": 4}')
 
 
-def test_processor_files_of_transformers_are_used_without_a_file_of_ours(tmp_path):
+def test_processor_files_of_transformers_are_the_fallback(tmp_path):
     write_processor(tmp_path)
     options = Preprocessing.from_folder(tmp_path, model_config())
     assert (options.min_dynamic_patch, options.max_dynamic_patch, options.normalize_type) == (1, 1, "siglip")

@@ -1,4 +1,4 @@
-"""Grids compared with exact fractions, tiles with the input pixels, JPEG with Pillow."""
+"""Grids are compared with exact fractions, tiles with the input pixels, and JPEG with Pillow."""
 
 import io
 import random
@@ -67,7 +67,7 @@ class TestClosestGrid:
     @pytest.mark.parametrize(
         ("side", "most", "grid"),
         [
-            # A square image ties among 1x1, 2x2, 3x3: n x n needs more than n*n*448*448/2 pixels, which is
+            # For a square image 1x1, 2x2 and 3x3 tie: n x n needs more than n*n*448*448/2 pixels, which is
             # a side of more than 633.57 for 2x2, and of 950.35 for 3x3.
             (633, 12, (1, 1)),
             (634, 12, (2, 2)),
@@ -112,7 +112,7 @@ class TestClosestGrid:
         }
         nearest = min(distances.values())
         assert distances[columns, rows] == nearest
-        # Of grids with equal ratios (1x1, 2x2, ...), the largest half filled by the image, else the smallest.
+        # Of grids with equal ratios (1x1, 2x2, ...): the largest that the image half fills, else the smallest.
         same_shape = sorted(
             grid for grid, distance in distances.items()
             if distance == nearest and grid[0] * rows == grid[1] * columns
@@ -125,7 +125,7 @@ class TestPlan:
     def plan(self, size, most, thumbnail=True, fewest=1):
         return plan_grid(*size, min_tiles=fewest, max_tiles=most, tile_size=448, use_thumbnail=thumbnail)
 
-    def test_thumbnail_with_several_tiles(self):
+    def test_thumbnail_with_multiple_tiles(self):
         assert self.plan((1000, 500), 6) == Grid(2, 1, True)
         assert self.plan((1000, 500), 6).tiles == 3
 
@@ -152,11 +152,11 @@ def test_tiles_per_image(max_tiles, images, expected):
 class TestSplitting:
     def test_row_by_row_then_the_thumbnail(self):
         columns, rows, size = 3, 2, 8
-        colours = np.array([[[40 * c, 100 * r, 200] for c in range(columns)] for r in range(rows)], np.uint8)
-        image = Image.fromarray(colours.repeat(size, axis=0).repeat(size, axis=1))
+        colors = np.array([[[40 * c, 100 * r, 200] for c in range(columns)] for r in range(rows)], np.uint8)
+        image = Image.fromarray(colors.repeat(size, axis=0).repeat(size, axis=1))
         tiles = split_into_tiles(image, Grid(columns, rows, True), size)
         assert [tile.size for tile in tiles] == [(size, size)] * 7
-        # The image already has the size of the grid, so every tile has one colour.
+        # The image already has the size of the grid, so every tile has one color.
         expected = [[[c * 40, r * 100, 200]] for r in range(rows) for c in range(columns)]
         assert [
             sorted(map(list, {tuple(p) for p in np.asarray(t).reshape(-1, 3)})) for t in tiles[:6]
@@ -189,7 +189,7 @@ class TestPadToSquare:
     @pytest.mark.parametrize(
         ("size", "left", "top"), [((6, 2), 0, 2), ((2, 6), 2, 0), ((5, 2), 0, 1), ((2, 5), 1, 0)]
     )
-    def test_centred(self, size, left, top):
+    def test_centered(self, size, left, top):
         width, height = size
         image, fill = noise(width, height), (1, 2, 3)
         expected = np.tile(np.array(fill, np.uint8), (max(size), max(size), 1))

@@ -28,7 +28,7 @@ TEXT = "<|im_start|>user\n<img><IMG_CONTEXT></img>\nWhat, é 中 🩻?  <|im_end
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Return a tokenizer and the folder of its files."""
+    """Return a tokenizer and the folder with its files."""
     tokenizer = train_tokenizer(["what is this? ## a cat\n\n on a mat, é"] * 20, 320)
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(tokenizer, folder)

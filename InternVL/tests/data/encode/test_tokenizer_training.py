@@ -44,7 +44,7 @@ class TestIds:
         ids = tokenizer("a".join(SPECIAL) + "a" + " ".join(SPECIAL)).input_ids
         assert [i for i in ids if i >= 300] == list(range(300, 312)) * 2
 
-    def test_no_tokens_are_added_around_a_text(self, tokenizer):
+    def test_no_tokens_are_added_around_text(self, tokenizer):
         assert tokenizer("").input_ids == []
         ids = tokenizer("The arrow").input_ids
         assert [tokenizer.decode([i]) for i in ids] == ["The", " arrow"]
@@ -52,7 +52,7 @@ class TestIds:
     def test_end_and_padding(self, tokenizer):
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (302, 300)
 
-    def test_smaller_vocabulary_with_short_texts(self):
+    def test_smaller_vocabulary_with_little_text(self):
         tokenizer = train_tokenizer(["ab"], 300)
         assert len(tokenizer) == 257 + 12
         assert tokenizer.convert_tokens_to_ids(SPECIAL) == list(range(257, 269))
@@ -72,7 +72,7 @@ class TestIds:
 @example("🩻👩\u200d⚕️ 中文 ﷺ")
 @example("<|im_end|> <img>")
 def test_round_trip(tokenizer, text):
-    """Decoding returns the text in NFC, to which Qwen2's tokenizer normalises."""
+    """Decoding returns the text in NFC, the normalization form of Qwen2's tokenizer."""
     assert tokenizer.decode(tokenizer(text).input_ids) == unicodedata.normalize("NFC", text)
 
 

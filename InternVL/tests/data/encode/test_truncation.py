@@ -1,4 +1,4 @@
-"""Truncation: exactly to the limit, never within an image, and with equal results of measure and encode."""
+"""Truncation: exactly to the limit, never within an image; `measure` and `encode` agree."""
 
 import logging
 
@@ -76,7 +76,7 @@ def test_images_are_never_truncated():
     messages = messages_of("what ?", "a cat " * 40, "<image>\nand this ?", "a mat")
     by = encoder(max_seq_length=10_000)
     complete = by.encode(messages, [(10, 10)])
-    # Up to the image's last token and its end token.
+    # Up to the image's last token, and up to its end token.
     needed = int(complete.image_positions[-1]) + 2
     message = problem_of(encoder(max_seq_length=needed - 1, truncate_text=True), messages, [(10, 10)])
     assert message.endswith(f"more than max_seq_length {needed - 1}; truncation would remove an image")
@@ -168,23 +168,21 @@ def test_truncation_is_logged(tmp_path, caplog):
 
 
 class TestOversized:
-    """Conversations that cannot fit are rejected before tokenising takes minutes and gigabytes."""
+    """Conversations that cannot fit are rejected before tokenization takes minutes and gigabytes."""
 
     @pytest.fixture(autouse=True)
     def _no_tokenizing(self, monkeypatch):
-        monkeypatch.setattr(Template, "tokenize", lambda *_: pytest.fail("was tokenised"))
+        monkeypatch.setattr(Template, "tokenize", lambda *_: pytest.fail("was tokenized"))
 
     def test_characters(self):
         by = encoder(max_seq_length=50)
         message = problem_of(by, messages_of("what", "中" * 3_000_000), [])
-        assert message == "3,000,004 characters cannot fit into max_seq_length 50"
+        assert message == "3,000,004 characters cannot fit in max_seq_length 50"
 
     @pytest.mark.parametrize("truncate", [False, True])
     def test_messages(self, truncate):
         by = encoder(max_seq_length=50, truncate_text=truncate)
-        assert "messages cannot fit into max_seq_length 50" in problem_of(
-            by, messages_of(*["a"] * 600_000), []
-        )
+        assert "messages cannot fit in max_seq_length 50" in problem_of(by, messages_of(*["a"] * 600_000), [])
 
     def test_images(self):
         by = encoder(max_seq_length=50)
@@ -193,8 +191,8 @@ class TestOversized:
         )
 
 
-def test_conversations_that_may_fit_are_tokenised():
-    """A text of the longest tokens, and one that is shorter in composed form."""
+def test_conversations_that_may_fit_are_tokenized():
+    """Text made of the longest tokens, and text that is shorter in NFC."""
     by = encoder(max_seq_length=400)
     longest = max(set(tokenizer().get_vocab()) - {"<IMG_CONTEXT>"}, key=len)
     with pytest.raises(RecordError, match="tokens, more than"):

@@ -1,4 +1,4 @@
-"""The length index: equal to the lengths of encoded records, and cached until something changes."""
+"""The length index: it matches the lengths of encoded records and is cached until something changes."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def cache(tmp_path) -> Path:
 
 @pytest.fixture
 def make(tmp_path, tokenizer):
-    """Write records and open them as a dataset with an image."""
+    """Write records and an image, and open them as a dataset."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 10)).save(tmp_path / "images" / "wide.png")
 
@@ -63,7 +63,7 @@ def make(tmp_path, tokenizer):
 
 @pytest.fixture
 def measured(monkeypatch) -> list[int]:
-    """Return the indices of the records that this process measures."""
+    """Return a list to which this process adds the index of each record that it checks."""
     indices, check = [], RecordSet.check
     monkeypatch.setattr(
         RecordSet, "check", lambda self, i, **options: (indices.append(i), check(self, i, **options))[1]
@@ -72,7 +72,7 @@ def measured(monkeypatch) -> list[int]:
 
 
 def index_lengths(sets: list[RecordSet], **options) -> list[Lengths]:
-    """Index datasets and raise their problems, as training does with `--on_bad_record fail`."""
+    """Index datasets and raise their problems, like training with `--on_bad_record fail`."""
     indexes = index_records(sets, **options)
     raise_problems([problem for index in indexes for problem in index.problems])
     return [index.lengths for index in indexes]
@@ -251,7 +251,7 @@ class TestProblems:
 
 
 class TestCache:
-    def test_second_run_measures_nothing(self, make, cache, measured):
+    def test_second_run_checks_nothing(self, make, cache, measured):
         records = make([record(i, image="wide.png") for i in range(3)])
         first = index_lengths([records], cache=cache)[0]
         assert measured == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""The image manifest: comparison with the files on disk, updates of single records, and storage."""
+"""The image manifest: comparison with files on disk, updates of individual records, and storage."""
 
 import os
 from pathlib import Path

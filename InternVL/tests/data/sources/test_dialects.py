@@ -1,4 +1,4 @@
-"""Keys, placeholders and control tokens of other dialects, and what only looks like them."""
+"""Keys, placeholders and control tokens of other frameworks, and similar ones that are not."""
 
 import pytest
 from fuzzing import time_limit
@@ -35,13 +35,13 @@ class TestMedia:
             ("audios", ["a.wav"]),
         ],
     )
-    def test_named(self, key, value):
-        assert unread_media({key: value}, ("image",), ()).startswith(f"{key!r} names ")
+    def test_found(self, key, value):
+        assert unread_media({key: value}, ("image",), ()).startswith(f"unsupported key {key!r} refers to ")
 
     @pytest.mark.parametrize(
         ("key", "value"),
         [
-            ("image", "a.png"),  # read
+            ("image", "a.png"),  # supported
             ("image_id", "a.png"),
             ("image_caption", "A scan"),
             ("image_size", [3, 4]),
@@ -55,10 +55,10 @@ class TestMedia:
             ("x" * 1000, "a.png"),
         ],
     )
-    def test_not_named(self, key, value):
+    def test_ignored(self, key, value):
         assert unread_media({key: value}, ("image",), ()) is None
 
-    def test_copy_of_a_name_that_is_read(self):
+    def test_copy_of_a_supported_name(self):
         raw = {"image": "sub/a.png", "image_path": "/data/sub/a.png"}
         assert unread_media(raw, ("image",), ["sub/a.png"]) is None
         assert unread_media({**raw, "image_path": "/data/b.png"}, ("image",), ["sub/a.png"]) is not None
@@ -120,7 +120,7 @@ class TestPlaceholders:
 
     @pytest.mark.parametrize("start", ["<image", "<|image", "<start_", "![", "<img ", "<img>", "{"])
     @pytest.mark.parametrize("repeated", ["1", "_pad", " ", "start_", "[", "<|"])
-    def test_long_texts_take_little_time(self, start, repeated):
+    def test_long_text_takes_little_time(self, start, repeated):
         text = start + repeated * 50_000
         with time_limit():
             foreign_placeholder(text, possible=True)
@@ -135,7 +135,7 @@ class TestPlaceholders:
         assert file_in_text(text) == file
 
     def test_misplaced_image_of_an_item(self):
-        assert "'img' names" in misplaced_image({"img": "a.png"}, (), (), "q")
+        assert "'img' refers to" in misplaced_image({"img": "a.png"}, (), (), "q")
         assert "<image 1>" in misplaced_image({}, (), ["a.png"], "see <image 1>")
         assert misplaced_image({}, (), ["a.png"], "see <image>, then <image 1>") is None
 

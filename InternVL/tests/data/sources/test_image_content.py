@@ -1,4 +1,4 @@
-"""What images hold beyond one frame of opaque 8-bit RGB: found in the header, and kept on request."""
+"""Image content beyond a single frame of opaque 8-bit RGB: detection from the header, and preservation."""
 
 import struct
 
@@ -50,7 +50,7 @@ class TestFrames:
         others = [noise(*SIZE, seed=1), noise(*SIZE, seed=2)]
         assert content_of(save(tmp_path, name, save_all=True, append_images=others)).frames == 3
 
-    def test_smaller_copies_in_a_tiff_are_no_pages(self, tmp_path):
+    def test_reduced_copies_in_a_tiff_are_not_counted(self, tmp_path):
         copy = noise(24, 16)
         copy.encoderinfo = {"tiffinfo": {254: 1}}
         file = save(tmp_path, "a.tif", save_all=True, append_images=[copy])
@@ -179,10 +179,10 @@ class TestWarnings:
 
     def test_one_of_each_kind(self):
         assert self.kinds(PLAIN) == []
-        assert self.kinds(self.LOST) == ["several frames", "transparency", "color depth", "exif rotation"]
+        assert self.kinds(self.LOST) == ["multiple frames", "transparency", "color depth", "exif rotation"]
 
-    def test_what_is_read_is_not_lost(self):
-        assert self.kinds(self.LOST, ImageOptions("white", True)) == ["several frames", "color depth"]
+    def test_no_warning_about_preserved_content(self):
+        assert self.kinds(self.LOST, ImageOptions("white", True)) == ["multiple frames", "color depth"]
 
     def test_opaque_pixels(self):
         content = ImageContent(has_alpha=True)
@@ -194,6 +194,6 @@ class TestWarnings:
             content_warnings(["a", "b", "c"], [self.LOST] * 3, ImageOptions("white", True), [None] * 3)
         )
         assert found[0] == (
-            "several frames",
-            "a: only the first of 3 pages or frames is shown (and 2 more images)",
+            "multiple frames",
+            "a: only the first of 3 pages or frames is used (and 2 more images)",
         )

@@ -1,4 +1,4 @@
-"""Names of images that are no file of this name: URLs, contents, other Unicode forms, other case."""
+"""Image names that are not files: URLs, embedded images, different Unicode form or case."""
 
 import base64
 import unicodedata
@@ -17,14 +17,14 @@ NAME = "caf\u00e9 \u1e69.png"
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("https://example.org/a.png", "is a URL (https://), which is not fetched"),
-        ("s3://bucket/a.png", "is a URL (s3://), which is not fetched"),
+        ("https://example.org/a.png", "is a URL (https://), which is not supported"),
+        ("s3://bucket/a.png", "is a URL (s3://), which is not supported"),
         ("gs://bucket/a.png", "(gs://)"),
         ("hf://datasets/x/a.png", "(hf://)"),
         ("file:///data/a.png", "without file://"),
-        ("data:image/png;base64,iVBORw0KGgo=", "given as base64"),
-        (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode(), "given as base64"),
-        (base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(60)).decode(), "given as base64"),
+        ("data:image/png;base64,iVBORw0KGgo=", "embedded as base64"),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode(), "embedded as base64"),
+        (base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(60)).decode(), "embedded as base64"),
     ],
 )
 def test_remote(tmp_path, name, part):
@@ -58,7 +58,7 @@ def test_other_unicode_form(tmp_path, on_disk, given, folder):
 @pytest.mark.parametrize("given", ["A.PNG", "a.PNG", "a.png "])
 def test_similar_name(tmp_path, given):
     noise(4, 4).save(tmp_path / "a.png")
-    assert describe_missing(tmp_path / given) == "the folder contains a.png: the names must match exactly"
+    assert describe_missing(tmp_path / given) == "the folder contains a.png; names must match exactly"
 
 
 def test_backslashes(tmp_path):

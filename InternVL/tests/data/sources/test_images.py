@@ -1,4 +1,4 @@
-"""Image files of all kinds: read as Pillow reads them, or refused with an error that names the file."""
+"""Image files of all kinds: read like Pillow reads them, or rejected with an error that names the file."""
 
 import io
 import os
@@ -110,8 +110,8 @@ class TestAccepted:
         ],
         ids=["RGB", "RGBA", "LA"],
     )
-    def test_16_bit_colour_is_read_as_8_bit(self, tmp_path, colours, pixel, expected):
-        """For PNGs with several channels Pillow keeps the upper 8 bits; transparency is dropped."""
+    def test_16_bit_color_is_read_as_8_bit(self, tmp_path, colours, pixel, expected):
+        """For PNGs with multiple channels, Pillow keeps the upper 8 bits; transparency is dropped."""
         (tmp_path / "images").mkdir()
         row = struct.pack(f">{len(pixel)}H", *pixel) * 20
         file = write_png(tmp_path / "images/deep.png", 20, 20, bits=16, colours=colours, row=row)
@@ -157,7 +157,7 @@ class TestRefused:
             assert (caught.value.kind, caught.value.record) == ("image unreadable", "r0")
 
     @pytest.mark.parametrize("suffix", ["png", "tiff"])
-    def test_16_bit_greyscale(self, save, suffix):
+    def test_16_bit_grayscale(self, save, suffix):
         deep = Image.fromarray(np.arange(60 * 40, dtype=np.uint16).reshape(40, 60) * 20)
         file = save(f"deep.{suffix}", deep)
         for read in (image_size, decode_image, image_info):
@@ -169,7 +169,7 @@ class TestRefused:
     def test_floating_point(self, save):
         assert problem_of(image_size, save("f.tiff", Image.new("F", (4, 4))))[0] == "image depth"
 
-    def test_30000_by_30000_of_one_colour(self, tmp_path):
+    def test_30000_by_30000_of_one_color(self, tmp_path):
         file = write_png(tmp_path / "bomb.png", 30_000, 30_000)
         assert file.stat().st_size < 1_000_000
         for read in (image_size, decode_image):
@@ -200,7 +200,7 @@ class TestRefused:
         else:
             socket.socket(socket.AF_UNIX).bind(str(path))
         assert problem_of(open_image, path) == (
-            "image unreadable", f"the image {path} cannot be read: it is not a file"
+            "image unreadable", f"the image {path} cannot be read: it is not a regular file"
         )  # fmt: skip
 
     def test_no_external_programs(self, tmp_path, save):
@@ -234,14 +234,14 @@ class TestLocateImage:
         "name", ["in.png", "./in.png", "sub/../in.png", "./../images/in.png", "link.png"]
     )
     def test_under_the_root(self, records, name):
-        """Symbolic links are followed, also out of the root."""
+        """Symbolic links are followed, even out of the root."""
         assert records(name).load(0).tiles.shape[0]
 
     def test_absolute_path(self, records, tmp_path):
         assert records(str(tmp_path / "out.png")).load(0).tiles.shape[0]
 
     @pytest.mark.parametrize("name", ["../out.png", "sub/../../out.png", "..", "a/b/../../../x"])
-    def test_path_that_leaves_the_root(self, records, tmp_path, name):
+    def test_path_outside_the_root(self, records, tmp_path, name):
         for name_of_method in ("check", "measure", "encode", "load"):
             with pytest.raises(DataError, match="is outside 'root'") as caught:
                 getattr(records(name), name_of_method)(0)
@@ -269,7 +269,7 @@ class TestDecodingCache:
 
 
 class TestFileEnd:
-    """The end of a file decides whether it is decoded; the record is refused only if decoding fails."""
+    """A file is decoded if its end is unusual; the record is rejected only if decoding fails."""
 
     @pytest.fixture
     def decoded(self, monkeypatch):
@@ -281,7 +281,7 @@ class TestFileEnd:
 
     @pytest.fixture
     def check(self, tmp_path):
-        """Check a record with an image; return the kind of problem or None."""
+        """Check a record with an image; return the kind of problem, or None."""
 
         def check(file) -> str | None:
             try:

@@ -1,4 +1,4 @@
-"""Record files compared with Python's own JSON parser, for all line ends and chunk sizes."""
+"""Record files compared with Python's JSON parser, for all line endings and chunk sizes."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_records_and_their_lines(write, monkeypatch, content, values, lines, chu
     chunk=st.integers(1, 40),
 )
 def test_random_files(tmp_path_factory, rows, end, ascii_only, mark, final, chunk):
-    """None stands for a blank line."""
+    """None represents a blank line."""
     texts = ["" if row is None else json.dumps(row, ensure_ascii=ascii_only) for row in rows]
     file = tmp_path_factory.mktemp("any") / "a.jsonl"
     file.write_bytes(BOM * mark + (end.join(texts) + end * final).encode())
@@ -169,7 +169,7 @@ class TestArrays:
     @pytest.mark.parametrize(
         ("text", "line"), [('[\n{"id": 1},\n{"id" 2}\n]', 3), ('[\n{"id": 1},\n{"id":\n', 4), ("[1,\n", 2)]
     )
-    def test_broken_json_names_the_line(self, write, text, line):
+    def test_broken_json_reports_the_line(self, write, text, line):
         with pytest.raises(DataError, match="not valid JSON") as caught:
             RecordFile(write(text, "a.json"))
         assert caught.value.line == line
@@ -248,6 +248,6 @@ def test_malformed_arrays(write, text, message, line):
     assert caught.value.line == line
 
 
-def test_long_line_of_white_space(write):
+def test_long_line_of_whitespace(write):
     records = RecordFile(write('{"a": 1}\n' + " " * 40 + '\n{"a": 2}\n'))
-    assert "only white space" in str(failure(records, 1))
+    assert "only whitespace" in str(failure(records, 1))

@@ -1,4 +1,4 @@
-"""Meta files as users write them: accepted values, and errors that name every mistake."""
+"""Meta files as users write them: accepted values, and errors that list all mistakes."""
 
 import gzip
 import json
@@ -60,7 +60,7 @@ class TestPaths:
         (spec,) = load_meta(elsewhere, folder)
         assert (spec.root, spec.annotation) == (folder / "images", folder / "a.jsonl")
 
-    def test_what_is_not_under_data_root_is_beside_the_meta_file(self, folder, tmp_path_factory):
+    def test_fallback_to_the_folder_of_the_meta_file(self, folder, tmp_path_factory):
         elsewhere = tmp_path_factory.mktemp("elsewhere")
         (folder / "meta.json").write_text(json.dumps({"set": ENTRY}))
         (folder / "images").mkdir()
@@ -75,7 +75,7 @@ class TestPaths:
         assert spec.annotation == data_root / "a.jsonl"
         [message] = caplog.messages
         assert message.endswith(
-            f"'annotation' resolves to {data_root / 'a.jsonl'}; {folder / 'a.jsonl'} exists as well"
+            f"'annotation' resolves to {data_root / 'a.jsonl'}; {folder / 'a.jsonl'} also exists"
         )
 
     def test_neither_exists(self, folder, tmp_path_factory):
@@ -123,7 +123,7 @@ class TestPaths:
     def test_folder_instead_of_an_annotation_file(self, folder):
         (folder / "sub").mkdir()
         (folder / "sub/part.jsonl").touch()
-        with pytest.raises(DataError, match=r"it is a folder; give one file per dataset: part\.jsonl"):
+        with pytest.raises(DataError, match=r"it is a folder; use one file per dataset: part\.jsonl"):
             RecordFile(load_one(folder, annotation="sub").annotation)
 
 
@@ -245,7 +245,7 @@ class TestAnnotationFileAsMeta:
 
     def test_image_root_with_a_meta_file(self, folder):
         (folder / "meta.json").write_text(json.dumps({"set": ENTRY}))
-        with pytest.raises(DataError, match="its own 'root' folders; remove --image_root"):
+        with pytest.raises(DataError, match="sets 'root' for each dataset; remove --image_root"):
             load_meta(folder / "meta.json", folder, folder)
 
 
@@ -258,7 +258,7 @@ class TestFile:
         with pytest.raises(DataError, match="cannot be read"):
             load_meta(folder, folder)
 
-    def test_bad_json_names_line_and_column(self, folder):
+    def test_bad_json_reports_line_and_column(self, folder):
         error = problem_of(folder, '{\n  "set": {\n    "root": "a",\n    "annotation" "b"\n  }\n}\n')
         assert error.line == 4
         assert "meta.json, line 4: not valid JSON" in str(error)

@@ -1,4 +1,4 @@
-"""Warnings about usable records, beside those that other tests check together with their records."""
+"""Warnings about usable records; further warnings are tested together with their records."""
 
 from pathlib import Path
 
@@ -22,29 +22,29 @@ class TestPlaceholders:
     def test_in_the_system_message(self):
         raw = image_record(0, "a.png")
         raw["conversations"].insert(0, {"from": "system", "value": "You see <image>."})
-        assert "'<image>' in the system message" in warnings_of(raw)["placeholder not read"]
+        assert "'<image>' in the system message" in warnings_of(raw)["unsupported placeholder"]
 
-    def test_the_reference_puts_its_own_into_the_system_message(self):
+    def test_placeholder_added_as_in_the_reference(self):
         raw = image_record(0, "a.png") | {"image": "a.png"}
         raw["conversations"].insert(0, {"from": "system", "value": "S"})
         assert parse_record(raw).messages[0].content == "<image>\nS"
         assert warnings_of(raw) == {}
 
     @pytest.mark.parametrize("images", [[], ["a.png"]])
-    def test_possible_ones_where_no_image_is_marked(self, images):
+    def test_ambiguous_ones_without_image_placeholder(self, images):
         raw = text_record(0, image=images)
         raw["conversations"][0]["value"] = "[IMG] what?"
-        assert "'[IMG]' in message 1" in warnings_of(raw)["placeholder not read"]
+        assert "'[IMG]' in message 1" in warnings_of(raw)["unsupported placeholder"]
 
-    def test_possible_ones_beside_marked_images(self):
+    def test_ambiguous_ones_with_image_placeholder(self):
         raw = image_record(0, "a.png")
         raw["conversations"][0]["value"] += " [IMG] ![](x.png)"
         assert warnings_of(raw) == {}
 
-    def test_certain_ones_beside_marked_images(self):
+    def test_unambiguous_ones_with_image_placeholder(self):
         raw = image_record(0, "a.png")
         raw["conversations"][0]["value"] += " <image 1>"
-        assert "<image 1>" in warnings_of(raw)["placeholder not read"]
+        assert "<image 1>" in warnings_of(raw)["unsupported placeholder"]
 
 
 def test_control_tokens():
@@ -57,14 +57,14 @@ class TestFields:
     def test_second_conversation(self):
         other = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
         raw = text_record(0)
-        assert "second conversation" in warnings_of({**raw, "messages": other})["field not read"]
+        assert "second conversation" in warnings_of({**raw, "messages": other})["ignored field"]
         same = [{"role": "user", "content": m["value"]} for m in raw["conversations"]]
         assert warnings_of({**raw, "messages": same}) == {}
 
     def test_all_fields_of_a_record_in_one_warning(self):
         raw = text_record(0, rejected="b", tools=[{"name": "f"}])
         raw["conversations"][1]["weight"] = 0.5
-        message = warnings_of(raw)["field not read"]
+        message = warnings_of(raw)["ignored field"]
         assert all(name in message for name in ("'rejected'", "'tools'", "'weight' of a message (0.5"))
 
     @pytest.mark.parametrize("value", ["a.png", ["x.png", "a.png"], {"file": "a.png"}])
@@ -72,7 +72,8 @@ class TestFields:
         (tmp_path / "a.png").touch()
         raw = text_record(0, source_figure=value)
         assert (
-            "'source_figure' names the existing file 'a.png'" in warnings_of(raw, tmp_path)["file not read"]
+            "'source_figure' refers to the existing file 'a.png'"
+            in warnings_of(raw, tmp_path)["ignored file"]
         )
         assert warnings_of(raw, tmp_path / "other") == {}
         assert warnings_of(image_record(0, "a.png", source="a.png"), tmp_path) == {}

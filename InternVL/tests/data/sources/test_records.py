@@ -56,7 +56,7 @@ class TestFormats:
         assert record.images == ("a.png", "b.png")
 
     @pytest.mark.parametrize("key", ["image", "path"])
-    def test_content_parts_name_their_images(self, key):
+    def test_images_of_content_parts(self, key):
         parts = [
             {"type": "image", key: "a.png"},
             {"type": "image", key: "b.png"},
@@ -78,7 +78,7 @@ class TestFormats:
     )
     def test_content_part_of_another_kind(self, part):
         raw = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
-        assert "message 1 has a content part that is neither text nor image" in problem_of(raw)
+        assert "message 1 has a content part that is neither text nor an image" in problem_of(raw)
 
     @pytest.mark.parametrize(("given", "parsed"), [("x", "x"), (7, "7"), (0, "0"), (None, None)])
     def test_id(self, given, parsed):
@@ -157,7 +157,7 @@ class TestImages:
         )
 
     def test_one_but_no_human_message(self):
-        assert "no human message to put its placeholder in" in problem_of(
+        assert "no human message for its placeholder" in problem_of(
             {"conversations": [ANSWER], "image": "a.png"}
         )
 
@@ -176,17 +176,17 @@ class TestSystem:
     @pytest.mark.parametrize(
         ("system", "question", "image", "system_read", "question_read"),
         [
-            # A string: the reference marks the first message, unless that very message has a placeholder.
+            # A string: the reference adds a placeholder to the first message unless that message has one.
             ("S", "<image>\nQ", "a.png", "<image>\nS", "<image>\nQ"),
             ("", "<image>\nQ", "a.png", "<image>\n", "<image>\nQ"),
             ("S <image>", "<image>\nQ", "a.png", "S <image>", "<image>\nQ"),
-            # A list is not marked.
+            # A list: no placeholder is added.
             ("S", "<image>\nQ", ["a.png"], "S", "<image>\nQ"),
-            # Without a placeholder the image precedes the first human message.
+            # Without a placeholder, the image precedes the first human message.
             ("S", "Q", "a.png", "S", "<image>\nQ"),
             ("S", "Q", ["a.png"], "S", "<image>\nQ"),
             ("S <image>", "Q", "a.png", "S <image>", "<image>\nQ"),
-            # Nothing to mark.
+            # No image.
             ("S", "Q", "", "S", "Q"),
             ("S", "Q", None, "S", "Q"),
         ],
@@ -196,7 +196,7 @@ class TestSystem:
         record = parse_record({"conversations": entries, "image": image})
         assert [message.content for message in record.messages] == [system_read, question_read, "This."]
 
-    def test_string_image_without_system_is_not_marked_twice(self):
+    def test_string_image_without_system_gets_one_placeholder(self):
         record = parse_record({"conversations": [human("Q <image>"), ANSWER], "image": "a.png"})
         assert record.messages[0].content == "Q <image>"
 
@@ -279,7 +279,9 @@ class TestSystemField:
     def test_beside_a_system_message(self):
         entries = [{"from": "system", "value": "S"}, ASK, ANSWER]
         assert parse_record({"system": "S", "conversations": entries}).messages[0] == Message("system", "S")
-        assert "both 'system' and a system message" in problem_of({"system": "T", "conversations": entries})
+        assert "'system' and the system message differ" in problem_of(
+            {"system": "T", "conversations": entries}
+        )
 
     @pytest.mark.parametrize("value", [3, ["S"], {"text": "S"}])
     def test_of_another_type(self, value):
@@ -306,13 +308,13 @@ class TestSupervision:
         messages = parse_record({kind: entries}).messages
         assert [message.supervised for message in messages] == [True, False, True, True]
 
-    def test_questions_are_not_concerned(self):
+    def test_questions_are_not_affected(self):
         record = parse_record({"conversations": [{**ASK, "loss": False}, ANSWER]})
         assert record.messages == MESSAGES
 
     def test_no_answer_is_left(self):
         message = problem_of({"conversations": [ASK, {**ANSWER, "weight": 0}]})
-        assert message == "no answer is supervised ('loss' or 'weight' excludes all)"
+        assert message == "no answer is supervised: 'loss' or 'weight' excludes all"
 
 
 class TestUnreadImages:
@@ -324,29 +326,29 @@ class TestUnreadImages:
     @pytest.mark.parametrize("key", ["image_path", "images_path", "Image", "img", "IMAGES", "image_url"])
     @pytest.mark.parametrize("value", ["a.png", ["a.png"]])
     def test_under_another_key(self, key, value):
-        assert self.kind_of({key: value, "conversations": [ASK, ANSWER]}) == "image not read"
+        assert self.kind_of({key: value, "conversations": [ASK, ANSWER]}) == "unsupported media"
 
     @pytest.mark.parametrize("raw", [{"video": "a.mp4"}, {"audio": ["a.wav"]}, {"media": "a.png"}])
     def test_other_media(self, raw):
-        assert self.kind_of({**raw, "conversations": [ASK, ANSWER]}) == "image not read"
-        assert self.kind_of({**raw, "image": "b.png", "conversations": [ASK, ANSWER]}) == "image not read"
+        assert self.kind_of({**raw, "conversations": [ASK, ANSWER]}) == "unsupported media"
+        assert self.kind_of({**raw, "image": "b.png", "conversations": [ASK, ANSWER]}) == "unsupported media"
 
     def test_in_a_message(self):
-        assert self.kind_of({"conversations": [{**ASK, "image": "a.png"}, ANSWER]}) == "image not read"
+        assert self.kind_of({"conversations": [{**ASK, "image": "a.png"}, ANSWER]}) == "unsupported media"
         raw = {"image": ["a.png"], "conversations": [{**human("<image>"), "image": "a.png"}, ANSWER]}
         assert parse_record(raw).images == ("a.png",)
 
     def test_in_the_text(self):
-        assert "names 'a.png' in <img>" in problem_of(
+        assert "unsupported <img> tag with 'a.png'" in problem_of(
             {"conversations": [human("<img>a.png</img> Q"), ANSWER]}
         )
 
     @pytest.mark.parametrize("text", ["<image 1>", "<|vision_start|><|image_pad|>", "<ImageHere>", "<IMAGE>"])
     @pytest.mark.parametrize("images", [[], ["a.png"]])
-    def test_marked_in_another_dialect(self, text, images):
+    def test_placeholder_of_another_framework(self, text, images):
         raw = {"image": images, "conversations": [ASK, ANSWER, human(f"Look: {text}"), ANSWER]}
         assert self.kind_of(raw) == "placeholders"
-        assert "message 3 marks an image by" in problem_of(raw)
+        assert "message 3 contains the unsupported placeholder" in problem_of(raw)
 
     def test_wrong_number_names_the_other_placeholder(self):
         raw = {"image": ["a", "b"], "conversations": [human("<image> and <image 2>"), ANSWER]}

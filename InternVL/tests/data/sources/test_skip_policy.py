@@ -1,4 +1,4 @@
-"""Unusable records: refused with an error, or excluded without changing the others."""
+"""Unusable records: rejected with an error, or excluded without changing the others."""
 
 import pickle
 from itertools import pairwise
@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 
 def open_data(sets, cache, **options) -> TrainingData:
-    """Open sets as training with `--on_bad_record skip` does."""
+    """Open datasets like training with `--on_bad_record skip`."""
     indexes = index_records(sets, cache=cache)
     problems = [problem for index in indexes for problem in index.problems]
     lengths = [index.lengths for index in indexes]

@@ -1,4 +1,4 @@
-"""Tests of the synthetic images: layout, side of the findings, and distinguishable kinds."""
+"""Tests of the synthetic images: layout, side of the findings, and distinguishability of the kinds."""
 
 from dataclasses import replace
 from typing import Literal
@@ -41,10 +41,10 @@ def test_finding_is_on_the_described_side(
 
 def simple_statistics(picture: Image.Image) -> list[float]:
     pixels = np.asarray(picture.resize((96, 96)), np.float32)
-    grey = pixels.mean(axis=2)
-    texture = np.abs(np.diff(grey, axis=1)).mean()
-    colour = np.ptp(pixels, axis=2).mean()
-    return [grey.mean(), grey.std(), colour, texture, (grey < 30).mean(), (grey > 200).mean()]
+    gray = pixels.mean(axis=2)
+    texture = np.abs(np.diff(gray, axis=1)).mean()
+    color = np.ptp(pixels, axis=2).mean()
+    return [gray.mean(), gray.std(), color, texture, (gray < 30).mean(), (gray > 200).mean()]
 
 
 def test_kinds_differ_in_simple_statistics() -> None:
@@ -57,8 +57,8 @@ def test_kinds_differ_in_simple_statistics() -> None:
             rows.append(simple_statistics(draw_panel(panel, rng)))
     table = np.array(rows).reshape(len(KINDS), 24, -1)
     table = (table - table.mean(axis=(0, 1))) / table.std(axis=(0, 1))
-    centres = table[:, :12].mean(axis=1)
-    guesses = ((table[:, 12:, None] - centres) ** 2).sum(axis=-1).argmin(axis=-1)
+    centers = table[:, :12].mean(axis=1)
+    guesses = ((table[:, 12:, None] - centers) ** 2).sum(axis=-1).argmin(axis=-1)
     assert (guesses == np.arange(len(KINDS))[:, None]).mean() > 0.85
 
 

@@ -41,7 +41,7 @@ def answer(record: dict) -> str:
 
 
 def shown_panels(record: dict, figures: dict[str, Figure]) -> list[Panel]:
-    """Return the panels of a record by the numbers in their file names."""
+    """Return the panels of a record, identified by the numbers in their file names."""
     figure, *crops = record["image"]
     return [figures[figure].panels[int(re.search(r"_(\d)\.\w+$", crop)[1])] for crop in crops]
 
@@ -90,7 +90,7 @@ def test_text_questions_do_not_repeat() -> None:
 
 
 def offset(record: dict, figures: dict[str, Figure]) -> tuple[set[str], set[str]]:
-    """Return the positions of Fig-1 relative to Fig-2, along axes on which they do not overlap."""
+    """Return where Fig-1 is relative to Fig-2, for each axis along which they do not overlap."""
     a, b = (np.array(panel.box) for panel in shown_panels(record, figures))
     sides = set()
     if a[2] <= b[0] or b[2] <= a[0]:
@@ -205,5 +205,5 @@ def test_questions_are_unique(figures: dict[str, Figure], category: str) -> None
 
 
 def test_too_few_figures(figures: dict[str, Figure]) -> None:
-    with pytest.raises(ValueError, match="allow no further _panel_count question"):
+    with pytest.raises(ValueError, match="too few for another _panel_count question"):
         image_records("compound_image", list(figures.values())[:1], 60, "train", np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""Tests of the written sample data: format, reproducibility, and answers checked against the pixels alone."""
+"""Tests of the written sample data: format, reproducibility, and answers checked against the pixels only."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def images(metas: dict[str, Path]) -> Path:
 
 
 def records_of(metas: dict[str, Path], split: str) -> dict[str, list[dict]]:
-    """Return the records of a split by category, read through its meta file."""
+    """Return the records of a split, keyed by category, as listed in its meta file."""
     meta = json.loads(metas[split].read_text(encoding="utf-8"))
     lines = {name: Path(entry["annotation"]).read_text(encoding="utf-8") for name, entry in meta.items()}
     return {DATASETS[name]: [json.loads(line) for line in text.splitlines()] for name, text in lines.items()}
@@ -125,10 +125,10 @@ def test_splits_share_no_image(metas: dict[str, Path], images: Path) -> None:
     assert len({path.read_bytes() for path in images.iterdir()}) == len(list(images.iterdir()))
 
 
-def test_drawing_that_looks_like_an_earlier_one_is_replaced(
+def test_drawing_that_looks_like_an_earlier_one_is_redrawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every figure is first drawn alike, and only then at random."""
+    """The first drawings of all figures are identical, and the later ones random."""
     seen: set[str] = set()
 
     def draw(figure: Figure, rng: np.random.Generator) -> Image.Image:
@@ -221,7 +221,7 @@ def test_positions_agree_with_the_pixels(images: Path, metas: dict[str, Path]) -
     assert checked >= 1
 
 
-def test_nonempty_folder_is_refused(metas: dict[str, Path], tmp_path: Path) -> None:
+def test_nonempty_folder_is_rejected(metas: dict[str, Path], tmp_path: Path) -> None:
     before = contents(metas["train"].parent)
     with pytest.raises(FileExistsError, match="not an empty folder"):
         write_sample_data(metas["train"].parent, train=1, held_out=1)
@@ -232,7 +232,7 @@ def test_nonempty_folder_is_refused(metas: dict[str, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("counts", [{"train": 0}, {"held_out": -1}])
-def test_count_below_one_is_refused(counts: dict, tmp_path: Path) -> None:
+def test_count_below_one_is_rejected(counts: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         write_sample_data(tmp_path / "data", **counts)
     assert not (tmp_path / "data").exists()
