@@ -74,7 +74,7 @@ class TrainingData(Dataset):
 
     @property
     def sizes(self) -> list[int]:
-        """Number of records per epoch of each dataset, with repetitions, before resampling."""
+        """Number of records per epoch for each dataset, including repetitions but before resampling."""
         return [len(usable) * repeats for usable, repeats in zip(self._usable, self._repeats, strict=True)]
 
     def indices(self, set_number: int) -> np.ndarray:

@@ -90,7 +90,7 @@ def not_compared(file: Path, message: str, line: int | None = None) -> Problem:
 
 
 class _BenchmarkReader:
-    """Collects the contents of files in `benchmark`."""
+    """Collects the articles and images of files in `benchmark`."""
 
     def __init__(self, data_root: Path) -> None:
         self.benchmark = Benchmark()

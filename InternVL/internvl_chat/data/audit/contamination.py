@@ -29,7 +29,7 @@ _IMAGES_PER_WORKER = 500
 
 
 class _Content(NamedTuple):
-    """A training record's benchmark articles and image numbers."""
+    """Benchmark articles and images (as numbers) found in a training record."""
 
     dataset: int
     index: int  # type: ignore[assignment]  # hides tuple.index

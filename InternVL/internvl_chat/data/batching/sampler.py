@@ -1,4 +1,4 @@
-"""Choose the records of each optimizer step from the seed, epoch and step, for any number of ranks."""
+"""Choose each step's records from the seed, epoch and step, independently of the number of ranks."""
 
 from collections.abc import Iterator, Sequence
 

@@ -66,7 +66,7 @@ class TokenizedConversation:
         return sum(map(len, self.supervised)) + sum(tokens - 1 for tokens, supervised in images if supervised)
 
     def expand(self, tokens_per_image: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and labels, (T,) int64, repeating each context token to its image's number of tokens."""
+        """Return ids and labels, (T,) int64; each context token is repeated for all tokens of its image."""
         input_ids = np.array([token for ids in self.ids for token in ids], np.int64)
         labels = np.full_like(input_ids, IGNORE_INDEX)
         start = 0

@@ -210,7 +210,7 @@ class RecordEncoder:
         max_length, num_images = self.preprocessing.max_seq_length, len(conversation.supervised_images)
         if num_images != len(image_sizes):
             raise RecordError(
-                f"{num_images} image positions in the text, but {len(image_sizes)} images",
+                f"{num_images} image placeholders in the conversation, but {len(image_sizes)} images",
                 kind="placeholders",
             )
         limit = self._max_tiles_per_image(num_images) if num_images else 1

@@ -84,8 +84,8 @@ def _parse(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         options["tile_size"] = side
     elif settings.get("size") is not None:
         problems.append(
-            f"size is {settings['size']!r}; expected an integer, or equal 'height' and 'width' (tiles are "
-            "square)"
+            f"size is {settings['size']!r}; expected an integer, or equal 'height' and 'width' "
+            "(tiles must be square)"
         )
     statistics = [settings.get("image_mean"), settings.get("image_std")]
     if None not in statistics:

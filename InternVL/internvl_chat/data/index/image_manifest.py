@@ -10,7 +10,7 @@ import numpy as np
 
 from internvl_chat.data.sources.images import ImageFile
 
-# Threads overlap the round trip of each stat call on a network file system.
+# Threads overlap the round trips of stat calls on a network file system.
 _THREADS = 16
 _CHUNK = 2048
 _MISSING = (-1, -1)

@@ -34,8 +34,9 @@ _WIDE_MARKS = {
     b"\xfe\xff": "UTF-16",
 }
 _MAX_LISTED = 5
-# Number of first lines to parse, and how many invalid ones cause a file that looks like JSON to be rejected.
+# Number of lines to parse at the start of a file.
 _TRIED_LINES = 20
+# Minimum number of invalid lines to reject a file that looks like JSON.
 _MIN_BAD_LINES = 10
 # Maximum number of bytes to parse, per line and at the start of the file.
 _MAX_OBJECT = 1 << 20
@@ -122,7 +123,7 @@ def _unpack(path: Path, num_bytes: int, mtime_ns: int, is_gzip: bool) -> Path:
     try:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".jsonl", delete=False) as target:
             target.writelines(blocks)
-    except OSError as error:  # a write error: read errors are DataErrors
+    except OSError as error:  # a write error; read errors are raised as DataError
         raise DataError(
             f"cannot be unpacked into {folder}: {error}; if the disk is full, set TMPDIR to a folder with "
             "more free space",

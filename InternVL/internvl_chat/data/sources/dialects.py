@@ -1,7 +1,7 @@
-"""Record formats of other frameworks: tables of their keys, placeholders and control tokens, and detection.
+"""Detect keys, placeholders and control tokens of other frameworks' record formats.
 
-ms-swift, LLaMA-Factory, axolotl, TRL, OpenAI and model vendors use different names for the same things. This
-package reports everything that one of them would interpret but that it does not support.
+ms-swift, LLaMA-Factory, axolotl, TRL, OpenAI and model vendors use different names for the same things.
+Anything that one of them would interpret but this package does not support is reported.
 """
 
 import re
@@ -131,7 +131,7 @@ def _strings(value: Any, depth: int = 3) -> Iterator[str]:
 
 
 def is_supervised(entry: Mapping[str, Any]) -> bool:
-    """Return whether the fields of an assistant message leave it supervised."""
+    """Return whether an assistant message is supervised, according to its fields."""
     for key, value in entry.items():
         name = plain_key(key)
         if (name in _SUPERVISION and _is_flag(value) and not value) or (

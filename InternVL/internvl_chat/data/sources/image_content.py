@@ -50,7 +50,7 @@ class ImageContent(NamedTuple):
 
 
 def read_content(image: ImageFile) -> ImageContent:
-    """Return the properties of an opened image; do not decode it afterward, since this seeks its frames."""
+    """Return the properties of an opened image; this seeks its frames, so do not decode it afterward."""
     return ImageContent(
         bits=_bits(image), orientation=orientation(image), has_alpha=has_alpha(image), frames=_frames(image)
     )

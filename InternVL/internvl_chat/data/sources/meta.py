@@ -68,8 +68,8 @@ def load_meta(
         if image_root is not None:
             return [DatasetSpec(path.name.split(".")[0], Path(image_root).expanduser(), path)]
         raise DataError(
-            "this is an annotation file, not a meta file; add --image_root FOLDER with its images (any folder "
-            "for text-only records), or pass a meta file",
+            "this is an annotation file, not a meta file; add --image_root FOLDER with its images (or any "
+            "folder if the records are text-only), or pass a meta file",
             file=path,
         )
     if image_root is not None:

@@ -32,7 +32,7 @@ WARNINGS = {
     "empty message": "Some of the answers are empty.",
     "message order": "Questions and answers do not alternate: one is missing, or they are out of order.",
     "placeholder in answer": "An answer contains <image>, which is trained on as plain text.",
-    "unsupported placeholder": "Another framework's placeholder, or <image> in a system message, stays text.",
+    "unsupported placeholder": "Another framework's placeholder, or <image> in a system message, is text.",
     "control token": "A message contains a control token such as <|im_end|>, which starts or ends a message.",
     "ignored field": "A field that other frameworks interpret is ignored.",
     "ignored file": "An ignored field refers to an existing image file.",

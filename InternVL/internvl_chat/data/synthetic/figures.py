@@ -124,7 +124,7 @@ def plan_figures(count: int, first_number: int, rng: Generator) -> list[Figure]:
     """Plan `count` figures with consecutive numbers, named SYN<number>_fig1.
 
     The number of panels, the kind of the first panel, and whether all panels have the same kind are balanced
-    over any consecutive figures. The first panels of the first `MIN_FIGURES` figures cover all kinds.
+    over any run of figures. The first panels of the first `MIN_FIGURES` figures cover all kinds.
     """
     counts = _shuffled_rounds(PANEL_COUNTS, count, rng)
     leads = _shuffled_rounds(KINDS, count, rng)

@@ -89,7 +89,7 @@ def test_warning_for_each_set(data_of, caplog, tmp_path):
         warn_about_overlap(training, held_out)
     [message] = [entry.message for entry in caplog.records]
     assert message.startswith("validation: 1 of the 2 records in held also occur")
-    assert f"{tmp_path}/held.jsonl, line 2 = {tmp_path}/one.jsonl, line 2" in message
+    assert f"{tmp_path}/held.jsonl, line 2 and {tmp_path}/one.jsonl, line 2" in message
     caplog.clear()
     warn_about_overlap(training, data_of(held=[record("New?")]))
     assert not caplog.records

@@ -298,7 +298,7 @@ def test_numbers_of_positions_and_images_must_match(encoder):
         (conversation(0), [(100, 100)]),
         ([Message("user", "What is <IMG_CONTEXT>?")], []),
     ):
-        with pytest.raises(RecordError, match=r"\d image positions in the text, but \d images"):
+        with pytest.raises(RecordError, match=r"\d image placeholders in the conversation, but \d images"):
             encoder().encode_prompt(messages, sizes)
 
 

@@ -112,7 +112,7 @@ class TestClosestGrid:
         }
         nearest = min(distances.values())
         assert distances[columns, rows] == nearest
-        # Of grids with equal ratios (1x1, 2x2, ...): the largest that the image half fills, else the smallest.
+        # Of grids with equal ratios (1x1, 2x2, ...): the largest that is half filled, else the smallest.
         same_shape = sorted(
             grid for grid, distance in distances.items()
             if distance == nearest and grid[0] * rows == grid[1] * columns
