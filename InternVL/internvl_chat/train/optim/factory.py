@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -54,7 +54,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
     """Return the learning-rate scheduler for all steps of the run.
 
     Raises:
@@ -68,9 +68,27 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(total_steps * warmup)
     options = dict(run.lr_scheduler_kwargs)
     try:
-        return get_scheduler(name, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=options)
+        scheduler = get_scheduler(
+            name, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=options
+        )
+        return cast(LambdaLR, scheduler)  # all but the refused ones
     except (TypeError, ValueError) as error:
         raise UsageError(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: {error}") from None
+
+
+def move_schedule(scheduler: LambdaLR, steps: int) -> float:
+    """Move a new scheduler to the state after a number of steps; return the learning rate of the next one."""
+    # With a count above 1, torch does not look for steps of the optimizer before those of the scheduler.
+    scheduler.last_epoch, scheduler._step_count = steps - 1, 2
+    scheduler.step()
+    scheduler._step_count = steps + 1
+    return scheduler.get_last_lr()[0]
+
+
+def scheduled_rate(run: RunConfig, total_steps: int, step: int) -> float:
+    """Return the learning rate of a step, counted from 1, of a run's own schedule."""
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
+    return move_schedule(make_scheduler(run, probe, total_steps), step - 1)
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:

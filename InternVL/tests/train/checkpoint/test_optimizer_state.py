@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import Adafactor
 
 from internvl_chat.train.checkpoint.manifest import MANIFEST, find_damage, hash_files
-from internvl_chat.train.checkpoint.saver import check_resumable, load_training_state
+from internvl_chat.train.checkpoint.saver import has_optimizer_state, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.optim.adamw import build_adamw
-from internvl_chat.utils.errors import TrainingError, UsageError
+from internvl_chat.utils.errors import TrainingError
 
 STATE = TrainState(step=3, epoch=0.5, best_step=2, best_metric=1.25, total_flops=1e15)
 
@@ -173,8 +173,10 @@ def test_state_of_other_parameters_is_refused(tmp_path):
         load_training_state(checkpoint, other)
 
 
-def test_checkpoint_without_optimizer_state_is_refused(tmp_path):
+def test_checkpoint_without_optimizer_state(tmp_path):
     checkpoint = save(tmp_path, trained(), model_only=True)
     assert not (checkpoint / "optimizer").exists()
-    with pytest.raises(UsageError, match="has no optimizer state"):
-        check_resumable(checkpoint)
+    assert not has_optimizer_state(checkpoint)
+    strategy = ToyStrategy("single")
+    load_training_state(checkpoint, strategy)
+    assert not strategy.optimizer.state

@@ -137,7 +137,7 @@ def test_log_lines(tmp_path, pieces, log):
         for piece in pieces:
             os.write(pipe, piece)
         os.close(pipe)
-        launch._copy(source, terminal.fileno(), file.fileno())
+        launch._copy(source, terminal.fileno(), file.fileno(), tmp_path / "none")
     os.close(source)
     assert (tmp_path / "log").read_bytes() == log
     assert (tmp_path / "terminal").read_bytes() == b"".join(pieces)
@@ -149,7 +149,7 @@ def test_partial_progress_lines_do_not_accumulate(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.os, "read", lambda *_: pieces.pop(0))
     written = {1: b"", 2: b""}
     monkeypatch.setattr(launch, "_write", lambda file, data: written.update({file: written[file] + data}))
-    launch._copy(0, 1, 2)
+    launch._copy(0, 1, 2, tmp_path / "none")
     assert written[2] == b"99 %\n"
 
 
