@@ -262,9 +262,7 @@ class RunArguments:
         None, "Checkpoint to resume from [the newest one in output_dir]."
     )
     allow_resume_changes: bool = _checkpoints(
-        False,
-        "Resume with other settings than before, such as more epochs; states the effect of each change. "
-        "Changes of the order of the records or of the trained parameters are always refused.",
+        False, "Resume with other settings that fit to the checkpoint, and log the effect of each."
     )
     # logging
     logging_strategy: str = _reporting("steps", "When to log.", INTERVALS)

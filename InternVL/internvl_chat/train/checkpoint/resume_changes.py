@@ -1,6 +1,7 @@
 """Compare a run with the checkpoint that it resumes from; refuse, or with a flag allow, each difference."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,10 @@ _OPTIMIZER = "the optimizer state belongs to other parameters or to another opti
 _MODEL = "the weights were trained with it"
 _REFUSED = {
     **dict.fromkeys(
-        ("seed", "train_sampling_strategy", "use_data_resampling", STEP_SIZE, SETS, SET_SIZES, REPEATS),
+        ("seed", "train_sampling_strategy", "use_data_resampling", STEP_SIZE, SET_SIZES, REPEATS),
         _ORDER,
     ),
+    SETS: "names and order of the datasets identify the records",
     **dict.fromkeys(
         ("freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head",
          "use_llm_lora", "use_backbone_lora", "optim", "optim_args", "bf16", "weight precision", "DeepSpeed",
@@ -91,17 +93,12 @@ class Difference:
     def problem(self, checkpoint: Path) -> str:
         """Return the error message."""
         title = _TITLES.get(self.name, self.name)
-        text = (
-            f"cannot resume {checkpoint}: {title} is {self.value!r}, but the checkpoint has {self.stored!r}"
-        )
+        value, stored = _shown(self.value), _shown(self.stored)
+        text = f"cannot resume {checkpoint}: {title} is {value}, but the checkpoint has {stored}"
+        remedy = "use the earlier value, or start a new run in another --output_dir"
         if self.refused:
-            return (
-                f"{text}: {self.refused}; use the earlier value, or start a new run in another --output_dir"
-            )
-        return (
-            f"{text}; use the earlier value, start a new run in another --output_dir, or allow it with "
-            "--allow_resume_changes True"
-        )
+            return f"{text} ({self.refused}); {remedy}"
+        return f"{text}; {remedy}, or allow the change with --allow_resume_changes True"
 
     def effect(self, step: int, rate: Callable[[], float]) -> str:
         """Return the change and its effect.
@@ -112,7 +109,12 @@ class Difference:
         """
         kind = _ALLOWED.get(self.name, _FROM_NOW)
         value = f": {rate():g}" if kind == _RATE else ""
-        return f"{self.name} {self.stored!r} -> {self.value!r}: {kind} from step {step} on{value}"
+        return f"{self.name} {_shown(self.stored)} -> {_shown(self.value)}: {kind} from step {step} on{value}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value for messages, with hashes shortened."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", repr(value))
 
 
 def check_resume(

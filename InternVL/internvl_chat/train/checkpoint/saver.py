@@ -331,7 +331,7 @@ def load_training_state(checkpoint: Path, strategy: Strategy) -> TrainState:
     for group, values in zip(_groups(strategy), options, strict=True):
         group.update(values)
     if isinstance(strategy.scheduler, LambdaLR):  # DeepSpeed's own schedulers load their state
-        _report_rate(move_schedule(strategy.scheduler, state.step), state.step + 1, saved)
+        _report_change(move_schedule(strategy.scheduler, state.step), state.step + 1, saved)
     return state
 
 
@@ -339,12 +339,10 @@ def _groups(strategy: Strategy) -> list[dict[str, Any]]:
     return strategy.optimizer.param_groups
 
 
-def _report_rate(rate: float, step: int, saved: dict[str, Any]) -> None:
-    """Log the learning rate of the next step, and that of the checkpoint's schedule if it differs."""
+def _report_change(rate: float, step: int, saved: dict[str, Any]) -> None:
+    """Log the learning rate of the next step if the schedule of the checkpoint had another one."""
     before = saved.get("scheduler", {}).get("_last_lr", [rate])[0]
-    if math.isclose(rate, before, rel_tol=1e-9):
-        logger.info("learning rate of step %d: %g", step, rate)
-    else:
+    if not math.isclose(rate, before, rel_tol=1e-9):
         logger.warning(
             "learning rate of step %d: %g (%g with the schedule of the checkpoint)", step, rate, before
         )

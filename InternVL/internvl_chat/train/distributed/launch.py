@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.rmdir()
         logger.error("training did not start (exit code %d)", code)
     elif code and _is_unchanged(results, finished):
-        logger.error(
-            "training did not start (exit code %d); the finished run in %s is unchanged", code, folder
-        )
+        logger.error("training did not start (exit code %d); %s is unchanged", code, folder)
     elif code in map(exit_code, SIGNALS):
         logger.error(
             "stopped by a signal (exit code %d); run the same command again to resume in %s", code, folder

@@ -79,9 +79,9 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
 def move_schedule(scheduler: LambdaLR, steps: int) -> float:
     """Move a new scheduler to the state after a number of steps; return the learning rate of the next one."""
     # With a count above 1, torch does not look for steps of the optimizer before those of the scheduler.
-    scheduler.last_epoch, scheduler._step_count = steps - 1, 2
+    position = {"last_epoch": steps - 1, "_step_count": max(steps, 2)}
+    scheduler.load_state_dict({**scheduler.state_dict(), **position})
     scheduler.step()
-    scheduler._step_count = steps + 1
     return scheduler.get_last_lr()[0]
 
 

@@ -1,10 +1,12 @@
 """Optimizer state is resharded exactly across layouts and world sizes, without pickles."""
 
 import json
+import logging
 import pickle
 import threading
 import weakref
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -180,3 +182,17 @@ def test_checkpoint_without_optimizer_state(tmp_path):
     strategy = ToyStrategy("single")
     load_training_state(checkpoint, strategy)
     assert not strategy.optimizer.state
+
+
+def test_flags_set_the_options_of_the_optimizer(tmp_path, caplog):
+    """The checkpoint has the moments; rate, decay and betas are those of this run."""
+    checkpoint = save(tmp_path, trained())
+    options = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 0.1}
+    other = ToyStrategy("single", partial(build_adamw, precision="master", **options))
+    other.scheduler.lr_lambdas = [lambda step: step / 10] * 2
+    caplog.set_level(logging.INFO)
+    state = load_training_state(checkpoint, other)
+    assert other.optimizer.state and other.scheduler.last_epoch == state.step
+    for group in other.optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5 * state.step / 10, (0.5, 0.6), 0.1)
+    assert f"learning rate of step {state.step + 1}: {group['lr']:g} (" in caplog.text
