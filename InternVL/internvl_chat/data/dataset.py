@@ -39,6 +39,7 @@ class TrainingData(Dataset):
         max_bad_fraction: maximum fraction of records that may be excluded before or skipped during training;
             None to stop at the first unusable record.
         digests: SHA-256 of each dataset's annotation file, if needed.
+        image_digests: digest of each dataset's image files, if needed.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class TrainingData(Dataset):
         excluded: Sequence[ExcludedRecord] = (),
         max_bad_fraction: float | None = None,
         digests: Sequence[str] = (),
+        image_digests: Sequence[str] = (),
     ) -> None:
         self.sets, self.seed, self.lengths = list(sets), seed, lengths
         self.excluded, self.max_bad_fraction = tuple(excluded), max_bad_fraction
-        self.digests = tuple(digests)
+        self.digests, self.image_digests = tuple(digests), tuple(image_digests)
         if lengths is not None and [len(n) for n in lengths] != [s.num_distinct for s in self.sets]:
             raise ValueError("the lengths do not match the datasets")
         self._usable = [

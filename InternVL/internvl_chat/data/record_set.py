@@ -105,8 +105,7 @@ class RecordSet:
     @property
     def num_used(self) -> int:
         """Number of records per epoch, with repetitions."""
-        repeat = self.spec.repeat_time
-        return int(len(self) * repeat) if repeat < 1 else len(self) * int(repeat)
+        return self.spec.num_used(len(self))
 
     @property
     def num_distinct(self) -> int:

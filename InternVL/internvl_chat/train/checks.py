@@ -21,17 +21,32 @@ from internvl_chat.model.io.adapter import find_base, read_base
 from internvl_chat.model.io.folders import is_adapter, model_folder, read_config
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.model.lora.injection import ranks_of, read_adapter_config
-from internvl_chat.train.checkpoint.fingerprint import check_same_run, fingerprint
-from internvl_chat.train.checkpoint.run_folder import OutputFolder, inspect_output_folder, list_checkpoints
-from internvl_chat.train.checkpoint.saver import check_resumable
+from internvl_chat.train.checkpoint.fingerprint import (
+    EXCLUDED,
+    TOTAL_STEPS,
+    DataState,
+    fingerprint,
+    fingerprint_run,
+    read_fingerprint,
+)
+from internvl_chat.train.checkpoint.resume_changes import check_resume
+from internvl_chat.train.checkpoint.run_folder import (
+    OutputFolder,
+    checkpoint_step,
+    inspect_output_folder,
+    list_checkpoints,
+)
 from internvl_chat.train.config import RunConfig, TrainConfig, is_restarted
 from internvl_chat.train.distributed.deepspeed import deepspeed_problems, zero_stage
 from internvl_chat.train.monitor.trackers import tracker_problems
-from internvl_chat.train.optim.factory import OWN_OPTIMIZERS, optimizer_problems
-from internvl_chat.train.validation import metric_names
+from internvl_chat.train.optim.factory import OWN_OPTIMIZERS, optimizer_problems, scheduled_rate
+from internvl_chat.train.validation import metric_names, validation_specs
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
+from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.paths import REPOSITORY
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ def check_configuration(config: TrainConfig) -> RunPlan:
         "specs": lambda: _check_data(config.data.meta_path, config),
         "eval_specs": lambda: _check_data(config.data.eval_meta_path, config, "--eval_meta_path: "),
         "validation": lambda: _raise(_validation_flags(config, results.get("eval_specs"))),
+        "changes": lambda: _check_changes(config, results),
         "source": lambda: _check_model(config),
         "flags": lambda: _raise(itertools.chain.from_iterable(rule(config) for rule in rules)),
     }
@@ -80,6 +96,13 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     if problems and only_files:
         raise ModelError(format_problems(problems))
     _raise(problems)
+    for line in results["changes"] if run.is_main else ():
+        logger.warning("%s", line)
+    if run.save_only_model and run.is_main:
+        logger.warning(
+            "--save_only_model True: the checkpoints have no optimizer state, so this run cannot be resumed "
+            "exactly after an interruption"
+        )
     output, source = results["output"], results["output"].resume or results["source"]
     return RunPlan(config, output, source, results["specs"], results["eval_specs"], results["attn"])
 
@@ -247,11 +270,38 @@ def _inspect_output(config: TrainConfig) -> OutputFolder:
     if is_restarted() and list_checkpoints(folder):
         # After a restart by torchrun, resume the run; its flags apply to the first start only.
         overwrite, resume = False, "auto"
-    output = inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
-    if output.resume:
-        check_resumable(output.resume)
-        check_same_run(output.resume, fingerprint(config))
-    return output
+    return inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
+
+
+def _check_changes(config: TrainConfig, results: dict[str, Any]) -> list[str]:
+    """Compare the run with the checkpoint that it resumes from; return what is to be logged."""
+    output = results.get("output")
+    checkpoint = output.resume if output else None
+    if checkpoint is None:
+        return []
+    return distributed.run_on_rank_0(
+        lambda: _compare_with(checkpoint, config, results.get("specs"), results.get("eval_specs"))
+    )
+
+
+def _compare_with(
+    checkpoint: Path,
+    config: TrainConfig,
+    specs: Sequence[DatasetSpec] | None,
+    eval_specs: Sequence[DatasetSpec] | None,
+) -> list[str]:
+    """Compare flags and, if they can be read, datasets with a checkpoint."""
+    if specs is None or eval_specs is None:
+        current = fingerprint(config)
+    else:
+        data = DataState.of_files(specs, read_fingerprint(checkpoint).get(EXCLUDED, ()))
+        eval_data = DataState.of_files(validation_specs(eval_specs)) if eval_specs else None
+        current = fingerprint_run(config, data, eval_data)
+
+    def rate() -> float:
+        return scheduled_rate(config.run, current[TOTAL_STEPS], checkpoint_step(checkpoint) + 1)
+
+    return check_resume(checkpoint, current, allow_changes=config.run.allow_resume_changes, rate=rate)
 
 
 def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list[DatasetSpec]:

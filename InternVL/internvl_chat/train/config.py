@@ -107,6 +107,7 @@ class RunConfig:
     save_only_model: bool
     async_save: bool
     resume_from_checkpoint: str | None
+    allow_resume_changes: bool
     overwrite_output_dir: bool
     # checks
     sanity_check: bool

@@ -275,10 +275,13 @@ class RunArguments:
     save_strategy: str = _checkpoints("steps", "When to save a checkpoint.", (*INTERVALS, "best"))
     save_steps: float = _checkpoints(500, "Steps between checkpoints, or a fraction of all steps if below 1.")
     save_total_limit: int | None = _checkpoints(None, "Checkpoints to keep, the best included [all].")
-    save_only_model: bool = _checkpoints(False, "Save no optimizer state; the run cannot be resumed.")
+    save_only_model: bool = _checkpoints(False, "Save no optimizer state; the run cannot be resumed exactly.")
     async_save: bool = _checkpoints(True, "Write checkpoints in the background while training continues.")
     resume_from_checkpoint: str | None = _checkpoints(
         None, "Checkpoint to resume from [the newest one in output_dir]."
+    )
+    allow_resume_changes: bool = _checkpoints(
+        False, "Resume with other settings that fit to the checkpoint, and log the effect of each."
     )
     # logging
     logging_strategy: str = _reporting("steps", "When to log.", INTERVALS)

@@ -27,17 +27,17 @@ from internvl_chat.train.arguments import dump_config, parse_arguments
 from internvl_chat.train.checkpoint.best import copy_best
 from internvl_chat.train.checkpoint.fingerprint import (
     EXCLUDED,
-    check_same_run,
-    describe_data,
-    fingerprint,
+    DataState,
+    fingerprint_run,
     read_fingerprint,
 )
 from internvl_chat.train.checkpoint.model_files import checkpoint_writer
+from internvl_chat.train.checkpoint.resume_changes import check_images
 from internvl_chat.train.checkpoint.run_folder import CONFIG, FINISHED, METRICS, PLOT, VALIDATION
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import RunPlan, check_configuration, sharded_generation_problem
-from internvl_chat.train.config import TrainConfig, set_float32_precision
+from internvl_chat.train.config import RunConfig, TrainConfig, set_float32_precision
 from internvl_chat.train.distributed.signals import exit_code, report_stop, stop_with_launcher
 from internvl_chat.train.flag_help import build_help_parser
 from internvl_chat.train.freeze import format_table, set_trainable
@@ -80,7 +80,6 @@ def train(config: TrainConfig) -> signal.Signals | None:
     resume = plan.output.resume
 
     data, eval_data = _load_data(plan)
-    lock = _open_output(plan) if run.is_main else None
     model, tokenizer, preprocessing = _load_model(plan)
     flops = count_flops(model)
     sampler = build_sampler(config, data, flops)
@@ -89,11 +88,13 @@ def train(config: TrainConfig) -> signal.Signals | None:
     memory = _apply_memory_plan(config, model, sampler, data)
     strategy = build_strategy(config, memory, model, run.count_steps(len(sampler)))
     state = load_training_state(resume, strategy) if resume else TrainState()
+    lock = _open_output(plan) if run.is_main else None
+    eval_state = None if eval_data is None else DataState.of(eval_data)
     checkpointer = Checkpointer(
         plan.output.path,
         strategy,
         checkpoint_writer(plan, model, tokenizer, preprocessing),
-        fingerprint=fingerprint(config) | describe_data(data),
+        fingerprint=fingerprint_run(config, DataState.of(data), eval_state),
         device=run.device,
         keep=run.save_total_limit,
         model_only=run.save_only_model,
@@ -116,10 +117,7 @@ def train(config: TrainConfig) -> signal.Signals | None:
         if stopped_by is None:
             _finish(plan, loop, eval_data)
         else:
-            logger.info(
-                "stopped by %s after step %d; run the same command again to resume",
-                stopped_by.name, state.step,
-            )  # fmt: skip
+            logger.info("stopped by %s after step %d; %s", stopped_by.name, state.step, _how_to_resume(run))
     trackers.finish()
     if lock is not None:
         lock.release()
@@ -135,7 +133,10 @@ def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
     eval_specs = validation_specs(plan.eval_specs)
     eval_data = load_records(plan.config, eval_specs, encoder) if eval_specs else None
     if resume:
-        check_same_run(resume, describe_data(data))
+        images = {spec.name: digest for spec, digest in zip(plan.specs, data.image_digests, strict=True)}
+        changes = check_images(resume, images, allow_changes=plan.config.run.allow_resume_changes)
+        for line in changes if plan.config.run.is_main else ():
+            logger.warning("%s", line)
     if eval_data is not None and plan.config.run.is_main:
         warn_about_overlap(data, eval_data)
     return data, eval_data
@@ -182,6 +183,12 @@ def _apply_memory_plan(
     if config.run.compile_blocks:
         model.compile_blocks()
     return memory
+
+
+def _how_to_resume(run: RunConfig) -> str:
+    if run.save_only_model:
+        return "to continue without optimizer state, add --allow_resume_changes True to the command"
+    return "run the same command again to resume"
 
 
 def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -> None:

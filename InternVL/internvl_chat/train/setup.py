@@ -192,12 +192,9 @@ def load_records(
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
     if len(set(limits.values())) > 1:
         logger.warning("tile limits differ (%s); the checkpoint stores the largest", limits)
-    lengths, excluded, digests = distributed.run_on_rank_0(lambda: _check_records(sets, config))
-    if resumed_exclusions is not None:
-        excluded = [
-            ExcludedRecord(name, index, "excluded since the start of this run")
-            for name, index in resumed_exclusions
-        ]
+    lengths, excluded, digests, image_digests = distributed.run_on_rank_0(
+        lambda: _check_records(sets, config, resumed_exclusions)
+    )
     skip = config.data.on_bad_record == "skip"
     data = TrainingData(
         sets,
@@ -206,6 +203,7 @@ def load_records(
         excluded=excluded,
         max_bad_fraction=config.data.max_bad_fraction if skip else None,
         digests=digests,
+        image_digests=image_digests,
     )
     rows = [
         f"  {s.spec.name}: {counted(len(s), 'record')}, {size} per epoch, "
@@ -259,16 +257,29 @@ def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter
 
 
 def _check_records(
-    sets: Sequence[RecordSet], config: TrainConfig
-) -> tuple[list[Lengths], list[ExcludedRecord], list[str]]:
-    """Check the records; return lengths, excluded records and digests of the annotation files."""
-    lengths, excluded = check_before_training(
+    sets: Sequence[RecordSet], config: TrainConfig, resumed_exclusions: Sequence[tuple[str, int]] | None
+) -> tuple[list[Lengths], list[ExcludedRecord], list[str], list[str]]:
+    """Check the records.
+
+    Returns:
+        Lengths, excluded records, and the digests of the annotation files and of the image files.
+    """
+    lengths, excluded, manifests = check_before_training(
         sets,
         check=config.data.check,
         on_bad_record=config.data.on_bad_record,
         max_bad_fraction=config.data.max_bad_fraction,
     )
-    return lengths, excluded, [records.digest() for records in sets]
+    if resumed_exclusions is not None:
+        excluded = [
+            ExcludedRecord(name, index, "excluded since the start of this run")
+            for name, index in resumed_exclusions
+        ]
+    image_digests = [
+        manifest.digest({record.index for record in excluded if record.dataset == records.spec.name})
+        for records, manifest in zip(sets, manifests, strict=True)
+    ]
+    return lengths, excluded, [records.digest() for records in sets], image_digests
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:

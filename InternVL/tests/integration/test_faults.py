@@ -381,7 +381,7 @@ def test_concurrent_run_is_not_overwritten(tiny_model, sample_data, tmp_path, ca
         return original(*args, **kwargs)
 
     monkeypatch.setattr(internvl_chat_finetune, "load_records", meanwhile)
-    assert train(arguments(tiny_model, sample_data, out)) == 2
+    assert train(arguments(tiny_model, sample_data, out, max_steps=2)) == 2
     assert "another run wrote to this folder while this one was starting" in capfd.readouterr().err
     assert (out / "checkpoint-4/manifest.json").is_file()
 
@@ -407,7 +407,7 @@ def test_gap_in_the_ledger_is_reported(tiny_model, sample_data, tmp_path, capfd)
     (out / "train_results.json").unlink()
     lines = (out / "ledger.jsonl").read_text().splitlines(keepends=True)
     (out / "ledger.jsonl").write_text("".join(lines[:1] + lines[2:]))
-    assert train(arguments(tiny_model, sample_data, out)) == 0
+    assert train(arguments(tiny_model, sample_data, out, max_steps=4)) == 0
     assert "ledger.jsonl: no entry for 1 step (first: step 2)" in capfd.readouterr().err
 
 

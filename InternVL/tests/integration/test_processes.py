@@ -138,7 +138,8 @@ def test_resume_with_other_layouts_and_world_sizes(tiny_model, sample_data, tmp_
         batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks}
         saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "async_save": False}
         # The schedule must not depend on where the run is interrupted.
-        return {**batch, **saving, **recipe, "max_steps": steps, "lr_scheduler_type": "constant"}
+        steps = {"max_steps": steps, "lr_scheduler_type": "constant", "allow_resume_changes": True}
+        return {**batch, **saving, **recipe, **steps}
 
     common = (metrics, tiny_model, sample_data)
     one = train(*common, tmp_path / "one", 1, **values(1, len(MOVES)))

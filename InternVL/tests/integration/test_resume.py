@@ -59,7 +59,10 @@ def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
             assert train(arguments(folder, recipe, save_total_limit=1)) == 0
         for name in ("train_results.json", WEIGHTS[recipe]):
             (stopped / name).unlink()
-        assert train(arguments(stopped, recipe, save_total_limit=1, max_steps=12)) == 0
+        assert (
+            train(arguments(stopped, recipe, save_total_limit=1, max_steps=12, allow_resume_changes=True))
+            == 0
+        )
         expected = {p.name for p in full.iterdir()} - {"checkpoint-9"} | {"checkpoint-12"}
         assert {p.name for p in stopped.iterdir()} == expected
         for step, folder in ((9, full), (12, stopped)):
@@ -106,12 +109,41 @@ def test_resuming_on_other_data_is_refused(arguments, augmented, tmp_path, capfd
     assert "but the checkpoint has [4, 4, 4, 4, 4, 4]" in capfd.readouterr().err
 
 
+def test_more_steps_after_a_finished_run(arguments, tmp_path, metrics, capfd):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert train(arguments(first, "lora", max_steps=2)) == 0
+    again = partial(
+        arguments, second, "lora", max_steps=4, weight_decay=0.1, save_only_model=True,
+        resume_from_checkpoint=first / "checkpoint-2",
+    )  # fmt: skip
+    assert train(again()) == 2
+    stderr = capfd.readouterr().err
+    assert "total steps is 4, but the checkpoint has 2" in stderr and "weight_decay is 0.1" in stderr
+    assert not second.exists()
+    assert train(again(allow_resume_changes=True)) == 0
+    stderr = capfd.readouterr().err
+    assert "total steps 2 -> 4: the learning rate continues on the new schedule from step 3" in stderr
+    assert "learning rate of step 3: 0.0005 (0 with the schedule of the checkpoint)" in stderr
+    assert [row["learning_rate"] for row in metrics(second)] == [5e-4, 2.5e-4]
+    assert "--save_only_model True: the checkpoints have no optimizer state" in stderr
+
+    # The second run has saved no optimizer state.
+    checkpoint = second / "checkpoint-4"
+    again = partial(arguments, third, "lora", max_steps=5, resume_from_checkpoint=checkpoint)
+    assert train(again()) == 2
+    assert "has no optimizer state (--save_only_model)" in capfd.readouterr().err
+    assert train(again(allow_resume_changes=True)) == 0
+    assert "moments start at zero in step 5" in capfd.readouterr().err
+    assert [row["step"] for row in metrics(third)] == [5]
+    assert metrics(third)[0]["learning_rate"] == pytest.approx(2e-4)
+
+
 def test_adapters_resume_though_their_base_has_moved(arguments, tiny_model, tmp_path):
     base, moved, run = tmp_path / "base", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(tiny_model, base)
     assert train(arguments(run, "lora", model_name_or_path=base, max_steps=4)) == 0
     base.rename(moved)
-    again = {"model_name_or_path": moved, "resume_from_checkpoint": run / "checkpoint-4", "max_steps": 6}
+    again = {"model_name_or_path": moved, "resume_from_checkpoint": run / "checkpoint-4", "max_steps": 4}
     assert train(arguments(tmp_path / "more", "lora", **again)) == 0
 
 

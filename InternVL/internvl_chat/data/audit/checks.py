@@ -11,6 +11,7 @@ from internvl_chat.data.audit.duplicates import find_duplicates, record_warning
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.index.build import index_records
 from internvl_chat.data.index.cache import Lengths, RecordIndex
+from internvl_chat.data.index.image_manifest import ImageManifest
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.problems import Problem, describe_by_kind
@@ -117,7 +118,7 @@ def audit(
 
 def check_before_training(
     sets: Sequence[RecordSet], *, check: str, on_bad_record: str, max_bad_fraction: float
-) -> tuple[list[Lengths], list[ExcludedRecord]]:
+) -> tuple[list[Lengths], list[ExcludedRecord], list[ImageManifest]]:
     """Index the records of a run and log the findings of the data check.
 
     Args:
@@ -127,7 +128,7 @@ def check_before_training(
         max_bad_fraction: maximum fraction of records that may be excluded.
 
     Returns:
-        Lengths of the records of each dataset, and the excluded records.
+        Lengths of the records of each dataset, the excluded records, and the image files of each dataset.
 
     Raises:
         DataError: with `fail`, a record is unusable; with `skip`, too many records are.
@@ -157,7 +158,7 @@ def check_before_training(
         if warnings:
             lines = describe_by_kind(warnings)
             logger.warning("the data check found\n%s", "\n".join(f"  {line}" for line in lines))
-    return [index.lengths for index in indexes], excluded
+    return [index.lengths for index in indexes], excluded, [index.images for index in indexes]
 
 
 def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:

@@ -1,7 +1,8 @@
 """Manifest of a dataset's image files, used to find records whose images changed since they were indexed."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from internvl_chat.data.sources.images import ImageFile
+from internvl_chat.utils.files import sha256
 
 # Threads overlap the round trips of stat calls on a network file system.
 _THREADS = 16
@@ -65,6 +67,12 @@ class ImageManifest:
         files = [all_files[position] for position in used]
         states = np.array([file[1:] for file in files], np.int64).reshape(-1, 2)
         return ImageManifest([file.name for file in files], states, uses)
+
+    def digest(self, excluded: Collection[int]) -> str:
+        """Return a hash of the names and sizes of the images of all records but the excluded ones."""
+        used = np.unique(self.uses[~np.isin(self.uses[:, 0], list(excluded)), 1])
+        files = sorted((self.names[position], int(self.states[position, 0])) for position in used)
+        return sha256(json.dumps(files).encode())
 
     def equals(self, other: "ImageManifest") -> bool:
         """Return whether two manifests list the same files in the same state, used by the same records."""

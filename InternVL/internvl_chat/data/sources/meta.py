@@ -48,6 +48,10 @@ class DatasetSpec:
     max_dynamic_patch: int | None = None
     length: int | None = None
 
+    def num_used(self, total: int) -> int:
+        """Return the number of records per epoch, with repetitions, of a file of `total` records."""
+        return int(total * self.repeat_time) if self.repeat_time < 1 else total * int(self.repeat_time)
+
 
 def load_meta(
     path: str | Path, data_root: str | Path, image_root: str | Path | None = None

@@ -1,81 +1,184 @@
-"""Fingerprint of a run: settings that must not change when it is resumed; stored in every checkpoint."""
+"""Fingerprint of a run: everything that decides the rest of it; stored in every checkpoint.
+
+`resume_changes` compares it when a run resumes.
+"""
 
 import json
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from internvl_chat.data.dataset import TrainingData
-from internvl_chat.train.config import TrainConfig
-from internvl_chat.utils.errors import UsageError
+from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.data.sources.meta import DatasetSpec
+from internvl_chat.train.config import RunConfig, TrainConfig
+from internvl_chat.train.distributed.deepspeed import zero_stage
+from internvl_chat.train.flags import DataArguments, ModelArguments
+from internvl_chat.utils.files import file_sha256
 
 FINGERPRINT = "run_fingerprint.json"
 
 SET_SIZES = "records of each set"
 EXCLUDED = "excluded records"
 STEP_SIZE = "records of a step"
+TOTAL_STEPS = "total steps"
+SETS = "datasets"
+ANNOTATION = "SHA-256 of the annotation file of "
+REPEATS = "repeat_time per dataset"
+AUGMENTED = "data_augment per dataset"
+TILE_LIMITS = "max_dynamic_patch per dataset"
+IMAGES = "image files per dataset"
+BEST = "choice of the best checkpoint"
+DEEPSPEED_RANKS = "number of ranks (with DeepSpeed use as many as before)"
 
-# Names in messages of the settings whose names in checkpoints are less clear.
-_TITLES = {SET_SIZES: "records per dataset", STEP_SIZE: "global batch size (records per step)"}
+# Fields of the configuration that do not affect what the rest of a run learns from which records.
+NOT_COMPARED = {
+    "model": (
+        # Where the initial model is; a resumed run starts from the checkpoint.
+        "model_name_or_path", "base_model_path", "vision_path", "llm_path", "mlp_path",
+        # Memory and speed.
+        "grad_checkpoint", "attn", "use_liger",
+        # No effect.
+        "use_fast_tokenizer",
+    ),
+    "data": (
+        # Where the data is, which may move; its content is compared.
+        "meta_path", "eval_meta_path", "data_root", "image_root",
+        # What happens with unusable records. Records excluded at the start stay excluded.
+        "check", "on_bad_record", "max_bad_fraction",
+    ),
+    "run": (
+        "output_dir", "allow_resume_changes",
+        # Layout: the number of ranks, and how they share a step.
+        "device", "rank", "world_size", "local_world_size", "records_per_pack", "records_per_rank", "packing",
+        "max_packed_tokens", "parallel", "ddp_bucket_cap_mb", "ddp_timeout",
+        # Rounding only.
+        "tf32", "compile_blocks", "full_determinism",
+        # Data loading, logging and checkpoints.
+        "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_strategy",
+        "logging_steps", "logging_first_step", "disable_tqdm", "report_to", "run_name", "save_strategy",
+        "save_steps", "save_total_limit", "save_only_model", "async_save", "resume_from_checkpoint",
+        "overwrite_output_dir", "load_best_model_at_end", "do_eval", "eval_on_start",
+        # Checks.
+        "sanity_check", "max_bad_steps", "hang_seconds",
+    ),
+}  # fmt: skip
+# Fields that are compared in another form, by the names above.
+_RESOLVED = (
+    "flags", "num_train_epochs", "max_steps", "records_per_step", "weight_precision", "deepspeed",
+    "max_dynamic_patch", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+# Decide which checkpoint is the best and when to stop early; compared if either is used.
+VALIDATION_FLAGS = ("eval_strategy", "eval_steps", "eval_delay", "eval_generate", "early_stopping_patience")
 
-_MODEL_FLAGS = (
-    "freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head", "use_llm_lora",
-    "use_backbone_lora", "lora_dropout", "vision_select_layer", "ps_version",
-)  # fmt: skip
-_RUN_FLAGS = (
-    "seed", "bf16", "loss_reduction", "train_sampling_strategy", "learning_rate", "weight_decay",
-    "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
-    "lr_scheduler_type", "lr_scheduler_kwargs",
-)  # fmt: skip
-_DATA_FLAGS = (
-    "conv_style", "max_seq_length", "force_image_size", "dynamic_image_size", "use_thumbnail",
-    "min_dynamic_patch", "max_dynamic_patch", "normalize_type", "pad2square", "use_data_resampling",
-    "truncate_text", "image_background", "exif_transpose", "escape_control_tokens",
-)  # fmt: skip
+
+class DataState(NamedTuple):
+    """The datasets of a run.
+
+    Attributes:
+        sizes: records per epoch of each dataset.
+        digests: SHA-256 of the annotation files.
+        excluded: dataset and index of the excluded records.
+        images: digest of the image files of each dataset; empty if not known.
+    """
+
+    specs: Sequence[DatasetSpec]
+    sizes: Sequence[int]
+    digests: Sequence[str]
+    excluded: Sequence[tuple[str, int]] = ()
+    images: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, data: TrainingData) -> "DataState":
+        """Return the state of opened datasets."""
+        excluded = [(record.dataset, int(record.index)) for record in data.excluded]
+        specs = [records.spec for records in data.sets]
+        return cls(specs, data.sizes, data.digests, excluded, data.image_digests)
+
+    @classmethod
+    def of_files(cls, specs: Sequence[DatasetSpec], excluded: Sequence[tuple[str, int]] = ()) -> "DataState":
+        """Return the state of datasets from their annotation files, without checking the records.
+
+        Args:
+            excluded: the records that the checkpoint's run excludes.
+        """
+        sizes = []
+        for spec in specs:
+            total = len(RecordFile(spec.annotation))
+            used = spec.num_used(total)
+            distinct = min(total, used)
+            unusable = {index for name, index in excluded if name == spec.name and index < distinct}
+            sizes.append((distinct - len(unusable)) * (used // distinct if distinct else 0))
+        return cls(specs, sizes, [file_sha256(spec.annotation) for spec in specs], excluded)
 
 
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that determine the order of the records and the optimizer state.
+    """Return the flags that decide the rest of a run.
 
     The number of ranks and the parallel layout may change, except with DeepSpeed.
     """
-    groups = (config.model, _MODEL_FLAGS), (config.run, _RUN_FLAGS), (config.data, _DATA_FLAGS)
-    settings = {name: getattr(group, name) for group, names in groups for name in names}
-    settings["weight precision"] = config.run.weight_precision
-    settings[STEP_SIZE] = config.run.records_per_step
-    settings["DeepSpeed"] = bool(config.run.deepspeed)
-    if config.run.deepspeed:
-        settings["number of ranks (with DeepSpeed use as many as before)"] = config.run.world_size
+    groups = ("model", ModelArguments), ("data", DataArguments), ("run", RunConfig)
+    settings = {
+        field.name: getattr(getattr(config, group), field.name)
+        for group, kind in groups
+        for field in fields(kind)
+        if field.name not in (*NOT_COMPARED[group], *_RESOLVED)
+    }
+    run = config.run
+    if not run.tracks_best:
+        settings = {name: value for name, value in settings.items() if name not in VALIDATION_FLAGS}
+    settings["max_dynamic_patch"] = config.data.max_dynamic_patch
+    settings["weight precision"] = run.weight_precision
+    settings[STEP_SIZE] = run.records_per_step
+    settings["DeepSpeed"] = bool(run.deepspeed)
+    if run.deepspeed:
+        settings[DEEPSPEED_RANKS] = run.world_size
+        settings["ZeRO stage"] = zero_stage(run.deepspeed)
+        settings |= {f"DeepSpeed's {key}": run.deepspeed.get(key) for key in ("optimizer", "scheduler")}
     return settings
 
 
-def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return the annotation files, their sizes and the excluded records, which determine the order."""
-    contents = {
-        f"SHA-256 of the annotation file of {records.spec.name}": digest
-        for records, digest in zip(data.sets, data.digests, strict=True)
+def fingerprint_run(config: TrainConfig, data: DataState, eval_data: DataState | None) -> dict[str, Any]:
+    """Return the fingerprint of a run: its flags, its datasets, and what follows from both."""
+    names = [spec.name for spec in data.specs]
+    epoch_steps = -(-sum(data.sizes) // config.run.records_per_step)
+    settings = {
+        **fingerprint(config),
+        TOTAL_STEPS: config.run.count_steps(epoch_steps),
+        SETS: names,
+        SET_SIZES: list(data.sizes),
+        EXCLUDED: [list(record) for record in data.excluded],
+        **{f"{ANNOTATION}{name}": digest for name, digest in zip(names, data.digests, strict=True)},
+        REPEATS: {spec.name: spec.repeat_time for spec in data.specs},
+        AUGMENTED: {spec.name: spec.data_augment for spec in data.specs},
+        TILE_LIMITS: _tile_limits(config, data.specs),
+        BEST: None,
     }
-    excluded = [[record.dataset, int(record.index)] for record in data.excluded]
-    return {SET_SIZES: data.sizes, EXCLUDED: excluded} | contents
+    if data.images:
+        settings[IMAGES] = dict(zip(names, data.images, strict=True))
+    if config.run.tracks_best and eval_data is not None:
+        settings[BEST] = {
+            "metric": config.run.metric_for_best_model,
+            "greater is better": config.run.greater_is_better,
+            "datasets": [
+                [spec.name, digest, spec.repeat_time]
+                for spec, digest in zip(eval_data.specs, eval_data.digests, strict=True)
+            ],
+        }
+    return settings
+
+
+def _tile_limits(config: TrainConfig, specs: Sequence[DatasetSpec]) -> dict[str, int]:
+    return {spec.name: spec.max_dynamic_patch or config.data.max_dynamic_patch for spec in specs}
 
 
 def read_fingerprint(checkpoint: Path) -> dict[str, Any]:
-    """Return the fingerprint stored in a checkpoint; empty if there is none."""
-    file = checkpoint / FINGERPRINT
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """Return the fingerprint stored in a checkpoint; empty if there is none.
 
-
-def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
-    """Compare a fingerprint with the one stored in a checkpoint.
-
-    Raises:
-        UsageError: lists all differences.
+    The fingerprints of earlier versions name the datasets only with their annotation files.
     """
-    stored, current = read_fingerprint(checkpoint), json.loads(json.dumps(current))
-    problems = [
-        f"cannot resume {checkpoint}: {_TITLES.get(name, name)} is {value!r}, but the checkpoint has "
-        f"{stored[name]!r}; use the earlier value, or start a new run in another --output_dir"
-        for name, value in current.items()
-        if name in stored and stored[name] != value
-    ]
-    if problems:
-        raise UsageError(problems)
+    file = checkpoint / FINGERPRINT
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = [name.removeprefix(ANNOTATION) for name in stored if name.startswith(ANNOTATION)]
+    return {SETS: names, **stored} if names else stored

@@ -152,8 +152,9 @@ def inspect_output_folder(
         return OutputFolder(path, None, overwrite=True, results=results)
     if FINISHED in contents and not resume:
         raise UsageError(
-            f"{path}: this output folder holds a finished run; choose another --output_dir, or "
-            "--overwrite_output_dir True to delete it"
+            f"{path}: this output folder holds a finished run; choose another --output_dir, delete the run "
+            "with --overwrite_output_dir True, or continue it with more steps: --resume_from_checkpoint True "
+            "--allow_resume_changes True"
         )
     if checkpoints:
         return OutputFolder(path, _newest_intact(checkpoints), overwrite=False, results=results)

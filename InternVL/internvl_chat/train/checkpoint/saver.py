@@ -7,6 +7,7 @@ output folder of a finished run (`model_files`), `optimizer/` (`optimizer_state`
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 
 from internvl_chat.train.checkpoint.best import find_best
 from internvl_chat.train.checkpoint.fingerprint import FINGERPRINT
@@ -36,8 +38,9 @@ from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_st
 from internvl_chat.train.checkpoint.weights import WeightGatherer
 from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy, save_engine
 from internvl_chat.train.distributed.strategy import Strategy, local_shard
+from internvl_chat.train.optim.factory import move_schedule
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.errors import M3LLMError, TrainingError
 from internvl_chat.utils.files import write_json
 from internvl_chat.utils.hashed_file import FileEntry, drop_from_cache
 from internvl_chat.utils.logging import get_logger
@@ -50,6 +53,8 @@ WriteFiles = Callable[[Path], dict[str, FileEntry]]
 OPTIMIZER = "optimizer"
 DEEPSPEED = "deepspeed"
 _TAG = "state"
+# Options of an optimizer that this run's flags set, not the checkpoint.
+_OPTIONS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 # On a CPU, the thread competes with training for the cores. This niceness gives it a third of a usual share.
 _NICENESS = 5
@@ -298,33 +303,46 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_resumable(checkpoint: Path) -> None:
-    """Check that a checkpoint contains the optimizer state.
-
-    Raises:
-        UsageError: there is no optimizer state.
-    """
-    if not (checkpoint / DEEPSPEED).is_dir() and "optimizer" not in read_state_file(checkpoint):
-        raise UsageError(f"{checkpoint}: has no optimizer state to resume from (--save_only_model)")
+def has_optimizer_state(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was saved without `--save_only_model`."""
+    return (checkpoint / DEEPSPEED).is_dir() or "optimizer" in read_state_file(checkpoint)
 
 
 def load_training_state(checkpoint: Path, strategy: Strategy) -> TrainState:
-    """Load the state of optimizer and scheduler, written by any number of ranks; a collective.
+    """Load the state of the optimizer, written by any number of ranks, if any; a collective.
 
-    The weights are loaded separately, by `load_for_training`.
+    The weights are loaded separately, by `load_for_training`. The learning rate is that of this run's own
+    schedule after the steps of the checkpoint.
 
     Raises:
         TrainingError: the state belongs to another optimizer or model.
     """
     saved = read_state_file(checkpoint)
+    state = TrainState.from_json(saved)
+    options = [{key: group[key] for key in _OPTIONS if key in group} for group in _groups(strategy)]
     if strategy.name == "deepspeed" and (checkpoint / DEEPSPEED).is_dir():
         folder = checkpoint / DEEPSPEED
         engine = cast(DeepSpeedStrategy, strategy).engine
         loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if loaded is None:
             raise TrainingError(f"{folder}: DeepSpeed cannot load this state")
-    else:
-        folder = checkpoint / OPTIMIZER
-        load_optimizer(folder, strategy.model, strategy.optimizer, saved["optimizer"])
-        strategy.scheduler.load_state_dict(saved["scheduler"])
-    return TrainState.from_json(saved)
+    elif "optimizer" in saved:
+        load_optimizer(checkpoint / OPTIMIZER, strategy.model, strategy.optimizer, saved["optimizer"])
+    for group, values in zip(_groups(strategy), options, strict=True):
+        group.update(values)
+    if isinstance(strategy.scheduler, LambdaLR):  # DeepSpeed's own schedulers load their state
+        _report_change(move_schedule(strategy.scheduler, state.step), state.step + 1, saved)
+    return state
+
+
+def _groups(strategy: Strategy) -> list[dict[str, Any]]:
+    return strategy.optimizer.param_groups
+
+
+def _report_change(rate: float, step: int, saved: dict[str, Any]) -> None:
+    """Log the learning rate of the next step if the schedule of the checkpoint had another one."""
+    before = saved.get("scheduler", {}).get("_last_lr", [rate])[0]
+    if not math.isclose(rate, before, rel_tol=1e-9):
+        logger.warning(
+            "learning rate of step %d: %g (%g with the schedule of the checkpoint)", step, rate, before
+        )

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder is None:
         return _launch(argv)
     log, created = folder / "training_log.txt", not folder.exists()
+    results = folder / "train_results.json"
+    finished, had_log = _stamp(results), log.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log_file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -42,12 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("cannot write to the output folder: %s", error)
         return 2
     os.environ.setdefault("WANDB_DIR", str(folder))
-    with _logged_to(log_file):
+    with _logged_to(log_file, results):
         code = _launch(argv)
+    if not had_log and _is_unchanged(results, finished):
+        log.unlink(missing_ok=True)
     if code and created and list(folder.iterdir()) == [log]:
         log.unlink()
         folder.rmdir()
         logger.error("training did not start (exit code %d)", code)
+    elif code and _is_unchanged(results, finished):
+        logger.error("training did not start (exit code %d); %s is unchanged", code, folder)
     elif code in map(exit_code, SIGNALS):
         logger.error(
             "stopped by a signal (exit code %d); run the same command again to resume in %s", code, folder
@@ -57,9 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _stamp(results: Path) -> int | None:
+    """Return the modification time of the results of a finished run; None if there are none."""
+    try:
+        return results.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _is_unchanged(results: Path, stamp: int | None) -> bool:
+    """Return whether a folder held results of a finished run and still has them; a new run deletes them."""
+    return stamp is not None and _stamp(results) == stamp
+
+
 @contextlib.contextmanager
-def _logged_to(log: int) -> Iterator[None]:
+def _logged_to(log: int, results: Path) -> Iterator[None]:
     """Copy all output to the terminal and to a log file, in a child process.
+
+    The log of a finished run is left as it is unless a new run starts.
 
     The child ignores signals, so that workers can write until they have saved, even without the launcher.
     """
@@ -71,7 +92,7 @@ def _logged_to(log: int) -> Iterator[None]:
             for number in (signal.SIGHUP, signal.SIGQUIT, *SIGNALS):
                 signal.signal(number, signal.SIG_IGN)
             os.close(pipe)
-            _copy(source, 1, log)
+            _copy(source, 1, log, results)
         finally:
             os._exit(0)
     if os.isatty(1):
@@ -91,15 +112,22 @@ def _logged_to(log: int) -> Iterator[None]:
             time.sleep(0.01)
 
 
-def _copy(source: int, terminal: int, log: int) -> None:
-    """Copy the output to the terminal, and to the log without text that carriage returns overwrite."""
-    line = b""
+def _copy(source: int, terminal: int, log: int, results: Path) -> None:
+    """Copy the output to the terminal, and to the log without text that carriage returns overwrite.
+
+    Args:
+        results: results of a finished run; while they are unchanged, nothing is written to the log.
+    """
+    line, held, finished = b"", b"", _stamp(results)
     while data := os.read(source, 1 << 16):
         _write(terminal, data)
         *lines, line = (text[text.rfind(b"\r", 0, -1) + 1 :] for text in (line + data).split(b"\n"))
-        _write(log, b"".join(text.rstrip(b"\r") + b"\n" for text in lines))
-    if line:
-        _write(log, line + b"\n")
+        held += b"".join(text.rstrip(b"\r") + b"\n" for text in lines)
+        if not _is_unchanged(results, finished):
+            _write(log, held)
+            held = b""
+    if not _is_unchanged(results, finished):
+        _write(log, held + (line + b"\n" if line else b""))
 
 
 def _write(file: int, data: bytes) -> None:

@@ -56,7 +56,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
     """Return the learning-rate scheduler for all steps of the run.
 
     Raises:
@@ -69,8 +69,8 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
         )
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(total_steps * warmup)
     options = dict(run.lr_scheduler_kwargs)
-    known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
-    known = [option for option in known if option not in _SET_BY_THE_RUN]
+    function: Callable[..., Any] = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    known = [option for option in inspect.signature(function).parameters if option not in _SET_BY_THE_RUN]
     if unknown := [option for option in options if option not in known]:
         raise UsageError(
             f"--lr_scheduler_kwargs {', '.join(unknown)}: {name} has no such option; its options: "
@@ -88,7 +88,7 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
             )
     except Exception as error:  # of any kind: the schedules compute with unchecked options
         raise UsageError(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: {error}") from None
-    return scheduler
+    return cast(LambdaLR, scheduler)  # all but the rejected ones
 
 
 def _check_rates(scheduler: LRScheduler, total_steps: int) -> None:
@@ -101,6 +101,21 @@ def _check_rates(scheduler: LRScheduler, total_steps: int) -> None:
         for step in {*range(0, total_steps, total_steps // 1000 + 1), total_steps}:
             if not 0 <= (value := factor(step)) <= 1 + 1e-6:
                 raise ValueError(f"the learning rate of step {step} is {value} times --learning_rate")
+
+
+def move_schedule(scheduler: LambdaLR, steps: int) -> float:
+    """Move a new scheduler to the state after a number of steps; return the learning rate of the next one."""
+    # With a count above 1, torch does not look for steps of the optimizer before those of the scheduler.
+    position = {"last_epoch": steps - 1, "_step_count": max(steps, 2)}
+    scheduler.load_state_dict({**scheduler.state_dict(), **position})
+    scheduler.step()
+    return float(scheduler.get_last_lr()[0])
+
+
+def scheduled_rate(run: RunConfig, total_steps: int, step: int) -> float:
+    """Return the learning rate of a step, counted from 1, of a run's own schedule."""
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
+    return move_schedule(make_scheduler(run, probe, total_steps), step - 1)
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """Optimizer state is resharded exactly across layouts and world sizes, without pickles."""
 
 import json
+import logging
 import pickle
 import threading
 import weakref
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -21,10 +23,10 @@ from safetensors.torch import load_file
 from transformers import Adafactor
 
 from internvl_chat.train.checkpoint.manifest import MANIFEST, find_damage, hash_files
-from internvl_chat.train.checkpoint.saver import check_resumable, load_training_state
+from internvl_chat.train.checkpoint.saver import has_optimizer_state, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.optim.adamw import build_adamw
-from internvl_chat.utils.errors import TrainingError, UsageError
+from internvl_chat.utils.errors import TrainingError
 
 STATE = TrainState(step=3, epoch=0.5, best_step=2, best_metric=1.25, total_flops=1e15)
 
@@ -173,8 +175,24 @@ def test_state_of_other_parameters_is_refused(tmp_path):
         load_training_state(checkpoint, other)
 
 
-def test_checkpoint_without_optimizer_state_is_refused(tmp_path):
+def test_checkpoint_without_optimizer_state(tmp_path):
     checkpoint = save(tmp_path, trained(), model_only=True)
     assert not (checkpoint / "optimizer").exists()
-    with pytest.raises(UsageError, match="has no optimizer state"):
-        check_resumable(checkpoint)
+    assert not has_optimizer_state(checkpoint)
+    strategy = ToyStrategy("single")
+    load_training_state(checkpoint, strategy)
+    assert not strategy.optimizer.state
+
+
+def test_flags_set_the_options_of_the_optimizer(tmp_path, caplog):
+    """The checkpoint has the moments; rate, decay and betas are those of this run."""
+    checkpoint = save(tmp_path, trained())
+    options = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 0.1}
+    other = ToyStrategy("single", partial(build_adamw, precision="master", **options))
+    other.scheduler.lr_lambdas = [lambda step: step / 10] * 2
+    caplog.set_level(logging.INFO)
+    state = load_training_state(checkpoint, other)
+    assert other.optimizer.state and other.scheduler.last_epoch == state.step
+    for group in other.optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5 * state.step / 10, (0.5, 0.6), 0.1)
+    assert f"learning rate of step {state.step + 1}: {group['lr']:g} (" in caplog.text

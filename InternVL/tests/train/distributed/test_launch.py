@@ -120,6 +120,46 @@ sys.stderr.write("step 3\\nno end of line")
     assert run.log() == "an earlier run\n0 1 None\nstep 3\nno end of line\n"
 
 
+# Starts a run in the folder of a finished one.
+STARTS = """
+import sys
+from pathlib import Path
+results = Path(sys.argv[2]) / "train_results.json"
+print("checking", flush=True)
+results.unlink()
+print("step 1", flush=True)
+results.write_text("{}")
+"""
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "train_results.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_refused_start_does_not_touch_a_finished_run(start, finished, has_log):
+    if has_log:
+        (finished / "training_log.txt").write_text("finished\n")
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    code, output = start("import sys; sys.exit('cannot resume')").end()
+    assert code == 1
+    assert "cannot resume" in output
+    assert f"training did not start (exit code 1); {finished} is unchanged" in output
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_new_run_after_a_finished_one_has_a_complete_log(start, finished):
+    (finished / "training_log.txt").write_text("finished\n")
+    run = start(STARTS)
+    assert run.end()[0] == 0
+    assert run.log() == "finished\nchecking\nstep 1\n"
+
+
 @pytest.mark.parametrize(
     ("pieces", "log"),
     [
@@ -137,7 +177,7 @@ def test_log_lines(tmp_path, pieces, log):
         for piece in pieces:
             os.write(pipe, piece)
         os.close(pipe)
-        launch._copy(source, terminal.fileno(), file.fileno())
+        launch._copy(source, terminal.fileno(), file.fileno(), tmp_path / "none")
     os.close(source)
     assert (tmp_path / "log").read_bytes() == log
     assert (tmp_path / "terminal").read_bytes() == b"".join(pieces)
@@ -149,7 +189,7 @@ def test_partial_progress_lines_do_not_accumulate(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.os, "read", lambda *_: pieces.pop(0))
     written = {1: b"", 2: b""}
     monkeypatch.setattr(launch, "_write", lambda file, data: written.update({file: written[file] + data}))
-    launch._copy(0, 1, 2)
+    launch._copy(0, 1, 2, tmp_path / "none")
     assert written[2] == b"99 %\n"
 
 

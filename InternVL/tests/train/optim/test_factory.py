@@ -26,6 +26,7 @@ from internvl_chat.train.optim.factory import (
     make_optimizer,
     make_scheduler,
     optimizer_problems,
+    scheduled_rate,
     uses_compiled_step,
 )
 from internvl_chat.utils.errors import UsageError
@@ -264,6 +265,16 @@ class TestSchedule:
         expected = get_scheduler(name, optimizer, 5, 100, scheduler_specific_kwargs=options)
         assert self.make(**flags) == rates(expected, optimizer, 100)
         assert not list(optimizer_problems(resolve(**flags)))
+
+    @pytest.mark.parametrize(
+        "name", sorted({one.value for one in SchedulerType} - {"reduce_lr_on_plateau", "greedy"})
+    )
+    def test_rate_of_a_single_step(self, name):
+        """As after all steps before it, with the rate of another schedule."""
+        flags = {"lr_scheduler_type": name, "lr_scheduler_kwargs": json.dumps(OPTIONS.get(name, {})),
+                 "warmup_steps": 5, "learning_rate": 1.0}  # fmt: skip
+        expected = self.make(**flags)
+        assert [scheduled_rate(resolve(**flags), 100, step + 1) for step in range(100)] == expected
 
     @pytest.mark.parametrize("name", [one.value for one in SchedulerType])
     def test_unknown_and_missing_schedule_options(self, name):
