@@ -195,17 +195,19 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
             loop.checkpointer.save_model(output)
         elif run.is_main:
             step = copy_best(state, output, plan.output.resume)
+        if run.is_main:
+            title = describe_run(plan.config)
+            plot_loss(output / METRICS, output / PLOT, output / VALIDATION, subtitle=title)
+            validation = read_validation(output / VALIDATION, step)
+            parameters = count_parameters(loop.strategy.model)
+            write_model_card(plan.config, loop.data, eval_data, parameters, validation)
+            write_json(output / FINISHED, dataclasses.asdict(state))
     except OSError as error:
         raise TrainingError(
             f"{output}: the model cannot be saved: {error}; free some space and run the same command again: "
             "it repeats the steps since the newest checkpoint"
         ) from None
-    parameters = count_parameters(loop.strategy.model)
     if run.is_main:
-        plot_loss(output / METRICS, output / PLOT, output / VALIDATION, subtitle=describe_run(plan.config))
-        validation = read_validation(output / VALIDATION, step)
-        write_model_card(plan.config, loop.data, eval_data, parameters, validation)
-        write_json(output / FINISHED, dataclasses.asdict(state))
         skipped = (
             f" ({state.skipped_steps} of {counted(state.step, 'step')} skipped)"
             if state.skipped_steps

@@ -190,7 +190,11 @@ class TrainingLoop:
         device = self.run.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         token_losses = []
-        features = self._vision_features(packs)
+        model, features = self.strategy.model, None
+        if model.vision_is_frozen and not model.always_run_vision:
+            # Otherwise the tower runs with each pack, because it is trained or inside a sharded model.
+            tiles = torch.cat([pack.tiles.to(device, non_blocking=True) for pack in packs])
+            features = tile_features(model, tiles, self.normalization).split([len(p.tiles) for p in packs])
         for number, (pack, weight) in enumerate(zip(packs, weights, strict=True)):
             inputs = pack.text_inputs(device)
             if features is None:
@@ -234,19 +238,6 @@ class TrainingLoop:
         """Return the loss weight of each record's tokens, 0 for dummy samples: (R,)."""
         weights = [token_weight(n, self.run.loss_reduction) for n in pack.supervised.tolist()]
         return torch.tensor(weights, dtype=torch.float64) * pack.counts
-
-    def _vision_features(self, packs: Sequence[Pack]) -> Sequence[torch.Tensor] | None:
-        """Run a frozen vision tower once over the tiles of all packs.
-
-        Returns None if the tower must run with each pack: because it is trained, or because weights are
-        sharded and modules can only run inside the model's forward pass.
-        """
-        model = self.strategy.model
-        if not model.vision_is_frozen or model.always_run_vision:
-            return None
-        tiles = torch.cat([pack.tiles.to(self.run.device, non_blocking=True) for pack in packs])
-        features = tile_features(model, tiles, self.normalization)
-        return features.split([len(pack.tiles) for pack in packs])
 
     def _records_of(self, step: int) -> list[RecordKey]:
         """Return the records of a step over all ranks."""
