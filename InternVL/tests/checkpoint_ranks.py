@@ -26,6 +26,7 @@ from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_sta
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checkpoint.weights import WeightGatherer
+from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy
 from internvl_chat.train.distributed.strategy import full_tensor, local_shard
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils import distributed
@@ -306,6 +307,40 @@ def save_deepspeed_with_failures(stage, output):
     assert load_training_state(output / "checkpoint-4", resumed) == TrainState(step=4)
     assert [resumed.step() for _ in range(3)] == expected
     return log.getvalue()
+
+
+def gather_zero3_with_a_failure():
+    """Gather ZeRO-3's weights while rank 0 has no memory, then again; return whether each try has failed."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+    }  # fmt: skip
+    strategy = DeepSpeedStrategy(
+        Toy(torch.float32),
+        lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+        torch.optim.lr_scheduler.ConstantLR,
+        config,
+    )
+    to, failed = torch.Tensor.to, []
+
+    def fail(self, *args, **options):
+        if options.get("copy") and distributed.rank() == 0:
+            raise RuntimeError("out of memory")
+        return to(self, *args, **options)
+
+    for replacement in (fail, to):
+        torch.Tensor.to = replacement
+        try:
+            weights = strategy.full_weights()
+            failed.append(False)
+        except RuntimeError:
+            failed.append(True)
+        finally:
+            torch.Tensor.to = to
+    expected = {} if distributed.rank() else Toy(torch.float32).state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+    return failed
 
 
 def save_and_be_killed(output):

@@ -231,10 +231,16 @@ class Checkpointer:
         self, engine: Any, text: str, weights: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
         """Write this rank's files; return the entries of those that were hashed on rank 0."""
+
+        def write() -> dict[str, FileEntry]:
+            (folder / DEEPSPEED / _TAG).mkdir(parents=True, exist_ok=True)
+            return self._write_model_files(text, weights, folder)
+
+        if self._model_only:
+            return self._write_model_files(text, weights, folder)
         # If rank 0 fails, the others must not wait for it inside DeepSpeed.
-        entries, *_ = self._run_stage(lambda: self._write_model_files(text, weights, folder))
-        if not self._model_only:
-            save_engine(engine, folder / DEEPSPEED, _TAG)
+        entries, *_ = self._run_stage(write)
+        save_engine(engine, folder / DEEPSPEED, _TAG)
         return entries
 
     def _write_model_files(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:

@@ -12,6 +12,7 @@ from checkpoint_ranks import (
     ToyStrategy,
     checkpointer,
     gather_without_a_shard,
+    gather_zero3_with_a_failure,
     run_ranks,
     save_and_be_killed,
     save_deepspeed_with_failures,
@@ -373,3 +374,8 @@ class TestDeepSpeed:
         for step, rank in ((2, "rank 1: "), (3, "")):
             assert f"checkpoint-{step} was not written: {rank}{reason}" in logs[0]
         assert "was not written" not in logs[1]
+
+    def test_failure_while_zero3_gathers_weights(self):
+        """The other rank does not wait for the rest."""
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        assert run_ranks(2, gather_zero3_with_a_failure) == [[True, False], [False, False]]
