@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Pat
     torch.manual_seed(0)
     loop = make_loop(job, workload, _save_adapter if RECIPES[args.recipe].lora_rank else save_model)
     loop.train()
-    seconds = [row["seconds"] for row in read_metrics(job)]
+    seconds = [row["seconds"] + row["pause_seconds"] for row in read_metrics(job)]
     return summarize(mode, seconds, args.every, args.warmup, folder_bytes(folder / "run"))
 
 

@@ -115,7 +115,8 @@ def finetune(recipe: str | Path | None = None, **flags: Any) -> Path:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # dataloader workers run in parallel
     atexit.register(kill_workers)
     config = parse_arguments([*([str(recipe)] if recipe else []), *as_tokens(flags)])
-    stopped_by = train(config)
-    if stopped_by is not None:
-        raise TrainingError(f"training was stopped by {stopped_by.name}; call finetune again to resume")
+    if code := train(config):
+        raise TrainingError(
+            f"training ended early (exit code {code}, see the log); call finetune again to resume"
+        )
     return Path(config.run.output_dir)

@@ -11,6 +11,7 @@ import time
 import traceback
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import HANG_SECONDS
@@ -24,6 +25,8 @@ from internvl_chat.train.checkpoint import saver
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
+from internvl_chat.train.checkpoint.weights import WeightGatherer
+from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy
 from internvl_chat.train.distributed.strategy import full_tensor, local_shard
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils import distributed
@@ -203,7 +206,7 @@ def move(layout, source, target, reference):
 
 
 def save_with_failures(layout, output):
-    """Save five checkpoints, three of which fail on a rank; return the log of this rank."""
+    """Save six checkpoints, four of which fail on one rank; return the log of this rank."""
     strategy, rank = ToyStrategy(layout), distributed.rank()
     log = io.StringIO()
     logging.getLogger("internvl_chat").addHandler(logging.StreamHandler(log))
@@ -215,9 +218,10 @@ def save_with_failures(layout, output):
         2: (HashedFile, "write", 1),
         3: (HostBuffers, "copy", 1),
         4: (saver, "write_manifest", 0),
+        5: (HostBuffers, "synchronize", 1),
     }
     with checkpointer(output, strategy) as writer:
-        for step in range(1, 6):
+        for step in range(1, 7):
             strategy.train(1, first=step)
             owner, name, failing = failures.get(step, (None, "", None))
             working = getattr(owner, name, None)
@@ -226,11 +230,24 @@ def save_with_failures(layout, output):
             writer.save(TrainState(step=step))
             writer.before_optimizer_step()
             writer.wait()
+            assert (writer.failure is None) == (step in (1, 6))
             if rank == failing:
                 setattr(owner, name, working)
             distributed.barrier()
             assert not list(output.glob(".partial/*"))
     return log.getvalue()
+
+
+def gather_without_a_shard():
+    """Gather sharded weights without a shard of rank 1, then with it; return the error of the first try."""
+    gatherer = WeightGatherer(ToyStrategy("fsdp").model, distributed.new_host_group())
+    copies = gatherer.prepare()
+    incomplete = {name: t for name, t in copies.items() if name != "layers.0.weight"}
+    with pytest.raises(distributed.AgreedError) as caught:
+        gatherer.gather(copies if distributed.rank() == 0 else incomplete)
+    full = gatherer.gather(copies)
+    assert distributed.rank() or torch.equal(full["layers.0.weight"], Toy().layers[0].weight)
+    return str(caught.value)
 
 
 class DeepSpeedToy(ToyStrategy):
@@ -290,6 +307,40 @@ def save_deepspeed_with_failures(stage, output):
     assert load_training_state(output / "checkpoint-4", resumed) == TrainState(step=4)
     assert [resumed.step() for _ in range(3)] == expected
     return log.getvalue()
+
+
+def gather_zero3_with_a_failure():
+    """Gather ZeRO-3's weights while rank 0 has no memory, then again; return whether each try has failed."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+    }  # fmt: skip
+    strategy = DeepSpeedStrategy(
+        Toy(torch.float32),
+        lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+        torch.optim.lr_scheduler.ConstantLR,
+        config,
+    )
+    to, failed = torch.Tensor.to, []
+
+    def fail(self, *args, **options):
+        if options.get("copy") and distributed.rank() == 0:
+            raise RuntimeError("out of memory")
+        return to(self, *args, **options)
+
+    for replacement in (fail, to):
+        torch.Tensor.to = replacement
+        try:
+            weights = strategy.full_weights()
+            failed.append(False)
+        except RuntimeError:
+            failed.append(True)
+        finally:
+            torch.Tensor.to = to
+    expected = {} if distributed.rank() else Toy(torch.float32).state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+    return failed
 
 
 def save_and_be_killed(output):

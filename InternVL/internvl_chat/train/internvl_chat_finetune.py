@@ -38,7 +38,7 @@ from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_sta
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import RunPlan, check_configuration, sharded_generation_problem
 from internvl_chat.train.config import RunConfig, TrainConfig, set_float32_precision
-from internvl_chat.train.distributed.signals import exit_code, report_stop, stop_with_launcher
+from internvl_chat.train.distributed.signals import exit_code, report_exit, stop_with_launcher
 from internvl_chat.train.flag_help import build_help_parser
 from internvl_chat.train.freeze import format_table, set_trainable
 from internvl_chat.train.loop import TrainingLoop
@@ -67,12 +67,8 @@ from internvl_chat.utils.text import counted
 logger = get_logger("internvl_chat.train.internvl_chat_finetune")
 
 
-def train(config: TrainConfig) -> signal.Signals | None:
-    """Run training from a resolved configuration to the saved model.
-
-    Returns:
-        The signal that stopped the run early, if any.
-    """
+def train(config: TrainConfig) -> int:
+    """Run training from a resolved configuration to the saved model; return the exit code."""
     run = config.run
     distributed.init_process_group(run.device, timedelta(seconds=run.ddp_timeout))
     set_float32_precision(run)
@@ -116,13 +112,12 @@ def train(config: TrainConfig) -> signal.Signals | None:
         stopped_by = loop.train()
         if stopped_by is None:
             _finish(plan, loop, eval_data)
-        else:
-            logger.info("stopped by %s after step %d; %s", stopped_by.name, state.step, _how_to_resume(run))
+    code = _report_end(loop, stopped_by)
     trackers.finish()
     if lock is not None:
         lock.release()
     distributed.destroy_process_group()
-    return stopped_by
+    return code
 
 
 def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
@@ -210,23 +205,42 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
             loop.checkpointer.save_model(output)
         elif run.is_main:
             step = copy_best(state, output, plan.output.resume)
+        if run.is_main:
+            title = describe_run(plan.config)
+            plot_loss(output / METRICS, output / PLOT, output / VALIDATION, subtitle=title)
+            validation = read_validation(output / VALIDATION, step)
+            parameters = count_parameters(loop.strategy.model)
+            write_model_card(plan.config, loop.data, eval_data, parameters, validation)
+            write_json(output / FINISHED, dataclasses.asdict(state))
     except OSError as error:
         raise TrainingError(
             f"{output}: the model cannot be saved: {error}; free some space and run the same command again: "
             "it repeats the steps since the newest checkpoint"
         ) from None
-    parameters = count_parameters(loop.strategy.model)
     if run.is_main:
-        plot_loss(output / METRICS, output / PLOT, output / VALIDATION, subtitle=describe_run(plan.config))
-        validation = read_validation(output / VALIDATION, step)
-        write_model_card(plan.config, loop.data, eval_data, parameters, validation)
-        write_json(output / FINISHED, dataclasses.asdict(state))
         skipped = (
             f" ({state.skipped_steps} of {counted(state.step, 'step')} skipped)"
             if state.skipped_steps
             else ""
         )
         logger.info("finished: the model is in %s%s", output, skipped)
+
+
+def _report_end(loop: TrainingLoop, stopped_by: signal.Signals | None) -> int:
+    """Report the signal that stopped the run and a failure of its last save; return the exit code."""
+    failure, step = loop.checkpointer.failure, loop.state.step
+    if failure is not None:
+        end, remedy = "finished and its model is saved", ""
+        if stopped_by is not None:
+            end = f"stopped by {stopped_by.name} after step {step}"
+            remedy = "; free some space and run the same command again: it repeats the steps since then"
+        if loop.run.is_main:
+            logger.error("%s, but the last checkpoint is missing: %s%s", end, failure, remedy)
+        return TrainingError.exit_code
+    if stopped_by is None:
+        return 0
+    logger.info("stopped by %s after step %d; %s", stopped_by.name, step, _how_to_resume(loop.run))
+    return exit_code(stopped_by)
 
 
 def _explain(error: RuntimeError) -> str | None:
@@ -254,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Functions registered last run first: this one runs before Python waits for the workers.
     atexit.register(kill_workers)
     try:
-        stopped_by = train(parse_arguments(tokens))
+        return report_exit(train(parse_arguments(tokens)))
     except M3LLMError as error:
         # All ranks of a node find the same problems of flags and model, but only one meets a bad record.
         if distributed.local_rank() == 0 or isinstance(error, DataError | TrainingError):
@@ -269,7 +283,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted before the first step; no checkpoint was saved")
         return exit_code(signal.SIGINT)
-    return report_stop(stopped_by) if stopped_by else 0
 
 
 if __name__ == "__main__":

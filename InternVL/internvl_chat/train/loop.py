@@ -43,7 +43,6 @@ from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.monitor.watchdog import Watchdog
 from internvl_chat.train.validation import Validation, named_metrics
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import TrainingError
 from internvl_chat.utils.files import JsonLinesFile
 from internvl_chat.utils.logging import get_logger
 
@@ -87,7 +86,6 @@ class TrainingLoop:
         self.nan_guard = NanGuard(run.max_bad_steps)
         self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
         self.should_stop = False  # the same on all ranks
-        self._step_start = time.perf_counter()
 
     # ---- the run
 
@@ -103,12 +101,14 @@ class TrainingLoop:
                 self.validate()
             # After slow work on rank 0, wait in a barrier, which has a long timeout, rather than in the step.
             distributed.barrier()
-            self._step_start = time.perf_counter()
+            start, pause = time.perf_counter(), 0.0
             for step in range(first, self.total_steps + 1):
                 self.watchdog.note(f"waiting for the records of step {step}")
                 packs = next(batches)
                 record = self.train_step(step, packs)
-                needs_barrier = self._log(record, console)
+                end = time.perf_counter()
+                needs_barrier = self._log(record, console, seconds=end - start - pause, pause=pause)
+                start, pause_start = end, time.perf_counter()
                 if not self.should_stop and self._is_due("eval"):
                     self.validate()
                     needs_barrier = True
@@ -119,7 +119,10 @@ class TrainingLoop:
                 if needs_barrier:
                     self.watchdog.note(f"waiting for rank 0 after step {step}")
                     distributed.barrier()
+                pause = time.perf_counter() - pause_start
         console.close()
+        if self.run.is_main:
+            self._flush()
         if self.state.step == self.total_steps or self._is_out_of_patience():
             return None
         signals = distributed.all_gather_object(self.stop.signal)
@@ -143,35 +146,27 @@ class TrainingLoop:
         flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
         stop_requested, saving = self.stop.signal is not None, self.checkpointer.busy
         local = StepSums.from_packs(packs, weights, flops, stop_requested=stop_requested, saving=saving)
-        sums, skipped = local.all_reduce(), []
+        sums, skipped, sets, loss, norm = local.all_reduce(), [], {}, 0.0, 0.0
         if sums.skipped:
             records = [record for pack in packs for record in pack.skipped]
             gathered = distributed.all_gather_object(records, in_step=True)
             skipped = [record for records in gathered for record in records]
             self.skip_budget.add(skipped)
-        # The sum is zero if every record of the step is skipped.
-        total_weight = sums.weight or 1.0
-        # The factor `world_size` undoes the averaging of the gradients over ranks.
-        weighted_sum, token_losses = self.forward_backward(packs, weights, self.run.world_size / total_weight)
-        by_set = dataset_sums(self.set_names, packs, weights, token_losses)
-        losses = torch.cat([weighted_sum.reshape(1).cpu(), by_set.flatten()])
-        losses = distributed.all_reduce_sum(losses, in_step=True)
-        loss = losses[0].item() / total_weight
-        sets = dataset_losses(self.set_names, losses[1:].view_as(by_set))
-        self.checkpointer.before_optimizer_step()
-        norm = self.strategy.clip_gradients(self.run.max_grad_norm)
+        if sums.supervised_tokens:  # there are none if every record of the step is skipped
+            # The factor `world_size` undoes the averaging of the gradients over ranks.
+            scale = self.run.world_size / sums.weight
+            weighted_sum, token_losses = self.forward_backward(packs, weights, scale)
+            by_set = dataset_sums(self.set_names, packs, weights, token_losses)
+            losses = torch.cat([weighted_sum.reshape(1).cpu(), by_set.flatten()])
+            losses = distributed.all_reduce_sum(losses, in_step=True)
+            loss = losses[0].item() / sums.weight
+            sets = dataset_losses(self.set_names, losses[1:].view_as(by_set))
+            self.checkpointer.before_optimizer_step()
+            norm = self.strategy.clip_gradients(self.run.max_grad_norm)
         skipped_because = self.nan_guard.check(
             step, loss, norm, sums.supervised_tokens, lambda: self._records_of(step)
         )
-        if self.strategy.name != "deepspeed":  # DeepSpeed has stepped while it clipped the gradients
-            if not skipped_because:
-                self.strategy.optimizer.step()
-            self.strategy.scheduler.step()
-            self.strategy.optimizer.zero_grad()
-        elif skipped_because:
-            raise TrainingError(
-                "DeepSpeed has already applied the gradients; resume from the last checkpoint"
-            )
+        self.strategy.step(apply=skipped_because is None)
         self.should_stop = self.should_stop or sums.stop_requested > 0
         state = self.state
         state.step, state.epoch = step, step / len(self.sampler)
@@ -195,7 +190,11 @@ class TrainingLoop:
         device = self.run.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         token_losses = []
-        features = self._vision_features(packs)
+        model, features = self.strategy.model, None
+        if model.vision_is_frozen and not model.always_run_vision:
+            # Otherwise the tower runs with each pack, because it is trained or inside a sharded model.
+            tiles = torch.cat([pack.tiles.to(device, non_blocking=True) for pack in packs])
+            features = tile_features(model, tiles, self.normalization).split([len(p.tiles) for p in packs])
         for number, (pack, weight) in enumerate(zip(packs, weights, strict=True)):
             inputs = pack.text_inputs(device)
             if features is None:
@@ -232,7 +231,6 @@ class TrainingLoop:
         logger.info("step %d: validation in %.0f s: %s", state.step, seconds, shown)
         if self.run.tracks_best and state.step:
             self._update_best(metrics)
-        self._step_start = time.perf_counter()
 
     # ---- parts of a step
 
@@ -240,19 +238,6 @@ class TrainingLoop:
         """Return the loss weight of each record's tokens, 0 for dummy samples: (R,)."""
         weights = [token_weight(n, self.run.loss_reduction) for n in pack.supervised.tolist()]
         return torch.tensor(weights, dtype=torch.float64) * pack.counts
-
-    def _vision_features(self, packs: Sequence[Pack]) -> Sequence[torch.Tensor] | None:
-        """Run a frozen vision tower once over the tiles of all packs.
-
-        Returns None if the tower must run with each pack: because it is trained, or because weights are
-        sharded and modules can only run inside the model's forward pass.
-        """
-        model = self.strategy.model
-        if not model.vision_is_frozen or model.always_run_vision:
-            return None
-        tiles = torch.cat([pack.tiles.to(self.run.device, non_blocking=True) for pack in packs])
-        features = tile_features(model, tiles, self.normalization)
-        return features.split([len(pack.tiles) for pack in packs])
 
     def _records_of(self, step: int) -> list[RecordKey]:
         """Return the records of a step over all ranks."""
@@ -268,21 +253,29 @@ class TrainingLoop:
             excluded = [record._asdict() for record in self.data.excluded]
             self.ledger.append({"step": 0, "skipped": excluded, "trained": []})
 
-    def _log(self, record: StepRecord, console: Console) -> bool:
-        """Write the lines of a step and report it if due; return whether rank 0 calls the trackers."""
-        now, step = time.perf_counter(), record.step
-        seconds, self._step_start = now - self._step_start, now
+    def _log(self, record: StepRecord, console: Console, *, seconds: float, pause: float) -> bool:
+        """Write the lines of a step and report it if due; return whether rank 0 calls the trackers.
+
+        Args:
+            seconds: duration of the step.
+            pause: time before it for validation, saving, and waiting for rank 0.
+        """
+        step = record.step
         is_due = self._is_due("logging") or (step == 1 and self.run.logging_first_step)
         calls_trackers = is_due and bool(self.run.report_to)
         if not self.run.is_main:
             return calls_trackers
-        row = metrics_row(record, seconds, self.run.device)
+        row = metrics_row(record, seconds, self.run.device, pause=pause)
         self.metrics.append(row)
         self.ledger.append(ledger_row(record, self.sampler.position_of(step)[0], self._records_of(step)))
         averages = console.step(row, due=is_due)
         if averages is not None:
             self.trackers.log({f"train/{name}": value for name, value in averages.items()}, step)
         return calls_trackers
+
+    def _flush(self) -> None:
+        for log in (self.metrics, self.ledger, self.validations):
+            log.flush()
 
     def _is_due(self, action: str) -> bool:
         """Return whether an action (`logging`, `eval` or `save`) is due after this step.
@@ -319,8 +312,7 @@ class TrainingLoop:
             )
             return False
         if self.run.is_main:
-            self.metrics.flush()
-            self.ledger.flush()
+            self._flush()
         self.watchdog.note(f"saving after step {self.state.step}")
         self.checkpointer.save(self.state)
         return True

@@ -1,6 +1,5 @@
 """Write the model card of a finished run: data, recipe, training and validation."""
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from internvl_chat.model.io.folders import is_adapter
 from internvl_chat.train.checkpoint.fingerprint import fingerprint
 from internvl_chat.train.checkpoint.run_folder import METRICS, may_write_card
 from internvl_chat.train.config import TrainConfig
+from internvl_chat.train.monitor.loss_curves import read_steps
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.markdown import markdown_table
 from internvl_chat.utils.text import counted
@@ -54,7 +54,7 @@ def write_model_card(
         sections={
             "Data": _data_section(data),
             "Recipe": markdown_table(("setting", "value"), _recipe(config, parameters).items()),
-            "Training": markdown_table(("", ""), _training(config, _read_steps(folder / METRICS)).items()),
+            "Training": markdown_table(("", ""), _training(config, read_steps(folder / METRICS)).items()),
             "Validation": _validation_section(eval_data, validation),
         },
     )
@@ -94,7 +94,7 @@ def read_validation(file: Path, step: int | None) -> dict[str, float]:
         file: `validation.jsonl` of the run.
         step: step of the saved model; None for the last validation.
     """
-    rows = [row for row in _read_steps(file) if step in (None, row["step"])]
+    rows = [row for row in read_steps(file) if step in (None, row["step"])]
     parts = {"all": rows[-1]} | rows[-1]["sets"] if rows else {}
     return {
         f"{kind}, {name}": part[kind]
@@ -166,10 +166,3 @@ def _validation_section(eval_data: TrainingData | None, metrics: Mapping[str, fl
         return "There was no validation during training."
     table = markdown_table(("metric", ""), [(key, f"{value:.4g}") for key, value in metrics.items()])
     return f"{_data_section(eval_data)}\n\n{table}"
-
-
-def _read_steps(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "step" in row]

@@ -23,6 +23,10 @@ _HOST_TIMEOUT = timedelta(days=2)
 _host_group: dist.ProcessGroup | None = None
 
 
+class AgreedError(TrainingError):
+    """An error of any rank that has been raised on all ranks."""
+
+
 def rank() -> int:
     """Return the rank of this process, from torchrun's environment."""
     return int(os.environ.get("RANK", "0"))
@@ -144,6 +148,24 @@ def run_on_rank_0(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def agree(error: Exception | None, value: Any = None, *, group: dist.ProcessGroup | None) -> list[Any]:
+    """Return the values of all ranks, or raise on all ranks if one has an error; a collective.
+
+    Call it before ranks wait for each other, so that none waits for a rank that has failed.
+
+    Raises:
+        AgreedError: the error of the first rank that has one.
+    """
+    results = [(None if error is None else str(error) or repr(error), value)]
+    if group is not None:
+        local, results = results[0], results * world_size()
+        dist.all_gather_object(results, local, group=group)
+    for number, (problem, _) in enumerate(results):
+        if problem is not None:
+            raise AgreedError(problem if number == rank() else f"rank {number}: {problem}") from error
+    return [value for _, value in results]
 
 
 def all_reduce_sum(values: torch.Tensor, *, in_step: bool = False) -> torch.Tensor:

@@ -91,6 +91,16 @@ class JsonLinesFile:
     def append(self, row: dict[str, Any]) -> None:
         """Write all pending lines and a new one; if the write fails, all of them stay pending."""
         self._pending.append(_encode_line(row))
+        self._write_pending()
+
+    def flush(self) -> None:
+        """Write pending lines, and wait until all lines are on disk."""
+        if self._pending:
+            self._write_pending()
+        with contextlib.suppress(OSError), self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+    def _write_pending(self) -> None:
         size = None
         try:
             with self.path.open("ab") as stream:
@@ -106,11 +116,6 @@ class JsonLinesFile:
             return
         self._pending.clear()
         self._warned = False
-
-    def flush(self) -> None:
-        """Sync the file to disk; errors are ignored."""
-        with contextlib.suppress(OSError), self.path.open("rb") as stream:
-            os.fsync(stream.fileno())
 
     def _truncate(self, size: int) -> None:
         """Remove a partially written line."""

@@ -291,6 +291,36 @@ def test_training_continues_on_a_full_disk(
     same_run(finished_run, out, metrics)
 
 
+@pytest.mark.parametrize(("stopped", "saved"), [(True, 2), (False, 4)])
+def test_failure_of_the_last_save_ends_with_an_error(
+    tiny_model, sample_data, tmp_path, capfd, monkeypatch, stopped, saved
+):
+    """The disk is full for the checkpoint of a stopped run, or for the one of the last step."""
+    out, failing = tmp_path / "out", f"checkpoint-{3 if stopped else 6}"
+    save, train_step = checkpoint_writer.save_model, TrainingLoop.train_step
+
+    def write(model, folder, state_dict=None):
+        if folder.name == failing:
+            raise OSError(28, "No space left on device")
+        return save(model, folder, state_dict)
+
+    def step(self, number, packs):
+        if stopped and number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, number, packs)
+
+    monkeypatch.setattr(checkpoint_writer, "save_model", write)
+    monkeypatch.setattr(TrainingLoop, "train_step", step)
+    assert train(arguments(tiny_model, sample_data, out)) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    state = "stopped by SIGTERM after step 3" if stopped else "finished and its model is saved"
+    failure = f"{out / failing} was not written: [Errno 28] No space left on device"
+    assert f"{state}, but the last checkpoint is missing: {failure}" in last
+    assert f"the newest checkpoint is checkpoint-{saved}" in last
+    assert ("run the same command again" in last) == stopped
+    assert (out / "train_results.json").exists() == (out / "model.safetensors").exists() == (not stopped)
+
+
 def test_a_file_system_without_room(tiny_model, sample_data, tmp_path, metrics):
     """The file size limit is below the model size: no checkpoint is complete, but all steps run."""
     out = tmp_path / "out"
@@ -442,6 +472,44 @@ def test_bad_step_changes_no_weights(tiny_model, sample_data, tmp_path, metrics,
     assert all(torch.equal(read(), states[1][name]()) for name, read in states[0].items())
     assert not all(torch.equal(read(), states[2][name]()) for name, read in states[0].items())
     assert all(bool(read().isfinite().all()) for read in states[2].values())
+
+
+SPOILING = """
+import sys
+from internvl_chat.train.internvl_chat_finetune import main
+from internvl_chat.train.loop import TrainingLoop
+
+original = TrainingLoop.forward_backward
+
+def spoil(self, packs, weights, scale, **options):
+    factor = float("nan") if self.state.step == 2 else 1.0
+    total, token_losses = original(self, packs, weights, scale * factor, **options)
+    return total * factor, token_losses
+
+TrainingLoop.forward_backward = spoil
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_bad_step_changes_no_weights_with_deepspeed(tiny_model, sample_data, tmp_path, metrics, stage):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    out, script = tmp_path / "out", tmp_path / "train.py"
+    script.write_text(SPOILING)
+    config = SOURCE_ROOT / f"internvl_chat/shell/deepspeed/zero{stage}.json"
+    values = {"save_steps": 1, "max_steps": 4, "deepspeed": config, "parallel": None}
+    result = subprocess.run(
+        [sys.executable, script, *arguments(tiny_model, sample_data, out, **values)],
+        capture_output=True, text=True, timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [row.get("skipped_because") for row in metrics(out)] == [None, None, "the loss is nan", None]
+    rates = [row["learning_rate"] for row in metrics(out)]
+    assert len(set(rates)) == 4
+    states = [open_weights(out / f"checkpoint-{step}/model.safetensors") for step in (2, 3, 4)]
+    assert all(torch.equal(read(), states[1][name]()) for name, read in states[0].items())
+    assert not all(torch.equal(read(), states[2][name]()) for name, read in states[0].items())
 
 
 def test_too_many_bad_steps_end_the_run(tiny_model, sample_data, tmp_path, capfd, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import flags, run_training
+from helpers import SOURCE_ROOT, flags, run_training
 from small_sets import break_inside, noise, text_record, write_lines
 
 from internvl_chat.data.dataset import TrainingData
@@ -94,13 +94,23 @@ def test_step_continues_without_the_skipped_record(damaged, folder, metrics, cap
     assert all(torch.equal(weights[name], weight) for name, weight in never.weights("one").items())
 
 
-def test_step_without_usable_records_changes_nothing(folder, metrics, capfd):
+@pytest.mark.parametrize("layout", ["single", "zero2"])
+def test_step_without_usable_records_changes_nothing(folder, metrics, layout):
+    values = (
+        {}
+        if layout == "single"
+        else {"deepspeed": SOURCE_ROOT / f"internvl_chat/shell/deepspeed/{layout}.json"}
+    )
+    if values:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     made = folder(*map(shows, range(9)))
-    assert made.train("before", max_steps=1) == 0
+    result = run_training(*made.flags("before", max_steps=1, **values))
+    assert result.returncode == 0, result.stderr
     for number in (3, 4, 5):
         break_inside(made.image(number))
-    assert made.train(on_bad_record="skip", max_bad_fraction=0.5) == 0
-    assert "step 2: no supervised tokens" in capfd.readouterr().err
+    result = run_training(*made.flags(on_bad_record="skip", max_bad_fraction=0.5, **values))
+    assert result.returncode == 0, result.stderr
+    assert "step 2: no supervised tokens" in result.stderr
     row = metrics(made.path / "out")[1]
     assert (row["records"], row["loss"], row["skipped_because"]) == (0, None, "no supervised tokens")
     assert len(made.ledger()[1]["skipped"]) == 3

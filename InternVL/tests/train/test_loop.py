@@ -14,6 +14,7 @@ from internvl_chat.data.encode.tiling import normalize_tiles
 from internvl_chat.model.flops import count_flops
 from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train import checks
+from internvl_chat.train import loop as loop_module
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
@@ -229,7 +230,7 @@ def test_files_of_a_run(tiny_model, sample_data, tmp_path, metrics):
     assert rows[-1]["epoch"] == 1
     assert sum(row["records"] for row in rows) == 24
     keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "records", "tokens", "supervised_tokens",
-            "tiles", "seconds", "records_per_second", "tokens_per_second", "max_memory_gb",
+            "tiles", "seconds", "pause_seconds", "records_per_second", "tokens_per_second", "max_memory_gb",
             "sets"}  # fmt: skip
     assert keys == rows[0].keys()
     for row in rows:
@@ -286,6 +287,33 @@ def test_ranks_wait_for_rank_0_outside_the_step(
         values = values | {"eval_meta_path": sample_data / "held_out.json"}
     assert run(tiny_model, sample_data, tmp_path / "out", max_steps=4, **values) == 0
     assert ", ".join(events) == expected
+
+
+def test_validation_and_saving_do_not_count_as_step_time(
+    tiny_model, sample_data, tmp_path, monkeypatch, metrics
+):
+    """A step takes 2 s, a validation 30 s and a save 100 s."""
+    clock = [0.0]
+
+    def takes(owner, name, seconds):
+        original = getattr(owner, name)
+
+        def timed(*args, **kw):
+            clock[0] += seconds
+            return original(*args, **kw)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: clock[0])
+    takes(TrainingLoop, "train_step", 2)
+    takes(TrainingLoop, "validate", 30)
+    takes(Checkpointer, "save", 100)
+    values = {"eval_meta_path": sample_data / "held_out.json", "eval_strategy": "steps", "eval_steps": 3}
+    out = tmp_path / "out"
+    assert run(tiny_model, sample_data, out, max_steps=4, save_steps=2, eval_on_start=True, **values) == 0
+    assert [row["seconds"] for row in metrics(out)] == [2, 2, 2, 2]
+    assert [row["pause_seconds"] for row in metrics(out)] == [0, 0, 100, 30]
+    assert [row["records_per_second"] for row in metrics(out)] == [2, 2, 2, 2]
 
 
 def test_collectives_in_a_step_use_ddp_timeout(make_loop, monkeypatch):

@@ -212,4 +212,6 @@ def test_validation_metrics_match_the_model(tmp_path) -> None:
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_validation(file, None) == {"loss, all": 1.75, "loss, qa": 3.5, "em, qa": 50.0}
+    with file.open("a") as stream:
+        stream.write('{"step": 6, "lo')  # truncated by a crash
     assert read_validation(file, 2) == {"loss, all": 1.5, "loss, qa": 3.0, "em, qa": 50.0}

@@ -151,3 +151,12 @@ def test_a_folder_that_is_created_later(tmp_path, caplog):
     file.path.parent.mkdir()
     file.append({"step": 2})
     assert rows(file.path) == [{"step": 1}, {"step": 2}]
+
+
+def test_flush_writes_pending_lines(tmp_path):
+    """Otherwise the last lines of a run are lost if the disk was full only for a while."""
+    file = JsonLinesFile(tmp_path / "later/metrics.jsonl")
+    file.append({"step": 1})
+    file.path.parent.mkdir()
+    file.flush()
+    assert rows(file.path) == [{"step": 1}]

@@ -26,8 +26,6 @@ LOG = "training_log.txt"
 PLOT = "loss.png"
 FINISHED = "train_results.json"
 PARTIAL = ".partial"
-# Suffix, in PARTIAL, of a checkpoint that is being replaced by another one of the same step.
-FORMER = ".former"
 
 _LOGS = (METRICS, LEDGER, VALIDATION)
 # Files of the launcher and folders of trackers, which may exist before a run starts.
@@ -126,7 +124,6 @@ def inspect_output_folder(
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: is a file; choose another --output_dir")
-    _restore_replaced(path)
     checkpoints, results = list_checkpoints(path), _results(path)
     contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in contents if not _WRITTEN.fullmatch(name) and name not in _HARMLESS]
@@ -167,13 +164,6 @@ def inspect_output_folder(
             "--output_dir, or --overwrite_output_dir True to delete an earlier run in it"
         )
     return OutputFolder(path, None, overwrite=False, results=results)
-
-
-def _restore_replaced(path: Path) -> None:
-    """Restore a checkpoint if the process was killed after moving it and before renaming its replacement."""
-    for former in (path / PARTIAL).glob("*" + FORMER):
-        if not (path / former.stem).exists():
-            former.replace(path / former.stem)
 
 
 def _results(path: Path) -> tuple[str, ...]:

@@ -16,11 +16,10 @@ from collections import ChainMap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from internvl_chat.train.checkpoint.best import find_best
@@ -32,7 +31,7 @@ from internvl_chat.train.checkpoint.optimizer_state import (
     save_optimizer,
     tensors_to_write,
 )
-from internvl_chat.train.checkpoint.run_folder import FORMER, PARTIAL, list_checkpoints
+from internvl_chat.train.checkpoint.run_folder import PARTIAL, list_checkpoints
 from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import STATE_FILE, TrainState, read_state_file
 from internvl_chat.train.checkpoint.weights import WeightGatherer
@@ -47,6 +46,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+T = TypeVar("T")
 WriteModel = Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]
 WriteFiles = Callable[[Path], dict[str, FileEntry]]
 
@@ -72,6 +72,9 @@ class Checkpointer:
             that it has hashed.
         keep: maximum number of checkpoints, including the newest and the best; None for all.
         background: write while training continues. DeepSpeed always writes in the foreground.
+
+    Attributes:
+        failure: after `wait`, why the last save failed; None on all ranks if it succeeded.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Checkpointer:
         self._group = distributed.new_host_group()  # used by one thread at a time
         self._buffers, self._weights = HostBuffers(device), WeightGatherer(strategy.model, self._group)
         self._thread: threading.Thread | None = None
+        self.failure: str | None = None
 
     @property
     def busy(self) -> bool:
@@ -104,12 +108,11 @@ class Checkpointer:
     def save(self, state: TrainState) -> None:
         """Save a checkpoint; in the background, return as soon as the copies have been launched."""
         self.wait()
-        write_files, in_background, error = None, False, None
         try:
             write_files, in_background = self._prepare(state)
-        except Exception as failure:
-            error = failure
-        write = partial(self._write, state.step, write_files, error)
+        except Exception as error:
+            write_files, in_background = partial(_fail, error), False
+        write = partial(self._write, state.step, write_files)
         if not in_background:
             write()
             return
@@ -121,7 +124,8 @@ class Checkpointer:
         # Linux applies niceness to a thread and those that it starts, other systems to the whole process.
         if self._device.type == "cpu" and sys.platform == "linux":
             thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
         write()
 
     def before_optimizer_step(self) -> None:
@@ -129,7 +133,7 @@ class Checkpointer:
         self._buffers.block_current_stream()
 
     def wait(self) -> None:
-        """Wait for the current save, if any; its errors are logged."""
+        """Wait for the current save, if any."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -175,48 +179,35 @@ class Checkpointer:
         copies = self._buffers.copy(local) if in_background else local
         return partial(self._write_files, json.dumps(values), optimizer, copies), in_background
 
-    def _write(self, step: int, write_files: WriteFiles | None, error: Exception | None) -> None:
+    def _write(self, step: int, write_files: WriteFiles) -> None:
         """Write and publish a checkpoint; a collective that fails on all ranks or on none."""
-        distributed.set_device(self._device)
-        partial_folder = self._output / PARTIAL / f"checkpoint-{step}"
-        entries: dict[str, FileEntry] = {}
+        folder = self._output / PARTIAL / f"checkpoint-{step}"
         try:
-            self._gather(error)
-            if write_files is not None:  # None only with an error, which `_gather` has raised
-                with self._buffers.stream():
-                    entries = write_files(partial_folder)
+            hashed = self._run_stage(lambda: write_files(folder))
+            entries = dict(ChainMap(*hashed))
+            self._run_stage(lambda: self._publish(folder, entries) if self._is_main else None)
+            self.failure = None
+        except Exception as error:
+            self.failure = str(error)
+            if self._is_main:
+                self.failure = self._discard(folder, error)
+
+    def _run_stage(self, work: Callable[[], T]) -> list[T]:
+        """Do work on this rank and return the results of all ranks; a collective.
+
+        Raises:
+            AgreedError: the work failed on any rank.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except distributed.AgreedError:
+            raise  # The other ranks know.
         except Exception as failure:
             error = failure
             if not isinstance(error, OSError | M3LLMError):
-                logger.error("%s:", partial_folder, exc_info=error)
-        try:
-            hashed = self._gather(error, entries)
-            if self._is_main:
-                self._publish(partial_folder, dict(ChainMap(*hashed)))
-        except Exception as failure:
-            if self._is_main:
-                self._discard(partial_folder, failure)
-        # The barrier fails if another rank has ended; training is then about to fail as well.
-        with contextlib.suppress(RuntimeError):
-            if self._group is not None:
-                dist.barrier(self._group)
-
-    def _gather(self, error: Exception | None, value: Any = None) -> list[Any]:
-        """Return the values of all ranks, or raise on all ranks if one has an error.
-
-        Raises:
-            TrainingError: another rank has an error; a rank with an error raises its own.
-        """
-        results = [(None if error is None else str(error) or repr(error), value)]
-        if self._group is not None:
-            local, results = results[0], results * distributed.world_size()
-            dist.all_gather_object(results, local, group=self._group)
-        if error is not None:
-            raise error
-        for rank, (problem, _) in enumerate(results):
-            if problem is not None:
-                raise TrainingError(f"rank {rank}: {problem}")
-        return [value for _, value in results]
+                logger.error("the checkpoint cannot be written:", exc_info=error)
+        return distributed.agree(error, result, group=self._group)
 
     def _write_files(
         self, text: str, optimizer: dict[str, Tensor], copies: dict[str, Tensor], folder: Path
@@ -228,28 +219,33 @@ class Checkpointer:
             optimizer: live optimizer tensors that this rank writes.
             copies: host copies of this rank's shards of optimizer state and weights.
         """
-        self._buffers.synchronize()
-        weights = self._weights.gather(copies)
-        entries = {}
-        if not self._model_only:
-            written = save_optimizer(
-                folder / OPTIMIZER, optimizer, copies, threads=self._threads, group=self._group
-            )
-            entries = {f"{OPTIMIZER}/{name}": entry for name, entry in written.items()}
-        return entries | self._write_model_files(text, weights, folder)
+        distributed.set_device(self._device)
+        with self._buffers.stream():
+            self._buffers.synchronize()
+            distributed.agree(None, group=self._group)
+            weights = self._weights.gather(copies)
+            entries = {}
+            if not self._model_only:
+                written = save_optimizer(
+                    folder / OPTIMIZER, optimizer, copies, threads=self._threads, group=self._group
+                )
+                entries = {f"{OPTIMIZER}/{name}": entry for name, entry in written.items()}
+            return entries | self._write_model_files(text, weights, folder)
 
     def _write_deepspeed(
         self, engine: Any, text: str, weights: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
-        """Write this rank's files; if rank 0 fails, the others do not wait for it inside DeepSpeed."""
-        entries, error = {}, None
-        try:
-            entries = self._write_model_files(text, weights, folder)
-        except Exception as failure:
-            error = failure
-        self._gather(error)
-        if not self._model_only:
-            save_engine(engine, folder / DEEPSPEED, _TAG)
+        """Write this rank's files; return the entries of those that were hashed on rank 0."""
+
+        def write() -> dict[str, FileEntry]:
+            (folder / DEEPSPEED / _TAG).mkdir(parents=True, exist_ok=True)
+            return self._write_model_files(text, weights, folder)
+
+        if self._model_only:
+            return self._write_model_files(text, weights, folder)
+        # If rank 0 fails, the others must not wait for it inside DeepSpeed.
+        entries, *_ = self._run_stage(write)
+        save_engine(engine, folder / DEEPSPEED, _TAG)
         return entries
 
     def _write_model_files(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
@@ -267,13 +263,8 @@ class Checkpointer:
         write_manifest(folder, entries, threads=self._threads)
         for path in [*folder.rglob("*"), folder]:
             _sync(path)
-        final, former = self._output / folder.name, folder.with_name(folder.name + FORMER)
-        if final.exists():
-            # The loop saves each step once. A second save of a step must not lose the first if it fails.
-            shutil.rmtree(former, ignore_errors=True)
-            final.replace(former)
-        folder.replace(final)
-        shutil.rmtree(former, ignore_errors=True)
+        # Fails if the checkpoint exists; the loop saves each step once.
+        folder.replace(self._output / folder.name)
         _sync(self._output)
         checkpoints, best = list_checkpoints(self._output), find_best(self._output)
         surplus = len(checkpoints) - self._keep if self._keep else 0
@@ -281,17 +272,23 @@ class Checkpointer:
         for path in old[: max(surplus, 0)]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _discard(self, folder: Path, error: Exception) -> None:
-        """Delete an incomplete checkpoint and log the error."""
+    def _discard(self, folder: Path, error: Exception) -> str:
+        """Delete an incomplete checkpoint; log and return why it was not written."""
         shutil.rmtree(folder, ignore_errors=True)
         newest, free = "unknown", "unknown"
         with contextlib.suppress(OSError):  # the disk itself may be gone
             free = f"{shutil.disk_usage(self._output).free / 1e9:.1f} GB"
             newest = next((path.name for path in reversed(list_checkpoints(self._output))), "none")
-        logger.error(
-            "%s was not written: %s (free space: %s); the newest checkpoint is %s",
-            self._output / folder.name, error, free, newest,
-        )  # fmt: skip
+        failure = (
+            f"{self._output / folder.name} was not written: {error} (free space: {free}); "
+            f"the newest checkpoint is {newest}"
+        )
+        logger.error("%s", failure)
+        return failure
+
+
+def _fail(error: Exception, _: Path) -> NoReturn:
+    raise error
 
 
 def _sync(path: Path) -> None:

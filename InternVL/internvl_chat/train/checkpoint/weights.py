@@ -58,27 +58,33 @@ class WeightGatherer:
 
         Args:
             copies: copies of the tensors from `prepare`. Frozen weights are gathered once and not copied.
+
+        Raises:
+            AgreedError: a rank cannot read its shard.
         """
         for name, weight in self._unique.items():
             if isinstance(weight, DTensor) and (name in self._trained or not self._has_frozen):
-                shard = copies[name] if name in self._trained else local_shard(weight)
-                self._gather_shards(name, weight, shard)
+                self._gather_shards(name, weight, copies)
         self._has_frozen = True
         if not self._is_main:
             return {}
         weights = {**self._unique, **copies, **self._full}
         return {name: weights[first] for name, first in self._first_name.items()}
 
-    def _gather_shards(self, name: str, weight: DTensor, shard: Tensor) -> None:
-        if weight.placements != (Shard(0),):
-            raise NotImplementedError(f"{name} has placements {weight.placements}; expected Shard(0)")
+    def _gather_shards(self, name: str, weight: DTensor, copies: dict[str, Tensor]) -> None:
+        error, shard = None, torch.empty(0)
+        try:
+            if weight.placements != (Shard(0),):
+                raise NotImplementedError(f"{name} has placements {weight.placements}; expected Shard(0)")
+            shard = (copies[name] if name in self._trained else local_shard(weight)).cpu().contiguous()
+        except Exception as failure:
+            error = failure
+        distributed.agree(error, group=self._group)
         if not self._is_main:
             if shard.numel():
-                dist.send(shard.cpu().contiguous(), dst=0, group=self._group)
+                dist.send(shard, dst=0, group=self._group)
             return
-        rows = -(-len(weight) // weight.device_mesh.size())
-        for rank, part in enumerate(self._full[name].split(rows)):
-            if rank == 0:
-                part.copy_(shard)
-            else:
-                dist.recv(part, src=rank, group=self._group)
+        first, *others = self._full[name].split(-(-len(weight) // weight.device_mesh.size()))
+        first.copy_(shard)
+        for rank, part in enumerate(others, start=1):
+            dist.recv(part, src=rank, group=self._group)

@@ -16,7 +16,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig
 from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.errors import TrainingError, UsageError
 
 # Options that DeepSpeed does not pass on to torch's AdamW.
 _ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
@@ -184,7 +184,7 @@ class DeepSpeedStrategy(Strategy):
             lr_scheduler=None if "scheduler" in config else make_scheduler,
             config=config,
         )
-        self.wrapped = self.engine
+        self.wrapped, self._has_stepped = self.engine, False
 
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Iterator[None]:
@@ -199,8 +199,23 @@ class DeepSpeedStrategy(Strategy):
     def clip_gradients(self, max_norm: float) -> float:
         """Clip the gradients and step; DeepSpeed reports the norm only after the step."""
         self.engine.step()
+        self._has_stepped = self.engine.was_step_applied()
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
+
+    def step(self, *, apply: bool) -> None:
+        """See `Strategy`; `clip_gradients` has already stepped unless the gradients are not finite.
+
+        Raises:
+            TrainingError: the gradients have been applied but should not.
+        """
+        if self._has_stepped and not apply:
+            raise TrainingError(
+                "DeepSpeed has already applied the gradients; resume from the last checkpoint"
+            )
+        if not self._has_stepped:
+            self.scheduler.step()
+        self._has_stepped = False
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return all weights by name; a collective.
@@ -211,12 +226,17 @@ class DeepSpeedStrategy(Strategy):
             return dict(self.model.state_dict())
         import deepspeed
 
-        weights, main = {}, distributed.rank() == 0
+        weights, main, error = {}, distributed.rank() == 0, None
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter, name in names.items():
             with deepspeed.zero.GatheredParameters([parameter]):
-                if main:
-                    weights[name] = parameter.detach().to("cpu", copy=True)
+                try:
+                    if main and error is None:
+                        weights[name] = parameter.detach().to("cpu", copy=True)
+                except RuntimeError as failure:
+                    error = failure  # the other ranks wait for this one to gather the rest
+        if error is not None:
+            raise error
         tied = self.model.named_parameters(remove_duplicate=False)
         if main:
             weights |= {name: weights[names[parameter]] for name, parameter in tied}

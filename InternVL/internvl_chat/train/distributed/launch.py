@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from internvl_chat.train.distributed.signals import LAUNCHER, SIGNALS, STOPPED_BY, STOPPING, exit_code
+from internvl_chat.train.distributed.signals import EXIT_CODE, LAUNCHER, SIGNALS, STOPPING, exit_code
 from internvl_chat.utils.logging import configure_logging, get_logger
 
 logger = get_logger("internvl_chat.train.distributed.launch")  # __name__ is `__main__` here
@@ -154,15 +154,15 @@ def _launch(argv: list[str]) -> int:
             codes.put(exit_code(sent))
 
     with tempfile.TemporaryDirectory(prefix="m3llm-") as folder:
-        note = Path(folder) / "stopped_by"
-        os.environ |= {LAUNCHER: str(os.getpid()), STOPPED_BY: str(note), STOPPING: ""}
+        note = Path(folder) / "exit_code"
+        os.environ |= {LAUNCHER: str(os.getpid()), EXIT_CODE: str(note), STOPPING: ""}
         for number in (signal.SIGHUP, *SIGNALS):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, forward)
         threading.Thread(target=lambda: codes.put(_run_torchrun(argv)), daemon=True).start()
         code = codes.get()
         if not code and note.is_file():
-            code = exit_code(signal.Signals[note.read_text(encoding="utf-8")])
+            code = int(note.read_text(encoding="utf-8"))
         return code
 
 

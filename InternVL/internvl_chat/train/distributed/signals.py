@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Environment variables that the launcher sets for its workers.
 LAUNCHER = "M3LLM_LAUNCHER"  # process id of the launcher
-STOPPED_BY = "M3LLM_STOPPED_BY"  # file to which a worker writes the signal that stopped it
+EXIT_CODE = "M3LLM_EXIT_CODE"  # file to which a worker writes the exit code of a run not to be restarted
 STOPPING = "M3LLM_STOPPING"  # signal received before this worker was started; empty if none
 
 # Linux's prctl option for the signal sent to a process when its parent exits.
@@ -70,7 +70,7 @@ def stop_with_launcher() -> None:
     Exits now if the launcher has exited or has received a stop signal.
     """
     if stopping := os.environ.get(STOPPING):
-        sys.exit(report_stop(signal.Signals[stopping]))
+        sys.exit(report_exit(exit_code(signal.Signals[stopping])))
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
@@ -83,10 +83,12 @@ def exit_code(stopped_by: signal.Signals) -> int:
     return 128 + stopped_by
 
 
-def report_stop(stopped_by: signal.Signals) -> int:
-    """Report the signal that stopped this worker to the launcher, if any; return the exit code to use."""
-    if STOPPED_BY not in os.environ:
-        return exit_code(stopped_by)
-    with contextlib.suppress(OSError):  # the launcher deletes the folder when it exits
-        Path(os.environ[STOPPED_BY]).write_text(stopped_by.name, encoding="utf-8")
+def report_exit(code: int) -> int:
+    """Report the exit code of a run that must not be restarted; return the one that the worker must use."""
+    if EXIT_CODE not in os.environ or not code:
+        return code
+    try:
+        Path(os.environ[EXIT_CODE]).write_text(str(code), encoding="utf-8")
+    except OSError:  # the disk is full, or the launcher has exited
+        return code
     return 0  # torchrun restarts workers that exit with another code

@@ -77,6 +77,13 @@ class Strategy:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         return float(full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)))
 
+    def step(self, *, apply: bool) -> None:
+        """Update the weights if `apply`, advance the schedule, and delete the gradients."""
+        if apply:
+            self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor (DTensor) on every rank; return any other tensor unchanged."""

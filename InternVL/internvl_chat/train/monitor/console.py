@@ -30,6 +30,7 @@ class Console:
         self.total_steps = total_steps
         self._rows: list[dict[str, Any]] = []
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._steps, self._pauses = 0, 0.0
         self._open = contextlib.ExitStack()
         self._bar = None
         if show_bar and sys.stderr.isatty():
@@ -41,13 +42,16 @@ class Console:
         """Add a step's `metrics_row`; if due, log and return the averages since the last line."""
         self._rows.append(row)
         self._seconds.append(row["seconds"])
+        self._steps, self._pauses = self._steps + 1, self._pauses + row["pause_seconds"]
         if self._bar is not None:
             self._bar.update()
         if not due:
             return None
         metrics = average(self._rows)
         self._rows.clear()
-        left = (self.total_steps - row["step"]) * sum(self._seconds) / len(self._seconds)
+        # Pauses are rare, so they are averaged over all steps.
+        per_step = sum(self._seconds) / len(self._seconds) + self._pauses / self._steps
+        left = (self.total_steps - row["step"]) * per_step
         logger.info("%s", format_line(row["step"], self.total_steps, metrics, left))
         return metrics
 

@@ -1,4 +1,4 @@
-"""Loss curves: steps of a log, centered means, limits of the axis, and thinning of long curves."""
+"""Loss curves: steps of a log, centered means, and limits of the axis."""
 
 import json
 from collections.abc import Iterable
@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Longer curves are drawn as the lowest and highest loss of as many intervals as the picture has columns.
-_MAX_POINTS = 2000
 # Shorter curves have no mean.
 FEW_STEPS = 10
 Row = dict[str, Any]
@@ -108,18 +106,3 @@ def loss_limits(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 def is_inside(losses: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """Return whether each loss is inside the limits; False for NaN."""
     return (losses >= limits[0]) & (losses <= limits[1])
-
-
-def thin(steps: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most about `_MAX_POINTS` points: both ends, and the extremes of each interval."""
-    if len(steps) <= _MAX_POINTS:
-        return steps, losses
-    chosen = {0, len(steps) - 1}
-    for interval in np.array_split(np.arange(len(steps)), _MAX_POINTS // 2):
-        known = interval[np.isfinite(losses[interval])]
-        if len(known):
-            chosen |= {known[np.argmin(losses[known])], known[np.argmax(losses[known])]}
-        else:
-            chosen.add(interval[0])
-    indices = np.array(sorted(chosen))
-    return steps[indices], losses[indices]

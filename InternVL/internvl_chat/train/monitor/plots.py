@@ -13,7 +13,6 @@ from internvl_chat.train.monitor.loss_curves import (
     Row,
     loss_limits,
     read_steps,
-    thin,
 )
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.plotting import (
@@ -105,11 +104,11 @@ def _draw_loss(axes: "Axes", rows: Sequence[Row], validation: Sequence[Row]) -> 
     limits = loss_limits(curve.losses, eval_losses.losses)
     is_short = not curve.half_width
     style = {"color": BLUE, "marker": "o"} if is_short else {"color": LIGHT_BLUE, "alpha": 0.6}
-    axes.plot(*thin(curve.steps, curve.losses), linewidth=0.8, markersize=4, label="loss of a step", **style)
+    axes.plot(curve.steps, curve.losses, linewidth=0.8, markersize=4, label="loss of a step", **style)
     if not is_short:
         mean = curve.mean(limits)
         label = f"mean of {2 * curve.half_width + 1:,} steps{_at_the_end(mean)}"
-        axes.plot(*thin(curve.steps, mean), color=BLUE, linewidth=2, label=label)
+        axes.plot(curve.steps, mean, color=BLUE, linewidth=2, label=label)
     if len(eval_losses.steps):
         label = f"validation{_at_the_end(eval_losses.losses)}"
         axes.plot(*eval_losses[:2], "o-", color=ORANGE, linewidth=1.5, markersize=4, label=label)
@@ -141,7 +140,7 @@ def _draw_datasets(
         means.append(curve.mean(loss_limits(curve.losses, np.zeros(0)), factor=2))
         style = series_style(number)
         axes.plot(
-            *thin(curve.steps, means[-1]), linewidth=1.4, marker=None if curve.half_width else ".",
+            curve.steps, means[-1], linewidth=1.4, marker=None if curve.half_width else ".",
             label=plain_text(name, 28), **style,
         )  # fmt: skip
         known = [row for row in validation if name in row.get("sets", ())]

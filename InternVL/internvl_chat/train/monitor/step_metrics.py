@@ -150,8 +150,10 @@ class StepRecord:
     skipped_because: str | None = None
 
 
-def metrics_row(record: StepRecord, seconds: float, device: torch.device) -> dict[str, Any]:
-    """Return a step's line of `metrics.jsonl`, given its duration.
+def metrics_row(
+    record: StepRecord, seconds: float, device: torch.device, *, pause: float = 0.0
+) -> dict[str, Any]:
+    """Return a step's line of `metrics.jsonl`, given its duration and that of the pause before it.
 
     A loss or gradient norm that is not finite is None, and so is the loss without supervised tokens.
     """
@@ -168,6 +170,7 @@ def metrics_row(record: StepRecord, seconds: float, device: torch.device) -> dic
         "supervised_tokens": sums.supervised_tokens,
         "tiles": sums.tiles,
         "seconds": round(seconds, 4),
+        "pause_seconds": round(pause, 4),
         "records_per_second": round(sums.records / seconds, 3),
         "tokens_per_second": round(sums.tokens / seconds, 1),
     }

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from internvl_chat.constants import WEIGHT_PRECISIONS
+from internvl_chat.train.distributed.strategy import local_shard
 from internvl_chat.train.optim.fused_step import fused_step, step_factors, stochastic_round_
 
 # Values of `--optim` that select the AdamW of this module.
@@ -36,7 +36,7 @@ def bytes_per_parameter(precision: str, dtype: torch.dtype) -> int:
 
 def scratch_bytes(precision: str, parameters: Iterable[Tensor], device_type: str, compiled: bool) -> int:
     """Return the temporary memory of a step on this rank's shards of the parameters; 0 if compiled."""
-    counts = [_local(p).numel() for p in parameters if p.dtype == torch.bfloat16]
+    counts = [local_shard(p).numel() for p in parameters if p.dtype == torch.bfloat16]
     return 0 if compiled else _SCRATCH_BYTES[precision] * _slice_size(counts, device_type)
 
 
@@ -155,9 +155,9 @@ class Float32AdamW(torch.optim.Optimizer):
         if "master" not in state and parameter.dtype == torch.bfloat16 and not self.stochastic:
             state["master"] = parameter.detach().float()
         state["step"] += 1
-        master = _local(state["master"]) if "master" in state else None
-        averages = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
-        return _Slice(_local(parameter), _local(gradient), *averages, master, int(state["step"]))
+        master = local_shard(state["master"]) if "master" in state else None
+        averages = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
+        return _Slice(local_shard(parameter), local_shard(gradient), *averages, master, int(state["step"]))
 
     def _update(self, parameters: list[_Slice], group: dict[str, Any], noise_seed: int) -> None:
         """Update bf16 weights eagerly, slice by slice."""
@@ -229,11 +229,6 @@ def _adamw(
     options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
     options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
     adamw(weights, grads, *moments, [], steps, fused=True, amsgrad=False, maximize=False, **options)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _slice_size(counts: Sequence[int], device_type: str) -> int:

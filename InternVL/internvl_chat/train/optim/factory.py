@@ -69,7 +69,7 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
         )
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(total_steps * warmup)
     options = dict(run.lr_scheduler_kwargs)
-    function: Callable[..., Any] = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     known = [option for option in inspect.signature(function).parameters if option not in _SET_BY_THE_RUN]
     if unknown := [option for option in options if option not in known]:
         raise UsageError(

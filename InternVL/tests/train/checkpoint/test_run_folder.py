@@ -9,7 +9,6 @@ from internvl_chat.train.checkpoint.run_folder import (
     FINISHED,
     LEDGER,
     METRICS,
-    PARTIAL,
     inspect_output_folder,
     list_checkpoints,
     lock_folder,
@@ -147,16 +146,6 @@ def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path):
 def test_file_named_like_a_checkpoint(tmp_path):
     (tmp_path / "checkpoint-99").write_text("")
     assert list_checkpoints(tmp_path) == []
-
-
-def test_checkpoint_is_restored_after_a_killed_replacement(tmp_path):
-    """The process was killed between moving the old checkpoint and renaming the new one."""
-    former = tmp_path / PARTIAL / "checkpoint-4.former"
-    former.mkdir(parents=True)
-    (former / "trainer_state.json").write_text("{}")
-    write_manifest(former)
-    inspected = inspect_output_folder(tmp_path, overwrite=False, resume=None)
-    assert inspected.resume == tmp_path / "checkpoint-4"
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):

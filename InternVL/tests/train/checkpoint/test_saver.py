@@ -11,6 +11,8 @@ from checkpoint_ranks import (
     CPU,
     ToyStrategy,
     checkpointer,
+    gather_without_a_shard,
+    gather_zero3_with_a_failure,
     run_ranks,
     save_and_be_killed,
     save_deepspeed_with_failures,
@@ -126,13 +128,6 @@ class TestCheckpoint:
         assert found[2:] == [["checkpoint-8", "checkpoint-9"], ["checkpoint-8", "checkpoint-10"]]
         assert names(tmp_path) == ["checkpoint-8", "checkpoint-11"]
         assert (tmp_path / "checkpoint-1-mine").is_dir()
-
-    def test_second_save_of_a_step_replaces_the_first(self, tmp_path, strategy):
-        with checkpointer(tmp_path, strategy) as saver:
-            for epoch in (1.0, 2.0):
-                saver.save(TrainState(step=3, epoch=epoch))
-        assert load_training_state(tmp_path / "checkpoint-3", ToyStrategy("single")).epoch == 2
-        assert names(tmp_path) == ["checkpoint-3"]
 
     def test_the_finished_model_is_written_in_the_foreground(self, tmp_path, strategy):
         def fail(folder, weights):
@@ -293,13 +288,36 @@ class TestFailures:
             saver.save(TrainState(step=1))
         assert "Stale file handle (free space: unknown)" in caplog.text
 
-    def test_failed_replacement_keeps_the_first(self, tmp_path, strategy, monkeypatch):
+    def test_existing_checkpoint_is_never_lost(self, tmp_path, strategy):
         with checkpointer(tmp_path, strategy) as saver:
-            saver.save(TrainState(step=1, epoch=1.0))
-            saver.wait()
-            monkeypatch.setattr(strategy.scheduler, "state_dict", lambda: {"no": object()})
-            saver.save(TrainState(step=1, epoch=2.0))
+            for epoch in (1.0, 2.0):
+                saver.save(TrainState(step=1, epoch=epoch))
         assert load_training_state(tmp_path / "checkpoint-1", ToyStrategy("single")).epoch == 1
+        assert "Directory not empty" in saver.failure
+
+    def test_failure_is_that_of_the_last_save(self, tmp_path, strategy, monkeypatch):
+        saver = checkpointer(tmp_path, strategy)
+        saver.save(TrainState(step=1))
+        saver.wait()
+        assert saver.failure is None
+        with monkeypatch.context() as patch:
+            patch.setattr(strategy.scheduler, "state_dict", lambda: {"no": object()})
+            saver.save(TrainState(step=2))
+            saver.wait()
+        assert f"{tmp_path / 'checkpoint-2'} was not written: Object of type" in saver.failure
+        assert "the newest checkpoint is checkpoint-1" in saver.failure
+        saver.save(TrainState(step=3))
+        saver.wait()
+        assert saver.failure is None
+
+    def test_thread_without_permission_for_its_priority(self, tmp_path, strategy, monkeypatch):
+        def refuse(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "setpriority", refuse)
+        with checkpointer(tmp_path, strategy) as saver:
+            saver.save(TrainState(step=1))
+        assert names(tmp_path) == ["checkpoint-1"]
 
     def test_best_checkpoint_is_kept_until_a_better_one_is_saved(self, tmp_path, strategy, caplog):
         def write(folder, weights):
@@ -322,12 +340,16 @@ class TestFailures:
     @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
     def test_failure_on_one_rank(self, tmp_path, layout):
         logs = run_ranks(2, save_with_failures, layout, tmp_path)
-        assert names(tmp_path) == ["checkpoint-1", "checkpoint-5"]
-        assert find_damage(tmp_path / "checkpoint-5") is None
+        assert names(tmp_path) == ["checkpoint-1", "checkpoint-6"]
+        assert find_damage(tmp_path / "checkpoint-6") is None
         reason = "[Errno 28] No space left on device"
-        for step, rank in ((2, "rank 1: "), (3, "rank 1: "), (4, "")):
+        for step, rank in ((2, "rank 1: "), (3, "rank 1: "), (4, ""), (5, "rank 1: ")):
             assert f"checkpoint-{step} was not written: {rank}{reason}" in logs[0]
         assert "was not written" not in logs[1]
+
+    def test_rank_without_its_shard(self, tmp_path):
+        """No rank waits for it."""
+        assert run_ranks(2, gather_without_a_shard) == ["rank 1: 'layers.0.weight'", "'layers.0.weight'"]
 
     def test_killed_process_keeps_the_last_checkpoint(self, tmp_path):
         with pytest.raises(AssertionError, match="have answered"):
@@ -352,3 +374,8 @@ class TestDeepSpeed:
         for step, rank in ((2, "rank 1: "), (3, "")):
             assert f"checkpoint-{step} was not written: {rank}{reason}" in logs[0]
         assert "was not written" not in logs[1]
+
+    def test_failure_while_zero3_gathers_weights(self):
+        """The other rank does not wait for the rest."""
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        assert run_ranks(2, gather_zero3_with_a_failure) == [[True, False], [False, False]]

@@ -20,7 +20,7 @@ PATIENCE = HANG_SECONDS
 STEPS = """
 import os, sys, time
 from pathlib import Path
-from internvl_chat.train.distributed.signals import StopRequest, report_stop, stop_with_launcher
+from internvl_chat.train.distributed.signals import StopRequest, exit_code, report_exit, stop_with_launcher
 stop_with_launcher()
 sys.stdout.reconfigure(line_buffering=True)  # both workers share a pipe: one write per line
 folder = Path(sys.argv[2])
@@ -33,7 +33,7 @@ with StopRequest() as request:
         time.sleep(0.02)
 if request.signal:
     sys.stdout.write(f"saved after {request.signal.name}\\n")
-    sys.exit(report_stop(request.signal))
+    sys.exit(report_exit(exit_code(request.signal)))
 """
 
 
@@ -268,6 +268,21 @@ elif os.environ["RANK"] == "0":
     code, output = start(script, "--standalone", "--max_restarts", "2", ranks=1).end()
     assert code == 0, output
     assert "restarted 0" in output
+
+
+def test_reported_failure_is_not_restarted(start):
+    """Such as that of the last checkpoint of a run that was stopped."""
+    script = """
+import sys
+from internvl_chat.train.distributed.signals import report_exit
+print("started", flush=True)
+sys.exit(report_exit(1))
+"""
+    run = start(script, "--standalone", "--max_restarts", "2")
+    run.folder.mkdir()
+    code, output = run.end()
+    assert code == 1, output
+    assert output.count("started") == 1 and "training failed with exit code 1" in output
 
 
 def test_signal_during_startup_ends_the_workers(start):

@@ -5,18 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import HANG_SECONDS, SOURCE_ROOT
 
 from internvl_chat.train.distributed.signals import (
+    EXIT_CODE,
     LAUNCHER,
     SIGNALS,
-    STOPPED_BY,
     STOPPING,
     StopRequest,
     exit_code,
-    report_stop,
+    report_exit,
 )
 
 
@@ -77,15 +78,20 @@ def test_interrupts_are_debounced():
     assert result.returncode == 0 and "still here" in result.stdout
 
 
-def test_a_worker_reports_the_signal_to_its_launcher(tmp_path, monkeypatch):
-    monkeypatch.delenv(STOPPED_BY, raising=False)
-    assert [report_stop(number) for number in SIGNALS] == [143, 130, 138]
-    assert exit_code(signal.SIGTERM) == 143
-    monkeypatch.setenv(STOPPED_BY, str(tmp_path / "note"))
-    assert report_stop(signal.SIGUSR1) == 0
-    assert (tmp_path / "note").read_text() == "SIGUSR1"
-    monkeypatch.setenv(STOPPED_BY, str(tmp_path / "gone/note"))
-    assert report_stop(signal.SIGUSR1) == 0
+def test_a_worker_reports_its_exit_code_to_its_launcher(tmp_path, monkeypatch):
+    assert [exit_code(number) for number in SIGNALS] == [143, 130, 138]
+    monkeypatch.delenv(EXIT_CODE, raising=False)
+    assert report_exit(138) == 138
+    monkeypatch.setenv(EXIT_CODE, str(tmp_path / "note"))
+    assert report_exit(0) == 0 and not (tmp_path / "note").exists()
+    assert report_exit(138) == 0
+    assert (tmp_path / "note").read_text() == "138"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk")
+def test_exit_code_is_not_lost_on_a_full_disk(monkeypatch):
+    monkeypatch.setenv(EXIT_CODE, "/dev/full")
+    assert report_exit(138) == 138
 
 
 ORPHAN = """
@@ -142,8 +148,8 @@ def test_launcher_has_already_exited():
 
 def test_workers_started_after_a_signal_exit(tmp_path):
     note = tmp_path / "note"
-    result = run(STARTED, **{STOPPING: "SIGUSR1", STOPPED_BY: str(note)})
-    assert (result.returncode, result.stdout, note.read_text()) == (0, "", "SIGUSR1")
+    result = run(STARTED, **{STOPPING: "SIGUSR1", EXIT_CODE: str(note)})
+    assert (result.returncode, result.stdout, note.read_text()) == (0, "", "138")
     assert run(STARTED, **{STOPPING: "SIGUSR1"}).returncode == 138
     assert run(STARTED, **{STOPPING: ""}).stdout == "on\n"
 

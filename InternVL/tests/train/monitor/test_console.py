@@ -14,7 +14,8 @@ def row(step=1, **changes):
     return {
         "step": step, "epoch": step / 1000, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-6 * step,
         "records": 4, "tokens": 1000, "supervised_tokens": 100, "tiles": 4, "seconds": 2.0,
-        "records_per_second": 2.0, "tokens_per_second": 500.0, "mfu": 0.4, "max_memory_gb": 10.0,
+        "pause_seconds": 0.0, "records_per_second": 2.0, "tokens_per_second": 500.0, "mfu": 0.4,
+        "max_memory_gb": 10.0,
     } | changes  # fmt: skip
 
 
@@ -70,6 +71,17 @@ def test_a_line_covers_the_steps_since_the_last(caplog):
         "step 3/100 (3.0 %)",
     ]
     assert "3 min left" in caplog.text  # 98 and 97 steps of 2 s
+
+
+def test_time_left_includes_pauses(caplog):
+    """98 steps of 2 s and a pause of 12 s every second step."""
+    console = Console(100, first_step=1, show_bar=False)
+    console.step(row(1), due=False)
+    with caplog.at_level(logging.INFO):
+        metrics = console.step(row(2, pause_seconds=12.0))
+    console.close()
+    assert f"{format_duration(98 * (2 + 6))} left" in caplog.text
+    assert metrics["records_per_second"] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from internvl_chat.train.monitor import loss_curves
-from internvl_chat.train.monitor.loss_curves import Curve, centered_mean, loss_limits, read_steps, thin
+from internvl_chat.train.monitor.loss_curves import Curve, centered_mean, loss_limits, read_steps
 
 NAN = float("nan")
 
@@ -90,21 +89,6 @@ class TestLimits:
     def test_few_losses(self, losses):
         low, high = loss_limits(np.array(losses), self.NONE)
         assert np.isfinite([low, high]).all() and low < high
-
-
-class TestThin:
-    def test_short_curves_stay(self):
-        steps = np.arange(10)
-        assert thin(steps, steps)[0] is steps
-
-    def test_long_curves_keep_ends_and_extremes(self):
-        losses = np.random.default_rng(0).random(12_000)
-        losses[[5000, 7000]], losses[3000:3100] = [9, -9], NAN
-        steps, thinned = thin(np.arange(12_000), losses)
-        assert len(steps) <= loss_curves._MAX_POINTS + 2
-        assert (np.diff(steps) > 0).all()
-        assert {0, 5000, 7000, 11_999} <= set(steps)
-        assert np.isnan(thinned[(steps >= 3000) & (steps < 3090)]).any()
 
 
 def test_mean_of_a_curve():

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from internvl_chat.train.monitor.plots import loss_figure, plot_loss
+from internvl_chat.utils.plotting import save_png
 
 
 def metrics(losses, *, sets=("a",), skipped=()):
@@ -54,12 +55,11 @@ def test_few_steps_have_markers_and_no_mean(steps):
     assert ticks == list(range(1, steps + 1))
 
 
-def test_long_runs_are_thinned_and_keep_their_extremes():
-    losses = np.full(12_000, 2.0) + np.linspace(0.5, 0, 12_000)
-    losses[7000] = 2.9
-    steps, drawn = line(loss_figure(metrics(losses), [], title="run").axes[0], "loss of a step")
-    assert len(steps) < 2100 and 7001 in steps and max(drawn) == 2.9
-    assert (steps[0], steps[-1]) == (1, 12_000)
+def test_long_runs_can_be_drawn(tmp_path):
+    """As many steps as full training; noise defeats the simplification of lines."""
+    losses = np.random.default_rng(0).random(370_000)
+    save_png(loss_figure(metrics(losses, sets=()), [], title="run"), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_spikes_are_marked_at_the_edge_and_not_in_the_mean():

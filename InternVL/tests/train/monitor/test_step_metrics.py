@@ -57,7 +57,8 @@ def metrics(monkeypatch):
 def test_metrics(metrics):
     assert metrics(record()) == {
         "step": 3, "epoch": 0.5, "loss": 1.2345679, "grad_norm": 0.25, "learning_rate": 1e-5, "records": 4,
-        "tokens": 100, "supervised_tokens": 30, "tiles": 7, "seconds": 2.0, "records_per_second": 2.0,
+        "tokens": 100, "supervised_tokens": 30, "tiles": 7, "seconds": 2.0, "pause_seconds": 0.0,
+        "records_per_second": 2.0,
         "tokens_per_second": 50.0, "max_memory_gb": 1.5, "sets": {"a": {"records": 4, "loss": 1.2345679}},
     }  # fmt: skip
 
