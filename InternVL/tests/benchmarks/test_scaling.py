@@ -1,19 +1,15 @@
 """The scaling benchmark: a small run."""
 
 import json
-import subprocess
-import sys
 
-from helpers import HANG_SECONDS, SOURCE_ROOT
-
+from benchmarks.scaling import main
 from benchmarks.shapes import default_dtype
 
 
 def test_one_quantity_grows_at_a_time(tmp_path):
-    script, out = SOURCE_ROOT / "benchmarks/scaling.py", tmp_path / "rows.json"
+    out = tmp_path / "rows.json"
     options = ["--model", "smoke", "--largest", "128", "--repeats", "1", "--device", "cpu", "--processes"]
-    command = [sys.executable, str(script), *options, "--json", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=HANG_SECONDS)
+    assert main([*options, "--json", str(out)]) == 0
     written = json.loads(out.read_text())
     rows = written["rows"]
     assert written["dtype"] == default_dtype("cpu")

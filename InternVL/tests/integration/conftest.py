@@ -5,6 +5,8 @@ import json
 import pytest
 from helpers import RECIPES, flags
 
+from internvl_chat.train import internvl_chat_finetune
+
 
 @pytest.fixture(scope="module")
 def augmented(sample_data, tmp_path_factory):
@@ -17,7 +19,17 @@ def augmented(sample_data, tmp_path_factory):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    """A plot takes as long as the training of a small model; runs of the launchers have theirs."""
+
+    def plot_loss(metrics, output, *_, **__):
+        output.write_bytes(b"")
+
+    monkeypatch.setattr(internvl_chat_finetune, "plot_loss", plot_loss)
+
+
+@pytest.fixture(scope="module")
 def small_run(tiny_model, augmented):
     """Return a function that builds the command line of a small run, with changes."""
 

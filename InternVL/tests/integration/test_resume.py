@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,16 +12,28 @@ from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def arguments(small_run):
     """Builder of the command line for one and a half epochs."""
     return partial(small_run, max_steps=9, save_steps=2, dataloader_num_workers=2)
 
 
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """Folders of finished runs by recipe, only to be read."""
+
+    @cache
+    def get(recipe="full"):
+        folder = tmp_path_factory.mktemp("finished") / recipe
+        assert train(arguments(folder, recipe)) == 0
+        return folder
+
+    return get
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_resume_is_exact(arguments, tmp_path, metrics, recipe):
-    full, resumed = tmp_path / "full", tmp_path / "resumed"
-    assert train(arguments(full, recipe)) == 0
+def test_resume_is_exact(arguments, finished, tmp_path, metrics, recipe):
+    full, resumed = finished(recipe), tmp_path / "resumed"
     for step in (4, 6, 8):  # within an epoch, at its end, in the next
         checkpoint = str(full / f"checkpoint-{step}")
         again = arguments(resumed, recipe, resume_from_checkpoint=checkpoint)
@@ -35,10 +47,9 @@ def test_resume_is_exact(arguments, tmp_path, metrics, recipe):
         shutil.rmtree(resumed)
 
 
-def test_same_command_resumes(arguments, tmp_path, metrics):
-    full, stopped = tmp_path / "full", tmp_path / "stopped"
-    assert train(arguments(full)) == 0
-    assert train(arguments(stopped)) == 0
+def test_same_command_resumes(arguments, finished, tmp_path, metrics):
+    full, stopped = finished(), tmp_path / "stopped"
+    shutil.copytree(full, stopped)
     # Simulates a kill between steps 6 and 7, while a checkpoint was being written.
     (stopped / "train_results.json").unlink()
     (stopped / "model.safetensors").unlink()
@@ -55,8 +66,8 @@ def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
     """This also holds if rotation has deleted the checkpoint from which the run resumed."""
     full, stopped = tmp_path / "full", tmp_path / "stopped"
     for recipe in RECIPES:
-        for folder in (full, stopped):
-            assert train(arguments(folder, recipe, save_total_limit=1)) == 0
+        assert train(arguments(full, recipe, save_total_limit=1)) == 0
+        shutil.copytree(full, stopped)
         for name in ("train_results.json", WEIGHTS[recipe]):
             (stopped / name).unlink()
         assert (
@@ -86,24 +97,20 @@ def test_resumed_run_leaves_the_same_files(arguments, tmp_path):
         ),
     ],
 )
-def test_resuming_with_other_flags_is_refused(arguments, tmp_path, capfd, change, message):
-    first = tmp_path / "first"
-    assert train(arguments(first, max_steps=2)) == 0
+def test_resuming_with_other_flags_is_refused(arguments, finished, tmp_path, capfd, change, message):
+    checkpoint = finished() / "checkpoint-2"
     capfd.readouterr()
-    checkpoint = first / "checkpoint-2"
     assert train(arguments(tmp_path / "second", resume_from_checkpoint=checkpoint, **change)) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "second").exists()
 
 
-def test_resuming_on_other_data_is_refused(arguments, augmented, tmp_path, capfd):
-    first = tmp_path / "first"
-    assert train(arguments(first, max_steps=2)) == 0
+def test_resuming_on_other_data_is_refused(arguments, finished, augmented, tmp_path, capfd):
     meta = json.loads(augmented.read_text())
     meta["qa-bbox"]["repeat_time"] = 2
     other = tmp_path / "other.json"
     other.write_text(json.dumps(meta))
-    checkpoint = first / "checkpoint-2"
+    checkpoint = finished() / "checkpoint-2"
     again = arguments(tmp_path / "second", meta_path=other, resume_from_checkpoint=checkpoint)
     assert train(again) == 2
     assert "but the checkpoint has [4, 4, 4, 4, 4, 4]" in capfd.readouterr().err
