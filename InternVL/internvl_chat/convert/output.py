@@ -123,8 +123,8 @@ class ConversionOutput:
             if error.errno not in _DISK_ERRORS:
                 raise
             raise ModelError(
-                f"{error.filename or target}: {error.strerror}; the incomplete result was deleted; free up "
-                f"space in {target.parent} and try again"
+                f"{error.filename or target}: {error.strerror}; the incomplete result was deleted; check the "
+                f"disk and the free space of {target.parent}, then try again"
             ) from None
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)

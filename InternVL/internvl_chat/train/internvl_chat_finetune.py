@@ -194,9 +194,9 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
     """
     output, run, state = plan.output.path, plan.config.run, loop.state
     if state.skipped_steps == state.step:
-        steps = "the only step was" if state.step == 1 else f"all {state.step} steps were"
+        steps = "the only step was skipped" if state.step == 1 else f"all {state.step} steps were skipped"
         raise TrainingError(
-            f"{output}: {steps} skipped, so the model has not changed and is not saved; "
+            f"{output}: {steps}, so the model has not changed and is not saved; "
             f"{METRICS} has the reason for each step (skipped_because)"
         )
     step = None

@@ -134,7 +134,7 @@ def test_all_problems_are_reported_up_to_a_limit(folder):
 
 def test_incomplete_benchmark(folder):
     write(folder, [item()], FILES["bboxVQA"])
-    with pytest.raises(DataError, match="incomplete: no puretextQA_benchmark"):
+    with pytest.raises(DataError, match="incomplete: missing puretextQA_benchmark"):
         open_benchmark("pmc-mi", folder)
 
 
@@ -194,7 +194,7 @@ def test_answers_as_letters_or_text(questions, rows, letters):
     [
         ([(DENSITY, "A")], "'A' is ambiguous: it is the letter of option A and the text of option D"),
         ([(DENSITY, "A"), (("Yes", "No"), "No"), (("Yes", "No"), "A")], 'for example "D. A"'),
-        ([(DENSITY, "D. B")], "none of the 4 options"),
+        ([(DENSITY, "D. B")], "is not one of the 4 options"),
         ([(("2", "1", "0"), 2)], "the text of one option and the 0-based index of a different one"),
         ([(("B. Yes", "A. No"), "A")], "begin with the letters B, A; list them in alphabetical order"),
     ],

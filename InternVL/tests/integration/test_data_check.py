@@ -462,7 +462,7 @@ class TestTraining:
 
     def test_flags(self, start, write):
         code, err, _ = start(write(text_record(0)), max_bad_fraction=2)
-        assert (code, "--max_bad_fraction 2.0 must be between 0 and 1" in err) == (2, True)
+        assert (code, "--max_bad_fraction 2.0 must be at least 0 and at most 1" in err) == (2, True)
         code, err, _ = start(write(text_record(0)), on_bad_record="ignore")
         assert (code, "--on_bad_record: invalid choice: 'ignore'" in err) == (2, True)
 
