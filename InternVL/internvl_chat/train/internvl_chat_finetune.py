@@ -92,7 +92,9 @@ def train(config: TrainConfig) -> signal.Signals | None:
         plan.output.path,
         strategy,
         checkpoint_writer(plan, model, tokenizer, preprocessing),
-        fingerprint=fingerprint_run(config, DataState.of(data), eval_data and DataState.of(eval_data)),
+        fingerprint=fingerprint_run(
+            config, DataState.of(data), DataState.of(eval_data) if eval_data else None
+        ),
         device=run.device,
         keep=run.save_total_limit,
         model_only=run.save_only_model,

@@ -82,7 +82,7 @@ def move_schedule(scheduler: LambdaLR, steps: int) -> float:
     position = {"last_epoch": steps - 1, "_step_count": max(steps, 2)}
     scheduler.load_state_dict({**scheduler.state_dict(), **position})
     scheduler.step()
-    return scheduler.get_last_lr()[0]
+    return float(scheduler.get_last_lr()[0])
 
 
 def scheduled_rate(run: RunConfig, total_steps: int, step: int) -> float:
