@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif code and _is_unchanged(results, finished):
         logger.error("training did not start (exit code %d); %s is unchanged", code, folder)
     elif code in map(exit_code, SIGNALS):
-        logger.error(
-            "stopped by a signal (exit code %d); run the same command again to resume in %s", code, folder
-        )
+        logger.error("stopped by a signal (exit code %d); see %s for how to resume", code, log)
     elif code:
         logger.error("training failed with exit code %d; see %s", code, log)
     return code
