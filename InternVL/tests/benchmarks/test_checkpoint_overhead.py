@@ -1,15 +1,10 @@
 """The checkpoint benchmark: summary, and a small run."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from helpers import HANG_SECONDS, SOURCE_ROOT
 
-sys.path.insert(0, str(SOURCE_ROOT))
-
-from benchmarks.checkpoint_overhead import summarize
+from benchmarks.checkpoint_overhead import main, summarize
 
 
 def test_summary_of_steps_after_a_save() -> None:
@@ -23,13 +18,12 @@ def test_summary_of_steps_after_a_save() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["lora", "full"])
-def test_both_modes(tmp_path, recipe: str) -> None:
-    script, out = SOURCE_ROOT / "benchmarks/checkpoint_overhead.py", tmp_path / "rows.json"
+def test_both_modes(tmp_path, recipe: str, capsys) -> None:
+    out = tmp_path / "rows.json"
     options = ["--recipe", recipe, "--model", "smoke", "--device", "cpu", "--steps", "5", "--every", "2"]
-    command = [sys.executable, str(script), *options, "--warmup", "0", "--json", str(out)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert main([*options, "--warmup", "0", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["mode"] for row in rows] == ["background", "synchronous"]
     assert all(len(row["after_save_seconds"]) == 2 and row["median_seconds"] > 0 for row in rows)
     assert rows[0]["checkpoint_gb"] == pytest.approx(rows[1]["checkpoint_gb"], rel=0.01)
-    assert done.stdout.count(", after a save ") == 2
+    assert capsys.readouterr().out.count(", after a save ") == 2

@@ -1,13 +1,8 @@
 """The conversion benchmark: a small run and its errors."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from helpers import HANG_SECONDS, SOURCE_ROOT
-
-sys.path.insert(0, str(SOURCE_ROOT))
 
 from benchmarks.conversion_memory import main, measure, write_adapter
 from benchmarks.shapes import SHAPES
@@ -15,11 +10,10 @@ from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.model.lora.injection import lora_layers
 
 
-def test_both_commands(tmp_path) -> None:
-    script, out = SOURCE_ROOT / "benchmarks/conversion_memory.py", tmp_path / "rows.json"
+def test_both_commands(tmp_path, capsys) -> None:
+    out = tmp_path / "rows.json"
     options = ["--model", "smoke", "--check", "False", "--folder", str(tmp_path), "--json", str(out)]
-    command = [sys.executable, str(script), *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert main(options) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["work"], row["checked"], row["shards"]) for row in rows] == [
         ("merge", False, 1),
@@ -27,7 +21,7 @@ def test_both_commands(tmp_path) -> None:
     ]
     # More than torch alone, and less than the next larger model.
     assert all(0.1 < row["peak_memory_gb"] < 4 for row in rows)
-    assert done.stdout.splitlines()[1].startswith("merge")
+    assert capsys.readouterr().out.splitlines()[1].startswith("merge")
     assert list(tmp_path.iterdir()) == [out]
 
 

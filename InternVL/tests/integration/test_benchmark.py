@@ -362,7 +362,6 @@ def start(command: list[str], *launcher: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.slow
 def test_two_ranks_give_the_same_result(complete, bench, tiny_model, tmp_path):
     process = start(
         argv(bench, tiny_model, tmp_path),

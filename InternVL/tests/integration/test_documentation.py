@@ -1,5 +1,6 @@
 """Every command in the documentation works, with small replacements for the weights and data."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from helpers import HANG_SECONDS, SOURCE_ROOT, flags
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
+from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.internvl_chat_finetune import main as train
 
 REPOSITORY = SOURCE_ROOT.parent
@@ -22,7 +24,7 @@ DOCS = REPOSITORY / "InternVL/docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "full_training_data/README.md", SOURCE_ROOT / "README.md",
          *sorted(DOCS.glob("*.md"))]  # fmt: skip
 CPU = "--use_cpu True --bf16 False"
-SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1"
+SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1 --dataloader_num_workers 0"
 
 # Not run here: quickstart and acceptance run have slow tests; the others set up or test the repository.
 ELSEWHERE = (
@@ -133,13 +135,48 @@ STAND_INS = (
     (r"--out \S+", "--out {out}/eval"),
     (r"--predictions \S+", "--predictions {stage}/answers.jsonl"),
     (r"(.*m3llm generate .*|.*--bench .* --model .*)", r"\1 --max_new_tokens 4"),
-    (r"(.*--chat.*)", r"echo Why? | \1"),
-    (r"torchrun ", "torchrun --standalone "),
+    # test_benchmark.py evaluates on two ranks.
+    (r"torchrun --nproc_per_node 2 -m internvl_chat\.cli", "m3llm"),
 )
 
 
+# A command of `m3llm` alone, possibly with variables, runs in this process; a pipe needs a shell.
+ALONE = re.compile(r"(?:export \S+ && )*m3llm [^|>]*")
+
+
+def run_here(command: str, monkeypatch) -> None:
+    """Run a command of `m3llm` alone in this process, which has imported everything already."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))  # for --chat
+    for part in command.split(" && "):
+        program, *words = shlex.split(part)
+        if program == "export":
+            monkeypatch.setenv(*words[0].split("=", 1))
+        else:
+            assert m3llm(words) == 0, part
+
+
+def run_in_shell(command: str, folder: Path) -> None:
+    """Run a command in a shell; a launcher's interpreter only stores its arguments, for `launched_flags`."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > "{folder}/launched"\n')
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        capture_output=True, text=True, timeout=HANG_SECONDS, env=os.environ | {"PYTHON": str(python)},
+    )  # fmt: skip
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
+def launched_flags(folder: Path) -> list[str]:
+    """Return the flags that a launcher gave the training script."""
+    words = (folder / "launched").read_text().split("\0")[:-1]
+    [script] = [place for place, word in enumerate(words) if word.endswith("/internvl_chat_finetune.py")]
+    return words[script + 1 :]
+
+
 @pytest.mark.parametrize("command", documented_commands())
-def test_command(command, stage, tiny_model, sample_data, tmp_path):
+def test_command(command, stage, tiny_model, sample_data, tmp_path, monkeypatch):
+    """The launchers' torchrun has tests of its own: here their flags train on one rank in this process."""
     small = command
     places = {"model": tiny_model, "meta": sample_data / "train.json", "stage": stage, "out": tmp_path}
     for pattern, stand_in in STAND_INS:
@@ -147,9 +184,7 @@ def test_command(command, stage, tiny_model, sample_data, tmp_path):
             stand_in = stand_in.replace(f"{{{name}}}", str(place))
         small = re.sub(pattern, stand_in, small)
     environment = {
-        **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHON": sys.executable,
         "GPUS": "0",
         "MODEL_PATH": str(tiny_model),
         "META_PATH": str(sample_data / "train.json"),
@@ -158,11 +193,19 @@ def test_command(command, stage, tiny_model, sample_data, tmp_path):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(SOURCE_ROOT),
     }
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", small],
-        capture_output=True, text=True, cwd=stage, env=environment, timeout=HANG_SECONDS,
-    )  # fmt: skip
-    assert result.returncode == 0, f"{small}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(stage)
+    if ALONE.fullmatch(small):
+        run_here(small, monkeypatch)
+    else:
+        run_in_shell(small, tmp_path)
+        if "M3LLM-fulldata-" in small:
+            given = launched_flags(tmp_path)
+            if "fsdp" in given:  # needs several ranks; test_processes.py trains with it
+                assert parse_arguments(given).run.parallel == "fsdp"
+            else:
+                assert train(given) == 0
 
 
 @pytest.mark.slow

@@ -30,35 +30,32 @@ def environment(tiny_model, sample_data, folder: Path, **values: str) -> dict[st
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("lora", "adapter_model.safetensors"), ("fullmodel", "model.safetensors")]
+    ("name", "weights", "ranks", "folder"),
+    [
+        ("lora", "adapter_model.safetensors", "1", "flag"),
+        ("fullmodel", "model.safetensors", "2", "variable"),
+        pytest.param("lora", "adapter_model.safetensors", "2", "variable", marks=pytest.mark.slow),
+        pytest.param("fullmodel", "model.safetensors", "1", "flag", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("ranks", ["1", "2"])
-def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weights, ranks):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    out = tmp_path / "out with space"
-    result = run_launcher(
-        name,
-        *QUICK,
-        cwd=elsewhere,
-        **environment(tiny_model, sample_data, out, NPROC=ranks, BATCH_SIZE="4"),
-    )
+def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weights, ranks, folder):
+    """Into a folder relative to the working folder, from OUTPUT_DIR or from the flags, which win."""
+    given, words = "out with space", list(QUICK)
+    if folder == "flag":
+        words += ["--output_dir", "out with space"]
+        given = "unused"
+    variables = environment(tiny_model, sample_data, Path(given), NPROC=ranks, BATCH_SIZE="4")
+    result = run_launcher(name, *words, cwd=tmp_path, **variables)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    out = tmp_path / "out with space"
+    assert list(tmp_path.iterdir()) == [out]
     assert [r["records"] for r in metrics(out)] == [4, 4, 4]
     assert (out / weights).is_file()
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     log = (out / "training_log.txt").read_text()
     for shown in ("trainable    share", "finished: the model is in"):
         assert shown in log
     assert log.rstrip("\n") in result.stdout + result.stderr
-    assert not list(elsewhere.iterdir())
-
-
-def test_relative_paths_start_from_the_working_folder(tiny_model, sample_data, tmp_path, metrics):
-    variables = environment(tiny_model, sample_data, tmp_path)
-    variables["OUTPUT_DIR"] = "here"
-    result = run_launcher("lora", *QUICK, "--max_steps", "1", cwd=tmp_path, **variables, BATCH_SIZE="2")
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert len(metrics(tmp_path / "here")) == 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +78,7 @@ def test_bad_environment(tiny_model, sample_data, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("ranks", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_failing_run_fails_the_launcher_and_leaves_nothing(tiny_model, sample_data, tmp_path, ranks):
     variables = environment(tiny_model, sample_data, tmp_path / "out", NPROC=ranks)
     result = run_launcher("lora", "--lerning_rate", "1", cwd=tmp_path, **variables)
@@ -95,7 +92,14 @@ def test_wandb_key_enables_wandb_and_is_not_written(tiny_model, sample_data, tmp
     secret = "0123456789abcdef0123456789abcdef01234567"
     variables = environment(tiny_model, sample_data, tmp_path / "out", WANDB_MODE="offline", BATCH_SIZE="2")
     result = run_launcher(
-        "lora", *QUICK, cwd=tmp_path, **variables, WANDB_API_KEY=secret, WANDB_DIR=str(tmp_path)
+        "lora",
+        *QUICK,
+        "--max_steps",
+        "1",
+        cwd=tmp_path,
+        **variables,
+        WANDB_API_KEY=secret,
+        WANDB_DIR=str(tmp_path),
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert re.search(r"report_to:\s+- wandb\n", (tmp_path / "out/config.yaml").read_text())
@@ -240,11 +244,3 @@ def test_shipped_meta_file_lists_the_six_datasets():
         "qa-compound-image": 37029,
     }
     assert not any("max_dynamic_patch" in entry for entry in meta.values())
-
-
-def test_output_folder_among_the_flags_gets_the_log_too(tiny_model, sample_data, tmp_path):
-    variables = environment(tiny_model, sample_data, tmp_path / "unused", BATCH_SIZE="2")
-    result = run_launcher("lora", *QUICK, "--output_dir", str(tmp_path / "out"), cwd=tmp_path, **variables)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert (tmp_path / "out/training_log.txt").is_file()
-    assert not (tmp_path / "unused").exists()

@@ -47,7 +47,8 @@ def test_wheel_is_complete(installed):
     assert {file.name for file in (shell / "deepspeed").iterdir()} == {f"zero{n}.json" for n in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("choice", ["PYTHON", "active environment"])
+# PYTHON is what every other test of the launchers sets.
+@pytest.mark.parametrize("choice", [pytest.param("PYTHON", marks=pytest.mark.slow), "active environment"])
 def test_installed_launcher_trains(installed, choice, tiny_model, sample_data, tmp_path, metrics):
     """The launcher writes to the current folder and uses PYTHON, or else `python` on the PATH."""
     (tmp_path / "bin").mkdir()
