@@ -40,4 +40,4 @@ def test_failing_command_is_reported(tmp_path) -> None:
 def test_unknown_command(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--works", "merge,fold"])
-    assert "fold is unknown" in capsys.readouterr().err
+    assert "unknown: fold" in capsys.readouterr().err

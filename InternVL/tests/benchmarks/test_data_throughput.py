@@ -26,7 +26,7 @@ def test_report_of_a_few_records(tmp_path, capsys, monkeypatch):
     assert {
         "parse",
         "image headers",
-        "tokenise",
+        "tokenize",
         "encode",
         "decode images",
         "split into tiles",

@@ -54,7 +54,7 @@ def test_stages_that_learned_pass():
     ("full", "lora", "message"),
     [
         ({"loss": 6.0}, {}, "full-model stage: held-out loss of its tasks: 7.000 before, 6.000 after"),
-        ({"loss": float("nan")}, {}, "full-model stage: the held-out loss"),
+        ({"loss": float("nan")}, {}, "full-model stage: held-out loss"),
         ({}, {"withheld_loss": 7.0}, "LoRA stage: held-out loss of its tasks: 8.000 before, 7.000 after"),
         ({}, {"correct": 5, "withheld_correct": 6}, "accuracy on closed questions after both stages"),
     ],

@@ -66,7 +66,7 @@ def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weigh
         ({"NPROC": "-1"}, "NPROC must be a non-negative integer, found '-1'"),
         ({"PER_DEVICE_BATCH_SIZE": "0"}, "PER_DEVICE_BATCH_SIZE must be at least 1"),
         ({"GPUS": "1", "NPROC": "2"}, "NPROC=2 exceeds GPUS=1"),
-        ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "2"}, "NNODES=2 requires MASTER_ADDR"),
         ({"PYTHON": "/no/python"}, "PYTHON=/no/python: no such interpreter"),
     ],
 )

@@ -75,7 +75,7 @@ def test_path_with_t5(tmp_path):
     folder = tmp_path / "t5" / "bert"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"num_hidden_layers": 2, "model_type": "bert"}')
-    with pytest.raises(ModelError, match="rename or link"):
+    with pytest.raises(ModelError, match="rename or symlink"):
         select_layer(str(folder), folder)
 
 
