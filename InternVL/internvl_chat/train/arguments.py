@@ -1,6 +1,6 @@
-"""Parse the training command line, or a JSON or YAML file, into a frozen `TrainConfig`.
+"""Parse the training command line, including a JSON or YAML file, into a frozen `TrainConfig`.
 
-All errors are reported together. Of two flags with the same meaning, the one that comes later is used.
+All errors are reported together. If two flags have the same meaning, the later one takes effect.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from internvl_chat.utils.text import counted
 logger = get_logger(__name__)
 
 _KINDS: Any = (ModelArguments, DataArguments, RunArguments)
-# Flags with the same meaning.
+# Alternative flags with the same meaning; the later one takes effect.
 _ALTERNATIVES = (
     ({"warmup_steps"}, {"warmup_ratio"}),
     ({"eval_strategy"}, {"evaluation_strategy"}),
@@ -40,10 +40,10 @@ _ALTERNATIVES = (
 
 
 class _Parser(HfArgumentParser):
-    """A parser that raises `UsageError` instead of exiting."""
+    """Argument parser that raises `UsageError` instead of exiting."""
 
     def add_argument(self, *names: str, group: str = "", **options: Any) -> argparse.Action:
-        # HfArgumentParser passes the metadata of a field on; only the help uses the group.
+        # HfArgumentParser passes on all metadata of a field; `group` is used only by the help.
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -51,10 +51,10 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Parse flags, optionally after a configuration file, whose values they override.
+    """Parse flags; a configuration file may come first, and the flags override its values.
 
     Raises:
-        UsageError: lists all unknown flags and invalid values.
+        UsageError: flags are missing, unknown or invalid; the message lists all problems.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     if tokens and tokens[0].endswith(CONFIG_FILES) and not tokens[0].startswith("--"):
@@ -82,14 +82,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     problems += _outside_range(model, data, run)
     resolved = resolve_run(run, problems)
     if problems:
-        # The checks of the configuration follow only without problems; these need nothing but flags.
+        # `check_configuration` will not run, so report these problems, which depend only on flags.
         problems += [*optimizer_problems(resolved), *tracker_problems(resolved.report_to)]
         raise UsageError(list(dict.fromkeys(problems)))
     return TrainConfig(model, data, resolved)
 
 
 def dump_config(config: TrainConfig) -> str:
-    """Return the flags that differ from their defaults as YAML, which `parse_arguments` reads again."""
+    """Return the flags that differ from their defaults as YAML that `parse_arguments` can read."""
     run = config.run
     ranks, records = counted(run.world_size, "rank"), counted(run.records_per_step, "record")
     lines = [f"# m3llm {__version__}: flags that differ from their defaults\n",
@@ -103,7 +103,7 @@ def dump_config(config: TrainConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that reads only true and false as truth values, so that `eval_strategy: no` is text."""
+    """YAML loader that reads only true and false as booleans, so that `eval_strategy: no` is a string."""
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -115,7 +115,7 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALS
 
 
 def _missing(tokens: list[str]) -> list[str]:
-    """Report missing required flags."""
+    """Return an error message for each missing required flag."""
     given = set(_names(tokens))
     problems = [f"--{name} is required" for name in ("output_dir", "meta_path") if name not in given]
     if "model_name_or_path" not in given and not given >= {"vision_path", "llm_path"}:
@@ -124,7 +124,7 @@ def _missing(tokens: list[str]) -> list[str]:
 
 
 def _outside_range(*parts: Any) -> list[str]:
-    """Report numbers outside the range of their flag, and set them to its default."""
+    """Return an error message for each out-of-range number and reset the number to its default."""
     problems = []
     for part in parts:
         for name, value in vars(part).items():
@@ -154,7 +154,7 @@ def _names(tokens: Sequence[str]) -> list[str]:
 
 
 def _override(defaults: list[str], tokens: list[str]) -> list[str]:
-    """Return the flags of a configuration file and of the command line, without flags that others replace."""
+    """Merge the flags of a configuration file and of the command line; drop those that later ones replace."""
     given = _names(tokens)
     for flags in _ALTERNATIVES:
         used = next((kind for name in reversed(given) for kind in flags if name in kind), None)
@@ -172,7 +172,7 @@ def _override(defaults: list[str], tokens: list[str]) -> list[str]:
 
 
 def _without(tokens: list[str], flags: set[str] | None) -> list[str]:
-    """Remove flags and their values; all tokens if the flags are None."""
+    """Return the tokens without the given flags and their values; no tokens if `flags` is None."""
     if flags is None:
         return []
     kept, skipping = [], False
@@ -185,7 +185,7 @@ def _without(tokens: list[str], flags: set[str] | None) -> list[str]:
 
 
 def _tokens_from_file(path: Path) -> list[str]:
-    """Return the flags of a JSON or YAML file, flat or in the groups of an older `config.yaml`."""
+    """Return the flags of a JSON or YAML file as tokens; those of an older `config.yaml` are grouped."""
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def _tokens_from_file(path: Path) -> list[str]:
 
 
 def as_tokens(values: Mapping[str, Any]) -> list[str]:
-    """Return the names and values of flags as command-line tokens, without empty values."""
+    """Return flags as command-line tokens, omitting flags with an empty value."""
     tokens = []
     for name, value in values.items():
         if value is None or value == "":

@@ -1,4 +1,4 @@
-"""Check flags, model, data and output folder before any weights are read; report all problems together."""
+"""Check the flags, model, data and output folder before reading weights; report all problems together."""
 
 import dataclasses
 import difflib
@@ -51,11 +51,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run whose configuration has been checked.
+    """Run with a valid configuration.
 
     Attributes:
-        output: the output folder and the checkpoint to resume from.
-        source: folder of the initial weights; the checkpoint when resuming.
+        output: output folder and, when resuming, the checkpoint to resume from.
+        source: folder of the initial weights; when resuming, the checkpoint.
     """
 
     config: TrainConfig
@@ -70,8 +70,8 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     """Check everything that can be checked without reading weights.
 
     Raises:
-        UsageError: lists all problems of flags, model, data and output folder.
-        ModelError: lists all problems if none concerns the flags.
+        UsageError: the flags or the output folder are invalid; the message lists all problems.
+        ModelError: only the model or the data are invalid; the message lists all problems.
     """
     problems: list[str] = []
     only_files = True
@@ -117,7 +117,7 @@ def _raise(problems: Iterable[str]) -> None:
 
 
 def _compute_flags(config: TrainConfig) -> Iterator[str]:
-    """Check kernels, parallelism, precision, optimizer and trackers."""
+    """Yield problems with the kernel, parallelism, precision, dataloader, optimizer and tracker flags."""
     run, use_liger = config.run, config.model.use_liger
     if use_liger and not is_liger_kernel_available():
         yield "--use_liger True: the package liger-kernel is not installed (pip install liger-kernel)"
@@ -128,7 +128,7 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
     flag = f"--weight_precision {run.weight_precision}"
     if run.weight_precision != "master":
         if run.deepspeed:
-            yield f"{flag}: DeepSpeed holds its own float32 master weights; remove the flag"
+            yield f"{flag}: DeepSpeed has its own float32 master weights; remove the flag"
         elif not run.bf16:
             yield f"{flag}: the weights are float32 without --bf16; remove the flag"
         if run.optim not in OWN_OPTIMIZERS:
@@ -144,7 +144,7 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
 
 
 def _step_flags(config: TrainConfig) -> Iterator[str]:
-    """Check the number and the size of the steps."""
+    """Yield problems with the number of steps and the logging, save and validation intervals."""
     run = config.run
     if not run.flags["do_train"]:
         yield "--do_train False: this script only trains"
@@ -155,11 +155,11 @@ def _step_flags(config: TrainConfig) -> Iterator[str]:
         if getattr(run, f"{flag}_strategy") == "steps" and (
             value == 0 or (value > 1 and value != int(value))
         ):
-            yield f"--{flag}_steps {value} must be an integer, or a fraction of all steps if below 1"
+            yield f"--{flag}_steps {value} must be a positive integer, or a fraction of all steps if below 1"
 
 
 def _tile_flags(config: TrainConfig) -> Iterator[str]:
-    """Check the tile limits, and the parts of an assembled model."""
+    """Yield problems with the tile limits and the paths of an assembled model."""
     model, data = config.model, config.data
     if model.model_name_or_path:
         for flag in ("vision_path", "llm_path", "mlp_path"):
@@ -175,7 +175,7 @@ def _tile_flags(config: TrainConfig) -> Iterator[str]:
 
 
 def _trainable_flags(config: TrainConfig) -> Iterator[str]:
-    """Check the adapter ranks, and that at least one parameter is trained."""
+    """Yield problems with adapters on an assembled model and with flags that freeze everything."""
     model = config.model
     adapters = model.use_llm_lora or model.use_backbone_lora
     if model.model_name_or_path is None and adapters:
@@ -192,7 +192,7 @@ def _trainable_flags(config: TrainConfig) -> Iterator[str]:
 
 
 def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) -> Iterator[str]:
-    """Check the validation flags; `specs` is None if the validation data could not be read."""
+    """Yield problems with the validation flags; `specs` is None if the validation data is unreadable."""
     run = config.run
     if run.eval_strategy == "no":
         values = {
@@ -228,29 +228,29 @@ def sharded_generation_problem(run: RunConfig, sharding: str) -> str:
     """Return the error message for generating answers with sharded weights."""
     return (
         f"--eval_generate {run.eval_generate}: {sharding} shards the weights, and ranks generate answers of "
-        "different lengths; remove it, or use --parallel ddp"
+        "different lengths; remove the flag, or use --parallel ddp"
     )
 
 
 def _metric_problem(run: RunConfig, given: str, datasets: Sequence[str]) -> Iterator[str]:
-    """Check the metric that selects the best model."""
+    """Yield a problem if validation does not compute the metric that selects the best checkpoint."""
     losses, all_metrics = (metric_names(datasets, generate=generate) for generate in (False, True))
     metric = f"eval_{given.removeprefix('eval_')}"
     if metric in (all_metrics if run.eval_generate > 0 else losses):
         return
     matches = difflib.get_close_matches(metric, all_metrics, n=1)
     if metric in all_metrics:
-        advice = "it needs --eval_generate"
+        advice = "add --eval_generate"
     else:
         advice = f"did you mean {matches[0]}?" if matches else f"use one of {', '.join(all_metrics)}"
-    yield f"--metric_for_best_model {given}: not measured; {advice}"
+    yield f"--metric_for_best_model {given}: not computed; {advice}"
 
 
 # ---- output folder, data, model
 
 
 def _check_output(config: TrainConfig) -> OutputFolder:
-    """Inspect the output folder on rank 0 and broadcast the result."""
+    """Inspect the output folder on rank 0; check that every rank sees the checkpoint to resume from."""
     output = distributed.run_on_rank_0(lambda: _inspect_output(config))
     if output.resume and not (output.resume / "trainer_state.json").is_file():
         raise UsageError(
@@ -268,13 +268,13 @@ def _inspect_output(config: TrainConfig) -> OutputFolder:
     folder = Path(config.run.output_dir)
     overwrite, resume = config.run.overwrite_output_dir, config.run.resume_from_checkpoint
     if is_restarted() and list_checkpoints(folder):
-        # After a restart by torchrun, resume the run; its flags apply to the first start only.
+        # torchrun has restarted the run: resume it, because these two flags apply only to the first start.
         overwrite, resume = False, "auto"
     return inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
 
 
 def _check_changes(config: TrainConfig, results: dict[str, Any]) -> list[str]:
-    """Compare the run with the checkpoint that it resumes from; return what is to be logged."""
+    """Compare the run with the checkpoint that it resumes from; return the lines to log."""
     output = results.get("output")
     checkpoint = output.resume if output else None
     if checkpoint is None:
@@ -290,7 +290,7 @@ def _compare_with(
     specs: Sequence[DatasetSpec] | None,
     eval_specs: Sequence[DatasetSpec] | None,
 ) -> list[str]:
-    """Compare flags and, if they can be read, datasets with a checkpoint."""
+    """Compare the flags and, if they are readable, the datasets with those of a checkpoint."""
     if specs is None or eval_specs is None:
         current = fingerprint(config)
     else:
@@ -305,7 +305,11 @@ def _compare_with(
 
 
 def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list[DatasetSpec]:
-    """Read a meta file, if given, and index every annotation file; errors start with the prefix."""
+    """Return the datasets of a meta file, if given, and index their annotation files.
+
+    Raises:
+        DataError: a file is invalid; the message starts with `prefix` and lists all problems.
+    """
     if meta is None:
         return []
     problems = []
@@ -324,7 +328,7 @@ def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list
 
 
 def _check_model(config: TrainConfig) -> Path:
-    """Check the folder of the initial model and return it."""
+    """Check the initial model and return its folder; for an assembled model, the language model's."""
     model, data = config.model, config.data
     if model.model_name_or_path is None:
         vision, llm = map(model_folder, model.parts)
@@ -369,7 +373,7 @@ def _check_model(config: TrainConfig) -> Path:
 
 
 def apply_flags(model_config: InternVLChatConfig, config: TrainConfig) -> None:
-    """Copy the flags into the model's configuration, as the reference does."""
+    """Copy flags into the model configuration, like the reference."""
     model, data = config.model, config.data
     model_config.template = data.conv_style
     model_config.select_layer = model.vision_select_layer

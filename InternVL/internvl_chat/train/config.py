@@ -1,4 +1,4 @@
-"""Resolve the flags of a run once into a frozen configuration."""
+"""Resolve the training flags into a frozen configuration."""
 
 import json
 import math
@@ -22,21 +22,21 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Resolved training configuration of this rank; fields not listed have the meaning of their flag.
+    """Resolved training configuration of this rank; unlisted fields are described by their flags.
 
     Attributes:
-        flags: the flags as given.
+        flags: unresolved values of all flags.
         device: device of this rank.
         rank: rank of this process.
         world_size: number of ranks.
         local_world_size: number of ranks on this node.
         records_per_pack: records per forward pass without packing (`per_device_train_batch_size`).
         records_per_rank: records per optimizer step on each rank.
-        records_per_step: records per optimizer step on all ranks.
+        records_per_step: records per optimizer step across all ranks.
         warmup_steps: number of warm-up steps, or a fraction of all steps if below 1.
-        deepspeed: content of the DeepSpeed configuration; None without DeepSpeed.
-        parallel: parallel layout; `auto` leaves the choice to the memory plan.
-        compile_blocks: compile the blocks of both towers (`--torch_compile`).
+        deepspeed: parsed DeepSpeed configuration; None without DeepSpeed.
+        parallel: parallel layout; the memory plan resolves `auto`.
+        compile_blocks: compile the transformer blocks (`--torch_compile`).
     """
 
     flags: Mapping[str, Any]
@@ -78,7 +78,7 @@ class RunConfig:
     deepspeed: Mapping[str, Any] | None
     ddp_bucket_cap_mb: int | None
     ddp_timeout: int
-    # data loading
+    # dataloader
     dataloader_num_workers: int
     dataloader_prefetch_factor: int | None
     dataloader_pin_memory: bool
@@ -136,20 +136,20 @@ class RunConfig:
         return DataLoaderOptions(self.dataloader_num_workers, self.dataloader_prefetch_factor, pin)
 
     def count_steps(self, epoch_steps: int) -> int:
-        """Return the number of optimizer steps of the run, given the steps per epoch."""
+        """Return the total number of optimizer steps, given the steps per epoch."""
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * epoch_steps)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The resolved configuration of a training run."""
+    """Resolved configuration of a training run."""
 
     model: ModelArguments
     data: DataArguments
     run: RunConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all flags by group, for the trackers; no flag holds a secret."""
+        """Return all flags by group, for the trackers. Safe to log: no flag contains a secret."""
         return {"model": vars(self.model), "data": vars(self.data), "training": dict(self.run.flags)}
 
 
@@ -157,7 +157,7 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
     """Resolve the training flags and the environment variables of this rank.
 
     Args:
-        problems: gets the problems of all flags with an invalid value, which is replaced by a default.
+        problems: list to which problems are appended; invalid values are replaced with defaults.
     """
     values = {f.name: getattr(args, f.name) for f in fields(RunConfig) if hasattr(args, f.name)}
     for name, enum in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
@@ -213,12 +213,12 @@ def _choice(name: str, value: str, known: Sequence[str], problems: list[str]) ->
 
 
 def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any] | None:
-    """Return the value of a flag that is JSON text or the path of a JSON file."""
+    """Parse the value of a flag, which is JSON text or the path of a JSON file."""
     if value is None:
         return None
     try:
         text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        loaded = json.loads(text, parse_constant=_refuse_constant)
+        loaded = json.loads(text, parse_constant=_reject_constant)
     except OSError as error:
         problems.append(f"--{name} {value}: cannot be read ({error.strerror}); give JSON text or a JSON file")
     except ValueError as error:
@@ -230,8 +230,8 @@ def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any
     return None
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
+def _reject_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not allowed")
 
 
 def _parallel(args: RunArguments, problems: list[str]) -> str:
@@ -274,7 +274,7 @@ def _device(args: RunArguments, problems: list[str]) -> torch.device:
 
 
 def set_float32_precision(config: RunConfig) -> None:
-    """Apply `--tf32`; the default is torch's."""
+    """Apply `--tf32` on GPUs; without the flag, keep torch's default."""
     if config.tf32 is not None and config.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 

@@ -1,4 +1,4 @@
-"""Help of the training flags, in groups; without torch, so that help and shell completion are quick."""
+"""Grouped help of the training flags; torch is not imported, so that help and completion are fast."""
 
 import argparse
 from dataclasses import MISSING, Field, dataclass, fields
@@ -6,7 +6,9 @@ from typing import Any
 
 from internvl_chat.train.flags import GROUPS, DataArguments, ModelArguments, RunArguments
 
-_DESCRIPTION = "Fine-tune InternVL3. Give flags, or a YAML or JSON file and flags that override it."
+_DESCRIPTION = (
+    "Fine-tune InternVL3. Pass flags, optionally after a YAML or JSON file, whose values they override."
+)
 _USAGE = "%(prog)s [CONFIG] [--FLAG VALUE ...]"
 _EXAMPLE = (
     "Example: m3llm train recipe.yaml --model_name_or_path OpenGVLab/InternVL3-8B --meta_path PMC-data.json "
@@ -16,14 +18,14 @@ _EXAMPLE = (
 
 @dataclass(frozen=True)
 class FlagHelp:
-    """What the help shows of a flag.
+    """Help entry of a flag.
 
     Attributes:
         name: name without dashes.
         type: type of the value: `str`, `int`, `float`, `bool` or `list`.
-        default: default value; None if the flag has none, or if `help` names it in brackets.
-        help: one sentence.
-        choices: accepted values; empty if there is no fixed list.
+        default: default value; None if the flag has none, or if `help` gives it in brackets.
+        help: description of one sentence.
+        choices: accepted values; empty if there is no fixed set.
     """
 
     name: str
@@ -34,7 +36,7 @@ class FlagHelp:
 
 
 def flag_groups() -> dict[str, list[FlagHelp]]:
-    """Return all supported flags by the title of their group, in the order of the help."""
+    """Return all supported flags, keyed by group title, in display order."""
     groups: dict[str, list[FlagHelp]] = {title: [] for title in GROUPS.values()}
     for kind in (ModelArguments, DataArguments, RunArguments):
         for flag in fields(kind):
@@ -43,7 +45,7 @@ def flag_groups() -> dict[str, list[FlagHelp]]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the configuration file and all supported flags to a parser, for its help and for completion."""
+    """Add the CONFIG argument and all supported flags to a parser, for help and shell completion."""
     parser.usage, parser.description, parser.epilog = _USAGE, _DESCRIPTION, _EXAMPLE
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML or JSON file with flags")
     for title, flags in flag_groups().items():
@@ -70,7 +72,7 @@ def build_help_parser() -> argparse.ArgumentParser:
 
 def _describe(flag: Field) -> FlagHelp:
     default = flag.default if flag.default_factory is MISSING else flag.default_factory()
-    # `int | None` is shown as `int`, and `list[str]` as `list`.
+    # `int | None` is shown as `int` and `list[str]` as `list`.
     name = flag.type.__name__ if isinstance(flag.type, type) else str(flag.type)
     kind = name.removesuffix(" | None").split("[")[0]
     return FlagHelp(flag.name, kind, default, flag.metadata["help"], tuple(flag.metadata.get("choices", ())))

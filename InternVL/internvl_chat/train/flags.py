@@ -1,6 +1,6 @@
-"""Training flags: those of the reference, the flags of transformers that are used, and our own.
+"""Training flags: those of the reference, the supported ones of transformers, and our own.
 
-Importing this module does not import torch, so that help and shell completion are quick.
+Importing this module does not import torch, so that help and shell completion are fast.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from internvl_chat.data.sources.skip_policy import POLICIES
 PARALLEL_MODES = ("auto", "ddp", "fsdp", "deepspeed")
 INTERVALS = ("no", "steps", "epoch")
 
-# Titles of the groups, in the order of the help.
+# Group titles, in display order.
 GROUPS = {
     "model": "Model",
     "lora": "LoRA",
@@ -35,8 +35,8 @@ GROUPS = {
     "reporting": "Logging and checks",
 }
 
-# Accepted values of all numeric flags; infinite ones never are. What depends on the model, the data or other
-# flags is checked later.
+# Accepted ranges of all numeric flags; infinite values are always rejected. Limits that depend on the model,
+# the data or other flags are checked later.
 RANGES = {
     flag: interval
     for interval, flags in {
@@ -80,39 +80,40 @@ _reporting = partial(_arg, "reporting")
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """The model, and which of its parameters to train."""
+    """Flags for the model and its trainable parameters."""
 
-    model_name_or_path: str | None = _model(None, "Model folder, adapter folder or hub id to start from.")
-    base_model_path: str | None = _lora(None, "Folder of the adapters' base model, if it has moved.")
-    vision_path: str | None = _model(None, "InternViT folder, to assemble a model from its parts.")
-    llm_path: str | None = _model(None, "Language-model folder, to assemble a model from its parts.")
-    mlp_path: str | None = _model(
-        None, "Weight file of the projector (mlp1), for a model assembled from its parts."
-    )
+    model_name_or_path: str | None = _model(None, "Initial model: model folder, adapter folder or Hub id.")
+    base_model_path: str | None = _lora(None, "Folder of the adapters' base model, if it was moved.")
+    vision_path: str | None = _model(None, "InternViT folder of an assembled model (with --llm_path).")
+    llm_path: str | None = _model(None, "Language-model folder of an assembled model.")
+    mlp_path: str | None = _model(None, "Weight file of the projector (mlp1) of an assembled model.")
     freeze_llm: bool = _model(False, "Freeze the language model.")
     freeze_backbone: bool = _model(False, "Freeze the vision tower.")
     freeze_mlp: bool = _model(False, "Freeze the projector.")
     unfreeze_vit_layers: int = _model(
-        0, "Train the vision blocks from this index on, even if the tower is frozen; negative from the end."
+        0,
+        "Train the vision blocks from this index on even if frozen; negative counts from the end, 0 disables.",
     )
-    unfreeze_lm_head: bool = _model(False, "Train the head even if the language model is frozen.")
+    unfreeze_lm_head: bool = _model(False, "Train the output head even if the language model is frozen.")
     vision_select_layer: int = _model(-1, "Vision block whose output is used; -1 is the last.")
-    use_backbone_lora: int = _lora(0, "LoRA rank in the vision tower; 0 for none. Alpha is twice the rank.")
-    use_llm_lora: int = _lora(0, "LoRA rank in the language model; 0 for none. Alpha is twice the rank.")
-    lora_dropout: float = _lora(0.05, "Dropout before the adapters.")
+    use_backbone_lora: int = _lora(0, "LoRA rank in the vision tower; 0 disables. Alpha is twice the rank.")
+    use_llm_lora: int = _lora(0, "LoRA rank in the language model; 0 disables. Alpha is twice the rank.")
+    lora_dropout: float = _lora(0.05, "Dropout probability of the adapters' input.")
     grad_checkpoint: str = _memory(
         "auto",
-        "Activation checkpointing: True for all layers, False for none, auto for only as many as required.",
+        "Activation checkpointing: True for all layers, False for none, auto for as few as memory allows.",
     )
-    drop_path_rate: float = _model(0.0, "Stochastic depth of the vision tower.")
+    drop_path_rate: float = _model(0.0, "Stochastic-depth rate of the vision tower.")
     ps_version: str = _model("v2", "Version of the pixel shuffle.", ("v1", "v2"))
-    use_fast_tokenizer: bool = _model(False, "No effect: both tokenizers give the same ids.")
-    attn: str = _memory("auto", "Attention kernel of both towers.", ATTENTION_NAMES)
+    use_fast_tokenizer: bool = _model(False, "No effect: both tokenizers produce the same token ids.")
+    attn: str = _memory(
+        "auto", "Attention kernel of the vision tower and the language model.", ATTENTION_NAMES
+    )
     use_liger: bool = _memory(False, "Use Liger's kernels for RMSNorm, SwiGLU and RoPE (NVIDIA GPUs).")
 
     @property
     def parts(self) -> tuple[str, str]:
-        """Vision tower and language model of a model that is assembled from its parts."""
+        """Paths of the vision tower and the language model of an assembled model."""
         if self.vision_path is None or self.llm_path is None:
             raise ValueError("the model is not assembled from its parts")
         return self.vision_path, self.llm_path
@@ -127,67 +128,73 @@ class ModelArguments:
 
 @dataclass(frozen=True)
 class DataArguments:
-    """The data, and how text and images are encoded."""
+    """Flags for the data and its encoding."""
 
-    meta_path: str | None = _data(None, "Meta file of the training datasets (PMC-data.json).")
+    meta_path: str | None = _data(None, "Meta file of the training datasets, such as PMC-data.json.")
     eval_meta_path: str | None = _validation(
         None, "Meta file of the validation datasets; see --eval_strategy."
     )
-    data_root: str | None = _data(None, "Base folder of relative paths in the meta file [repository].")
+    data_root: str | None = _data(None, "Base folder for relative paths in the meta file [repository].")
     conv_style: str = _data("internvl2_5", "Conversation template.", tuple(SYSTEM_TEXTS))
-    max_seq_length: int = _data(8192, "Maximum tokens of a record; longer records get fewer tiles.")
+    max_seq_length: int = _data(8192, "Maximum number of tokens per record; longer records get fewer tiles.")
     force_image_size: int = _data(448, "Tile size in pixels.")
-    down_sample_ratio: float = _data(0.5, "Down-sampling of the pixel shuffle; must match the model.")
-    pad2square: bool = _data(False, "Pad a single-tile image to a square instead of resizing it to one.")
-    dynamic_image_size: bool = _data(False, "Split images into tiles by their aspect ratio.")
-    use_thumbnail: bool = _data(False, "Append a thumbnail of the image to its tiles.")
-    min_dynamic_patch: int = _data(1, "Minimum tiles of an image.")
+    down_sample_ratio: float = _data(0.5, "Downsampling ratio of the pixel shuffle; must match the model.")
+    pad2square: bool = _data(False, "Pad single-tile images to a square instead of stretching them.")
+    dynamic_image_size: bool = _data(False, "Split images into tiles according to their aspect ratio.")
+    use_thumbnail: bool = _data(False, "Append a thumbnail of each image to its tiles.")
+    min_dynamic_patch: int = _data(1, "Minimum number of tiles per image.")
     max_dynamic_patch: int = _data(
-        12, "Maximum tiles of a record; a limit in the meta file takes precedence."
+        12, "Maximum number of tiles per record; a limit in the meta file takes precedence."
     )
-    normalize_type: str = _data("imagenet", "Pixel statistics.", tuple(NORMALIZATIONS))
+    normalize_type: str = _data(
+        "imagenet", "Mean and standard deviation for pixel normalization.", tuple(NORMALIZATIONS)
+    )
     use_data_resampling: bool = _data(
         False, "Sample datasets in proportion to the square root of their size."
     )
     check: str = _data(
         "fast",
-        "Data check before weights are loaded: full decodes every image, fast reads header and end of every "
-        "image file, off omits the search for duplicates.",
+        "Data check before loading weights: full decodes all images, fast reads their headers and file ends, "
+        "off is fast without warnings.",
         ("full", "fast", "off"),
     )
     on_bad_record: str = _data(
-        "fail", "Unusable records: fail stops the run, skip excludes and reports them.", POLICIES
+        "fail",
+        "How to handle unusable records: fail stops the run, skip excludes and reports them.",
+        POLICIES,
     )
-    max_bad_fraction: float = _data(0.01, "Maximum fraction of records that --on_bad_record skip excludes.")
+    max_bad_fraction: float = _data(
+        0.01, "Maximum fraction of records that --on_bad_record skip may exclude."
+    )
     truncate_text: bool = _data(
-        False, "Truncate records that are too long even with one tile per image, instead of refusing them."
+        False, "Truncate the text of records that are too long even with one tile per image."
     )
     image_root: str | None = _data(
         None, "Folder of the images, if --meta_path is an annotation file instead of a meta file."
     )
     image_background: str = _data(
         "none",
-        "Color behind transparent pixels; none ignores transparency, as the reference does.",
+        "Background color for transparent pixels; none ignores transparency, like the reference.",
         BACKGROUNDS,
     )
-    exif_transpose: bool = _data(False, "Apply the rotation stored in images as EXIF orientation.")
+    exif_transpose: bool = _data(False, "Rotate images according to their EXIF orientation.")
     escape_control_tokens: bool = _data(
-        False, "Read control tokens such as <|im_end|> in texts as plain text."
+        False, "Tokenize control tokens such as <|im_end|> in messages as plain text."
     )
 
 
 @dataclass
 class RunArguments:
-    """The run: the flags of transformers' TrainingArguments that are used here, and our own.
+    """Flags for the run: the supported ones of transformers' TrainingArguments, and our own.
 
-    Flags of transformers have its types and defaults. `resolve_run` interprets them.
+    Flags shared with transformers have its types and defaults. `resolve_run` resolves all of them.
     """
 
-    output_dir: str | None = _checkpoints(None, "Folder of the run: log, checkpoints and the final model.")
-    overwrite_output_dir: bool = _checkpoints(False, "Delete an earlier run in output_dir.")
+    output_dir: str | None = _checkpoints(None, "Output folder for logs, checkpoints and the final model.")
+    overwrite_output_dir: bool = _checkpoints(False, "Delete an earlier run in --output_dir.")
     # batch, steps and order
     per_device_train_batch_size: int = _optimization(
-        8, "Records per rank in each accumulation step; with --packing False also per forward pass."
+        8, "Records per rank and accumulation step; with --packing False, also per forward pass."
     )
     gradient_accumulation_steps: int = _optimization(1, "Accumulation steps per optimizer step.")
     num_train_epochs: float = _optimization(3.0, "Number of epochs.")
@@ -198,20 +205,23 @@ class RunArguments:
         "1 (token), or 1/sqrt(n) (square).",
         LOSS_REDUCTIONS,
     )
-    train_sampling_strategy: str = _data("random", "Order of the records.", SAMPLING_STRATEGIES)
+    train_sampling_strategy: str = _data("random", "Record order.", SAMPLING_STRATEGIES)
     group_by_length: bool = _data(False, "No effect: steps are always balanced across ranks by cost.")
-    seed: int = _optimization(42, "Seed of the initialization, the order of the records and dropout.")
-    full_determinism: bool = _optimization(False, "Use deterministic algorithms only; slower.")
+    seed: int = _optimization(42, "Seed of the initialization, the record order and dropout.")
+    full_determinism: bool = _optimization(False, "Use only deterministic algorithms (slower).")
     # optimizer
     learning_rate: float = _optimization(5e-5, "Peak learning rate.")
-    lr_scheduler_type: str = _optimization("linear", "Schedule of transformers, such as linear or cosine.")
-    lr_scheduler_kwargs: str | None = _optimization(None, "Options of the schedule, as JSON.")
+    lr_scheduler_type: str = _optimization(
+        "linear", "Learning-rate schedule from transformers, such as linear or cosine."
+    )
+    lr_scheduler_kwargs: str | None = _optimization(None, "Options of the learning-rate schedule, as JSON.")
     warmup_steps: float = _optimization(0.0, "Warm-up steps, or a fraction of all steps if below 1.")
     warmup_ratio: float = _optimization(
-        0.0, "Fraction of warm-up steps; of this flag and --warmup_steps, the later one counts."
+        0.0,
+        "Warm-up steps as a fraction of all steps; the later of this flag and --warmup_steps takes effect.",
     )
     optim: str = _optimization(
-        "adamw_torch_fused", "Optimizer of transformers, such as adamw_torch, adafactor or adamw_8bit."
+        "adamw_torch_fused", "Optimizer from transformers, such as adamw_torch, adafactor or adamw_8bit."
     )
     optim_args: str | None = _optimization(None, "Options of the optimizer, as name=value,name=value.")
     weight_decay: float = _optimization(0.0, "Weight decay of all parameters except biases and norms.")
@@ -221,35 +231,41 @@ class RunArguments:
     max_grad_norm: float = _optimization(1.0, "Maximum norm of the gradients; 0 disables clipping.")
     weight_precision: str = _optimization(
         "master",
-        "Update of bf16 weights: with float32 master weights, with stochastic rounding, or in bf16 as in the "
-        "reference (auto is the former name of master).",
+        "How to update bf16 weights: float32 master weights, stochastic rounding, or plain bf16 like the "
+        "reference (auto: former name of master).",
         ("auto", *WEIGHT_PRECISIONS),
     )
     max_bad_steps: int = _optimization(
-        5, "Maximum number of skipped steps (non-finite loss or gradient) before the run fails."
+        5, "Maximum number of skipped steps (non-finite, or without labels); one more fails the run."
     )
     do_train: bool = _optimization(True, "Must be True: this script only trains.")
     # computation
     bf16: bool = _memory(False, "Train in bfloat16; otherwise in float32.")
     tf32: bool | None = _memory(None, "Use TF32 for float32 matrix products [torch's default].")
-    packing: bool = _memory(True, "Pack the records of a rank into one row; does not change the results.")
-    max_packed_tokens: int = _memory(16384, "Maximum tokens of a packed forward pass.")
-    torch_compile: bool = _memory(False, "Compile the blocks of both towers.")
-    dataloader_num_workers: int = _memory(0, "Processes per rank that load data; 0: the main process.")
-    dataloader_prefetch_factor: int | None = _memory(None, "Steps that each worker loads ahead [2].")
-    dataloader_pin_memory: bool = _memory(True, "Load into pinned memory (GPUs).")
+    packing: bool = _memory(
+        True, "Pack multiple records into one sequence; without dropout, the losses change only by rounding."
+    )
+    max_packed_tokens: int = _memory(16384, "Maximum number of tokens of a packed sequence.")
+    torch_compile: bool = _memory(
+        False, "Compile the transformer blocks of the vision tower and the language model."
+    )
+    dataloader_num_workers: int = _memory(0, "Dataloader workers per rank; 0 loads in the main process.")
+    dataloader_prefetch_factor: int | None = _memory(None, "Steps that each worker prefetches [2].")
+    dataloader_pin_memory: bool = _memory(True, "Load batches into pinned memory (GPUs only).")
     use_cpu: bool = _distributed(False, "Train on the CPU.")
     parallel: str = _distributed(
         "auto",
-        "Parallelism over several GPUs: ddp, fsdp (FSDP2), deepspeed (with --deepspeed), or auto (ddp if it "
-        "fits into memory, otherwise fsdp).",
+        "Multi-GPU parallelism: ddp, fsdp (FSDP2), deepspeed (with --deepspeed), or auto (ddp if it fits in "
+        "memory, otherwise fsdp).",
         PARALLEL_MODES,
     )
     deepspeed: str | None = _distributed(None, "DeepSpeed configuration: a JSON file or JSON text.")
     fsdp: str = _distributed("", "full_shard means --parallel fsdp; other values are not supported.")
     ddp_bucket_cap_mb: int | None = _distributed(None, "DDP's bucket size in MB [torch's default].")
-    ddp_backend: str | None = _distributed(None, "Must be nccl on GPUs and gloo on CPUs, the defaults.")
-    ddp_timeout: int = _distributed(1800, "Seconds until a collective operation times out.")
+    ddp_backend: str | None = _distributed(
+        None, "Only the defaults are supported: nccl on GPUs, gloo on CPUs."
+    )
+    ddp_timeout: int = _distributed(1800, "Timeout of collectives within a training step, in seconds.")
     local_rank: int = _distributed(-1, "No effect: torchrun sets the rank in the environment.")
     # validation
     do_eval: bool = _validation(False, "No effect: --eval_strategy decides whether to validate.")
@@ -258,30 +274,38 @@ class RunArguments:
     eval_steps: float | None = _validation(
         None, "Steps between validations, or a fraction of all steps if below 1 [--save_steps]."
     )
-    eval_delay: float = _validation(0, "Steps or epochs before the first validation.")
+    eval_delay: float = _validation(
+        0, "Steps (with --eval_strategy epoch: epochs) before the first validation."
+    )
     eval_on_start: bool = _validation(False, "Also validate before the first step.")
     eval_generate: int = _validation(
-        0, "Answers to generate per validation dataset in each validation (exact match, ROUGE-L)."
+        0, "Answers to generate per dataset in each validation, for exact match and ROUGE-L."
     )
-    metric_for_best_model: str | None = _validation(None, "Metric of the best checkpoint [eval_loss].")
+    metric_for_best_model: str | None = _validation(
+        None, "Metric that selects the best checkpoint [eval_loss]."
+    )
     greater_is_better: bool | None = _validation(
         None, "Whether a higher metric is better [True unless its name ends in loss]."
     )
-    load_best_model_at_end: bool = _validation(False, "Make the best checkpoint the final model.")
+    load_best_model_at_end: bool = _validation(False, "Use the best checkpoint as the final model.")
     early_stopping_patience: int = _validation(
-        0, "Stop after this many validations in a row without improvement; 0 disables."
+        0, "Stop after this many consecutive validations without improvement; 0 disables."
     )
     # checkpoints
     save_strategy: str = _checkpoints("steps", "When to save a checkpoint.", (*INTERVALS, "best"))
     save_steps: float = _checkpoints(500, "Steps between checkpoints, or a fraction of all steps if below 1.")
-    save_total_limit: int | None = _checkpoints(None, "Checkpoints to keep, the best included [all].")
-    save_only_model: bool = _checkpoints(False, "Save no optimizer state; the run cannot be resumed exactly.")
+    save_total_limit: int | None = _checkpoints(
+        None, "Maximum number of checkpoints to keep, including the best [all]."
+    )
+    save_only_model: bool = _checkpoints(
+        False, "Save checkpoints without optimizer state; the run cannot be resumed exactly."
+    )
     async_save: bool = _checkpoints(True, "Write checkpoints in the background while training continues.")
     resume_from_checkpoint: str | None = _checkpoints(
-        None, "Checkpoint to resume from [the newest one in output_dir]."
+        None, "Checkpoint to resume from [the newest one in --output_dir]."
     )
     allow_resume_changes: bool = _checkpoints(
-        False, "Resume with other settings that fit to the checkpoint, and log the effect of each."
+        False, "Resume with changed settings that are compatible with the checkpoint; log the effect of each."
     )
     # logging
     logging_strategy: str = _reporting("steps", "When to log.", INTERVALS)
@@ -291,16 +315,18 @@ class RunArguments:
         default_factory=lambda: ["none"],
         metadata={
             "group": "reporting",
-            "help": "Trackers, separated by spaces or commas, such as wandb tensorboard; or none.",
+            "help": "Trackers separated by spaces or commas, such as wandb tensorboard, or none.",
         },
     )
     run_name: str | None = _reporting(None, "Name of the run in the trackers.")
     disable_tqdm: bool | None = _reporting(None, "Hide the progress bar.")
     # checks
     sanity_check: bool = _reporting(
-        False, "Before training, show supervised text and compare the losses of packed and single records."
+        False,
+        "Before training, check the preprocessing, log supervised text, and compare the losses of packed and "
+        "single records.",
     )
     self_test: bool = _reporting(False, "Former name of --sanity_check.")
     hang_seconds: float = _reporting(
-        1800.0, "Print all stacks after this many seconds without a step; 0 disables."
+        1800.0, "Print the stacks of all threads after this many seconds without progress; 0 disables."
     )

@@ -1,4 +1,4 @@
-"""Choose the trainable parameters and tabulate them."""
+"""Set the trainable parameters and tabulate them."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 
 class ModuleRow(NamedTuple):
-    """A row of the table: module name, number of parameters, and number of trainable parameters."""
+    """Row of the trainable-parameter table that is logged at the start of a run."""
 
     module: str
     parameters: int
@@ -24,11 +24,15 @@ def set_trainable(
     unfreeze_vit_layers: int = 0,
     unfreeze_lm_head: bool = False,
 ) -> list[ModuleRow]:
-    """Choose the trainable parameters and return the table; the flags have the reference's meaning.
+    """Set the trainable parameters, like the reference, and return the parameter table.
 
-    In a tower with adapters only the adapters are trained. Unfreezing overrides freezing:
-    `unfreeze_vit_layers` n trains the vision blocks from index n on (negative from the end; 0 for none).
-    Blocks after the one selected by `--vision_select_layer` do not affect the output and are never trained.
+    In a component with adapters, only the adapters are trained. Vision blocks after the one selected by
+    `--vision_select_layer` do not affect the output and are never trained.
+
+    Args:
+        unfreeze_vit_layers: first vision block to train even if the vision tower is frozen; negative values
+            count from the end, 0 disables.
+        unfreeze_lm_head: train the output head even if the language model is frozen.
     """
     tower = model.vision_model
     tower.requires_grad_(not freeze_backbone and not model.config.use_backbone_lora)
@@ -46,7 +50,7 @@ def set_trainable(
 
 
 def table(model: InternVLChatModel) -> list[ModuleRow]:
-    """Count all and trainable parameters by module, with separate rows for adapters and head."""
+    """Count total and trainable parameters by module, with separate rows for the adapters and the head."""
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
@@ -63,7 +67,7 @@ def table(model: InternVLChatModel) -> list[ModuleRow]:
 
 
 def format_table(rows: list[ModuleRow]) -> str:
-    """Return the table as text."""
+    """Format the table as text."""
     lines = [f"{'module':<26} {'parameters':>15} {'trainable':>15} {'share':>8}"]
     lines += [
         f"{r.module:<26} {r.parameters:>15,} {r.trainable:>15,} {r.trainable / max(r.parameters, 1):>8.2%}"

@@ -1,6 +1,6 @@
 """Fine-tune InternVL3; the launchers run this script.
 
-`train` lists the stages: check, load data and model, plan memory, parallelize, train, save.
+`train` shows the stages: check, load the data and the model, plan memory, parallelize, train, save.
 """
 
 import atexit
@@ -63,7 +63,7 @@ from internvl_chat.utils.files import write_json
 from internvl_chat.utils.logging import configure_logging, get_logger
 from internvl_chat.utils.text import counted
 
-# __name__ is `__main__` here.
+# `__name__` is `__main__` when the launchers run this script.
 logger = get_logger("internvl_chat.train.internvl_chat_finetune")
 
 
@@ -107,7 +107,7 @@ def train(config: TrainConfig) -> int:
         run_sanity_checks(plan.source, model, data, tokenizer, preprocessing)
     run_dry_run(loop, memory, config.model.grad_checkpoint)
     logger.info("output: %s, %d of %d steps done", plan.output.path, state.step, loop.total_steps)
-    # Before this point a signal ends the process, because there is nothing to save.
+    # Before this point, a signal ends the process immediately, because there is nothing to save.
     with loop.stop:
         stopped_by = loop.train()
         if stopped_by is None:
@@ -145,7 +145,7 @@ def _open_output(plan: RunPlan) -> FileLock:
 
 
 def _load_model(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
-    """Load the model, choose its trainable parameters, and apply the optimised kernels."""
+    """Load the model, set its trainable parameters, and apply the optimized kernels."""
     run, options = plan.config.run, plan.config.model
     set_seed(run.seed)
     if run.full_determinism:
@@ -170,7 +170,7 @@ def _load_model(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBa
 def _apply_memory_plan(
     config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
 ) -> MemoryPlan:
-    """Plan the memory, set activation checkpointing, and compile the blocks."""
+    """Plan the memory, then set up activation checkpointing and `--torch_compile`."""
     memory = plan_memory(config, model, sampler, data)
     if memory.parallel == "fsdp" and config.run.eval_generate:
         raise UsageError(sharded_generation_problem(config.run, "FSDP (chosen by --parallel auto)"))
@@ -190,14 +190,14 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
     """Save the final or best model, the loss plot, the model card and the results.
 
     Raises:
-        TrainingError: no step was applied, or the model cannot be saved.
+        TrainingError: all steps were skipped, or the model cannot be saved.
     """
     output, run, state = plan.output.path, plan.config.run, loop.state
     if state.skipped_steps == state.step:
         steps = "the only step was skipped" if state.step == 1 else f"all {state.step} steps were skipped"
         raise TrainingError(
             f"{output}: {steps}, so the model has not changed and is not saved; "
-            f"{METRICS} has the reason for each step (skipped_because)"
+            f"{METRICS} contains the reason for each step (skipped_because)"
         )
     step = None
     try:
@@ -214,8 +214,8 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
             write_json(output / FINISHED, dataclasses.asdict(state))
     except OSError as error:
         raise TrainingError(
-            f"{output}: the model cannot be saved: {error}; free some space and run the same command again: "
-            "it repeats the steps since the newest checkpoint"
+            f"{output}: the model cannot be saved: {error}; free disk space and run the same command again "
+            "to repeat the steps since the newest checkpoint"
         ) from None
     if run.is_main:
         skipped = (
@@ -227,13 +227,13 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
 
 
 def _report_end(loop: TrainingLoop, stopped_by: signal.Signals | None) -> int:
-    """Report the signal that stopped the run and a failure of its last save; return the exit code."""
+    """Log the stop signal and a failure of the last save, if any; return the exit code."""
     failure, step = loop.checkpointer.failure, loop.state.step
     if failure is not None:
         end, remedy = "finished and its model is saved", ""
         if stopped_by is not None:
             end = f"stopped by {stopped_by.name} after step {step}"
-            remedy = "; free some space and run the same command again: it repeats the steps since then"
+            remedy = "; free disk space and run the same command again to repeat the steps since then"
         if loop.run.is_main:
             logger.error("%s, but the last checkpoint is missing: %s%s", end, failure, remedy)
         return TrainingError.exit_code
@@ -244,13 +244,13 @@ def _report_end(loop: TrainingLoop, stopped_by: signal.Signals | None) -> int:
 
 
 def _explain(error: RuntimeError) -> str | None:
-    """Return a clear message for errors that torch raises after another process has died."""
+    """Return a clear message for errors that torch raises if another process has died or hangs."""
     text = str(error)
     if "DataLoader worker" in text:
         return f"{WORKER_DIED} ({text})"
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
-        return "another rank has failed; see its message, or that of the launcher"
+        return "another rank has failed; see its error message or the launcher's"
     if "Timed out waiting" in text:
         return f"another rank did not respond within --ddp_timeout; it hangs or is very slow ({text})"
     return None
@@ -265,12 +265,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_help_parser().print_help()
         return 0
     stop_with_launcher()
-    # Functions registered last run first: this one runs before Python waits for the workers.
+    # Exit handlers run in reverse order, so this one runs before Python waits for the workers.
     atexit.register(kill_workers)
     try:
         return report_exit(train(parse_arguments(tokens)))
     except M3LLMError as error:
-        # All ranks of a node find the same problems of flags and model, but only one meets a bad record.
+        # All ranks find the same problems with the flags and the model, but only one reads a bad record.
         if distributed.local_rank() == 0 or isinstance(error, DataError | TrainingError):
             logger.error("%s", error)
         return error.exit_code

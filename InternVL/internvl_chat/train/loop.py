@@ -1,8 +1,8 @@
 """The training loop.
 
-The sampler determines the records of a step, independent of the number of ranks. Each rank runs its packs
-forward and backward, and gradients are reduced once. The loss is the weighted mean over all supervised tokens
-of the step (see `model.loss`).
+The sampler selects the records of a step independently of the number of ranks. Each rank runs the forward and
+backward passes of its packs, and gradients are reduced once per step. The loss is the weighted mean over all
+supervised tokens of the step (see `model.loss`).
 """
 
 import signal
@@ -48,19 +48,19 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Row lengths that are multiples of this number need no recompilation of compiled blocks.
+# For compiled blocks, packs are padded to a multiple of this length, which avoids recompilation.
 _COMPILED_MULTIPLE = 128
 
 
 @dataclass
 class TrainingLoop:
-    """Trains a model from the given state to the end of the run.
+    """Training loop from a given state to the end of the run.
 
     Attributes:
-        sampler: the order of the records and their packs.
-        normalization: pixel statistics of the tiles.
-        state: initial progress; updated after each step.
-        validation: the validation data; None without validation.
+        sampler: selects and packs the records of each step.
+        normalization: pixel normalization, one of `NORMALIZATIONS`.
+        state: training progress; updated after each step.
+        validation: None to train without validation.
     """
 
     run: RunConfig
@@ -99,7 +99,7 @@ class TrainingLoop:
             batches = self.dataloader.steps(first, self.total_steps)
             if self.run.eval_on_start and first == 1:
                 self.validate()
-            # After slow work on rank 0, wait in a barrier, which has a long timeout, rather than in the step.
+            # After slow work on rank 0, wait in a barrier: its timeout is longer than that of a step.
             distributed.barrier()
             start, pause = time.perf_counter(), 0.0
             for step in range(first, self.total_steps + 1):
@@ -129,15 +129,15 @@ class TrainingLoop:
         return next((number for number in signals if number is not None), None)
 
     def train_step(self, step: int, packs: Sequence[Pack]) -> StepRecord:
-        """Run one optimizer step over this rank's packs.
+        """Run one optimizer step on this rank's packs.
 
         Raises:
-            DataError: too many records have been skipped.
-            TrainingError: too many bad steps.
+            DataError: more than `--max_bad_fraction` of the records are unusable.
+            TrainingError: more than `--max_bad_steps` steps have been skipped.
         """
         names = ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)
         self.watchdog.note(f"in step {step}, records {names}")
-        # Seed dropout by step and rank, so that a resumed run needs no random state.
+        # Seed dropout from step and rank, so that resuming does not require the random state.
         seed = np.random.SeedSequence((self.run.seed, step, self.run.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         self.strategy.wrapped.train()
@@ -152,8 +152,8 @@ class TrainingLoop:
             gathered = distributed.all_gather_object(records, in_step=True)
             skipped = [record for records in gathered for record in records]
             self.skip_budget.add(skipped)
-        if sums.supervised_tokens:  # there are none if every record of the step is skipped
-            # The factor `world_size` undoes the averaging of the gradients over ranks.
+        if sums.supervised_tokens:  # 0 if every record of the step is skipped
+            # The factor `world_size` undoes the averaging of the gradients across ranks.
             scale = self.run.world_size / sums.weight
             weighted_sum, token_losses = self.forward_backward(packs, weights, scale)
             by_set = dataset_sums(self.set_names, packs, weights, token_losses)
@@ -177,7 +177,7 @@ class TrainingLoop:
     def forward_backward(
         self, packs: Sequence[Pack], weights: Sequence[torch.Tensor], scale: float, *, sync: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run packs forward and backward; return the weighted sum of their token losses, and these losses.
+        """Run the forward and backward passes of packs.
 
         Args:
             weights: (R,) per pack, the loss weight of each record's tokens.
@@ -185,14 +185,14 @@ class TrainingLoop:
             sync: reduce gradients across ranks after the last pack.
 
         Returns:
-            The sum in float64, and (U,) losses per pack, on the device.
+            The weighted sum of the token losses in float64, and the (U,) token losses of each pack.
         """
         device = self.run.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         token_losses = []
         model, features = self.strategy.model, None
         if model.vision_is_frozen and not model.always_run_vision:
-            # Otherwise the tower runs with each pack, because it is trained or inside a sharded model.
+            # A trained vision tower, or one in a sharded model, runs with each pack instead.
             tiles = torch.cat([pack.tiles.to(device, non_blocking=True) for pack in packs])
             features = tile_features(model, tiles, self.normalization).split([len(p.tiles) for p in packs])
         for number, (pack, weight) in enumerate(zip(packs, weights, strict=True)):
@@ -240,7 +240,7 @@ class TrainingLoop:
         return torch.tensor(weights, dtype=torch.float64) * pack.counts
 
     def _records_of(self, step: int) -> list[RecordKey]:
-        """Return the records of a step over all ranks."""
+        """Return the keys of a step's records across all ranks."""
         return [self.data.key_of(int(index)) for index in self.sampler.step(*self.sampler.position_of(step))]
 
     # ---- logs, checkpoints, the best model
@@ -254,11 +254,14 @@ class TrainingLoop:
             self.ledger.append({"step": 0, "skipped": excluded, "trained": []})
 
     def _log(self, record: StepRecord, console: Console, *, seconds: float, pause: float) -> bool:
-        """Write the lines of a step and report it if due; return whether rank 0 calls the trackers.
+        """Log a step to the files and, if due, to the console and the trackers.
 
         Args:
             seconds: duration of the step.
-            pause: time before it for validation, saving, and waiting for rank 0.
+            pause: seconds before the step for validation, saving, and waiting for rank 0.
+
+        Returns:
+            Whether rank 0 logs this step to trackers; the same on all ranks.
         """
         step = record.step
         is_due = self._is_due("logging") or (step == 1 and self.run.logging_first_step)
@@ -280,7 +283,7 @@ class TrainingLoop:
     def _is_due(self, action: str) -> bool:
         """Return whether an action (`logging`, `eval` or `save`) is due after this step.
 
-        The last step is always validated and saved, unless the strategy is `no`.
+        With the strategies `steps` and `epoch`, validation and saving are also due after the last step.
         """
         run, step = self.run, self.state.step
         strategy, interval = getattr(run, f"{action}_strategy"), getattr(run, f"{action}_steps")
@@ -296,10 +299,10 @@ class TrainingLoop:
         return step % max(1, round(interval if interval >= 1 else interval * self.total_steps)) == 0
 
     def _save(self, *, required: bool, saving: int) -> bool:
-        """Save a checkpoint if due and return whether it was saved; the same on all ranks.
+        """Save a checkpoint if due; return whether it was saved (the same on all ranks).
 
         Args:
-            required: save even if `saving`, waiting for the previous save to finish.
+            required: wait for a running save instead of skipping this one.
             saving: number of ranks on which the previous save is still running.
         """
         is_best = self.run.tracks_best and self.state.best_step == self.state.step
@@ -318,7 +321,7 @@ class TrainingLoop:
         return True
 
     def _update_best(self, metrics: dict[str, float]) -> None:
-        """Update the best metric; stop early after `early_stopping_patience` validations without progress."""
+        """Update the best metric; stop after `early_stopping_patience` validations without improvement."""
         name = f"eval_{(self.run.metric_for_best_model or '').removeprefix('eval_')}"
         improved = self.state.update_best(metrics[name], self.run.greater_is_better)
         if not improved and self._is_out_of_patience():

@@ -32,18 +32,18 @@ def write_model_card(
     parameters: tuple[int, int],
     validation: Mapping[str, float],
 ) -> None:
-    """Write `README.md` into the output folder, unless the user has put one there.
+    """Write the `README.md` of the output folder, unless a user has written one.
 
     Args:
         config: the configuration of the run.
         data: the training data.
         eval_data: the validation data; None without validation.
-        parameters: numbers of all and of trained parameters of the model.
+        parameters: total and trainable parameter counts of the model.
         validation: metrics from `read_validation`; empty without validation.
     """
     folder = Path(config.run.output_dir)
     if not may_write_card(folder):
-        logger.warning("%s: was not written by a run, so it is not replaced by a model card", folder / CARD)
+        logger.warning("no model card written: %s was not written by a run, so it is kept", folder / CARD)
         return
     paths = _base_paths(config)
     card = render_card(
@@ -62,7 +62,7 @@ def write_model_card(
 
 
 def describe_run(config: TrainConfig) -> str:
-    """Return model and recipe of a run in one line, for the title of a plot."""
+    """Return a one-line description of a run's model and recipe, for the loss plot."""
     model, run = config.model, config.run
     ranks = {"language model": model.use_llm_lora, "vision tower": model.use_backbone_lora}
     frozen = {
@@ -81,8 +81,8 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of all and of trained parameters of a model."""
-    # ZeRO-3 replaces sharded parameters by empty tensors and stores their size in `ds_numel`.
+    """Return the total and trainable parameter counts of a model."""
+    # ZeRO-3 replaces sharded parameters with empty tensors and stores their size in `ds_numel`.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
@@ -127,7 +127,7 @@ def _data_section(data: TrainingData) -> str:
 
 
 def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:
-    """Return the settings of a run; none of them holds a secret."""
+    """Return the settings of a run; none of them contains a secret."""
     run = config.run
     length = {"max_steps": run.max_steps} if run.max_steps > 0 else {"epochs": run.num_train_epochs}
     return {
@@ -139,7 +139,7 @@ def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:
 
 
 def _training(config: TrainConfig, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return hardware, duration, final loss and software of the run."""
+    """Return the hardware, duration, final loss and software versions of the run."""
     run = config.run
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     rows: dict[str, Any] = {"hardware at the end": f"{run.world_size} x {device}"}

@@ -1,4 +1,4 @@
-"""Flags of transformers and of other projects that do not exist here; refused by name, never ignored."""
+"""Unsupported flags of transformers and other projects, which are rejected with advice, not ignored."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-# Values that change nothing and are accepted, and what to use instead of the flag.
+# For each flag, the accepted values, which have no effect, and the advice for all others.
 REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "accelerator_config": ((None,), "accelerate is not used for training"),
     "activation_checkpointing": ((None, False), "use --grad_checkpoint"),
@@ -16,13 +16,13 @@ REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "batch_eval_metrics": ((False,), "validation computes its metrics over all records"),
     "bf16_full_eval": ((False,), "validation runs in the precision of the weights"),
     "data_seed": ((None,), "--seed determines the order of the records"),
-    "dataloader_drop_last": ((False,), "the last, smaller step of an epoch is used"),
-    "dataloader_in_order": ((True,), "the order of the records is fixed"),
+    "dataloader_drop_last": ((False,), "the last step of an epoch is used even if it is smaller"),
+    "dataloader_in_order": ((True,), "records are always loaded in order"),
     "dataloader_multiprocessing_context": ((None,), "dataloader workers are forked"),
     "dataloader_persistent_workers": ((False, True), "dataloader workers are always persistent"),
     "ddp_broadcast_buffers": ((None, False), "the model's buffers are constant"),
-    "ddp_find_unused_parameters": ((None, False), "every trained parameter is used in every step"),
-    "ddp_static_graph": ((None, False), "packs differ from step to step"),
+    "ddp_find_unused_parameters": ((None, False), "every trainable parameter is used in every step"),
+    "ddp_static_graph": ((None, False), "packs vary across steps"),
     "debug": (("", None), "use torch's own tools, such as torch.autograd.set_detect_anomaly"),
     "do_predict": ((False,), "use m3llm eval"),
     "enable_jit_checkpoint": ((False,), "a checkpoint is always saved on a stop signal"),
@@ -34,18 +34,22 @@ REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "fsdp_config": ((None,), "--parallel fsdp has no options"),
     "gradient_checkpointing": ((None, False), "use --grad_checkpoint"),
     "gradient_checkpointing_kwargs": ((None,), "use --grad_checkpoint"),
-    "hub_always_push": ((False,), "upload the finished folder"),
+    "hub_always_push": ((False,), "upload the output folder after training"),
     **dict.fromkeys(
-        ("hub_model_id", "hub_private_repo", "hub_revision"), ((None,), "upload the finished folder")
+        ("hub_model_id", "hub_private_repo", "hub_revision"),
+        ((None,), "upload the output folder after training"),
     ),
-    "hub_strategy": (("every_save",), "upload the finished folder"),
-    "hub_token": ((None,), "upload the finished folder; log in with hf auth login"),
+    "hub_strategy": (("every_save",), "upload the output folder after training"),
+    "hub_token": ((None,), "upload the output folder after training; log in with hf auth login"),
     "ignore_data_skip": ((False,), "a resumed run continues with the next record"),
-    "include_for_metrics": (([], None), "validation measures losses and generated answers"),
-    "include_num_input_tokens_seen": (("no", False, "False"), "metrics.jsonl has the tokens of each step"),
+    "include_for_metrics": (([], None), "validation computes the loss and metrics of generated answers"),
+    "include_num_input_tokens_seen": (
+        ("no", False, "False"),
+        "metrics.jsonl contains the number of tokens of each step",
+    ),
     "label_names": ((None,), "labels come from the conversation template"),
     "label_smoothing_factor": ((0.0,), "the loss has no label smoothing"),
-    "length_column_name": (("length",), "the data check measures the lengths"),
+    "length_column_name": (("length",), "the data check computes the lengths"),
     "liger_kernel_config": ((None,), "use --use_liger"),
     "log_level": (("passive",), "rank 0 logs information, warnings and errors"),
     "log_level_replica": (("warning",), "other ranks log warnings and errors"),
@@ -57,11 +61,11 @@ REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "per_device_eval_batch_size": ((8,), "validation packs records up to --max_packed_tokens"),
     "prediction_loss_only": ((False,), "validation stores no logits"),
     "project": (("huggingface",), "set the tracker's environment variable, such as WANDB_PROJECT"),
-    "push_to_hub": ((False,), "upload the finished folder"),
+    "push_to_hub": ((False,), "upload the output folder after training"),
     "remove_unused_columns": ((True, False), "records have no columns"),
     "restore_callback_states_from_checkpoint": ((False,), "the early-stopping state is always restored"),
     "save_on_each_node": ((False,), "all ranks write to one shared folder"),
-    "skip_memory_metrics": ((True,), "metrics.jsonl has the peak memory of each step"),
+    "skip_memory_metrics": ((True,), "metrics.jsonl contains the peak memory"),
     "torch_compile_backend": ((None,), "--torch_compile True uses inductor"),
     "torch_compile_mode": ((None,), "--torch_compile True compiles with dynamic shapes"),
     "torch_empty_cache_steps": ((None,), "memory is planned before training"),
@@ -75,7 +79,7 @@ REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 CONFIG_FILES = (".json", ".yaml", ".yml")
 _FILE_FIRST = "a configuration file comes first: m3llm train FILE --FLAG VALUE"
-# Names of flags in other projects: our flags with their other names.
+# Our flags with their names in other projects.
 _OTHER_NAMES = {
     "model_name_or_path": "model model_path model_id model_name base_model pretrained_model_name_or_path "
     "model_id_or_path adapter_name_or_path adapters",
@@ -142,7 +146,7 @@ _OTHER_NAMES = {
     "seed": "random_seed",
     "sanity_check": "sanity",
 }
-# Flags of other projects whose purpose is reached otherwise here.
+# Advice for flags of other projects without an equivalent flag here.
 _OTHER_WAYS = {
     "alpha is twice the rank of --use_llm_lora": "lora_alpha alpha lora_scale",
     "--use_llm_lora adapts every linear layer of the language model": "lora_target lora_target_modules "
@@ -153,13 +157,12 @@ _OTHER_WAYS = {
     _FILE_FIRST: "config config_file recipe yaml",
     "set GPUS for the launchers": "gpus num_gpus n_gpus gpu_ids nproc_per_node num_processes world_size",
     "the system message comes from --conv_style or the records": "system system_prompt system_message",
-    "all parameters have one learning rate": "vit_lr aligner_lr mm_projector_lr vision_tower_lr llm_lr "
+    "all parameters share one learning rate": "vit_lr aligner_lr mm_projector_lr vision_tower_lr llm_lr "
     "projector_lr",
-    "only the answers are supervised": "train_on_inputs train_on_prompt mask_history completion_only_loss "
+    "only answers are supervised": "train_on_inputs train_on_prompt mask_history completion_only_loss "
     "assistant_only_loss loss_scale",
-    "set repeat_time in the meta file to use a part of a dataset": "max_samples max_train_samples "
-    "num_samples",
-    "TensorBoard's files are in runs/ in the output folder; set TENSORBOARD_LOGGING_DIR": "logging_dir",
+    "set repeat_time in the meta file to use part of a dataset": "max_samples max_train_samples num_samples",
+    "TensorBoard logs to runs/ in the output folder; set TENSORBOARD_LOGGING_DIR to change it": "logging_dir",
     "checkpoints are always in the safetensors format": "save_safetensors",
 }
 OTHER_PROJECTS = {
@@ -171,11 +174,11 @@ OTHER_PROJECTS = {
 
 
 def describe_unknown(unknown: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return a problem for each unknown flag, with the flag to use instead; without any, of each argument.
+    """Return an error message for each unknown flag or, if there is none, for each unexpected argument.
 
     Args:
-        unknown: the tokens that are no flag of ours or its value.
-        known: names of our flags.
+        unknown: tokens that the parser did not recognize.
+        known: names of all supported flags.
     """
     problems = []
     for token in unknown:
@@ -195,7 +198,7 @@ def split_refused(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     """Remove the flags in `REFUSED_FLAGS` from a command line.
 
     Returns:
-        the other tokens, and a problem for each of these flags that has a value with an effect
+        The remaining tokens, and an error message for each removed flag whose value would have an effect.
     """
     kept: list[str] = []
     refused: dict[str, list[str]] = {}
@@ -224,7 +227,7 @@ def split_refused(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parse(text: str) -> Any:
-    """Return the value of a flag: a number, a truth value, or text."""
+    """Parse the value of a flag as YAML, such as a number or a boolean; invalid YAML stays text."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

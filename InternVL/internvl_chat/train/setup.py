@@ -45,7 +45,7 @@ logger = get_logger(__name__)
 
 # Maximum number of excluded records that are logged; the ledger lists all.
 _MAX_LOGGED = 20
-# Validation records that a rank loads at a time.
+# Validation records that each rank loads at a time.
 _EVAL_RECORDS = 32
 
 
@@ -59,7 +59,7 @@ def adapter_base(plan: RunPlan) -> str | None:
 
 
 def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
-    """Load the model and tokenizer, apply the flags, and add adapters."""
+    """Load the model and the tokenizer, apply the flags, and add adapters."""
     config, dtype = plan.config, plan.config.run.dtype
     tokenizer, added = load_tokenizer(plan.source)
     context = image_context_id(tokenizer)
@@ -94,15 +94,15 @@ def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedToken
 
 
 def _report_changes(source: Path, preprocessing: Preprocessing) -> None:
-    """Log what the flags change in the preprocessing that the initial checkpoint states."""
+    """Log how the preprocessing differs from the options stored with the initial checkpoint."""
     for name, change in preprocessing_changes(source, preprocessing).items():
-        if name not in ("tile_size", "tokens_per_tile"):  # `prepare_model` has reported these
+        if name not in ("tile_size", "tokens_per_tile"):  # already logged by `prepare_model`
             logger.warning("%s", change)
     stored = stored_options(source)
     if stored is not None and stored[1]["max_dynamic_patch"] != preprocessing.max_dynamic_patch:
         file, options = stored
         logger.info(
-            "tile limit: %d (--max_dynamic_patch and the meta file), %d in %s",
+            "tile limit: %d (from --max_dynamic_patch and the meta file); the checkpoint has %d in %s",
             preprocessing.max_dynamic_patch, options["max_dynamic_patch"], file,
         )  # fmt: skip
 
@@ -117,8 +117,8 @@ def prepare_model(
     apply_flags(model.config, config)
     if before[0] != config.data.force_image_size:
         logger.warning(
-            "--force_image_size %d: the tiles of the checkpoint have %d pixels and %d tokens; they change to "
-            "%d pixels and %d tokens, and its position embeddings are interpolated",
+            "--force_image_size %d: the checkpoint uses tiles of %d pixels and %d tokens; this run uses %d "
+            "pixels and %d tokens and interpolates the position embeddings",
             config.data.force_image_size, *before, model.config.image_size, model.config.tokens_per_tile,
         )  # fmt: skip
     if not lora_layers(model):
@@ -137,10 +137,10 @@ def prepare_model(
 def plan_preprocessing(
     model_config: InternVLChatConfig, config: TrainConfig, specs: Sequence[DatasetSpec]
 ) -> Preprocessing:
-    """Return the preprocessing of a model's inputs.
+    """Return a model's preprocessing, with the flags applied.
 
     Args:
-        specs: the datasets; their largest tile limit becomes the limit of the model.
+        specs: training datasets; their largest tile limit becomes the model's.
     """
     model_config = copy.deepcopy(model_config)
     apply_flags(model_config, config)
@@ -159,7 +159,7 @@ def plan_preprocessing(
 
 
 def load_encoder(plan: RunPlan) -> RecordEncoder:
-    """Return the encoder of a run's records, with the tile limit of the flags; read no weights."""
+    """Build the record encoder without reading weights; its tile limit is `--max_dynamic_patch`."""
     config = plan.config
     if config.model.model_name_or_path is None and plan.output.resume is None:
         vision, llm = map(model_folder, config.model.parts)
@@ -183,15 +183,15 @@ def load_records(
 
     Args:
         resumed_exclusions: dataset and index of the records that were excluded when the resumed run started.
-            They are excluded again, even if they have been repaired, so that the order stays the same.
+            They are excluded again, even if repaired, so that the record order does not change.
 
     Raises:
-        DataError: lists the unusable records, unless they are excluded.
+        DataError: with `--on_bad_record fail`, a record is unusable; with `skip`, too many are.
     """
     sets = build_sets(specs, encoder)
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
     if len(set(limits.values())) > 1:
-        logger.warning("tile limits differ (%s); the checkpoint stores the largest", limits)
+        logger.warning("tile limits differ between datasets (%s); the checkpoint stores the largest", limits)
     lengths, excluded, digests, image_digests = distributed.run_on_rank_0(
         lambda: _check_records(sets, config, resumed_exclusions)
     )
@@ -221,7 +221,7 @@ def load_records(
 
 
 def build_sampler(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> StepSampler:
-    """Return the sampler of the records of each step and their packs, balanced across ranks by FLOPs."""
+    """Return the sampler, which packs each step's records and balances them across ranks by FLOPs."""
     run = config.run
     return _sampler(
         run,
@@ -247,7 +247,7 @@ def _sampler(run: RunConfig, data: TrainingData, flops: FlopCounter, **options: 
 
 
 def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
-    """Return the validation, with its records in file order."""
+    """Build the validation, with records in file order."""
     run, records = config.run, _EVAL_RECORDS * config.run.world_size
     sampler = _sampler(run, data, flops, step_records=records, strategy="sequential")
     normalization = data.sets[0].encoder.preprocessing.normalize_type
@@ -259,10 +259,10 @@ def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter
 def _check_records(
     sets: Sequence[RecordSet], config: TrainConfig, resumed_exclusions: Sequence[tuple[str, int]] | None
 ) -> tuple[list[Lengths], list[ExcludedRecord], list[str], list[str]]:
-    """Check the records.
+    """Run the data check; when resuming, use the original exclusions.
 
     Returns:
-        Lengths, excluded records, and the digests of the annotation files and of the image files.
+        Record lengths, excluded records, annotation-file digests, and image-file digests.
     """
     lengths, excluded, manifests = check_before_training(
         sets,
@@ -283,10 +283,11 @@ def _check_records(
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:
-    """Put a model into its planned parallel layout and build optimizer and scheduler.
+    """Parallelize the model as planned and build its optimizer and scheduler.
 
     Args:
-        model: model whose trainable parameters have been chosen.
+        model: model, after `set_trainable`.
+        steps: total number of optimizer steps.
     """
     run = config.run
     optimizer, scheduler = partial(make_optimizer, run), partial(make_scheduler, run, total_steps=steps)

@@ -1,6 +1,6 @@
-"""Validate during training: losses, and agreement of generated answers with the references.
+"""Validation during training: losses, and agreement of generated answers with the references.
 
-Validation does not affect training: it changes no weights, no random state and no position in the data.
+Validation does not affect training: weights, random state and data order do not change.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ _METRICS = ("loss", "em", "rougeL")
 
 
 def metrics_of(sums: Sequence[float]) -> dict[str, Any]:
-    """Return the metrics of a dataset, given a row of the sums of `Validation.run`; None if not measured.
+    """Return the metrics of a dataset from its row of sums in `Validation.run`.
 
-    The loss is weighted as in training (`--loss_reduction`).
+    The loss is weighted as in training (`--loss_reduction`). Metrics without data are None.
     """
     weighted, weights, records, tokens, matches, rouges, generated = sums
     return {
@@ -50,21 +50,21 @@ def metrics_of(sums: Sequence[float]) -> dict[str, Any]:
 
 
 def named_metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the measured metrics of a result of `Validation.run` by name; see `metric_names`."""
+    """Return the computed metrics in a result of `Validation.run`, keyed by name (see `metric_names`)."""
     parts = {"": row} | {f"{dataset}_": part for dataset, part in row["sets"].items()}
     values = {f"eval_{prefix}{name}": part[name] for prefix, part in parts.items() for name in _METRICS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def metric_names(datasets: Iterable[str], *, generate: bool) -> list[str]:
-    """Return the names of the metrics that a validation measures."""
+    """Return the names of the metrics that validation computes."""
     kinds = _METRICS if generate else ("loss",)
     prefixes = ("", *(f"{name}_" for name in datasets))
     return [f"eval_{prefix}{kind}" for prefix in prefixes for kind in kinds]
 
 
 def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
-    """Return the datasets for validation: every record at most once, without augmentation."""
+    """Return datasets for validation, without repeated records or augmentation."""
     return [
         dataclasses.replace(spec, data_augment=False, repeat_time=min(spec.repeat_time, 1)) for spec in specs
     ]
@@ -72,12 +72,12 @@ def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
 
 @dataclass
 class Validation:
-    """The validation records and their packs on this rank.
+    """Validation on this rank's share of the validation records.
 
     Attributes:
-        reduction: weighting of the loss, one of `LOSS_REDUCTIONS`.
-        generate: number of answers to generate for each dataset.
-        normalization: pixel statistics of the tiles.
+        reduction: loss weighting, one of `LOSS_REDUCTIONS`.
+        generate: number of answers to generate per dataset.
+        normalization: pixel normalization, one of `NORMALIZATIONS`.
     """
 
     data: TrainingData
@@ -92,21 +92,22 @@ class Validation:
         model: InternVLChatModel,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any] | None:
-        """Validate a model and leave it in evaluation mode; return None if any rank was stopped.
-
-        The result has the metrics over all records and, under `sets`, those of each dataset by name.
+        """Validate a model, which is left in evaluation mode.
 
         Args:
-            is_stopped: returns whether to stop this rank; called after each pack and answer.
+            is_stopped: returns whether to abandon the validation; called for each pack and answer.
+
+        Returns:
+            Metrics over all records and, under `sets`, of each dataset by name; None if any rank was stopped.
 
         Raises:
-            DataError: a record cannot be used.
+            DataError: a record is unusable.
         """
         model.eval()
         sums = torch.zeros(len(self.data.sets), 7, dtype=torch.float64)
         batches = self.options.build(PackDataset(self.data), self.sampler, persistent_workers=False)
         packs = itertools.takewhile(lambda _: not is_stopped(), itertools.chain.from_iterable(batches))
-        # Avoid a recompilation of the blocks that are compiled for training.
+        # Do not recompile the blocks, which are compiled for training.
         with torch.compiler.set_stance("force_eager"):
             self._add_losses(model, packs, sums)
             self._add_answers(model, sums, is_stopped)
@@ -122,7 +123,7 @@ class Validation:
     def _add_losses(
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
     ) -> None:
-        """Add the weighted loss, weight, records and tokens of each record to the sums of its dataset."""
+        """Add each record's weighted loss, loss weight, count and tokens to the sums of its dataset."""
         numbers = {records.spec.name: number for number, records in enumerate(self.data.sets)}
         for pack in packs:
             if isinstance(pack, DataError):
@@ -138,7 +139,7 @@ class Validation:
     def _add_answers(
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
     ) -> None:
-        """Add exact match, ROUGE-L and the number of this rank's answers to the sums of their datasets."""
+        """Generate this rank's answers; add exact match, ROUGE-L and count to the sums of their datasets."""
         keys = [(number, i) for number in range(len(self.data.sets)) for i in self.generation_indices(number)]
         for number, group in itertools.groupby(distributed.shard(keys), key=lambda key: key[0]):
             records = self.data.sets[number]
@@ -154,10 +155,10 @@ class Validation:
                 sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
 
     def generation_indices(self, number: int) -> list[int]:
-        """Return the records of dataset `number` whose last question is answered, evenly spaced."""
+        """Return evenly spaced indices of the records in dataset `number` to generate answers for."""
         indices = self.data.indices(number)
         if self.data.lengths is not None:
-            # The question of a truncated record alone may be too long.
+            # Exclude truncated records, whose prompt alone may be too long.
             indices = indices[self.data.lengths[number].tokens_truncated[indices] == 0]
         count = min(self.generate, len(indices))
         return indices[np.arange(count) * len(indices) // max(count, 1)].tolist()

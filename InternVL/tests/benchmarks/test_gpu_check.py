@@ -198,7 +198,7 @@ def fake_jobs(monkeypatch):
     """Fake the jobs on an 80 GB GPU, where neither float32 masters nor the reference fit in memory."""
     plan = {"parallel": "single", "checkpointed_layers": 4, "components": {"weights": 16e9}, "total": 64e9}
     refusal = (
-        "TrainingError: the largest pack does not fit into memory\nmemory plan: 123 of 80\n"
+        "TrainingError: the largest pack does not fit in memory\nmemory plan: 123 of 80\n"
         "flags that would fit: --weight_precision bf16 (62 GB)"
     )
     ran = []

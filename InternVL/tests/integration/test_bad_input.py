@@ -324,7 +324,7 @@ def test_fsdp_and_deepspeed_exclude_each_other(start, tmp_path, capfd):
     assert code == 2
     error = capfd.readouterr().err
     assert (
-        "--weight_precision stochastic: DeepSpeed holds its own float32 master weights; remove the flag"
+        "--weight_precision stochastic: DeepSpeed has its own float32 master weights; remove the flag"
         in error
     )
     assert "Traceback" not in error

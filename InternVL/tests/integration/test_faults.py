@@ -475,7 +475,7 @@ def test_bad_step_changes_no_weights(tiny_model, sample_data, tmp_path, metrics,
     out = tmp_path / "out"
     assert train(arguments(tiny_model, sample_data, out, save_steps=1)) == 0
     stderr = capfd.readouterr().err
-    assert "step 3: the loss is" in stderr and "Step skipped (1 of 5)" in stderr
+    assert "step 3: the loss is" in stderr and "Step skipped (1 skipped so far, 5 allowed)" in stderr
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert [row["step"] for row in ledger if "skipped_because" in row] == [3, 4]
     first = ledger[2]["trained"][0]

@@ -49,7 +49,7 @@ def test_former_flag_names():
     ],
 )
 def test_the_later_flag_for_warmup_is_used(words, expected, caplog):
-    """A launcher sets --warmup_ratio; what follows its name comes later."""
+    """Launchers set --warmup_ratio; flags after the launcher's name come later."""
     logging.getLogger("internvl_chat").propagate = True
     with caplog.at_level(logging.INFO):
         assert parse_arguments([*flags(**NEEDED), *words.split()]).run.warmup_steps == expected
@@ -106,7 +106,7 @@ def test_several_trackers(words, tmp_path):
         assert parse_arguments([str(path)]).run.report_to == ("wandb", "tensorboard")
 
 
-def test_trackers_are_named_once_and_not_with_none():
+def test_duplicate_trackers_and_none():
     assert parse(report_to="wandb,wandb").run.report_to == ("wandb",)
     assert "--report_to none wandb: none cannot be combined with trackers" in problems(
         *flags(**NEEDED, report_to="none wandb")
@@ -119,7 +119,7 @@ def test_no_tracker():
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Simulate a number of GPUs and of local ranks."""
+    """Simulate a number of GPUs and local ranks."""
 
     def see(count: int, ranks: int = 1) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -184,7 +184,7 @@ def test_reference_defaults():
     assert (args.data.max_seq_length, args.data.conv_style) == (8192, "internvl2_5")
 
 
-def test_records_of_a_step(monkeypatch):
+def test_records_per_step(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     run = parse(per_device_train_batch_size=2, gradient_accumulation_steps=8).run
     assert (run.records_per_pack, run.records_per_rank, run.records_per_step) == (2, 16, 64)
@@ -195,18 +195,18 @@ OWN_DEFAULTS = {
     # transformers leaves these to its Trainer.
     "do_train": True,
 }
-# No flag of ours has these types: JSON text takes the place of a dict, and 0 that of None.
+# Flags with a different type here: JSON text instead of a dict, 0 instead of None.
 OWN_TYPES = ("deepspeed", "lr_scheduler_kwargs", "fsdp", "report_to", "warmup_steps", "warmup_ratio")
 
 
 def default_of(field: dataclasses.Field):
-    """Return the default of a field, and the value of an enum member."""
+    """Return the default of a field; for an enum member, its value."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return getattr(value, "value", value)
 
 
-def test_every_flag_of_transformers_is_used_or_refused():
-    """Fails for new flags in a newer transformers, which must be used or refused."""
+def test_every_flag_of_transformers_is_supported_or_rejected():
+    """Fails if a newer transformers adds flags, which must be supported or rejected."""
     used = {field.name for field in dataclasses.fields(RunArguments)}
     assert not used & REFUSED_FLAGS.keys()
     assert TRANSFORMERS.keys() <= used | REFUSED_FLAGS.keys()
@@ -223,7 +223,7 @@ def test_flags_of_transformers_keep_its_types_and_defaults():
 
 
 @pytest.mark.parametrize("flag", sorted(REFUSED_FLAGS))
-def test_flags_without_effect_are_refused(flag):
+def test_flags_without_effect_are_rejected(flag):
     [problem] = problems(*flags(**NEEDED), f"--{flag}", "something else")
     assert problem.startswith(f"--{flag} something else: not supported; ")
     for value in REFUSED_FLAGS[flag][0]:
@@ -232,13 +232,13 @@ def test_flags_without_effect_are_refused(flag):
         assert default_of(TRANSFORMERS[flag]) in REFUSED_FLAGS[flag][0]
 
 
-def test_spellings_of_refused_flags():
+def test_spellings_of_rejected_flags():
     needed = flags(**NEEDED)
     for accepted in (["--fp16=False"], ["--fp16", "no"], ["--label-smoothing-factor", "0"]):
         assert parse_arguments([*accepted, *needed]) == parse()
-    for refused in (["--fp16"], ["--fp16=True"], ["--no_skip_memory_metrics"], ["--label_names", "a", "b"]):
-        name = refused[0].partition("=")[0].replace("--no_", "--")
-        [problem] = problems(*refused, *needed)
+    for rejected in (["--fp16"], ["--fp16=True"], ["--no_skip_memory_metrics"], ["--label_names", "a", "b"]):
+        name = rejected[0].partition("=")[0].replace("--no_", "--")
+        [problem] = problems(*rejected, *needed)
         assert problem.startswith(f"{name} ")
     assert len(problems("--fp16", "--hub_token=x", "--bf16", "perhaps", *needed)) == 3
 
@@ -250,8 +250,8 @@ def test_configuration_is_frozen():
             part.seed = 1
 
 
-def test_parsing_initialises_no_devices(monkeypatch):
-    """TrainingArguments itself would initialise devices and set environment variables."""
+def test_parsing_initializes_no_devices(monkeypatch):
+    """TrainingArguments itself would initialize devices and set environment variables."""
     monkeypatch.setattr("os.environ", before := dict(os.environ))
     parse(deepspeed='{"zero_optimization": {"stage": 2}}', bf16=True, torch_compile=True)
     assert dict(os.environ) == before
@@ -271,7 +271,7 @@ def test_parallel_mode(values, mode):
     assert parse(**values).run.parallel == mode
 
 
-def test_conflicting_kinds_of_parallelism():
+def test_conflicting_parallelism():
     both = problems(*flags(**NEEDED, fsdp="full_shard", parallel="ddp"))
     assert both == ["--fsdp and --parallel ddp: conflicting kinds of parallelism; use one of them"]
     alone = problems(*flags(**NEEDED, parallel="deepspeed"))
@@ -330,7 +330,7 @@ def test_all_errors_are_reported():
 
 
 NUMBERS = {name: flag for name, flag in FLAGS.items() if flag.type in ("int", "float")}
-# Flags for which a negative number has a meaning.
+# Flags that accept negative numbers.
 MAY_BE_NEGATIVE = {"max_steps", "local_rank", "vision_select_layer", "unfreeze_vit_layers"}
 
 
@@ -342,12 +342,12 @@ def test_every_numeric_flag_has_a_range():
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_numbers_outside_the_range_of_their_flag(value):
-    refused = NUMBERS.keys() - (MAY_BE_NEGATIVE if value == "-1" else set()) - {"warmup_ratio"}
+    rejected = NUMBERS.keys() - (MAY_BE_NEGATIVE if value == "-1" else set()) - {"warmup_ratio"}
     words = [word for name in NUMBERS if name != "warmup_ratio" for word in (f"--{name}", value)]
     found = problems(*flags(**NEEDED), *words)
-    for name in refused:
+    for name in rejected:
         assert sum(problem.startswith((f"--{name} {value}", f"--{name}: ")) for problem in found) == 1, name
-    assert len(found) == len(refused)
+    assert len(found) == len(rejected)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ TEXTS = {
 
 
 def other_value(flag: FlagHelp):
-    """Return a value that is not the default."""
+    """Return a value other than the default."""
     if flag.type == "bool":
         return not flag.default
     if flag.type in ("int", "float"):
@@ -452,7 +452,7 @@ def other_value(flag: FlagHelp):
 @pytest.mark.parametrize(
     "name", [n for n, flag in FLAGS.items() if len(flag.choices) != 1 and n != "use_cpu"]
 )
-def test_config_file_shows_what_differs_and_gives_the_same_configuration(name, tmp_path):
+def test_config_file_contains_changed_flags_and_reproduces_the_configuration(name, tmp_path):
     shown = NEEDED | {"use_cpu": True, name: other_value(FLAGS[name])}
     words = []
     for flag, value in shown.items():
@@ -500,9 +500,9 @@ def test_missing_file():
     assert "no such configuration file" in problems("nowhere.yaml")[0]
 
 
-def test_resolved_arguments_hold_no_secret():
-    refused = problems(*flags(**NEEDED, hub_token="hf_secret"))
-    assert refused[0].startswith("--hub_token")
+def test_resolved_arguments_contain_no_secret():
+    rejected = problems(*flags(**NEEDED, hub_token="hf_secret"))
+    assert rejected[0].startswith("--hub_token")
     flags_of_run = parse().to_dict()["training"]
     assert "hub_token" not in flags_of_run
     assert flags_of_run["per_device_train_batch_size"] == 8

@@ -1,4 +1,4 @@
-"""The help of the training flags: complete, grouped, and without flags that are refused."""
+"""The help of the training flags: complete, grouped, and without rejected flags."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ SUPPORTED = [
 
 @pytest.fixture(scope="module")
 def sections() -> dict[str, str]:
-    """The help, by title."""
+    """Sections of the help, keyed by title."""
     parts = re.split(r"^(\S.*):\n", build_help_parser().format_help(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -31,8 +31,8 @@ def test_every_supported_flag_is_in_exactly_one_group(sections):
     assert list(groups) == list(sections)[-len(groups) :]
 
 
-def test_groups_of_the_issue():
-    """One flag of each kind that users look for."""
+def test_groups_of_common_flags():
+    """One flag from each of the most common groups."""
     groups = {flag.name: title for title, flags in flag_groups().items() for flag in flags}
     expected = {
         "model_name_or_path": "Model", "meta_path": "Data", "use_llm_lora": "LoRA",
@@ -42,7 +42,7 @@ def test_groups_of_the_issue():
     assert {name: groups[name] for name in expected} == expected
 
 
-def test_refused_flags_are_not_shown(capfd):
+def test_rejected_flags_are_not_shown(capfd):
     assert train(["--help"]) == 0
     shown = set(re.findall(r"--([a-z]\w+)", capfd.readouterr().out))
     assert shown == set(SUPPORTED) | {"help"}

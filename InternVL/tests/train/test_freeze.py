@@ -9,7 +9,7 @@ from internvl_chat.train.freeze import set_trainable
 @pytest.mark.parametrize(("select", "used"), [(-1, 2), (-2, 1), (1, 1), (2, 2), (0, 0)])
 @pytest.mark.parametrize("flags", [{}, {"freeze_backbone": True, "unfreeze_vit_layers": -2}])
 def test_blocks_after_the_selected_one_are_not_trained(select, used, flags):
-    """They get no gradient, for which DDP would wait."""
+    """They get no gradients, so DDP would wait for them forever."""
     model = make_model(select_layer=select)
     set_trainable(model, **flags)
     trained = [

@@ -1,4 +1,4 @@
-"""The training step: weighting of records, independence of packing, and the files of a run."""
+"""The training loop: record weights, independence of packing, and the files of a run."""
 
 import json
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ class NoCheckpoints:
 
 
 class KeepsGradients(torch.optim.SGD):
-    """An optimizer that does not change gradients and weights after the backward pass."""
+    """An optimizer that leaves gradients and weights unchanged after the backward pass."""
 
     def step(self) -> None:
         pass
@@ -50,7 +50,7 @@ class KeepsGradients(torch.optim.SGD):
 
 @pytest.fixture
 def make_loop(tiny_model, sample_data, tmp_path):
-    """Build a loop over the sample data, as the training script does."""
+    """Build a loop over the sample data, like the training script."""
 
     def make(**values) -> TrainingLoop:
         values = {"gradient_accumulation_steps": 6, "per_device_train_batch_size": 1, **values}
@@ -85,7 +85,7 @@ def make_loop(tiny_model, sample_data, tmp_path):
 
 
 def gradients(loop, packs) -> tuple[float, dict[str, torch.Tensor]]:
-    """Run forward and backward passes of a step over packs of samples."""
+    """Run a step on packs of samples; return its loss and gradients."""
     model = loop.strategy.model
     model.zero_grad()
     record = loop.train_step(1, [loop.packs[indices] for indices in packs])
@@ -93,7 +93,7 @@ def gradients(loop, packs) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def assert_same_step(loop, loss, expected, other_loss, found) -> None:
-    """Compare loss and gradients of a step with those of another order of additions."""
+    """Check that two steps that add in a different order have the same loss and gradients."""
     terms = terms_of(loop.strategy.model)
     assert other_loss == pytest.approx(loss, abs=rounding_bound(terms, torch.float32, loss))
     assert found.keys() == expected.keys()
@@ -133,7 +133,7 @@ PACKINGS = {
     "pairs": [[0, 1], [2, 3], [4, 5]],
     "uneven": [[5, 2, 0], [4], [1, 3]],
     "one pack": [[0, 1, 2, 3, 4, 5]],
-    "one pack, another order": [[3, 5, 1, 0, 4, 2]],
+    "one pack, different order": [[3, 5, 1, 0, 4, 2]],
 }
 
 
@@ -218,7 +218,7 @@ def test_only_trainable_parameters_change(tiny_model, sample_data, tmp_path, rec
     assert run(tiny_model, sample_data, tmp_path / "out", max_steps=6, save_strategy="no", **recipe) == 0
     moved = {n for n, p in loops[0].strategy.model.named_parameters() if not torch.equal(p, before[n])}
     expected = {n for n in before if any(part in n for part in moves)}
-    # Rows of tokens that do not occur stay, but the matrix changes.
+    # Embedding rows of tokens that do not occur stay the same, but the matrix changes.
     assert moved == expected
 
 
@@ -236,7 +236,7 @@ def test_files_of_a_run(tiny_model, sample_data, tmp_path, metrics):
     for row in rows:
         sets = row["sets"].values()
         assert sum(part["records"] for part in sets) == row["records"]
-        # With loss_reduction sample every record counts the same.
+        # With loss_reduction sample, all records have the same weight.
         total = sum(part["records"] * part["loss"] for part in sets)
         assert row["loss"] == pytest.approx(total / row["records"], rel=1e-5)
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
@@ -341,7 +341,7 @@ def test_config_file_reproduces_the_run(tiny_model, sample_data, tmp_path, metri
 
 @pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
 def test_bfloat16_recipe(tiny_model, sample_data, tmp_path, metrics, recipe):
-    """Weights are bfloat16, adapters float32, and the loss is close to that of float32."""
+    """Weights are bfloat16, adapters are float32, and the loss is close to the float32 loss."""
     losses = {}
     for bf16 in (True, False):
         out = tmp_path / f"out{bf16}"

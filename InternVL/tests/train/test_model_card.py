@@ -40,16 +40,16 @@ def card(tiny_model, sample_data, tmp_path_factory) -> Path:
 
 
 def row(text: str, name: str) -> list[str]:
-    """The cells of a table row after the first."""
+    """Return the cells of a table row except the first."""
     [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_a_hub_accepts_the_front_matter(card) -> None:
+def test_front_matter_is_valid_on_the_hub(card) -> None:
     data = ModelCard.load(card).data.to_dict()
     assert data["license"] == "unknown" and data["library_name"] == "peft"
     assert data["pipeline_tag"] == "image-text-to-text" and "lora" in data["tags"]
-    assert "base_model" not in data  # a local folder is no id that a hub knows
+    assert "base_model" not in data  # a local folder is not a Hub id
 
 
 def test_data_section_has_hashes_and_counts(card, sample_data) -> None:
@@ -107,7 +107,7 @@ HUB = "OpenGVLab/InternVL3-8B"
         ("my-base", {"config.json": {"_name_or_path": "./a/b"}}, "my-base"),
         ("my-base", {"config.json": [1]}, "my-base"),
         ("InternVL3-8B-medical", {}, "InternVL3-8B-medical"),
-        # The results of runs and merges are other models.
+        # The results of runs and merges are different models.
         ("InternVL3-8B", {"train_results.json": {}}, "InternVL3-8B"),
         ("merged", {"config.json": {"_name_or_path": HUB}, "made_from.json": {}}, "merged"),
     ],
@@ -151,7 +151,7 @@ def test_card_is_carried_over_by_merge_and_export(card, tmp_path) -> None:
     [line] = [line for line in merged.splitlines() if "fine-tuned version of" in line]
     assert line.endswith("a fine-tuned version of tiny.")
     assert merged.split("**License")[1] == text.split("**License")[1]
-    # A conversion and back adds nothing.
+    # A round trip adds nothing.
     export_hf(tmp_path / "merged", tmp_path / "there")
     merge(tmp_path / "there", tmp_path / "back")
     assert (tmp_path / "back" / CARD).read_text(encoding="utf-8") == merged

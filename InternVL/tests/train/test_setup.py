@@ -1,4 +1,4 @@
-"""Preprocessing: the same before and after the weights are loaded."""
+"""Setup: preprocessing before and after loading the weights, and files copied from the base model."""
 
 import json
 import logging
@@ -52,8 +52,8 @@ def test_preprocessing_of_a_model(plan_of, values):
     assert agree(plan_of(**values))
 
 
-def test_another_tile_size_is_stated(plan_of, tiny_model, tmp_path, caplog):
-    """Also of a base without a file that states its preprocessing, like the published ones."""
+def test_changed_tile_size_is_logged(plan_of, tiny_model, tmp_path, caplog):
+    """Also for a base model without a preprocessing file, like the published models."""
     plain = shutil.copytree(
         tiny_model, tmp_path / "plain", ignore=shutil.ignore_patterns("preprocessing.json")
     )
@@ -61,13 +61,13 @@ def test_another_tile_size_is_stated(plan_of, tiny_model, tmp_path, caplog):
         caplog.clear()
         load_for_training(plan_of(model_name_or_path=folder, force_image_size=112))
         [message] = [entry.message for entry in caplog.records if "--force_image_size" in entry.message]
-        assert "have 56 pixels and 4 tokens; they change to 112 pixels and 16 tokens" in message
+        assert "tiles of 56 pixels and 4 tokens; this run uses 112 pixels and 16 tokens" in message
     caplog.clear()
     load_for_training(plan_of(model_name_or_path=plain))
     assert not caplog.records
 
 
-def test_changes_to_the_preprocessing_of_others_are_stated(plan_of, tiny_model, tmp_path, caplog):
+def test_changes_to_stored_preprocessing_are_logged(plan_of, tiny_model, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     export_hf(tiny_model, tmp_path / "hf")
     (tmp_path / "hf/preprocessing.json").unlink()
@@ -80,7 +80,10 @@ def test_changes_to_the_preprocessing_of_others_are_stated(plan_of, tiny_model, 
         f"normalize_type is 'siglip', but the checkpoint has 'imagenet' in {file} (--normalize_type)"
         in caplog.text
     )
-    assert f"tile limit: 3 (--max_dynamic_patch and the meta file), 12 in {file}" in caplog.text
+    assert (
+        f"tile limit: 3 (from --max_dynamic_patch and the meta file); the checkpoint has 12 in {file}"
+        in caplog.text
+    )
 
 
 def test_extra_files_of_the_base_are_kept(tiny_model, sample_data, tmp_path):

@@ -28,7 +28,7 @@ from internvl_chat.utils.errors import ModelError, TrainingError, UsageError
 
 
 def test_metrics_from_sums():
-    # Two records of 4 and 6 tokens with the losses 1 and 2, with equal weights; three answers.
+    # Two records with 4 and 6 tokens, losses 1 and 2 and equal weights; three answers.
     weighted = 4 * 0.25 * 1.0 + 6 / 6 * 2.0
     metrics = metrics_of([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
     assert metrics == {
@@ -125,7 +125,7 @@ def test_flags_that_need_validation(check, sample_data):
         [problem] = check(**values)
         [(flag, value)] = values.items()
         assert problem == (f"--{flag} {value} has no effect without --eval_strategy steps (or epoch)")
-    # transformers itself requires equal strategies of saving and validation.
+    # transformers itself requires the same strategy for saving and validation.
     assert "save_strategy best has no effect" in check(save_strategy="best")[0]
     assert check(eval_strategy="steps") == ["--eval_strategy steps needs --eval_meta_path"]
 
@@ -139,7 +139,7 @@ def test_validation_problems_are_reported_together(check, sample_data, monkeypat
     assert problems == [
         "--early_stopping_patience -1 must be at least 0",
         "--eval_generate 2: rouge is not installed (pip install rouge)",
-        "--metric_for_best_model eval_los: not measured; did you mean eval_loss?",
+        "--metric_for_best_model eval_los: not computed; did you mean eval_loss?",
     ]
 
 
@@ -147,9 +147,9 @@ def test_generation_metrics_need_eval_generate(check, sample_data):
     common = {"eval_strategy": "steps", "eval_meta_path": sample_data / "held_out.json"}
     assert check(**common, metric_for_best_model="rougeL", eval_generate=1) == []
     [problem] = check(**common, metric_for_best_model="rougeL")
-    assert problem == "--metric_for_best_model rougeL: not measured; it needs --eval_generate"
+    assert problem == "--metric_for_best_model rougeL: not computed; add --eval_generate"
     [problem] = check(**common, metric_for_best_model="accuracy")
-    assert problem.startswith("--metric_for_best_model accuracy: not measured; use one of eval_loss, eval_em")
+    assert problem.startswith("--metric_for_best_model accuracy: not computed; use one of eval_loss, eval_em")
 
 
 def test_missing_validation_meta_file(check):
@@ -211,7 +211,7 @@ def write_state(checkpoint, best_step):
     (checkpoint / "trainer_state.json").write_text(json.dumps(state.to_json()))
 
 
-def test_last_question_is_that_of_the_last_supervised_answer(tmp_path):
+def test_last_question_has_a_supervised_answer(tmp_path):
     record = text_record(0, "right")
     record["conversations"] += [
         {"from": "human", "value": "And?"},

@@ -1,4 +1,4 @@
-"""Console output: a line per logging interval, and a progress bar on a terminal."""
+"""Console output: one line per logging interval, and a progress bar on a terminal."""
 
 import contextlib
 import logging
@@ -19,10 +19,10 @@ _RECENT_STEPS = 100
 
 
 class Console:
-    """Reports the progress of a run.
+    """Console output of a run.
 
     Args:
-        first_step: first step, counting from 1.
+        first_step: first step of this session (1-based).
         show_bar: show a progress bar if standard error is a terminal.
     """
 
@@ -39,7 +39,7 @@ class Console:
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger("internvl_chat")]))
 
     def step(self, row: dict[str, Any], *, due: bool = True) -> dict[str, float] | None:
-        """Add a step's `metrics_row`; if due, log and return the averages since the last line."""
+        """Add a step's `metrics_row`; if due, log and return the averages since the last logged line."""
         self._rows.append(row)
         self._seconds.append(row["seconds"])
         self._steps, self._pauses = self._steps + 1, self._pauses + row["pause_seconds"]
@@ -63,8 +63,8 @@ class Console:
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the metrics of an interval of steps.
 
-    The loss is averaged over records and the gradient norm over steps, without skipped steps. Throughput and
-    MFU are averaged over time. Epoch and learning rate are those of the last step.
+    Excluding skipped steps, the loss is averaged over records and the gradient norm over steps. Throughput
+    and MFU are averaged over time. Epoch and learning rate are taken from the last step.
     """
     seconds, records, tokens = (sum(row[name] for row in rows) for name in ("seconds", "records", "tokens"))
     metrics = {name: rows[-1][name] for name in ("epoch", "learning_rate")}

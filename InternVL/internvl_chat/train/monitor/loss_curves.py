@@ -1,4 +1,4 @@
-"""Loss curves: steps of a log, centered means, and limits of the axis."""
+"""Data of the loss plot: logged steps, smoothed curves and axis limits."""
 
 import json
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Shorter curves have no mean.
+# Curves with fewer steps are not smoothed.
 FEW_STEPS = 10
 Row = dict[str, Any]
 
 
 def read_steps(file: Path) -> list[Row]:
-    """Return the lines of a log in the order of their steps, the last one of each step.
+    """Return the rows of a JSON Lines log, sorted by step.
 
-    A step that was repeated after a crash has several lines. The last line of a log may be truncated.
+    If a step was repeated after a crash, only its last row is returned. Truncated lines are ignored.
     """
     rows: dict[int, Row] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -32,8 +32,8 @@ class Curve(NamedTuple):
 
     Attributes:
         steps: (N,) steps in ascending order.
-        losses: (N,) their losses.
-        records: (N,) number of records of each, the weights of a mean.
+        losses: (N,) loss of each step.
+        records: (N,) number of records of each step, used as weights.
     """
 
     steps: np.ndarray
@@ -42,26 +42,26 @@ class Curve(NamedTuple):
 
     @classmethod
     def from_points(cls, points: Iterable[tuple[int, float | None, int]]) -> "Curve":
-        """Return the curve of points (step, loss, records)."""
+        """Build a curve from (step, loss, records) points."""
         columns = np.array([(s, np.nan if loss is None else loss, n) for s, loss, n in points], float)
         return cls(*columns.reshape(-1, 3).T)
 
     def mean(self, limits: tuple[float, float], *, factor: int = 1) -> np.ndarray:
-        """Return the centered mean over `factor` * 5 % of the steps, without losses outside the limits."""
+        """Return the centered mean over `factor` * 5 % of the steps, excluding losses outside the limits."""
         inside = np.where(is_inside(self.losses, limits), self.losses, np.nan)
         return centered_mean(inside, factor * self.half_width, self.records)
 
     @property
     def half_width(self) -> int:
-        """Number of steps on each side over which the mean is taken; 0 for short curves."""
+        """Half width of the smoothing window, in steps; 0 for short curves."""
         return max(1, len(self.steps) // 40) if len(self.steps) >= FEW_STEPS else 0
 
 
 def centered_mean(values: np.ndarray, half_width: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the weighted mean over a window around each value, ignoring NaN; NaN if the window has no value.
+    """Return the weighted mean in a window around each value, ignoring NaN; NaN if the window has no value.
 
-    At the left end, where losses fall steeply, the window shrinks to an eighth of its half. At the right end
-    only its right half shrinks, because the last values alone are noisy.
+    At the left end, where losses fall steeply, both halves of the window shrink (the right one to no less
+    than an eighth). At the right end, only the right half shrinks, because the last values alone are noisy.
 
     >>> centered_mean(np.array([9.0, 3.0, 6.0, 3.0]), 1).tolist()
     [9.0, 6.0, 4.0, 4.5]
@@ -79,14 +79,14 @@ def centered_mean(values: np.ndarray, half_width: int, weights: np.ndarray | Non
 
 
 def loss_limits(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """Return the limits of a loss axis: around all losses but spikes, and not below 0.
+    """Return the limits of a loss axis, which includes all losses except spikes and no negative values.
 
-    The range of medians over five steps, the first loss, the 5th to 95th percentile and `others` is shown in
-    any case. A loss that exceeds it by more than half of it is a spike.
+    The base range covers the five-step medians, the first loss, the 5th to 95th percentile and `others`. A
+    loss outside it by more than half its width is a spike.
 
     Args:
-        losses: losses by step, with NaN.
-        others: losses that are shown in any case.
+        losses: losses by step; may contain NaN.
+        others: losses that are always shown.
     """
     losses, others = losses[np.isfinite(losses)], others[np.isfinite(others)]
     if not len(losses) + len(others):

@@ -11,7 +11,7 @@ from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
-# A gradient norm above this multiple of the median over recent steps is a spike.
+# A gradient norm above this multiple of the median of recent steps is a spike.
 _SPIKE = 10.0
 _WINDOW = 100
 _MIN_STEPS = 20
@@ -24,7 +24,7 @@ class NanGuard:
     """Checks each step before its gradients are used.
 
     Args:
-        max_bad_steps: number of steps to skip; the next bad step ends the run. A restart resets the count.
+        max_bad_steps: number of steps that may be skipped; one more ends the run. A restart resets the count.
     """
 
     def __init__(self, max_bad_steps: int) -> None:
@@ -38,10 +38,10 @@ class NanGuard:
         """Return the reason to skip a step, or None if its gradients can be used.
 
         Args:
-            records: returns the records of the step, as dataset and index.
+            records: returns (dataset, index) of each record in the step.
 
         Raises:
-            TrainingError: too many bad steps.
+            TrainingError: more than `max_bad_steps` steps have been skipped.
         """
         if not supervised:
             reason = "no supervised tokens"
@@ -56,10 +56,12 @@ class NanGuard:
         message = f"step {step}: {reason}; records (dataset and index): {format_records(records())}"
         if self.bad_steps > self.max_bad_steps:
             raise TrainingError(
-                f"{message}. The step was skipped. Skipped in total: {counted(self.bad_steps, 'step')}, "
-                f"more than --max_bad_steps {self.max_bad_steps} allows"
+                f"{message}. The run has skipped {counted(self.bad_steps, 'step')}, more than "
+                f"--max_bad_steps {self.max_bad_steps} allows"
             )
-        logger.warning("%s. Step skipped (%d of %d)", message, self.bad_steps, self.max_bad_steps)
+        logger.warning(
+            "%s. Step skipped (%d skipped so far, %d allowed)", message, self.bad_steps, self.max_bad_steps
+        )
         return reason
 
     def _report_spike(self, step: int, norm: float, records: Callable[[], Records]) -> None:
@@ -73,7 +75,7 @@ class NanGuard:
 
 
 def format_records(records: Records) -> str:
-    """Format the first records, and the number of those not listed."""
+    """Format the first records and the number of the omitted ones."""
     text = ", ".join(f"{name} {index}" for name, index in records[:_MAX_LISTED])
     more = len(records) - _MAX_LISTED
     return f"{text} and {more} more" if more > 0 else text

@@ -1,4 +1,4 @@
-"""Plot the loss of a run: per step, its mean, per dataset, on the validation data, and the learning rate."""
+"""Plot the training loss, its mean, the loss of each dataset, the validation loss and the learning rate."""
 
 import textwrap
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ _SUBTITLE_WIDTH = 130
 
 
 def plot_loss(metrics: Path, output: Path, validation: Path | None = None, *, subtitle: str = "") -> None:
-    """Plot the loss of a run into a PNG file; see `loss_figure`.
+    """Plot the loss of a run to a PNG file (see `loss_figure`).
 
     Args:
-        metrics: path of `metrics.jsonl`; without steps nothing is plotted.
-        output: PNG file to write; its folder names the run.
+        metrics: path of `metrics.jsonl`; if it has no steps, nothing is plotted.
+        output: PNG file to write; the name of its folder becomes the title.
         validation: path of `validation.jsonl`; may be missing.
         subtitle: model and recipe of the run.
     """
@@ -59,15 +59,15 @@ def plot_loss(metrics: Path, output: Path, validation: Path | None = None, *, su
 def loss_figure(
     rows: Sequence[Row], validation: Sequence[Row], *, title: str, subtitle: str = ""
 ) -> "Figure":
-    """Return the figure of a run: the loss, the loss of each dataset if there are several, the learning rate.
+    """Return the figure of a run: loss, loss by dataset if there are multiple datasets, and learning rate.
 
-    Losses far outside the range of all others are excluded from axis and mean, and marked at the edge.
+    Spikes (see `loss_limits`) are excluded from the mean and marked at the edge of the axes.
 
     Args:
-        rows: lines of `metrics.jsonl`, in the order of their steps.
-        validation: lines of `validation.jsonl`, in the same order.
+        rows: rows of `metrics.jsonl`, sorted by step.
+        validation: rows of `validation.jsonl`, sorted by step.
         title: name of the run.
-        subtitle: its model and recipe; the number of steps is put before it.
+        subtitle: model and recipe of the run; the number of steps is prepended.
     """
     names = sorted({name for row in rows for name in row.get("sets", ())})
     heights = [3.2, max(2.2, 0.19 * len(names)), 1.1] if len(names) > 1 else [3.2, 1.1]
@@ -119,7 +119,7 @@ def _draw_loss(axes: "Axes", rows: Sequence[Row], validation: Sequence[Row]) -> 
     ]
     for name, marker, side, color, chosen in marked:
         if chosen.any():
-            # The transform puts y = 0 at the lower and y = 1 at the upper edge.
+            # With this transform, y = 0 is the lower edge of the axes and y = 1 the upper edge.
             steps = curve.steps[chosen]
             axes.plot(
                 steps, np.full(len(steps), side), marker=marker, color=color, linestyle="none", clip_on=False,
@@ -131,12 +131,12 @@ def _draw_loss(axes: "Axes", rows: Sequence[Row], validation: Sequence[Row]) -> 
 def _draw_datasets(
     axes: "Axes", names: Sequence[str], rows: Sequence[Row], validation: Sequence[Row]
 ) -> None:
-    """Draw the mean loss of each dataset, and its validation losses as circles."""
+    """Draw the mean loss of each dataset as a line and its validation losses as circles."""
     means, eval_losses = [np.zeros(0)], [np.zeros(0)]
     for number, name in enumerate(names):
         parts = [(row, row["sets"][name]) for row in rows if name in row.get("sets", ())]
         curve = Curve.from_points((r["step"], _used(r, part["loss"]), part["records"]) for r, part in parts)
-        # A dataset has few records per step, so its mean needs more steps.
+        # A dataset has few records per step, so its mean covers more steps.
         means.append(curve.mean(loss_limits(curve.losses, np.zeros(0)), factor=2))
         style = series_style(number)
         axes.plot(
@@ -174,7 +174,7 @@ def _draw_learning_rate(axes: "Axes", rows: Sequence[Row]) -> None:
 
 
 def _format_steps(axes: "Axes", first: int, last: int) -> None:
-    """Format the axis of the steps, which all panels share."""
+    """Format the step axis, which all panels share."""
     from matplotlib.ticker import MaxNLocator
 
     margin = max(0.5, 0.01 * (last - first))

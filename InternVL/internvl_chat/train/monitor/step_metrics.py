@@ -1,4 +1,4 @@
-"""Metrics of a step, and its lines in `metrics.jsonl` and `ledger.jsonl`."""
+"""Metrics of a step and its rows in `metrics.jsonl` and `ledger.jsonl`."""
 
 import json
 import math
@@ -20,10 +20,10 @@ from internvl_chat.utils.distributed import all_reduce_sum, world_size
 
 
 class StepSums(NamedTuple):
-    """Sums over the packs of a step, on one rank or over all ranks.
+    """Sums over the packs of a step, on one rank or across all ranks.
 
     Attributes:
-        weight: loss weights of all supervised tokens.
+        weight: total loss weight of all supervised tokens.
         records: number of records, without dummy samples.
         flops: FLOPs of forward and backward passes.
         skipped: number of unusable records.
@@ -51,7 +51,11 @@ class StepSums(NamedTuple):
         stop_requested: bool,
         saving: bool,
     ) -> "StepSums":
-        """Return the sums of this rank, given the loss weights of each record's tokens, (R,) per pack."""
+        """Return the sums over this rank's packs.
+
+        Args:
+            weights: (R,) per pack, the loss weight of each record's tokens.
+        """
         return cls(
             weight=sum(float((w * p.supervised).sum()) for w, p in zip(weights, packs, strict=True)),
             records=sum(int(p.counts.sum()) for p in packs),
@@ -65,7 +69,7 @@ class StepSums(NamedTuple):
         )
 
     def all_reduce(self) -> "StepSums":
-        """Return the sums over all ranks; a collective."""
+        """Return the sums across all ranks. Collective: call on all ranks."""
         values = all_reduce_sum(torch.tensor(self, dtype=torch.float64), in_step=True).tolist()
         return StepSums._make(type(local)(value) for local, value in zip(self, values, strict=True))
 
@@ -75,7 +79,7 @@ class DatasetLoss(NamedTuple):
 
     Attributes:
         records: number of records, without dummy samples.
-        loss: weighted mean over their supervised tokens, as in the loss of the step.
+        loss: mean over their supervised tokens, weighted as in the loss of the step.
     """
 
     records: int
@@ -85,7 +89,7 @@ class DatasetLoss(NamedTuple):
 def dataset_sums(
     names: Sequence[str], packs: Sequence[Pack], weights: Sequence[Tensor], token_losses: Sequence[Tensor]
 ) -> Tensor:
-    """Return the records, the loss weight and the weighted loss of each dataset on this rank, (3, D) float64.
+    """Return the number of records, loss weight and weighted loss per dataset on this rank: (3, D) float64.
 
     Args:
         names: names of the D datasets.
@@ -118,7 +122,7 @@ def dataset_losses(names: Sequence[str], sums: Tensor) -> dict[str, DatasetLoss]
 
     Args:
         names: names of the D datasets.
-        sums: (3, D) sums of `dataset_sums` over all ranks.
+        sums: (3, D) result of `dataset_sums`, summed across ranks.
     """
     columns = zip(names, *sums.tolist(), strict=True)
     return {
@@ -128,10 +132,10 @@ def dataset_losses(names: Sequence[str], sums: Tensor) -> dict[str, DatasetLoss]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Outcome of a step over all ranks.
+    """Outcome of a step across all ranks.
 
     Attributes:
-        step: the step, counting from 1.
+        step: step number (1-based).
         epoch: epochs completed after the step.
         grad_norm: gradient norm before clipping.
         sets: loss of each dataset with records in the step.
@@ -153,9 +157,13 @@ class StepRecord:
 def metrics_row(
     record: StepRecord, seconds: float, device: torch.device, *, pause: float = 0.0
 ) -> dict[str, Any]:
-    """Return a step's line of `metrics.jsonl`, given its duration and that of the pause before it.
+    """Return a step's row of `metrics.jsonl`.
 
-    A loss or gradient norm that is not finite is None, and so is the loss without supervised tokens.
+    Non-finite losses and gradient norms are None, as is the loss of a step without supervised tokens.
+
+    Args:
+        seconds: duration of the step.
+        pause: duration of the pause before the step, in seconds.
     """
     sums = record.sums
     loss = _rounded(record.loss) if sums.supervised_tokens else None
@@ -184,12 +192,12 @@ def metrics_row(
 
 
 def _rounded(value: float) -> float | None:
-    """Return a measurement with seven decimals; None if it is not finite."""
+    """Round to seven decimals; return None for a non-finite value."""
     return round(value, 7) if math.isfinite(value) else None
 
 
 def ledger_row(record: StepRecord, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:
-    """Return a step's line of `ledger.jsonl`, given its epoch (from 0) and its planned records."""
+    """Return a step's row of `ledger.jsonl`, given its epoch (0-based) and its planned records."""
     skipped = {(key.dataset, key.index) for key in record.skipped}
     trained = [key for key in records if key not in skipped]
     row = {"step": record.step, "epoch": epoch, **_skipped_because(record), "trained": trained}
@@ -201,7 +209,7 @@ def _skipped_because(record: StepRecord) -> dict[str, str]:
 
 
 def skipped_records(ledger: Path) -> list[tuple[str, int]]:
-    """Return the records that earlier steps skipped, as dataset and index, from `ledger.jsonl`."""
+    """Return (dataset, index) of all skipped records in `ledger.jsonl`."""
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     rows = [json.loads(line) for line in lines if '"skipped"' in line]
     return [(record["dataset"], record["index"]) for row in rows for record in row.get("skipped", ())]

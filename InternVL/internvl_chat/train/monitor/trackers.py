@@ -1,4 +1,4 @@
-"""Experiment trackers of accelerate (W&B, TensorBoard and others); their failures never end a run."""
+"""Experiment trackers from accelerate, such as W&B and TensorBoard; their failures never end a run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 
 _MAX_FAILURES = 3
 _PROJECT = "m3llm"
-# Environment variable with the project name; accelerate itself reads those of mlflow and clearml.
+# Environment variables for the project name; accelerate itself reads those of mlflow and clearml.
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
     "comet_ml": "COMET_PROJECT_NAME",
@@ -43,7 +43,7 @@ def tracker_problems(names: Sequence[str]) -> Iterator[str]:
 
 
 class Trackers:
-    """The trackers of a run; failures are logged, and a tracker is dropped after three."""
+    """Trackers of a run. Failures are logged; after three failures, a tracker is dropped."""
 
     def __init__(self, trackers: Sequence[GeneralTracker]) -> None:
         self._failures = dict.fromkeys(trackers, 0)
@@ -56,7 +56,7 @@ class Trackers:
 
         Args:
             names: names from `available_trackers`.
-            run_name: name of the run; None for the name of its folder.
+            run_name: name of the run; None to use the name of its folder.
         """
         started = []
         for name in names if rank() == 0 else ():
@@ -67,7 +67,7 @@ class Trackers:
         return cls(started)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log the values of a step that are numbers."""
+        """Log the numeric values of a step."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._call("log", numbers, step=step)
 
@@ -91,8 +91,8 @@ class Trackers:
 
 
 def _start(name: str, run_name: str, folder: Path, config: Mapping[str, Any]) -> GeneralTracker:
-    # accelerate's trackers need its global state. An empty environment keeps accelerate from setting up a
-    # process group, a device and a number of threads.
+    # accelerate's trackers need its global state. With an empty environment, accelerate does not create a
+    # process group, select a device or set the number of threads.
     with clear_environment():
         PartialState(cpu=True)
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
@@ -109,7 +109,7 @@ def _start(name: str, run_name: str, folder: Path, config: Mapping[str, Any]) ->
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested values under names joined by slashes, with non-scalar values as text."""
+    """Yield nested values with slash-separated names; non-scalar values become text."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}/")

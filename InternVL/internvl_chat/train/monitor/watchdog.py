@@ -9,9 +9,9 @@ from typing import Self
 
 
 class Watchdog:
-    """Prints this rank's activity and all stacks whenever `note` has not been called for `seconds`.
+    """Prints this rank's activity and the stacks of all threads if `note` has not been called for `seconds`.
 
-    It does not stop the run: a collective may still complete, and otherwise its own timeout ends the run.
+    The run continues: a hanging collective may still complete; otherwise its own timeout ends the run.
 
     Args:
         seconds: time limit between calls of `note`; 0 disables the watchdog.
@@ -53,6 +53,8 @@ class Watchdog:
 
 def _report(seconds: float, text: str) -> None:
     rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"rank {rank}: no step has finished for {seconds:.0f} s; {text}. All stacks:\n")
+    sys.stderr.write(
+        f"rank {rank}: no step has finished for {seconds:.0f} s; {text}. Stacks of all threads:\n"
+    )
     sys.stderr.flush()
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

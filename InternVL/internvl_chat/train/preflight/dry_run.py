@@ -1,4 +1,4 @@
-"""Dry run: run the largest pack before training, so that a run does not run out of memory later."""
+"""Dry run: run the largest pack before training, so that out-of-memory errors occur early."""
 
 import gc
 
@@ -16,19 +16,19 @@ logger = get_logger(__name__)
 def run_dry_run(loop: TrainingLoop, plan: MemoryPlan, grad_checkpoint: str) -> int:
     """Run the largest pack; if it does not fit and `grad_checkpoint` is `auto`, checkpoint more layers.
 
-    A sharded model is not run again, because gradients are wrong after a failed backward pass with FSDP. A
-    rank that fails raises immediately: the others wait in a collective, and the launcher ends them.
+    A sharded model is not run again, because FSDP's gradients are wrong after a failed backward pass. A
+    failing rank raises immediately; the other ranks wait in a collective until the launcher ends them.
 
     Returns:
         The number of checkpointed layers.
 
     Raises:
-        DataError: a record of the pack cannot be used.
-        TrainingError: the pack does not fit; the message has the memory plan.
+        DataError: a record of the pack is unusable.
+        TrainingError: the pack does not fit; the message contains the memory plan.
     """
     checkpointed, sharded = plan.checkpointed_layers, loop.strategy.shards_weights
     if plan.parallel == "deepspeed":
-        logger.info("no dry run: DeepSpeed would add the gradients to those of the first step")
+        logger.info("dry run skipped: with DeepSpeed, its gradients would accumulate into the first step")
         return checkpointed
     while True:
         shortage = _shortage(loop, plan)
@@ -45,7 +45,7 @@ def run_dry_run(loop: TrainingLoop, plan: MemoryPlan, grad_checkpoint: str) -> i
 
 
 def _shortage(loop: TrainingLoop, plan: MemoryPlan) -> str | None:
-    """Run the largest pack; return a message if it does not fit together with the optimizer state."""
+    """Run the largest pack; return an error message if it and the optimizer state do not fit."""
     device = loop.run.device
     on_gpu, error = device.type == "cuda", None
     if on_gpu:
@@ -64,7 +64,7 @@ def _shortage(loop: TrainingLoop, plan: MemoryPlan) -> str | None:
         return error
     peak = max_memory(device) + (0 if loop.strategy.optimizer.state else plan.components["optimizer state"])
     if plan.parallel == "ddp" and not plan.several_packs:
-        # Unreduced gradients are stored next to DDP's buckets; in training they are views of the buckets.
+        # Unreduced gradients do not share memory with DDP's buckets; in training, they are bucket views.
         peak -= plan.components["gradients"]
     measured = "measured" if on_gpu else "peak of the process"
     logger.info("dry run: planned %s GB, %s %s GB", gigabytes(plan.total), measured, gigabytes(peak))
@@ -77,7 +77,7 @@ def _run_largest_pack(loop: TrainingLoop, plan: MemoryPlan) -> None:
     pack, strategy, device = loop.packs[plan.sample_indices], loop.strategy, loop.run.device
     if isinstance(pack, Exception):
         raise pack
-    # With several packs per step, a pack runs while the gradients of the previous one are in memory.
+    # With multiple packs per step, a pack runs while the gradients of the previous one are in memory.
     packs = [pack] * (2 if plan.several_packs else 1)
     weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
     strategy.wrapped.train()
@@ -90,6 +90,6 @@ def _run_largest_pack(loop: TrainingLoop, plan: MemoryPlan) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error is an out-of-memory error of a GPU or a CPU."""
+    """Return whether an error reports that GPU or host memory is exhausted."""
     texts = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

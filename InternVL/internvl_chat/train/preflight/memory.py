@@ -1,6 +1,6 @@
-"""Memory plan: estimate the memory of a rank, and choose parallel layout and activation checkpointing.
+"""Memory plan: estimate each rank's memory and choose the parallel layout and activation checkpointing.
 
-All sizes are in bytes. The plan changes no flag that affects results, such as `--weight_precision`.
+All sizes are in bytes. The plan never changes flags that affect the results, such as `--weight_precision`.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ _USABLE = 0.95
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory plan of a run, the same on all ranks.
+    """Memory plan of a run; identical on all ranks.
 
     Attributes:
         parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
         checkpointed_layers: number of decoder layers with activation checkpointing.
-        components: memory that a rank needs, by component.
-        available: memory that a rank may use.
-        pack: size of the largest pack of any rank and step.
+        components: memory required per rank, keyed by component.
+        available: memory available per rank.
+        pack: size of the largest pack across all ranks and steps.
         sample_indices: records of the largest pack.
-        several_packs: whether any step has several packs on a rank.
-        fitting_flags: returns the flags that would keep the total within a limit, with their totals.
+        several_packs: whether any rank has multiple packs in a step.
+        fitting_flags: maps a limit to the flags that would each reduce the total to it, and their totals.
     """
 
     parallel: str
@@ -86,13 +86,15 @@ class MemoryPlan:
 def plan_memory(
     config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
 ) -> MemoryPlan:
-    """Choose parallel layout and activation checkpointing for the largest pack of the run; a collective.
+    """Choose the parallel layout and activation checkpointing for the largest pack of the run.
+
+    Collective: call on all ranks.
 
     Args:
-        model: model whose trainable parameters have been chosen, on any device.
+        model: model on any device, after `set_trainable`.
 
     Raises:
-        UsageError: the run does not fit; the message has the plan and the flags that would fit.
+        UsageError: the run does not fit; the message contains the plan and the flags that would fit.
     """
     run, planner = config.run, _Planner(config, model, sampler, data)
     replicated = "ddp" if run.world_size > 1 else "single"
@@ -103,13 +105,13 @@ def plan_memory(
             plan = planner.plan("fsdp")
         logger.info("--parallel auto: %s, because %s", plan.parallel, needs)
     if plan.total > plan.available:
-        raise UsageError(plan.explain_shortage("the largest pack does not fit into memory", plan.available))
+        raise UsageError(plan.explain_shortage("the largest pack does not fit in memory", plan.available))
     logger.info("%s", plan.table())
     return plan
 
 
 class _Planner:
-    """Plans the memory of a run for different flags."""
+    """Plans the memory of a run with different flags."""
 
     def __init__(
         self, config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
@@ -128,10 +130,10 @@ class _Planner:
         self.layouts = {key: layout_memory(model, run, *key, compiled) for key in keys}
 
     def plan(self, parallel: str, **changed: Any) -> MemoryPlan:
-        """Return the plan with the fewest checkpointed layers that fits; if none fits, with the most.
+        """Return the fitting plan with the fewest checkpointed layers; if none fits, the one with the most.
 
         Args:
-            changed: `precision`, `checkpoint` or `packs`, to override those of the run.
+            changed: overrides of `precision`, `checkpoint` or `packs`.
         """
         packs, several = changed.get("packs", self.packs)
         layout = self.layouts[parallel, changed.get("precision", self.precision), several]
@@ -148,9 +150,9 @@ class _Planner:
         return plan
 
     def fitting_flags(self, parallel: str, limit: float) -> dict[str, float]:
-        """Return the single flags that reduce the planned total to `limit`, each with its total."""
+        """Return the flags that each reduce the planned total to `limit`, mapped to the resulting total."""
         totals = {}
-        if parallel != "deepspeed":  # DeepSpeed refuses these flags
+        if parallel != "deepspeed":  # not supported with DeepSpeed
             totals["--parallel fsdp"] = self.plan("fsdp").total
             for name in WEIGHT_PRECISIONS:
                 totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
@@ -165,9 +167,9 @@ class _Planner:
     def largest_packs(
         self, max_packed_tokens: int | None
     ) -> tuple[list[tuple[PackSize, list[SampleIndex]]], bool]:
-        """Return the two largest packs of all steps and ranks, and whether any step has several packs.
+        """Return the two largest packs of the run, and whether any rank has multiple packs in a step.
 
-        The first is the largest without activation checkpointing, the second with it.
+        The first pack needs the most memory without activation checkpointing, the second with it.
         """
         planner = dataclasses.replace(self.sampler.planner, max_packed_tokens=max_packed_tokens)
         tokens = self.lengths.tokens.astype(np.int64)
@@ -198,7 +200,7 @@ def layout_memory(
     several_packs: bool,
     compiled: bool,
 ) -> dict[str, int]:
-    """Return the memory of a parallel layout by component; see `parallel_memory`."""
+    """Return the memory of a parallel layout, keyed by component (see `parallel_memory`)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     state = sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
     scratch = scratch_bytes(precision, trained, "cuda" if run.device.type == "cuda" else "cpu", compiled)
@@ -215,14 +217,14 @@ def layout_memory(
 
 
 def available_memory(device: torch.device, local_ranks: int = 1) -> int:
-    """Return the memory available to this rank, including what it uses now: of its GPU, or of the node."""
+    """Return the GPU memory or share of host memory available to this rank, including what it uses now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return available_host_memory() // local_ranks + psutil.Process().memory_info().rss
 
 
 def max_memory(device: torch.device) -> int:
-    """Return the peak memory so far, of the GPU or of this process."""
+    """Return the peak GPU memory or, on a CPU, the peak host memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

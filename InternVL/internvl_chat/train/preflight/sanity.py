@@ -20,11 +20,11 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Maximum characters of a supervised span to log, and records to try until one is usable.
+# Maximum number of characters of a logged span, and of records to try until enough are usable.
 _MAX_CHARACTERS, _MAX_TRIED = 160, 100
-# Tolerance of the packing check, relative to the rounding error, and the shifts that measure that error.
+# Tolerance of the packing check relative to the rounding error, and the position shifts that measure it.
 _ROUNDING_FACTOR, _SHIFTS = 4, range(1, 9)
-# Preprocessing that must match the checkpoint, and the flags that set it.
+# Preprocessing options that must match the checkpoint, and the flags that set them.
 _FIXED = {
     "template": "--conv_style",
     "system_text": "--conv_style",
@@ -41,7 +41,10 @@ def run_sanity_checks(
     tokenizer: PreTrainedTokenizerBase,
     preprocessing: Preprocessing,
 ) -> None:
-    """Run all checks of a run that starts from the checkpoint `source`; collective with a sharded model."""
+    """Run all sanity checks of a run that starts from the checkpoint `source`.
+
+    Collective with a sharded model: call on all ranks.
+    """
     check_preprocessing(source, preprocessing)
     show_supervision(data, tokenizer)
     samples = first_samples(data, 0, 4)
@@ -50,10 +53,10 @@ def run_sanity_checks(
 
 
 def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
-    """Refuse a run whose preprocessing differs from that of its initial checkpoint.
+    """Check that the preprocessing matches the initial checkpoint.
 
     Raises:
-        UsageError: lists all differences.
+        UsageError: the preprocessing differs; the message lists all differences.
     """
     changes = preprocessing_changes(source, preprocessing)
     if changes:
@@ -61,7 +64,7 @@ def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
 
 
 def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> dict[str, str]:
-    """Describe, by option, what a run changes in the preprocessing that its initial checkpoint states."""
+    """Return a message, keyed by option, for each difference from the initial checkpoint's preprocessing."""
     stored = stored_options(source)
     if stored is None:
         return {}
@@ -75,10 +78,10 @@ def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> dict[st
 
 
 def first_samples(data: TrainingData, number: int, count: int) -> list[Sample]:
-    """Return the first usable records of dataset `number`, up to `count`.
+    """Return up to `count` usable records from the start of dataset `number`.
 
     Raises:
-        DataError: a record is unusable, and unusable records are not skipped.
+        DataError: a record is unusable and `data.skip_bad` is False.
     """
     samples: list[Sample] = []
     for index in data.indices(number)[:_MAX_TRIED].tolist():
@@ -110,10 +113,10 @@ def show_supervision(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _require_finite(samples: Sequence[Sample], losses: Sequence[torch.Tensor]) -> None:
-    """Check the token losses of single records, to which neither packing nor another record contributes.
+    """Check that the token losses of single records, which packing cannot affect, are finite.
 
     Raises:
-        TrainingError: losses are not finite; names the records.
+        TrainingError: losses are not finite; the message lists the records.
     """
     bad = [
         sample.key
@@ -122,18 +125,18 @@ def _require_finite(samples: Sequence[Sample], losses: Sequence[torch.Tensor]) -
     ]
     if bad:
         raise TrainingError(
-            f"{len(bad)} of the first {len(samples)} records have losses that are not finite, even unpacked "
-            f"and before the first step ({format_records(bad)}): the model overflows on them; try float32 "
-            "(no --bf16), or another base model"
+            f"{len(bad)} of the first {len(samples)} records have non-finite losses, even unpacked and "
+            f"before the first step ({format_records(bad)}): the model overflows on them; try float32 (no "
+            "--bf16) or a different base model"
         )
 
 
 def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normalization: str) -> None:
-    """Compare the token losses of packed records with those of single records.
+    """Check that packing does not change the token losses of records.
 
     Raises:
-        TrainingError: losses of single records are not finite, or they differ from those of packed records by
-            more than rounding error, so attention leaks between records.
+        TrainingError: single records have non-finite losses, or packing changes the losses by more than the
+            rounding error, so attention leaks between records.
     """
 
     def losses(pack: Pack) -> torch.Tensor:
@@ -148,9 +151,9 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
             by_record = [losses(pack_samples([(sample, True)])) for sample in samples]
             _require_finite(samples, by_record)
             single = torch.cat(by_record)
-            # Rotary embeddings encode only distances, so shifting all positions changes the losses only by
-            # rounding. This measures the rounding error of this model and these losses. A leak changes them
-            # 10 (bf16) to a million (float32) times as much.
+            # Rotary embeddings encode only relative positions, so shifting all positions changes the losses
+            # only by rounding, which measures the rounding error. The effect of a leak is 10 (bf16) to a
+            # million (float32) times larger.
             shifted = [dataclasses.replace(pack, position_ids=pack.position_ids + shift) for shift in _SHIFTS]
             rounding = max((losses(other) - packed).abs().sum() for other in shifted)
     finally:
@@ -162,6 +165,6 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
     if not difference <= _ROUNDING_FACTOR * rounding:
         raise TrainingError(
             f"token losses of packed and single records {text}: attention {model.attn!r} leaks between "
-            "records on this machine; use another kernel (--attn) or --packing False"
+            "records on this machine; use a different kernel (--attn) or --packing False"
         )
     logger.info("packing: token losses of packed and single records %s", text)

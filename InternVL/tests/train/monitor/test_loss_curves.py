@@ -1,4 +1,4 @@
-"""Numbers behind the loss plot: logs, means, limits and thinning."""
+"""Data of the loss plot: logs, means and limits."""
 
 import json
 
@@ -12,7 +12,7 @@ NAN = float("nan")
 
 class TestReadSteps:
     def test_repeated_steps_count_once_and_are_sorted(self, tmp_path):
-        """After a crash the steps since the checkpoint are run again."""
+        """After a crash, the steps since the checkpoint are repeated."""
         rows = [(1, 5.0), (2, 4.0), (3, 9.0), (2, 4.5), (3, 3.5), (4, 3.0)]
         file = tmp_path / "metrics.jsonl"
         file.write_text("".join(json.dumps({"step": s, "loss": loss}) + "\n" for s, loss in rows))
@@ -64,16 +64,16 @@ class TestLimits:
         assert (low, high) == (pytest.approx(1.975), pytest.approx(2.525))
 
     @pytest.mark.parametrize("spikes", [[50], [50, 51], [99]])
-    def test_spikes_are_left_out(self, spikes):
+    def test_spikes_are_excluded(self, spikes):
         losses = np.linspace(2.5, 2.0, 100)
         losses[spikes] = 40
         assert loss_limits(losses, self.NONE)[1] < 2.6
 
-    def test_steep_start_is_no_spike(self):
+    def test_steep_start_is_not_a_spike(self):
         losses = 2 + 10 * np.exp(-np.arange(300.0))
         assert loss_limits(losses, self.NONE)[1] > 12
 
-    def test_noise_is_no_spike(self):
+    def test_noise_is_not_a_spike(self):
         losses = 2 + 0.1 * np.random.default_rng(0).standard_normal(10_000)
         low, high = loss_limits(losses, self.NONE)
         assert low < losses.min() and losses.max() < high

@@ -26,14 +26,14 @@ def check(guard, step, loss=1.0, norm=1.0, supervised=9):
 def test_non_finite_step_is_skipped_and_its_records_logged(caplog, loss, norm, reason):
     assert check(NanGuard(1), 8, loss, norm) == reason
     named = f"step 8: {reason}; records (dataset and index): qa-bbox 12, qa-puretext 0. "
-    assert f"{named}Step skipped (1 of 1)" in caplog.text
+    assert f"{named}Step skipped (1 skipped so far, 1 allowed)" in caplog.text
 
 
 def test_a_step_without_labels_is_skipped():
     assert check(NanGuard(1), 8, loss=0.0, norm=0.0, supervised=0) == "no supervised tokens"
 
 
-def test_too_many_end_the_run(caplog):
+def test_too_many_skipped_steps_end_the_run(caplog):
     guard = NanGuard(2)
     for step in (3, 9):
         assert check(guard, step, math.nan) and check(guard, step + 1) is None

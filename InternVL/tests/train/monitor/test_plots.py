@@ -1,4 +1,4 @@
-"""The plot of the loss: what is drawn."""
+"""The contents of the loss plot."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from internvl_chat.utils.plotting import save_png
 
 
 def metrics(losses, *, sets=("a",), skipped=()):
-    """Return the lines of a run with the given losses; those of dataset n are n higher."""
+    """Return metrics rows with the given losses; the losses of dataset n are n higher."""
     rows = []
     for step, loss in enumerate(losses, 1):
         parts = {name: {"records": 4, "loss": loss + number} for number, name in enumerate(sets)}
@@ -22,7 +22,7 @@ def metrics(losses, *, sets=("a",), skipped=()):
 
 
 def line(axes, label):
-    """Return the only line whose label begins like this, as x and y values."""
+    """Return the x and y values of the only line whose label starts with `label`."""
     [found] = [each for each in axes.lines if each.get_label().startswith(label)]
     return list(found.get_xdata()), list(found.get_ydata())
 
@@ -56,7 +56,7 @@ def test_few_steps_have_markers_and_no_mean(steps):
 
 
 def test_long_runs_can_be_drawn(tmp_path):
-    """As many steps as full training; noise defeats the simplification of lines."""
+    """As many steps as full training; matplotlib cannot simplify a noisy line."""
     losses = np.random.default_rng(0).random(370_000)
     save_png(loss_figure(metrics(losses, sets=()), [], title="run"), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -119,7 +119,7 @@ def test_logs_of_earlier_versions_have_no_datasets():
     assert len(loss_figure(rows, [], title="run").axes) == 2
 
 
-def test_title_names_the_run():
+def test_title_is_the_run_name():
     axes = loss_figure(metrics([1.0] * 12), [], title="my$run", subtitle="InternVL3-8B, LoRA").axes[0]
     assert axes.get_title("left") == r"my\$run"
     assert axes.texts[0].get_text() == "12 steps · InternVL3-8B, LoRA"
@@ -130,7 +130,7 @@ def write(folder, rows):
     return folder / "metrics.jsonl"
 
 
-def test_file_is_a_picture(tmp_path):
+def test_file_is_an_image(tmp_path):
     plot_loss(write(tmp_path, metrics([5.0, 4.0, 3.0])), tmp_path / "loss.png", tmp_path / "validation.jsonl")
     with Image.open(tmp_path / "loss.png") as image:
         assert image.width > 1000

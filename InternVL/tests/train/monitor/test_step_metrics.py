@@ -1,4 +1,4 @@
-"""The lines of a step, compared with expected lines."""
+"""Metrics of a step and its rows in the logs."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def record(**changes):
 
 @pytest.fixture
 def metrics(monkeypatch):
-    """Return the line of a step of 2 s on two ranks with a peak memory of 1.5 GB."""
+    """Return the row of a 2 s step on two ranks with a peak memory of 1.5 GB."""
     monkeypatch.setattr(step_metrics, "max_memory", lambda _: 1_500_000_000)
     monkeypatch.setattr(step_metrics, "world_size", lambda: 2)
     return lambda step: metrics_row(step, 2.0, torch.device("cpu"))
@@ -71,7 +71,7 @@ def test_metrics(metrics):
         ({"loss": 0.0, "grad_norm": 0.0, "sums": SUMS._replace(supervised_tokens=0)}, None, 0.0),
     ],
 )
-def test_values_that_are_no_measurement_are_null(metrics, changes, loss, norm):
+def test_non_finite_values_are_null(metrics, changes, loss, norm):
     row = metrics(record(**changes, skipped_because="a reason"))
     assert (row["loss"], row["grad_norm"]) == (loss, norm)
     json.dumps(row, allow_nan=False)
@@ -86,14 +86,14 @@ def test_ledger_lists_trained_and_skipped_records():
     records = [RecordKey("a", 0), RecordKey("b", 5)]
     plain = ledger_row(record(), 0, records)
     assert plain == {"step": 3, "epoch": 0, "trained": [("a", 0), ("b", 5)]}
-    skipped = (SkippedRecord("b", 5, "r5", "is no image"),)
+    skipped = (SkippedRecord("b", 5, "r5", "is not an image"),)
     assert ledger_row(record(skipped=skipped), 0, records) == {
         "step": 3, "epoch": 0, "trained": [("a", 0)],
-        "skipped": [{"dataset": "b", "index": 5, "id": "r5", "message": "is no image"}],
+        "skipped": [{"dataset": "b", "index": 5, "id": "r5", "message": "is not an image"}],
     }  # fmt: skip
 
 
-def test_both_lines_have_the_reason_of_a_skipped_step(metrics):
+def test_both_rows_contain_the_reason_for_a_skipped_step(metrics):
     skipped = record(skipped_because="the loss is nan")
     for row in (metrics(skipped), ledger_row(skipped, 0, [])):
         assert row["skipped_because"] == "the loss is nan"
@@ -114,7 +114,7 @@ def test_sums_from_packs():
 
 
 def losses_pack(*records):
-    """Return a pack, the weights of its records and the losses of their tokens."""
+    """Return a pack, the loss weights of its records and its token losses."""
     keys, counts, weights, losses = zip(*records, strict=True)
     pack = SimpleNamespace(
         keys=keys, counts=torch.tensor(counts), supervised=torch.tensor([len(each) for each in losses])
@@ -140,7 +140,7 @@ def test_losses_of_datasets_without_records():
     assert dataset_losses(["a"], sums) == {}
 
 
-def test_sums_over_ranks_keep_their_types(monkeypatch):
+def test_sums_across_ranks_keep_their_types(monkeypatch):
     monkeypatch.setattr(step_metrics, "all_reduce_sum", lambda values, in_step: 2 * values)
     total = SUMS._replace(stop_requested=1, saving=1).all_reduce()
     assert total == StepSums(4.0, 8, 200, 60, 14, 12e12, 0, 2, 2)

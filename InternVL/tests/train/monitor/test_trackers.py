@@ -53,7 +53,7 @@ class Fake(GeneralTracker):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Register a fake tracker in accelerate, also in place of W&B."""
+    """Register a fake tracker in accelerate and replace W&B with it."""
     STARTED.clear()
     cls = type("Fake", (Fake,), {})
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "fake", cls)

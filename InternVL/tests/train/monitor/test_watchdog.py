@@ -13,7 +13,7 @@ from internvl_chat.train.monitor.watchdog import Watchdog
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A fake clock."""
+    """Replace the watchdog's clock with a fake one."""
     clock = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
     return clock

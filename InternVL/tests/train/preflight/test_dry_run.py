@@ -21,7 +21,7 @@ from internvl_chat.utils.errors import TrainingError
 
 
 def cpu_message() -> RuntimeError:
-    """The error that torch raises when host memory runs out."""
+    """Return the error that torch raises when host memory is exhausted."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
     return caught.value
@@ -117,15 +117,15 @@ def test_a_sharded_model_is_never_run_again():
 
 
 def test_no_dry_run_with_deepspeed(caplog):
-    """The engine frees gradients only in a step, so the first step would include those of the dry run."""
+    """DeepSpeed frees gradients only in a step, so those of the dry run would add to the first step."""
     device = Device(enough=100, start=3)
     with caplog.at_level(logging.INFO):
         assert device.run(parallel="deepspeed", sharded=True) == 3
-    assert not device.tried and "no dry run" in caplog.text
+    assert not device.tried and "dry run skipped" in caplog.text
 
 
 def test_all_ranks_retry_if_one_runs_out_of_memory(monkeypatch):
-    """This rank fits immediately; another reports twice that it does not."""
+    """The pack fits on this rank immediately; another rank reports twice that it does not."""
     answers, own = iter([True, True, False]), []
     monkeypatch.setattr(dry_run, "any_rank", lambda flag: own.append(flag) or next(answers))
     device = Device(enough=0)
@@ -136,7 +136,7 @@ def test_all_ranks_retry_if_one_runs_out_of_memory(monkeypatch):
 
 
 class Gpu:
-    """Simulates a GPU with 1000 bytes and a given peak of a pack."""
+    """Simulates a GPU with 1000 bytes and a given peak memory per pack."""
 
     def __init__(self, monkeypatch, device: Device, peak) -> None:
         for name in ("reset_peak_memory_stats", "empty_cache"):
@@ -151,7 +151,7 @@ class Gpu:
 def test_optimizer_state_counts_once_on_a_gpu(monkeypatch, caplog, loaded, expected):
     """The state exists from the first step on: 50 bytes plus a peak of 960 exceed the GPU's 1000.
 
-    In a resumed run it is loaded, and in the peak already.
+    In a resumed run, the loaded state is already part of the peak.
     """
     device = Device(enough=0)
     Gpu(monkeypatch, device, lambda checkpointed: 960 if checkpointed < 4 else 950)
@@ -180,7 +180,7 @@ def test_unreduced_ddp_gradients_in_the_peak(monkeypatch, caplog, several, measu
     assert f"measured {measured / 1e9:.4g} GB" in caplog.text
 
 
-# ---- several ranks
+# ---- multiple ranks
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 
 def test_both_ranks_checkpoint_the_same_layers(ranks):
-    """Rank 1 needs four, rank 0 none."""
+    """Rank 1 needs four checkpointed layers, rank 0 none."""
     assert [found["replicated"] for found in ranks] == [[4, [0, 2, 4]]] * 2
 
 
@@ -263,15 +263,15 @@ def test_dry_run_does_not_affect_training(start, metrics, monkeypatch, capfd, bf
 
 @pytest.mark.parametrize(("flags_of_packs", "packs"), [({}, 1), ({"packing": False}, 2)])
 def test_dry_run_with_accumulated_gradients(start, monkeypatch, flags_of_packs, packs):
-    """With several packs per step, no gradients remain either."""
+    """With multiple packs per step, no gradients remain either."""
     seen = []
     original = TrainingLoop.forward_backward
 
-    def forward_backward(loop, share, weights, scale, **options):
-        seen.append(len(share))
-        assert len(weights) == len(share)
+    def forward_backward(loop, local_packs, weights, scale, **options):
+        seen.append(len(local_packs))
+        assert len(weights) == len(local_packs)
         assert all(p.grad is None for p in loop.strategy.model.parameters())
-        return original(loop, share, weights, scale, **options)
+        return original(loop, local_packs, weights, scale, **options)
 
     monkeypatch.setattr(TrainingLoop, "forward_backward", forward_backward)
     assert start("out", **flags_of_packs)[0] == 0
@@ -279,7 +279,7 @@ def test_dry_run_with_accumulated_gradients(start, monkeypatch, flags_of_packs, 
 
 
 def test_dropout_affects_the_losses(start, metrics):
-    """Guards the test above."""
+    """Ensures that the tests above would detect a change."""
     losses = [[row["loss"] for row in metrics(start(f"s{p}", lora_dropout=p)[1])] for p in (0.3, 0.0)]
     # Adapters start at zero, so the first losses are equal.
     assert losses[0][0] == losses[1][0] and losses[0][1:] != losses[1][1:]

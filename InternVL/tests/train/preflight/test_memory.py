@@ -50,7 +50,7 @@ def full_8b():
     return model
 
 
-# Of InternVL3-8B, by hand.
+# Parameter counts of InternVL3-8B, computed by hand.
 VOCABULARY, WIDTH, INNER = 151_674, 3584, 18_944
 EMBEDDING = VOCABULARY * WIDTH
 ATTENTION = WIDTH * (WIDTH + 2 * 512) + WIDTH + 2 * 512 + WIDTH * WIDTH  # q, k, v with biases; o
@@ -74,13 +74,13 @@ def test_full_training_of_8b_on_one_gpu(full_8b):
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_ddp_stores_gradients_once(full_8b, ranks):
-    """In the buckets; only the largest gradient, of the embedding, exists twice while it is copied."""
+    """They are in the buckets; only the largest one, the embedding's, exists twice while it is copied."""
     single, ddp = components(full_8b, "single", 1), components(full_8b, "ddp", ranks)
     assert ddp == single | {"communication buffers": 2 * EMBEDDING}
 
 
-def test_ddp_accumulates_gradients_outside_of_the_buckets(full_8b):
-    """All packs except the last; see `test_unreduced_gradients_are_not_bucket_views`."""
+def test_ddp_accumulates_gradients_outside_the_buckets(full_8b):
+    """For all packs except the last; see `test_unreduced_gradients_are_not_bucket_views`."""
     found = components(full_8b, "ddp", 2, several=True)
     assert found["gradients"] == found["communication buffers"] == 2 * TRAINED
 
@@ -149,7 +149,7 @@ def test_float32_weights_need_no_masters(tiny_model):
 
 
 def test_an_eager_optimizer_step_needs_scratch(tiny_model):
-    """Float32 copies of the largest matrix: of its gradient, and for stochastic rounding two more."""
+    """A float32 copy of the largest matrix's gradient and, for stochastic rounding, two more of its size."""
     model = load(tiny_model)
     largest = max(p.numel() for p in model.parameters())
     scratch = {p: components(model, "single", 1, p, compiled=False) for p in ("master", "stochastic")}
@@ -259,7 +259,7 @@ def test_fewest_layers_are_checkpointed(model, monkeypatch):
         assert plan.parallel == "single"
 
 
-def test_flags_refused_by_deepspeed_are_not_suggested(model, monkeypatch):
+def test_flags_rejected_by_deepspeed_are_not_suggested(model, monkeypatch):
     run = Run(model, monkeypatch, ranks=2)
     flags = {"parallel": "deepspeed", "zero": {"stage": 2}}
     needed = run.plan(grad_checkpoint="True", **flags).total
@@ -299,9 +299,9 @@ def test_auto_chooses_ddp_if_it_fits_otherwise_fsdp(model, monkeypatch, caplog):
         assert (plan.parallel, plan.checkpointed_layers) == ("ddp", 0)
         assert f"--parallel auto: ddp, because ddp needs {plan.total / 1e9:.4g} of 1000 GB" in caplog.text
         least = run.plan(parallel="ddp", grad_checkpoint="True").total
-        assert run.plan(least).parallel == "ddp"  # rather with checkpointing than sharded
+        assert run.plan(least).parallel == "ddp"  # checkpointing is preferred to sharding
         caplog.clear()
-        # The activations of a small model are most of it, so that FSDP saves little.
+        # Activations dominate the memory of a small model, so FSDP saves little.
         fsdp = run.plan(parallel="fsdp", grad_checkpoint="True").total
         assert fsdp < least
         assert run.plan(least - 1).parallel == "fsdp"
@@ -343,8 +343,8 @@ def test_exactly_the_fitting_flags_are_suggested(model, monkeypatch, ranks, chec
     asked = {"parallel": "ddp", "grad_checkpoint": checkpoint, "weight_precision": precision}
     least = run.plan(**asked | {"grad_checkpoint": {"auto": "True"}.get(checkpoint, checkpoint)}).total
     named = set()
-    for share in (0.1, 0.5, 0.7, 0.8, 0.9, 0.95, 0.999):
-        available = share * least
+    for fraction in (0.1, 0.5, 0.7, 0.8, 0.9, 0.95, 0.999):
+        available = fraction * least
         flags = run.flags_named(available, **asked)
         named.update(flags)
         tried = [f"--weight_precision {p}" for p in ("master", "stochastic", "bf16")]
@@ -369,22 +369,22 @@ def test_exactly_the_fitting_flags_are_suggested(model, monkeypatch, ranks, chec
 
 def test_message_if_no_flag_helps(model, monkeypatch):
     text = Run(model, monkeypatch).error(1000)
-    assert "the largest pack does not fit into memory\nmemory plan in GB per rank (single, 4 of 4" in text
+    assert "the largest pack does not fit in memory\nmemory plan in GB per rank (single, 4 of 4" in text
     assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
     assert text.endswith("flags that would fit: none of them alone; use more or larger GPUs, or LoRA")
 
 
 def test_8b_on_one_h100(full_8b, monkeypatch):
-    """Full training needs 122.9 GB of 79.6; only bf16 moments without masters would fit."""
+    """Full training needs 122.9 GB and 79.6 are available; only bf16 without masters would fit."""
     run = Run(full_8b, monkeypatch)
     flags = run.flags_named(0.95 * 78 * 2**30, weight_precision="master")
     assert flags == ["--weight_precision bf16"]
-    # On eight GPUs full training is sharded, without a change of precision.
+    # On eight GPUs, full training is sharded and keeps its precision.
     plan = Run(full_8b, monkeypatch, ranks=8).plan(0.95 * 78 * 2**30)
     assert plan.parallel == "fsdp" and plan.components["optimizer state"] == 12 * TRAINED // 8
 
 
-def test_plan_uses_the_least_memory_of_all_ranks(model, monkeypatch):
+def test_plan_uses_the_lowest_available_memory_across_ranks(model, monkeypatch):
     run = Run(model, monkeypatch, ranks=2)
     least = run.plan(parallel="ddp", grad_checkpoint="True").total
     monkeypatch.setattr(memory, "all_gather_object", lambda value: [value, least])
@@ -416,7 +416,7 @@ def test_the_largest_pack_of_all_ranks_and_epochs(model, monkeypatch, ranks, max
     planner = StepPlanner(ranks, tokens, tokens, max_tokens, records_per_pack=2)
     samplers = [StepSampler([101], step_records=12, planner=planner, rank=r, seed=3) for r in range(ranks)]
     needed, packs_of_a_step = {}, 0
-    # Each epoch has another order and therefore other packs.
+    # Each epoch has a different order and therefore different packs.
     for epoch, number in itertools.product(range(3), range(len(samplers[0]))):
         for sampler in samplers:
             packs = sampler.packs(epoch, number)
@@ -466,7 +466,7 @@ def test_available_gpu_memory_includes_own_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(("local_ranks", "available"), [(1, 101), (4, 26)])
-def test_ranks_of_a_machine_share_its_free_memory(monkeypatch, local_ranks, available):
+def test_ranks_of_a_node_share_its_free_memory(monkeypatch, local_ranks, available):
     """100 GB are free, and this process uses 1 GB."""
     monkeypatch.setattr(memory, "available_host_memory", lambda: 100 * 10**9)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=10**9))
@@ -474,7 +474,7 @@ def test_ranks_of_a_machine_share_its_free_memory(monkeypatch, local_ranks, avai
 
 
 def test_ranks_in_a_container_share_its_limit(monkeypatch, tmp_path):
-    """90 GB are free on the machine; the cgroup allows 40, of which 10 are used, 2 of them page cache."""
+    """90 GB are free on the node; the cgroup allows 40, of which 10 are used, 2 of them page cache."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=90 * 10**9))
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=10**9))
     monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)

@@ -1,4 +1,4 @@
-"""Sanity checks: logged text, refused runs, and the tolerance of the packing check."""
+"""Sanity checks: logged text, rejected runs, and the tolerance of the packing check."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def test_preprocessing_must_match_the_checkpoint(tmp_path):
     stored = Preprocessing(tile_size=56, tokens_per_tile=4)
-    check_preprocessing(tmp_path, stored)  # a checkpoint without the file says nothing
+    check_preprocessing(tmp_path, stored)  # nothing to compare without a preprocessing file
     stored.save(tmp_path)
     assert (tmp_path / PREPROCESSING_FILE).is_file()
     check_preprocessing(tmp_path, dataclasses.replace(stored, max_dynamic_patch=3, max_seq_length=99))
@@ -50,7 +50,7 @@ def test_preprocessing_must_match_the_checkpoint(tmp_path):
 
 
 def sample(ids: list[int], supervised: int) -> Sample:
-    """A text record whose last `supervised` tokens are labelled."""
+    """A text record whose last `supervised` tokens are supervised."""
     tokens = torch.tensor(ids)
     labels = torch.where(torch.arange(len(ids)) < len(ids) - supervised, IGNORE_INDEX, tokens)
     encoded = EncodedConversation(tokens, labels, torch.zeros(0, dtype=torch.int64), ())
@@ -109,7 +109,7 @@ def test_first_supervised_span_is_logged(caplog):
     ]
 
 
-def test_dataset_without_labels_is_refused():
+def test_dataset_without_labels_is_rejected():
     with pytest.raises(TrainingError, match="qa: the first record has no supervised tokens"):
         show_supervision(data_of(Records(sample([1, 2], 0))), Words())
 
@@ -124,7 +124,7 @@ def attention(name: str, kernel) -> str:
 
 
 def leaks(module, *inputs, cu_seq_lens_q=None, max_length_q=None, **options):
-    """Ignores the bounds: a single segment."""
+    """Ignore the record boundaries: a single segment."""
     return varlen_attention(module, *inputs, **options)
 
 
@@ -133,7 +133,7 @@ def leaks_in_one_layer(module, *inputs, **options):
 
 
 def rounds(module, *inputs, cu_seq_lens_q=None, **options):
-    """Correct, but packed rows are rounded differently, as with another tiling of a GPU kernel."""
+    """Correct, but packed rows are rounded differently, as by a GPU kernel with a different tiling."""
     out, _ = varlen_attention(module, *inputs, cu_seq_lens_q=cu_seq_lens_q, **options)
     if len(cu_seq_lens_q) > 2:
         signs = torch.randn(out.shape, generator=torch.Generator().manual_seed(module.layer_idx)).sign()
@@ -142,7 +142,7 @@ def rounds(module, *inputs, cu_seq_lens_q=None, **options):
 
 
 def load(folder, dtype: torch.dtype, attn: str = "varlen", confidence: float = 10.0):
-    """The small model with weights scaled as after training, so that attention and logits matter."""
+    """Load the tiny model with weights scaled as after training, so that attention and logits matter."""
     model = load_model(folder, image_context_id=0, dtype=dtype, attn=attn)
     with torch.no_grad():
         for name, weight in model.language_model.named_parameters():
@@ -174,11 +174,11 @@ LEAKS = [(*case, dtype) for case in ((2, 3), (2, 20), (5, 1), (5, 3), (5, 20)) f
 
 
 @pytest.mark.parametrize(("count", "supervised", "dtype"), [(2, 1, torch.float32), *LEAKS])
-def test_leaking_attention_is_refused(tiny_model, dtype, count, supervised):
+def test_leaking_attention_is_rejected(tiny_model, dtype, count, supervised):
     model = load(tiny_model, dtype, attention("leaks", leaks))
     with pytest.raises(TrainingError) as caught:
         check_packing(model, random_samples(count, supervised), "imagenet")
-    assert "attention 'leaks' leaks between records on this machine; use another kernel (--attn)" in str(
+    assert "attention 'leaks' leaks between records on this machine; use a different kernel (--attn)" in str(
         caught.value
     )
     assert model.training
@@ -192,7 +192,7 @@ def test_leak_of_an_untrained_model_is_detected(tiny_model, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_leak_in_one_layer_is_refused(tiny_model, dtype):
+def test_leak_in_one_layer_is_rejected(tiny_model, dtype):
     model = load(tiny_model, dtype, attention("leaks_in_one_layer", leaks_in_one_layer))
     with pytest.raises(TrainingError):
         check_packing(model, random_samples(), "imagenet")
@@ -213,39 +213,39 @@ def answered(model, supervised: int, seed: int) -> list[Sample]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("confidence", "range_of_losses"), [(2.0, (5, 6)), (20.0, (1, 2)), (60.0, (0, 1))])
 def test_rounding_of_short_answers_passes(tiny_model, dtype, confidence, range_of_losses):
-    """Answers of one to five tokens that the model hardly knows, or is sure of.
+    """Answers of one to five tokens with low or high confidence.
 
-    In bf16 a tolerance of 2 % and at least 0.02 of a record's mean loss would refuse some of them.
+    In bf16, a tolerance of 2 % plus 0.02 for the mean loss of a record would reject some of them.
     """
     model = load(tiny_model, dtype, attention("rounds", rounds), confidence).eval()
     plain = load(tiny_model, dtype, confidence=confidence).eval()
-    losses, refused = [], 0
+    losses, rejected = [], 0
     for seed, supervised in itertools.product(range(6), (1, 2, 5)):
         samples = answered(plain, supervised, seed)
         packed = pack_losses(model, pack_samples([(one, True) for one in samples]), "imagenet")
         single = [pack_losses(model, pack_samples([(one, True)]), "imagenet")[0] for one in samples]
         means = [torch.stack([token_losses.mean() for token_losses in way]) for way in (packed, single)]
-        refused += not torch.allclose(*means, rtol=2e-2, atol=2e-2)
+        rejected += not torch.allclose(*means, rtol=2e-2, atol=2e-2)
         losses.append(means[1].mean())
         check_packing(model, samples, "imagenet")
     assert range_of_losses[0] < torch.stack(losses).mean() < range_of_losses[1]
     if dtype == torch.bfloat16 and confidence == 60:
-        assert refused
+        assert rejected
 
 
-def test_non_finite_losses_are_refused(tiny_model):
+def test_non_finite_losses_are_rejected(tiny_model):
     model = load(tiny_model, torch.float32)
     with torch.no_grad():
         model.language_model.lm_head.weight[:] = torch.nan
     with pytest.raises(TrainingError) as caught:
         check_packing(model, random_samples(), "imagenet")
     # Attention is not at fault: a single record has the same losses.
-    assert "3 of the first 3 records have losses that are not finite, even unpacked" in str(caught.value)
+    assert "3 of the first 3 records have non-finite losses, even unpacked" in str(caught.value)
     assert "qa 0" in str(caught.value) and "attention" not in str(caught.value)
     assert model.training
 
 
-def test_non_finite_losses_of_packed_records_only_are_a_fault_of_attention(tiny_model):
+def test_non_finite_losses_only_when_packed_are_an_attention_error(tiny_model):
     def overflows(module, *inputs, cu_seq_lens_q=None, **options):
         out, _ = varlen_attention(module, *inputs, cu_seq_lens_q=cu_seq_lens_q, **options)
         return out * (torch.nan if len(cu_seq_lens_q) > 2 else 1), None
