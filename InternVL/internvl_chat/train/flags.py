@@ -92,7 +92,7 @@ class ModelArguments:
     freeze_mlp: bool = _model(False, "Freeze the projector.")
     unfreeze_vit_layers: int = _model(
         0,
-        "Train the vision blocks from this index on even if frozen; negative counts from the end, 0 disables.",
+        "Train the vision blocks from this index on, even if frozen; negative: from the end, 0 disables.",
     )
     unfreeze_lm_head: bool = _model(False, "Train the output head even if the language model is frozen.")
     vision_select_layer: int = _model(-1, "Vision block whose output is used; -1 is the last.")

@@ -95,7 +95,7 @@ def test_steps_between_validations_default_to_those_between_checkpoints():
 @pytest.mark.parametrize(
     "words", [["wandb", "tensorboard"], ["wandb,tensorboard"], ["wandb, tensorboard"], ["wandb tensorboard"]]
 )
-def test_several_trackers(words, tmp_path):
+def test_multiple_trackers(words, tmp_path):
     run = parse_arguments(
         [*flags(**NEEDED, report_to=None), "--report_to", "none", "--report_to", *words]
     ).run
