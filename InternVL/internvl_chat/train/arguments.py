@@ -51,7 +51,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Parse flags; a configuration file may come first, and the flags override its values.
+    """Parse command-line flags, which override those in a leading configuration file.
 
     Raises:
         UsageError: flags are missing, unknown or invalid; the message lists all problems.

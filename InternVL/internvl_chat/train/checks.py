@@ -51,7 +51,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Run with a valid configuration.
+    """Checked configuration, output folder, initial weights and datasets of a run.
 
     Attributes:
         output: output folder and, when resuming, the checkpoint to resume from.
@@ -328,7 +328,7 @@ def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list
 
 
 def _check_model(config: TrainConfig) -> Path:
-    """Check the initial model and return its folder; for an assembled model, the language model's."""
+    """Check the initial model; return its folder or, if it is assembled, the language model's folder."""
     model, data = config.model, config.data
     if model.model_name_or_path is None:
         vision, llm = map(model_folder, model.parts)

@@ -21,10 +21,10 @@ class FlagHelp:
     """Help entry of a flag.
 
     Attributes:
-        name: name without dashes.
+        name: name without leading dashes.
         type: type of the value: `str`, `int`, `float`, `bool` or `list`.
         default: default value; None if the flag has none, or if `help` gives it in brackets.
-        help: description of one sentence.
+        help: one-sentence description.
         choices: accepted values; empty if there is no fixed set.
     """
 

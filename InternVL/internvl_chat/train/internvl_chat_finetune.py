@@ -170,7 +170,7 @@ def _load_model(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBa
 def _apply_memory_plan(
     config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
 ) -> MemoryPlan:
-    """Plan the memory, then set up activation checkpointing and `--torch_compile`."""
+    """Plan the memory; apply activation checkpointing and compilation to the model."""
     memory = plan_memory(config, model, sampler, data)
     if memory.parallel == "fsdp" and config.run.eval_generate:
         raise UsageError(sharded_generation_problem(config.run, "FSDP (chosen by --parallel auto)"))
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return report_exit(train(parse_arguments(tokens)))
     except M3LLMError as error:
-        # All ranks find the same problems with the flags and the model, but only one reads a bad record.
+        # All ranks find the same problems with the flags and the model, but each record is read by one rank.
         if distributed.local_rank() == 0 or isinstance(error, DataError | TrainingError):
             logger.error("%s", error)
         return error.exit_code

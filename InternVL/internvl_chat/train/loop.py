@@ -48,7 +48,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# For compiled blocks, packs are padded to a multiple of this length, which avoids recompilation.
+# With compiled blocks, packs are padded to a multiple of this many tokens to avoid recompilation.
 _COMPILED_MULTIPLE = 128
 
 
@@ -99,7 +99,7 @@ class TrainingLoop:
             batches = self.dataloader.steps(first, self.total_steps)
             if self.run.eval_on_start and first == 1:
                 self.validate()
-            # After slow work on rank 0, wait in a barrier: its timeout is longer than that of a step.
+            # After slow work on rank 0, wait in a barrier, whose timeout is longer than in a step.
             distributed.barrier()
             start, pause = time.perf_counter(), 0.0
             for step in range(first, self.total_steps + 1):
@@ -177,7 +177,7 @@ class TrainingLoop:
     def forward_backward(
         self, packs: Sequence[Pack], weights: Sequence[torch.Tensor], scale: float, *, sync: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the forward and backward passes of packs.
+        """Run the forward and backward passes of this rank's packs.
 
         Args:
             weights: (R,) per pack, the loss weight of each record's tokens.
@@ -254,7 +254,7 @@ class TrainingLoop:
             self.ledger.append({"step": 0, "skipped": excluded, "trained": []})
 
     def _log(self, record: StepRecord, console: Console, *, seconds: float, pause: float) -> bool:
-        """Log a step to the files and, if due, to the console and the trackers.
+        """Log a step to `metrics.jsonl` and `ledger.jsonl` and, if due, to the console and the trackers.
 
         Args:
             seconds: duration of the step.
@@ -283,7 +283,8 @@ class TrainingLoop:
     def _is_due(self, action: str) -> bool:
         """Return whether an action (`logging`, `eval` or `save`) is due after this step.
 
-        With the strategies `steps` and `epoch`, validation and saving are also due after the last step.
+        With the strategies `steps` and `epoch`, saving and, after `eval_delay`, validation are also due after
+        the last step.
         """
         run, step = self.run, self.state.step
         strategy, interval = getattr(run, f"{action}_strategy"), getattr(run, f"{action}_steps")

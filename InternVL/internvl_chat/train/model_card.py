@@ -88,7 +88,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def read_validation(file: Path, step: int | None) -> dict[str, float]:
-    """Return the validation metrics after a step; empty if there was no validation.
+    """Return the validation metrics of a step, keyed by metric and dataset; empty without validation.
 
     Args:
         file: `validation.jsonl` of the run.

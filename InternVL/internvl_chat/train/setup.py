@@ -247,7 +247,7 @@ def _sampler(run: RunConfig, data: TrainingData, flops: FlopCounter, **options: 
 
 
 def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
-    """Build the validation, with records in file order."""
+    """Build the validation, which processes its records in file order."""
     run, records = config.run, _EVAL_RECORDS * config.run.world_size
     sampler = _sampler(run, data, flops, step_records=records, strategy="sequential")
     normalization = data.sets[0].encoder.preprocessing.normalize_type
@@ -259,7 +259,7 @@ def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter
 def _check_records(
     sets: Sequence[RecordSet], config: TrainConfig, resumed_exclusions: Sequence[tuple[str, int]] | None
 ) -> tuple[list[Lengths], list[ExcludedRecord], list[str], list[str]]:
-    """Run the data check; when resuming, use the original exclusions.
+    """Run the data check; a resumed run excludes the same records as the original run.
 
     Returns:
         Record lengths, excluded records, annotation-file digests, and image-file digests.

@@ -107,7 +107,7 @@ class Validation:
         sums = torch.zeros(len(self.data.sets), 7, dtype=torch.float64)
         batches = self.options.build(PackDataset(self.data), self.sampler, persistent_workers=False)
         packs = itertools.takewhile(lambda _: not is_stopped(), itertools.chain.from_iterable(batches))
-        # Do not recompile the blocks, which are compiled for training.
+        # Run eagerly: blocks compiled for training would be recompiled.
         with torch.compiler.set_stance("force_eager"):
             self._add_losses(model, packs, sums)
             self._add_answers(model, sums, is_stopped)

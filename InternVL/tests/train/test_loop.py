@@ -93,7 +93,7 @@ def gradients(loop, packs) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def assert_same_step(loop, loss, expected, other_loss, found) -> None:
-    """Check that two steps that add in a different order have the same loss and gradients."""
+    """Check that two steps have the same loss and gradients, up to the summation order."""
     terms = terms_of(loop.strategy.model)
     assert other_loss == pytest.approx(loss, abs=rounding_bound(terms, torch.float32, loss))
     assert found.keys() == expected.keys()

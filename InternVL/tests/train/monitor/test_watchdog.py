@@ -1,4 +1,4 @@
-"""Inactivity is reported with the rank's activity and all stacks."""
+"""Inactivity is reported with the rank's activity and the stacks of all threads."""
 
 import re
 import time

@@ -50,7 +50,7 @@ def test_preprocessing_must_match_the_checkpoint(tmp_path):
 
 
 def sample(ids: list[int], supervised: int) -> Sample:
-    """A text record whose last `supervised` tokens are supervised."""
+    """Return a text record with labels for its last `supervised` tokens."""
     tokens = torch.tensor(ids)
     labels = torch.where(torch.arange(len(ids)) < len(ids) - supervised, IGNORE_INDEX, tokens)
     encoded = EncodedConversation(tokens, labels, torch.zeros(0, dtype=torch.int64), ())
