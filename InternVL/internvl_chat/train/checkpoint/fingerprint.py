@@ -69,7 +69,7 @@ _RESOLVED = (
     "flags", "num_train_epochs", "max_steps", "records_per_step", "weight_precision", "deepspeed",
     "max_dynamic_patch", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
-# Flags that decide which checkpoint is best and when to stop early; compared only if the run tracks the best.
+# Flags that decide which checkpoint is best and when to stop early; compared only if `tracks_best` is set.
 VALIDATION_FLAGS = ("eval_strategy", "eval_steps", "eval_delay", "eval_generate", "early_stopping_patience")
 
 
@@ -114,7 +114,7 @@ class DataState(NamedTuple):
 
 
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings from the flags that determine the remaining steps of a run.
+    """Return the flag settings that determine the remaining steps of a run.
 
     The number of ranks is included only with DeepSpeed; otherwise it may change on resume.
     """

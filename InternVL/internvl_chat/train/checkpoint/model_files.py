@@ -23,7 +23,7 @@ from internvl_chat.utils.hashed_file import FileEntry
 def checkpoint_writer(
     plan: RunPlan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
 ) -> Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]:
-    """Return a function that writes the given weights as a model, or as adapters, to a folder.
+    """Return a function that writes given weights to a folder, as a model or as adapters.
 
     The function returns the size and hash of each safetensors file, keyed by file name. If the model has
     adapters, this call hashes their base model on rank 0.

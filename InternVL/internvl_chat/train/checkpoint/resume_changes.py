@@ -149,16 +149,17 @@ def check_resume(
     if not has_optimizer and not allow_changes:
         problems.append(
             f"{start} it has no optimizer state (--save_only_model); start a new run in a different "
-            f"--output_dir with this checkpoint as --model_name_or_path, or continue at step {step + 1} with new "
-            "optimizer state: --allow_resume_changes True"
+            f"--output_dir with this checkpoint as --model_name_or_path, or continue at step {step + 1} with "
+            "new optimizer state: --allow_resume_changes True"
         )
     if problems:
         raise UsageError(problems)
     lines = [difference.effect(step + 1, rate) for difference in differences]
     if not has_optimizer:
         lines.append(
-            f"{checkpoint} has no optimizer state: moments start at zero in step {step + 1}, and float32 master "
-            f"weights are copied from the saved weights; the learning rate follows the schedule: {rate():g}"
+            f"{checkpoint} has no optimizer state: moments start at zero in step {step + 1}, and float32 "
+            f"master weights are copied from the saved weights; the learning rate follows the "
+            f"schedule: {rate():g}"
         )
     missing = _not_compared(stored, {**current, IMAGES: None})
     if missing:

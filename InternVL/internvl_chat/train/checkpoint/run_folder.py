@@ -114,7 +114,7 @@ def inspect_output_folder(
 ) -> OutputFolder:
     """Decide whether to start, resume or overwrite a run in an output folder.
 
-    By default, an unfinished run resumes from its newest intact checkpoint, like in the reference.
+    As in the reference, an unfinished run resumes from its newest intact checkpoint by default.
 
     Args:
         resume: checkpoint folder; or `True` (newest checkpoint), `auto` (newest checkpoint, if any) or None
@@ -227,7 +227,7 @@ def _delete(path: Path) -> None:
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Delete the lines after the given step, and truncated lines, from a log."""
+    """Remove log lines that are truncated or belong to steps after the given one."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -238,7 +238,7 @@ def _truncate_log(path: Path, step: int) -> None:
 
 
 def _warn_about_gaps(ledger: Path, step: int) -> None:
-    """Warn if the ledger has no entry for one of the steps up to the given one."""
+    """Warn if the ledger lacks an entry for any step up to the given one."""
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     missing = sorted(set(range(1, step + 1)) - {_step_of(line) for line in lines})
     if missing:

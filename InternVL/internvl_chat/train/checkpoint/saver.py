@@ -164,7 +164,7 @@ class Checkpointer:
                 (self._output / PARTIAL).rmdir()
 
     def _prepare(self, state: TrainState) -> tuple[WriteFiles, bool]:
-        """Copy the training state; return a function that writes it and whether to run it in background."""
+        """Copy the state; return a function that writes it and whether to run it in the background."""
         strategy, values = self._strategy, state.to_json()
         self._buffers.wait_for_training()
         if self._deepspeed:
@@ -218,7 +218,7 @@ class Checkpointer:
         Args:
             text: content of `trainer_state.json`.
             optimizer: live optimizer tensors that this rank writes.
-            copies: this rank's shards of the optimizer state and the weights; host copies in the background.
+            copies: this rank's shards of the optimizer state and the weights; host copies for a background save.
         """
         distributed.set_device(self._device)
         with self._buffers.stream():

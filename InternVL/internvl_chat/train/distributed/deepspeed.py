@@ -81,9 +81,9 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def _uses_torch_adam(config: Mapping[str, Any]) -> bool:
-    """Return whether to use torch's optimizer: for Adam and AdamW without optimizer offload.
+    """Return whether to use torch's Adam: if the configuration selects Adam or AdamW without offload.
 
-    DeepSpeed's own GPU kernel is compiled on first use. Optimizer offload uses DeepSpeed's CPU kernel.
+    DeepSpeed's own GPU kernel would be compiled on first use. With offload, DeepSpeed uses its CPU kernel.
     """
     section, zero = config.get("optimizer"), config.get("zero_optimization")
     offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
@@ -92,7 +92,7 @@ def _uses_torch_adam(config: Mapping[str, Any]) -> bool:
 
 
 def deepspeed_problems(run: RunConfig) -> Iterator[str]:
-    """Yield error messages for the problems of a DeepSpeed configuration that need no model to detect."""
+    """Yield error messages for problems in the DeepSpeed configuration, without the model."""
     try:
         config = resolve_deepspeed(run, hidden_size=1)
     except UsageError as error:
@@ -198,7 +198,7 @@ class DeepSpeedStrategy(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Clip the gradients to the configured norm and step; return the norm, which is known only then."""
+        """Clip to the configured norm and step; DeepSpeed computes the norm only during the step."""
         self.engine.step()
         self._has_stepped = self.engine.was_step_applied()
         norm = self.engine.get_global_grad_norm()
@@ -248,7 +248,7 @@ class DeepSpeedStrategy(Strategy):
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Write the state of a DeepSpeed engine; do not hang if a rank cannot write.
+    """Write the state of a DeepSpeed engine without hanging if a rank cannot write.
 
     Collective: call on all ranks. They synchronize inside `save_checkpoint`, so the files are written after
     it returns.

@@ -70,7 +70,7 @@ def _stamp(results: Path) -> int | None:
 
 
 def _is_unchanged(results: Path, stamp: int | None) -> bool:
-    """Return whether a results file existed at `stamp` and has not changed; a new run deletes it."""
+    """Return whether the results file still has the modification time `stamp` (None: it did not exist)."""
     return stamp is not None and _stamp(results) == stamp
 
 

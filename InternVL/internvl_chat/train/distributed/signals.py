@@ -1,7 +1,6 @@
 """Stop signals: recorded on arrival, handled after the current step.
 
-At the time limit, SLURM sends SIGTERM; `--signal` requests an earlier signal, such as SIGUSR1. Ctrl-C sends
-SIGINT.
+SLURM sends SIGTERM to end a job; `--signal` requests an earlier signal, such as SIGUSR1. Ctrl-C sends SIGINT.
 """
 
 import contextlib
@@ -80,7 +79,7 @@ def stop_with_launcher() -> None:
 
 
 def exit_code(stopped_by: signal.Signals) -> int:
-    """Return the exit code of a run stopped by a signal: 128 + the signal number, like in shells."""
+    """Return the exit code of a run stopped by a signal: 128 + signal number, as in shells."""
     return 128 + stopped_by
 
 

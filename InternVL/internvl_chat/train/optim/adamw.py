@@ -45,7 +45,7 @@ def build_adamw(
 ) -> torch.optim.Optimizer:
     """Return a fused AdamW that updates bf16 weights with the given precision.
 
-    With every precision, updates of float32 parameters are bit-identical to `torch.optim.AdamW`.
+    Float32 parameters are updated bit-identically to `torch.optim.AdamW`, regardless of the precision.
 
     Args:
         precision: `master` (a float32 copy of each bf16 weight), `stochastic` (stochastic rounding; less
@@ -94,8 +94,8 @@ class Float32AdamW(torch.optim.Optimizer):
     one), `step` (float32 scalar on the CPU) and, for a bf16 weight with precision `master`, its float32 copy
     `master`, which is updated exactly like a float32 weight. Parameters without gradients do not change.
 
-    The noise of stochastic rounding depends only on the seed, the number of steps (both saved in the group) and
-    the group index. Data-parallel ranks and resumed runs therefore round identically.
+    The noise of stochastic rounding depends only on the seed, the number of steps (both saved in the group)
+    and the group index. Data-parallel ranks and resumed runs therefore round identically.
 
     Args:
         params: bf16 or float32 parameters, or parameter groups, all on one device.

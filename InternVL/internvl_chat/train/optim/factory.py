@@ -22,7 +22,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Like in transformers, biases are matched by name, and norms by type or name.
+# As in transformers, biases are matched by name, and norms by type or name.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 # These optimizers need a special training loop or a selection of modules.
 _UNSUPPORTED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
@@ -115,13 +115,13 @@ def move_schedule(scheduler: LambdaLR, steps: int) -> float:
 
 
 def scheduled_rate(run: RunConfig, total_steps: int, step: int) -> float:
-    """Return the learning rate of a step (from 1) in the schedule of a run."""
+    """Return the learning rate that the schedule of a run has at a (1-based) step."""
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
     return move_schedule(make_scheduler(run, probe, total_steps), step - 1)
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
-    """Yield error messages for the problems of the optimizer and schedule that need no model to detect."""
+    """Yield error messages for problems with the optimizer and schedule flags, without the model."""
     weight = nn.Parameter(torch.zeros(1))
     probe = torch.optim.SGD([weight], lr=run.learning_rate)
     groups = [{"params": [weight], "weight_decay": run.weight_decay}]

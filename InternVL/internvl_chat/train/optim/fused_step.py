@@ -29,7 +29,7 @@ def fused_step(
 
     Args:
         weight: (N,) bfloat16.
-        grad: (N,) gradient in any floating-point dtype.
+        grad: (N,) gradient.
         exp_avg: (N,) float32.
         exp_avg_sq: (N,) float32.
         master: (N,) float32 master copy of the weight; None for stochastic rounding with noise from
