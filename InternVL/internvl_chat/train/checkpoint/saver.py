@@ -218,7 +218,7 @@ class Checkpointer:
         Args:
             text: content of `trainer_state.json`.
             optimizer: live optimizer tensors that this rank writes.
-            copies: this rank's shards of the optimizer state and the weights; host copies for a background save.
+            copies: this rank's shards of the optimizer state and weights; host copies for a background save.
         """
         distributed.set_device(self._device)
         with self._buffers.stream():
