@@ -254,7 +254,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
     assert code == 0
     code, _ = start()
     assert code == 2
-    assert "holds a finished run" in capfd.readouterr().err
+    assert "contains a finished run" in capfd.readouterr().err
     lock = lock_folder(out)
     code, _ = start(overwrite_output_dir=True)
     assert code == 2

@@ -129,8 +129,8 @@ def test_more_steps_after_a_finished_run(arguments, tmp_path, metrics, capfd):
     assert not second.exists()
     assert train(again(allow_resume_changes=True)) == 0
     stderr = capfd.readouterr().err
-    assert "total steps 2 -> 4: the learning rate continues on the new schedule from step 3" in stderr
-    assert "learning rate of step 3: 0.0005 (0 with the schedule of the checkpoint)" in stderr
+    assert "total steps 2 -> 4: the learning rate follows the new schedule from step 3" in stderr
+    assert "learning rate at step 3: 0.0005 (0 in the schedule of the checkpoint)" in stderr
     assert [row["learning_rate"] for row in metrics(second)] == [5e-4, 2.5e-4]
     assert "--save_only_model True: the checkpoints have no optimizer state" in stderr
 

@@ -1,4 +1,4 @@
-"""Find the checkpoint with the best validation and copy its model."""
+"""Find the checkpoint with the best validation metric and copy its model."""
 
 import math
 import shutil
@@ -13,15 +13,15 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Files of a checkpoint that are only needed to resume; other such files are in subfolders.
+# Top-level checkpoint files that are only needed to resume. All other such files are in subfolders.
 _RESUME_FILES = (STATE_FILE, FINGERPRINT, MANIFEST)
 
 
 def find_best(folder: Path, last: float = math.inf) -> Path | None:
-    """Return the newest checkpoint that was the best when it was written; None if there is none.
+    """Return the newest checkpoint that had the best metric so far when it was written; None if none did.
 
     Args:
-        last: ignore checkpoints after this step.
+        last: last step to consider; later checkpoints are ignored.
     """
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
@@ -34,10 +34,11 @@ def find_best(folder: Path, last: float = math.inf) -> Path | None:
 
 
 def copy_best(state: TrainState, output: Path, resume: Path | None) -> int:
-    """Copy the model of the best checkpoint into the output folder; return its step.
+    """Copy the model of the best checkpoint to the output folder; return the step of the checkpoint.
 
     Args:
-        resume: checkpoint that the run resumed from; older checkpoints next to it are searched too.
+        resume: checkpoint that the run resumed from, if any. If the output folder has no best checkpoint, the
+            folder of `resume` is searched, up to that checkpoint.
 
     Raises:
         TrainingError: there was no validation, or the best checkpoint is missing or damaged.
@@ -53,8 +54,10 @@ def copy_best(state: TrainState, output: Path, resume: Path | None) -> int:
     else:
         step = checkpoint_step(best)
         if step != state.best_step:
-            logger.warning("the checkpoint of the best validation (step %d) is missing", state.best_step)
-        logger.info("copying the best model, %s", best)
+            logger.warning(
+                "the checkpoint with the best validation metric (step %d) is missing", state.best_step
+            )
+        logger.info("copying the best model from %s", best)
         for file in sorted(best.iterdir()):
             if file.is_file() and file.name not in _RESUME_FILES:
                 shutil.copyfile(file, output / file.name)

@@ -1,6 +1,6 @@
-"""Fingerprint of a run: everything that decides the rest of it; stored in every checkpoint.
+"""Fingerprint of a run: the settings and data that determine its remaining steps.
 
-`resume_changes` compares it when a run resumes.
+It is stored in every checkpoint, and `resume_changes` compares it when a run resumes.
 """
 
 import json
@@ -32,10 +32,10 @@ IMAGES = "image files per dataset"
 BEST = "choice of the best checkpoint"
 DEEPSPEED_RANKS = "number of ranks (with DeepSpeed use as many as before)"
 
-# Fields of the configuration that do not affect what the rest of a run learns from which records.
+# Configuration fields that may change on resume: they affect neither the remaining records nor the training.
 NOT_COMPARED = {
     "model": (
-        # Where the initial model is; a resumed run starts from the checkpoint.
+        # Location of the initial model; a resumed run loads the checkpoint instead.
         "model_name_or_path", "base_model_path", "vision_path", "llm_path", "mlp_path",
         # Memory and speed.
         "grad_checkpoint", "attn", "use_liger",
@@ -43,17 +43,17 @@ NOT_COMPARED = {
         "use_fast_tokenizer",
     ),
     "data": (
-        # Where the data is, which may move; its content is compared.
+        # Location of the data, which may move; the content is compared.
         "meta_path", "eval_meta_path", "data_root", "image_root",
-        # What happens with unusable records. Records excluded at the start stay excluded.
+        # Handling of unusable records. Records excluded at the start stay excluded.
         "check", "on_bad_record", "max_bad_fraction",
     ),
     "run": (
         "output_dir", "allow_resume_changes",
-        # Layout: the number of ranks, and how they share a step.
+        # Layout: the number of ranks and how they share the records of a step.
         "device", "rank", "world_size", "local_world_size", "records_per_pack", "records_per_rank", "packing",
         "max_packed_tokens", "parallel", "ddp_bucket_cap_mb", "ddp_timeout",
-        # Rounding only.
+        # These affect only rounding.
         "tf32", "compile_blocks", "full_determinism",
         # Data loading, logging and checkpoints.
         "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_strategy",
@@ -64,23 +64,23 @@ NOT_COMPARED = {
         "sanity_check", "max_bad_steps", "hang_seconds",
     ),
 }  # fmt: skip
-# Fields that are compared in another form, by the names above.
+# Fields that `fingerprint` and `fingerprint_run` store in a different form.
 _RESOLVED = (
     "flags", "num_train_epochs", "max_steps", "records_per_step", "weight_precision", "deepspeed",
     "max_dynamic_patch", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
-# Decide which checkpoint is the best and when to stop early; compared if either is used.
+# Flags that decide which checkpoint is best and when to stop early; compared only if `tracks_best` is set.
 VALIDATION_FLAGS = ("eval_strategy", "eval_steps", "eval_delay", "eval_generate", "early_stopping_patience")
 
 
 class DataState(NamedTuple):
-    """The datasets of a run.
+    """State of a run's datasets, to detect changes.
 
     Attributes:
-        sizes: records per epoch of each dataset.
-        digests: SHA-256 of the annotation files.
-        excluded: dataset and index of the excluded records.
-        images: digest of the image files of each dataset; empty if not known.
+        sizes: number of records per epoch, for each dataset.
+        digests: SHA-256 of each annotation file.
+        excluded: (dataset name, record index) of each excluded record.
+        images: digest of each dataset's image files; empty if unknown.
     """
 
     specs: Sequence[DatasetSpec]
@@ -91,17 +91,17 @@ class DataState(NamedTuple):
 
     @classmethod
     def of(cls, data: TrainingData) -> "DataState":
-        """Return the state of opened datasets."""
+        """Create the state from opened datasets."""
         excluded = [(record.dataset, int(record.index)) for record in data.excluded]
         specs = [records.spec for records in data.sets]
         return cls(specs, data.sizes, data.digests, excluded, data.image_digests)
 
     @classmethod
     def of_files(cls, specs: Sequence[DatasetSpec], excluded: Sequence[tuple[str, int]] = ()) -> "DataState":
-        """Return the state of datasets from their annotation files, without checking the records.
+        """Create the state from annotation files without checking the records.
 
         Args:
-            excluded: the records that the checkpoint's run excludes.
+            excluded: records that the checkpoint's run excluded.
         """
         sizes = []
         for spec in specs:
@@ -114,9 +114,9 @@ class DataState(NamedTuple):
 
 
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
-    """Return the flags that decide the rest of a run.
+    """Return the flag settings that determine the remaining steps of a run.
 
-    The number of ranks and the parallel layout may change, except with DeepSpeed.
+    The number of ranks is included only with DeepSpeed; otherwise it may change on resume.
     """
     groups = ("model", ModelArguments), ("data", DataArguments), ("run", RunConfig)
     settings = {
@@ -140,7 +140,7 @@ def fingerprint(config: TrainConfig) -> dict[str, Any]:
 
 
 def fingerprint_run(config: TrainConfig, data: DataState, eval_data: DataState | None) -> dict[str, Any]:
-    """Return the fingerprint of a run: its flags, its datasets, and what follows from both."""
+    """Return the fingerprint of a run: its settings, its datasets, and values derived from both."""
     names = [spec.name for spec in data.specs]
     epoch_steps = -(-sum(data.sizes) // config.run.records_per_step)
     settings = {
@@ -176,7 +176,7 @@ def _tile_limits(config: TrainConfig, specs: Sequence[DatasetSpec]) -> dict[str,
 def read_fingerprint(checkpoint: Path) -> dict[str, Any]:
     """Return the fingerprint stored in a checkpoint; empty if there is none.
 
-    The fingerprints of earlier versions name the datasets only with their annotation files.
+    Earlier versions did not store the list of datasets; it is reconstructed from the annotation hashes.
     """
     file = checkpoint / FINGERPRINT
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -12,7 +12,7 @@ from internvl_chat.utils.hashed_file import FileEntry
 MANIFEST = "manifest.json"
 
 _VERSION = 1
-# Hashing a file is bound by one core, so several files are hashed at a time.
+# Hashing uses one core per file, so multiple files are hashed in parallel.
 _THREADS = 8
 
 
@@ -25,10 +25,11 @@ def write_manifest(
     """Write the manifest of all files in a folder and its subfolders.
 
     Args:
-        known: entries, by relative path, of files that were hashed while they were written.
+        known: entries of files that were hashed while being written, keyed by relative path.
 
     Raises:
-        OSError: a file in `known` is missing or has another size, for example if ranks do not share the disk.
+        OSError: the manifest cannot be written, or a file in `known` is missing or has a different size (for
+            example because the ranks do not share a disk).
     """
     entries = dict(known or {})
     for name, entry in entries.items():
@@ -44,7 +45,7 @@ def write_manifest(
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return the first difference between a folder and its manifest; None if it is intact.
+    """Describe the first difference between a folder and its manifest; return None if there is none.
 
     Files that are not in the manifest are ignored.
     """
@@ -79,6 +80,6 @@ def _read_entries(file: Path) -> dict[str, FileEntry]:
 
 
 def hash_files(files: Iterable[Path], threads: int = _THREADS) -> Iterator[str]:
-    """Yield the SHA-256 of each file, hashing several files at a time."""
+    """Yield the SHA-256 of each file, in order; multiple files are hashed in parallel."""
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(file_sha256, files)

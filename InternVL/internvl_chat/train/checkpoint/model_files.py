@@ -1,4 +1,4 @@
-"""Write the model of a checkpoint: weights or adapters, tokenizer and preprocessing."""
+"""Write the model files of a checkpoint: weights or adapters, tokenizer, and preprocessing settings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +23,10 @@ from internvl_chat.utils.hashed_file import FileEntry
 def checkpoint_writer(
     plan: RunPlan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
 ) -> Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]:
-    """Return a function that writes the model, or its adapters, with the given weights into a folder.
+    """Return a function that writes given weights to a folder, as a model or as adapters.
 
-    The function returns size and hash of each safetensors file, by name. The base model of adapters is hashed
-    now, on rank 0.
+    The function returns the size and hash of each safetensors file, keyed by file name. If the model has
+    adapters, this call hashes their base model on rank 0.
     """
     base = _base_model(plan) if lora_layers(model) and plan.config.run.is_main else None
     _, added = load_tokenizer(plan.source)
@@ -39,7 +39,7 @@ def checkpoint_writer(
         else:
             entries = save_model(model, folder, weights)
         write_files(auxiliary, folder)
-        if added:  # otherwise the auxiliary files have the tokenizer
+        if added:  # otherwise the auxiliary files include the tokenizer
             save_tokenizer(tokenizer, folder)
         preprocessing.save(folder)
         return entries
@@ -48,7 +48,7 @@ def checkpoint_writer(
 
 
 def _base_model(plan: RunPlan) -> BaseModel:
-    """Return the base model of the run's adapters."""
+    """Return the location and digest of the model to which the run's adapters apply."""
     if is_adapter(plan.source):
         return find_base(plan.source, adapter_base(plan))[1]
     path = plan.config.model.model_name_or_path or str(plan.source)

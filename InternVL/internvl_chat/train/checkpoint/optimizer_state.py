@@ -1,7 +1,7 @@
-"""Save and load optimizer state, sharded or not, with any number of ranks.
+"""Save and load sharded or replicated optimizer state with any number of ranks.
 
 Each rank writes its shards as safetensors files in the format of `torch.distributed.checkpoint` (DCP) and
-reads only the slices it needs. Tensors are named "<parameter>/<state>". No pickle is written or read.
+reads only the slices it needs. Tensors are named "<parameter>/<state>". Pickle is not used.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError
 from internvl_chat.utils.hashed_file import FileEntry
 
-# A single rank has no process group.
+# In a single-rank run there is no process group, and DCP warns about it.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 
 
 def named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state tensors by "<parameter>/<state>", and the rest of the state for a JSON file."""
+    """Return the state tensors, keyed by "<parameter>/<state>", and all other state, JSON-serializable."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {
         f"{names[parameter]}/{name}": value
@@ -50,10 +50,10 @@ def named_state(
 
 
 def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str, Tensor]:
-    """Return the tensors that this rank writes: sharded ones, and a balanced part of the replicated ones.
+    """Return the tensors that this rank writes: all sharded ones and its share of the replicated ones.
 
     Args:
-        main_bytes: bytes that rank 0 writes in addition.
+        main_bytes: bytes of other data that rank 0 writes, for balancing.
     """
     load = [main_bytes] + [0] * (distributed.world_size() - 1)
     assigned: dict[str, Tensor] = {key: t for key, t in tensors.items() if isinstance(t, DTensor)}
@@ -66,7 +66,7 @@ def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str
 
 
 class _StagedPlanner(dcp.DefaultSavePlanner):
-    """Plans a save from the live tensors but writes host copies of this rank's shards."""
+    """Save planner that plans with the live tensors but writes copies of this rank's shards."""
 
     def __init__(self, copies: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -77,7 +77,7 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """Writes and hashes safetensors files, one per thread."""
+    """Storage writer that writes and hashes one safetensors file per thread."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -120,17 +120,19 @@ def save_optimizer(
     threads: int,
     group: dist.ProcessGroup | None,
 ) -> dict[str, FileEntry]:
-    """Write this rank's tensors and return its files; a collective that fails on all ranks or on none.
+    """Write this rank's tensors; return the size and hash of each file, keyed by file name.
+
+    Collective: call on all ranks. It fails on all ranks or on none.
 
     Args:
-        tensors: result of `tensors_to_write`.
-        copies: host copies of this rank's shards, under the same names.
-        threads: number of writer threads; each writes one file.
-        group: process group of all ranks, not used by any other thread.
+        tensors: this rank's live tensors, from `tensors_to_write`.
+        copies: this rank's shards under the same keys; host copies if training continues.
+        threads: number of threads; each writes one file.
+        group: process group of all ranks, used by no other thread; None in a single-rank run.
 
     Raises:
-        OSError: a file cannot be written (a single rank).
-        TrainingError: a file cannot be written (several ranks).
+        OSError: a file cannot be written (single-rank run).
+        TrainingError: a file cannot be written on at least one rank (multi-rank run).
     """
     writer = _Writer(folder, threads)
     with _unwrap_failure():
@@ -142,21 +144,21 @@ def save_optimizer(
 def load_optimizer(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 ) -> None:
-    """Load the state saved by any number of ranks; a collective.
+    """Load state that was saved by any number of ranks. Collective: call on all ranks.
 
     Args:
         model: model whose parameter names identify the state.
         optimizer: optimizer to load into; each rank loads its shards.
-        saved: the second result of `named_state`.
+        saved: non-tensor state, the second result of `named_state`.
 
     Raises:
-        TrainingError: the files cannot be read, or belong to another optimizer or model.
+        TrainingError: the files cannot be read, or the saved parameter groups differ from this run's.
     """
     parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     group_names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     if group_names != [group["params"] for group in saved["param_groups"]]:
-        raise TrainingError(f"{folder}: the parameters differ from those of this run")
+        raise TrainingError(f"{folder}: the saved parameter groups differ from those of this run")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}
     try:
@@ -167,7 +169,7 @@ def load_optimizer(
         if not isinstance(stored, TensorStorageMetadata):
             raise TrainingError(f"{folder}: {key} is not a tensor")
         parameter, dtype = parameters[key.rpartition("/")[0]], stored.properties.dtype
-        # A tensor with the shape of its parameter is sharded like it; any other is replicated.
+        # A tensor with the shape of its parameter is sharded like the parameter; all others are replicated.
         like = parameter if stored.size == parameter.shape else torch.empty(stored.size)
         tensors[key] = torch.empty_like(like, dtype=dtype)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
@@ -183,7 +185,7 @@ def load_optimizer(
     ]
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-    # `load_state_dict` casts state to the dtype of the weight; restore the saved dtype.
+    # `load_state_dict` casts the state to the parameter dtype; restore the saved dtype.
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         loaded = optimizer.state[parameters[name]]
@@ -193,7 +195,7 @@ def load_optimizer(
 
 @contextlib.contextmanager
 def _unwrap_failure() -> Iterator[None]:
-    """Replace the exception that DCP raises on every rank by the error of the first failed rank."""
+    """Replace the exception that DCP raises on every rank with the error of the first failing rank."""
     try:
         yield
     except dcp.CheckpointException as error:

@@ -1,4 +1,7 @@
-"""Compare a run with the checkpoint that it resumes from; refuse, or with a flag allow, each difference."""
+"""Compare a run with the checkpoint it resumes from.
+
+Every difference is an error; `--allow_resume_changes` allows some of them.
+"""
 
 import json
 import re
@@ -30,18 +33,18 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Names in messages of the settings whose names in checkpoints are less clear.
+# Names used in messages for settings whose names in checkpoints are less clear.
 _TITLES = {SET_SIZES: "records per dataset", STEP_SIZE: "global batch size (records per step)"}
 
-_ORDER = "records would be trained twice or never"
-_OPTIMIZER = "the optimizer state belongs to other parameters or to another optimizer"
-_MODEL = "the weights were trained with it"
-_REFUSED = {
+_ORDER = "some records would be used twice or never"
+_OPTIMIZER = "the optimizer state belongs to different parameters or a different optimizer"
+_MODEL = "the weights were trained with the earlier value"
+_REJECTED = {
     **dict.fromkeys(
         ("seed", "train_sampling_strategy", "use_data_resampling", STEP_SIZE, SET_SIZES, REPEATS),
         _ORDER,
     ),
-    SETS: "names and order of the datasets identify the records",
+    SETS: "records are identified by the names and the order of the datasets",
     **dict.fromkeys(
         ("freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head",
          "use_llm_lora", "use_backbone_lora", "optim", "optim_args", "bf16", "weight precision", "DeepSpeed",
@@ -51,12 +54,12 @@ _REFUSED = {
     **dict.fromkeys(
         ("vision_select_layer", "ps_version", "force_image_size", "down_sample_ratio"), _MODEL
     ),
-    BEST: "the best validation so far was measured in another way",
+    BEST: "the best metric so far was measured differently",
 }  # fmt: skip
 
-_RATE = "the learning rate continues on the new schedule"
-_READ = "records are read in the new way"
-_FROM_NOW = "applies"
+_RATE = "the learning rate follows the new schedule"
+_READ = "records are read with the new value"
+_FROM_NOW = "takes effect"
 _ALLOWED = {
     **dict.fromkeys(
         (TOTAL_STEPS, "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), _RATE
@@ -77,35 +80,35 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that differs from the checkpoint's.
+    """A setting whose value differs from the one in the checkpoint.
 
     Attributes:
         value: value in this run.
         stored: value in the checkpoint.
-        refused: the reason why it cannot be allowed, if any.
+        rejected: why the difference cannot be allowed; None if it can.
     """
 
     name: str
     value: Any
     stored: Any
-    refused: str | None
+    rejected: str | None
 
     def problem(self, checkpoint: Path) -> str:
-        """Return the error message."""
+        """Return the error message, with a remedy."""
         title = _TITLES.get(self.name, self.name)
         value, stored = _shown(self.value), _shown(self.stored)
         text = f"cannot resume {checkpoint}: {title} is {value}, but the checkpoint has {stored}"
-        remedy = "use the earlier value, or start a new run in another --output_dir"
-        if self.refused:
-            return f"{text} ({self.refused}); {remedy}"
+        remedy = "use the earlier value, or start a new run in a different --output_dir"
+        if self.rejected:
+            return f"{text} ({self.rejected}); {remedy}"
         return f"{text}; {remedy}, or allow the change with --allow_resume_changes True"
 
     def effect(self, step: int, rate: Callable[[], float]) -> str:
-        """Return the change and its effect.
+        """Return a log line that describes the change and its effect.
 
         Args:
-            step: the next step.
-            rate: returns the learning rate of the next step.
+            step: first step of the resumed run.
+            rate: returns the learning rate at that step.
         """
         kind = _ALLOWED.get(self.name, _FROM_NOW)
         value = f": {rate():g}" if kind == _RATE else ""
@@ -113,7 +116,7 @@ class Difference:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for messages, with hashes shortened."""
+    """Format a value for messages; hashes are shortened."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", repr(value))
 
 
@@ -123,15 +126,15 @@ def check_resume(
     """Compare a run with the checkpoint that it resumes from.
 
     Args:
-        current: the fingerprint of this run; the image files are compared later.
-        allow_changes: allow differences that repeat or omit no records and fit to the optimizer state.
-        rate: returns the learning rate of the next step.
+        current: fingerprint of this run; `check_images` compares the image files later.
+        allow_changes: allow differences that keep the order of the records and the optimizer state valid.
+        rate: returns the learning rate at the next step.
 
     Returns:
-        A line for each allowed change, and for what could not be compared.
+        A log line for each allowed change, for missing optimizer state, and for settings not compared.
 
     Raises:
-        UsageError: lists all refused differences.
+        UsageError: the run cannot resume; the message lists all reasons.
     """
     stored, step = read_fingerprint(checkpoint), checkpoint_step(checkpoint)
     current = json.loads(json.dumps(dict(current)))
@@ -139,41 +142,42 @@ def check_resume(
     start = f"cannot resume {checkpoint}:"
     if current.get(TOTAL_STEPS, step) < step:
         problems.append(
-            f"{start} this run ends after step {current[TOTAL_STEPS]}; raise --max_steps "
-            "(--num_train_epochs), or resume an earlier checkpoint"
+            f"{start} this run ends after step {current[TOTAL_STEPS]}; increase --max_steps or "
+            "--num_train_epochs, or resume from an earlier checkpoint"
         )
     has_optimizer = has_optimizer_state(checkpoint)
     if not has_optimizer and not allow_changes:
         problems.append(
-            f"{start} it has no optimizer state (--save_only_model); start a new run in another --output_dir "
-            f"with this checkpoint as --model_name_or_path, or continue with step {step + 1} and new "
-            "optimizer state with --allow_resume_changes True"
+            f"{start} it has no optimizer state (--save_only_model); start a new run in a different "
+            f"--output_dir with this checkpoint as --model_name_or_path, or continue at step {step + 1} with "
+            "new optimizer state: --allow_resume_changes True"
         )
     if problems:
         raise UsageError(problems)
     lines = [difference.effect(step + 1, rate) for difference in differences]
     if not has_optimizer:
         lines.append(
-            f"{checkpoint} has no optimizer state: its moments start at zero in step {step + 1}, and float32 "
-            f"master weights at the saved weights; the learning rate is that of the schedule: {rate():g}"
+            f"{checkpoint} has no optimizer state: moments start at zero in step {step + 1}, and float32 "
+            f"master weights are copied from the saved weights; the learning rate follows the "
+            f"schedule: {rate():g}"
         )
     missing = _not_compared(stored, {**current, IMAGES: None})
     if missing:
         lines.append(
             f"{checkpoint} was written by an earlier version, which did not store {', '.join(missing)}; "
-            "this was not compared"
+            "these settings were not compared"
         )
     return lines
 
 
 def check_images(checkpoint: Path, images: Mapping[str, str], *, allow_changes: bool) -> list[str]:
-    """Compare the image files of the datasets with those of a checkpoint's run; like `check_resume`.
+    """Compare the image files of the datasets with those of the checkpoint's run, like `check_resume`.
 
     Args:
-        images: digest of the image files of each dataset.
+        images: digest of each dataset's image files, keyed by dataset name.
 
     Raises:
-        UsageError: they differ.
+        UsageError: the image files differ, and `allow_changes` is False.
     """
     current = {IMAGES: dict(images)}
     problems, differences = _compare(checkpoint, read_fingerprint(checkpoint), current, allow_changes)
@@ -185,35 +189,36 @@ def check_images(checkpoint: Path, images: Mapping[str, str], *, allow_changes: 
 def _compare(
     checkpoint: Path, stored: Mapping[str, Any], current: Mapping[str, Any], allow_changes: bool
 ) -> tuple[list[str], list[Difference]]:
-    """Return the problems of the refused differences, and all differences."""
+    """Return error messages for the rejected differences, and all differences."""
     differences = list(_differences(stored, current))
-    refused = [d for d in differences if d.refused or not allow_changes]
-    return [difference.problem(checkpoint) for difference in refused], differences
+    rejected = [d for d in differences if d.rejected or not allow_changes]
+    return [difference.problem(checkpoint) for difference in rejected], differences
 
 
 def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Difference]:
     for name in (name for name in current if name in stored and name != EXCLUDED):
         value, before = current[name], stored[name]
         if name == "max_dynamic_patch" and TILE_LIMITS in stored:
-            continue  # the limits of the datasets tell more
-        if name in (REPEATS, AUGMENTED, TILE_LIMITS, IMAGES):  # other datasets are a difference by themselves
+            continue  # the limits per dataset are compared instead
+        if name in (REPEATS, AUGMENTED, TILE_LIMITS, IMAGES):  # added and removed datasets differ in SETS
             names = [key for key in value if key in before and value[key] != before[key]]
             value, before = ({key: values[key] for key in names} for values in (value, before))
         if value != before:
-            yield Difference(name, value, before, _refusal(name, value, before))
+            yield Difference(name, value, before, _rejection(name, value, before))
 
 
-def _refusal(name: str, value: Any, stored: Any) -> str | None:
+def _rejection(name: str, value: Any, stored: Any) -> str | None:
+    """Return why a difference cannot be allowed; None if it can."""
     if name.startswith(ANNOTATION):
         return _ORDER
     if name == BEST and None in (value, stored):
-        return None  # there is no best validation so far, or it is no longer needed
-    return None if name in _ALLOWED else _REFUSED[name]
+        return None  # there is no best metric so far, or it is no longer needed
+    return None if name in _ALLOWED else _REJECTED[name]
 
 
 def _not_compared(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return the settings of this run that an earlier version did not store."""
+    """Return the settings of this run that are missing in a fingerprint from an earlier version."""
     known = {EXCLUDED, BEST, *(name for name in current if name.startswith(ANNOTATION))}
     if BEST in stored:
-        known |= set(VALIDATION_FLAGS)  # stored if they were used
+        known |= set(VALIDATION_FLAGS)  # stored only if they were used
     return [name for name in current if name not in stored and name not in known]

@@ -1,4 +1,4 @@
-"""Inspect and prepare the output folder: find the checkpoint to resume from and protect foreign files."""
+"""Inspect and prepare the output folder: find the checkpoint to resume from and protect unrelated files."""
 
 import json
 import re
@@ -28,10 +28,10 @@ FINISHED = "train_results.json"
 PARTIAL = ".partial"
 
 _LOGS = (METRICS, LEDGER, VALIDATION)
-# Files of the launcher and folders of trackers, which may exist before a run starts.
+# Log, lock, model card and tracker folders, which may exist before a run starts.
 _HARMLESS = (LOG, LOCK, CARD, "runs", "wandb")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Files that a run writes; all others belong to the user.
+# Names of the files and folders that a run writes; all others belong to the user.
 _WRITTEN = re.compile(
     r"checkpoint-\d+|\.partial|(metrics|ledger|validation)\.jsonl|config\.yaml|loss\.png|train_results\.json|"
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
@@ -45,11 +45,12 @@ _WRITTEN = re.compile(
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """An output folder that has been inspected.
+    """Result of inspecting an output folder.
 
     Attributes:
         resume: checkpoint to resume from; None to start a new run.
-        results: names of the checkpoints and results at the time of the inspection.
+        overwrite: whether `open` deletes an earlier run.
+        results: names of the checkpoints and the results file at the time of the inspection.
     """
 
     path: Path
@@ -58,10 +59,10 @@ class OutputFolder:
     results: tuple[str, ...] = ()
 
     def open(self) -> FileLock:
-        """Create and lock the folder, and delete outdated files; the caller holds the returned lock.
+        """Create and lock the folder, delete outdated files, and return the lock for the caller to hold.
 
         Raises:
-            UsageError: the folder cannot be created, another process is using it, or its content has changed
+            UsageError: the folder cannot be created, another process is using it, or its results have changed
                 since it was inspected.
         """
         try:
@@ -91,7 +92,7 @@ class OutputFolder:
         return lock
 
     def _rewind(self, step: int) -> None:
-        """Delete checkpoints and log lines after a step."""
+        """Delete the checkpoints and log lines after the given step."""
         for checkpoint in list_checkpoints(self.path):
             if checkpoint_step(checkpoint) > step:
                 logger.warning("resuming from step %d: deleting %s", step, checkpoint)
@@ -103,7 +104,7 @@ class OutputFolder:
 
 
 def may_write_card(folder: Path) -> bool:
-    """Return whether a folder has no model card, or only one written by an earlier run."""
+    """Return whether a folder has no model card or one written by an earlier run."""
     file = folder / CARD
     return not file.exists() or CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
 
@@ -113,17 +114,19 @@ def inspect_output_folder(
 ) -> OutputFolder:
     """Decide whether to start, resume or overwrite a run in an output folder.
 
-    An unfinished run is resumed from its newest intact checkpoint, as in the reference.
+    As in the reference, an unfinished run resumes from its newest intact checkpoint by default.
 
     Args:
-        resume: checkpoint folder to resume from; `True` for the newest; `auto` or None for the newest if any.
-        inputs: files and folders that the run reads, which must not be overwritten.
+        resume: checkpoint folder; or `True` (newest checkpoint), `auto` (newest checkpoint, if any) or None
+            (like `auto`, but a finished run is an error).
+        inputs: files and folders that the run reads and must not overwrite.
 
     Raises:
-        UsageError: the folder is in use, or there is no checkpoint to resume from.
+        UsageError: the folder contains a finished run or other files, overwriting would delete inputs of the
+            run, or there is no intact checkpoint to resume from.
     """
     if path.exists() and not path.is_dir():
-        raise UsageError(f"{path}: is a file; choose another --output_dir")
+        raise UsageError(f"{path}: is a file; choose a different --output_dir")
     checkpoints, results = list_checkpoints(path), _results(path)
     contents = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in contents if not _WRITTEN.fullmatch(name) and name not in _HARMLESS]
@@ -134,7 +137,7 @@ def inspect_output_folder(
             raise UsageError(f"--resume_from_checkpoint {resume}: not a complete checkpoint: {problem}")
         elsewhere = checkpoint.resolve().parent != path.resolve()
         if elsewhere and (checkpoints or foreign or METRICS in contents):
-            raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume} in")
+            raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume}")
         return OutputFolder(path, checkpoint, overwrite=False, results=results)
     if overwrite:
         if resume:
@@ -142,16 +145,16 @@ def inspect_output_folder(
                 "--overwrite_output_dir would delete the checkpoint to resume from; remove one of the flags"
             )
         if contents and METRICS not in contents and not set(contents) <= {*_HARMLESS, CONFIG}:
-            raise UsageError(f"{path}: contains no training run; --overwrite_output_dir deletes only runs")
+            raise UsageError(f"{path}: contains no training run; --overwrite_output_dir only deletes runs")
         needed = [p for p in inputs if p.resolve() == path.resolve() or path.resolve() in p.resolve().parents]
         if needed:
             raise UsageError(f"--overwrite_output_dir would delete {needed[0]}, which this run reads")
         return OutputFolder(path, None, overwrite=True, results=results)
     if FINISHED in contents and not resume:
         raise UsageError(
-            f"{path}: this output folder holds a finished run; choose another --output_dir, delete the run "
-            "with --overwrite_output_dir True, or continue it with more steps: --resume_from_checkpoint True "
-            "--allow_resume_changes True"
+            f"{path}: this output folder contains a finished run; choose a different --output_dir, delete "
+            "the run with --overwrite_output_dir True, or continue it with more steps: "
+            "--resume_from_checkpoint True --allow_resume_changes True"
         )
     if checkpoints:
         return OutputFolder(path, _newest_intact(checkpoints), overwrite=False, results=results)
@@ -160,14 +163,14 @@ def inspect_output_folder(
     in_use = foreign or [name for name in contents if name.endswith(".safetensors")]
     if in_use:
         raise UsageError(
-            f"{path}: this output folder is in use (it contains {', '.join(in_use[:3])}); choose another "
-            "--output_dir, or --overwrite_output_dir True to delete an earlier run in it"
+            f"{path}: this output folder is in use (it contains {', '.join(in_use[:3])}); choose a different "
+            "--output_dir, or pass --overwrite_output_dir True to delete an earlier run in it"
         )
     return OutputFolder(path, None, overwrite=False, results=results)
 
 
 def _results(path: Path) -> tuple[str, ...]:
-    """Return the names of a folder's checkpoints, and of the results file of a finished run."""
+    """Return the names of the checkpoints and, for a finished run, of the results file."""
     finished = [FINISHED] if (path / FINISHED).exists() else []
     return (*(checkpoint.name for checkpoint in list_checkpoints(path)), *finished)
 
@@ -176,7 +179,7 @@ def _newest_intact(checkpoints: Sequence[Path]) -> Path:
     """Return the newest intact checkpoint.
 
     Raises:
-        UsageError: all checkpoints are damaged; lists their problems.
+        UsageError: all checkpoints are damaged; the message lists the damage.
     """
     problems = []
     for checkpoint in reversed(checkpoints):
@@ -186,12 +189,12 @@ def _newest_intact(checkpoints: Sequence[Path]) -> Path:
             return checkpoint
         logger.warning("skipping damaged checkpoint %s: %s", checkpoint, problem)
         problems.append(f"{checkpoint} is damaged: {problem}")
-    remedy = "--overwrite_output_dir True deletes them and starts a new run"
+    remedy = "--overwrite_output_dir True deletes all checkpoints and starts a new run"
     raise UsageError([*problems, f"there is no complete checkpoint to resume from; {remedy}"])
 
 
 def _resume_problem(checkpoint: Path) -> str | None:
-    """Return the reason why a run cannot resume from a checkpoint, if any."""
+    """Return why a run cannot resume from a checkpoint; None if it can."""
     if (checkpoint / "optimizer.pt").is_file():
         return (
             "its optimizer state was written by an earlier version of this program; start a new run with "
@@ -201,7 +204,7 @@ def _resume_problem(checkpoint: Path) -> str | None:
 
 
 def list_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints of a folder, oldest first."""
+    """Return the checkpoint folders in an output folder, in the order of their steps."""
     if not path.is_dir():
         return []
     folders = (p for p in path.iterdir() if _CHECKPOINT.fullmatch(p.name) and p.is_dir())
@@ -224,7 +227,7 @@ def _delete(path: Path) -> None:
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Delete the lines of later steps from a log."""
+    """Remove log lines that are truncated or belong to steps after the given one."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -235,7 +238,7 @@ def _truncate_log(path: Path, step: int) -> None:
 
 
 def _warn_about_gaps(ledger: Path, step: int) -> None:
-    """Warn if the ledger lacks lines of steps up to the given one."""
+    """Warn if the ledger lacks an entry for any step up to the given one."""
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     missing = sorted(set(range(1, step + 1)) - {_step_of(line) for line in lines})
     if missing:

@@ -1,8 +1,8 @@
 """Save checkpoints: all ranks write in a background thread while training continues.
 
-A checkpoint is written below `.partial` and renamed when it is complete. It contains the model as in the
-output folder of a finished run (`model_files`), `optimizer/` (`optimizer_state`) or `deepspeed/`,
-`trainer_state.json`, the fingerprint of the run, and a manifest with the hash of every file.
+A checkpoint is written under `.partial` and moved to the output folder when it is complete. It contains the
+model files (`model_files`), the optimizer state (`optimizer/` or `deepspeed/`), `trainer_state.json`, the
+fingerprint of the run, and a manifest with the hash of every file.
 """
 
 import contextlib
@@ -53,10 +53,10 @@ WriteFiles = Callable[[Path], dict[str, FileEntry]]
 OPTIMIZER = "optimizer"
 DEEPSPEED = "deepspeed"
 _TAG = "state"
-# Options of an optimizer that this run's flags set, not the checkpoint.
+# Optimizer options that are set by this run's flags, not by the checkpoint.
 _OPTIONS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
-# On a CPU, the thread competes with training for the cores. This niceness gives it a third of a usual share.
+# On a CPU, the thread competes with training for cores. This niceness gives it a third of a normal share.
 _NICENESS = 5
 _GPU_THREADS = 4
 
@@ -64,17 +64,18 @@ _GPU_THREADS = 4
 class Checkpointer:
     """Saves checkpoints; as a context manager, waits for the current save at exit.
 
-    All ranks construct it and call its methods at the same step. An error on any rank is logged; earlier
-    checkpoints stay intact and training continues.
+    Call the constructor and all methods on all ranks at the same step. If saving fails on any rank, the error
+    is logged, earlier checkpoints stay intact, and training continues.
 
     Args:
-        write_model: writes the model with the given weights into a folder; returns the entries of the files
-            that it has hashed.
-        keep: maximum number of checkpoints, including the newest and the best; None for all.
+        write_model: writes the given weights as a model to a folder; returns the manifest entries of the
+            files that it has hashed.
+        keep: maximum number of checkpoints, including the newest and the best; None to keep all.
+        model_only: do not save the optimizer state.
         background: write while training continues. DeepSpeed always writes in the foreground.
 
     Attributes:
-        failure: after `wait`, why the last save failed; None on all ranks if it succeeded.
+        failure: why the last save failed; None on all ranks if it succeeded. Valid after `wait`.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint; in the background, return as soon as the copies have been launched."""
+        """Save a checkpoint. A background save returns once the copies to host memory are launched."""
         self.wait()
         try:
             write_files, in_background = self._prepare(state)
@@ -121,7 +122,7 @@ class Checkpointer:
         self._thread.start()
 
     def _run_thread(self, write: Callable[[], None]) -> None:
-        # Linux applies niceness to a thread and those that it starts, other systems to the whole process.
+        # On Linux, niceness applies to a thread and the threads it starts; elsewhere, to the whole process.
         if self._device.type == "cpu" and sys.platform == "linux":
             thread = threading.get_native_id()
             with contextlib.suppress(OSError):
@@ -139,7 +140,7 @@ class Checkpointer:
             self._thread = None
 
     def save_model(self, folder: Path) -> None:
-        """Write the current model on rank 0; a collective.
+        """Write the current model on rank 0. Collective: call on all ranks.
 
         Raises:
             OSError: rank 0 cannot write the model.
@@ -163,7 +164,7 @@ class Checkpointer:
                 (self._output / PARTIAL).rmdir()
 
     def _prepare(self, state: TrainState) -> tuple[WriteFiles, bool]:
-        """Copy the state; return a function that writes it, and whether it can run in the background."""
+        """Copy the state; return a function that writes it and whether to run it in the background."""
         strategy, values = self._strategy, state.to_json()
         self._buffers.wait_for_training()
         if self._deepspeed:
@@ -180,7 +181,7 @@ class Checkpointer:
         return partial(self._write_files, json.dumps(values), optimizer, copies), in_background
 
     def _write(self, step: int, write_files: WriteFiles) -> None:
-        """Write and publish a checkpoint; a collective that fails on all ranks or on none."""
+        """Write and publish a checkpoint. Collective: it fails on all ranks or on none."""
         folder = self._output / PARTIAL / f"checkpoint-{step}"
         try:
             hashed = self._run_stage(lambda: write_files(folder))
@@ -193,31 +194,31 @@ class Checkpointer:
                 self.failure = self._discard(folder, error)
 
     def _run_stage(self, work: Callable[[], T]) -> list[T]:
-        """Do work on this rank and return the results of all ranks; a collective.
+        """Run `work` on this rank; return the results of all ranks. Collective: call on all ranks.
 
         Raises:
-            AgreedError: the work failed on any rank.
+            AgreedError: `work` failed on at least one rank.
         """
         result, error = None, None
         try:
             result = work()
         except distributed.AgreedError:
-            raise  # The other ranks know.
+            raise  # The other ranks already know.
         except Exception as failure:
             error = failure
             if not isinstance(error, OSError | M3LLMError):
-                logger.error("the checkpoint cannot be written:", exc_info=error)
+                logger.error("cannot write the checkpoint:", exc_info=error)
         return distributed.agree(error, result, group=self._group)
 
     def _write_files(
         self, text: str, optimizer: dict[str, Tensor], copies: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
-        """Write this rank's files; return the entries of those that were hashed.
+        """Write this rank's files; return the manifest entries of the hashed files.
 
         Args:
             text: content of `trainer_state.json`.
             optimizer: live optimizer tensors that this rank writes.
-            copies: host copies of this rank's shards of optimizer state and weights.
+            copies: this rank's shards of the optimizer state and weights; host copies for a background save.
         """
         distributed.set_device(self._device)
         with self._buffers.stream():
@@ -235,7 +236,7 @@ class Checkpointer:
     def _write_deepspeed(
         self, engine: Any, text: str, weights: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
-        """Write this rank's files; return the entries of those that were hashed on rank 0."""
+        """Write this rank's files; return the manifest entries of the files hashed on rank 0."""
 
         def write() -> dict[str, FileEntry]:
             (folder / DEEPSPEED / _TAG).mkdir(parents=True, exist_ok=True)
@@ -249,7 +250,7 @@ class Checkpointer:
         return entries
 
     def _write_model_files(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
-        """Write model, state and fingerprint on rank 0; return the entries of the hashed files."""
+        """Write the model, state and fingerprint on rank 0; return the entries of the hashed files."""
         if not self._is_main:
             return {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +260,7 @@ class Checkpointer:
         return entries
 
     def _publish(self, folder: Path, entries: dict[str, FileEntry]) -> None:
-        """Add the manifest, sync everything to disk, rename the folder, and delete older checkpoints."""
+        """Write the manifest, sync all files, move the folder into place, and delete surplus checkpoints."""
         write_manifest(folder, entries, threads=self._threads)
         for path in [*folder.rglob("*"), folder]:
             _sync(path)
@@ -273,7 +274,7 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)
 
     def _discard(self, folder: Path, error: Exception) -> str:
-        """Delete an incomplete checkpoint; log and return why it was not written."""
+        """Delete an incomplete checkpoint; log and return why it could not be written."""
         shutil.rmtree(folder, ignore_errors=True)
         newest, free = "unknown", "unknown"
         with contextlib.suppress(OSError):  # the disk itself may be gone
@@ -292,7 +293,7 @@ def _fail(error: Exception, _: Path) -> NoReturn:
 
 
 def _sync(path: Path) -> None:
-    """Sync a file or a directory to disk."""
+    """Sync a file or directory to disk; a file is also dropped from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor) if path.is_dir() else drop_from_cache(descriptor)
@@ -301,18 +302,18 @@ def _sync(path: Path) -> None:
 
 
 def has_optimizer_state(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was saved without `--save_only_model`."""
+    """Return whether a checkpoint contains optimizer state (saved without `--save_only_model`)."""
     return (checkpoint / DEEPSPEED).is_dir() or "optimizer" in read_state_file(checkpoint)
 
 
 def load_training_state(checkpoint: Path, strategy: Strategy) -> TrainState:
-    """Load the state of the optimizer, written by any number of ranks, if any; a collective.
+    """Load the optimizer state of a checkpoint, if any; return the progress of its run.
 
-    The weights are loaded separately, by `load_for_training`. The learning rate is that of this run's own
-    schedule after the steps of the checkpoint.
+    Collective: call on all ranks. The state may have been saved by a different number of ranks, except with
+    DeepSpeed. `load_for_training` loads the weights. The learning rate follows this run's own schedule.
 
     Raises:
-        TrainingError: the state belongs to another optimizer or model.
+        TrainingError: the state cannot be read, or does not match the optimizer or model of this run.
     """
     saved = read_state_file(checkpoint)
     state = TrainState.from_json(saved)
@@ -337,9 +338,9 @@ def _groups(strategy: Strategy) -> list[dict[str, Any]]:
 
 
 def _report_change(rate: float, step: int, saved: dict[str, Any]) -> None:
-    """Log the learning rate of the next step if the schedule of the checkpoint had another one."""
+    """Warn if the learning rate at the next step differs from that of the checkpoint's schedule."""
     before = saved.get("scheduler", {}).get("_last_lr", [rate])[0]
     if not math.isclose(rate, before, rel_tol=1e-9):
         logger.warning(
-            "learning rate of step %d: %g (%g with the schedule of the checkpoint)", step, rate, before
+            "learning rate at step %d: %g (%g in the schedule of the checkpoint)", step, rate, before
         )

@@ -1,4 +1,4 @@
-"""Host buffers for copies of GPU or CPU tensors, reused for every checkpoint and pinned for GPUs."""
+"""Host buffers for tensor copies; reused across checkpoints, and pinned if the tensors are on a GPU."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,18 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Buffers are allocated in blocks of this size, because torch rounds pinned blocks up to a power of two.
+# Buffers share blocks of up to this size, because torch rounds pinned allocations up to a power of two.
 _BLOCK_BYTES = 2**32
 _ALIGNMENT = 64
-# Free memory required to allocate buffers, relative to their size; training may need more memory later.
+# Required free memory relative to the size of the buffers; the margin is for training.
 _FREE_FACTOR = 1.2
 
 
 class HostBuffers:
-    """A host buffer per name, reused for copies of the same shape and dtype.
+    """Host buffers keyed by tensor name; each is reused as long as the shape and dtype stay the same.
 
     Args:
-        device: device of the tensors to copy. On a GPU, copies run on a separate stream.
+        device: device of the tensors to copy. Copies from a GPU run on a separate stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,20 +33,20 @@ class HostBuffers:
         self._warned = False
 
     def fit(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether the missing buffers fit into this rank's part of the free memory."""
+        """Return whether missing buffers fit in this rank's share of the free memory; warn once if not."""
         needed = _FREE_FACTOR * sum(tensor.nbytes for tensor in self._missing(tensors).values())
         free = available_host_memory() / distributed.local_world_size()
         if needed > free and not self._warned:
             self._warned = True
             logger.warning(
                 "training pauses while checkpoints are written: copying the state needs %.1f GB of host "
-                "memory, and %.1f GB are free for this rank", needed / 1e9, free / 1e9,
+                "memory, but only %.1f GB are free for this rank", needed / 1e9, free / 1e9,
             )  # fmt: skip
         return needed <= free
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to the host, asynchronously on a GPU; return the buffers."""
+        """Copy tensors to host buffers, asynchronously from a GPU; return the buffers."""
         self._allocate(self._missing(tensors))
         with self.stream():
             for name, tensor in tensors.items():
@@ -57,7 +57,7 @@ class HostBuffers:
         return {name: self._buffers[name] for name in tensors}
 
     def stream(self) -> torch.cuda.StreamContext:
-        """Return the context of the copy stream; a null context on a CPU."""
+        """Return a context manager that selects the copy stream; it has no effect on a CPU."""
         return torch.cuda.stream(self._stream)
 
     def wait_for_training(self) -> None:
@@ -66,7 +66,7 @@ class HostBuffers:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def block_current_stream(self) -> None:
-        """Make later GPU work wait for the copies, without blocking the CPU."""
+        """Make GPU work launched from now on wait for the copies, without blocking the CPU."""
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
@@ -85,7 +85,7 @@ class HostBuffers:
         }
 
     def _allocate(self, tensors: Mapping[str, Tensor]) -> None:
-        """Allocate a buffer for each tensor."""
+        """Allocate a buffer for each tensor, in shared blocks."""
         offsets: dict[str, tuple[int, int]] = {}
         sizes: list[int] = [0]
         for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Progress of a run: step, epoch and best validation."""
+"""Progress of a run: step, epoch and best validation metric."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STATE_FILE = "trainer_state.json"
-# transformers' names of the fields.
+# Fields with a different name in transformers' `trainer_state.json`.
 _JSON_NAMES = {"step": "global_step", "best_step": "best_global_step", "total_flops": "total_flos"}
 
 
@@ -18,10 +18,10 @@ class TrainState:
     Attributes:
         step: number of optimizer steps completed.
         epoch: number of epochs completed.
-        best_step: step of the best validation; None before the first.
-        best_metric: metric of the best validation.
-        evals_without_improvement: number of validations since the best, for early stopping.
-        total_flops: FLOPs so far, over all ranks.
+        best_step: step with the best validation metric; None before the first validation.
+        best_metric: best validation metric so far.
+        evals_without_improvement: number of validations since the best one, for early stopping.
+        total_flops: FLOPs so far, summed across ranks.
         skipped_steps: number of completed steps whose gradients were not applied.
     """
 
@@ -34,7 +34,7 @@ class TrainState:
     skipped_steps: int = 0
 
     def update_best(self, metric: float, greater_is_better: bool) -> bool:
-        """Record the metric of a validation after this step; return whether it is the best so far."""
+        """Record the validation metric after the current step; return whether it is the best so far."""
         best = self.best_metric
         is_better = best is None or (metric > best if greater_is_better else metric < best)
         if is_better and math.isfinite(metric):
@@ -44,13 +44,13 @@ class TrainState:
         return False
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields under their names in `trainer_state.json`."""
+        """Return the fields, keyed by their names in `trainer_state.json`."""
         return {_JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """Restore the state from the result of `to_json`; ignore other keys."""
-        values = {"skipped_steps": 0, **values}  # earlier versions did not count them
+        """Create the state from the result of `to_json`; ignore other keys."""
+        values = {"skipped_steps": 0, **values}  # not stored by earlier versions
         return cls(**{f.name: values[_JSON_NAMES.get(f.name, f.name)] for f in fields(cls)})
 
 

@@ -1,4 +1,4 @@
-"""Collect the weights of a checkpoint: select what each rank copies, and gather shards on rank 0."""
+"""Collect the weights for a checkpoint: select what each rank copies and gather the shards on rank 0."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from internvl_chat.utils import distributed
 
 
 class WeightGatherer:
-    """Collects the weights of each checkpoint; shards (FSDP2) are gathered over gloo, without the GPU.
+    """Collects the weights for each checkpoint; gathers FSDP2 shards on the CPU with gloo.
 
     Args:
-        group: gloo group that nothing else uses while `gather` runs; None with a single rank.
+        group: gloo group that is not used elsewhere while `gather` runs; None in a single-rank run.
     """
 
     def __init__(self, model: InternVLChatModel, group: dist.ProcessGroup | None) -> None:
@@ -29,11 +29,14 @@ class WeightGatherer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the unsharded weights selected by `prepare`."""
+        """Full size in bytes of the weights selected by `prepare`, including all shards."""
         return sum(weight.nbytes for weight in self._unique.values())
 
     def prepare(self) -> dict[str, Tensor]:
-        """Return the tensors that this rank must copy: its shards of the trained weights."""
+        """Select the weights to save; return the trainable ones that this rank must copy.
+
+        These are its shards and, on rank 0, the unsharded weights.
+        """
         weights = dict(self._model.state_dict(keep_vars=True))
         if lora_layers(self._model):
             saved = adapter_weights(self._model, weights)
@@ -54,13 +57,15 @@ class WeightGatherer:
         }
 
     def gather(self, copies: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return all weights by name on rank 0, and nothing on other ranks; a collective.
+        """Return all selected weights, keyed by name, on rank 0 and an empty dict on other ranks.
+
+        Collective: call on all ranks. Frozen weights are gathered only by the first call.
 
         Args:
-            copies: copies of the tensors from `prepare`. Frozen weights are gathered once and not copied.
+            copies: copies of the tensors that `prepare` returned.
 
         Raises:
-            AgreedError: a rank cannot read its shard.
+            AgreedError: a shard is missing, or is not sharded along dimension 0.
         """
         for name, weight in self._unique.items():
             if isinstance(weight, DTensor) and (name in self._trained or not self._has_frozen):

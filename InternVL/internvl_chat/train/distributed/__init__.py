@@ -1,1 +1,1 @@
-"""Parallel layouts (DDP, FSDP2, DeepSpeed), the launcher and stop signals."""
+"""Parallel training strategies (DDP, FSDP2, DeepSpeed), the launcher, and stop signals."""

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1, 2 and 3, with the user's configuration file."""
+"""Train with DeepSpeed ZeRO-1, 2 or 3, configured by the user's file."""
 
 import contextlib
 import copy
@@ -18,24 +18,25 @@ from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeSchedule
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError, UsageError
 
-# Options that DeepSpeed does not pass on to torch's AdamW.
+# Options that DeepSpeed removes before it constructs torch's AdamW.
 _ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 
 
 def zero_stage(config: Mapping[str, Any]) -> Any:
-    """Return the ZeRO stage of a DeepSpeed configuration; `resolve_deepspeed` checks it."""
+    """Return the ZeRO stage in a DeepSpeed configuration; `resolve_deepspeed` validates it."""
     section = config.get("zero_optimization")
     return section.get("stage", 0) if isinstance(section, Mapping) else 0
 
 
 def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
-    """Return the user's configuration with all "auto" values replaced.
+    """Return the user's configuration with the batch sizes and all "auto" values set from the flags.
 
     Args:
-        hidden_size: hidden size of the language model, which sets ZeRO-3's bucket sizes as in transformers.
+        hidden_size: hidden size of the language model; determines the "auto" bucket sizes.
 
     Raises:
-        UsageError: lists the values that contradict the flags or cannot be "auto".
+        UsageError: the ZeRO stage is unsupported, or a value contradicts the flags or cannot be "auto"; the
+            message lists all problems.
     """
     config = copy.deepcopy(dict(run.deepspeed or {}))
     flags = {
@@ -64,13 +65,13 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
             "to train without ZeRO, use --parallel ddp instead of --deepspeed"
         )
     _fill(config, "", values, flags, problems)
-    # The records of a rank in a step are one batch; the loop accumulates gradients over their packs.
+    # DeepSpeed sees one batch per rank and step; the training loop accumulates gradients over its packs.
     config["train_micro_batch_size_per_gpu"] = run.records_per_rank
     config["gradient_accumulation_steps"] = 1
     config["train_batch_size"] = run.records_per_step
     config.setdefault("gradient_clipping", run.max_grad_norm)
     config.setdefault("bf16", {"enabled": run.bf16})
-    # Without an optimizer in the configuration, ours is used.
+    # Allow the optimizer from `make_optimizer`, which is used if the configuration has none.
     config.setdefault("zero_allow_untested_optimizer", True)
     if _uses_torch_adam(config):
         config["optimizer"]["params"] = {"torch_adam": True} | (config["optimizer"].get("params") or {})
@@ -80,9 +81,9 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def _uses_torch_adam(config: Mapping[str, Any]) -> bool:
-    """Return whether the configuration names Adam or AdamW, which otherwise is compiled at the first start.
+    """Return whether to use torch's Adam: if the configuration selects Adam or AdamW without offload.
 
-    With optimizer state in CPU memory, DeepSpeed's own CPU kernel is used.
+    DeepSpeed's own GPU kernel would be compiled on first use. With offload, DeepSpeed uses its CPU kernel.
     """
     section, zero = config.get("optimizer"), config.get("zero_optimization")
     offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
@@ -91,7 +92,7 @@ def _uses_torch_adam(config: Mapping[str, Any]) -> bool:
 
 
 def deepspeed_problems(run: RunConfig) -> Iterator[str]:
-    """Yield the problems of the DeepSpeed configuration that can be found without a model."""
+    """Yield error messages for problems in the DeepSpeed configuration, without the model."""
     try:
         config = resolve_deepspeed(run, hidden_size=1)
     except UsageError as error:
@@ -108,11 +109,11 @@ def deepspeed_problems(run: RunConfig) -> Iterator[str]:
             yield f'--deepspeed: "{name}.type" is {kind!r}, but must be one of {", ".join(known)}'
             return
     try:
-        DeepSpeedConfig(config | {"train_batch_size": run.records_per_rank})  # knows a single rank
+        DeepSpeedConfig(config | {"train_batch_size": run.records_per_rank})  # assumes a single rank
     except ValidationError as error:
         for detail in error.errors():
             yield f'--deepspeed: "{".".join(map(str, detail["loc"]))}": {detail["msg"]}'
-    except Exception as error:  # DeepSpeed raises errors of many types
+    except Exception as error:  # DeepSpeed raises many types of exceptions
         yield f"--deepspeed: {error}"
     if _uses_torch_adam(config):
         options = {k: v for k, v in config["optimizer"]["params"].items() if k not in _ADAM_SWITCHES}
@@ -144,7 +145,7 @@ def _fill(
 
 
 def _init_single_rank(model: InternVLChatModel) -> None:
-    """Create the process group of a run without a launcher; otherwise DeepSpeed looks for MPI."""
+    """Create the process group for a run without a launcher; otherwise DeepSpeed looks for MPI."""
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
     dist.init_process_group(
@@ -153,11 +154,11 @@ def _init_single_rank(model: InternVLChatModel) -> None:
 
 
 class DeepSpeedStrategy(Strategy):
-    """Trains with a DeepSpeed engine, which holds float32 master weights, clips the gradients and steps.
+    """Trains with a DeepSpeed engine, which keeps float32 master weights, clips gradients and steps.
 
     Args:
-        make_optimizer: builds the optimizer of the model, unless the configuration has one.
-        make_scheduler: builds the learning-rate scheduler, unless the configuration has one.
+        make_optimizer: builds the optimizer if the configuration has none.
+        make_scheduler: builds the learning-rate scheduler if the configuration has none.
         config: configuration from `resolve_deepspeed`.
     """
 
@@ -197,17 +198,17 @@ class DeepSpeedStrategy(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Clip the gradients and step; DeepSpeed reports the norm only after the step."""
+        """Clip to the configured norm and step; DeepSpeed computes the norm only during the step."""
         self.engine.step()
         self._has_stepped = self.engine.was_step_applied()
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def step(self, *, apply: bool) -> None:
-        """See `Strategy`; `clip_gradients` has already stepped unless the gradients are not finite.
+        """See `Strategy`. `clip_gradients` has already stepped unless DeepSpeed skipped the step.
 
         Raises:
-            TrainingError: the gradients have been applied but should not.
+            TrainingError: `apply` is False, but DeepSpeed has already applied the gradients.
         """
         if self._has_stepped and not apply:
             raise TrainingError(
@@ -218,9 +219,9 @@ class DeepSpeedStrategy(Strategy):
         self._has_stepped = False
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Return all weights by name; a collective.
+        """Return all weights, keyed by name. Collective: call on all ranks.
 
-        ZeRO-3's are gathered in the CPU memory of rank 0, and the other ranks return an empty dictionary.
+        With ZeRO-3, rank 0 gathers them in CPU memory and the other ranks return an empty dict.
         """
         if not self.shards_weights:
             return dict(self.model.state_dict())
@@ -234,7 +235,7 @@ class DeepSpeedStrategy(Strategy):
                     if main and error is None:
                         weights[name] = parameter.detach().to("cpu", copy=True)
                 except RuntimeError as failure:
-                    error = failure  # the other ranks wait for this one to gather the rest
+                    error = failure  # continue, because the other ranks need this one to gather the rest
         if error is not None:
             raise error
         tied = self.model.named_parameters(remove_duplicate=False)
@@ -247,10 +248,10 @@ class DeepSpeedStrategy(Strategy):
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Write the state of a DeepSpeed engine; a collective that does not hang if a rank cannot write.
+    """Write the state of a DeepSpeed engine without hanging if a rank cannot write.
 
-    Ranks wait for each other inside `save_checkpoint`, with ZeRO-3 also to gather weights. The files are
-    therefore written after it returns.
+    Collective: call on all ranks. They synchronize inside `save_checkpoint`, so the files are written after
+    it returns.
 
     Raises:
         OSError: this rank cannot write its files.

@@ -14,7 +14,7 @@ from internvl_chat.utils import distributed
 
 
 class FSDPStrategy(Strategy):
-    """Shards a model in place: each layer of both towers is a unit, and the rest of the model is another."""
+    """Shards a model in place: one unit per transformer layer, and one for the rest of the model."""
 
     name, shards_weights = "fsdp", True
 

@@ -1,6 +1,6 @@
 """torchrun wrapper: forwards signals to the workers, writes the log, and returns the workers' exit code.
 
-`python -m internvl_chat.train.distributed.launch --nproc_per_node 2 SCRIPT --output_dir DIR ...` takes
+`python -m internvl_chat.train.distributed.launch --nproc_per_node 2 SCRIPT --output_dir DIR ...` accepts
 torchrun's flags. With `--output_dir`, all output is also written to `training_log.txt` in that folder.
 """
 
@@ -26,7 +26,7 @@ logger = get_logger("internvl_chat.train.distributed.launch")  # __name__ is `__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun with a log; return 0, 128 + n after signal n, or the first failed worker's exit code."""
+    """Run torchrun and log its output; return 0, 128 + n after signal n, or the exit code of a failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stamp(results: Path) -> int | None:
-    """Return the modification time of the results of a finished run; None if there are none."""
+    """Return the modification time of the results file of a finished run; None if there is no file."""
     try:
         return results.stat().st_mtime_ns
     except OSError:
@@ -70,17 +70,16 @@ def _stamp(results: Path) -> int | None:
 
 
 def _is_unchanged(results: Path, stamp: int | None) -> bool:
-    """Return whether a folder held results of a finished run and still has them; a new run deletes them."""
+    """Return whether the results file still has the modification time `stamp` (None: it did not exist)."""
     return stamp is not None and _stamp(results) == stamp
 
 
 @contextlib.contextmanager
 def _logged_to(log: int, results: Path) -> Iterator[None]:
-    """Copy all output to the terminal and to a log file, in a child process.
+    """Copy all output to the terminal and to a log file in a child process.
 
-    The log of a finished run is left as it is unless a new run starts.
-
-    The child ignores signals, so that workers can write until they have saved, even without the launcher.
+    The log of a finished run does not change unless a new run starts. The child ignores stop signals, so
+    workers can still print while they save, even if the launcher has been killed.
     """
     originals = os.dup(1), os.dup(2)
     source, pipe = os.pipe()
@@ -111,10 +110,10 @@ def _logged_to(log: int, results: Path) -> Iterator[None]:
 
 
 def _copy(source: int, terminal: int, log: int, results: Path) -> None:
-    """Copy the output to the terminal, and to the log without text that carriage returns overwrite.
+    """Copy output to the terminal and the log; the log omits text overwritten after a carriage return.
 
     Args:
-        results: results of a finished run; while they are unchanged, nothing is written to the log.
+        results: results file of a finished run; nothing is logged while it exists unchanged.
     """
     line, held, finished = b"", b"", _stamp(results)
     while data := os.read(source, 1 << 16):
@@ -129,14 +128,14 @@ def _copy(source: int, terminal: int, log: int, results: Path) -> None:
 
 
 def _write(file: int, data: bytes) -> None:
-    """Write the data and ignore errors: a full disk or a closed terminal must not stop the run."""
+    """Write data, ignoring errors: a full disk or a closed terminal must not stop the run."""
     with contextlib.suppress(OSError):
         while data:
             data = data[os.write(file, data) :]
 
 
 def _launch(argv: list[str]) -> int:
-    """Run torchrun in a thread, so that the main thread handles signals while torchrun waits for nodes."""
+    """Run torchrun in a thread, so the main thread can handle signals; return the exit code."""
     codes: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def forward(number: int, *_: object) -> None:
@@ -165,13 +164,13 @@ def _launch(argv: list[str]) -> int:
 
 
 def _run_torchrun(argv: list[str]) -> int:
-    """Run torchrun and return its exit code; log the reason of a failure that the worker cannot log."""
+    """Run torchrun and return its exit code; log failures that the workers cannot log themselves."""
     # Imported after the fork, because importing torch starts threads.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # In a shared store, restarted workers would read the addresses of their predecessors.
+    # With a shared store, restarted workers would read stale addresses from the previous attempt.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         torchrun(argv)
@@ -183,7 +182,7 @@ def _run_torchrun(argv: list[str]) -> int:
         elif code > 2:
             logger.error("rank %d failed with exit code %d", rank, code)
         return code if code > 0 else 128 - code
-    except SystemExit as error:  # from its command line
+    except SystemExit as error:  # from its argument parser
         return int(error.code or 0)
     except Exception as error:
         logger.error("torchrun failed: %s: %s", type(error).__name__, error)

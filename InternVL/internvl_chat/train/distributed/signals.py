@@ -1,6 +1,6 @@
 """Stop signals: recorded on arrival, handled after the current step.
 
-SLURM sends SIGTERM or SIGUSR1 before it ends a job; Ctrl-C sends SIGINT.
+SLURM sends SIGTERM to end a job; `--signal` requests an earlier signal, such as SIGUSR1. Ctrl-C sends SIGINT.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from typing import Any, Self
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Environment variables that the launcher sets for its workers.
-LAUNCHER = "M3LLM_LAUNCHER"  # process id of the launcher
-EXIT_CODE = "M3LLM_EXIT_CODE"  # file to which a worker writes the exit code of a run not to be restarted
+LAUNCHER = "M3LLM_LAUNCHER"  # process ID of the launcher
+EXIT_CODE = "M3LLM_EXIT_CODE"  # file for the exit code of a run that must not be restarted
 STOPPING = "M3LLM_STOPPING"  # signal received before this worker was started; empty if none
 
 # Linux's prctl option for the signal sent to a process when its parent exits.
 _PR_SET_PDEATHSIG = 1
 
-# Interrupts within this time count as one, because a scheduler may signal both launcher and workers.
+# SIGINTs within this time count as one, because a scheduler may signal both the launcher and the workers.
 _DEBOUNCE_SECONDS = 1.0
 
 
@@ -59,7 +59,7 @@ class StopRequest:
 
 
 def _print(text: str) -> None:
-    """Write a line to stderr without logging, whose lock the interrupted code may hold."""
+    """Write a line to stderr; do not use logging, because the interrupted code may hold its lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
@@ -67,7 +67,7 @@ def _print(text: str) -> None:
 def stop_with_launcher() -> None:
     """Send this worker SIGTERM when its launcher exits (Linux only).
 
-    Exits now if the launcher has exited or has received a stop signal.
+    Exit immediately if the launcher has already exited or received a stop signal.
     """
     if stopping := os.environ.get(STOPPING):
         sys.exit(report_exit(exit_code(signal.Signals[stopping])))
@@ -79,16 +79,16 @@ def stop_with_launcher() -> None:
 
 
 def exit_code(stopped_by: signal.Signals) -> int:
-    """Return the exit code of a run stopped by a signal, as shells define it."""
+    """Return the exit code of a run stopped by a signal: 128 + signal number, as in shells."""
     return 128 + stopped_by
 
 
 def report_exit(code: int) -> int:
-    """Report the exit code of a run that must not be restarted; return the one that the worker must use."""
+    """Tell the launcher the exit code of a run that must not be restarted; return this worker's exit code."""
     if EXIT_CODE not in os.environ or not code:
         return code
     try:
         Path(os.environ[EXIT_CODE]).write_text(str(code), encoding="utf-8")
     except OSError:  # the disk is full, or the launcher has exited
         return code
-    return 0  # torchrun restarts workers that exit with another code
+    return 0  # torchrun restarts workers that exit with a nonzero code

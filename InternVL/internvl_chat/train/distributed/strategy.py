@@ -1,4 +1,4 @@
-"""Parallel layouts of training: a single rank or DDP here, FSDP2 and DeepSpeed in subclasses."""
+"""Parallel training strategies: a single rank and DDP here, FSDP2 and DeepSpeed in subclasses."""
 
 import contextlib
 import math
@@ -19,18 +19,18 @@ MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 class Strategy:
-    """Owns model, optimizer and scheduler; this class keeps all weights on every rank (DDP).
+    """Owns the model, optimizer and scheduler; this class replicates the model on every rank (DDP).
 
     Args:
-        model: model on any device, whose trainable parameters have been chosen.
-        bucket_cap_mb: size of DDP's gradient buckets; None for torch's default.
+        model: model on any device, after `set_trainable`.
+        bucket_cap_mb: size of DDP's gradient buckets in MB; None for torch's default.
 
     Attributes:
         name: `single`, `ddp`, `fsdp` or `deepspeed`.
-        model: the model without wrapper.
-        wrapped: the module to call in training.
-        shards_weights: whether weights are sharded outside the forward pass. All ranks must then run the
-            same modules.
+        model: the unwrapped model.
+        wrapped: the module to call for training.
+        shards_weights: whether weights are gathered in the forward pass. All ranks must then run the same
+            modules.
     """
 
     shards_weights = False
@@ -49,7 +49,7 @@ class Strategy:
         self.scheduler = make_scheduler(self.optimizer)
 
     def _wrap(self, device: torch.device, bucket_cap_mb: int | None) -> nn.Module:
-        """Return the module to call in training."""
+        """Return the module to call for training."""
         self.name = "ddp" if distributed.world_size() > 1 else "single"
         if self.name == "single":
             return self.model
@@ -63,13 +63,13 @@ class Strategy:
         )
 
     def gradient_sync(self, last: bool) -> AbstractContextManager:
-        """Return the context of a forward and backward pass; gradients are reduced after the last pass."""
+        """Return the context for one forward and backward pass; only the last pass reduces the gradients."""
         if last or not isinstance(self.wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.wrapped.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """Run the backward pass, inside `gradient_sync`."""
+        """Run the backward pass. Call it inside `gradient_sync`."""
         loss.backward()
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -78,7 +78,7 @@ class Strategy:
         return float(full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)))
 
     def step(self, *, apply: bool) -> None:
-        """Update the weights if `apply`, advance the schedule, and delete the gradients."""
+        """Update the weights if `apply` is True, advance the schedule, and clear the gradients."""
         if apply:
             self.optimizer.step()
         self.scheduler.step()
@@ -91,5 +91,5 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
+    """Return this rank's shard of a DTensor; return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

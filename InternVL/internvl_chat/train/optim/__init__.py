@@ -1,1 +1,1 @@
-"""Optimizers (including AdamW for bf16 weights) and learning rate schedules."""
+"""Optimizers (including AdamW for bf16 weights) and learning-rate schedules."""

@@ -1,6 +1,6 @@
 """AdamW for bf16 weights that does not lose small updates.
 
-At a learning rate of 5e-6 most updates are below half the spacing of bf16 numbers, and rounding to nearest
+At a learning rate of 5e-6, most updates are below half the spacing of bf16 numbers, so rounding to nearest
 discards them. This AdamW computes in float32. A bf16 weight either has a float32 master copy or is rounded
 stochastically, which preserves small updates on average.
 """
@@ -21,8 +21,8 @@ from internvl_chat.train.optim.fused_step import fused_step, step_factors, stoch
 # Values of `--optim` that select the AdamW of this module.
 OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
-# Maximum number of elements that an eager step casts to float32 at a time. On a CPU the scratch memory must
-# fit into the cache but be large enough for multithreading. On a GPU only embeddings and head are split.
+# Maximum number of elements that an eager step casts to float32 at a time. On a CPU, the scratch memory
+# must fit in the cache but be large enough for multithreading. On a GPU, only embeddings and heads are split.
 _SLICE = {"cpu": 2**20, "cuda": 2**28}
 
 _STATE_BYTES = {"master": 12, "stochastic": 8, "bf16": 4}
@@ -30,12 +30,12 @@ _SCRATCH_BYTES = {"master": 4, "stochastic": 12, "bf16": 0}
 
 
 def bytes_per_parameter(precision: str, dtype: torch.dtype) -> int:
-    """Return the bytes of weight, gradient and optimizer state per trained float32 or bfloat16 parameter."""
+    """Return the bytes per trainable float32 or bf16 parameter: weight, gradient and optimizer state."""
     return 2 * dtype.itemsize + _STATE_BYTES["stochastic" if dtype == torch.float32 else precision]
 
 
 def scratch_bytes(precision: str, parameters: Iterable[Tensor], device_type: str, compiled: bool) -> int:
-    """Return the temporary memory of a step on this rank's shards of the parameters; 0 if compiled."""
+    """Return the scratch memory in bytes of a step on this rank's shards of `parameters`; 0 if compiled."""
     counts = [local_shard(p).numel() for p in parameters if p.dtype == torch.bfloat16]
     return 0 if compiled else _SCRATCH_BYTES[precision] * _slice_size(counts, device_type)
 
@@ -43,19 +43,19 @@ def scratch_bytes(precision: str, parameters: Iterable[Tensor], device_type: str
 def build_adamw(
     groups: Sequence[dict[str, Any]], *, precision: str, seed: int = 0, compiled: bool = False, **options: Any
 ) -> torch.optim.Optimizer:
-    """Return a fused AdamW that updates bf16 weights in the given precision.
+    """Return a fused AdamW that updates bf16 weights with the given precision.
 
-    Float32 parameters are updated as by `torch.optim.AdamW`, bit for bit, in every precision.
+    Float32 parameters are updated bit-identically to `torch.optim.AdamW`, regardless of the precision.
 
     Args:
         precision: `master` (a float32 copy of each bf16 weight), `stochastic` (stochastic rounding; less
-            memory) or `bf16` (weights and moments in bf16, as the reference trains).
+            memory) or `bf16` (bf16 weights and moments, like the reference).
         seed: see `Float32AdamW`.
         compiled: see `Float32AdamW`.
-        options: other arguments of `Float32AdamW` or `torch.optim.AdamW`.
+        options: arguments of both `Float32AdamW` and `torch.optim.AdamW`, such as `lr`.
 
     Raises:
-        ValueError: unknown precision.
+        ValueError: the precision is unknown.
     """
     if precision not in WEIGHT_PRECISIONS:
         raise ValueError(f"weight precision {precision!r} must be one of {', '.join(WEIGHT_PRECISIONS)}")
@@ -66,7 +66,7 @@ def build_adamw(
 
 
 class _Slice(NamedTuple):
-    """The local tensors of a parameter, or a flat slice of them, and its step number."""
+    """The local tensors of a parameter (or flat slices of them) and the step number."""
 
     weight: Tensor
     grad: Tensor
@@ -90,23 +90,23 @@ class _Slice(NamedTuple):
 class Float32AdamW(torch.optim.Optimizer):
     """AdamW with float32 arithmetic and moments for bf16 and float32 parameters.
 
-    The state of a parameter is `exp_avg` and `exp_avg_sq` in float32 (DTensors if the parameter is one),
-    `step` (float32 scalar on the CPU), and in precision `master` the float32 `master` of a bf16 weight. The
-    master is updated exactly like a float32 weight. Parameters without gradients do not change.
+    The state of a parameter consists of `exp_avg` and `exp_avg_sq` in float32 (DTensors if the parameter is
+    one), `step` (float32 scalar on the CPU) and, for a bf16 weight with precision `master`, its float32 copy
+    `master`, which is updated exactly like a float32 weight. Parameters without gradients do not change.
 
-    The noise of stochastic rounding depends only on the seed, the number of steps (both saved in the groups)
-    and the index of the group. Data-parallel ranks and resumed runs therefore round identically.
+    The noise of stochastic rounding depends only on the seed, the number of steps (both saved in the group)
+    and the group index. Data-parallel ranks and resumed runs therefore round identically.
 
     Args:
-        params: bf16 or float32 parameters or groups, all on one device.
+        params: bf16 or float32 parameters, or parameter groups, all on one device.
         precision: `master` or `stochastic`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         seed: seed of the stochastic rounding.
         compiled: update bf16 weights in one compiled pass over memory.
 
     Raises:
-        TypeError: a parameter has another dtype.
-        RuntimeError: in a step, a gradient is sparse or a bf16 parameter is not contiguous.
+        TypeError: a parameter is neither bf16 nor float32.
+        RuntimeError: raised by `step` if a gradient is sparse or a bf16 parameter is not contiguous.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Float32AdamW(torch.optim.Optimizer):
                 (self._update_compiled if self.compiled else self._update)(bf16, group, noise_seed)
 
     def _next_step(self, parameter: Tensor, gradient: Tensor) -> _Slice:
-        """Return the tensors of a parameter's next step; the first step creates the state."""
+        """Return the tensors for the next step of a parameter; create the state if it is the first."""
         if gradient.is_sparse:
             raise RuntimeError("AdamW does not support sparse gradients; use an embedding with sparse=False")
         state = self.state[parameter]
@@ -176,8 +176,8 @@ class Float32AdamW(torch.optim.Optimizer):
                 continue
             weight = scratch[1, :count].copy_(part.weight)
             _adamw([part], [weight], [grad], group)
-            # On a CPU, sampling noise takes longer than the step. Reuse it, XORed with a random mask: the
-            # numbers remain uniform and pairwise independent.
+            # On a CPU, sampling noise takes longer than the step. Reuse the noise, XORed with a random
+            # mask: the numbers remain uniform and pairwise independent.
             mask = torch.empty_like(noise[0]).random_(0, 2**16, generator=generator)
             part.weight.copy_(stochastic_round_(weight, noise[:count].bitwise_xor_(mask)))
 
@@ -191,15 +191,15 @@ class Float32AdamW(torch.optim.Optimizer):
                 torch.manual_seed(noise_seed)
             for parameter in parameters:
                 (flat,) = parameter.split(parameter.weight.numel())
-                # Not the view itself, because torch recompiles for each shape of its base.
+                # Pass `.data`, because torch would recompile for each shape of the base tensor of a view.
                 weight, grad, average, square = (tensor.data for tensor in flat[:4])
                 master = None if flat.master is None else flat.master.data
                 fused_step(weight, grad, average, square, master, factors[parameter.step])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of any precision in float32, whereas torch casts it to the dtype of the weights.
+        """Load state saved with any precision as float32 (torch would cast it to the parameter dtype).
 
-        Unused entries are dropped; missing ones are created in the next step.
+        Entries that this precision does not use are dropped; missing ones are created in the next step.
         """
         super().load_state_dict({**state_dict, "state": {}})
         for group, name in itertools.product(self.param_groups, self.defaults):
@@ -219,10 +219,10 @@ class Float32AdamW(torch.optim.Optimizer):
 def _adamw(
     slices: Sequence[_Slice], weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]
 ) -> None:
-    """Update float32 weights and the moments of the slices with torch's fused kernel."""
+    """Update the float32 `weights` and the moments of `slices` with torch's fused kernel."""
     if not slices:
         return
-    # torch increments the steps.
+    # The kernel increments the step counts.
     counts = torch.tensor([s.step - 1.0 for s in slices], dtype=torch.float32)
     steps = list(counts.to(weights[0].device, non_blocking=True).unbind())
     moments = [s.exp_avg for s in slices], [s.exp_avg_sq for s in slices]
@@ -232,5 +232,5 @@ def _adamw(
 
 
 def _slice_size(counts: Sequence[int], device_type: str) -> int:
-    """Return the number of elements of a slice, given the sizes of the parameters."""
+    """Return the slice size in elements for parameters with these element counts."""
     return min(max(counts, default=0), _SLICE[device_type])

@@ -24,19 +24,21 @@ logger = get_logger(__name__)
 
 # As in transformers, biases are matched by name, and norms by type or name.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-# These optimizers need a special training loop or selection of modules.
-_REFUSED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
-# These schedules need a metric in every step.
-_REFUSED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
-# Arguments of transformers' schedules that are no options of the user.
+# These optimizers need a special training loop or a selection of modules.
+_UNSUPPORTED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
+# These schedules need a metric at every step.
+_UNSUPPORTED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
+# Arguments of transformers' schedules that the user cannot set.
 _SET_BY_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 
 def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of the trainable parameters, without weight decay of biases and norms; collective.
+    """Return the optimizer of the trainable parameters, with no weight decay for biases and norms.
+
+    Collective: call on all ranks.
 
     Raises:
-        UsageError: `--optim` is not supported or its package is not installed.
+        UsageError: `--optim` is unsupported, its package is not installed, or its options are invalid.
     """
     groups = group_by_decay(model, run.weight_decay)
     if run.optim not in OWN_OPTIMIZERS:
@@ -57,15 +59,15 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
-    """Return the learning-rate scheduler for all steps of the run.
+    """Return the learning-rate scheduler for a run of `total_steps` steps.
 
     Raises:
-        UsageError: the schedule is not supported, or its options are invalid.
+        UsageError: the schedule is unsupported, or its options are invalid.
     """
     name, warmup = run.lr_scheduler_type, run.warmup_steps
-    if name in _REFUSED_SCHEDULERS:
+    if name in _UNSUPPORTED_SCHEDULERS:
         raise UsageError(
-            f"--lr_scheduler_type {name}: not supported: it needs a metric; use cosine or linear"
+            f"--lr_scheduler_type {name}: not supported, because it needs a metric; use cosine or linear"
         )
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(total_steps * warmup)
     options = dict(run.lr_scheduler_kwargs)
@@ -84,28 +86,28 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
         decay = options.get("num_decay_steps")
         if decay and "num_stable_steps" not in options and warmup_steps + decay > total_steps:
             raise ValueError(
-                f"num_decay_steps {decay} and {warmup_steps} warm-up steps exceed all {total_steps} steps"
+                f"num_decay_steps {decay} plus {warmup_steps} warm-up steps exceed all {total_steps} steps"
             )
-    except Exception as error:  # of any kind: the schedules compute with unchecked options
+    except Exception as error:  # of any type, because the schedules do not validate their options
         raise UsageError(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: {error}") from None
-    return cast(LambdaLR, scheduler)  # all but the rejected ones
+    return cast(LambdaLR, scheduler)  # all supported schedules use LambdaLR
 
 
 def _check_rates(scheduler: LRScheduler, total_steps: int) -> None:
-    """Compute the factors of the learning rate at up to about 1000 steps; wrong options may fail only there.
+    """Evaluate the schedule at up to about 1000 steps, because some invalid options fail only there.
 
     Raises:
-        ValueError: a factor is not between 0 and 1.
+        ValueError: a learning-rate factor is not between 0 and 1.
     """
     for factor in scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else ():
         for step in {*range(0, total_steps, total_steps // 1000 + 1), total_steps}:
             if not 0 <= (value := factor(step)) <= 1 + 1e-6:
-                raise ValueError(f"the learning rate of step {step} is {value} times --learning_rate")
+                raise ValueError(f"the learning rate at step {step} is {value} times --learning_rate")
 
 
 def move_schedule(scheduler: LambdaLR, steps: int) -> float:
-    """Move a new scheduler to the state after a number of steps; return the learning rate of the next one."""
-    # With a count above 1, torch does not look for steps of the optimizer before those of the scheduler.
+    """Advance a new scheduler by the given number of steps; return the learning rate of the next step."""
+    # With a count above 1, torch does not warn that the scheduler steps before the optimizer.
     position = {"last_epoch": steps - 1, "_step_count": max(steps, 2)}
     scheduler.load_state_dict({**scheduler.state_dict(), **position})
     scheduler.step()
@@ -113,13 +115,13 @@ def move_schedule(scheduler: LambdaLR, steps: int) -> float:
 
 
 def scheduled_rate(run: RunConfig, total_steps: int, step: int) -> float:
-    """Return the learning rate of a step, counted from 1, of a run's own schedule."""
+    """Return the learning rate that the schedule of a run has at a (1-based) step."""
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
     return move_schedule(make_scheduler(run, probe, total_steps), step - 1)
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
-    """Yield the problems of `make_optimizer` and `make_scheduler` that can be found without a model."""
+    """Yield error messages for problems with the optimizer and schedule flags, without the model."""
     weight = nn.Parameter(torch.zeros(1))
     probe = torch.optim.SGD([weight], lr=run.learning_rate)
     groups = [{"params": [weight], "weight_decay": run.weight_decay}]
@@ -140,7 +142,7 @@ def optimizer_problems(run: RunConfig) -> Iterator[str]:
 
 
 def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: with weight decay, and biases and norms without."""
+    """Group the trainable parameters: those with weight decay, then biases and norms without it."""
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
     trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
@@ -151,9 +153,10 @@ def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 @functools.cache
 def uses_compiled_step(precision: str, device: torch.device) -> bool:
-    """Return whether the step of bf16 weights is compiled: on GPUs, if every rank can compile; collective.
+    """Return whether to compile the step of bf16 weights: on GPUs, if every rank can compile it.
 
-    On a CPU a compiled pass is not faster, and sampling its random numbers is much slower.
+    Collective: call on all ranks. On a CPU, the compiled step is not faster, and its random number generation
+    is much slower.
     """
     if device.type != "cuda" or precision == "bf16":
         return False
@@ -174,15 +177,15 @@ def _can_compile(precision: str, device: torch.device) -> bool:
 def _library_optimizer(
     run: RunConfig, groups: list[dict[str, Any]], model: nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    """Return an optimizer that transformers' Trainer supports.
+    """Return an optimizer that is supported by transformers' Trainer.
 
     Args:
-        model: keep its embeddings' state in 32 bits.
+        model: model whose embeddings keep 32-bit state; None to only check the flags.
 
     Raises:
-        UsageError: the optimizer is not supported or not installed, or its options are invalid.
+        UsageError: the optimizer is unsupported or not installed, or its options are invalid.
     """
-    if run.optim.startswith(_REFUSED_OPTIMIZERS):
+    if run.optim.startswith(_UNSUPPORTED_OPTIMIZERS):
         raise UsageError(f"--optim {run.optim}: not supported; use adamw_torch, adafactor or sgd")
     pairs = run.optim_args.replace(" ", "").split(",") if run.optim_args else []
     if wrong := [pair for pair in pairs if pair.count("=") != 1]:
@@ -206,24 +209,26 @@ def _library_optimizer(
         return optimizer_class(groups, **options)
     except UsageError:
         raise
-    except Exception as error:  # of any kind: the optimizers check their options themselves
+    except Exception as error:  # of any type, because the optimizers validate their options themselves
         given = f" --optim_args {run.optim_args}" if pairs else ""
-        raise UsageError(f"--optim {run.optim}{given}: {error}; or use adamw_torch (the default)") from None
+        raise UsageError(
+            f"--optim {run.optim}{given}: {error}; alternatively, use adamw_torch (the default)"
+        ) from None
 
 
 def _library_options(
     run: RunConfig, pairs: Sequence[str]
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return class and options of an optimizer, given its pairs of name and value."""
+    """Return the class and the options of `--optim`, given `--optim_args` as name=value pairs."""
     from transformers import Trainer, TrainingArguments
 
     run = dataclasses.replace(run, optim_args=",".join(pairs))
-    # The method reads only flags that RunConfig has too.
+    # The method reads only flags that RunConfig also has.
     return Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, run))
 
 
 def _keep_embeddings_32_bit(model: nn.Module) -> None:
-    """Exclude embeddings from 8-bit optimizer state, which is unstable for them, as transformers does."""
+    """Keep 32-bit optimizer state for embeddings, like transformers: 8-bit state makes them unstable."""
     from bitsandbytes.optim import GlobalOptimManager
 
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Fingerprint of a run: every setting is compared or known not to matter."""
+"""The fingerprint of a run: every setting is compared or listed as irrelevant."""
 
 from dataclasses import fields, replace
 
@@ -32,7 +32,7 @@ def config():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_setting_is_compared_or_listed(config, group):
-    """A new flag is compared, unless it is listed as without effect."""
+    """A new flag must be compared or listed in NOT_COMPARED."""
     names = {field.name for field in fields(GROUPS[group])}
     assert set(NOT_COMPARED[group]) <= names
     compared = fingerprint(config(eval_strategy="steps", metric_for_best_model="loss")).keys()
@@ -40,8 +40,8 @@ def test_every_setting_is_compared_or_listed(config, group):
     assert not missing
 
 
-def test_training_flags_reach_the_resolved_configuration():
-    """Flags of the run without a field of the same name; each is resolved into another field."""
+def test_run_flags_without_a_field_of_the_same_name():
+    """Each of these flags is resolved into a different field."""
     given = {field.name for field in fields(RunArguments)} - {field.name for field in fields(RunConfig)}
     assert given == {
         "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "warmup_ratio",
@@ -62,7 +62,7 @@ def test_training_flags_reach_the_resolved_configuration():
     ],
     ids=str,
 )
-def test_what_follows_from_flags_and_data(config, tmp_path, values, expected):
+def test_values_derived_from_flags_and_data(config, tmp_path, values, expected):
     specs = []
     for name, records, options in (("a", 11, {}), ("b", 4, {"repeat_time": 2, "max_dynamic_patch": 3})):
         (tmp_path / name).write_text('{"id": 1}\n' * records)
@@ -74,7 +74,7 @@ def test_what_follows_from_flags_and_data(config, tmp_path, values, expected):
     assert fewer.sizes == [11, 6]  # index 9 is beyond the file
 
 
-def test_settings_of_validation_count_only_if_they_decide_something(config):
+def test_validation_flags_are_compared_only_if_the_best_checkpoint_is_tracked(config):
     values = {"eval_strategy": "steps", "eval_steps": 5}
     assert "eval_steps" not in fingerprint(config(**values))
     assert fingerprint(config(**values, early_stopping_patience=2))["eval_steps"] == 5
@@ -87,7 +87,7 @@ def test_layout_is_not_compared(config):
 
 
 def test_digest_of_image_files():
-    """It ignores folders, dates, order, and the images of excluded records."""
+    """The digest ignores folders, dates, order, and the images of excluded records."""
     states = np.array([[10, 1], [20, 2], [30, 3]])
     first = ImageManifest(["a", "b", "c"], states, np.array([[0, 0], [1, 1], [2, 2]], np.int32))
     later = ImageManifest(["b", "a", "x"], states[[1, 0, 2]] + [0, 5], np.array([[1, 0], [0, 1], [2, 2]]))

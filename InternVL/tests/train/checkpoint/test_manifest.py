@@ -1,4 +1,4 @@
-"""Damage of a folder is detected by its manifest."""
+"""The manifest detects damage to a checkpoint folder."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_contains_sizes_and_hashes(folder):
+def test_manifest_contains_sizes_and_hashes(folder):
     files = json.loads((folder / MANIFEST).read_text())["files"]
     assert list(files) == ["below/rng.pth", "empty", "model.safetensors", "state.json"]
     assert files["state.json"] == {"bytes": 11, "sha256": hashlib.sha256(b'{"step": 3}').hexdigest()}
@@ -79,7 +79,7 @@ def test_missing_manifest(folder):
 
 
 def test_flipped_bits_in_the_manifest(folder):
-    """Every flipped bit is detected, or does not change the content."""
+    """Every flipped bit is detected or does not change the parsed content."""
     content = (folder / MANIFEST).read_bytes()
     rng = random.Random(2)
     for _ in range(300):
@@ -93,7 +93,7 @@ def test_flipped_bits_in_the_manifest(folder):
         assert same or find_damage(folder) or json.loads(flipped)["files"] == json.loads(content)["files"]
 
 
-def test_hashes_are_in_file_order(folder):
+def test_hashes_are_in_the_order_of_the_files(folder):
     files = [folder / "state.json", folder / "empty", folder / "state.json"]
     hashes = list(hash_files(files))
     assert hashes[0] == hashes[2] != hashes[1] == hashlib.sha256(b"").hexdigest()

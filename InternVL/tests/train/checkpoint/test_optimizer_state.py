@@ -1,4 +1,4 @@
-"""Optimizer state is resharded exactly across layouts and world sizes, without pickles."""
+"""Optimizer state is resharded exactly across layouts and world sizes, without pickle."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def trained(**options):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A checkpoint of a single rank, and its state."""
+    """A checkpoint of a single-rank run, and a file with its full state."""
     folder, strategy = tmp_path_factory.mktemp("source"), trained()
     torch.save(strategy.full_state(), folder / "reference.pt")
     return save(folder, strategy), folder / "reference.pt"
@@ -56,7 +56,7 @@ def test_state_is_resharded_across_layouts_and_world_sizes(source, tmp_path):
     for world_size, layout in ((2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp")):
         target = tmp_path / f"{world_size} {layout}"
         for read, owned in run_ranks(world_size, move, layout, checkpoint, target, reference):
-            assert read == owned  # a rank reads its shards, and nothing else
+            assert read == owned  # a rank reads only its shards
         checkpoint = target / checkpoint.name
         assert find_damage(checkpoint) is None
         files = sorted((checkpoint / "optimizer").iterdir())
@@ -87,12 +87,12 @@ def test_state_is_resharded_across_layouts_and_world_sizes(source, tmp_path):
         ),
         (lambda groups: build_adamw(groups, precision="bf16", lr=0.1, weight_decay=0.0), torch.bfloat16),
         (lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9), torch.float32),
-        # Float32 state of bf16 weights, numbers that are not tensors, and other shapes than the weights'.
+        # Float32 state of bf16 weights, non-tensor state, and tensors with other shapes than the weights.
         (lambda groups: Adafactor(groups, lr=0.1, relative_step=False), torch.bfloat16),
     ],
     ids=["float32", "stochastic", "bf16", "sgd", "adafactor"],
 )
-def test_resumed_steps_equal_an_uninterrupted_run(tmp_path, make_optimizer, dtype):
+def test_resumed_steps_match_an_uninterrupted_run(tmp_path, make_optimizer, dtype):
     options = {"make_optimizer": make_optimizer, "dtype": dtype}
     uninterrupted, resumed = trained(**options), ToyStrategy("single", **options)
     checkpoint = save(tmp_path, uninterrupted)
@@ -147,7 +147,7 @@ def test_uncopied_tensors_are_moved_to_the_host_one_at_a_time(tmp_path, monkeypa
 
 
 class Malicious:
-    """Unpickling it is detected."""
+    """Sets `loaded` when it is unpickled."""
 
     loaded = False
 
@@ -167,11 +167,11 @@ def test_pickles_are_never_loaded(tmp_path):
     assert not Malicious.loaded
 
 
-def test_state_of_other_parameters_is_refused(tmp_path):
+def test_state_of_other_parameters_is_rejected(tmp_path):
     checkpoint, other = save(tmp_path, trained()), ToyStrategy("single")
     other.optimizer.param_groups[0]["params"].reverse()
     other.optimizer.param_groups[1]["params"].reverse()
-    with pytest.raises(TrainingError, match="the parameters differ from those of this run"):
+    with pytest.raises(TrainingError, match="the saved parameter groups differ from those of this run"):
         load_training_state(checkpoint, other)
 
 
@@ -184,8 +184,8 @@ def test_checkpoint_without_optimizer_state(tmp_path):
     assert not strategy.optimizer.state
 
 
-def test_flags_set_the_options_of_the_optimizer(tmp_path, caplog):
-    """The checkpoint has the moments; rate, decay and betas are those of this run."""
+def test_flags_set_the_optimizer_options(tmp_path, caplog):
+    """The moments come from the checkpoint; the learning rate, betas and eps from this run."""
     checkpoint = save(tmp_path, trained())
     options = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 0.1}
     other = ToyStrategy("single", partial(build_adamw, precision="master", **options))
@@ -195,4 +195,4 @@ def test_flags_set_the_options_of_the_optimizer(tmp_path, caplog):
     assert other.optimizer.state and other.scheduler.last_epoch == state.step
     for group in other.optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.5 * state.step / 10, (0.5, 0.6), 0.1)
-    assert f"learning rate of step {state.step + 1}: {group['lr']:g} (" in caplog.text
+    assert f"learning rate at step {state.step + 1}: {group['lr']:g} (" in caplog.text

@@ -1,4 +1,4 @@
-"""Differences between a run and the checkpoint that it resumes from."""
+"""Differences between a run and the checkpoint it resumes from are rejected or allowed."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_same_run(checkpoint):
         ({"max_steps": 3}, "this run ends after step 3"),
     ],
 )
-def test_refused_even_with_the_flag(checkpoint, change, message):
+def test_rejected_even_with_the_flag(checkpoint, change, message):
     folder = checkpoint(describe())
     for allow in (False, True):
         with pytest.raises(UsageError) as error:
@@ -103,9 +103,9 @@ def test_refused_even_with_the_flag(checkpoint, change, message):
     assert "allow_resume_changes" not in str(error.value)
 
 
-RATE = "the learning rate continues on the new schedule from step 5 on: 0.25"
-READ = "records are read in the new way from step 5 on"
-APPLIES = "applies from step 5 on"
+RATE = "the learning rate follows the new schedule from step 5 on: 0.25"
+READ = "records are read with the new value from step 5 on"
+APPLIES = "takes effect from step 5 on"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ APPLIES = "applies from step 5 on"
         ({"loss_reduction": "token"}, "loss_reduction 'sample' -> 'token'", APPLIES),
     ],
 )  # fmt: skip
-def test_allowed_by_name(checkpoint, change, shown, effect):
+def test_allowed_with_the_flag(checkpoint, change, shown, effect):
     folder = checkpoint(describe())
     with pytest.raises(UsageError, match="--allow_resume_changes True") as error:
         compare(folder, describe(**change))
@@ -166,24 +166,24 @@ def test_all_differences_at_once(checkpoint):
 
 def test_checkpoint_without_optimizer_state(checkpoint):
     folder = checkpoint(describe(), optimizer=False)
-    with pytest.raises(UsageError, match="as --model_name_or_path, or continue with step 5"):
+    with pytest.raises(UsageError, match="as --model_name_or_path, or continue at step 5"):
         compare(folder, describe())
     [line] = compare(folder, describe(), allow=True)
-    assert "moments start at zero in step 5" in line and line.endswith("of the schedule: 0.25")
+    assert "moments start at zero in step 5" in line and line.endswith("follows the schedule: 0.25")
 
 
-def test_best_checkpoint_is_not_chosen_by_two_measures(checkpoint):
+def test_validation_must_not_change_while_the_best_checkpoint_is_tracked(checkpoint):
     values = {"eval_strategy": "steps", "metric_for_best_model": "loss"}
     folder = checkpoint(describe(**values, eval_digest="e" * 64))
     assert compare(folder, describe(**values, eval_digest="e" * 64)) == []
-    with pytest.raises(UsageError, match="measured in another way"):
+    with pytest.raises(UsageError, match="measured differently"):
         compare(folder, describe(**values, eval_digest="f" * 64), allow=True)
     [line] = compare(folder, describe(), allow=True)
     assert line.startswith("choice of the best checkpoint")
 
 
 def test_checkpoint_of_an_earlier_version(checkpoint):
-    """It lacks the total steps and most of what the meta file says; the rest is compared."""
+    """It lacks the total steps and most options from the meta file; all other settings are compared."""
     stored = describe()
     for name in [name for name in stored if "per dataset" in name] + [
         "total steps",
@@ -229,7 +229,7 @@ def test_world_size_is_fixed_only_with_deepspeed(checkpoint, deepspeed, monkeypa
 
 
 def test_every_compared_setting_is_classified():
-    known = resume_changes._REFUSED.keys() | resume_changes._ALLOWED.keys() | {"excluded records"}
+    known = resume_changes._REJECTED.keys() | resume_changes._ALLOWED.keys() | {"excluded records"}
     config = parse_arguments(
         flags(model_name_or_path="m", meta_path="d", output_dir="o", eval_strategy="steps",
               metric_for_best_model="loss", deepspeed='{"zero_optimization": {"stage": 1}}')

@@ -70,10 +70,10 @@ def test_resuming_truncates_the_logs(tmp_path):
     assert not (tmp_path / ".partial").exists()
 
 
-def test_finished_run_is_refused(tmp_path):
+def test_finished_run_is_rejected(tmp_path):
     write_checkpoint(tmp_path, 2)
     (tmp_path / FINISHED).write_text("{}")
-    with pytest.raises(UsageError, match="holds a finished run"):
+    with pytest.raises(UsageError, match="contains a finished run"):
         inspect(tmp_path)
     assert inspect(tmp_path, resume="auto").resume == tmp_path / "checkpoint-2"
 
@@ -100,7 +100,7 @@ def test_resume_must_exist(tmp_path):
     assert inspect(tmp_path, resume="auto").resume is None
 
 
-def test_overwriting_and_resuming_exclude_each_other(tmp_path):
+def test_overwriting_and_resuming_are_mutually_exclusive(tmp_path):
     with pytest.raises(UsageError, match="remove one of the flags"):
         inspect(tmp_path, overwrite=True, resume="auto")
 
@@ -113,7 +113,7 @@ def test_lock_is_exclusive_until_released(tmp_path):
     lock_folder(tmp_path).release()
 
 
-def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
+def test_folder_without_a_run_is_never_overwritten(tmp_path):
     for name in ("annotations.jsonl", "labels.json", "analysis.py", "vocab.json"):
         (tmp_path / name).write_text("mine")
     with pytest.raises(UsageError, match="contains no training run"):
@@ -135,7 +135,7 @@ def test_inputs_are_never_overwritten(tmp_path):
             inspect_output_folder(tmp_path, overwrite=True, resume=None, inputs=[needed])
 
 
-def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path):
+def test_run_is_not_resumed_in_the_folder_of_another_run(tmp_path):
     chosen = write_checkpoint(tmp_path / "one", 2)
     write_checkpoint(tmp_path / "two", 4)
     with pytest.raises(UsageError, match="is not empty"):
@@ -148,7 +148,7 @@ def test_file_named_like_a_checkpoint(tmp_path):
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+def test_checkpoint_of_an_earlier_version_is_rejected(tmp_path):
     checkpoint = write_checkpoint(tmp_path, 2)
     (checkpoint / "optimizer.pt").write_bytes(b"pickled")
     for resume in (None, "auto", str(checkpoint)):

@@ -1,4 +1,4 @@
-"""Saving in the background: files, synchronisation and errors."""
+"""Checkpoint saving: files, background synchronization, and failures."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.freeze import set_trainable
 
-# Timeout of a thread that should have continued.
+# Timeout for a blocked thread.
 PATIENCE = HANG_SECONDS
 
 
@@ -49,7 +49,7 @@ def strategy():
 
 
 class Disk:
-    """A slow disk, on which writes wait for permission."""
+    """Simulated slow disk: writes wait until `may_go_on` is set."""
 
     def __init__(self, write_model=write_toy):
         self.started, self.may_go_on, self.write_model = threading.Event(), threading.Event(), write_model
@@ -84,7 +84,7 @@ class TestCheckpoint:
         assert load_training_state(folder, ToyStrategy("single")) == state
         assert not (tmp_path / ".partial").exists()
 
-    def test_tied_weights_are_saved_once_and_frozen_ones_not_copied(self, tmp_path, strategy):
+    def test_tied_weights_are_saved_once_and_frozen_weights_are_not_copied(self, tmp_path, strategy):
         given = {}
 
         def write(folder, weights):
@@ -201,7 +201,7 @@ class TestBackground:
         assert [pointer == live for pointer in pointers] == [True, True, False, False]
         assert caplog.text.count("training pauses while checkpoints are written") == 1
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no niceness of threads")
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no per-thread niceness")
     def test_thread_on_a_cpu_has_a_lower_priority(self, tmp_path, strategy):
         def niceness() -> int:
             return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
@@ -226,7 +226,7 @@ class TestBackground:
 
 
 class TestBuffers:
-    def test_copies_of_any_tensor(self):
+    def test_copies_of_all_kinds_of_tensors(self):
         tensors = {
             "transposed": torch.arange(6.0).reshape(2, 3).T, "scalar": torch.tensor(3.0),
             "empty": torch.empty(0, 3), "bf16": torch.arange(5, dtype=torch.bfloat16),
@@ -295,7 +295,7 @@ class TestFailures:
         assert load_training_state(tmp_path / "checkpoint-1", ToyStrategy("single")).epoch == 1
         assert "Directory not empty" in saver.failure
 
-    def test_failure_is_that_of_the_last_save(self, tmp_path, strategy, monkeypatch):
+    def test_failure_describes_the_last_save(self, tmp_path, strategy, monkeypatch):
         saver = checkpointer(tmp_path, strategy)
         saver.save(TrainState(step=1))
         saver.wait()
@@ -310,11 +310,11 @@ class TestFailures:
         saver.wait()
         assert saver.failure is None
 
-    def test_thread_without_permission_for_its_priority(self, tmp_path, strategy, monkeypatch):
-        def refuse(*_):
+    def test_thread_without_permission_to_lower_its_priority(self, tmp_path, strategy, monkeypatch):
+        def fail(*_):
             raise PermissionError(1, "Operation not permitted")
 
-        monkeypatch.setattr(os, "setpriority", refuse)
+        monkeypatch.setattr(os, "setpriority", fail)
         with checkpointer(tmp_path, strategy) as saver:
             saver.save(TrainState(step=1))
         assert names(tmp_path) == ["checkpoint-1"]
@@ -332,7 +332,7 @@ class TestFailures:
             saver.wait()
             assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
             assert copy_best(state, tmp_path, None) == 2
-            assert "the checkpoint of the best validation (step 4) is missing" in caplog.text
+            assert "the checkpoint with the best validation metric (step 4) is missing" in caplog.text
             state.step = state.best_step = 6
             saver.save(state)
         assert names(tmp_path) == ["checkpoint-6"]
@@ -348,7 +348,7 @@ class TestFailures:
         assert "was not written" not in logs[1]
 
     def test_rank_without_its_shard(self, tmp_path):
-        """No rank waits for it."""
+        """The other ranks do not wait for the missing shard."""
         assert run_ranks(2, gather_without_a_shard) == ["rank 1: 'layers.0.weight'", "'layers.0.weight'"]
 
     def test_killed_process_keeps_the_last_checkpoint(self, tmp_path):
@@ -376,6 +376,6 @@ class TestDeepSpeed:
         assert "was not written" not in logs[1]
 
     def test_failure_while_zero3_gathers_weights(self):
-        """The other rank does not wait for the rest."""
+        """The other rank does not hang on the remaining weights."""
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
         assert run_ranks(2, gather_zero3_with_a_failure) == [[True, False], [False, False]]

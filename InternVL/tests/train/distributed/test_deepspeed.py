@@ -38,7 +38,7 @@ def problems(**config) -> list[str]:
 
 
 @pytest.mark.parametrize("given", [{}, dict.fromkeys(BATCH, "auto"), BATCH], ids=["none", "auto", "same"])
-def test_records_of_a_rank_are_one_batch(given):
+def test_deepspeed_sees_one_batch_per_rank(given):
     found = resolve(**ZERO_2, **given)
     assert {name: found[name] for name in BATCH} == {
         "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "train_batch_size": 8,
@@ -47,7 +47,7 @@ def test_records_of_a_rank_are_one_batch(given):
 
 
 @pytest.mark.parametrize("name", BATCH)
-def test_contradictions_with_the_flags_are_refused(name):
+def test_contradictions_with_the_flags_are_rejected(name):
     assert problems(**ZERO_2, **{**BATCH, name: 16}) == [
         f'--deepspeed: "{name}" is 16, but the flags set {BATCH[name]!r}; use "auto"'
     ]
@@ -62,7 +62,7 @@ def test_contradictions_with_the_flags_are_refused(name):
         ({"zero_optimization": {"stage": 4}}, 4),
     ],
 )
-def test_unsupported_zero_stages_are_refused(config, stage):
+def test_unsupported_zero_stages_are_rejected(config, stage):
     (problem,) = problems(**config)
     assert problem == (
         f'--deepspeed: "zero_optimization.stage" is {stage}, but must be 1, 2 or 3; to train '
@@ -73,8 +73,8 @@ def test_unsupported_zero_stages_are_refused(config, stage):
 ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
 
 
-def test_adam_of_a_configuration_needs_no_compiler():
-    """DeepSpeed's FusedAdam is compiled at the first start."""
+def test_adam_in_a_configuration_needs_no_compiler():
+    """torch's Adam replaces DeepSpeed's FusedAdam, which is compiled on first use."""
     assert resolve(**ZERO_2, optimizer=ADAMW)["optimizer"]["params"] == {
         "torch_adam": True, "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from internvl_chat.train.distributed import launch
 
 PATIENCE = HANG_SECONDS
 
-# Stops after a step, as training does, or ends after the last step.
+# Like training, stops after a step on a signal, or ends after the last step.
 STEPS = """
 import os, sys, time
 from pathlib import Path
@@ -38,7 +38,7 @@ if request.signal:
 
 
 class Launched:
-    """The launcher, running a script."""
+    """A launcher process that runs a script."""
 
     def __init__(self, tmp_path, script, *flags, ranks=1, ignored=(), stdout=subprocess.PIPE):
         self.folder, self.text = tmp_path / "out", ""
@@ -55,14 +55,14 @@ class Launched:
         )  # fmt: skip
 
     def wait_for(self, text, times=1):
-        """Read until a text has occurred the given number of times."""
+        """Read the output until `text` has occurred the given number of times."""
         while self.text.count(text) < times:
             data = os.read(self.process.stdout.fileno(), 1 << 16)  # `communicate` skips what readline buffers
             assert data, self.text
             self.text += data.decode()
 
     def end(self):
-        """Wait for the end; return exit code and output."""
+        """Wait for the process to end; return the exit code and the output."""
         rest, _ = self.process.communicate(timeout=PATIENCE)
         self.text += rest
         return self.process.returncode, self.text
@@ -142,7 +142,7 @@ def finished(tmp_path):
 
 
 @pytest.mark.parametrize("has_log", [True, False])
-def test_refused_start_does_not_touch_a_finished_run(start, finished, has_log):
+def test_failed_start_does_not_change_a_finished_run(start, finished, has_log):
     if has_log:
         (finished / "training_log.txt").write_text("finished\n")
     before = {file.name: file.read_bytes() for file in finished.iterdir()}
@@ -184,7 +184,7 @@ def test_log_lines(tmp_path, pieces, log):
 
 
 def test_partial_progress_lines_do_not_accumulate(tmp_path, monkeypatch):
-    """Overwritten text is dropped with each read, not at the end of the line."""
+    """Overwritten text is dropped after each read, not only at the end of the line."""
     pieces = [b"\r%d %%" % i for i in range(100)] + [b""]
     monkeypatch.setattr(launch.os, "read", lambda *_: pieces.pop(0))
     written = {1: b"", 2: b""}
@@ -199,7 +199,7 @@ def test_full_disk_does_not_stop_the_run(start, tmp_path):
     assert start("print('finished')").end() == (0, "finished\n")
 
 
-def test_output_folder_that_cannot_be_made(tmp_path, start):
+def test_output_folder_that_cannot_be_created(tmp_path, start):
     (tmp_path / "out").write_text("a file")
     code, output = start("print('never')").end()
     assert code == 2
@@ -223,7 +223,7 @@ def test_signals_are_forwarded(start, name, code, obeyed):
     found, output = run.end()
     assert found == code, output
     assert output.count(f"saved after {obeyed}") == output.count("saved after") == 2
-    assert output.count("saving a checkpoint after this step") == 1  # rank 0 speaks
+    assert output.count("saving a checkpoint after this step") == 1  # only rank 0 prints it
     assert f"stopped by a signal (exit code {code}); see {run.folder}/training_log.txt" in output
     assert output.startswith(run.log())
 
@@ -268,7 +268,7 @@ elif os.environ["RANK"] == "0":
 
 
 def test_reported_failure_is_not_restarted(start):
-    """Such as that of the last checkpoint of a run that was stopped."""
+    """For example, a stopped run that could not write its last checkpoint."""
     script = """
 import sys
 from internvl_chat.train.distributed.signals import report_exit
@@ -300,7 +300,7 @@ time.sleep(60)
 
 
 def test_a_signal_while_waiting_for_other_nodes(start):
-    """The wait is inside a library call, where no Python signal handler runs."""
+    """torchrun waits inside a library call, during which Python signal handlers do not run."""
     flags = ["--nnodes", "2", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", "0"]
     run = start("print('never')", *flags)
     while not psutil.Process(run.process.pid).net_connections("tcp"):
@@ -312,9 +312,9 @@ def test_a_signal_while_waiting_for_other_nodes(start):
     assert "never" not in output and not run.folder.exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is only available on Linux")
 def test_workers_save_and_end_when_the_launcher_is_killed(start):
-    """Their output still reaches terminal and log."""
+    """The output of the workers still reaches the terminal and the log."""
     run = start(STEPS, ranks=2)
     run.wait_for("is ready", times=2)
     run.process.kill()

@@ -78,7 +78,7 @@ def test_interrupts_are_debounced():
     assert result.returncode == 0 and "still here" in result.stdout
 
 
-def test_a_worker_reports_its_exit_code_to_its_launcher(tmp_path, monkeypatch):
+def test_worker_reports_its_exit_code_to_the_launcher(tmp_path, monkeypatch):
     assert [exit_code(number) for number in SIGNALS] == [143, 130, 138]
     monkeypatch.delenv(EXIT_CODE, raising=False)
     assert report_exit(138) == 138
@@ -88,7 +88,7 @@ def test_a_worker_reports_its_exit_code_to_its_launcher(tmp_path, monkeypatch):
     assert (tmp_path / "note").read_text() == "138"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is needed to simulate a full disk")
 def test_exit_code_is_not_lost_on_a_full_disk(monkeypatch):
     monkeypatch.setenv(EXIT_CODE, "/dev/full")
     assert report_exit(138) == 138
@@ -116,7 +116,7 @@ else:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is only available on Linux")
 def test_launcher_exit_sends_sigterm(tmp_path):
     note = tmp_path / "note"
     script = ORPHAN.replace(
@@ -137,7 +137,7 @@ STARTED = (
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is only available on Linux")
 def test_launcher_has_already_exited():
     result = run(STARTED, **{LAUNCHER: "1"})
     assert (result.returncode, result.stdout) == (1, "")
@@ -154,7 +154,7 @@ def test_workers_started_after_a_signal_exit(tmp_path):
     assert run(STARTED, **{STOPPING: ""}).stdout == "on\n"
 
 
-def test_a_closed_terminal_does_not_keep_a_signal_from_being_recorded():
+def test_signal_is_recorded_even_if_the_terminal_is_closed():
     script = """
 import os, signal
 from internvl_chat.train.distributed.signals import StopRequest

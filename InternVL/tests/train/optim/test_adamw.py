@@ -59,7 +59,7 @@ def assert_same(left, right):
 
 @pytest.fixture(params=["full", "sliced"])
 def slices(request, monkeypatch):
-    """Run a test with each parameter in one slice, and in many."""
+    """Run a test with a single slice per parameter and with many."""
     if request.param == "sliced":
         monkeypatch.setitem(module._SLICE, "cpu", 128)
 
@@ -67,13 +67,13 @@ def slices(request, monkeypatch):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
 def test_200_steps_at_5e_6_match_float32(precision, weight_decay):
-    """The displacement projected on that of float32 weights is the same within 2 %.
+    """The displacement, projected onto that of float32 weights, is the same within 2 %.
 
     N(0, 0.02) weights get 200 noisy gradients, each with its own mean. A float32 AdamW moves them by up to
-    1e-3, in steps of a twentieth of the bf16 spacing (1.2e-4 at 0.02). A single bf16 weight need not be
-    within 2 %, as the spacing is 12 % of its displacement: with a master it is the bf16 number nearest to the
-    float32 weight (which the master equals), and stochastic rounding adds noise of mean zero (0.3 % of the
-    projection, over 100,000 weights). In bf16 nearly every step is lost.
+    1e-3, in steps of a twentieth of the bf16 spacing (1.2e-4 at 0.02). An individual bf16 weight may
+    deviate by more than 2 %, because the spacing is 12 % of its displacement. With a master, the weight is
+    the bf16 number nearest to the float32 weight. Stochastic rounding adds noise with zero mean (0.3 % of the
+    projection for 100,000 weights). In bf16, nearly all steps are lost.
     """
     generator = torch.Generator().manual_seed(0)
     start = (0.02 * torch.randn(100_000, generator=generator)).bfloat16()
@@ -102,15 +102,15 @@ def test_200_steps_at_5e_6_match_float32(precision, weight_decay):
 
 @pytest.mark.parametrize("precision", ["master", "stochastic"])
 def test_float32_parameters_match_torch_adamw(precision, slices):
-    """Bit for bit, with bf16 parameters in the same group."""
+    """The updates are bit-identical, also with bf16 parameters in the same group."""
     ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
     optimizer = build([*ours, *make_parameters(seed=1)], precision)
     moved = run(optimizer, range(5))[: len(ours)]
     assert_same(moved, run(torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.05, fused=True), range(5)))
 
 
-def test_masters_equal_float32_weights_bit_for_bit(slices):
-    """Also with a weight decay and a learning rate for each group, and gradients that are not contiguous."""
+def test_masters_match_float32_weights_bit_for_bit(slices):
+    """Groups have different weight decay and learning rates, and a gradient is not contiguous."""
     ours = make_parameters()
     theirs = as_float32(ours)
 
@@ -133,8 +133,8 @@ def test_masters_equal_float32_weights_bit_for_bit(slices):
 
 
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
-def test_resumed_run_equals_uninterrupted_run(precision, slices):
-    """Exact after saving to a file, with bf16 and float32 parameters, including the rounding noise."""
+def test_resumed_run_matches_uninterrupted_run(precision, slices):
+    """Weights and state are bit-identical after loading from a file, including the rounding noise."""
 
     def start():
         parameters = make_parameters() + make_parameters(torch.float32, seed=1)
@@ -162,7 +162,7 @@ def test_resumed_run_equals_uninterrupted_run(precision, slices):
 
 
 @pytest.mark.parametrize("old, new", [("bf16", "master"), ("master", "stochastic"), ("stochastic", "master")])
-def test_loads_the_state_of_another_precision(old, new):
+def test_loads_state_saved_with_a_different_precision(old, new):
     parameters = make_parameters()
     before, after = build(parameters, old), build(parameters, new)
     run(before, range(2))
@@ -177,7 +177,7 @@ def test_loads_the_state_of_another_precision(old, new):
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_matches_bytes_per_parameter(precision, dtype):
-    """Weight, gradient and state, without the step counter."""
+    """Counts the weight, gradient and state without the step counter."""
     (parameter,) = make_parameters(dtype, [(64, 64)])
     optimizer = build([parameter], precision)
     run(optimizer, range(1))
@@ -203,7 +203,7 @@ def test_bytes_per_parameter():
 
 
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
-def test_parameters_without_gradient_do_not_change(precision):
+def test_parameters_without_gradients_do_not_change(precision):
     used, unused = make_parameters(shapes=[(8,), (8,)])
     before = unused.detach().clone()
     optimizer = build([unused, used], precision, lr=1.0)
@@ -217,7 +217,7 @@ def test_parameters_without_gradient_do_not_change(precision):
 @pytest.mark.parametrize("shapes", [[(0, 4)], [(0, 4), (3,)], [(3,), (0,)]])
 @pytest.mark.parametrize("precision", WEIGHT_PRECISIONS)
 def test_shards_may_be_empty(precision, shapes):
-    """Shards of a small parameter are empty on some ranks."""
+    """With FSDP2, the shards of a small parameter are empty on some ranks."""
     parameters = make_parameters(shapes=shapes)
     before = [p.detach().clone() for p in parameters]
     optimizer = build(parameters, precision, lr=1.0)
@@ -229,16 +229,16 @@ def test_shards_may_be_empty(precision, shapes):
 
 
 def test_rounding_depends_only_on_the_seed():
-    """Data-parallel ranks share the seed and therefore keep the same weights."""
+    """Data-parallel ranks share the seed, so their weights stay identical."""
     first, again, other = (run(build(make_parameters(), "stochastic", seed=s), range(4)) for s in (1, 1, 2))
     assert_same(first, again)
     assert not torch.equal(first[0], other[0])
 
 
 def test_slices_round_independently(monkeypatch):
-    """Equal weights and gradients, a slice for each row: the variance within and across is binomial.
+    """With one slice per row, the variance within and across rows is binomial.
 
-    A step of 5e-6 moves a weight by a whole spacing of 2**-13 with probability p = 5e-6 / 2**-13.
+    A step of 5e-6 moves a weight by a full spacing of 2**-13 with probability p = 5e-6 / 2**-13.
     """
     monkeypatch.setitem(module._SLICE, "cpu", 1024)
     steps = []
@@ -284,7 +284,7 @@ def test_stochastic_rounding_preserves_special_values():
 
 
 def test_sharded_parameters():
-    """The state of a DTensor consists of DTensors, so that distributed checkpoints can save it."""
+    """The moments and master of a DTensor are DTensors, so that distributed checkpoints can save them."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -317,7 +317,7 @@ def test_float32_and_bf16_precision_use_torch_adamw():
     assert isinstance(build(make_parameters() + make_parameters(torch.float32), "stochastic"), Float32AdamW)
 
 
-def test_unsupported_parameters_are_refused():
+def test_unsupported_parameters_are_rejected():
     embedding = nn.Embedding(4, 4, sparse=True, dtype=torch.bfloat16)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -329,7 +329,7 @@ def test_unsupported_parameters_are_refused():
 
 
 def test_matrices_are_not_split_on_a_gpu():
-    """The MLP of Qwen2.5-7B has 18944 x 3584 elements; only its vocabulary matrices exceed the scratch."""
+    """MLP matrices of Qwen2.5-7B (18944 x 3584) fit in the scratch memory; its embeddings and head do not."""
     mlp, head, norm = 18944 * 3584, 151_674 * 3584, 3584
     assert module._slice_size([norm, mlp], "cuda") == mlp
     assert module._slice_size([norm, mlp, head], "cuda") == 2**28 < head

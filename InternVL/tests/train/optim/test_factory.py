@@ -1,4 +1,4 @@
-"""Optimizers, weight decay and schedules match transformers; unsupported ones are refused."""
+"""Optimizers, weight decay and schedules match transformers; unsupported ones are rejected."""
 
 import itertools
 import json
@@ -96,7 +96,7 @@ class TestOptimizer:
         assert (group["lr"], group["betas"], group["eps"], group["seed"]) == (1e-4, (0.8, 0.95), 1e-6, 7)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
-    def test_deepspeed_holds_the_masters(self):
+    def test_deepspeed_keeps_the_masters(self):
         run = resolve(bf16=True, deepspeed='{"zero_optimization": {"stage": 1}}', parallel="deepspeed")
         assert type(make_optimizer(run, two_layers(torch.bfloat16))) is torch.optim.AdamW
 
@@ -162,7 +162,7 @@ class TestOptimizer:
         states = {name: optimizer.state[p]["state1"].dtype for name, p in model.named_parameters()}
         assert states["0.weight"] == torch.float32 and states["1.weight"] == torch.uint8
 
-    def test_every_optimizer_of_transformers_works_or_is_refused(self):
+    def test_every_optimizer_of_transformers_works_or_is_rejected(self):
         for name in OptimizerNames:
             run = resolve(optim=name.value)
             try:
@@ -174,7 +174,7 @@ class TestOptimizer:
                 assert not list(optimizer_problems(run))
 
     @pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw", "apollo_adamw", "schedule_free_sgd"])
-    def test_optimizers_that_need_another_loop_are_refused(self, name):
+    def test_optimizers_that_need_a_different_loop_are_rejected(self, name):
         with pytest.raises(UsageError, match=f"--optim {name}: not supported"):
             make_optimizer(resolve(optim=name), two_layers())
 
@@ -185,7 +185,7 @@ class TestCompiledStep:
 
     @pytest.mark.parametrize("precision", ["master", "stochastic", "bf16"])
     @pytest.mark.parametrize("other_rank_fails", [False, True])
-    def test_compiled_on_a_gpu_if_every_rank_can(self, monkeypatch, precision, other_rank_fails):
+    def test_compiled_on_a_gpu_if_every_rank_can_compile(self, monkeypatch, precision, other_rank_fails):
         monkeypatch.setattr(factory, "_can_compile", lambda precision, device: True)
         monkeypatch.setattr(factory, "any_rank", lambda fails: fails or other_rank_fails)
         uses_compiled_step.cache_clear()
@@ -235,7 +235,7 @@ class TestSchedule:
         return rates(make_scheduler(resolve(**flags), optimizer, total_steps), optimizer, total_steps)
 
     def test_schedule_of_the_recipe(self):
-        """3 % of 70 steps are 2.1: three steps of warm-up, then a cosine to zero."""
+        """3 % of 70 steps is 2.1: three warm-up steps, then a cosine decay to zero."""
         found = self.make(total_steps=70, lr_scheduler_type="cosine", warmup_ratio=0.03)
         warmup = [0, 1 / 3, 2 / 3]
         cosine = [0.5 * (1 + math.cos(math.pi * i / 67)) for i in range(67)]
@@ -251,13 +251,13 @@ class TestSchedule:
         assert seen == [("linear", None, TrainingArguments.get_warmup_steps(arguments, total), total)]
 
     @pytest.mark.parametrize("name", [one.value for one in SchedulerType])
-    def test_every_schedule_of_transformers_works_or_is_refused(self, name):
+    def test_every_schedule_of_transformers_works_or_is_rejected(self, name):
         options = OPTIONS.get(name, {})
         flags = {"lr_scheduler_type": name, "lr_scheduler_kwargs": json.dumps(options), "warmup_steps": 5,
                  "learning_rate": 1.0}  # fmt: skip
         if name in ("reduce_lr_on_plateau", "greedy"):
             with pytest.raises(
-                UsageError, match=f"--lr_scheduler_type {name}: not supported: it needs a metric"
+                UsageError, match=f"--lr_scheduler_type {name}: not supported, because it needs a metric"
             ):
                 self.make(**flags)
             return
@@ -270,7 +270,7 @@ class TestSchedule:
         "name", sorted({one.value for one in SchedulerType} - {"reduce_lr_on_plateau", "greedy"})
     )
     def test_rate_of_a_single_step(self, name):
-        """As after all steps before it, with the rate of another schedule."""
+        """`scheduled_rate` matches a scheduler that has run all earlier steps."""
         flags = {"lr_scheduler_type": name, "lr_scheduler_kwargs": json.dumps(OPTIONS.get(name, {})),
                  "warmup_steps": 5, "learning_rate": 1.0}  # fmt: skip
         expected = self.make(**flags)
@@ -281,7 +281,7 @@ class TestSchedule:
         if name in ("reduce_lr_on_plateau", "greedy"):
             return
         options = OPTIONS.get(name, {})
-        for own in ("colour", "last_epoch", "num_training_steps"):
+        for own in ("color", "last_epoch", "num_training_steps"):
             run = resolve(lr_scheduler_type=name, lr_scheduler_kwargs=json.dumps({**options, own: 1}))
             [problem] = optimizer_problems(run)
             assert problem.startswith(
@@ -310,7 +310,7 @@ class TestSchedule:
         ],
     )  # fmt: skip
     def test_invalid_schedule_options(self, name, options, problem):
-        """Also those that fail only after the warm-up."""
+        """Includes options that fail only after the warm-up."""
         run = resolve(
             lr_scheduler_type=name, lr_scheduler_kwargs=json.dumps(options), max_steps=12, warmup_steps=8,
             learning_rate=1e-3,

@@ -1,4 +1,4 @@
-"""The compiled step of bf16 weights matches torch's AdamW, and its rounding is unbiased and resumes."""
+"""The compiled step of bf16 weights matches torch's AdamW; its rounding is unbiased and reproducible."""
 
 import shutil
 
@@ -9,12 +9,14 @@ from torch import nn
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.train.optim.fused_step import fused_step, step_factors
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+pytestmark = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 
 SHAPES = [(64, 48), (7,), (1001,), (1,), (), (0, 4)]
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
 STEPS = 20
-# Rounding error of float32, relative to the result of one operation.
+# Relative rounding error of a float32 operation.
 EPS = 2.0**-24
 
 
@@ -39,11 +41,11 @@ def run(optimizer, weights, steps):
 
 
 def assert_close(ours, theirs, *, is_weight):
-    """Compare two computations in float32 that differ in the order and fusion of their operations.
+    """Compare two float32 computations that differ in the order and fusion of operations.
 
-    A moment has at most 4 roundings a step (difference, factor, product, sum) in either computation. A weight
-    of at most 0.12 is rounded twice a step; its update, of at most the learning rate, 16 times, and that
-    inherits the errors of both moments.
+    In either computation, a moment is rounded at most 4 times per step (difference, factor, product, sum). A
+    weight of at most 0.12 is rounded twice per step. Its update, of at most the learning rate, is rounded 16
+    times and inherits the errors of both moments.
     """
     moment = 2 * 4 * STEPS * EPS
     if is_weight:
@@ -72,7 +74,7 @@ def test_masters_match_torch_adamw(stance):
 
 @pytest.mark.parametrize("precision", ["master", "stochastic"])
 def test_compiled_and_eager_steps_agree(precision):
-    """Moments and masters, to float32 rounding."""
+    """Moments and masters match within float32 rounding."""
     one_pass, sliced = make_weights(), make_weights()
     ours, theirs = build(one_pass, precision), build(sliced, precision, compiled=False)
     run(ours, one_pass, range(STEPS))
@@ -84,7 +86,7 @@ def test_compiled_and_eager_steps_agree(precision):
 
 
 def test_stochastic_step_rounds_to_adjacent_bf16_numbers():
-    """Each new weight is one of the two bf16 neighbours of the weight that float32 arithmetic gives."""
+    """Each new weight is one of the two bf16 neighbors of the exact float32 result."""
     (weight,) = make_weights([(4096,)])
     exact = nn.Parameter(weight.detach().float())
     run(torch.optim.AdamW([exact], **OPTIONS), [exact], range(1))
@@ -106,7 +108,7 @@ def test_gradients_need_not_be_contiguous():
 
 
 def test_rounding_is_unbiased():
-    """A step of 5e-6 moves a weight of 0.02 by a spacing of 2**-13 with the probability p = 5e-6 / 2**-13."""
+    """A step of 5e-6 moves a weight of 0.02 by a spacing of 2**-13 with probability p = 5e-6 / 2**-13."""
     weight = nn.Parameter(torch.full((400_000,), 0.02).bfloat16())
     start = weight[0].item()
     weight.grad = torch.ones_like(weight)
@@ -121,7 +123,7 @@ def test_rounding_is_unbiased():
 
 
 def test_rounding_depends_on_the_seed_and_resumes():
-    """The default generator of torch is not used."""
+    """The step does not change the state of torch's default generator."""
 
     def start(seed=1):
         weights = make_weights()
@@ -158,7 +160,7 @@ def test_non_finite_weights_do_not_change(value):
 
 @pytest.mark.parametrize("precision", ["master", "stochastic"])
 def test_one_compilation_for_all_shapes(precision):
-    """Also for gradients that are views of DDP's buckets, or transposed."""
+    """Includes transposed gradients and gradients that are views of DDP's buckets."""
     torch._dynamo.reset()
     weights = make_weights([(8, 8), (8, 4), (7,), (2, 3, 4, 4), (1, 1, 8), (9, 1)])
     for weight in weights:
