@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torc
 def named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state tensors, keyed by "<parameter>/<state>", and all other state, JSON-serializable."""
+    """Return state tensors keyed by "<parameter>/<state>" and a JSON-serializable dict of all other state."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {
         f"{names[parameter]}/{name}": value
