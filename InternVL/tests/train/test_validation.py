@@ -134,10 +134,9 @@ def test_validation_problems_are_reported_together(check, sample_data, monkeypat
     monkeypatch.setattr("internvl_chat.train.checks.find_spec", lambda name: None)
     problems = check(
         eval_strategy="epoch", eval_meta_path=sample_data / "held_out.json", eval_generate=2,
-        early_stopping_patience=-1, metric_for_best_model="eval_los",
+        metric_for_best_model="eval_los",
     )  # fmt: skip
     assert problems == [
-        "--early_stopping_patience -1 must be at least 0",
         "--eval_generate 2: rouge is not installed (pip install rouge)",
         "--metric_for_best_model eval_los: not computed; did you mean eval_loss?",
     ]
