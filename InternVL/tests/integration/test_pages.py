@@ -51,6 +51,13 @@ def test_the_reference_is_defined_once(page):
         assert REFERENCE in text
 
 
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_no_paragraph_occurs_twice(page):
+    paragraphs = [text.strip() for text in re.split(r"\n\s*\n", prose(page))]
+    long = [text for text in paragraphs if len(text) > 60 and not text.startswith("|")]
+    assert len(long) == len(set(long))
+
+
 def test_flags_page_is_current():
     module = runpy.run_path(str(DOCS / "make_flags.py"))
     current = (DOCS / "flags.md").read_text(encoding="utf-8")
