@@ -6,7 +6,7 @@ The option names are here so that the command line can list them without importi
 
 IGNORE_INDEX = -100
 
-# Upper bound of max_dynamic_patch: the time to plan the tiles of an image is cubic in it.
+# Upper bound of max_dynamic_patch: the time to plan an image's tiles grows with its third power.
 MAX_TILES = 100
 
 IMAGE_PLACEHOLDER = "<image>"

@@ -69,7 +69,7 @@ def render_card(
         base: Hub id or folder name of the base model, or of each part that it was assembled from.
         sections: additional sections, keyed by heading.
     """
-    ids = [name for name in base if name.count("/") == 1]  # without names of local folders
+    ids = [name for name in base if name.count("/") == 1]  # Hub ids, not names of local folders
     data = ModelCardData(
         license=licence,
         pipeline_tag="image-text-to-text",

@@ -54,7 +54,7 @@ class ConversionOutput:
         if target.exists() and not target.is_dir():
             raise ModelError(f"{target}: is a file; choose a folder")
         if source.resolve() in target.resolve().parents:
-            raise ModelError(f"{target}: is inside its source {source}; choose another folder")
+            raise ModelError(f"{target}: is inside its source {source}; choose a different folder")
         self.target, self.check = target, check
         self.stamp = {"work": kind, "source_sha256": _source_digest(source)}
 
@@ -74,7 +74,7 @@ class ConversionOutput:
         if stamp != self.stamp:
             raise ModelError(
                 f"{self.target}: already exists and was not created by this command from the current source; "
-                "choose another folder"
+                "choose a different folder"
             )
         changed = sorted(files.items() - _sizes(self.target).items())
         if changed:
@@ -116,7 +116,7 @@ class ConversionOutput:
             if target.exists():
                 target.rmdir()
             staging.rename(target)
-            # Deleting it earlier would allow another process to lock the staging folder.
+            # Deleting the lock file earlier would allow another process to lock the staging folder.
             (target / LOCK).unlink()
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)

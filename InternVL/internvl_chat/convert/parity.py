@@ -139,7 +139,7 @@ def faults(differences: Sequence[Difference], allowed: Tolerances) -> list[str]:
         differing = [d for d in differences if not getattr(d, field)]
         if differing:
             problems.append(f"the {name} differ on {len(differing)} of {len(differences)} records, "
-                            f"e.g. {differing[0].dataset} {differing[0].index}")  # fmt: skip
+                            f"e.g. on record {differing[0].index} of {differing[0].dataset}")  # fmt: skip
     for name, field in (("pixels", "same_tiles"), ("logits", "same_ids")):
         if any(getattr(d, field) and getattr(d, name) is None for d in differences):
             problems.append(f"the {name} have different shapes: the models differ in size")
@@ -203,11 +203,11 @@ def examples_of(sets: Sequence[RecordSet], limit: int | None, max_tiles: int | N
 def synthetic_examples(folder: Path) -> list[Example]:
     """Return synthetic examples with zero, one and multiple images.
 
-    Records that exceed the checkpoint's `max_seq_length` are excluded, because transformers does not reduce
-    the number of tiles to fit.
+    Records that fit the checkpoint's `max_seq_length` only with fewer tiles, or not at all, are excluded,
+    because transformers does not reduce the number of tiles.
 
     Raises:
-        DataError: all records exceed `max_seq_length`.
+        DataError: all records are excluded.
     """
     tokenizer, _ = load_tokenizer(folder)
     encoder = RecordEncoder(tokenizer, Preprocessing.from_folder(folder, read_config(folder)))

@@ -38,8 +38,8 @@ class TrainingData(Dataset):
         excluded: records to exclude; the order of the others does not change.
         max_bad_fraction: maximum fraction of records that may be excluded before or skipped during training;
             None to stop at the first unusable record.
-        digests: SHA-256 of each dataset's annotation file, if needed.
-        image_digests: digest of each dataset's image files, if needed.
+        digests: SHA-256 of each dataset's annotation file, recorded in checkpoints; empty if not needed.
+        image_digests: digest of each dataset's image files, recorded in checkpoints; empty if not needed.
     """
 
     def __init__(

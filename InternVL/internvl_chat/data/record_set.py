@@ -80,7 +80,7 @@ class RecordSet:
         encoder: encoder with the run's options; the entry's tile limit takes precedence.
 
     Raises:
-        DataError: the annotation file is unreadable.
+        DataError: the annotation file cannot be used; see `RecordFile`.
     """
 
     def __init__(self, spec: DatasetSpec, encoder: RecordEncoder) -> None:
@@ -151,7 +151,7 @@ class RecordSet:
             raise self.error(index, "JSON is nested too deeply", record_id, "json") from None
 
     def encode(self, index: int) -> tuple[Record, EncodedConversation]:
-        """Encode a record, reading only the headers of its images.
+        """Parse and encode a record, reading only the headers of its images; return both results.
 
         Raises:
             DataError: the record is unusable.
@@ -257,7 +257,7 @@ class RecordSet:
             except Exception as error:
                 names = ", ".join(record.images)
                 raise RecordError(
-                    f"an image cannot be used ({names}): {error}", "image unreadable"
+                    f"cannot process the record's images ({names}): {error}", "image unreadable"
                 ) from error
         return Sample(RecordKey(self.spec.name, index), record.id, encoded, tiles)
 
@@ -271,7 +271,7 @@ class RecordSet:
             return [decode_image(path, self._image_options) for path in self.image_paths(record)]
 
     def image_paths(self, record: Record) -> list[Path]:
-        """Return the paths of a record's images.
+        """Return the paths to a record's images.
 
         Raises:
             RecordError: an image path is invalid; see `locate_image`.

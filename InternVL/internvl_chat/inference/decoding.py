@@ -126,7 +126,10 @@ class Decoder:
     def _emit(
         self, rows: list[_Answer | None], row: int, answer: _Answer
     ) -> Iterator[tuple[int, int | None]]:
-        """Yield the newest token of the answer in a row; if the answer ends, free the row and yield None."""
+        """Yield (prompt index, token) for an answer's newest token, unless it is the end token.
+
+        When the answer is complete, free its row and slot, and yield (prompt index, None).
+        """
         answer.remaining = 0 if answer.token == self.end_id else answer.remaining - 1
         if answer.token != self.end_id:
             yield answer.index, answer.token

@@ -103,7 +103,8 @@ class Engine:
             device: `cpu`, `cuda:0`, ..., or `auto` to use all GPUs (default: GPU of this rank if available).
             dtype: dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU).
             base: base model of an adapter, if it has moved.
-            max_dynamic_patch: maximum number of tiles (default: from the checkpoint).
+            max_dynamic_patch: maximum number of tiles per prompt (default: from the checkpoint); ignored if
+                `preprocessing` is given.
             preprocessing: preprocessing options (default: from the checkpoint).
         """
         folder = model_folder(path_or_id)
@@ -163,7 +164,7 @@ class Engine:
 
         Args:
             question: the question, with or without image placeholders.
-            images: decoded images or paths of image files.
+            images: decoded images or paths to image files.
             system: system prompt (default: from the checkpoint).
             max_new_tokens: maximum number of tokens of the answer.
             sampling: sampling options; None for greedy decoding.

@@ -27,7 +27,7 @@ class Sampling:
     def __post_init__(self) -> None:
         problems = []
         if not 0 < self.temperature < float("inf"):
-            problems.append(f"temperature {self.temperature} must be above 0")
+            problems.append(f"temperature {self.temperature} must be above 0 and finite")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p {self.top_p} must be above 0 and at most 1")
         if problems:

@@ -95,7 +95,7 @@ def varlen_attention(
         attention_mask: must be None; segments are the only mask.
         scaling: scaling factor of the attention scores (default: 1 / sqrt(D)).
         dropout: attention dropout probability.
-        cu_seq_lens_q: (S,) int32, start of each segment and end of the last one; None: each row is a segment.
+        cu_seq_lens_q: (S,) int32, start of each segment and end of the last; None if each row is a segment.
         max_length_q: length of the longest segment in tokens.
         is_causal: whether attention is causal (default: the layer's `is_causal`, or True).
         sliding_window: number of tokens that a token attends to, including itself.

@@ -160,7 +160,7 @@ class InternVLChatConfig:
         if side != int(side) or side < 1:
             problems.append(
                 f"image size {self.image_size} / patch {vision.patch_size} * downsample ratio "
-                f"{self.downsample_ratio} is not a whole number of tokens"
+                f"{self.downsample_ratio} is not a whole number of tokens per side"
             )
         return problems
 

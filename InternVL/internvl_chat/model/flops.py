@@ -37,12 +37,14 @@ class FlopCounter:
     """FLOPs of the forward pass by component, and the cost of training as a multiple of the forward pass.
 
     Attributes:
-        decoder: per token, in the language-model weights applied to all tokens.
-        attention: per pair of a token and a token that it attends to.
-        supervised: per supervised token, in the weights applied only there (head; with kernels, last MLP).
-        tile: per tile, in the vision tower.
-        projector: per tile, in `mlp1`.
-        llm_passes: language model: 1 for forward only, 2 if gradients pass through it, 3 if it is trained.
+        decoder: FLOPs per token in the language-model weights that are applied to all tokens.
+        attention: FLOPs per pair of a token and a token that it attends to.
+        supervised: FLOPs per supervised token in the weights that are applied to these tokens only: the head
+            and, with the optional kernels, the last MLP.
+        tile: FLOPs per tile in the vision tower.
+        projector: FLOPs per tile in `mlp1`.
+        llm_passes: cost of a language-model step in forward passes: 1 for forward only, 2 if gradients pass
+            through the language model, 3 if it is trained.
         vision_passes: the same for the vision tower.
         projector_passes: the same for `mlp1`.
     """
@@ -73,7 +75,7 @@ class FlopCounter:
 
 
 def count_flops(model: InternVLChatModel) -> FlopCounter:
-    """Count the FLOPs of a model, after `set_trainable`."""
+    """Count the FLOPs of a model; call it after `set_trainable`, which determines the number of passes."""
     vision, llm = model.config.vision_config, model.language_model
     embeddings, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
     last_mlp = _matrix_size(llm.get_decoder().layers[-1].mlp) if has_supervised_head(model) else 0

@@ -106,7 +106,10 @@ class InternVLChatModel(nn.Module):
             layer.compile(backend=backend, dynamic=True)
 
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the vision tower and pixel shuffle, (N, 3, S, S) -> (N, K, F); no autograd graph if frozen."""
+        """Run the vision tower and pixel shuffle, (N, 3, S, S) -> (N, K, F).
+
+        A frozen vision tower builds no autograd graph.
+        """
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             x = self.vision_model(pixel_values, config.select_layer)[:, 1:]
@@ -195,7 +198,7 @@ class InternVLChatModel(nn.Module):
         Args:
             input_ids: (1, T) packed, or (B, T) without `cu_seq_lens`.
             pixel_values: normalized tiles of all records in order, (N, 3, S, S).
-            labels: (1, T), `IGNORE_INDEX` if unsupervised; the first token of a record must be unsupervised.
+            labels: (1, T), `IGNORE_INDEX` where not supervised, as at the first token of each record.
             token_weights: (U,) loss weight of each supervised token.
             position_ids: (1, T) or (B, T).
             cu_seq_lens: (records + 1,) int32, record boundaries.

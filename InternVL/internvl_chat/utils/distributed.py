@@ -24,7 +24,7 @@ _host_group: dist.ProcessGroup | None = None
 
 
 class AgreedError(TrainingError):
-    """An error of any rank that has been raised on all ranks."""
+    """The error of one rank, raised on all ranks."""
 
 
 def rank() -> int:
@@ -183,5 +183,5 @@ def any_rank(flag: bool) -> bool:
 
 
 def _group(in_step: bool) -> dist.ProcessGroup | None:
-    """Return the process group with the timeout of a training step or with the long timeout."""
+    """Return the group with the timeout of a training step if `in_step`, otherwise the host group."""
     return dist.group.WORLD if in_step else host_group()

@@ -77,7 +77,9 @@ def file_sha256(file: Path) -> str:
 
 
 class JsonLinesFile:
-    """Appends complete lines to a JSON Lines file; if a write fails (disk full), it is retried later.
+    """Appends complete lines to a JSON Lines file.
+
+    If a write fails, for example because the disk is full, its lines are written together with the next one.
 
     Args:
         path: the file; created when the first line is written.

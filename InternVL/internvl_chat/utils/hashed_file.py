@@ -34,7 +34,7 @@ class HashedFile:
             chunk = view[: _CHUNK - self._unsynced]
             try:
                 written = self._file.write(chunk)
-            except OSError as error:  # does not contain the file name if the disk is full
+            except OSError as error:  # it lacks the file name if the disk is full
                 raise OSError(error.errno, error.strerror, str(self._path)) from None
             self._hash.update(chunk[:written])
             self._size, self._unsynced = self._size + written, self._unsynced + written

@@ -31,7 +31,7 @@ def test_a_source_with_adapters_is_never_overwritten(folder: Path, tmp_path: Pat
     else:
         save_wrapped(source)
     before = contents(source)
-    with pytest.raises(ModelError, match="choose another folder"):
+    with pytest.raises(ModelError, match="choose a different folder"):
         merge(source, source)
     assert contents(source) == before
 
@@ -41,7 +41,7 @@ def test_target_with_other_content_is_rejected(folder: Path, tmp_path: Path) -> 
     target = tmp_path / "merged"
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
-    with pytest.raises(ModelError, match="choose another folder") as caught:
+    with pytest.raises(ModelError, match="choose a different folder") as caught:
         merge(tmp_path / "adapter", target)
     assert str(target) in str(caught.value)
     assert contents(target) == {"thesis.txt": b"years of work"}

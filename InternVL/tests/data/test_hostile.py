@@ -147,7 +147,7 @@ class TestLines:
     def test_array_too_large(self, folder, monkeypatch):
         monkeypatch.setattr(jsonl, "_MAX_ARRAY_BYTES", 100)
         (folder / "a.json").write_text(json.dumps([text_record(i) for i in range(9)]))
-        with pytest.raises(DataError, match=r"too large for a JSON array; use \.jsonl"):
+        with pytest.raises(DataError, match=r"limit of 100 for a JSON array; use \.jsonl"):
             jsonl.RecordFile(folder / "a.json")
 
 
@@ -213,7 +213,7 @@ class TestMetas:
     def test_annotation_file_as_meta_file(self, folder, monkeypatch):
         monkeypatch.setattr("internvl_chat.data.sources.meta._MAX_FILE_BYTES", 100)
         (folder / "meta.json").write_text("{" + " " * 200 + "}")
-        with pytest.raises(DataError, match="too large for a meta file; is it an annotation file"):
+        with pytest.raises(DataError, match="limit of 100 for a meta file; is it an annotation file"):
             load_meta(folder / "meta.json", folder)
 
     def test_tile_limit_of_preprocessing(self):

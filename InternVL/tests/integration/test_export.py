@@ -273,5 +273,5 @@ def test_unsupported_preprocessing_is_rejected(tiny_model, tmp_path, options, me
 
 def test_target_with_other_content_is_rejected(tiny_model, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("years of work")
-    with pytest.raises(ModelError, match="choose another folder"):
+    with pytest.raises(ModelError, match="choose a different folder"):
         export_hf(tiny_model, tmp_path)

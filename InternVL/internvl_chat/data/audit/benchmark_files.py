@@ -60,7 +60,7 @@ def read_benchmark(paths: Sequence[Path], data_root: Path) -> Benchmark:
         data_root: base folder of relative paths in meta files.
 
     Raises:
-        DataError: a path does not exist, a text file is unreadable, or there are no articles or images.
+        DataError: a path does not exist, a file cannot be read, or there are no articles or images.
     """
     reader = _BenchmarkReader(data_root)
     for path in paths:
@@ -90,7 +90,7 @@ def not_compared(file: Path, message: str, line: int | None = None) -> Problem:
 
 
 class _BenchmarkReader:
-    """Collects the articles and images of files in `benchmark`."""
+    """Reads files and collects their articles, images and problems in the attribute `benchmark`."""
 
     def __init__(self, data_root: Path) -> None:
         self.benchmark = Benchmark()
@@ -113,7 +113,7 @@ class _BenchmarkReader:
                     self._warn(file, "not a readable file, so not compared")
 
     def add(self, file: Path) -> None:
-        """Add the contents of a file."""
+        """Add the articles and images of a file; warn about a file that is neither an image nor text."""
         suffix = file.suffix.lower()
         if suffix in _IMAGE_SUFFIXES:
             self._add_image(file)
@@ -144,7 +144,7 @@ class _BenchmarkReader:
             self.benchmark.articles.setdefault(article, location)
 
     def _read_json(self, file: Path) -> None:
-        """Add a meta file, records, or any other JSON object."""
+        """Add a JSON or JSONL file: records, any other object, or the annotation files of a meta file."""
         if file.suffix.lower() == ".json" and (content := _read_object(file)) is not None:
             if content and all(isinstance(v, dict) and "annotation" in v for v in content.values()):
                 for spec in load_meta(file, self._data_root):
@@ -174,7 +174,10 @@ class _BenchmarkReader:
     def _read_item(
         self, file: Path, line: int | None, content: bytes, item: Any, folders: Sequence[Path]
     ) -> None:
-        """Add the articles and images mentioned in a record or line."""
+        """Add the articles and images named in a record or line.
+
+        Embedded images are counted, and images that do not exist become warnings.
+        """
         self._add_articles(content, str(file) if line is None else f"{file}, line {line}")
         self._embedded[file] += len(_BASE64_IMAGE.findall(content))
         for name in _image_names(item):
@@ -211,7 +214,7 @@ def _is_image(file: Path) -> bool:
 
 
 def _read_object(file: Path) -> dict[str, Any] | None:
-    """Return the content of a JSON file if it is an object; None for an array of records."""
+    """Return the content of a JSON file if it is an object; None otherwise, as for an array of records."""
     try:
         with file.open("rb") as stream:
             if not stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):

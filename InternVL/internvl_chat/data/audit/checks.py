@@ -31,7 +31,7 @@ class SetAudit:
     """Findings in one dataset.
 
     Attributes:
-        records: number of records in the file; 0 if the file is unreadable.
+        records: number of records in the file; 0 if the file could not be opened.
         used: number of distinct records that `repeat_time` selects.
         lengths: lengths of the usable records among the used ones.
     """
@@ -58,7 +58,7 @@ class Audit:
     """Findings in all datasets.
 
     Attributes:
-        opened: datasets whose annotation file is readable.
+        opened: datasets whose annotation file could be opened.
         decoded: whether all images were decoded, not only opened.
         max_seq_length: limit that the records were checked against; None if tokens were not counted.
     """
@@ -123,7 +123,8 @@ def check_before_training(
 
     Args:
         sets: datasets of the run.
-        check: `full` decodes all images; `fast` reads headers and file ends; `off` also omits the warnings.
+        check: `full` decodes all images; `fast` decodes only those whose file may be truncated; `off` is like
+            `fast`, but logs no findings.
         on_bad_record: `fail` to raise an error, `skip` to exclude unusable records.
         max_bad_fraction: maximum fraction of records that may be excluded.
 

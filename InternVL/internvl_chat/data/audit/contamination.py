@@ -29,7 +29,7 @@ _IMAGES_PER_WORKER = 500
 
 
 class _Content(NamedTuple):
-    """Benchmark articles and images (as numbers) found in a training record."""
+    """Benchmark articles mentioned in a training record, and the numbers of the record's images."""
 
     dataset: int
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -41,9 +41,10 @@ class _Content(NamedTuple):
 def find_leaks(
     sets: Sequence[RecordSet], benchmark: Benchmark, *, workers: int | None = None
 ) -> list[Problem]:
-    """Return a problem for each used record that shares articles or images with a benchmark, in file order.
+    """Return the problems of all used records that share articles or images with a benchmark.
 
-    Warnings about parts of the benchmark that could not be compared come first.
+    There is one problem per record and kind, in file order. Warnings about parts of the benchmark that could
+    not be compared come first.
 
     Args:
         sets: the training datasets.
@@ -66,7 +67,10 @@ def find_leaks(
 def _read_contents(
     sets: Sequence[RecordSet], benchmark: Benchmark, numbers: dict[Path, int]
 ) -> Iterator[_Content]:
-    """Yield the benchmark articles and images of each record; unreadable records are skipped.
+    """Yield the benchmark articles and the image numbers of each record.
+
+    Records without either are skipped, and so are unusable records. If the benchmark has no images, those of
+    the records are ignored.
 
     Args:
         numbers: image path -> number; new images are added.

@@ -10,7 +10,7 @@ from internvl_chat.data.sources.problems import Problem
 
 
 def find_duplicates(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) -> Iterator[Problem]:
-    """Yield a warning for each record that repeats an earlier one, in file order.
+    """Yield a warning for each record that repeats the id or the content of an earlier one.
 
     Records have the same content if their conversations and image paths match; image files are not compared.
 

@@ -51,7 +51,7 @@ def gallery(problems: Sequence[Problem], audit: Audit) -> str:
 
 
 def _affected_images(problem: Problem, opened: Mapping[str, RecordSet]) -> Iterator[tuple[str, Path]]:
-    """Yield (name, path) of the images mentioned in a problem's message, or else of its record's first."""
+    """Yield (name, path) of the images to show: those named in the message, or else the record's first."""
     records = opened.get(problem.dataset)
     if records is None or problem.index is None:
         return

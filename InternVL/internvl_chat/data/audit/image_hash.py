@@ -28,7 +28,7 @@ class Fingerprint(NamedTuple):
     Attributes:
         content: SHA-256 of the file; None if the file is unreadable.
         look: perceptual hash; None if the image is uniform or cannot be decoded.
-        problem: why a hash is missing and what is not compared; None without a problem.
+        problem: why the file cannot be read or decoded, and what is therefore not compared; None otherwise.
     """
 
     content: str | None
@@ -58,7 +58,8 @@ def perceptual_hash(image: Image.Image) -> int | None:
         return None
     frequencies = (_COSINES @ gray @ _COSINES.T).ravel()
     bits = frequencies > np.median(frequencies[1:])
-    bits[0] = False  # the mean, above the median in almost every image
+    # The first bit compares the mean gray level, which exceeds the median in almost every image.
+    bits[0] = False
     return int.from_bytes(np.packbits(bits).tobytes())
 
 

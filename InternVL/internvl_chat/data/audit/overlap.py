@@ -40,10 +40,11 @@ def warn_about_overlap(training: TrainingData, eval_data: TrainingData) -> None:
 def repeated_records(
     training: TrainingData, eval_data: TrainingData
 ) -> Iterator[tuple[RecordKey, RecordKey]]:
-    """Yield each held-out record that is also used for training, and the first matching training record.
+    """Yield (held-out key, training key) for each held-out record that is also used for training.
 
-    Images are compared by content, so copies with a different name are found. Only image files of records
-    with the same conversation are compared, and only files of the same size are read.
+    The training key is that of the first matching record. Images are compared by content, so copies with a
+    different name are found. Only image files of records with the same conversation are compared, and only
+    files of the same size are read.
     """
     candidates: dict[str, list[tuple[RecordKey, list[Path]]]] = defaultdict(list)
     for key, conversation, paths in _conversations(eval_data):
@@ -65,7 +66,7 @@ def _conversations(data: TrainingData) -> Iterator[tuple[RecordKey, str, list[Pa
                 record = records.record(index)
                 paths = records.image_paths(record)
             except (DataError, RecordError):
-                continue  # reported when it is used
+                continue  # reported when the record is used
             yield RecordKey(records.spec.name, index), _hash_messages(record), paths
 
 

@@ -19,7 +19,7 @@ PAGE = "report.html"
 def write_report(
     folder: Path, audit: Audit, leaks: Sequence[Problem] = (), *, inputs: Mapping[str, str] | None = None
 ) -> Path:
-    """Write `problems.jsonl`, the plot and the HTML page to a folder; return the path of the page.
+    """Write `problems.jsonl`, the plot and the HTML page to a folder; return the path to the page.
 
     Args:
         folder: created if missing; an earlier report in it is overwritten.

@@ -11,13 +11,13 @@ from internvl_chat.data.sources.problems import KINDS, LEAKS, WARNINGS, Problem
 from internvl_chat.utils.text import counted
 
 SET_HEADER = (
-    "dataset", "records", "usable", "tiles", "tokens 5 %", "50 %", "95 %", "max", "supervised", "errors",
+    "dataset", "records", "usable", "tiles", "tokens 5%", "50%", "95%", "max", "supervised", "errors",
     "warnings",
 )  # fmt: skip
 
 
 def set_statistics(findings: SetAudit, *, with_tokens: bool) -> dict[str, Any]:
-    """Return the statistics of a dataset, keyed by their JSON names; unknown values are None."""
+    """Return the statistics of a dataset, keyed by their JSON names; unknown token counts are None."""
     tokens, kinds = findings.lengths.tokens, findings.kinds
     percentiles: list[int | None] = [None] * 4
     if with_tokens and len(tokens):
@@ -56,7 +56,7 @@ def set_rows(audit: Audit) -> list[tuple[Any, ...]]:
 
 
 def group_by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
-    """Group problems by kind, errors first, in the order of `KINDS`."""
+    """Group problems by kind: errors, then leaks, then warnings, each in the order of `KINDS`."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.kind, []).append(problem)

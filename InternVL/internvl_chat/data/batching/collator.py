@@ -36,7 +36,8 @@ class Pack:
         label_positions: (U,) positions in the row whose next token is supervised.
         position_ids: (1, T), starting at 0 in each record.
         cu_seq_lens: (R + 1,) int32, start of each record and end of the last; padding adds a segment.
-        max_length: number of tokens of the longest segment, rounded up to the `multiple` of `pack_samples`.
+        max_length: length of the longest segment in tokens, padded to a multiple of `multiple` (see
+            `pack_samples`).
         tiles: (N, S, S, 3) uint8, tiles of all records in order.
         supervised: (R,) number of supervised tokens of each record.
         counts: (R,) bool, whether each record contributes to the loss.

@@ -33,7 +33,8 @@ class DataLoaderOptions:
     """Dataloader options.
 
     Attributes:
-        workers: number of worker processes; 0 to load in the training process.
+        workers: number of worker processes, limited to the number of cores per rank; 0 to load in the
+            training process.
         prefetch_factor: number of steps prefetched per worker; None for torch's default.
         pin_memory: copy packs to pinned memory, for GPU training.
     """

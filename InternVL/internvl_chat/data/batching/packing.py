@@ -18,7 +18,8 @@ def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = 
 
     Args:
         costs: cost of each record, in any unit.
-        equal_counts: also assign equal numbers of records, up to the remainder.
+        equal_counts: also give all ranks the same number of records; if they cannot be divided evenly, some
+            ranks get one more.
 
     Returns:
         For each rank, the sorted positions of its records in `costs`.
@@ -119,6 +120,6 @@ class StepPlanner:
         return [records[positions] for positions in packs]
 
     def shortest(self, records: Sequence[int] | np.ndarray) -> int:
-        """Return the shortest record, the cheapest choice for a dummy sample."""
+        """Return the shortest of the given records, the cheapest choice for a dummy sample."""
         records = np.asarray(records)
         return int(records[np.argmin(self.tokens[records])])

@@ -63,9 +63,9 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
 
     Args:
         sizes: number of records of each dataset.
-        step_records: number of records per step across ranks.
+        step_records: number of records per step across all ranks.
         planner: assigns the records of a step to ranks and packs.
-        strategy: one of `SAMPLING_STRATEGIES`.
+        strategy: one of `SAMPLING_STRATEGIES`; `group_by_length` is the same as `random`.
         resample: resample the datasets by the square root of their sizes.
     """
 

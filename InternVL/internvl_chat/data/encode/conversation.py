@@ -156,7 +156,7 @@ def _with_images(role: str, text: str) -> str:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize strings without special tokens, truncation or padding; faster than calling the tokenizer."""
+    """Tokenize strings without adding special tokens or padding; faster than calling the tokenizer."""
     if not texts:
         return []
     if not tokenizer.is_fast:
@@ -166,7 +166,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return a fast tokenizer's backend, resetting truncation, padding and splitting set by earlier calls."""
+    """Return a fast tokenizer's backend after undoing truncation, padding and splitting of special tokens."""
     backend = tokenizer.backend_tokenizer
     if backend.encode_special_tokens:
         backend.encode_special_tokens = False

@@ -124,7 +124,8 @@ class RecordEncoder:
             image_sizes: (width, height) of each image in pixels.
 
         Raises:
-            RecordError: the conversation exceeds `max_seq_length`.
+            RecordError: the conversation exceeds `max_seq_length`, or its numbers of placeholders and images
+                differ.
         """
         self.reject_oversized(messages, len(image_sizes))
         return self._expand(self.template.tokenize(messages), image_sizes, self.truncate_text)
@@ -135,13 +136,17 @@ class RecordEncoder:
         """Encode a conversation as a prompt that ends with the header of the next answer.
 
         Raises:
-            RecordError: the conversation exceeds `max_seq_length`.
+            RecordError: the conversation exceeds `max_seq_length`, or its numbers of placeholders and images
+                differ.
         """
         self.reject_oversized(messages, len(image_sizes))
         return self._expand(self.template.tokenize_prompt(messages), image_sizes, truncate=False)
 
     def measure(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> RecordLengths:
-        """Return `encode(...).lengths` without building token ids and labels."""
+        """Return `encode(...).lengths`; arrays are built only if text must be truncated.
+
+        Without a tokenizer, only tiles are counted.
+        """
         self.reject_oversized(messages, len(image_sizes))
         if self._template is None:
             max_tiles = self._max_tiles_per_image(len(image_sizes))
@@ -193,7 +198,7 @@ class RecordEncoder:
     def _expand(
         self, conversation: TokenizedConversation, image_sizes: Sequence[tuple[int, int]], truncate: bool
     ) -> EncodedConversation:
-        """Build token ids and labels, with the planned number of context tokens per image."""
+        """Build token ids and labels with all context tokens of each image, truncated if necessary."""
         plan = self._plan_tiles(conversation, image_sizes, truncate)
         ids, labels = conversation.expand(self._image_tokens(plan.grids))
         image_positions = np.flatnonzero(ids == conversation.context_id)
@@ -206,7 +211,7 @@ class RecordEncoder:
     def _plan_tiles(
         self, conversation: TokenizedConversation, image_sizes: Sequence[tuple[int, int]], truncate: bool
     ) -> _TilePlan:
-        """Choose a grid for each image; if the conversation is too long, lower the limit of all images."""
+        """Choose a grid for each image; lower the tile limit of all images until the conversation fits."""
         max_length, num_images = self.preprocessing.max_seq_length, len(conversation.supervised_images)
         if num_images != len(image_sizes):
             raise RecordError(

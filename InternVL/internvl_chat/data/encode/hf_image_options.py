@@ -10,7 +10,7 @@ from PIL import Image
 from internvl_chat.constants import NORMALIZATIONS
 from internvl_chat.utils.errors import ModelError, format_problems
 
-# Newer transformers releases save all settings in the second file, under `image_processor`.
+# Newer transformers releases save all settings in `processor_config.json`, under `image_processor`.
 IMAGE_PROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 _PROCESSOR = "GotOcr2ImageProcessor"
 # Settings with a single supported value.
@@ -99,7 +99,7 @@ def _parse(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _side(size: Any) -> int | None:
-    """Return the side length of a square size, or None."""
+    """Return the side length if a size is an integer or has equal height and width; otherwise None."""
     if isinstance(size, dict) and size.get("height") == size.get("width"):
         size = size.get("height")
     return size if isinstance(size, int) else None

@@ -83,7 +83,7 @@ def chat_template(system_text: str) -> str:
 
 
 def unsupported_options(preprocessing: Preprocessing) -> list[str]:
-    """Return a message for each option that transformers' processor does not support."""
+    """Return a message for each option whose value transformers' processor does not support."""
     messages = []
     splits_images = preprocessing.dynamic_image_size and preprocessing.max_dynamic_patch > 1
     if splits_images and not preprocessing.use_thumbnail:
@@ -152,7 +152,10 @@ def save_hf_processor(
 
 
 def _tokenizer_settings(folder: Path, max_length: int) -> dict[str, Any]:
-    """Return the saved `tokenizer_config.json` plus the tokens required by the processor."""
+    """Return the saved `tokenizer_config.json` with the processor's tokens and the maximum length.
+
+    The chat template is removed, because it is a separate file, and so are options of the loading call.
+    """
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for key in ("chat_template", "is_local", "local_files_only"):
         settings.pop(key, None)

@@ -24,8 +24,8 @@ class Preprocessing:
         system_text: system message of records without one.
         tile_size: side of a tile in pixels.
         tokens_per_tile: number of language-model tokens per tile.
-        min_dynamic_patch: minimum number of tiles per image.
-        max_dynamic_patch: maximum number of tiles per record, shared by its images.
+        min_dynamic_patch: minimum number of tiles per image, not counting the thumbnail.
+        max_dynamic_patch: maximum number of tiles per record, shared by its images; thumbnails do not count.
         dynamic_image_size: split images into tiles; otherwise each image is one tile.
         use_thumbnail: append a thumbnail tile to images that are split into more than one tile.
         pad2square: pad single-tile images to a square instead of changing their aspect ratio.
@@ -104,7 +104,10 @@ class Preprocessing:
         return options.with_tile_limit(max_dynamic_patch)
 
     def with_tile_limit(self, max_dynamic_patch: int | None) -> "Preprocessing":
-        """Return the options with a different tile limit; None keeps the current one."""
+        """Return the options with a different maximum number of tiles; None keeps the current one.
+
+        A minimum above the new maximum is lowered to it.
+        """
         if max_dynamic_patch is None:
             return self
         min_tiles = min(self.min_dynamic_patch, max_dynamic_patch)

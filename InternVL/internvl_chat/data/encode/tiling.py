@@ -35,7 +35,8 @@ class Grid:
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """Return all (columns, rows) with `min_tiles` to `max_tiles` tiles, sorted by number of tiles.
 
-    Grids with equal numbers of tiles keep the order of the reference's set, which decides exact ties.
+    Grids with equal numbers of tiles keep the iteration order of the set, as in the reference. This order
+    decides exact ties.
     """
     grids = {
         (columns, rows)
@@ -90,7 +91,7 @@ def tiles_per_image(max_tiles: int, num_images: int) -> int:
 
 
 def split_into_tiles(image: Image.Image, grid: Grid, tile_size: int) -> list[Image.Image]:
-    """Resize an RGB image to the grid (bicubic), split it row by row, and append any thumbnail."""
+    """Resize an RGB image to the grid (bicubic), split it row by row, and append its thumbnail, if any."""
     resized = image.resize((grid.columns * tile_size, grid.rows * tile_size))
     boxes = [
         (x * tile_size, y * tile_size, (x + 1) * tile_size, (y + 1) * tile_size)

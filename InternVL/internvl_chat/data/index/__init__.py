@@ -1,1 +1,1 @@
-"""Token counts of all records, computed before training and cached."""
+"""Record index of each dataset (lengths, ids, hashes, problems), built before training and cached."""

@@ -1,7 +1,7 @@
 """Validate all records and compute their lengths before training, in parallel and cached across runs.
 
-Text is tokenized and image headers are read once. The lengths match those of `RecordSet.load`, which uses the
-same tile plan.
+Each text is tokenized and each image header is read only once. The lengths match those of `RecordSet.load`,
+which uses the same tile plan.
 """
 
 import dataclasses
@@ -258,7 +258,7 @@ def _check_records(sets: Sequence[RecordSet], task: _Task) -> _Result:
     return result
 
 
-# Datasets of a worker process.
+# Datasets that a worker process checks; set by `_init_worker`.
 _sets: Sequence[RecordSet] = ()
 
 

@@ -101,7 +101,10 @@ class RecordIndex:
         return sorted({problem.index or 0 for problem in self.problems if problem.is_error})
 
     def equals(self, other: "RecordIndex") -> bool:
-        """Return whether two indexes of one annotation file are equal; equal images imply equal lengths."""
+        """Return whether two indexes of one annotation file are equal.
+
+        Only problems and images are compared: the rest follows from the annotation file and the images.
+        """
         return self.problems == other.problems and self.images.equals(other.images)
 
 
@@ -170,6 +173,6 @@ def write_index(file: Path, index: RecordIndex) -> bool:
             }
             np.savez(stream, **arrays)
     except OSError as error:
-        logger.warning("cannot write the length cache (set M3LLM_CACHE to a different folder): %s", error)
+        logger.warning("cannot write the length cache: %s; set M3LLM_CACHE to a different folder", error)
         return False
     return True

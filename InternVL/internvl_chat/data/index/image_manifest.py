@@ -47,7 +47,7 @@ class ImageManifest:
         return np.unique(self.uses[changed[self.uses[:, 1]], 0])
 
     def update(self, records: np.ndarray, images: Sequence[Sequence[ImageFile]]) -> "ImageManifest":
-        """Return a manifest with new images for the given records.
+        """Return a manifest in which the images of the given records are replaced.
 
         Args:
             records: (N,) record indices.

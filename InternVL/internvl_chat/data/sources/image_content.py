@@ -50,7 +50,7 @@ class ImageContent(NamedTuple):
 
 
 def read_content(image: ImageFile) -> ImageContent:
-    """Return the properties of an opened image; this seeks its frames, so do not decode it afterward."""
+    """Return the properties of an opened image; this moves to other frames, so do not decode it afterward."""
     return ImageContent(
         bits=_bits(image), orientation=orientation(image), has_alpha=has_alpha(image), frames=_frames(image)
     )
@@ -58,7 +58,7 @@ def read_content(image: ImageFile) -> ImageContent:
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation that Pillow has not applied; 1 if it is missing or invalid."""
-    # Without EXIF in its header, a PNG would be decoded by getexif() to look for EXIF after the pixels.
+    # If a PNG has no EXIF in its header, getexif() would decode the pixels to look for EXIF after them.
     sources = ("exif",) if image.format == "PNG" else ("exif", "xmp")
     if image.format not in _TURNED or not any(source in image.info for source in sources):
         return 1
@@ -152,7 +152,9 @@ def content_warnings(
     options: ImageOptions,
     transparent: Sequence[bool | None],
 ) -> Iterator[tuple[str, str]]:
-    """Yield (kind, message) for each kind of content in a record's images that is discarded.
+    """Yield one (kind, message) per kind of image information in a record that is ignored.
+
+    The kinds are further frames, transparency, color depth above 8 bits, and EXIF rotation.
 
     Args:
         names: name of each image.

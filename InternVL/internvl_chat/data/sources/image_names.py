@@ -1,4 +1,4 @@
-"""Error messages for image names that are not files: URLs, embedded images and mismatched names."""
+"""Error messages for image names that do not refer to a file: URLs, embedded images, mismatched names."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def describe_remote(name: str) -> str | None:
         return f"the image {printable_message(name)} is a file:// URL; give the path without file://"
     return (
         f"the image {printable_message(name)} is a URL ({scheme[1]}://), which is not supported; download it "
-        "and give the path of the file"
+        "and give the path to the file"
     )
 
 
@@ -45,7 +45,7 @@ def describe_missing(path: Path) -> str | None:
 
 
 def _similar_file(path: Path) -> str | None:
-    """Return a message if a file name differs only in Unicode form, case or surrounding whitespace."""
+    """Describe a file whose name differs only in Unicode form, case or surrounding whitespace, if any."""
     for form in ("NFC", "NFD"):
         if is_file(Path(unicodedata.normalize(form, str(path)))):
             return _other_form(path, form)

@@ -62,7 +62,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def locate_image(root: Path, name: str) -> Path:
-    """Return the path of a record's image.
+    """Return the path to a record's image.
 
     A relative path must stay under the root. Absolute paths and symbolic links may point anywhere.
 
@@ -156,7 +156,7 @@ def _check_header(path: Path, image: Image.Image) -> None:
 
 
 def _has_8_bit_channels(image: Image.Image) -> bool:
-    """Return whether an opened image has at most 8 bits per channel; Pillow would clip deeper channels."""
+    """Return whether Pillow opened an image in an 8-bit mode; converting other modes to RGB would clip."""
     return image.mode != "F" and not image.mode.startswith("I")
 
 

@@ -29,7 +29,7 @@ class RecordFile:
         path: the file. It is indexed on construction and opened separately in each process.
 
     Raises:
-        DataError: the file is unreadable or contains no records.
+        DataError: the file cannot be read, has an unsupported format, or contains no records.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,8 +146,9 @@ def _array_spans(source: Path, path: Path) -> np.ndarray:
         source: uncompressed file.
         path: annotation file, for error messages.
     """
-    if source.stat().st_size > _MAX_ARRAY_BYTES:
-        raise DataError("too large for a JSON array; use .jsonl with one record per line", file=path)
+    if (size := source.stat().st_size) > _MAX_ARRAY_BYTES:
+        message = f"has {size:,} bytes, more than the limit of {_MAX_ARRAY_BYTES:,} for a JSON array"
+        raise DataError(f"{message}; use .jsonl with one record per line", file=path)
     text = source.read_bytes().decode("latin-1").replace(_BOM.decode("latin-1"), "   ", 1)
     position = len(text) - len(text.lstrip())
     if not text.startswith("[", position):

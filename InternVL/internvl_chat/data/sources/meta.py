@@ -36,7 +36,7 @@ class DatasetSpec:
         data_augment: apply random JPEG degradation to the images during training.
         repeat_time: below 1, the fraction of records used, from the start of the file; otherwise the number
             of times each record is used per epoch.
-        max_dynamic_patch: maximum number of tiles per record; None for the run's limit.
+        max_dynamic_patch: maximum number of tiles per record, without thumbnails; None for the run's limit.
         length: expected number of records.
     """
 
@@ -60,7 +60,8 @@ def load_meta(
 
     Args:
         path: the meta file; with `image_root`, an annotation file, whose name becomes the dataset's name.
-        data_root: base folder of relative paths; the fallback is the meta file's folder.
+        data_root: base folder of relative paths; if a path does not exist there, the meta file's
+            folder is tried.
         image_root: image folder of an annotation file.
 
     Raises:
@@ -122,8 +123,9 @@ def _read_object(path: Path) -> dict[str, Any] | None:
             raise DataError(f"cannot be read: it is a folder{hint}", file=path)
         if _holds_records(path):
             return None
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise DataError("too large for a meta file; is it an annotation file?", file=path)
+        if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+            message = f"has {size:,} bytes, more than the limit of {_MAX_FILE_BYTES:,} for a meta file"
+            raise DataError(f"{message}; is it an annotation file?", file=path)
         meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise DataError("no such meta file; set --meta_path", file=path) from None
@@ -134,7 +136,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         line = getattr(error, "lineno", None)
         raise DataError(describe_json_error(error) + column, file=path, line=line) from None
     if not isinstance(meta, dict):
-        raise DataError("must be a JSON object: dataset name -> settings", file=path)
+        raise DataError("must be a JSON object that maps dataset names to their settings", file=path)
     return meta
 
 
@@ -146,7 +148,7 @@ def _parse_entry(name: str, entry: Any, folders: Sequence[Path], problems: list[
         )
         return None
     if not isinstance(entry, dict):
-        problems.append(f"{name}: must be an object with {', '.join(_REQUIRED)}")
+        problems.append(f"{name}: must be an object with {' and '.join(_REQUIRED)}")
         return None
     before = len(problems)
     problems += [f"{name}: {key!r} is missing" for key in _REQUIRED if key not in entry]
@@ -202,7 +204,10 @@ def _exists(path: Path) -> bool:
 
 
 def _resolve(name: str, key: str, value: str, folders: Sequence[Path], problems: list[str]) -> Path | None:
-    """Expand `~` and `$NAME`, then resolve the path against the first folder in which it exists."""
+    """Expand `~` and `$NAME`, then resolve the path against the first folder in which it exists.
+
+    If it cannot be expanded, append to `problems` and return None.
+    """
     unset = [variable for variable in re.findall(r"\$\{?(\w+)\}?", value) if not os.environ.get(variable)]
     if unset:
         problems.append(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 # Errors: the record is unusable.
 ERRORS = {
-    "file": "The annotation file is unreadable or is not a file of records.",
+    "file": "The annotation file cannot be read or is not a file of records.",
     "json": "The line is not valid JSON.",
     "encoding": "The text is not valid UTF-8.",
     "line too long": "The line exceeds the size limit of a record.",
@@ -32,7 +32,8 @@ WARNINGS = {
     "empty message": "Some of the answers are empty.",
     "message order": "Questions and answers do not alternate: one is missing, or they are out of order.",
     "placeholder in answer": "An answer contains <image>, which is trained on as plain text.",
-    "unsupported placeholder": "Another framework's placeholder, or <image> in a system message, is text.",
+    "unsupported placeholder": "Another framework's placeholder, or <image> in a system message, is treated "
+    "as text.",
     "control token": "A message contains a control token such as <|im_end|>, which starts or ends a message.",
     "ignored field": "A field that other frameworks interpret is ignored.",
     "ignored file": "An ignored field refers to an existing image file.",

@@ -97,7 +97,7 @@ def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _system_text(raw: Mapping[str, Any]) -> str:
-    """Return the raw system text, without the placeholder that `parse_record` may insert."""
+    """Return the raw text of the `system` field and the system message, before `parse_record` changes it."""
     (first, *_), role_key, text_key = raw_messages(raw)
     text = first[text_key] if first[role_key] == "system" else ""
     return f"{raw.get('system') or ''}{text if isinstance(text, str) else ''}"

@@ -69,7 +69,9 @@ def parse_record(raw: Any) -> Record:
     if len(images) == 1 and not _count_placeholders(messages):
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
-            raise RecordError("an image, but no human message for its placeholder", kind="placeholders")
+            raise RecordError(
+                "the record has an image, but no human message for its placeholder", kind="placeholders"
+            )
         _reject_foreign_placeholder(messages)
         messages = _add_placeholder(messages, first)
     elif isinstance(raw.get("image"), str) and images and unmarked_system:
@@ -124,7 +126,7 @@ def _hint(messages: Sequence[Message]) -> str:
 
 
 def _system_field(raw: Mapping[str, Any], messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the message from the `system` field; empty if there is none or the conversation includes it."""
+    """Return the message from the `system` field; empty if there is none or its text is already included."""
     text = raw.get("system")
     if text is None or text == "":
         return ()
@@ -133,7 +135,10 @@ def _system_field(raw: Mapping[str, Any], messages: Sequence[Message]) -> tuple[
     if messages[0].role == "system":
         if messages[0].content == text:
             return ()
-        raise RecordError("'system' and the system message differ; keep one of them", kind="role")
+        raise RecordError(
+            "the 'system' field differs from the conversation's system message; remove one of them",
+            kind="role",
+        )
     _check_text(text, "'system'")
     return (Message("system", text),)
 
@@ -153,7 +158,9 @@ def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
         raise RecordError("a system message must be the first message", kind="role")
     answers = [message.content for message in messages if message.role == "assistant" and message.supervised]
     if not answers and any(message.role == "assistant" for message in messages):
-        raise RecordError("no answer is supervised: 'loss' or 'weight' excludes all", kind="empty answer")
+        raise RecordError(
+            "no answer is supervised: 'loss' or 'weight' excludes all answers", kind="empty answer"
+        )
     if not answers:
         raise RecordError("no assistant message ('from': 'gpt'), so no token is supervised", kind="role")
     if not any(map(str.strip, answers)):
@@ -214,7 +221,7 @@ def _join_parts(parts: list[Any], number: int) -> str:
 
 def _parse_images(raw: Mapping[str, Any]) -> tuple[str, ...]:
     if raw.get("image") and raw.get("images"):
-        raise RecordError("both 'image' and 'images' are given; keep one")
+        raise RecordError("both 'image' and 'images' are given; remove one of them")
     images = raw.get("image") or raw.get("images") or _images_of_parts(raw)
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
@@ -231,7 +238,7 @@ def _images_of_parts(raw: Mapping[str, Any]) -> list[Any]:
 
 
 def _image_of_part(part: Mapping[str, Any]) -> Any:
-    """Return the path of an image part, or None."""
+    """Return the image path in a content part, or None."""
     if part["type"] == "image":
         return part.get("image") or part.get("path") or part.get("url")
     url = part.get("image_url")

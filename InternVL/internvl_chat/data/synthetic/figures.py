@@ -34,9 +34,10 @@ _ROW_HEIGHTS = (250, 520)
 
 @dataclass(frozen=True)
 class Finding:
-    """A finding, `x` to the right and `y` down from a panel's center, in units of half its short side.
+    """A lesion or arrow; `x` (right) and `y` (down) are relative to the panel's center.
 
-    Each image slightly zooms and shifts the anatomy and its lesion, but the lesion stays in its half.
+    The unit is half the panel's short side. A drawing slightly zooms, shifts and rotates the anatomy and its
+    lesion, but the lesion stays in its half.
     """
 
     name: Literal["lesion", "arrow"]

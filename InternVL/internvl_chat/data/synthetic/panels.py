@@ -29,7 +29,7 @@ class _View:
         return ((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2
 
     def soft(self, cx: float, cy: float, rx: float, ry: float, edge: float = 6.0) -> Field:
-        """Return the mask of an ellipse, 1 inside and 0 outside; a larger `edge` is sharper."""
+        """Return the mask of an ellipse, 1 inside and 0 outside; a larger `edge` makes its border sharper."""
         return np.clip((1.0 - self.ellipse(cx, cy, rx, ry)) * edge, 0.0, 1.0)
 
 

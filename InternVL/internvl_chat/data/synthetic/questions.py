@@ -82,7 +82,7 @@ class _Asker:
     asked: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
 
     def ask(self, rng: Generator) -> tuple[Figure, Question]:
-        """Return a question about one of the next figures, with the least frequent answer so far."""
+        """Return a question about one of the next figures, choosing an answer that was given least often."""
         candidates = self._candidates(rng)
         if not candidates:
             name = self.family.__name__

@@ -25,7 +25,8 @@ DATASETS = {
     "qa-subimage-option": "subimage_option",
     "qa-compound-image": "compound_image",
 }
-# A drawing that looks like an earlier one is redrawn. The stricter thresholds allow for JPEG compression.
+# A drawing that looks like an earlier one is redrawn. The thresholds are stricter than those of the
+# contamination check, to allow for JPEG compression.
 _MAX_DRAWINGS = 20
 _SIMILAR_BITS = MAX_DIFFERENT_BITS + 2
 _SIMILARITY = MIN_SIMILARITY - 0.01
@@ -39,17 +40,17 @@ def write_sample_data(
     held_out: int = 20,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> dict[str, Path]:
-    """Write the figures, records and meta files of two splits; return the path of each meta file.
+    """Write the figures, records and meta files of two splits; return the path to each meta file.
 
-    No two images match in the contamination check, unless `_MAX_DRAWINGS` attempts give no new drawing.
-    Records are unique, so the text-only category has at most 75 training and 25 held-out records. The meta
-    files are written last, so a folder that contains both is complete.
+    No two images match in the contamination check, unless `_MAX_DRAWINGS` drawings of a figure all look like
+    an earlier image. Records are unique, so the text-only category has at most 75 training and 25 held-out
+    records. The meta files are written last, so a folder that contains both is complete.
 
     Args:
         folder: output folder; must be missing or empty.
         seed: seed of the entire dataset.
         train: records per category in the training split; the text-only category may have fewer.
-        held_out: records per category in the held-out split, likewise.
+        held_out: records per category in the held-out split; the text-only category may have fewer.
         progress: wraps the iterable of figures to draw, for a progress bar.
 
     Raises:
@@ -86,7 +87,9 @@ def _empty_folder(folder: Path) -> Path:
     """Create a folder and return its absolute path; raise `FileExistsError` if it is not empty."""
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another or delete it")
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder; choose a different folder, or delete it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -99,7 +102,10 @@ class _Gallery:
         self._grays: list[np.ndarray] = []
 
     def add(self, images: Sequence[Image.Image], *, even_if_similar: bool) -> bool:
-        """Add images unless one looks like an earlier or another new one; return whether they were added."""
+        """Add images unless one of them looks like an earlier image or like another of them.
+
+        With `even_if_similar`, they are always added. Return whether they were added.
+        """
         known = len(self._hashes)
         self._hashes += [perceptual_hash(image) or 0 for image in images]
         self._grays += [gray_levels(image) for image in images]
@@ -115,7 +121,7 @@ class _Gallery:
 
 
 def _write_figure(figure: Figure, folder: Path, gallery: _Gallery, rng: Generator) -> None:
-    """Write a figure that differs from all earlier ones, and its panels as crops."""
+    """Redraw a figure until it differs from all earlier ones; write it, and its panels as crops."""
     for attempt in range(_MAX_DRAWINGS):
         image = draw_figure(figure, rng)
         crops = [image.crop(panel.box) for panel in figure.panels]

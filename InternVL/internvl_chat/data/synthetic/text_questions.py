@@ -1,4 +1,4 @@
-"""Text-only questions about medical imaging; held-out questions reword questions about trained facts."""
+"""Text-only questions about medical imaging; held-out questions are rewordings of training questions."""
 
 from collections.abc import Sequence
 

@@ -50,10 +50,13 @@ def read_base(folder: Path) -> BaseModel:
 
 
 def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, BaseModel]:
-    """Locate an adapter's base model and verify its hash; return its folder and its path and hash.
+    """Locate an adapter's base model and verify its hash.
 
     Args:
         override: folder or Hub id of the base model, if it has moved.
+
+    Returns:
+        The base model's folder, and its path (or the override) and hash.
 
     Raises:
         ModelError: the base model is missing, is an adapter itself, or its hash differs from the one recorded
@@ -79,7 +82,7 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
 
 
 def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.05) -> None:
-    """Add an adapter to its base model and load the modules that the adapter stores in full."""
+    """Add an adapter to its base model; load the adapter's options and the modules that it stores in full."""
     llm_rank, vision_rank = ranks_of(read_adapter_config(folder))
     if not lora_layers(model):  # a base model in the reference's LoRA-wrapped format already has LoRA layers
         add_lora(model, llm_rank=llm_rank, vision_rank=vision_rank, dropout=dropout)
@@ -140,7 +143,7 @@ def save_adapter(
     base: BaseModel,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, FileEntry]:
-    """Write a model's adapters and fully trained modules in peft's format.
+    """Write a model's adapters and fully trained modules in peft's format, with its configuration.
 
     Args:
         folder: folder to write; created if missing.

@@ -57,7 +57,8 @@ def load_model(
         drop_path_rate: stochastic depth rate of the vision tower (default: from the checkpoint).
 
     Raises:
-        ModelError: weights are missing, unexpected, of the wrong shape, or not finite.
+        ModelError: the model or its base model is missing, or weights are missing, unexpected, of the wrong
+            shape, or not finite.
     """
     folder = model_folder(path_or_id)
     base_folder = find_base(folder, base)[0] if is_adapter(folder) else folder

@@ -33,7 +33,7 @@ _MODEL_FILES = (
     "preprocessing.json",
     "*.py",
 )
-# Weights, configurations, metadata of a folder, and files written by runs and evaluations.
+# Not copied: weights, configurations, metadata of a folder, and files written by runs and evaluations.
 _NOT_AUXILIARY = (
     *("config.json", "adapter_config.json", "base_model.json", "*.index.json", "README.md", "made_from.json"),
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz"),
@@ -148,7 +148,7 @@ def read_auxiliary_files(source: Path) -> dict[str, bytes]:
     """Read all files of a checkpoint except weights and configuration; returns file name -> content.
 
     These are the tokenizer, preprocessing, the reference's code, the license, and all other files that were
-    not written by a run. Subfolders are skipped.
+    not written by a run. Subfolders are skipped. For an export, the files in its folder `original` are read.
     """
     source = original_folder(source) or source
     files = {}

@@ -122,7 +122,7 @@ def to_hf_config(config: InternVLChatConfig, image_context_id: int) -> dict[str,
     """
     vision = config.vision_config
     if config.ps_version != "v2":
-        raise ModelError("transformers' InternVL supports pixel shuffle v2 only")
+        raise ModelError(f"ps_version is {config.ps_version!r}, but transformers' InternVL supports v2 only")
     return {
         "model_type": HF_MODEL_TYPE,
         "architectures": ["InternVLForConditionalGeneration"],

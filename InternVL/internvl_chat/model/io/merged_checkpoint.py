@@ -26,7 +26,7 @@ class MergedCheckpoint:
 
     Attributes:
         config: configuration in the reference's format.
-        config_text: content of its `config.json`; identical to the original file if nothing changed.
+        config_text: content of its `config.json`; identical to the original file if no option changed.
         weights: weights under the reference's parameter names.
         auxiliary_files: contents of other files, keyed by file name; an adapter's files override its base's.
         merged_layers: number of layers into which adapters are merged.
@@ -87,7 +87,7 @@ def has_adapters(folder: Path) -> bool:
 
 
 def _merge(weights: Weights, source: Path) -> tuple[Weights, int]:
-    """Merge `lora_A` and `lora_B` into each `base_layer`; return the weights and the number of layers."""
+    """Merge `lora_A` and `lora_B` into their `base_layer`; return the weights and the number of merges."""
     merged: Weights = {}
     layers = 0
     for name, read in weights.items():

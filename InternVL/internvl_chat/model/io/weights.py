@@ -47,7 +47,9 @@ def weight_files(folder: Path) -> list[Path]:
         if files:
             _require_complete(folder, {f.name for f in files})
             return files
-    raise ModelError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
+    raise ModelError(
+        f"{folder}: no weights (model*.safetensors or pytorch_model*.bin); is the download complete?"
+    )
 
 
 def _require_complete(folder: Path, names: set[str]) -> None:
@@ -80,7 +82,8 @@ def open_weights(file: Path) -> Weights:
     """
     try:
         if file.suffix == ".bin":
-            zipped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 are not and cannot be mapped
+            # Files written before PyTorch 1.6 are not zip files and cannot be memory-mapped.
+            zipped = zipfile.is_zipfile(file)
             tensors = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
             return {name: partial(tensors.get, name) for name in tensors}
         with safe_open(file, framework="pt") as handle:

@@ -1,6 +1,6 @@
-"""Enable the optional kernels, which save time or memory without changing parameters, names or results.
+"""Enable the optional kernels, which save time or memory without changing parameters or results.
 
-The model also works without them.
+Parameter names do not change either. The model also works without them.
 """
 
 from typing import Any, cast
@@ -22,6 +22,8 @@ def apply_kernels(
     model: InternVLChatModel, device: torch.device, *, liger: bool = False, persistent_buffers: bool = False
 ) -> None:
     """Replace language-model modules with faster ones that share their parameters.
+
+    Language models of other types than `_SUPPORTED` get only Liger's kernels.
 
     Args:
         model: model on any device, after `set_trainable`.
@@ -59,7 +61,7 @@ def fuse_norms(module: nn.Module) -> None:
 
 
 def supervise_positions(model: InternVLChatModel) -> None:
-    """Compute the last MLP, the final norm, the head and the losses at labeled positions only.
+    """Compute the last MLP, the final norm, the head and the losses at supervised positions only.
 
     Models whose head has a bias or an adapter are left unchanged.
     """
@@ -78,11 +80,11 @@ def supervise_positions(model: InternVLChatModel) -> None:
 def supervised_losses(
     llm: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the same losses as `next_token_losses` with `LastLayer` and `SupervisedHead`."""
+    """Equivalent of `next_token_losses` for a model with `LastLayer` and `SupervisedHead`."""
     hidden = llm.get_decoder()(**inputs, output_positions=positions).last_hidden_state[0]
     return llm.get_output_embeddings()(hidden, targets)
 
 
 def has_supervised_head(model: InternVLChatModel) -> bool:
-    """Return whether the last MLP and the head run at labeled positions only."""
+    """Return whether the last MLP and the head run at supervised positions only."""
     return model.loss_function is supervised_losses

@@ -1,11 +1,11 @@
-"""The last MLP, the head and the cross-entropy, computed at labeled positions only.
+"""The last MLP, the head and the cross-entropy, computed at supervised positions only.
 
 All other positions are needed only as keys and values of the last layer's attention. The gradient of a
 token's loss with respect to its logits z is softmax(z) - onehot(y), times the token's weight. The forward
-pass already computes it without the weight and overwrites the logits with it, so that the two are never in
-memory together. If the head is frozen, only a few rows of logits are in memory at a time.
+pass already computes it without the token's weight and overwrites the logits with it, so that the two are
+never in memory together. If the head is frozen, only a few rows of logits are in memory at a time.
 
-Shapes: B rows, T tokens, U labeled positions, C hidden size, V vocabulary.
+Shapes: B rows, T tokens, U supervised positions, C hidden size, V vocabulary.
 """
 
 from typing import Any

@@ -39,14 +39,14 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY
 
 
 def inspect_system(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the versions of Python and the operating system."""
+    """Return the Python version and executable, and the operating system; report an old Python version."""
     if sys.version_info < _MIN_PYTHON:
         diagnosis.fail(f"Python {platform.python_version()} is too old", "install Python 3.11 or newer")
     return {"python": platform.python_version(), "executable": sys.executable, "os": platform.platform()}
 
 
 def inspect_packages(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the installed package versions and the supported version ranges."""
+    """Return installed package versions and supported ranges; report missing and unsupported packages."""
     from packaging.requirements import Requirement
 
     installed: dict[str, str | None] = {}
@@ -86,7 +86,7 @@ def inspect_torch(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def inspect_attention(device: torch.device, diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the attention kernels that work on a device."""
+    """Return the attention kernels that work on a device; report a broken flash-attn or missing compiler."""
     flash_attn = _version("flash-attn")
     if flash_attn:
         try:
@@ -109,7 +109,7 @@ def inspect_attention(device: torch.device, diagnosis: Diagnosis) -> dict[str, A
 
 
 def inspect_training(diagnosis: Diagnosis) -> str:
-    """Try to import the training script in a subprocess; return the outcome as a message."""
+    """Try to import the training script in a subprocess; report a failure and return the outcome as text."""
     paths = [str(_SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, "-c", "import internvl_chat.train.internvl_chat_finetune"],
@@ -125,7 +125,7 @@ def inspect_training(diagnosis: Diagnosis) -> str:
 
 
 def inspect_tokens(diagnosis: Diagnosis) -> list[str]:
-    """Return the names (never the values) of the access tokens in the environment."""
+    """Return the names, never the values, of access tokens in the environment; report a missing wandb."""
     names = [name for name in _TOKENS if os.environ.get(name)]
     if "WANDB_API_KEY" in names and _version("wandb") is None:
         diagnosis.warn("WANDB_API_KEY is set, but wandb is missing", "pip install wandb, or REPORT_TO=none")

@@ -279,7 +279,7 @@ class TestSystemField:
     def test_beside_a_system_message(self):
         entries = [{"from": "system", "value": "S"}, ASK, ANSWER]
         assert parse_record({"system": "S", "conversations": entries}).messages[0] == Message("system", "S")
-        assert "'system' and the system message differ" in problem_of(
+        assert "the 'system' field differs from the conversation's system message" in problem_of(
             {"system": "T", "conversations": entries}
         )
 
@@ -314,7 +314,7 @@ class TestSupervision:
 
     def test_no_answer_is_left(self):
         message = problem_of({"conversations": [ASK, {**ANSWER, "weight": 0}]})
-        assert message == "no answer is supervised: 'loss' or 'weight' excludes all"
+        assert message == "no answer is supervised: 'loss' or 'weight' excludes all answers"
 
 
 class TestUnreadImages:

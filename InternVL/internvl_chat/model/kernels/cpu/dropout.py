@@ -1,6 +1,6 @@
 """Dropout of 16-bit floats on a CPU, using 16 random bits per element instead of a random float.
 
-Compared with torch's dropout, this saves 10 % of a LoRA step; the SFC64 generator accounts for 4 %.
+Compared with torch's dropout, this saves 10% of a LoRA step; the SFC64 generator accounts for 4%.
 """
 
 from typing import Any
