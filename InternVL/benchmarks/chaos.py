@@ -30,7 +30,8 @@ from benchmarks.common import write_report
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune/M3LLM-fulldata-fullmodel.sh"
 VICTIMS = ("process", "launcher", "all")
-# Probability of a kill after a step instead of during startup, and the maximum number of steps before it.
+# Probability that a kill comes after a step instead of during startup, and the maximum number of steps
+# between the start and such a kill.
 _LATE_PROBABILITY = 0.7
 _MAX_STEPS_BEFORE_KILL = 8
 # Maximum delay of a kill after a step, in step durations; long enough for another step and a save.
@@ -213,7 +214,7 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
                 f"the launcher failed with exit code {code} without being killed; see {interrupted}.log"
             )
     if outcome.kills < args.kills:
-        raise RuntimeError(f"the run finished after {outcome.kills} kills; increase --steps")
+        raise RuntimeError(f"the run finished after {outcome.kills} of {args.kills} kills; increase --steps")
     outcome.same_ledger = _lines(baseline / "ledger.jsonl") == _lines(interrupted / "ledger.jsonl")
     outcome.same_losses = _losses(baseline) == _losses(interrupted)
     outcome.same_weights = _weights(baseline) == _weights(interrupted)
@@ -224,7 +225,7 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
 def _wait_to_kill(
     process: subprocess.Popen, output: Path, first_step: float, step: float, kept: int, rng: random.Random
 ) -> bool:
-    """Wait for a random time during startup or until after some steps; return whether the run is still alive.
+    """Wait for a random time during startup or a random number of steps; return whether the run is alive.
 
     Args:
         process: the launcher.

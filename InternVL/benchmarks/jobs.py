@@ -1,4 +1,4 @@
-"""Benchmark jobs: a measurement in a subprocess, with its settings, clock and result."""
+"""Benchmark jobs: settings, clock and result of a measurement, which runs in a subprocess."""
 
 import dataclasses
 import json

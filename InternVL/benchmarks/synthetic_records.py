@@ -79,7 +79,7 @@ def write_synthetic_records(folder: Path, context_tokens: int) -> Path:
 
 
 def _record(counts: Counts, context_tokens: int, figures: list[str], rng: random.Random) -> dict:
-    """Return a record whose text lengths vary by up to 50 % around the means."""
+    """Return a record whose text lengths vary by up to 50% around the means."""
     images = rng.sample(figures, int(counts.tiles) + (rng.random() < counts.tiles % 1))
     shown = "".join(f"Fig-{i}: <image>\n" for i in range(len(images)))
     per_image = _TILE_TOKENS + _IMAGE_FRAME_TOKENS

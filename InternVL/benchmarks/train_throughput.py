@@ -75,8 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="tokenizer folder (default: train a tokenizer on the records)")
     add("--max_dynamic_patch", type=int, default=1, help="maximum tiles per record (default: 1)")
     add("--context_tokens", type=int, default=230,
-        help="mean context of synthetic records (default: 230, about 900 tokens per record)")  # fmt: skip
-    add("--steps", type=int, help="timed steps (default: 2 of 16 records for lora, 12 of 2 for full)")
+        help="mean context length of synthetic records in tokens (default: 230; a record then has about 900 "
+        "tokens)")  # fmt: skip
+    add(
+        "--steps",
+        type=int,
+        help="timed steps (default: 2 with 16 records each for lora, 12 with 2 records each for full)",
+    )
     add("--warmup", type=int, help="untimed steps before the timed ones (default: 1 for lora, 3 for full)")
     add(
         "--repeats",
@@ -185,10 +190,11 @@ def plan_jobs(args: argparse.Namespace, presets: Sequence[str], folder: Path) ->
 
 
 def check_same_work(results: dict[str, Result]) -> None:
-    """Check that all presets trained on the same number of tokens and have the same first loss.
+    """Check that all presets trained on equal numbers of records and tokens and have the same first loss.
 
     Raises:
-        RuntimeError: the number of records or tokens, or the first loss, differs.
+        RuntimeError: the number of records or tokens differs, or the first loss differs by more than the
+            tolerance.
     """
     first_label, first = next(iter(results.items()))
     for label, result in results.items():
@@ -200,8 +206,8 @@ def check_same_work(results: dict[str, Result]) -> None:
         tolerance = PEER_TOLERANCE if PEER in (label, first_label) else LOSS_TOLERANCE
         if abs(result.first_loss - first.first_loss) > tolerance * first.first_loss:
             raise RuntimeError(
-                f"first loss of {label} is {result.first_loss:.5f}, but of {first_label} "
-                f"{first.first_loss:.5f}"
+                f"the first loss of {label} is {result.first_loss:.5f}, but that of {first_label} is "
+                f"{first.first_loss:.5f}; they may differ by at most {tolerance:.1%}"
             )
 
 

@@ -1,6 +1,7 @@
 """Command-line interface `m3llm`.
 
-Exit codes: 0 success, 1 data or model error, 2 invalid command line.
+Exit codes: 0 success, 1 data, model or training error, 2 invalid command line, 128 + n training stopped by
+signal n.
 """
 
 # PYTHON_ARGCOMPLETE_OK

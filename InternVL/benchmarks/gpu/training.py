@@ -50,7 +50,7 @@ def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
     fast, reference = _jobs(check, recipe, ["fast", "reference"])
     errors = []
     for number, flags in enumerate(choices):
-        # The error message lists the flags that would fit.
+        # The first error message lists the flags that would fit; skip all others.
         if errors and f"{' '.join(flags)} (" not in errors[0]:
             continue
         try:
@@ -135,7 +135,9 @@ def memory(check: Check) -> None:
             if check.on_gpu:  # on a CPU, libraries use most of the memory
                 _compare_memory(check, name, plan["total"], used)
                 ratios.append(f"{used / plan['total']:.2f}")
-    check.summary = f"used over planned: {', '.join(ratios)}" if ratios else "not compared on a CPU"
+    check.summary = (
+        f"used memory / planned memory: {', '.join(ratios)}" if ratios else "not compared on a CPU"
+    )
 
 
 def fsdp(check: Check) -> None:

@@ -2,7 +2,7 @@
 
 The setup follows the transformers documentation: one record per micro-batch, gradient checkpointing, bfloat16
 (float32 on a CPU without bf16 instructions), and defaults otherwise. The loss of a step is the mean over its
-tokens, not over its records.
+supervised tokens, not over its records.
 """
 
 import os

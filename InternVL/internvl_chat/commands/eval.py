@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=positive, metavar="N", default=8,
         help="questions per batch with META (default: 8)")  # fmt: skip
     add("--on_bad_record", choices=POLICIES, default="fail",
-        help="skip: log and exclude unusable records and items (default: fail)")  # fmt: skip
+        help="unusable records and items: fail stops; skip logs and excludes them "
+        "(default: fail)")  # fmt: skip
     add("--require-above-chance", type=float, metavar="P",
         help="fail unless closed-question accuracy is above chance at this significance level")  # fmt: skip
     add = parser.add_argument_group("with --bench instead of META").add_argument
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, help="folder of the benchmark; JSONL file for --bench vqa")
     add("--out", type=Path, help="output folder for answers, metrics and report")
     add("--predictions", type=Path, metavar="FILE",
-        help="score existing answers (no model): JSONL with task, index, prediction")  # fmt: skip
+        help="score existing answers instead of a model: JSONL with task, index and prediction")  # fmt: skip
     add("--tasks", type=comma_separated, help="comma-separated tasks (default: all)")
     add("--metrics", type=comma_separated,
         help="comma-separated: bleu,rouge,overlap,cider,bertscore,sts,macro; fails if one is unavailable "
@@ -136,7 +137,7 @@ def _run_exact_match(args: argparse.Namespace) -> int:
 
 
 def _percent(value: Any) -> Any:
-    """Format a fraction as a percentage, and None as a dash."""
+    """Format a float as a percentage and None as a dash; return other values unchanged."""
     return "-" if value is None else f"{value:.1%}" if isinstance(value, float) else value
 
 
@@ -203,7 +204,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
 def _report_exclusions(
     args: argparse.Namespace, benchmark: Benchmark, selected: Benchmark, answered: Benchmark
 ) -> None:
-    """Report the number of skipped items, and of answers without a reference."""
+    """Report the number of skipped items and the number of answers without a reference."""
     skipped = len(benchmark.excluded) + len(selected.items) - len(answered.items)
     unlabeled = len(answered.items) - len(answered.labeled.items)
     file = f"{args.out}/predictions.jsonl" if args.out else args.predictions
@@ -233,7 +234,9 @@ def _check_benchmark_arguments(args: argparse.Namespace) -> None:
     if args.model and not args.out:
         problems.append("--out DIR is required with --model")
     if args.predictions and args.out and (args.out / SETTINGS).exists():
-        problems.append(f"--out {args.out}: contains a different evaluation; choose another folder")
+        problems.append(
+            f"--out {args.out}: contains answers from a different evaluation; choose a different folder"
+        )
     unknown = [name for name in args.metrics or () if name not in FAMILIES]
     if unknown:
         problems.append(f"--metrics {','.join(unknown)}: unknown; the choices are {', '.join(FAMILIES)}")

@@ -82,7 +82,7 @@ class ResultCheck:
         Args:
             folder: folder of the result.
             row: fields for `--json`.
-            summary: text that is printed otherwise.
+            summary: text that is printed without `--json`.
         """
         count, largest = len(self.differences), max((d.logits or 0.0 for d in self.differences), default=0.0)
         if self.args.json:

@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base_second", help="base model of the second adapter, if it has been moved")
     add("--device", help="for example cpu or cuda:0 (default: GPU if available)")
     add("--pixel_tolerance", type=float, metavar="X", dest="pixels",
-        help="maximum difference of a normalized pixel value (default: 1e-05)")  # fmt: skip
+        help="maximum difference of a normalized pixel value (default: 1e-5)")  # fmt: skip
     add("--logit_tolerance", type=float, metavar="X", dest="logits",
         help="maximum logit difference relative to the largest logit (default: rounding error)")  # fmt: skip
     add("--same_answers", type=float, metavar="X",
-        help="minimum fraction of identical greedy answers (default: 1; 0 in 16-bit precision)")  # fmt: skip
+        help="minimum fraction of identical greedy answers (default: 1, or 0 in 16-bit formats)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object per line")
 
 

@@ -93,7 +93,7 @@ def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[lis
 
 
 def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
-    """Yield a message for each missed goal: a lower loss after each stage, and accuracy above chance."""
+    """Yield a message for each missed goal: a halved loss after each stage, and accuracy above chance."""
     base, full, lora = results
     trained = [name for name in TITLES if name != withheld]
     for stage, before, after, datasets in (
@@ -102,10 +102,13 @@ def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
     ):
         first, last = before.loss(datasets), after.loss(datasets)
         if not last <= MAX_LOSS_RATIO * first:
-            yield f"{stage} stage: held-out loss of its tasks: {first:.3f} before, {last:.3f} after"
+            yield (
+                f"{stage} stage: held-out loss of its tasks: {first:.3f} before, {last:.3f} after; it must "
+                f"fall to at most {MAX_LOSS_RATIO:.0%}"
+            )
     test = compare_with_chance(lora.answers)
     if test is None or not test.p_value < SIGNIFICANCE:
-        yield f"accuracy on closed questions after both stages is not above chance: {test}"
+        yield f"accuracy on closed questions after both stages: not above chance (p < {SIGNIFICANCE}): {test}"
 
 
 def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str) -> Iterator[ComparedRecord]:

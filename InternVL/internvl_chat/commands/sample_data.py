@@ -14,14 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, help="folder to create")
     add("--seed", type=int, default=0, help="random seed (default: 0)")
     add("--train", type=positive, metavar="N", default=60,
-        help="training records per task (default: 60; at most 75 without images)")  # fmt: skip
+        help="training records per task (default: 60); the text-only task has at most 75")  # fmt: skip
     add("--held-out", type=positive, metavar="N", default=20,
-        help="held-out records per task (default: 20; at most 25 without images)")  # fmt: skip
-    add("--json", action="store_true", help="print the paths of the meta files as JSON")
+        help="held-out records per task (default: 20); the text-only task has at most 25")  # fmt: skip
+    add("--json", action="store_true", help="print the paths to the meta files as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the dataset and print the paths of its meta files."""
+    """Write the dataset and print the paths to its meta files."""
     from internvl_chat.data.synthetic.sample_data import write_sample_data
 
     if args.seed < 0:

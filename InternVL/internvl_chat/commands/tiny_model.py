@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.model.tiny import build_tiny_model, save_tiny_model
 
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise UsageError(f"{args.folder} already exists; choose a new folder")
+        raise UsageError(f"{args.folder} already exists; choose a different folder")
     if args.vocab_size < 256:
         raise UsageError(f"--vocab_size {args.vocab_size}: must be at least 256 (one token per byte)")
     shape = TinyShape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TinyShape)})

@@ -36,7 +36,7 @@ def answer_benchmark(
     progress: Callable[..., Iterable[Item]],
     on_bad_record: str = "fail",
 ) -> dict[Key, str]:
-    """Answer the items that have no answer yet. Under torchrun, each rank answers its shard.
+    """Answer the items that have no answer yet. Under torchrun, each rank answers its shard of the items.
 
     Args:
         benchmark: the full benchmark.
@@ -86,10 +86,10 @@ def answer_benchmark(
 
 
 def _check_images(items: Sequence[Item], *, skip: bool) -> list[Item]:
-    """Drop items with unreadable images before the run, so that a damaged image cannot stop it hours later.
+    """Drop items with missing or damaged images before the run, so that they cannot stop it hours later.
 
     Raises:
-        DataError: an image is unreadable and `skip` is False; the message lists all of them.
+        DataError: an image is missing or damaged and `skip` is False; see `raise_problems`.
     """
     usable, problems = [], []
     for item in items:

@@ -18,7 +18,7 @@ from internvl_chat.eval.benchmarks.item import Item, Key
 from internvl_chat.eval.benchmarks.reading import raise_problems
 from internvl_chat.model.io.folders import is_model_file, read_auxiliary_files
 from internvl_chat.model.io.weights import weight_files
-from internvl_chat.utils.errors import DataError, UsageError, format_problems
+from internvl_chat.utils.errors import DataError, UsageError
 from internvl_chat.utils.files import append_json_line, file_sha256, sha256, write_json, write_json_lines
 
 PREDICTIONS = "predictions.jsonl"
@@ -77,7 +77,9 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     has_predictions = any(folder.glob("predictions*.jsonl"))
     if not file.is_file():
         if has_predictions:
-            raise UsageError(f"--out {folder}: contains predictions but no {SETTINGS}; choose another folder")
+            raise UsageError(
+                f"--out {folder}: contains predictions but no {SETTINGS}; choose a different folder"
+            )
         write_json(file, settings)
         return
     try:
@@ -95,8 +97,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise UsageError(
-            f"--out {folder}: contains answers from a different evaluation; choose another folder. "
-            f"{format_problems(differences)}"
+            f"--out {folder}: contains answers from a different evaluation ({'; '.join(differences)}); "
+            "choose a different folder"
         )
     if now.keys() - earlier.keys():  # new tasks of the same benchmark
         write_json(file, {**previous, _QUESTIONS: earlier | now})
@@ -155,8 +157,8 @@ def read_answers(
         tasks: tasks that were read; answers to other tasks are ignored (default: all tasks).
 
     Raises:
-        DataError: a line is invalid, or an answer is missing, duplicate, or does not match an item; the
-            message lists all problems.
+        DataError: a line is invalid, or an answer is missing, duplicate, or does not match an item; see
+            `raise_problems`.
     """
     try:
         lines = file.read_bytes().splitlines()

@@ -121,7 +121,7 @@ def _cider_by_task(
 
 
 def _choice_metrics(items: Sequence[Item], answers: Mapping[Key, str], suite: Suite) -> Metrics:
-    """Return the macro averages over the letters in percent, and the number of unreadable answers."""
+    """Return the macro averages over the letters in percent, and the number of unparsable answers."""
     letters = [item.selected_letter(answers[item.key]) for item in items]
     metrics: Metrics = {"unreadable": letters.count(None)}
     if "macro" in suite.families:

@@ -43,7 +43,7 @@ def bert_score(
         scorer = BERTScorer(model_type=str(model), **settings)
     except (OSError, ValueError, AssertionError) as error:
         raise ModelError(f"{model}: cannot be loaded for BERTScore: {error}") from error
-    # Without a configured limit this is 10**30, which fast tokenizers reject.
+    # Without a configured limit, `model_max_length` is 10**30, which fast tokenizers reject.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, _max_length(scorer._model))
     pairs = zip(predictions, references, strict=True)
     nonempty = [i for i, texts in enumerate(pairs) if all(text.strip() for text in texts)]
@@ -66,8 +66,9 @@ def _max_length(model: Any) -> int:
 def select_layer(name: str, model: Path) -> int:
     """Return the layer whose outputs BERTScore compares.
 
-    For models tuned by the BERTScore authors, identified by their folder name, this is the recommended layer.
-    For other models, it is the layer at three quarters of the depth, where most recommended layers are.
+    For models that the BERTScore authors have evaluated, identified by their folder name, this is the
+    recommended layer. For other models, it is the layer at three quarters of the depth, where
+    most recommended layers are.
 
     Args:
         name: model name given by the user.

@@ -1,7 +1,7 @@
 """Multiple choice: parse the selected option from a free-text answer, and compute macro averages.
 
 Reasoning in `<think> … </think>` is ignored, and text after "wait" or "actually" takes precedence. The first
-matching rule decides; if it matches more than one option, the answer counts as unreadable:
+matching rule decides; if it matches more than one option, the answer is unparsable:
 
 1. The answer is a letter, with any punctuation: `B`, `b.`, `(B)`, `**B**`.
 2. The answer is the text of an option, with or without its letter.
@@ -238,11 +238,11 @@ def split_choices(question: str) -> tuple[str, ...]:
 def macro_averages(expected: Sequence[str], predicted: Sequence[str | None]) -> dict[str, float]:
     """Return macro-averaged `f1`, `precision` and `recall` over all expected and predicted letters.
 
-    An unreadable answer counts as wrong, but is not a separate class.
+    An unparsable answer counts as wrong, but is not a separate class.
 
     Args:
         expected: correct letters.
-        predicted: letters of the answers; None if unreadable.
+        predicted: letters of the answers; None if unparsable.
     """
     from sklearn.metrics import precision_recall_fscore_support
 

@@ -64,6 +64,8 @@ def build_suite(
 ) -> Suite:
     """Check the packages and locate the models of the metrics, before any question is answered.
 
+    Unavailable metrics are logged and not computed, unless they are required.
+
     Args:
         requested: families to compute (default: all available).
         has_open: whether there are open questions; if not, the default is only `macro`.
@@ -94,7 +96,9 @@ def build_suite(
             missing[family] = f"{error}; pass a local folder with --{family}_model"
     unavailable = [f"{family}: {reason}" for family, reason in missing.items() if family in required]
     if unavailable:
-        raise UsageError([f"{text}, or choose other metrics with --metrics" for text in unavailable])
+        raise UsageError(
+            [f"{text}; alternatively, choose different metrics with --metrics" for text in unavailable]
+        )
     for family, reason in missing.items():
         logger.warning("%s is not computed: %s", family, reason)
     computed = frozenset((families | required) - missing.keys())

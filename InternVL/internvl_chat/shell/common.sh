@@ -17,7 +17,7 @@ fail() {
   exit 2
 }
 
-# Print the path of a Python interpreter, version 3.11 or newer.
+# Print the path to a Python interpreter of version 3.11 or newer.
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" "${PYTHONS[@]}"; do

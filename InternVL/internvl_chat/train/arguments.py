@@ -154,7 +154,11 @@ def _names(tokens: Sequence[str]) -> list[str]:
 
 
 def _override(defaults: list[str], tokens: list[str]) -> list[str]:
-    """Merge the flags of a configuration file and of the command line; drop those that later ones replace."""
+    """Return the flags of a configuration file followed by those of the command line.
+
+    Omit flags that are replaced by a later alternative on the command line (see `_ALTERNATIVES`), and a
+    `max_steps` in the file if the command line sets only `num_train_epochs`.
+    """
     given = _names(tokens)
     for flags in _ALTERNATIVES:
         used = next((kind for name in reversed(given) for kind in flags if name in kind), None)
@@ -185,7 +189,11 @@ def _without(tokens: list[str], flags: set[str] | None) -> list[str]:
 
 
 def _tokens_from_file(path: Path) -> list[str]:
-    """Return the flags of a JSON or YAML file as tokens; those of an older `config.yaml` are grouped."""
+    """Return the flags of a JSON or YAML file as command-line tokens.
+
+    Older versions grouped the flags in `config.yaml` under `model`, `data` and `training`; these groups are
+    flattened.
+    """
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:

@@ -71,7 +71,7 @@ def check_configuration(config: TrainConfig) -> RunPlan:
 
     Raises:
         UsageError: the flags or the output folder are invalid; the message lists all problems.
-        ModelError: only the model or the data are invalid; the message lists all problems.
+        ModelError: the model or the data is invalid, but not the flags; the message lists all problems.
     """
     problems: list[str] = []
     only_files = True
@@ -159,7 +159,7 @@ def _step_flags(config: TrainConfig) -> Iterator[str]:
 
 
 def _tile_flags(config: TrainConfig) -> Iterator[str]:
-    """Yield problems with the tile limits and the paths of an assembled model."""
+    """Yield problems with the tile limits and the paths for assembling a model."""
     model, data = config.model, config.data
     if model.model_name_or_path:
         for flag in ("vision_path", "llm_path", "mlp_path"):
@@ -185,14 +185,14 @@ def _trainable_flags(config: TrainConfig) -> Iterator[str]:
         )
     frozen = model.freeze_llm and model.freeze_mlp and model.freeze_backbone
     if frozen and not (adapters or model.unfreeze_lm_head or model.unfreeze_vit_layers):
-        yield "all parameters are frozen"
+        yield "all parameters are frozen; unfreeze a component, or train adapters with --use_llm_lora"
 
 
 # ---- validation
 
 
 def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) -> Iterator[str]:
-    """Yield problems with the validation flags; `specs` is None if the validation data is unreadable."""
+    """Yield problems with the validation flags; `specs` is None if the validation data is invalid."""
     run = config.run
     if run.eval_strategy == "no":
         values = {
@@ -227,8 +227,8 @@ def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) 
 def sharded_generation_problem(run: RunConfig, sharding: str) -> str:
     """Return the error message for generating answers with sharded weights."""
     return (
-        f"--eval_generate {run.eval_generate}: {sharding} shards the weights, and ranks generate answers of "
-        "different lengths; remove the flag, or use --parallel ddp"
+        f"--eval_generate {run.eval_generate}: not supported with {sharding}: with sharded weights, all "
+        "ranks would have to run the same number of decoding steps; remove the flag, or use --parallel ddp"
     )
 
 
@@ -290,7 +290,7 @@ def _compare_with(
     specs: Sequence[DatasetSpec] | None,
     eval_specs: Sequence[DatasetSpec] | None,
 ) -> list[str]:
-    """Compare the flags and, if they are readable, the datasets with those of a checkpoint."""
+    """Compare the flags and, if the datasets are valid, the datasets with those of a checkpoint."""
     if specs is None or eval_specs is None:
         current = fingerprint(config)
     else:
@@ -328,7 +328,7 @@ def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list
 
 
 def _check_model(config: TrainConfig) -> Path:
-    """Check the initial model; return its folder or, if it is assembled, the language model's folder."""
+    """Check the initial model; return its folder or, for an assembled model, the language model's folder."""
     model, data = config.model, config.data
     if model.model_name_or_path is None:
         vision, llm = map(model_folder, model.parts)
@@ -361,7 +361,7 @@ def _check_model(config: TrainConfig) -> Path:
     layers = model_config.vision_config.num_hidden_layers
     if abs(model.unfreeze_vit_layers) > layers:
         problems.append(
-            f"--unfreeze_vit_layers {model.unfreeze_vit_layers}: the vision tower has {layers} layers"
+            f"--unfreeze_vit_layers {model.unfreeze_vit_layers}: the vision tower has only {layers} layers"
         )
     changed = dataclasses.replace(model_config)
     apply_flags(changed, config)

@@ -25,7 +25,7 @@ class RunConfig:
     """Resolved training configuration of this rank; unlisted fields are described by their flags.
 
     Attributes:
-        flags: unresolved values of all flags.
+        flags: unresolved values of the flags in `RunArguments`.
         device: device of this rank.
         rank: rank of this process.
         world_size: number of ranks.
@@ -213,7 +213,7 @@ def _choice(name: str, value: str, known: Sequence[str], problems: list[str]) ->
 
 
 def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any] | None:
-    """Parse the value of a flag, which is JSON text or the path of a JSON file."""
+    """Parse the value of a flag, which is JSON text or the path to a JSON file."""
     if value is None:
         return None
     try:
@@ -253,7 +253,7 @@ def _parallel(args: RunArguments, problems: list[str]) -> str:
 
 
 def _device(args: RunArguments, problems: list[str]) -> torch.device:
-    """Return the device of this rank; all ranks of a node report the same problems."""
+    """Return the device of this rank; if GPUs are missing, all ranks of a node report the same problem."""
     device = torch.device("cpu") if args.use_cpu else torch.device("cuda", distributed.local_rank())
     needed = max(distributed.local_world_size(), distributed.local_rank() + 1)
     visible = torch.cuda.device_count()

@@ -6,9 +6,7 @@ from typing import Any
 
 from internvl_chat.train.flags import GROUPS, DataArguments, ModelArguments, RunArguments
 
-_DESCRIPTION = (
-    "Fine-tune InternVL3. Pass flags, optionally after a YAML or JSON file, whose values they override."
-)
+_DESCRIPTION = "Fine-tune InternVL3. The flags override the values in CONFIG, an optional YAML or JSON file."
 _USAGE = "%(prog)s [CONFIG] [--FLAG VALUE ...]"
 _EXAMPLE = (
     "Example: m3llm train recipe.yaml --model_name_or_path OpenGVLab/InternVL3-8B --meta_path PMC-data.json "

@@ -84,15 +84,18 @@ class ModelArguments:
 
     model_name_or_path: str | None = _model(None, "Initial model: model folder, adapter folder or Hub id.")
     base_model_path: str | None = _lora(None, "Folder of the adapters' base model, if it was moved.")
-    vision_path: str | None = _model(None, "InternViT folder of an assembled model (with --llm_path).")
-    llm_path: str | None = _model(None, "Language-model folder of an assembled model.")
-    mlp_path: str | None = _model(None, "Weight file of the projector (mlp1) of an assembled model.")
+    vision_path: str | None = _model(None, "InternViT folder for assembling a model (with --llm_path).")
+    llm_path: str | None = _model(None, "Language-model folder for assembling a model (with --vision_path).")
+    mlp_path: str | None = _model(
+        None, "Weight file of the projector (mlp1) for assembling a model [random weights]."
+    )
     freeze_llm: bool = _model(False, "Freeze the language model.")
     freeze_backbone: bool = _model(False, "Freeze the vision tower.")
     freeze_mlp: bool = _model(False, "Freeze the projector.")
     unfreeze_vit_layers: int = _model(
         0,
-        "Train the vision blocks from this index on, even if frozen; negative: from the end, 0 disables.",
+        "Index of the first vision block to train even if the vision tower is frozen; negative values count "
+        "from the end, 0 disables.",
     )
     unfreeze_lm_head: bool = _model(False, "Train the output head even if the language model is frozen.")
     vision_select_layer: int = _model(-1, "Vision block whose output is used; -1 is the last.")
@@ -113,7 +116,7 @@ class ModelArguments:
 
     @property
     def parts(self) -> tuple[str, str]:
-        """Paths of the vision tower and the language model of an assembled model."""
+        """Paths to the vision tower and the language model from which to assemble the model."""
         if self.vision_path is None or self.llm_path is None:
             raise ValueError("the model is not assembled from its parts")
         return self.vision_path, self.llm_path
@@ -155,7 +158,7 @@ class DataArguments:
     check: str = _data(
         "fast",
         "Data check before loading weights: full decodes all images, fast reads their headers and file ends, "
-        "off is fast without warnings.",
+        "off is like fast, but without warnings.",
         ("full", "fast", "off"),
     )
     on_bad_record: str = _data(
@@ -231,12 +234,14 @@ class RunArguments:
     max_grad_norm: float = _optimization(1.0, "Maximum norm of the gradients; 0 disables clipping.")
     weight_precision: str = _optimization(
         "master",
-        "How to update bf16 weights: float32 master weights, stochastic rounding, or plain bf16 like the "
-        "reference (auto: former name of master).",
+        "Update of bf16 weights: master (float32 copies), stochastic (stochastic rounding), or bf16 (as in "
+        "the reference); auto is the former name of master.",
         ("auto", *WEIGHT_PRECISIONS),
     )
     max_bad_steps: int = _optimization(
-        5, "Maximum number of skipped steps (non-finite, or without labels); one more fails the run."
+        5,
+        "Maximum number of skipped steps (non-finite loss or gradients, or no supervised tokens); one more "
+        "fails the run.",
     )
     do_train: bool = _optimization(True, "Must be True: this script only trains.")
     # computation
@@ -260,7 +265,9 @@ class RunArguments:
         PARALLEL_MODES,
     )
     deepspeed: str | None = _distributed(None, "DeepSpeed configuration: a JSON file or JSON text.")
-    fsdp: str = _distributed("", "full_shard means --parallel fsdp; other values are not supported.")
+    fsdp: str = _distributed(
+        "", "full_shard is equivalent to --parallel fsdp; other values are not supported."
+    )
     ddp_bucket_cap_mb: int | None = _distributed(None, "DDP's bucket size in MB [torch's default].")
     ddp_backend: str | None = _distributed(
         None, "Only the defaults are supported: nccl on GPUs, gloo on CPUs."

@@ -121,7 +121,7 @@ def train(config: TrainConfig) -> int:
 
 
 def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
-    """Load and check the training and validation records."""
+    """Load and check the training and validation records; on resume, also compare the image files."""
     encoder, resume = load_encoder(plan), plan.output.resume
     excluded = read_fingerprint(resume).get(EXCLUDED) if resume else None
     data = load_records(plan.config, plan.specs, encoder, resumed_exclusions=excluded)
@@ -250,7 +250,7 @@ def _explain(error: RuntimeError) -> str | None:
         return f"{WORKER_DIED} ({text})"
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
-        return "another rank has failed; see its error message or the launcher's"
+        return "another rank has failed; see its error message or that of the launcher"
     if "Timed out waiting" in text:
         return f"another rank did not respond within --ddp_timeout; it hangs or is very slow ({text})"
     return None

@@ -99,7 +99,8 @@ class TrainingLoop:
             batches = self.dataloader.steps(first, self.total_steps)
             if self.run.eval_on_start and first == 1:
                 self.validate()
-            # After slow work on rank 0, wait in a barrier, whose timeout is longer than in a step.
+            # After slow work on rank 0, wait in a barrier: its timeout is longer than that of the collectives
+            # within a step.
             distributed.barrier()
             start, pause = time.perf_counter(), 0.0
             for step in range(first, self.total_steps + 1):
@@ -210,10 +211,10 @@ class TrainingLoop:
         return total, token_losses
 
     def validate(self) -> None:
-        """Validate, report the metrics, and update the best metric."""
+        """Validate, report the metrics, and update the best metric; if interrupted by a signal, stop."""
         start, state = time.perf_counter(), self.state
         self.watchdog.note(f"validating after step {state.step}")
-        # With sharded weights, all ranks must run the same forward passes.
+        # With sharded weights, all ranks must run the same forward passes, so a signal cannot interrupt them.
         may_leave = not self.strategy.shards_weights
         if self.validation is None:
             return

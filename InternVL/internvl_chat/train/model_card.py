@@ -105,7 +105,7 @@ def read_validation(file: Path, step: int | None) -> dict[str, float]:
 
 
 def _base_paths(config: TrainConfig) -> list[str]:
-    """Return the path of the initial model, or the paths of the parts it was assembled from."""
+    """Return the path to the base model, or the paths to the parts from which it was assembled."""
     model = config.model
     if model.model_name_or_path is None:
         return list(model.parts)

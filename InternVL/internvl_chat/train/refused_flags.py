@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-# For each flag, the accepted values, which have no effect, and the advice for all others.
+# For each flag, the values that are accepted because they have no effect, and the advice for other values.
 REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "accelerator_config": ((None,), "accelerate is not used for training"),
     "activation_checkpointing": ((None, False), "use --grad_checkpoint"),

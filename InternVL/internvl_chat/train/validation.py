@@ -139,7 +139,7 @@ class Validation:
     def _add_answers(
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
     ) -> None:
-        """Generate this rank's answers; add exact match, ROUGE-L and count to the sums of their datasets."""
+        """Generate this rank's answers; add exact match, ROUGE-L and answer count to the dataset sums."""
         keys = [(number, i) for number in range(len(self.data.sets)) for i in self.generation_indices(number)]
         for number, group in itertools.groupby(distributed.shard(keys), key=lambda key: key[0]):
             records = self.data.sets[number]

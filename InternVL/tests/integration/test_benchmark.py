@@ -155,7 +155,7 @@ def test_external_answers(complete, bench, tmp_path, capfd):
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
     assert "exact match" in capfd.readouterr().out
     assert m3llm([*command, "--out", str(complete)]) == 2
-    assert "contains a different evaluation; choose another folder" in capfd.readouterr().err
+    assert "contains answers from a different evaluation; choose a different folder" in capfd.readouterr().err
     assert json.loads((complete / "metrics.json").read_text()) == metrics
 
 

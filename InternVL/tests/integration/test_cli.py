@@ -205,7 +205,7 @@ def test_generate(rows, sample_data, tiny_model):
         (["generate", "--model", "/no/model", "What?"], 1, "no such model folder"),
         (["loss", "/no/meta.json", "--model", "TINY"], 1, "no such meta file"),
         (["sample-data", "TINY"], 2, "not an empty folder"),
-        (["tiny-model", "TINY", "--text", "TINY"], 2, "choose a new folder"),
+        (["tiny-model", "TINY", "--text", "TINY"], 2, "choose a different folder"),
         (["merge", "TINY", "TINY/tokenizer.json"], 1, "is a file"),
     ],
 )

@@ -274,7 +274,7 @@ def test_explicit_damaged_checkpoint_is_refused(interrupted, tiny_model, sample_
     again = arguments(tiny_model, sample_data, tmp_path / "new", resume_from_checkpoint=checkpoint)
     assert train(again) == 2
     assert (
-        "not a complete checkpoint: the content of optimizer/rank-00000-00.safetensors has changed"
+        "cannot resume from it: the content of optimizer/rank-00000-00.safetensors has changed"
         in capfd.readouterr().err
     )
 
@@ -286,7 +286,7 @@ def test_no_new_run_if_all_checkpoints_are_damaged(interrupted, tiny_model, samp
     assert train(arguments(tiny_model, sample_data, out)) == 2
     stderr = capfd.readouterr().err
     assert "checkpoint-2 is damaged" in stderr and "checkpoint-4 is damaged" in stderr
-    assert "there is no complete checkpoint to resume from; --overwrite_output_dir True" in stderr
+    assert "there is no intact checkpoint to resume from; --overwrite_output_dir True" in stderr
     assert train(arguments(tiny_model, sample_data, out, overwrite_output_dir=True)) == 0
 
 
@@ -557,7 +557,7 @@ def test_skipped_steps_do_not_count_in_the_results(
     assert train(arguments(tiny_model, sample_data, out, max_steps=3, save_steps=1, logging_steps=3)) == 0
     stderr = capfd.readouterr().err
     [loss] = [row["loss"] for row in metrics(out) if row["loss"] is not None]
-    assert f"step 3/3 (100.0 %) | epoch 0.500 | loss {loss:.4f} |" in stderr
+    assert f"step 3/3 (100.0%) | epoch 0.500 | loss {loss:.4f} |" in stderr
     assert f"finished: the model is in {out} (2 of 3 steps skipped)" in stderr
     assert json.loads((out / "train_results.json").read_text())["skipped_steps"] == 2
     card = (out / "README.md").read_text()

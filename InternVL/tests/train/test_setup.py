@@ -77,7 +77,7 @@ def test_changes_to_stored_preprocessing_are_logged(plan_of, tiny_model, tmp_pat
     )
     file = tmp_path / "hf/preprocessor_config.json"
     assert (
-        f"normalize_type is 'siglip', but the checkpoint has 'imagenet' in {file} (--normalize_type)"
+        f"normalize_type is 'siglip', but the checkpoint has 'imagenet' in {file} (set by --normalize_type)"
         in caplog.text
     )
     assert (

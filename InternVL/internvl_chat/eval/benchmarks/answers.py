@@ -61,7 +61,9 @@ def common_form(items: Iterable[Item]) -> AnswerForm | None:
 
 
 def with_letter(item: Item, form: AnswerForm | None, answer_key: str) -> Item:
-    """Set the reference of a multiple-choice item to the letter of its correct option; keep open items.
+    """Replace the reference of a multiple-choice item with the letter of its correct option.
+
+    Open items are returned unchanged.
 
     Args:
         item: item whose reference is the raw answer from the benchmark.

@@ -97,7 +97,7 @@ def system_prompts(benchmark: Benchmark, file: Path | None = None) -> dict[str, 
             built-in `prompts.yaml`).
 
     Raises:
-        DataError: the file is unreadable, is not a mapping of strings, or contains unknown names.
+        DataError: the file cannot be read, is not a mapping of strings, or contains unknown names.
     """
     texts = _read(file or PROMPTS)
     if file is not None:

@@ -187,7 +187,7 @@ class Benchmark:
         return tuple(dict.fromkeys(item.task for item in self.items))
 
     def select(self, tasks: Sequence[str] | None, limit: int | None) -> "Benchmark":
-        """Return the benchmark with the first `limit` items of the given tasks; None means no restriction."""
+        """Return the benchmark with the first `limit` items of each given task; None means no restriction."""
         selected = (
             item
             for item in self.items
@@ -206,7 +206,10 @@ class Benchmark:
 
 
 def log_lost_content(items: Sequence[Item], options: ImageOptions) -> None:
-    """Warn about image content that is not shown to the model, such as more frames; one example per kind."""
+    """Warn about image information that is ignored, such as further frames or transparency.
+
+    Each kind is logged once, with the number of images and an example.
+    """
     found: dict[str, list[str]] = {}
     for path in dict.fromkeys(f.path for item in items for f in item.figures if f.path is not None):
         try:

@@ -125,7 +125,7 @@ def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: 
     [question], answer = required_strings(raw, "question"), optional_string(raw, "gt")
     if IMAGE_PLACEHOLDER in question:
         raise DataError(
-            f"the question must not contain {IMAGE_PLACEHOLDER}; its images are inserted before it"
+            f"the question must not contain {IMAGE_PLACEHOLDER}, because its images are inserted before it"
         )
     names, labels = string_list(raw, "images"), string_list(raw, "image_indices")
     if names and len(names) != len(labels):

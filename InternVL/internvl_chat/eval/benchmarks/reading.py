@@ -102,7 +102,8 @@ def file_rows(file: RecordFile) -> Iterator[Row]:
 def read_rows(rows: Iterable[Row], rule: Format) -> list[Item]:
     """Parse rows into items; an invalid row becomes an item with a `problem`.
 
-    The answer key may be missing only if all rows of the task lack it.
+    The references of multiple-choice items become option letters. The answer key may be missing only if
+    all rows of the task lack it.
     """
     rows = list(rows)
     parsed = [_parse(row, rule) for row in rows]
@@ -179,7 +180,9 @@ def unknown_tasks(unknown: Sequence[str], benchmark: str, known: Iterable[str]) 
 
 
 def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
-    """Split tasks that mix open and multiple-choice questions; the result is grouped by task.
+    """Move the open questions of mixed tasks to a separate task, `TASK (open)`; group the items by task.
+
+    A mixed task has both open and multiple-choice questions.
 
     Some metrics of open and multiple-choice tasks have the same names but different definitions.
     """
@@ -269,7 +272,9 @@ def check_reserved_token(text: str) -> None:
 
 
 def find_image(name: str, roots: Sequence[Path], *, required: bool = True) -> Path:
-    """Return the path of an image in the first folder that contains it.
+    """Return the path to an image in the first folder that contains it.
+
+    If an optional image is in none of the folders, return its path in the first folder.
 
     Args:
         name: image path relative to a folder.

@@ -38,7 +38,7 @@ def read_vqa(file: Path, request: Request = EVERYTHING) -> Benchmark:
         request: whether the images are needed; all tasks are read.
 
     Raises:
-        DataError: the file is unreadable.
+        DataError: the file is missing, or is neither JSONL nor a JSON array.
     """
     if not file.is_file():
         raise DataError("not a file; --data must be a JSONL file of questions", file=file)

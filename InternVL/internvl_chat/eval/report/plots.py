@@ -1,4 +1,7 @@
-"""Evaluation plots: a bar chart per task with the published results, and a radar chart."""
+"""Evaluation plots: a bar chart with a panel per task, and a radar chart of all tasks.
+
+For PMC-MI-Bench, both include the published results.
+"""
 
 import textwrap
 from collections.abc import Mapping
@@ -41,7 +44,7 @@ def radar_axes(tasks: Mapping[str, Metrics], benchmark: str) -> list[tuple[str, 
 
 
 def plot_radar(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, model: str) -> bool:
-    """Save the radar chart as a PNG; return False if it would have fewer than three axes."""
+    """Save the radar chart as a PNG and return True; with fewer than three axes, only return False."""
     figure = radar_figure(tasks, benchmark=benchmark, model=model)
     if figure is None:
         return False

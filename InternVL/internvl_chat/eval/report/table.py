@@ -22,7 +22,7 @@ def is_choice(metrics: Metrics) -> bool:
 
 
 def percent(value: float | None) -> str:
-    """Format a percentage with one decimal, or a dash for None."""
+    """Format a percentage with one decimal place; None becomes a dash."""
     return "-" if value is None else f"{value:.1f}"
 
 
@@ -32,7 +32,7 @@ def is_partial(metrics: Metrics) -> bool:
 
 
 def _label(model: str, metrics: Metrics) -> str:
-    """Return the row label; partially scored tasks are marked as not comparable with published results."""
+    """Return the row label; it marks partial scores, which are not comparable with published results."""
     if not is_partial(metrics):
         return f"**{model}**"
     return f"**{model}** (partial: {metrics['items']:,} of {metrics['total']:,} items)"
@@ -46,7 +46,7 @@ def _count(metrics: Metrics, name: str) -> str:
 
 
 def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
-    """Return a table with all metrics of the open tasks and one for the multiple-choice tasks."""
+    """Return a table with all metrics of the open tasks, and one for the multiple-choice tasks, if any."""
     tables: list[Table] = []
     for names, choice in ((OPEN_METRICS, False), (CHOICE_METRICS, True)):
         counts = ("items", "unreadable") if choice else ("items",)

@@ -13,7 +13,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Top-level checkpoint files that are only needed to resume. All other such files are in subfolders.
+# Top-level files of a checkpoint that serve only to resume. Subfolders also do, and are not copied either.
 _RESUME_FILES = (STATE_FILE, FINGERPRINT, MANIFEST)
 
 

@@ -23,10 +23,11 @@ from internvl_chat.utils.hashed_file import FileEntry
 def checkpoint_writer(
     plan: RunPlan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
 ) -> Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]:
-    """Return a function that writes given weights to a folder, as a model or as adapters.
+    """Return a function that writes a model to a folder: given weights, tokenizer and preprocessing.
 
-    The function returns the size and hash of each safetensors file, keyed by file name. If the model has
-    adapters, this call hashes their base model on rank 0.
+    The weights are those of the full model or of its adapters. The function returns the size and hash of each
+    safetensors file, keyed by file name. If the model has adapters, this call hashes their base model on
+    rank 0.
     """
     base = _base_model(plan) if lora_layers(model) and plan.config.run.is_main else None
     _, added = load_tokenizer(plan.source)

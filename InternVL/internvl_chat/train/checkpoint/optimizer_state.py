@@ -144,7 +144,7 @@ def save_optimizer(
 def load_optimizer(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 ) -> None:
-    """Load state that was saved by any number of ranks. Collective: call on all ranks.
+    """Load optimizer state that was saved by any number of ranks. Collective: call on all ranks.
 
     Args:
         model: model whose parameter names identify the state.

@@ -142,8 +142,8 @@ def check_resume(
     start = f"cannot resume {checkpoint}:"
     if current.get(TOTAL_STEPS, step) < step:
         problems.append(
-            f"{start} this run ends after step {current[TOTAL_STEPS]}; increase --max_steps or "
-            "--num_train_epochs, or resume from an earlier checkpoint"
+            f"{start} this run ends after step {current[TOTAL_STEPS]}, before that checkpoint; increase "
+            "--max_steps or --num_train_epochs, or resume from an earlier checkpoint"
         )
     has_optimizer = has_optimizer_state(checkpoint)
     if not has_optimizer and not allow_changes:

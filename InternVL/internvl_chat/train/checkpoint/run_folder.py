@@ -59,7 +59,7 @@ class OutputFolder:
     results: tuple[str, ...] = ()
 
     def open(self) -> FileLock:
-        """Create and lock the folder, delete outdated files, and return the lock for the caller to hold.
+        """Create and lock the folder, delete outdated files and log lines, and return the lock.
 
         Raises:
             UsageError: the folder cannot be created, another process is using it, or its results have changed
@@ -134,10 +134,10 @@ def inspect_output_folder(
         checkpoint = Path(resume)
         problem = _resume_problem(checkpoint) if checkpoint.is_dir() else "no such folder"
         if problem:
-            raise UsageError(f"--resume_from_checkpoint {resume}: not a complete checkpoint: {problem}")
+            raise UsageError(f"--resume_from_checkpoint {resume}: cannot resume from it: {problem}")
         elsewhere = checkpoint.resolve().parent != path.resolve()
         if elsewhere and (checkpoints or foreign or METRICS in contents):
-            raise UsageError(f"{path}: is not empty; choose a new --output_dir to resume {resume}")
+            raise UsageError(f"{path}: is not empty; choose a different --output_dir to resume {resume}")
         return OutputFolder(path, checkpoint, overwrite=False, results=results)
     if overwrite:
         if resume:
@@ -190,7 +190,7 @@ def _newest_intact(checkpoints: Sequence[Path]) -> Path:
         logger.warning("skipping damaged checkpoint %s: %s", checkpoint, problem)
         problems.append(f"{checkpoint} is damaged: {problem}")
     remedy = "--overwrite_output_dir True deletes all checkpoints and starts a new run"
-    raise UsageError([*problems, f"there is no complete checkpoint to resume from; {remedy}"])
+    raise UsageError([*problems, f"there is no intact checkpoint to resume from; {remedy}"])
 
 
 def _resume_problem(checkpoint: Path) -> str | None:

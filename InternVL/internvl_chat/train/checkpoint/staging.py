@@ -105,5 +105,7 @@ class HostBuffers:
             try:
                 return torch.empty(size, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
-                logger.warning("cannot pin memory; checkpoints are copied through pageable memory: %s", error)
+                logger.warning(
+                    "cannot pin memory (%s); checkpoints are copied through pageable memory", error
+                )
         return torch.empty(size, dtype=torch.uint8)

@@ -65,7 +65,7 @@ class WeightGatherer:
             copies: copies of the tensors that `prepare` returned.
 
         Raises:
-            AgreedError: a shard is missing, or is not sharded along dimension 0.
+            AgreedError: a shard is missing, or a weight is not sharded along dimension 0.
         """
         for name, weight in self._unique.items():
             if isinstance(weight, DTensor) and (name in self._trained or not self._has_frozen):

@@ -198,7 +198,7 @@ class DeepSpeedStrategy(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Clip to the configured norm and step; DeepSpeed computes the norm only during the step."""
+        """Clip to the configured norm, step, and return the norm, which is known only after the step."""
         self.engine.step()
         self._has_stepped = self.engine.was_step_applied()
         norm = self.engine.get_global_grad_norm()
@@ -212,7 +212,8 @@ class DeepSpeedStrategy(Strategy):
         """
         if self._has_stepped and not apply:
             raise TrainingError(
-                "DeepSpeed has already applied the gradients; resume from the last checkpoint"
+                "this step cannot be skipped, because DeepSpeed has already applied its gradients; resume "
+                "from the last checkpoint"
             )
         if not self._has_stepped:
             self.scheduler.step()

@@ -70,7 +70,7 @@ def _stamp(results: Path) -> int | None:
 
 
 def _is_unchanged(results: Path, stamp: int | None) -> bool:
-    """Return whether the results file still has the modification time `stamp` (None: it did not exist)."""
+    """Return whether the results file existed and still has the modification time `stamp` (see `_stamp`)."""
     return stamp is not None and _stamp(results) == stamp
 
 

@@ -80,7 +80,7 @@ def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def format_line(step: int, total_steps: int, metrics: dict[str, float], seconds_left: float) -> str:
     """Format the metrics of an interval as one line."""
-    line = f"step {step}/{total_steps} ({100 * step / total_steps:.1f} %) | epoch {metrics['epoch']:.3f}"
+    line = f"step {step}/{total_steps} ({100 * step / total_steps:.1f}%) | epoch {metrics['epoch']:.3f}"
     if "loss" in metrics:
         line += f" | loss {metrics['loss']:.4f}"
     line += f" | lr {metrics['learning_rate']:.1e}"
@@ -89,7 +89,7 @@ def format_line(step: int, total_steps: int, metrics: dict[str, float], seconds_
     records, tokens = metrics["records_per_second"], metrics["tokens_per_second"]
     line += f" | {records:{'.3g' if records < 1000 else ',.0f'}} records/s, {tokens:,.0f} tokens/s"
     if "mfu" in metrics:
-        line += f" | MFU {100 * metrics['mfu']:.0f} %"
+        line += f" | MFU {100 * metrics['mfu']:.0f}%"
     line += f" | {metrics['max_memory_gb']:.1f} GB"
     return line + (f" | {format_duration(seconds_left)} left" if step < total_steps else "")
 

@@ -47,7 +47,7 @@ class Curve(NamedTuple):
         return cls(*columns.reshape(-1, 3).T)
 
     def mean(self, limits: tuple[float, float], *, factor: int = 1) -> np.ndarray:
-        """Return the centered mean over `factor` * 5 % of the steps, excluding losses outside the limits."""
+        """Return the centered mean over `factor` * 5% of the steps, excluding losses outside the limits."""
         inside = np.where(is_inside(self.losses, limits), self.losses, np.nan)
         return centered_mean(inside, factor * self.half_width, self.records)
 

@@ -40,9 +40,9 @@ def plot_loss(metrics: Path, output: Path, validation: Path | None = None, *, su
     """Plot the loss of a run to a PNG file (see `loss_figure`).
 
     Args:
-        metrics: path of `metrics.jsonl`; if it has no steps, nothing is plotted.
+        metrics: path to `metrics.jsonl`; if it has no steps, nothing is plotted.
         output: PNG file to write; the name of its folder becomes the title.
-        validation: path of `validation.jsonl`; may be missing.
+        validation: path to `validation.jsonl`; the file may be missing.
         subtitle: model and recipe of the run.
     """
     rows, eval_losses = read_steps(metrics), read_steps(validation) if validation else []

@@ -138,7 +138,7 @@ class StepRecord:
         step: step number (1-based).
         epoch: epochs completed after the step.
         grad_norm: gradient norm before clipping.
-        sets: loss of each dataset with records in the step.
+        sets: loss of each dataset with supervised tokens in the step.
         skipped: unusable records.
         skipped_because: reason for skipping the step; None if it was not skipped.
     """
@@ -209,7 +209,7 @@ def _skipped_because(record: StepRecord) -> dict[str, str]:
 
 
 def skipped_records(ledger: Path) -> list[tuple[str, int]]:
-    """Return (dataset, index) of all skipped records in `ledger.jsonl`."""
+    """Return (dataset, index) of all excluded and skipped records in `ledger.jsonl`."""
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     rows = [json.loads(line) for line in lines if '"skipped"' in line]
     return [(record["dataset"], record["index"]) for row in rows for record in row.get("skipped", ())]

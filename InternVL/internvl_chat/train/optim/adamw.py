@@ -144,7 +144,10 @@ class Float32AdamW(torch.optim.Optimizer):
                 (self._update_compiled if self.compiled else self._update)(bf16, group, noise_seed)
 
     def _next_step(self, parameter: Tensor, gradient: Tensor) -> _Slice:
-        """Return the tensors for the next step of a parameter; create the state if it is the first."""
+        """Increment the step count of a parameter and return its local tensors.
+
+        Optimizer state is created on the first step.
+        """
         if gradient.is_sparse:
             raise RuntimeError("AdamW does not support sparse gradients; use an embedding with sparse=False")
         state = self.state[parameter]

@@ -89,12 +89,12 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
                 f"num_decay_steps {decay} plus {warmup_steps} warm-up steps exceed all {total_steps} steps"
             )
     except Exception as error:  # of any type, because the schedules do not validate their options
-        raise UsageError(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: {error}") from None
+        raise UsageError(f"--lr_scheduler_type {name}: {error}; check --lr_scheduler_kwargs") from None
     return cast(LambdaLR, scheduler)  # all supported schedules use LambdaLR
 
 
 def _check_rates(scheduler: LRScheduler, total_steps: int) -> None:
-    """Evaluate the schedule at up to about 1000 steps, because some invalid options fail only there.
+    """Evaluate the schedule at up to about 1000 steps, because only this reveals some invalid options.
 
     Raises:
         ValueError: a learning-rate factor is not between 0 and 1.
@@ -102,7 +102,10 @@ def _check_rates(scheduler: LRScheduler, total_steps: int) -> None:
     for factor in scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else ():
         for step in {*range(0, total_steps, total_steps // 1000 + 1), total_steps}:
             if not 0 <= (value := factor(step)) <= 1 + 1e-6:
-                raise ValueError(f"the learning rate at step {step} is {value} times --learning_rate")
+                raise ValueError(
+                    f"the learning rate at step {step} is {value:.3g} times --learning_rate; the factor must "
+                    "be between 0 and 1"
+                )
 
 
 def move_schedule(scheduler: LambdaLR, steps: int) -> float:

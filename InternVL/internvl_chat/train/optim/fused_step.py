@@ -1,7 +1,7 @@
 """AdamW step for bf16 weights in one pass over memory, compiled with torch.compile.
 
 Per weight, gradient clipping and the eager step in `adamw.py` move 46 bytes of memory with a float32 master
-and 88 with stochastic rounding. With the compiled step it is 34 and 28.
+and 88 with stochastic rounding. With the compiled step, these numbers are 34 and 28.
 """
 
 import math

@@ -46,7 +46,9 @@ class MemoryPlan:
         pack: size of the largest pack across all ranks and steps.
         sample_indices: records of the largest pack.
         several_packs: whether any rank has multiple packs in a step.
-        fitting_flags: maps a limit to the flags that would each reduce the total to it, and their totals.
+        layers: number of decoder layers.
+        fitting_flags: takes a limit; returns the flags that would each reduce the total to it, mapped to the
+            resulting total.
     """
 
     parallel: str
@@ -79,7 +81,7 @@ class MemoryPlan:
     def explain_shortage(self, reason: str, limit: float) -> str:
         """Return an error message with the plan and the flags that would reduce the total to `limit`."""
         flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
-        options = ", or ".join(flags) or "none of them alone; use more or larger GPUs, or LoRA"
+        options = ", or ".join(flags) or "no single flag; use more or larger GPUs, or LoRA"
         return f"{reason}\n{self.table()}\nflags that would fit: {options}"
 
 

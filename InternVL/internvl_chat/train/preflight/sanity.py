@@ -71,7 +71,7 @@ def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> dict[st
     file, options = stored
     now = {name: getattr(preprocessing, name) for name in _FIXED}
     return {
-        name: f"{name} is {now[name]!r}, but the checkpoint has {options[name]!r} in {file} ({flag})"
+        name: f"{name} is {now[name]!r}, but the checkpoint has {options[name]!r} in {file} (set by {flag})"
         for name, flag in _FIXED.items()
         if options.get(name, now[name]) != now[name]
     }
@@ -164,7 +164,8 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
     text = f"differ by {difference:.2g} in a sum of {single.sum():.4g} (rounding error: {rounding:.2g})"
     if not difference <= _ROUNDING_FACTOR * rounding:
         raise TrainingError(
-            f"token losses of packed and single records {text}: attention {model.attn!r} leaks between "
-            "records on this machine; use a different kernel (--attn) or --packing False"
+            f"token losses of packed and single records {text}, more than {_ROUNDING_FACTOR} times the "
+            f"rounding error: attention {model.attn!r} leaks between records on this machine; use a "
+            "different kernel (--attn) or --packing False"
         )
     logger.info("packing: token losses of packed and single records %s", text)

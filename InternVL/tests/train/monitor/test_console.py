@@ -25,8 +25,8 @@ def test_format_line():
         "records_per_second": 3.1, "tokens_per_second": 2789.9, "mfu": 0.4099, "max_memory_gb": 61.24,
     }  # fmt: skip
     assert format_line(200, 14860, metrics, 4680) == (
-        "step 200/14860 (1.3 %) | epoch 0.013 | loss 1.2345 | lr 4.9e-06 | grad norm 0.821 | 3.1 records/s, "
-        "2,790 tokens/s | MFU 41 % | 61.2 GB | 1 h 18 min left"
+        "step 200/14860 (1.3%) | epoch 0.013 | loss 1.2345 | lr 4.9e-06 | grad norm 0.821 | 3.1 records/s, "
+        "2,790 tokens/s | MFU 41% | 61.2 GB | 1 h 18 min left"
     ).replace("1.2345", f"{1.23449:.4f}")
 
 
@@ -67,8 +67,8 @@ def test_a_line_covers_the_steps_since_the_last(caplog):
         assert console.step(row(3, loss=7.0))["loss"] == 7.0
     console.close()
     assert [record.getMessage().split(" |")[0] for record in caplog.records] == [
-        "step 2/100 (2.0 %)",
-        "step 3/100 (3.0 %)",
+        "step 2/100 (2.0%)",
+        "step 3/100 (3.0%)",
     ]
     assert "3 min left" in caplog.text  # 98 and 97 steps of 2 s
 

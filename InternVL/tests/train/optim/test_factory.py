@@ -317,8 +317,9 @@ class TestSchedule:
         )  # fmt: skip
         [found] = optimizer_problems(run)
         assert (
-            found.startswith(f"--lr_scheduler_type {name}: check --lr_scheduler_kwargs: ")
+            found.startswith(f"--lr_scheduler_type {name}: ")
             and problem in found
+            and found.endswith("; check --lr_scheduler_kwargs")
         )
 
     def test_all_problems_are_reported_together(self):

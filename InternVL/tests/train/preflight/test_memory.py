@@ -371,7 +371,7 @@ def test_message_if_no_flag_helps(model, monkeypatch):
     text = Run(model, monkeypatch).error(1000)
     assert "the largest pack does not fit in memory\nmemory plan in GB per rank (single, 4 of 4" in text
     assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
-    assert text.endswith("flags that would fit: none of them alone; use more or larger GPUs, or LoRA")
+    assert text.endswith("flags that would fit: no single flag; use more or larger GPUs, or LoRA")
 
 
 def test_8b_on_one_h100(full_8b, monkeypatch):
