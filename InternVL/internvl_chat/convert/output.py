@@ -124,7 +124,7 @@ class ConversionOutput:
                 raise
             raise ModelError(
                 f"{error.filename or target}: {error.strerror}; the incomplete result was deleted; check the "
-                f"disk and the free space of {target.parent}, then try again"
+                f"disk and the free space in {target.parent}, then try again"
             ) from None
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -134,7 +134,7 @@ class ConversionOutput:
 
 
 def _source_digest(source: Path) -> str:
-    """Return a hash of all files in a model folder that a conversion reads."""
+    """Return a hash of all files that a conversion reads from a model folder."""
     if is_adapter(source):
         digest = hashlib.sha256((source / ADAPTER_WEIGHTS).read_bytes())
     else:

@@ -31,7 +31,7 @@ _MAX_INDICES_SHOWN = 5
 
 
 class PredictionLog:
-    """Prediction file of one rank; `done` also contains the predictions of the other ranks so far.
+    """Prediction file of one rank; `done` also contains what other ranks had written when it was opened.
 
     Args:
         folder: output folder of the evaluation, created if needed.

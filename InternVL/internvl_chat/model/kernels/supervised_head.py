@@ -46,7 +46,7 @@ class LastLayer(GradientCheckpointingLayer):
 
 
 class HeadBuffers:
-    """Allocates the large tensors of a head; this default allocates new ones in each call."""
+    """Allocator for the large tensors of an LM head; this default creates new ones on every call."""
 
     def take_logits(self, rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return a buffer for logits (rows, V) that is not reused until `give_back`."""

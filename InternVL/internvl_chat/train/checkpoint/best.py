@@ -18,7 +18,7 @@ _RESUME_FILES = (STATE_FILE, FINGERPRINT, MANIFEST)
 
 
 def find_best(folder: Path, last: float = math.inf) -> Path | None:
-    """Return the newest checkpoint that had the best metric so far when it was written; None if none did.
+    """Return the newest checkpoint that was the best of its run when it was written, or None.
 
     Args:
         last: last step to consider; later checkpoints are ignored.

@@ -73,7 +73,7 @@ def _shortage(loop: TrainingLoop, plan: MemoryPlan) -> str | None:
 
 
 def _run_largest_pack(loop: TrainingLoop, plan: MemoryPlan) -> None:
-    """Run the largest pack forward and backward and discard its gradients."""
+    """Run forward and backward passes of the largest pack and discard the gradients."""
     pack, strategy, device = loop.packs[plan.sample_indices], loop.strategy, loop.run.device
     if isinstance(pack, Exception):
         raise pack

@@ -47,8 +47,8 @@ class MemoryPlan:
         sample_indices: records of the largest pack.
         several_packs: whether any rank has multiple packs in a step.
         layers: number of decoder layers.
-        fitting_flags: takes a limit; returns the flags that would each reduce the total to it, mapped to the
-            resulting total.
+        fitting_flags: function of a memory limit in bytes; returns the flags that, on their own, make the run
+            fit, each with its planned total.
     """
 
     parallel: str
@@ -79,7 +79,7 @@ class MemoryPlan:
         )
 
     def explain_shortage(self, reason: str, limit: float) -> str:
-        """Return an error message with the plan and the flags that would reduce the total to `limit`."""
+        """Return an error message with the plan and the flags that would make the run fit within `limit`."""
         flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
         options = ", or ".join(flags) or "no single flag; use more or larger GPUs, or LoRA"
         return f"{reason}\n{self.table()}\nflags that would fit: {options}"
@@ -152,7 +152,7 @@ class _Planner:
         return plan
 
     def fitting_flags(self, parallel: str, limit: float) -> dict[str, float]:
-        """Return the flags that each reduce the planned total to `limit`, mapped to the resulting total."""
+        """Return the flags that, on their own, make the run fit within `limit`, each with its planned total."""
         totals = {}
         if parallel != "deepspeed":  # not supported with DeepSpeed
             totals["--parallel fsdp"] = self.plan("fsdp").total

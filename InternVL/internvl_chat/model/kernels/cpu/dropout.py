@@ -25,7 +25,7 @@ def drop(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, float]:
 
 
 class _BitDropout(torch.autograd.Function):
-    """Dropout on the bits: values and mask are 16-bit integers, so masking is one bitwise AND."""
+    """Dropout by bit masking: the values are viewed as int16, so applying the mask is one bitwise AND."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dropped: int) -> torch.Tensor:
