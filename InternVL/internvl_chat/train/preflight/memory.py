@@ -152,7 +152,7 @@ class _Planner:
         return plan
 
     def fitting_flags(self, parallel: str, limit: float) -> dict[str, float]:
-        """Return the flags that, on their own, make the run fit within `limit`, each with its planned total."""
+        """Return the flags that, on their own, make the run fit in `limit`, each with its planned total."""
         totals = {}
         if parallel != "deepspeed":  # not supported with DeepSpeed
             totals["--parallel fsdp"] = self.plan("fsdp").total
