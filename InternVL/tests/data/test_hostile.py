@@ -114,7 +114,7 @@ class TestLines:
             else:
                 record[name] = "DEEP"
             line = json.dumps(record).replace('"DEEP"', "[" * depth + "]" * depth).encode()
-            if name == "id" and depth == 500:
+            if name == "id" and depth < 90_000:  # a valid id, unless this Python's parser gives up
                 file = folder / "deep.jsonl"
                 file.write_bytes(line)
                 assert (
