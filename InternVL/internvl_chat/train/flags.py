@@ -137,7 +137,9 @@ class DataArguments:
     eval_meta_path: str | None = _validation(
         None, "Meta file of the validation datasets; see --eval_strategy."
     )
-    data_root: str | None = _data(None, "Base folder for relative paths in the meta file [repository].")
+    data_root: str | None = _data(
+        None, "Base folder for relative paths in the meta file [$DATA_ROOT, or the repository]."
+    )
     conv_style: str = _data("internvl2_5", "Conversation template.", tuple(SYSTEM_TEXTS))
     max_seq_length: int = _data(8192, "Maximum number of tokens per record; longer records get fewer tiles.")
     force_image_size: int = _data(448, "Tile size in pixels.")
@@ -208,7 +210,9 @@ class RunArguments:
         "1 (token), or 1/sqrt(n) (square).",
         LOSS_REDUCTIONS,
     )
-    train_sampling_strategy: str = _data("random", "Record order.", SAMPLING_STRATEGIES)
+    train_sampling_strategy: str = _data(
+        "random", "Record order; group_by_length is the same as random.", SAMPLING_STRATEGIES
+    )
     group_by_length: bool = _data(False, "No effect: steps are always balanced across ranks by cost.")
     seed: int = _optimization(42, "Seed of the initialization, the record order and dropout.")
     full_determinism: bool = _optimization(False, "Use only deterministic algorithms (slower).")

@@ -1,14 +1,17 @@
 """Setup: preprocessing before and after loading the weights, and files copied from the base model."""
 
+import argparse
 import dataclasses
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import flags
 from safetensors.torch import save_file
 
+from internvl_chat.commands.common import add_data_root
 from internvl_chat.convert.export import export_hf
 from internvl_chat.convert.merge import merge
 from internvl_chat.data.encode.preprocessing import PREPROCESSING_FILE, Preprocessing
@@ -19,6 +22,7 @@ from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.setup import load_encoder, load_for_training, load_records
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.paths import REPOSITORY, data_root
 
 LORA = {"use_llm_lora": 2, "freeze_llm": True, "freeze_mlp": True}
 
@@ -176,3 +180,31 @@ def test_annotation_file_instead_of_a_meta_file(plan_of, sample_data):
     assert (spec.annotation, spec.root) == (file, sample_data / "images")
     with pytest.raises(ModelError, match="an annotation file, not a meta file; add --image_root"):
         plan_of(meta_path=file)
+
+
+def test_flags_without_effect_are_warned_about(plan_of, caplog):
+    plan_of()
+    assert not [entry for entry in caplog.records if entry.levelno == logging.WARNING]
+    plan_of(train_sampling_strategy="group_by_length", max_seq_length=32769, lr_scheduler_type="constant",
+            warmup_steps=2)  # fmt: skip
+    assert [entry.message.split()[0] for entry in caplog.records] == [
+        "--warmup_steps", "--train_sampling_strategy", "--max_seq_length",
+    ]  # fmt: skip
+    assert "supports 32768 positions" in caplog.text
+
+
+def test_data_root_of_the_environment(plan_of, sample_data, tmp_path, monkeypatch):
+    """It is the default of training, of the commands and of the API, as in the launchers."""
+    entry = {"root": "images", "annotation": "records.jsonl"}
+    for folder in ("other", "meta"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        shutil.copy(next((sample_data / "train").glob("*.jsonl")), tmp_path / folder / "records.jsonl")
+    meta = tmp_path / "meta/meta.json"
+    meta.write_text(json.dumps({"a": entry}))
+    for value, folder in ((str(tmp_path / "other"), "other"), ("", "meta")):
+        monkeypatch.setenv("DATA_ROOT", value)
+        [spec] = plan_of(meta_path=meta).specs
+        assert spec.annotation == tmp_path / folder / "records.jsonl"
+        parser = argparse.ArgumentParser()
+        add_data_root(parser)
+        assert parser.parse_args([]).data_root == data_root() == (Path(value) if value else REPOSITORY)
