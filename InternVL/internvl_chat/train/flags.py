@@ -147,7 +147,9 @@ class DataArguments:
     pad2square: bool = _data(False, "Pad single-tile images to a square instead of stretching them.")
     dynamic_image_size: bool = _data(False, "Split images into tiles according to their aspect ratio.")
     use_thumbnail: bool = _data(False, "Append a thumbnail of each image to its tiles.")
-    min_dynamic_patch: int = _data(1, "Minimum number of tiles per image.")
+    min_dynamic_patch: int = _data(
+        1, "Minimum number of tiles per image; an image limited to fewer gets one tile."
+    )
     max_dynamic_patch: int = _data(
         12, "Maximum number of tiles per record; a limit in the meta file takes precedence."
     )
