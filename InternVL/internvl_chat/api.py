@@ -16,8 +16,8 @@ from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.inference.engine import Engine
 from internvl_chat.model.io.folders import model_folder, read_config
+from internvl_chat.utils import paths
 from internvl_chat.utils.errors import TrainingError
-from internvl_chat.utils.paths import REPOSITORY
 
 
 def load(
@@ -58,7 +58,8 @@ def open_datasets(
     Args:
         meta: meta file, such as PMC-data.json.
         model: model folder, adapter folder or hub id.
-        data_root: base folder of relative paths in the meta file (default: the repository).
+        data_root: base folder of relative paths in the meta file (default: `$DATA_ROOT`, or the
+            repository).
         image_root: folder of the images, if `meta` is an annotation file instead of a meta file.
         max_dynamic_patch: maximum tiles per record (default: from the checkpoint).
         image_background: color behind transparent pixels, or `none` (default: from the checkpoint).
@@ -75,7 +76,7 @@ def open_datasets(
         exif_transpose=exif_transpose,
         escape_control_tokens=escape_control_tokens,
     )
-    specs = load_meta(meta, data_root or REPOSITORY, image_root)
+    specs = load_meta(meta, data_root or paths.data_root(), image_root)
     return build_sets(specs, RecordEncoder(tokenizer, preprocessing))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.output import progress
 from internvl_chat.constants import BACKGROUNDS
-from internvl_chat.utils.paths import REPOSITORY
+from internvl_chat.utils.paths import data_root
 
 # Preprocessing options on the command line, except the tile limit.
 _PREPROCESSING = ("image_background", "exif_transpose", "escape_control_tokens")
@@ -38,8 +38,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
 
 def add_data_root(parser: argparse.ArgumentParser) -> None:
     """Add `--data_root` and `--image_root`."""
-    parser.add_argument("--data_root", default=REPOSITORY, type=Path,
-        help="base folder of relative paths in the meta file (default: the repository)")  # fmt: skip
+    parser.add_argument("--data_root", default=data_root(), type=Path,
+        help="base folder of relative paths in the meta file (default: $DATA_ROOT, or the "
+        "repository)")  # fmt: skip
     parser.add_argument("--image_root", type=Path, metavar="DIR",
         help="folder of the images, if META is an annotation file instead of a meta file")  # fmt: skip
 

@@ -47,9 +47,13 @@ ensure_environment() {
 }
 
 # Validate the launchers' environment variables. Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes
-# and restarts) and CPU_FLAGS (for the training script).
+# and restarts) and CPU_FLAGS (for the training script). The arguments are the flags of the training script.
 prepare_training() {
   local name records threads
+  for name in "$@"; do
+    [[ ! ${name//-/_} =~ ^__(per_device_train_batch_size|gradient_accumulation_steps)(=|$) ]] || fail "$name:" \
+      "the launcher sets this flag from BATCH_SIZE and PER_DEVICE_BATCH_SIZE; set those variables instead"
+  done
   NPROC=${NPROC:-$GPUS} NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0}
   for name in GPUS NPROC BATCH_SIZE PER_DEVICE_BATCH_SIZE NNODES MAX_RESTARTS; do
     [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name must be a non-negative integer, found '${!name}'"

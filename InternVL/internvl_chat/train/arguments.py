@@ -102,16 +102,39 @@ def dump_config(config: TrainConfig) -> str:
     return "".join(lines)
 
 
+class _Number(str):
+    """A number as it is written in a file: `run_name: 007` stays 007."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML loader that reads only true and false as booleans, so that `eval_strategy: no` is a string."""
+    """YAML loader for flags: numbers are text, `no` is no boolean, and duplicate keys are errors.
+
+    The flags parse the numbers; YAML 1.1 would read 010 as 8, 1:30 as 90 and 2025_11 as 202511.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return node
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _NUMBER = "tag:yaml.org,2002:bool", "!number"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _NUMBER, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\Z"), list("-+.0123456789")
+)
+_Loader.add_constructor(_NUMBER, lambda _, node: _Number(node.value))
 
 
 def _missing(tokens: list[str]) -> list[str]:
@@ -156,11 +179,11 @@ def _names(tokens: Sequence[str]) -> list[str]:
 def _override(defaults: list[str], tokens: list[str]) -> list[str]:
     """Return the flags of a configuration file followed by those of the command line.
 
-    Omit flags that are replaced by a later alternative on the command line (see `_ALTERNATIVES`), and a
-    `max_steps` in the file if the command line sets only `num_train_epochs`.
+    Omit flags that are replaced by a later alternative (see `_ALTERNATIVES`), and a `max_steps` in the file
+    if the command line sets only `num_train_epochs`.
     """
-    given = _names(tokens)
     for flags in _ALTERNATIVES:
+        given = _names([*defaults, *tokens])
         used = next((kind for name in reversed(given) for kind in flags if name in kind), None)
         if used is None or not used <= set(given):
             continue
@@ -170,6 +193,7 @@ def _override(defaults: list[str], tokens: list[str]) -> list[str]:
             winner = next(name for name in reversed(given) if name in used)
             logger.info("--%s comes after --%s and replaces it", winner, replaced[-1])
         defaults, tokens = _without(defaults, others), _without(tokens, others)
+    given = _names(tokens)
     if "num_train_epochs" in given and "max_steps" not in given:
         defaults = _without(defaults, {"max_steps"})
     return defaults + tokens
@@ -191,8 +215,8 @@ def _without(tokens: list[str], flags: set[str] | None) -> list[str]:
 def _tokens_from_file(path: Path) -> list[str]:
     """Return the flags of a JSON or YAML file as command-line tokens.
 
-    Older versions grouped the flags in `config.yaml` under `model`, `data` and `training`; these groups are
-    flattened.
+    Older versions wrote all flags to `config.yaml`, in the groups `model`, `data` and `training`. These
+    groups are flattened; defaults are omitted, so that they do not replace a flag with the same meaning.
     """
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -202,11 +226,30 @@ def _tokens_from_file(path: Path) -> list[str]:
         raise UsageError(f"{path}: not valid JSON or YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise UsageError(f"{path}: must map flag names to values")
-    tokens = []
+    tokens, defaults = (
+        [],
+        {flag.name: str(flag.default) for group in flag_groups().values() for flag in group},
+    )
     for name, value in loaded.items():
-        is_group = name in ("model", "data", "training") and isinstance(value, dict)
-        tokens += as_tokens(value if is_group else {name: value})
+        if name in ("model", "data", "training") and isinstance(value, dict):
+            tokens += as_tokens({key: v for key, v in value.items() if str(v) != defaults.get(key)})
+        else:
+            tokens += as_tokens({name: value})
+    names = _names(tokens)
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UsageError(f"{path}: duplicate key: {', '.join(repeated)}")
     return tokens
+
+
+def _with_numbers(value: Any) -> Any:
+    """Return a nested value of a configuration file with its numbers parsed."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(entry) for entry in value]
+    if isinstance(value, _Number):
+        return int(value) if value.lstrip("+-").isdecimal() else float(value)
+    return value
 
 
 def as_tokens(values: Mapping[str, Any]) -> list[str]:
@@ -218,5 +261,8 @@ def as_tokens(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, list):
             tokens += [f"--{name}", *map(str, value)] if value else []
         else:
-            tokens += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            tokens += [
+                f"--{name}",
+                json.dumps(_with_numbers(value)) if isinstance(value, dict) else str(value),
+            ]
     return tokens

@@ -18,7 +18,7 @@ from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import find_base, read_base
-from internvl_chat.model.io.folders import is_adapter, model_folder, read_config
+from internvl_chat.model.io.folders import is_adapter, model_folder, read_config, read_json
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.model.lora.injection import ranks_of, read_adapter_config
 from internvl_chat.train.checkpoint.fingerprint import (
@@ -39,12 +39,17 @@ from internvl_chat.train.checkpoint.run_folder import (
 from internvl_chat.train.config import RunConfig, TrainConfig, is_restarted
 from internvl_chat.train.distributed.deepspeed import deepspeed_problems, zero_stage
 from internvl_chat.train.monitor.trackers import tracker_problems
-from internvl_chat.train.optim.factory import OWN_OPTIMIZERS, optimizer_problems, scheduled_rate
+from internvl_chat.train.optim.factory import (
+    OWN_OPTIMIZERS,
+    flags_without_effect,
+    optimizer_problems,
+    scheduled_rate,
+)
 from internvl_chat.train.validation import metric_names, validation_specs
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
 from internvl_chat.utils.logging import get_logger
-from internvl_chat.utils.paths import REPOSITORY
+from internvl_chat.utils.paths import data_root
 
 logger = get_logger(__name__)
 
@@ -104,6 +109,8 @@ def check_configuration(config: TrainConfig) -> RunPlan:
             "exactly after an interruption"
         )
     output, source = results["output"], results["output"].resume or results["source"]
+    for line in _flag_warnings(config, source) if run.is_main else ():
+        logger.warning("%s", line)
     return RunPlan(config, output, source, results["specs"], results["eval_specs"], results["attn"])
 
 
@@ -186,6 +193,25 @@ def _trainable_flags(config: TrainConfig) -> Iterator[str]:
     frozen = model.freeze_llm and model.freeze_mlp and model.freeze_backbone
     if frozen and not (adapters or model.unfreeze_lm_head or model.unfreeze_vit_layers):
         yield "all parameters are frozen; unfreeze a component, or train adapters with --use_llm_lora"
+
+
+def _flag_warnings(config: TrainConfig, source: Path) -> Iterator[str]:
+    """Yield warnings about flags that have no effect or exceed what the language model was trained for."""
+    run, raw = config.run, read_json(source / "config.json") or {}
+    if not run.deepspeed:  # its configuration may have its own optimizer and schedule
+        yield from flags_without_effect(run)
+    if run.train_sampling_strategy == "group_by_length":
+        yield (
+            "--train_sampling_strategy group_by_length: the order is the same as with random, because steps "
+            "are balanced across ranks by cost"
+        )
+    llm = raw.get("llm_config") or raw.get("text_config") or raw
+    limit, length = llm.get("max_position_embeddings"), config.data.max_seq_length
+    if limit and length > limit:
+        yield (
+            f"--max_seq_length {length}: the language model supports {limit} positions "
+            f"(max_position_embeddings in {source / 'config.json'}); longer records may degrade the model"
+        )
 
 
 # ---- validation
@@ -314,7 +340,7 @@ def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list
         return []
     problems = []
     try:
-        specs = load_meta(meta, config.data.data_root or REPOSITORY, config.data.image_root)
+        specs = load_meta(meta, config.data.data_root or data_root(), config.data.image_root)
         for spec in specs:
             try:
                 RecordFile(spec.annotation)

@@ -198,7 +198,7 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
         "warmup_steps": args.warmup_steps or args.warmup_ratio,
         "compile_blocks": args.torch_compile,
         "report_to": tuple(name for name in reports if name != "none"),
-        "eval_steps": args.eval_steps or args.save_steps,
+        "eval_steps": args.save_steps if args.eval_steps is None else args.eval_steps,
         "metric_for_best_model": metric,
         "sanity_check": args.sanity_check or args.self_test,
     }
@@ -218,7 +218,7 @@ def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any
         return None
     try:
         text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        loaded = json.loads(text, parse_constant=_reject_constant)
+        loaded = json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_unique)
     except OSError as error:
         problems.append(f"--{name} {value}: cannot be read ({error.strerror}); give JSON text or a JSON file")
     except ValueError as error:
@@ -228,6 +228,13 @@ def _mapping(name: str, value: str | None, problems: list[str]) -> dict[str, Any
             return loaded
         problems.append(f"--{name} {value}: must be a JSON object")
     return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"duplicate key {repeated[0]!r}")
+    return dict(pairs)
 
 
 def _reject_constant(text: str) -> NoReturn:

@@ -137,7 +137,9 @@ class DataArguments:
     eval_meta_path: str | None = _validation(
         None, "Meta file of the validation datasets; see --eval_strategy."
     )
-    data_root: str | None = _data(None, "Base folder for relative paths in the meta file [repository].")
+    data_root: str | None = _data(
+        None, "Base folder for relative paths in the meta file [$DATA_ROOT, or the repository]."
+    )
     conv_style: str = _data("internvl2_5", "Conversation template.", tuple(SYSTEM_TEXTS))
     max_seq_length: int = _data(8192, "Maximum number of tokens per record; longer records get fewer tiles.")
     force_image_size: int = _data(448, "Tile size in pixels.")
@@ -145,7 +147,9 @@ class DataArguments:
     pad2square: bool = _data(False, "Pad single-tile images to a square instead of stretching them.")
     dynamic_image_size: bool = _data(False, "Split images into tiles according to their aspect ratio.")
     use_thumbnail: bool = _data(False, "Append a thumbnail of each image to its tiles.")
-    min_dynamic_patch: int = _data(1, "Minimum number of tiles per image.")
+    min_dynamic_patch: int = _data(
+        1, "Minimum number of tiles per image; an image limited to fewer gets one tile."
+    )
     max_dynamic_patch: int = _data(
         12, "Maximum number of tiles per record; a limit in the meta file takes precedence."
     )
@@ -208,7 +212,9 @@ class RunArguments:
         "1 (token), or 1/sqrt(n) (square).",
         LOSS_REDUCTIONS,
     )
-    train_sampling_strategy: str = _data("random", "Record order.", SAMPLING_STRATEGIES)
+    train_sampling_strategy: str = _data(
+        "random", "Record order; group_by_length is the same as random.", SAMPLING_STRATEGIES
+    )
     group_by_length: bool = _data(False, "No effect: steps are always balanced across ranks by cost.")
     seed: int = _optimization(42, "Seed of the initialization, the record order and dropout.")
     full_determinism: bool = _optimization(False, "Use only deterministic algorithms (slower).")

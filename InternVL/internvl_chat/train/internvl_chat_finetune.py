@@ -128,8 +128,15 @@ def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
     eval_specs = validation_specs(plan.eval_specs)
     eval_data = load_records(plan.config, eval_specs, encoder) if eval_specs else None
     if resume:
-        images = {spec.name: digest for spec, digest in zip(plan.specs, data.image_digests, strict=True)}
-        changes = check_images(resume, images, allow_changes=plan.config.run.allow_resume_changes)
+        compared = [data] if eval_data is None or not plan.config.run.tracks_best else [data, eval_data]
+        images = [
+            {
+                records.spec.name: digest
+                for records, digest in zip(opened.sets, opened.image_digests, strict=True)
+            }
+            for opened in compared
+        ]
+        changes = check_images(resume, *images, allow_changes=plan.config.run.allow_resume_changes)
         for line in changes if plan.config.run.is_main else ():
             logger.warning("%s", line)
     if eval_data is not None and plan.config.run.is_main:

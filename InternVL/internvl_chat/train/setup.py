@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData, build_sets
 from internvl_chat.data.encode.encoder import RecordEncoder
-from internvl_chat.data.encode.preprocessing import Preprocessing, stored_options
+from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
@@ -97,14 +98,8 @@ def _report_changes(source: Path, preprocessing: Preprocessing) -> None:
     """Log how the preprocessing differs from the options stored with the initial checkpoint."""
     for name, change in preprocessing_changes(source, preprocessing).items():
         if name not in ("tile_size", "tokens_per_tile"):  # already logged by `prepare_model`
-            logger.warning("%s", change)
-    stored = stored_options(source)
-    if stored is not None and stored[1]["max_dynamic_patch"] != preprocessing.max_dynamic_patch:
-        file, options = stored
-        logger.info(
-            "tile limit: %d (from --max_dynamic_patch and the meta file); the checkpoint has %d in %s",
-            preprocessing.max_dynamic_patch, options["max_dynamic_patch"], file,
-        )  # fmt: skip
+            # The sequence limit changes only the records that exceed it.
+            logger.log(logging.INFO if name == "max_seq_length" else logging.WARNING, "%s", change)
 
 
 def prepare_model(
@@ -190,7 +185,8 @@ def load_records(
     """
     sets = build_sets(specs, encoder)
     limits = {s.spec.name: s.encoder.preprocessing.max_dynamic_patch for s in sets}
-    if len(set(limits.values())) > 1:
+    splits = encoder.preprocessing.dynamic_image_size
+    if splits and len(set(limits.values())) > 1:
         logger.warning("tile limits differ between datasets (%s); the checkpoint stores the largest", limits)
     lengths, excluded, digests, image_digests = distributed.run_on_rank_0(
         lambda: _check_records(sets, config, resumed_exclusions)
@@ -207,7 +203,7 @@ def load_records(
     )
     rows = [
         f"  {s.spec.name}: {counted(len(s), 'record')}, {size} per epoch, "
-        f"at most {counted(limits[s.spec.name], 'tile')} each"
+        + (f"at most {counted(limits[s.spec.name], 'tile')} each" if splits else "one tile per image")
         for s, size in zip(sets, data.sizes, strict=True)
     ]
     logger.info("data: %s per epoch\n%s", counted(len(data), "record"), "\n".join(rows))

@@ -78,6 +78,18 @@ def test_bad_environment(tiny_model, sample_data, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--per_device_train_batch_size=4", "--gradient-accumulation-steps", "--per_device_train_batch_size"],
+)
+def test_flags_that_contradict_the_batch_size(tiny_model, sample_data, tmp_path, flag):
+    result = run_launcher(
+        "lora", flag, "4", cwd=tmp_path, **environment(tiny_model, sample_data, tmp_path / "out")
+    )
+    assert result.returncode == 2
+    assert f"{flag}: the launcher sets this flag from BATCH_SIZE" in result.stderr
+
+
 @pytest.mark.parametrize("ranks", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_failing_run_fails_the_launcher_and_leaves_nothing(tiny_model, sample_data, tmp_path, ranks):
     variables = environment(tiny_model, sample_data, tmp_path / "out", NPROC=ranks)

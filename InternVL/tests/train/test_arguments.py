@@ -475,11 +475,104 @@ def test_no_and_off_are_text_in_yaml(tmp_path):
     assert (config.run.eval_strategy, config.data.check, config.run.packing) == ("no", "off", False)
 
 
-def test_older_config_file_with_groups(tmp_path):
-    config = parse(learning_rate=3e-4, use_llm_lora=8)
+def recipe(folder, *lines: str) -> str:
+    """Write a recipe with the needed flags and these lines."""
+    path = folder / "recipe.yaml"
+    path.write_text(
+        "\n".join([*(f"{name}: {value}" for name, value in NEEDED.items()), "use_cpu: true", *lines])
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["warmup_steps: 4", "warmup_ratio: 0.0"], {"warmup_steps": 0}),
+        (["warmup_ratio: 0.03", "warmup_steps: 0"], {"warmup_steps": 0}),
+        (["warmup_steps: 0", "warmup_ratio: 0.03"], {"warmup_steps": 0.03}),
+        (["eval_strategy: steps", "evaluation_strategy: 'no'"], {"eval_strategy": "no"}),
+        (["evaluation_strategy: 'no'", "eval_strategy: steps"], {"eval_strategy": "steps"}),
+        (["self_test: true", "sanity_check: false"], {"sanity_check": False}),
+    ],
+    ids=str,
+)
+def test_the_later_line_of_a_recipe_is_used(tmp_path, lines, expected):
+    run = parse_arguments([recipe(tmp_path, *lines)]).run
+    assert {name: getattr(run, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (v, v)
+        for v in ("20251126_01", "2025_11_26", "007", "1:30", "1e3", "1.10", "0x10", "true-color", "Falsey")
+    ]
+    + [("2025-11-26", "2025-11-26"), ("+1", "+1"), ("'null'", "null"), ("null", None)],
+)
+def test_text_flags_keep_the_text_of_a_recipe(tmp_path, value, text):
+    assert parse_arguments([recipe(tmp_path, f"run_name: {value}")]).run.run_name == text
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "number"),
+    [
+        ("use_llm_lora: 010", "use_llm_lora", 10), ("max_steps: 1_000", "max_steps", 1000),
+        ("learning_rate: 1e-5", "learning_rate", 1e-5), ("weight_decay: .5", "weight_decay", 0.5),
+        ("max_steps: 1:30", "max_steps", None), ("seed: 0x10", "seed", None),
+        ("learning_rate: .inf", "learning_rate", None),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_recipe_are_read_like_flags(tmp_path, line, name, number):
+    if number is None:
+        assert f"--{name}" in problems(recipe(tmp_path, line))[0]
+    else:
+        config = parse_arguments([recipe(tmp_path, line)])
+        assert {**vars(config.model), **vars(config.run)}[name] == number
+
+
+def test_nested_numbers_of_a_recipe(tmp_path):
+    lines = ["lr_scheduler_type: cosine", "lr_scheduler_kwargs: {num_cycles: .5, steps: 010, a: ['1', 2e0]}"]
+    run = parse_arguments([recipe(tmp_path, *lines)]).run
+    assert run.lr_scheduler_kwargs == {"num_cycles": 0.5, "steps": 10, "a": ["1", 2.0]}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["seed: 1", "seed: 2"], ["seed: 1", "seed: 1"], ['"seed": 1', "seed: 2"],
+        ["train-seed: 1", "train_seed: 2"],
+        ["lr_scheduler_kwargs: {seed: 1, seed: 2}"], ["model:", "  seed: 1", "  seed: 2"],
+        ["seed: 1", "training: {seed: 2}"],
+        ["""lr_scheduler_kwargs: '{"seed": 1, "seed": 2}'"""],
+    ],
+)  # fmt: skip
+def test_duplicate_keys_are_errors(tmp_path, lines):
+    [problem] = problems(recipe(tmp_path, *lines))
+    assert "duplicate key" in problem and "seed" in problem
+
+
+def test_merged_mappings_of_a_recipe(tmp_path):
+    lines = ["<<: {seed: 3, max_steps: 2}", "max_steps: 4"]
+    run = parse_arguments([recipe(tmp_path, *lines)]).run
+    assert (run.flags["seed"], run.max_steps) == (3, 4)
+
+
+def test_zero_steps_between_validations_is_not_the_default():
+    assert parse(eval_steps=0).run.eval_steps == 0
+
+
+@pytest.mark.parametrize(
+    "values", [{"warmup_steps": 9}, {"warmup_ratio": 0.1}, {"sanity_check": True}], ids=str
+)
+def test_older_config_file_with_groups(tmp_path, values):
+    """It contains all flags, including the defaults of alternative flags."""
+    config = parse(learning_rate=3e-4, use_llm_lora=8, packing=False, **values)
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config.to_dict()))
-    assert parse_arguments([str(path)]) == config
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    assert parse_arguments([str(path)]).run.warmup_steps == config.run.warmup_steps
+    loaded = parse_arguments([str(path)])
+    assert (loaded.run.sanity_check, loaded.run.packing) == (config.run.sanity_check, False)
+    assert (loaded.model, loaded.data) == (config.model, config.data)
 
 
 @pytest.mark.parametrize(

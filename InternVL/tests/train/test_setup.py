@@ -1,22 +1,28 @@
 """Setup: preprocessing before and after loading the weights, and files copied from the base model."""
 
+import argparse
+import dataclasses
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import flags
 from safetensors.torch import save_file
 
+from internvl_chat.commands.common import add_data_root
 from internvl_chat.convert.export import export_hf
 from internvl_chat.convert.merge import merge
+from internvl_chat.data.encode.preprocessing import PREPROCESSING_FILE, Preprocessing
 from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint.fingerprint import fingerprint
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.internvl_chat_finetune import main as train
-from internvl_chat.train.setup import load_encoder, load_for_training
+from internvl_chat.train.setup import load_encoder, load_for_training, load_records
 from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.paths import REPOSITORY, data_root
 
 LORA = {"use_llm_lora": 2, "freeze_llm": True, "freeze_mlp": True}
 
@@ -80,10 +86,38 @@ def test_changes_to_stored_preprocessing_are_logged(plan_of, tiny_model, tmp_pat
         f"normalize_type is 'siglip', but the checkpoint has 'imagenet' in {file} (set by --normalize_type)"
         in caplog.text
     )
-    assert (
-        f"tile limit: 3 (from --max_dynamic_patch and the meta file); the checkpoint has 12 in {file}"
-        in caplog.text
-    )
+    assert f"max_dynamic_patch is 3, but the checkpoint has 12 in {file}" in caplog.text
+
+
+def test_every_difference_from_the_checkpoint_is_a_warning(plan_of, tiny_model, tmp_path, caplog):
+    """Flags that are not given have their defaults, not the values of the checkpoint."""
+    first = shutil.copytree(tiny_model, tmp_path / "first")
+    stored = Preprocessing.read(first / PREPROCESSING_FILE)
+    stored = dataclasses.replace(
+        stored, min_dynamic_patch=2, max_dynamic_patch=3, image_background="white", exif_transpose=True,
+        escape_control_tokens=True, max_seq_length=99,
+    )  # fmt: skip
+    stored.save(first)
+    changes = {"dynamic_image_size": False, "use_thumbnail": False, "pad2square": True}
+    load_for_training(plan_of(model_name_or_path=first, **changes))
+    warned = {e.message.split()[0]: e for e in caplog.records if e.levelno == logging.WARNING}
+    options = {"min_dynamic_patch", "max_dynamic_patch", "image_background", "exif_transpose"}
+    assert set(warned) == {*changes, *options, "escape_control_tokens"}
+    assert "is 'none', but the checkpoint has 'white' in" in warned["image_background"].message
+    caplog.clear()
+    (first / PREPROCESSING_FILE).unlink()
+    load_for_training(plan_of(model_name_or_path=first, **changes))
+    assert {entry.message.split()[0] for entry in caplog.records} == set(changes)
+
+
+@pytest.mark.parametrize(
+    ("splits", "text"), [(True, "at most 6 tiles each"), (False, "one tile per image")], ids=str
+)
+def test_tile_limit_in_the_data_log(plan_of, caplog, splits, text):
+    caplog.set_level(logging.INFO)
+    plan = plan_of(dynamic_image_size=splits)
+    load_records(plan.config, plan.specs, load_encoder(plan))
+    assert text in caplog.text
 
 
 def test_extra_files_of_the_base_are_kept(tiny_model, sample_data, tmp_path):
@@ -146,3 +180,31 @@ def test_annotation_file_instead_of_a_meta_file(plan_of, sample_data):
     assert (spec.annotation, spec.root) == (file, sample_data / "images")
     with pytest.raises(ModelError, match="an annotation file, not a meta file; add --image_root"):
         plan_of(meta_path=file)
+
+
+def test_flags_without_effect_are_warned_about(plan_of, caplog):
+    plan_of()
+    assert not [entry for entry in caplog.records if entry.levelno == logging.WARNING]
+    plan_of(train_sampling_strategy="group_by_length", max_seq_length=32769, lr_scheduler_type="constant",
+            warmup_steps=2)  # fmt: skip
+    assert [entry.message.split()[0] for entry in caplog.records] == [
+        "--warmup_steps", "--train_sampling_strategy", "--max_seq_length",
+    ]  # fmt: skip
+    assert "supports 32768 positions" in caplog.text
+
+
+def test_data_root_of_the_environment(plan_of, sample_data, tmp_path, monkeypatch):
+    """It is the default of training, of the commands and of the API, as in the launchers."""
+    entry = {"root": "images", "annotation": "records.jsonl"}
+    for folder in ("other", "meta"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        shutil.copy(next((sample_data / "train").glob("*.jsonl")), tmp_path / folder / "records.jsonl")
+    meta = tmp_path / "meta/meta.json"
+    meta.write_text(json.dumps({"a": entry}))
+    for value, folder in ((str(tmp_path / "other"), "other"), ("", "meta")):
+        monkeypatch.setenv("DATA_ROOT", value)
+        [spec] = plan_of(meta_path=meta).specs
+        assert spec.annotation == tmp_path / folder / "records.jsonl"
+        parser = argparse.ArgumentParser()
+        add_data_root(parser)
+        assert parser.parse_args([]).data_root == data_root() == (Path(value) if value else REPOSITORY)

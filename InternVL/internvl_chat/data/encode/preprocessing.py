@@ -13,6 +13,7 @@ from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
 
 PREPROCESSING_FILE = "preprocessing.json"
+_KINDS: dict[Any, str] = {bool: "true or false", int: "an integer", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Preprocessing:
     escape_control_tokens: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if type(value) is not kind:
+                raise ModelError(f"{field.name} must be {_KINDS[kind]}, found {value!r}")
         if self.normalize_type not in NORMALIZATIONS:
             raise ModelError(
                 f"unknown normalize_type {self.normalize_type!r}; choose one of {', '.join(NORMALIZATIONS)}"

@@ -52,12 +52,15 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
     """Return the (columns, rows) closest to the image's aspect ratio.
 
-    In a tie, the larger grid wins if the image has more than half as many pixels as that grid.
+    In a tie, the larger grid wins if the image has more than half as many pixels as that grid. As in the
+    reference, the grid is a single tile if `min_tiles` exceeds `max_tiles`.
 
     >>> closest_grid(1000, 500, 1, 6, 448)
     (2, 1)
     >>> closest_grid(300, 300, 1, 12, 448), closest_grid(1000, 1000, 1, 12, 448)
     ((1, 1), (3, 3))
+    >>> closest_grid(1000, 500, 4, 3, 448)
+    (1, 1)
     """
     ratio = width / height
     best, best_distance = (1, 1), float("inf")

@@ -12,7 +12,7 @@ import torch
 
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.weights import Weights
-from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.errors import ModelError, format_problems
 
 HF_MODEL_TYPE = "internvl"
 
@@ -57,6 +57,8 @@ _VISION_FIELDS = (
     ("initializer_factor", "layer_scale_init_value", 0.1),
     ("initializer_range", "initializer_range", 0.02),
 )
+# Options of the projector with a single supported value.
+_FIXED = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
 _FUSED = re.compile(r"(vision_model\.encoder\.layers\.\d+)\.attn\.qkv\.(weight|bias)")
 _SPLIT = re.compile(r"(model\.vision_tower\.encoder\.layer\.\d+)\.attention\.([qkv])_proj\.(weight|bias)")
 
@@ -145,7 +147,18 @@ def to_hf_config(config: InternVLChatConfig, image_context_id: int) -> dict[str,
 
 
 def from_hf_config(raw: dict[str, Any], *, source: str) -> InternVLChatConfig:
-    """Convert the content of transformers' `config.json` to a configuration in the reference's format."""
+    """Convert the content of transformers' `config.json` to a configuration in the reference's format.
+
+    Raises:
+        ModelError: an option has an unsupported value; the message lists all of these.
+    """
+    problems = [
+        f"{name} is {raw[name]!r}; only {value!r} is supported"
+        for name, value in _FIXED.items()
+        if raw.get(name, value) != value
+    ]
+    if problems:
+        raise ModelError(f"{source}: {format_problems(problems)}")
     text, vision = raw["text_config"], raw["vision_config"]
     side, patch = (
         _square(vision.get(k, default)) for k, default in (("image_size", 448), ("patch_size", 14))

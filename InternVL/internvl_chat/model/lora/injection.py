@@ -166,13 +166,18 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise ModelError(f"{file}: not a LoRA configuration: {error}") from None
     targets = config.target_modules
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
     scalings = {config.lora_alpha / config.r} | {
-        config.alpha_pattern.get(key, 2 * rank) / rank for key, rank in config.rank_pattern.items()
+        alphas.get(key, config.lora_alpha) / ranks.get(key, config.r) for key in ranks.keys() | alphas.keys()
     }
-    if not isinstance(targets, set | list) or scalings != {2.0} or config.use_rslora or config.use_dora:
+    # These initializations change the base model's weights.
+    changes_base = str(config.init_lora_weights).startswith(("pissa", "olora", "loftq", "corda"))
+    is_plain = isinstance(targets, set | list) and not (config.use_rslora or config.use_dora or changes_base)
+    if scalings != {2.0} or not is_plain:
+        patterns = f", rank_pattern {ranks}, alpha_pattern {alphas}" if ranks or alphas else ""
         raise ModelError(
             f"{file}: expected plain LoRA with a list of target modules and alpha = 2 * rank; found "
-            f"{targets!r}, rank {config.r}, alpha {config.lora_alpha}, rsLoRA {config.use_rslora}, "
-            f"DoRA {config.use_dora}"
+            f"{targets!r}, rank {config.r}, alpha {config.lora_alpha}{patterns}, rsLoRA {config.use_rslora}, "
+            f"DoRA {config.use_dora}, initialization {config.init_lora_weights!r}"
         )
     return config

@@ -30,6 +30,8 @@ AUGMENTED = "data_augment per dataset"
 TILE_LIMITS = "max_dynamic_patch per dataset"
 IMAGES = "image files per dataset"
 BEST = "choice of the best checkpoint"
+EVAL_TILE_LIMITS = "max_dynamic_patch per validation dataset"
+EVAL_IMAGES = "image files per validation dataset"
 DEEPSPEED_RANKS = "number of ranks (with DeepSpeed use as many as before)"
 
 # Configuration fields that may change on resume: they affect neither the remaining records nor the training.
@@ -166,6 +168,10 @@ def fingerprint_run(config: TrainConfig, data: DataState, eval_data: DataState |
                 for spec, digest in zip(eval_data.specs, eval_data.digests, strict=True)
             ],
         }
+        settings[EVAL_TILE_LIMITS] = _tile_limits(config, eval_data.specs)
+        if eval_data.images:
+            eval_names = [spec.name for spec in eval_data.specs]
+            settings[EVAL_IMAGES] = dict(zip(eval_names, eval_data.images, strict=True))
     return settings
 
 

@@ -15,6 +15,8 @@ from internvl_chat.train.checkpoint.fingerprint import (
     AUGMENTED,
     BEST,
     DEEPSPEED_RANKS,
+    EVAL_IMAGES,
+    EVAL_TILE_LIMITS,
     EXCLUDED,
     IMAGES,
     REPEATS,
@@ -54,7 +56,9 @@ _REJECTED = {
     **dict.fromkeys(
         ("vision_select_layer", "ps_version", "force_image_size", "down_sample_ratio"), _MODEL
     ),
-    BEST: "the best metric so far was measured differently",
+    **dict.fromkeys(
+        (BEST, EVAL_TILE_LIMITS, EVAL_IMAGES), "the best metric so far was measured differently"
+    ),
 }  # fmt: skip
 
 _RATE = "the learning rate follows the new schedule"
@@ -161,7 +165,8 @@ def check_resume(
             f"master weights are copied from the saved weights; the learning rate follows the "
             f"schedule: {rate():g}"
         )
-    missing = _not_compared(stored, {**current, IMAGES: None})
+    images = [IMAGES, EVAL_IMAGES] if EVAL_TILE_LIMITS in current else [IMAGES]
+    missing = _not_compared(stored, {**current, **dict.fromkeys(images)})
     if missing:
         lines.append(
             f"{checkpoint} was written by an earlier version, which did not store {', '.join(missing)}; "
@@ -170,16 +175,23 @@ def check_resume(
     return lines
 
 
-def check_images(checkpoint: Path, images: Mapping[str, str], *, allow_changes: bool) -> list[str]:
+def check_images(
+    checkpoint: Path,
+    images: Mapping[str, str],
+    eval_images: Mapping[str, str] | None = None,
+    *,
+    allow_changes: bool,
+) -> list[str]:
     """Compare the image files of the datasets with those of the checkpoint's run, like `check_resume`.
 
     Args:
         images: digest of each dataset's image files, keyed by dataset name.
+        eval_images: the same of the validation datasets; None if no best checkpoint is tracked.
 
     Raises:
-        UsageError: the image files differ, and `allow_changes` is False.
+        UsageError: the image files differ, and `allow_changes` is False; or those of the validation differ.
     """
-    current = {IMAGES: dict(images)}
+    current = {IMAGES: dict(images)} | ({} if eval_images is None else {EVAL_IMAGES: dict(eval_images)})
     problems, differences = _compare(checkpoint, read_fingerprint(checkpoint), current, allow_changes)
     if problems:
         raise UsageError(problems)
@@ -221,4 +233,6 @@ def _not_compared(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list
     known = {EXCLUDED, BEST, *(name for name in current if name.startswith(ANNOTATION))}
     if BEST in stored:
         known |= set(VALIDATION_FLAGS)  # stored only if they were used
+    if stored.get(BEST) is None:
+        known |= {EVAL_TILE_LIMITS, EVAL_IMAGES}  # there is no best metric so far
     return [name for name in current if name not in stored and name not in known]

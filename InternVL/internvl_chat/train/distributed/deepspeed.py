@@ -17,6 +17,9 @@ from internvl_chat.train.config import RunConfig
 from internvl_chat.train.distributed.strategy import MakeOptimizer, MakeScheduler, Strategy
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError, UsageError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # Options that DeepSpeed removes before it constructs torch's AdamW.
 _ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
@@ -144,6 +147,27 @@ def _fill(
             )
 
 
+def warn_about_locks() -> None:
+    """Warn about lock files of DeepSpeed's operations, on which its start waits without a message.
+
+    A compilation that is killed leaves its lock file. Collective: call on all ranks, before one compiles.
+    """
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root, names = os.environ.get("TORCH_EXTENSIONS_DIR"), {builder.name for builder in ALL_OPS.values()}
+    # Without the variable, torch adds a folder for the versions of Python and CUDA.
+    locks = Path(root).glob("*/lock") if root else Path(get_default_build_root()).glob("*/*/lock")
+    for lock in sorted(locks) if distributed.local_rank() == 0 else ():
+        if lock.parent.name in names:
+            logger.warning(
+                "%s: another process compiles DeepSpeed's operations, or was killed while it did; if this "
+                "run does not start, delete this file",
+                lock,
+            )
+    distributed.barrier()
+
+
 def _init_single_rank(model: InternVLChatModel) -> None:
     """Create the process group for a run without a launcher; otherwise DeepSpeed looks for MPI."""
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -175,6 +199,7 @@ class DeepSpeedStrategy(Strategy):
 
         if not dist.is_initialized():
             _init_single_rank(model)
+        warn_about_locks()
         self.shards_weights = zero_stage(config) == 3
         model.always_run_vision = self.shards_weights
         self.model = model

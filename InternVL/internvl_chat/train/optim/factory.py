@@ -15,6 +15,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import get_parameter_names
 
 from internvl_chat.train.config import RunConfig
+from internvl_chat.train.flags import RunArguments
 from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, build_adamw
 from internvl_chat.utils.distributed import any_rank
 from internvl_chat.utils.errors import UsageError
@@ -121,6 +122,25 @@ def scheduled_rate(run: RunConfig, total_steps: int, step: int) -> float:
     """Return the learning rate that the schedule of a run has at a (1-based) step."""
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
     return move_schedule(make_scheduler(run, probe, total_steps), step - 1)
+
+
+def flags_without_effect(run: RunConfig) -> Iterator[str]:
+    """Yield a warning for each given flag that the schedule or the optimizer ignores."""
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(run.lr_scheduler_type)]
+    if run.warmup_steps and "num_warmup_steps" not in inspect.signature(function).parameters:
+        similar = f"{run.lr_scheduler_type}_with_warmup"
+        advice = f"; use {similar}" if similar in TYPE_TO_SCHEDULER_FUNCTION else ""
+        yield (
+            f"--warmup_steps (or --warmup_ratio) {run.warmup_steps:g}: has no effect with "
+            f"--lr_scheduler_type {run.lr_scheduler_type}, which has no warm-up{advice}"
+        )
+    defaults = {name: getattr(RunArguments, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")}
+    for name, default in defaults.items() if run.optim not in OWN_OPTIMIZERS else ():
+        pairs = run.optim_args.replace(" ", "").split(",") if run.optim_args else []
+        options = [_library_options(dataclasses.replace(run, **{name: value}), pairs)[1]
+                   for value in (getattr(run, name), default)]  # fmt: skip
+        if getattr(run, name) != default and options[0] == options[1]:
+            yield f"--{name} {getattr(run, name):g}: has no effect with --optim {run.optim}"
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:

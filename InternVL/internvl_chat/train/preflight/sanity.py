@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from internvl_chat.data.encode.encoder import supervised_spans
 from internvl_chat.data.encode.preprocessing import Preprocessing, stored_options
 from internvl_chat.data.record_set import Sample
 from internvl_chat.inference.token_losses import pack_losses
+from internvl_chat.model.io.folders import read_json
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.monitor.nan_guard import format_records
 from internvl_chat.utils.errors import DataError, TrainingError, UsageError
@@ -24,14 +26,24 @@ logger = get_logger(__name__)
 _MAX_CHARACTERS, _MAX_TRIED = 160, 100
 # Tolerance of the packing check relative to the rounding error, and the position shifts that measure it.
 _ROUNDING_FACTOR, _SHIFTS = 4, range(1, 9)
-# Preprocessing options that must match the checkpoint, and the flags that set them.
-_FIXED = {
+# Flags that set the preprocessing options. The first five options must match the checkpoint.
+_FLAGS = {
     "template": "--conv_style",
     "system_text": "--conv_style",
     "normalize_type": "--normalize_type",
     "tile_size": "--force_image_size",
     "tokens_per_tile": "--force_image_size and --down_sample_ratio",
+    "dynamic_image_size": "--dynamic_image_size",
+    "use_thumbnail": "--use_thumbnail",
+    "pad2square": "--pad2square",
+    "min_dynamic_patch": "--min_dynamic_patch",
+    "max_dynamic_patch": "--max_dynamic_patch and the meta file",
+    "image_background": "--image_background",
+    "exif_transpose": "--exif_transpose",
+    "escape_control_tokens": "--escape_control_tokens",
+    "max_seq_length": "--max_seq_length",
 }
+_FIXED = tuple(_FLAGS)[:5]
 
 
 def run_sanity_checks(
@@ -53,28 +65,36 @@ def run_sanity_checks(
 
 
 def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
-    """Check that the preprocessing matches the initial checkpoint.
+    """Check that the template, normalization and tile size match the initial checkpoint.
 
     Raises:
-        UsageError: the preprocessing differs; the message lists all differences.
+        UsageError: they differ; the message lists all differences.
     """
     changes = preprocessing_changes(source, preprocessing)
-    if changes:
-        raise UsageError(list(changes.values()))
+    if problems := [changes[name] for name in _FIXED if name in changes]:
+        raise UsageError(problems)
 
 
 def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> dict[str, str]:
     """Return a message, keyed by option, for each difference from the initial checkpoint's preprocessing."""
-    stored = stored_options(source)
-    if stored is None:
-        return {}
-    file, options = stored
-    now = {name: getattr(preprocessing, name) for name in _FIXED}
+    file, options = stored_options(source) or _configured_options(source)
+    now = dataclasses.asdict(preprocessing)
     return {
         name: f"{name} is {now[name]!r}, but the checkpoint has {options[name]!r} in {file} (set by {flag})"
-        for name, flag in _FIXED.items()
+        for name, flag in _FLAGS.items()
         if options.get(name, now[name]) != now[name]
     }
+
+
+def _configured_options(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the image options in the `config.json` of a folder without a preprocessing file.
+
+    The tile limits are omitted: the published models store 12, but the recipes use other limits.
+    """
+    content = read_json(folder / "config.json")
+    config = content if isinstance(content, dict) else {}
+    names = ("dynamic_image_size", "use_thumbnail", "pad2square")
+    return folder / "config.json", {name: config[name] for name in names if name in config}
 
 
 def first_samples(data: TrainingData, number: int, count: int) -> list[Sample]:

@@ -116,6 +116,23 @@ def test_malformed_file(tmp_path, content):
         Preprocessing.from_folder(tmp_path, model_config())
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dynamic_image_size", "false"), ("exif_transpose", "False"), ("use_thumbnail", 1),
+        ("pad2square", None),
+        ("max_dynamic_patch", 4.0), ("max_dynamic_patch", True), ("max_seq_length", "99"),
+        ("system_text", None),
+    ],
+)  # fmt: skip
+def test_values_of_another_type(tmp_path, option, value):
+    write(tmp_path, {**OTHER, option: value})
+    with pytest.raises(
+        ModelError, match=rf"preprocessing\.json: malformed: {option} must be .*, found {value!r}"
+    ):
+        Preprocessing.from_folder(tmp_path, model_config())
+
+
 def test_file_of_another_model(tmp_path):
     write(tmp_path, {**OTHER, "tokens_per_tile": 256})
     with pytest.raises(

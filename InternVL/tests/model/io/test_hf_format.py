@@ -191,3 +191,18 @@ def test_sizes_may_be_numbers_or_pairs(image_size: int | list[int], patch_size: 
     raw = to_hf_config(make_config(), CONTEXT)
     raw["vision_config"] |= {"image_size": image_size, "patch_size": patch_size}
     assert from_hf_config(raw, source="x").tokens_per_tile == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "supported", "other"),
+    [
+        ("projector_hidden_act", "gelu", "relu"),
+        ("projector_hidden_act", "gelu", "gelu_pytorch_tanh"),
+        ("vision_feature_select_strategy", "default", "full"),
+    ],
+)
+def test_other_projectors_are_rejected(name: str, supported: str, other: str) -> None:
+    raw = to_hf_config(make_config(), CONTEXT)
+    from_hf_config({**raw, name: supported}, source="x")
+    with pytest.raises(ModelError, match=f"x: {name} is '{other}'; only '{supported}' is supported"):
+        from_hf_config({**raw, name: other}, source="x")

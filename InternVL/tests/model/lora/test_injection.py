@@ -339,6 +339,9 @@ def test_one_configuration_for_both_towers(tmp_path: Path, llm: int, vision: int
         ({"lora_alpha": 4}, "alpha 4"),
         ({"target_modules": "all-linear"}, "all-linear"),
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}}, "alpha = 2"),
+        ({"alpha_pattern": {"q_proj": 64}}, "alpha_pattern {'q_proj': 64}"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern {'q_proj': 2}"),
+        ({"init_lora_weights": "pissa_niter_4"}, "initialization 'pissa_niter_4'"),
     ],
 )
 def test_other_adapter_types_are_rejected(tmp_path: Path, changes: dict, word: str) -> None:

@@ -9,6 +9,8 @@ from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.checkpoint import resume_changes
 from internvl_chat.train.checkpoint.fingerprint import (
+    EVAL_IMAGES,
+    EVAL_TILE_LIMITS,
     FINGERPRINT,
     IMAGES,
     DataState,
@@ -25,7 +27,7 @@ DATA = {
 }
 
 
-def describe(data=DATA, eval_digest=None, **values):
+def describe(data=DATA, eval_digest=None, eval_limit=None, **values):
     """Return the fingerprint of a run."""
     common = {"model_name_or_path": "m", "meta_path": "d", "output_dir": "o", "max_steps": 8,
               "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}  # fmt: skip
@@ -37,7 +39,8 @@ def describe(data=DATA, eval_digest=None, **values):
     ]
     sizes, digests = ([entry[key] for entry in data.values()] for key in hidden)
     state = DataState(specs, sizes, digests, images=["i" * 64] * len(specs))
-    eval_data = DataState([DatasetSpec("e", "r", "a")], [2], [eval_digest]) if eval_digest else None
+    eval_spec = DatasetSpec("e", "r", "a", max_dynamic_patch=eval_limit)
+    eval_data = DataState([eval_spec], [2], [eval_digest], images=["i" * 64]) if eval_digest else None
     return fingerprint_run(config, state, eval_data)
 
 
@@ -182,6 +185,33 @@ def test_validation_must_not_change_while_the_best_checkpoint_is_tracked(checkpo
     assert line.startswith("choice of the best checkpoint")
 
 
+def test_validation_images_and_tiles_must_not_change(checkpoint):
+    own_limits = {name: {**entry, "max_dynamic_patch": 1} for name, entry in DATA.items()}
+    values = {"eval_strategy": "steps", "metric_for_best_model": "loss", "eval_digest": "e" * 64,
+              "data": own_limits}  # fmt: skip
+    folder = checkpoint(describe(**values, eval_limit=4))
+    assert compare(folder, describe(**values, eval_limit=4)) == []
+    assert compare(folder, describe(**values, max_dynamic_patch=4)) == []  # the same limit, from the flag
+    for change in ({"eval_limit": 1}, {"max_dynamic_patch": 1}):
+        with pytest.raises(UsageError, match=r"per validation dataset is .* 1}, but.*measured differently"):
+            compare(folder, describe(**values, **change), allow=True)
+    images, same, other = {"a": "i" * 64}, {"e": "i" * 64}, {"e": "0" * 64}
+    assert check_images(folder, images, same, allow_changes=False) == []
+    with pytest.raises(UsageError, match=r"image files per validation dataset is .*measured differently"):
+        check_images(folder, images, other, allow_changes=True)
+    assert compare(folder, describe(own_limits, max_dynamic_patch=1), allow=True)  # no longer tracks the best
+
+
+def test_validation_data_that_an_earlier_version_did_not_store(checkpoint):
+    values = {"eval_strategy": "steps", "metric_for_best_model": "loss", "eval_digest": "e" * 64}
+    stored = describe(**values)
+    del stored[EVAL_TILE_LIMITS], stored[EVAL_IMAGES]
+    [line] = compare(checkpoint(stored), describe(**values))
+    assert f"did not store {EVAL_TILE_LIMITS}, {EVAL_IMAGES};" in line
+    [line] = compare(checkpoint(describe(), step=5), describe(**values), allow=True)
+    assert line.startswith("choice of the best checkpoint")
+
+
 def test_checkpoint_of_an_earlier_version(checkpoint):
     """It lacks the total steps and most options from the meta file; all other settings are compared."""
     stored = describe()
@@ -234,5 +264,6 @@ def test_every_compared_setting_is_classified():
         flags(model_name_or_path="m", meta_path="d", output_dir="o", eval_strategy="steps",
               metric_for_best_model="loss", deepspeed='{"zero_optimization": {"stage": 1}}')
     )  # fmt: skip
-    names = fingerprint(config).keys() | describe().keys()
+    values = {"eval_strategy": "steps", "metric_for_best_model": "loss", "eval_digest": "e" * 64}
+    names = fingerprint(config).keys() | describe(**values).keys()
     assert {name for name in names if not name.startswith("SHA-256 of")} <= known

@@ -1,12 +1,16 @@
 """The DeepSpeed configuration must agree with the flags."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import flags
+from torch.utils import cpp_extension
 
 from internvl_chat.train.arguments import parse_arguments
-from internvl_chat.train.distributed.deepspeed import deepspeed_problems, resolve_deepspeed
+from internvl_chat.train.distributed import deepspeed as module
+from internvl_chat.train.distributed.deepspeed import deepspeed_problems, resolve_deepspeed, warn_about_locks
 from internvl_chat.utils.errors import UsageError
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}
@@ -115,3 +119,36 @@ def test_problems_of_a_configuration(config, expected):
     found = list(deepspeed_problems(run_with(**config)))
     assert len(found) == (expected is not None)
     assert not found or found[0].startswith(f"--deepspeed: {expected}")
+
+
+@pytest.mark.parametrize("variable", [True, False], ids=["TORCH_EXTENSIONS_DIR", "default"])
+def test_lock_file_of_a_killed_compilation_is_logged(tmp_path, monkeypatch, caplog, variable):
+    """Both folders are those in which torch compiles."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    if variable:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder, other = (Path(cpp_extension._get_build_directory(n, False)) for n in ("cpu_adam", "other"))
+    warn_about_locks()
+    (other / "lock").touch()
+    warn_about_locks()
+    assert not caplog.records
+    (folder / "lock").touch()
+    warn_about_locks()
+    [message] = [record.message for record in caplog.records]
+    assert message.startswith(f"{folder / 'lock'}: another process compiles DeepSpeed's operations")
+
+
+def test_locks_are_checked_before_the_engine_starts(monkeypatch):
+    called = []
+    monkeypatch.setattr(module, "warn_about_locks", lambda: called.append("check"))
+    monkeypatch.setattr(module, "_init_single_rank", lambda model: None)
+
+    def initialize(**options):
+        called.append("initialize")
+        return None, None, None, None
+
+    monkeypatch.setattr("deepspeed.initialize", initialize)
+    config = {"optimizer": {}, "scheduler": {}, **ZERO_2}
+    module.DeepSpeedStrategy(torch.nn.Linear(1, 1), None, None, config)
+    assert called == ["check", "initialize"]

@@ -22,6 +22,7 @@ from internvl_chat.train.optim import factory
 from internvl_chat.train.optim.adamw import Float32AdamW
 from internvl_chat.train.optim.factory import (
     OWN_OPTIMIZERS,
+    flags_without_effect,
     group_by_decay,
     make_optimizer,
     make_scheduler,
@@ -338,3 +339,21 @@ class TestSchedule:
         second.load_state_dict(first.state_dict())
         optimizers[1].load_state_dict(optimizers[0].state_dict())
         assert list(itertools.chain(found, rates(second, optimizers[1], 70))) == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"lr_scheduler_type": "constant", "warmup_steps": 50}, ["--warmup_steps"]),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, ["--warmup_steps"]),
+        ({"lr_scheduler_type": "constant"}, []),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 50}, []),
+        ({"lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "adam_beta2": 0.95}, []),
+        ({"optim": "adafactor", "adam_beta1": 0.5}, ["--adam_beta1"]),
+        ({"optim": "adafactor"}, []),
+        ({"optim": "sgd", "adam_epsilon": 1.0, "adam_beta2": 0.5}, ["--adam_beta2", "--adam_epsilon"]),
+    ],
+    ids=str,
+)
+def test_flags_without_effect(flags, named):
+    assert [line.split()[0] for line in flags_without_effect(resolve(**flags))] == named

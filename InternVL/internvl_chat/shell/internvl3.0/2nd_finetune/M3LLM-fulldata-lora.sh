@@ -34,7 +34,7 @@ META_PATH=${META_PATH:-$SHELL_DIR/data/PMC-data.json}
 DATA_ROOT=${DATA_ROOT:-$REPOSITORY}
 OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/work_dirs/M3LLM-fulldatav2-lora-lr=5e-6}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-prepare_training
+prepare_training "$@"
 
 torchrun "${TORCHRUN_FLAGS[@]}" --nproc_per_node "$NPROC" "$PACKAGE/train/internvl_chat_finetune.py" \
   --model_name_or_path "$MODEL_PATH" \
