@@ -98,8 +98,9 @@ def _report_changes(source: Path, preprocessing: Preprocessing) -> None:
     """Log how the preprocessing differs from the options stored with the initial checkpoint."""
     for name, change in preprocessing_changes(source, preprocessing).items():
         if name not in ("tile_size", "tokens_per_tile"):  # already logged by `prepare_model`
-            # The sequence limit changes only the records that exceed it.
-            logger.log(logging.INFO if name == "max_seq_length" else logging.WARNING, "%s", change)
+            # These limits usually differ: the recipes of the base model, full training and LoRA have their own.
+            is_limit = name in ("max_seq_length", "max_dynamic_patch")
+            logger.log(logging.INFO if is_limit else logging.WARNING, "%s", change)
 
 
 def prepare_model(

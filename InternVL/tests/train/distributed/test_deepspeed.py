@@ -126,6 +126,7 @@ def test_lock_file_of_a_killed_compilation_is_logged(tmp_path, monkeypatch, capl
     """Both folders are those in which torch compiles."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
     if variable:
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     folder, other = (Path(cpp_extension._get_build_directory(n, False)) for n in ("cpu_adam", "other"))
@@ -137,6 +138,9 @@ def test_lock_file_of_a_killed_compilation_is_logged(tmp_path, monkeypatch, capl
     warn_about_locks()
     [message] = [record.message for record in caplog.records]
     assert message.startswith(f"{folder / 'lock'}: another process compiles DeepSpeed's operations")
+    monkeypatch.delattr(cpp_extension, "FileBaton")  # as in versions that lock the open file
+    warn_about_locks()
+    assert len(caplog.records) == 1
 
 
 def test_locks_are_checked_before_the_engine_starts(monkeypatch):
