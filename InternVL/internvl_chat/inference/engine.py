@@ -13,7 +13,7 @@ from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
-from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer, token_id
+from internvl_chat.data.encode.tokenizer import decode_answer, image_context_id, load_tokenizer, token_id
 from internvl_chat.data.sources.images import open_images
 from internvl_chat.data.sources.records import Message, Record, RecordError
 from internvl_chat.inference.decoding import Decoder
@@ -189,7 +189,7 @@ class Engine:
     ) -> list[str]:
         """Return the text of each answer; see `generate_ids`."""
         ids = self.generate_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-        return [self._text(answer) for answer in ids]
+        return [decode_answer(self.tokenizer, answer) for answer in ids]
 
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
@@ -204,7 +204,7 @@ class Engine:
         for index, token in self._decoder(max_new_tokens, None).run(inputs):
             ids = answers.setdefault(index, [])
             if token is None:
-                yield index, self._text(answers.pop(index))
+                yield index, decode_answer(self.tokenizer, answers.pop(index))
             else:
                 ids.append(token)
 
@@ -218,7 +218,7 @@ class Engine:
         for _, token in self._decoder(max_new_tokens, sampling).run([embeddings]):
             if token is not None:
                 ids.append(token)
-            text = self._text(ids)
+            text = decode_answer(self.tokenizer, ids)
             complete = text if token is None else text.rstrip(_INCOMPLETE)
             if len(complete) > len(sent):
                 yield complete[len(sent) :]
@@ -229,10 +229,6 @@ class Engine:
         """Return the embeddings of an encoded conversation, with its image features inserted, (T, C)."""
         features = self._features(images, encoded.grids)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
-
-    def _text(self, ids: list[int]) -> str:
-        [text] = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
-        return text.strip()
 
     def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
         return Decoder(

@@ -183,14 +183,19 @@ def test_answer_ends_at_im_end(tokenizer: PreTrainedTokenizerBase) -> None:
     assert [engine.generate_ids([prompt], max_new_tokens=LENGTH)[0] for prompt in prompts] == expected
 
 
-def test_answer_has_no_special_tokens(
+def test_answer_has_no_control_tokens(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = tokenizer("  The scan<|endoftext|> is<box> panel B. \n").input_ids
+    ids = tokenizer(
+        "  <IMG_CONTEXT><img>The <ref>scan</ref><|endoftext|> is<box>[[1]]</box> panel B. \n<|im_start|>"
+    ).input_ids
     monkeypatch.setattr(
         engine, "generate_ids", lambda prompts, max_new_tokens, sampling: [ids, []][:max_new_tokens]
     )
-    assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == ["The scan is panel B.", ""]
+    assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == [
+        "The <ref>scan</ref> is<box>[[1]]</box> panel B.",
+        "",
+    ]
 
 
 def test_max_new_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
