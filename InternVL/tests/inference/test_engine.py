@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.data.sources.images import open_images
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Engine, Prompt, ask
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
@@ -270,6 +271,31 @@ def test_images_of_any_mode(engine: Engine, mode: str) -> None:
     prompts = [ask("Which?", [image]), ask("Which?", [image.convert("RGB")])]
     one, other = engine.generate_ids(prompts, max_new_tokens=LENGTH)
     assert one == other
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_rotation_of_an_opened_image(
+    model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, transpose: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(112, 56).save(tmp_path / "turned.png", exif=exif)
+    engine = Engine(model, tokenizer, PREPROCESSING.with_options(exif_transpose=transpose))
+    image = Image.open(tmp_path / "turned.png")
+    [decoded] = open_images([tmp_path / "turned.png"], engine.encoder.preprocessing.image_options)
+    assert decoded.size == ((56, 112) if transpose else (112, 56))
+    opened, expected = ask("Which?", [image]), ask("Which?", [decoded])
+    assert engine.encode(opened).grids == engine.encode(expected).grids
+    tiles = [
+        engine.encoder.tiles(prompt.images, engine.encode(prompt).grids) for prompt in (opened, expected)
+    ]
+    assert torch.equal(*tiles)
+
+
+def test_placeholder_of_another_framework() -> None:
+    with pytest.raises(DataError, match="unsupported placeholder '<image 1>'; use <image> instead"):
+        ask("Is <image 1> red?", [picture()])
+    assert ask("Is <image> like <image 1>?", [picture()]).images
 
 
 def test_model_is_in_evaluation_mode(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,6 +23,10 @@ from internvl_chat.data.sources.records import (
 )
 from internvl_chat.utils.files import is_file
 
+_TREATED_AS_TEXT = "is treated as text, not as an image placeholder"
+_TOKENIZED_AS_CONTROL = (
+    "is tokenized as a control token; to treat it as text, pass --escape_control_tokens True"
+)
 # Text that pandas writes for missing values.
 _MISSING_VALUES = ("nan", "NaN", "<NA>", "NaT")
 
@@ -104,10 +108,19 @@ def _text_warnings(raw: Mapping[str, Any], record: Record, escaped: bool) -> Ite
         if not escaped and (tokens := control_tokens(message.content)):
             control.append(f"{tokens[0]!r} in message {number}")
     if foreign:
-        yield "unsupported placeholder", f"{foreign[0]} is treated as text, not as an image placeholder"
+        yield "unsupported placeholder", f"{foreign[0]} {_TREATED_AS_TEXT}"
     if control:
-        text = "is tokenized as a control token; to treat it as text, pass --escape_control_tokens True"
-        yield "control token", f"{control[0]} {text}"
+        yield "control token", f"{control[0]} {_TOKENIZED_AS_CONTROL}"
+
+
+def question_warnings(question: str, *, escaped: bool) -> Iterator[str]:
+    """Yield a warning about an unsupported placeholder and about unescaped control tokens in a question."""
+    tokens = [] if escaped else control_tokens(question)
+    if tokens:
+        yield f"{tokens[0]!r} {_TOKENIZED_AS_CONTROL}"
+    found = foreign_placeholder(question, possible=IMAGE_PLACEHOLDER not in question)
+    if found and found not in tokens:
+        yield f"{found!r:.80} {_TREATED_AS_TEXT}"
 
 
 def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
