@@ -30,6 +30,9 @@ SPECIAL_TOKENS = (
     "</box>",
 )
 
+# Special tokens that are part of an answer's text; all others are control tokens.
+ANSWER_TOKENS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<tool_call>", "</tool_call>")
+
 # Default system prompt of each conversation template, from the reference. All templates use ChatML markup and
 # differ only in the system prompt.
 SYSTEM_TEXTS = {

@@ -122,8 +122,16 @@ def open_sets(args: argparse.Namespace) -> list[RecordSet]:
 
 
 def count_records(sets: Sequence[RecordSet], limit: int | None) -> int:
-    """Return the number of records, counting at most `limit` per dataset."""
-    return sum(len(records.first(limit)) for records in sets)
+    """Return the number of records used, counting at most `limit` per dataset.
+
+    Raises:
+        DataError: `repeat_time` selects no records.
+    """
+    from internvl_chat.utils.errors import DataError
+
+    if not (count := sum(len(records.first(limit)) for records in sets)):
+        raise DataError("no records: 'repeat_time' in the meta file is so small that it selects none")
+    return count
 
 
 def log_warnings(sets: Sequence[RecordSet], limit: int | None) -> None:

@@ -16,10 +16,13 @@ from internvl_chat.commands.common import (
 )
 from internvl_chat.commands.output import echo, print_json
 from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from internvl_chat.inference.engine import Engine, Prompt
     from internvl_chat.inference.sampling import Sampling
+
+logger = get_logger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("empty question")
     if not args.question and not args.chat:
         raise UsageError("no question given; add one, or use --chat to enter questions")
+    if _looks_unquoted(args.question):
+        logger.warning(
+            "%d questions of one word each are a conversation; quote a question that contains spaces",
+            len(args.question),
+        )
     sampling = _sampling(args)
     preprocessing = load_preprocessing(args, model_folder(args.model))
     images = open_images(args.image, preprocessing.image_options)
@@ -61,11 +69,18 @@ def run(args: argparse.Namespace) -> int:
     )
     prompt, answer = None, ""
     for question in chain(args.question, _read_questions() if args.chat else ()):
+        engine.log_warnings(question)
         prompt = prompt.then(answer, question) if prompt else ask(question, images, args.system)
         answer = _answer(engine, prompt, args, sampling)
         if args.json:
             print_json({"question": question, "images": args.image, "answer": answer})
     return 0
+
+
+def _looks_unquoted(questions: list[str]) -> bool:
+    """Return whether the questions look like the words of one question without quotes."""
+    words = all(len(question.split()) == 1 for question in questions)
+    return words and len(questions) > 1 and not any(q.endswith(("?", ".", "!")) for q in questions[:-1])
 
 
 def _sampling(args: argparse.Namespace) -> Sampling | None:

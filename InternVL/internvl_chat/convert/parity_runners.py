@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.tiling import normalize_tiles, tiles_per_image
+from internvl_chat.data.encode.tokenizer import decode_answer
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message, Record
@@ -179,7 +180,7 @@ class TransformersRunner:
             tiles=self._tiles(inputs["input_ids"][0]),
             pixels=torch.zeros(0, 3, size["height"], size["width"]) if pixels is None else pixels,
             logits=output.logits[0].float().cpu(),
-            answer=self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            answer=decode_answer(self.processor.tokenizer, ids.tolist()),
         )
 
     def _prepare(

@@ -113,8 +113,8 @@ class RecordSet:
         return min(len(self), self.num_used)
 
     def first(self, limit: int | None) -> range:
-        """Return the indices of the first `limit` records; of all records if `limit` is None."""
-        return range(len(self) if limit is None else min(limit, len(self)))
+        """Return the indices of the first `limit` records used per epoch, or of all of them."""
+        return range(self.num_distinct if limit is None else min(limit, self.num_distinct))
 
     def record(self, index: int) -> Record:
         """Parse a record.

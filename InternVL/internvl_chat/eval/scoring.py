@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key
+from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key, plain_text
 from internvl_chat.metrics.bertscore import bert_score
 from internvl_chat.metrics.bleu import bleu
 from internvl_chat.metrics.cider import cider
@@ -72,7 +72,8 @@ def _score_open(
     items: Sequence[Item], answers: Mapping[Key, str], suite: Suite
 ) -> dict[Key, dict[str, float]]:
     """Return the scores of open answers; CIDEr document frequencies are computed per task."""
-    predictions, references = [answers[i.key] for i in items], [i.reference for i in items]
+    predictions = [plain_text(answers[i.key]) for i in items]
+    references = [plain_text(i.reference) for i in items]
     item_metrics: dict[str, Callable[[str, str], dict[str, float]]] = {
         "bleu": bleu,
         "rouge": rouge,

@@ -13,8 +13,11 @@ from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tiling import Grid
-from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer, token_id
+from internvl_chat.data.encode.tokenizer import decode_answer, image_context_id, load_tokenizer, token_id
+from internvl_chat.data.sources.dialects import misplaced_image
+from internvl_chat.data.sources.image_content import orientation, turned_size
 from internvl_chat.data.sources.images import open_images
+from internvl_chat.data.sources.record_warnings import question_warnings
 from internvl_chat.data.sources.records import Message, Record, RecordError
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import AUTO, find_device, place
@@ -25,6 +28,9 @@ from internvl_chat.model.io.folders import model_folder, read_config
 from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # Decoded text of a character whose last bytes have not been generated yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -52,7 +58,12 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
 
     If the question has no placeholders, the images are inserted before it; multiple images get the labels
     `Fig-0`, `Fig-1`, ... of the training data. If `system` is None, the checkpoint's system prompt is used.
+
+    Raises:
+        DataError: the question contains only placeholders of another framework, such as `<image 1>`.
     """
+    if problem := misplaced_image({}, (), (), question):
+        raise DataError(f"{problem}; use {IMAGE_PLACEHOLDER} instead, once per image")
     if images and IMAGE_PLACEHOLDER not in question:
         labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
         question = "".join(f"{label}{IMAGE_PLACEHOLDER}\n" for label in labels) + question
@@ -179,17 +190,24 @@ class Engine:
             else open_images([image], self.encoder.preprocessing.image_options)[0]
             for image in images
         ]
+        self.log_warnings(question)
         [answer] = self.answer(
             [ask(question, opened, system)], max_new_tokens=max_new_tokens, sampling=sampling
         )
         return answer
+
+    def log_warnings(self, question: str) -> None:
+        """Warn about unsupported placeholders and unescaped control tokens in a question."""
+        escaped = self.encoder.preprocessing.escape_control_tokens
+        for warning in question_warnings(question, escaped=escaped):
+            logger.warning("%s", warning)
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[str]:
         """Return the text of each answer; see `generate_ids`."""
         ids = self.generate_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-        return [self._text(answer) for answer in ids]
+        return [decode_answer(self.tokenizer, answer) for answer in ids]
 
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
@@ -204,7 +222,7 @@ class Engine:
         for index, token in self._decoder(max_new_tokens, None).run(inputs):
             ids = answers.setdefault(index, [])
             if token is None:
-                yield index, self._text(answers.pop(index))
+                yield index, decode_answer(self.tokenizer, answers.pop(index))
             else:
                 ids.append(token)
 
@@ -218,7 +236,7 @@ class Engine:
         for _, token in self._decoder(max_new_tokens, sampling).run([embeddings]):
             if token is not None:
                 ids.append(token)
-            text = self._text(ids)
+            text = decode_answer(self.tokenizer, ids)
             complete = text if token is None else text.rstrip(_INCOMPLETE)
             if len(complete) > len(sent):
                 yield complete[len(sent) :]
@@ -229,10 +247,6 @@ class Engine:
         """Return the embeddings of an encoded conversation, with its image features inserted, (T, C)."""
         features = self._features(images, encoded.grids)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
-
-    def _text(self, ids: list[int]) -> str:
-        [text] = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
-        return text.strip()
 
     def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
         return Decoder(
@@ -250,8 +264,10 @@ class Engine:
             raise DataError(
                 f"{placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(prompt.images)} images"
             )
+        options = self.encoder.preprocessing.image_options
+        sizes = [turned_size(image.size, orientation(image), options) for image in prompt.images]
         try:
-            return self.encoder.encode_prompt(prompt.messages, [image.size for image in prompt.images])
+            return self.encoder.encode_prompt(prompt.messages, sizes)
         except RecordError as problem:
             raise DataError(str(problem)) from None
 

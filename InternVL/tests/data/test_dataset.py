@@ -71,7 +71,9 @@ class TestRecordsOfAnEpoch:
         assert (len(records), records.num_used) == (10, used)
 
     def test_fraction_uses_the_first_records(self, make):
-        data = TrainingData([make([text_record(i) for i in range(10)], repeat_time=0.3)])
+        part = make([text_record(i) for i in range(10)], repeat_time=0.3)
+        assert [part.first(limit) for limit in (None, 2, 5)] == [range(3), range(2), range(3)]
+        data = TrainingData([part])
         assert [data[SampleIndex(i, 0)][0].id for i in range(len(data))] == ["r0", "r1", "r2"]
 
     def test_whole_number_repeats_the_records(self, make):

@@ -173,3 +173,17 @@ def test_open_metrics_are_not_needed_without_open_questions(no_hub, caplog):
     logging.getLogger("internvl_chat").propagate = True
     assert build_suite(None, has_open=False).families == {"macro"}
     assert not caplog.text
+
+
+def test_answer_tokens_are_not_scored():
+    tagged, plain = "<ref>the heart</ref><box>[[1, 2, 3, 4]]</box>", "the heart[[1, 2, 3, 4]]"
+    items = (Item("a", 0, "?", tagged), Item("a", 1, "?", plain), Item("a", 2, "?", "x", accepted=(tagged,)))
+    answers = {("a", 0): tagged, ("a", 1): tagged, ("a", 2): plain}
+    scores = score(Benchmark("own", items), answers, WITHOUT_MODELS)
+    for n in (0, 1):
+        assert [scores.items["a", n][name] for name in ("em", "f1", "rougeL")] == pytest.approx(
+            [1, 1, 1], abs=1e-6
+        )
+    assert items[2].is_correct(plain)
+    choice = Item("c", 0, "?", "B", choices=("x", "y"))
+    assert choice.selected_letter("<ref>B</ref>") == "B"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
+from internvl_chat.data.sources.images import open_images
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Engine, Prompt, ask
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
@@ -183,14 +184,19 @@ def test_answer_ends_at_im_end(tokenizer: PreTrainedTokenizerBase) -> None:
     assert [engine.generate_ids([prompt], max_new_tokens=LENGTH)[0] for prompt in prompts] == expected
 
 
-def test_answer_has_no_special_tokens(
+def test_answer_has_no_control_tokens(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = tokenizer("  The scan<|endoftext|> is<box> panel B. \n").input_ids
+    ids = tokenizer(
+        "  <IMG_CONTEXT><img>The <ref>scan</ref><|endoftext|> is<box>[[1]]</box> panel B. \n<|im_start|>"
+    ).input_ids
     monkeypatch.setattr(
         engine, "generate_ids", lambda prompts, max_new_tokens, sampling: [ids, []][:max_new_tokens]
     )
-    assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == ["The scan is panel B.", ""]
+    assert engine.answer([ask("a"), ask("b")], max_new_tokens=2) == [
+        "The <ref>scan</ref> is<box>[[1]]</box> panel B.",
+        "",
+    ]
 
 
 def test_max_new_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -265,6 +271,31 @@ def test_images_of_any_mode(engine: Engine, mode: str) -> None:
     prompts = [ask("Which?", [image]), ask("Which?", [image.convert("RGB")])]
     one, other = engine.generate_ids(prompts, max_new_tokens=LENGTH)
     assert one == other
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_rotation_of_an_opened_image(
+    model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, transpose: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(112, 56).save(tmp_path / "turned.png", exif=exif)
+    engine = Engine(model, tokenizer, PREPROCESSING.with_options(exif_transpose=transpose))
+    image = Image.open(tmp_path / "turned.png")
+    [decoded] = open_images([tmp_path / "turned.png"], engine.encoder.preprocessing.image_options)
+    assert decoded.size == ((56, 112) if transpose else (112, 56))
+    opened, expected = ask("Which?", [image]), ask("Which?", [decoded])
+    assert engine.encode(opened).grids == engine.encode(expected).grids
+    tiles = [
+        engine.encoder.tiles(prompt.images, engine.encode(prompt).grids) for prompt in (opened, expected)
+    ]
+    assert torch.equal(*tiles)
+
+
+def test_placeholder_of_another_framework() -> None:
+    with pytest.raises(DataError, match="unsupported placeholder '<image 1>'; use <image> instead"):
+        ask("Is <image 1> red?", [picture()])
+    assert ask("Is <image> like <image 1>?", [picture()]).images
 
 
 def test_model_is_in_evaluation_mode(tokenizer: PreTrainedTokenizerBase) -> None:

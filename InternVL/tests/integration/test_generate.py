@@ -112,6 +112,7 @@ def test_sampled_answers(generate, engine):
         (["--image", "/no/a.jpg", "--image", "/no/b.jpg", "--image", "BROKEN", "What?"], 1,
          ["3 problems", "/no/a.jpg does not exist", "/no/b.jpg does not exist", "broken.jpg cannot be"]),
         (["--image", "FIGURE", "Is <image> as <image>?"], 1, ["2 <image> placeholders, but 1 images"]),
+        (["--image", "FIGURE", "Is <image 1> red?"], 1, ["unsupported placeholder '<image 1>'; use <image>"]),
         (["--max_dynamic_patch", "0", "What?"], 2, ["must be at least 1"]),
     ],
 )  # fmt: skip
@@ -153,3 +154,13 @@ def test_image_that_is_no_file(generate, tmp_path, monkeypatch, name, message):
     code, written = generate("--image", name, "Which?")
     assert code == 1
     assert message in written.err
+
+
+def test_warnings_about_questions(generate):
+    _, written = generate("What is <img>?", "And <image 2>?")
+    assert "'<img>' is tokenized as a control token" in written.err
+    assert "'<image 2>' is treated as text" in written.err
+    _, written = generate("What", "is", "it?")
+    assert "3 questions of one word each" in written.err
+    _, written = generate("What?", "Why?", "--escape_control_tokens", "True")
+    assert "questions" not in written.err and "token" not in written.err

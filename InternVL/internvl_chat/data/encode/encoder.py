@@ -23,6 +23,7 @@ from internvl_chat.data.encode.tiling import (
     stack_tiles,
     tiles_per_image,
 )
+from internvl_chat.data.sources.image_content import turn
 from internvl_chat.data.sources.images import to_rgb
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message
@@ -267,7 +268,7 @@ class RecordEncoder:
         red, green, blue = (int(255 * mean) for mean in NORMALIZATIONS[options.normalize_type][0])
         tiles = []
         for image, grid in zip(images, grids, strict=True):
-            image = to_rgb(image, options.image_background)
+            image = to_rgb(turn(image, options.image_options), options.image_background)
             dynamic = options.dynamic_image_size
             for tile in split_into_tiles(image, grid, options.tile_size) if dynamic else [image]:
                 if augment:

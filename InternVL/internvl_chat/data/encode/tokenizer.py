@@ -1,12 +1,13 @@
 """Load a checkpoint's tokenizer with InternVL's special tokens, without running remote code."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from internvl_chat.constants import IM_END, IM_START, IMG_CONTEXT, SPECIAL_TOKENS
+from internvl_chat.constants import ANSWER_TOKENS, IM_END, IM_START, IMG_CONTEXT, SPECIAL_TOKENS
 from internvl_chat.utils.errors import ModelError
 
 
@@ -47,3 +48,15 @@ def image_context_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of a token."""
     return cast(int, tokenizer.convert_tokens_to_ids(token))
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of a generated answer without control tokens and surrounding whitespace.
+
+    InternVL's tokens for boxes and references, such as `<box>`, belong to the answer, but they are special:
+    `skip_special_tokens=True` would drop them.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    control = {i for i, token in added if token.special and token.content not in ANSWER_TOKENS}
+    kept = [i for i in ids if i not in control]
+    return cast(str, tokenizer.decode(kept, spaces_between_special_tokens=False)).strip()

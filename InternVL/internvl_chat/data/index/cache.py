@@ -19,7 +19,7 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 # Increase when the template, the tiling, the kinds of problems or the cache format changes.
-_VERSION = 7
+_VERSION = 8
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from typing import Any
 
 # Keys of images, videos or audio, as normalized by `plain_key`.
 _MEDIA_KEY = re.compile(
-    r"(?:local|input|question|query)?(?P<noun>image|img|picture|pic|photo|video|audio|media|visual|frame|clip)s?"
-    r"(?P<detail>path|file|filename|filepath|filelist|name|url|uri|list|base64|b64|bytes|data|src)?s?"
+    r"(?:local|input|question|query)?(?P<noun>image|img|picture|pic|photo|video|audio|media|visual|frame|clip)s?\d{0,3}"
+    r"(?P<detail>path|file|filename|filepath|filelist|name|url|uri|list|base64|b64|bytes|data|src)?s?\d{0,3}"
 )
 # File suffixes of images, volumes, videos and audio.
 _MEDIA_FILE = re.compile(
@@ -40,11 +40,17 @@ MESSAGE_FIELDS = {
     **dict.fromkeys(("toolcalls", "functioncall"), "tool calls of the message"),
     **dict.fromkeys(("reasoningcontent", "reasoning", "thinking"), "reasoning before the answer"),
     "lossscale": "the loss weight",
+    **dict.fromkeys(("trainingdetail", "traindetail"), "which parts of the message are supervised"),
     "rejected": "the rejected answer of a pair",
 }
 # Supervision fields exclude an answer from the loss if false; mask fields exclude it if true.
-_SUPERVISION = ("loss", "weight", "train", "training", "trainable", "lossmask")
+_SUPERVISION = (
+    "loss", "weight", "train", "training", "trainable", "lossmask", "trainonturn", "computeloss"
+)  # fmt: skip
 _MASKS = ("masked", "mask")
+# Unsupported message fields that probably mean the same.
+_LIKE_SUPERVISION = re.compile(r"(?:is|should|use|for|do|calc|include|in|keep)*(?:train|loss|supervis|learn)")
+_LIKE_MASKS = re.compile(r"(?:is)?(?:mask|ignore|exclude|skip|no(?:t|train|loss))")
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
 
 # Unambiguous image placeholders of other frameworks: image tags with a number or suffix, tokens of other
@@ -141,6 +147,11 @@ def is_supervised(entry: Mapping[str, Any]) -> bool:
     return True
 
 
+def _resembles_exclusion(name: str, value: Any) -> bool:
+    """Return whether an unsupported field, such as `ignore: true`, may exclude an answer from the loss."""
+    return isinstance(value, bool) and bool((_LIKE_MASKS if value else _LIKE_SUPERVISION).match(name))
+
+
 def _is_flag(value: Any) -> bool:
     """Return whether a value is true, false, 0 or 1."""
     return isinstance(value, bool | int | float) and value in (0, 1)
@@ -153,6 +164,8 @@ def unread_record_fields(raw: Mapping[str, Any]) -> Iterator[str]:
         is_empty = value in _EMPTY or (value == 1 and "loss weight" in (meaning or ""))
         if meaning and not is_empty and key != "system":
             yield f"{key!r} ({meaning})"
+        elif not meaning and not is_supervised({key: value}):
+            yield f"{key!r} (which messages are supervised; set 'loss' in each message)"
     if raw.get("label") is False:
         yield "'label' (false means a rejected answer in preference data)"
 
@@ -173,6 +186,10 @@ def unread_message_fields(entry: Mapping[str, Any], role: str) -> Iterator[str]:
                 yield f"{key!r} of a message ({value!r:.20}; only 0, 1, true and false are supported)"
             elif role != "assistant" and name in _SUPERVISION and value:
                 yield f"{key!r} of a message with the role {role} (only assistant messages are supervised)"
+        elif name not in MESSAGE_FIELDS and role == "assistant" and _resembles_exclusion(name, value):
+            yield f"{key!r} of a message ({value!r}; set 'loss' to false to exclude the message)"
+    if entry.get("label") is False:
+        yield "'label' of a message (false means a rejected answer in preference data)"
 
 
 def foreign_placeholder(text: str, *, possible: bool) -> str | None:

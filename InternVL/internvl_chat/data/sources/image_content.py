@@ -108,6 +108,8 @@ def _frames(image: ImageFile) -> int:
         frames = getattr(image, "n_frames", 1)
         if not isinstance(image, TiffImageFile) or frames == 1:
             return frames
+        if image.tag_v2.get(_TIFF_PAGE, 0) & _TIFF_COPY:  # the full image follows
+            return frames
         pages = 0
         for number in range(frames):
             image.seek(number)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile as PillowFile
+from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
 
 from internvl_chat.data.sources.image_content import (
     ImageContent,
@@ -40,6 +41,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Formats that Pillow decodes itself; for others (such as EPS) it may run external programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF")
+
+# Value of the TIFF tag SampleFormat for signed integers.
+_SIGNED = 2
 
 _JPEG_END = b"\xff\xd9"
 _END_MARKERS = {
@@ -148,16 +152,17 @@ def _check_header(path: Path, image: Image.Image) -> None:
         )
     if min(width, height) < 1:
         raise _unreadable(path, "it has no pixels")
-    if not _has_8_bit_channels(image):
-        raise RecordError(
-            f"the image {path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits",
-            kind="image depth",
-        )
+    if problem := _depth_problem(image):
+        raise RecordError(f"the image {path} has {problem}", kind="image depth")
 
 
-def _has_8_bit_channels(image: Image.Image) -> bool:
-    """Return whether Pillow opened an image in an 8-bit mode; converting other modes to RGB would clip."""
-    return image.mode != "F" and not image.mode.startswith("I")
+def _depth_problem(image: Image.Image) -> str | None:
+    """Describe channels that are not unsigned 8-bit: converting them would clip or wrap around values."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits"
+    if isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(SAMPLEFORMAT, ()):
+        return "signed pixel values; convert it to unsigned 8 bits"
+    return None
 
 
 def to_rgb(image: Image.Image, background: str = REFERENCE.background) -> Image.Image:
@@ -168,10 +173,10 @@ def to_rgb(image: Image.Image, background: str = REFERENCE.background) -> Image.
         background: color behind transparent pixels; `none` drops transparency, like Pillow.
 
     Raises:
-        ValueError: the image has more than 8 bits per channel.
+        ValueError: the image has signed channels or more than 8 bits per channel.
     """
-    if not _has_8_bit_channels(image):
-        raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+    if problem := _depth_problem(image):
+        raise ValueError(problem)
     image.load()
     if background != "none" and has_alpha(image):
         return flatten(image, background)

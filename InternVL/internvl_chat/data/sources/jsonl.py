@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class RecordFile:
             message = f"the record has more than {_MAX_CONTAINERS:,} lists and objects"
             raise self._error(index, message, "structure")
         try:
-            return json.loads(content.decode("utf-8"))
+            return json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
         except UnicodeDecodeError as error:
             message, kind = f"not UTF-8 at byte {error.start}", "encoding"
         except (ValueError, RecursionError) as error:
@@ -103,8 +104,27 @@ class RecordFile:
         raise self._error(index, message, kind)
 
 
+class DuplicateKeyError(ValueError):
+    """A JSON object contains a key twice; Python's parser would keep only the last value."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Convert the pairs of a JSON object to a dictionary; use as `object_pairs_hook`.
+
+    Raises:
+        DuplicateKeyError: a key occurs twice.
+    """
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        duplicates = (key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DuplicateKeyError(f"duplicate key {min(duplicates)!r:.80}")
+    return result
+
+
 def describe_json_error(error: ValueError | RecursionError) -> str:
     """Return a user-facing message for a JSON parser error."""
+    if isinstance(error, DuplicateKeyError):
+        return str(error)
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg}"
     if isinstance(error, RecursionError):

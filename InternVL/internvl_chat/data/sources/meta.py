@@ -4,14 +4,13 @@ import difflib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl_chat.constants import MAX_TILES
-from internvl_chat.data.sources.jsonl import describe_json_error
+from internvl_chat.data.sources.jsonl import describe_json_error, unique_keys
 from internvl_chat.data.sources.problems import printable_id, printable_message
 from internvl_chat.utils.errors import DataError, format_problems
 from internvl_chat.utils.logging import get_logger
@@ -109,13 +108,6 @@ def _holds_records(path: Path) -> bool:
 
 def _read_object(path: Path) -> dict[str, Any] | None:
     """Read a JSON object, rejecting duplicate keys; return None for an annotation file."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        duplicates = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        if duplicates:
-            raise DataError(f"duplicate key {min(duplicates)!r}", file=path)
-        return dict(pairs)
-
     try:
         if path.is_dir():
             files = ", ".join(sorted(file.name for file in path.glob("*.json"))[:5])
@@ -126,7 +118,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         if (size := path.stat().st_size) > _MAX_FILE_BYTES:
             message = f"has {size:,} bytes, more than the limit of {_MAX_FILE_BYTES:,} for a meta file"
             raise DataError(f"{message}; is it an annotation file?", file=path)
-        meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+        meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise DataError("no such meta file; set --meta_path", file=path) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 # Errors: the record is unusable.
 ERRORS = {
     "file": "The annotation file cannot be read or is not a file of records.",
-    "json": "The line is not valid JSON.",
+    "json": "The line is not valid JSON, or an object in it has the same key twice.",
     "encoding": "The text is not valid UTF-8.",
     "line too long": "The line exceeds the size limit of a record.",
     "structure": "The record is not an object with a conversation, or one of its values has the wrong type.",
@@ -19,7 +19,7 @@ ERRORS = {
     "unsupported media": "An unsupported key or tag refers to an image, a video or audio.",
     "image outside root": "A relative image path points outside the dataset's root.",
     "image unreadable": "An image file is empty, truncated, or not an image.",
-    "image depth": "An image has more than 8 bits per channel and must be converted first.",
+    "image depth": "An image has more than 8 bits per channel or signed pixel values: convert it first.",
     "image too large": "An image exceeds the pixel limit.",
     "too long": "The record exceeds max_seq_length, even with one tile per image.",
     "changed": "The record has changed since its length was computed.",
@@ -29,7 +29,7 @@ ERRORS = {
 WARNINGS = {
     "fewer tiles": "Images are split into fewer tiles than allowed, so that the record fits max_seq_length.",
     "text truncated": "The end of the text is truncated to fit max_seq_length (--truncate_text True).",
-    "empty message": "Some of the answers are empty.",
+    "empty message": "A question or an answer is empty, or its text is a missing value such as nan.",
     "message order": "Questions and answers do not alternate: one is missing, or they are out of order.",
     "placeholder in answer": "An answer contains <image>, which is trained on as plain text.",
     "unsupported placeholder": "Another framework's placeholder, or <image> in a system message, is treated "
@@ -77,7 +77,7 @@ REMEDIES = {
     "changed": "Run the command again to recompute the length of the record.",
     "fewer tiles": "Raise --max_seq_length if image details matter.",
     "text truncated": "Raise --max_seq_length, or shorten the text.",
-    "empty message": "Add the missing answers, or delete these messages.",
+    "empty message": "Add the missing text, or delete these messages.",
     "message order": "Check that no question or answer was lost.",
     "placeholder in answer": "Remove <image> from the answer, or move it to the question.",
     "unsupported placeholder": "Write <image> where the model should see the image, or rephrase the text.",

@@ -13,8 +13,22 @@ from internvl_chat.data.sources.dialects import (
     unread_message_fields,
     unread_record_fields,
 )
-from internvl_chat.data.sources.records import RECORD_KEYS, Message, Record, raw_messages
+from internvl_chat.data.sources.records import (
+    MESSAGE_KEYS,
+    PART_KEYS,
+    RECORD_KEYS,
+    Message,
+    Record,
+    raw_messages,
+)
 from internvl_chat.utils.files import is_file
+
+_TREATED_AS_TEXT = "is treated as text, not as an image placeholder"
+_TOKENIZED_AS_CONTROL = (
+    "is tokenized as a control token; to treat it as text, pass --escape_control_tokens True"
+)
+# Text that pandas writes for missing values.
+_MISSING_VALUES = ("nan", "NaN", "<NA>", "NaT")
 
 
 def record_warnings(
@@ -30,16 +44,29 @@ def record_warnings(
     """
     yield from conversation_warnings(record.messages)
     yield from _text_warnings(raw, record, escaped)
+    for key in ("image", "images"):
+        if not record.images and raw.get(key) not in (None, []):
+            yield "ignored field", f"{key!r} is {raw[key]!r}, so the record has no image; omit it or use []"
     if fields := list(_unread_fields(raw, record)):
         yield "ignored field", f"ignored: {', '.join(fields)}"
     known = {*record.images}
-    for key, name in file_names(raw, RECORD_KEYS):
+    for key, name in _unread_files(raw):
         if name not in known and is_file(root / name):
             yield (
                 "ignored file",
                 f"ignored key {key!r} refers to the existing file {name!r:.80}; list images under 'image'",
             )
             break
+
+
+def _unread_files(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, name) of each media file in an ignored key of the record, its messages or their parts."""
+    yield from file_names(raw, RECORD_KEYS)
+    entries, _, text_key = raw_messages(raw)
+    for entry in entries:
+        yield from file_names(entry, MESSAGE_KEYS)
+        for part in entry[text_key] if isinstance(entry[text_key], list) else ():
+            yield from file_names(part, PART_KEYS)
 
 
 def _unread_fields(raw: Mapping[str, Any], record: Record) -> Iterator[str]:
@@ -81,10 +108,19 @@ def _text_warnings(raw: Mapping[str, Any], record: Record, escaped: bool) -> Ite
         if not escaped and (tokens := control_tokens(message.content)):
             control.append(f"{tokens[0]!r} in message {number}")
     if foreign:
-        yield "unsupported placeholder", f"{foreign[0]} is treated as text, not as an image placeholder"
+        yield "unsupported placeholder", f"{foreign[0]} {_TREATED_AS_TEXT}"
     if control:
-        text = "is tokenized as a control token; to treat it as text, pass --escape_control_tokens True"
-        yield "control token", f"{control[0]} {text}"
+        yield "control token", f"{control[0]} {_TOKENIZED_AS_CONTROL}"
+
+
+def question_warnings(question: str, *, escaped: bool) -> Iterator[str]:
+    """Yield a warning about an unsupported placeholder and about unescaped control tokens in a question."""
+    tokens = [] if escaped else control_tokens(question)
+    if tokens:
+        yield f"{tokens[0]!r} {_TOKENIZED_AS_CONTROL}"
+    found = foreign_placeholder(question, possible=IMAGE_PLACEHOLDER not in question)
+    if found and found not in tokens:
+        yield f"{found!r:.80} {_TREATED_AS_TEXT}"
 
 
 def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -111,6 +147,12 @@ def conversation_warnings(messages: Sequence[Message]) -> list[tuple[str, str]]:
     warnings = []
     if empty := [str(number) for number, text in answers if not text.strip()]:
         warnings.append(("empty message", f"empty answer in message {', '.join(empty)}"))
+    for number, (role, content) in enumerate(((m.role, m.content) for m in messages), 1):
+        if role == "user" and not content.strip():
+            warnings.append(("empty message", f"empty question in message {number}"))
+        elif content.replace(IMAGE_PLACEHOLDER, "").strip() in _MISSING_VALUES:
+            text = f"the text of message {number} is {content!r:.40}; is it a missing value?"
+            warnings.append(("empty message", text))
     if marked := [str(number) for number, text in answers if IMAGE_PLACEHOLDER in text]:
         message = f"{IMAGE_PLACEHOLDER} in the answer in message {', '.join(marked)} is treated as text"
         warnings.append(("placeholder in answer", message))

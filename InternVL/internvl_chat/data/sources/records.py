@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER, IMG_CONTEXT
@@ -11,10 +12,12 @@ from internvl_chat.data.sources.problems import RecordError
 # Supported keys.
 RECORD_KEYS = ("id", "conversations", "messages", "image", "images", "system")
 MESSAGE_KEYS = ("from", "value", "role", "content")
+PART_KEYS = ("type", "text", "image", "path", "url", "image_url")
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # Types of image content parts; `image_url` is OpenAI's.
 _IMAGE_PARTS = ("image", "image_url")
+_PATH_KEYS = PART_KEYS[2:]
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,14 @@ def _join_parts(parts: list[Any], number: int) -> str:
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in _IMAGE_PARTS:
+            if part.get("text"):
+                raise RecordError(f"message {number} has an image part with text; use a separate text part")
             texts.append(f"{IMAGE_PLACEHOLDER}\n")
         elif kind == "text" and isinstance(part.get("text"), str):
+            if key := next((key for key in _PATH_KEYS if part.get(key)), None):
+                raise RecordError(
+                    f"message {number} has a text part with the key {key!r}; use a separate image part"
+                )
             texts.append(part["text"])
         else:
             raise RecordError(
@@ -222,27 +231,56 @@ def _join_parts(parts: list[Any], number: int) -> str:
 def _parse_images(raw: Mapping[str, Any]) -> tuple[str, ...]:
     if raw.get("image") and raw.get("images"):
         raise RecordError("both 'image' and 'images' are given; remove one of them")
-    images = raw.get("image") or raw.get("images") or _images_of_parts(raw)
+    parts = _images_of_parts(raw)
+    images = raw.get("image") or raw.get("images") or [path for path in parts if path is not None]
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise RecordError("'image' must be a path or a list of paths")
+    for number, (image, path) in enumerate(zip(images, parts, strict=False), 1):
+        if path is not None and not _is_same_path(image, str(path)):
+            raise RecordError(
+                f"image {number} is {path!r:.80} in the messages, but {image!r:.80} in the record's list"
+            )
     return tuple(images)
 
 
+def _is_same_path(one: str, other: str) -> bool:
+    """Return whether two paths are equal, except that one may lack the first folders of the other."""
+    long, short = PurePosixPath(one).parts, PurePosixPath(other.removeprefix("file://")).parts
+    if len(long) < len(short):
+        long, short = short, long
+    return bool(short) and long[-len(short) :] == short
+
+
 def _images_of_parts(raw: Mapping[str, Any]) -> list[Any]:
-    """Return the paths in the image parts of `messages`; call after `_parse_messages` has validated them."""
-    entries = [] if "conversations" in raw else raw.get("messages", [])
-    contents = [entry["content"] for entry in entries if isinstance(entry["content"], list)]
-    parts = [part for content in contents for part in content if part["type"] in _IMAGE_PARTS]
-    return [path for part in parts if (path := _image_of_part(part)) is not None]
+    """Return the path in each image part, and None for each other placeholder in a user message.
+
+    Call after `_parse_messages` has validated the parts.
+    """
+    entries, role_key, text_key = raw_messages(raw)
+    paths: list[Any] = []
+    for entry in entries:
+        content = entry[text_key]
+        for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            if part["type"] in _IMAGE_PARTS:
+                paths.append(_image_of_part(part))
+            elif _ROLES[entry[role_key]] == "user":
+                paths += [None] * part["text"].count(IMAGE_PLACEHOLDER)
+    return paths
 
 
 def _image_of_part(part: Mapping[str, Any]) -> Any:
-    """Return the image path in a content part, or None."""
-    if part["type"] == "image":
-        return part.get("image") or part.get("path") or part.get("url")
+    """Return the image path in a content part, or None.
+
+    Raises:
+        RecordError: the part refers to different images.
+    """
     url = part.get("image_url")
-    return url.get("url") if isinstance(url, Mapping) else url
+    values = [*(part.get(key) for key in _PATH_KEYS[:3]), url.get("url") if isinstance(url, Mapping) else url]
+    first, *others = [value for value in values if value not in (None, "")] or [None]
+    if other := next((value for value in others if value != first), None):
+        raise RecordError(f"an image part refers to both {first!r:.80} and {other!r:.80}")
+    return first
 
 
 def _add_placeholder(messages: tuple[Message, ...], index: int) -> tuple[Message, ...]:

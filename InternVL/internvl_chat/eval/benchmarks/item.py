@@ -1,5 +1,6 @@
 """Benchmark items, independent of the file format."""
 
+import re
 import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from internvl_chat.constants import IMAGE_PLACEHOLDER
+from internvl_chat.constants import ANSWER_TOKENS, IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.image_content import ImageOptions, content_warnings
 from internvl_chat.data.sources.images import REFERENCE, check_decoding, decode_image, image_info
 from internvl_chat.data.sources.problems import RecordError
@@ -23,6 +24,8 @@ logger = get_logger(__name__)
 
 Key = tuple[str, int]
 T = TypeVar("T")
+
+_ANSWER_TOKEN = re.compile("|".join(ANSWER_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,20 @@ class Item:
 
     def selected_letter(self, prediction: str) -> str | None:
         """Return the letter of the option that an answer selects, or None if it cannot be parsed."""
-        return parse_choice(prediction, self.choices)
+        return parse_choice(plain_text(prediction), self.choices)
 
     def is_correct(self, prediction: str) -> bool:
         """Return whether an answer is correct: by selected letter, or by exact match for open questions."""
         if self.choices:
             return self.selected_letter(prediction) == self.reference
-        normalized = prediction.strip().lower()
-        return any(normalized == answer.strip().lower() for answer in (self.reference, *self.accepted))
+        prediction = plain_text(prediction).strip().lower()
+        accepted = (plain_text(answer).strip().lower() for answer in (self.reference, *self.accepted))
+        return prediction in accepted
+
+
+def plain_text(answer: str) -> str:
+    """Remove tokens such as `<box>` before an answer is scored: the published evaluation drops them."""
+    return _ANSWER_TOKEN.sub("", answer).strip() if _ANSWER_TOKEN.search(answer) else answer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from transformers import Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
+from internvl_chat.data.encode.tokenizer import decode_answer, image_context_id, load_tokenizer
 from internvl_chat.data.encode.tokenizer_training import save_tokenizer, train_tokenizer
 from internvl_chat.utils.errors import ModelError
 
@@ -79,11 +79,12 @@ class TestReload:
         (again / "tokenizer.json").unlink()
         self.check(again, saved[0])
 
-    def test_special_tokens_are_skipped_in_answers(self, folder):
+    def test_only_control_tokens_are_skipped_in_answers(self, folder):
         tokenizer, _ = load_tokenizer(folder)
-        assert (
-            tokenizer.decode(tokenizer("a cat<|im_end|><img>").input_ids, skip_special_tokens=True) == "a cat"
-        )
+        text = "<ref>a cat</ref><box>[[1, 2, 3, 4]]</box> <quad>5</quad>"
+        control = "<|im_start|><|im_end|><|endoftext|><img></img><IMG_CONTEXT>"
+        assert decode_answer(tokenizer, tokenizer(f"{control} {text}{control}").input_ids) == text
+        assert decode_answer(tokenizer, tokenizer(control).input_ids) == ""
 
     def test_no_length_limit(self, folder):
         tokenizer, _ = load_tokenizer(folder)

@@ -25,6 +25,9 @@ class TestMedia:
             ("Image", "a.png"),
             ("IMG", "a.png"),
             ("imageFile", "a.png"),
+            ("image_1", "a.png"),
+            ("image1_path", "a.png"),
+            ("img_path_2", "a.png"),
             ("image.url", "https://example.org/1"),
             ("input_image", "a"),
             ("image_base64", "/9j/4AAQ"),
@@ -183,6 +186,8 @@ class TestFields:
             {"trainable": False},
             {"loss_mask": 0},
             {"masked": True},
+            {"train_on_turn": False},
+            {"compute_loss": False},
             {"Loss": False},
         ],
     )
@@ -190,7 +195,21 @@ class TestFields:
         assert not is_supervised({"from": "gpt", "value": "a", **field})
         assert list(unread_message_fields(field, "assistant")) == []
 
-    @pytest.mark.parametrize("field", [{}, {"loss": True}, {"weight": 1}, {"loss": None}, {"masked": False}])
+    @pytest.mark.parametrize(
+        "field",
+        [
+            {},
+            {"loss": True},
+            {"weight": 1},
+            {"loss": None},
+            {"masked": False},
+            {"ignore": False},
+            {"use_in_training": True},
+            {"label": "A"},
+            {"pretrained": False},
+            {"edited": True},
+        ],
+    )
     def test_supervised_answers(self, field):
         assert is_supervised(field)
         assert list(unread_message_fields(field, "assistant")) == []
@@ -203,6 +222,10 @@ class TestFields:
             ({"loss": True}, "user"),
             ({"tool_calls": [{}]}, "assistant"),
             ({"reasoning_content": "hm"}, "assistant"),
+            ({"training_detail": [{"train": False}]}, "assistant"),
+            ({"ignore": True}, "assistant"),
+            ({"use_in_training": False}, "assistant"),
+            ({"label": False}, "assistant"),
         ],
     )
     def test_unread_fields_of_a_message(self, field, role):
@@ -222,6 +245,8 @@ class TestFields:
             {"kto_tag": False},
             {"history": [["a", "b"]]},
             {"loss_mask": [0, 1]},
+            {"train": False},
+            {"masked": True},
         ],
     )
     def test_unread_fields_of_a_record(self, field):

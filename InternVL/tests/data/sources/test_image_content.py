@@ -58,6 +58,12 @@ class TestFrames:
             assert image.n_frames == 2
         assert content_of(file).frames == 1
 
+    @pytest.mark.parametrize("flag", [1, 4])
+    def test_copy_or_mask_as_the_first_page_of_a_tiff(self, tmp_path, flag):
+        copy = noise(24, 16)
+        options = {"save_all": True, "append_images": [noise(*SIZE)], "tiffinfo": {254: flag}}
+        assert content_of(save(tmp_path, "a.tif", copy, **options)).frames == 2
+
     def test_preview_of_a_photo(self, tmp_path):
         assert content_of(save(tmp_path, "a.mpo", save_all=True, append_images=[noise(8, 8)])).frames == 1
 

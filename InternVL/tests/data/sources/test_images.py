@@ -18,6 +18,7 @@ from internvl_chat.data.sources.images import (
     image_info,
     image_size,
     open_image,
+    to_rgb,
 )
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.utils.errors import DataError
@@ -168,6 +169,15 @@ class TestRefused:
 
     def test_floating_point(self, save):
         assert problem_of(image_size, save("f.tiff", Image.new("F", (4, 4))))[0] == "image depth"
+
+    def test_signed_pixel_values(self, save):
+        file = save("signed.tiff", Image.new("L", (4, 4), 1), tiffinfo={339: 2})
+        for read in (image_size, decode_image, image_info):
+            kind, message = problem_of(read, file)
+            assert kind == "image depth"
+            assert message == f"the image {file} has signed pixel values; convert it to unsigned 8 bits"
+        with Image.open(file) as opened, pytest.raises(ValueError, match="signed pixel values"):
+            to_rgb(opened)
 
     def test_30000_by_30000_of_one_color(self, tmp_path):
         file = write_png(tmp_path / "bomb.png", 30_000, 30_000)

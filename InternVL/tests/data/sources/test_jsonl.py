@@ -107,6 +107,15 @@ class TestBrokenRecords:
         assert str(error).startswith(f"{file}, line 3: not valid JSON")
         assert [records[0], records[2]] == [{"a": 1}, {"a": 3}]
 
+    @pytest.mark.parametrize(("name", "text"), [("a.jsonl", "{}\n"), ("a.json", "[{}]")])
+    @pytest.mark.parametrize(
+        "record", ['{"image": "a", "image": "b"}', '{"conversations": [{"image": "a", "image": "a"}]}']
+    )
+    def test_duplicate_key(self, write, name, text, record):
+        assert (
+            failure(RecordFile(write(text.replace("{}", record), name)), 0).message == "duplicate key 'image'"
+        )
+
     def test_truncated_line(self, write):
         assert failure(RecordFile(write('{"a": 1}\n{"a": "cut off')), 1).line == 2
 

@@ -67,6 +67,25 @@ class TestFields:
         message = warnings_of(raw)["ignored field"]
         assert all(name in message for name in ("'rejected'", "'tools'", "'weight' of a message (0.5"))
 
+    @pytest.mark.parametrize("field", [{"image": ""}, {"image": False}, {"images": {}}])
+    def test_empty_image(self, field):
+        assert next(iter(field)) in warnings_of(text_record(0, **field))["ignored field"]
+
+    @pytest.mark.parametrize("field", [{"image": None}, {"images": []}])
+    def test_no_image(self, field):
+        assert warnings_of(text_record(0, **field)) == {}
+        assert warnings_of(image_record(0, "a.png") | {"images": ""}) == {}
+
+    @pytest.mark.parametrize("field", [{"attachment": "a.png"}, {"attachments": [{"file": "a.png"}]}])
+    def test_file_in_a_message_or_part(self, tmp_path, field):
+        (tmp_path / "a.png").touch()
+        raw = text_record(0)
+        raw["conversations"][0] |= field
+        assert "'a.png'" in warnings_of(raw, tmp_path)["ignored file"]
+        raw = text_record(0)
+        raw["conversations"][0]["value"] = [{"type": "text", "text": "Q", **field}]
+        assert "'a.png'" in warnings_of(raw, tmp_path)["ignored file"]
+
     @pytest.mark.parametrize("value", ["a.png", ["x.png", "a.png"], {"file": "a.png"}])
     def test_value_that_is_a_file(self, tmp_path, value):
         (tmp_path / "a.png").touch()
@@ -77,3 +96,29 @@ class TestFields:
         )
         assert warnings_of(raw, tmp_path / "other") == {}
         assert warnings_of(image_record(0, "a.png", source="a.png"), tmp_path) == {}
+
+
+class TestEmptyMessages:
+    @pytest.mark.parametrize(
+        ("number", "text", "part"),
+        [
+            (1, "", "empty question in message 1"),
+            (1, "nan", "the text of message 1 is 'nan'"),
+            (2, " NaN\n", "the text of message 2"),
+            (2, "<NA>", "the text of message 2"),
+        ],
+    )
+    def test_text(self, number, text, part):
+        raw = text_record(0)
+        raw["conversations"][number - 1]["value"] = text
+        assert part in warnings_of(raw)["empty message"]
+
+    def test_question_that_is_an_image(self):
+        raw = image_record(0, "a.png")
+        raw["conversations"][0]["value"] = "<image>"
+        assert warnings_of(raw) == {}
+        raw["conversations"][0]["value"] = "<image>\nnan"
+        assert "missing value" in warnings_of(raw)["empty message"]
+
+    def test_word_that_is_an_answer(self):
+        assert warnings_of(text_record(0, answer="None")) == {}

@@ -64,8 +64,6 @@ class TestFormats:
         ]
         messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "This."}]
         assert parse_record({"messages": messages}).images == ("a.png", "b.png")
-        listed = parse_record({"messages": messages, "images": ["c.png", "d.png"]})
-        assert listed.images == ("c.png", "d.png")
         del parts[1][key]
         assert "2 <image> placeholders in the human messages, but 1 images" in problem_of(
             {"messages": messages}
@@ -254,6 +252,56 @@ def test_images_with_an_empty_image(empty):
     messages = [human("<image> What?"), {"from": "gpt", "value": "That."}]
     record = parse_record({"image": empty, "images": ["a.png"], "conversations": messages})
     assert record.images == ("a.png",)
+
+
+class TestParts:
+    @staticmethod
+    def parts(*parts, kind: str = "messages", **raw) -> dict:
+        question = [*parts, {"type": "text", "text": "What?"}]
+        if kind == "conversations":
+            return {"conversations": [{"from": "human", "value": question}, ANSWER], **raw}
+        answer = {"role": "assistant", "content": "This."}
+        return {"messages": [{"role": "user", "content": question}, answer], **raw}
+
+    @pytest.mark.parametrize("kind", ["messages", "conversations"])
+    @pytest.mark.parametrize("key", ["image", "path", "url"])
+    def test_order_that_differs_from_the_list(self, kind, key):
+        names = ["s/a.png", "s/b.png"]
+        raw = self.parts(*({"type": "image", key: name} for name in names), kind=kind)
+        assert parse_record({**raw, "images": names}).images == tuple(names)
+        message = problem_of({**raw, "images": names[::-1]})
+        assert message == "image 1 is 's/a.png' in the messages, but 's/b.png' in the record's list"
+
+    def test_path_with_more_folders(self):
+        raw = self.parts({"type": "image", "image": "/data/s/a.png"}, image="s/a.png")
+        assert parse_record(raw).images == ("s/a.png",)
+        assert "image 1 is" in problem_of({**raw, "image": "t/a.png"})
+
+    def test_placeholders_in_text_count(self):
+        raw = self.parts({"type": "image", "image": "b.png"}, images=["a.png", "b.png"])
+        raw["messages"] = [
+            {"role": "user", "content": "<image> Q"},
+            {"role": "assistant", "content": "A"},
+            *raw["messages"],
+        ]
+        assert parse_record(raw).images == ("a.png", "b.png")
+
+    def test_unset_keys(self):
+        raw = self.parts({"type": "image", "image": "a.png", "url": None, "text": None})
+        raw["messages"][0]["content"][1]["image"] = None
+        assert parse_record(raw).images == ("a.png",)
+
+    @pytest.mark.parametrize(
+        ("part", "message"),
+        [
+            ({"type": "text", "text": "Q", "image": "a.png"}, "text part with the key 'image'"),
+            ({"type": "image", "image": "a.png", "text": "Q"}, "image part with text"),
+            ({"type": "image", "image": "a", "path": "b"}, "an image part refers to both 'a' and 'b'"),
+            ({"type": "image_url", "image": "a", "image_url": {"url": "b"}}, "refers to both 'a' and 'b'"),
+        ],
+    )
+    def test_ambiguous(self, part, message):
+        assert message in problem_of(self.parts(part))
 
 
 def test_both_image_and_images():
