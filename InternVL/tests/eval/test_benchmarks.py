@@ -99,6 +99,44 @@ def test_custom_folder(folder):
     assert [t.role for t in found["own", 0].messages(None)] == ["user"]
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"options": ["One", "Two"]},
+        {"options": {"A": "One", "B": "Two"}},
+        {"A": "One", "B": "Two"},
+        {"option_a": "One", "option_b": "Two"},
+        {"Choices": ["One", "Two"]},
+        {"candidates": ["One", "Two"]},
+        {"opa": "One", "opb": "Two"},
+        {"context": "A 5-year-old child."},
+        {"system_prompt": "Be brief."},
+    ],
+)
+def test_parts_of_the_question_under_other_keys(folder, extra):
+    [key, *_] = extra
+    write(folder, [item(**extra)])
+    file = write_lines(folder / "set.jsonl", [{"question": "Which?", "answer": "One", **extra}])
+    for name, data in ((str(folder), None), ("vqa", file)):
+        with pytest.raises(DataError, match=f"'{key}'.* would be ignored; put (them|it) in"):
+            open_benchmark(name, data)
+    file.unlink()
+    write(folder, [item(**dict.fromkeys(extra), answer_type="open", id=3, explanation="It is.")])
+    assert open_benchmark(str(folder), None).items
+
+
+def test_choices_under_their_key_in_a_folder(folder):
+    with pytest.raises(DataError, match=r"'choices' would be ignored; put them in the question"):
+        open_benchmark(str(write(folder, [item(choices=["One", "Two"])])), None)
+
+
+@pytest.mark.parametrize("choices", ["A. One B. Two", ["One"]])
+def test_fewer_than_two_options(folder, choices):
+    file = write_lines(folder / "set.jsonl", [{"question": "Which?", "answer": "A", "choices": choices}])
+    with pytest.raises(DataError, match="'choices' must be a list of at least two options"):
+        open_benchmark("vqa", file)
+
+
 def test_letter_without_options_is_an_open_answer(folder):
     write(folder, [item(question="Which blood group?", gt="A")])
     [found] = open_benchmark(str(folder), None).items
@@ -272,6 +310,15 @@ def test_omnimed_answers_are_never_letters(folder):
     assert item.reference == "D" and item.is_correct("D. A")
 
 
+def test_omnimed_options_beyond_d(folder):
+    [item] = open_benchmark(
+        "omnimedvqa", omnimed(folder, {"option_D": "US", "option_E": "OCT", "gt_answer": "OCT"})
+    ).items
+    assert item.reference == "E" and item.choices[4] == "OCT"
+    with pytest.raises(DataError, match=r"the options in 'option_1' would be ignored"):
+        open_benchmark("omnimedvqa", omnimed(folder, {"option_1": "OCT"}))
+
+
 def test_images_are_not_needed_to_score_answers(folder):
     data = omnimed(folder, {}, {"image_path": "images/none.png"})
     assert len(open_benchmark("omnimedvqa", data, images=False).items) == 2
@@ -357,6 +404,13 @@ def test_omnimed(folder):
         ("X-Ray", "X-Ray"),
         ("x_ray", "X-Ray"),
         ("ultrasound", "US"),
+        ("MRI", "MR"),
+        ("CT-scan", "CT"),
+        ("Digital X-ray", "X-Ray"),
+        ("Color fundus image", "FP"),
+        ("ctDNA plot", "ctDNA plot"),
+        ("Mrs. Smith's images", "Mrs. Smith's images"),
+        ("Octopus", "Octopus"),
         (" Infrared Reflectance Imaging ", "Infrared Reflectance Imaging"),
     ],
 )

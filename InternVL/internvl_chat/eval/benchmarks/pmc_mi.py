@@ -19,6 +19,7 @@ from internvl_chat.eval.benchmarks.reading import (
     Format,
     Request,
     check_images,
+    check_keys,
     file_rows,
     find_image,
     optional_string,
@@ -40,6 +41,7 @@ FILES = {
     "compoundVQA": "compound-imageVQA_benchmark.json",
     "multisubimageVQA": "multiplesubimageVQA_benchmark.json",
 }
+_KEYS = ("question", "gt", "images", "image_indices")
 _QUESTION_FOLDERS = (".", "benchmark", "benchmark_data")
 _IMAGE_FOLDERS = ("images", "benchmark_images", ".")
 
@@ -130,7 +132,8 @@ def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: 
     names, labels = string_list(raw, "images"), string_list(raw, "image_indices")
     if names and len(names) != len(labels):
         raise DataError(f"{len(names)} 'images', but {len(labels)} 'image_indices'")
-    check_images(raw, ("question", "gt", "images", "image_indices"), names, question)
+    check_images(raw, _KEYS, names, question)
+    check_keys(raw, _KEYS)
     # Text-only questions may have labels without images.
     labeled = zip(names, labels, strict=False)
     figures = tuple(Figure(name, label, find_image(name, roots, required=images)) for name, label in labeled)

@@ -1,5 +1,6 @@
 """Helpers of the benchmark readers. All problems of a benchmark are reported together."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,15 @@ from internvl_chat.utils.text import counted
 logger = get_logger(__name__)
 
 _MAX_PROBLEMS_SHOWN = 20
+# Keys of options and of text for the prompt in other formats.
+_OPTION_KEY = re.compile(
+    r"(?:answer_?|multiple_?)?(?:options?|choices?|candidates?)|candidate_?answers|"
+    r"(?:option|choice|candidate)[ _-]?(?:[a-z]|\d+)|op[a-e]|[a-f]",
+    re.IGNORECASE,
+)
+_PROMPT_KEY = re.compile(
+    r"contexts?|hints?|passages?|lectures?|instructions?|system(?:_?(?:prompt|message))?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -259,6 +269,31 @@ def check_images(raw: Mapping[str, Any], read: Sequence[str], names: Sequence[st
     """
     if problem := misplaced_image(raw, read, names, question):
         raise DataError(problem)
+
+
+def check_keys(raw: Mapping[str, Any], read: Sequence[str]) -> None:
+    """Reject an item with options, or text for the prompt, under a key that is not read.
+
+    Args:
+        raw: the unparsed item.
+        read: supported keys.
+
+    Raises:
+        DataError: a part of the question would be ignored.
+    """
+    others = [key for key, value in raw.items() if key not in read and value not in (None, "", [], {})]
+    if options := [key for key in others if _OPTION_KEY.fullmatch(key)]:
+        remedy = (
+            "put them in a list 'choices'"
+            if "choices" in read
+            else "put them in the question (A. ... B. ...)"
+        )
+        raise DataError(f"the options in {', '.join(map(repr, options))} would be ignored; {remedy}")
+    if texts := [key for key in others if _PROMPT_KEY.fullmatch(key)]:
+        raise DataError(
+            f"the text in {', '.join(map(repr, texts))} would be ignored; put it in the "
+            "question, or remove the key"
+        )
 
 
 def check_reserved_token(text: str) -> None:

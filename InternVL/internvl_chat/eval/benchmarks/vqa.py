@@ -13,6 +13,7 @@ from internvl_chat.eval.benchmarks.reading import (
     Format,
     Request,
     check_images,
+    check_keys,
     choice_item,
     file_rows,
     find_image,
@@ -23,6 +24,8 @@ from internvl_chat.eval.benchmarks.reading import (
     string_list,
 )
 from internvl_chat.utils.errors import DataError
+
+_KEYS = ("question", "answer", "image", "images", "choices", "task")
 
 
 def read_vqa(file: Path, request: Request = EVERYTHING) -> Benchmark:
@@ -61,7 +64,10 @@ def _parse(raw: Mapping[str, Any], *, file: Path, images: bool) -> Item:
     [task] = required_strings(raw, "task") if "task" in raw else [file.stem]
     names = string_list(raw, "image") or string_list(raw, "images")
     choices = string_list(raw, "choices")
-    check_images(raw, ("question", "answer", "image", "images", "choices", "task"), names, question)
+    if isinstance(raw.get("choices"), str) or len(choices) == 1:
+        raise DataError("'choices' must be a list of at least two options")
+    check_images(raw, _KEYS, names, question)
+    check_keys(raw, _KEYS)
     placeholders = question.count(IMAGE_PLACEHOLDER)
     if placeholders not in (0, len(names)):
         raise DataError(f"{placeholders} {IMAGE_PLACEHOLDER} in the question, but {len(names)} images")
