@@ -17,7 +17,7 @@ from internvl_chat.data.encode.tokenizer import image_context_id, load_tokenizer
 from internvl_chat.data.sources.images import open_images
 from internvl_chat.data.sources.records import Message, Record, RecordError
 from internvl_chat.inference.decoding import Decoder
-from internvl_chat.inference.devices import AUTO, find_device, place
+from internvl_chat.inference.devices import AUTO, default_dtype, find_device, place
 from internvl_chat.inference.sampling import Sampling
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.io.checkpoint import load_model
@@ -113,7 +113,7 @@ class Engine:
         model = load_model(
             folder,
             image_context_id=image_context_id(tokenizer),
-            dtype=dtype or (torch.float32 if first.type == "cpu" else torch.bfloat16),
+            dtype=dtype or default_dtype(device),
             attn="sdpa",
             base=base,
         )
