@@ -16,7 +16,7 @@ from internvl_chat.eval.predictions import (
     task_digests,
 )
 from internvl_chat.inference.devices import default_dtype
-from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.inference.engine import Engine, Prompt, Reply
 from internvl_chat.model.io.folders import model_folder, read_config
 from internvl_chat.utils.distributed import rank, shard, world_size
 from internvl_chat.utils.errors import DataError
@@ -42,7 +42,7 @@ def answer_benchmark(
     options: Mapping[str, Any],
     progress: Callable[..., Iterable[Item]],
     on_bad_record: str = "fail",
-) -> dict[Key, str]:
+) -> dict[Key, Reply]:
     """Answer the items that have no answer yet. Under torchrun, each rank answers its shard of the items.
 
     Args:

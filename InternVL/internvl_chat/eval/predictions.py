@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from internvl_chat.eval.benchmarks.item import Figure, Item, Key
 from internvl_chat.eval.benchmarks.reading import raise_problems
+from internvl_chat.inference.engine import Reply, is_truncated
 from internvl_chat.model.io.folders import is_model_file, read_auxiliary_files
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.utils.errors import DataError, UsageError
@@ -72,7 +73,7 @@ class PredictionLog:
 
     def append(self, item: Item, prediction: str) -> None:
         """Write a prediction and flush it to disk."""
-        append_json_line(self._stream, _row(item, prediction))
+        append_json_line(self._stream, _row(item, prediction) | {"truncated": is_truncated(prediction)})
         self.done[item.key] = prediction
 
 
@@ -157,7 +158,7 @@ def read_predictions(folder: Path) -> dict[Key, dict[str, Any]]:
     return rows
 
 
-def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
+def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, Reply]:
     """Merge the predictions of all ranks into one file in benchmark order and return them.
 
     Raises:
@@ -167,12 +168,16 @@ def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
     write_json_lines(folder / PREDICTIONS, [rows[item.key] for item in order if item.key in rows])
     for file in folder.glob("predictions.*.jsonl"):
         file.unlink()
-    return {key: row["prediction"] for key, row in rows.items()}
+    return {key: _reply(row) for key, row in rows.items()}
+
+
+def _reply(row: Mapping[str, Any]) -> Reply:
+    return Reply(row["prediction"], truncated=row.get("truncated") is True)
 
 
 def read_answers(
     file: Path, items: Sequence[Item], known: Sequence[Item], tasks: Collection[str] | None = None
-) -> dict[Key, str]:
+) -> dict[Key, Reply]:
     """Read answers that were generated elsewhere: JSONL with `task`, `index` (0-based) and `prediction`.
 
     Args:
@@ -190,7 +195,7 @@ def read_answers(
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
     by_key = {item.key: item for item in known}
-    answers: dict[Key, str] = {}
+    answers: dict[Key, Reply] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -206,7 +211,7 @@ def read_answers(
         problem = "is answered twice" if key in answers else _mismatch(row, by_key.get(key))
         if problem:
             problems.append(str(DataError(f"{key[0]} {key[1]} {problem}", file=file, line=number)))
-        answers[key] = row["prediction"]
+        answers[key] = _reply(row)
     problems += [f"{file}: {problem}" for problem in _missing_answers(items, answers)]
     raise_problems(problems)
     return answers

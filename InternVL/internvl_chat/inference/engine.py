@@ -30,6 +30,27 @@ from internvl_chat.utils.errors import DataError
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
+class Reply(str):
+    """Text of an answer.
+
+    Attributes:
+        truncated: whether the answer was cut off at the maximum number of tokens.
+    """
+
+    truncated: bool
+
+    def __new__(cls, text: str, *, truncated: bool = False) -> "Reply":
+        """Create an answer from its text."""
+        reply = super().__new__(cls, text)
+        reply.truncated = truncated
+        return reply
+
+
+def is_truncated(answer: str) -> bool:
+    """Return whether an answer is a `Reply` that was cut off."""
+    return isinstance(answer, Reply) and answer.truncated
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Conversation for the assistant to continue.
@@ -186,14 +207,14 @@ class Engine:
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
-    ) -> list[str]:
+    ) -> list[Reply]:
         """Return the text of each answer; see `generate_ids`."""
         ids = self.generate_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-        return [self._text(answer) for answer in ids]
+        return [self._reply(answer, max_new_tokens) for answer in ids]
 
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Iterator[tuple[int, Reply]]:
         """Greedily decode answers for a stream of prompts, reading one prompt ahead.
 
         Yields:
@@ -204,7 +225,7 @@ class Engine:
         for index, token in self._decoder(max_new_tokens, None).run(inputs):
             ids = answers.setdefault(index, [])
             if token is None:
-                yield index, self._text(answers.pop(index))
+                yield index, self._reply(answers.pop(index), max_new_tokens)
             else:
                 ids.append(token)
 
@@ -233,6 +254,10 @@ class Engine:
     def _text(self, ids: list[int]) -> str:
         [text] = self.tokenizer.batch_decode([ids], skip_special_tokens=True)
         return text.strip()
+
+    def _reply(self, ids: list[int], max_new_tokens: int) -> Reply:
+        # The end token is not in `ids`, so an answer with the maximum number of tokens has none.
+        return Reply(self._text(ids), truncated=len(ids) == max_new_tokens)
 
     def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
         return Decoder(

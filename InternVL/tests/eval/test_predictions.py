@@ -40,6 +40,7 @@ def test_each_answer_is_a_line_with_its_question(tmp_path):
         "images": [],
         "prediction": "größer\nals",
         "reference": "That",
+        "truncated": False,
     }
     assert second["images"] == ["a.png"] and second["reference"] == "B"
 
