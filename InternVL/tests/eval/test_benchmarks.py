@@ -15,6 +15,7 @@ from internvl_chat.data.sources.records import Message
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
 from internvl_chat.eval.benchmarks.item import Figure, Item, log_lost_content
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
+from internvl_chat.eval.benchmarks.mmmu import _parse as parse_mmmu
 from internvl_chat.eval.benchmarks.omnimed import short_modality
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.utils.errors import DataError, UsageError
@@ -135,6 +136,30 @@ def test_fewer_than_two_options(folder, choices):
     file = write_lines(folder / "set.jsonl", [{"question": "Which?", "answer": "A", "choices": choices}])
     with pytest.raises(DataError, match="'choices' must be a list of at least two options"):
         open_benchmark("vqa", file)
+
+
+@pytest.mark.parametrize("gt", ["B", "b", "B.", "(B)", "B: Two", "B. two", "Two"])
+def test_forms_of_the_correct_option(folder, gt):
+    write(folder, [item(question=OPTIONS, gt="A"), item(question=OPTIONS, gt=gt)])
+    found = open_benchmark(str(folder), None).items
+    assert [(i.task, i.reference, len(i.choices)) for i in found] == [("own", "A", 3), ("own", "B", 3)]
+
+
+def test_open_answer_to_a_question_with_options(folder):
+    write(folder, [item(question=OPTIONS, gt="Two, because of the arrow")])
+    assert not open_benchmark(str(folder), None).items[0].choices
+
+
+def test_different_images_of_the_same_name(folder):
+    (folder / "benchmark_images").mkdir()
+    copy = folder / "benchmark_images/a.png"
+    copy.write_bytes((folder / "images/a.png").read_bytes())
+    write(folder, [item()])
+    assert open_benchmark(str(folder), None).items
+    noise(30, 21).save(copy)
+    with pytest.raises(DataError, match=r"images/a\.png and .*benchmark_images/a\.png are different images"):
+        open_benchmark(str(folder), None)
+    assert open_benchmark(str(folder), None, images=False).items
 
 
 def test_letter_without_options_is_an_open_answer(folder):
@@ -259,6 +284,13 @@ def test_options_that_look_like_letters_are_reported(questions, caplog):
     caplog.clear()
     questions((BLOOD, "O"))
     assert not caplog.records
+
+
+def test_repeated_correct_options_are_reported(questions, caplog):
+    questions((("CT", "CT ", "MRI"), "MRI"))
+    assert not caplog.records
+    questions((("CT", "ct ", "MRI"), "CT"))
+    assert "1 item with a second option that equals the correct one (for example set 0)" in caplog.text
 
 
 def omnimed(folder: Path, *changes: dict) -> Path:
@@ -452,6 +484,7 @@ def test_mmmu(tmp_path):
     assert first.text == "Fig-1: <image>\nFig-2: <image>\nWhat is Fig-1?\nA. a\nB. Fig-2"
     assert first.reference == "B" and first.figures[1].decode().size == (20, 30)
     assert second.text == "Fig-1: <image>\nHow many?" and second.accepted == ("two",)
+
     assert second.is_correct(" Two ") and second.is_correct("2") and not second.is_correct("3")
     (tmp_path / SUBJECTS[0] / "validation-00000-of-00001.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a parquet file"):
@@ -459,6 +492,27 @@ def test_mmmu(tmp_path):
     (tmp_path / SUBJECTS[0] / "validation-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match=f"no validation-.*{SUBJECTS[0]}"):
         open_benchmark("mmmu-med", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ({"question": "What is <image 2>?"}, "image_2"),
+        ({"options": "['<image 3>', '<image 4>']"}, "image_3, image_4"),
+        ({"question": "What is <Image1>?", "image_1": None}, "image_1"),
+        ({"question": "What is <image 1>?", "image_1": {"bytes": None, "path": "x"}}, "image_1"),
+        ({"question": "What is <image1> or <Image 1>?"}, None),
+        ({"image_1": None}, None),
+    ],
+)
+def test_mmmu_references_to_missing_images(change, missing):
+    row = {"id": "1", "question": "Which?", "options": "['a', 'b']", "answer": "B",
+           "question_type": "multiple-choice", "image_1": {"bytes": b"x"}} | change  # fmt: skip
+    if missing:
+        with pytest.raises(DataError, match=f"refers to {missing}, but the row has no such image"):
+            parse_mmmu("Pharmacy", row)
+    else:
+        assert "<" not in parse_mmmu("Pharmacy", row).question
 
 
 def test_problems_in_a_single_line_file_have_object_numbers(folder):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.eval.benchmarks.answers import names_option
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
     EVERYTHING,
@@ -137,8 +138,10 @@ def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: 
     # Text-only questions may have labels without images.
     labeled = zip(names, labels, strict=False)
     figures = tuple(Figure(name, label, find_image(name, roots, required=images)) for name, label in labeled)
+    choices = split_choices(question)
     is_letter = len(answer.strip()) == 1 and answer.strip().isalpha()
-    choices = split_choices(question) if is_letter or task == "multi-choice" else ()
+    if not is_letter and not names_option(answer, choices) and task != "multi-choice":
+        choices = ()
     if task == "multi-choice" and not choices:
         raise DataError("the question does not list options (A. ... B. ...)")
     return Item(task, 0, question, answer, figures, choices)

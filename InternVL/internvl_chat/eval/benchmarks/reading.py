@@ -1,5 +1,6 @@
 """Helpers of the benchmark readers. All problems of a benchmark are reported together."""
 
+import filecmp
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.answers import (
     AnswerForm,
     common_form,
+    is_repeated,
     options_like_letters,
     strip_letters,
     with_letter,
@@ -321,15 +323,24 @@ def find_image(name: str, roots: Sequence[Path], *, required: bool = True) -> Pa
     """
     if required and (remote := describe_remote(name)):
         raise DataError(remote)
-    for root in roots:
-        if (path := root / name).is_file():
-            return path
+    found = [path for root in roots if (path := root / name).is_file()]
+    if found:
+        first, *others = found
+        different = [path for path in others if not path.samefile(first) and not _equal(path, first)]
+        if required and different:
+            raise DataError(f"{first} and {different[0]} are different images of the same name; remove one")
+        return first
     if not required:
         return roots[0] / name
     reason = next(filter(None, (describe_missing(root / name) for root in roots)), None)
     folders = ", ".join(dict.fromkeys(str(root) for root in roots if root.is_dir()))
     more = f"; {reason}" if reason else ""
     raise DataError(f"the image {name} is not in {folders or 'any image folder'}{more}")
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Return whether two files have the same content."""
+    return one.stat().st_size == other.stat().st_size and filecmp.cmp(one, other, shallow=False)
 
 
 def choice_item(
@@ -347,8 +358,16 @@ def choice_item(
     return Item(task, 0, "\n".join([question, *options]), answer, figures, tuple(texts))
 
 
-def warn_about_letters(items: Sequence[Item]) -> None:
-    """Warn about items in which the text of an option is the letter of a different option."""
+def warn_about_options(items: Sequence[Item]) -> None:
+    """Warn about options whose text is the letter of a different option, and repeated correct options."""
+    repeated = [item for item in items if item.choices and item.reference]
+    repeated = [item for item in repeated if is_repeated(item.reference, item.choices)]
+    if repeated:
+        logger.warning(
+            "%s with a second option that equals the correct one (for example %s %d); only the letter of the "
+            "first is counted as correct, and the text of the option is unreadable",
+            counted(len(repeated), "item"), *repeated[0].key,
+        )  # fmt: skip
     found = [item for item in items if options_like_letters(item.choices)]
     if found:
         logger.warning(
