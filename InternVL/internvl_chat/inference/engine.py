@@ -1,6 +1,7 @@
 """Answer prompts that contain text and any number of images."""
 
 import operator
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +83,16 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
-    """Split a record into the conversation before its last supervised answer and this answer."""
+    """Split a record into the conversation before its last supervised answer and this answer.
+
+    The answer is in NFC, as the tokenizer reads it; a model cannot generate another form.
+    """
     last = max(i for i, m in enumerate(record.messages) if m.role == "assistant" and m.supervised)
     messages = record.messages[:last]
     shown = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
-    return Prompt(messages, tuple(images[:shown])), record.messages[last].content
+    return Prompt(messages, tuple(images[:shown])), unicodedata.normalize(
+        "NFC", record.messages[last].content
+    )
 
 
 class Engine:

@@ -162,6 +162,13 @@ def test_different_images_of_the_same_name(folder):
     assert open_benchmark(str(folder), None, images=False).items
 
 
+def test_references_in_decomposed_unicode(questions, folder):
+    [item] = questions((("cafe\u0301", "tea"), "caf\u00e9")).items
+    assert item.reference == "A"
+    file = write_lines(folder / "open.jsonl", [{"question": "Where?", "answer": "cafe\u0301"}])
+    assert open_benchmark("vqa", file).items[0].is_correct("caf\u00e9")
+
+
 def test_letter_without_options_is_an_open_answer(folder):
     write(folder, [item(question="Which blood group?", gt="A")])
     [found] = open_benchmark(str(folder), None).items

@@ -210,6 +210,11 @@ def write_state(checkpoint, best_step):
     (checkpoint / "trainer_state.json").write_text(json.dumps(state.to_json()))
 
 
+def test_last_question_has_an_answer_in_nfc(tmp_path):
+    parsed = write_set(tmp_path, [text_record(0, "cafe\u0301")]).record(0)
+    assert last_question(parsed, [])[1] == "caf\u00e9"
+
+
 def test_last_question_has_a_supervised_answer(tmp_path):
     record = text_record(0, "right")
     record["conversations"] += [

@@ -6,6 +6,7 @@ otherwise the item is rejected.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from string import ascii_uppercase
@@ -139,4 +140,4 @@ def _readings(answer: str, choices: Sequence[str]) -> dict[AnswerForm, str]:
 
 
 def _plain(text: str) -> str:
-    return text.strip().lower()
+    return unicodedata.normalize("NFC", text).strip().lower()

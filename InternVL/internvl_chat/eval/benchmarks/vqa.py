@@ -1,5 +1,6 @@
 """Custom visual question answering (VQA) data in JSONL format."""
 
+import unicodedata
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ def _parse(raw: Mapping[str, Any], *, file: Path, images: bool) -> Item:
         _reject_index(raw)
         raw = {**raw, "answer": str(raw["answer"])}
     [question], answer = required_strings(raw, "question"), optional_string(raw, "answer")
+    answer = unicodedata.normalize("NFC", answer)  # as the tokenizer reads it
     [task] = required_strings(raw, "task") if "task" in raw else [file.stem]
     names = string_list(raw, "image") or string_list(raw, "images")
     choices = string_list(raw, "choices")
