@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -258,6 +259,16 @@ def _check_benchmark_arguments(args: argparse.Namespace) -> None:
         raise UsageError(problems)
 
 
+def _has_more_items(folder: Path, scores: Scores) -> bool:
+    """Return whether the metrics in a folder cover more items than the scores."""
+    try:
+        before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        counts = [sum(task["items"] for task in tasks.values()) for tasks in (before, scores.tasks)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return counts[0] > counts[1]
+
+
 def _report(
     args: argparse.Namespace, benchmark: Benchmark, answers: Mapping[Key, str], scores: Scores
 ) -> None:
@@ -266,8 +277,14 @@ def _report(
 
     source = Path(args.model or args.predictions)
     model = source.name or str(source)
-    if args.out:
+    writes = args.out and not (args.model and _has_more_items(args.out, scores))
+    if writes:
         write_report(args.out, benchmark, answers, scores, model=model)
+    elif args.out:
+        logger.warning(
+            "%s: the report covers more items and is kept; run the command without --limit and --tasks to "
+            "update it", args.out,
+        )  # fmt: skip
     if args.json:
         for task, metrics in scores.tasks.items():
             print_json({"task": task, **metrics})
@@ -278,5 +295,5 @@ def _report(
     for header, rows in tables:
         print_table(header, [tuple(cell.replace("**", "") for cell in row) for row in rows])
         echo()
-    if args.out:
+    if writes:
         echo(f"report: {args.out / PAGE}")

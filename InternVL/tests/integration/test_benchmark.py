@@ -143,6 +143,8 @@ def test_subset_first_then_everything(complete, bench, tiny_model, tmp_path):
     assert lines(tmp_path) == lines(complete)
     assert m3llm(argv(bench, tiny_model, tmp_path, "--limit", "1")) == 0
     assert lines(tmp_path) == lines(complete)  # no answer is lost
+    for name in ("metrics.json", "report.html"):  # nor the metrics of all items
+        assert (tmp_path / name).read_bytes() == (complete / name).read_bytes()
 
 
 def test_other_settings_are_rejected(complete, bench, tiny_model, capfd):
