@@ -263,7 +263,7 @@ def _has_more_items(folder: Path, scores: Scores) -> bool:
     """Return whether the metrics in a folder cover more items than the scores."""
     try:
         before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        counts = [sum(task["items"] for task in tasks.values()) for tasks in (before, scores.tasks)]
+        counts = [sum(int(task["items"] or 0) for task in tasks.values()) for tasks in (before, scores.tasks)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
     return counts[0] > counts[1]
