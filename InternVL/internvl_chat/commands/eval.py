@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -24,11 +25,14 @@ from internvl_chat.commands.common import (
 from internvl_chat.commands.output import echo, print_json, print_table, progress
 from internvl_chat.data.sources.skip_policy import POLICIES
 from internvl_chat.utils.errors import DataError, ModelError, UsageError
+from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.text import counted
 
 if TYPE_CHECKING:
     from internvl_chat.eval.benchmarks.item import Benchmark, Key
     from internvl_chat.eval.scoring import Scores
+
+logger = get_logger(__name__)
 
 _MAX_NEW_TOKENS = 128
 # Enough for a verbose answer to any benchmark question.
@@ -113,6 +117,7 @@ def _run_exact_match(args: argparse.Namespace) -> int:
             print_json(dataclasses.asdict(answer) | {"correct": answer.correct})
     if skipped and not answers:
         raise DataError(f"all {len(skipped)} records were skipped; see the warnings above")
+    _warn_about_truncated(sum(answer.truncated for answer in answers), max_new_tokens)
     rows = [score_dataset(records.spec.name, answers, skipped or ()) for records in sets]
     chance = compare_with_chance(answers)
     if args.json:
@@ -163,6 +168,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
     labeled = selected.labeled
     if args.predictions and not labeled.items:
         raise DataError("no reference answers to score against", file=args.data or args.bench)
+    max_new_tokens = args.max_new_tokens or _BENCHMARK_MAX_NEW_TOKENS
     is_first = rank() == 0
     if is_first and labeled.items:  # before answering, so that an unavailable metric fails early
         suite = build_suite(
@@ -184,7 +190,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
             out=args.out,
             base=args.base,
             device=args.device,
-            max_new_tokens=args.max_new_tokens or _BENCHMARK_MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             max_dynamic_patch=args.max_dynamic_patch,
             options=preprocessing_options(args),
             progress=partial(progress, unit="item"),
@@ -194,6 +200,8 @@ def _run_benchmark(args: argparse.Namespace) -> int:
         return 0
     answered = selected.keep(answers)
     _report_exclusions(args, benchmark, selected, answered)
+    truncated = sum(answers[item.key].truncated for item in answered.items)
+    _warn_about_truncated(truncated, max_new_tokens if args.model else None)
     if not answered.items:
         raise DataError("all items were skipped; see the warnings above")
     if answered.labeled.items:
@@ -214,6 +222,13 @@ def _report_exclusions(
         echo(f"{counted(skipped, 'item')} skipped; see the warnings above", stream=sys.stderr)
     if unlabeled:
         echo(f"{file}: {counted(unlabeled, 'answer')} not scored (no reference)", stream=sys.stderr)
+
+
+def _warn_about_truncated(count: int, limit: int | None) -> None:
+    """Report the number of answers that were cut off."""
+    if count:
+        flag = "--max_new_tokens" if limit is None else f"--max_new_tokens {limit}"
+        logger.warning("%s cut off at %s; raise it for complete answers", counted(count, "answer"), flag)
 
 
 def _check_benchmark_arguments(args: argparse.Namespace) -> None:
@@ -244,6 +259,16 @@ def _check_benchmark_arguments(args: argparse.Namespace) -> None:
         raise UsageError(problems)
 
 
+def _has_more_items(folder: Path, scores: Scores) -> bool:
+    """Return whether the metrics in a folder cover more items than the scores."""
+    try:
+        before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        counts = [sum(int(task["items"] or 0) for task in tasks.values()) for tasks in (before, scores.tasks)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return counts[0] > counts[1]
+
+
 def _report(
     args: argparse.Namespace, benchmark: Benchmark, answers: Mapping[Key, str], scores: Scores
 ) -> None:
@@ -252,8 +277,14 @@ def _report(
 
     source = Path(args.model or args.predictions)
     model = source.name or str(source)
-    if args.out:
+    writes = args.out and not (args.model and _has_more_items(args.out, scores))
+    if writes:
         write_report(args.out, benchmark, answers, scores, model=model)
+    elif args.out:
+        logger.warning(
+            "%s: the report covers more items and is kept; run the command without --limit and --tasks to "
+            "update it", args.out,
+        )  # fmt: skip
     if args.json:
         for task, metrics in scores.tasks.items():
             print_json({"task": task, **metrics})
@@ -264,5 +295,5 @@ def _report(
     for header, rows in tables:
         print_table(header, [tuple(cell.replace("**", "") for cell in row) for row in rows])
         echo()
-    if args.out:
+    if writes:
         echo(f"report: {args.out / PAGE}")

@@ -8,8 +8,15 @@ from typing import Any
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key, log_lost_content
 from internvl_chat.eval.benchmarks.reading import raise_problems, skipped_message
-from internvl_chat.eval.predictions import PredictionLog, checkpoint_digest, merge_predictions, task_digests
-from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.eval.predictions import (
+    PredictionLog,
+    checkpoint_digest,
+    image_digests,
+    merge_predictions,
+    task_digests,
+)
+from internvl_chat.inference.devices import default_dtype
+from internvl_chat.inference.engine import Engine, Prompt, Reply
 from internvl_chat.model.io.folders import model_folder, read_config
 from internvl_chat.utils.distributed import rank, shard, world_size
 from internvl_chat.utils.errors import DataError
@@ -35,7 +42,7 @@ def answer_benchmark(
     options: Mapping[str, Any],
     progress: Callable[..., Iterable[Item]],
     on_bad_record: str = "fail",
-) -> dict[Key, str]:
+) -> dict[Key, Reply]:
     """Answer the items that have no answer yet. Under torchrun, each rank answers its shard of the items.
 
     Args:
@@ -62,10 +69,12 @@ def answer_benchmark(
     settings: dict[str, Any] = {
         "benchmark": benchmark.name,
         "questions": task_digests(benchmark.items, system),
+        "images": image_digests(benchmark.items),
         "model": str(folder),
         "checkpoint": checkpoint_digest(folder),
         "max_new_tokens": max_new_tokens,
         "max_dynamic_patch": max_dynamic_patch,
+        "dtype": str(default_dtype(device)).removeprefix("torch."),
         **{name: value for name, value in options.items() if value is not None},
     }
     with PredictionLog(out, settings, rank()) as log:
@@ -73,6 +82,7 @@ def answer_benchmark(
         items = [item for item in shard(selected.items) if item.key not in log.done]
         items = _check_images(items, skip=skip)
         if items:
+            log.check_dtype()
             preprocessing = Preprocessing.from_folder(
                 folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
             ).with_options(**options)

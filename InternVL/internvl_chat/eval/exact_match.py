@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.skip_policy import SkippedRecord
-from internvl_chat.inference.engine import Engine, last_question
+from internvl_chat.inference.engine import Engine, is_truncated, last_question
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
@@ -23,6 +23,7 @@ class Answer:
     Attributes:
         reference: last assistant message.
         choices: permitted answers (the record's `choices`); empty for open questions.
+        truncated: whether the answer was cut off at the maximum number of tokens.
     """
 
     dataset: str
@@ -31,6 +32,7 @@ class Answer:
     prediction: str
     reference: str
     choices: tuple[str, ...] = ()
+    truncated: bool = False
 
     @property
     def correct(self) -> bool:
@@ -79,6 +81,7 @@ def _answer_batch(
         try:
             record = records.record(index)
             prompt, reference = last_question(record, records.images(index, record))
+            choices = _choices(records, index, record.id)
             if skipped is not None:
                 engine.encode(prompt)
         except DataError as error:
@@ -87,13 +90,29 @@ def _answer_batch(
             logger.warning("skipped: %s", error)
             skipped.append(SkippedRecord(records.spec.name, index, error.record, str(error)))
             continue
-        parsed.append((index, record))
+        parsed.append((index, record, choices))
         prompts.append(prompt)
         references.append(reference)
     predictions = engine.answer(prompts, max_new_tokens=max_new_tokens)
-    for (index, record), prediction, reference in zip(parsed, predictions, references, strict=True):
-        choices = tuple(records.file[index].get("choices") or ())
-        yield Answer(records.spec.name, index, record.id, prediction, reference, choices)
+    for (index, record, choices), prediction, reference in zip(parsed, predictions, references, strict=True):
+        yield Answer(
+            records.spec.name, index, record.id, prediction, reference, choices, is_truncated(prediction)
+        )
+
+
+def _choices(records: RecordSet, index: int, record_id: str | None) -> tuple[str, ...]:
+    """Return the permitted answers of a record, or () for an open question.
+
+    Raises:
+        DataError: `choices` is not a list of at least two answers.
+    """
+    choices = records.file[index].get("choices")
+    if choices is None or choices == []:
+        return ()
+    if not isinstance(choices, list) or len(choices) < 2:
+        message = f"'choices' must be a list of at least two answers, found {choices!r:.80}"
+        raise records.error(index, message, record_id)
+    return tuple(choices)
 
 
 def score_dataset(

@@ -11,11 +11,13 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from internvl_chat.eval.benchmarks.item import Item, Key
+from internvl_chat.eval.benchmarks.item import Figure, Item, Key
 from internvl_chat.eval.benchmarks.reading import raise_problems
+from internvl_chat.inference.engine import Reply, is_truncated
 from internvl_chat.model.io.folders import is_model_file, read_auxiliary_files
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.utils.errors import DataError, UsageError
@@ -25,8 +27,10 @@ PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
 # Not compared: a checkpoint may have moved; its digest identifies it.
 _INFORMATIONAL = ("model",)
+# Compared only before more items are answered, see `PredictionLog.check_dtype`.
+_DTYPE = "dtype"
 # Compared per task, because a later run may add tasks.
-_QUESTIONS = "questions"
+_PER_TASK = ("questions", "images")
 _MAX_INDICES_SHOWN = 5
 
 
@@ -43,7 +47,8 @@ class PredictionLog:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_settings(folder, settings)
+        self._folder, self._settings = folder, settings
+        self._stored = _check_settings(folder, settings)
         self._stream = _open_and_lock(folder / (f"predictions.{rank}.jsonl" if rank else PREDICTIONS))
         self.done = {key: row["prediction"] for key, row in read_predictions(folder).items()}
 
@@ -53,9 +58,22 @@ class PredictionLog:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
+    def check_dtype(self) -> None:
+        """Reject more answers with a different dtype of the model.
+
+        Raises:
+            UsageError: the folder contains answers with a different dtype.
+        """
+        before, now = (values.get(_DTYPE) for values in (self._stored, self._settings))
+        if before and before != now:
+            raise UsageError(
+                f"--out {self._folder}: this evaluation started in {before} and would continue in {now}; "
+                "continue on the same kind of device (--device), or choose a different folder"
+            )
+
     def append(self, item: Item, prediction: str) -> None:
         """Write a prediction and flush it to disk."""
-        append_json_line(self._stream, _row(item, prediction))
+        append_json_line(self._stream, _row(item, prediction) | {"truncated": is_truncated(prediction)})
         self.done[item.key] = prediction
 
 
@@ -70,8 +88,12 @@ def _row(item: Item, prediction: str) -> dict[str, Any]:
     }
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a new evaluation, or compare them with those in the folder when resuming."""
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the settings of a new evaluation, or compare them with those in the folder when resuming.
+
+    Returns:
+        The settings in the folder.
+    """
     file = folder / SETTINGS
     # Must precede `is_file`: another rank may write the settings and its first answer in between.
     has_predictions = any(folder.glob("predictions*.jsonl"))
@@ -81,7 +103,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"--out {folder}: contains predictions but no {SETTINGS}; choose a different folder"
             )
         write_json(file, settings)
-        return
+        return dict(settings)
     try:
         previous = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -89,19 +111,23 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     differences = [
         f"{name} was {previous.get(name)!r}, now {settings.get(name)!r}"
         for name in dict.fromkeys([*previous, *settings])
-        if previous.get(name) != settings.get(name) and name not in (*_INFORMATIONAL, _QUESTIONS)
+        if previous.get(name) != settings.get(name) and name not in (*_INFORMATIONAL, _DTYPE, *_PER_TASK)
     ]
-    earlier, now = (values.get(_QUESTIONS) or {} for values in (previous, settings))
-    differences += [
-        f"the questions of {task} have changed" for task in now if earlier.get(task, now[task]) != now[task]
-    ]
+    merged = dict(previous)
+    for name in _PER_TASK:
+        earlier, now = (values.get(name) or {} for values in (previous, settings))
+        differences += [
+            f"the {name} of {task} have changed" for task in now if earlier.get(task, now[task]) != now[task]
+        ]
+        merged |= {name: earlier | now} if now else {}
     if differences:
         raise UsageError(
             f"--out {folder}: contains answers from a different evaluation ({'; '.join(differences)}); "
             "choose a different folder"
         )
-    if now.keys() - earlier.keys():  # new tasks of the same benchmark
-        write_json(file, {**previous, _QUESTIONS: earlier | now})
+    if merged != previous:  # new tasks of the same benchmark
+        write_json(file, merged)
+    return merged
 
 
 def _open_and_lock(file: Path) -> IO[bytes]:
@@ -132,7 +158,7 @@ def read_predictions(folder: Path) -> dict[Key, dict[str, Any]]:
     return rows
 
 
-def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
+def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, Reply]:
     """Merge the predictions of all ranks into one file in benchmark order and return them.
 
     Raises:
@@ -142,12 +168,16 @@ def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, str]:
     write_json_lines(folder / PREDICTIONS, [rows[item.key] for item in order if item.key in rows])
     for file in folder.glob("predictions.*.jsonl"):
         file.unlink()
-    return {key: row["prediction"] for key, row in rows.items()}
+    return {key: _reply(row) for key, row in rows.items()}
+
+
+def _reply(row: Mapping[str, Any]) -> Reply:
+    return Reply(row["prediction"], truncated=row.get("truncated") is True)
 
 
 def read_answers(
     file: Path, items: Sequence[Item], known: Sequence[Item], tasks: Collection[str] | None = None
-) -> dict[Key, str]:
+) -> dict[Key, Reply]:
     """Read answers that were generated elsewhere: JSONL with `task`, `index` (0-based) and `prediction`.
 
     Args:
@@ -165,7 +195,7 @@ def read_answers(
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
     by_key = {item.key: item for item in known}
-    answers: dict[Key, str] = {}
+    answers: dict[Key, Reply] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -181,7 +211,7 @@ def read_answers(
         problem = "is answered twice" if key in answers else _mismatch(row, by_key.get(key))
         if problem:
             problems.append(str(DataError(f"{key[0]} {key[1]} {problem}", file=file, line=number)))
-        answers[key] = row["prediction"]
+        answers[key] = _reply(row)
     problems += [f"{file}: {problem}" for problem in _missing_answers(items, answers)]
     raise_problems(problems)
     return answers
@@ -245,6 +275,29 @@ def task_digests(items: Iterable[Item], system: Mapping[str, str | None]) -> dic
     for item in items:
         by_task[item.task].append(item)
     return {task: items_digest(of_task, system) for task, of_task in by_task.items()}
+
+
+def image_digests(items: Sequence[Item]) -> dict[str, str]:
+    """Return the SHA-256 of the images of each task that has images, computed in parallel."""
+    figures = {(f.path or f.content): f for item in items for f in item.figures}
+    with ThreadPoolExecutor() as pool:
+        hashes = dict(zip(figures, pool.map(_image_sha256, figures.values()), strict=True))
+    digests: dict[str, Any] = {}
+    for item in items:
+        for figure in item.figures:
+            digest = digests.setdefault(item.task, hashlib.sha256())
+            digest.update(f"{item.index}:{hashes[figure.path or figure.content]}\n".encode())
+    return {task: digest.hexdigest() for task, digest in digests.items()}
+
+
+def _image_sha256(figure: Figure) -> str:
+    """Return the SHA-256 of an image file, or "" if it cannot be read; this is reported later."""
+    if figure.path is None:
+        return sha256(figure.content or b"")
+    try:
+        return file_sha256(figure.path)
+    except OSError:
+        return ""
 
 
 def items_digest(items: Iterable[Item], system: Mapping[str, str | None]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key, plain_text
+from internvl_chat.inference.engine import is_truncated
 from internvl_chat.metrics.bertscore import bert_score
 from internvl_chat.metrics.bleu import bleu
 from internvl_chat.metrics.cider import cider
@@ -25,7 +26,8 @@ class Scores:
     Attributes:
         tasks: task -> number of `items`, and metrics in percent (None if not computed). Multiple-choice tasks
             have `unreadable`, the number of answers from which no option could be parsed. Partially scored
-            tasks have `total`, the number of items of the full task.
+            tasks have `total`, the number of items of the full task. Tasks with answers that were cut off at
+            the maximum number of tokens have `truncated`, their number.
         items: item -> metric -> score from 0 to 1 (`cider` from 0 to 10).
     """
 
@@ -54,6 +56,8 @@ def score(benchmark: Benchmark, answers: Mapping[Key, str], suite: Suite) -> Sco
         means = {name: _mean_percent([scores[i.key].get(name) for i in group]) for name in names}
         total = benchmark.totals.get(task, 0) if task != ALL else sum(benchmark.totals.values())
         tasks[task] = {"items": len(group), **({"total": total} if len(group) < total else {}), **means}
+        if truncated := sum(is_truncated(answers[i.key]) for i in group):
+            tasks[task]["truncated"] = truncated
         if _has_choices(group):
             tasks[task] |= _choice_metrics([i for i in group if i.choices], answers, suite)
     return Scores(tasks, scores)

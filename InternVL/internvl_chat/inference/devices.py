@@ -35,6 +35,12 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def default_dtype(device: str | torch.device | None) -> torch.dtype:
+    """Return the dtype of a model on a device: float32 on a CPU, bfloat16 on a GPU."""
+    first = find_device(None if device == AUTO else device)
+    return torch.float32 if first.type == "cpu" else torch.bfloat16
+
+
 def place(model: InternVLChatModel, device: str | torch.device | None) -> InternVLChatModel:
     """Move a model to a device, or distribute it across all GPUs of this node (`auto`).
 

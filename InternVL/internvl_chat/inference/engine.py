@@ -1,6 +1,7 @@
 """Answer prompts that contain text and any number of images."""
 
 import operator
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from internvl_chat.data.sources.images import open_images
 from internvl_chat.data.sources.record_warnings import question_warnings
 from internvl_chat.data.sources.records import Message, Record, RecordError
 from internvl_chat.inference.decoding import Decoder
-from internvl_chat.inference.devices import AUTO, find_device, place
+from internvl_chat.inference.devices import AUTO, default_dtype, find_device, place
 from internvl_chat.inference.sampling import Sampling
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.io.checkpoint import load_model
@@ -34,6 +35,27 @@ logger = get_logger(__name__)
 
 # Decoded text of a character whose last bytes have not been generated yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Reply(str):
+    """Text of an answer.
+
+    Attributes:
+        truncated: whether the answer was cut off at the maximum number of tokens.
+    """
+
+    truncated: bool
+
+    def __new__(cls, text: str, *, truncated: bool = False) -> "Reply":
+        """Create an answer from its text."""
+        reply = super().__new__(cls, text)
+        reply.truncated = truncated
+        return reply
+
+
+def is_truncated(answer: str) -> bool:
+    """Return whether an answer is a `Reply` that was cut off."""
+    return isinstance(answer, Reply) and answer.truncated
 
 
 @dataclass(frozen=True)
@@ -72,11 +94,16 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
-    """Split a record into the conversation before its last supervised answer and this answer."""
+    """Split a record into the conversation before its last supervised answer and this answer.
+
+    The answer is in NFC, as the tokenizer reads it; a model cannot generate another form.
+    """
     last = max(i for i, m in enumerate(record.messages) if m.role == "assistant" and m.supervised)
     messages = record.messages[:last]
     shown = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
-    return Prompt(messages, tuple(images[:shown])), record.messages[last].content
+    return Prompt(messages, tuple(images[:shown])), unicodedata.normalize(
+        "NFC", record.messages[last].content
+    )
 
 
 class Engine:
@@ -124,7 +151,7 @@ class Engine:
         model = load_model(
             folder,
             image_context_id=image_context_id(tokenizer),
-            dtype=dtype or (torch.float32 if first.type == "cpu" else torch.bfloat16),
+            dtype=dtype or default_dtype(device),
             attn="sdpa",
             base=base,
         )
@@ -204,14 +231,14 @@ class Engine:
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
-    ) -> list[str]:
+    ) -> list[Reply]:
         """Return the text of each answer; see `generate_ids`."""
         ids = self.generate_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-        return [decode_answer(self.tokenizer, answer) for answer in ids]
+        return [self._reply(answer, max_new_tokens) for answer in ids]
 
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Iterator[tuple[int, Reply]]:
         """Greedily decode answers for a stream of prompts, reading one prompt ahead.
 
         Yields:
@@ -222,7 +249,7 @@ class Engine:
         for index, token in self._decoder(max_new_tokens, None).run(inputs):
             ids = answers.setdefault(index, [])
             if token is None:
-                yield index, decode_answer(self.tokenizer, answers.pop(index))
+                yield index, self._reply(answers.pop(index), max_new_tokens)
             else:
                 ids.append(token)
 
@@ -247,6 +274,10 @@ class Engine:
         """Return the embeddings of an encoded conversation, with its image features inserted, (T, C)."""
         features = self._features(images, encoded.grids)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
+
+    def _reply(self, ids: list[int], max_new_tokens: int) -> Reply:
+        # The end token is not in `ids`, so an answer with the maximum number of tokens has none.
+        return Reply(decode_answer(self.tokenizer, ids), truncated=len(ids) == max_new_tokens)
 
     def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
         return Decoder(

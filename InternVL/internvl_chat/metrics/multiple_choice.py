@@ -1,7 +1,8 @@
 """Multiple choice: parse the selected option from a free-text answer, and compute macro averages.
 
-Reasoning in `<think> … </think>` is ignored, and text after "wait" or "actually" takes precedence. The first
-matching rule decides; if it matches more than one option, the answer is unparsable:
+Reasoning in `<think> … </think>` is ignored, also if it is cut off. A correction (a clause that starts with
+"wait" or "actually" and then names an option) takes precedence. The first matching rule decides; if it
+matches more than one option, the answer is unparsable:
 
 1. The answer is a letter, with any punctuation: `B`, `b.`, `(B)`, `**B**`.
 2. The answer is the text of an option, with or without its letter.
@@ -12,10 +13,12 @@ matching rule decides; if it matches more than one option, the answer is unparsa
 6. The answer calls a letter correct or chosen, or concludes with a letter: `option B`, `I choose B`,
    `B is correct`, `Therefore, B.`.
 7. The answer contains the text of exactly one option. If one option contains another, the longer one counts.
-   The option texts A and I must be uppercase.
+   The option texts A and I must be uppercase. The option `No` is not read from a refusal ("no image was
+   provided").
 
-A letter always refers to the option with this letter, even if it is also the text of a different option. Rule
-2 parses `D. A` as option D if A is the text of D.
+Signs, comparison operators and prefixes belong to a word: `HER2-` is not `HER2+`, `<5` is not `>5`, and
+`non-malignant` is not `malignant`. A letter always refers to the option with this letter, even if it is also
+the text of a different option. Rule 2 parses `D. A` as option D if A is the text of D.
 
 From rule 3 on, negated clauses (`not A`, `A is incorrect`) and letters after a noun (`panel B`,
 `hepatitis B`) are ignored.
@@ -27,16 +30,64 @@ from collections.abc import Iterable, Sequence
 from string import ascii_uppercase
 
 _PUNCTUATION = r"[\s*_`\"'“”‘’()\[\]{}<>.,:;!$-]*"
-_REASONING = re.compile(r"<think>.*?</think>|\A.*</think>", re.DOTALL | re.IGNORECASE)
-_RETRACTION = re.compile(r"\b(?:wait|actually|correction|on second thoughts?)\b", re.IGNORECASE)
+_REASONING = re.compile(r"<think>.*?(?:</think>|\Z)|\A.*</think>", re.DOTALL | re.IGNORECASE)
+_RETRACTION = re.compile(
+    r"(?:^|[.!?,;\n—–-])[\s*_\"'(]*(?:(?:but|no|oh|hmm|so)\W+)?"
+    r"(?:wait|actually|correction|on second thoughts?)\b(?=\s*[,:.;!?—–…-]|\s+(?:no|the|it|i)\b)",
+    re.IGNORECASE,
+)
 _CLAUSE_ENDS = re.compile(
-    r"[,;\n]|[.!?:](?=\s|$)|\b(?:because|since|but|so|therefore|thus|hence|while|although)\b|\band(?=\s+not\b)",
+    r"[,;\n]|[.!?:](?=\s|$)|\b(?:because|since|but|so|therefore|thus|hence|while|although)\b|\band(?=\s+not\b)|"
+    r"\b(?=rather than\b|instead of\b)",
     re.IGNORECASE,
 )
 _NEGATION = re.compile(
     r"\b(?:not|no|never|neither|nor|none|cannot|incorrect|wrong|false|unlikely|except|excluded?|ruled? out|"
     r"rather than|instead of)\b|n['’]t\b",
     re.IGNORECASE,
+)
+# Rejects the letter or the option in front of it.
+_VERDICT = re.compile(
+    r"\W*(?:(?:this|that|it)\s+)?(?:is\s+)?(?:incorrect|wrong|false|not\s+(?:correct|right|true))\W*",
+    re.IGNORECASE,
+)
+_REJECTED = re.compile(
+    r"\b(?:incorrect|wrong|false|unlikely|excluded|ruled out)\b|"
+    r"(?:\bnot|n['’]t|\bcannot be)\s+(?:\w+\s+){0,2}"
+    r"(?:correct|right|true|likely|possible|supported|seen|shown|present|visible|answer|choice|option)\b",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"[\s*_(\[-]*(?:option\s+)?([A-Z])[\s*_)\]]*[.:]\s*", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can not|unable|impossible|insufficient|either way|do not know|"
+    r"not (?:sure|certain|able|possible|enough|clear))\b|\b(?:can|don)['’]t\b",
+    re.IGNORECASE,
+)
+# "no" that does not answer a question.
+_EMPTY_NO = (
+    r"(?:\w+\s+)?(?:images?|pictures?|figures?|photos?|ideas?|information|details?|context|data|access|answers?|"
+    r"options?|doubts?|questions?|way|reason|longer|matter)\b"
+)
+# Words of a text of which an option is denied: "absence of carcinoma", "COVID-19 negative".
+_DENIED_BEFORE = re.compile(
+    r"\b(?:absence of|lack of|free of|free from|negative for|without)(?: an?| the| any)* $"
+)
+_DENIED_AFTER = re.compile(r" (?:(?:is|are|was|were) )?(?:negative|free|absent)\b")
+_SUBJECT = re.compile(
+    r"\W*(?:so\s+)?(?:i\s+(?:would\s+)?(?:choose|pick|select|go with|think|believe|say)\s+(?:that\s+)?)?"
+    r"(?:(?:it|that|this)(?:['’]s|\s+(?:is|must be|should be|would be))\s+)?(?:an?\s+|the\s+)?(?:option\s+)?",
+    re.IGNORECASE,
+)
+_IS_RIGHT = re.compile(r"\s+(?:is|seems)\s+(?:the\s+)?(?:correct|right|best|better)\b.*", re.IGNORECASE)
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–−", "-"))
+_PREFIX = re.compile(
+    r"\b(non|anti|pre|post|un|pseudo|sub|peri|para|extra|intra|inter|hyper|hypo|semi)"
+    r"(?:-+|(?<=\bnon)\s+)(?=\w)"
+)
+_TAG = re.compile(r"</?[a-z]\w*>")
+# A word or number with its sign or comparison operator.
+_WORD = re.compile(
+    r"(?:(?<![-=])[<>≤≥]\s*(?=[+-]?\d))?(?:(?<!\w)[+-](?=\d))?\w+(?:(?<=\d)[.,]\d+)*(?:[+-]+(?!\w))?"
 )
 # Words after a capital A or I that show that it is an option letter, not an article or a pronoun.
 _NO_NOUN = r"(?:and|as|because|but|for|from|given|in|is|or|since|which|with)\b"
@@ -54,20 +105,36 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
     text = _REASONING.sub("", unicodedata.normalize("NFKC", answer)).strip()
     retractions = list(_RETRACTION.finditer(text))
     if retractions:
-        last = _read(text[retractions[-1].end() :].strip(" ,.:;-\n"), choices)
+        last = _correction(text[retractions[-1].end() :].strip(" ,.:;!?—–…-\n"), choices)
         if last is not None:
             return last
     return _read(text, choices)
 
 
+def _correction(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter that a correction declares or names in its first clause, or None."""
+    letters = ascii_uppercase[: len(choices)]
+    affirmed = _drop_negations(text, letters, choices).strip()
+    end = _CLAUSE_ENDS.search(affirmed)
+    clause = affirmed[: end.start()] if end else affirmed
+    named = {_IS_RIGHT.sub("", clause), _IS_RIGHT.sub("", _SUBJECT.sub("", clause, count=1))}
+    matches = set(_declared(affirmed, letters, choices)) or {
+        letter
+        for name in (text, *named)
+        for rule in (_whole_letter, _whole_text)
+        for letter in rule(name, letters, choices)
+    }
+    return matches.pop() if len(matches) == 1 else None
+
+
 def _read(text: str, choices: Sequence[str]) -> str | None:
     """Apply the rules to an answer from which the reasoning was removed."""
     letters = ascii_uppercase[: len(choices)]
-    for rule in (_whole_letter, _whole_text):
+    for rule in (_exact_text, _whole_letter, _whole_text):
         matches = set(rule(text, letters, choices))
         if matches:
             return matches.pop() if len(matches) == 1 else None
-    affirmed = _drop_negations(text)
+    affirmed = _drop_negations(text, letters, choices)
     for rule in (_declared, _leading, _leading_text, _chosen):
         matches = set(rule(affirmed, letters, choices))
         if matches:
@@ -76,11 +143,43 @@ def _read(text: str, choices: Sequence[str]) -> str | None:
     return matches.pop() if len(matches) == 1 else None
 
 
-def _drop_negations(text: str) -> str:
-    """Remove negated clauses."""
+def _drop_negations(text: str, letters: str, choices: Sequence[str]) -> str:
+    """Remove negated clauses, with the label in front of them if they reject it (`A. CT is incorrect.`)."""
     ends = [match.end() for match in _CLAUSE_ENDS.finditer(text)]
     clauses = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
-    return "".join("\n" * clause.endswith("\n") if _NEGATION.search(clause) else clause for clause in clauses)
+    kept = [""]
+    for clause in clauses:
+        if not _NEGATION.search(clause):
+            kept.append(clause)
+            continue
+        label = _LABEL.fullmatch(kept[-1])
+        if label and label[1].upper() in letters:
+            if _rejects(clause, choices[letters.index(label[1].upper())]):
+                kept.pop()
+        elif kept[-1].rstrip().endswith(":") and _VERDICT.fullmatch(clause):
+            kept.pop()
+        kept.append("\n" * clause.endswith("\n"))
+    return "".join(kept)
+
+
+def _rejects(clause: str, choice: str) -> bool:
+    """Return whether a negated clause after the label of an option calls the option wrong."""
+    if _NEGATION.search(choice):
+        return False
+    names_option = f" {_plain(choice)} " in f" {_plain(clause)} "
+    return bool(_VERDICT.fullmatch(clause) or (names_option and _REJECTED.search(clause)))
+
+
+def _exact_text(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
+    """Find options with exactly this text, such as `+`; a single letter is the letter of an option."""
+    whole = text.strip().lower()
+    if len(whole) == 1 and whole.isalpha():
+        return []
+    return [
+        letter
+        for letter, choice in zip(letters, choices, strict=True)
+        if unicodedata.normalize("NFKC", choice).strip().lower() == whole
+    ]
 
 
 def _whole_letter(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
@@ -90,16 +189,30 @@ def _whole_letter(text: str, letters: str, choices: Sequence[str]) -> Iterable[s
 
 def _whole_text(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
     plain = _plain(text)
-    return [
+    named = [
         letter
         for letter, choice in zip(letters, choices, strict=True)
         if _plain(choice) and plain in (_plain(choice), f"{letter.lower()} {_plain(choice)}")
     ]
+    if named or plain != _without_signs(plain):
+        return named
+    # `5 cm` selects `>5 cm` if no other option reads 5 cm.
+    return [
+        letter
+        for letter, choice in zip(letters, choices, strict=True)
+        if plain and plain == _without_signs(_plain(choice))
+    ]
 
 
 # A lowercase letter must have brackets or punctuation, so that "the answer is a tumor" does not match.
-_LETTER = r"(?:\(\s*([{0}{1}])\s*\)|\[\s*([{0}{1}])\s*\]|([{0}])(?![\w'’])|([{1}])(?=\s*(?:[.):}}<*\"]|$)))"
-_SURE = r"(?:\s*\b(?:most\s+likely|likely|probably|clearly|definitely|certainly|therefore|thus|indeed)\b)*"
+_LETTER = (
+    r"(?:\(\s*([{0}{1}])\s*\)|\[\s*([{0}{1}])\s*\]|([{0}])(?![\w'’]|[+-](?!\w))|"
+    r"([{1}])(?=\s*(?:[.):}}<*\"]|$)))"
+)
+_SURE = (
+    r"(?:\s*\b(?:to\s+be|most\s+likely|likely|probably|clearly|definitely|certainly|therefore|thus|indeed)"
+    r"\b)*"
+)
 _DECLARATION = re.compile(
     rf"""(?:
         \b(?:answer|choice|option|letter|(?:correct|right|best)\s+one)\b[\s*_"]*
@@ -119,7 +232,9 @@ def _declared(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
         match = re.match(letter, text[declaration.end() :])
         if match and not _is_article(match, text[declaration.end() :]):
             rest = text[declaration.end() + match.end() :]
-            named = [_letter(match), *_joined(rest, letter)]
+            named = _option_at(text[declaration.end() + match.start() :], letters, choices) or [
+                _letter(match), *_joined(rest, letter),
+            ]  # fmt: skip
     return named
 
 
@@ -134,12 +249,26 @@ def _leading(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
     for line in text.splitlines():
         match = start.match(line)
         if match:
-            named += [_letter(match), *_joined(line[match.end() :], letter)]
+            named += _option_at(line, letters, choices) or [
+                _letter(match), *_joined(line[match.end() :], letter),
+            ]  # fmt: skip
     return named
 
 
+def _option_at(text: str, letters: str, choices: Sequence[str]) -> list[str]:
+    """Return the option with which the text starts, if it looks like another letter (`B. cereus`)."""
+    start = _plain(text[: max(map(len, choices)) * 2 + 20])
+    return [
+        letter
+        for letter, choice in zip(letters, choices, strict=True)
+        if re.match(r"[A-Z]\.?\s+\w", choice)
+        and choice[0] != letter
+        and f"{start} ".startswith(f"{_plain(choice)} ")
+    ]
+
+
 def _leading_text(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
-    first = _plain(re.split(r"[,.;:\n]", text, maxsplit=1)[0])
+    first = _plain(re.split(r"[;:\n]|[,.](?!\d)", text, maxsplit=1)[0])
     return [
         letter for letter, choice in zip(letters, choices, strict=True) if first and _plain(choice) == first
     ]
@@ -169,17 +298,22 @@ def _contained(text: str, affirmed: str, letters: str, choices: Sequence[str]) -
     """Find option texts outside negated clauses; options that contain a negation match anywhere.
 
     The option texts A and I (a blood group, a stage) match only as uppercase words that are not an article or
-    a pronoun.
+    a pronoun, and `No` not in a refusal.
     """
     contained = {}
     for letter, choice in zip(letters, choices, strict=True):
-        words = f" {_plain(choice)} "
+        words = _plain(choice)
         searched = text if _NEGATION.search(choice) else affirmed
-        found = words in f" {_plain(searched)} "
-        if len(words) == 3 and words.strip().isalpha():
-            found = _contains_letter(searched, words.strip().upper())
-        if words.strip() and found:
-            contained[letter] = words
+        if words == "no":
+            found = _says_no(text)
+        elif len(words) == 1 and words.isalpha():
+            found = _contains_letter(searched, words.upper())
+        elif searched is text and re.search(r"(?i)\b(?:except|other than|apart from)\b", text):
+            found = False
+        else:
+            found = bool(words) and _affirms(_plain(searched), words)
+        if found:
+            contained[letter] = f" {words} "
     return [
         letter
         for letter, choice in contained.items()
@@ -187,11 +321,33 @@ def _contained(text: str, affirmed: str, letters: str, choices: Sequence[str]) -
     ]
 
 
+def _affirms(plain: str, words: str) -> bool:
+    """Return whether a plain text contains the words of an option without denying them."""
+    plain, words = f" {plain} ", f" {words} "
+    start = plain.find(words)
+    while start >= 0:
+        end = start + len(words) - 1
+        denied = _DENIED_BEFORE.search(plain[max(0, start - 40) : start + 1])
+        if not denied and not _DENIED_AFTER.match(plain[end : end + 40]):
+            return words != " none " or not plain.startswith(" of ", end)
+        start = plain.find(words, end)
+    return False
+
+
+def _says_no(text: str) -> bool:
+    """Return whether a text contains the word "no" as an answer, alone or as in "there is no fracture"."""
+    alone = re.compile(r"\W*\bno\s*(?:[^\w\s'’-]|$)", re.IGNORECASE)
+    if any(alone.match(text, start) for start in [0, *(m.end() for m in _CLAUSE_ENDS.finditer(text))]):
+        return True
+    no = rf"(?i)(?<!\bor )(?<!\w-)\bno\b(?![-'’])(?!\s+{_EMPTY_NO})"
+    return not _REFUSAL.search(text) and bool(re.search(no, text))
+
+
 def _contains_letter(text: str, capital: str) -> bool:
     """Return whether a letter is a separate word; A and I must be uppercase and not article or pronoun."""
     case = "" if capital in "AI" else "(?i)"
     article = rf"(?!\s+(?!{_NO_NOUN})[a-z])" if capital in "AI" else ""
-    return bool(re.search(rf"{case}(?<![\w'’]){capital}(?![\w'’]){article}", text))
+    return bool(re.search(rf"{case}(?<![\w'’]){capital}(?![\w'’]|[+-](?!\w)){article}", text))
 
 
 def _letter(match: re.Match) -> str:
@@ -211,8 +367,20 @@ def _is_article(match: re.Match, text: str, end: int | None = None) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Lowercase a text and remove punctuation."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
+    """Lowercase a text and remove punctuation, except signs that belong to a word or number.
+
+    >>> _plain("HER2- (≥ 2.5 cm), non-small cell"), _plain("ground-glass; -5")
+    ('her2- ≥2.5 cm nonsmall cell', 'ground glass -5')
+    """
+    text = unicodedata.normalize("NFKC", text).translate(_DASHES).lower()
+    text = _PREFIX.sub(r"\1", _TAG.sub(" ", text).replace("<=", "≤").replace(">=", "≥"))
+    words = (match[0].replace(",", ".") for match in _WORD.finditer(text))
+    return " ".join(re.sub(r"\s+", "", word) for word in words)
+
+
+def _without_signs(plain: str) -> str:
+    """Remove signs and comparison operators from a plain text."""
+    return re.sub(r"[<>≤≥+-]", "", plain)
 
 
 def split_choices(question: str) -> tuple[str, ...]:

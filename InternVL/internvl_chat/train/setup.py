@@ -98,7 +98,7 @@ def _report_changes(source: Path, preprocessing: Preprocessing) -> None:
     """Log how the preprocessing differs from the options stored with the initial checkpoint."""
     for name, change in preprocessing_changes(source, preprocessing).items():
         if name not in ("tile_size", "tokens_per_tile"):  # already logged by `prepare_model`
-            # These limits usually differ: the recipes of the base model, full training and LoRA have their own.
+            # Each recipe has its own limits, so they usually differ.
             is_limit = name in ("max_seq_length", "max_dynamic_patch")
             logger.log(logging.INFO if is_limit else logging.WARNING, "%s", change)
 

@@ -17,7 +17,7 @@ from internvl_chat.data.batching.dataloader import DataLoaderOptions
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.inference.engine import Engine, last_question
+from internvl_chat.inference.engine import Engine, is_truncated, last_question
 from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
@@ -38,7 +38,7 @@ def metrics_of(sums: Sequence[float]) -> dict[str, Any]:
 
     The loss is weighted as in training (`--loss_reduction`). Metrics without data are None.
     """
-    weighted, weights, records, tokens, matches, rouges, generated = sums
+    weighted, weights, records, tokens, matches, rouges, generated, truncated = sums
     return {
         "records": int(records),
         "tokens": int(tokens),
@@ -46,6 +46,7 @@ def metrics_of(sums: Sequence[float]) -> dict[str, Any]:
         "em": 100 * matches / generated if generated else None,
         "rougeL": 100 * rouges / generated if generated else None,
         "generated": int(generated),
+        "truncated": int(truncated),
     }
 
 
@@ -104,7 +105,7 @@ class Validation:
             DataError: a record is unusable.
         """
         model.eval()
-        sums = torch.zeros(len(self.data.sets), 7, dtype=torch.float64)
+        sums = torch.zeros(len(self.data.sets), 8, dtype=torch.float64)
         batches = self.options.build(PackDataset(self.data), self.sampler, persistent_workers=False)
         packs = itertools.takewhile(lambda _: not is_stopped(), itertools.chain.from_iterable(batches))
         # Run eagerly: blocks compiled for training would be recompiled.
@@ -139,7 +140,7 @@ class Validation:
     def _add_answers(
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
     ) -> None:
-        """Generate this rank's answers; add exact match, ROUGE-L and answer count to the dataset sums."""
+        """Generate this rank's answers; add their scores and counts to the dataset sums."""
         keys = [(number, i) for number in range(len(self.data.sets)) for i in self.generation_indices(number)]
         for number, group in itertools.groupby(distributed.shard(keys), key=lambda key: key[0]):
             records = self.data.sets[number]
@@ -152,6 +153,7 @@ class Validation:
                     return
                 reference = questions[position][1]
                 scores = [exact_match(answer, reference), rouge(answer, reference)["rougeL"], 1]
+                scores.append(is_truncated(answer))
                 sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
 
     def generation_indices(self, number: int) -> list[int]:

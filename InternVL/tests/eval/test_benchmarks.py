@@ -15,6 +15,7 @@ from internvl_chat.data.sources.records import Message
 from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
 from internvl_chat.eval.benchmarks.item import Figure, Item, log_lost_content
 from internvl_chat.eval.benchmarks.mmmu import SUBJECTS
+from internvl_chat.eval.benchmarks.mmmu import _parse as parse_mmmu
 from internvl_chat.eval.benchmarks.omnimed import short_modality
 from internvl_chat.eval.benchmarks.pmc_mi import FILES
 from internvl_chat.utils.errors import DataError, UsageError
@@ -97,6 +98,75 @@ def test_custom_folder(folder):
         Message("user", found["own", 0].text),
     )
     assert [t.role for t in found["own", 0].messages(None)] == ["user"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"options": ["One", "Two"]},
+        {"options": {"A": "One", "B": "Two"}},
+        {"A": "One", "B": "Two"},
+        {"option_a": "One", "option_b": "Two"},
+        {"Choices": ["One", "Two"]},
+        {"candidates": ["One", "Two"]},
+        {"opa": "One", "opb": "Two"},
+        {"context": "A 5-year-old child."},
+        {"system_prompt": "Be brief."},
+    ],
+)
+def test_parts_of_the_question_under_other_keys(folder, extra):
+    [key, *_] = extra
+    write(folder, [item(**extra)])
+    file = write_lines(folder / "set.jsonl", [{"question": "Which?", "answer": "One", **extra}])
+    for name, data in ((str(folder), None), ("vqa", file)):
+        with pytest.raises(DataError, match=f"'{key}'.* would be ignored; put (them|it) in"):
+            open_benchmark(name, data)
+    file.unlink()
+    write(folder, [item(**dict.fromkeys(extra), answer_type="open", id=3, explanation="It is.")])
+    assert open_benchmark(str(folder), None).items
+
+
+def test_choices_under_their_key_in_a_folder(folder):
+    with pytest.raises(DataError, match=r"'choices' would be ignored; put them in the question"):
+        open_benchmark(str(write(folder, [item(choices=["One", "Two"])])), None)
+
+
+@pytest.mark.parametrize("choices", ["A. One B. Two", ["One"]])
+def test_fewer_than_two_options(folder, choices):
+    file = write_lines(folder / "set.jsonl", [{"question": "Which?", "answer": "A", "choices": choices}])
+    with pytest.raises(DataError, match="'choices' must be a list of at least two options"):
+        open_benchmark("vqa", file)
+
+
+@pytest.mark.parametrize("gt", ["B", "b", "B.", "(B)", "B: Two", "B. two", "Two"])
+def test_forms_of_the_correct_option(folder, gt):
+    write(folder, [item(question=OPTIONS, gt="A"), item(question=OPTIONS, gt=gt)])
+    found = open_benchmark(str(folder), None).items
+    assert [(i.task, i.reference, len(i.choices)) for i in found] == [("own", "A", 3), ("own", "B", 3)]
+
+
+def test_open_answer_to_a_question_with_options(folder):
+    write(folder, [item(question=OPTIONS, gt="Two, because of the arrow")])
+    assert not open_benchmark(str(folder), None).items[0].choices
+
+
+def test_different_images_of_the_same_name(folder):
+    (folder / "benchmark_images").mkdir()
+    copy = folder / "benchmark_images/a.png"
+    copy.write_bytes((folder / "images/a.png").read_bytes())
+    write(folder, [item()])
+    assert open_benchmark(str(folder), None).items
+    noise(30, 21).save(copy)
+    with pytest.raises(DataError, match=r"images/a\.png and .*benchmark_images/a\.png are different images"):
+        open_benchmark(str(folder), None)
+    assert open_benchmark(str(folder), None, images=False).items
+
+
+def test_references_in_decomposed_unicode(questions, folder):
+    [item] = questions((("cafe\u0301", "tea"), "caf\u00e9")).items
+    assert item.reference == "A"
+    file = write_lines(folder / "open.jsonl", [{"question": "Where?", "answer": "cafe\u0301"}])
+    assert open_benchmark("vqa", file).items[0].is_correct("caf\u00e9")
 
 
 def test_letter_without_options_is_an_open_answer(folder):
@@ -223,6 +293,13 @@ def test_options_that_look_like_letters_are_reported(questions, caplog):
     assert not caplog.records
 
 
+def test_repeated_correct_options_are_reported(questions, caplog):
+    questions((("CT", "CT ", "MRI"), "MRI"))
+    assert not caplog.records
+    questions((("CT", "ct ", "MRI"), "CT"))
+    assert "1 item with a second option that equals the correct one (for example set 0)" in caplog.text
+
+
 def omnimed(folder: Path, *changes: dict) -> Path:
     """Write OmniMedVQA questions; None removes a key."""
     options = {"option_A": "CT", "option_B": "MR", "option_C": "X-Ray"}
@@ -270,6 +347,15 @@ def test_omnimed_answers_are_never_letters(folder):
     options = dict(zip(("option_A", "option_B", "option_C", "option_D"), DENSITY, strict=True))
     [item] = open_benchmark("omnimedvqa", omnimed(folder, {**options, "gt_answer": "A"})).items
     assert item.reference == "D" and item.is_correct("D. A")
+
+
+def test_omnimed_options_beyond_d(folder):
+    [item] = open_benchmark(
+        "omnimedvqa", omnimed(folder, {"option_D": "US", "option_E": "OCT", "gt_answer": "OCT"})
+    ).items
+    assert item.reference == "E" and item.choices[4] == "OCT"
+    with pytest.raises(DataError, match=r"the options in 'option_1' would be ignored"):
+        open_benchmark("omnimedvqa", omnimed(folder, {"option_1": "OCT"}))
 
 
 def test_images_are_not_needed_to_score_answers(folder):
@@ -357,6 +443,13 @@ def test_omnimed(folder):
         ("X-Ray", "X-Ray"),
         ("x_ray", "X-Ray"),
         ("ultrasound", "US"),
+        ("MRI", "MR"),
+        ("CT-scan", "CT"),
+        ("Digital X-ray", "X-Ray"),
+        ("Color fundus image", "FP"),
+        ("ctDNA plot", "ctDNA plot"),
+        ("Mrs. Smith's images", "Mrs. Smith's images"),
+        ("Octopus", "Octopus"),
         (" Infrared Reflectance Imaging ", "Infrared Reflectance Imaging"),
     ],
 )
@@ -398,6 +491,7 @@ def test_mmmu(tmp_path):
     assert first.text == "Fig-1: <image>\nFig-2: <image>\nWhat is Fig-1?\nA. a\nB. Fig-2"
     assert first.reference == "B" and first.figures[1].decode().size == (20, 30)
     assert second.text == "Fig-1: <image>\nHow many?" and second.accepted == ("two",)
+
     assert second.is_correct(" Two ") and second.is_correct("2") and not second.is_correct("3")
     (tmp_path / SUBJECTS[0] / "validation-00000-of-00001.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a parquet file"):
@@ -405,6 +499,27 @@ def test_mmmu(tmp_path):
     (tmp_path / SUBJECTS[0] / "validation-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match=f"no validation-.*{SUBJECTS[0]}"):
         open_benchmark("mmmu-med", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ({"question": "What is <image 2>?"}, "image_2"),
+        ({"options": "['<image 3>', '<image 4>']"}, "image_3, image_4"),
+        ({"question": "What is <Image1>?", "image_1": None}, "image_1"),
+        ({"question": "What is <image 1>?", "image_1": {"bytes": None, "path": "x"}}, "image_1"),
+        ({"question": "What is <image1> or <Image 1>?"}, None),
+        ({"image_1": None}, None),
+    ],
+)
+def test_mmmu_references_to_missing_images(change, missing):
+    row = {"id": "1", "question": "Which?", "options": "['a', 'b']", "answer": "B",
+           "question_type": "multiple-choice", "image_1": {"bytes": b"x"}} | change  # fmt: skip
+    if missing:
+        with pytest.raises(DataError, match=f"refers to {missing}, but the row has no such image"):
+            parse_mmmu("Pharmacy", row)
+    else:
+        assert "<" not in parse_mmmu("Pharmacy", row).question
 
 
 def test_problems_in_a_single_line_file_have_object_numbers(folder):

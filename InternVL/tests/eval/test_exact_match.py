@@ -9,6 +9,7 @@ import pytest
 from model.conftest import make_model
 from PIL import Image
 from scipy.stats import binom
+from small_sets import write_lines
 
 from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
@@ -130,12 +131,23 @@ def test_real_engine(sets: list[RecordSet], encoder: RecordEncoder, tmp_path: Pa
     model.image_context_id = encoder.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     engine = Engine(model, encoder.tokenizer, encoder.preprocessing)
     answers = list(answer_records(engine, sets, max_new_tokens=6, batch_size=4))
+    assert any(answer.truncated for answer in answers)
     images = [Image.open(tmp_path / f"{number}.png") for number in range(2)]
     messages = RECORDS["open"][0]["conversations"][:4]
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
     prompt = Prompt([Message(roles[message["from"]], message["value"]) for message in messages], images)
     assert answers[5].prediction == engine.answer([prompt], max_new_tokens=6)[0]
     assert len({answer.prediction for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("choices", ["yes or no", {"A": "yes", "B": "no"}, ["yes"], ""])
+def test_invalid_choices(tmp_path: Path, encoder: RecordEncoder, choices: object) -> None:
+    record = {"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "no"}]}
+    rows = [{**record, "choices": ["yes", "no"]}, {**record, "id": "x", "choices": choices}]
+    file = write_lines(tmp_path / "t.jsonl", rows)
+    sets = [RecordSet(DatasetSpec("t", tmp_path, file), encoder)]
+    with pytest.raises(DataError, match=r"line 2.*'choices' must be a list of at least two answers"):
+        list(answer_records(Recorder(), sets))
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged"])

@@ -8,6 +8,7 @@ from internvl_chat.eval.benchmarks.item import Figure, Item
 from internvl_chat.eval.predictions import (
     PredictionLog,
     checkpoint_digest,
+    image_digests,
     items_digest,
     merge_predictions,
     read_answers,
@@ -39,6 +40,7 @@ def test_each_answer_is_a_line_with_its_question(tmp_path):
         "images": [],
         "prediction": "größer\nals",
         "reference": "That",
+        "truncated": False,
     }
     assert second["images"] == ["a.png"] and second["reference"] == "B"
 
@@ -181,6 +183,45 @@ def test_items_digest_depends_on_questions_and_prompts():
     assert items_digest(ITEMS, {**system, "two": "b"}) != digest
     assert items_digest(ITEMS[:-1], system) != digest
     assert items_digest([Item("one", 0, "What 0?", "Other"), *ITEMS[1:]], system) != digest
+
+
+def test_replaced_images_are_rejected(tmp_path):
+    def settings():
+        return {**SETTINGS, "images": image_digests(items)}
+
+    file = tmp_path / "a.png"
+    file.write_bytes(b"thumbnail")
+    items = [
+        Item("one", 0, "?", "", (Figure("a.png", path=file),)),
+        Item("two", 0, "?", "", (Figure("b", content=b"embedded"),)),
+        Item("three", 0, "?", ""),
+    ]
+    assert image_digests(items).keys() == {"one", "two"}
+    for _ in range(2):
+        with PredictionLog(tmp_path / "out", settings()):
+            pass
+    file.write_bytes(b"THUMBNAIL")
+    items[1] = Item("two", 0, "?", "", (Figure("b", content=b"other"),))
+    with pytest.raises(UsageError, match="the images of one have changed; the images of two have changed"):
+        PredictionLog(tmp_path / "out", settings())
+
+
+def test_evaluation_without_image_digests_continues(tmp_path):
+    for more in ({}, {"images": {"two": "1"}}, {"images": {"two": "1", "one": "2"}}):
+        with PredictionLog(tmp_path, {**SETTINGS, **more}):
+            pass
+    with pytest.raises(UsageError, match="the images of one have changed"):
+        PredictionLog(tmp_path, {**SETTINGS, "images": {"one": "3"}})
+
+
+def test_answers_in_another_dtype_are_rejected(tmp_path):
+    with PredictionLog(tmp_path, {**SETTINGS, "dtype": "float32"}) as log:
+        log.check_dtype()
+        log.append(ITEMS[0], "a")
+    with PredictionLog(tmp_path, {**SETTINGS, "dtype": "bfloat16"}) as log:
+        assert log.done  # scoring needs no device
+        with pytest.raises(UsageError, match="started in float32 and would continue in bfloat16"):
+            log.check_dtype()
 
 
 def test_checkpoint_digest_depends_on_the_checkpoint(tiny_model, tmp_path):

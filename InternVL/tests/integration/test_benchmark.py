@@ -62,7 +62,10 @@ def test_output_files(complete, bench):
     rows = lines(complete)
     assert [(row["task"], row["index"]) for row in rows] == [item.key for item in items]
     assert rows[-1]["question"] == items[-1].question and rows[0]["images"] == ["a.png"]
-    assert all(set(r) == {"task", "index", "question", "images", "prediction", "reference"} for r in rows)
+    assert all(
+        set(r) == {"task", "index", "question", "images", "prediction", "reference", "truncated"}
+        for r in rows
+    )
     names = {"predictions.jsonl", "evaluation.json", "metrics.json", "table.md", "bars.png", "report.html"}
     assert names == {file.name for file in complete.iterdir()}
     metrics = json.loads((complete / "metrics.json").read_text())
@@ -72,6 +75,18 @@ def test_output_files(complete, bench):
         parse_choice(r["prediction"], ("One", "Two")) == r["reference"] for r in rows if r["task"] == "choice"
     ]
     assert metrics["choice"]["accuracy"] == 100 * sum(right) / 4 and metrics["choice"]["items"] == 4
+
+
+def test_truncated_answers_are_counted(complete, bench, tiny_model, capsys):
+    engine = Engine.from_checkpoint(tiny_model, device="cpu")
+    prompts = [item.prompt(None) for item in read_folder(bench).items]
+    lengths = [len(ids) for ids in engine.generate_ids(prompts, max_new_tokens=7)]
+    cut = [length > 6 for length in lengths]
+    assert any(cut) and [row["truncated"] for row in lines(complete)] == cut
+    metrics = json.loads((complete / "metrics.json").read_text())
+    assert sum(task.get("truncated", 0) for task in metrics.values()) == sum(cut)
+    assert m3llm(["eval", "--bench", str(bench), "--predictions", str(complete / "predictions.jsonl")]) == 0
+    assert f"{sum(cut)} answers cut off at --max_new_tokens; raise it" in capsys.readouterr().err
 
 
 def test_answers_do_not_depend_on_the_batch(complete, bench, tiny_model):
@@ -128,6 +143,8 @@ def test_subset_first_then_everything(complete, bench, tiny_model, tmp_path):
     assert lines(tmp_path) == lines(complete)
     assert m3llm(argv(bench, tiny_model, tmp_path, "--limit", "1")) == 0
     assert lines(tmp_path) == lines(complete)  # no answer is lost
+    for name in ("metrics.json", "report.html"):  # nor the metrics of all items
+        assert (tmp_path / name).read_bytes() == (complete / name).read_bytes()
 
 
 def test_other_settings_are_rejected(complete, bench, tiny_model, capfd):

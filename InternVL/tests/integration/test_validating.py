@@ -96,14 +96,15 @@ def test_answers_match_the_finished_model(arguments, sample_data, tmp_path):
     sets = build_sets(load_meta(sample_data / "held_out.json", sample_data), engine.encoder)
     everything = []
     for records in sets:
-        scores = []
+        scores, cut = [], 0
         for index in range(2):
             record = records.record(index)
             prompt, reference = last_question(record, records.images(index, record))
             [answer] = engine.answer([prompt], max_new_tokens=256)
+            cut += answer.truncated
             scores.append((exact_match(answer, reference), rouge(answer, reference)["rougeL"]))
         found = row["sets"][records.spec.name]
-        assert found["generated"] == 2
+        assert (found["generated"], found["truncated"]) == (2, cut)
         assert found["em"] == pytest.approx(50 * sum(em for em, _ in scores))
         assert found["rougeL"] == pytest.approx(50 * sum(score for _, score in scores))
         everything += scores
@@ -150,7 +151,7 @@ def fake_losses(monkeypatch):
         left = iter(losses)
 
         def run(self, model, is_stopped):
-            row = metrics_of([next(left), 1, 1, 1, 0, 0, 0])
+            row = metrics_of([next(left), 1, 1, 1, 0, 0, 0, 0])
             return row | {"sets": {records.spec.name: row for records in self.data.sets}}
 
         monkeypatch.setattr(Validation, "run", run)

@@ -189,6 +189,141 @@ def test_yes_no_options(answer, letter):
     assert parse_choice(answer, ("Yes", "No")) == letter
 
 
+MODALITIES = ("CT", "MRI", "Ultrasound", "X-ray")
+YES_NO = ("Yes", "No")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I cannot see an image. No image was provided.",
+        "I have no idea",
+        "There is no image",
+        "No information is given.",
+        "No clinical information is available.",
+        "Unable to determine. No image was provided.",
+        "I cannot say yes or no",
+        "I'm not sure, but there is no evidence either way",
+        "As an AI, I have no access to images.",
+        "There is no doubt about it.",
+        "It is no longer visible",
+        "There is no way to tell",
+        "I don't know. No fracture line could be assessed.",
+    ],
+)
+def test_refusals_do_not_select_no(answer):
+    assert parse_choice(answer, YES_NO) is None
+
+
+@pytest.mark.parametrize(
+    "answer", ["There is no fracture", "I think no.", "No, I cannot see a fracture", "no"]
+)
+def test_answers_that_select_no(answer):
+    assert parse_choice(answer, YES_NO) == "B"
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("The lesion is non-malignant.", "malignant"),
+        ("Non malignant", "malignant"),
+        ("Non‑Hodgkin lymphoma", "Hodgkin lymphoma"),
+        ("non-small cell carcinoma", "small cell carcinoma"),
+        ("ER-negative", "ER"),
+        ("COVID-19 negative", "COVID-19"),
+        ("pre-diabetes", "diabetes"),
+        ("anti-CD20", "CD20"),
+        ("An extra-articular lesion", "articular"),
+        ("Absence of carcinoma", "carcinoma"),
+        ("The biopsy was negative for carcinoma", "carcinoma"),
+        ("HER2-", "HER2+"),
+        ("It is HER2−", "HER2+"),
+        ("<5 cm", ">5 cm"),
+        ("-5", "5"),
+        ("2.5 cm", "5 cm"),
+        ("1.15", "1.1"),
+        ("1,5", "15"),
+        ("The T-score is -2.5", "2.5"),
+    ],
+)
+def test_different_words_do_not_select_an_option(answer, choice):
+    assert parse_choice(answer, (choice, "something else")) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("A non small cell carcinoma is shown.", "Non-small cell carcinoma"),
+        ("5 cm", ">5 cm"),
+        ("It measures > 5 cm", ">5 cm"),
+        ("2.5 cm, because of the scale", "2.5 cm"),
+        ("The tumor is HER2-positive.", "HER2 positive"),
+        ("E cadherin", "E-cadherin"),
+        ("An ultrasound rather than a CT", "Ultrasound"),
+    ],
+)
+def test_different_spellings_select_an_option(answer, choice):
+    assert parse_choice(answer, ("CT", choice)) == "B"
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("5", "-5", "0"),
+        ("Na+", "Na-", "K"),
+        ("ER+/HER2-", "ER-/HER2+", "ER-/HER2-"),
+        ("2.5", "25", "2 5"),
+        ("<5", ">5", "≥5", "5"),
+        ("5%", "5", "5 cm"),
+        ("A+", "A-", "B+", "B-"),
+        ("+", "-"),
+    ],
+)
+def test_options_that_differ_in_signs(choices):
+    assert [parse_choice(choice, choices) for choice in choices] == list("ABCD"[: len(choices)])
+    assert parse_choice("The answer is B.", choices) == "B"
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A. CT is incorrect. The image shows an MRI.", "B"),
+        ("A. CT is not correct because of soft tissue; the modality is MRI", "B"),
+        ("A) CT: incorrect.\nB) MRI: correct.", "B"),
+        ("A. Incorrect.\nB. MRI is right.", "B"),
+        ("B. MRI. The CT is not shown.", "B"),
+        ("B. There is no radiation.", "B"),
+        ("The answer is B. This is actually typical, unlike option A.", "B"),
+        ("The answer is B. Actually, A was my first idea.", "B"),
+        ("B\n\nNote: wait for the contrast phase in option C.", "B"),
+        ("The correct answer is B (MRI). Correction for motion artifacts is needed with X-ray.", "B"),
+        ("The answer is B. Wait, option A would show bone.", "B"),
+        ("The answer is A. Actually, it is MRI.", "B"),
+        ("The answer is A. Wait, no. The answer must be (b).", "B"),
+        ("A. On second thought, I choose B because of the soft tissue.", "B"),
+        ("A. Actually, option B is correct.", "B"),
+        ("The answer is A, no wait, B.", "B"),
+        ("<think>the answer is A", None),
+        ("The answer is most likely to be B", "B"),
+    ],
+)
+def test_rejected_options_and_corrections(answer, letter):
+    assert parse_choice(answer, MODALITIES) == letter
+
+
+def test_none_of_the_above_except():
+    assert parse_choice("None of the above options fits except the right lung", LUNGS) is None
+    assert parse_choice("None of the lungs is affected", ("Left lung", "None")) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B. cereus is the cause", "D"), ("The answer is B. cereus", "D"), ("B. cereus", "D"), ("B.", "B")],
+)
+def test_option_text_that_starts_like_a_letter(answer, letter):
+    assert parse_choice(answer, ("B. anthracis", "E. coli", "S. aureus", "B. cereus")) == letter
+
+
 @pytest.mark.parametrize(("answer", "letter"), ANSWERS, ids=[repr(answer) for answer, _ in ANSWERS])
 def test_parse_choice(answer, letter):
     assert parse_choice(answer, CHOICES) == letter

@@ -30,13 +30,15 @@ from internvl_chat.utils.errors import ModelError, TrainingError, UsageError
 def test_metrics_from_sums():
     # Two records with 4 and 6 tokens, losses 1 and 2 and equal weights; three answers.
     weighted = 4 * 0.25 * 1.0 + 6 / 6 * 2.0
-    metrics = metrics_of([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0])
+    metrics = metrics_of([weighted, 2.0, 2.0, 10.0, 2.0, 1.5, 3.0, 1.0])
     assert metrics == {
         "records": 2, "tokens": 10, "loss": 1.5, "em": pytest.approx(200 / 3), "rougeL": 50.0, "generated": 3,
+        "truncated": 1,
     }  # fmt: skip
-    nothing = metrics_of([0.0] * 7)
+    nothing = metrics_of([0.0] * 8)
     assert nothing == {
         "records": 0, "tokens": 0, "loss": None, "em": None, "rougeL": None, "generated": 0,
+        "truncated": 0,
     }  # fmt: skip
     assert named_metrics(metrics | {"sets": {"qa": metrics, "empty": nothing}}) == {
         "eval_loss": 1.5, "eval_em": metrics["em"], "eval_rougeL": 50.0,
@@ -46,7 +48,7 @@ def test_metrics_from_sums():
 
 def test_metric_names_match_the_metrics():
     assert metric_names(["a", "b"], generate=False) == ["eval_loss", "eval_a_loss", "eval_b_loss"]
-    metrics = metrics_of([1.0] * 7)
+    metrics = metrics_of([1.0] * 8)
     names = metric_names(["a", "b"], generate=True)
     assert sorted(names) == sorted(named_metrics(metrics | {"sets": {"a": metrics, "b": metrics}}))
 
@@ -208,6 +210,11 @@ def write_state(checkpoint, best_step):
     checkpoint.mkdir(parents=True)
     state = TrainState(step=int(checkpoint.name.removeprefix("checkpoint-")), best_step=best_step)
     (checkpoint / "trainer_state.json").write_text(json.dumps(state.to_json()))
+
+
+def test_last_question_has_an_answer_in_nfc(tmp_path):
+    parsed = write_set(tmp_path, [text_record(0, "cafe\u0301")]).record(0)
+    assert last_question(parsed, [])[1] == "caf\u00e9"
 
 
 def test_last_question_has_a_supervised_answer(tmp_path):

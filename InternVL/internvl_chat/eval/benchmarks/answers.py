@@ -6,6 +6,7 @@ otherwise the item is rejected.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from string import ascii_uppercase
@@ -41,6 +42,12 @@ def strip_letters(choices: Sequence[str]) -> list[str]:
     return [match[2].strip() for match in lettered if match]
 
 
+def is_repeated(letter: str, choices: Sequence[str]) -> bool:
+    """Return whether another option has the same text as the option with this letter."""
+    texts = [_plain(choice) for choice in choices]
+    return texts.count(texts[ascii_uppercase.index(letter)]) > 1
+
+
 def options_like_letters(choices: Sequence[str]) -> bool:
     """Return whether the text of any option is the letter of a different option (option B reads 'A')."""
     letters = ascii_uppercase[: len(choices)]
@@ -48,6 +55,11 @@ def options_like_letters(choices: Sequence[str]) -> bool:
         len(text := choice.strip().upper()) == 1 and text in letters and text != letter
         for letter, choice in zip(letters, choices, strict=False)
     )
+
+
+def names_option(answer: str, choices: Sequence[str]) -> bool:
+    """Return whether an answer is an option: its letter, its text, or both (`B`, `(B)`, `B. text`)."""
+    return bool(_readings(answer, choices))
 
 
 def common_form(items: Iterable[Item]) -> AnswerForm | None:
@@ -128,4 +140,4 @@ def _readings(answer: str, choices: Sequence[str]) -> dict[AnswerForm, str]:
 
 
 def _plain(text: str) -> str:
-    return text.strip().lower()
+    return unicodedata.normalize("NFC", text).strip().lower()

@@ -15,7 +15,7 @@ from internvl_chat.eval.benchmarks.reading import (
     raise_problems,
     skipped_message,
     unknown_tasks,
-    warn_about_letters,
+    warn_about_options,
 )
 from internvl_chat.eval.benchmarks.vqa import read_vqa
 from internvl_chat.utils.errors import DataError, UsageError
@@ -84,7 +84,7 @@ def open_benchmark(
         logger.warning("%s", skipped_message([item.problem for item in bad], len(items)))
     if not usable:
         raise DataError("no usable items", file=data or name)
-    warn_about_letters(usable)
+    warn_about_options(usable)
     totals = Counter(item.task for item in benchmark.items if item.task)
     return replace(benchmark, items=tuple(usable), excluded=tuple(bad), totals=totals)
 

@@ -31,7 +31,7 @@ SUBJECTS = (
     "Public_Health",
 )
 _MAX_IMAGES = 7
-_IMAGE_REFERENCE = re.compile(r"<image (\d)>")
+_IMAGE_REFERENCE = re.compile(r"<image\s*_?(\d)>", re.IGNORECASE)
 
 
 def read_mmmu(data: Path, request: Request = EVERYTHING) -> Benchmark:
@@ -83,9 +83,13 @@ def _parse(subject: str, row: Mapping[str, Any]) -> Item:
     figures = tuple(
         Figure(f"{name}_{number}", f"Fig-{number}", content=image["bytes"])
         for number in range(1, _MAX_IMAGES + 1)
-        if (image := row.get(f"image_{number}"))
+        if (image := row.get(f"image_{number}")) and image.get("bytes")
     )
     options = _parse_list(row.get("options") or "[]")
+    labels = {figure.label for figure in figures}
+    used = dict.fromkeys(_IMAGE_REFERENCE.findall("\n".join((question, *options))))
+    if missing := [f"image_{number}" for number in used if f"Fig-{number}" not in labels]:
+        raise DataError(f"the question refers to {', '.join(missing)}, but the row has no such image")
     choices = [_IMAGE_REFERENCE.sub(r"Fig-\1", option) for option in options]
     question = _IMAGE_REFERENCE.sub(r"Fig-\1", question)
     check_reserved_token("".join(choices))

@@ -1,8 +1,10 @@
 """OmniMedVQA (Hu et al., CVPR 2024): multiple-choice questions on single images, one task per modality."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from internvl_chat.data.sources.jsonl import RecordFile
@@ -12,6 +14,7 @@ from internvl_chat.eval.benchmarks.reading import (
     Format,
     Request,
     check_images,
+    check_keys,
     choice_item,
     file_rows,
     find_image,
@@ -22,16 +25,16 @@ from internvl_chat.eval.benchmarks.reading import (
 )
 from internvl_chat.utils.errors import DataError
 
-# Name in the published tables -> prefix of the name in the dataset, then other substrings that identify it.
+# Name in the published tables -> pattern of the names in the dataset.
 _MODALITIES = {
-    "OCT": ("oct", "optical coherence"),
-    "CT": ("ct", "computed tomography"),
-    "MR": ("mr", "magnetic resonance"),
-    "FP": ("fundus",),
-    "Der": ("dermoscopy",),
-    "Mic": ("microscopy",),
-    "X-Ray": ("x-ray", "x_ray", "xray", "x ray"),
-    "US": ("ultrasound",),
+    "OCT": r"^oct(?![a-z])|optical coherence",
+    "CT": r"^ct(?![a-z])|computed tomography",
+    "MR": r"^mri?(?![a-z])|magnetic resonance",
+    "FP": r"fundus",
+    "Der": r"dermoscop",
+    "Mic": r"microscop",
+    "X-Ray": r"x[-_ ]?ray",
+    "US": r"ultrasound",
 }
 _ORDER = ("CT", "FP", "MR", "OCT", "Der", "Mic", "X-Ray", "US")
 
@@ -75,7 +78,8 @@ def _parse(raw: Mapping[str, Any], *, data: Path, images: bool) -> Item:
         "modality" if "modality" in raw else "modality_type",
     )  # fmt: skip
     answer = optional_string(raw, "gt_answer")
-    options = [f"option_{letter}" for letter in "ABCD" if raw.get(f"option_{letter}")]
+    options = [f"option_{letter}" for letter in ascii_uppercase if raw.get(f"option_{letter}")]
+    check_keys(raw, options)
     choices = required_strings(raw, *options)
     check_images(raw, ("image_path", "question"), [image], question)
     figure = Figure(image, path=find_image(image, [data], required=images))
@@ -88,8 +92,7 @@ def short_modality(name: str) -> str:
     >>> short_modality("OCT (Optical Coherence Tomography"), short_modality("Endoscopy")
     ('OCT', 'Endoscopy')
     """
-    lowered = name.strip().lower()
-    for short, (prefix, *parts) in _MODALITIES.items():
-        if lowered.startswith(prefix) or any(part in lowered for part in parts):
+    for short, pattern in _MODALITIES.items():
+        if re.search(pattern, name.strip(), re.IGNORECASE):
             return short
     return name.strip()

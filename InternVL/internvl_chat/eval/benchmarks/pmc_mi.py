@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.jsonl import RecordFile
+from internvl_chat.eval.benchmarks.answers import names_option
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
 from internvl_chat.eval.benchmarks.reading import (
     EVERYTHING,
     Format,
     Request,
     check_images,
+    check_keys,
     file_rows,
     find_image,
     optional_string,
@@ -40,6 +42,7 @@ FILES = {
     "compoundVQA": "compound-imageVQA_benchmark.json",
     "multisubimageVQA": "multiplesubimageVQA_benchmark.json",
 }
+_KEYS = ("question", "gt", "images", "image_indices")
 _QUESTION_FOLDERS = (".", "benchmark", "benchmark_data")
 _IMAGE_FOLDERS = ("images", "benchmark_images", ".")
 
@@ -130,12 +133,15 @@ def _parse(raw: Mapping[str, Any], *, task: str, roots: Sequence[Path], images: 
     names, labels = string_list(raw, "images"), string_list(raw, "image_indices")
     if names and len(names) != len(labels):
         raise DataError(f"{len(names)} 'images', but {len(labels)} 'image_indices'")
-    check_images(raw, ("question", "gt", "images", "image_indices"), names, question)
+    check_images(raw, _KEYS, names, question)
+    check_keys(raw, _KEYS)
     # Text-only questions may have labels without images.
     labeled = zip(names, labels, strict=False)
     figures = tuple(Figure(name, label, find_image(name, roots, required=images)) for name, label in labeled)
+    choices = split_choices(question)
     is_letter = len(answer.strip()) == 1 and answer.strip().isalpha()
-    choices = split_choices(question) if is_letter or task == "multi-choice" else ()
+    if not is_letter and not names_option(answer, choices) and task != "multi-choice":
+        choices = ()
     if task == "multi-choice" and not choices:
         raise DataError("the question does not list options (A. ... B. ...)")
     return Item(task, 0, question, answer, figures, choices)

@@ -1,5 +1,7 @@
 """Helpers of the benchmark readers. All problems of a benchmark are reported together."""
 
+import filecmp
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.eval.benchmarks.answers import (
     AnswerForm,
     common_form,
+    is_repeated,
     options_like_letters,
     strip_letters,
     with_letter,
@@ -27,6 +30,15 @@ from internvl_chat.utils.text import counted
 logger = get_logger(__name__)
 
 _MAX_PROBLEMS_SHOWN = 20
+# Keys of options and of text for the prompt in other formats.
+_OPTION_KEY = re.compile(
+    r"(?:answer_?|multiple_?)?(?:options?|choices?|candidates?)|candidate_?answers|"
+    r"(?:option|choice|candidate)[ _-]?(?:[a-z]|\d+)|op[a-e]|[a-f]",
+    re.IGNORECASE,
+)
+_PROMPT_KEY = re.compile(
+    r"contexts?|hints?|passages?|lectures?|instructions?|system(?:_?(?:prompt|message))?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -261,6 +273,31 @@ def check_images(raw: Mapping[str, Any], read: Sequence[str], names: Sequence[st
         raise DataError(problem)
 
 
+def check_keys(raw: Mapping[str, Any], read: Sequence[str]) -> None:
+    """Reject an item with options, or text for the prompt, under a key that is not read.
+
+    Args:
+        raw: the unparsed item.
+        read: supported keys.
+
+    Raises:
+        DataError: a part of the question would be ignored.
+    """
+    others = [key for key, value in raw.items() if key not in read and value not in (None, "", [], {})]
+    if options := [key for key in others if _OPTION_KEY.fullmatch(key)]:
+        remedy = (
+            "put them in a list 'choices'"
+            if "choices" in read
+            else "put them in the question (A. ... B. ...)"
+        )
+        raise DataError(f"the options in {', '.join(map(repr, options))} would be ignored; {remedy}")
+    if texts := [key for key in others if _PROMPT_KEY.fullmatch(key)]:
+        raise DataError(
+            f"the text in {', '.join(map(repr, texts))} would be ignored; put it in the "
+            "question, or remove the key"
+        )
+
+
 def check_reserved_token(text: str) -> None:
     """Reject text that contains the reserved image context token.
 
@@ -286,15 +323,24 @@ def find_image(name: str, roots: Sequence[Path], *, required: bool = True) -> Pa
     """
     if required and (remote := describe_remote(name)):
         raise DataError(remote)
-    for root in roots:
-        if (path := root / name).is_file():
-            return path
+    found = [path for root in roots if (path := root / name).is_file()]
+    if found:
+        first, *others = found
+        different = [path for path in others if not path.samefile(first) and not _equal(path, first)]
+        if required and different:
+            raise DataError(f"{first} and {different[0]} are different images of the same name; remove one")
+        return first
     if not required:
         return roots[0] / name
     reason = next(filter(None, (describe_missing(root / name) for root in roots)), None)
     folders = ", ".join(dict.fromkeys(str(root) for root in roots if root.is_dir()))
     more = f"; {reason}" if reason else ""
     raise DataError(f"the image {name} is not in {folders or 'any image folder'}{more}")
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Return whether two files have the same content."""
+    return one.stat().st_size == other.stat().st_size and filecmp.cmp(one, other, shallow=False)
 
 
 def choice_item(
@@ -312,8 +358,16 @@ def choice_item(
     return Item(task, 0, "\n".join([question, *options]), answer, figures, tuple(texts))
 
 
-def warn_about_letters(items: Sequence[Item]) -> None:
-    """Warn about items in which the text of an option is the letter of a different option."""
+def warn_about_options(items: Sequence[Item]) -> None:
+    """Warn about options whose text is the letter of a different option, and repeated correct options."""
+    repeated = [item for item in items if item.choices and item.reference]
+    repeated = [item for item in repeated if is_repeated(item.reference, item.choices)]
+    if repeated:
+        logger.warning(
+            "%s with a second option that equals the correct one (for example %s %d); only the letter of the "
+            "first is counted as correct, and the text of the option is unreadable",
+            counted(len(repeated), "item"), *repeated[0].key,
+        )  # fmt: skip
     found = [item for item in items if options_like_letters(item.choices)]
     if found:
         logger.warning(

@@ -1,5 +1,6 @@
 """Custom visual question answering (VQA) data in JSONL format."""
 
+import unicodedata
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from internvl_chat.eval.benchmarks.reading import (
     Format,
     Request,
     check_images,
+    check_keys,
     choice_item,
     file_rows,
     find_image,
@@ -23,6 +25,8 @@ from internvl_chat.eval.benchmarks.reading import (
     string_list,
 )
 from internvl_chat.utils.errors import DataError
+
+_KEYS = ("question", "answer", "image", "images", "choices", "task")
 
 
 def read_vqa(file: Path, request: Request = EVERYTHING) -> Benchmark:
@@ -58,10 +62,14 @@ def _parse(raw: Mapping[str, Any], *, file: Path, images: bool) -> Item:
         _reject_index(raw)
         raw = {**raw, "answer": str(raw["answer"])}
     [question], answer = required_strings(raw, "question"), optional_string(raw, "answer")
+    answer = unicodedata.normalize("NFC", answer)  # as the tokenizer reads it
     [task] = required_strings(raw, "task") if "task" in raw else [file.stem]
     names = string_list(raw, "image") or string_list(raw, "images")
     choices = string_list(raw, "choices")
-    check_images(raw, ("question", "answer", "image", "images", "choices", "task"), names, question)
+    if isinstance(raw.get("choices"), str) or len(choices) == 1:
+        raise DataError("'choices' must be a list of at least two options")
+    check_images(raw, _KEYS, names, question)
+    check_keys(raw, _KEYS)
     placeholders = question.count(IMAGE_PLACEHOLDER)
     if placeholders not in (0, len(names)):
         raise DataError(f"{placeholders} {IMAGE_PLACEHOLDER} in the question, but {len(names)} images")

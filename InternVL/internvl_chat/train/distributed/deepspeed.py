@@ -148,10 +148,10 @@ def _fill(
 
 
 def warn_about_locks() -> None:
-    """Warn about lock files of DeepSpeed's operations, on which older versions of torch wait without a message.
+    """Warn about lock files of DeepSpeed's operations, which may keep a run from starting.
 
-    There, a compilation that is killed leaves its lock file. Newer versions lock the open file instead.
-    Collective: call on all ranks, before one compiles.
+    A killed compilation leaves its lock file, and older versions of torch wait until it is deleted. Newer
+    versions lock the open file instead. Collective: call on all ranks, before one compiles.
     """
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
     from torch.utils import cpp_extension
@@ -160,7 +160,9 @@ def warn_about_locks() -> None:
         return
     root, names = os.environ.get("TORCH_EXTENSIONS_DIR"), {builder.name for builder in ALL_OPS.values()}
     # Without the variable, torch adds a folder for the versions of Python and CUDA.
-    locks = Path(root).glob("*/lock") if root else Path(cpp_extension.get_default_build_root()).glob("*/*/lock")
+    locks = (
+        Path(root).glob("*/lock") if root else Path(cpp_extension.get_default_build_root()).glob("*/*/lock")
+    )
     for lock in sorted(locks) if distributed.local_rank() == 0 else ():
         if lock.parent.name in names:
             logger.warning(
