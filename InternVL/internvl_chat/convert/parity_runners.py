@@ -120,7 +120,7 @@ class OwnRunner:
             tiles=tuple(grid.tiles for grid in encoded.grids),
             pixels=normalize_tiles(tiles, engine.encoder.preprocessing.normalize_type),
             logits=output.logits[0].float().cpu(),
-            answer=answer,
+            answer=str(answer),  # a plain string, which `torch.load` accepts
         )
 
 
