@@ -157,11 +157,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
 
     _check_benchmark_arguments(args)
     benchmark = open_benchmark(
-        args.bench,
-        args.data,
-        tasks=args.tasks,
-        images=not args.predictions,
-        on_bad_record=args.on_bad_record,
+        args.bench, args.data, tasks=args.tasks, images=not args.predictions, on_bad_record=args.on_bad_record
     )
     selected = benchmark.select(args.tasks, args.limit)
     system = system_prompts(benchmark, args.prompts)

@@ -66,15 +66,9 @@ def answer_benchmark(
         DataError: an item is unusable and `on_bad_record` is `fail`.
     """
     folder = model_folder(model).resolve()
-    settings: dict[str, Any] = {
-        "benchmark": benchmark.name,
-        "questions": task_digests(benchmark.items, system),
-        "images": image_digests(benchmark.items),
-        "model": str(folder),
-        "checkpoint": checkpoint_digest(folder),
+    settings = _settings(benchmark, system, folder, device) | {
         "max_new_tokens": max_new_tokens,
         "max_dynamic_patch": max_dynamic_patch,
-        "dtype": str(default_dtype(device)).removeprefix("torch."),
         **{name: value for name, value in options.items() if value is not None},
     }
     with PredictionLog(out, settings, rank()) as log:
@@ -93,6 +87,20 @@ def answer_benchmark(
                 pass
     wait_for_all_ranks()
     return merge_predictions(out, benchmark.items) if rank() == 0 else {}
+
+
+def _settings(
+    benchmark: Benchmark, system: Mapping[str, str | None], folder: Path, device: str | None
+) -> dict[str, Any]:
+    """Return what determines the answers to a benchmark, apart from the options of the evaluation."""
+    return {
+        "benchmark": benchmark.name,
+        "questions": task_digests(benchmark.items, system),
+        "images": image_digests(benchmark.items),
+        "model": str(folder),
+        "checkpoint": checkpoint_digest(folder),
+        "dtype": str(default_dtype(device)).removeprefix("torch."),
+    }
 
 
 def _check_images(items: Sequence[Item], *, skip: bool) -> list[Item]:

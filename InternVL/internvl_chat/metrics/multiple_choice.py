@@ -124,23 +124,27 @@ def _correction(text: str, choices: Sequence[str]) -> str | None:
         for rule in (_whole_letter, _whole_text)
         for letter in rule(name, letters, choices)
     }
-    return matches.pop() if len(matches) == 1 else None
+    return _only(matches)
 
 
 def _read(text: str, choices: Sequence[str]) -> str | None:
     """Apply the rules to an answer from which the reasoning was removed."""
     letters = ascii_uppercase[: len(choices)]
-    for rule in (_exact_text, _whole_letter, _whole_text):
-        matches = set(rule(text, letters, choices))
-        if matches:
-            return matches.pop() if len(matches) == 1 else None
     affirmed = _drop_negations(text, letters, choices)
-    for rule in (_declared, _leading, _leading_text, _chosen):
-        matches = set(rule(affirmed, letters, choices))
+    rules = (
+        *((rule, text) for rule in (_exact_text, _whole_letter, _whole_text)),
+        *((rule, affirmed) for rule in (_declared, _leading, _leading_text, _chosen)),
+    )
+    for rule, searched in rules:
+        matches = set(rule(searched, letters, choices))
         if matches:
-            return matches.pop() if len(matches) == 1 else None
-    matches = set(_contained(text, affirmed, letters, choices))
-    return matches.pop() if len(matches) == 1 else None
+            return _only(matches)
+    return _only(set(_contained(text, affirmed, letters, choices)))
+
+
+def _only(matches: set[str]) -> str | None:
+    """Return the only match; None if there are none or several."""
+    return next(iter(matches)) if len(matches) == 1 else None
 
 
 def _drop_negations(text: str, letters: str, choices: Sequence[str]) -> str:

@@ -226,10 +226,8 @@ def _tokens_from_file(path: Path) -> list[str]:
         raise UsageError(f"{path}: not valid JSON or YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise UsageError(f"{path}: must map flag names to values")
-    tokens, defaults = (
-        [],
-        {flag.name: str(flag.default) for group in flag_groups().values() for flag in group},
-    )
+    defaults = {flag.name: str(flag.default) for group in flag_groups().values() for flag in group}
+    tokens = []
     for name, value in loaded.items():
         if name in ("model", "data", "training") and isinstance(value, dict):
             tokens += as_tokens({key: v for key, v in value.items() if str(v) != defaults.get(key)})

@@ -151,9 +151,9 @@ def run_on_rank_0(function: Callable[[], T]) -> T:
 
 
 def agree(error: Exception | None, value: Any = None, *, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return the values of all ranks, or raise on all ranks if one has an error; a collective.
+    """Return the values of all ranks, or raise on all ranks if one has an error.
 
-    Call it before ranks wait for each other, so that none waits for a rank that has failed.
+    Collective: call on all ranks, before they wait for each other, so that none waits for a failed rank.
 
     Raises:
         AgreedError: the error of the first rank that has one.

@@ -360,18 +360,18 @@ def choice_item(
 
 def warn_about_options(items: Sequence[Item]) -> None:
     """Warn about options whose text is the letter of a different option, and repeated correct options."""
-    repeated = [item for item in items if item.choices and item.reference]
-    repeated = [item for item in repeated if is_repeated(item.reference, item.choices)]
-    if repeated:
-        logger.warning(
-            "%s with a second option that equals the correct one (for example %s %d); only the letter of the "
-            "first is counted as correct, and the text of the option is unreadable",
-            counted(len(repeated), "item"), *repeated[0].key,
-        )  # fmt: skip
-    found = [item for item in items if options_like_letters(item.choices)]
-    if found:
-        logger.warning(
-            "%s with an option whose text is the letter of a different option (for example %s %d); "
-            "single-letter answers are interpreted as letters, not as option text",
-            counted(len(found), "item"), *found[0].key,
-        )  # fmt: skip
+    repeated = [
+        item for item in items
+        if item.choices and item.reference and is_repeated(item.reference, item.choices)
+    ]  # fmt: skip
+    letters = [item for item in items if options_like_letters(item.choices)]
+    for found, message in (
+        (repeated,
+         "%s with a second option that equals the correct one (for example %s %d); only the letter of the "
+         "first is counted as correct, and the text of the option is unparsable"),
+        (letters,
+         "%s with an option whose text is the letter of a different option (for example %s %d); "
+         "single-letter answers are interpreted as letters, not as option text"),
+    ):  # fmt: skip
+        if found:
+            logger.warning(message, counted(len(found), "item"), *found[0].key)
