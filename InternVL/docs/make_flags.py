@@ -20,18 +20,20 @@ HEAD = f"""\
 
 # Training flags
 
-These are the flags of `m3llm train`. The launchers pass flags on to it. A JSON or YAML file with the same
-names can come first ([configuration files](training.md#configuration-files)). Every flag of
-[the reference](../../README.md#the-reference) is accepted. Defaults are those of the training script; the
-launchers set the values of the [recipe](training.md#recipe). A boolean flag takes `True` or `False`; without
-a value it means `True`.
+These are the flags of `m3llm train` and of the launchers, which pass them on. Every flag of
+[the reference](../../README.md#the-reference) is accepted.
+
+- **Defaults** are those of the training script. The launchers set the values of the [recipe](training.md#recipe).
+  A default in brackets is computed or set elsewhere.
+- **Booleans** take `True` or `False`. Without a value, they mean `True`.
+- **Files**: a JSON or YAML file with flags can come first ([configuration files](training.md#configuration-files)).
 """
 
 REFUSED = """\
 ## Rejected flags
 
-These flags of transformers' `TrainingArguments` have no effect here. Unless their value changes nothing,
-they are rejected with the following advice.
+These flags of transformers' `TrainingArguments` are not supported. They are rejected with the following advice, unless
+their value has no effect.
 """
 
 VALUES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "list"}
@@ -53,7 +55,7 @@ def _values(flag: FlagHelp) -> str:
 
 
 def _default(flag: FlagHelp) -> str:
-    """Return the default, or "" if there is none or the help text gives a computed one in brackets."""
+    """Return the default, or "" if there is none, or if the help text gives it in brackets."""
     if flag.default is None or flag.default == "":
         return ""
     value = " ".join(flag.default) if isinstance(flag.default, list) else flag.default
