@@ -23,17 +23,18 @@ HEAD = f"""\
 These are the flags of `m3llm train` and of the launchers, which pass them on. Every flag of
 [the reference](../../README.md#the-reference) is accepted.
 
-- **Defaults** are those of the training script. The launchers set the values of the [recipe](training.md#recipe).
-  A default in brackets is computed or set elsewhere.
+- **Defaults** are those of the training script. Brackets in the last column show what applies without the
+  flag. The launchers set the values of the [recipe](training.md#recipe).
 - **Booleans** take `True` or `False`. Without a value, they mean `True`.
-- **Files**: a JSON or YAML file with flags can come first ([configuration files](training.md#configuration-files)).
+- **Files**: a JSON or YAML file with flags can come first
+  ([configuration files](training.md#configuration-files)).
 """
 
 REFUSED = """\
 ## Rejected flags
 
-These flags of transformers' `TrainingArguments` are not supported. They are rejected with the following advice, unless
-their value has no effect.
+These flags of transformers' `TrainingArguments` are not supported. They are rejected with the following
+advice, unless their value has no effect.
 """
 
 VALUES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "list"}

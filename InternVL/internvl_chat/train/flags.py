@@ -82,7 +82,7 @@ _reporting = partial(_arg, "reporting")
 class ModelArguments:
     """Flags for the model and its trainable parameters."""
 
-    model_name_or_path: str | None = _model(None, "Initial model: model folder, adapter folder or Hub id.")
+    model_name_or_path: str | None = _model(None, "Initial model: model folder, adapter folder or hub id.")
     base_model_path: str | None = _lora(None, "Folder of the adapters' base model, if it was moved.")
     vision_path: str | None = _model(None, "InternViT folder for assembling a model (with --llm_path).")
     llm_path: str | None = _model(None, "Language-model folder for assembling a model (with --vision_path).")
