@@ -33,8 +33,8 @@ These are the flags of `m3llm train` and of the launchers, which pass them on. E
 REFUSED = """\
 ## Rejected flags
 
-These flags of transformers' `TrainingArguments` are not supported. They are rejected with the following
-advice, unless their value has no effect.
+These flags of transformers' `TrainingArguments` are not supported. They are rejected, unless their value
+has no effect. The error message gives the advice or reason in the table.
 """
 
 VALUES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "list"}
