@@ -47,7 +47,7 @@ def flags_page() -> str:
         rows = [(f"`--{flag.name}`", _values(flag), _default(flag), flag.help) for flag in flags]
         parts.append(f"## {title}\n\n{markdown_table(('flag', 'values', 'default', 'meaning'), rows)}\n")
     rows = [(f"`--{name}`", advice) for name, (_, advice) in sorted(REFUSED_FLAGS.items())]
-    parts.append(f"{REFUSED}\n{markdown_table(('flag', 'advice'), rows)}\n")
+    parts.append(f"{REFUSED}\n{markdown_table(('flag', 'advice or reason'), rows)}\n")
     return "\n".join(parts)
 
 
