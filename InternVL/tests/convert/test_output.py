@@ -143,7 +143,7 @@ def test_full_disk_error_contains_the_file(folder: Path, tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     file = tmp_path / "out/.merged.partial/part-00001.safetensors"
     assert str(caught.value).startswith(
-        f"{file}: File too large; the incomplete result was deleted; check the disk"
+        f"{file}: File too large (the incomplete result was deleted); check the disk"
     )
     assert not list((tmp_path / "out").iterdir())
 
