@@ -125,7 +125,7 @@ def test_concurrent_merges_into_one_target(
     before = contents(target)
 
     late = ConversionOutput(target, source, "merge")
-    with pytest.raises(ModelError, match="another process has written it"), late.write():
+    with pytest.raises(ModelError, match="written by another process"), late.write():
         pytest.fail("the target exists already")
     assert contents(target) == before
     assert not list(tmp_path.glob(".*"))
