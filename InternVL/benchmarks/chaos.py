@@ -1,9 +1,9 @@
 """Kill a training run repeatedly and compare the result with an uninterrupted run.
 
 The launcher trains a small model twice on the CPU with the same command. In the second run, a rank, the
-launcher or all processes are killed with SIGKILL at random times, sometimes during a save. Sometimes the
-newest checkpoint is corrupted before a restart. At the end, the ledgers, the losses of all steps and the
-weights must be bit-identical.
+launcher or all processes are killed with SIGKILL at random times, sometimes during a save. Before some
+restarts, the newest checkpoint is corrupted. At the end, the ledgers, the losses of all steps and the weights
+must be bit-identical.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from benchmarks.common import write_report
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = SOURCE_ROOT / "internvl_chat/shell/internvl3.0/2nd_finetune/M3LLM-fulldata-fullmodel.sh"
 VICTIMS = ("process", "launcher", "all")
-# Probability that a kill comes after a step instead of during startup, and the maximum number of steps
-# between the start and such a kill.
+# Probability that a kill happens after a step instead of during startup, and the maximum number of steps
+# before such a kill.
 _LATE_PROBABILITY = 0.7
 _MAX_STEPS_BEFORE_KILL = 8
-# Maximum delay of a kill after a step, in step durations; long enough for another step and a save.
+# Maximum delay of a kill after a step, in step durations; covers another step and a save.
 _STEPS_PER_SAVE = 3
 # Probability that the newest checkpoint is corrupted before a restart.
 _DAMAGE_PROBABILITY = 0.2
@@ -42,18 +42,18 @@ _DAMAGE_PROBABILITY = 0.2
 
 @dataclass
 class Outcome:
-    """Number of faults, and comparison with the uninterrupted run.
+    """Counts of the faults in the interrupted run, and its comparison with the uninterrupted run.
 
     Attributes:
         kills: number of kills.
         victims: type of victim -> number of kills.
-        kills_while_saving: kills while a checkpoint was being written.
-        kills_before_the_first_step: kills between a start and its first step.
-        damaged: corrupted checkpoints.
-        damaged_loaded: corrupted checkpoints from which a run resumed.
-        starts: launcher starts.
-        steps: training steps.
-        steps_done_again: repeated steps.
+        kills_while_saving: number of kills while a checkpoint was being written.
+        kills_before_the_first_step: number of kills before the first step after a start.
+        damaged: number of corrupted checkpoints.
+        damaged_loaded: number of corrupted checkpoints from which the run resumed.
+        starts: number of launcher starts.
+        steps: number of training steps.
+        steps_done_again: number of steps that were repeated after a kill.
         same_ledger: whether the ledgers are identical.
         same_losses: whether the losses of all steps are identical.
         same_weights: whether the final weights are identical.
@@ -120,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """Launcher call.
+    """Command that starts a run.
 
     Attributes:
-        command: launcher command with its flags.
+        command: launcher with its flags.
         environment: environment variables of the launcher.
     """
 
@@ -141,7 +141,7 @@ class Launch:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Launch:
-    """Create sample data and a tiny model; return the launcher call that trains the model."""
+    """Create sample data and a tiny model; return the command that trains the model."""
     own = os.environ | {"PYTHONPATH": str(SOURCE_ROOT), "CUDA_VISIBLE_DEVICES": ""}
     m3llm = [sys.executable, "-m", "internvl_chat.cli"]
     data, model = folder / "data", folder / "tiny"
@@ -178,7 +178,8 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
     """Train once without interruptions and once with kills, and compare the runs.
 
     Raises:
-        RuntimeError: a start fails without a kill, ranks outlive their launcher, or the run ends too early.
+        RuntimeError: a run failed without a kill, ranks outlived their launcher, or the run finished before
+            all kills.
     """
     began = time.monotonic()
     baseline, interrupted = folder / "baseline", folder / "interrupted"
@@ -225,12 +226,12 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
 def _wait_to_kill(
     process: subprocess.Popen, output: Path, first_step: float, step: float, kept: int, rng: random.Random
 ) -> bool:
-    """Wait for a random time during startup or a random number of steps; return whether the run is alive.
+    """Wait until a random time during startup or after some steps; return whether the run is still alive.
 
     Args:
-        process: the launcher.
-        output: run folder.
-        first_step: seconds from the start to the end of the first step.
+        process: launcher process.
+        output: output folder of the run.
+        first_step: seconds from the start of the launcher to the end of the first step.
         step: seconds per step.
         kept: step of the newest valid checkpoint.
         rng: random number generator.
@@ -272,7 +273,7 @@ def _kill(process: subprocess.Popen, output: Path, kept: int, rng: random.Random
 
 
 def _ranks(output: Path) -> list[psutil.Process]:
-    """Return the rank processes of a run, even if the launcher is dead."""
+    """Return the processes of all ranks of a run, even if the launcher is dead."""
     ranks = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -284,7 +285,7 @@ def _ranks(output: Path) -> list[psutil.Process]:
 
 
 def _wait_for_all_to_end(output: Path, seconds: float = 60.0) -> None:
-    """Wait until all ranks have ended; ranks whose launcher was killed save and exit on their own.
+    """Wait until all ranks have ended. If their launcher was killed, they save and exit on their own.
 
     Raises:
         RuntimeError: ranks are still running after `seconds`.
@@ -303,7 +304,10 @@ def _wait_for_step(process: subprocess.Popen, output: Path) -> float:
 
 
 def _damage_newest(output: Path, rng: random.Random, damaged: set[tuple[int, int]]) -> bool:
-    """Corrupt or truncate a file of the newest checkpoint if there is an older one; return whether it did."""
+    """Corrupt or truncate a file of the newest checkpoint; return whether this was done.
+
+    The newest checkpoint is not damaged if it is the only one or has been damaged before.
+    """
     checkpoints = sorted(_checkpoints(output), key=_step_of)
     if len(checkpoints) < 2 or _identity(checkpoints[-1]) in damaged:
         return False
@@ -321,7 +325,7 @@ def _damage_newest(output: Path, rng: random.Random, damaged: set[tuple[int, int
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Return a unique id of a checkpoint folder; names and inode numbers alone may be reused."""
+    """Return the inode and modification time of a folder, because its name or inode alone may be reused."""
     state = folder.stat()
     return state.st_ino, state.st_mtime_ns
 
@@ -339,7 +343,12 @@ def _newest_step(output: Path, excluded: set[str]) -> int:
 
 
 def _resumed_from(output: Path, logged: int) -> str | None:
-    """Return the name of the checkpoint from which a start resumed, according to the new log lines."""
+    """Return the name of the checkpoint from which the last start resumed, or None.
+
+    Args:
+        output: output folder of the run.
+        logged: number of log lines before that start.
+    """
     lines = [line for line in _lines(output / "training_log.txt")[logged:] if " resuming from " in line]
     return Path(lines[-1].rpartition(" ")[2]).name if lines else None
 

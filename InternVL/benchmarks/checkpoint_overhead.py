@@ -1,7 +1,7 @@
 """Cost of checkpoints: duration of the step after an asynchronous or a synchronous save.
 
-All steps train on the same records. The checkpoints of a random model are written to a temporary folder, or
-to `--folder`, and deleted. Nothing is downloaded.
+A model with random weights trains on the same records in every step. Its checkpoints are written to a
+temporary folder, or to `--folder`, and deleted at the end. Nothing is downloaded.
 """
 
 import argparse
@@ -38,12 +38,12 @@ class Overhead:
 
     Attributes:
         mode: one of `MODES`.
-        checkpoint_gb: size of a checkpoint.
+        checkpoint_gb: size of a checkpoint in GB.
         median_seconds: median duration of all timed steps.
-        after_save_seconds: duration of each step after a save; includes the save if it is synchronous.
-        ratio: median of `after_save_seconds` relative to `median_seconds`.
-        worst_ratio: maximum of `after_save_seconds` relative to `median_seconds`.
-        seconds_a_save: extra time per save, relative to the median step.
+        after_save_seconds: duration of each step after a save, including the save itself if synchronous.
+        ratio: median of `after_save_seconds` divided by `median_seconds`.
+        worst_ratio: maximum of `after_save_seconds` divided by `median_seconds`.
+        seconds_a_save: extra time per save, compared with steps of median duration.
     """
 
     mode: str
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def repeated_workload(args: argparse.Namespace, folder: Path) -> Workload:
-    """Prepare the records of one step and repeat them for every step."""
+    """Return a workload that repeats the records of one step for every step."""
     workload = prepare_workload(
         folder,
         SHAPES[args.model],
@@ -151,7 +151,7 @@ def measure(args: argparse.Namespace, workload: Workload, mode: str, folder: Pat
 
 
 def summarize(mode: str, seconds: Sequence[float], every: int, warmup: int, size: int) -> Overhead:
-    """Compare the duration of the steps after a save with the median step.
+    """Return the overhead of a save mode, given the duration of each step.
 
     Args:
         mode: one of `MODES`.
@@ -175,7 +175,7 @@ def summarize(mode: str, seconds: Sequence[float], every: int, warmup: int, size
 
 
 def folder_bytes(run: Path) -> int:
-    """Return the size of the checkpoint in a run folder."""
+    """Return the total size in bytes of the checkpoints in a run folder."""
     return sum(file.stat().st_size for file in run.glob("checkpoint-*/**/*") if file.is_file())
 
 

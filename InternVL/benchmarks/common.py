@@ -1,4 +1,4 @@
-"""Helpers shared by the benchmark scripts: comma-separated options and JSON reports."""
+"""Helpers for the benchmark scripts: comma-separated options and JSON reports."""
 
 import argparse
 import datetime
@@ -22,8 +22,8 @@ def parse_names(parser: argparse.ArgumentParser, flag: str, value: str, known: S
 
     Args:
         parser: parser that reports the error.
-        flag: flag that the value belongs to.
-        value: comma-separated names such as `reference,fast`.
+        flag: name of the flag, for the error message.
+        value: comma-separated names, such as `reference,fast`.
         known: valid names.
     """
     names = [name.strip() for name in value.split(",")]
@@ -33,7 +33,7 @@ def parse_names(parser: argparse.ArgumentParser, flag: str, value: str, known: S
 
 
 def write_report(file: Path, device: str = "cpu", **results: Any) -> None:
-    """Write results, date, hardware and library versions as JSON.
+    """Write results as JSON, with the date, the hardware and the library versions.
 
     Args:
         file: file to write; its folder is created if needed.

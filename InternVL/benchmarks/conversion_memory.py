@@ -1,7 +1,7 @@
 """Peak memory and duration of `m3llm merge` and `m3llm export` for a full-size model.
 
-A random model and random adapters are written to a temporary folder, or to `--folder`, and deleted. The 8B
-model requires 16 GB of disk space, and the result another 16 GB.
+A model and adapters with random weights are written to a temporary folder, or to `--folder`, and deleted
+at the end. An 8B model requires 32 GB of disk space: 16 GB for the model, and 16 GB for the result.
 """
 
 import argparse
@@ -39,12 +39,12 @@ _POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Conversion:
-    """Result of one command.
+    """Measurements of one command.
 
     Attributes:
-        work: `merge` or `export`.
-        checked: whether source and result were compared (they are loaded one after the other).
-        shards: number of weight files of the result.
+        work: command, `merge` or `export`.
+        checked: whether the command compared its result with the source (loaded one after the other).
+        shards: number of weight files in the result.
         seconds: duration of the command.
         peak_memory_gb: peak resident memory, including mapped weight files.
     """
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_adapter(folder: Path, shape: Shape) -> Path:
-    """Write a random bfloat16 base model and LoRA adapters; return the adapter folder."""
+    """Write a bfloat16 base model and LoRA adapters with random weights; return the adapter folder."""
     base, adapter = folder / "base", folder / "adapter"
     model = weightless_model(shape).requires_grad_(False)
     write_base(base, model)
@@ -120,7 +120,12 @@ def write_adapter(folder: Path, shape: Shape) -> Path:
 
 
 def write_base(folder: Path, model: InternVLChatModel) -> None:
-    """Write random weights for a model on the meta device, shard by shard, and a small tokenizer."""
+    """Write a base model with random weights, shard by shard, and a small tokenizer.
+
+    Args:
+        folder: folder to create.
+        model: model on the meta device, which determines the shapes.
+    """
     folder.mkdir()
     save_tokenizer(train_tokenizer([Preprocessing.system_text], _VOCABULARY), folder)
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,8 @@
-"""Throughput of each stage of the data pipeline, and cost of the length index.
+"""Throughput of each stage of the data pipeline, and time and memory needed to build the length index.
 
     python InternVL/benchmarks/data_throughput.py --index-records 238000 --json data.json
 
-Without `--meta`, the records are synthetic. CPU seconds are summed over all processes; on a shared machine,
+Without `--meta`, the records are synthetic. CPU seconds are summed over all processes. On a shared machine,
 they are more reliable than wall time.
 """
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         specs, tokenizer = open_data(args, Path(scratch))
         encoder = RecordEncoder(tokenizer, Preprocessing(max_dynamic_patch=args.max_dynamic_patch))
-        # The index comes first, so that its peak memory is not hidden by the other stages.
+        # Measure the index first: afterwards, the peak memory would include the other stages.
         index = index_rows(specs, encoder, args.index_records, args.index_workers, Path(scratch))
         sets = build_sets(specs, encoder)
         selected = [(records, i) for records in sets for i in records.first(args.records)]
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_data(args: argparse.Namespace, scratch: Path) -> tuple[list[DatasetSpec], PreTrainedTokenizerBase]:
-    """Return the datasets and the tokenizer; create them if they are not given on the command line."""
+    """Return the datasets and the tokenizer; create those that are not given on the command line."""
     meta = args.meta or write_sample_data(scratch / "sample", train=args.records, held_out=1)["train"]
     specs = load_meta(meta, args.data_root)
     if args.tokenizer:
@@ -113,7 +113,12 @@ def open_data(args: argparse.Namespace, scratch: Path) -> tuple[list[DatasetSpec
 
 
 def measure(name: str, records: int, work: Callable[[], Any]) -> Row:
-    """Call `work`, which processes `records` records, and return its wall time, CPU time and throughput."""
+    """Call `work` and return a table row with its wall time, CPU time and throughput.
+
+    Args:
+        name: name of the row.
+        records: number of records that `work` processes.
+    """
     start, cpu = time.perf_counter(), cpu_seconds()
     work()
     seconds = time.perf_counter() - start
@@ -133,7 +138,7 @@ def cpu_seconds() -> float:
 
 
 def stage_rows(selected: list[tuple[RecordSet, int]]) -> list[Row]:
-    """Measure each stage of the data pipeline in this process."""
+    """Return a table row for each stage of the data pipeline, measured in this process."""
     encoder = selected[0][0].encoder
     parsed = [(records, i, records.record(i)) for records, i in selected]
     paths = [records.spec.root / name for records, _, record in parsed for name in record.images]
@@ -159,7 +164,10 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def dataloader_rows(sets: list[RecordSet], records: int, workers: list[int]) -> list[Row]:
-    """Measure a dataloader with one record per pack; a first pass, which starts the workers, is not timed."""
+    """Return a table row per number of dataloader workers, with one record per pack.
+
+    The first pass over the data starts the workers and is not timed.
+    """
     specs = [replace(s.spec, repeat_time=min(1, records / len(s))) for s in sets]
     data = TrainingData(build_sets(specs, sets[0].encoder))
     rows = []
@@ -186,7 +194,7 @@ def use_one_thread(worker: int) -> None:
 
 
 def iterate(dataloader: DataLoader) -> None:
-    """Fetch all packs.
+    """Fetch all packs of a dataloader.
 
     Raises:
         DataError: a record is unusable.
@@ -199,7 +207,15 @@ def iterate(dataloader: DataLoader) -> None:
 def index_rows(
     specs: list[DatasetSpec], encoder: RecordEncoder, records: int | None, workers: int | None, scratch: Path
 ) -> list[Row]:
-    """Measure the length index without and with a cache."""
+    """Return table rows for the length index: built for the first time, and read from its cache.
+
+    Args:
+        specs: datasets.
+        encoder: record encoder.
+        records: number of records in the index; records are repeated as needed. None: each record once.
+        workers: number of worker processes (default: one per core).
+        scratch: folder for repeated records and the cache.
+    """
     if records:
         specs = [
             repeat_records(spec, count, scratch)

@@ -1,7 +1,7 @@
 """Acceptance run on one GPU: kernels, launchers, resume, memory, decoding, compilation and training speed.
 
 Each item runs in a separate process with a time limit; if an item fails, the remaining items still run.
-Models are random, records synthetic; nothing is downloaded. Without a GPU, the items run at small size.
+Weights are random, records are synthetic, and nothing is downloaded. Without a GPU, the model is small.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from benchmarks.gpu.check import SIZES, Check, read_result
 SCRIPT = Path(__file__).resolve()
 REPOSITORY = SCRIPT.parents[2]
 RESULTS, LOG = "gpu_check.json", "gpu_check.log"
-# Items are skipped if less time is left.
+# An item is skipped if less time than this is left.
 _MIN_SECONDS = 5.0
-# Multiplies the time limits on CPUs, which may be shared.
+# Factor on the time limits on a CPU, which may be shared.
 _CPU_FACTOR = 4
 
 
@@ -42,7 +42,7 @@ class Item:
 
     Attributes:
         name: name in the table.
-        function: `module:function` in `benchmarks.gpu`; called with a `Check`.
+        function: `module:function` in `benchmarks.gpu`; the function is called with a `Check`.
         seconds: time limit on a GPU.
     """
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log: IO[str]) -> dict[str, Any]:
-    """Run an item in a subprocess, within its time limit and the time left; return its result."""
+    """Run an item in a subprocess and return its result; kill it at its limit or after `left` seconds."""
     if left < _MIN_SECONDS:
         return {"status": "skipped", "why": "no time left", "summary": "", "figures": {}, "seconds": 0.0}
     seconds = min(item.seconds * (1 if args.device == "cuda" else _CPU_FACTOR), left)
@@ -154,14 +154,14 @@ def run_item(item: Item, args: argparse.Namespace, work: Path, left: float, log:
     result = read_result(work, item.name) or {"status": "failed", "summary": "", "figures": {}}
     if why is not None:
         result |= {"status": "failed", "why": why}
-        for file in sorted((work / item.name).rglob("log.txt")):  # logs of processes that the item started
+        for file in sorted((work / item.name).rglob("log.txt")):  # logs of the item's child processes
             text = file.read_text(encoding="utf-8", errors="replace")
             print(f"---- {file.relative_to(work)}\n{text[-2000:]}", file=log, flush=True)
     return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def environment(device: str, work: Path) -> dict[str, str]:
-    """Return the environment variables of an item: as in the launchers, offline, with a temporary cache."""
+    """Return environment variables for an item: those of the launchers, offline mode, a temporary cache."""
     variables = {
         "PYTHON": sys.executable,
         "HF_HUB_OFFLINE": "1",
@@ -174,7 +174,7 @@ def environment(device: str, work: Path) -> dict[str, str]:
 
 
 def kill_processes(process: subprocess.Popen) -> None:
-    """Kill an item that is still running, including all its child processes."""
+    """Kill an item and all its child processes, if it is still running."""
     try:
         running = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -224,6 +224,6 @@ def _find_device() -> str:
 
 
 if __name__ == "__main__":
-    # Exit through Python, so that the running item is killed as well.
+    # On SIGTERM, raise SystemExit, so that the running item is killed as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Benchmark jobs: settings, clock and result of a measurement, which runs in a subprocess."""
+"""Benchmark jobs: measurements that run in a subprocess, with their settings, clock and result."""
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ class Job:
     """Settings of a measurement.
 
     Attributes:
-        preset: `reference`, `fast` or `peer`.
-        label: name in the table.
+        preset: implementation to measure: `reference`, `fast` or `peer`.
+        label: name of the job in the table.
         recipe: `lora` or `full`.
         model: key of `SHAPES`.
         device: `cpu` or `cuda`.
@@ -36,7 +36,7 @@ class Job:
         steps: number of timed steps.
         threads: CPU threads; 0 for all cores.
         flags: additional flags of the training script (`fast` only).
-        variant: ablation of `fast`, a key of `ABLATIONS`.
+        variant: ablation of `fast`, a key of `ABLATIONS`; None for no ablation.
         dtype: dtype of the weights and activations, a key of `DTYPES`.
     """
 
@@ -56,12 +56,12 @@ class Job:
 
     @property
     def settings(self) -> Recipe:
-        """The recipe."""
+        """Settings of the recipe."""
         return RECIPES[self.recipe]
 
     @property
     def shape(self) -> Shape:
-        """The model shape."""
+        """Shape of the model."""
         return SHAPES[self.model]
 
     @property
@@ -82,12 +82,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Steps:
-    """Tokens and losses of the steps of a job.
-
-    Attributes:
-        tokens: tokens of each step, counted by the preset.
-        losses: loss of each step.
-    """
+    """Number of tokens and loss of each step, as reported by the preset."""
 
     tokens: list[int]
     losses: list[float]
@@ -98,10 +93,10 @@ class Result:
     """Result of a measurement.
 
     Attributes:
-        seconds: duration of the timed steps.
-        records: records of the timed steps.
-        tokens: tokens of the timed steps.
-        flops: FLOPs of the timed steps, without recomputation.
+        seconds: total duration of the timed steps.
+        records: number of records in the timed steps.
+        tokens: number of tokens in the timed steps.
+        flops: FLOPs of the timed steps, without recomputation for activation checkpointing.
         peak_flops: peak FLOP/s of the device, or None if unknown.
         peak_memory: peak memory in bytes.
         first_loss: loss of the first step.
@@ -117,7 +112,7 @@ class Result:
 
 
 class Clock(TrainerCallback):
-    """Records the start and the end of every step; also usable as a callback of transformers' Trainer."""
+    """Records the start of the first step and the end of each step; can be used as a Trainer callback."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -130,7 +125,7 @@ class Clock(TrainerCallback):
         self.stamps.append(time.perf_counter())
 
     def seconds(self, warmup: int) -> float:
-        """Return the total duration of all steps after the first `warmup` steps."""
+        """Return the total duration of the steps that follow the first `warmup` steps."""
         return self.stamps[-1] - self.stamps[warmup]
 
     def on_step_begin(self, *_: object, **__: object) -> None:
@@ -144,7 +139,7 @@ class Clock(TrainerCallback):
 
 
 def result_of(job: Job, workload: Workload, clock: Clock, steps: Steps) -> Result:
-    """Return the result of the job that ran in this process."""
+    """Return the result of a job that has finished in this process."""
     size = job.settings.step_records
     timed = workload.sizes[job.warmup * size : job.total_steps * size]
     model = weightless_model(job.shape)
@@ -169,19 +164,19 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
-        # Unlike VmHWM, ru_maxrss includes memory of the parent process (before exec).
+        # Use VmHWM, because ru_maxrss includes the memory of the parent process before exec.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_in_subprocess(job: Job, script: Path, number: int) -> Result:
-    """Run a job in a subprocess, so that its peak memory is measured separately.
+    """Run a job in a subprocess, so that its peak memory is measured separately; return its result.
 
     Args:
-        job: the job.
-        script: script that runs a job file with `--child`.
-        number: job number, used in the folder name.
+        job: job to run.
+        script: script that runs a job file passed with `--child`.
+        number: number that makes the folder name unique.
 
     Raises:
         RuntimeError: the job failed; the message contains the end of its output.

@@ -1,7 +1,9 @@
 """Scaling of a training step with the number of records, tokens, tiles and ranks, varied one at a time.
 
-Records, tokens and tiles: duration and FLOPs of one packed forward and backward pass. Ranks: training
-throughput under torchrun, and load balance of the records. Prints a table and optionally writes JSON.
+- Records, tokens and tiles: duration and FLOPs of a forward and backward pass of one pack.
+- Ranks: training throughput under torchrun, and load balance across ranks.
+
+Prints a table and optionally writes JSON.
 """
 
 import argparse
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype) -> InternVLChatModel:
-    """Return a model with random weights and the trainable parameters of a recipe."""
+    """Return a model with random weights, whose trainable parameters are those of a recipe."""
     attn = resolve_attention("auto", device)
     model = random_model(shape, IMAGE_CONTEXT, attn=attn, device=device, dtype=dtype)
     rank = RECIPES[recipe].lora_rank
@@ -101,7 +103,7 @@ def build_model(shape: Shape, recipe: str, device: torch.device, dtype: torch.dt
 
 
 def synthetic_packs(shape: Shape, largest: int) -> list[tuple[str, int, Pack]]:
-    """Return (quantity, number, pack) triples in which one quantity at a time is doubled."""
+    """Return (quantity, number, pack) triples: packs in which one quantity is doubled repeatedly."""
     per_tile = shape.config().tokens_per_tile
     tokens, record = largest // 8, largest // 8
     packs = [("tokens", n, pack_of(1, n, 0, shape)) for n in doubling(tokens, largest)]
@@ -143,7 +145,7 @@ def pack_of(records: int, tokens: int, tiles: int, shape: Shape) -> Pack:
 def measure(
     model: InternVLChatModel, device: torch.device, quantity: str, number: int, pack: Pack, repeats: int
 ) -> Row:
-    """Measure the duration and the FLOPs of a forward and backward pass."""
+    """Return a table row with the median duration and the FLOPs of a forward and backward pass."""
     inputs = pack.text_inputs(device)
     inputs["pixel_values"] = pack.pixel_values(device, "imagenet", model.language_model.dtype)
 
@@ -173,7 +175,10 @@ def timed(function: Callable[[], None], device: torch.device) -> float:
 
 
 def measure_balance(world_size: int, step_records: int = 128, steps: int = 50) -> Row:
-    """Return the maximum load of a rank relative to the mean, with balanced records and in file order."""
+    """Return a table row with the load of the busiest rank relative to the mean.
+
+    Records with random costs are distributed in two ways: balanced by cost, and in file order.
+    """
     rng = np.random.default_rng(0)
     by_cost, in_order = [], []
     for _ in range(steps):
@@ -190,7 +195,7 @@ def measure_balance(world_size: int, step_records: int = 128, steps: int = 50) -
 
 
 def measure_ranks(world_size: int) -> Row:
-    """Measure the training throughput of a small model on `world_size` ranks."""
+    """Return a table row with the training throughput of a small model on `world_size` ranks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_sample_data(folder / "data", train=8, held_out=1)

@@ -1,4 +1,4 @@
-"""Model shapes of the benchmarks, and models with random weights."""
+"""Model shapes for the benchmarks, and models of these shapes with random weights."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ class Shape:
     """Dimensions of a model.
 
     Attributes:
-        sizes: sizes of both towers; the vision MLP is four times as wide as the vision tower.
+        sizes: dimensions of the vision tower (whose MLP is four times as wide) and of the language model.
         mlp_width: MLP width of the language model.
-        vocabulary: rows of the embeddings and of the untied head.
+        vocabulary: vocabulary size; the head is not tied to the embeddings.
     """
 
     sizes: TinyShape
@@ -64,12 +64,12 @@ SHAPES = {
 
 
 def default_dtype(device: str) -> str:
-    """Return `float32` for CPUs without bf16 instructions (bf16 steps take minutes), else `bfloat16`."""
+    """Return `bfloat16`, or `float32` on a CPU without bf16 instructions, where a bf16 step takes minutes."""
     return "float32" if device == "cpu" and not cpu_bf16_instructions() else "bfloat16"
 
 
 def weightless_model(shape: Shape) -> InternVLChatModel:
-    """Return a model of the given shape on the meta device, without weights."""
+    """Return a model of the given shape on the meta device, which needs no memory for weights."""
     with torch.device("meta"):
         return empty_model(shape.config(), 0, torch.bfloat16, "sdpa")
 
@@ -82,9 +82,9 @@ def random_model(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
 ) -> InternVLChatModel:
-    """Return a model with random weights, which are reproducible on each type of device.
+    """Return a model with random weights, which are the same in every call on the same type of device.
 
-    Matrices are drawn from N(0, 0.02); biases are 0, norm weights 1, and layer scales as configured.
+    Matrices are drawn from N(0, 0.02²). Biases are 0, norm weights are 1, and layer scales are as configured.
     """
     with torch.device(device):
         model = empty_model(shape.config(), image_context_id, dtype, attn)
@@ -98,7 +98,7 @@ def random_model(
 def fill(
     name: str, tensor: torch.Tensor, config: InternVLChatConfig, generator: torch.Generator
 ) -> torch.Tensor:
-    """Initialize a parameter in place according to its name and return it."""
+    """Initialize a parameter in place, depending on its name (see `random_model`), and return it."""
     if tensor.ndim > 1:
         return tensor.normal_(0.0, 0.02, generator=generator)
     scale = config.vision_config.initializer_factor

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from internvl_chat.data.synthetic.sample_data import write_sample_data
 
-# With a leading space, each word is a single InternVL3 token.
+# Words that are single InternVL3 tokens when preceded by a space.
 _WORDS = """
     the of and in to with for is are was by that this from an image figure panel shows shown left right
     upper lower cell cells tissue normal group control patient patients study results data bone lung heart
     liver brain blood level high low increase after before treatment time area region dark bright signal
     between first second both each large small positive negative red green blue line mean significant
 """.split()  # noqa: SIM905
-# Tokens of the system message and the message headers; tokens of the label and the markers of an image.
+# Tokens per record for the system message and the message headers, and per image for its label and markers.
 _FRAME_TOKENS = 62
 _IMAGE_FRAME_TOKENS = 7
 _TILE_TOKENS = 256
@@ -23,10 +23,10 @@ _RECORDS_PER_SET = 40
 
 @dataclass(frozen=True)
 class Counts:
-    """Mean counts per record of a dataset, measured with the InternVL3 tokenizer and one tile per image.
+    """Mean counts per record in a dataset, measured with the InternVL3 tokenizer and one tile per image.
 
     Attributes:
-        tokens: all tokens, without the context that precedes the question.
+        tokens: tokens, without the context that precedes the question.
         supervised: supervised tokens.
         tiles: image tiles.
     """
@@ -47,14 +47,11 @@ COUNTS = {
 
 
 def write_synthetic_records(folder: Path, context_tokens: int) -> Path:
-    """Write figures, records of all datasets, and a meta file.
+    """Write figures, the records of all datasets, and a meta file; return the path to the meta file.
 
     Args:
         folder: folder to create.
-        context_tokens: mean length of the context before each question.
-
-    Returns:
-        The meta file.
+        context_tokens: mean number of tokens of the context before each question.
     """
     sample = json.loads(
         write_sample_data(folder / "figures", train=8, held_out=1)["train"].read_text("utf-8")
@@ -79,7 +76,7 @@ def write_synthetic_records(folder: Path, context_tokens: int) -> Path:
 
 
 def _record(counts: Counts, context_tokens: int, figures: list[str], rng: random.Random) -> dict:
-    """Return a record whose text lengths vary by up to 50% around the means."""
+    """Return a random record; the lengths of its texts differ from the means by up to 50%."""
     images = rng.sample(figures, int(counts.tiles) + (rng.random() < counts.tiles % 1))
     shown = "".join(f"Fig-{i}: <image>\n" for i in range(len(images)))
     per_image = _TILE_TOKENS + _IMAGE_FRAME_TOKENS

@@ -1,7 +1,7 @@
 """Training throughput and peak memory of this project (`fast`), compared with the reference implementation.
 
-Every preset trains on the same records, in the same steps, from the same random weights, in a separate
-process. Prints a table and optionally writes JSON. The package need not be installed.
+Each preset runs in a separate process and trains on the same records, in the same steps, from the same
+random weights. Prints a table and optionally writes JSON. The package need not be installed.
 """
 
 import argparse
@@ -44,8 +44,8 @@ HEADER = (
     "preset", "recipe", "model", "device", "dtype", "records/s", "tokens/s", "mfu", "peak GB", "epoch h",
     "x ref.",
 )  # fmt: skip
-# Relative tolerances of the first loss: bfloat16 has 8 significant bits, and the peer averages the loss over
-# the tokens of a step instead of its records.
+# Relative tolerances of the first loss. bfloat16 has 8 significant bits. The second tolerance is larger,
+# because the peer averages the loss over the tokens of a step instead of its records.
 LOSS_TOLERANCE = 0.002
 PEER_TOLERANCE = 0.02
 
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Prepare the workload for all steps in a folder."""
+    """Write the workload, with records for all steps, to a folder."""
     records = RECIPES[args.recipe].step_records * (args.warmup + args.steps)
     workload = prepare_workload(
         folder,
@@ -152,7 +152,10 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def run_all(planned: Sequence[Job], repeats: int) -> dict[str, list[Result]]:
-    """Run all jobs `repeats` times, interleaved; failing ablations are reported and skipped."""
+    """Run all jobs `repeats` times, interleaved; return the results of each job, keyed by label.
+
+    An ablation that fails is reported and skipped.
+    """
     results: dict[str, list[Result]] = {job.label: [] for job in planned}
     for number, job in enumerate([*planned] * repeats):
         if job.label not in results:
@@ -174,7 +177,7 @@ def run_all(planned: Sequence[Job], repeats: int) -> dict[str, list[Result]]:
 
 
 def plan_jobs(args: argparse.Namespace, presets: Sequence[str], folder: Path) -> list[Job]:
-    """Return the jobs in the order of execution."""
+    """Return the jobs to run, in order: presets, the peer, and ablations."""
     dtype = args.dtype or default_dtype(args.device)
 
     def job(preset: str, label: str, variant: str | None = None) -> Job:
@@ -190,7 +193,7 @@ def plan_jobs(args: argparse.Namespace, presets: Sequence[str], folder: Path) ->
 
 
 def check_same_work(results: dict[str, Result]) -> None:
-    """Check that all presets trained on equal numbers of records and tokens and have the same first loss.
+    """Check that all jobs trained on the same number of records and tokens, and have the same first loss.
 
     Raises:
         RuntimeError: the number of records or tokens differs, or the first loss differs by more than the
@@ -256,7 +259,7 @@ def ratio(rows: Sequence[dict[str, Any]], preset: str = "fast") -> float | None:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the rows as a table, with an extra column for the speed relative to the reference."""
+    """Format the rows as a table, and add a column with the speed relative to the reference."""
     widths = [len(form.format(0) if "." in form else form.format("")) for _, form in COLUMNS]
     head = [
         f"{name:{'<' if i < 5 else '>'}{width}}"
@@ -276,7 +279,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 def report(
     rows: Sequence[dict[str, Any]], results: dict[str, list[Result]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return the contents of the JSON report."""
+    """Return the content of the JSON report."""
     first = next(iter(results.values()))[0]
     return {
         "rows": rows,

@@ -40,9 +40,9 @@ class Workload:
 
     Attributes:
         meta: meta file with a single dataset; each record is used once, in file order.
-        tokenizer: tokenizer folder.
+        tokenizer: folder of the tokenizer.
         max_dynamic_patch: maximum tiles per record.
-        sizes: counts of each record.
+        sizes: token and tile counts of each record.
     """
 
     meta: str
@@ -80,7 +80,7 @@ def prepare_workload(
     tokenizer: str | None = None,
     context_tokens: int = 0,
 ) -> Workload:
-    """Sample records and write them to a folder, with a tokenizer.
+    """Sample records, write them to a folder with a tokenizer, and return the workload.
 
     Args:
         folder: empty folder.
@@ -109,7 +109,8 @@ def prepare_workload(
     loaded = workload.load_tokenizer()
     if len(loaded) > shape.vocabulary:
         raise UsageError(
-            f"{tokenizer}: vocabulary of {len(loaded)} tokens exceeds the {shape.vocabulary} of the model"
+            f"{tokenizer}: the vocabulary has {len(loaded)} tokens, more than that of the model "
+            f"({shape.vocabulary})"
         )
     opened = workload.open_records(shape, loaded)
     encoded = [opened.encode(index)[1] for index in range(len(opened))]
@@ -118,7 +119,7 @@ def prepare_workload(
 
 
 def take_records(specs: Sequence[DatasetSpec], count: int) -> list[dict[str, Any]]:
-    """Return `count` records with absolute image paths; any slice has about the same mix of datasets."""
+    """Return `count` records with absolute image paths, in an order that mixes the datasets evenly."""
     taken: list[dict[str, Any]] = []
     rng = random.Random(0)
     while len(taken) < count:
@@ -127,7 +128,7 @@ def take_records(specs: Sequence[DatasetSpec], count: int) -> list[dict[str, Any
 
 
 def _interleave(specs: Sequence[DatasetSpec], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Yield every record once; datasets are interleaved in proportion to their sizes."""
+    """Yield each record once, with the datasets interleaved in proportion to their sizes."""
     ordered = []
     for number, spec in enumerate(specs):
         file = RecordFile(spec.annotation)
@@ -138,7 +139,7 @@ def _interleave(specs: Sequence[DatasetSpec], rng: random.Random) -> Iterator[di
 
 
 def _with_absolute_images(raw: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Make the image paths of a record absolute."""
+    """Return a record with absolute image paths."""
     out = dict(raw)
     for key in ("image", "images"):
         if isinstance(out.get(key), str):

@@ -1,4 +1,4 @@
-"""Interface between the acceptance run and its items: settings, metrics and status."""
+"""State and result of an item of the acceptance run; the item runs in a separate process."""
 
 import json
 import traceback
@@ -11,7 +11,7 @@ SIZES = ("small", "8b")
 
 
 class Skipped(Exception):
-    """Raised if an item does not apply to this machine; the message is the reason."""
+    """Raised by an item that does not apply to this machine; the message is the reason."""
 
 
 @dataclass
@@ -20,12 +20,12 @@ class Check:
 
     Attributes:
         name: name of the item.
-        work: working folder shared by all items.
+        work: working folder that all items share.
         size: `small` or `8b`.
         device: `cpu` or `cuda`.
         metrics: measurements, stored as `figures` in the result file.
-        summary: text in the result table.
-        failures: failed expectations.
+        summary: text for the result table.
+        failures: a message for each failed expectation.
     """
 
     name: str
@@ -49,22 +49,22 @@ class Check:
         return folder
 
     def add(self, **metrics: Any) -> None:
-        """Add metrics and write them to disk, in case the item is killed later."""
+        """Add metrics and write them to disk, so that they are kept if the item is killed later."""
         self.metrics |= metrics
         self._write("failed", "killed")
 
     def expect(self, condition: bool, message: str) -> None:
-        """Record a failure if the condition is False; the item continues."""
+        """Record a failure with this message if the condition is False; the item continues."""
         if not condition:
             self.failures.append(message)
 
     def compare(self, name: str, error: float, tolerance: float) -> None:
-        """Add an error and its tolerance; record a failure if the error exceeds the tolerance or is NaN."""
+        """Add an error and its tolerance to the metrics; record a failure if the error is larger or NaN."""
         self.add(**{name: {"error": error, "tolerance": tolerance}})
         self.expect(error <= tolerance, f"{name}: error {error:.3g}, tolerance {tolerance:.3g}")
 
     def result_of(self, name: str) -> dict[str, Any] | None:
-        """Return the result of a different item, or None if it did not run."""
+        """Return the result of another item, or None if it has not started."""
         return read_result(self.work, name)
 
     def run(self, item: Callable[["Check"], None]) -> None:

@@ -23,7 +23,7 @@ _NEW_TOKENS = {"small": 8, "8b": 48}
 
 @torch.no_grad()
 def decoding(check: Check) -> None:
-    """Measure the tokens per second for each batch size, without the prefill."""
+    """Measure the decoding speed for each batch size, in tokens per second without the prefill."""
     device = torch.device(check.device)
     model = random_model(SHAPES[_MODELS[check.size]], 0, attn="sdpa", device=device).eval().language_model
     _rate(check, model, batch=1, new_tokens=2)  # warm-up
@@ -39,7 +39,7 @@ def decoding(check: Check) -> None:
 
 
 def _rate(check: Check, model: PreTrainedModel, batch: int, new_tokens: int) -> float:
-    """Return the tokens per second of a batch, measured after the first token of each answer."""
+    """Return the decoding speed of a batch in tokens per second, measured after each answer's first token."""
     decoder = Decoder(model, end_id=model.config.vocab_size - 1, max_new_tokens=new_tokens, sampling=None)
     tokens, began = 0, 0.0
     for _, token in decoder.run(_prompts(check, model, batch)):
@@ -59,7 +59,7 @@ def _prompts(check: Check, model: PreTrainedModel, batch: int) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _unpinned() -> Iterator[None]:
-    """Let torch select the SDPA backend."""
+    """Within the context, let torch select the SDPA backend."""
     with contextlib.ExitStack() as stack:
         for module in (attention, cached_attention):
             choose = mock.patch.object(module, "pinned_sdpa", lambda device: contextlib.nullcontext())

@@ -24,7 +24,7 @@ _DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 _HEADS = {"8b": (28, 4, 128), "small": (4, 2, 32)}
 _LENGTHS = {"8b": (700, 1, 33, 1500, 128), "small": (60, 1, 33, 130)}
 _TILES = {"8b": (4, 16, 1025, 64), "small": (2, 4, 65, 32)}  # (N, H, L, D)
-# Two layers with the head configuration of InternVL3-8B, and a smaller model for CPUs.
+# A model of two layers with the attention heads of InternVL3-8B, and a smaller one for CPUs.
 _DECODERS = {
     "8b": Shape(TinyShape(56, 32, 1, 2, width=3584, layers=2, heads=28, kv_heads=4), 4096, 2048),
     "small": Shape(TinyShape(56, 32, 1, 2, width=64, layers=2, heads=4, kv_heads=2), 128, 512),
@@ -37,7 +37,7 @@ _LEARNING_RATE = 1e-3
 
 
 def attention(check: Check) -> None:
-    """Check attention over packed records, over tiles and in decoding, in both precisions."""
+    """Check attention over packed records, over tiles and in decoding, each in bf16 and float32."""
     for name, dtype in _DTYPES.items():
         _packed(check, name, dtype)
         _tiles(check, name, dtype)
@@ -47,7 +47,7 @@ def attention(check: Check) -> None:
 
 
 def _packed(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare causal attention over packed records with separate records, including the gradients."""
+    """Compare causal attention over packed records with that over separate records, including gradients."""
     heads, kv_heads, features = _HEADS[check.size]
     lengths = _LENGTHS[check.size]
     shapes = [(1, h, sum(lengths), features) for h in (heads, kv_heads, kv_heads, heads)]
@@ -100,9 +100,11 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = Fa
 def attention_tolerance(query: Tensor, key: Tensor, length: int) -> float:
     """Return a bound on the relative rounding error of attention and its gradients.
 
-    In bf16, there are at most four consecutive roundings (scores or their gradients, weights, sum, result) of
-    up to half an epsilon each; the bound is twice their sum. In float32, sums of D and of L terms have random
-    rounding errors. Because of exp, the absolute error of a score is the relative error of its weight.
+    bf16: there are at most four consecutive roundings (scores or their gradients, weights, sum, result), each
+    by at most half an epsilon. The bound is twice the sum of these errors.
+
+    float32: sums of D and of L terms have random rounding errors. Because of the exponential function, the
+    absolute error of a score equals the relative error of its weight.
     """
     eps = torch.finfo(query.dtype).eps
     if query.dtype == torch.bfloat16:
@@ -112,7 +114,7 @@ def attention_tolerance(query: Tensor, key: Tensor, length: int) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference relative to the norm of the expected tensor."""
+    """Return the norm of the difference, divided by the norm of the expected tensor."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
@@ -129,9 +131,9 @@ def _random(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> l
 
 @torch.no_grad()
 def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
-    """Compare decoded tokens with a float64 model without a KV cache.
+    """Compare decoded tokens with the logits of a float64 model without a KV cache.
 
-    The logit of a decoded token may be below the maximum by at most the rounding error of two logits.
+    The logit of a decoded token may be smaller than the largest logit by the rounding error of two logits.
     """
     device = torch.device(check.device)
     model = random_model(_DECODERS[check.size], 0, attn="eager", device=device)
@@ -162,7 +164,8 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
         regret = logits.max(dim=-1).values - logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         worst, largest = max(worst, regret.max().item()), max(largest, logits.abs().max().item())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # Random rounding errors: float32 sums in all matrix products; in bf16 also about 12 results per layer.
+    # Random rounding errors of the float32 sums in all matrix products and, in bf16, of about 12 results per
+    # layer.
     tolerance = 2 * sum(m.in_features for m in linear) ** 0.5 * torch.finfo(torch.float32).eps
     if dtype == torch.bfloat16:
         tolerance += 2 * (12 * model.config.num_hidden_layers) ** 0.5 * torch.finfo(dtype).eps
@@ -170,7 +173,7 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
 
 
 def optimizer(check: Check) -> None:
-    """Compare the result and the speed of the compiled and the eager optimizer step for bf16 weights."""
+    """Compare the results and the speed of the compiled and the eager optimizer step for bf16 weights."""
     if not check.on_gpu and shutil.which("c++") is None:
         raise Skipped("torch.compile requires a C++ compiler")
     steps = {
@@ -187,7 +190,7 @@ def optimizer(check: Check) -> None:
         error = steps["stochastic", compiled].weight.float() - exact
         spacing = torch.finfo(torch.bfloat16).eps * exact.abs() + absolute
         check.compare(f"stochastic {name}, in spacings", (error.abs() / spacing).max().item(), 1.0)
-        # Unbiased: the mean error must be within six of its standard deviations, assuming independent errors.
+        # For independent, unbiased errors, the mean is within six of its standard deviations.
         deviation = error.square().mean().sqrt().item() / error.numel() ** 0.5
         check.compare(f"stochastic {name}, bias", abs(error.mean().item()), 6 * deviation)
     rates = []
@@ -199,7 +202,7 @@ def optimizer(check: Check) -> None:
 
 
 class _Step(NamedTuple):
-    """Weight and master after one step, and the minimum duration of later steps."""
+    """Weight and master copy after the first step, and the minimum duration of the next steps in seconds."""
 
     weight: Tensor
     master: Tensor | None

@@ -29,7 +29,7 @@ _FLAGS = {
 
 
 def doctor(check: Check) -> None:
-    """Run `m3llm doctor` and record a failure for each error it reports."""
+    """Run `m3llm doctor`, and record a failure for each error that it reports."""
     result = subprocess.run(
         [*_m3llm(), "doctor", "--json", "--folder", str(check.folder)],
         stdout=subprocess.PIPE, text=True, env=_environment(check),
@@ -79,7 +79,7 @@ def resume(check: Check) -> None:
     check.expect(code == 0, f"the resumed run failed with exit code {code}")
     expected, resumed = read_rows(uninterrupted), read_rows(stopped)
     errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(resumed, expected, strict=False)]
-    # On a GPU, the summation order varies and weights are bf16 (epsilon 2 ** -7).
+    # On a GPU, the summation order varies, and the weights are bf16 (epsilon 2 ** -7).
     check.compare("losses", max(errors, default=math.nan), 2**-7 if check.on_gpu else 1e-6)
     check.expect(len(resumed) == len(expected), f"{len(resumed)} steps instead of {len(expected)}")
     ledgers = [(folder / "ledger.jsonl").read_text(encoding="utf-8") for folder in (uninterrupted, stopped)]
@@ -99,13 +99,20 @@ def deepspeed(check: Check) -> None:
         check.expect(code == 0, f"ZeRO-{stage} failed with exit code {code}")
         errors = [abs(a["loss"] / b - 1) for a, b in zip(read_rows(output), expected, strict=False)]
         if errors:
-            # bf16 weights on a GPU (epsilon 2 ** -7); float32 with a different summation order on a CPU.
+            # On a GPU, the weights are bf16 (epsilon 2 ** -7); on a CPU, only the summation order differs.
             check.compare(f"zero{stage}", max(errors), 2**-7 if check.on_gpu else 1e-4)
     check.summary = "same losses as without DeepSpeed" if expected else "no losses to compare with"
 
 
 def start(check: Check, recipe: str, output: Path, **variables: str) -> subprocess.Popen:
-    """Start a launcher on a tiny model."""
+    """Start the launcher of a recipe on a tiny model.
+
+    Args:
+        check: item that needs the run.
+        recipe: `lora` or `full`.
+        output: output folder of the run.
+        variables: additional environment variables of the launcher.
+    """
     data, model = _tiny(check)
     name = {"lora": "M3LLM-fulldata-lora.sh", "full": "M3LLM-fulldata-fullmodel.sh"}[recipe]
     flags = _FLAGS | {"max_steps": _STEPS[recipe]}
@@ -127,14 +134,14 @@ def start(check: Check, recipe: str, output: Path, **variables: str) -> subproce
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:
-    """Return the metrics that a run has written so far."""
+    """Return the rows of `metrics.jsonl` that a run has written so far."""
     file = output / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _tiny(check: Check) -> tuple[Path, Path]:
-    """Return the folders of the sample data and the tiny model, which are created on first use."""
+    """Return the folders of the sample data and the tiny model; create them on first use."""
     data, model = check.work / "data", check.work / "tiny"
     if not model.is_dir():
         shutil.rmtree(data, ignore_errors=True)

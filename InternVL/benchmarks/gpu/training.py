@@ -1,4 +1,4 @@
-"""Items that train random models: throughput, compiled blocks, checkpoints, memory, FSDP2."""
+"""Items that train models with random weights: throughput, compiled blocks, checkpoints, memory, FSDP2."""
 
 import dataclasses
 import gc
@@ -24,13 +24,13 @@ from internvl_chat.utils import distributed
 
 SCRIPT = Path(train_throughput.__file__).resolve()
 _MODELS = {"small": "smoke", "8b": "internvl3-8b"}
-# Models of items that do not require the full size.
+# Models for the items that do not need a full-size model.
 _SMALLER_MODELS = {"small": "smoke", "8b": "mid"}
 _STEPS = {"small": ["--steps", "1", "--warmup", "1"], "8b": []}
 _GB = 1e9
-# Not in the memory plan: cuBLAS workspaces (bytes) and allocator fragmentation (fraction).
+# Memory that the plan does not include: cuBLAS workspaces (bytes) and allocator fragmentation (fraction).
 _UNPLANNED_BYTES, _UNPLANNED_FRACTION = 0.3 * _GB, 0.1
-# Relative tolerance of the step losses: the bf16 epsilon.
+# Relative tolerance of the loss of a step: the epsilon of bf16.
 _LOSS_TOLERANCE = 2**-7
 
 
@@ -40,13 +40,13 @@ def train_lora(check: Check) -> None:
 
 
 def train_full(check: Check) -> None:
-    """Measure full training in the highest precision that fits in memory, and compare with the reference."""
+    """Measure full training in the highest precision that fits in memory; compare it with the reference."""
     precisions = [("--weight_precision", name) for name in ("master", "stochastic", "bf16")]
     _train(check, "full", precisions if check.on_gpu else [()])
 
 
 def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
-    """Measure the `fast` preset with the first flags that fit in memory, then the reference."""
+    """Measure the `fast` preset with the first of `choices` that fits in memory, then the reference."""
     fast, reference = _jobs(check, recipe, ["fast", "reference"])
     errors = []
     for number, flags in enumerate(choices):
@@ -85,7 +85,7 @@ def _train(check: Check, recipe: str, choices: list[tuple[str, ...]]) -> None:
 
 
 def compiled_blocks(check: Check) -> None:
-    """Compare the first loss and the speed of LoRA training with compiled and with eager blocks."""
+    """Compare LoRA training with compiled and with eager blocks: first loss and speed."""
     if not check.on_gpu:
         raise Skipped("on a CPU, compilation takes minutes without a speedup")
     (job,) = _jobs(check, "lora", ["fast"])
@@ -124,7 +124,7 @@ def checkpoint(check: Check) -> None:
 
 
 def memory(check: Check) -> None:
-    """Compare used memory with planned memory, for both recipes."""
+    """Compare the peak memory with the planned memory, for both recipes."""
     ratios = []
     for recipe in ("lora", "full"):
         for checkpointed in ("False", "True") if check.on_gpu else ("auto",):
@@ -164,7 +164,7 @@ def _compare_memory(check: Check, name: str, planned: float, used: float) -> Non
 
 
 def _jobs(check: Check, recipe: str, presets: list[str]) -> list[Job]:
-    """Prepare the records for all steps and return the jobs of `train_throughput.py`."""
+    """Prepare the records for all steps; return the jobs of `train_throughput.py`, one per preset."""
     argv = ["--recipe", recipe, "--model", _MODELS[check.size], "--device", check.device, *_STEPS[check.size]]
     args = train_throughput.build_parser().parse_args(argv)
     args.steps = RECIPES[recipe].steps if args.steps is None else args.steps
@@ -174,7 +174,7 @@ def _jobs(check: Check, recipe: str, presets: list[str]) -> list[Job]:
 
 
 def _measure(check: Check, job: Job, number: int) -> dict[str, Any]:
-    """Run a job in a subprocess; return its table row, raw result and memory plan (`fast` only)."""
+    """Run a job in a subprocess; return its table row with the result and (`fast` only) the memory plan."""
     result = run_in_subprocess(job, SCRIPT, number)
     row = train_throughput.row_of(job.label, job, [result])
     row |= {"first_loss": result.first_loss, "result": dataclasses.asdict(result)}
@@ -183,7 +183,7 @@ def _measure(check: Check, job: Job, number: int) -> dict[str, Any]:
 
 
 def _train_in_process(check: Check, name: str, recipe: str, flags: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Train a small model in this process; return the metrics of each step, with the memory plan."""
+    """Train a small model in this process; return the metrics of each step, each with the memory plan."""
     device, folder = torch.device(check.device), check.folder / name
     folder.mkdir()
     job = Job(
@@ -201,7 +201,7 @@ def _train_in_process(check: Check, name: str, recipe: str, flags: tuple[str, ..
 
 
 def _workload(check: Check, job: Job) -> Workload:
-    """Return the workload of a recipe for a small model, which is created on first use."""
+    """Return the workload of a job that trains a small model; create it on first use."""
     folder = check.folder / job.recipe
     file = folder / "workload.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Ablations of the `fast` preset: each toggles one optimization."""
+"""Ablations of the `fast` preset, each of which switches one optimization on or off."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 @dataclass(frozen=True)
 class Ablation:
-    """Changes that toggle one optimization.
+    """Changes that switch one optimization on or off.
 
     Attributes:
-        flags: flags of the training script.
-        patch: function that is called with the model before the training setup.
-        recipes: recipes to which the optimization applies.
-        devices: devices to which it applies.
-        dtypes: dtypes to which it applies.
+        flags: flags for the training script.
+        patch: function that is called with the model before training is set up.
+        recipes: recipes in which the optimization can be used.
+        devices: devices on which it can be used.
+        dtypes: dtypes with which it can be used.
     """
 
     flags: Flags = field(default_factory=dict)
@@ -44,7 +44,7 @@ def _vision_per_pack(model: InternVLChatModel) -> None:
 
 
 def _unblocked_attention(model: InternVLChatModel) -> None:
-    """Call SDPA once per record and once for all tiles."""
+    """Call SDPA once per record, and once for all tiles together."""
     attention._prefers_blocks = lambda query, dropout: False
 
 
@@ -54,7 +54,7 @@ def _new_buffers(model: InternVLChatModel) -> None:
 
 LIGER = "with Liger"
 
-# Keys follow "fast" in the table.
+# In the table, each key is preceded by "fast".
 ABLATIONS = {
     "without packing": Ablation({"packing": False}),
     "with activation checkpointing": Ablation({"grad_checkpoint": True}),

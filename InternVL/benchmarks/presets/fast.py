@@ -36,7 +36,7 @@ from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import plan_memory
 from internvl_chat.train.setup import build_sampler, build_strategy, load_records, prepare_model
 
-# File of the memory plan in the run folder.
+# File in the run folder that contains the memory plan.
 PLAN = "memory_plan.json"
 
 
@@ -65,12 +65,12 @@ def configuration(job: Job, workload: Workload) -> TrainConfig:
 def make_loop(
     job: Job, workload: Workload, write_model: Callable[..., dict] = lambda model, folder, weights: {}
 ) -> TrainingLoop:
-    """Return the training loop of a job, with a random model.
+    """Return the training loop of a job, for a model with random weights.
 
     Args:
-        job: the job.
-        workload: the records.
-        write_model: called with model, folder and weights to write the weights of a checkpoint.
+        job: job to set up.
+        workload: records and tokenizer.
+        write_model: function that writes a checkpoint's weights, given model, folder and weights.
     """
     atexit.register(kill_workers)  # otherwise the process waits for the workers
     config, tokenizer = configuration(job, workload), workload.load_tokenizer()
@@ -127,7 +127,7 @@ def read_metrics(job: Job) -> list[dict[str, Any]]:
 
 
 def run(job: Job, workload: Workload, clock: Clock) -> Steps:
-    """Run all training steps of a job."""
+    """Run all training steps of a job; return their token counts and losses."""
     loop = make_loop(job, workload)
     train_step = loop.train_step
 

@@ -1,8 +1,8 @@
 """The `peer` preset: transformers' InternVL, processor and Trainer, with LoRA from peft.
 
 The setup follows the transformers documentation: one record per micro-batch, gradient checkpointing, bfloat16
-(float32 on a CPU without bf16 instructions), and defaults otherwise. The loss of a step is the mean over its
-supervised tokens, not over its records.
+(float32 on a CPU without bf16 instructions), and default values for all other options. The loss of a step is
+the mean over its supervised tokens, not over its records.
 """
 
 import os
@@ -84,7 +84,7 @@ class Conversations(Dataset):
 
 
 def _message(role: str, text: str) -> Message:
-    """Return a message for transformers' chat templates, with image parts in place of the placeholders."""
+    """Return a message in the format of transformers' chat templates, with image parts for placeholders."""
     pieces = text.split(IMAGE_PLACEHOLDER) if role == "user" else [text]
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(pieces):
@@ -94,7 +94,7 @@ def _message(role: str, text: str) -> Message:
 
 
 class Collator:
-    """Converts one conversation to model inputs, with labels on the assistant tokens."""
+    """Converts one conversation to model inputs, with labels for the assistant tokens."""
 
     def __init__(self, processor: InternVLProcessor, max_dynamic_patch: int) -> None:
         self.processor, self.max_dynamic_patch = processor, max_dynamic_patch
@@ -116,7 +116,7 @@ class Collator:
 
 
 def assistant_labels(ids: list[int], header: list[int], end: int) -> list[int]:
-    """Return labels for the tokens from each assistant header to the end of the message; ignore all others.
+    """Return the labels of a conversation: tokens after an assistant header, up to the end of the message.
 
     >>> assistant_labels([1, 7, 5, 9, 1, 8, 6, 9, 3], header=[1, 8], end=9)
     [-100, -100, -100, -100, -100, -100, 6, 9, -100]
@@ -155,7 +155,7 @@ def build_processor(tokenizer_folder: str, tile_size: int, tokens_per_tile: int)
 
 
 def build_model(job: Job, context_id: int, device: torch.device) -> InternVLForConditionalGeneration:
-    """Return transformers' model with the same random weights as in the other presets."""
+    """Return transformers' model with the same random weights as the other presets."""
     source = random_model(job.shape, context_id, attn="sdpa", device=device, dtype=job.torch_dtype)
     with torch.device(device):
         model = InternVLForConditionalGeneration._from_config(
@@ -167,7 +167,7 @@ def build_model(job: Job, context_id: int, device: torch.device) -> InternVLForC
 
 
 def run(job: Job, workload: Workload, clock: Clock) -> Steps:
-    """Run all training steps of a job."""
+    """Run all training steps of a job; return their token counts and losses."""
     tokenizer, recipe, config = workload.load_tokenizer(), job.settings, job.shape.config()
     model = build_model(job, image_context_id(tokenizer), clock.device)
     if recipe.lora_rank:
@@ -191,7 +191,7 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
 
 
 def training_arguments(job: Job) -> TrainingArguments:
-    """Return the Trainer arguments: recipe values, and defaults otherwise."""
+    """Return the arguments of the Trainer: those of the recipe, and default values for all others."""
     return TrainingArguments(
         output_dir=job.folder,
         per_device_train_batch_size=1,

@@ -1,4 +1,4 @@
-"""The two training recipes, and the corresponding flags of the training script."""
+"""The two training recipes, and their flags for the training script."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ class Recipe:
 
     Attributes:
         step_records: records per optimizer step.
-        lora_rank: rank of the LoRA adapters in the language model, with everything else frozen; 0 trains the
-            language model and the projector.
+        lora_rank: rank of the LoRA adapters in the language model, while everything else is frozen. 0 trains
+            the language model and the projector instead.
         warmup: default number of untimed steps.
         steps: default number of timed steps.
     """
@@ -80,7 +80,7 @@ def as_tokens(flags: Flags) -> list[str]:
 
 
 def plain_lora(recipe: Recipe, target_modules: str | list[str]) -> LoraConfig:
-    """Return the peft configuration of a recipe."""
+    """Return the LoRA configuration of a recipe for peft."""
     return LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=2 * recipe.lora_rank,

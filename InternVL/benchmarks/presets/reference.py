@@ -1,7 +1,9 @@
-"""The `reference` preset: reproduces the operations of an InternVL-Chat training step.
+"""The `reference` preset: the operations of a training step in InternVL-Chat.
 
-One record per micro-batch; float32 tiles from the dataloader, with a blank tile for records without images;
-activation checkpointing of every decoder layer; float32 logits at all positions; AdamW on the model weights.
+- The dataloader returns one record per micro-batch, with float32 tiles (a blank one if it has no image).
+- Activation checkpointing is applied to every decoder layer.
+- Logits are computed at all positions, in float32.
+- AdamW updates the model weights directly.
 """
 
 import os
@@ -60,7 +62,7 @@ class ReferenceRecords(Dataset):
 
 
 def run(job: Job, workload: Workload, clock: Clock) -> Steps:
-    """Run all training steps of a job."""
+    """Run all training steps of a job; return their token counts and losses."""
     tokenizer, device, recipe = workload.load_tokenizer(), clock.device, job.settings
     # The reference uses flash-attn on GPUs (which SDPA also calls) and eager attention elsewhere.
     attn = "sdpa" if device.type == "cuda" else "eager"
@@ -83,9 +85,9 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
 
 
 def select_trainable(model: InternVLChatModel, recipe: Recipe) -> list[nn.Parameter]:
-    """Freeze or add parameters according to the recipe, and return the trainable ones.
+    """Freeze parameters or add adapters as in the recipe; return the trainable parameters.
 
-    Adapters are float32, as in peft.
+    The adapters are float32, as in peft.
     """
     if recipe.lora_rank:
         model.requires_grad_(False)
@@ -97,7 +99,7 @@ def select_trainable(model: InternVLChatModel, recipe: Recipe) -> list[nn.Parame
 
 
 def checkpoint_every_layer(language_model: PreTrainedModel) -> None:
-    """Enable activation checkpointing for all decoder layers; the frozen vision tower needs none."""
+    """Enable activation checkpointing in all decoder layers; the frozen vision tower does not need it."""
     # transformers renamed the method after 5.17.
     current = getattr(language_model, "activation_checkpointing_enable", None)
     (current or language_model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -220,7 +220,7 @@ def test_table_without_a_reference():
 
 def test_tokenizer_with_too_many_tokens(tmp_path):
     small = dataclasses.replace(SHAPES["smoke"], vocabulary=8)
-    with pytest.raises(UsageError, match="exceeds the 8 of the model"):
+    with pytest.raises(UsageError, match=r"more than that of the model \(8\)"):
         prepare_workload(tmp_path, small, records=1, max_dynamic_patch=1)
 
 
