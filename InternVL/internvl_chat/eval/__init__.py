@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints: benchmarks, answers, losses, scores and reports."""
+"""Evaluation of checkpoints: read benchmarks, generate answers, compute losses and scores, write reports."""

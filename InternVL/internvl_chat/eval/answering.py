@@ -24,7 +24,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Ranks may finish days apart. If one dies, torchrun stops the others.
+# Long, because ranks may finish days apart. If a rank dies, torchrun stops the others.
 _BARRIER_TIMEOUT = timedelta(days=7)
 
 
@@ -43,24 +43,24 @@ def answer_benchmark(
     progress: Callable[..., Iterable[Item]],
     on_bad_record: str = "fail",
 ) -> dict[Key, Reply]:
-    """Answer the items that have no answer yet. Under torchrun, each rank answers its shard of the items.
+    """Answer the items that have no answer yet; under torchrun, each rank answers its shard of the items.
 
     Args:
         benchmark: the full benchmark.
-        selected: the subset to answer.
-        system: task -> system prompt, or None for no system message.
+        selected: subset of the benchmark to answer.
+        system: task -> system prompt; None for the checkpoint's.
         model: model folder, adapter folder or hub id.
         out: output folder.
         base: base model of an adapter, if it has been moved.
         device: device of the model (default: GPU if available).
         max_new_tokens: maximum tokens per answer.
         max_dynamic_patch: maximum tiles per item (default: from the checkpoint).
-        options: preprocessing options; None keeps the checkpoint's value.
-        progress: wraps the answered items in a progress bar; called with `total`.
+        options: preprocessing option -> value; None for the checkpoint's.
+        progress: function that wraps an iterable in a progress bar; gets the number of items as `total`.
         on_bad_record: `fail`, or `skip` to log unusable items and leave them unanswered.
 
     Returns:
-        All answers in the output folder on rank 0, an empty dict on other ranks.
+        On rank 0, all answers in the output folder; on other ranks, an empty dict.
 
     Raises:
         DataError: an item is unusable and `on_bad_record` is `fail`.
@@ -92,7 +92,7 @@ def answer_benchmark(
 def _settings(
     benchmark: Benchmark, system: Mapping[str, str | None], folder: Path, device: str | None
 ) -> dict[str, Any]:
-    """Return what determines the answers to a benchmark, apart from the options of the evaluation."""
+    """Return the evaluation settings that depend on the benchmark, the checkpoint and the device."""
     return {
         "benchmark": benchmark.name,
         "questions": task_digests(benchmark.items, system),
@@ -104,7 +104,9 @@ def _settings(
 
 
 def _check_images(items: Sequence[Item], *, skip: bool) -> list[Item]:
-    """Drop items with missing or damaged images before the run, so that they cannot stop it hours later.
+    """Return the items whose images are intact.
+
+    Call this before answering, so that a damaged image cannot stop the run hours later.
 
     Raises:
         DataError: an image is missing or damaged and `skip` is False; see `raise_problems`.
@@ -133,15 +135,15 @@ def answer_items(
     max_new_tokens: int,
     skip: bool = False,
 ) -> Iterator[Item]:
-    """Answer items with greedy decoding and yield each item once its answer is on disk.
+    """Answer items with greedy decoding, and yield each item once its answer is on disk.
 
     Args:
-        engine: the model.
+        engine: model that answers.
         items: items to answer.
-        system: task -> system prompt, or None for no system message.
-        log: receives the answers.
+        system: task -> system prompt; None for the checkpoint's.
+        log: log to which the answers are written.
         max_new_tokens: maximum tokens per answer.
-        skip: whether to log and skip unusable items.
+        skip: log and skip unusable items instead of failing.
 
     Raises:
         DataError: an item is unusable and `skip` is False.

@@ -1,4 +1,4 @@
-"""Exact match of greedy answers, and a significance test of the closed questions against chance."""
+"""Exact match of greedy answers, and a significance test of the accuracy on closed questions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Answer:
 
     Attributes:
         reference: last assistant message.
-        choices: permitted answers (the record's `choices`); empty for open questions.
+        choices: permitted answers, from `choices` in the record; empty for open questions.
         truncated: whether the answer was cut off at the maximum number of tokens.
     """
 
@@ -57,7 +57,7 @@ def answer_records(
         limit: use the first `limit` records of each dataset (default: all).
         max_new_tokens: maximum tokens per answer.
         batch_size: number of records that are loaded together.
-        skipped: list that unusable records are appended to; None to fail instead.
+        skipped: list to which unusable records are appended; None to raise an error instead.
 
     Raises:
         DataError: a record is unusable and `skipped` is None.
@@ -101,7 +101,7 @@ def _answer_batch(
 
 
 def _choices(records: RecordSet, index: int, record_id: str | None) -> tuple[str, ...]:
-    """Return the permitted answers of a record, or () for an open question.
+    """Return the permitted answers to the question of a record; () for an open question.
 
     Raises:
         DataError: `choices` is not a list of at least two answers.
@@ -118,9 +118,16 @@ def _choices(records: RecordSet, index: int, record_id: str | None) -> tuple[str
 def score_dataset(
     name: str, answers: Iterable[Answer], skipped: Sequence[SkippedRecord] = ()
 ) -> dict[str, Any]:
-    """Return the JSON row of a dataset: exact match on all records and on closed questions (with `choices`).
+    """Return the JSON row with the scores of a dataset.
 
-    Exact match is None without records. The row contains `skipped` only if `skipped` is not empty.
+    It contains the number of records and their exact match, first for all records, then for closed questions
+    (records with `choices`). Exact match is None without records. If `skipped` is not empty, the row also
+    contains the number of skipped records.
+
+    Args:
+        name: name of the dataset.
+        answers: answers to the records of all datasets.
+        skipped: skipped records of all datasets.
     """
     answers = [answer for answer in answers if answer.dataset == name]
     closed = [answer for answer in answers if answer.choices]
@@ -143,8 +150,8 @@ class ChanceTest:
     """Significance test of the accuracy on closed questions against chance.
 
     Attributes:
-        chance: expected accuracy of random guessing.
-        p_value: p-value of the one-sided binomial test.
+        chance: expected accuracy of random guesses.
+        p_value: p-value of a one-sided binomial test.
     """
 
     questions: int
@@ -154,10 +161,10 @@ class ChanceTest:
 
 
 def compare_with_chance(answers: Iterable[Answer]) -> ChanceTest | None:
-    """Test the accuracy on closed questions (with `choices`) against chance; None if there are none.
+    """Test whether the accuracy on closed questions is above chance; return None if there are none.
 
-    Chance is the mean of 1 / number of choices. If the number of choices varies, the binomial test with this
-    mean is conservative, because the true variance is smaller.
+    Chance is the mean of 1 / (number of choices). If the number of choices varies between questions, the test
+    is conservative, because the true variance is smaller than that of the binomial distribution.
     """
     closed = [answer for answer in answers if answer.choices]
     if not closed:

@@ -1,4 +1,4 @@
-"""Teacher-forced loss of each record of a meta file."""
+"""Teacher-forced loss of each record in a meta file."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 @dataclass(frozen=True)
 class RecordLoss:
-    """Loss of one record. The fields are the JSON keys of `m3llm loss`.
+    """Loss of one record. The fields are keys in the JSON output of `m3llm loss`.
 
     Attributes:
         loss: mean cross-entropy over the supervised tokens.
@@ -27,12 +27,12 @@ class RecordLoss:
 def losses(
     model: InternVLChatModel, sets: Sequence[RecordSet], normalization: str, limit: int | None = None
 ) -> Iterator[RecordLoss]:
-    """Yield the loss of each record in order.
+    """Yield the loss of each record, in order.
 
     Args:
-        model: the model, which is switched to evaluation mode.
-        sets: the datasets.
-        normalization: pixel statistics, a key of `NORMALIZATIONS`.
+        model: model; this function switches it to evaluation mode.
+        sets: datasets.
+        normalization: pixel normalization, a key of `NORMALIZATIONS`.
         limit: use the first `limit` records of each dataset (default: all).
     """
     model.eval()

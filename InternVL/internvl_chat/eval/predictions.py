@@ -1,8 +1,8 @@
 """Predictions on disk, written one by one so that an interrupted evaluation can resume.
 
-Each rank appends to its own file: rank 0 to `predictions.jsonl`, rank n to `predictions.n.jsonl`. At the end,
-all files are merged into `predictions.jsonl` in benchmark order. `evaluation.json` stores the settings that
-the answers depend on.
+Each rank appends to a separate file: rank 0 to `predictions.jsonl`, rank n to `predictions.n.jsonl`. At the
+end, all files are merged into `predictions.jsonl` in benchmark order. `evaluation.json` stores the settings
+that affect the answers.
 """
 
 import fcntl
@@ -25,21 +25,24 @@ from internvl_chat.utils.files import append_json_line, file_sha256, sha256, wri
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
-# Not compared: a checkpoint may have moved; its digest identifies it.
+# Not compared, because a checkpoint may have moved; it is identified by its digest.
 _INFORMATIONAL = ("model",)
-# Compared only before more items are answered, see `PredictionLog.check_dtype`.
+# Compared only if more items are to be answered (see `PredictionLog.check_dtype`).
 _DTYPE = "dtype"
-# Compared per task, because a later run may add tasks.
+# Compared for each task, because a later run may add tasks.
 _PER_TASK = ("questions", "images")
 _MAX_INDICES_SHOWN = 5
 
 
 class PredictionLog:
-    """Prediction file of one rank; `done` also contains what other ranks had written when it was opened.
+    """Prediction file of one rank.
+
+    `done` maps items to answers. It contains all answers that were in the folder when the file was opened,
+    and those that this rank has added since.
 
     Args:
         folder: output folder of the evaluation, created if needed.
-        settings: settings that the answers depend on.
+        settings: settings that affect the answers.
 
     Raises:
         UsageError: the folder belongs to a different evaluation, or another process is writing to it.
@@ -59,20 +62,20 @@ class PredictionLog:
         self._stream.close()
 
     def check_dtype(self) -> None:
-        """Reject more answers with a different dtype of the model.
+        """Check that the model has the dtype with which the evaluation started.
 
         Raises:
-            UsageError: the folder contains answers with a different dtype.
+            UsageError: the dtype differs, so new answers would not be comparable.
         """
         before, now = (values.get(_DTYPE) for values in (self._stored, self._settings))
         if before and before != now:
             raise UsageError(
                 f"--out {self._folder}: this evaluation started in {before} and would continue in {now}; "
-                "continue on the same kind of device (--device), or choose a different folder"
+                "continue on the same type of device (--device), or choose a different folder"
             )
 
     def append(self, item: Item, prediction: str) -> None:
-        """Write a prediction and flush it to disk."""
+        """Append a prediction to the file and sync it to disk."""
         append_json_line(self._stream, _row(item, prediction) | {"truncated": is_truncated(prediction)})
         self.done[item.key] = prediction
 
@@ -89,13 +92,13 @@ def _row(item: Item, prediction: str) -> dict[str, Any]:
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the settings of a new evaluation, or compare them with those in the folder when resuming.
+    """Write the settings of a new evaluation; when resuming, compare them with those in the folder.
 
     Returns:
-        The settings in the folder.
+        The settings that are then stored in the folder.
     """
     file = folder / SETTINGS
-    # Must precede `is_file`: another rank may write the settings and its first answer in between.
+    # Check this before `is_file`: another rank may write the settings and its first answer in between.
     has_predictions = any(folder.glob("predictions*.jsonl"))
     if not file.is_file():
         if has_predictions:
@@ -144,7 +147,7 @@ def _open_and_lock(file: Path) -> IO[bytes]:
 
 
 def read_predictions(folder: Path) -> dict[Key, dict[str, Any]]:
-    """Return the rows in the files of all ranks, keyed by item.
+    """Return the rows in the prediction files of all ranks, keyed by item.
 
     Raises:
         DataError: a line is not a valid prediction.
@@ -159,7 +162,7 @@ def read_predictions(folder: Path) -> dict[Key, dict[str, Any]]:
 
 
 def merge_predictions(folder: Path, order: Iterable[Item]) -> dict[Key, Reply]:
-    """Merge the predictions of all ranks into one file in benchmark order and return them.
+    """Merge the predictions of all ranks into one file, in benchmark order; return the answers by item.
 
     Raises:
         DataError: a line is not a valid prediction.
@@ -178,16 +181,17 @@ def _reply(row: Mapping[str, Any]) -> Reply:
 def read_answers(
     file: Path, items: Sequence[Item], known: Sequence[Item], tasks: Collection[str] | None = None
 ) -> dict[Key, Reply]:
-    """Read answers that were generated elsewhere: JSONL with `task`, `index` (0-based) and `prediction`.
+    """Read answers that were generated elsewhere.
 
     Args:
-        file: JSONL file; may also answer other items of the benchmark.
+        file: JSONL file with `task`, `index` (0-based) and `prediction`. It may contain answers to other
+            items of the benchmark.
         items: items that need an answer.
         known: all items of the benchmark.
-        tasks: tasks that were read; answers to other tasks are ignored (default: all tasks).
+        tasks: ignore answers to all other tasks (default: ignore none).
 
     Raises:
-        DataError: a line is invalid, or an answer is missing, duplicate, or does not match an item; see
+        DataError: a line is invalid, or an answer is missing, given twice, or does not match an item; see
             `raise_problems`.
     """
     try:
@@ -218,7 +222,7 @@ def read_answers(
 
 
 def _mismatch(row: Mapping[str, Any], item: Item | None) -> str | None:
-    """Return why a row does not answer an item, or None. The `question` of a row is optional."""
+    """Return why a row is not an answer to the item, or None if it is. Its `question` is optional."""
     if item is None:
         return "is not an item of the benchmark"
     question = row.get("question")
@@ -256,7 +260,7 @@ def _parse_row(line: bytes, file: Path, number: int) -> dict[str, Any]:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Return the SHA-256 of all checkpoint files that affect the answers."""
+    """Return a SHA-256 of all checkpoint files that affect the answers."""
     digest = hashlib.sha256()
     adapter = folder / "adapter_model.safetensors"
     weights = [adapter] if adapter.is_file() else weight_files(folder)
@@ -270,7 +274,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def task_digests(items: Iterable[Item], system: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the digest of each task's items; see `items_digest`."""
+    """Return the digest of the items of each task, keyed by task (see `items_digest`)."""
     by_task: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_task[item.task].append(item)
@@ -278,7 +282,7 @@ def task_digests(items: Iterable[Item], system: Mapping[str, str | None]) -> dic
 
 
 def image_digests(items: Sequence[Item]) -> dict[str, str]:
-    """Return the SHA-256 of the images of each task that has images, computed in parallel."""
+    """Return a SHA-256 of all images of each task, keyed by task; tasks without images are omitted."""
     figures = {(f.path or f.content): f for item in items for f in item.figures}
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(figures, pool.map(_image_sha256, figures.values()), strict=True))
@@ -291,7 +295,7 @@ def image_digests(items: Sequence[Item]) -> dict[str, str]:
 
 
 def _image_sha256(figure: Figure) -> str:
-    """Return the SHA-256 of an image file, or "" if it cannot be read; this is reported later."""
+    """Return the SHA-256 of an image, or "" if the file cannot be read, which is reported later."""
     if figure.path is None:
         return sha256(figure.content or b"")
     try:
@@ -301,7 +305,7 @@ def _image_sha256(figure: Figure) -> str:
 
 
 def items_digest(items: Iterable[Item], system: Mapping[str, str | None]) -> str:
-    """Return the SHA-256 of the questions, image names, references and system prompts."""
+    """Return a SHA-256 of the questions, image names, references and system prompts of items."""
     digest = hashlib.sha256()
     for item in items:
         content = [_row(item, ""), item.text, system[item.task]]

@@ -1,4 +1,4 @@
-"""Score predictions against references: per-item metrics, and per-task averages in percent."""
+"""Score predictions against references: metrics of each item, and averages for each task in percent."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +24,11 @@ class Scores:
     """Metrics of an evaluation.
 
     Attributes:
-        tasks: task -> number of `items`, and metrics in percent (None if not computed). Multiple-choice tasks
-            have `unreadable`, the number of answers from which no option could be parsed. Partially scored
-            tasks have `total`, the number of items of the full task. Tasks with answers that were cut off at
-            the maximum number of tokens have `truncated`, their number.
+        tasks: task -> metrics in percent (None if not computed), and these counts:
+            - `items`: scored items.
+            - `total`: items of the full task (only if the task is scored partially).
+            - `truncated`: answers cut off at the maximum number of tokens (only if there are any).
+            - `unreadable`: answers from which no option could be parsed (only for multiple choice).
         items: item -> metric -> score from 0 to 1 (`cider` from 0 to 10).
     """
 
@@ -38,8 +39,8 @@ class Scores:
 def score(benchmark: Benchmark, answers: Mapping[Key, str], suite: Suite) -> Scores:
     """Score the answers to all items of a benchmark.
 
-    Tasks with multiple-choice items get accuracy over all items (exact match for open items) and macro
-    averages over the letters. All other tasks get the open-answer metrics, averaged over items.
+    A task with multiple-choice items gets the accuracy over all items (with exact match for open items) and
+    macro averages over the option letters. Any other task gets the open-answer metrics, averaged over items.
     """
     groups: dict[str, list[Item]] = {task: [] for task in benchmark.tasks}
     for item in benchmark.items:
@@ -75,7 +76,7 @@ def _mean_percent(values: Sequence[float | None]) -> float | None:
 def _score_open(
     items: Sequence[Item], answers: Mapping[Key, str], suite: Suite
 ) -> dict[Key, dict[str, float]]:
-    """Return the scores of open answers; CIDEr document frequencies are computed per task."""
+    """Return the scores of open answers, keyed by item. CIDEr uses the document frequencies of each task."""
     predictions = [plain_text(answers[i.key]) for i in items]
     references = [plain_text(i.reference) for i in items]
     item_metrics: dict[str, Callable[[str, str], dict[str, float]]] = {
@@ -126,7 +127,7 @@ def _cider_by_task(
 
 
 def _choice_metrics(items: Sequence[Item], answers: Mapping[Key, str], suite: Suite) -> Metrics:
-    """Return the macro averages over the letters in percent, and the number of unparsable answers."""
+    """Return the macro averages over the option letters in percent, and the number of unparsable answers."""
     letters = [item.selected_letter(answers[item.key]) for item in items]
     metrics: Metrics = {"unreadable": letters.count(None)}
     if "macro" in suite.families:

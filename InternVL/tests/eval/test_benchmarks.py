@@ -297,7 +297,7 @@ def test_repeated_correct_options_are_reported(questions, caplog):
     questions((("CT", "CT ", "MRI"), "MRI"))
     assert not caplog.records
     questions((("CT", "ct ", "MRI"), "CT"))
-    assert "1 item with a second option that equals the correct one (for example set 0)" in caplog.text
+    assert "1 item with a repeated correct option (for example set 0)" in caplog.text
 
 
 def omnimed(folder: Path, *changes: dict) -> Path:
@@ -589,7 +589,7 @@ def test_system_prompts(folder, published):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("puretxt: a", "not tasks of pmc-mi: puretxt; its tasks are puretext, multi-choice"),
+        ("puretxt: a", "unknown tasks: puretxt; the tasks of pmc-mi are puretext, multi-choice"),
         ("- a", "must map"),
         ("puretext: 3", "must map"),
         ("a: [", "cannot be read as YAML"),

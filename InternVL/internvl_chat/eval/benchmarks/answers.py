@@ -1,8 +1,8 @@
-"""Correct options of multiple-choice items, which a benchmark gives as letters or as option text.
+"""Find the correct option of a multiple-choice item, which a benchmark gives as a letter or as option text.
 
-An answer such as `A` can be both the letter of the first option and the text of a different option. It is
-interpreted like the other answers of the same file and task if these are all letters or all option text;
-otherwise the item is rejected.
+An answer such as `A` is ambiguous if it is the letter of the first option and the text of a different one. If
+the unambiguous answers of the same file and task are all letters, it is read as a letter; if they are all
+option text, as text. Otherwise, the item is rejected.
 """
 
 import re
@@ -22,7 +22,7 @@ _LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*(\S.*)", re.DOTALL)
 
 
 def strip_letters(choices: Sequence[str]) -> list[str]:
-    """Remove the leading letters if all options begin with their own letter.
+    """Remove the leading letters if every option begins with its letter.
 
     >>> strip_letters(["A. yes", "B. no"]), strip_letters(["A. fumigatus", "C. albicans"])
     (['yes', 'no'], ['A. fumigatus', 'C. albicans'])
@@ -43,13 +43,13 @@ def strip_letters(choices: Sequence[str]) -> list[str]:
 
 
 def is_repeated(letter: str, choices: Sequence[str]) -> bool:
-    """Return whether another option has the same text as the option with this letter."""
+    """Return whether the text of the option with this letter occurs in another option as well."""
     texts = [_plain(choice) for choice in choices]
     return texts.count(texts[ascii_uppercase.index(letter)]) > 1
 
 
 def options_like_letters(choices: Sequence[str]) -> bool:
-    """Return whether the text of any option is the letter of a different option (option B reads 'A')."""
+    """Return whether the text of an option is the letter of a different one (such as `B. A`)."""
     letters = ascii_uppercase[: len(choices)]
     return any(
         len(text := choice.strip().upper()) == 1 and text in letters and text != letter
@@ -58,12 +58,12 @@ def options_like_letters(choices: Sequence[str]) -> bool:
 
 
 def names_option(answer: str, choices: Sequence[str]) -> bool:
-    """Return whether an answer is an option: its letter, its text, or both (`B`, `(B)`, `B. text`)."""
+    """Return whether an answer names an option by its letter, its text, or both (`B`, `(B)`, `B. text`)."""
     return bool(_readings(answer, choices))
 
 
 def common_form(items: Iterable[Item]) -> AnswerForm | None:
-    """Return the form that all unambiguous answers share, or None if there is no such form."""
+    """Return the form of the unambiguous answers (letter or text), or None if they do not share one."""
     forms: set[AnswerForm] = set()
     for item in items:
         readings = _readings(item.reference, item.choices)
@@ -73,13 +73,13 @@ def common_form(items: Iterable[Item]) -> AnswerForm | None:
 
 
 def with_letter(item: Item, form: AnswerForm | None, answer_key: str) -> Item:
-    """Replace the reference of a multiple-choice item with the letter of its correct option.
+    """Return a multiple-choice item with the letter of its correct option as reference.
 
     Open items are returned unchanged.
 
     Args:
-        item: item whose reference is the raw answer from the benchmark.
-        form: form of the benchmark's answers; None if unknown.
+        item: item whose reference is the answer as given in the benchmark.
+        form: form of the answers in the benchmark; None if unknown.
         answer_key: JSON key of the answer, for error messages.
 
     Raises:
@@ -95,12 +95,12 @@ def with_letter(item: Item, form: AnswerForm | None, answer_key: str) -> Item:
 
 
 def correct_letter(answer: str, choices: Sequence[str], form: AnswerForm | None = None) -> str:
-    """Return the letter of the correct option, which is given as a letter, as text, or as both (`B. text`).
+    """Return the letter of the correct option.
 
     Args:
-        answer: the correct answer.
+        answer: correct answer, given as a letter, as option text, or as both (`B. text`).
         choices: text of each option.
-        form: how to interpret an answer that is a letter and also the text of a different option.
+        form: how to read an answer that is a letter and also the text of a different option.
 
     Raises:
         DataError: see `with_letter`.
@@ -123,7 +123,7 @@ def correct_letter(answer: str, choices: Sequence[str], form: AnswerForm | None 
 
 
 def _readings(answer: str, choices: Sequence[str]) -> dict[AnswerForm, str]:
-    """Return the option letters that an answer can mean, keyed by how the answer is interpreted."""
+    """Return the letter of the option that an answer refers to, for each form in which it can be read."""
     letters = ascii_uppercase[: len(choices)]
     plain = answer.strip()
     texts = {_plain(choice): letter for letter, choice in reversed(list(zip(letters, choices, strict=False)))}

@@ -1,4 +1,4 @@
-"""Registry of benchmark readers, and the system prompts of the tasks."""
+"""Open a benchmark by name, and read the system prompts of its tasks."""
 
 import difflib
 from collections import Counter
@@ -33,7 +33,7 @@ PROMPTS = Path(__file__).with_name("prompts.yaml")
 
 
 def location_problem(name: str, data: Path | None) -> str | None:
-    """Return an error message if the benchmark name or the data location is invalid, else None."""
+    """Return an error message if `--bench` or `--data` is invalid; None if both are valid."""
     if name not in READERS:
         if not Path(name).is_dir():
             near = difflib.get_close_matches(name, READERS, n=1)
@@ -90,7 +90,7 @@ def open_benchmark(
 
 
 def system_prompts(benchmark: Benchmark, file: Path | None = None) -> dict[str, str | None]:
-    """Return the system prompt of each task; None selects the default of the checkpoint.
+    """Return the system prompt of each task; None for the system prompt of the checkpoint.
 
     Args:
         file: YAML or JSON file that maps task names or the benchmark name to system prompts (default: the
@@ -105,7 +105,7 @@ def system_prompts(benchmark: Benchmark, file: Path | None = None) -> dict[str, 
         unknown = sorted(texts.keys() - known)
         if unknown:
             raise DataError(
-                f"not tasks of {benchmark.name}: {', '.join(unknown)}; its tasks are "
+                f"unknown tasks: {', '.join(unknown)}; the tasks of {benchmark.name} are "
                 f"{', '.join(benchmark.tasks)}",
                 file=file,
             )

@@ -56,7 +56,7 @@ class Figure:
         return self._read(partial(decode_image, options=options))
 
     def check(self) -> None:
-        """Check the header and the end of the image; decode the image only if its end looks damaged.
+        """Check the header and the end of the image file; decode the image only if its end looks damaged.
 
         Raises:
             DataError: the image is missing or cannot be decoded.
@@ -113,7 +113,7 @@ class Item:
 
     @property
     def text(self) -> str:
-        """User message: labeled image placeholders as in the training data, then the question."""
+        """User message: the question, preceded by labeled image placeholders as in the training data."""
         if IMAGE_PLACEHOLDER in self.question:
             return self.question
         shown = [
@@ -127,10 +127,10 @@ class Item:
         return (user,) if system is None else (Message("system", system), user)
 
     def prompt(self, system: str | None, options: ImageOptions = REFERENCE) -> Prompt:
-        """Return the messages with decoded images.
+        """Return the messages and the decoded images as a prompt.
 
         Args:
-            system: system message, or None.
+            system: system prompt; None for the checkpoint's.
             options: handling of transparency and EXIF rotation.
 
         Raises:
@@ -139,7 +139,7 @@ class Item:
         return Prompt(self.messages(system), self._read_figures(lambda figure: figure.decode(options)))
 
     def check_images(self) -> None:
-        """Check the images without decoding them; see `Figure.check`.
+        """Check the images, if possible without decoding them; see `Figure.check`.
 
         Raises:
             DataError: an image cannot be read.
@@ -154,11 +154,11 @@ class Item:
             raise DataError(f"{self.task}, item {self.index}: {error}", kind=error.kind) from None
 
     def selected_letter(self, prediction: str) -> str | None:
-        """Return the letter of the option that an answer selects, or None if it cannot be parsed."""
+        """Return the letter of the option that a prediction selects, or None if none can be parsed."""
         return parse_choice(plain_text(prediction), self.choices)
 
     def is_correct(self, prediction: str) -> bool:
-        """Return whether an answer is correct: by selected letter, or by exact match for open questions."""
+        """Return whether a prediction selects the correct option or, for open questions, matches exactly."""
         if self.choices:
             return self.selected_letter(prediction) == self.reference
         prediction = plain_text(prediction).strip().lower()
@@ -167,7 +167,7 @@ class Item:
 
 
 def plain_text(answer: str) -> str:
-    """Remove tokens such as `<box>` before an answer is scored: the published evaluation drops them."""
+    """Remove tokens such as `<box>` from an answer, as the published evaluation does before scoring."""
     return _ANSWER_TOKEN.sub("", answer).strip() if _ANSWER_TOKEN.search(answer) else answer
 
 
@@ -179,7 +179,7 @@ class Benchmark:
         items: usable items, grouped by task.
         pooled: whether the report also includes metrics over all tasks together.
         excluded: invalid items.
-        totals: task -> number of items before selection and exclusion; empty if unknown.
+        totals: task -> number of items, including excluded and unselected ones; empty if unknown.
         other_tasks: tasks whose files were not read.
     """
 
@@ -196,7 +196,7 @@ class Benchmark:
         return tuple(dict.fromkeys(item.task for item in self.items))
 
     def select(self, tasks: Sequence[str] | None, limit: int | None) -> "Benchmark":
-        """Return the benchmark with the first `limit` items of each given task; None means no restriction."""
+        """Return the benchmark with only some tasks (None: all) and their first `limit` items (None: all)."""
         selected = (
             item
             for item in self.items
@@ -215,9 +215,9 @@ class Benchmark:
 
 
 def log_lost_content(items: Sequence[Item], options: ImageOptions) -> None:
-    """Warn about image information that is ignored, such as further frames or transparency.
+    """Warn about image content that is ignored, such as additional frames or transparency.
 
-    Each kind is logged once, with the number of images and an example.
+    Log one line per type of content, with the number of images and an example.
     """
     found: dict[str, list[str]] = {}
     for path in dict.fromkeys(f.path for item in items for f in item.figures if f.path is not None):

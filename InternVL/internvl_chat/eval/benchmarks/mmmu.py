@@ -35,9 +35,9 @@ _IMAGE_REFERENCE = re.compile(r"<image\s*_?(\d)>", re.IGNORECASE)
 
 
 def read_mmmu(data: Path, request: Request = EVERYTHING) -> Benchmark:
-    """Read `SUBJECT/validation-*.parquet` of the five subjects.
+    """Read the files `SUBJECT/validation-*.parquet` of the five subjects, which become the tasks.
 
-    As in the training data, images precede the question: `<image 2>` becomes the label `Fig-2`.
+    As in the training data, images precede the question: a reference `<image 2>` in the text becomes `Fig-2`.
 
     Args:
         data: folder with one subfolder per subject.

@@ -25,7 +25,7 @@ from internvl_chat.eval.benchmarks.reading import (
 )
 from internvl_chat.utils.errors import DataError
 
-# Name in the published tables -> pattern of the names in the dataset.
+# Modality in the published tables -> regular expression for its names in the dataset.
 _MODALITIES = {
     "OCT": r"^oct(?![a-z])|optical coherence",
     "CT": r"^ct(?![a-z])|computed tomography",
@@ -42,11 +42,11 @@ _ORDER = ("CT", "FP", "MR", "OCT", "Der", "Mic", "X-Ray", "US")
 def read_omnimed(data: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read all JSON files in `QA_information/Open-access`, or in `QA_information` if that folder is missing.
 
-    Modalities that are not in the published tables keep their names.
+    Tasks are named after the modalities in the published tables; other modalities keep their names.
 
     Args:
         data: folder with `QA_information/` and the images.
-        request: whether the images are needed; all tasks are read.
+        request: whether the images must exist; its tasks are ignored, and all tasks are read.
 
     Raises:
         DataError: there is no JSON file.
@@ -87,7 +87,7 @@ def _parse(raw: Mapping[str, Any], *, data: Path, images: bool) -> Item:
 
 
 def short_modality(name: str) -> str:
-    """Return the name of a modality in the published tables, or the given name if it is not in them.
+    """Return the short name of a modality, as in the published tables; other names are returned unchanged.
 
     >>> short_modality("OCT (Optical Coherence Tomography"), short_modality("Endoscopy")
     ('OCT', 'Endoscopy')

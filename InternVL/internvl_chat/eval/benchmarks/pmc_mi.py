@@ -48,12 +48,13 @@ _IMAGE_FOLDERS = ("images", "benchmark_images", ".")
 
 
 def read_pmc_mi(data: Path, request: Request = EVERYTHING) -> Benchmark:
-    """Read the six published files.
+    """Read the six published files of PMC-MI-Bench.
+
+    Images are searched in the folder of the files, its parent, and `images/` and `benchmark_images/` in both.
 
     Args:
-        data: folder of the files, or the parent of `benchmark/` or `benchmark_data/`. Images are searched in
-            the folder of the files, its parent, and `images/` and `benchmark_images/` in both.
-        request: tasks to read, and whether the images are needed.
+        data: folder of the files, or the parent of a folder `benchmark/` or `benchmark_data/` with the files.
+        request: tasks to read, and whether the images must exist.
 
     Raises:
         DataError: a file is missing.
@@ -76,10 +77,10 @@ def read_folder(folder: Path, request: Request = EVERYTHING) -> Benchmark:
 
     Args:
         folder: folder of the files.
-        request: tasks to read, and whether the images are needed.
+        request: tasks to read, and whether the images must exist.
 
     Raises:
-        DataError: there is no such file, or two files have the same task name.
+        DataError: the folder contains no such file, or two files result in the same task name.
         UsageError: a task is unknown.
     """
     published = {name: task for task, name in FILES.items()}

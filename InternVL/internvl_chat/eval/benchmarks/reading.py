@@ -1,4 +1,4 @@
-"""Helpers of the benchmark readers. All problems of a benchmark are reported together."""
+"""Helpers for the benchmark readers. All problems of a benchmark are reported together."""
 
 import filecmp
 import re
@@ -30,7 +30,7 @@ from internvl_chat.utils.text import counted
 logger = get_logger(__name__)
 
 _MAX_PROBLEMS_SHOWN = 20
-# Keys of options and of text for the prompt in other formats.
+# Keys under which other formats store the options, and text that belongs to the prompt.
 _OPTION_KEY = re.compile(
     r"(?:answer_?|multiple_?)?(?:options?|choices?|candidates?)|candidate_?answers|"
     r"(?:option|choice|candidate)[ _-]?(?:[a-z]|\d+)|op[a-e]|[a-f]",
@@ -43,10 +43,10 @@ _PROMPT_KEY = re.compile(
 
 @dataclass(frozen=True)
 class Request:
-    """Which parts of a benchmark to read.
+    """Parts of a benchmark to read.
 
     Attributes:
-        tasks: read only these tasks, if the benchmark has one file per task; None for all tasks.
+        tasks: tasks to read if the benchmark has one file per task; None for all tasks.
         images: whether the image files must exist.
     """
 
@@ -66,9 +66,9 @@ class Row:
     """Unparsed row of a benchmark file.
 
     Attributes:
-        read: returns the JSON object; raises `DataError` if it is not valid JSON.
+        read: function that returns the JSON value; raises `DataError` if it is not valid JSON.
         file: benchmark file.
-        place: returns the line or row number, and the object number if the line contains several objects.
+        place: function that returns the location for error messages, such as `line 3`.
     """
 
     read: Callable[[], Any]
@@ -82,15 +82,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Format:
-    """Row format of a benchmark.
+    """Format of the rows of a benchmark.
 
     Attributes:
-        parse: converts a JSON object to an item; raises `DataError` if it is invalid. The reference of a
-            multiple-choice item is the raw answer, or empty if there is none.
-        task: returns the task of a possibly invalid object, or "" if unknown.
+        parse: function that converts a JSON object to an item; raises `DataError` if the object is invalid.
+            In a multiple-choice item, the reference is the answer as given, or empty if there is none.
+        task: function that returns the task of an object, which may be invalid; "" if unknown.
         answer_key: JSON key of the answer.
-        answers: whether multiple-choice answers are letters or option text; None if this differs between
-            files.
+        answers: form of multiple-choice answers; None if the form differs between files.
     """
 
     parse: Callable[[Mapping[str, Any]], Item]
@@ -100,7 +99,7 @@ class Format:
 
 
 def file_rows(file: RecordFile) -> Iterator[Row]:
-    """Yield the objects of a JSONL file or a JSON array."""
+    """Yield one row per object in a JSONL file or a JSON array."""
     for number in range(len(file)):
 
         def place(number: int = number) -> str:
@@ -114,8 +113,8 @@ def file_rows(file: RecordFile) -> Iterator[Row]:
 def read_rows(rows: Iterable[Row], rule: Format) -> list[Item]:
     """Parse rows into items; an invalid row becomes an item with a `problem`.
 
-    The references of multiple-choice items become option letters. The answer key may be missing only if
-    all rows of the task lack it.
+    The reference of a multiple-choice item becomes an option letter. If any row of a task has an answer, all
+    must have one.
     """
     rows = list(rows)
     parsed = [_parse(row, rule) for row in rows]
@@ -161,11 +160,11 @@ def _parse(row: Row, rule: Format) -> Item:
 
 
 def raise_problems(problems: Sequence[str], advice: Sequence[str] = ()) -> None:
-    """Raise a single error for all problems; do nothing if there are none.
+    """Raise one error that lists all problems; do nothing if there are none.
 
     Args:
         problems: one message per problem.
-        advice: lines to append after the problems.
+        advice: lines to add after the list.
 
     Raises:
         DataError: there is a problem; the message lists the first 20 and counts the rest.
@@ -192,11 +191,10 @@ def unknown_tasks(unknown: Sequence[str], benchmark: str, known: Iterable[str]) 
 
 
 def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
-    """Move the open questions of mixed tasks to a separate task, `TASK (open)`; group the items by task.
+    """Move the open questions of each mixed task to a separate task `TASK (open)`; group the items by task.
 
-    A mixed task has both open and multiple-choice questions.
-
-    Some metrics of open and multiple-choice tasks have the same names but different definitions.
+    A mixed task has both open and multiple-choice questions. It is split, because some metrics have the same
+    name but different definitions for the two types of questions.
     """
     usable = [item for item in items if not item.problem]
     mixed = {item.task for item in usable if item.choices} & {
@@ -211,7 +209,7 @@ def split_mixed_tasks(items: Sequence[Item]) -> list[Item]:
 
 
 def with_indices(items: Iterable[Item]) -> list[Item]:
-    """Number the items of each task from 0."""
+    """Return the items with an `index` that counts from 0 in each task."""
     counts: Counter[str] = Counter()
     result = []
     for item in items:
@@ -224,7 +222,7 @@ def required_strings(raw: Mapping[str, Any], *keys: str) -> list[str]:
     """Return the string values of the given keys.
 
     Raises:
-        DataError: a value is missing, empty or not a string.
+        DataError: a value is missing, empty or not a string, or contains the reserved image context token.
     """
     invalid = [key for key in keys if not isinstance(raw.get(key), str) or not raw[key].strip()]
     if invalid:
@@ -244,10 +242,11 @@ def optional_string(raw: Mapping[str, Any], key: str) -> str:
 
 
 def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
-    """Return the list under a key; a single string becomes a list, a missing key an empty list.
+    """Return the list of strings under a key. A single string becomes a list; a missing key results in [].
 
     Raises:
-        DataError: the value is neither a string nor a list of non-empty strings.
+        DataError: the value is neither a string nor a list of non-empty strings, or contains the reserved
+            image context token.
     """
     value = raw.get(key) or []
     value = [value] if isinstance(value, str) else value
@@ -258,10 +257,10 @@ def string_list(raw: Mapping[str, Any], key: str) -> list[str]:
 
 
 def check_images(raw: Mapping[str, Any], read: Sequence[str], names: Sequence[str], question: str) -> None:
-    """Reject an item if it refers to an image in an unsupported key or with an unsupported placeholder.
+    """Reject an item that contains an image under an unsupported key, or an unsupported image placeholder.
 
     Args:
-        raw: the unparsed item.
+        raw: unparsed item.
         read: supported keys.
         names: images of the item.
         question: text of the question.
@@ -274,10 +273,10 @@ def check_images(raw: Mapping[str, Any], read: Sequence[str], names: Sequence[st
 
 
 def check_keys(raw: Mapping[str, Any], read: Sequence[str]) -> None:
-    """Reject an item with options, or text for the prompt, under a key that is not read.
+    """Reject an item that contains options or text for the prompt under an unsupported key.
 
     Args:
-        raw: the unparsed item.
+        raw: unparsed item.
         read: supported keys.
 
     Raises:
@@ -309,17 +308,17 @@ def check_reserved_token(text: str) -> None:
 
 
 def find_image(name: str, roots: Sequence[Path], *, required: bool = True) -> Path:
-    """Return the path to an image in the first folder that contains it.
+    """Return the path to an image, in the first of several folders that contains it.
 
-    If an optional image is in none of the folders, return its path in the first folder.
+    If no folder contains it and it is not required, return its path in the first folder.
 
     Args:
-        name: image path relative to a folder.
+        name: image path relative to one of the folders.
         roots: folders to search.
         required: whether the image must exist.
 
     Raises:
-        DataError: a required image is remote or in none of the folders.
+        DataError: a required image is remote, missing, or ambiguous (different files in two folders).
     """
     if required and (remote := describe_remote(name)):
         raise DataError(remote)
@@ -346,9 +345,9 @@ def _equal(one: Path, other: Path) -> bool:
 def choice_item(
     task: str, question: str, answer: str, figures: tuple[Figure, ...], choices: Sequence[str]
 ) -> Item:
-    """Return a multiple-choice item with lettered options after the question, one per line.
+    """Return a multiple-choice item; its options follow the question, one per line, with letters.
 
-    If all options already begin with their letters (`A. yes`, `B. no`), these are not repeated.
+    If all options already begin with their letters (`A. yes`, `B. no`), no letters are added.
 
     Raises:
         DataError: the options begin with the expected letters in a different order.
@@ -359,7 +358,7 @@ def choice_item(
 
 
 def warn_about_options(items: Sequence[Item]) -> None:
-    """Warn about options whose text is the letter of a different option, and repeated correct options."""
+    """Warn about repeated correct options, and options whose text is the letter of a different option."""
     repeated = [
         item for item in items
         if item.choices and item.reference and is_repeated(item.reference, item.choices)
@@ -367,8 +366,8 @@ def warn_about_options(items: Sequence[Item]) -> None:
     letters = [item for item in items if options_like_letters(item.choices)]
     for found, message in (
         (repeated,
-         "%s with a second option that equals the correct one (for example %s %d); only the letter of the "
-         "first is counted as correct, and the text of the option is unparsable"),
+         "%s with a repeated correct option (for example %s %d); only the letter of the first occurrence is "
+         "counted as correct, and the option text cannot be parsed"),
         (letters,
          "%s with an option whose text is the letter of a different option (for example %s %d); "
          "single-letter answers are interpreted as letters, not as option text"),

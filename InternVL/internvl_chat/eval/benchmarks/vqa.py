@@ -32,14 +32,18 @@ _KEYS = ("question", "answer", "image", "images", "choices", "task")
 def read_vqa(file: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read a JSONL file (or a JSON array) of questions.
 
-    An object has `question` and `answer`. Optional keys: `image` (one path or a list, relative to the folder
-    of the file), `choices` (options, appended to the question; `answer` is then a letter or the text of an
-    option) and `task` (default: the file name). If a task mixes multiple-choice and open questions, its open
-    questions become a separate task.
+    Keys of an object:
+    - `question`, `answer`
+    - `image` (optional): one path or a list of paths, relative to the folder of the file
+    - `choices` (optional): options, which are appended to the question; `answer` is then a letter or the text
+      of an option
+    - `task` (optional): task name (default: the file name)
+
+    If a task mixes multiple-choice and open questions, its open questions become a separate task.
 
     Args:
         file: JSONL or JSON file.
-        request: whether the images are needed; all tasks are read.
+        request: whether the images must exist; its tasks are ignored, and all tasks are read.
 
     Raises:
         DataError: the file is missing, or is neither JSONL nor a JSON array.
@@ -85,10 +89,10 @@ def _parse(raw: Mapping[str, Any], *, file: Path, images: bool) -> Item:
 
 
 def _reject_index(raw: Mapping[str, Any]) -> None:
-    """Reject a numeric answer that is the text of one option and the index of a different one.
+    """Reject a numeric answer that is the text of one option and the 0-based index of a different one.
 
     Raises:
-        DataError: the number is ambiguous.
+        DataError: the answer is ambiguous.
     """
     choices, number = raw.get("choices") or [], raw["answer"]
     if str(number) in choices and number in range(len(choices)) and choices[int(number)] != str(number):

@@ -1,1 +1,1 @@
-"""lmms-eval tasks for PMC-MI-Bench and folders in its format; pass this folder as `--include_path`."""
+"""lmms-eval tasks for PMC-MI-Bench and for folders in its format; pass this folder as `--include_path`."""

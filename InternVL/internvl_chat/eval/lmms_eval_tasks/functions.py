@@ -1,7 +1,7 @@
-"""lmms-eval hooks for the YAML task files, based on the readers and metrics of `m3llm eval`.
+"""Functions that the YAML task files of lmms-eval call; they use the readers and metrics of `m3llm eval`.
 
-lmms-eval passes only the loaded dataset to `process_docs`. The question folder therefore comes from an
-environment variable, and the task from the dataset configuration (`dataset_name` in the YAML file).
+lmms-eval passes only the loaded dataset to `process_docs`. Therefore, the folder of the questions comes from
+an environment variable, and the task name from the dataset configuration (`dataset_name` in the YAML file).
 """
 
 import os
@@ -39,10 +39,10 @@ _LOCK = Lock()
 
 
 def process_docs(dataset: "Dataset") -> "Dataset":
-    """Return the documents of a task, which replace the dataset loaded by lmms-eval.
+    """Return a dataset with the questions of a task, which replaces the dataset loaded by lmms-eval.
 
     Args:
-        dataset: placeholder dataset whose configuration name is the task.
+        dataset: placeholder, whose configuration name is the task name.
 
     Raises:
         UsageError: `M3LLM_BENCH_DATA` is not set, or the task is not in its folder.
@@ -55,11 +55,11 @@ def process_docs(dataset: "Dataset") -> "Dataset":
 
 
 def read_documents(task: str, folder: Path) -> list[dict[str, Any]]:
-    """Return the items of a task as flat records.
+    """Return the items of a task as JSON-serializable documents.
 
     Args:
-        task: PMC-MI-Bench task, or name of a file in a custom folder.
-        folder: value of `--data` for PMC-MI-Bench, or of `--bench` for a custom folder (see `m3llm eval`).
+        task: task of PMC-MI-Bench, or of a custom folder.
+        folder: folder of PMC-MI-Bench, or the custom folder.
 
     Raises:
         UsageError: the folder or the task does not exist.
@@ -113,11 +113,11 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, 
 def doc_to_messages(
     doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Return the chat messages, with images at the positions of their placeholders.
+    """Return the chat messages, with images in place of their placeholders.
 
     Args:
-        lmms_eval_specific_kwargs: model options from the YAML file; `newline_after_image` means that the
-            model's chat template adds a newline after each image.
+        lmms_eval_specific_kwargs: model options from the YAML file. Set `newline_after_image` if the chat
+            template of the model adds a newline after each image.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -136,7 +136,7 @@ def doc_to_messages(
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Return the per-item metrics of an answer in percent, and the inputs of the per-task metrics."""
+    """Return the metrics of an answer in percent, and the inputs for metrics that are computed per task."""
     item, answer = _item(doc), results[0]
     pair = {"reference": item.reference, "choices": list(item.choices), "prediction": answer}
     with _LOCK:
@@ -159,7 +159,7 @@ def _suite() -> Suite:
 
 
 def _task_metric(pairs: Sequence[Mapping[str, Any]], *, name: str) -> float:
-    """Compute a metric over all answers of a task as `m3llm eval` does."""
+    """Return a metric over all answers of a task, computed as in `m3llm eval`."""
     items = [
         Item("task", n, "", pair["reference"], choices=tuple(pair["choices"])) for n, pair in enumerate(pairs)
     ]

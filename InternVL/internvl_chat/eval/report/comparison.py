@@ -31,14 +31,14 @@ figure img { display: block; border: 1px solid var(--line); border-radius: .25re
 
 @dataclass(frozen=True)
 class ComparedRecord:
-    """A question and the answers of multiple models.
+    """A question with the answers of multiple models.
 
     Attributes:
-        task: section heading; records of a task must be consecutive.
+        task: task name, used as section heading; records of a task must be consecutive.
         question: the question, including image placeholders.
         images: RGB images, labeled Fig-0, Fig-1, ... in this order.
         reference: expected answer.
-        answers: model name -> answer, and whether it is correct.
+        answers: model name -> (answer, whether it is correct).
     """
 
     task: str
@@ -51,7 +51,7 @@ class ComparedRecord:
 def comparison_page(
     title: str, introduction: Iterable[str], records: Iterable[ComparedRecord], end: Iterable[str] = ()
 ) -> str:
-    """Return the HTML page; `introduction` and `end` are HTML fragments before and after the records."""
+    """Return the HTML page, with the HTML fragments `introduction` and `end` before and after the records."""
     parts = list(introduction)
     for task, of_task in groupby(records, key=lambda record: record.task):
         parts += [f"<h2>{html.escape(task)}</h2>", *map(_item, of_task)]

@@ -1,4 +1,4 @@
-"""Write an evaluation report: metrics, table, plots and HTML page."""
+"""Write the files of an evaluation report: metrics, table, plots and HTML page."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""HTML page with question, figures, reference, model answer and scores of every item."""
+"""HTML page with the question, figures, reference, answer and scores of each item."""
 
 import html
 from collections.abc import Mapping
@@ -35,11 +35,11 @@ def evaluation_page(
     """Return the HTML page, with at most `MAX_ITEMS_PER_TASK` items per task.
 
     Args:
-        benchmark: benchmark with the answered items.
+        benchmark: benchmark restricted to the answered items.
         answers: item -> answer.
         scores: scores of the items and tasks.
         model: model name.
-        pictures: description of a plot -> PNG file.
+        pictures: description of a plot -> its PNG file.
 
     Raises:
         DataError: a figure cannot be decoded.

@@ -23,7 +23,7 @@ _MODEL_COLOR = BLUE
 # Metrics of open tasks in the bar chart; the table contains all metrics.
 _BARS = ("bleu1", "bleu4", "rougeL", "f1", "bertscore", "sts")
 _COLUMNS = 2
-# Heights in inches: a bar, and the title and axis of a panel.
+# Heights in inches: of a bar, and of a panel's title and axis together.
 _BAR, _PANEL = 0.18, 0.8
 # Gap between metrics, in units of a bar.
 _GAP = 0.7
@@ -32,8 +32,8 @@ _GAP = 0.7
 def radar_axes(tasks: Mapping[str, Metrics], benchmark: str) -> list[tuple[str, str]]:
     """Return the axes of the radar chart as (task, metric) pairs.
 
-    For PMC-MI-Bench, these are the computed metrics that have a published value; for other benchmarks, the
-    accuracy or ROUGE-L of each task.
+    For PMC-MI-Bench, there is an axis for each computed metric with a published value. For other benchmarks,
+    there is one axis per task, for accuracy or ROUGE-L.
     """
     if benchmark == "pmc-mi":
         pairs = [(task, name) for task in TITLES for name in (CHOICE if task == "multi-choice" else OPEN)]
@@ -44,7 +44,7 @@ def radar_axes(tasks: Mapping[str, Metrics], benchmark: str) -> list[tuple[str, 
 
 
 def plot_radar(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, model: str) -> bool:
-    """Save the radar chart as a PNG and return True; with fewer than three axes, only return False."""
+    """Save the radar chart as a PNG file; return False without saving it if it has fewer than three axes."""
     figure = radar_figure(tasks, benchmark=benchmark, model=model)
     if figure is None:
         return False
@@ -53,7 +53,7 @@ def plot_radar(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, m
 
 
 def plot_bars(tasks: Mapping[str, Metrics], picture: Path, *, benchmark: str, model: str) -> None:
-    """Save the bar chart as a PNG."""
+    """Save the bar chart as a PNG file."""
     save_png(bar_figure(tasks, benchmark=benchmark, model=model), picture)
 
 
@@ -103,7 +103,7 @@ def radar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) ->
 
 
 def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "Figure":
-    """Return the bar chart: one panel per task, with bars of `model` and the published models per metric."""
+    """Return the bar chart, with one panel per task; each metric has a bar for each model."""
     series = {task: _task_bars(task, metrics, benchmark) for task, metrics in tasks.items()}
     columns = min(_COLUMNS, len(tasks))
     rows = [list(tasks)[start : start + columns] for start in range(0, len(tasks), columns)]
@@ -142,7 +142,7 @@ def bar_figure(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> "
 
 
 def _task_bars(task: str, metrics: Metrics, benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the bar values, keyed by metric and model; the evaluated model has the key ""."""
+    """Return the values of the bars: metric -> model -> value. The key of the evaluated model is ""."""
     names = [n for n in (CHOICE if is_choice(metrics) else _BARS) if metrics.get(n) is not None]
     bars: dict[str, dict[str, float]] = {}
     for name in names:
@@ -153,7 +153,7 @@ def _task_bars(task: str, metrics: Metrics, benchmark: str) -> dict[str, dict[st
 
 
 def _draw_task(axes: "Axes", metrics: Mapping[str, Mapping[str, float]], length: float) -> dict[str, Any]:
-    """Draw the bars of a task from the top down; return model -> bar container for the legend.
+    """Draw the bars of a task from the top down; return the bar containers for the legend, keyed by model.
 
     `length` is the length of the axis in units of a bar.
     """

@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 def published(model: str, task: str, metric: str) -> float | None:
-    """Return a published metric, or None if the paper does not report it."""
+    """Return the published value of a metric in percent, or None if the paper does not report it."""
     row = PUBLISHED[model].get(task)
     names = CHOICE if task == "multi-choice" else OPEN
     return row[names.index(metric)] if row and metric in names else None

@@ -1,4 +1,4 @@
-"""Metrics as tables and Markdown, for PMC-MI-Bench also next to the published results."""
+"""Tables of the metrics, also in Markdown; for PMC-MI-Bench, they include the published results."""
 
 from collections.abc import Mapping
 
@@ -27,7 +27,7 @@ def percent(value: float | None) -> str:
 
 
 def is_partial(metrics: Metrics) -> bool:
-    """Return whether only some items of the task are scored."""
+    """Return whether only a part of the task's items is scored."""
     return "total" in metrics
 
 
@@ -39,14 +39,14 @@ def _label(model: str, metrics: Metrics) -> str:
 
 
 def _count(metrics: Metrics, name: str) -> str:
-    """Format a count; the number of items of a partially scored task as "N of TOTAL"."""
+    """Format a count; for a partially scored task, the number of items is formatted as "N of TOTAL"."""
     if name == "items" and is_partial(metrics):
         return f"{metrics['items']:,} of {metrics['total']:,}"
     return f"{metrics[name]:,}"
 
 
 def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
-    """Return a table with all metrics of the open tasks, and one for the multiple-choice tasks, if any."""
+    """Return one table for the open tasks and one for the multiple-choice tasks; omit an empty table."""
     tables: list[Table] = []
     for names, choice in ((OPEN_METRICS, False), (CHOICE_METRICS, True)):
         counts = ("items", "unreadable") if choice else ("items",)
@@ -65,7 +65,7 @@ def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
 
 
 def paper_tables(tasks: Mapping[str, Metrics], model: str) -> list[Table]:
-    """Return PMC-MI-Bench tables in the layout of the paper: one row per task and model."""
+    """Return the tables of PMC-MI-Bench in the layout of the paper, with one row per task and model."""
     tables: list[Table] = []
     for names, choice in ((OPEN, False), (CHOICE, True)):
         rows: list[tuple[str, ...]] = []
