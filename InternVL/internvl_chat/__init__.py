@@ -1,6 +1,6 @@
 """M3LLM: fine-tuning of InternVL3 on compound medical figures.
 
-The names in `__all__` are the public Python API (docs/python_api.md). They are imported on first use.
+The names in `__all__` form the public Python API (docs/python_api.md). Each is imported on first use.
 """
 
 from importlib import import_module

@@ -53,16 +53,17 @@ def open_datasets(
     exif_transpose: bool | None = None,
     escape_control_tokens: bool | None = None,
 ) -> list[RecordSet]:
-    """Open the datasets of a meta file with the preprocessing of a model; reads no weights.
+    """Open the datasets of a meta file with a model's preprocessing, without loading its weights.
 
     Args:
         meta: meta file, such as PMC-data.json.
         model: model folder, adapter folder or hub id.
-        data_root: base folder of relative paths in the meta file (default: `$DATA_ROOT`, or the
+        data_root: base folder for relative paths in the meta file (default: `$DATA_ROOT`, or the
             repository).
         image_root: folder of the images, if `meta` is an annotation file instead of a meta file.
         max_dynamic_patch: maximum tiles per record (default: from the checkpoint).
-        image_background: color behind transparent pixels, or `none` (default: from the checkpoint).
+        image_background: color behind transparent pixels; `none` ignores transparency (default: from the
+            checkpoint).
         exif_transpose: apply the EXIF orientation (default: from the checkpoint).
         escape_control_tokens: treat control tokens in records as plain text (default: from the checkpoint).
     """
@@ -83,10 +84,10 @@ def open_datasets(
 def evaluate(
     engine: Engine, datasets: Sequence[RecordSet], *, limit: int | None = None, max_new_tokens: int = 128
 ) -> list[dict[str, Any]]:
-    """Answer the last question of each record and return the exact match of each dataset.
+    """Answer the last question of each record; return one row of scores per dataset (see `score_dataset`).
 
     Args:
-        engine: the model.
+        engine: model, from `load`.
         datasets: the datasets, from `open_datasets`.
         limit: use the first `limit` records of each dataset (default: all).
         max_new_tokens: maximum tokens per answer.
@@ -98,10 +99,10 @@ def evaluate(
 
 
 def finetune(recipe: str | Path | None = None, **flags: Any) -> Path:
-    """Train in this process with the flags of `m3llm train` and return the model folder.
+    """Train in this process and return the folder of the trained model.
 
     Args:
-        recipe: YAML or JSON file with flags.
+        recipe: YAML or JSON file with flags of `m3llm train`.
         flags: additional flags, which override the recipe.
 
     Raises:
@@ -118,6 +119,6 @@ def finetune(recipe: str | Path | None = None, **flags: Any) -> Path:
     config = parse_arguments([*([str(recipe)] if recipe else []), *as_tokens(flags)])
     if code := train(config):
         raise TrainingError(
-            f"training ended early (exit code {code}, see the log); call finetune again to resume"
+            f"training ended with exit code {code} (see the log); to resume, call finetune again"
         )
     return Path(config.run.output_dir)

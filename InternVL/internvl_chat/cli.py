@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    # These flags serve help and completion only; the training script parses them itself.
+    # Only for help and completion: the training script parses its own flags.
     add_flags(groups[""].add_parser("train", help="Fine-tune a model with the given recipe and flags."))
     return parser
 

@@ -1,12 +1,12 @@
 """Special tokens, indices and option names shared across the package.
 
 The tokens and indices are InternVL's: changing one would break compatibility with all published checkpoints.
-The option names are here so that the command line can list them without importing torch.
+The option names are defined here, so that the command line can list them without importing torch.
 """
 
 IGNORE_INDEX = -100
 
-# Upper bound of max_dynamic_patch: the time to plan an image's tiles grows with its third power.
+# Upper limit of max_dynamic_patch, because the time to plan an image's tiles grows with its cube.
 MAX_TILES = 100
 
 IMAGE_PLACEHOLDER = "<image>"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the arguments of commands that run a model on the records of a meta file.
+    """Add the arguments of commands that process the records of a meta file for a given model.
 
     Args:
         parser: parser of the command.
@@ -66,12 +66,12 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def preprocessing_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the preprocessing overrides (option -> value or None), except the tile limit."""
+    """Return the preprocessing options on the command line (None if not given), without the tile limit."""
     return {name: vars(args).get(name) for name in _PREPROCESSING}
 
 
 def load_preprocessing(args: argparse.Namespace, folder: Path) -> Preprocessing:
-    """Return the preprocessing of a checkpoint with the overrides from the command line."""
+    """Return the preprocessing of a checkpoint, with the options from the command line applied."""
     from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.model.io.folders import read_config
 
@@ -82,7 +82,7 @@ def load_preprocessing(args: argparse.Namespace, folder: Path) -> Preprocessing:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of commands that run the model."""
+    """Add `--base` and `--device`, for commands that run the model."""
     parser.add_argument("--base", help="base model of an adapter, if it has been moved since training")
     parser.add_argument("--device", help="cpu, cuda:0, or auto for all GPUs (default: GPU if available)")
 
@@ -108,7 +108,7 @@ def comma_separated(text: str) -> list[str]:
 
 
 def open_sets(args: argparse.Namespace) -> list[RecordSet]:
-    """Open the datasets given by the arguments of `add_data_arguments`; reads no weights."""
+    """Open the datasets given by the arguments of `add_data_arguments`, without loading weights."""
     from internvl_chat.api import open_datasets
 
     return open_datasets(
@@ -122,20 +122,20 @@ def open_sets(args: argparse.Namespace) -> list[RecordSet]:
 
 
 def count_records(sets: Sequence[RecordSet], limit: int | None) -> int:
-    """Return the number of records used, counting at most `limit` per dataset.
+    """Return the number of records in all datasets, counting at most `limit` per dataset.
 
     Raises:
-        DataError: `repeat_time` selects no records.
+        DataError: there are none, because `repeat_time` is too small.
     """
     from internvl_chat.utils.errors import DataError
 
     if not (count := sum(len(records.first(limit)) for records in sets)):
-        raise DataError("no records: 'repeat_time' in the meta file is so small that it selects none")
+        raise DataError("no records are selected; increase 'repeat_time' in the meta file")
     return count
 
 
 def log_warnings(sets: Sequence[RecordSet], limit: int | None) -> None:
-    """Log warnings about the first `limit` records of each dataset: one line per kind, with an example."""
+    """Log warnings about the first `limit` records of each dataset: a line per type, with an example."""
     from internvl_chat.data.sources.problems import describe_by_kind
     from internvl_chat.utils.errors import DataError
     from internvl_chat.utils.logging import get_logger

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the datasets of a meta file; return 1 if a record is unusable or also in a benchmark."""
+    """Check the datasets of a meta file; return 1 if any record is unusable or occurs in a benchmark."""
     from internvl_chat.data.audit.checks import audit
     from internvl_chat.data.audit.report import write_report
     from internvl_chat.data.sources.meta import load_meta
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, str]:
-    """Return the inputs of the check, which are listed at the top of the report."""
+    """Return the lines at the top of the report: data, model, benchmarks and command."""
     benchmarks = {"compared with": ", ".join(map(str, args.against))} if args.against else {}
     return {
         "data": str(args.meta),
@@ -93,7 +93,7 @@ def _inputs(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _encoder(args: argparse.Namespace) -> RecordEncoder:
-    """Return the encoder of the model; without a model, an encoder that only counts tiles."""
+    """Return the record encoder of the model; without `--model`, an encoder that only counts tiles."""
     from internvl_chat.data.encode.encoder import RecordEncoder
     from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.encode.tokenizer import load_tokenizer

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect_record(records: RecordSet, index: int, *, with_ids: bool) -> dict[str, Any]:
-    """Return the JSON row of a record."""
+    """Return the JSON row of a record; `with_ids` adds token IDs, labels and a hash of the tiles."""
     from internvl_chat.data.encode.encoder import supervised_spans
 
     record, encoded = records.encode(index)

@@ -1,4 +1,4 @@
-"""`m3llm doctor`: check whether this machine can train, with advice for each problem."""
+"""`m3llm doctor`: check whether this machine can train, and suggest a fix for each problem."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def diagnose(folder: Path) -> Diagnosis:
-    """Run all checks.
+    """Run all inspections and return the facts and problems that they found.
 
     Args:
-        folder: folder whose disk space is checked.
+        folder: folder whose disk is inspected.
     """
     inspections: dict[str, Callable[[Diagnosis], Any]] = {
         "system": software.inspect_system,
@@ -61,7 +61,7 @@ def diagnose(folder: Path) -> Diagnosis:
 
 
 def _inspect_attention(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the available attention kernels and the one selected by `--attn auto`."""
+    """Return the attention kernels that work, and the one that `--attn auto` selects."""
     import torch
 
     from internvl_chat.model.attention import resolve_attention

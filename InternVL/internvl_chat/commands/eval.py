@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _MAX_NEW_TOKENS = 128
-# Enough for a verbose answer to any benchmark question.
+# Default with --bench: enough for a verbose answer to any benchmark question.
 _BENCHMARK_MAX_NEW_TOKENS = 1024
 # Arguments that require --bench.
 _BENCHMARK_ONLY = (
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate a model, or existing answers."""
+    """Evaluate a model or existing answers, on a benchmark or on a meta file."""
     if args.bench:
         return _run_benchmark(args)
     if not args.meta:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_exact_match(args: argparse.Namespace) -> int:
-    """Print the exact match of each dataset, and test the accuracy on closed questions against chance."""
+    """Print the exact match of each dataset, and test whether closed questions are answered above chance."""
     from internvl_chat.data.sources.skip_policy import SkippedRecord
     from internvl_chat.eval.exact_match import Answer, answer_records, compare_with_chance, score_dataset
     from internvl_chat.inference.engine import Engine
@@ -149,7 +149,7 @@ def _percent(value: Any) -> Any:
 
 
 def _run_benchmark(args: argparse.Namespace) -> int:
-    """Answer a benchmark or read existing answers, then score and report them."""
+    """Answer the questions of a benchmark or read existing answers; then score and report them."""
     from internvl_chat.eval.answering import answer_benchmark
     from internvl_chat.eval.benchmarks.catalog import open_benchmark, system_prompts
     from internvl_chat.eval.predictions import read_answers
@@ -210,7 +210,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
 def _report_exclusions(
     args: argparse.Namespace, benchmark: Benchmark, selected: Benchmark, answered: Benchmark
 ) -> None:
-    """Report the number of skipped items and the number of answers without a reference."""
+    """Print how many items were skipped, and how many answers are not scored for lack of a reference."""
     skipped = len(benchmark.excluded) + len(selected.items) - len(answered.items)
     unlabeled = len(answered.items) - len(answered.labeled.items)
     file = f"{args.out}/predictions.jsonl" if args.out else args.predictions
@@ -223,7 +223,7 @@ def _report_exclusions(
 
 
 def _warn_about_truncated(count: int, limit: int | None) -> None:
-    """Report the number of answers that were cut off."""
+    """Warn that `count` answers were cut off, unless it is 0."""
     if count:
         flag = "--max_new_tokens" if limit is None else f"--max_new_tokens {limit}"
         logger.warning("%s cut off at %s; raise it for complete answers", counted(count, "answer"), flag)
@@ -258,7 +258,7 @@ def _check_benchmark_arguments(args: argparse.Namespace) -> None:
 
 
 def _has_more_items(folder: Path, scores: Scores) -> bool:
-    """Return whether the metrics in a folder cover more items than the scores."""
+    """Return whether the existing metrics in a folder cover more items than the new scores."""
     try:
         before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         counts = [sum(int(task["items"] or 0) for task in tasks.values()) for tasks in (before, scores.tasks)]

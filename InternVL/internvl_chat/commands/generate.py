@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no question given; add one, or use --chat to enter questions")
     if _looks_unquoted(args.question):
         logger.warning(
-            "%d questions of one word each are a conversation; quote a question that contains spaces",
+            "the %d words are treated as separate questions; put a question that contains spaces in quotes",
             len(args.question),
         )
     sampling = _sampling(args)
@@ -95,7 +95,7 @@ def _sampling(args: argparse.Namespace) -> Sampling | None:
 
 
 def _answer(engine: Engine, prompt: Prompt, args: argparse.Namespace, sampling: Sampling | None) -> str:
-    """Generate an answer and, without `--json`, print it; on a terminal, the answer is streamed."""
+    """Generate and return an answer; without `--json`, also print it (streamed if stdout is a terminal)."""
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     if args.json or not sys.stdout.isatty():
         [answer] = engine.answer([prompt], **options)

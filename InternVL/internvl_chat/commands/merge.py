@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class ResultCheck:
-    """Compares the source of a conversion with its result, and prints the outcome.
+    """Compares the result of a conversion with its source, and prints a summary.
 
     Args:
-        args: parsed arguments of `add_target_arguments`.
+        args: parsed arguments, including those of `add_target_arguments`.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -59,7 +59,7 @@ class ResultCheck:
         self.differences: Sequence[Difference] = ()
 
     def __call__(self, result: Path) -> None:
-        """Compare the source with the result.
+        """Compare the result with the source.
 
         Raises:
             ModelError: they differ; the caller then deletes the result.
@@ -77,12 +77,12 @@ class ResultCheck:
         )
 
     def report(self, folder: Path, row: dict[str, Any], summary: str) -> None:
-        """Print the outcome of the conversion and of the comparison.
+        """Print a summary of the conversion and, if a comparison was made, its result.
 
         Args:
             folder: folder of the result.
-            row: fields for `--json`.
-            summary: text that is printed without `--json`.
+            row: fields to print with `--json`.
+            summary: text to print without `--json`.
         """
         count, largest = len(self.differences), max((d.logits or 0.0 for d in self.differences), default=0.0)
         if self.args.json:

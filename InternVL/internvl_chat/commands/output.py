@@ -16,7 +16,7 @@ def print_json(row: dict[str, Any]) -> None:
 
 
 def echo(text: str = "", *, end: str = "\n", stream: TextIO | None = None) -> None:
-    """Print text and flush the stream (default: standard output)."""
+    """Print text to a stream (default: standard output) and flush it."""
     print(text, end=end, flush=True, file=stream)
 
 
@@ -26,7 +26,7 @@ def progress(items: Iterable[T], total: int | None = None, unit: str = "record")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; numeric columns (which may contain `-`) are right-aligned, all others left-aligned."""
+    """Print a table; columns of numbers (`-` if missing) are right-aligned, all others left-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examples(args: argparse.Namespace, first: Path) -> list[Example]:
-    """Return the records for the comparison, preprocessed as for the first checkpoint."""
+    """Return the records on which to compare, with the preprocessing of the first checkpoint."""
     from internvl_chat.convert.parity import examples_of, synthetic_examples
 
     if args.meta is None:
@@ -99,7 +99,7 @@ def _examples(args: argparse.Namespace, first: Path) -> list[Example]:
 
 
 def _print_differences(differences: Sequence[Difference]) -> None:
-    """Print one table row per dataset."""
+    """Print a table of the differences, with one row per dataset."""
     header = ("dataset", "records", "same tokens", "same tiles", "pixels", "logits", "same answers")
     rows = []
     for name in dict.fromkeys(d.dataset for d in differences):

@@ -44,7 +44,12 @@ _SHOWN_PER_TASK = 4
 
 @dataclass(frozen=True)
 class Result:
-    """Losses and answers of one model, in the order of the held-out records."""
+    """Losses and answers of one model for the held-out records, in their order.
+
+    Attributes:
+        losses: (dataset, loss) of each record.
+        answers: answer to each record.
+    """
 
     losses: Sequence[tuple[str, float]]
     answers: Sequence[Answer]
@@ -60,7 +65,7 @@ class Result:
 
 
 def evaluate(model: Path, meta: Path) -> tuple[Result, list[RecordSet]]:
-    """Compute the results of `m3llm loss` and `m3llm eval` in this process."""
+    """Return the results of `m3llm loss` and `m3llm eval` for a model, and the datasets of the meta file."""
     engine = Engine.from_checkpoint(model)
     sets = build_sets(load_meta(meta, meta.parent), engine.encoder)
     count = sum(len(records.first(None)) for records in sets)
@@ -74,7 +79,12 @@ def evaluate(model: Path, meta: Path) -> tuple[Result, list[RecordSet]]:
 
 
 def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the loss and accuracy table: one row per task, and one for all tasks."""
+    """Return the header and rows of the result table, with one row per task and one for all tasks.
+
+    Args:
+        results: results of the models, in the order of `MODELS`.
+        withheld: dataset that was withheld from the full-model stage.
+    """
     base, *others = MODELS.values()
     header = ["held-out task", "records", f"loss: {base}", *others, "accuracy: chance", base, *others]
     rows = []
@@ -93,7 +103,10 @@ def table(results: Sequence[Result], withheld: str) -> tuple[list[str], list[lis
 
 
 def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
-    """Yield a message for each missed goal: a halved loss after each stage, and accuracy above chance."""
+    """Yield a message for each goal that was missed.
+
+    The goals are to halve the loss in each stage and to reach an accuracy above chance.
+    """
     base, full, lora = results
     trained = [name for name in TITLES if name != withheld]
     for stage, before, after, datasets in (
@@ -103,8 +116,8 @@ def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
         first, last = before.loss(datasets), after.loss(datasets)
         if not last <= MAX_LOSS_RATIO * first:
             yield (
-                f"{stage} stage: held-out loss of its tasks: {first:.3f} before, {last:.3f} after; it must "
-                f"fall to at most {MAX_LOSS_RATIO:.0%}"
+                f"{stage} stage: the held-out loss of its tasks changed from {first:.3f} to {last:.3f}, but "
+                f"must fall to at most {MAX_LOSS_RATIO:.0%} of the first value"
             )
     test = compare_with_chance(lora.answers)
     if test is None or not test.p_value < SIGNIFICANCE:
@@ -112,7 +125,7 @@ def failures(results: Sequence[Result], withheld: str) -> Iterator[str]:
 
 
 def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str) -> Iterator[ComparedRecord]:
-    """Yield the first records of each task with the answers of all models; the withheld task comes first."""
+    """Yield the first records of each task with the answers of all models; start with the withheld task."""
     for records in sorted(sets, key=lambda records: records.spec.name != withheld):
         name = records.spec.name
         for index in records.first(_SHOWN_PER_TASK):
@@ -134,7 +147,7 @@ def compared(results: Sequence[Result], sets: Sequence[RecordSet], withheld: str
 def write_page(
     work: Path, results: Sequence[Result], sets: Sequence[RecordSet], withheld: str, note: str
 ) -> None:
-    """Write the HTML page: result table, some held-out questions with answers, and training losses."""
+    """Write the HTML page with the result table, some held-out questions with answers, and the loss plots."""
     introduction = [
         "<p>A small InternVL3 with random weights (base), trained on synthetic figures by the full-model "
         "launcher (full) and then by the LoRA launcher (+ LoRA). It is not a medical model.</p>",
@@ -162,9 +175,9 @@ def example_command(work: Path, sets: Sequence[RecordSet], withheld: str) -> str
 
 
 def main() -> int:
-    """Compare the models in a quickstart folder; return 1 if a goal of `failures` is missed.
+    """Compare the models in a quickstart folder; return 1 if a goal is missed (see `failures`).
 
-    The command-line arguments are the folder and the dataset that was withheld from the full-model stage.
+    Command-line arguments: the folder, and the dataset that was withheld from the full-model stage.
     """
     work, withheld = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)  # more threads do not speed up such a small model

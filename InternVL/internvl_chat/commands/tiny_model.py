@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """Yield the lines or messages of a file, or of all text and JSONL files under a folder.
+    """Yield the training text of the tokenizer, from a file or from all text and JSONL files under a folder.
 
-    As in training, the default system prompt precedes each record, so that it is tokenized into few tokens.
+    The default system prompt precedes each record, as in training, so that it will need few tokens.
     """
     files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.jsonl")])
     if not files:

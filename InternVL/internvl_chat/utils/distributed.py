@@ -1,8 +1,10 @@
 """Rank, world size, and collectives for Python objects and CPU tensors.
 
-These collectives use gloo. Outside a training step, their timeout is two days, so that ranks can wait while
-rank 0 writes or checks files. Within a step (`in_step`), it is `--ddp_timeout`, so that a hanging rank ends
-the run. On GPUs, gradients and weights are communicated with NCCL instead.
+The collectives of this module use gloo, with one of two timeouts:
+- Within a training step (`in_step`), `--ddp_timeout`, so that a hanging rank ends the run.
+- Otherwise, two days, so that ranks can wait while rank 0 writes or checks files.
+
+On GPUs, gradients and weights are communicated with NCCL instead.
 """
 
 import os
@@ -24,7 +26,7 @@ _host_group: dist.ProcessGroup | None = None
 
 
 class AgreedError(TrainingError):
-    """The error of one rank, raised on all ranks."""
+    """Error that occurred on one rank and is raised on all ranks."""
 
 
 def rank() -> int:
@@ -66,7 +68,7 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
     """Set the current device and, with multiple ranks, create the default process group.
 
     Args:
-        device: device of this rank; a GPU adds the NCCL backend.
+        device: device of this rank; with a GPU, the group also has the NCCL backend.
         timeout: timeout of collectives within a training step.
     """
     set_device(device)
@@ -90,7 +92,7 @@ def host_group() -> dist.ProcessGroup | None:
 
 
 def new_host_group() -> dist.ProcessGroup | None:
-    """Create an additional gloo group with the long timeout, for use in another thread.
+    """Create another gloo group with the long timeout, so that a second thread can use collectives.
 
     Collective: call on all ranks.
     """
@@ -101,7 +103,7 @@ def new_host_group() -> dist.ProcessGroup | None:
 
 
 def destroy_process_group() -> None:
-    """Wait for all ranks, then destroy the process group; a rank that exits early would abort the others."""
+    """Destroy the process group after waiting for all ranks, because an early exit would abort the others."""
     global _host_group
     if dist.is_initialized():
         barrier()
@@ -116,7 +118,7 @@ def barrier() -> None:
 
 
 def all_gather_object(value: T, *, in_step: bool = False) -> list[T]:
-    """Return the picklable values of all ranks, in rank order."""
+    """Return a list of the values of all ranks, in rank order; values must be picklable."""
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size()
@@ -134,7 +136,7 @@ def broadcast_object(value: T) -> T:
 
 
 def run_on_rank_0(function: Callable[[], T]) -> T:
-    """Call a function on rank 0; return its result, or raise its `M3LLMError`, on all ranks."""
+    """Call a function on rank 0 only; all ranks return its result or raise its `M3LLMError`."""
     result: Any = None
     error: M3LLMError | None = TrainingError("rank 0 failed; see its error message")
     try:
@@ -151,9 +153,9 @@ def run_on_rank_0(function: Callable[[], T]) -> T:
 
 
 def agree(error: Exception | None, value: Any = None, *, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return the values of all ranks, or raise on all ranks if one has an error.
+    """Return the values of all ranks, or raise an error on all ranks if any rank has one.
 
-    Collective: call on all ranks, before they wait for each other, so that none waits for a failed rank.
+    Collective: call on all ranks, and before other collectives, in which ranks would wait for a failed one.
 
     Raises:
         AgreedError: the error of the first rank that has one.

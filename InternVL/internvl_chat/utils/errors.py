@@ -1,11 +1,11 @@
-"""User errors with their exit codes. Any other exception is a bug and is shown with a traceback."""
+"""Errors that the user can fix, with their exit codes. Any other exception is a bug and shows a traceback."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 class M3LLMError(Exception):
-    """Error in the user's data, model or command line; reported as a message without traceback."""
+    """Problem with the user's data, model or command line, which is reported without a traceback."""
 
     exit_code = 1
 

@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 
 @contextlib.contextmanager
 def atomic_path(file: Path) -> Iterator[Path]:
-    """Yield a temporary path next to the file; if the block succeeds, it is renamed to the file."""
+    """Yield a temporary path, which is renamed to `file` if the block succeeds and deleted otherwise."""
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
@@ -53,7 +53,7 @@ def _encode_line(row: Any) -> bytes:
 
 
 def _encode(text: str) -> bytes:
-    # Lone surrogates (from file names that are not UTF-8) become JSON escapes.
+    # Lone surrogates, which stand for bytes of non-UTF-8 file names, become JSON escapes.
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -79,7 +79,7 @@ def file_sha256(file: Path) -> str:
 class JsonLinesFile:
     """Appends complete lines to a JSON Lines file.
 
-    If a write fails, for example because the disk is full, its lines are written together with the next one.
+    If a write fails, for example because the disk is full, the line is kept and written with the next one.
 
     Args:
         path: the file; created when the first line is written.
@@ -91,12 +91,12 @@ class JsonLinesFile:
         self._warned = False
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write all pending lines and a new one; if the write fails, all of them stay pending."""
+        """Write a new line and all pending ones; if the write fails, they stay pending."""
         self._pending.append(_encode_line(row))
         self._write_pending()
 
     def flush(self) -> None:
-        """Write pending lines, and wait until all lines are on disk."""
+        """Write pending lines and sync the file to disk."""
         if self._pending:
             self._write_pending()
         with contextlib.suppress(OSError), self.path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Exclusive lock on an output folder, released when the process that holds it ends."""
+"""Exclusive lock on an output folder; the operating system releases it when the process ends."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ LOCK = ".lock"
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Lock a folder without waiting; the lock is held until the returned object is released.
+    """Lock a folder without waiting; call `release` on the returned lock to unlock the folder.
 
     Raises:
         UsageError: another process holds the lock.
@@ -22,7 +22,10 @@ def lock_folder(folder: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         owner = file.read_text(encoding="utf-8").strip()
-        message = f"{folder}: another run (process {owner}) is writing to this output folder"
+        message = (
+            f"{folder}: another run (process {owner}) is writing to this output folder; wait for it or "
+            "stop it"
+        )
         raise UsageError(message) from None
     file.write_text(str(os.getpid()), encoding="utf-8")
     return lock

@@ -1,4 +1,4 @@
-"""CPU cores, bf16 instruction sets and memory available to this process, within its cgroup limits."""
+"""CPU cores, bf16 instruction sets and host memory that this process can use, within its cgroup limits."""
 
 import math
 import os
@@ -11,7 +11,7 @@ _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 
 
 def cpu_cores() -> int:
-    """Return the number of CPU cores allowed by the CPU affinity and cgroup quotas."""
+    """Return the number of CPU cores that this process may use, given its CPU affinity and cgroup quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     for folder in cgroup_folders():
@@ -24,7 +24,7 @@ def cpu_cores() -> int:
 
 
 def cpu_bf16_instructions() -> tuple[str, ...]:
-    """Return the CPU's bf16 instruction sets; if there are none, bf16 matrix products are emulated."""
+    """Return the CPU's bf16 instruction sets. Without any, bf16 matrix products are emulated and slow."""
     flags = {
         word
         for line in _read(_CPU_INFO).splitlines()

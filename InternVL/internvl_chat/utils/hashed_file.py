@@ -1,11 +1,11 @@
-"""Write large files, computing their SHA-256 on the fly and dropping them from the page cache."""
+"""Write large files: compute the SHA-256 while writing, and drop the pages from the page cache."""
 
 import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-# Bytes between two syncs.
+# Number of bytes between two syncs.
 _CHUNK = 2**26
 
 
@@ -19,8 +19,8 @@ class FileEntry(NamedTuple):
 class HashedFile:
     """Context manager that writes a new file and computes its SHA-256.
 
-    Each chunk is synced to disk and dropped from the page cache: gigabytes of dirty pages would evict the
-    training data and slow down all processes.
+    Each chunk is synced to disk and dropped from the page cache. Otherwise, gigabytes of dirty pages would
+    evict the training data and slow down all processes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,13 +28,13 @@ class HashedFile:
         self._hash, self._size, self._unsynced = hashlib.sha256(), 0, 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write all of the data, in as many calls as needed."""
+        """Write all of the data, with several system calls if needed."""
         view = memoryview(data)
         while view:
             chunk = view[: _CHUNK - self._unsynced]
             try:
                 written = self._file.write(chunk)
-            except OSError as error:  # it lacks the file name if the disk is full
+            except OSError as error:  # add the file name, which is missing if the disk is full
                 raise OSError(error.errno, error.strerror, str(self._path)) from None
             self._hash.update(chunk[:written])
             self._size, self._unsynced = self._size + written, self._unsynced + written

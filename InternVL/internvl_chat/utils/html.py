@@ -51,7 +51,7 @@ def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
 def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return an HTML table with escaped cells; numbers and `-` (missing values) are right-aligned.
 
-    Only cells with long text break within words, so that narrow columns stay readable.
+    Words are broken only in cells with long text, so that narrow columns stay readable.
     """
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
@@ -78,7 +78,7 @@ def html_image(content: bytes, kind: str, description: str) -> str:
 
 
 def jpeg_thumbnail(image: "Image", pixels: int) -> bytes:
-    """Shrink an RGB image in place to at most `pixels` per side and return it JPEG-encoded."""
+    """Shrink an RGB image in place to at most `pixels` per side; return it as JPEG bytes."""
     image.thumbnail((pixels, pixels))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)

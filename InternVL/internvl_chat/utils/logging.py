@@ -6,7 +6,7 @@ import sys
 
 
 class _RankFilter(logging.Filter):
-    """Drop records below WARNING on ranks other than 0, and prefix the remaining ones with the rank."""
+    """On ranks other than 0, drop records below WARNING and prefix the others with the rank."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         rank = int(os.environ.get("RANK", "0"))

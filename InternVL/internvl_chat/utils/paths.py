@@ -1,6 +1,6 @@
-"""Repository root and the base folder of relative paths in meta files.
+"""Repository root, and the default base folder for relative paths in meta files.
 
-If the package is installed outside the repository, the current folder is used instead.
+If the package is not run from the repository, the current folder takes the place of the repository root.
 """
 
 import os
@@ -11,5 +11,5 @@ REPOSITORY = _ROOT if (_ROOT / "pyproject.toml").is_file() else Path.cwd()
 
 
 def data_root() -> Path:
-    """Return the default base folder of relative paths in meta files: `$DATA_ROOT`, or the repository."""
+    """Return the default base folder for relative paths in meta files: `$DATA_ROOT`, or the repository."""
     return Path(os.environ.get("DATA_ROOT") or REPOSITORY).expanduser()

@@ -17,7 +17,7 @@ TEXT_GRAY = "#555555"
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of this size in inches, independent of pyplot's backend and open figures."""
+    """Return an empty figure (size in inches) that does not depend on pyplot's backend and global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -35,7 +35,7 @@ def plain_text(text: str, max_length: int = 40) -> str:
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """Return the color and line style of a series; the line style changes each time the colors repeat."""
+    """Return the color and line style of a series; when colors repeat, the line style differs."""
     styles = ("-", "--", ":", "-.")
     return {
         "color": PALETTE[number % len(PALETTE)],

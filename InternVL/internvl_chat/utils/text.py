@@ -1,4 +1,4 @@
-"""Singular and plural nouns in messages."""
+"""Text helpers for messages."""
 
 
 def counted(number: int, noun: str) -> str:

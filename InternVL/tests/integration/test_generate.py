@@ -161,6 +161,6 @@ def test_warnings_about_questions(generate):
     assert "'<img>' is tokenized as a control token" in written.err
     assert "'<image 2>' is treated as text" in written.err
     _, written = generate("What", "is", "it?")
-    assert "3 questions of one word each" in written.err
+    assert "the 3 words are treated as separate questions" in written.err
     _, written = generate("What?", "Why?", "--escape_control_tokens", "True")
     assert "questions" not in written.err and "token" not in written.err

@@ -1,1 +1,1 @@
-"""Hardware and software inspections for `m3llm doctor`, with advice for each problem."""
+"""Inspections of hardware and software for `m3llm doctor`."""

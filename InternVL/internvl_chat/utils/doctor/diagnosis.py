@@ -10,7 +10,9 @@ class Problem:
     """Problem found by an inspection.
 
     Attributes:
-        severity: `error` prevents training, `warning` does not.
+        what: description of the problem.
+        advice: how to fix it.
+        severity: `error` if the problem prevents training, otherwise `warning`.
     """
 
     what: str
@@ -30,7 +32,7 @@ class Diagnosis:
 
         Args:
             name: subject of the inspection.
-            inspect: function that adds problems to this diagnosis and returns the facts.
+            inspect: function that adds any problems to this diagnosis and returns the facts.
         """
         try:
             self.facts[name] = inspect(self)

@@ -1,4 +1,4 @@
-"""Inspections of the CPU, GPUs and disk."""
+"""Inspections of the CPU, host memory, GPUs and disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from internvl_chat.utils import hardware
 from internvl_chat.utils.doctor.diagnosis import Diagnosis
 
-# For InternVL3-8B; a full-training checkpoint contains 16 GB of weights and 91.7 GB of optimizer state.
+# Sizes for InternVL3-8B. A full-training checkpoint has 16 GB of weights and 91.7 GB of optimizer state.
 _MODEL_BYTES = 16e9
 _FULL_CHECKPOINT_BYTES = 107.6e9
 _LORA_CHECKPOINT_BYTES = 0.6e9
@@ -25,7 +25,7 @@ _MIN_SHARED_MEMORY_BYTES = 1e9
 
 
 def inspect_cpu(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the cores, bf16 instruction sets and available memory of the host; warn if memory is short."""
+    """Return the CPU cores, bf16 instruction sets and available host memory; warn if memory is low."""
     free, shared = hardware.available_host_memory(), Path("/dev/shm")
     shared_bytes = shutil.disk_usage(shared).total if shared.is_dir() else None
     if free < _MODEL_BYTES:
@@ -48,7 +48,7 @@ def inspect_cpu(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def inspect_gpus(diagnosis: Diagnosis) -> list[dict[str, Any]]:
-    """Return the GPUs that can run a matrix product; report the others and slow, busy or small GPUs."""
+    """Return the properties of all working GPUs; report GPUs that are broken, slow, busy or small."""
     import torch
 
     drivers = _drivers()
@@ -56,7 +56,7 @@ def inspect_gpus(diagnosis: Diagnosis) -> list[dict[str, Any]]:
         if drivers:
             diagnosis.fail(
                 f"torch {torch.__version__} finds no GPU, but the driver ({drivers[0]}) does",
-                "check CUDA_VISIBLE_DEVICES, and install a torch built for this driver's CUDA version",
+                "check CUDA_VISIBLE_DEVICES, or install a torch build that supports this driver",
             )
         else:
             emulated = "" if hardware.cpu_bf16_instructions() else ", in float32 (bf16 is emulated)"
@@ -105,7 +105,7 @@ def inspect_gpus(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 
 def inspect_disk(folder: Path, diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the free space and the speed of a folder's disk; warn if it is too small or too slow."""
+    """Return the free space and speed of the disk that contains a folder; warn if either is too low."""
     free, path = shutil.disk_usage(folder).free, str(folder.resolve())
     try:
         write_speed, read_speed = _disk_speed(folder)
@@ -152,7 +152,7 @@ def _drivers() -> list[str]:
 
 
 def _disk_speed(folder: Path) -> tuple[float, float]:
-    """Return the write and read speed of a temporary file in bytes per second."""
+    """Measure the write and read speed in a folder with a temporary file, in bytes per second."""
     block = os.urandom(2**20) * 16
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".m3llm-doctor-") as file:
         start = time.perf_counter()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SOURCE_ROOT = Path(__file__).resolve().parents[3]
 _MIN_PYTHON = (3, 11)
-# Requirements that training does not need, and what each of them is for.
+# Requirement that training does not need -> feature that needs it.
 _OPTIONAL = {
     "deepspeed": "--deepspeed",
     "matplotlib": "the loss plot",
@@ -33,20 +33,20 @@ _OPTIONAL = {
     "torchvision": "the image processors of exported models",
     "wandb": "--report_to wandb",
 }
-# Not in the requirements, but used if installed.
+# Packages that are not required, but used if installed.
 _EXTRAS = ("flash-attn", "liger-kernel", "triton")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "MLFLOW_TRACKING_TOKEN")
 
 
 def inspect_system(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the Python version and executable, and the operating system; report an old Python version."""
+    """Return the Python version and executable, and the operating system; report a Python that is too old."""
     if sys.version_info < _MIN_PYTHON:
         diagnosis.fail(f"Python {platform.python_version()} is too old", "install Python 3.11 or newer")
     return {"python": platform.python_version(), "executable": sys.executable, "os": platform.platform()}
 
 
 def inspect_packages(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return installed package versions and supported ranges; report missing and unsupported packages."""
+    """Return the installed and the supported package versions; report missing and unsupported packages."""
     from packaging.requirements import Requirement
 
     installed: dict[str, str | None] = {}
@@ -71,7 +71,7 @@ def inspect_packages(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def inspect_torch(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the versions of torch and its libraries, and its CPU capability."""
+    """Return the versions of torch, CUDA, cuDNN and NCCL, and the CPU instruction set that torch uses."""
     import torch
 
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
@@ -86,7 +86,7 @@ def inspect_torch(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def inspect_attention(device: torch.device, diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return the attention kernels that work on a device; report a broken flash-attn or missing compiler."""
+    """Return the attention kernels that work on a device; report broken flash-attn or a missing compiler."""
     flash_attn = _version("flash-attn")
     if flash_attn:
         try:
@@ -109,7 +109,7 @@ def inspect_attention(device: torch.device, diagnosis: Diagnosis) -> dict[str, A
 
 
 def inspect_training(diagnosis: Diagnosis) -> str:
-    """Try to import the training script in a subprocess; report a failure and return the outcome as text."""
+    """Import the training script in a subprocess; return the result as text, and report a failure."""
     paths = [str(_SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, "-c", "import internvl_chat.train.internvl_chat_finetune"],
@@ -125,7 +125,10 @@ def inspect_training(diagnosis: Diagnosis) -> str:
 
 
 def inspect_tokens(diagnosis: Diagnosis) -> list[str]:
-    """Return the names, never the values, of access tokens in the environment; report a missing wandb."""
+    """Return the names (not the values) of access tokens in the environment.
+
+    Report a token for W&B if the package wandb is missing.
+    """
     names = [name for name in _TOKENS if os.environ.get(name)]
     if "WANDB_API_KEY" in names and _version("wandb") is None:
         diagnosis.warn("WANDB_API_KEY is set, but wandb is missing", "pip install wandb, or REPORT_TO=none")
@@ -154,7 +157,7 @@ def _can_compile() -> bool:
 
 
 def _sdpa_backends(device: torch.device) -> list[str]:
-    """Return the SDPA backends that run a small bf16 call."""
+    """Return the names of the SDPA backends that can run a small example in bf16."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -173,7 +176,7 @@ def _sdpa_backends(device: torch.device) -> list[str]:
 
 
 def _varlen_works(device: torch.device) -> bool:
-    """Return whether torch's variable-length flash kernel runs a small bf16 call."""
+    """Return whether torch's variable-length flash kernel can run a small example in bf16."""
     import torch
 
     if device.type != "cuda":
