@@ -1,4 +1,4 @@
-# Functions shared by the launchers and scripts: paths, Python environment, torchrun.
+# Paths and functions for the launchers and scripts: Python environment, validation of variables, torchrun.
 # shellcheck shell=bash disable=SC2034
 
 SHELL_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -17,7 +17,7 @@ fail() {
   exit 2
 }
 
-# Print the path to a Python interpreter of version 3.11 or newer.
+# Print the path to a Python interpreter (3.11 or newer).
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" "${PYTHONS[@]}"; do
@@ -46,8 +46,8 @@ ensure_environment() {
   echo "$stamp" > "$venv/.m3llm"
 }
 
-# Validate the launchers' environment variables. Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes
-# and restarts) and CPU_FLAGS (for the training script). The arguments are the flags of the training script.
+# Validate the launchers' environment variables. The arguments are the training flags on the command line.
+# Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes and restarts) and CPU_FLAGS (training flags).
 prepare_training() {
   local name records threads
   for name in "$@"; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Acceptance run on one GPU in at most ten minutes, without network access: kernels, launchers, resume, memory,
-# decoding, compilation, and the speed of an 8B model with random weights. Without a GPU, all items run at small size.
+# Acceptance run on one GPU, in at most ten minutes and without network access: kernels, launchers, resume, memory,
+# decoding, compilation, and the speed of an 8B model with random weights. Without a GPU, it uses a small model.
 #
 #   bash gpu_check.sh [--size small|8b] [--out DIR] [--minutes 10] [--items NAME,NAME]
 #

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # End-to-end demo on synthetic data: a small random model, both launchers, merging, and an evaluation of each stage.
 #
-#   bash quickstart.sh       requires Python 3.11+ and a package registry; no GPU, no weights; about 5 minutes on two
-#                            CPU cores, plus the download and installation of 6 GB on the first run
+#   bash quickstart.sh
+#
+# Requires Python 3.11 or newer and a package registry, but no GPU and no weights. Takes about 5 minutes on two CPU
+# cores. The first run also downloads and installs 6 GB of packages.
 #
 # The full-model stage trains on all tasks but one; the LoRA stage trains on all tasks. A table and report.html
 # compare the models on held-out records.
 #
-# Environment: WORK_DIR (default: work_dirs/quickstart in the repository) is deleted and created again.
+# Environment: WORK_DIR (default: work_dirs/quickstart in the repository), a folder that is deleted and created again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -17,7 +19,7 @@ WITHHELD=qa-subimage-option
 
 step() { printf '\n== %s (after %d min %02d s)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 m3llm() { PYTHONPATH=$SOURCE_ROOT "$PYTHON" -m internvl_chat.cli "$@"; }
-# Overrides of the recipe for a small model.
+# Flags that adapt the recipe to a small model.
 small=(--force_image_size 112 --max_dynamic_patch 1 --grad_checkpoint False --logging_steps 50)
 
 step "1/7 setup"
@@ -32,7 +34,7 @@ touch "$WORK_DIR/.quickstart"
 
 step "2/7 sample data: compound figures, questions and answers"
 m3llm sample-data "$WORK_DIR/data" --train 300 --held-out 40
-# One meta file per stage. Text-only records are repeated because there are few, and so is the withheld task.
+# Write one meta file per stage. Repeat the text-only records, which are few, and the withheld task.
 "$PYTHON" - "$WORK_DIR/data" "$WITHHELD" <<'PYTHON'
 import json, pathlib, sys
 

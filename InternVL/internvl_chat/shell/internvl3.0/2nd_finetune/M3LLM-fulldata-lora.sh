@@ -14,13 +14,13 @@
 #   BATCH_SIZE=16              global batch: records per optimizer step, across all ranks
 #   PER_DEVICE_BATCH_SIZE=1    records per forward pass with --packing False
 #   MODEL_PATH=OpenGVLab/InternVL3-8B    folder or hub id; a LoRA checkpoint is trained further
-#   META_PATH=shell/data/PMC-data.json   the datasets
-#   DATA_ROOT=the repository   base folder of relative paths in the meta file
+#   META_PATH=shell/data/PMC-data.json   meta file that lists the datasets
+#   DATA_ROOT=the repository   base folder for relative paths in the meta file
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-lora-lr=5e-6 (in the repository)
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    multiple nodes with a shared file system
 #   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank fails
 #   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits in memory, else FSDP2
-#   DEEPSPEED=                 a ZeRO configuration, e.g. shell/deepspeed/zero1.json
+#   DEEPSPEED=                 ZeRO configuration file, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 trackers, e.g. wandb,tensorboard; wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if it exists, else python3
 set -euo pipefail
