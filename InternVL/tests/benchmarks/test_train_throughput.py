@@ -83,7 +83,7 @@ def run_here(job: Job, script: Path, number: int) -> Result:
     [
         (["--recipe", "full"], "bfloat16"),
         (["--recipe", "lora", "--peers"], "bfloat16"),
-        (["--recipe", "lora", "--peers"], "float32"),
+        pytest.param(["--recipe", "lora", "--peers"], "float32", marks=pytest.mark.slow),
     ],
     ids=["full", "lora", "lora without bf16 instructions"],
 )
