@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--modes", default=",".join(MODES), help="comma-separated: background,synchronous (default: both)")
     add("--every", type=int, default=4, help="steps between saves (default: 4)")
     add("--steps", type=int, default=16, help="timed steps (default: 16)")
-    add("--warmup", type=int, default=2, help="untimed steps before the timed ones (default: 2)")
+    add("--warmup", type=int, default=2, help="untimed steps at the start (default: 2)")
     add("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     add("--folder", type=Path, help="folder of the checkpoints (default: temporary folder)")
     add("--json", metavar="FILE", type=Path, help="write the results as JSON")

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--ablate",
         action="store_true",
-        help="also measure `fast` with each optimization toggled individually",
+        help="also measure `fast` with one optimization at a time turned off or on",
     )
     add("--meta", help="meta file of the training records (default: synthetic records)")
     add("--tokenizer", help="tokenizer folder (default: train a tokenizer on the records)")
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         help="timed steps (default: 2 with 16 records each for lora, 12 with 2 records each for full)",
     )
-    add("--warmup", type=int, help="untimed steps before the timed ones (default: 1 for lora, 3 for full)")
+    add("--warmup", type=int, help="untimed steps at the start (default: 1 for lora, 3 for full)")
     add(
         "--repeats",
         type=int,

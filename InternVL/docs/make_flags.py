@@ -20,18 +20,21 @@ HEAD = f"""\
 
 # Training flags
 
-These are the flags of `m3llm train`. The launchers pass flags on to it. A JSON or YAML file with the same
-names can come first ([configuration files](training.md#configuration-files)). Every flag of
-[the reference](../../README.md#the-reference) is accepted. Defaults are those of the training script; the
-launchers set the values of the [recipe](training.md#recipe). A boolean flag takes `True` or `False`; without
-a value it means `True`.
+These are the flags of `m3llm train` and of the launchers, which pass them on. Every flag of
+[the reference](../../README.md#the-reference) is accepted.
+
+- **Defaults** are those of the training script. Brackets in the last column show what applies without the
+  flag. The launchers set the values of the [recipe](training.md#recipe).
+- **Booleans** take `True` or `False`. Without a value, they mean `True`.
+- **Files**: a JSON or YAML file with flags can come first
+  ([configuration files](training.md#configuration-files)).
 """
 
 REFUSED = """\
 ## Rejected flags
 
-These flags of transformers' `TrainingArguments` have no effect here. Unless their value changes nothing,
-they are rejected with the following advice.
+These flags of transformers' `TrainingArguments` are not supported. They are rejected, unless their value
+has no effect. The error message gives the advice or reason in the table.
 """
 
 VALUES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "list"}
@@ -44,7 +47,7 @@ def flags_page() -> str:
         rows = [(f"`--{flag.name}`", _values(flag), _default(flag), flag.help) for flag in flags]
         parts.append(f"## {title}\n\n{markdown_table(('flag', 'values', 'default', 'meaning'), rows)}\n")
     rows = [(f"`--{name}`", advice) for name, (_, advice) in sorted(REFUSED_FLAGS.items())]
-    parts.append(f"{REFUSED}\n{markdown_table(('flag', 'advice'), rows)}\n")
+    parts.append(f"{REFUSED}\n{markdown_table(('flag', 'advice or reason'), rows)}\n")
     return "\n".join(parts)
 
 
@@ -53,7 +56,7 @@ def _values(flag: FlagHelp) -> str:
 
 
 def _default(flag: FlagHelp) -> str:
-    """Return the default, or "" if there is none or the help text gives a computed one in brackets."""
+    """Return the default, or "" if there is none, or if the help text gives it in brackets."""
     if flag.default is None or flag.default == "":
         return ""
     value = " ".join(flag.default) if isinstance(flag.default, list) else flag.default

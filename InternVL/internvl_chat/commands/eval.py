@@ -53,20 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=positive, metavar="N", default=8,
         help="questions per batch with META (default: 8)")  # fmt: skip
     add("--on_bad_record", choices=POLICIES, default="fail",
-        help="unusable records and items: fail stops; skip logs and excludes them "
+        help="fail: stop at an unusable record or item; skip: log and exclude it "
         "(default: fail)")  # fmt: skip
     add("--require-above-chance", type=float, metavar="P",
-        help="fail unless closed-question accuracy is above chance at this significance level")  # fmt: skip
+        help="fail unless closed questions are answered better than by chance at significance "
+        "level P")  # fmt: skip
     add = parser.add_argument_group("with --bench instead of META").add_argument
     add("--bench", help="pmc-mi, omnimedvqa, mmmu-med, vqa, or a folder in PMC-MI-Bench format")
-    add("--data", type=Path, help="folder of the benchmark; JSONL file for --bench vqa")
+    add("--data", type=Path, help="benchmark folder, or JSONL file for --bench vqa")
     add("--out", type=Path, help="output folder for answers, metrics and report")
     add("--predictions", type=Path, metavar="FILE",
-        help="score existing answers instead of a model: JSONL with task, index and prediction")  # fmt: skip
+        help="score the answers in this JSONL file (task, index, prediction) instead of running "
+        "a model")  # fmt: skip
     add("--tasks", type=comma_separated, help="comma-separated tasks (default: all)")
     add("--metrics", type=comma_separated,
-        help="comma-separated: bleu,rouge,overlap,cider,bertscore,sts,macro; fails if one is unavailable "
-        "(default: all available)")  # fmt: skip
+        help="metrics to compute, comma-separated: bleu,rouge,overlap,cider,bertscore,sts,macro; each "
+        "must be available (default: all available)")  # fmt: skip
     add("--bertscore_model",
         help="BERTScore encoder: folder or hub id (default: microsoft/deberta-xlarge-mnli)")  # fmt: skip
     add("--sts_model", help="sentence encoder: folder or hub id (default: all-MiniLM-L6-v2)")

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "internvl"),
         default="hf",
-        help="hf: transformers format, needs no remote code; internvl: reference format (default: hf)",
+        help="hf: transformers' format, without remote code; internvl: the reference's format (default: hf)",
     )
 
 

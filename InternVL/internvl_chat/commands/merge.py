@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merge`."""
-    parser.add_argument("source", help="adapter folder, or LoRA-wrapped checkpoint in the reference format")
+    parser.add_argument("source", help="adapter folder, or LoRA-wrapped checkpoint in the reference's format")
     add_target_arguments(parser)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments shared by `merge` and `export`."""
     add = parser.add_argument
-    add("target", type=Path, help="folder to write")
+    add("target", type=Path, help="output folder")
     add_model_arguments(parser)
     add("--check", type=boolean, default=True,
-        help="compare source and result on synthetic records and delete the result if they differ "
+        help="run source and result on synthetic records, and delete the result if they differ "
         "(default: True)")  # fmt: skip
     add("--json", action="store_true", help="print a JSON object")
 

@@ -22,9 +22,9 @@ _LIMITS = ("pixels", "logits", "same_answers")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `parity`."""
     add = parser.add_argument
-    add("first", help="model or adapter folder; checkpoints in transformers format are run by transformers")
+    add("first", help="model or adapter folder; transformers runs checkpoints in its own format")
     add("second", help="checkpoint to compare with, such as the first one in a different format")
-    add("--meta", help="meta file of the records to compare on (default: synthetic records)")
+    add("--meta", help="meta file of the records to run (default: synthetic records)")
     add_data_root(parser)
     add("--limit", type=positive, default=8, metavar="N", help="records per dataset (default: 8)")
     add_tile_limit(parser)
@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pixel_tolerance", type=float, metavar="X", dest="pixels",
         help="maximum difference of a normalized pixel value (default: 1e-5)")  # fmt: skip
     add("--logit_tolerance", type=float, metavar="X", dest="logits",
-        help="maximum logit difference relative to the largest logit (default: rounding error)")  # fmt: skip
+        help="maximum difference of a logit relative to the largest logit (default: rounding "
+        "error)")  # fmt: skip
     add("--same_answers", type=float, metavar="X",
         help="minimum fraction of identical greedy answers (default: 1, or 0 in 16-bit formats)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object per line")

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="folder to create")
     add("--text", type=Path, required=True,
-        help="training text of the tokenizer: a text or JSONL file, or a folder of such files")  # fmt: skip
+        help="text to train the tokenizer on: a text or JSONL file, or a folder of such files")  # fmt: skip
     add("--vocab_size", type=positive, metavar="N", default=1024,
         help="vocabulary size without special tokens (default: 1024)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the random weights (default: 0)")

@@ -31,20 +31,20 @@ def export_hf(
 ) -> Conversion:
     """Export a checkpoint as transformers' `InternVLForConditionalGeneration`, with adapters merged.
 
-    The original configuration and auxiliary files are kept in the folder `original`. With these, `merge`
-    restores the reference's format bit for bit.
+    The subfolder `original` keeps the original configuration and auxiliary files, so that `merge` can restore
+    the reference's format bit for bit.
 
     Args:
         source: folder or Hub id, in any supported format.
         target: folder to write; must be new, empty, or the result of an earlier export of `source`.
-        base: base model of an adapter, if it has moved.
+        base: new path or Hub id of an adapter's base model, if it has moved.
         check: called with the finished folder before it is moved into place; if it raises, the folder is
             deleted.
-        max_shard_bytes: maximum size of a weight file, and of the weights in memory.
+        max_shard_bytes: maximum bytes per weight file; one file at a time is in memory.
 
     Raises:
-        ModelError: transformers does not support the model or its preprocessing, or the target has other
-            content or is inside the source.
+        ModelError: transformers does not support the model or its preprocessing, or the target contains other
+            files or is inside the source.
     """
     source, target = model_folder(source), Path(target)
     output = ConversionOutput(target, source, "export", check)

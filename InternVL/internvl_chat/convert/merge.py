@@ -1,4 +1,4 @@
-"""Merge adapters into their base model tensor by tensor; memory use does not depend on the model size."""
+"""Merge adapters into their base model, one tensor at a time to limit memory use."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +24,13 @@ def merge(
     Args:
         source: folder or Hub id, in any supported format.
         target: folder to write; must be new, empty, or the result of an earlier merge of `source`.
-        base: base model of an adapter, if it has moved.
+        base: new path or Hub id of an adapter's base model, if it has moved.
         check: called with the finished folder before it is moved into place; if it raises, the folder is
             deleted.
-        max_shard_bytes: maximum size of a weight file, and of the weights in memory.
+        max_shard_bytes: maximum bytes per weight file; one file at a time is in memory.
 
     Raises:
-        ModelError: the base model does not match the adapter, or the target has other content or is inside
+        ModelError: the base model does not match the adapter, or the target contains other files or is inside
             the source.
     """
     source, target = model_folder(source), Path(target)

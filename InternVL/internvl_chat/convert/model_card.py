@@ -1,6 +1,6 @@
 """Model cards: the `README.md` that model hubs display.
 
-A finished run writes a model card; merged and exported folders get an adapted copy of it.
+A training run writes a model card when it ends. Merging and exporting copy the card to the new folder.
 """
 
 import json
@@ -18,7 +18,7 @@ from internvl_chat.utils.errors import ModelError
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by m3llm when the run ended; a card without this line is never written over. -->"
-# Openings of the cards of adapters and of full models, followed by the names of the base models.
+# Start of a card's first sentence, for adapters and for full models; the names of the base models follow.
 ADAPTERS_FOR = "Adapters (LoRA) for"
 VERSION_OF = "A fine-tuned version of"
 
@@ -44,7 +44,10 @@ m3llm generate --model FOLDER --image figure.jpg "What does panel A show?"
 
 
 def carry_card(source: Path, target: Path, *, merged: bool) -> None:
-    """Copy the model card of `source`, if any; with `merged`, make a generated card describe a full model."""
+    """Copy the model card of `source`, if there is one.
+
+    If adapters were merged, a card that was written by a run is changed to describe a full model.
+    """
     file = source / CARD
     if not file.is_file():
         return
@@ -63,11 +66,14 @@ def carry_card(source: Path, target: Path, *, merged: bool) -> None:
 def render_card(
     title: str, base: Sequence[str], licence: str, *, adapters: bool, sections: Mapping[str, str]
 ) -> str:
-    """Return the model card of a run.
+    """Return the Markdown text of a run's model card.
 
     Args:
+        title: heading of the card.
         base: Hub id or folder name of the base model, or of each part that it was assembled from.
-        sections: additional sections, keyed by heading.
+        licence: license of the base model.
+        adapters: whether the run trained adapters rather than the full model.
+        sections: text of additional sections, keyed by heading.
     """
     ids = [name for name in base if name.count("/") == 1]  # Hub ids, not names of local folders
     data = ModelCardData(
@@ -92,7 +98,7 @@ def render_card(
 
 
 def base_names(paths: Sequence[str]) -> list[str]:
-    """Return the Hub id of each base model if it is known, otherwise the name of its folder."""
+    """Return the Hub id of each base model, or its folder name if the id is unknown."""
     return [
         _hub_id(Path(path)) or Path(path).resolve().name if Path(path).exists() else path for path in paths
     ]
@@ -101,9 +107,9 @@ def base_names(paths: Sequence[str]) -> list[str]:
 def _hub_id(folder: Path) -> str | None:
     """Return the Hub id of a model in a local folder; None if it is unknown.
 
-    It is derived from the path in the Hub cache (`models--organization--name/snapshots/revision`), from
+    The id is derived from the path in the Hub cache (`models--organization--name/snapshots/revision`), from
     `_name_or_path` in `config.json`, or from a folder name that matches a published InternVL model. The
-    output of a run or conversion has no Hub id: its `_name_or_path` refers to a different model.
+    output of a run or conversion has no Hub id, because its `_name_or_path` refers to a different model.
     """
     folder = folder.resolve()
     cached = _CACHED.search(folder.as_posix())
@@ -121,7 +127,10 @@ def _hub_id(folder: Path) -> str | None:
 
 
 def base_licence(paths: Sequence[str]) -> str:
-    """Return the license that all base models state in their README or `config.json`, or "unknown"."""
+    """Return the license of the base models, or "unknown" if it is missing or differs between them.
+
+    The license is read from each model's `README.md` or `config.json`.
+    """
     licenses = {_license_of(path) for path in paths}
     return licenses.pop() if len(licenses) == 1 else _UNKNOWN
 

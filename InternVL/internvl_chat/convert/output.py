@@ -1,4 +1,4 @@
-"""Output folders of conversions: written atomically, and reused if they are already complete."""
+"""Write a conversion's output folder atomically, or skip the conversion if its output is already complete."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ class Conversion:
 
 
 class ConversionOutput:
-    """Target folder of a conversion, stamped with the hash of its source.
+    """Target folder of a conversion; the file `made_from.json` in it records a hash of the source.
 
     Args:
         kind: name of the conversion, for example `merge`.
@@ -62,7 +62,8 @@ class ConversionOutput:
         """Return whether the target already contains the complete result of this conversion.
 
         Raises:
-            ModelError: the target has other content, is incomplete, or was written without the check.
+            ModelError: the target contains other files or is incomplete, or a check is requested and it was
+                written without one.
         """
         if not self.target.exists() or not any(self.target.iterdir()):
             return False
@@ -106,7 +107,7 @@ class ConversionOutput:
         lock = lock_folder(staging)
         try:
             if target.exists() and any(target.iterdir()):
-                raise ModelError(f"{target}: another process has written it in the meantime")
+                raise ModelError(f"{target}: was written by another process in the meantime")
             _clear(staging)
             yield staging
             if self.check:
@@ -123,8 +124,8 @@ class ConversionOutput:
             if error.errno not in _DISK_ERRORS:
                 raise
             raise ModelError(
-                f"{error.filename or target}: {error.strerror}; the incomplete result was deleted; check the "
-                f"disk and the free space in {target.parent}, then try again"
+                f"{error.filename or target}: {error.strerror} (the incomplete result was deleted); check "
+                f"the disk and the free space in {target.parent}"
             ) from None
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)

@@ -54,8 +54,9 @@ class Difference:
     Attributes:
         same_ids: whether the token ids of the conversation are identical.
         same_tiles: whether every image has the same number of tiles.
-        pixels: largest difference between pixels; None if the tiles differ in number or size.
-        logits: largest difference between logits; None if the token ids or vocabulary sizes differ.
+        pixels: largest absolute difference between normalized pixels; None if the tiles differ in number or
+            size.
+        logits: largest absolute difference between logits; None if the token ids or vocabulary sizes differ.
         largest_logit: largest absolute logit of the first checkpoint.
     """
 
@@ -95,8 +96,8 @@ def compare(
 
     Args:
         dtype: dtype of the weights (see `comparison_dtype`).
-        bases: base model of each checkpoint, if it is an adapter whose base model has moved.
-        progress: progress bar around the examples, used while the first checkpoint runs.
+        bases: for each checkpoint, the new path or Hub id of its base model; None if it has not moved.
+        progress: wraps the examples in a progress bar while the first checkpoint runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         runner = open_runner(first, device=device, dtype=dtype, base=bases[0])
@@ -203,8 +204,8 @@ def examples_of(sets: Sequence[RecordSet], limit: int | None, max_tiles: int | N
 def synthetic_examples(folder: Path) -> list[Example]:
     """Return synthetic examples with zero, one and multiple images.
 
-    Records that fit the checkpoint's `max_seq_length` only with fewer tiles, or not at all, are excluded,
-    because transformers does not reduce the number of tiles.
+    Records that exceed the checkpoint's `max_seq_length` at their full number of tiles are excluded, because
+    transformers does not reduce the number of tiles.
 
     Raises:
         DataError: all records are excluded.
@@ -240,8 +241,8 @@ def check_same(
     """Compare a checkpoint with its conversion on synthetic examples and return the differences.
 
     Args:
-        base: base model of `source`, if it is an adapter whose base model has moved.
-        progress: progress bar around the examples.
+        base: new path or Hub id of the base model of `source`, if it has moved.
+        progress: wraps the examples in a progress bar.
 
     Raises:
         ModelError: the differences exceed `rounding_tolerances`.
@@ -256,8 +257,8 @@ def check_same(
     problems = faults(differences, allowed)
     if problems:
         raise ModelError(
-            f"the result differs from {source} and was discarded: {'; '.join(problems)} "
-            f"(compared on {len(differences)} synthetic records in {dtype}; --check False keeps the result)"
+            f"the result differs from {source} and was discarded (comparison on {len(differences)} synthetic "
+            f"records in {dtype}): {'; '.join(problems)}; pass --check False to keep the result"
         )
     return differences
 
@@ -265,14 +266,18 @@ def check_same(
 def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolerances:
     """Return tolerances that cover the rounding errors of two equivalent checkpoints.
 
-    n independent rounding errors of half an epsilon add up to sqrt(n) / 2 epsilons, and comparing two models
-    doubles this. In float32 every addition rounds, so n is the number of terms summed between a pixel and a
-    logit. In 16 bits products are summed in float32, so n is the number of intermediate results stored. For
-    InternVL3-8B the tolerance is 1.2e-4 of the largest logit in float32 (n is about a million) and 0.16 of it
-    in bfloat16.
+    A model makes n rounding errors of half an epsilon each. If they are independent, they add up to
+    sqrt(n) / 2 epsilons, and the difference between two models can be twice as large. The number n depends on
+    the dtype:
 
-    Merging adapters into 16-bit weights rounds each weight once, which has a similar effect to rounding the
-    intermediate results.
+    - In float32, every addition rounds, so n is the number of terms summed between a pixel and a logit.
+    - In 16 bits, products are summed in float32, so n is the number of intermediate results that are stored.
+
+    For InternVL3-8B, the tolerance is 1.2e-4 of the largest logit in float32 (n is about a million), and 0.16
+    of the largest logit in bfloat16.
+
+    Merging adapters into 16-bit weights rounds each weight once. This has about the same effect as rounding
+    the intermediate results, so the 16-bit tolerance applies even if the comparison is in float32.
     """
     stored = [_stored_dtype(folder) for folder in (first, second) if not is_adapter(folder)]
     if dtype == torch.float32 and (has_adapters(first) or has_adapters(second)):
@@ -284,11 +289,13 @@ def rounding_tolerances(first: Path, second: Path, dtype: torch.dtype) -> Tolera
 
 
 def _roundings(config: InternVLChatConfig) -> tuple[int, int]:
-    """Return the number of terms summed and the number of results stored between a pixel and a logit."""
+    """Return how many terms are summed and how many results are stored between a pixel and a logit."""
     llm, vision = config.build_llm_config(), config.vision_config
     layers: list[PretrainedConfig | InternVisionConfig] = [llm] * llm.num_hidden_layers
     layers += [vision] * vision.num_hidden_layers
-    # Three sums over the hidden size (query, attention output, first MLP matrix), one over the MLP width.
+    # Per layer: three sums over the hidden size (query, attention output, first MLP matrix) and one over the
+    # MLP width.
     summed = sum(3 * layer.hidden_size + layer.intermediate_size for layer in layers) + llm.hidden_size
-    # Attention and MLP: norm, matrix product and residual sum each; also attention weights and activation.
+    # Eight results per layer: a norm, a matrix product and a residual sum in both attention and MLP, the
+    # attention weights, and the activation.
     return summed, 8 * len(layers)

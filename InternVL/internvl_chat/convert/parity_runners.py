@@ -26,7 +26,7 @@ from internvl_chat.model.io.folders import is_hf_format
 from internvl_chat.model.io.weights import describe_non_finite, non_finite_error
 from internvl_chat.utils.errors import DataError, ModelError
 
-# Logits are compared at this many positions at the end of a conversation.
+# Number of positions at the end of a conversation at which logits are compared.
 POSITIONS = 32
 
 
@@ -72,7 +72,7 @@ class Trace:
 def open_runner(
     folder: Path, *, device: torch.device, dtype: torch.dtype, base: str | Path | None = None
 ) -> "OwnRunner | TransformersRunner":
-    """Load a checkpoint: transformers' format with transformers' classes, all others with this package."""
+    """Load a checkpoint with transformers' own classes if it is in their format, else with this package."""
     if is_hf_format(folder):
         return TransformersRunner(folder, device, dtype)
     return OwnRunner(folder, device, dtype, base)
@@ -85,7 +85,7 @@ class OwnRunner:
         folder: folder of the checkpoint.
         device: device to run on.
         dtype: dtype of the weights.
-        base: base model of an adapter, if it has moved.
+        base: new path or Hub id of an adapter's base model, if it has moved.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class TransformersRunner:
             self.processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         except Exception as error:
-            raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
+            raise ModelError(f"{folder}: transformers cannot load this checkpoint: {error}") from error
         finally:
             if progress_bar:
                 transformers_logging.enable_progress_bar()
@@ -191,7 +191,7 @@ class TransformersRunner:
         *,
         add_generation_prompt: bool,
     ) -> dict[str, Any]:
-        """Return the model inputs from the processor; the images share the example's tile limit."""
+        """Return the processor's model inputs; the example's tile limit is divided among the images."""
         chat = [{"role": message.role, "content": self._content(message)} for message in messages]
         text = self.processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
         limit = example.max_tiles or self.processor.image_processor.max_patches
@@ -204,7 +204,7 @@ class TransformersRunner:
         )
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
-        """Return the content of a message as text or as parts, whichever the chat template supports."""
+        """Return a message's content as text or as a list of parts, whichever the chat template supports."""
         if self.reads_placeholders or message.role != "user" or IMAGE_PLACEHOLDER not in message.content:
             return message.content
         first, *others = message.content.split(IMAGE_PLACEHOLDER)
@@ -222,7 +222,7 @@ class TransformersRunner:
         return moved
 
     def _tiles(self, input_ids: torch.Tensor) -> tuple[int, ...]:
-        """Return the number of tiles per image, computed from the image tokens after each start token."""
+        """Return the number of tiles of each image, computed from its number of image tokens."""
         processor = self.processor
         image_of_position = (input_ids == processor.start_image_token_id).cumsum(0)
         image_of_token = image_of_position[input_ids == processor.image_token_id]

@@ -80,7 +80,7 @@ class TrainingData(Dataset):
         return [len(usable) * repeats for usable, repeats in zip(self._usable, self._repeats, strict=True)]
 
     def indices(self, set_number: int) -> np.ndarray:
-        """Return the file indices of a dataset's used records, in file order."""
+        """Return the indices of a dataset's used records in its file, in ascending order."""
         return self._usable[set_number]
 
     @property
@@ -112,7 +112,7 @@ class TrainingData(Dataset):
     def __getitem__(self, sample_index: SampleIndex) -> tuple[Sample, bool] | DataError:
         """Load a record; return it and whether it contributes to the loss.
 
-        Errors are returned instead of raised, because a dataloader worker would add its own traceback.
+        Errors are returned instead of raised, because a dataloader worker would add its traceback.
         """
         set_number, index = self._locate(sample_index.index)
         rng = random.Random(f"{self.seed}/{sample_index.epoch}/{sample_index.index}")

@@ -109,11 +109,11 @@ class RecordSet:
 
     @property
     def num_distinct(self) -> int:
-        """Number of distinct records per epoch; they are the first ones in the file."""
+        """Number of distinct records used per epoch, counted from the start of the file."""
         return min(len(self), self.num_used)
 
     def first(self, limit: int | None) -> range:
-        """Return the indices of the first `limit` records used per epoch, or of all of them."""
+        """Return the indices of the first `limit` records used per epoch; None for all of them."""
         return range(self.num_distinct if limit is None else min(limit, self.num_distinct))
 
     def record(self, index: int) -> Record:
@@ -151,7 +151,7 @@ class RecordSet:
             raise self.error(index, "JSON is nested too deeply", record_id, "json") from None
 
     def encode(self, index: int) -> tuple[Record, EncodedConversation]:
-        """Parse and encode a record, reading only the headers of its images; return both results.
+        """Return a record, parsed and encoded; only the headers of its images are read.
 
         Raises:
             DataError: the record is unusable.
@@ -181,7 +181,7 @@ class RecordSet:
             decode: decode all images; otherwise only those whose file may be truncated.
 
         Raises:
-            DataError: the record is unusable; same error as from `encode`, or `load` if decoding fails.
+            DataError: the record is unusable; `encode` or `load` would raise the same error.
         """
         raw, record = self._parse(index)
         with self._errors_of(index, record.id):

@@ -1,16 +1,22 @@
 """Decoding attention over a padded KV cache.
 
-Answers of similar length share a bank: tensors with one slot of the same capacity per answer. Answers are
-bitwise independent of their slot and of the other answers:
+Answers of similar length share a bank: key and value tensors with one slot per answer. All slots of a bank
+have the same capacity.
 
-- On a GPU, each step makes one SDPA call per bank, with a mask that hides the padding. The mask selects the
-  memory-efficient kernel. The flash kernel supports no masks, and it splits the keys depending on the number
-  of slots. A thread block computes one slot and key head, in key blocks of 64 or 128. `_BLOCK` is a multiple
-  of these, so the size of a key block does not depend on other answers. A fully masked block has no effect,
-  because its weights are exp(-inf) = 0. This requires finite values, so unused positions are zeroed.
-- On a CPU, each step makes one SDPA call per answer. In a joint call, the memory alignment of a thread's
-  buffers, and thus the last bits of a product, would depend on which thread computes an answer. Separate
-  calls are not slower.
+An answer is bitwise independent of its slot and of the other answers.
+
+On a GPU, each step makes one SDPA call per bank, with a mask that hides the padding:
+
+- The mask makes SDPA use the memory-efficient kernel. The flash kernel does not support masks, and its
+  results depend on the number of slots, which determines how it splits the keys.
+- The memory-efficient kernel processes each slot and key head in blocks of 64 or 128 keys. `_BLOCK` is a
+  multiple of both, so the size of a key block does not depend on other answers.
+- A fully masked key block has no effect, because its weights are exp(-inf) = 0. Unused positions are zeroed,
+  because this holds for finite values only.
+
+On a CPU, each step makes one SDPA call per answer, which is not slower than a joint call. In a joint call,
+the last bits of a product could depend on the thread that computes an answer, because the threads' buffers
+are aligned differently in memory.
 
 Shapes: W rows of a step, S slots, H query heads, K key/value heads, G = H / K, L tokens, D features per head.
 """
@@ -46,7 +52,7 @@ class _Bank:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def write(self, slot: int, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the keys and values of a prompt, (K, L, D); the rest of the slot is zeroed."""
+        """Store a prompt's keys and values, each (K, L, D), in a slot, and zero the rest of the slot."""
         old = self.layers.get(layer)
         missing = self.slots - (len(old[0]) if old else 0)
         if missing:
@@ -81,7 +87,8 @@ class KVCache:
 
     Args:
         rows: maximum number of slots in use.
-        max_tokens: maximum number of allocated tokens, including free slots; a single answer may exceed it.
+        max_tokens: maximum number of tokens to allocate memory for, including free slots. An answer that
+            needs more is accepted while the cache is empty.
     """
 
     def __init__(self, rows: int, max_tokens: int) -> None:
@@ -90,11 +97,11 @@ class KVCache:
 
     @property
     def tokens(self) -> int:
-        """Number of allocated tokens."""
+        """Number of tokens for which memory is allocated."""
         return sum(bank.capacity * bank.slots for bank in self.banks)
 
     def reserve(self, tokens: int) -> Slot | None:
-        """Return a slot for a prompt and answer of `tokens` tokens; None if memory must be freed first."""
+        """Return a slot for a prompt and answer of up to `tokens` tokens; None if there is no memory left."""
         blocks = -(-tokens // _BLOCK)
         capacity = _BLOCK << (blocks - 1).bit_length()  # powers of two keep the number of banks small
         bank = next((b for b in self.banks if b.capacity == capacity), None) or _Bank(capacity)
@@ -158,7 +165,7 @@ class _BankStep:
             query: (W, H, 1, D).
             key: (W, K, 1, D).
             value: (W, K, 1, D).
-            window: sliding window: number of tokens that a token attends to, including itself.
+            window: number of tokens that a token attends to, including itself; None for all.
             out: (W, H, 1, D).
         """
         heads, device = key.shape[1], query.device
@@ -203,15 +210,17 @@ class _BankStep:
 
 
 class _Indices(NamedTuple):
-    """Index tensors between the n rows of a bank and its first S slots (up to the last one in use).
+    """Index tensors that map n rows of a decoding step to the slots of a bank, and slots to rows.
+
+    S is the number of slots up to the last one in use.
 
     Attributes:
-        rows: (n,) indices of the rows in the step.
+        rows: (n,) index of each row in the step.
         slots: (n,) slot of each row.
         row_of_slot: (S,) row of each slot; 0 for a free slot.
         newest: (S,) position of the newest token; -1 for a free slot.
-        sources: (n * K,) indices of the rows' key heads in the flattened keys of the step.
-        targets: (n * K,) indices of the newest keys in the flattened bank.
+        sources: (n * K,) index of each row's key heads in the flattened keys of the step.
+        targets: (n * K,) index at which each of these key heads is stored in the flattened bank.
     """
 
     rows: torch.Tensor
@@ -241,7 +250,10 @@ class _Indices(NamedTuple):
 
 @contextlib.contextmanager
 def cached_attention(language_model: PreTrainedModel) -> Iterator[None]:
-    """Switch a language model to cached attention; its forward pass then takes `kv_pass` (see `_attend`)."""
+    """Use cached attention in a language model while the context is active.
+
+    The forward pass then requires the argument `kv_pass` (see `_attend`).
+    """
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = _CACHED
@@ -269,7 +281,7 @@ def _attend(
         query: (1, H, L, D) in a prefill, (W, H, 1, D) in a decoding step.
         key: (1, K, L, D) or (W, K, 1, D).
         value: (1, K, L, D) or (W, K, 1, D).
-        kv_pass: the forward pass, which determines the slots.
+        kv_pass: prefill or decoding step; determines the slots to read and write.
         scaling: scaling factor of the attention scores.
         sliding_window: number of tokens that a token attends to, including itself.
         options: additional arguments for `varlen_attention`.

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from internvl_chat.inference.cached_attention import DecodeStep, KVCache, Prefill, Slot, cached_attention
 from internvl_chat.inference.sampling import Sampling
 
-# Rows of a decoding step. On a GPU, reading the weights dominates the time of a step of this size.
+# Number of rows per decoding step. On a GPU, a step with this many rows still spends most of its time reading
+# the weights.
 _ROWS = {"cpu": 8, "cuda": 32}
 # Maximum number of tokens in the KV cache; a token takes 57 kB with InternVL3-8B.
 _MAX_CACHED_TOKENS = 1 << 16
@@ -56,7 +57,7 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, prompts: Iterable[torch.Tensor]) -> Iterator[tuple[int, int | None]]:
-        """Decode answers in parallel, as many as the rows and the KV cache allow.
+        """Decode an answer to each prompt, as many in parallel as fit in the rows and the KV cache.
 
         Args:
             prompts: embeddings (T, C) of each prompt; consumed lazily, one prompt ahead.

@@ -16,7 +16,7 @@ DeviceMap = dict[str, str | int | torch.device]
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """Return the device with this name; None selects the GPU of this rank, or the CPU without GPUs.
+    """Return the device with this name; None selects this rank's GPU, or the CPU if there are no GPUs.
 
     Raises:
         UsageError: the device does not exist.
@@ -73,10 +73,14 @@ def distribute(model: InternVLChatModel, device_map: DeviceMap) -> InternVLChatM
 
 
 def balanced_map(model: InternVLChatModel, devices: int) -> DeviceMap:
-    """Return a device map that splits the model by decoder layer into parts of about equal size in bytes.
+    """Return a device map that splits the model between decoder layers into parts of about equal size.
 
-    The vision tower, projector and word embeddings are on the first device; the final norm and the head on
-    the last (a tied head stays with the embeddings).
+    The first device gets the vision tower, the projector and the word embeddings. The last device gets the
+    final norm and the head, but a head tied to the embeddings stays with them.
+
+    Args:
+        model: model to split.
+        devices: number of devices.
     """
     llm = model.language_model
     decoder = llm.get_decoder()

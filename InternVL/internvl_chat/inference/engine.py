@@ -1,4 +1,7 @@
-"""Answer prompts that contain text and any number of images."""
+"""Answer prompts that contain text and any number of images.
+
+Shapes: T tokens, C hidden size, N tiles, K tokens per tile, F vision features per token.
+"""
 
 import operator
 import unicodedata
@@ -78,8 +81,9 @@ class Prompt:
 def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = None) -> Prompt:
     """Return a prompt with one question.
 
-    If the question has no placeholders, the images are inserted before it; multiple images get the labels
-    `Fig-0`, `Fig-1`, ... of the training data. If `system` is None, the checkpoint's system prompt is used.
+    If the question has no placeholders, one per image is inserted before it. Multiple images are labeled
+    `Fig-0`, `Fig-1`, ..., as in the training data. If `system` is None, the checkpoint's system prompt is
+    used.
 
     Raises:
         DataError: the question contains only placeholders of another framework, such as `<image 1>`.
@@ -94,9 +98,9 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:
-    """Split a record into the conversation before its last supervised answer and this answer.
+    """Return the conversation before a record's last supervised answer as a prompt, and this answer.
 
-    The answer is in NFC, as the tokenizer reads it; a model cannot generate another form.
+    The answer is normalized to NFC, like all text that the tokenizer encodes.
     """
     last = max(i for i, m in enumerate(record.messages) if m.role == "assistant" and m.supervised)
     messages = record.messages[:last]
@@ -107,9 +111,9 @@ def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt
 
 
 class Engine:
-    """Model with its tokenizer and preprocessing.
+    """Generates answers with a model, its tokenizer and its preprocessing.
 
-    An answer depends only on its prompt, not on the batch (see `decoding`).
+    An answer depends only on its prompt, not on the other prompts in a batch (see `decoding`).
 
     Args:
         model: model on its final device; set to evaluation mode.
@@ -140,7 +144,7 @@ class Engine:
             path_or_id: folder or Hub id.
             device: `cpu`, `cuda:0`, ..., or `auto` to use all GPUs (default: GPU of this rank if available).
             dtype: dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU).
-            base: base model of an adapter, if it has moved.
+            base: new path or Hub id of an adapter's base model, if it has moved.
             max_dynamic_patch: maximum number of tiles per prompt (default: from the checkpoint); ignored if
                 `preprocessing` is given.
             preprocessing: preprocessing options (default: from the checkpoint).
@@ -170,13 +174,12 @@ class Engine:
     def generate_ids(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """Answer prompts, after validating all of them.
+        """Return the token ids of the answer to each prompt, without `<|im_end|>`.
+
+        All prompts are validated before the first one is answered.
 
         Args:
             sampling: sampling options; None for greedy decoding.
-
-        Returns:
-            The generated token ids of each answer without `<|im_end|>`, in the order of the prompts.
 
         Raises:
             DataError: a prompt exceeds the token limit, or its numbers of placeholders and images differ.
@@ -232,14 +235,14 @@ class Engine:
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[Reply]:
-        """Return the text of each answer; see `generate_ids`."""
+        """Return the answer to each prompt as text; see `generate_ids`."""
         ids = self.generate_ids(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         return [self._reply(answer, max_new_tokens) for answer in ids]
 
     def answer_each(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int = 512
     ) -> Iterator[tuple[int, Reply]]:
-        """Greedily decode answers for a stream of prompts, reading one prompt ahead.
+        """Yield greedily decoded answers to a stream of prompts, reading one prompt ahead.
 
         Yields:
             (prompt index, answer), in order of completion.
@@ -276,7 +279,7 @@ class Engine:
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
 
     def _reply(self, ids: list[int], max_new_tokens: int) -> Reply:
-        # The end token is not in `ids`, so an answer with the maximum number of tokens has none.
+        # `ids` excludes the end token, so an answer of the maximum length did not reach it.
         return Reply(decode_answer(self.tokenizer, ids), truncated=len(ids) == max_new_tokens)
 
     def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
@@ -303,7 +306,7 @@ class Engine:
             raise DataError(str(problem)) from None
 
     def _features(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> torch.Tensor:
-        """Return the vision features (N, K, F) of images; the features of the last call are cached."""
+        """Return the vision features of images, (N, K, F); the result of the last call is cached."""
         cached_images, cached_grids, features = self._latest
         same = len(images) == len(cached_images) and all(map(operator.is_, images, cached_images))
         if not (images and same and tuple(grids) == cached_grids):

@@ -12,7 +12,9 @@ from internvl_chat.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options. Each answer has its own random generator, so it does not depend on other prompts.
+    """Sampling options.
+
+    Each answer is sampled with a separate random generator, so it does not depend on other prompts.
 
     Attributes:
         temperature: divisor of the logits; values below 1 favor the most likely tokens.

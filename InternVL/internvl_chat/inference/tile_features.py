@@ -1,4 +1,7 @@
-"""Compute vision features in batches of tiles to limit memory use."""
+"""Compute vision features in batches of tiles to limit memory use.
+
+Shapes: N tiles, S pixels per side, K tokens per tile, F vision features per token.
+"""
 
 import torch
 

@@ -8,7 +8,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 @torch.no_grad()
 def pack_losses(model: InternVLChatModel, pack: Pack, normalization: str) -> list[torch.Tensor]:
-    """Return the losses of the supervised tokens of each record, in float32 on the CPU.
+    """Return the losses of the supervised tokens, one tensor per record, in float32 on the CPU.
 
     Args:
         model: model in evaluation mode.

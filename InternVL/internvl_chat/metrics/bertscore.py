@@ -22,7 +22,7 @@ def bert_score(
     layer: int,
     device: str | None = None,
 ) -> list[float]:
-    """Return the F1 score of each answer (-1 to 1), or 0 if the answer or the reference is empty.
+    """Return the F1 score of each answer, from -1 to 1; 0 if the answer or its reference is empty.
 
     As in the published results, there is no baseline rescaling and no idf weighting.
 
@@ -56,7 +56,10 @@ def bert_score(
 
 
 def _max_length(model: Any) -> int:
-    """Return the maximum sequence length of an encoder; RoBERTa positions start after the padding index."""
+    """Return an encoder's maximum sequence length in tokens.
+
+    RoBERTa does not use the positions up to the padding index, so it accepts fewer tokens.
+    """
     length = getattr(model.config, "max_position_embeddings", 512)
     tables = (table for name, table in model.named_modules() if name.endswith("position_embeddings"))
     padding = getattr(next(tables, None), "padding_idx", None)
@@ -66,9 +69,9 @@ def _max_length(model: Any) -> int:
 def select_layer(name: str, model: Path) -> int:
     """Return the layer whose outputs BERTScore compares.
 
-    For models that the BERTScore authors have evaluated, identified by their folder name, this is the
-    recommended layer. For other models, it is the layer at three quarters of the depth, where
-    most recommended layers are.
+    For models that the BERTScore authors have evaluated, identified by their folder name, this is the layer
+    that they recommend. For other models, it is the layer at three quarters of the depth, close to most of
+    the recommended layers.
 
     Args:
         name: model name given by the user.
@@ -94,5 +97,5 @@ def select_layer(name: str, model: Path) -> int:
         if (layer := known.get(part.rpartition("--")[2])) is not None and layer <= layers:
             return layer
     layer = max(1, round(0.75 * layers))
-    logger.info("BERTScore: comparing layer %d/%d of %s", layer, layers, model)
+    logger.info("BERTScore: comparing the outputs of layer %d of %d in %s", layer, layers, model)
     return layer

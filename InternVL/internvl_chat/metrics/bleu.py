@@ -8,8 +8,8 @@ _WEIGHTS = [(1 / n,) * n for n in range(1, 5)]
 def bleu(prediction: str, reference: str) -> dict[str, float]:
     """Return `bleu1` to `bleu4` with uniform weights, brevity penalty and no smoothing.
 
-    As in the published results, the score is 0 if no word matches, and below 1e-70 if no n-gram of a higher
-    order matches.
+    As in the published results, all scores are 0 if no word matches. If only shorter n-grams match, the
+    scores of the higher orders are practically 0 (below 1e-70).
     """
     from nltk.translate.bleu_score import sentence_bleu
 

@@ -1,8 +1,8 @@
 """Multiple choice: parse the selected option from a free-text answer, and compute macro averages.
 
-Reasoning in `<think> … </think>` is ignored, also if it is cut off. A correction (a clause that starts with
-"wait" or "actually" and then names an option) takes precedence. The first matching rule decides; if it
-matches more than one option, the answer is unparsable:
+Reasoning in `<think> … </think>` is ignored, even if it is cut off. A correction (a clause that starts with
+"wait" or "actually" and then names an option) takes precedence. Otherwise, the rules below are tried in order
+until one matches. If this rule matches more than one option, the answer is unparsable.
 
 1. The answer is a letter, with any punctuation: `B`, `b.`, `(B)`, `**B**`.
 2. The answer is the text of an option, with or without its letter.
@@ -13,12 +13,11 @@ matches more than one option, the answer is unparsable:
 6. The answer calls a letter correct or chosen, or concludes with a letter: `option B`, `I choose B`,
    `B is correct`, `Therefore, B.`.
 7. The answer contains the text of exactly one option. If one option contains another, the longer one counts.
-   The option texts A and I must be uppercase. The option `No` is not read from a refusal ("no image was
-   provided").
+   The option texts A and I must be uppercase. A refusal ("no image was provided") does not select `No`.
 
-Signs, comparison operators and prefixes belong to a word: `HER2-` is not `HER2+`, `<5` is not `>5`, and
+Signs, comparison operators and prefixes are part of a word: `HER2-` is not `HER2+`, `<5` is not `>5`, and
 `non-malignant` is not `malignant`. A letter always refers to the option with this letter, even if it is also
-the text of a different option. Rule 2 parses `D. A` as option D if A is the text of D.
+the text of a different option. `D. A` selects option D if A is the text of D (rule 2).
 
 From rule 3 on, negated clauses (`not A`, `A is incorrect`) and letters after a noun (`panel B`,
 `hepatitis B`) are ignored.
@@ -46,7 +45,7 @@ _NEGATION = re.compile(
     r"rather than|instead of)\b|n['’]t\b",
     re.IGNORECASE,
 )
-# Rejects the letter or the option in front of it.
+# A clause that rejects the letter or option before it.
 _VERDICT = re.compile(
     r"\W*(?:(?:this|that|it)\s+)?(?:is\s+)?(?:incorrect|wrong|false|not\s+(?:correct|right|true))\W*",
     re.IGNORECASE,
@@ -63,12 +62,12 @@ _REFUSAL = re.compile(
     r"not (?:sure|certain|able|possible|enough|clear))\b|\b(?:can|don)['’]t\b",
     re.IGNORECASE,
 )
-# "no" that does not answer a question.
+# Words after a "no" that does not answer a question ("no image", "no doubt").
 _EMPTY_NO = (
     r"(?:\w+\s+)?(?:images?|pictures?|figures?|photos?|ideas?|information|details?|context|data|access|answers?|"
     r"options?|doubts?|questions?|way|reason|longer|matter)\b"
 )
-# Words of a text of which an option is denied: "absence of carcinoma", "COVID-19 negative".
+# Words before and after an option text that deny it: "absence of carcinoma", "COVID-19 negative".
 _DENIED_BEFORE = re.compile(
     r"\b(?:absence of|lack of|free of|free from|negative for|without)(?: an?| the| any)* $"
 )
@@ -89,7 +88,7 @@ _TAG = re.compile(r"</?[a-z]\w*>")
 _WORD = re.compile(
     r"(?:(?<![-=])[<>≤≥]\s*(?=[+-]?\d))?(?:(?<!\w)[+-](?=\d))?\w+(?:(?<=\d)[.,]\d+)*(?:[+-]+(?!\w))?"
 )
-# Words after a capital A or I that show that it is an option letter, not an article or a pronoun.
+# Words that show that the A or I before them is an option letter, not an article or a pronoun.
 _NO_NOUN = r"(?:and|as|because|but|for|from|given|in|is|or|since|which|with)\b"
 
 
@@ -112,7 +111,7 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _correction(text: str, choices: Sequence[str]) -> str | None:
-    """Return the letter that a correction declares or names in its first clause, or None."""
+    """Return the letter of the option that a correction declares, or names in its first clause; or None."""
     letters = ascii_uppercase[: len(choices)]
     affirmed = _drop_negations(text, letters, choices).strip()
     end = _CLAUSE_ENDS.search(affirmed)
@@ -128,7 +127,7 @@ def _correction(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _read(text: str, choices: Sequence[str]) -> str | None:
-    """Apply the rules to an answer from which the reasoning was removed."""
+    """Apply the rules to an answer without its reasoning; return the letter of the option, or None."""
     letters = ascii_uppercase[: len(choices)]
     affirmed = _drop_negations(text, letters, choices)
     rules = (
@@ -148,7 +147,7 @@ def _only(matches: set[str]) -> str | None:
 
 
 def _drop_negations(text: str, letters: str, choices: Sequence[str]) -> str:
-    """Remove negated clauses, with the label in front of them if they reject it (`A. CT is incorrect.`)."""
+    """Remove negated clauses, and the label before a clause that rejects it (`A. CT is incorrect.`)."""
     ends = [match.end() for match in _CLAUSE_ENDS.finditer(text)]
     clauses = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
     kept = [""]
@@ -167,7 +166,7 @@ def _drop_negations(text: str, letters: str, choices: Sequence[str]) -> str:
 
 
 def _rejects(clause: str, choice: str) -> bool:
-    """Return whether a negated clause after the label of an option calls the option wrong."""
+    """Return whether the negated clause after an option's label says that this option is wrong."""
     if _NEGATION.search(choice):
         return False
     names_option = f" {_plain(choice)} " in f" {_plain(clause)} "
@@ -175,7 +174,10 @@ def _rejects(clause: str, choice: str) -> bool:
 
 
 def _exact_text(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
-    """Find options with exactly this text, such as `+`; a single letter is the letter of an option."""
+    """Return the options whose text is exactly the answer, such as `+`.
+
+    A single letter is not looked up: it is the letter of an option (see `_whole_letter`).
+    """
     whole = text.strip().lower()
     if len(whole) == 1 and whole.isalpha():
         return []
@@ -260,7 +262,7 @@ def _leading(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
 
 
 def _option_at(text: str, letters: str, choices: Sequence[str]) -> list[str]:
-    """Return the option with which the text starts, if it looks like another letter (`B. cereus`)."""
+    """Return the option whose text begins here, if this text looks like a different letter (`B. cereus`)."""
     start = _plain(text[: max(map(len, choices)) * 2 + 20])
     return [
         letter
@@ -299,10 +301,11 @@ def _chosen(text: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
 
 
 def _contained(text: str, affirmed: str, letters: str, choices: Sequence[str]) -> Iterable[str]:
-    """Find option texts outside negated clauses; options that contain a negation match anywhere.
+    """Return the options whose text occurs outside negated clauses.
 
-    The option texts A and I (a blood group, a stage) match only as uppercase words that are not an article or
-    a pronoun, and `No` not in a refusal.
+    - An option that contains a negation may occur anywhere.
+    - The option texts A and I (a blood group, a stage) must be uppercase and not an article or a pronoun.
+    - `No` must not be part of a refusal.
     """
     contained = {}
     for letter, choice in zip(letters, choices, strict=True):
@@ -348,7 +351,10 @@ def _says_no(text: str) -> bool:
 
 
 def _contains_letter(text: str, capital: str) -> bool:
-    """Return whether a letter is a separate word; A and I must be uppercase and not article or pronoun."""
+    """Return whether a text contains a letter as a separate word.
+
+    A and I must be uppercase and not an article or a pronoun.
+    """
     case = "" if capital in "AI" else "(?i)"
     article = rf"(?!\s+(?!{_NO_NOUN})[a-z])" if capital in "AI" else ""
     return bool(re.search(rf"{case}(?<![\w'’]){capital}(?![\w'’]|[+-](?!\w)){article}", text))
@@ -359,7 +365,7 @@ def _letter(match: re.Match) -> str:
 
 
 def _joined(rest: str, letter: str) -> list[str]:
-    """Return the letter that follows another one after "and", "or", ",", "/", "&" or "+", as a list."""
+    """Return a list with the letter that "and", "or", ",", "/", "&" or "+" joins to the previous letter."""
     match = re.match(rf"\W*(?:\b(?:and|or)\b|[,/&+])[\s*_\"']*(?:option\s+)?{letter}", rest)
     return [_letter(match)] if match else []
 
@@ -390,8 +396,9 @@ def _without_signs(plain: str) -> str:
 def split_choices(question: str) -> tuple[str, ...]:
     """Return the options that a question lists as `A. … B. …` (or `A)`, `A:`), or () if fewer than two.
 
-    Options start on a new line (the first may also follow a colon or a question mark) or else after any
-    whitespace. The letters must be in order, so that "C. elegans" does not start an option.
+    Each option starts on a new line, but the first may also follow a colon or a question mark. If there are
+    no such options, they may start after any whitespace. The letters must be in order, so that "C. elegans"
+    does not start an option.
     """
     for first, others in ((r"(?:^|\n|[:?])[ \t]*", r"\n[ \t]*"), (r"(?<!\S)", r"(?<!\S)")):
         marks: list[re.Match] = []

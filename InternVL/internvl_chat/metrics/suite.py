@@ -1,4 +1,4 @@
-"""Evaluation metrics: their names and the packages and models they require."""
+"""Names of the evaluation metrics, and the packages and models that they require."""
 
 import importlib.util
 import textwrap
@@ -31,7 +31,7 @@ _PACKAGES = {
     "sts": "sentence_transformers",
     "macro": "sklearn",
 }
-# Weights in formats that are not used here.
+# Weight formats that are not used, so they are not downloaded.
 _IGNORED_FILES = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "*.tflite", "coreml/*"]
 
 
@@ -62,19 +62,19 @@ def build_suite(
     sts_model: str | None = None,
     device: str | None = None,
 ) -> Suite:
-    """Check the packages and locate the models of the metrics, before any question is answered.
+    """Return the metrics to compute, after checking their packages and locating their models.
 
-    Unavailable metrics are logged and not computed, unless they are required.
+    Unavailable metrics are skipped with a warning, unless they were requested.
 
     Args:
         requested: families to compute (default: all available).
         has_open: whether there are open questions; if not, the default is only `macro`.
-        bertscore_model: folder or hub id of the encoder; if given, BERTScore is required.
-        sts_model: folder or hub id of the encoder; if given, STS is required.
+        bertscore_model: folder or Hub id of the encoder; setting it also requests BERTScore.
+        sts_model: folder or Hub id of the encoder; setting it also requests STS.
         device: device of the encoders, or `auto`.
 
     Raises:
-        UsageError: a required metric is unavailable; the message lists all missing packages and models.
+        UsageError: a requested metric is unavailable; the message lists all missing packages and models.
     """
     families = set(requested if requested is not None else FAMILIES if has_open else ("macro",))
     required = set(requested or ())
@@ -108,10 +108,10 @@ def build_suite(
 
 
 def _find_model(name: str) -> Path:
-    """Return the folder of an encoder, downloading it if `name` is a hub id.
+    """Return the folder of an encoder, downloading it if `name` is a Hub id.
 
     Raises:
-        ModelError: the model is neither in a local folder nor on the hub.
+        ModelError: the model is neither in a local folder nor on the Hub, or its folder has no weights.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -127,5 +127,5 @@ def _find_model(name: str) -> Path:
     except Exception as error:
         reason = textwrap.shorten(str(error).strip() or type(error).__name__, 200, placeholder=" ...")
         raise ModelError(
-            f"{name}: neither a local folder nor available from the Hugging Face hub ({reason})"
+            f"{name}: neither a local folder nor available from the Hugging Face Hub ({reason})"
         ) from error

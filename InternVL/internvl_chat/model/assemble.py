@@ -42,12 +42,15 @@ def assemble_model(
     attn: str,
     drop_path_rate: float = 0.0,
 ) -> InternVLChatModel:
-    """Build the model from its parts.
+    """Return a model that is assembled from its parts.
 
     Args:
         vision_folder: InternViT with `config.json` and weights; the prefix `vision_model.` is optional.
         llm_folder: causal language model in transformers' format.
         mlp_file: projector weights (the prefix `mlp1.` is optional); None for random initialization.
+        downsample_ratio: ratio of the pixel shuffle, for example 0.5.
+        image_context_id: id of `<IMG_CONTEXT>` in the tokenizer.
+        dtype: dtype of all weights.
         attn: attention implementation, as returned by `resolve_attention`.
         drop_path_rate: stochastic depth rate of the vision tower.
 

@@ -24,10 +24,10 @@ _SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 
 def pinned_sdpa(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context that restricts SDPA on a GPU to the flash, efficient and math kernels, in this order.
+    """Return a context that excludes cuDNN's kernel from SDPA on a GPU.
 
-    cuDNN is excluded because planning each new shape (number of tiles, key length) takes it about 30 ms. On
-    other devices, the context does nothing.
+    It leaves the flash, efficient and math kernels, in order of preference. cuDNN needs about 30 ms to plan
+    each new shape (number of tiles, key length). On other devices, the context does nothing.
     """
     return sdpa_kernel(_SDPA_BACKENDS, set_priority=True) if device.type == "cuda" else nullcontext()
 
@@ -35,8 +35,8 @@ def pinned_sdpa(device: torch.device) -> AbstractContextManager[object]:
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """Return the attention implementation for a device: one of `ATTENTION_NAMES` except `auto`.
 
-    `auto` selects flash-attn if it is installed and supports the GPU and dtype, otherwise `varlen`: torch's
-    own flash kernel if the GPU supports it, else attention record by record.
+    `auto` selects flash-attn if it is installed and supports the GPU and dtype, otherwise `varlen`. `varlen`
+    uses torch's own flash kernel if the GPU supports it, otherwise SDPA for one record at a time.
 
     Args:
         name: one of `ATTENTION_NAMES`.
@@ -149,7 +149,7 @@ def _sdpa(
 
 
 def _prefers_blocks(query: torch.Tensor, dropout: float) -> bool:
-    """Return whether blocked attention is faster than SDPA (in bfloat16 on a CPU, by up to a factor of 2)."""
+    """Return whether to use blocked attention: on a CPU in bfloat16, it is up to twice as fast as SDPA."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0
 
 

@@ -105,7 +105,8 @@ class InternVLChatConfig:
         """Build the configuration from the content of a `config.json`.
 
         Raises:
-            ModelError: not an InternVL-Chat configuration, or invalid values; the message lists all of them.
+            ModelError: the content is not an InternVL-Chat configuration or has invalid values; the message
+                lists all of them.
         """
         if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:
             found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
@@ -141,7 +142,7 @@ class InternVLChatConfig:
         return cls.from_dict(raw, source=str(file))
 
     def problems(self) -> list[str]:
-        """Return a message for each invalid value or inconsistency."""
+        """Return a message for each invalid or inconsistent value."""
         vision, problems = self.vision_config, []
         if vision.hidden_size % vision.num_attention_heads:
             problems.append(

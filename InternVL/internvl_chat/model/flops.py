@@ -38,15 +38,15 @@ class FlopCounter:
 
     Attributes:
         decoder: FLOPs per token in the language-model weights that are applied to all tokens.
-        attention: FLOPs per pair of a token and a token that it attends to.
+        attention: FLOPs per pair of a token and one of the tokens that it attends to.
         supervised: FLOPs per supervised token in the weights that are applied to these tokens only: the head
             and, with the optional kernels, the last MLP.
         tile: FLOPs per tile in the vision tower.
         projector: FLOPs per tile in `mlp1`.
-        llm_passes: cost of a language-model step in forward passes: 1 for forward only, 2 if gradients pass
-            through the language model, 3 if it is trained.
-        vision_passes: the same for the vision tower.
-        projector_passes: the same for `mlp1`.
+        llm_passes: cost of the language model in a training step, as a multiple of its forward pass: 1 for
+            forward only, 2 if gradients pass through it, 3 if it is trained.
+        vision_passes: same as `llm_passes`, for the vision tower.
+        projector_passes: same as `llm_passes`, for `mlp1`.
     """
 
     decoder: float
@@ -59,7 +59,13 @@ class FlopCounter:
     projector_passes: int
 
     def step(self, lengths: list[int], supervised: int, tiles: int) -> float:
-        """Return the FLOPs of a step on records with these lengths, excluding recomputed activations."""
+        """Return the FLOPs of a training step, without those of recomputing checkpointed activations.
+
+        Args:
+            lengths: number of tokens of each record.
+            supervised: number of supervised tokens of all records.
+            tiles: number of tiles of all records.
+        """
         pairs = sum(n * (n + 1) / 2 for n in lengths)
         return self._count(sum(lengths), pairs, supervised, tiles)
 
@@ -75,7 +81,7 @@ class FlopCounter:
 
 
 def count_flops(model: InternVLChatModel) -> FlopCounter:
-    """Count the FLOPs of a model; call it after `set_trainable`, which determines the number of passes."""
+    """Return the FLOPs of a model; call this after `set_trainable`, which determines the number of passes."""
     vision, llm = model.config.vision_config, model.language_model
     embeddings, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
     last_mlp = _matrix_size(llm.get_decoder().layers[-1].mlp) if has_supervised_head(model) else 0

@@ -1,6 +1,7 @@
-"""Estimate training memory in bytes: activations of a pack, and weights, gradients and optimizer per rank.
+"""Estimate training memory in bytes: activations per pack, and weights, gradients and optimizer per rank.
 
-Activation sizes are measured from the tensors that autograd saves in one decoder layer and the vision tower.
+To measure activations, one decoder layer and the vision tower are run, and the sizes of the tensors that
+autograd saves are added up.
 """
 
 import copy
@@ -15,7 +16,7 @@ from torch import nn
 from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
-# Record lengths at which a layer is measured; two are needed to separate the linear and quadratic terms.
+# Record lengths in tokens at which a layer is measured. Two lengths separate the linear and quadratic terms.
 _PROBE_LENGTHS = (256, 512)
 # DeepSpeed's default limits on the number of parameters that ZeRO-3 gathers.
 _ZERO3_GATHERED = {"max_live_parameters": 1e9, "prefetch_bucket_size": 5e7}
@@ -25,9 +26,10 @@ COMPONENTS = ("weights", "gradients", "optimizer state", "optimizer scratch", "c
 
 
 class PackSize(NamedTuple):
-    """Counts that determine a pack's memory: numbers, or arrays for multiple packs.
+    """Counts that determine a pack's memory: numbers for one pack, or arrays with one entry per pack.
 
-    `squares` is the sum of the squared record lengths.
+    Attributes:
+        squares: sum of the squared record lengths.
     """
 
     tokens: Any
@@ -59,7 +61,12 @@ class Activations:
     checkpointed_tile: float
 
     def for_pack(self, pack: PackSize, checkpointed: int) -> dict[str, Any]:
-        """Return the bytes of a pack, keyed by component, with `checkpointed` checkpointed decoder layers."""
+        """Return a pack's activation memory in bytes, keyed by component.
+
+        Args:
+            pack: size of the pack.
+            checkpointed: number of decoder layers with activation checkpointing.
+        """
         layer = self.layer_token * pack.tokens + self.layer_square * pack.squares
         # The backward pass recomputes one checkpointed layer at a time and keeps the activation gradients of
         # one layer.
@@ -72,9 +79,9 @@ class Activations:
 
 
 def measure_activations(model: InternVLChatModel, device: torch.device) -> Activations:
-    """Measure a model's activations on the training device.
+    """Return the sizes of a model's activations, measured on the training device.
 
-    The model itself may still be on a different device, even one that its kernels do not support.
+    If the model is on a different device, copies of the measured modules are used.
     """
     llm = model.language_model
     itemsize, hidden = model.projector_weight.element_size(), llm.config.hidden_size
@@ -168,16 +175,17 @@ def parallel_memory(
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
     weights, gradients = _size(model.parameters()), _size(trained)
     if parallel == "ddp":
-        # Gradients are views of DDP's buckets and are copied there one at a time. With gradient accumulation,
-        # all packs except the last accumulate outside the buckets.
+        # With one pack per step, DDP copies one gradient at a time into a bucket and replaces it with a view,
+        # so only one is in memory twice. With gradient accumulation, all packs except the last accumulate
+        # outside the buckets.
         buffers = gradients if several_packs else max(p.nbytes for p in trained)
     elif parallel == "fsdp":
         layers = model.blocks
         inside = {p for layer in layers for p in layer.parameters()}
         root = [p for p in model.parameters() if p not in inside]
-        # The root module stays unsharded for the entire pass. A layer's gradients are unsharded until they
-        # are reduced, which happens in the last pack only. The buffers hold three layers: one in use, one
-        # being gathered and one being reduced.
+        # The root module stays unsharded for the entire pass. A layer's gradients stay unsharded until they
+        # are reduced, in the last pack of a step. There are buffers for three layers: one in use, one being
+        # gathered and one being reduced.
         unreduced = max(_size(p for p in layer.parameters() if p.requires_grad) for layer in layers)
         reduced = gradients // ranks + _size(p for p in root if p.requires_grad)
         gradients = unreduced + (gradients if several_packs else reduced)

@@ -21,7 +21,7 @@ def _norm(config: InternVisionConfig) -> nn.Module:
 
 
 def _drop_path(rate: float) -> nn.Module:
-    """Return timm's DropPath (stochastic depth); at rate 0 the identity, because importing timm is slow."""
+    """Return timm's DropPath (stochastic depth), or the identity at rate 0 to avoid importing timm."""
     if rate == 0:
         return nn.Identity()
     from timm.layers import DropPath
@@ -164,7 +164,7 @@ class InternVisionModel(nn.Module):
         return x
 
     def layers_before(self, select_layer: int) -> int:
-        """Return the number of layers before the hidden state `select_layer` (see `forward`)."""
+        """Return the number of layers that compute the hidden state `select_layer` (see `forward`)."""
         return select_layer if select_layer >= 0 else len(self.encoder.layers) + 1 + select_layer
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ class InternVLChatModel(nn.Module):
         self.mlp1 = build_projector(
             config.vision_config.hidden_size, config.hidden_size, config.downsample_ratio
         )
-        # `apply_kernels` may replace it.
+        # `apply_kernels` may replace this function.
         self.loss_function = next_token_losses
         # True if all ranks must run the same modules (ZeRO-3, FSDP).
         self.always_run_vision = False
@@ -89,7 +89,7 @@ class InternVLChatModel(nn.Module):
     def checkpoint_layers(self, count: int) -> None:
         """Enable activation checkpointing in `count` evenly spaced decoder layers.
 
-        If `count` is above 0, all blocks of a trained vision tower are checkpointed, too.
+        If `count` is above 0, it is also enabled in all blocks of the vision tower.
         """
         llm = self.language_model
         # transformers renamed the method after 5.17.
@@ -119,9 +119,9 @@ class InternVLChatModel(nn.Module):
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode normalized tiles, (N, 3, S, S) -> (N, K, C).
 
-        Without tiles, `mlp1` still runs so that its gradients are zero instead of None. The optimizer then
-        applies momentum and weight decay to it, as in the reference, which encodes a blank tile. The vision
-        tower runs on a blank tile if it is trained or `always_run_vision` is set.
+        Without tiles, `mlp1` runs on an empty batch, so that its gradients are zero instead of None. The
+        optimizer then applies momentum and weight decay to it, as in the reference. The vision tower runs on
+        a blank tile if it is trained or `always_run_vision` is set.
         """
         if len(pixel_values):
             return self.mlp1(self.vision_features(pixel_values))
@@ -191,9 +191,12 @@ class InternVLChatModel(nn.Module):
     ) -> InternVLOutput:
         """Run one row of packed records, or a batch of rows of equal length.
 
-        Records do not attend to each other: varlen attention uses their boundaries, and transformers derives
-        its masks from the positions, which restart at 0 in each record. Passing `image_positions` and
-        `label_positions` avoids GPU synchronization.
+        Records do not attend to each other. Varlen attention and flash-attn get their boundaries from
+        `cu_seq_lens`. For other implementations, transformers derives a mask from `position_ids`, which
+        restart at 0 in each record.
+
+        If `image_positions` and `label_positions` are not given, they are computed, which synchronizes the
+        GPU.
 
         Args:
             input_ids: (1, T) packed, or (B, T) without `cu_seq_lens`.

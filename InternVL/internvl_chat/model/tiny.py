@@ -34,7 +34,7 @@ class TinyShape:
     kv_heads: int = 2
 
     def problems(self) -> list[str]:
-        """Return a message for each inconsistency between the sizes."""
+        """Return a message for each invalid or inconsistent size."""
         problems = []
         if self.width % self.heads or (self.width // self.heads) % 2:
             problems.append(f"--width {self.width} must be an even multiple of --heads {self.heads}")
@@ -50,7 +50,7 @@ class TinyShape:
 
 
 def tiny_config(shape: TinyShape, vocab_size: int) -> InternVLChatConfig:
-    """Return the configuration of an InternVL3 with this shape."""
+    """Return the configuration of an InternVL3 model with these sizes."""
     from internvl_chat.model.configuration import InternVLChatConfig
 
     raw = {
@@ -106,9 +106,10 @@ def tiny_config(shape: TinyShape, vocab_size: int) -> InternVLChatConfig:
 def build_tiny_model(
     shape: TinyShape, *, vocab_size: int, image_context_id: int, seed: int = 0
 ) -> InternVLChatModel:
-    """Return a model of this shape with random weights.
+    """Return a model with these sizes and random weights.
 
-    The position embeddings are scaled down; otherwise they would dominate the image in a frozen vision tower.
+    The position embeddings are scaled down, because they would otherwise dominate the features of a frozen
+    vision tower.
     """
     import torch
 

@@ -82,7 +82,7 @@ _reporting = partial(_arg, "reporting")
 class ModelArguments:
     """Flags for the model and its trainable parameters."""
 
-    model_name_or_path: str | None = _model(None, "Initial model: model folder, adapter folder or Hub id.")
+    model_name_or_path: str | None = _model(None, "Initial model: model folder, adapter folder or hub id.")
     base_model_path: str | None = _lora(None, "Folder of the adapters' base model, if it was moved.")
     vision_path: str | None = _model(None, "InternViT folder for assembling a model (with --llm_path).")
     llm_path: str | None = _model(None, "Language-model folder for assembling a model (with --vision_path).")
@@ -94,17 +94,17 @@ class ModelArguments:
     freeze_mlp: bool = _model(False, "Freeze the projector.")
     unfreeze_vit_layers: int = _model(
         0,
-        "Index of the first vision block to train even if the vision tower is frozen; negative values count "
-        "from the end, 0 disables.",
+        "Train the vision blocks from this index on, even if the vision tower is frozen; negative values "
+        "count from the end, 0 disables.",
     )
     unfreeze_lm_head: bool = _model(False, "Train the output head even if the language model is frozen.")
-    vision_select_layer: int = _model(-1, "Vision block whose output is used; -1 is the last.")
+    vision_select_layer: int = _model(-1, "Index of the vision block whose output is used; -1 is the last.")
     use_backbone_lora: int = _lora(0, "LoRA rank in the vision tower; 0 disables. Alpha is twice the rank.")
     use_llm_lora: int = _lora(0, "LoRA rank in the language model; 0 disables. Alpha is twice the rank.")
     lora_dropout: float = _lora(0.05, "Dropout probability of the adapters' input.")
     grad_checkpoint: str = _memory(
         "auto",
-        "Activation checkpointing: True for all layers, False for none, auto for as few as memory allows.",
+        "Activation checkpointing: True (all layers), False (none) or auto (as few layers as fit in memory).",
     )
     drop_path_rate: float = _model(0.0, "Stochastic-depth rate of the vision tower.")
     ps_version: str = _model("v2", "Version of the pixel shuffle.", ("v1", "v2"))
@@ -148,7 +148,7 @@ class DataArguments:
     dynamic_image_size: bool = _data(False, "Split images into tiles according to their aspect ratio.")
     use_thumbnail: bool = _data(False, "Append a thumbnail of each image to its tiles.")
     min_dynamic_patch: int = _data(
-        1, "Minimum number of tiles per image; an image limited to fewer gets one tile."
+        1, "Minimum number of tiles per image; if the image's limit is lower, it gets one tile."
     )
     max_dynamic_patch: int = _data(
         12, "Maximum number of tiles per record; a limit in the meta file takes precedence."
@@ -161,21 +161,17 @@ class DataArguments:
     )
     check: str = _data(
         "fast",
-        "Data check before loading weights: full decodes all images, fast reads their headers and file ends, "
-        "off is like fast, but without warnings.",
+        "Data check before loading weights: fast reads the header and the end of each image, full decodes "
+        "all images, off is fast without warnings.",
         ("full", "fast", "off"),
     )
     on_bad_record: str = _data(
         "fail",
-        "How to handle unusable records: fail stops the run, skip excludes and reports them.",
+        "Handling of unusable records: fail stops the run, skip excludes and logs them.",
         POLICIES,
     )
-    max_bad_fraction: float = _data(
-        0.01, "Maximum fraction of records that --on_bad_record skip may exclude."
-    )
-    truncate_text: bool = _data(
-        False, "Truncate the text of records that are too long even with one tile per image."
-    )
+    max_bad_fraction: float = _data(0.01, "Maximum fraction of records to exclude with --on_bad_record skip.")
+    truncate_text: bool = _data(False, "Truncate records that are too long even with one tile per image.")
     image_root: str | None = _data(
         None, "Folder of the images, if --meta_path is an annotation file instead of a meta file."
     )
@@ -203,13 +199,13 @@ class RunArguments:
     per_device_train_batch_size: int = _optimization(
         8, "Records per rank and accumulation step; with --packing False, also per forward pass."
     )
-    gradient_accumulation_steps: int = _optimization(1, "Accumulation steps per optimizer step.")
+    gradient_accumulation_steps: int = _optimization(1, "Number of accumulation steps per optimizer step.")
     num_train_epochs: float = _optimization(3.0, "Number of epochs.")
     max_steps: int = _optimization(-1, "Number of optimizer steps; overrides --num_train_epochs if positive.")
     loss_reduction: str = _optimization(
         "sample",
-        "Loss weight of a token in a record with n supervised tokens: 1/n (sample: equal weight per record), "
-        "1 (token), or 1/sqrt(n) (square).",
+        "Loss weight of each token in a record with n supervised tokens: sample 1/n (equal weight per "
+        "record), token 1, square 1/sqrt(n).",
         LOSS_REDUCTIONS,
     )
     train_sampling_strategy: str = _data(
@@ -227,7 +223,7 @@ class RunArguments:
     warmup_steps: float = _optimization(0.0, "Warm-up steps, or a fraction of all steps if below 1.")
     warmup_ratio: float = _optimization(
         0.0,
-        "Warm-up steps as a fraction of all steps; the later of this flag and --warmup_steps takes effect.",
+        "Warm-up steps as a fraction of all steps; if --warmup_steps is also given, the last of both counts.",
     )
     optim: str = _optimization(
         "adamw_torch_fused", "Optimizer from transformers, such as adamw_torch, adafactor or adamw_8bit."
@@ -240,14 +236,14 @@ class RunArguments:
     max_grad_norm: float = _optimization(1.0, "Maximum norm of the gradients; 0 disables clipping.")
     weight_precision: str = _optimization(
         "master",
-        "Update of bf16 weights: master (float32 copies), stochastic (stochastic rounding), or bf16 (as in "
+        "Update of bf16 weights: master (float32 copies), stochastic (stochastic rounding) or bf16 (as in "
         "the reference); auto is the former name of master.",
         ("auto", *WEIGHT_PRECISIONS),
     )
     max_bad_steps: int = _optimization(
         5,
-        "Maximum number of skipped steps (non-finite loss or gradients, or no supervised tokens); one more "
-        "fails the run.",
+        "Maximum number of skipped steps (non-finite loss or gradients, or no supervised tokens) before the "
+        "run fails.",
     )
     do_train: bool = _optimization(True, "Must be True: this script only trains.")
     # computation
@@ -261,7 +257,7 @@ class RunArguments:
         False, "Compile the transformer blocks of the vision tower and the language model."
     )
     dataloader_num_workers: int = _memory(0, "Dataloader workers per rank; 0 loads in the main process.")
-    dataloader_prefetch_factor: int | None = _memory(None, "Steps that each worker prefetches [2].")
+    dataloader_prefetch_factor: int | None = _memory(None, "Number of steps that each worker prefetches [2].")
     dataloader_pin_memory: bool = _memory(True, "Load batches into pinned memory (GPUs only).")
     use_cpu: bool = _distributed(False, "Train on the CPU.")
     parallel: str = _distributed(
@@ -276,23 +272,23 @@ class RunArguments:
     )
     ddp_bucket_cap_mb: int | None = _distributed(None, "DDP's bucket size in MB [torch's default].")
     ddp_backend: str | None = _distributed(
-        None, "Only the defaults are supported: nccl on GPUs, gloo on CPUs."
+        None, "Communication backend; only the defaults are supported: nccl (GPUs), gloo (CPUs)."
     )
     ddp_timeout: int = _distributed(1800, "Timeout of collectives within a training step, in seconds.")
     local_rank: int = _distributed(-1, "No effect: torchrun sets the rank in the environment.")
     # validation
-    do_eval: bool = _validation(False, "No effect: --eval_strategy decides whether to validate.")
+    do_eval: bool = _validation(False, "No effect: validation depends on --eval_strategy.")
     eval_strategy: str = _validation("no", "When to validate.", INTERVALS)
     evaluation_strategy: str | None = _validation(None, "Former name of --eval_strategy.")
     eval_steps: float | None = _validation(
         None, "Steps between validations, or a fraction of all steps if below 1 [--save_steps]."
     )
     eval_delay: float = _validation(
-        0, "Steps (with --eval_strategy epoch: epochs) before the first validation."
+        0, "Steps before the first validation (epochs with --eval_strategy epoch)."
     )
     eval_on_start: bool = _validation(False, "Also validate before the first step.")
     eval_generate: int = _validation(
-        0, "Answers to generate per dataset in each validation, for exact match and ROUGE-L."
+        0, "Number of answers per dataset to generate and score in each validation."
     )
     metric_for_best_model: str | None = _validation(
         None, "Metric that selects the best checkpoint [eval_loss]."
@@ -302,7 +298,7 @@ class RunArguments:
     )
     load_best_model_at_end: bool = _validation(False, "Use the best checkpoint as the final model.")
     early_stopping_patience: int = _validation(
-        0, "Stop after this many consecutive validations without improvement; 0 disables."
+        0, "Consecutive validations without improvement before training stops; 0 disables."
     )
     # checkpoints
     save_strategy: str = _checkpoints("steps", "When to save a checkpoint.", (*INTERVALS, "best"))
@@ -318,7 +314,7 @@ class RunArguments:
         None, "Checkpoint to resume from [the newest one in --output_dir]."
     )
     allow_resume_changes: bool = _checkpoints(
-        False, "Resume with changed settings that are compatible with the checkpoint; log the effect of each."
+        False, "On resume, allow changed settings that are compatible with the checkpoint."
     )
     # logging
     logging_strategy: str = _reporting("steps", "When to log.", INTERVALS)
@@ -328,7 +324,7 @@ class RunArguments:
         default_factory=lambda: ["none"],
         metadata={
             "group": "reporting",
-            "help": "Trackers separated by spaces or commas, such as wandb tensorboard, or none.",
+            "help": "Trackers such as wandb or tensorboard, separated by spaces or commas; none disables.",
         },
     )
     run_name: str | None = _reporting(None, "Name of the run in the trackers.")
@@ -341,5 +337,5 @@ class RunArguments:
     )
     self_test: bool = _reporting(False, "Former name of --sanity_check.")
     hang_seconds: float = _reporting(
-        1800.0, "Print the stacks of all threads after this many seconds without progress; 0 disables."
+        1800.0, "Seconds without a finished step before the stacks of all threads are printed; 0 disables."
     )

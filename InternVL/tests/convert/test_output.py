@@ -125,7 +125,7 @@ def test_concurrent_merges_into_one_target(
     before = contents(target)
 
     late = ConversionOutput(target, source, "merge")
-    with pytest.raises(ModelError, match="another process has written it"), late.write():
+    with pytest.raises(ModelError, match="written by another process"), late.write():
         pytest.fail("the target exists already")
     assert contents(target) == before
     assert not list(tmp_path.glob(".*"))
@@ -143,7 +143,7 @@ def test_full_disk_error_contains_the_file(folder: Path, tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     file = tmp_path / "out/.merged.partial/part-00001.safetensors"
     assert str(caught.value).startswith(
-        f"{file}: File too large; the incomplete result was deleted; check the disk"
+        f"{file}: File too large (the incomplete result was deleted); check the disk"
     )
     assert not list((tmp_path / "out").iterdir())
 

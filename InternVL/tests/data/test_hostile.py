@@ -187,7 +187,7 @@ class TestMetas:
     def test_names(self, folder, name):
         (folder / "meta.json").write_text(json.dumps({name: entry_of(folder)}))
         with pytest.raises(
-            DataError, match="use a dataset name of at most 200 printable characters"
+            DataError, match="too long or not printable; use at most 200 printable characters"
         ) as caught:
             load_meta(folder / "meta.json", folder)
         assert len(str(caught.value)) < 1000

@@ -35,19 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("meta", nargs="?", metavar="META", help="meta file (like PMC-data.json)")
     add("--model",
-        help="model folder, adapter folder or hub id; its tokenizer counts the tokens (default: tokens are "
-        "not counted)")  # fmt: skip
+        help="model whose tokenizer counts the tokens: model folder, adapter folder or hub id (default: "
+        "do not count tokens)")  # fmt: skip
     add_data_root(parser)
     add("--check", choices=("fast", "full"), default="fast",
-        help="full decodes every image; fast reads only its header and its end (default: fast)")  # fmt: skip
+        help="fast reads the header and the end of each image; full decodes it (default: fast)")  # fmt: skip
     add_preprocessing_arguments(parser)
     add("--max_seq_length", type=positive, metavar="N",
         help="maximum tokens per record (default: from the checkpoint)")  # fmt: skip
-    add("--truncate_text", action="store_true", help="check as for training with --truncate_text True")
+    add("--truncate_text", action="store_true", help="check as if training used --truncate_text True")
     add("--against", nargs="+", type=Path, metavar="PATH", default=[],
         help="benchmarks to check for contamination: meta files, JSON, tables, other text files, images, or "
         "folders of such files")  # fmt: skip
-    add("--report", type=Path, metavar="DIR", help="folder for problems.jsonl, report.html and lengths.png")
+    add("--report", type=Path, metavar="DIR", help="write problems.jsonl, report.html and lengths.png here")
     add("--workers", type=positive, metavar="N", help="worker processes (default: one per core)")
     add("--json", action="store_true", help="print one JSON object per dataset")
 

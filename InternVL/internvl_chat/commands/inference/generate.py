@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `generate`."""
     add = parser.add_argument
     add("question", nargs="*",
-        help="question; <image> marks the position of an image. Additional questions continue the "
+        help="question, with <image> to mark the position of an image; more questions continue the "
         "conversation")  # fmt: skip
     add("--model", required=True, help="model folder, adapter folder or hub id")
     add("--image", action="append", default=[], help="image file; repeat for multiple images")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum tokens per answer (default: 512)")  # fmt: skip
     add("--temperature", type=float, default=0.0,
         help="sampling temperature, for example 0.7; 0 is greedy decoding (default: 0)")  # fmt: skip
-    add("--top_p", type=float, help="cumulative probability of nucleus sampling (default: 1)")
+    add("--top_p", type=float, help="probability mass of nucleus sampling (default: 1)")
     add("--seed", type=int, help="seed for reproducible sampling")
     add_preprocessing_arguments(parser)
     add("--json", action="store_true", help="print one JSON object per answer")

@@ -50,10 +50,11 @@ class Benchmark:
 
 
 def read_benchmark(paths: Sequence[Path], data_root: Path) -> Benchmark:
-    """Collect articles and images from meta files, text files, images, and folders of such files.
+    """Return the articles and images in meta files, text files, images, and folders of such files.
 
-    Image names in JSON and in table cells (.csv, .tsv) are looked up in the file's folder, its subfolder
-    `images`, and its sibling folder `images`. `.git` is skipped.
+    Image names in JSON and in table cells (.csv, .tsv) are looked up next to the file, in its subfolder
+    `images`, and in `../images`. The images of a meta file's records are looked up in `root`. `.git` folders
+    are skipped.
 
     Args:
         paths: files and folders; folders are searched recursively.

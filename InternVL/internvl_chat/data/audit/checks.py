@@ -33,7 +33,7 @@ class SetAudit:
     Attributes:
         records: number of records in the file; 0 if the file could not be opened.
         used: number of distinct records that `repeat_time` selects.
-        lengths: lengths of the usable records among the used ones.
+        lengths: lengths of the used records that are usable.
     """
 
     spec: DatasetSpec
@@ -82,7 +82,7 @@ def audit(
     workers: int | None = None,
     cache: Path | None = None,
 ) -> Audit:
-    """Check all records that would be used for training.
+    """Check all records that would be used for training and return the findings.
 
     Args:
         specs: datasets to check.
@@ -119,7 +119,7 @@ def audit(
 def check_before_training(
     sets: Sequence[RecordSet], *, check: str, on_bad_record: str, max_bad_fraction: float
 ) -> tuple[list[Lengths], list[ExcludedRecord], list[ImageManifest]]:
-    """Index the records of a run and log the findings of the data check.
+    """Index the records of a training run, and log what the data check found.
 
     Args:
         sets: datasets of the run.

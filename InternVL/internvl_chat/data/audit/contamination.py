@@ -19,8 +19,8 @@ from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.hardware import cpu_cores
 
 # Among 306 figures and panels from PubMed Central, any two differ in at least 14 bits; scaled, recompressed
-# and grayscale copies differ in at most 4. A training set has more chance matches, hence the similarity
-# threshold.
+# and grayscale copies differ in at most 4. In a large training set, hashes may match by chance; the
+# similarity threshold rejects these pairs.
 MAX_DIFFERENT_BITS = 8
 MIN_SIMILARITY = 0.95
 
@@ -41,10 +41,10 @@ class _Content(NamedTuple):
 def find_leaks(
     sets: Sequence[RecordSet], benchmark: Benchmark, *, workers: int | None = None
 ) -> list[Problem]:
-    """Return the problems of all used records that share articles or images with a benchmark.
+    """Return a problem for each used record that shares articles or images with a benchmark.
 
-    There is one problem per record and kind, in file order. Warnings about parts of the benchmark that could
-    not be compared come first.
+    A record has at most one problem of each kind. Problems are in file order, after the warnings about parts
+    of the benchmark that could not be compared.
 
     Args:
         sets: the training datasets.
@@ -69,8 +69,8 @@ def _read_contents(
 ) -> Iterator[_Content]:
     """Yield the benchmark articles and the image numbers of each record.
 
-    Records without either are skipped, and so are unusable records. If the benchmark has no images, those of
-    the records are ignored.
+    Unusable records are skipped, and so are records without benchmark articles and images. If the benchmark
+    has no images, the images of the records are ignored.
 
     Args:
         numbers: image path -> number; new images are added.

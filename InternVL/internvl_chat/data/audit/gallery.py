@@ -35,9 +35,13 @@ STYLE = """
 
 
 def gallery(problems: Sequence[Problem], audit: Audit) -> str:
-    """Return an HTML gallery of the first records with problems of one kind; empty if there are no images.
+    """Return an HTML gallery with images of records that have a problem; empty if there are no images.
 
     If an image cannot be decoded, the kind of error is shown in its place.
+
+    Args:
+        problems: problems of one kind; the gallery shows the first of them.
+        audit: audit that contains the records.
     """
     opened = {records.spec.name: records for records in audit.opened}
     figures: dict[Path, str] = {}

@@ -28,7 +28,7 @@ class Fingerprint(NamedTuple):
     Attributes:
         content: SHA-256 of the file; None if the file is unreadable.
         look: perceptual hash; None if the image is uniform or cannot be decoded.
-        problem: why the file cannot be read or decoded, and what is therefore not compared; None otherwise.
+        problem: why the file cannot be read or decoded, and which comparison this prevents; None if readable.
     """
 
     content: str | None

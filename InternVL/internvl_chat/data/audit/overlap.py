@@ -1,4 +1,4 @@
-"""Held-out records that also occur in the training data, with the same conversation and images."""
+"""Find held-out records whose conversation and images also occur in the training data."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +30,8 @@ def warn_about_overlap(training: TrainingData, eval_data: TrainingData) -> None:
         first = f"{records.spec.annotation}, line {records.file.line(index)}"
         other = f"{sets[train_name].spec.annotation}, line {sets[train_name].file.line(train_index)}"
         logger.warning(
-            "validation: %d of the %s in %s also occur in the training data (same conversation and images; "
-            "for example, %s and %s). Their loss does not measure generalization; remove them from one of "
-            "the two sets",
+            "validation: %d of the %s in %s also occur in the training data, with the same conversation and "
+            "images (for example, %s and %s); remove them from one of the two datasets",
             len(found), counted(len(eval_data.indices(number)), "record"), name, first, other,
         )  # fmt: skip
 
@@ -42,9 +41,9 @@ def repeated_records(
 ) -> Iterator[tuple[RecordKey, RecordKey]]:
     """Yield (held-out key, training key) for each held-out record that is also used for training.
 
-    The training key is that of the first matching record. Images are compared by content, so copies with a
-    different name are found. Only image files of records with the same conversation are compared, and only
-    files of the same size are read.
+    If multiple training records match, the first one is returned. Images are compared by content, so copies
+    with a different name are found. To limit reading, images are compared only if their records have the same
+    conversation and the files have the same size.
     """
     candidates: dict[str, list[tuple[RecordKey, list[Path]]]] = defaultdict(list)
     for key, conversation, paths in _conversations(eval_data):

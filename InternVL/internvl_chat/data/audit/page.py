@@ -40,8 +40,8 @@ def report_page(
     Args:
         audit: the findings.
         problems: problems of all datasets, and leaks.
-        plot: PNG file with histograms of the lengths.
-        inputs: what was checked and how, keyed by label; `command` is shown as code.
+        plot: histograms of the lengths, as the content of a PNG file.
+        inputs: text that describes what was checked and how, keyed by label; `command` is shown as code.
         problems_file: name of the file that lists all problems.
     """
     groups = group_by_kind(problems)

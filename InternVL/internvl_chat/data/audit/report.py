@@ -25,7 +25,8 @@ def write_report(
         folder: created if missing; an earlier report in it is overwritten.
         audit: the findings.
         leaks: overlaps between training data and benchmarks.
-        inputs: what was checked and how (such as `model` and `command`), shown at the top of the page.
+        inputs: text that describes what was checked and how, keyed by label (such as `model` and `command`);
+            shown at the top of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     problems = [*audit.problems, *leaks]

@@ -17,7 +17,12 @@ SET_HEADER = (
 
 
 def set_statistics(findings: SetAudit, *, with_tokens: bool) -> dict[str, Any]:
-    """Return the statistics of a dataset, keyed by their JSON names; unknown token counts are None."""
+    """Return the statistics of a dataset, keyed by name as in the JSON output.
+
+    Args:
+        findings: audit of the dataset.
+        with_tokens: whether tokens were counted; otherwise, the token counts are None.
+    """
     tokens, kinds = findings.lengths.tokens, findings.kinds
     percentiles: list[int | None] = [None] * 4
     if with_tokens and len(tokens):

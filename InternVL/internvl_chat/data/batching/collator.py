@@ -27,7 +27,7 @@ DUMMY_KEY = RecordKey("", -1)
 
 @dataclass(frozen=True)
 class Pack:
-    """Records for one forward pass.
+    """Tensors of the records that are processed in one forward pass.
 
     Attributes:
         input_ids: (1, T).
@@ -36,13 +36,13 @@ class Pack:
         label_positions: (U,) positions in the row whose next token is supervised.
         position_ids: (1, T), starting at 0 in each record.
         cu_seq_lens: (R + 1,) int32, start of each record and end of the last; padding adds a segment.
-        max_length: length of the longest segment in tokens, padded to a multiple of `multiple` (see
+        max_length: length of the longest segment in tokens, rounded up to a multiple of `multiple` (see
             `pack_samples`).
         tiles: (N, S, S, 3) uint8, tiles of all records in order.
         supervised: (R,) number of supervised tokens of each record.
         counts: (R,) bool, whether each record contributes to the loss.
         keys: key of each record.
-        skipped: unusable records of this pack.
+        skipped: records that were planned for this pack but are unusable.
     """
 
     input_ids: torch.Tensor
@@ -143,8 +143,9 @@ class PackDataset(Dataset):
     def __getitem__(self, sample_indices: Sequence[SampleIndex]) -> Pack | DataError:
         """Load a pack.
 
-        An unusable record is skipped and listed in the pack if `data.skip_bad`. Otherwise its error is
-        returned instead of raised, because a dataloader worker would add its own traceback.
+        If `data.skip_bad`, unusable records are left out of the pack and listed in `skipped`. Otherwise, the
+        error of the first one is returned. It is not raised, because a dataloader worker would add its
+        traceback.
         """
         samples, skipped = [], []
         for sample_index in sample_indices:

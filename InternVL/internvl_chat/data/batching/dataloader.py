@@ -103,7 +103,7 @@ class StepDataLoader:
 
         Raises:
             DataError: a record is unusable.
-            TrainingError: a worker died, or the dataloader returned other records than planned.
+            TrainingError: a worker died, or the dataloader returned different records than planned.
         """
         step = first
         while step <= last:

@@ -44,7 +44,7 @@ def bin_pack(tokens: np.ndarray, max_tokens: int, min_packs: int = 1) -> list[np
     """Bin-pack records into few packs of similar length: longest record first, into the shortest pack.
 
     Args:
-        tokens: length of each record; a record longer than `max_tokens` gets its own pack.
+        tokens: length of each record; a record longer than `max_tokens` gets a separate pack.
         max_tokens: maximum length of a pack.
         min_packs: minimum number of packs, if there are enough records.
 
@@ -97,7 +97,9 @@ class StepPlanner:
     records_per_pack: int = 1
 
     def __call__(self, records: np.ndarray) -> StepPlan:
-        """Plan one step. Ranks get equal numbers of packs unless there are too few records.
+        """Return the packs of each rank for one step.
+
+        All ranks get the same number of packs, unless there are too few records.
 
         Args:
             records: positions of the step's records in the epoch.

@@ -22,7 +22,7 @@ def epoch_order(
             of records. Small datasets are repeated and large ones subsampled.
 
     Returns:
-        (records,) int64.
+        Record numbers in the order of training, int64.
     """
     total = sum(sizes)
     rng = np.random.default_rng([seed, epoch])

@@ -28,7 +28,8 @@ from internvl_chat.data.sources.images import to_rgb
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message
 
-# With truncation, conversations of up to this many characters (and half as many messages) are tokenized.
+# If text may be truncated, conversations with up to this number of characters, and half this number of
+# messages, are never rejected before tokenization.
 _MAX_TRUNCATABLE = 1 << 20
 
 
@@ -144,7 +145,7 @@ class RecordEncoder:
         return self._expand(self.template.tokenize_prompt(messages), image_sizes, truncate=False)
 
     def measure(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> RecordLengths:
-        """Return `encode(...).lengths`; arrays are built only if text must be truncated.
+        """Return the lengths of a conversation, the same as `encode(...).lengths` but faster.
 
         Without a tokenizer, only tiles are counted.
         """
@@ -199,7 +200,13 @@ class RecordEncoder:
     def _expand(
         self, conversation: TokenizedConversation, image_sizes: Sequence[tuple[int, int]], truncate: bool
     ) -> EncodedConversation:
-        """Build token ids and labels with all context tokens of each image, truncated if necessary."""
+        """Return the encoded conversation, with all context tokens of each image.
+
+        Args:
+            conversation: tokenized conversation.
+            image_sizes: (width, height) of each image in pixels.
+            truncate: truncate the text if it does not fit even with one tile per image.
+        """
         plan = self._plan_tiles(conversation, image_sizes, truncate)
         ids, labels = conversation.expand(self._image_tokens(plan.grids))
         image_positions = np.flatnonzero(ids == conversation.context_id)

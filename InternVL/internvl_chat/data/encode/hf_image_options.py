@@ -23,11 +23,13 @@ _FIXED = {
 
 
 def read_image_options(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return a model folder's image settings file and the options in it (fields of `Preprocessing`).
+    """Return the file with a model's image settings and its content as fields of `Preprocessing`.
 
-    As in transformers, the tile limits default to 1 and 12, and `crop_to_patches` has no effect, since
-    `InternVLProcessor` always splits images. Returns None if the folder has no settings for InternVL's image
-    processor; folders in the reference's format have unused CLIP settings instead.
+    Returns None if the folder has no settings for InternVL's image processor. Folders in the reference's
+    format have CLIP settings instead, which are not used.
+
+    As in transformers, the tile limits default to 1 and 12, and `crop_to_patches` has no effect, because
+    `InternVLProcessor` always splits images.
 
     Raises:
         ModelError: a file is malformed or has unsupported settings; the message lists all of these.
@@ -61,7 +63,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _parse(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options in an image processor's settings, and a message per unsupported setting."""
+    """Return an image processor's settings as `Preprocessing` options, and a message for each problem."""
     problems = [
         f"{name} is {settings[name]!r}; only {value!r} is supported"
         for name, value in _FIXED.items()
@@ -106,7 +108,7 @@ def _side(size: Any) -> int | None:
 
 
 def _same(statistics: list[Any], known: tuple[tuple[float, ...], ...]) -> bool:
-    """Return whether the mean and deviation match known ones; a single number applies to all channels."""
+    """Return whether a mean and standard deviation match known ones; a number applies to all channels."""
     for values, expected in zip(statistics, known, strict=True):
         channels = values if isinstance(values, list) else [values] * len(expected)
         numeric = all(isinstance(value, int | float) for value in channels)

@@ -154,7 +154,8 @@ def save_hf_processor(
 def _tokenizer_settings(folder: Path, max_length: int) -> dict[str, Any]:
     """Return the saved `tokenizer_config.json` with the processor's tokens and the maximum length.
 
-    The chat template is removed, because it is a separate file, and so are options of the loading call.
+    The chat template is removed, because it is saved in a separate file. The arguments with which the
+    tokenizer was loaded are removed, too.
     """
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for key in ("chat_template", "is_local", "local_files_only"):

@@ -124,7 +124,7 @@ class Preprocessing:
 
     @property
     def image_options(self) -> ImageOptions:
-        """How to read transparency and EXIF rotation."""
+        """Options for transparency and EXIF rotation."""
         return ImageOptions(self.image_background, self.exif_transpose)
 
     @classmethod
@@ -165,7 +165,7 @@ class Preprocessing:
 
 
 def stored_options(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return a folder's preprocessing file and the options in it; None without such a file.
+    """Return the path to a folder's preprocessing file and its options; None if there is no such file.
 
     Raises:
         ModelError: the file is malformed.

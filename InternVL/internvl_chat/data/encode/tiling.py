@@ -36,7 +36,7 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
     """Return all (columns, rows) with `min_tiles` to `max_tiles` tiles, sorted by number of tiles.
 
     Grids with equal numbers of tiles keep the iteration order of the set, as in the reference. This order
-    decides exact ties.
+    determines which grid `closest_grid` chooses in an exact tie.
     """
     grids = {
         (columns, rows)
@@ -50,7 +50,7 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 
 @lru_cache(maxsize=65536)
 def closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
-    """Return the (columns, rows) closest to the image's aspect ratio.
+    """Return the (columns, rows) of the grid whose aspect ratio is closest to that of the image.
 
     In a tie, the larger grid wins if the image has more than half as many pixels as that grid. As in the
     reference, the grid is a single tile if `min_tiles` exceeds `max_tiles`.

@@ -1,1 +1,1 @@
-"""Record index of each dataset (lengths, ids, hashes, problems), built before training and cached."""
+"""Index of a dataset's records (lengths, ids, hashes, problems), built before training and cached."""

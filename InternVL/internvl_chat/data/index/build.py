@@ -1,7 +1,7 @@
 """Validate all records and compute their lengths before training, in parallel and cached across runs.
 
-Each text is tokenized and each image header is read only once. The lengths match those of `RecordSet.load`,
-which uses the same tile plan.
+Each text is tokenized once, and each image header is read once. The lengths match those from
+`RecordSet.load`, because both use the same tile plan.
 """
 
 import dataclasses
@@ -54,10 +54,12 @@ def index_records(
     workers: int | None = None,
     cache: Path | None = None,
 ) -> list[RecordIndex]:
-    """Validate the records of each dataset and return their indexes, in file order without repetitions.
+    """Validate the records of each dataset and return one index per dataset.
 
-    The cache is valid as long as the annotation file, root, tokenizer and preprocessing are unchanged. Cached
-    records are checked again if they were unusable, or if an image file changed or is missing.
+    An index contains each used record once, in file order.
+
+    The cached index is used if the annotation file, root, tokenizer and preprocessing are unchanged. Records
+    in it are checked again if they were unusable, or if an image file has changed or is missing.
 
     Args:
         sets: datasets to index.
@@ -157,7 +159,7 @@ class _Result(NamedTuple):
 
 
 def _update(cached: RecordIndex, task: _Task, result: _Result) -> RecordIndex:
-    """Return the cached index, updated with the result of a task."""
+    """Return a copy of the cached index, updated with the result of a task."""
     lengths = np.stack(list(cached.lengths.columns.values()))
     lengths[:, task.indices] = result.lengths.T
     columns = dict(zip(RecordLengths._fields, lengths, strict=True))

@@ -75,7 +75,7 @@ class RecordIndex:
     """Lengths, ids, hashes and problems of the R records of a dataset.
 
     Attributes:
-        lengths: zeros for unusable records.
+        lengths: lengths of all records; zeros for unusable records.
         ids: printable ids; None for records without one.
         id_hashes: (R,) uint64, 0 for records without an id.
         content_hashes: (R,) uint64, hashes of the conversation and image paths; 0 for unusable records.

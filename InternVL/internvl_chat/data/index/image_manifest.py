@@ -20,12 +20,13 @@ _MISSING = (-1, -1)
 
 @dataclass(frozen=True, eq=False)
 class ImageManifest:
-    """The I distinct image files of a dataset and their U uses by records.
+    """The distinct image files of a dataset, and which records use them.
 
     Attributes:
-        names: paths as written in the records.
-        states: (I, 2) int64, size in bytes and modification time in nanoseconds.
-        uses: (U, 2) int32, index of a record and position of its image in `names`.
+        names: path of each of the I files, as written in the records.
+        states: (I, 2) int64, size in bytes and modification time in nanoseconds of each file.
+        uses: (U, 2) int32, one row for each image of each record: index of the record, and position of the
+            image in `names`.
     """
 
     names: list[str]
@@ -69,7 +70,11 @@ class ImageManifest:
         return ImageManifest([file.name for file in files], states, uses)
 
     def digest(self, excluded: Collection[int]) -> str:
-        """Return a hash of the names and sizes of the images of all records but the excluded ones."""
+        """Return a hash of image names and sizes.
+
+        Args:
+            excluded: indices of records to leave out; an image counts if any other record uses it.
+        """
         used = np.unique(self.uses[~np.isin(self.uses[:, 0], list(excluded)), 1])
         files = sorted((self.names[position], int(self.states[position, 0])) for position in used)
         return sha256(json.dumps(files).encode())

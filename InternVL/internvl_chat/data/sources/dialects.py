@@ -1,7 +1,7 @@
-"""Detect keys, placeholders and control tokens of other frameworks' record formats.
+"""Detect keys, placeholders and control tokens from the record formats of other frameworks.
 
 ms-swift, LLaMA-Factory, axolotl, TRL, OpenAI and model vendors use different names for the same things.
-Anything that one of them would interpret but this package does not support is reported.
+Whatever one of them would interpret, but this package does not support, is reported.
 """
 
 import re
@@ -43,12 +43,12 @@ MESSAGE_FIELDS = {
     **dict.fromkeys(("trainingdetail", "traindetail"), "which parts of the message are supervised"),
     "rejected": "the rejected answer of a pair",
 }
-# Supervision fields exclude an answer from the loss if false; mask fields exclude it if true.
+# Supervision fields exclude an answer from the loss if they are false; mask fields, if they are true.
 _SUPERVISION = (
     "loss", "weight", "train", "training", "trainable", "lossmask", "trainonturn", "computeloss"
 )  # fmt: skip
 _MASKS = ("masked", "mask")
-# Unsupported message fields that probably mean the same.
+# Unsupported message fields that probably have the same meaning as a supervision or mask field.
 _LIKE_SUPERVISION = re.compile(r"(?:is|should|use|for|do|calc|include|in|keep)*(?:train|loss|supervis|learn)")
 _LIKE_MASKS = re.compile(r"(?:is)?(?:mask|ignore|exclude|skip|no(?:t|train|loss))")
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
@@ -96,7 +96,7 @@ def unread_media(raw: Mapping[str, Any], read: Collection[str], names: Collectio
     Args:
         raw: a record or a message.
         read: supported keys.
-        names: images under supported keys; unsupported keys may repeat their file names.
+        names: images under supported keys; files with the same names under unsupported keys are ignored.
     """
     for key, value in raw.items():
         if key in read or not value or isinstance(value, bool | int | float):
@@ -211,13 +211,13 @@ def file_in_text(text: str) -> str | None:
 def misplaced_image(
     raw: Mapping[str, Any], read: Collection[str], names: Collection[str], question: str
 ) -> str | None:
-    """Return why an image of an evaluation item would be ignored or misplaced, or None.
+    """Return why an image of an evaluation question would be ignored or misplaced; None if none would be.
 
     Args:
-        raw: raw item from the file.
+        raw: raw question from the file.
         read: supported keys.
         names: images under supported keys.
-        question: text shown with the images.
+        question: text of the question.
     """
     if unread := unread_media(raw, read, names):
         return unread

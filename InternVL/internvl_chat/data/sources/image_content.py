@@ -1,4 +1,4 @@
-"""Image content beyond a single upright frame of opaque 8-bit RGB, and options to preserve it."""
+"""Image content that is lost in a single upright frame of opaque 8-bit RGB, and options to preserve it."""
 
 import re
 import warnings
@@ -22,7 +22,7 @@ _HEADER = 1 << 12
 
 
 class ImageOptions(NamedTuple):
-    """How to read transparency and EXIF rotation.
+    """Options for transparency and EXIF rotation.
 
     Attributes:
         background: color behind transparent pixels; `none` drops transparency, like the reference.
@@ -50,7 +50,10 @@ class ImageContent(NamedTuple):
 
 
 def read_content(image: ImageFile) -> ImageContent:
-    """Return the properties of an opened image; this moves to other frames, so do not decode it afterward."""
+    """Return the properties of an opened image.
+
+    Do not decode the image afterward, because a later frame may be selected.
+    """
     return ImageContent(
         bits=_bits(image), orientation=orientation(image), has_alpha=has_alpha(image), frames=_frames(image)
     )
@@ -154,14 +157,14 @@ def content_warnings(
     options: ImageOptions,
     transparent: Sequence[bool | None],
 ) -> Iterator[tuple[str, str]]:
-    """Yield one (kind, message) per kind of image information in a record that is ignored.
+    """Yield a (kind, message) for each kind of image content that is ignored in a record.
 
-    The kinds are further frames, transparency, color depth above 8 bits, and EXIF rotation.
+    The kinds are frames after the first, transparency, color depth above 8 bits, and EXIF rotation.
 
     Args:
         names: name of each image.
         contents: properties of each image.
-        options: how the images are read.
+        options: options with which the images are read.
         transparent: whether each image has transparent pixels; None if it was not decoded.
     """
     unknown = "; --check full reports whether any pixel is transparent"

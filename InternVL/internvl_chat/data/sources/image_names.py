@@ -60,8 +60,8 @@ def _other_form(path: Path, form: str) -> str:
     own = "NFC" if form == "NFD" else "NFD"
     escaped = path.name.encode("unicode_escape").decode("ascii")
     return (
-        f"there is a file whose name differs only in Unicode normalization: the file has {form}, the record "
-        f"{own} ({escaped}); rename the file or change the record, for example with convmv or "
+        f"an existing file differs only in Unicode normalization: its name is in {form}, the given name in "
+        f"{own} ({escaped}); rename the file, for example with convmv, or normalize the given name with "
         f"unicodedata.normalize({form!r}, name)"
     )
 

@@ -117,7 +117,7 @@ def _unreadable(path: Path, reason: object) -> RecordError:
 
 
 def open_image(path: Path) -> PillowFile:
-    """Read an image's header; use the result as a context manager.
+    """Open an image and read its header; use the result as a context manager.
 
     Raises:
         RecordError: the file is missing, not an image, too large, or has an unsupported bit depth.
@@ -157,7 +157,10 @@ def _check_header(path: Path, image: Image.Image) -> None:
 
 
 def _depth_problem(image: Image.Image) -> str | None:
-    """Describe channels that are not unsigned 8-bit: converting them would clip or wrap around values."""
+    """Describe channels that are not unsigned 8-bit, because converting them would clip or wrap values.
+
+    Returns None if there are no such channels.
+    """
     if image.mode == "F" or image.mode.startswith("I"):
         return f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits"
     if isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(SAMPLEFORMAT, ()):
@@ -194,7 +197,7 @@ def decode_image(path: Path, options: ImageOptions = REFERENCE) -> Image.Image:
 
     Args:
         path: image file.
-        options: how to read transparency and EXIF rotation.
+        options: options for transparency and EXIF rotation.
 
     Raises:
         RecordError: the image cannot be opened (see `open_image`) or decoded.
@@ -213,7 +216,7 @@ class ImageInfo(NamedTuple):
 
     Attributes:
         size: (width, height) in pixels, before EXIF rotation.
-        content: content beyond a single frame of opaque 8-bit RGB.
+        content: number of frames, bit depth, orientation and transparency.
         has_end: whether the file ends as its format requires; otherwise it may be truncated.
     """
 
@@ -318,7 +321,7 @@ def _open(name: str, options: ImageOptions) -> Image.Image:
         reason = describe_missing(path)
         raise RecordError(f"the image {path} does not exist{f'; {reason}' if reason else ''}")
     info = image_info(path)
-    # Decode twice only if the result may cause a warning.
+    # Look for transparent pixels, which decodes the image a second time, only if they would cause a warning.
     may_warn = info.content.has_alpha and options.background == "none"
     is_transparent = may_warn and check_decoding(path, info)
     for _, message in content_warnings([name], [info.content], options, [is_transparent]):

@@ -27,7 +27,7 @@ class RecordFile:
     """Raw records of a JSONL, JSON array (`.json`) or Parquet file; the first two may be gzip-compressed.
 
     Args:
-        path: the file. It is indexed on construction and opened separately in each process.
+        path: the file, which is indexed immediately and opened separately in each process.
 
     Raises:
         DataError: the file cannot be read, has an unsupported format, or contains no records.

@@ -48,19 +48,19 @@ class DatasetSpec:
     length: int | None = None
 
     def num_used(self, total: int) -> int:
-        """Return the number of records per epoch, with repetitions, of a file of `total` records."""
+        """Return the number of records per epoch, with repetitions, for a file with `total` records."""
         return int(total * self.repeat_time) if self.repeat_time < 1 else total * int(self.repeat_time)
 
 
 def load_meta(
     path: str | Path, data_root: str | Path, image_root: str | Path | None = None
 ) -> list[DatasetSpec]:
-    """Read a meta file, expanding `~` and `$NAME` in paths.
+    """Return the datasets of a meta file; `~` and `$NAME` in paths are expanded.
 
     Args:
         path: the meta file; with `image_root`, an annotation file, whose name becomes the dataset's name.
-        data_root: base folder of relative paths; if a path does not exist there, the meta file's
-            folder is tried.
+        data_root: base folder of relative paths; a path that does not exist there is looked up in the folder
+            of the meta file.
         image_root: image folder of an annotation file.
 
     Raises:
@@ -107,7 +107,7 @@ def _holds_records(path: Path) -> bool:
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object, rejecting duplicate keys; return None for an annotation file."""
+    """Return the content of a meta file; None for an annotation file."""
     try:
         if path.is_dir():
             files = ", ".join(sorted(file.name for file in path.glob("*.json"))[:5])
@@ -136,7 +136,8 @@ def _parse_entry(name: str, entry: Any, folders: Sequence[Path], problems: list[
     """Parse one entry; if it is invalid, append to `problems` and return None."""
     if len(name) > _MAX_NAME_LENGTH or not name.isprintable():
         problems.append(
-            f"{_quote(name)}: use a dataset name of at most {_MAX_NAME_LENGTH} printable characters"
+            f"{_quote(name)}: the dataset name is too long or not printable; use at most {_MAX_NAME_LENGTH} "
+            "printable characters"
         )
         return None
     if not isinstance(entry, dict):

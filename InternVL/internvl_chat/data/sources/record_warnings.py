@@ -114,7 +114,7 @@ def _text_warnings(raw: Mapping[str, Any], record: Record, escaped: bool) -> Ite
 
 
 def question_warnings(question: str, *, escaped: bool) -> Iterator[str]:
-    """Yield a warning about an unsupported placeholder and about unescaped control tokens in a question."""
+    """Yield a warning if a question contains unescaped control tokens or an unsupported placeholder."""
     tokens = [] if escaped else control_tokens(question)
     if tokens:
         yield f"{tokens[0]!r} {_TOKENIZED_AS_CONTROL}"
@@ -124,7 +124,7 @@ def question_warnings(question: str, *, escaped: bool) -> Iterator[str]:
 
 
 def _user_texts(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the raw text of each user message; a list of content parts is yielded as a placeholder."""
+    """Yield the raw text of each user message; for a list of content parts, yield a placeholder instead."""
     entries, role_key, text_key = raw_messages(raw)
     for entry in entries:
         if entry[role_key] in ("human", "user"):

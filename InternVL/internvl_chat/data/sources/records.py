@@ -42,7 +42,7 @@ class Record:
     Attributes:
         messages: optional system message, then user and assistant messages, including at least one assistant
             message. The user messages contain one placeholder per image, in the order of the images.
-        images: image paths; relative ones start at the dataset's root.
+        images: image paths, absolute or relative to the dataset's root.
     """
 
     id: str | None
@@ -56,9 +56,11 @@ def parse_record(raw: Any) -> Record:
     Images are listed under `image` or `images`, or else in the content parts of `messages`. A `system` field
     becomes the system message. Answers with a false or zero `loss` or `weight` are not supervised.
 
-    A single image without a placeholder is placed before the first user message, as in InternVL. If `image`
-    is a string, the reference inserts a placeholder before the first message unless that message has one. A
-    system message before a message with `<image>` therefore starts with a literal `<image>`.
+    A single image without a placeholder is placed before the first user message, as in InternVL.
+
+    If `image` is a string, the reference inserts a placeholder before the first message, unless that message
+    contains one. A system message then starts with a literal `<image>`, even if a user message contains the
+    placeholder. For compatibility, this is done here as well.
 
     Raises:
         RecordError: the record is unusable; the message says how to fix it.
@@ -129,7 +131,7 @@ def _hint(messages: Sequence[Message]) -> str:
 
 
 def _system_field(raw: Mapping[str, Any], messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the message from the `system` field; empty if there is none or its text is already included."""
+    """Return the `system` field as a message; empty if it is missing or repeats the first message."""
     text = raw.get("system")
     if text is None or text == "":
         return ()
@@ -203,7 +205,7 @@ def _check_text(text: str, where: str) -> None:
             f"{where} is not valid Unicode at character {error.start + 1}", kind="encoding"
         ) from None
     if IMG_CONTEXT in text:
-        raise RecordError(f"{where} contains the reserved token {IMG_CONTEXT}")
+        raise RecordError(f"{where} contains the reserved token {IMG_CONTEXT}; remove it")
 
 
 def _join_parts(parts: list[Any], number: int) -> str:
@@ -245,7 +247,7 @@ def _parse_images(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_same_path(one: str, other: str) -> bool:
-    """Return whether two paths are equal, except that one may lack the first folders of the other."""
+    """Return whether two paths are equal, or one is the last part of the other."""
     long, short = PurePosixPath(one).parts, PurePosixPath(other.removeprefix("file://")).parts
     if len(long) < len(short):
         long, short = short, long
@@ -253,7 +255,7 @@ def _is_same_path(one: str, other: str) -> bool:
 
 
 def _images_of_parts(raw: Mapping[str, Any]) -> list[Any]:
-    """Return the path in each image part, and None for each other placeholder in a user message.
+    """Return the path in each image part, and None for each placeholder in a user message's text, in order.
 
     Call after `_parse_messages` has validated the parts.
     """

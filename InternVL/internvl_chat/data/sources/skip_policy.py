@@ -33,7 +33,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     """Raise an error if any record is unusable.
 
     Raises:
-        DataError: a record is unusable; the message lists the first ones.
+        DataError: a record is unusable; the message lists the first unusable records.
     """
     errors = [problem for problem in problems if problem.is_error]
     if len(errors) == 1:
@@ -51,7 +51,7 @@ def list_problems(problems: Sequence[Problem], limit: int = _MAX_LISTED) -> list
 
 
 def exclude_records(problems: Sequence[Problem], total: int, max_fraction: float) -> list[ExcludedRecord]:
-    """Return the records to exclude: those with an error.
+    """Return the unusable records, which the run excludes.
 
     Args:
         problems: problems in all datasets.
@@ -59,7 +59,7 @@ def exclude_records(problems: Sequence[Problem], total: int, max_fraction: float
         max_fraction: maximum fraction of records that may be excluded.
 
     Raises:
-        DataError: too many records are unusable; the message lists the first ones and a remedy.
+        DataError: too many records are unusable; the message lists the first of them.
     """
     errors = [problem for problem in problems if problem.is_error]
     if len(errors) > max_fraction * total:
@@ -67,7 +67,7 @@ def exclude_records(problems: Sequence[Problem], total: int, max_fraction: float
             f"{len(errors)} of {total} records cannot be used ({len(errors) / total:.2%}), more than "
             f"--max_bad_fraction {max_fraction:g} allows:",
             *list_problems(errors),
-            "fix them, or raise --max_bad_fraction to exclude this many",
+            "fix them, or raise --max_bad_fraction",
         ]
         raise DataError("\n".join(lines), kind=errors[0].kind)
     return [ExcludedRecord(problem.dataset, problem.index or 0, str(problem)) for problem in errors]

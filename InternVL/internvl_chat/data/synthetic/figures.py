@@ -13,7 +13,7 @@ T = TypeVar("T")
 KINDS = ("CT", "MRI", "X-ray", "ultrasound", "histology", "chart")
 RADIOLOGY = ("CT", "MRI", "X-ray", "ultrasound")
 PANEL_COUNTS = (2, 3, 4, 5, 6)
-MIN_FIGURES = len(KINDS)  # the first panels of this many figures cover all kinds
+MIN_FIGURES = len(KINDS)  # number of figures whose first panels cover all kinds
 
 # Kind -> variant -> noun phrase for a panel of that variant.
 VARIANTS: dict[str, dict[str, str]] = {
@@ -34,10 +34,14 @@ _ROW_HEIGHTS = (250, 520)
 
 @dataclass(frozen=True)
 class Finding:
-    """A lesion or arrow; `x` (right) and `y` (down) are relative to the panel's center.
+    """A lesion or an arrow in a panel.
 
-    The unit is half the panel's short side. A drawing slightly zooms, shifts and rotates the anatomy and its
-    lesion, but the lesion stays in its half.
+    The drawing slightly zooms, shifts and rotates a lesion together with the anatomy, but never moves it to
+    the other half of the panel.
+
+    Attributes:
+        x: distance to the right of the panel's center, in units of half the panel's short side.
+        y: distance below the panel's center, in the same unit.
     """
 
     name: Literal["lesion", "arrow"]
@@ -52,9 +56,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a figure; `box` is (left, top, right, bottom), with right and bottom exclusive.
+    """One panel of a figure.
 
-    If `saved_gray`, the panel's own image file is grayscale; the figure is always RGB.
+    Attributes:
+        box: (left, top, right, bottom) in pixels of the figure, with right and bottom exclusive.
+        saved_gray: whether the separate image file of the panel is grayscale; the figure is always RGB.
     """
 
     label: str
@@ -94,7 +100,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """A compound figure; `size` is (width, height) in pixels, and `quality` is the JPEG quality."""
+    """A compound figure.
+
+    Attributes:
+        name: file name.
+        size: (width, height) in pixels.
+        quality: JPEG quality.
+        boxed_letters: whether the panel letters are drawn on filled boxes.
+    """
 
     name: str
     size: tuple[int, int]
@@ -124,8 +137,9 @@ def vertical_relation(first: Panel, second: Panel) -> str | None:
 def plan_figures(count: int, first_number: int, rng: Generator) -> list[Figure]:
     """Plan `count` figures with consecutive numbers, named SYN<number>_fig1.
 
-    The number of panels, the kind of the first panel, and whether all panels have the same kind are balanced
-    over any run of figures. The first panels of the first `MIN_FIGURES` figures cover all kinds.
+    The number of panels, the kind of the first panel, and whether all panels have the same kind are balanced:
+    each possible value occurs about equally often. The first panels of the first `MIN_FIGURES` figures cover
+    all kinds.
     """
     counts = _shuffled_rounds(PANEL_COUNTS, count, rng)
     leads = _shuffled_rounds(KINDS, count, rng)

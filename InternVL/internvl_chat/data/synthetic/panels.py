@@ -19,13 +19,16 @@ _NOISE_SD = {"CT": 7.0, "MRI": 6.0, "X-ray": 3.5, "ultrasound": 0.0}
 
 @dataclass(frozen=True)
 class _View:
-    """Pixel centers in anatomical coordinates: (0, 0) is the body center, 1 is about half the short side."""
+    """Coordinates of the pixel centers in a panel.
+
+    (0, 0) is the center of the body, and 1 is about half the panel's short side.
+    """
 
     x: Field
     y: Field
 
     def ellipse(self, cx: float, cy: float, rx: float, ry: float) -> Field:
-        """Return the squared elliptic distance from (cx, cy): 1 on the ellipse, less inside."""
+        """Return each pixel's squared elliptic distance from (cx, cy): 1 on the ellipse, less inside."""
         return ((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2
 
     def soft(self, cx: float, cy: float, rx: float, ry: float, edge: float = 6.0) -> Field:

@@ -32,9 +32,11 @@ _ONE_OF_DIRECTIONS = f"Answer with one of: {', '.join(DIRECTIONS)}."
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a figure and the panels shown after it as Fig-1, Fig-2, ...
+    """A question about a figure (Fig-0) and some of its panels (Fig-1, Fig-2, ...).
 
-    `choices` lists all admissible answers; it is empty for an open question.
+    Attributes:
+        panels: indices of these panels in the figure.
+        choices: all admissible answers; empty for an open question.
     """
 
     text: str
@@ -56,7 +58,7 @@ def image_records(
         category: key of `FAMILIES`.
         figures: figures to ask about; `max(count, MIN_FIGURES)` figures always suffice.
         count: number of records.
-        split: used in the record ids.
+        split: name of the split, used in the record ids.
         rng: random generator.
 
     Raises:
@@ -74,7 +76,13 @@ def image_records(
 
 @dataclass
 class _Asker:
-    """Asks questions of one family with balanced answers; `queue` is sorted by last use, oldest first."""
+    """Asks questions of one family with balanced answers.
+
+    Attributes:
+        queue: figures, least recently used first.
+        tally: number of times that each answer was given.
+        asked: (figure name, panels) of each question asked.
+    """
 
     family: Family
     queue: list[Figure]
@@ -82,7 +90,7 @@ class _Asker:
     asked: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
 
     def ask(self, rng: Generator) -> tuple[Figure, Question]:
-        """Return a question about one of the next figures, choosing an answer that was given least often."""
+        """Return a question about one of the next figures whose answer has been given least often so far."""
         candidates = self._candidates(rng)
         if not candidates:
             name = self.family.__name__

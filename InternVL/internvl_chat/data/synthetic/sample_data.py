@@ -51,7 +51,7 @@ def write_sample_data(
         seed: seed of the entire dataset.
         train: records per category in the training split; the text-only category may have fewer.
         held_out: records per category in the held-out split; the text-only category may have fewer.
-        progress: wraps the iterable of figures to draw, for a progress bar.
+        progress: wraps the figures to draw in a progress bar.
 
     Raises:
         FileExistsError: the folder is not empty.
@@ -121,7 +121,7 @@ class _Gallery:
 
 
 def _write_figure(figure: Figure, folder: Path, gallery: _Gallery, rng: Generator) -> None:
-    """Redraw a figure until it differs from all earlier ones; write it, and its panels as crops."""
+    """Draw a figure until it looks different from all earlier ones; write it and the crop of each panel."""
     for attempt in range(_MAX_DRAWINGS):
         image = draw_figure(figure, rng)
         crops = [image.crop(panel.box) for panel in figure.panels]

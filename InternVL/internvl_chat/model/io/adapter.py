@@ -53,14 +53,14 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
     """Locate an adapter's base model and verify its hash.
 
     Args:
-        override: folder or Hub id of the base model, if it has moved.
+        override: new path or Hub id of the base model, if it has moved.
 
     Returns:
         The base model's folder, and its path (or the override) and hash.
 
     Raises:
-        ModelError: the base model is missing, is an adapter itself, or its hash differs from the one recorded
-            by the adapter.
+        ModelError: the base model is missing, is an adapter itself, or its hash differs from the hash in
+            `base_model.json`.
     """
     base = read_base(folder)
     try:
@@ -82,7 +82,7 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
 
 
 def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.05) -> None:
-    """Add an adapter to its base model; load the adapter's options and the modules that it stores in full."""
+    """Add an adapter to its base model: LoRA weights, options, and the modules that it stores in full."""
     llm_rank, vision_rank = ranks_of(read_adapter_config(folder))
     if not lora_layers(model):  # a base model in the reference's LoRA-wrapped format already has LoRA layers
         add_lora(model, llm_rank=llm_rank, vision_rank=vision_rank, dropout=dropout)
@@ -126,7 +126,7 @@ def _parent_modules(names: Iterable[str]) -> set[str]:
 
 
 def _modules_to_save(model: InternVLChatModel) -> set[str]:
-    """Return the modules to store in full with an adapter: trained ones and those in `replaced_modules`."""
+    """Return the names of trained modules and of `replaced_modules`, which an adapter stores in full."""
     trained = (name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
     return _parent_modules(trained) | model.replaced_modules
 
@@ -148,7 +148,7 @@ def save_adapter(
     Args:
         folder: folder to write; created if missing.
         base: base model, recorded next to the adapter.
-        state_dict: unsharded weights, if the model's own are sharded.
+        state_dict: unsharded weights, if the model is sharded.
 
     Returns:
         Size and hash of the safetensors file, keyed by file name.

@@ -27,7 +27,7 @@ def model_weights(folder: Path) -> Weights:
 
 
 def untie_distinct_head(config: InternVLChatConfig, weights: Weights) -> None:
-    """Like transformers, set `tie_word_embeddings` to False if the embeddings and the head differ."""
+    """Set `tie_word_embeddings` to False if the embeddings and the head differ, as transformers does."""
     if config.llm_config.get("tie_word_embeddings"):
         names = ("lm_head", "model.embed_tokens")
         head, embeddings = (weights.get(f"language_model.{name}.weight") for name in names)
@@ -52,7 +52,7 @@ def load_model(
         image_context_id: id of `<IMG_CONTEXT>` in the tokenizer.
         dtype: dtype of all weights except adapters, which stay float32.
         attn: attention implementation, as returned by `resolve_attention`.
-        base: base model of an adapter, if it has moved.
+        base: new path or Hub id of an adapter's base model, if it has moved.
         lora_dropout: dropout probability of the adapters' input.
         drop_path_rate: stochastic depth rate of the vision tower (default: from the checkpoint).
 
@@ -104,7 +104,7 @@ def save_model(
     Args:
         model: model without adapters.
         folder: folder to write; created if missing.
-        state_dict: unsharded weights, if the model's own are sharded.
+        state_dict: unsharded weights, if the model is sharded.
 
     Returns:
         Size and hash of each safetensors file, keyed by file name.
@@ -127,7 +127,13 @@ def save_model(
 
 
 def resize_vocabulary(model: InternVLChatModel, size: int, num_new: int) -> None:
-    """Resize the vocabulary; each new row of the head is the mean of the old rows, as in the reference."""
+    """Resize the vocabulary; each new row of the head is the mean of the old rows, as in the reference.
+
+    Args:
+        model: model to change in place.
+        size: new vocabulary size.
+        num_new: number of new rows, at the end.
+    """
     llm = model.language_model
     llm.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():

@@ -102,15 +102,18 @@ def read_config(folder: Path) -> InternVLChatConfig:
 
 
 def config_file(folder: Path) -> Path | None:
-    """Return the `config.json` in the reference's format that belongs to a folder; None without one."""
+    """Return the path to a folder's `config.json` in the reference's format.
+
+    Returns None for a model in transformers' format whose `original` folder is missing or outdated.
+    """
     parent = original_folder(folder) if is_hf_format(folder) else folder
     return parent / "config.json" if parent else None
 
 
 def original_folder(folder: Path) -> Path | None:
-    """Return the `original` subfolder of an export; None if it is missing or does not match the export.
+    """Return the `original` subfolder of an export; None if it is missing or outdated.
 
-    It stops matching if another program changes the exported model's configuration.
+    It is outdated if another program has changed the exported model's configuration.
     """
     original = folder / ORIGINAL
     if not (original / "config.json").is_file() or not is_hf_format(folder):
@@ -145,10 +148,11 @@ def write_config(config: InternVLChatConfig, folder: Path) -> None:
 
 
 def read_auxiliary_files(source: Path) -> dict[str, bytes]:
-    """Read all files of a checkpoint except weights and configuration; returns file name -> content.
+    """Return the contents of a checkpoint's auxiliary files, keyed by file name.
 
-    These are the tokenizer, preprocessing, the reference's code, the license, and all other files that were
-    not written by a run. Subfolders are skipped. For an export, the files in its folder `original` are read.
+    These are all files except weights, configuration, and files written by runs and evaluations: the
+    tokenizer, the preprocessing options, the reference's code, the license, and so on. Subfolders and files
+    of more than 100 MB are skipped. For an export, the files are read from the subfolder `original`.
     """
     source = original_folder(source) or source
     files = {}

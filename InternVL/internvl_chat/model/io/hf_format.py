@@ -16,7 +16,7 @@ from internvl_chat.utils.errors import ModelError, format_problems
 
 HF_MODEL_TYPE = "internvl"
 
-# Prefixes of all parameter names except the fused qkv: reference, transformers.
+# Parameter-name prefixes as (reference, transformers), for all weights except the fused qkv.
 _RENAMES = (
     ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
     ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
@@ -191,7 +191,7 @@ def _square(size: int | list[int]) -> int:
 
 
 def _third(read: Callable[[], torch.Tensor], position: int) -> torch.Tensor:
-    """Return the query, key or value part of a fused weight."""
+    """Return the query (0), key (1) or value (2) part of a fused weight."""
     return read().chunk(3)[position]
 
 

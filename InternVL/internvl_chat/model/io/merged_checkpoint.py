@@ -28,7 +28,8 @@ class MergedCheckpoint:
         config: configuration in the reference's format.
         config_text: content of its `config.json`; identical to the original file if no option changed.
         weights: weights under the reference's parameter names.
-        auxiliary_files: contents of other files, keyed by file name; an adapter's files override its base's.
+        auxiliary_files: contents of other files, keyed by file name; an adapter's files replace files of its
+            base model with the same name.
         merged_layers: number of layers into which adapters are merged.
     """
 
@@ -52,7 +53,7 @@ def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckp
 
     Args:
         source: folder of the checkpoint.
-        base: base model of an adapter, if it has moved.
+        base: new path or Hub id of an adapter's base model, if it has moved.
 
     Raises:
         ModelError: the base model is missing or does not match, or a weight is not finite (raised when the
@@ -87,7 +88,7 @@ def has_adapters(folder: Path) -> bool:
 
 
 def _merge(weights: Weights, source: Path) -> tuple[Weights, int]:
-    """Merge `lora_A` and `lora_B` into their `base_layer`; return the weights and the number of merges."""
+    """Merge each `lora_A` and `lora_B` into its `base_layer`; return the weights and the number of merges."""
     merged: Weights = {}
     layers = 0
     for name, read in weights.items():

@@ -1,4 +1,4 @@
-"""Read weight files lazily and write them in shards, so that conversions never hold a full model in memory.
+"""Read weight files lazily and write them in shards, so that conversions do not need memory for a full model.
 
 `Weights` maps parameter names to functions that read the tensor. Pickles are loaded with `weights_only`.
 """
@@ -93,9 +93,9 @@ def open_weights(file: Path) -> Weights:
 
 
 def _read_tensor(file: Path, name: str) -> torch.Tensor:
-    """Read one tensor through its own memory mapping.
+    """Read one tensor through a separate memory mapping.
 
-    A mapping shared by all tensors would keep everything that was read through it in memory.
+    If all tensors shared a mapping, all tensors read so far would stay in memory.
     """
     with safe_open(file, framework="pt") as handle:
         return handle.get_tensor(name)
@@ -120,7 +120,7 @@ def describe_non_finite(tensor: torch.Tensor) -> str | None:
 
 
 def check_finite(weights: Weights, source: Path) -> Weights:
-    """Wrap the weights so that each tensor is checked when it is read.
+    """Return the same weights, but check each tensor for NaN and Inf when it is read.
 
     Args:
         weights: weights to check.
@@ -141,11 +141,16 @@ def _read_finite(name: str, read: Callable[[], torch.Tensor], source: Path) -> t
 
 
 def non_finite_error(source: Path | str, tensors: Sequence[str]) -> ModelError:
-    """Return the error for weights that contain NaN or Inf; `tensors` are descriptions of the weights."""
+    """Return an error that lists the weights that contain NaN or Inf.
+
+    Args:
+        source: folder or file of the weights.
+        tensors: description of each of these weights.
+    """
     more = f" and {len(tensors) - _MAX_LISTED} more" if len(tensors) > _MAX_LISTED else ""
     noun = "1 weight is" if len(tensors) == 1 else f"{len(tensors)} weights are"
     return ModelError(
-        f"{source}: {noun} not finite: {', '.join(tensors[:_MAX_LISTED])}{more}; the file is damaged or its "
+        f"{source}: {noun} not finite: {', '.join(tensors[:_MAX_LISTED])}{more}. The file is damaged or "
         "training diverged; copy the checkpoint again or use an earlier one"
     )
 
@@ -170,7 +175,7 @@ def assign_weights(model: nn.Module, weights: Weights, *, source: Path, partial:
     for name in sorted(weights.keys() & own.keys()):
         tensor, target = weights[name](), own[name]
         if tensor.shape != target.shape:
-            mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(target.shape)}")
+            mismatched.append(f"{name} {tuple(tensor.shape)} instead of {tuple(target.shape)}")
             continue
         target.data = tensor.to(target.dtype)  # keeps the parameter object, so tied weights stay tied
         if (problem := describe_non_finite(target.data)) is not None:
@@ -214,7 +219,7 @@ def write_weights(
     Args:
         weights: weights to write.
         folder: existing folder; its previous weight files are replaced.
-        max_shard_bytes: maximum size of a shard; a larger tensor gets a shard of its own.
+        max_shard_bytes: maximum size of a shard in bytes; a larger tensor gets a separate shard.
 
     Returns:
         Size and hash of each safetensors file, keyed by file name.
@@ -285,7 +290,7 @@ def _part(number: int) -> str:
 
 
 def _shards(weights: Weights, max_bytes: int) -> Iterable[dict[str, torch.Tensor]]:
-    """Yield the tensors in groups of at most `max_bytes`; a larger tensor is a group of its own."""
+    """Yield the tensors in groups of at most `max_bytes`; a larger tensor gets a separate group."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, read in weights.items():

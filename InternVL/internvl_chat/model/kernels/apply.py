@@ -1,6 +1,6 @@
 """Enable the optional kernels, which save time or memory without changing parameters or results.
 
-Parameter names do not change either. The model also works without them.
+The model also works without them.
 """
 
 from typing import Any, cast
@@ -23,7 +23,7 @@ def apply_kernels(
 ) -> None:
     """Replace language-model modules with faster ones that share their parameters.
 
-    Language models of other types than `_SUPPORTED` get only Liger's kernels.
+    Parameter names do not change. Language models whose type is not in `_SUPPORTED` get only Liger's kernels.
 
     Args:
         model: model on any device, after `set_trainable`.
@@ -48,8 +48,9 @@ def apply_kernels(
 def fuse_norms(module: nn.Module) -> None:
     """Replace transformers' RMSNorm modules with torch's fused RMSNorm.
 
-    Autograd then keeps only the input and one scalar per token; the original also keeps two copies of the
-    input, one in float32. This cuts the activation memory of an 8B model by about a fifth.
+    For the fused norm, autograd saves only the input and one scalar per token. For the original, it also
+    saves two copies of the input, one in float32. The fused norm cuts the activation memory of an 8B model by
+    about a fifth.
     """
     for parent in list(module.modules()):
         for name, norm in parent.named_children():
@@ -80,7 +81,7 @@ def supervise_positions(model: InternVLChatModel) -> None:
 def supervised_losses(
     llm: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Equivalent of `next_token_losses` for a model with `LastLayer` and `SupervisedHead`."""
+    """Return the same losses as `next_token_losses`, for a model with `LastLayer` and `SupervisedHead`."""
     hidden = llm.get_decoder()(**inputs, output_positions=positions).last_hidden_state[0]
     return llm.get_output_embeddings()(hidden, targets)
 

@@ -1,9 +1,10 @@
 """The last MLP, the head and the cross-entropy, computed at supervised positions only.
 
-All other positions are needed only as keys and values of the last layer's attention. The gradient of a
-token's loss with respect to its logits z is softmax(z) - onehot(y), times the token's weight. The forward
-pass already computes it without the token's weight and overwrites the logits with it, so that the two are
-never in memory together. If the head is frozen, only a few rows of logits are in memory at a time.
+The last layer's attention needs all other positions only as keys and values.
+
+The forward pass overwrites the logits z with the gradient of the unweighted loss, softmax(z) - onehot(y), so
+that logits and gradient are never in memory together. The backward pass multiplies this gradient by each
+token's loss weight. If the head is frozen, the logits are computed in chunks of `_ROWS` rows.
 
 Shapes: B rows, T tokens, U supervised positions, C hidden size, V vocabulary.
 """
@@ -46,7 +47,7 @@ class LastLayer(GradientCheckpointingLayer):
 
 
 class HeadBuffers:
-    """Allocator for the large tensors of an LM head; this default creates new ones on every call."""
+    """Allocator for the large tensors of an LM head; this class allocates new ones on every call."""
 
     def take_logits(self, rows: int, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return a buffer for logits (rows, V) that is not reused until `give_back`."""
@@ -81,7 +82,7 @@ class SupervisedHead(nn.Linear):
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Fused head and cross-entropy; only one backward pass is possible, because it frees the gradients."""
+    """Head and cross-entropy in one step; the backward pass frees the gradients, so it can run only once."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,8 @@
 """LoRA for the language model and the vision tower, injected with peft.
 
 Adapted layers keep their original weights in `base_layer`; all other parameter names are unchanged.
+
+Shapes: I input features, O output features, R rank.
 """
 
 from pathlib import Path
@@ -75,7 +77,7 @@ def _lora_config(rank: int, targets: tuple[str, ...], dropout: float) -> LoraCon
 
 
 def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list[str]) -> LoraConfig:
-    """Return one peft configuration for the adapters of both towers.
+    """Return one peft configuration for the adapters of the language model and the vision tower.
 
     Args:
         base: path or Hub id of the base model.
@@ -95,7 +97,11 @@ def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list
 
 
 def ranks_of(config: LoraConfig) -> tuple[int, int]:
-    """Return the LoRA ranks of the language model and the vision tower in a config from `adapter_config`."""
+    """Return the LoRA ranks of the language model and the vision tower; 0 for no adapters.
+
+    Args:
+        config: configuration as returned by `adapter_config`.
+    """
     targets = set(config.target_modules or ())
     vision = targets.issuperset(VISION_TARGETS)
     llm = bool(targets - set(VISION_TARGETS))

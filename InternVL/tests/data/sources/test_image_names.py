@@ -51,7 +51,7 @@ def test_other_unicode_form(tmp_path, on_disk, given, folder):
     wanted = tmp_path / unicodedata.normalize(given, f"{folder}/{NAME}".lstrip("/"))
     with pytest.raises(RecordError, match="differs only in Unicode normalization") as caught:
         image_size(wanted)
-    assert f"the file has {on_disk}, the record {given}" in str(caught.value)
+    assert f"its name is in {on_disk}, the given name in {given}" in str(caught.value)
     assert "\\" in str(caught.value)  # the names look alike
 
 

@@ -244,7 +244,8 @@ class TestProblems:
     @pytest.mark.parametrize("role", ["system", "human", "gpt"])
     def test_reserved_token(self, role):
         entries = [{"from": role, "value": "a <IMG_CONTEXT> b"}, ASK, ANSWER]
-        assert problem_of({"conversations": entries}) == "message 1 contains the reserved token <IMG_CONTEXT>"
+        problem = problem_of({"conversations": entries})
+        assert problem == "message 1 contains the reserved token <IMG_CONTEXT>; remove it"
 
 
 @pytest.mark.parametrize("empty", [None, "", []])

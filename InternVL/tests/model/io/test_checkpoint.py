@@ -162,7 +162,7 @@ def test_all_mismatches_are_reported_together(folder: Path) -> None:
     assert str(folder) in message
     assert "2 missing weight(s), e.g. language_model.model.norm.weight, mlp1.1.bias" in message
     assert "1 unexpected weight(s), e.g. mlp1.7.weight" in message
-    assert "1 mismatched weight(s), e.g. mlp1.0.weight (3,) for (128,)" in message
+    assert "1 mismatched weight(s), e.g. mlp1.0.weight (3,) instead of (128,)" in message
 
 
 def test_resize_vocabulary() -> None:

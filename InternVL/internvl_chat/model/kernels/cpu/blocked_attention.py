@@ -1,4 +1,4 @@
-"""Causal attention for CPUs, in blocks of queries whose matrices fit in the cache.
+"""Causal attention for CPUs, in blocks of queries that are small enough for the CPU's cache.
 
 Speedup over SDPA: 1.19x for a LoRA step, 1.15x for a full training step.
 
@@ -43,7 +43,10 @@ def blocked_attention(
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Blocked attention with its own backward pass: autograd would pad each block's gradient to full size."""
+    """Blocked attention with a custom backward pass.
+
+    Autograd would pad the gradient of each block to the full number of tokens.
+    """
 
     @staticmethod
     def forward(
@@ -75,7 +78,11 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Process the blocks in reverse: a segment's last block initializes the gradients of all its keys."""
+        """Return the gradients of the forward arguments.
+
+        Blocks are processed in reverse order: the last block of a segment attends to all keys of the segment,
+        so it initializes their gradients.
+        """
         queries, key, value, *weights = ctx.saved_tensors
         upstream = gradient.unflatten(0, queries.shape[:2])
         query_grad, key_grad, value_grad = (torch.empty_like(x) for x in (queries, key, value))
