@@ -82,10 +82,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Steps:
-    """Number of tokens and loss of each step, as reported by the preset."""
+    """Tokens and losses of the steps of a job.
+
+    Attributes:
+        tokens: tokens of each step, counted by the preset.
+        losses: loss of each step, averaged over its records or, in the peer preset, its supervised tokens.
+        first_token_loss: loss of the first step, averaged over its supervised tokens; None if not computed.
+    """
 
     tokens: list[int]
     losses: list[float]
+    first_token_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Result:
         peak_flops: peak FLOP/s of the device, or None if unknown.
         peak_memory: peak memory in bytes.
         first_loss: loss of the first step.
+        first_token_loss: see `Steps`.
     """
 
     seconds: float
@@ -109,6 +117,7 @@ class Result:
     peak_flops: float | None
     peak_memory: int
     first_loss: float
+    first_token_loss: float | None = None
 
 
 class Clock(TrainerCallback):
@@ -155,6 +164,7 @@ def result_of(job: Job, workload: Workload, clock: Clock, steps: Steps) -> Resul
         peak_flops=peak_flops(clock.device),
         peak_memory=peak_memory(clock.device),
         first_loss=steps.losses[0],
+        first_token_loss=steps.first_token_loss,
     )
 
 

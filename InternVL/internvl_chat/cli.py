@@ -13,28 +13,19 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from internvl_chat import __version__
-from internvl_chat.commands import (
-    data_check,
-    data_inspect,
-    doctor,
-    export,
-    generate,
-    loss,
-    merge,
-    parity,
-    sample_data,
-    tiny_model,
-)
+from internvl_chat.commands import doctor, export, merge, parity, tiny_model
 from internvl_chat.commands import eval as evaluate
+from internvl_chat.commands.data import check, inspect, sample_data
+from internvl_chat.commands.inference import generate, loss
 from internvl_chat.train.flag_help import add_flags
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.logging import configure_logging
 
 # Name, module (with `add_arguments` and `run`), summary, example.
 _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
-    ("data check", data_check, "Check every record and image before training.",
+    ("data check", check, "Check every record and image before training.",
      "m3llm data check PMC-data.json --model OpenGVLab/InternVL3-8B --report work_dirs/check"),
-    ("data inspect", data_inspect, "Print the tiles, tokens and supervised text of each record.",
+    ("data inspect", inspect, "Print the tiles, tokens and supervised text of each record.",
      "m3llm data inspect PMC-data.json --model OpenGVLab/InternVL3-8B --limit 3"),
     ("loss", loss, "Compute the teacher-forced loss of each record and dataset.",
      "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json"),

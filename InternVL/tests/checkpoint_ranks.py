@@ -2,19 +2,12 @@
 
 import io
 import logging
-import multiprocessing
 import os
-import queue
 import signal
-import socket
-import time
-import traceback
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import HANG_SECONDS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -33,7 +26,6 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.hashed_file import HashedFile
 
 CPU = torch.device("cpu")
-PATIENCE = HANG_SECONDS
 
 
 class Toy(nn.Module):
@@ -128,53 +120,6 @@ def assert_same_state(one, other):
         else:
             assert value == other[0][key], key
     assert one[1:] == other[1:]
-
-
-def run_ranks(world_size, function, *arguments):
-    """Call a function of this module on multiple ranks with a process group; return their results."""
-    context = multiprocessing.get_context("forkserver")
-    # Most of the run time of a rank is spent on imports.
-    context.set_forkserver_preload(["internvl_chat.train.checkpoint.saver", "torch.distributed.fsdp"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answers = context.Queue()
-    processes = [
-        context.Process(target=_run_rank, args=(rank, world_size, port, answers, function, arguments))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    results, began = {}, time.monotonic()
-    try:
-        while len(results) < world_size:
-            is_over = any(p.exitcode for p in processes) or time.monotonic() - began > PATIENCE
-            try:
-                rank, result, error = answers.get(timeout=1)
-            except queue.Empty:
-                assert not is_over, f"only the ranks {sorted(results)} of {world_size} have answered"
-                continue
-            assert error is None, f"rank {rank}:\n{error}"
-            results[rank] = result
-    finally:
-        for process in processes:
-            process.join(5 if len(results) == world_size else 0)
-            process.kill()
-    return [results[rank] for rank in range(world_size)]
-
-
-def _run_rank(rank, world_size, port, answers, function, arguments):
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    try:
-        distributed.init_process_group(CPU, timedelta(seconds=PATIENCE))
-        answers.put((rank, function(*arguments), None))
-        distributed.destroy_process_group()
-    except BaseException:
-        answers.put((rank, None, traceback.format_exc()))
 
 
 # Functions that are called on every rank

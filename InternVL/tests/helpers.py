@@ -109,21 +109,6 @@ def changed_weights(first: Path, second: Path) -> list[str]:
     return sorted(a.keys() ^ b.keys()) + differing
 
 
-def run_training(*argv: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run the training script in a subprocess; multiple ranks are started by torchrun."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*start, "-m", "internvl_chat.train.internvl_chat_finetune", *argv]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(SOURCE_ROOT),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
-
-
 def run_launcher(name: str, *argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run a launcher in a working directory with additional environment variables."""
     clean = {k: v for k, v in os.environ.items() if k not in ("WANDB_API_KEY", "RANK", "WORLD_SIZE")}

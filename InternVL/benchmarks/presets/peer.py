@@ -187,7 +187,8 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     totals = [0, *(row["num_input_tokens_seen"] for row in rows)]
-    return Steps([after - before for before, after in pairwise(totals)], [row["loss"] for row in rows])
+    losses = [row["loss"] for row in rows]
+    return Steps([after - before for before, after in pairwise(totals)], losses, losses[0])
 
 
 def training_arguments(job: Job) -> TrainingArguments:

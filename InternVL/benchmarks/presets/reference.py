@@ -74,14 +74,14 @@ def run(job: Job, workload: Workload, clock: Clock) -> Steps:
     model.train()
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     batches = iter(_dataloader(workload.open_records(job.shape, tokenizer), device))
-    steps = Steps([], [])
+    tokens, losses, token_losses = [], [], []
     clock.tick()
     for _ in range(job.total_steps):
-        loss, tokens = train_step(model, trainable, optimizer, batches, recipe.step_records)
+        found = train_step(model, trainable, optimizer, batches, recipe.step_records)
         clock.tick()
-        steps.losses.append(loss)
-        steps.tokens.append(tokens)
-    return steps
+        for values, value in zip((tokens, losses, token_losses), found, strict=True):
+            values.append(value)
+    return Steps(tokens, losses, token_losses[0])
 
 
 def select_trainable(model: InternVLChatModel, recipe: Recipe) -> list[nn.Parameter]:
@@ -121,10 +121,15 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     accumulate: int,
-) -> tuple[float, int]:
-    """Run one optimizer step on `accumulate` records; return its mean loss and number of tokens."""
+) -> tuple[int, float, float]:
+    """Run one optimizer step on `accumulate` records.
+
+    Returns:
+        The number of tokens, and the loss averaged over the records and over the supervised tokens.
+    """
     device = trainable[0].device
     total, tokens = torch.zeros((), device=device), 0
+    token_total, supervised = torch.zeros((), device=device), torch.zeros((), device=device)
     for _ in range(accumulate):
         batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
         with torch.autocast(
@@ -133,11 +138,13 @@ def train_step(
             loss = record_loss(model, **batch)
         (loss / accumulate).backward()
         total += loss.detach() / accumulate
+        count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        token_total, supervised = token_total + loss.detach() * count, supervised + count
         tokens += batch["input_ids"].numel()
     nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad()
-    return float(total), tokens
+    return tokens, float(total), float(token_total / supervised)
 
 
 def record_loss(

@@ -83,7 +83,7 @@ def run_here(job: Job, script: Path, number: int) -> Result:
     [
         (["--recipe", "full"], "bfloat16"),
         (["--recipe", "lora", "--peers"], "bfloat16"),
-        (["--recipe", "lora", "--peers"], "float32"),
+        pytest.param(["--recipe", "lora", "--peers"], "float32", marks=pytest.mark.slow),
     ],
     ids=["full", "lora", "lora without bf16 instructions"],
 )
@@ -131,6 +131,17 @@ def test_different_work_is_an_error():
     for change, message in (({"tokens": 101}, "with 101 tokens"), ({"first_loss": 7.1}, "fast is 7.1")):
         with pytest.raises(RuntimeError, match=message):
             check_same_work({"reference": one, "fast": dataclasses.replace(one, **change)})
+
+
+def test_peer_is_compared_by_the_loss_per_token():
+    reference = Result(
+        seconds=1, records=2, tokens=100, flops=1, peak_flops=None, peak_memory=1, first_loss=7.0,
+        first_token_loss=8.0,
+    )  # fmt: skip
+    peer = dataclasses.replace(reference, first_loss=8.005, first_token_loss=8.005)
+    check_same_work({"reference": reference, "peer": peer})
+    with pytest.raises(RuntimeError, match=r"peer is 8\.10000, but that of reference is 8\.00000"):
+        check_same_work({"reference": reference, "peer": dataclasses.replace(peer, first_token_loss=8.1)})
 
 
 def test_synthetic_records_have_the_published_counts(records, tmp_path):

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from helpers import SOURCE_ROOT, flags, run_training
+from helpers import SOURCE_ROOT, flags
+from ranks import run_training
 
 from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train_here
@@ -35,7 +36,7 @@ def train(metrics, tiny_model, sample_data, folder, ranks, **values) -> list[dic
     if ranks == 1:
         assert train_here(words) == 0
     else:
-        result = run_training(*words, processes=ranks)
+        result = run_training(*words, ranks=ranks)
         assert result.returncode == 0, result.stderr[-3000:]
     return metrics(folder)
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import SOURCE_ROOT, flags, run_training
+from helpers import SOURCE_ROOT, flags
+from ranks import run_training
 from small_sets import break_inside, noise, text_record, write_lines
 
 from internvl_chat.data.dataset import TrainingData
@@ -197,7 +198,7 @@ def test_unplanned_records_are_detected(folder, monkeypatch, capfd, strategy):
 def test_two_ranks_exchange_skipped_records(damaged):
     argv = damaged.flags(on_bad_record="skip", max_bad_fraction=0.2, per_device_train_batch_size=1,
                           gradient_accumulation_steps=2)  # fmt: skip
-    result = run_training(*argv, processes=2)
+    result = run_training(*argv, ranks=2)
     assert result.returncode == 0, result.stderr
     assert damaged.train("one", on_bad_record="skip", max_bad_fraction=0.2,
                           per_device_train_batch_size=4) == 0  # fmt: skip

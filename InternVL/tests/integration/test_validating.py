@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import RECIPES, SOURCE_ROOT, changed_weights, run_training
+from helpers import RECIPES, SOURCE_ROOT, changed_weights
+from ranks import run_training
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.inference.engine import Engine, last_question
@@ -286,7 +287,7 @@ def test_two_ranks_measure_the_same_as_one(arguments, tmp_path, metrics, recipe)
     result = run_training(*arguments(one, recipe, **values))
     assert result.returncode == 0, result.stderr[-3000:]
     share = {"per_device_train_batch_size": 1}
-    result = run_training(*arguments(two, recipe, **{**values, **share}), processes=2)
+    result = run_training(*arguments(two, recipe, **{**values, **share}), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [validations(folder) for folder in (one, two)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [2, 4, 6]
@@ -305,7 +306,7 @@ def test_validation_does_not_change_training_on_two_ranks(arguments, tmp_path, m
     none = {"eval_meta_path": None, "eval_strategy": None, "eval_steps": None}
     for name, values in (("with", {"eval_generate": 3}), ("without", none)):
         argv = arguments(tmp_path / name, "lora", **{**share, **values})
-        result = run_training(*argv, processes=2)
+        result = run_training(*argv, ranks=2)
         assert result.returncode == 0, result.stderr[-3000:]
     found = [list(map(without_time, metrics(tmp_path / name))) for name in ("with", "without")]
     assert found[0] == found[1]
@@ -326,13 +327,13 @@ def test_validation_with_sharded_weights(arguments, tmp_path, how):
     values = {"load_best_model_at_end": True, "save_steps": 2, "save_total_limit": 1}
     assert run_training(*arguments(one, **values)).returncode == 0
     share = {"per_device_train_batch_size": 1}
-    result = run_training(*arguments(two, **{**values, **sharded, **share}), processes=2)
+    result = run_training(*arguments(two, **{**values, **sharded, **share}), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     losses = [[row["loss"] for row in validations(folder)] for folder in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     state = json.loads((two / f"checkpoint-{checkpoints(two)[-1]}/trainer_state.json").read_text())
     assert state["best_global_step"] in checkpoints(two)
-    result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**sharded, **share}), processes=2)
+    result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**sharded, **share}), ranks=2)
     refused = "--eval_generate 1: FSDP" in result.stderr or "--eval_generate 1: ZeRO-3" in result.stderr
     assert refused == (how != "zero2") and (result.returncode == 0) != refused
 

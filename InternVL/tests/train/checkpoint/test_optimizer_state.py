@@ -17,8 +17,8 @@ from checkpoint_ranks import (
     checkpointer,
     master_adamw,
     move,
-    run_ranks,
 )
+from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import Adafactor
 

@@ -13,13 +13,13 @@ from checkpoint_ranks import (
     checkpointer,
     gather_without_a_shard,
     gather_zero3_with_a_failure,
-    run_ranks,
     save_and_be_killed,
     save_deepspeed_with_failures,
     save_with_failures,
     write_toy,
 )
 from helpers import HANG_SECONDS
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from internvl_chat.model.io.checkpoint import load_model

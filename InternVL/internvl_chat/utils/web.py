@@ -1,0 +1,128 @@
+"""Run local web applications: templates, request size limit, security headers and server."""
+
+import errno
+import socket
+from importlib.resources import files
+
+import jinja2
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+LOCALHOST = "127.0.0.1"
+_HEADERS = {
+    # Pages load nothing from other sites and cannot be framed by them.
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' "
+    "'unsafe-inline'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+class TooLarge(Exception):
+    """The body of a request exceeds the limit."""
+
+
+class RequestGuard:
+    """ASGI middleware that rejects large request bodies with status 413 and adds security headers.
+
+    Args:
+        app: application to wrap.
+        max_bytes: maximum size of a request body.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        received, started = 0, False
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise TooLarge
+            return message
+
+        async def with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                names = {name for name, _ in message["headers"]}
+                extra = [(k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in names]
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
+        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        try:
+            if declared.isdigit() and int(declared) > self.max_bytes:
+                raise TooLarge
+            await self.app(scope, limited, with_headers)
+        except TooLarge:
+            if started:
+                raise
+            message = f"the request is larger than {self.max_bytes >> 20} MB"
+            response = JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, 413)
+            await response(scope, receive, with_headers)
+
+
+def templates(package: str) -> jinja2.Environment:
+    """Return a Jinja environment for the HTML templates in the folder `templates` of a package."""
+    folder = files(package) / "templates"
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(folder)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Bind a socket before a model is loaded, so that a port in use is reported early.
+
+    Args:
+        port: TCP port; 0 chooses a free port.
+
+    Raises:
+        UsageError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+    except OSError as error:
+        opened.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"port {port} is in use; choose a different --port") from None
+        raise UsageError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    return opened
+
+
+def address(opened: socket.socket) -> str:
+    """Return the URL of a bound socket."""
+    host, port = opened.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_app(app: FastAPI, opened: socket.socket) -> None:
+    """Serve an application on a bound socket until the process is interrupted."""
+    url = address(opened)
+    host = opened.getsockname()[0]
+    if host not in (LOCALHOST, "::1"):
+        logger.warning("listening on %s: everyone who can reach this address can use the model", host)
+    logger.info("%s (stop with Ctrl+C)", url)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+    server.run(sockets=[opened])

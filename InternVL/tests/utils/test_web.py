@@ -1,0 +1,49 @@
+"""Request size limit, security headers, templates and sockets of local web applications."""
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+
+from internvl_chat.utils.errors import UsageError
+from internvl_chat.utils.web import RequestGuard, address, open_socket
+
+
+@pytest.fixture
+def client() -> TestClient:
+    app = FastAPI()
+    app.add_middleware(RequestGuard, max_bytes=1 << 20)
+
+    @app.post("/size")
+    async def size(request: Request) -> int:
+        return len(await request.body())
+
+    return TestClient(app)
+
+
+def test_body_below_the_limit(client):
+    response = client.post("/size", content=b"x" * (1 << 20))
+    assert (response.status_code, response.json()) == (200, 1 << 20)
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["content length", "chunked"])
+def test_body_above_the_limit(client, declared):
+    chunk = b"x" * (1 << 20)
+    content = chunk + b"x" if declared else iter([chunk, b"x"])
+    response = client.post("/size", content=content)
+    assert response.status_code == 413
+    assert response.json()["error"]["message"] == "the request is larger than 1 MB"
+
+
+def test_port_in_use():
+    with open_socket("127.0.0.1", 0) as opened:
+        opened.listen()
+        port = opened.getsockname()[1]
+        assert address(opened) == f"http://127.0.0.1:{port}"
+        with pytest.raises(UsageError, match=f"port {port} is in use"):
+            open_socket("127.0.0.1", port)
+
+
+def test_unknown_host():
+    with pytest.raises(UsageError, match=r"--host 256\.0\.0\.1 --port 0"):
+        open_socket("256.0.0.1", 0)
