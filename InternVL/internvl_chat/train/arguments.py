@@ -103,13 +103,13 @@ def dump_config(config: TrainConfig) -> str:
 
 
 class _Number(str):
-    """A number as it is written in a file: `run_name: 007` stays 007."""
+    """Number in a configuration file, kept as written: `run_name: 007` stays 007."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader for flags: numbers are text, `no` is no boolean, and duplicate keys are errors.
+    """YAML loader that keeps numbers and words such as `no` as text, and rejects duplicate keys.
 
-    The flags parse the numbers; YAML 1.1 would read 010 as 8, 1:30 as 90 and 2025_11 as 202511.
+    The argument parser converts the numbers: YAML 1.1 would read 010 as 8, 1:30 as 90 and 2025_11 as 202511.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -179,8 +179,8 @@ def _names(tokens: Sequence[str]) -> list[str]:
 def _override(defaults: list[str], tokens: list[str]) -> list[str]:
     """Return the flags of a configuration file followed by those of the command line.
 
-    Omit flags that are replaced by a later alternative (see `_ALTERNATIVES`), and a `max_steps` in the file
-    if the command line sets only `num_train_epochs`.
+    Flags that a later alternative replaces are omitted (see `_ALTERNATIVES`). A `max_steps` in the file is
+    omitted if the command line sets only `num_train_epochs`.
     """
     for flags in _ALTERNATIVES:
         given = _names([*defaults, *tokens])
@@ -191,7 +191,7 @@ def _override(defaults: list[str], tokens: list[str]) -> list[str]:
         replaced = [name for name in given if name in others]
         if replaced and distributed.rank() == 0:
             winner = next(name for name in reversed(given) if name in used)
-            logger.info("--%s comes after --%s and replaces it", winner, replaced[-1])
+            logger.info("--%s is ignored, because --%s is given later", replaced[-1], winner)
         defaults, tokens = _without(defaults, others), _without(tokens, others)
     given = _names(tokens)
     if "num_train_epochs" in given and "max_steps" not in given:
@@ -200,7 +200,7 @@ def _override(defaults: list[str], tokens: list[str]) -> list[str]:
 
 
 def _without(tokens: list[str], flags: set[str] | None) -> list[str]:
-    """Return the tokens without the given flags and their values; no tokens if `flags` is None."""
+    """Remove the given flags and their values from a command line; return [] if `flags` is None."""
     if flags is None:
         return []
     kept, skipping = [], False
@@ -215,8 +215,8 @@ def _without(tokens: list[str], flags: set[str] | None) -> list[str]:
 def _tokens_from_file(path: Path) -> list[str]:
     """Return the flags of a JSON or YAML file as command-line tokens.
 
-    Older versions wrote all flags to `config.yaml`, in the groups `model`, `data` and `training`. These
-    groups are flattened; defaults are omitted, so that they do not replace a flag with the same meaning.
+    Older versions wrote all flags to `config.yaml`, in the groups `model`, `data` and `training`. Such groups
+    are flattened, and flags with default values are omitted: they would replace alternatives that were set.
     """
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)

@@ -56,11 +56,12 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Checked configuration, output folder, initial weights and datasets of a run.
+    """Configuration, folders and datasets of a run that has passed all checks.
 
     Attributes:
         output: output folder and, when resuming, the checkpoint to resume from.
-        source: folder of the initial weights; when resuming, the checkpoint.
+        source: folder of the initial model or, when resuming, of the checkpoint.
+        attn: attention kernel to use.
     """
 
     config: TrainConfig
@@ -171,7 +172,7 @@ def _tile_flags(config: TrainConfig) -> Iterator[str]:
     if model.model_name_or_path:
         for flag in ("vision_path", "llm_path", "mlp_path"):
             if value := getattr(model, flag):
-                yield f"--{flag} {value}: has no effect with --model_name_or_path"
+                yield f"--{flag} {value}: has no effect with --model_name_or_path; remove one of them"
     elif model.mlp_path and not Path(model.mlp_path).is_file():
         yield f"--mlp_path {model.mlp_path}: no such file"
     min_tiles, max_tiles = data.min_dynamic_patch, data.max_dynamic_patch
@@ -196,9 +197,9 @@ def _trainable_flags(config: TrainConfig) -> Iterator[str]:
 
 
 def _flag_warnings(config: TrainConfig, source: Path) -> Iterator[str]:
-    """Yield warnings about flags that have no effect or exceed what the language model was trained for."""
+    """Yield warnings about flags without effect, and about a `--max_seq_length` above the model's limit."""
     run, raw = config.run, read_json(source / "config.json") or {}
-    if not run.deepspeed:  # its configuration may have its own optimizer and schedule
+    if not run.deepspeed:  # a DeepSpeed configuration may define the optimizer and the schedule
         yield from flags_without_effect(run)
     if run.train_sampling_strategy == "group_by_length":
         yield (
@@ -245,7 +246,7 @@ def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) 
     if run.metric_for_best_model and specs is not None:
         yield from _metric_problem(run, run.metric_for_best_model, [spec.name for spec in specs])
     if run.load_best_model_at_end and run.save_strategy == "no":
-        yield "--load_best_model_at_end True: --save_strategy no saves no checkpoints"
+        yield "--load_best_model_at_end True needs checkpoints, but --save_strategy is no"
     if config.data.eval_meta_path is None:
         yield f"--eval_strategy {run.eval_strategy} needs --eval_meta_path"
 
@@ -253,13 +254,13 @@ def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) 
 def sharded_generation_problem(run: RunConfig, sharding: str) -> str:
     """Return the error message for generating answers with sharded weights."""
     return (
-        f"--eval_generate {run.eval_generate}: not supported with {sharding}: with sharded weights, all "
-        "ranks would have to run the same number of decoding steps; remove the flag, or use --parallel ddp"
+        f"--eval_generate {run.eval_generate}: not supported with {sharding}, because sharded weights "
+        "require the same number of decoding steps on all ranks; remove the flag, or use --parallel ddp"
     )
 
 
 def _metric_problem(run: RunConfig, given: str, datasets: Sequence[str]) -> Iterator[str]:
-    """Yield a problem if validation does not compute the metric that selects the best checkpoint."""
+    """Yield a problem if validation does not compute the metric given with `--metric_for_best_model`."""
     losses, all_metrics = (metric_names(datasets, generate=generate) for generate in (False, True))
     metric = f"eval_{given.removeprefix('eval_')}"
     if metric in (all_metrics if run.eval_generate > 0 else losses):
@@ -280,8 +281,8 @@ def _check_output(config: TrainConfig) -> OutputFolder:
     output = distributed.run_on_rank_0(lambda: _inspect_output(config))
     if output.resume and not (output.resume / "trainer_state.json").is_file():
         raise UsageError(
-            f"rank {config.run.rank} cannot see the checkpoint {output.resume}: "
-            "--output_dir must be on a disk shared by all nodes"
+            f"rank {config.run.rank} cannot see the checkpoint {output.resume}; "
+            "use an --output_dir on a disk that all nodes share"
         )
     return output
 
@@ -294,7 +295,7 @@ def _inspect_output(config: TrainConfig) -> OutputFolder:
     folder = Path(config.run.output_dir)
     overwrite, resume = config.run.overwrite_output_dir, config.run.resume_from_checkpoint
     if is_restarted() and list_checkpoints(folder):
-        # torchrun has restarted the run: resume it, because these two flags apply only to the first start.
+        # After a restart by torchrun, resume: these two flags apply only to the first start.
         overwrite, resume = False, "auto"
     return inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
 
@@ -316,7 +317,15 @@ def _compare_with(
     specs: Sequence[DatasetSpec] | None,
     eval_specs: Sequence[DatasetSpec] | None,
 ) -> list[str]:
-    """Compare the flags and, if the datasets are valid, the datasets with those of a checkpoint."""
+    """Compare the flags and datasets of this run with those of a checkpoint.
+
+    Args:
+        specs: training datasets; None if any of them is invalid. Then, only the flags are compared.
+        eval_specs: validation datasets; None if any of them is invalid. Then, only the flags are compared.
+
+    Returns:
+        The lines to log (see `check_resume`).
+    """
     if specs is None or eval_specs is None:
         current = fingerprint(config)
     else:
@@ -331,7 +340,7 @@ def _compare_with(
 
 
 def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list[DatasetSpec]:
-    """Return the datasets of a meta file, if given, and index their annotation files.
+    """Return the datasets of a meta file after indexing their annotation files; [] if `meta` is None.
 
     Raises:
         DataError: a file is invalid; the message starts with `prefix` and lists all problems.
@@ -377,12 +386,13 @@ def _check_model(config: TrainConfig) -> Path:
     ):
         if rank and rank != flag_rank:
             problems.append(
-                f"{folder} holds adapters of rank {rank} in the {tower}, but --{flag} is {flag_rank}; "
+                f"{folder} contains adapters of rank {rank} in the {tower}, but --{flag} is {flag_rank}; "
                 f"pass --{flag} {rank} to continue training them, or merge them first (m3llm merge)"
             )
     if data.down_sample_ratio != model_config.downsample_ratio:
         problems.append(
-            f"--down_sample_ratio {data.down_sample_ratio}: the model uses {model_config.downsample_ratio}"
+            f"--down_sample_ratio {data.down_sample_ratio}: must be {model_config.downsample_ratio}, as in "
+            "the model"
         )
     layers = model_config.vision_config.num_hidden_layers
     if abs(model.unfreeze_vit_layers) > layers:
@@ -399,7 +409,7 @@ def _check_model(config: TrainConfig) -> Path:
 
 
 def apply_flags(model_config: InternVLChatConfig, config: TrainConfig) -> None:
-    """Copy flags into the model configuration, like the reference."""
+    """Set fields of the model configuration from the flags, like the reference."""
     model, data = config.model, config.data
     model_config.template = data.conv_style
     model_config.select_layer = model.vision_select_layer

@@ -22,10 +22,12 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Resolved training configuration of this rank; unlisted fields are described by their flags.
+    """Training configuration of this rank, with all defaults and alternatives resolved.
+
+    Fields that are not listed here have the same name and meaning as their flags.
 
     Attributes:
-        flags: unresolved values of the flags in `RunArguments`.
+        flags: values of all `RunArguments` flags before they were resolved.
         device: device of this rank.
         rank: rank of this process.
         world_size: number of ranks.
@@ -35,7 +37,7 @@ class RunConfig:
         records_per_step: records per optimizer step across all ranks.
         warmup_steps: number of warm-up steps, or a fraction of all steps if below 1.
         deepspeed: parsed DeepSpeed configuration; None without DeepSpeed.
-        parallel: parallel layout; the memory plan resolves `auto`.
+        parallel: parallel layout; `auto` lets the memory plan choose.
         compile_blocks: compile the transformer blocks (`--torch_compile`).
     """
 
@@ -154,7 +156,7 @@ class TrainConfig:
 
 
 def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
-    """Resolve the training flags and the environment variables of this rank.
+    """Return the configuration that results from the flags and this rank's environment variables.
 
     Args:
         problems: list to which problems are appended; invalid values are replaced with defaults.
@@ -266,7 +268,7 @@ def _device(args: RunArguments, problems: list[str]) -> torch.device:
     visible = torch.cuda.device_count()
     if device.type == "cuda" and not torch.cuda.is_available():
         problems.append(
-            "no GPU is available: train on the CPU with GPUS=0 (--use_cpu True without a launcher), or check "
+            "no GPU is available; train on the CPU with GPUS=0 (--use_cpu True without a launcher), or check "
             "CUDA_VISIBLE_DEVICES, nvidia-smi, and whether this torch matches the driver"
         )
     elif device.type == "cuda" and needed > visible:
@@ -276,7 +278,7 @@ def _device(args: RunArguments, problems: list[str]) -> torch.device:
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     if args.ddp_backend not in (None, backend):
-        problems.append(f"--ddp_backend {args.ddp_backend}: not supported; this run uses {backend}")
+        problems.append(f"--ddp_backend {args.ddp_backend}: not supported; use {backend} or remove the flag")
     return device
 
 

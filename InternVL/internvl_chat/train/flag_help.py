@@ -1,4 +1,4 @@
-"""Grouped help of the training flags; torch is not imported, so that help and completion are fast."""
+"""Help for the training flags, by group. Does not import torch, so that help and completion are fast."""
 
 import argparse
 from dataclasses import MISSING, Field, dataclass, fields

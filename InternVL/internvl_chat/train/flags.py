@@ -1,4 +1,4 @@
-"""Training flags: those of the reference, the supported ones of transformers, and our own.
+"""Training flags: all flags of the reference, the supported flags of transformers, and our own.
 
 Importing this module does not import torch, so that help and shell completion are fast.
 """
@@ -35,8 +35,8 @@ GROUPS = {
     "reporting": "Logging and checks",
 }
 
-# Accepted ranges of all numeric flags; infinite values are always rejected. Limits that depend on the model,
-# the data or other flags are checked later.
+# Accepted range of each numeric flag; infinite values are always rejected. `checks` tests limits that depend
+# on the model, the data or other flags.
 RANGES = {
     flag: interval
     for interval, flags in {
@@ -116,7 +116,7 @@ class ModelArguments:
 
     @property
     def parts(self) -> tuple[str, str]:
-        """Paths to the vision tower and the language model from which to assemble the model."""
+        """Paths to the vision tower and the language model of an assembled model."""
         if self.vision_path is None or self.llm_path is None:
             raise ValueError("the model is not assembled from its parts")
         return self.vision_path, self.llm_path
@@ -188,9 +188,9 @@ class DataArguments:
 
 @dataclass
 class RunArguments:
-    """Flags for the run: the supported ones of transformers' TrainingArguments, and our own.
+    """Flags for the run: supported flags of transformers' `TrainingArguments`, and our own.
 
-    Flags shared with transformers have its types and defaults. `resolve_run` resolves all of them.
+    Flags from transformers keep its types and defaults. `resolve_run` turns them into a `RunConfig`.
     """
 
     output_dir: str | None = _checkpoints(None, "Output folder for logs, checkpoints and the final model.")

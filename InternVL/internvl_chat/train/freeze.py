@@ -1,4 +1,4 @@
-"""Set the trainable parameters and tabulate them."""
+"""Choose the trainable parameters and count them by module."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 
 class ModuleRow(NamedTuple):
-    """Row of the trainable-parameter table that is logged at the start of a run."""
+    """Row of the parameter table, which is logged at the start of a run."""
 
     module: str
     parameters: int
@@ -24,10 +24,10 @@ def set_trainable(
     unfreeze_vit_layers: int = 0,
     unfreeze_lm_head: bool = False,
 ) -> list[ModuleRow]:
-    """Set the trainable parameters, like the reference, and return the parameter table.
+    """Set `requires_grad` of all parameters, like the reference, and return the parameter table.
 
-    In a component with adapters, only the adapters are trained. Vision blocks after the one selected by
-    `--vision_select_layer` do not affect the output and are never trained.
+    In a component with adapters, only the adapters are trained, except for the layers unfrozen by the last
+    two arguments. Vision blocks after `--vision_select_layer` do not affect the output and are never trained.
 
     Args:
         unfreeze_vit_layers: first vision block to train even if the vision tower is frozen; negative values

@@ -1,6 +1,6 @@
-"""Fine-tune InternVL3; the launchers run this script.
+"""Training script, run by the launchers.
 
-`train` shows the stages: check, load the data and the model, plan memory, parallelize, train, save.
+`train` shows the stages: check the flags, load data and model, plan memory, parallelize, train, save.
 """
 
 import atexit
@@ -121,7 +121,7 @@ def train(config: TrainConfig) -> int:
 
 
 def _load_data(plan: RunPlan) -> tuple[TrainingData, TrainingData | None]:
-    """Load and check the training and validation records; on resume, also compare the image files."""
+    """Load and check the training and validation records; on resume, check that the images are unchanged."""
     encoder, resume = load_encoder(plan), plan.output.resume
     excluded = read_fingerprint(resume).get(EXCLUDED) if resume else None
     data = load_records(plan.config, plan.specs, encoder, resumed_exclusions=excluded)
@@ -177,7 +177,7 @@ def _load_model(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBa
 def _apply_memory_plan(
     config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
 ) -> MemoryPlan:
-    """Plan the memory; apply activation checkpointing and compilation to the model."""
+    """Plan the memory; enable activation checkpointing as planned, and compilation with `--torch_compile`."""
     memory = plan_memory(config, model, sampler, data)
     if memory.parallel == "fsdp" and config.run.eval_generate:
         raise UsageError(sharded_generation_problem(config.run, "FSDP (chosen by --parallel auto)"))
@@ -204,7 +204,7 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
         steps = "the only step was skipped" if state.step == 1 else f"all {state.step} steps were skipped"
         raise TrainingError(
             f"{output}: {steps}, so the model has not changed and is not saved; "
-            f"{METRICS} contains the reason for each step (skipped_because)"
+            f"see skipped_because in {METRICS} for the reasons"
         )
     step = None
     try:
@@ -222,7 +222,7 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
     except OSError as error:
         raise TrainingError(
             f"{output}: the model cannot be saved: {error}; free disk space and run the same command again "
-            "to repeat the steps since the newest checkpoint"
+            "to resume from the newest checkpoint"
         ) from None
     if run.is_main:
         skipped = (
@@ -234,13 +234,13 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
 
 
 def _report_end(loop: TrainingLoop, stopped_by: signal.Signals | None) -> int:
-    """Log the stop signal and a failure of the last save, if any; return the exit code."""
+    """Log how training ended, including a failure of the last save; return the exit code."""
     failure, step = loop.checkpointer.failure, loop.state.step
     if failure is not None:
-        end, remedy = "finished and its model is saved", ""
+        end, remedy = "training finished and the model is saved", ""
         if stopped_by is not None:
-            end = f"stopped by {stopped_by.name} after step {step}"
-            remedy = "; free disk space and run the same command again to repeat the steps since then"
+            end = f"training was stopped by {stopped_by.name} after step {step}"
+            remedy = "; free disk space and run the same command again to resume"
         if loop.run.is_main:
             logger.error("%s, but the last checkpoint is missing: %s%s", end, failure, remedy)
         return TrainingError.exit_code
@@ -251,13 +251,13 @@ def _report_end(loop: TrainingLoop, stopped_by: signal.Signals | None) -> int:
 
 
 def _explain(error: RuntimeError) -> str | None:
-    """Return a clear message for errors that torch raises if another process has died or hangs."""
+    """Return a clear message if an error means that another process has died or hangs; otherwise None."""
     text = str(error)
     if "DataLoader worker" in text:
         return f"{WORKER_DIED} ({text})"
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs):
-        return "another rank has failed; see its error message or that of the launcher"
+        return "another rank has failed; see the error message of that rank or of the launcher"
     if "Timed out waiting" in text:
         return f"another rank did not respond within --ddp_timeout; it hangs or is very slow ({text})"
     return None
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return report_exit(train(parse_arguments(tokens)))
     except M3LLMError as error:
-        # All ranks find the same problems with the flags and the model, but each record is read by one rank.
+        # Problems with the flags or the model are the same on all ranks; others may occur on one rank only.
         if distributed.local_rank() == 0 or isinstance(error, DataError | TrainingError):
             logger.error("%s", error)
         return error.exit_code

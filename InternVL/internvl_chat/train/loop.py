@@ -1,8 +1,8 @@
 """The training loop.
 
-The sampler selects the records of a step independently of the number of ranks. Each rank runs the forward and
-backward passes of its packs, and gradients are reduced once per step. The loss is the weighted mean over all
-supervised tokens of the step (see `model.loss`).
+The sampler selects the records of a step; the selection does not depend on the number of ranks. Each rank
+runs the forward and backward passes of its packs, and gradients are reduced once per step. The loss is the
+weighted mean over all supervised tokens of the step (see `model.loss`).
 """
 
 import signal
@@ -54,7 +54,7 @@ _COMPILED_MULTIPLE = 128
 
 @dataclass
 class TrainingLoop:
-    """Training loop from a given state to the end of the run.
+    """Trains from a given state to the end of the run.
 
     Attributes:
         sampler: selects and packs the records of each step.
@@ -99,8 +99,7 @@ class TrainingLoop:
             batches = self.dataloader.steps(first, self.total_steps)
             if self.run.eval_on_start and first == 1:
                 self.validate()
-            # After slow work on rank 0, wait in a barrier: its timeout is longer than that of the collectives
-            # within a step.
+            # Rank 0 may have done slow work. A barrier has a longer timeout than the collectives of a step.
             distributed.barrier()
             start, pause = time.perf_counter(), 0.0
             for step in range(first, self.total_steps + 1):
@@ -137,7 +136,7 @@ class TrainingLoop:
             TrainingError: more than `--max_bad_steps` steps have been skipped.
         """
         names = ", ".join(f"{key.dataset} {key.index}" for pack in packs for key in pack.keys)
-        self.watchdog.note(f"in step {step}, records {names}")
+        self.watchdog.note(f"running step {step} on the records {names}")
         # Seed dropout from step and rank, so that resuming does not require the random state.
         seed = np.random.SeedSequence((self.run.seed, step, self.run.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
@@ -181,19 +180,20 @@ class TrainingLoop:
         """Run the forward and backward passes of this rank's packs.
 
         Args:
-            weights: (R,) per pack, the loss weight of each record's tokens.
+            weights: per pack, the loss weight of the tokens of each record: (R,).
             scale: factor on the loss in the backward pass.
             sync: reduce gradients across ranks after the last pack.
 
         Returns:
-            The weighted sum of the token losses in float64, and the (U,) token losses of each pack.
+            The weighted sum of the token losses in float64 and, per pack, the loss of each supervised token:
+            (U,).
         """
         device = self.run.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         token_losses = []
         model, features = self.strategy.model, None
         if model.vision_is_frozen and not model.always_run_vision:
-            # A trained vision tower, or one in a sharded model, runs with each pack instead.
+            # Otherwise, the vision tower runs as part of each pack's forward pass.
             tiles = torch.cat([pack.tiles.to(device, non_blocking=True) for pack in packs])
             features = tile_features(model, tiles, self.normalization).split([len(p.tiles) for p in packs])
         for number, (pack, weight) in enumerate(zip(packs, weights, strict=True)):
@@ -211,7 +211,10 @@ class TrainingLoop:
         return total, token_losses
 
     def validate(self) -> None:
-        """Validate, report the metrics, and update the best metric; if interrupted by a signal, stop."""
+        """Validate, report the metrics and update the best metric.
+
+        A stop signal ends the validation and the run.
+        """
         start, state = time.perf_counter(), self.state
         self.watchdog.note(f"validating after step {state.step}")
         # With sharded weights, all ranks must run the same forward passes, so a signal cannot interrupt them.
@@ -236,7 +239,7 @@ class TrainingLoop:
     # ---- parts of a step
 
     def _record_weights(self, pack: Pack) -> torch.Tensor:
-        """Return the loss weight of each record's tokens, 0 for dummy samples: (R,)."""
+        """Return the loss weight of the tokens of each record in a pack, 0 for dummy samples: (R,)."""
         weights = [token_weight(n, self.run.loss_reduction) for n in pack.supervised.tolist()]
         return torch.tensor(weights, dtype=torch.float64) * pack.counts
 
@@ -259,10 +262,10 @@ class TrainingLoop:
 
         Args:
             seconds: duration of the step.
-            pause: seconds before the step for validation, saving, and waiting for rank 0.
+            pause: seconds spent on validation, saving and waiting for rank 0 before the step.
 
         Returns:
-            Whether rank 0 logs this step to trackers; the same on all ranks.
+            Whether rank 0 logs this step to trackers, which may be slow; the same on all ranks.
         """
         step = record.step
         is_due = self._is_due("logging") or (step == 1 and self.run.logging_first_step)
@@ -284,8 +287,8 @@ class TrainingLoop:
     def _is_due(self, action: str) -> bool:
         """Return whether an action (`logging`, `eval` or `save`) is due after this step.
 
-        With the strategies `steps` and `epoch`, saving and, after `eval_delay`, validation are also due after
-        the last step.
+        With the strategies `steps` and `epoch`, saving is also due after the last step. So is validation, if
+        `eval_delay` has passed.
         """
         run, step = self.run, self.state.step
         strategy, interval = getattr(run, f"{action}_strategy"), getattr(run, f"{action}_steps")
@@ -301,10 +304,10 @@ class TrainingLoop:
         return step % max(1, round(interval if interval >= 1 else interval * self.total_steps)) == 0
 
     def _save(self, *, required: bool, saving: int) -> bool:
-        """Save a checkpoint if due; return whether it was saved (the same on all ranks).
+        """Save a checkpoint if due; return whether a save was started (the same on all ranks).
 
         Args:
-            required: wait for a running save instead of skipping this one.
+            required: if the previous save is still running, wait for it instead of skipping this one.
             saving: number of ranks on which the previous save is still running.
         """
         is_best = self.run.tracks_best and self.state.best_step == self.state.step
@@ -313,7 +316,8 @@ class TrainingLoop:
             return False
         if saving and not (required or is_best):
             logger.warning(
-                "step %d: checkpoint skipped: the previous one is still being written", self.state.step
+                "step %d: no checkpoint saved, because the previous one is still being written",
+                self.state.step,
             )
             return False
         if self.run.is_main:

@@ -32,18 +32,18 @@ def write_model_card(
     parameters: tuple[int, int],
     validation: Mapping[str, float],
 ) -> None:
-    """Write the `README.md` of the output folder, unless a user has written one.
+    """Write the model card to `README.md` in the output folder, unless a user has written this file.
 
     Args:
-        config: the configuration of the run.
-        data: the training data.
-        eval_data: the validation data; None without validation.
-        parameters: total and trainable parameter counts of the model.
-        validation: metrics from `read_validation`; empty without validation.
+        config: configuration of the run.
+        data: training data.
+        eval_data: validation data; None without validation.
+        parameters: result of `count_parameters`.
+        validation: result of `read_validation`.
     """
     folder = Path(config.run.output_dir)
     if not may_write_card(folder):
-        logger.warning("no model card written: %s was not written by a run, so it is kept", folder / CARD)
+        logger.warning("%s is kept, because it was not written by a training run", folder / CARD)
         return
     paths = _base_paths(config)
     card = render_card(
@@ -88,7 +88,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def read_validation(file: Path, step: int | None) -> dict[str, float]:
-    """Return the validation metrics of a step, keyed by metric and dataset; empty without validation.
+    """Return the validation metrics of a step, with keys such as "loss, all"; empty without validation.
 
     Args:
         file: `validation.jsonl` of the run.
@@ -105,7 +105,7 @@ def read_validation(file: Path, step: int | None) -> dict[str, float]:
 
 
 def _base_paths(config: TrainConfig) -> list[str]:
-    """Return the path to the base model, or the paths to the parts from which it was assembled."""
+    """Return the path to the base model, or to each part if the model was assembled from parts."""
     model = config.model
     if model.model_name_or_path is None:
         return list(model.parts)
@@ -127,7 +127,7 @@ def _data_section(data: TrainingData) -> str:
 
 
 def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:
-    """Return the settings of a run; none of them contains a secret."""
+    """Return table rows with the settings of the run; none of them contains a secret."""
     run = config.run
     length = {"max_steps": run.max_steps} if run.max_steps > 0 else {"epochs": run.num_train_epochs}
     return {
@@ -139,7 +139,7 @@ def _recipe(config: TrainConfig, parameters: tuple[int, int]) -> dict[str, Any]:
 
 
 def _training(config: TrainConfig, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the hardware, duration, final loss and software versions of the run."""
+    """Return table rows with the hardware, duration, final loss and software versions of the run."""
     run = config.run
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     rows: dict[str, Any] = {"hardware at the end": f"{run.world_size} x {device}"}

@@ -1,4 +1,4 @@
-"""Unsupported flags of transformers and other projects, which are rejected with advice, not ignored."""
+"""Flags of transformers and other projects that are rejected with advice instead of being ignored."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-# For each flag, the values that are accepted because they have no effect, and the advice for other values.
+# Flag -> values that are accepted because they would change nothing, and the advice for all other values.
 REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "accelerator_config": ((None,), "accelerate is not used for training"),
     "activation_checkpointing": ((None, False), "use --grad_checkpoint"),
@@ -79,7 +79,7 @@ REFUSED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 CONFIG_FILES = (".json", ".yaml", ".yml")
 _FILE_FIRST = "a configuration file comes first: m3llm train FILE --FLAG VALUE"
-# Our flags with their names in other projects.
+# Our flag -> names of the same setting in other projects.
 _OTHER_NAMES = {
     "model_name_or_path": "model model_path model_id model_name base_model pretrained_model_name_or_path "
     "model_id_or_path adapter_name_or_path adapters",
@@ -146,7 +146,7 @@ _OTHER_NAMES = {
     "seed": "random_seed",
     "sanity_check": "sanity",
 }
-# Advice for flags of other projects without an equivalent flag here.
+# Advice -> flags of other projects that have no equivalent flag here.
 _OTHER_WAYS = {
     "alpha is twice the rank of --use_llm_lora": "lora_alpha alpha lora_scale",
     "--use_llm_lora adapts every linear layer of the language model": "lora_target lora_target_modules "
@@ -174,7 +174,7 @@ OTHER_PROJECTS = {
 
 
 def describe_unknown(unknown: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return an error message for each unknown flag or, if there is none, for each unexpected argument.
+    """Return an error message for each unknown flag; if there is none, for each unexpected argument.
 
     Args:
         unknown: tokens that the parser did not recognize.
@@ -227,7 +227,7 @@ def split_refused(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parse(text: str) -> Any:
-    """Parse the value of a flag as YAML, such as a number or a boolean; invalid YAML stays text."""
+    """Parse the value of a flag as YAML; return it unchanged if it is not valid YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -51,7 +51,7 @@ _EVAL_RECORDS = 32
 
 
 def adapter_base(plan: RunPlan) -> str | None:
-    """Return the folder of the adapters' base model; None to use the path stored with the adapters."""
+    """Return the path to the adapters' base model; None to use the path stored with the adapters."""
     model = plan.config.model
     if model.base_model_path or plan.output.resume is None:
         return model.base_model_path
@@ -60,7 +60,7 @@ def adapter_base(plan: RunPlan) -> str | None:
 
 
 def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
-    """Load the model and the tokenizer, apply the flags, and add adapters."""
+    """Return the model with the flags applied and adapters added, its tokenizer, and its preprocessing."""
     config, dtype = plan.config, plan.config.run.dtype
     tokenizer, added = load_tokenizer(plan.source)
     context = image_context_id(tokenizer)
@@ -133,10 +133,10 @@ def prepare_model(
 def plan_preprocessing(
     model_config: InternVLChatConfig, config: TrainConfig, specs: Sequence[DatasetSpec]
 ) -> Preprocessing:
-    """Return a model's preprocessing, with the flags applied.
+    """Return the preprocessing of a model after applying the flags.
 
     Args:
-        specs: training datasets; their largest tile limit becomes the model's.
+        specs: training datasets; the model gets the largest of their tile limits.
     """
     model_config = copy.deepcopy(model_config)
     apply_flags(model_config, config)
@@ -155,7 +155,7 @@ def plan_preprocessing(
 
 
 def load_encoder(plan: RunPlan) -> RecordEncoder:
-    """Build the record encoder without reading weights; its tile limit is `--max_dynamic_patch`."""
+    """Return the record encoder, with the tile limit `--max_dynamic_patch`; does not read weights."""
     config = plan.config
     if config.model.model_name_or_path is None and plan.output.resume is None:
         vision, llm = map(model_folder, config.model.parts)
@@ -175,11 +175,12 @@ def load_records(
     *,
     resumed_exclusions: Sequence[tuple[str, int]] | None = None,
 ) -> TrainingData:
-    """Open the datasets and check every record.
+    """Open the datasets, check every record, and return the training data.
 
     Args:
-        resumed_exclusions: dataset and index of the records that were excluded when the resumed run started.
-            They are excluded again, even if repaired, so that the record order does not change.
+        resumed_exclusions: (dataset, index) of the records that were excluded when the resumed run started.
+            They are excluded again, even if repaired, so that the record order does not change. None for a
+            new run.
 
     Raises:
         DataError: with `--on_bad_record fail`, a record is unusable; with `skip`, too many are.
@@ -218,7 +219,7 @@ def load_records(
 
 
 def build_sampler(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> StepSampler:
-    """Return the sampler, which packs each step's records and balances them across ranks by FLOPs."""
+    """Return the sampler, which packs the records of each step and balances FLOPs across ranks."""
     run = config.run
     return _sampler(
         run,
@@ -244,7 +245,7 @@ def _sampler(run: RunConfig, data: TrainingData, flops: FlopCounter, **options: 
 
 
 def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
-    """Build the validation, which processes its records in file order."""
+    """Return the `Validation` of a run; it reads its records in file order."""
     run, records = config.run, _EVAL_RECORDS * config.run.world_size
     sampler = _sampler(run, data, flops, step_records=records, strategy="sequential")
     normalization = data.sets[0].encoder.preprocessing.normalize_type
@@ -256,10 +257,11 @@ def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter
 def _check_records(
     sets: Sequence[RecordSet], config: TrainConfig, resumed_exclusions: Sequence[tuple[str, int]] | None
 ) -> tuple[list[Lengths], list[ExcludedRecord], list[str], list[str]]:
-    """Run the data check; a resumed run excludes the same records as the original run.
+    """Run the data check. A resumed run excludes the same records as before.
 
     Returns:
-        Record lengths, excluded records, annotation-file digests, and image-file digests.
+        Record lengths (per dataset), excluded records, digests of the annotation files (per dataset), and
+        digests of the image files (per dataset).
     """
     lengths, excluded, manifests = check_before_training(
         sets,
@@ -280,7 +282,7 @@ def _check_records(
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:
-    """Parallelize the model as planned and build its optimizer and scheduler.
+    """Parallelize the model as planned, and build its optimizer and learning-rate scheduler.
 
     Args:
         model: model, after `set_trainable`.

@@ -34,7 +34,7 @@ _METRICS = ("loss", "em", "rougeL")
 
 
 def metrics_of(sums: Sequence[float]) -> dict[str, Any]:
-    """Return the metrics of a dataset from its row of sums in `Validation.run`.
+    """Return the metrics of a dataset, computed from its row of `sums` in `Validation.run`.
 
     The loss is weighted as in training (`--loss_reduction`). Metrics without data are None.
     """
@@ -51,21 +51,26 @@ def metrics_of(sums: Sequence[float]) -> dict[str, Any]:
 
 
 def named_metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the computed metrics in a result of `Validation.run`, keyed by name (see `metric_names`)."""
+    """Return a result of `Validation.run` as a flat dict (see `metric_names`), without None values."""
     parts = {"": row} | {f"{dataset}_": part for dataset, part in row["sets"].items()}
     values = {f"eval_{prefix}{name}": part[name] for prefix, part in parts.items() for name in _METRICS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def metric_names(datasets: Iterable[str], *, generate: bool) -> list[str]:
-    """Return the names of the metrics that validation computes."""
+    """Return the names of the metrics that validation computes, for example `eval_loss`.
+
+    Args:
+        datasets: names of the validation datasets, which become part of the metric names.
+        generate: whether answers are generated, which adds exact match and ROUGE-L.
+    """
     kinds = _METRICS if generate else ("loss",)
     prefixes = ("", *(f"{name}_" for name in datasets))
     return [f"eval_{prefix}{kind}" for prefix in prefixes for kind in kinds]
 
 
 def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
-    """Return datasets for validation, without repeated records or augmentation."""
+    """Return the datasets as used for validation: without augmentation, and with each record at most once."""
     return [
         dataclasses.replace(spec, data_augment=False, repeat_time=min(spec.repeat_time, 1)) for spec in specs
     ]
@@ -73,7 +78,7 @@ def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
 
 @dataclass
 class Validation:
-    """Validation on this rank's share of the validation records.
+    """Validates a model; each rank processes its share of the validation records.
 
     Attributes:
         reduction: loss weighting, one of `LOSS_REDUCTIONS`.
@@ -96,7 +101,7 @@ class Validation:
         """Validate a model, which is left in evaluation mode.
 
         Args:
-            is_stopped: returns whether to abandon the validation; called for each pack and answer.
+            is_stopped: returns whether to stop early; called before each pack and after each answer.
 
         Returns:
             Metrics over all records and, under `sets`, of each dataset by name; None if any rank was stopped.
@@ -124,7 +129,7 @@ class Validation:
     def _add_losses(
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
     ) -> None:
-        """Add each record's weighted loss, loss weight, count and tokens to the sums of its dataset."""
+        """Compute the loss of each record; add it, with weight and counts, to the sums of the dataset."""
         numbers = {records.spec.name: number for number, records in enumerate(self.data.sets)}
         for pack in packs:
             if isinstance(pack, DataError):
@@ -140,7 +145,7 @@ class Validation:
     def _add_answers(
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
     ) -> None:
-        """Generate this rank's answers; add their scores and counts to the dataset sums."""
+        """Generate this rank's answers, and add their scores and counts to the sums of their datasets."""
         keys = [(number, i) for number in range(len(self.data.sets)) for i in self.generation_indices(number)]
         for number, group in itertools.groupby(distributed.shard(keys), key=lambda key: key[0]):
             records = self.data.sets[number]

@@ -279,7 +279,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
         ({"mlp_path": "mlp.pt"}, "--mlp_path mlp.pt: has no effect with --model_name_or_path"),
         ({"freeze_llm": True, "freeze_mlp": True}, "all parameters are frozen"),
         ({"deepspeed": "nowhere.json"}, "nowhere.json"),
-        ({"down_sample_ratio": 0.25}, "the model uses 0.5"),
+        ({"down_sample_ratio": 0.25}, "must be 0.5, as in the model"),
         ({"force_image_size": 50}, "is not a whole number of tokens"),
         ({"lr_scheduler_type": "zigzag"}, "--lr_scheduler_type"),
         ({"fsdp": "full_shard"}, "--parallel fsdp: a single rank has nothing to shard"),

@@ -274,7 +274,7 @@ def test_explicit_damaged_checkpoint_is_refused(interrupted, tiny_model, sample_
     again = arguments(tiny_model, sample_data, tmp_path / "new", resume_from_checkpoint=checkpoint)
     assert train(again) == 2
     assert (
-        "cannot resume from it: the content of optimizer/rank-00000-00.safetensors has changed"
+        "cannot resume: the content of optimizer/rank-00000-00.safetensors has changed"
         in capfd.readouterr().err
     )
 
@@ -335,7 +335,7 @@ def test_failure_of_the_last_save_ends_with_an_error(
     monkeypatch.setattr(TrainingLoop, "train_step", step)
     assert train(arguments(tiny_model, sample_data, out)) == 1
     last = capfd.readouterr().err.splitlines()[-1]
-    state = "stopped by SIGTERM after step 3" if stopped else "finished and its model is saved"
+    state = "stopped by SIGTERM after step 3" if stopped else "training finished and the model is saved"
     failure = f"{out / failing} was not written: [Errno 28] No space left on device"
     assert f"{state}, but the last checkpoint is missing: {failure}" in last
     assert f"the newest checkpoint is checkpoint-{saved}" in last

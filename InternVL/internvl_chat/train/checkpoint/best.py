@@ -13,7 +13,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Top-level files of a checkpoint that serve only to resume. Subfolders also do, and are not copied either.
+# Files of a checkpoint that are needed only to resume. They are not copied, and neither are subfolders.
 _RESUME_FILES = (STATE_FILE, FINGERPRINT, MANIFEST)
 
 
@@ -21,7 +21,7 @@ def find_best(folder: Path, last: float = math.inf) -> Path | None:
     """Return the newest checkpoint that was the best of its run when it was written, or None.
 
     Args:
-        last: last step to consider; later checkpoints are ignored.
+        last: ignore checkpoints after this step.
     """
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
@@ -37,8 +37,8 @@ def copy_best(state: TrainState, output: Path, resume: Path | None) -> int:
     """Copy the model of the best checkpoint to the output folder; return the step of the checkpoint.
 
     Args:
-        resume: checkpoint that the run resumed from, if any. If the output folder has no best checkpoint, the
-            folder of `resume` is searched, up to that checkpoint.
+        resume: checkpoint that the run resumed from, if any. If the output folder has no best checkpoint,
+            `resume` and the earlier checkpoints next to it are searched.
 
     Raises:
         TrainingError: there was no validation, or the best checkpoint is missing or damaged.

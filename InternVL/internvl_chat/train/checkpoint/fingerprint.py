@@ -34,7 +34,7 @@ EVAL_TILE_LIMITS = "max_dynamic_patch per validation dataset"
 EVAL_IMAGES = "image files per validation dataset"
 DEEPSPEED_RANKS = "number of ranks (with DeepSpeed use as many as before)"
 
-# Configuration fields that may change on resume: they affect neither the remaining records nor the training.
+# Configuration fields that may change on resume, because they change the remaining steps at most by rounding.
 NOT_COMPARED = {
     "model": (
         # Location of the initial model; a resumed run loads the checkpoint instead.
@@ -66,23 +66,23 @@ NOT_COMPARED = {
         "sanity_check", "max_bad_steps", "hang_seconds",
     ),
 }  # fmt: skip
-# Fields that `fingerprint` and `fingerprint_run` store in a different form.
+# Configuration fields that `fingerprint` and `fingerprint_run` store in a different form.
 _RESOLVED = (
     "flags", "num_train_epochs", "max_steps", "records_per_step", "weight_precision", "deepspeed",
     "max_dynamic_patch", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
-# Flags that decide which checkpoint is best and when to stop early; compared only if `tracks_best` is set.
+# Flags that affect the choice of the best checkpoint and early stopping; compared only with `tracks_best`.
 VALIDATION_FLAGS = ("eval_strategy", "eval_steps", "eval_delay", "eval_generate", "early_stopping_patience")
 
 
 class DataState(NamedTuple):
-    """State of a run's datasets, to detect changes.
+    """State of the datasets of a run; stored in the fingerprint to detect changes.
 
     Attributes:
         sizes: number of records per epoch, for each dataset.
         digests: SHA-256 of each annotation file.
         excluded: (dataset name, record index) of each excluded record.
-        images: digest of each dataset's image files; empty if unknown.
+        images: for each dataset, a digest of its image files; empty if unknown.
     """
 
     specs: Sequence[DatasetSpec]
@@ -103,7 +103,7 @@ class DataState(NamedTuple):
         """Create the state from annotation files without checking the records.
 
         Args:
-            excluded: records that the checkpoint's run excluded.
+            excluded: (dataset name, record index) of each record excluded by the run to resume.
         """
         sizes = []
         for spec in specs:
@@ -116,7 +116,7 @@ class DataState(NamedTuple):
 
 
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
-    """Return the flag settings that determine the remaining steps of a run.
+    """Return the settings that determine the remaining steps of a run, without those of the datasets.
 
     The number of ranks is included only with DeepSpeed; otherwise it may change on resume.
     """
@@ -142,7 +142,7 @@ def fingerprint(config: TrainConfig) -> dict[str, Any]:
 
 
 def fingerprint_run(config: TrainConfig, data: DataState, eval_data: DataState | None) -> dict[str, Any]:
-    """Return the fingerprint of a run: its settings, its datasets, and values derived from both."""
+    """Return the fingerprint of a run: its settings, the state of its datasets, and derived values."""
     names = [spec.name for spec in data.specs]
     epoch_steps = -(-sum(data.sizes) // config.run.records_per_step)
     settings = {

@@ -12,7 +12,7 @@ from internvl_chat.utils.hashed_file import FileEntry
 MANIFEST = "manifest.json"
 
 _VERSION = 1
-# Hashing uses one core per file, so multiple files are hashed in parallel.
+# Number of files that are hashed in parallel.
 _THREADS = 8
 
 
@@ -45,7 +45,7 @@ def write_manifest(
 
 
 def find_damage(folder: Path) -> str | None:
-    """Describe the first difference between a folder and its manifest; return None if there is none.
+    """Return a description of the first difference between a folder and its manifest, or None.
 
     Files that are not in the manifest are ignored.
     """

@@ -23,15 +23,16 @@ from internvl_chat.utils.hashed_file import FileEntry
 def checkpoint_writer(
     plan: RunPlan, model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing
 ) -> Callable[[Path, dict[str, Tensor]], dict[str, FileEntry]]:
-    """Return a function that writes a model to a folder: given weights, tokenizer and preprocessing.
+    """Return a function `write(folder, weights)`, which writes weights, tokenizer and preprocessing.
 
-    The weights are those of the full model or of its adapters. The function returns the size and hash of each
-    safetensors file, keyed by file name. If the model has adapters, this call hashes their base model on
-    rank 0.
+    `weights` are those of the full model or, if it has adapters, of the adapters alone. `write` returns the
+    size and hash of each safetensors file, keyed by file name.
+
+    For a model with adapters, creating the function takes a while, because rank 0 hashes the base model.
     """
     base = _base_model(plan) if lora_layers(model) and plan.config.run.is_main else None
     _, added = load_tokenizer(plan.source)
-    # Kept in memory, because the initial model may be a checkpoint that is deleted during the run.
+    # Read now, because the initial model may be a checkpoint that is deleted during the run.
     auxiliary = read_auxiliary_files(plan.source)
 
     def write(folder: Path, weights: dict[str, Tensor]) -> dict[str, FileEntry]:
@@ -49,7 +50,7 @@ def checkpoint_writer(
 
 
 def _base_model(plan: RunPlan) -> BaseModel:
-    """Return the location and digest of the model to which the run's adapters apply."""
+    """Return the location and digest of the adapters' base model."""
     if is_adapter(plan.source):
         return find_base(plan.source, adapter_base(plan))[1]
     path = plan.config.model.model_name_or_path or str(plan.source)

@@ -1,4 +1,4 @@
-"""Save and load sharded or replicated optimizer state with any number of ranks.
+"""Save and load sharded or replicated optimizer state; any number of ranks can load it.
 
 Each rank writes its shards as safetensors files in the format of `torch.distributed.checkpoint` (DCP) and
 reads only the slices it needs. Tensors are named "<parameter>/<state>". Pickle is not used.
@@ -29,14 +29,17 @@ from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import TrainingError
 from internvl_chat.utils.hashed_file import FileEntry
 
-# In a single-rank run there is no process group, and DCP warns about it.
+# DCP warns if there is no process group, as in a single-rank run.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 
 
 def named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return state tensors keyed by "<parameter>/<state>" and a JSON-serializable dict of all other state."""
+    """Return the state tensors of an optimizer, keyed by "<parameter>/<state>", and all other state.
+
+    The other state can be stored as JSON: parameter groups with parameter names, and non-tensor values.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {
         f"{names[parameter]}/{name}": value
@@ -53,7 +56,7 @@ def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str
     """Return the tensors that this rank writes: all sharded ones and its share of the replicated ones.
 
     Args:
-        main_bytes: bytes of other data that rank 0 writes, for balancing.
+        main_bytes: size in bytes of the other data that rank 0 writes, for load balancing.
     """
     load = [main_bytes] + [0] * (distributed.world_size() - 1)
     assigned: dict[str, Tensor] = {key: t for key, t in tensors.items() if isinstance(t, DTensor)}
@@ -66,7 +69,7 @@ def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str
 
 
 class _StagedPlanner(dcp.DefaultSavePlanner):
-    """Save planner that plans with the live tensors but writes copies of this rank's shards."""
+    """Save planner that plans with the live tensors, but writes copies of their local shards."""
 
     def __init__(self, copies: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -77,7 +80,7 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """Storage writer that writes and hashes one safetensors file per thread."""
+    """Storage writer that uses several threads, each of which writes and hashes one safetensors file."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -126,9 +129,9 @@ def save_optimizer(
 
     Args:
         tensors: this rank's live tensors, from `tensors_to_write`.
-        copies: this rank's shards under the same keys; host copies if training continues.
+        copies: local shards of these tensors; copies in host memory if training continues meanwhile.
         threads: number of threads; each writes one file.
-        group: process group of all ranks, used by no other thread; None in a single-rank run.
+        group: process group of all ranks that no other thread uses; None in a single-rank run.
 
     Raises:
         OSError: a file cannot be written (single-rank run).
@@ -148,8 +151,8 @@ def load_optimizer(
 
     Args:
         model: model whose parameter names identify the state.
-        optimizer: optimizer to load into; each rank loads its shards.
-        saved: non-tensor state, the second result of `named_state`.
+        optimizer: optimizer that receives the state; each rank loads its shards.
+        saved: non-tensor state (second result of `named_state` when it was saved).
 
     Raises:
         TrainingError: the files cannot be read, or the saved parameter groups differ from this run's.
@@ -195,7 +198,7 @@ def load_optimizer(
 
 @contextlib.contextmanager
 def _unwrap_failure() -> Iterator[None]:
-    """Replace the exception that DCP raises on every rank with the error of the first failing rank."""
+    """Replace DCP's exception, which all ranks raise, with the error of the first failing rank."""
     try:
         yield
     except dcp.CheckpointException as error:

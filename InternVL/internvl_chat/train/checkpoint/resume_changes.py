@@ -1,6 +1,6 @@
-"""Compare a run with the checkpoint it resumes from.
+"""Compare a run with the checkpoint that it resumes from.
 
-Every difference is an error; `--allow_resume_changes` allows some of them.
+By default, every difference is an error. `--allow_resume_changes` permits some of them.
 """
 
 import json
@@ -35,7 +35,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Names used in messages for settings whose names in checkpoints are less clear.
+# Stored name of a setting -> clearer name for messages.
 _TITLES = {SET_SIZES: "records per dataset", STEP_SIZE: "global batch size (records per step)"}
 
 _ORDER = "some records would be used twice or never"
@@ -84,7 +84,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting whose value differs from the one in the checkpoint.
+    """A setting that differs between this run and the checkpoint.
 
     Attributes:
         value: value in this run.
@@ -98,7 +98,7 @@ class Difference:
     rejected: str | None
 
     def problem(self, checkpoint: Path) -> str:
-        """Return the error message, with a remedy."""
+        """Return an error message with a remedy."""
         title = _TITLES.get(self.name, self.name)
         value, stored = _shown(self.value), _shown(self.stored)
         text = f"cannot resume {checkpoint}: {title} is {value}, but the checkpoint has {stored}"
@@ -112,7 +112,7 @@ class Difference:
 
         Args:
             step: first step of the resumed run.
-            rate: returns the learning rate at that step.
+            rate: function that returns the learning rate at that step.
         """
         kind = _ALLOWED.get(self.name, _FROM_NOW)
         value = f": {rate():g}" if kind == _RATE else ""
@@ -132,10 +132,11 @@ def check_resume(
     Args:
         current: fingerprint of this run; `check_images` compares the image files later.
         allow_changes: allow differences that keep the order of the records and the optimizer state valid.
-        rate: returns the learning rate at the next step.
+        rate: function that returns the learning rate at the next step.
 
     Returns:
-        A log line for each allowed change, for missing optimizer state, and for settings not compared.
+        Log lines: one for each allowed change, one if optimizer state is missing, and one if the checkpoint
+        lacks settings to compare.
 
     Raises:
         UsageError: the run cannot resume; the message lists all reasons.
@@ -162,7 +163,7 @@ def check_resume(
     if not has_optimizer:
         lines.append(
             f"{checkpoint} has no optimizer state: moments start at zero in step {step + 1}, and float32 "
-            f"master weights are copied from the saved weights; the learning rate follows the "
+            f"master weights are copied from the saved weights. The learning rate follows the "
             f"schedule: {rate():g}"
         )
     images = [IMAGES, EVAL_IMAGES] if EVAL_TILE_LIMITS in current else [IMAGES]
@@ -182,14 +183,14 @@ def check_images(
     *,
     allow_changes: bool,
 ) -> list[str]:
-    """Compare the image files of the datasets with those of the checkpoint's run, like `check_resume`.
+    """Compare the image files with those recorded in a checkpoint; return a log line per allowed change.
 
     Args:
-        images: digest of each dataset's image files, keyed by dataset name.
-        eval_images: the same of the validation datasets; None if no best checkpoint is tracked.
+        images: digest of the image files of each training dataset, keyed by dataset name.
+        eval_images: the same for the validation datasets; None if no best checkpoint is tracked.
 
     Raises:
-        UsageError: the image files differ, and `allow_changes` is False; or those of the validation differ.
+        UsageError: training images differ and `allow_changes` is False, or validation images differ.
     """
     current = {IMAGES: dict(images)} | ({} if eval_images is None else {EVAL_IMAGES: dict(eval_images)})
     problems, differences = _compare(checkpoint, read_fingerprint(checkpoint), current, allow_changes)
@@ -201,7 +202,7 @@ def check_images(
 def _compare(
     checkpoint: Path, stored: Mapping[str, Any], current: Mapping[str, Any], allow_changes: bool
 ) -> tuple[list[str], list[Difference]]:
-    """Return error messages for the rejected differences, and all differences."""
+    """Return an error message for each rejected difference, and a list of all differences."""
     differences = list(_differences(stored, current))
     rejected = [d for d in differences if d.rejected or not allow_changes]
     return [difference.problem(checkpoint) for difference in rejected], differences
@@ -211,7 +212,7 @@ def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Itera
     for name in (name for name in current if name in stored and name != EXCLUDED):
         value, before = current[name], stored[name]
         if name == "max_dynamic_patch" and TILE_LIMITS in stored:
-            continue  # the limits per dataset are compared instead
+            continue  # the limit of each dataset is compared instead
         if name in (REPEATS, AUGMENTED, TILE_LIMITS, IMAGES):  # added and removed datasets differ in SETS
             names = [key for key in value if key in before and value[key] != before[key]]
             value, before = ({key: values[key] for key in names} for values in (value, before))
@@ -229,7 +230,7 @@ def _rejection(name: str, value: Any, stored: Any) -> str | None:
 
 
 def _not_compared(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return the settings of this run that are missing in a fingerprint from an earlier version."""
+    """Return the settings that cannot be compared, because an earlier version did not store them."""
     known = {EXCLUDED, BEST, *(name for name in current if name.startswith(ANNOTATION))}
     if BEST in stored:
         known |= set(VALIDATION_FLAGS)  # stored only if they were used

@@ -28,10 +28,10 @@ FINISHED = "train_results.json"
 PARTIAL = ".partial"
 
 _LOGS = (METRICS, LEDGER, VALIDATION)
-# Log, lock, model card and tracker folders, which may exist before a run starts.
+# Files and folders that may exist before a run starts: log, lock, model card and tracker folders.
 _HARMLESS = (LOG, LOCK, CARD, "runs", "wandb")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Names of the files and folders that a run writes; all others belong to the user.
+# Files and folders of a run, which `OutputFolder.open` deletes when it overwrites the run.
 _WRITTEN = re.compile(
     r"checkpoint-\d+|\.partial|(metrics|ledger|validation)\.jsonl|config\.yaml|loss\.png|train_results\.json|"
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
@@ -45,12 +45,12 @@ _WRITTEN = re.compile(
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Result of inspecting an output folder.
+    """Output folder of a run, and whether the run starts, resumes or overwrites an earlier one.
 
     Attributes:
         resume: checkpoint to resume from; None to start a new run.
         overwrite: whether `open` deletes an earlier run.
-        results: names of the checkpoints and the results file at the time of the inspection.
+        results: names of the checkpoints and the results file when the folder was inspected.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class OutputFolder:
         return lock
 
     def _rewind(self, step: int) -> None:
-        """Delete the checkpoints and log lines after the given step."""
+        """Delete all checkpoints and log lines that are newer than the given step."""
         for checkpoint in list_checkpoints(self.path):
             if checkpoint_step(checkpoint) > step:
                 logger.warning("resuming from step %d: deleting %s", step, checkpoint)
@@ -112,14 +112,14 @@ def may_write_card(folder: Path) -> bool:
 def inspect_output_folder(
     path: Path, *, overwrite: bool, resume: str | None, inputs: Sequence[Path] = ()
 ) -> OutputFolder:
-    """Decide whether to start, resume or overwrite a run in an output folder.
+    """Choose whether to start, resume or overwrite a run, depending on the content of its output folder.
 
     As in the reference, an unfinished run resumes from its newest intact checkpoint by default.
 
     Args:
-        resume: checkpoint folder; or `True` (newest checkpoint), `auto` (newest checkpoint, if any) or None
-            (like `auto`, but a finished run is an error).
-        inputs: files and folders that the run reads and must not overwrite.
+        resume: checkpoint folder, or one of: `True` (newest checkpoint), `auto` (newest checkpoint, if any),
+            None (like `auto`, but a finished run is an error).
+        inputs: files and folders that the run reads, which must not be overwritten.
 
     Raises:
         UsageError: the folder contains a finished run or other files, overwriting would delete inputs of the
@@ -134,7 +134,7 @@ def inspect_output_folder(
         checkpoint = Path(resume)
         problem = _resume_problem(checkpoint) if checkpoint.is_dir() else "no such folder"
         if problem:
-            raise UsageError(f"--resume_from_checkpoint {resume}: cannot resume from it: {problem}")
+            raise UsageError(f"--resume_from_checkpoint {resume}: cannot resume: {problem}")
         elsewhere = checkpoint.resolve().parent != path.resolve()
         if elsewhere and (checkpoints or foreign or METRICS in contents):
             raise UsageError(f"{path}: is not empty; choose a different --output_dir to resume {resume}")
@@ -170,7 +170,7 @@ def inspect_output_folder(
 
 
 def _results(path: Path) -> tuple[str, ...]:
-    """Return the names of the checkpoints and, for a finished run, of the results file."""
+    """Return the names of the checkpoints in a folder and, if the run has finished, of its results file."""
     finished = [FINISHED] if (path / FINISHED).exists() else []
     return (*(checkpoint.name for checkpoint in list_checkpoints(path)), *finished)
 
@@ -227,7 +227,7 @@ def _delete(path: Path) -> None:
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Remove log lines that are truncated or belong to steps after the given one."""
+    """Remove incomplete log lines, and those of steps after the given one."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -249,7 +249,7 @@ def _warn_about_gaps(ledger: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """Return the step of a line; None if a crash truncated the line."""
+    """Return the step of a log line, or None if the line is incomplete because of a crash."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,8 +1,9 @@
-"""Save checkpoints: all ranks write in a background thread while training continues.
+"""Save checkpoints: each rank writes in a background thread while training continues.
 
-A checkpoint is written under `.partial` and moved to the output folder when it is complete. It contains the
-model files (`model_files`), the optimizer state (`optimizer/` or `deepspeed/`), `trainer_state.json`, the
-fingerprint of the run, and a manifest with the hash of every file.
+A checkpoint is written under `.partial` and moved to the output folder when it is complete. It contains:
+- the model files (see `model_files`),
+- the optimizer state (`optimizer/` or `deepspeed/`) and the training progress (`trainer_state.json`),
+- the fingerprint of the run, and a manifest with the hash of every file.
 """
 
 import contextlib
@@ -53,10 +54,11 @@ WriteFiles = Callable[[Path], dict[str, FileEntry]]
 OPTIMIZER = "optimizer"
 DEEPSPEED = "deepspeed"
 _TAG = "state"
-# Optimizer options that are set by this run's flags, not by the checkpoint.
+# Optimizer options that come from the flags of this run, not from the checkpoint.
 _OPTIONS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
-# On a CPU, the thread competes with training for cores. This niceness gives it a third of a normal share.
+# On a CPU, the background thread competes with training for cores. With this niceness, it gets a third of a
+# normal share.
 _NICENESS = 5
 _GPU_THREADS = 4
 
@@ -68,14 +70,13 @@ class Checkpointer:
     is logged, earlier checkpoints stay intact, and training continues.
 
     Args:
-        write_model: writes the given weights as a model to a folder; returns the manifest entries of the
-            files that it has hashed.
+        write_model: function from `checkpoint_writer`.
         keep: maximum number of checkpoints, including the newest and the best; None to keep all.
         model_only: do not save the optimizer state.
         background: write while training continues. DeepSpeed always writes in the foreground.
 
     Attributes:
-        failure: why the last save failed; None on all ranks if it succeeded. Valid after `wait`.
+        failure: why the last save failed; None on all ranks if it succeeded. Call `wait` before reading it.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint. A background save returns once the copies to host memory are launched."""
+        """Save a checkpoint; a background save returns as soon as the copies to host memory are launched."""
         self.wait()
         try:
             write_files, in_background = self._prepare(state)
@@ -130,7 +131,7 @@ class Checkpointer:
         write()
 
     def before_optimizer_step(self) -> None:
-        """Delay the optimizer step on the GPU until the tensors of the current save are copied."""
+        """Make the GPU finish copying the tensors of the current save before the optimizer changes them."""
         self._buffers.block_current_stream()
 
     def wait(self) -> None:
@@ -164,7 +165,7 @@ class Checkpointer:
                 (self._output / PARTIAL).rmdir()
 
     def _prepare(self, state: TrainState) -> tuple[WriteFiles, bool]:
-        """Copy the state; return a function that writes it and whether to run it in the background."""
+        """Copy the state; return a function that writes it, and whether to run it in the background."""
         strategy, values = self._strategy, state.to_json()
         self._buffers.wait_for_training()
         if self._deepspeed:
@@ -203,7 +204,7 @@ class Checkpointer:
         try:
             result = work()
         except distributed.AgreedError:
-            raise  # The other ranks already know.
+            raise  # the other ranks have this error, too
         except Exception as failure:
             error = failure
             if not isinstance(error, OSError | M3LLMError):
@@ -213,12 +214,13 @@ class Checkpointer:
     def _write_files(
         self, text: str, optimizer: dict[str, Tensor], copies: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
-        """Write this rank's files; return the manifest entries of the hashed files.
+        """Write this rank's files; return the manifest entries of those that were hashed while written.
 
         Args:
             text: content of `trainer_state.json`.
             optimizer: live optimizer tensors that this rank writes.
-            copies: this rank's shards of the optimizer state and weights; host copies for a background save.
+            copies: local shards of the optimizer state and the weights; copies in host memory if the save
+                runs in the background.
         """
         distributed.set_device(self._device)
         with self._buffers.stream():
@@ -236,7 +238,7 @@ class Checkpointer:
     def _write_deepspeed(
         self, engine: Any, text: str, weights: dict[str, Tensor], folder: Path
     ) -> dict[str, FileEntry]:
-        """Write this rank's files; return the manifest entries of the files hashed on rank 0."""
+        """Write this rank's files; return the manifest entries of the model files (on rank 0)."""
 
         def write() -> dict[str, FileEntry]:
             (folder / DEEPSPEED / _TAG).mkdir(parents=True, exist_ok=True)
@@ -244,13 +246,13 @@ class Checkpointer:
 
         if self._model_only:
             return self._write_model_files(text, weights, folder)
-        # If rank 0 fails, the others must not wait for it inside DeepSpeed.
+        # Fail on all ranks if rank 0 fails; otherwise the others would wait for it inside DeepSpeed.
         entries, *_ = self._run_stage(write)
         save_engine(engine, folder / DEEPSPEED, _TAG)
         return entries
 
     def _write_model_files(self, text: str, weights: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
-        """Write the model, state and fingerprint on rank 0; return the entries of the hashed files."""
+        """Write model, training progress and fingerprint on rank 0; return manifest entries of the model."""
         if not self._is_main:
             return {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -307,10 +309,12 @@ def has_optimizer_state(checkpoint: Path) -> bool:
 
 
 def load_training_state(checkpoint: Path, strategy: Strategy) -> TrainState:
-    """Load the optimizer state of a checkpoint, if any; return the progress of its run.
+    """Load the optimizer state of a checkpoint, if it has any; return the training progress.
 
-    Collective: call on all ranks. The state may have been saved by a different number of ranks, except with
-    DeepSpeed. `load_for_training` loads the weights. The learning rate follows this run's own schedule.
+    The weights are loaded by `load_for_training`. The learning rate follows the schedule of this run. Except
+    with DeepSpeed, the number of ranks may differ from that of the run that saved the state.
+
+    Collective: call on all ranks.
 
     Raises:
         TrainingError: the state cannot be read, or does not match the optimizer or model of this run.
@@ -338,7 +342,7 @@ def _groups(strategy: Strategy) -> list[dict[str, Any]]:
 
 
 def _report_change(rate: float, step: int, saved: dict[str, Any]) -> None:
-    """Warn if the learning rate at the next step differs from that of the checkpoint's schedule."""
+    """Warn if the learning rate of the next step differs from the one in the checkpoint."""
     before = saved.get("scheduler", {}).get("_last_lr", [rate])[0]
     if not math.isclose(rate, before, rel_tol=1e-9):
         logger.warning(

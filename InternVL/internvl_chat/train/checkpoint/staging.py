@@ -1,4 +1,4 @@
-"""Host buffers for tensor copies; reused across checkpoints, and pinned if the tensors are on a GPU."""
+"""Buffers in host memory for copies of tensors, from which a checkpoint is written in the background."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,19 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Buffers share blocks of up to this size, because torch rounds pinned allocations up to a power of two.
+# Buffers are parts of blocks of up to this size: torch rounds each pinned allocation up to a power of two.
 _BLOCK_BYTES = 2**32
 _ALIGNMENT = 64
-# Required free memory relative to the size of the buffers; the margin is for training.
+# Free memory required, relative to the size of the buffers; the margin is left for training.
 _FREE_FACTOR = 1.2
 
 
 class HostBuffers:
-    """Host buffers keyed by tensor name; each is reused as long as the shape and dtype stay the same.
+    """Host buffers, one per tensor name; reused by later saves if the shape and dtype are the same.
 
     Args:
-        device: device of the tensors to copy. Copies from a GPU run on a separate stream.
+        device: device of the tensors to copy. For a GPU, the buffers are pinned and the copies run on a
+            separate stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +34,7 @@ class HostBuffers:
         self._warned = False
 
     def fit(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether missing buffers fit in this rank's share of the free memory; warn once if not."""
+        """Return whether the missing buffers fit in this rank's share of free memory; if not, warn once."""
         needed = _FREE_FACTOR * sum(tensor.nbytes for tensor in self._missing(tensors).values())
         free = available_host_memory() / distributed.local_world_size()
         if needed > free and not self._warned:
@@ -46,7 +47,7 @@ class HostBuffers:
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to host buffers, asynchronously from a GPU; return the buffers."""
+        """Copy tensors to their buffers and return these; copies from a GPU are asynchronous."""
         self._allocate(self._missing(tensors))
         with self.stream():
             for name, tensor in tensors.items():
@@ -66,7 +67,7 @@ class HostBuffers:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def block_current_stream(self) -> None:
-        """Make GPU work launched from now on wait for the copies, without blocking the CPU."""
+        """Make the current GPU stream wait for the copies, without blocking the CPU."""
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 

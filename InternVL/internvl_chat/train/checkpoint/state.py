@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STATE_FILE = "trainer_state.json"
-# Fields with a different name in transformers' `trainer_state.json`.
+# Fields that have a different name in `trainer_state.json`, as written by transformers.
 _JSON_NAMES = {"step": "global_step", "best_step": "best_global_step", "total_flops": "total_flos"}
 
 
@@ -34,7 +34,7 @@ class TrainState:
     skipped_steps: int = 0
 
     def update_best(self, metric: float, greater_is_better: bool) -> bool:
-        """Record the validation metric after the current step; return whether it is the best so far."""
+        """Record the validation metric of the current step; return whether it is the best so far."""
         best = self.best_metric
         is_better = best is None or (metric > best if greater_is_better else metric < best)
         if is_better and math.isfinite(metric):

@@ -1,4 +1,4 @@
-"""Collect the weights for a checkpoint: select what each rank copies and gather the shards on rank 0."""
+"""Collect the weights for a checkpoint: select the tensors to copy on each rank; gather them on rank 0."""
 
 import torch
 from torch import Tensor
@@ -29,13 +29,13 @@ class WeightGatherer:
 
     @property
     def nbytes(self) -> int:
-        """Full size in bytes of the weights selected by `prepare`, including all shards."""
+        """Size in bytes of all weights selected by `prepare`, including the shards of other ranks."""
         return sum(weight.nbytes for weight in self._unique.values())
 
     def prepare(self) -> dict[str, Tensor]:
-        """Select the weights to save; return the trainable ones that this rank must copy.
+        """Select the weights to save; return the trainable tensors that this rank must copy.
 
-        These are its shards and, on rank 0, the unsharded weights.
+        These are the rank's shards and, on rank 0, also the unsharded weights.
         """
         weights = dict(self._model.state_dict(keep_vars=True))
         if lora_layers(self._model):

@@ -1,4 +1,4 @@
-"""Train with DeepSpeed ZeRO-1, 2 or 3, configured by the user's file."""
+"""Train with DeepSpeed ZeRO-1, 2 or 3, configured by `--deepspeed`."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ _ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 
 
 def zero_stage(config: Mapping[str, Any]) -> Any:
-    """Return the ZeRO stage in a DeepSpeed configuration; `resolve_deepspeed` validates it."""
+    """Return the ZeRO stage in a DeepSpeed configuration, without checking that it is valid."""
     section = config.get("zero_optimization")
     return section.get("stage", 0) if isinstance(section, Mapping) else 0
 
@@ -84,9 +84,9 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def _uses_torch_adam(config: Mapping[str, Any]) -> bool:
-    """Return whether to use torch's Adam: if the configuration selects Adam or AdamW without offload.
+    """Return whether to use torch's AdamW: if the configuration selects Adam or AdamW without offload.
 
-    DeepSpeed's own GPU kernel would be compiled on first use. With offload, DeepSpeed uses its CPU kernel.
+    This avoids compiling DeepSpeed's own GPU kernel. With offload, DeepSpeed needs its CPU kernel.
     """
     section, zero = config.get("optimizer"), config.get("zero_optimization")
     offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
@@ -95,7 +95,7 @@ def _uses_torch_adam(config: Mapping[str, Any]) -> bool:
 
 
 def deepspeed_problems(run: RunConfig) -> Iterator[str]:
-    """Yield error messages for problems in the DeepSpeed configuration, without the model."""
+    """Yield an error message for each problem in the DeepSpeed configuration; needs no model."""
     try:
         config = resolve_deepspeed(run, hidden_size=1)
     except UsageError as error:
@@ -148,10 +148,12 @@ def _fill(
 
 
 def warn_about_locks() -> None:
-    """Warn about lock files of DeepSpeed's operations, which may keep a run from starting.
+    """Warn about lock files of DeepSpeed's extensions, which may block the run at startup.
 
-    A killed compilation leaves its lock file, and older versions of torch wait until it is deleted. Newer
-    versions lock the open file instead. Collective: call on all ranks, before one compiles.
+    If a compilation is killed, its lock file remains, and older versions of torch wait until someone deletes
+    it. In newer versions, the operating system releases the lock.
+
+    Collective: call on all ranks, before any of them compiles.
     """
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
     from torch.utils import cpp_extension
@@ -166,15 +168,15 @@ def warn_about_locks() -> None:
     for lock in sorted(locks) if distributed.local_rank() == 0 else ():
         if lock.parent.name in names:
             logger.warning(
-                "%s: another process compiles DeepSpeed's operations, or was killed while it did; if this "
-                "run does not start, delete this file",
+                "%s: another process is compiling DeepSpeed's extensions, or its compilation was killed; if "
+                "this run does not start, delete this file",
                 lock,
             )
     distributed.barrier()
 
 
 def _init_single_rank(model: InternVLChatModel) -> None:
-    """Create the process group for a run without a launcher; otherwise DeepSpeed looks for MPI."""
+    """Create a process group for a run without a launcher; without one, DeepSpeed would try to use MPI."""
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
     dist.init_process_group(
@@ -183,7 +185,7 @@ def _init_single_rank(model: InternVLChatModel) -> None:
 
 
 class DeepSpeedStrategy(Strategy):
-    """Trains with a DeepSpeed engine, which keeps float32 master weights, clips gradients and steps.
+    """Trains with a DeepSpeed engine, which clips gradients and updates float32 master weights.
 
     Args:
         make_optimizer: builds the optimizer if the configuration has none.
@@ -228,14 +230,17 @@ class DeepSpeedStrategy(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Clip to the configured norm, step, and return the norm, which is known only after the step."""
+        """Clip to the configured norm, run the optimizer step, and return the gradient norm.
+
+        DeepSpeed computes the norm only during the step.
+        """
         self.engine.step()
         self._has_stepped = self.engine.was_step_applied()
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def step(self, *, apply: bool) -> None:
-        """See `Strategy`. `clip_gradients` has already stepped unless DeepSpeed skipped the step.
+        """Advance the schedule if DeepSpeed skipped the step; otherwise, `clip_gradients` has done so.
 
         Raises:
             TrainingError: `apply` is False, but DeepSpeed has already applied the gradients.
@@ -279,10 +284,11 @@ class DeepSpeedStrategy(Strategy):
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Write the state of a DeepSpeed engine without hanging if a rank cannot write.
+    """Write the state of a DeepSpeed engine; do not hang if a rank cannot write.
 
-    Collective: call on all ranks. They synchronize inside `save_checkpoint`, so the files are written after
-    it returns.
+    Ranks synchronize inside `save_checkpoint`, so the files are written only after it has returned.
+
+    Collective: call on all ranks.
 
     Raises:
         OSError: this rank cannot write its files.

@@ -26,7 +26,11 @@ logger = get_logger("internvl_chat.train.distributed.launch")  # __name__ is `__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun and log its output; return 0, 128 + n after signal n, or the exit code of a failure."""
+    """Run torchrun and log its output.
+
+    Returns:
+        0, or 128 + n if training was stopped by signal n, or the exit code of the rank that failed.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stamp(results: Path) -> int | None:
-    """Return the modification time of the results file of a finished run; None if there is no file."""
+    """Return the modification time of the results file, which a finished run has; None if it is missing."""
     try:
         return results.stat().st_mtime_ns
     except OSError:
@@ -70,13 +74,13 @@ def _stamp(results: Path) -> int | None:
 
 
 def _is_unchanged(results: Path, stamp: int | None) -> bool:
-    """Return whether the results file existed and still has the modification time `stamp` (see `_stamp`)."""
+    """Return whether the results file exists and still has the modification time `stamp` (from `_stamp`)."""
     return stamp is not None and _stamp(results) == stamp
 
 
 @contextlib.contextmanager
 def _logged_to(log: int, results: Path) -> Iterator[None]:
-    """Copy all output to the terminal and to a log file in a child process.
+    """Within the context, a child process copies all output to the terminal and to a log file.
 
     The log of a finished run does not change unless a new run starts. The child ignores stop signals, so
     workers can still print while they save, even if the launcher has been killed.
@@ -103,7 +107,7 @@ def _logged_to(log: int, results: Path) -> Iterator[None]:
     finally:
         os.dup2(originals[0], 1)
         os.dup2(originals[1], 2)
-        for _ in range(1000):  # at most 10 s: an orphaned process may hold the pipe open
+        for _ in range(1000):  # at most 10 s, because an orphaned process may keep the pipe open
             if os.waitpid(writer, os.WNOHANG)[0]:
                 break
             time.sleep(0.01)
@@ -135,7 +139,7 @@ def _write(file: int, data: bytes) -> None:
 
 
 def _launch(argv: list[str]) -> int:
-    """Run torchrun in a thread, so the main thread can handle signals; return the exit code."""
+    """Run torchrun in a thread, so that the main thread can handle signals; return the exit code."""
     codes: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def forward(number: int, *_: object) -> None:

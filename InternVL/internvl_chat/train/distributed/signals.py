@@ -1,6 +1,7 @@
 """Stop signals: recorded on arrival, handled after the current step.
 
-SLURM sends SIGTERM to end a job; `--signal` requests an earlier signal, such as SIGUSR1. Ctrl-C sends SIGINT.
+SLURM sends SIGTERM to end a job; `sbatch --signal` requests an earlier signal, such as SIGUSR1. Ctrl-C sends
+SIGINT.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Environment variables that the launcher sets for its workers.
 LAUNCHER = "M3LLM_LAUNCHER"  # process ID of the launcher
 EXIT_CODE = "M3LLM_EXIT_CODE"  # file for the exit code of a run that must not be restarted
-STOPPING = "M3LLM_STOPPING"  # signal received before this worker was started; empty if none
+STOPPING = "M3LLM_STOPPING"  # stop signal that the launcher received before starting the worker, or empty
 
 # Linux's prctl option for the signal sent to a process when its parent exits.
 _PR_SET_PDEATHSIG = 1
@@ -59,13 +60,13 @@ class StopRequest:
 
 
 def _print(text: str) -> None:
-    """Write a line to stderr; do not use logging, because the interrupted code may hold its lock."""
+    """Write a line to stderr. Logging could deadlock, because the interrupted code may hold its lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
 def stop_with_launcher() -> None:
-    """Send this worker SIGTERM when its launcher exits (Linux only).
+    """Let the kernel send SIGTERM to this worker when its launcher exits (Linux only).
 
     Exit immediately if the launcher has already exited or received a stop signal.
     """

@@ -19,7 +19,7 @@ MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 class Strategy:
-    """Owns the model, optimizer and scheduler; this class replicates the model on every rank (DDP).
+    """Trains on a single rank, or with DDP on several ranks; base class of the other strategies.
 
     Args:
         model: model on any device, after `set_trainable`.
@@ -29,7 +29,7 @@ class Strategy:
         name: `single`, `ddp`, `fsdp` or `deepspeed`.
         model: the unwrapped model.
         wrapped: the module to call for training.
-        shards_weights: whether weights are gathered in the forward pass. All ranks must then run the same
+        shards_weights: whether the forward pass gathers sharded weights, so that all ranks must run the same
             modules.
     """
 
@@ -53,7 +53,7 @@ class Strategy:
         self.name = "ddp" if distributed.world_size() > 1 else "single"
         if self.name == "single":
             return self.model
-        # Gradients are views of the buckets, so they are stored once.
+        # With gradients as views of the buckets, each gradient is stored only once.
         return DistributedDataParallel(
             self.model,
             device_ids=[device] if device.type == "cuda" else None,
@@ -73,7 +73,7 @@ class Strategy:
         loss.backward()
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Clip the gradients to a total norm (0 disables clipping); return the norm before clipping."""
+        """Clip the gradients to a total norm (0: do not clip); return the norm before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         return float(full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)))
 

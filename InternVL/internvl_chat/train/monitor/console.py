@@ -14,7 +14,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Number of steps whose mean duration is used to estimate the time left.
+# The time left is estimated from the mean duration of this many recent steps.
 _RECENT_STEPS = 100
 
 
@@ -22,7 +22,7 @@ class Console:
     """Console output of a run.
 
     Args:
-        first_step: first step of this session (1-based).
+        first_step: first step after the start or resume (1-based).
         show_bar: show a progress bar if standard error is a terminal.
     """
 
@@ -39,7 +39,7 @@ class Console:
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger("internvl_chat")]))
 
     def step(self, row: dict[str, Any], *, due: bool = True) -> dict[str, float] | None:
-        """Add a step's `metrics_row`; if due, log and return the averages since the last logged line."""
+        """Add a row from `metrics_row`; if `due`, log and return the averages since the last log line."""
         self._rows.append(row)
         self._seconds.append(row["seconds"])
         self._steps, self._pauses = self._steps + 1, self._pauses + row["pause_seconds"]
@@ -61,10 +61,10 @@ class Console:
 
 
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of an interval of steps.
+    """Return the average metrics of an interval of steps, given their rows from `metrics_row`.
 
-    Excluding skipped steps, the loss is averaged over records and the gradient norm over steps. Throughput
-    and MFU are averaged over time. Epoch and learning rate are taken from the last step.
+    The loss is averaged over records and the gradient norm over steps, without skipped steps. Throughput and
+    MFU are averaged over time. Epoch and learning rate are those of the last step.
     """
     seconds, records, tokens = (sum(row[name] for row in rows) for name in ("seconds", "records", "tokens"))
     metrics = {name: rows[-1][name] for name in ("epoch", "learning_rate")}
@@ -79,7 +79,7 @@ def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def format_line(step: int, total_steps: int, metrics: dict[str, float], seconds_left: float) -> str:
-    """Format the metrics of an interval as one line."""
+    """Format the metrics of an interval (from `average`) as a log line."""
     line = f"step {step}/{total_steps} ({100 * step / total_steps:.1f}%) | epoch {metrics['epoch']:.3f}"
     if "loss" in metrics:
         line += f" | loss {metrics['loss']:.4f}"

@@ -1,4 +1,4 @@
-"""Data of the loss plot: logged steps, smoothed curves and axis limits."""
+"""Data for the loss plot: logged steps, smoothed curves and axis limits."""
 
 import json
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def read_steps(file: Path) -> list[Row]:
 
 
 class Curve(NamedTuple):
-    """Losses by step; NaN where a step was skipped.
+    """Losses by step; the loss of a skipped step is NaN.
 
     Attributes:
         steps: (N,) steps in ascending order.
@@ -53,15 +53,16 @@ class Curve(NamedTuple):
 
     @property
     def half_width(self) -> int:
-        """Half width of the smoothing window, in steps; 0 for short curves."""
+        """Half width of the smoothing window, in steps; 0 if the curve is too short to be smoothed."""
         return max(1, len(self.steps) // 40) if len(self.steps) >= FEW_STEPS else 0
 
 
 def centered_mean(values: np.ndarray, half_width: int, weights: np.ndarray | None = None) -> np.ndarray:
     """Return the weighted mean in a window around each value, ignoring NaN; NaN if the window has no value.
 
-    At the left end, where losses fall steeply, both halves of the window shrink (the right one to no less
-    than an eighth). At the right end, only the right half shrinks, because the last values alone are noisy.
+    The window is shorter at the ends:
+    - At the left end, where losses fall steeply, both halves shrink, the right half to at least an eighth.
+    - At the right end, only the right half shrinks, because a mean of the last few values would be noisy.
 
     >>> centered_mean(np.array([9.0, 3.0, 6.0, 3.0]), 1).tolist()
     [9.0, 6.0, 4.0, 4.5]
@@ -79,14 +80,15 @@ def centered_mean(values: np.ndarray, half_width: int, weights: np.ndarray | Non
 
 
 def loss_limits(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """Return the limits of a loss axis, which includes all losses except spikes and no negative values.
+    """Return the limits of a loss axis that shows all losses except spikes.
 
     The base range covers the five-step medians, the first loss, the 5th to 95th percentile and `others`. A
-    loss outside it by more than half its width is a spike.
+    loss is a spike if it is outside this range by more than half the width of the range. Without negative
+    losses, the axis does not extend below 0.
 
     Args:
         losses: losses by step; may contain NaN.
-        others: losses that are always shown.
+        others: losses that must be visible in any case, such as validation losses.
     """
     losses, others = losses[np.isfinite(losses)], others[np.isfinite(others)]
     if not len(losses) + len(others):

@@ -21,10 +21,10 @@ Records = Sequence[tuple[str, int]]
 
 
 class NanGuard:
-    """Checks each step before its gradients are used.
+    """Checks the loss and the gradients of each step before they are used.
 
     Args:
-        max_bad_steps: number of steps that may be skipped; one more ends the run. A restart resets the count.
+        max_bad_steps: number of steps that may be skipped; one more ends the run. Resuming resets the count.
     """
 
     def __init__(self, max_bad_steps: int) -> None:
@@ -38,7 +38,9 @@ class NanGuard:
         """Return the reason to skip a step, or None if its gradients can be used.
 
         Args:
-            records: returns (dataset, index) of each record in the step.
+            norm: gradient norm before clipping.
+            supervised: number of supervised tokens in the step.
+            records: function that returns the (dataset, index) of each record in the step.
 
         Raises:
             TrainingError: more than `max_bad_steps` steps have been skipped.
@@ -75,7 +77,7 @@ class NanGuard:
 
 
 def format_records(records: Records) -> str:
-    """Format the first records and the number of the omitted ones."""
+    """Format the names and indices of the first 16 records, and count the rest."""
     text = ", ".join(f"{name} {index}" for name, index in records[:_MAX_LISTED])
     more = len(records) - _MAX_LISTED
     return f"{text} and {more} more" if more > 0 else text

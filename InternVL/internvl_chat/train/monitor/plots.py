@@ -1,4 +1,4 @@
-"""Plot the training loss, its mean, the loss of each dataset, the validation loss and the learning rate."""
+"""Plot the losses of a run (training, datasets, validation) and its learning rate."""
 
 import textwrap
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ _SUBTITLE_WIDTH = 130
 
 
 def plot_loss(metrics: Path, output: Path, validation: Path | None = None, *, subtitle: str = "") -> None:
-    """Plot the loss of a run to a PNG file (see `loss_figure`).
+    """Write the loss plot of a run as a PNG file (see `loss_figure`).
 
     Args:
-        metrics: path to `metrics.jsonl`; if it has no steps, nothing is plotted.
-        output: PNG file to write; the name of its folder becomes the title.
+        metrics: path to `metrics.jsonl`; without any steps, no file is written.
+        output: PNG file to write; the name of its folder is the title of the plot.
         validation: path to `validation.jsonl`; the file may be missing.
         subtitle: model and recipe of the run.
     """
@@ -51,7 +51,7 @@ def plot_loss(metrics: Path, output: Path, validation: Path | None = None, *, su
     try:
         figure = loss_figure(rows, eval_losses, title=output.parent.name, subtitle=subtitle)
     except ImportError:
-        logger.warning("%s: not plotted: matplotlib is not installed", output)
+        logger.warning("%s: not written, because matplotlib is not installed", output)
         return
     save_png(figure, output)
 
@@ -59,9 +59,9 @@ def plot_loss(metrics: Path, output: Path, validation: Path | None = None, *, su
 def loss_figure(
     rows: Sequence[Row], validation: Sequence[Row], *, title: str, subtitle: str = ""
 ) -> "Figure":
-    """Return the figure of a run: loss, loss by dataset if there are multiple datasets, and learning rate.
+    """Return a figure with the loss, the loss by dataset (with multiple datasets), and the learning rate.
 
-    Spikes (see `loss_limits`) are excluded from the mean and marked at the edge of the axes.
+    Spikes (see `loss_limits`) are marked at the edge of the axes and excluded from the mean.
 
     Args:
         rows: rows of `metrics.jsonl`, sorted by step.
@@ -154,7 +154,7 @@ def _draw_datasets(
 
 
 def _used(row: Row, loss: float | None) -> float | None:
-    """Return the loss, or None for a skipped step."""
+    """Return `loss`, or None if the row belongs to a skipped step."""
     return None if "skipped_because" in row else loss
 
 

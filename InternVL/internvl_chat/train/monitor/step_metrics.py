@@ -1,4 +1,4 @@
-"""Metrics of a step and its rows in `metrics.jsonl` and `ledger.jsonl`."""
+"""Metrics of a training step, and its rows in `metrics.jsonl` and `ledger.jsonl`."""
 
 import json
 import math
@@ -54,7 +54,8 @@ class StepSums(NamedTuple):
         """Return the sums over this rank's packs.
 
         Args:
-            weights: (R,) per pack, the loss weight of each record's tokens.
+            weights: per pack, the loss weight of the tokens of each record: (R,).
+            flops: FLOPs of these packs.
         """
         return cls(
             weight=sum(float((w * p.supervised).sum()) for w, p in zip(weights, packs, strict=True)),
@@ -79,7 +80,7 @@ class DatasetLoss(NamedTuple):
 
     Attributes:
         records: number of records, without dummy samples.
-        loss: mean over their supervised tokens, weighted as in the loss of the step.
+        loss: weighted mean over the supervised tokens of these records, as in the loss of the step.
     """
 
     records: int
@@ -89,13 +90,13 @@ class DatasetLoss(NamedTuple):
 def dataset_sums(
     names: Sequence[str], packs: Sequence[Pack], weights: Sequence[Tensor], token_losses: Sequence[Tensor]
 ) -> Tensor:
-    """Return the number of records, loss weight and weighted loss per dataset on this rank: (3, D) float64.
+    """Return this rank's number of records, loss weight and weighted loss per dataset: (3, D) float64.
 
     Args:
         names: names of the D datasets.
         packs: packs of this rank.
-        weights: (R,) per pack, the loss weight of each record's tokens.
-        token_losses: (U,) per pack, the loss of each supervised token.
+        weights: per pack, the loss weight of the tokens of each record: (R,).
+        token_losses: per pack, the loss of each supervised token: (U,).
     """
     numbers = {name: number for number, name in enumerate(names)}
     # Dummy samples go to an extra column, which is dropped.
@@ -118,7 +119,7 @@ def dataset_sums(
 
 
 def dataset_losses(names: Sequence[str], sums: Tensor) -> dict[str, DatasetLoss]:
-    """Return the loss of each dataset with supervised tokens in a step.
+    """Return the loss of each dataset that has supervised tokens in a step.
 
     Args:
         names: names of the D datasets.
@@ -132,11 +133,11 @@ def dataset_losses(names: Sequence[str], sums: Tensor) -> dict[str, DatasetLoss]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Outcome of a step across all ranks.
+    """Result of a step across all ranks.
 
     Attributes:
         step: step number (1-based).
-        epoch: epochs completed after the step.
+        epoch: number of epochs completed, including this step.
         grad_norm: gradient norm before clipping.
         sets: loss of each dataset with supervised tokens in the step.
         skipped: unusable records.
@@ -157,13 +158,13 @@ class StepRecord:
 def metrics_row(
     record: StepRecord, seconds: float, device: torch.device, *, pause: float = 0.0
 ) -> dict[str, Any]:
-    """Return a step's row of `metrics.jsonl`.
+    """Return the row of a step in `metrics.jsonl`.
 
-    Non-finite losses and gradient norms are None, as is the loss of a step without supervised tokens.
+    A loss or gradient norm is None if it is not finite. The loss is also None without supervised tokens.
 
     Args:
         seconds: duration of the step.
-        pause: duration of the pause before the step, in seconds.
+        pause: seconds spent on validation, saving and waiting for rank 0 before the step.
     """
     sums = record.sums
     loss = _rounded(record.loss) if sums.supervised_tokens else None
@@ -197,7 +198,12 @@ def _rounded(value: float) -> float | None:
 
 
 def ledger_row(record: StepRecord, epoch: int, records: Sequence[RecordKey]) -> dict[str, Any]:
-    """Return a step's row of `ledger.jsonl`, given its epoch (0-based) and its planned records."""
+    """Return the row of a step in `ledger.jsonl`.
+
+    Args:
+        epoch: epoch of the step (0-based).
+        records: all records planned for the step, including those skipped as unusable.
+    """
     skipped = {(key.dataset, key.index) for key in record.skipped}
     trained = [key for key in records if key not in skipped]
     row = {"step": record.step, "epoch": epoch, **_skipped_because(record), "trained": trained}
@@ -209,7 +215,7 @@ def _skipped_because(record: StepRecord) -> dict[str, str]:
 
 
 def skipped_records(ledger: Path) -> list[tuple[str, int]]:
-    """Return (dataset, index) of all excluded and skipped records in `ledger.jsonl`."""
+    """Return the (dataset, index) of all records that `ledger.jsonl` lists as excluded or skipped."""
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     rows = [json.loads(line) for line in lines if '"skipped"' in line]
     return [(record["dataset"], record["index"]) for row in rows for record in row.get("skipped", ())]

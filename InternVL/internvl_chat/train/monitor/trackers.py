@@ -1,4 +1,4 @@
-"""Experiment trackers from accelerate, such as W&B and TensorBoard; their failures never end a run."""
+"""Experiment trackers from accelerate, such as W&B and TensorBoard. A failing tracker never ends a run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ logger = get_logger(__name__)
 
 _MAX_FAILURES = 3
 _PROJECT = "m3llm"
-# Environment variables for the project name; accelerate itself reads those of mlflow and clearml.
+# Environment variables with the project name. For mlflow and clearml, accelerate reads them itself.
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
     "comet_ml": "COMET_PROJECT_NAME",
     "swanlab": "SWANLAB_PROJECT",
 }
-# Option of accelerate's tracker class that sets the run name.
+# Tracker -> option of accelerate's tracker class that sets the run name.
 _RUN_NAME_OPTIONS = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name",
                      "clearml": "task_name"}  # fmt: skip
 
@@ -34,7 +34,7 @@ def available_trackers() -> list[str]:
 
 
 def tracker_problems(names: Sequence[str]) -> Iterator[str]:
-    """Yield the problems with the names given to `--report_to`."""
+    """Yield an error message for each name in `--report_to` that is unknown or not installed."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             yield f"--report_to {name}: unknown; use none or {', '.join(LOGGER_TYPE_TO_CLASS)}"
@@ -109,7 +109,7 @@ def _start(name: str, run_name: str, folder: Path, config: Mapping[str, Any]) ->
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested values with slash-separated names; non-scalar values become text."""
+    """Yield (name, value) pairs of a nested dict, with slash-separated names and other types as text."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}/")

@@ -1,4 +1,4 @@
-"""Watchdog thread that reports a rank's activity when no step has finished for a long time."""
+"""Watchdog thread that reports the activity of a rank when it makes no progress for a long time."""
 
 import faulthandler
 import os
@@ -11,10 +11,10 @@ from typing import Self
 class Watchdog:
     """Prints this rank's activity and the stacks of all threads if `note` has not been called for `seconds`.
 
-    The run continues: a hanging collective may still complete; otherwise its own timeout ends the run.
+    The run continues: a hanging collective may still complete; otherwise, its own timeout ends the run.
 
     Args:
-        seconds: time limit between calls of `note`; 0 disables the watchdog.
+        seconds: maximum time between calls of `note`; 0 disables the watchdog.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -24,7 +24,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def note(self, text: str) -> None:
-        """Set the current activity and restart the timer."""
+        """Set the current activity (for example, "validating after step 10") and restart the timer."""
         self._note = (time.monotonic(), text)
 
     def __enter__(self) -> Self:
@@ -53,8 +53,6 @@ class Watchdog:
 
 def _report(seconds: float, text: str) -> None:
     rank = os.environ.get("RANK", "0")
-    sys.stderr.write(
-        f"rank {rank}: no step has finished for {seconds:.0f} s; {text}. Stacks of all threads:\n"
-    )
+    sys.stderr.write(f"rank {rank}: no progress for {seconds:.0f} s while {text}. Stacks of all threads:\n")
     sys.stderr.flush()
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

@@ -1,8 +1,8 @@
 """AdamW for bf16 weights that does not lose small updates.
 
-At a learning rate of 5e-6, most updates are below half the spacing of bf16 numbers, so rounding to nearest
-discards them. This AdamW computes in float32. A bf16 weight either has a float32 master copy or is rounded
-stochastically, which preserves small updates on average.
+At a learning rate of 5e-6, most updates are less than half the spacing of bf16 numbers, so rounding to
+nearest discards them. This AdamW computes in float32. Each bf16 weight has a float32 master copy or is
+rounded stochastically, which preserves small updates on average.
 """
 
 import itertools
@@ -22,7 +22,8 @@ from internvl_chat.train.optim.fused_step import fused_step, step_factors, stoch
 OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 # Maximum number of elements that an eager step casts to float32 at a time. On a CPU, the scratch memory
-# must fit in the cache but be large enough for multithreading. On a GPU, only embeddings and heads are split.
+# should fit in the cache but be large enough for multithreading. On a GPU, only embeddings and heads exceed
+# the limit.
 _SLICE = {"cpu": 2**20, "cuda": 2**28}
 
 _STATE_BYTES = {"master": 12, "stochastic": 8, "bf16": 4}
@@ -30,12 +31,17 @@ _SCRATCH_BYTES = {"master": 4, "stochastic": 12, "bf16": 0}
 
 
 def bytes_per_parameter(precision: str, dtype: torch.dtype) -> int:
-    """Return the bytes per trainable float32 or bf16 parameter: weight, gradient and optimizer state."""
+    """Return the bytes per element of a trainable parameter: weight, gradient and optimizer state.
+
+    Args:
+        precision: see `build_adamw`.
+        dtype: dtype of the parameter, float32 or bfloat16.
+    """
     return 2 * dtype.itemsize + _STATE_BYTES["stochastic" if dtype == torch.float32 else precision]
 
 
 def scratch_bytes(precision: str, parameters: Iterable[Tensor], device_type: str, compiled: bool) -> int:
-    """Return the scratch memory in bytes of a step on this rank's shards of `parameters`; 0 if compiled."""
+    """Return the scratch memory in bytes that a step needs on this rank; 0 if the step is compiled."""
     counts = [local_shard(p).numel() for p in parameters if p.dtype == torch.bfloat16]
     return 0 if compiled else _SCRATCH_BYTES[precision] * _slice_size(counts, device_type)
 
@@ -66,7 +72,7 @@ def build_adamw(
 
 
 class _Slice(NamedTuple):
-    """The local tensors of a parameter (or flat slices of them) and the step number."""
+    """Local tensors of a parameter, or flat slices of them, and the number of its current step."""
 
     weight: Tensor
     grad: Tensor
@@ -76,7 +82,7 @@ class _Slice(NamedTuple):
     step: int
 
     def split(self, size: int) -> Iterator["_Slice"]:
-        """Split into flat slices of at most `size` elements; only the gradient may be copied."""
+        """Split into flat slices of at most `size` elements; all are views, except possibly the gradient."""
         flat = self.weight.view(-1), self.grad.reshape(-1), self.exp_avg.view(-1), self.exp_avg_sq.view(-1)
         masters: Iterable[Tensor | None]
         masters = itertools.repeat(None) if self.master is None else self.master.view(-1).split(size)
@@ -90,12 +96,14 @@ class _Slice(NamedTuple):
 class Float32AdamW(torch.optim.Optimizer):
     """AdamW with float32 arithmetic and moments for bf16 and float32 parameters.
 
-    The state of a parameter consists of `exp_avg` and `exp_avg_sq` in float32 (DTensors if the parameter is
-    one), `step` (float32 scalar on the CPU) and, for a bf16 weight with precision `master`, its float32 copy
-    `master`, which is updated exactly like a float32 weight. Parameters without gradients do not change.
+    State of a parameter:
+    - `exp_avg`, `exp_avg_sq`: moments in float32 (DTensors if the parameter is one).
+    - `step`: float32 scalar on the CPU.
+    - `master`: float32 copy of a bf16 weight, with precision `master`; updated exactly like a float32 weight.
 
-    The noise of stochastic rounding depends only on the seed, the number of steps (both saved in the group)
-    and the group index. Data-parallel ranks and resumed runs therefore round identically.
+    The noise of stochastic rounding depends only on the seed, the number of steps and the index of the
+    parameter group. The seed and the number of steps are saved, so a resumed run rounds identically, as do
+    all data-parallel ranks.
 
     Args:
         params: bf16 or float32 parameters, or parameter groups, all on one device.
@@ -130,12 +138,12 @@ class Float32AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
-        """Update every parameter that has a gradient; closures are not supported."""
+        """Update all parameters that have gradients; closures are not supported."""
         for index, group in enumerate(self.param_groups):
             slices = [self._next_step(p, p.grad) for p in group["params"] if p.grad is not None]
             float32 = [s for s in slices if s.weight.dtype == torch.float32]
             _adamw(float32, [s.weight for s in float32], [s.grad for s in float32], group)
-            # A rank's shard of a small parameter may be empty.
+            # With sharding, the local part of a small parameter may be empty.
             bf16 = [s for s in slices if s.weight.dtype == torch.bfloat16 and s.weight.numel()]
             if bf16:
                 # Hashed, because CPU generators use only 32 bits of a seed.
@@ -179,8 +187,8 @@ class Float32AdamW(torch.optim.Optimizer):
                 continue
             weight = scratch[1, :count].copy_(part.weight)
             _adamw([part], [weight], [grad], group)
-            # On a CPU, sampling noise takes longer than the step. Reuse the noise, XORed with a random
-            # mask: the numbers remain uniform and pairwise independent.
+            # On a CPU, sampling noise would take longer than the step. Reuse the noise after XOR with a
+            # random mask: the numbers remain uniform and pairwise independent.
             mask = torch.empty_like(noise[0]).random_(0, 2**16, generator=generator)
             part.weight.copy_(stochastic_round_(weight, noise[:count].bitwise_xor_(mask)))
 
@@ -194,15 +202,16 @@ class Float32AdamW(torch.optim.Optimizer):
                 torch.manual_seed(noise_seed)
             for parameter in parameters:
                 (flat,) = parameter.split(parameter.weight.numel())
-                # Pass `.data`, because torch would recompile for each shape of the base tensor of a view.
+                # Pass `.data`: for a view, torch would recompile for each shape of its base tensor.
                 weight, grad, average, square = (tensor.data for tensor in flat[:4])
                 master = None if flat.master is None else flat.master.data
                 fused_step(weight, grad, average, square, master, factors[parameter.step])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load state saved with any precision as float32 (torch would cast it to the parameter dtype).
+        """Load state that was saved with any precision, in float32.
 
-        Entries that this precision does not use are dropped; missing ones are created in the next step.
+        torch's own method would cast the state to the parameter dtype. Entries that this precision does not
+        use are dropped; missing entries are created in the next step.
         """
         super().load_state_dict({**state_dict, "state": {}})
         for group, name in itertools.product(self.param_groups, self.defaults):
@@ -225,7 +234,7 @@ def _adamw(
     """Update the float32 `weights` and the moments of `slices` with torch's fused kernel."""
     if not slices:
         return
-    # The kernel increments the step counts.
+    # The kernel increments the step count before it uses it.
     counts = torch.tensor([s.step - 1.0 for s in slices], dtype=torch.float32)
     steps = list(counts.to(weights[0].device, non_blocking=True).unbind())
     moments = [s.exp_avg for s in slices], [s.exp_avg_sq for s in slices]
@@ -235,5 +244,5 @@ def _adamw(
 
 
 def _slice_size(counts: Sequence[int], device_type: str) -> int:
-    """Return the slice size in elements for parameters with these element counts."""
+    """Return the slice size in elements, given the element counts of all parameters."""
     return min(max(counts, default=0), _SLICE[device_type])

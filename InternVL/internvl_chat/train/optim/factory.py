@@ -23,18 +23,18 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# As in transformers, biases are matched by name, and norms by type or name.
+# Name patterns of parameters without weight decay, as in transformers.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-# These optimizers need a special training loop or a selection of modules.
+# Prefixes of optimizers that need a special training loop or a selection of modules.
 _UNSUPPORTED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
-# These schedules need a metric at every step.
+# Schedules that need a metric at every step.
 _UNSUPPORTED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
-# Arguments of transformers' schedules that the user cannot set.
+# Arguments of transformers' schedules that the run sets, not the user.
 _SET_BY_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 
 def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of the trainable parameters, with no weight decay for biases and norms.
+    """Return the optimizer for the trainable parameters; biases and norms get no weight decay.
 
     Collective: call on all ranks.
 
@@ -44,7 +44,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     groups = group_by_decay(model, run.weight_decay)
     if run.optim not in OWN_OPTIMIZERS:
         return _library_optimizer(run, groups, model)
-    # DeepSpeed holds its own float32 master weights.
+    # DeepSpeed has its own float32 master weights.
     precision = run.weight_precision if run.deepspeed is None else "bf16"
     has_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     return build_adamw(
@@ -87,15 +87,15 @@ def make_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps
         decay = options.get("num_decay_steps")
         if decay and "num_stable_steps" not in options and warmup_steps + decay > total_steps:
             raise ValueError(
-                f"num_decay_steps {decay} plus {warmup_steps} warm-up steps exceed all {total_steps} steps"
+                f"num_decay_steps {decay} plus {warmup_steps} warm-up steps exceed the total of {total_steps}"
             )
-    except Exception as error:  # of any type, because the schedules do not validate their options
+    except Exception as error:  # the schedules do not validate their options, so any type is possible
         raise UsageError(f"--lr_scheduler_type {name}: {error}; check --lr_scheduler_kwargs") from None
     return cast(LambdaLR, scheduler)  # all supported schedules use LambdaLR
 
 
 def _check_rates(scheduler: LRScheduler, total_steps: int) -> None:
-    """Evaluate the schedule at up to about 1000 steps, because only this reveals some invalid options.
+    """Check the learning rate at up to about 1000 steps: some invalid options show only at later steps.
 
     Raises:
         ValueError: a learning-rate factor is not between 0 and 1.
@@ -119,13 +119,13 @@ def move_schedule(scheduler: LambdaLR, steps: int) -> float:
 
 
 def scheduled_rate(run: RunConfig, total_steps: int, step: int) -> float:
-    """Return the learning rate that the schedule of a run has at a (1-based) step."""
+    """Return the learning rate of a run at a step (1-based)."""
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.learning_rate)
     return move_schedule(make_scheduler(run, probe, total_steps), step - 1)
 
 
 def flags_without_effect(run: RunConfig) -> Iterator[str]:
-    """Yield a warning for each given flag that the schedule or the optimizer ignores."""
+    """Yield a warning for each flag on the command line that the schedule or the optimizer ignores."""
     function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(run.lr_scheduler_type)]
     if run.warmup_steps and "num_warmup_steps" not in inspect.signature(function).parameters:
         similar = f"{run.lr_scheduler_type}_with_warmup"
@@ -144,7 +144,7 @@ def flags_without_effect(run: RunConfig) -> Iterator[str]:
 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
-    """Yield error messages for problems with the optimizer and schedule flags, without the model."""
+    """Yield an error message for each problem with the optimizer and schedule flags; needs no model."""
     weight = nn.Parameter(torch.zeros(1))
     probe = torch.optim.SGD([weight], lr=run.learning_rate)
     groups = [{"params": [weight], "weight_decay": run.weight_decay}]
@@ -165,7 +165,7 @@ def optimizer_problems(run: RunConfig) -> Iterator[str]:
 
 
 def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters: those with weight decay, then biases and norms without it."""
+    """Return two groups of trainable parameters: first those with weight decay, then biases and norms."""
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
     trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
@@ -176,10 +176,11 @@ def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 @functools.cache
 def uses_compiled_step(precision: str, device: torch.device) -> bool:
-    """Return whether to compile the step of bf16 weights: on GPUs, if every rank can compile it.
+    """Return whether to compile the optimizer step for bf16 weights: on GPUs, if every rank can compile it.
 
-    Collective: call on all ranks. On a CPU, the compiled step is not faster, and its random number generation
-    is much slower.
+    On a CPU, the compiled step is not faster, and its random number generation is much slower.
+
+    Collective: call on all ranks.
     """
     if device.type != "cuda" or precision == "bf16":
         return False
@@ -200,7 +201,7 @@ def _can_compile(precision: str, device: torch.device) -> bool:
 def _library_optimizer(
     run: RunConfig, groups: list[dict[str, Any]], model: nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    """Return an optimizer that is supported by transformers' Trainer.
+    """Return the optimizer given with `--optim`, built as in transformers' Trainer.
 
     Args:
         model: model whose embeddings keep 32-bit state; None to only check the flags.
@@ -232,21 +233,23 @@ def _library_optimizer(
         return optimizer_class(groups, **options)
     except UsageError:
         raise
-    except Exception as error:  # of any type, because the optimizers validate their options themselves
+    except Exception as error:  # each optimizer validates its own options, so any type is possible
         given = f" --optim_args {run.optim_args}" if pairs else ""
-        raise UsageError(
-            f"--optim {run.optim}{given}: {error}; alternatively, use adamw_torch (the default)"
-        ) from None
+        raise UsageError(f"--optim {run.optim}{given}: {error}; alternatively, use adamw_torch") from None
 
 
 def _library_options(
     run: RunConfig, pairs: Sequence[str]
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return the class and the options of `--optim`, given `--optim_args` as name=value pairs."""
+    """Return the optimizer class and its options for `--optim`.
+
+    Args:
+        pairs: content of `--optim_args` as a list of name=value pairs.
+    """
     from transformers import Trainer, TrainingArguments
 
     run = dataclasses.replace(run, optim_args=",".join(pairs))
-    # The method reads only flags that RunConfig also has.
+    # The method reads only fields that TrainingArguments and RunConfig have in common.
     return Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, run))
 
 

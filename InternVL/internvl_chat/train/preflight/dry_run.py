@@ -1,4 +1,4 @@
-"""Dry run: run the largest pack before training, so that out-of-memory errors occur early."""
+"""Dry run: run the largest pack before training, so that an out-of-memory error occurs early."""
 
 import gc
 
@@ -16,8 +16,8 @@ logger = get_logger(__name__)
 def run_dry_run(loop: TrainingLoop, plan: MemoryPlan, grad_checkpoint: str) -> int:
     """Run the largest pack; if it does not fit and `grad_checkpoint` is `auto`, checkpoint more layers.
 
-    A sharded model is not run again, because FSDP's gradients are wrong after a failed backward pass. A
-    failing rank raises immediately; the other ranks wait in a collective until the launcher ends them.
+    A sharded model gets only one try, because FSDP's gradients are wrong after a failed backward pass. A rank
+    that runs out of memory raises at once; the launcher then ends the others, which wait in a collective.
 
     Returns:
         The number of checkpointed layers.
@@ -45,7 +45,7 @@ def run_dry_run(loop: TrainingLoop, plan: MemoryPlan, grad_checkpoint: str) -> i
 
 
 def _shortage(loop: TrainingLoop, plan: MemoryPlan) -> str | None:
-    """Run the largest pack; return an error message if it and the optimizer state do not fit."""
+    """Run the largest pack; return an error message if the pack and the optimizer state do not fit."""
     device = loop.run.device
     on_gpu, error = device.type == "cuda", None
     if on_gpu:
@@ -57,14 +57,15 @@ def _shortage(loop: TrainingLoop, plan: MemoryPlan) -> str | None:
             raise
         error = str(raised).partition("\n")[0]
     if error is not None:
-        # The tensors of the failed pass can only be freed outside the except block.
+        # Free the tensors of the failed pass; inside the except block, the traceback would keep them alive.
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
         return error
     peak = max_memory(device) + (0 if loop.strategy.optimizer.state else plan.components["optimizer state"])
     if plan.parallel == "ddp" and not plan.several_packs:
-        # Unreduced gradients do not share memory with DDP's buckets; in training, they are bucket views.
+        # Here, gradients are not reduced and need memory in addition to DDP's buckets. In training, they are
+        # views of the buckets.
         peak -= plan.components["gradients"]
     measured = "measured" if on_gpu else "peak of the process"
     logger.info("dry run: planned %s GB, %s %s GB", gigabytes(plan.total), measured, gigabytes(peak))
@@ -77,7 +78,7 @@ def _run_largest_pack(loop: TrainingLoop, plan: MemoryPlan) -> None:
     pack, strategy, device = loop.packs[plan.sample_indices], loop.strategy, loop.run.device
     if isinstance(pack, Exception):
         raise pack
-    # With multiple packs per step, a pack runs while the gradients of the previous one are in memory.
+    # With multiple packs per step, later packs run while gradients are in memory, so run the pack twice.
     packs = [pack] * (2 if plan.several_packs else 1)
     weights = [torch.ones(len(pack.keys), dtype=torch.float64)] * len(packs)
     strategy.wrapped.train()

@@ -36,7 +36,7 @@ _USABLE = 0.95
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory plan of a run; identical on all ranks.
+    """Memory plan of a run, identical on all ranks.
 
     Attributes:
         parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
@@ -47,8 +47,8 @@ class MemoryPlan:
         sample_indices: records of the largest pack.
         several_packs: whether any rank has multiple packs in a step.
         layers: number of decoder layers.
-        fitting_flags: function of a memory limit in bytes; returns the flags that, on their own, make the run
-            fit, each with its planned total.
+        fitting_flags: function that takes a memory limit and returns each flag that would by itself make the
+            run fit, with the planned total.
     """
 
     parallel: str
@@ -63,7 +63,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """Planned peak; activations are freed before the optimizer allocates its scratch memory."""
+        """Planned peak memory. Activations are freed before the optimizer allocates its scratch memory."""
         sizes = dict(self.components)
         persistent = sum(sizes.pop(name) for name in ("weights", "gradients", "optimizer state"))
         return persistent + max(sizes.pop("optimizer scratch"), sum(sizes.values()))
@@ -113,7 +113,7 @@ def plan_memory(
 
 
 class _Planner:
-    """Plans the memory of a run with different flags."""
+    """Computes memory plans of a run for different layouts and flags."""
 
     def __init__(
         self, config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
@@ -135,7 +135,8 @@ class _Planner:
         """Return the fitting plan with the fewest checkpointed layers; if none fits, the one with the most.
 
         Args:
-            changed: overrides of `precision`, `checkpoint` or `packs`.
+            parallel: parallel layout.
+            changed: values of `precision`, `checkpoint` and `packs` that replace those of the run.
         """
         packs, several = changed.get("packs", self.packs)
         layout = self.layouts[parallel, changed.get("precision", self.precision), several]
@@ -152,7 +153,7 @@ class _Planner:
         return plan
 
     def fitting_flags(self, parallel: str, limit: float) -> dict[str, float]:
-        """Return the flags that, on their own, make the run fit in `limit`, each with its planned total."""
+        """Return each flag that would by itself make the run fit in `limit` bytes, with the planned total."""
         totals = {}
         if parallel != "deepspeed":  # not supported with DeepSpeed
             totals["--parallel fsdp"] = self.plan("fsdp").total
@@ -169,7 +170,7 @@ class _Planner:
     def largest_packs(
         self, max_packed_tokens: int | None
     ) -> tuple[list[tuple[PackSize, list[SampleIndex]]], bool]:
-        """Return the two largest packs of the run, and whether any rank has multiple packs in a step.
+        """Return the two packs that need the most memory, and whether any rank has multiple packs in a step.
 
         The first pack needs the most memory without activation checkpointing, the second with it.
         """
@@ -202,7 +203,7 @@ def layout_memory(
     several_packs: bool,
     compiled: bool,
 ) -> dict[str, int]:
-    """Return the memory of a parallel layout, keyed by component (see `parallel_memory`)."""
+    """Return the memory per rank of a parallel layout, keyed by component (see `parallel_memory`)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     state = sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
     scratch = scratch_bytes(precision, trained, "cuda" if run.device.type == "cuda" else "cpu", compiled)
@@ -219,14 +220,17 @@ def layout_memory(
 
 
 def available_memory(device: torch.device, local_ranks: int = 1) -> int:
-    """Return the GPU memory or share of host memory available to this rank, including what it uses now."""
+    """Return the memory available to this rank, including the memory that it already uses.
+
+    On a CPU, this is the rank's share of the host memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return available_host_memory() // local_ranks + psutil.Process().memory_info().rss
 
 
 def max_memory(device: torch.device) -> int:
-    """Return the peak GPU memory or, on a CPU, the peak host memory of this process."""
+    """Return the peak memory of this process: GPU memory or, on a CPU, host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,9 +22,10 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Maximum number of characters of a logged span, and of records to try until enough are usable.
+# Maximum length of a logged span, and maximum number of records that are tried to find usable ones.
 _MAX_CHARACTERS, _MAX_TRIED = 160, 100
-# Tolerance of the packing check relative to the rounding error, and the position shifts that measure it.
+# Tolerance of the packing check, as a multiple of the rounding error, and the position shifts with which this
+# error is measured.
 _ROUNDING_FACTOR, _SHIFTS = 4, range(1, 9)
 # Flags that set the preprocessing options. The first five options must match the checkpoint.
 _FLAGS = {
@@ -55,7 +56,7 @@ def run_sanity_checks(
 ) -> None:
     """Run all sanity checks of a run that starts from the checkpoint `source`.
 
-    Collective with a sharded model: call on all ranks.
+    If the model is sharded, this is collective: call on all ranks.
     """
     check_preprocessing(source, preprocessing)
     show_supervision(data, tokenizer)
@@ -76,7 +77,7 @@ def check_preprocessing(source: Path, preprocessing: Preprocessing) -> None:
 
 
 def preprocessing_changes(source: Path, preprocessing: Preprocessing) -> dict[str, str]:
-    """Return a message, keyed by option, for each difference from the initial checkpoint's preprocessing."""
+    """Return the differences from the initial checkpoint's preprocessing: option -> message."""
     file, options = stored_options(source) or _configured_options(source)
     now = dataclasses.asdict(preprocessing)
     return {
@@ -133,7 +134,7 @@ def show_supervision(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _require_finite(samples: Sequence[Sample], losses: Sequence[torch.Tensor]) -> None:
-    """Check that the token losses of single records, which packing cannot affect, are finite.
+    """Check that the losses of unpacked records are finite.
 
     Raises:
         TrainingError: losses are not finite; the message lists the records.
@@ -155,8 +156,8 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
     """Check that packing does not change the token losses of records.
 
     Raises:
-        TrainingError: single records have non-finite losses, or packing changes the losses by more than the
-            rounding error, so attention leaks between records.
+        TrainingError: unpacked records have non-finite losses, or packing changes the losses by more than
+            rounding, which means that attention leaks between records.
     """
 
     def losses(pack: Pack) -> torch.Tensor:
@@ -165,7 +166,7 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
     pack, was_training = pack_samples([(sample, True) for sample in samples]), model.training
     model.eval()
     try:
-        # Avoid compiling the blocks for evaluation mode as well.
+        # Run eagerly; otherwise compiled blocks would also be compiled for evaluation mode.
         with torch.compiler.set_stance("force_eager"):
             packed = losses(pack)
             by_record = [losses(pack_samples([(sample, True)])) for sample in samples]
@@ -184,8 +185,8 @@ def check_packing(model: InternVLChatModel, samples: Sequence[Sample], normaliza
     text = f"differ by {difference:.2g} in a sum of {single.sum():.4g} (rounding error: {rounding:.2g})"
     if not difference <= _ROUNDING_FACTOR * rounding:
         raise TrainingError(
-            f"token losses of packed and single records {text}, more than {_ROUNDING_FACTOR} times the "
-            f"rounding error: attention {model.attn!r} leaks between records on this machine; use a "
+            f"attention {model.attn!r} leaks between packed records on this machine: token losses of packed "
+            f"and single records {text}, more than {_ROUNDING_FACTOR} times the rounding error; use a "
             "different kernel (--attn) or --packing False"
         )
     logger.info("packing: token losses of packed and single records %s", text)

@@ -93,7 +93,7 @@ def test_overwriting_deletes_only_the_run(tmp_path):
 
 
 def test_resume_must_exist(tmp_path):
-    with pytest.raises(UsageError, match="cannot resume from it: no such folder"):
+    with pytest.raises(UsageError, match="cannot resume: no such folder"):
         inspect(tmp_path, resume=str(tmp_path / "checkpoint-1"))
     with pytest.raises(UsageError, match="contains no checkpoint"):
         inspect(tmp_path, resume="True")

@@ -137,7 +137,7 @@ def test_lock_file_of_a_killed_compilation_is_logged(tmp_path, monkeypatch, capl
     (folder / "lock").touch()
     warn_about_locks()
     [message] = [record.message for record in caplog.records]
-    assert message.startswith(f"{folder / 'lock'}: another process compiles DeepSpeed's operations")
+    assert message.startswith(f"{folder / 'lock'}: another process is compiling DeepSpeed's extensions")
     monkeypatch.delattr(cpp_extension, "FileBaton")  # as in versions that lock the open file
     warn_about_locks()
     assert len(caplog.records) == 1

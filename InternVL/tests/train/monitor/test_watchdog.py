@@ -31,9 +31,11 @@ def stuck_in_a_collective(capfd) -> str:
 def test_inactivity_is_reported(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "3")
     with Watchdog(0.4) as watchdog:
-        watchdog.note("in step 7, records qa-bbox 12")
+        watchdog.note("running step 7 on the records qa-bbox 12")
         reported = stuck_in_a_collective(capfd)
-    assert re.search(r"rank 3: no step has finished for \d+ s; in step 7, records qa-bbox 12", reported)
+    assert re.search(
+        r"rank 3: no progress for \d+ s while running step 7 on the records qa-bbox 12", reported
+    )
     assert "in stuck_in_a_collective" in reported
 
 

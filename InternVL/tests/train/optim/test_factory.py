@@ -305,7 +305,7 @@ class TestSchedule:
             ("cosine_with_min_lr", {"min_lr": "1e-6"}, "unsupported operand"),
             ("cosine_with_min_lr", {"min_lr": 1}, "times --learning_rate"),
             ("cosine_with_min_lr", {"min_lr": 0, "min_lr_rate": 0}, "Only one of"),
-            ("warmup_stable_decay", {"num_decay_steps": 100}, "exceed all 12 steps"),
+            ("warmup_stable_decay", {"num_decay_steps": 100}, "exceed the total of 12"),
             ("warmup_stable_decay", {"num_decay_steps": "2"}, "unsupported operand"),
             ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "exp"}, "Unknown decay type: exp"),
         ],
