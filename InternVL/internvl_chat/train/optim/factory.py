@@ -235,9 +235,7 @@ def _library_optimizer(
         raise
     except Exception as error:  # each optimizer validates its own options, so any type is possible
         given = f" --optim_args {run.optim_args}" if pairs else ""
-        raise UsageError(
-            f"--optim {run.optim}{given}: {error}; alternatively, use --optim adamw_torch"
-        ) from None
+        raise UsageError(f"--optim {run.optim}{given}: {error}; alternatively, use adamw_torch") from None
 
 
 def _library_options(
