@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def compare_runs(args: argparse.Namespace, launch: Launch, folder: Path) -> Outc
             killed = False
         code = process.wait()
         _wait_for_all_to_end(interrupted)
-        outcome.damaged_loaded += _resumed_from(interrupted, logged) in corrupted
+        outcome.damaged_loaded += resumed_from(interrupted, logged) in corrupted
         if (interrupted / "train_results.json").is_file():
             break
         if not killed:
@@ -342,15 +343,16 @@ def _newest_step(output: Path, excluded: set[str]) -> int:
     return max((_step_of(path) for path in _checkpoints(output) if path.name not in excluded), default=0)
 
 
-def _resumed_from(output: Path, logged: int) -> str | None:
+def resumed_from(output: Path, logged: int) -> str | None:
     """Return the name of the checkpoint from which the last start resumed, or None.
 
     Args:
         output: output folder of the run.
         logged: number of log lines before that start.
     """
-    lines = [line for line in _lines(output / "training_log.txt")[logged:] if " resuming from " in line]
-    return Path(lines[-1].rpartition(" ")[2]).name if lines else None
+    started = "\n".join(_lines(output / "training_log.txt")[logged:])
+    found = re.findall(r" resuming from .*/(checkpoint-\d+)$", started, re.MULTILINE)
+    return found[-1] if found else None
 
 
 def _lines(file: Path) -> list[str]:

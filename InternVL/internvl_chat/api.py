@@ -28,10 +28,10 @@ def load(
     base: str | Path | None = None,
     max_dynamic_patch: int | None = None,
 ) -> Engine:
-    """Load a model with its tokenizer and preprocessing, ready to answer questions.
+    """Load a model in any supported format, with its tokenizer and preprocessing, ready to answer questions.
 
     Args:
-        model: model folder, adapter folder or hub id, in any format.
+        model: model folder, adapter folder or Hub id.
         device: `cpu`, `cuda:0`, or `auto` for all GPUs (default: GPU if available).
         dtype: dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU).
         base: base model of an adapter, if it has been moved.

@@ -5,16 +5,16 @@ have the same capacity.
 
 An answer is bitwise independent of its slot and of the other answers.
 
-On a GPU, each step makes one SDPA call per bank, with a mask that hides the padding:
+In a decoding step on a GPU, each layer makes one SDPA call per bank, with a mask that hides the padding:
 
 - The mask makes SDPA use the memory-efficient kernel. The flash kernel does not support masks, and its
   results depend on the number of slots, which determines how it splits the keys.
-- The memory-efficient kernel processes each slot and key head in blocks of 64 or 128 keys. `_BLOCK` is a
-  multiple of both, so the size of a key block does not depend on other answers.
-- A fully masked key block has no effect, because its weights are exp(-inf) = 0. Unused positions are zeroed,
-  because this holds for finite values only.
+- The memory-efficient kernel processes each slot and key head in blocks of 64 or 128 keys. The number of keys
+  is padded to a multiple of `_BLOCK`, and thus of both sizes, so all blocks are full.
+- A fully masked key block has no effect, because its weights are exp(-inf) = 0. Unused positions are filled
+  with zeros, because 0 times NaN or infinity would be NaN.
 
-On a CPU, each step makes one SDPA call per answer, which is not slower than a joint call. In a joint call,
+On a CPU, each layer makes one SDPA call per answer, which is not slower than a joint call. In a joint call,
 the last bits of a product could depend on the thread that computes an answer, because the threads' buffers
 are aligned differently in memory.
 

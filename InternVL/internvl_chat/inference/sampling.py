@@ -36,7 +36,10 @@ class Sampling:
             raise UsageError(problems)
 
     def sampler(self, device: torch.device) -> Callable[[torch.Tensor], int]:
-        """Return a function that samples the tokens of one answer, each from logits (V,)."""
+        """Return a function that samples a token id from logits (V,).
+
+        Create one function per answer, because it has its own random generator.
+        """
         generator = torch.Generator(device)
         if self.seed is None:
             generator.seed()

@@ -113,8 +113,8 @@ def prepare_model(
     apply_flags(model.config, config)
     if before[0] != config.data.force_image_size:
         logger.warning(
-            "--force_image_size %d: the checkpoint uses tiles of %d pixels and %d tokens; this run uses %d "
-            "pixels and %d tokens and interpolates the position embeddings",
+            "--force_image_size %d: the checkpoint uses %d-pixel tiles of %d tokens; this run uses %d-pixel "
+            "tiles of %d tokens and interpolates the position embeddings",
             config.data.force_image_size, *before, model.config.image_size, model.config.tokens_per_tile,
         )  # fmt: skip
     if not lora_layers(model):

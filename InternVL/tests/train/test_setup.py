@@ -67,7 +67,7 @@ def test_changed_tile_size_is_logged(plan_of, tiny_model, tmp_path, caplog):
         caplog.clear()
         load_for_training(plan_of(model_name_or_path=folder, force_image_size=112))
         [message] = [entry.message for entry in caplog.records if "--force_image_size" in entry.message]
-        assert "tiles of 56 pixels and 4 tokens; this run uses 112 pixels and 16 tokens" in message
+        assert "56-pixel tiles of 4 tokens; this run uses 112-pixel tiles of 16 tokens" in message
     caplog.clear()
     load_for_training(plan_of(model_name_or_path=plain))
     assert not caplog.records

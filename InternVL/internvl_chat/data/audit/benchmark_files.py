@@ -50,11 +50,11 @@ class Benchmark:
 
 
 def read_benchmark(paths: Sequence[Path], data_root: Path) -> Benchmark:
-    """Return the articles and images in meta files, text files, images, and folders of such files.
+    """Read the PMC ids and images of a benchmark from meta files, JSON and other text files, and image files.
 
     Image names in JSON and in table cells (.csv, .tsv) are looked up next to the file, in its subfolder
-    `images`, and in `../images`. The images of a meta file's records are looked up in `root`. `.git` folders
-    are skipped.
+    `images`, and in `../images`. The images of a meta file's records are looked up in the `root` folder of
+    their dataset (see `DatasetSpec`). `.git` folders are skipped.
 
     Args:
         paths: files and folders; folders are searched recursively.

@@ -167,7 +167,10 @@ def _parse_messages(raw: Mapping[str, Any]) -> tuple[Message, ...]:
             "no answer is supervised: 'loss' or 'weight' excludes all answers", kind="empty answer"
         )
     if not answers:
-        raise RecordError("no assistant message ('from': 'gpt'), so no token is supervised", kind="role")
+        assistant = "gpt" if role_key == "from" else "assistant"
+        raise RecordError(
+            f"no assistant message ({role_key!r}: {assistant!r}), so no token is supervised", kind="role"
+        )
     if not any(map(str.strip, answers)):
         raise RecordError("all answers are empty, so no token is supervised", kind="empty answer")
     return messages
@@ -185,9 +188,8 @@ def _parse_message(entry: Any, number: int, role_key: str, text_key: str) -> Mes
         raise RecordError(f"message {number} must be an object with {role_key!r} and {text_key!r}")
     role, text = entry[role_key], entry[text_key]
     if not isinstance(role, str) or role not in _ROLES:
-        raise RecordError(
-            f"message {number} has the unknown role {role!r:.80}; use system, human or gpt", kind="role"
-        )
+        names = "system, human or gpt" if role_key == "from" else "system, user or assistant"
+        raise RecordError(f"message {number} has the unknown role {role!r:.80}; use {names}", kind="role")
     if isinstance(text, list):
         text = _join_parts(text, number)
     if not isinstance(text, str):

@@ -123,7 +123,7 @@ def inspect_output_folder(
 
     Raises:
         UsageError: the folder contains a finished run or other files, overwriting would delete inputs of the
-            run, or there is no intact checkpoint to resume from.
+            run, or there is no checkpoint to resume from.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: is a file; choose a different --output_dir")
@@ -176,10 +176,10 @@ def _results(path: Path) -> tuple[str, ...]:
 
 
 def _newest_intact(checkpoints: Sequence[Path]) -> Path:
-    """Return the newest intact checkpoint.
+    """Return the newest checkpoint from which a run can resume.
 
     Raises:
-        UsageError: all checkpoints are damaged; the message lists the damage.
+        UsageError: there is none; the message lists the problem of each checkpoint.
     """
     problems = []
     for checkpoint in reversed(checkpoints):
@@ -187,10 +187,10 @@ def _newest_intact(checkpoints: Sequence[Path]) -> Path:
         if problem is None:
             logger.info("resuming from %s", checkpoint)
             return checkpoint
-        logger.warning("skipping damaged checkpoint %s: %s", checkpoint, problem)
-        problems.append(f"{checkpoint} is damaged: {problem}")
+        logger.warning("skipping checkpoint %s: %s", checkpoint, problem)
+        problems.append(f"{checkpoint}: cannot resume: {problem}")
     remedy = "--overwrite_output_dir True deletes all checkpoints and starts a new run"
-    raise UsageError([*problems, f"there is no intact checkpoint to resume from; {remedy}"])
+    raise UsageError([*problems, f"there is no checkpoint to resume from; {remedy}"])
 
 
 def _resume_problem(checkpoint: Path) -> str | None:

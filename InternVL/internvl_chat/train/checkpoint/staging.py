@@ -62,7 +62,7 @@ class HostBuffers:
         return torch.cuda.stream(self._stream)
 
     def wait_for_training(self) -> None:
-        """Make the copy stream wait for the GPU work launched so far."""
+        """Make the copy stream wait for the work that the current stream has queued so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
