@@ -351,7 +351,7 @@ def resumed_from(output: Path, logged: int) -> str | None:
         logged: number of log lines before that start.
     """
     started = "\n".join(_lines(output / "training_log.txt")[logged:])
-    found = re.findall(r" resuming from .*/(checkpoint-\d+)$", started, re.MULTILINE)
+    found = re.findall(r" INFO resuming from .*/(checkpoint-\d+)$", started, re.MULTILINE)
     return found[-1] if found else None
 
 
