@@ -334,7 +334,7 @@ def test_validation_with_sharded_weights(arguments, tmp_path, how):
     state = json.loads((two / f"checkpoint-{checkpoints(two)[-1]}/trainer_state.json").read_text())
     assert state["best_global_step"] in checkpoints(two)
     result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**sharded, **share}), ranks=2)
-    refused = "--eval_generate 1: FSDP" in result.stderr or "--eval_generate 1: ZeRO-3" in result.stderr
+    refused = "--eval_generate 1: not supported with" in result.stderr
     assert refused == (how != "zero2") and (result.returncode == 0) != refused
 
 
