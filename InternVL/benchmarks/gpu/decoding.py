@@ -40,9 +40,9 @@ def decoding(check: Check) -> None:
 
 def _rate(check: Check, model: PreTrainedModel, batch: int, new_tokens: int) -> float:
     """Return the decoding speed of a batch in tokens per second, measured after each answer's first token."""
-    decoder = Decoder(model, end_id=model.config.vocab_size - 1, max_new_tokens=new_tokens, sampling=None)
+    decoder = Decoder(model, end_id=model.config.vocab_size - 1)
     tokens, began = 0, 0.0
-    for _, token in decoder.run(_prompts(check, model, batch)):
+    for _, token in decoder.run(_prompts(check, model, batch), max_new_tokens=new_tokens):
         tokens += token is not None
         if tokens == batch and not began:  # prefill done; reading a token synchronizes the device
             began = time.perf_counter()

@@ -144,9 +144,9 @@ def _decoded(check: Check, name: str, dtype: torch.dtype) -> None:
     prompts = [embedding(torch.randint(2, 500, (n,), device=device, generator=generator)) for n in lengths]
 
     def decode(prompts: list[Tensor]) -> list[list[int]]:
-        decoder = Decoder(model, end_id=_END, max_new_tokens=_NEW_TOKENS, sampling=None)
+        decoder = Decoder(model, end_id=_END)
         answers: list[list[int]] = [[] for _ in prompts]
-        for number, token in decoder.run(prompts):
+        for number, token in decoder.run(prompts, max_new_tokens=_NEW_TOKENS):
             if token is not None:
                 answers[number].append(token)
         return answers

@@ -2,13 +2,14 @@
 
 Prompts are prefilled one at a time. A decoding step has a fixed number of rows, one for the newest token of
 each answer. Attention handles each row separately (see `cached_attention`), so a row does not depend on the
-others or on their number. When an answer ends, its row is reused for the next prompt.
+others or on their number. Answers join and leave the batch between steps; a free row is reused.
 
 Shapes: T tokens of a prompt, C hidden size, W rows, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -23,83 +24,125 @@ _ROWS = {"cpu": 8, "cuda": 32}
 _MAX_CACHED_TOKENS = 1 << 16
 
 
-@dataclass
-class _Answer:
-    """Answer in progress.
+@dataclass(eq=False)
+class Answer:
+    """Answer of a `Decoder`.
 
     Attributes:
-        remaining: maximum number of tokens still to generate.
+        max_new_tokens: maximum number of tokens.
         sample: function that samples a token from logits; None for greedy decoding.
+        ids: the generated tokens, without the end token.
+        finish_reason: `stop` after the end token, `length` after `max_new_tokens` tokens; None before.
     """
 
-    index: int
-    slot: Slot
-    remaining: int
+    max_new_tokens: int
     sample: Callable[[torch.Tensor], int] | None
-    token: int = -1
+    ids: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
 
 
 class Decoder:
-    """Decodes answers to prompts with a language model.
+    """Decodes answers to prompts with a language model, in a batch that answers join and leave at any time.
 
     Args:
         end_id: id of the token that ends an answer.
-        sampling: sampling options; None for greedy decoding.
+
+    Attributes:
+        rows: the answers in progress; None for a free row.
     """
 
-    def __init__(
-        self, language_model: PreTrainedModel, *, end_id: int, max_new_tokens: int, sampling: Sampling | None
-    ) -> None:
+    def __init__(self, language_model: PreTrainedModel, *, end_id: int) -> None:
         self.language_model, self.end_id = language_model, end_id
-        self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.embed_tokens = language_model.get_input_embeddings()
         self.device = self.embed_tokens.get_parameter("weight").device
+        self.rows: list[Answer | None] = [None] * _ROWS.get(self.device.type, _ROWS["cuda"])
+        self._slots: dict[Answer, Slot] = {}
+        self._cache = self._new_cache()
 
-    @torch.no_grad()
-    def run(self, prompts: Iterable[torch.Tensor]) -> Iterator[tuple[int, int | None]]:
+    def run(
+        self, prompts: Iterable[torch.Tensor], *, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[tuple[int, int | None]]:
         """Decode an answer to each prompt, as many in parallel as fit in the rows and the KV cache.
 
         Args:
             prompts: embeddings (T, C) of each prompt; consumed lazily, one prompt ahead.
+            max_new_tokens: maximum number of tokens per answer.
+            sampling: sampling options; None for greedy decoding.
 
         Yields:
             (prompt index, next token); the token is None when the answer is complete.
         """
         waiting = enumerate(prompts)
         upcoming = next(waiting, None)
-        row_count = _ROWS.get(self.device.type, _ROWS["cuda"])
-        rows: list[_Answer | None] = [None] * row_count
-        cache = KVCache(row_count, _MAX_CACHED_TOKENS)
-        while upcoming is not None or any(rows):
-            while upcoming is not None and None in rows:
-                slot = cache.reserve(len(upcoming[1]) + self.max_new_tokens)
-                if slot is None:
+        indices: dict[Answer, int] = {}
+        while upcoming is not None or indices:
+            while upcoming is not None:
+                answer = self.add(upcoming[1], max_new_tokens=max_new_tokens, sampling=sampling)
+                if answer is None:
                     break
-                row = rows.index(None)
-                rows[row] = answer = self._start(*upcoming, slot)
-                yield from self._emit(rows, row, answer)
+                indices[answer] = upcoming[0]
+                yield from _progress(answer, indices)
                 upcoming = next(waiting, None)
-            if any(rows):
-                self._step(rows)
-            for row, active in enumerate(rows):
-                if active is not None:
-                    yield from self._emit(rows, row, active)
+            for answer in self.step():
+                yield from _progress(answer, indices)
 
-    def _start(self, index: int, embeddings: torch.Tensor, slot: Slot) -> _Answer:
-        """Prefill a prompt and choose the first token of its answer."""
-        sample = self.sampling.sampler(embeddings.device) if self.sampling else None
-        answer = _Answer(index, slot, self.max_new_tokens, sample)
+    @torch.no_grad()
+    def add(
+        self, embeddings: torch.Tensor, *, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Answer | None:
+        """Prefill a prompt and choose the first token of its answer, which may also be its last one.
+
+        Args:
+            embeddings: embeddings of the prompt, (T, C).
+            max_new_tokens: maximum number of tokens of the answer.
+            sampling: sampling options; None for greedy decoding.
+
+        Returns:
+            The answer; None if there is no room for it until another answer has left the batch.
+        """
+        if None not in self.rows:
+            return None
+        slot = self._cache.reserve(len(embeddings) + max_new_tokens)
+        if slot is None:
+            return None
+        answer = Answer(max_new_tokens, sampling.sampler(embeddings.device) if sampling else None)
+        self.rows[self.rows.index(None)] = answer
+        self._slots[answer] = slot
         positions = torch.arange(len(embeddings), device=embeddings.device).unsqueeze(0)
-        self._choose([answer], self._logits(embeddings.unsqueeze(0), positions, Prefill(slot)))
+        try:
+            self._choose([answer], self._logits(embeddings.unsqueeze(0), positions, Prefill(slot)))
+        except BaseException:
+            self.remove(answer)
+            raise
         return answer
 
-    def _step(self, rows: list[_Answer | None]) -> None:
-        """Decode the next token of each answer."""
-        tokens = [[self.end_id if answer is None else answer.token] for answer in rows]
-        positions = [[0 if answer is None else answer.slot.length] for answer in rows]
+    @torch.no_grad()
+    def step(self) -> list[Answer]:
+        """Decode the next token of each answer in progress; answers that are then complete leave the batch.
+
+        Returns:
+            All answers that were in progress.
+        """
+        rows = list(self.rows)
+        answers = [answer for answer in rows if answer is not None]
+        if not answers:
+            return []
+        tokens = [[self.end_id if answer is None else answer.ids[-1]] for answer in rows]
+        positions = [[0 if answer is None else self._slots[answer].length] for answer in rows]
         embeddings = self.embed_tokens(torch.tensor(tokens, device=self.device))  # (W, 1, C)
-        step = DecodeStep([None if answer is None else answer.slot for answer in rows])
+        step = DecodeStep([None if answer is None else self._slots[answer] for answer in rows])
         self._choose(rows, self._logits(embeddings, torch.tensor(positions, device=self.device), step))
+        return answers
+
+    def remove(self, answer: Answer) -> None:
+        """Remove an answer in progress from the batch; the KV cache is freed with the last one."""
+        self.rows[self.rows.index(answer)] = None
+        self._slots.pop(answer).release()
+        if not any(self.rows):
+            self._cache = self._new_cache()
+
+    def _new_cache(self) -> KVCache:
+        return KVCache(len(self.rows), _MAX_CACHED_TOKENS)
 
     def _logits(
         self, embeddings: torch.Tensor, positions: torch.Tensor, kv_pass: Prefill | DecodeStep
@@ -117,24 +160,31 @@ class Decoder:
             slot.length += embeddings.shape[1]
         return output.logits[:, -1].to(embeddings.device)
 
-    def _choose(self, rows: Sequence[_Answer | None], logits: torch.Tensor) -> None:
+    def _choose(self, rows: Sequence[Answer | None], logits: torch.Tensor) -> None:
         """Choose the next token of each answer from the logits (W, V)."""
         most_likely = logits.float().argmax(dim=-1).tolist()
         for row, answer in enumerate(rows):
             if answer is not None:
-                answer.token = answer.sample(logits[row]) if answer.sample else most_likely[row]
+                token = answer.sample(logits[row]) if answer.sample else most_likely[row]
+                self._append(answer, token)
 
-    def _emit(
-        self, rows: list[_Answer | None], row: int, answer: _Answer
-    ) -> Iterator[tuple[int, int | None]]:
-        """Yield (prompt index, token) for an answer's newest token, unless it is the end token.
+    def _append(self, answer: Answer, token: int) -> None:
+        """Append a token to an answer; if it is complete, remove it from the batch."""
+        if token == self.end_id:
+            answer.finish_reason = "stop"
+        else:
+            answer.ids.append(token)
+            if len(answer.ids) == answer.max_new_tokens:
+                answer.finish_reason = "length"
+        if answer.finish_reason:
+            self.remove(answer)
 
-        When the answer is complete, free its row and slot, and yield (prompt index, None).
-        """
-        answer.remaining = 0 if answer.token == self.end_id else answer.remaining - 1
-        if answer.token != self.end_id:
-            yield answer.index, answer.token
-        if not answer.remaining:
-            rows[row] = None
-            answer.slot.release()
-            yield answer.index, None
+
+def _progress(answer: Answer, indices: dict[Answer, int]) -> Iterator[tuple[int, int | None]]:
+    """Yield the newest token of an answer and, if it is complete, None; see `Decoder.run`."""
+    index = indices[answer]
+    if answer.finish_reason != "stop":
+        yield index, answer.ids[-1]
+    if answer.finish_reason:
+        del indices[answer]
+        yield index, None

@@ -3,7 +3,6 @@
 Shapes: T tokens, C hidden size, N tiles, K tokens per tile, F vision features per token.
 """
 
-import operator
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
-from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.encode.tokenizer import decode_answer, image_context_id, load_tokenizer, token_id
 from internvl_chat.data.sources.dialects import misplaced_image
 from internvl_chat.data.sources.image_content import orientation, turned_size
@@ -26,6 +24,7 @@ from internvl_chat.data.sources.records import Message, Record, RecordError
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import AUTO, default_dtype, find_device, place
 from internvl_chat.inference.sampling import Sampling
+from internvl_chat.inference.streaming import AnswerText
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.model.io.folders import model_folder, read_config
@@ -35,9 +34,6 @@ from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-# Decoded text of a character whose last bytes have not been generated yet.
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Reply(str):
@@ -125,7 +121,8 @@ class Engine:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder = RecordEncoder(tokenizer, preprocessing)
         self.end_id = token_id(tokenizer, IM_END)
-        self._latest: tuple[tuple, tuple, torch.Tensor] = (), (), torch.empty(0)
+        # The last tiles and their features.
+        self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def from_checkpoint(
@@ -171,6 +168,11 @@ class Engine:
         """Device of the model's inputs."""
         return self.model.language_model.get_input_embeddings().weight.device
 
+    @property
+    def max_length(self) -> int:
+        """Maximum number of tokens of a prompt and its answer."""
+        return self.model.language_model.config.max_position_embeddings
+
     def generate_ids(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 512, sampling: Sampling | None = None
     ) -> list[list[int]]:
@@ -187,7 +189,8 @@ class Engine:
         encoded = [self.encode(prompt) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         inputs = (self.embed(e, prompt.images) for prompt, e in zip(prompts, encoded, strict=True))
-        for index, token in self._decoder(max_new_tokens, sampling).run(inputs):
+        decoder = self.decoder()
+        for index, token in decoder.run(inputs, max_new_tokens=max_new_tokens, sampling=sampling):
             if token is not None:
                 answers[index].append(token)
         return answers
@@ -249,7 +252,7 @@ class Engine:
         """
         answers: dict[int, list[int]] = {}
         inputs = (self.embed(self.encode(prompt), prompt.images) for prompt in prompts)
-        for index, token in self._decoder(max_new_tokens, None).run(inputs):
+        for index, token in self.decoder().run(inputs, max_new_tokens=max_new_tokens):
             ids = answers.setdefault(index, [])
             if token is None:
                 yield index, self._reply(answers.pop(index), max_new_tokens)
@@ -261,31 +264,29 @@ class Engine:
     ) -> Iterator[str]:
         """Yield the answer to a prompt in pieces; concatenated, they match the result of `answer`."""
         embeddings = self.embed(self.encode(prompt), prompt.images)
-        ids: list[int] = []
-        sent = ""
-        for _, token in self._decoder(max_new_tokens, sampling).run([embeddings]):
-            if token is not None:
-                ids.append(token)
-            text = decode_answer(self.tokenizer, ids)
-            complete = text if token is None else text.rstrip(_INCOMPLETE)
-            if len(complete) > len(sent):
-                yield complete[len(sent) :]
-                sent = complete
+        text = AnswerText(self.tokenizer)
+        run = self.decoder().run([embeddings], max_new_tokens=max_new_tokens, sampling=sampling)
+        for _, token in run:
+            if piece := text.finish() if token is None else text.add(token):
+                yield piece
 
-    @torch.no_grad()
     def embed(self, encoded: EncodedConversation, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the embeddings of an encoded conversation, with its image features inserted, (T, C)."""
-        features = self._features(images, encoded.grids)
+        return self.embed_tiles(encoded, self.encoder.tiles(images, encoded.grids))
+
+    @torch.no_grad()
+    def embed_tiles(self, encoded: EncodedConversation, tiles: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of an encoded conversation, given its tiles (N, S, S, 3) in uint8."""
+        features = self._features(tiles)
         return self.model.embed(encoded.input_ids.unsqueeze(0).to(self.device), vision_features=features)[0]
 
     def _reply(self, ids: list[int], max_new_tokens: int) -> Reply:
         # `ids` excludes the end token, so an answer of the maximum length did not reach it.
         return Reply(decode_answer(self.tokenizer, ids), truncated=len(ids) == max_new_tokens)
 
-    def _decoder(self, max_new_tokens: int, sampling: Sampling | None) -> Decoder:
-        return Decoder(
-            self.model.language_model, end_id=self.end_id, max_new_tokens=max_new_tokens, sampling=sampling
-        )
+    def decoder(self) -> Decoder:
+        """Return a decoder for a batch of answers."""
+        return Decoder(self.model.language_model, end_id=self.end_id)
 
     def encode(self, prompt: Prompt) -> EncodedConversation:
         """Return the token ids of a prompt and the tile grids of its images.
@@ -305,12 +306,15 @@ class Engine:
         except RecordError as problem:
             raise DataError(str(problem)) from None
 
-    def _features(self, images: Sequence[Image.Image], grids: Sequence[Grid]) -> torch.Tensor:
-        """Return the vision features of images, (N, K, F); the result of the last call is cached."""
-        cached_images, cached_grids, features = self._latest
-        same = len(images) == len(cached_images) and all(map(operator.is_, images, cached_images))
-        if not (images and same and tuple(grids) == cached_grids):
-            tiles = self.encoder.tiles(images, grids).to(self.device)
-            features = tile_features(self.model, tiles, self.encoder.preprocessing.normalize_type)
-            self._latest = tuple(images), tuple(grids), features
+    def _features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return the vision features (N, K, F) of tiles; those of the last tiles are cached.
+
+        A follow-up question about the same images therefore skips the vision tower.
+        """
+        if self._latest is not None and torch.equal(tiles, self._latest[0]):
+            return self._latest[1]
+        normalization = self.encoder.preprocessing.normalize_type
+        features = tile_features(self.model, tiles.to(self.device), normalization)
+        if len(tiles):
+            self._latest = tiles, features
         return features

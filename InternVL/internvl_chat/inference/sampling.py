@@ -32,6 +32,8 @@ class Sampling:
             problems.append(f"temperature {self.temperature} must be above 0 and finite")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
+            problems.append(f"seed {self.seed} must fit in 64 bits")
         if problems:
             raise UsageError(problems)
 

@@ -9,7 +9,7 @@ from helpers import tiny_prompts
 from inference.prompts import make_engine, mixed_prompts
 
 from internvl_chat.inference import cached_attention, decoding
-from internvl_chat.inference.decoding import Decoder
+from internvl_chat.inference.decoding import Answer, Decoder
 from internvl_chat.inference.devices import place
 from internvl_chat.inference.engine import Engine, Prompt
 from internvl_chat.inference.sampling import Sampling
@@ -24,25 +24,25 @@ class RecordingDecoder(Decoder):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.numbers: dict[Answer, int] = {}
         self.logits: dict[int, list[torch.Tensor]] = {}
         self.busy: list[int] = []
 
     def _choose(self, rows, logits) -> None:
         for row, answer in enumerate(rows):
             if answer is not None:
-                self.logits.setdefault(answer.index, []).append(logits[row].clone())
+                number = self.numbers.setdefault(answer, len(self.numbers))
+                self.logits.setdefault(number, []).append(logits[row].clone())
         self.busy.append(sum(answer is not None for answer in rows))
         super()._choose(rows, logits)
 
 
 def decode(engine: Engine, prompts: Iterable[Prompt], **options) -> tuple[list[list[int]], RecordingDecoder]:
     """Return the token ids of each answer, and the decoder with its records."""
-    settings = {"end_id": engine.end_id, "max_new_tokens": LENGTH, "sampling": None, **options}
-    decoder = RecordingDecoder(engine.model.language_model, **settings)
+    decoder = RecordingDecoder(engine.model.language_model, end_id=engine.end_id)
     answers: dict[int, list[int]] = {}
-    for number, token in decoder.run(
-        engine.embed(engine.encode(prompt), prompt.images) for prompt in prompts
-    ):
+    inputs = (engine.embed(engine.encode(prompt), prompt.images) for prompt in prompts)
+    for number, token in decoder.run(inputs, max_new_tokens=LENGTH, **options):
         answers.setdefault(number, []).extend([] if token is None else [token])
     return [answers[number] for number in sorted(answers)], decoder
 
@@ -119,6 +119,47 @@ def test_cache_is_bounded(monkeypatch):
     found, watched = decode(engine, prompts)
     assert found == expected
     assert max(watched.busy) == 3
+
+
+def test_answers_join_and_leave_the_batch():
+    """Answers with options of their own, some of which are removed, equal those of single runs."""
+    engine = make_engine()
+    inputs = [engine.embed(engine.encode(prompt), prompt.images) for prompt in mixed_prompts(24)]
+    options = [
+        {"max_new_tokens": 1 + i % 7, "sampling": Sampling(1.5, seed=i) if i % 3 else None} for i in range(24)
+    ]
+    decoder, waiting, answers = engine.decoder(), list(range(24)), {}
+    while waiting or any(decoder.rows):
+        while waiting and (answer := decoder.add(inputs[waiting[0]], **options[waiting[0]])):
+            answers[waiting.pop(0)] = answer
+        assert not waiting or all(decoder.rows)
+        decoder.step()
+        for number in (5, 11):
+            if number in answers and answers[number] in decoder.rows and len(answers[number].ids) == 3:
+                decoder.remove(answers[number])
+    assert [len(answers[number].ids) for number in (5, 11)] == [3, 3]
+    for number, answer in answers.items():
+        alone = engine.decoder().run([inputs[number]], **options[number])
+        tokens = [token for _, token in alone if token is not None]
+        assert answer.ids == (tokens[:3] if number in (5, 11) else tokens)
+        assert answer.finish_reason == (None if number in (5, 11) else "length")
+    assert decoder._cache.tokens == 0
+
+
+def test_a_failed_prefill_leaves_the_batch_unchanged(monkeypatch):
+    engine = make_engine()
+    first, second = (engine.embed(engine.encode(prompt), prompt.images) for prompt in mixed_prompts(2))
+    decoder = engine.decoder()
+    expected = [token for _, token in decoder.run([first], max_new_tokens=5) if token is not None]
+    answer = decoder.add(first, max_new_tokens=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "_logits", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.add(second, max_new_tokens=5)
+    assert sum(row is not None for row in decoder.rows) == 1
+    while any(decoder.rows):
+        decoder.step()
+    assert answer.ids == expected
 
 
 def test_prompts_are_read_lazily():

@@ -60,6 +60,7 @@ def test_a_low_temperature_is_greedy():
         ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p 1.1 must be above 0 and at most 1"),
         ({"temperature": 0.0, "top_p": 2.0}, "2 problems"),
+        ({"seed": 1 << 63}, "seed 9223372036854775808 must fit in 64 bits"),
     ],
 )
 def test_invalid_settings(values, message):

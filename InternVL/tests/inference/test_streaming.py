@@ -1,13 +1,21 @@
 """Streamed answers, and follow-up questions about the same images."""
 
 import pytest
-from inference.prompts import make_engine, mixed_prompts, picture
+from hypothesis import given
+from hypothesis import strategies as st
+from inference.prompts import TEXT, make_engine, mixed_prompts, picture
 
 from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.tokenizer import decode_answer, decode_tokens
+from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference import engine as module
+from internvl_chat.inference import streaming
 from internvl_chat.inference.engine import Prompt, ask
 from internvl_chat.inference.sampling import Sampling
+from internvl_chat.inference.streaming import AnswerText
+
+TOKENIZER = train_tokenizer(TEXT, 280)
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(2.0, seed=5)])
@@ -31,13 +39,59 @@ def test_characters_are_not_split(text, monkeypatch):
     ids = engine.tokenizer(text).input_ids
 
     class Says:
-        def run(self, prompts):
+        def run(self, prompts, **_):
             yield from ((0, token) for token in [*ids, None])
 
-    monkeypatch.setattr(engine, "_decoder", lambda *_: Says())
+    monkeypatch.setattr(engine, "decoder", Says)
     pieces = list(engine.stream(ask("What?")))
     assert "".join(pieces) == text.strip() == engine.answer([ask("What?")])[0]
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def pieces_of(tokenizer, ids, stop=()) -> tuple[list[str], AnswerText]:
+    text = AnswerText(tokenizer, stop)
+    pieces = [text.add(token) for token in ids]
+    return [*pieces, text.finish()], text
+
+
+@given(st.lists(st.integers(0, 279), max_size=60))
+def test_any_tokens(ids):
+    """Random tokens form invalid UTF-8, control tokens and whitespace."""
+    pieces, _ = pieces_of(TOKENIZER, ids)
+    assert "".join(pieces) == decode_answer(TOKENIZER, ids)
+
+
+@pytest.mark.parametrize("text", ["\ufffd", "é", "🙂", "a"])
+def test_time_is_linear(text, monkeypatch):
+    """Each call decodes a few tokens only, also if invalid bytes never form a character."""
+    ids = TOKENIZER(text, add_special_tokens=False).input_ids
+    ids = ids[:1] * 500 if text != "a" else ids * 500
+    longest = []
+
+    def counted(tokenizer, tokens):
+        longest.append(len(tokens))
+        return decode_tokens(tokenizer, tokens)
+
+    monkeypatch.setattr(streaming, "decode_tokens", counted)
+    pieces, _ = pieces_of(TOKENIZER, ids)
+    assert "".join(pieces) == decode_answer(TOKENIZER, ids)
+    assert max(longest) < 10
+
+
+@given(st.text("abé ", max_size=30), st.text("abé ", min_size=1, max_size=4))
+def test_stop_strings(text, stop):
+    """A stop string is found in any split into tokens, and no part of it is returned."""
+    pieces, found = pieces_of(TOKENIZER, TOKENIZER(text, add_special_tokens=False).input_ids, [stop])
+    answer = text.lstrip()
+    assert "".join(pieces) == answer.split(stop)[0].rstrip()
+    assert found.stopped == (stop in answer)
+
+
+def test_tokens_after_a_stop_string_are_ignored():
+    ids = TOKENIZER("ab cd ef", add_special_tokens=False).input_ids
+    pieces, found = pieces_of(TOKENIZER, ids, ["ef", "cd"])
+    assert "".join(pieces) == "ab" and found.stopped
+    assert found.add(ids[0]) == found.finish() == ""
 
 
 def test_a_piece_comes_before_the_answer_is_complete(monkeypatch):

@@ -50,13 +50,22 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return cast(int, tokenizer.convert_tokens_to_ids(token))
 
 
-def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of a generated answer without control tokens and surrounding whitespace.
+def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of the special tokens that are not part of an answer's text.
 
     InternVL's tokens for boxes and references, such as `<box>`, belong to the answer, but they are special:
     `skip_special_tokens=True` would drop them.
     """
     added = tokenizer.added_tokens_decoder.items()
-    control = {i for i, token in added if token.special and token.content not in ANSWER_TOKENS}
-    kept = [i for i in ids if i not in control]
-    return cast(str, tokenizer.decode(kept, spaces_between_special_tokens=False)).strip()
+    return frozenset(i for i, token in added if token.special and token.content not in ANSWER_TOKENS)
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of tokens."""
+    return cast(str, tokenizer.decode(list(ids), spaces_between_special_tokens=False))
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of a generated answer without control tokens and surrounding whitespace."""
+    control = control_token_ids(tokenizer)
+    return decode_tokens(tokenizer, [i for i in ids if i not in control]).strip()
