@@ -1,5 +1,6 @@
 """Locate image files, read their headers and decode them; unusable files raise a `RecordError`."""
 
+import io
 import os
 import stat
 import warnings
@@ -112,8 +113,8 @@ def _missing(path: Path) -> RecordError:
     return RecordError(f"the image {path} does not exist; {reason}", kind="image missing")
 
 
-def _unreadable(path: Path, reason: object) -> RecordError:
-    return RecordError(f"the image {path} cannot be read: {reason}", kind="image unreadable")
+def _unreadable(name: Path | str, reason: object) -> RecordError:
+    return RecordError(f"the image {name} cannot be read: {reason}", kind="image unreadable")
 
 
 def open_image(path: Path) -> PillowFile:
@@ -124,36 +125,58 @@ def open_image(path: Path) -> PillowFile:
     """
     _file_status(path)
     try:
-        image = Image.open(path, formats=_formats())
+        return _open_header(path, path)
     except FileNotFoundError:
         raise _missing(path) from None
+
+
+def open_upload(data: bytes, name: str) -> PillowFile:
+    """Read the header of an uploaded image; use the result as a context manager.
+
+    Args:
+        data: contents of the image file.
+        name: name of the image in error messages.
+
+    Raises:
+        RecordError: the data are not an image, too large, or have an unsupported bit depth.
+    """
+    if not data:
+        raise _unreadable(name, "it is empty")
+    return _open_header(io.BytesIO(data), name)
+
+
+def _open_header(source: Path | io.BytesIO, name: Path | str) -> PillowFile:
+    try:
+        image = Image.open(source, formats=_formats())
+    except FileNotFoundError:
+        raise
     except Image.DecompressionBombError:
         raise RecordError(
-            f"the image {path} has more than {MAX_PIXELS:,} pixels; reduce its size", kind="image too large"
+            f"the image {name} has more than {MAX_PIXELS:,} pixels; reduce its size", kind="image too large"
         ) from None
     except UnidentifiedImageError:
-        raise _unreadable(path, f"its format is not one of {', '.join(_formats())}") from None
+        raise _unreadable(name, f"its format is not one of {', '.join(_formats())}") from None
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
     try:
-        _check_header(path, image)
+        _check_header(name, image)
     except RecordError:
         image.close()
         raise
     return image
 
 
-def _check_header(path: Path, image: Image.Image) -> None:
+def _check_header(name: Path | str, image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise RecordError(
-            f"the image {path} has {width * height:,} pixels, more than {MAX_PIXELS:,}; reduce its size",
+            f"the image {name} has {width * height:,} pixels, more than {MAX_PIXELS:,}; reduce its size",
             kind="image too large",
         )
     if min(width, height) < 1:
-        raise _unreadable(path, "it has no pixels")
+        raise _unreadable(name, "it has no pixels")
     if problem := _depth_problem(image):
-        raise RecordError(f"the image {path} has {problem}", kind="image depth")
+        raise RecordError(f"the image {name} has {problem}", kind="image depth")
 
 
 def _depth_problem(image: Image.Image) -> str | None:
@@ -203,12 +226,24 @@ def decode_image(path: Path, options: ImageOptions = REFERENCE) -> Image.Image:
         RecordError: the image cannot be opened (see `open_image`) or decoded.
     """
     with open_image(path) as image:
-        try:
-            return to_rgb(turn(image, options), options.background)
-        except Exception as error:
-            raise RecordError(
-                f"the image {path} cannot be decoded: {error}", kind="image unreadable"
-            ) from error
+        return decode_opened(image, path, options)
+
+
+def decode_opened(image: Image.Image, name: Path | str, options: ImageOptions = REFERENCE) -> Image.Image:
+    """Decode the first frame of an opened image to RGB.
+
+    Args:
+        image: result of `open_image` or `open_upload`.
+        name: name of the image in error messages.
+        options: how to read transparency and EXIF rotation.
+
+    Raises:
+        RecordError: the image cannot be decoded.
+    """
+    try:
+        return to_rgb(turn(image, options), options.background)
+    except Exception as error:
+        raise RecordError(f"the image {name} cannot be decoded: {error}", kind="image unreadable") from error
 
 
 class ImageInfo(NamedTuple):
