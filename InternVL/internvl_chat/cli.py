@@ -16,7 +16,7 @@ from internvl_chat import __version__
 from internvl_chat.commands import doctor, export, merge, parity, tiny_model
 from internvl_chat.commands import eval as evaluate
 from internvl_chat.commands.data import check, inspect, sample_data
-from internvl_chat.commands.inference import generate, loss
+from internvl_chat.commands.inference import generate, loss, serve
 from internvl_chat.train.flag_help import add_flags
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.logging import configure_logging
@@ -34,12 +34,15 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "         m3llm eval held_out.json --model work_dirs/run"),
     ("generate", generate, "Answer questions about one or more images.",
      'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"'),
+    ("serve", serve, "Serve a model through an OpenAI-compatible API.",
+     "m3llm serve work_dirs/merged --port 8000"),
     ("merge", merge, "Merge LoRA adapters into their base model and write a standalone checkpoint.",
      "m3llm merge work_dirs/lora work_dirs/merged"),
     ("export", export, "Convert a checkpoint to the transformers format, or back to the reference format.",
      "m3llm export work_dirs/run work_dirs/run-hf"),
     ("parity", parity, "Compare the tokens, tiles, pixels, logits and answers of two checkpoints or formats.",
-     "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8"),
+     "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8\n"
+     "         m3llm parity work_dirs/run --endpoint http://localhost:8000"),
     ("doctor", doctor, "Check whether this machine can train, and suggest a fix for each problem.",
      "m3llm doctor --folder work_dirs"),
     ("sample-data", sample_data, "Create a small synthetic dataset of compound figures with questions and "

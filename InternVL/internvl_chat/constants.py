@@ -52,6 +52,9 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 
 ATTENTION_NAMES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
+# Environment variable with the key of an OpenAI-compatible server.
+API_KEY_VARIABLE = "M3LLM_API_KEY"
+
 # Order of the training records.
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 

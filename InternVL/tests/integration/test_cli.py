@@ -21,6 +21,7 @@ COMMANDS = [
     "loss",
     "eval",
     "generate",
+    "serve",
     "merge",
     "export",
     "parity",
