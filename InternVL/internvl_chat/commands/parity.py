@@ -1,9 +1,10 @@
-"""`m3llm parity`: compare two checkpoints, or two formats of a checkpoint, on the same records."""
+"""`m3llm parity`: compare a checkpoint with another one, another format or an endpoint, on records."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,35 @@ from typing import TYPE_CHECKING
 
 from internvl_chat.commands.common import add_data_root, add_tile_limit, open_sets, positive
 from internvl_chat.commands.output import echo, print_json, print_table, progress
+from internvl_chat.constants import API_KEY_VARIABLE
+from internvl_chat.utils.errors import UsageError
 
 if TYPE_CHECKING:
+    from internvl_chat.convert.endpoint_parity import EndpointDifference
     from internvl_chat.convert.parity import Difference
     from internvl_chat.convert.parity_runners import Example
 
 _LIMITS = ("pixels", "logits", "same_answers")
+# Arguments that have no effect with an endpoint, and those that require one.
+_CHECKPOINTS_ONLY = {"second": "SECOND", "base_second": "--base_second", "pixels": "--pixel_tolerance",
+                     "logits": "--logit_tolerance"}  # fmt: skip
+_ENDPOINT_ONLY = {"api_key": "--api_key", "served_model": "--served_model"}
+# Implementations round differently in 16-bit formats, which changes some answers.
+_SAME_ANSWERS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `parity`."""
     add = parser.add_argument
     add("first", help="model or adapter folder; transformers runs checkpoints in its own format")
-    add("second", help="checkpoint to compare with, such as the first one in a different format")
+    add("second", nargs="?",
+        help="checkpoint to compare with, such as the first one in a different format")  # fmt: skip
+    add("--endpoint", metavar="URL",
+        help="OpenAI-compatible endpoint to compare with instead, for example http://localhost:8000/v1: "
+        "prompt tokens, image tokens and greedy answers")  # fmt: skip
+    add("--api_key", help=f"key of the endpoint (default: ${API_KEY_VARIABLE})")
+    add("--served_model", metavar="NAME",
+        help="name of the model at the endpoint (default: the only one)")  # fmt: skip
     add("--meta", help="meta file of the records to run (default: synthetic records)")
     add_data_root(parser)
     add("--limit", type=positive, default=8, metavar="N", help="records per dataset (default: 8)")
@@ -39,12 +56,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum difference of a logit relative to the largest logit (default: rounding "
         "error)")  # fmt: skip
     add("--same_answers", type=float, metavar="X",
-        help="minimum fraction of identical greedy answers (default: 1, or 0 in 16-bit formats)")  # fmt: skip
+        help="minimum fraction of identical greedy answers (default: 1, or 0 in 16-bit formats; 0.5 with an "
+        "endpoint)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare two checkpoints; return 1 if a difference exceeds its tolerance."""
+    """Compare a checkpoint with another one or an endpoint; return 1 if they differ too much."""
+    _check_arguments(args)
+    return _compare_endpoint(args) if args.endpoint else _compare_checkpoints(args)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Check that the arguments fit together.
+
+    Raises:
+        UsageError: a checkpoint and an endpoint, or none of them, or arguments of the other kind.
+    """
+    if not args.endpoint and args.second is None:
+        raise UsageError("SECOND (a checkpoint) or --endpoint (a URL) is required")
+    others = _CHECKPOINTS_ONLY if args.endpoint else _ENDPOINT_ONLY
+    given = [flag for name, flag in others.items() if getattr(args, name) is not None]
+    verb = "cannot be combined with" if args.endpoint else "requires"
+    if given:
+        raise UsageError([f"{flag} {verb} --endpoint" for flag in given])
+
+
+def _compare_endpoint(args: argparse.Namespace) -> int:
+    from internvl_chat.convert.endpoint import Endpoint
+    from internvl_chat.convert.endpoint_parity import EndpointComparison
+    from internvl_chat.inference.engine import Engine
+    from internvl_chat.model.io.folders import model_folder
+
+    key = args.api_key or os.environ.get(API_KEY_VARIABLE)
+    endpoint = Endpoint(args.endpoint, api_key=key, model=args.served_model)
+    first = model_folder(args.first)
+    examples = _examples(args, first)
+    engine = Engine.from_checkpoint(first, device=args.device, base=args.base_first)
+    comparison = EndpointComparison(engine, endpoint)
+    differences = []
+    for difference in comparison.run(progress(examples), args.max_new_tokens):
+        differences.append(difference)
+        if args.json:
+            print_json(dataclasses.asdict(difference))
+    same_answers = _SAME_ANSWERS if args.same_answers is None else args.same_answers
+    problems = comparison.faults(differences, same_answers)
+    if args.json:
+        print_json({"records": len(differences), "same": not problems, "faults": problems})
+    else:
+        _print_endpoint_differences(differences)
+        _print_faults(problems)
+        if not problems:
+            echo("the endpoint gives the same token counts, and the answers agree")
+    return int(bool(problems))
+
+
+def _compare_checkpoints(args: argparse.Namespace) -> int:
     from internvl_chat.convert.parity import compare, comparison_dtype, faults, rounding_tolerances
     from internvl_chat.inference.devices import find_device
     from internvl_chat.model.io.folders import model_folder
@@ -77,9 +144,7 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         _print_differences(differences)
-        echo()
-        for problem in problems:
-            echo(f"differs: {problem}")
+        _print_faults(problems)
         if not problems:
             echo(
                 f"equal within {allowed.pixels:g} (pixels) and {allowed.logits:.2g} of the largest logit "
@@ -110,6 +175,23 @@ def _print_differences(differences: Sequence[Difference]) -> None:
         largest = [_largest([getattr(d, field) for d in of_set]) for field in ("pixels", "logits")]
         rows.append((name, len(of_set), *equal[:2], *largest, equal[2]))
     print_table(header, rows)
+
+
+def _print_endpoint_differences(differences: Sequence[EndpointDifference]) -> None:
+    """Print one table row per dataset."""
+    header = ("dataset", "records", "same prompt tokens", "same image tokens", "same answers")
+    rows = []
+    for name in dict.fromkeys(d.dataset for d in differences):
+        of_set = [d for d in differences if d.dataset == name]
+        fields = ("same_prompt_tokens", "same_image_tokens", "same_answer")
+        rows.append((name, len(of_set), *(sum(getattr(d, field) for d in of_set) for field in fields)))
+    print_table(header, rows)
+
+
+def _print_faults(problems: Sequence[str]) -> None:
+    echo()
+    for problem in problems:
+        echo(f"differs: {problem}")
 
 
 def _largest(values: Sequence[float | None]) -> str:
