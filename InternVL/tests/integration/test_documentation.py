@@ -26,7 +26,8 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "full_training_data/README.md", 
 CPU = "--use_cpu True --bf16 False"
 SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1 --dataloader_num_workers 0"
 
-# Not run here: quickstart and acceptance run have slow tests; the others set up or test the repository.
+# Not run here: quickstart and acceptance run have slow tests; test_serve.py runs the server; the others set
+# up or test the repository.
 ELSEWHERE = (
     "bash InternVL/internvl_chat/shell/quickstart.sh",
     "bash InternVL/internvl_chat/shell/gpu_check.sh --out work_dirs/gpu_check",
@@ -35,6 +36,9 @@ ELSEWHERE = (
     "python3 -m venv .venv && source .venv/bin/activate",
     'pip install -e ".[dev]"',
     'pip install -e ".[eval]"',
+    'pip install -e ".[ui]"',
+    "m3llm serve work_dirs/merged",
+    "m3llm parity work_dirs/merged --endpoint http://localhost:8000",
     "pre-commit install",
     "python InternVL/docs/make_flags.py",
 )
