@@ -130,10 +130,19 @@ def _bits(image: ImageFile) -> int:
     if image.format == "PPM" and isinstance(arguments, tuple) and isinstance(arguments[-1], int):
         return max(arguments[-1].bit_length(), 8)
     if image.format in ("JPEG2000", "AVIF"):
-        with Path(str(image.filename)).open("rb") as stream:
-            return _coded_bits(stream.read(_HEADER), image.format)
+        return _coded_bits(_header(image), image.format)
     found = _BIT_DEPTH.search(str(arguments))
     return int(found[1]) if found else 8
+
+
+def _header(image: ImageFile) -> bytes:
+    """Return the first bytes of an opened image's file."""
+    if image.filename:
+        with Path(str(image.filename)).open("rb") as stream:
+            return stream.read(_HEADER)
+    assert image.fp is not None  # the bytes of an upload
+    image.fp.seek(0)
+    return image.fp.read(_HEADER)
 
 
 def _coded_bits(header: bytes, image_format: str) -> int:

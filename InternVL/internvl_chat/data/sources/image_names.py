@@ -49,7 +49,7 @@ def _similar_file(path: Path) -> str | None:
     for form in ("NFC", "NFD"):
         if is_file(Path(unicodedata.normalize(form, str(path)))):
             return _other_form(path, form)
-    names = _names(os.fspath(path.parent)).get(_folded(path.name), ())
+    names = _names(os.fspath(path.absolute().parent)).get(_folded(path.name), ())
     for name in names:
         if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name):
             return _other_form(path, "NFD" if unicodedata.is_normalized("NFD", name) else "NFC")

@@ -352,7 +352,11 @@ def _open(name: str, options: ImageOptions) -> Image.Image:
     path = Path(name)
     if remote := describe_remote(name):
         raise RecordError(remote)
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not exists:
         reason = describe_missing(path)
         raise RecordError(f"the image {path} does not exist{f'; {reason}' if reason else ''}")
     info = image_info(path)

@@ -10,7 +10,7 @@ from small_sets import noise
 from internvl_chat.data.sources import uploads
 from internvl_chat.data.sources.image_content import ImageOptions
 from internvl_chat.data.sources.images import decode_image
-from internvl_chat.data.sources.uploads import MAX_IMAGES, decode_uploads
+from internvl_chat.data.sources.uploads import MAX_IMAGES, decode_uploads, upload_warnings
 from internvl_chat.utils.errors import DataError
 
 OPTIONS = ImageOptions()
@@ -61,3 +61,28 @@ def test_all_bad_images_are_reported():
 def test_number_of_images():
     with pytest.raises(DataError, match=f"{MAX_IMAGES + 1} images; at most {MAX_IMAGES} are allowed"):
         decode_uploads([b""] * (MAX_IMAGES + 1), OPTIONS)
+
+
+def test_names_in_messages():
+    with pytest.raises(DataError) as caught:
+        decode_uploads([b"", b"hello"], OPTIONS, ["Fig-0", "scan.dcm"])
+    assert "the image Fig-0 cannot be read: it is empty" in str(caught.value)
+    assert "the image scan.dcm cannot be read" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG2000", "AVIF"])
+def test_warnings(form):
+    image = Image.new("RGBA", (8, 8), (10, 20, 30, 40))
+    data = encoded(image, form)
+    assert upload_warnings(data, "a", OPTIONS) == ["a: the transparency is dropped"]
+    assert upload_warnings(data, "a", ImageOptions(background="white")) == []
+    image.putalpha(255)
+    assert upload_warnings(encoded(image, form), "a", OPTIONS) == []
+
+
+def test_warnings_about_frames():
+    buffer = io.BytesIO()
+    noise(40, 30).save(buffer, "TIFF", save_all=True, append_images=[noise(40, 30)] * 2)
+    assert upload_warnings(buffer.getvalue(), "a", OPTIONS) == [
+        "a: only the first of 3 pages or frames is used"
+    ]
