@@ -41,7 +41,14 @@ LAYERS = {
     ),
 }  # fmt: skip
 # Modules built on the libraries of the `ui` extra; other modules import them inside functions.
-WEB_APPLICATIONS = ("data.browse.", "inference.serve.", "inference.web.", "train.report.", "utils.web")
+WEB_APPLICATIONS = (
+    "data.browse.",
+    "inference.responses",
+    "inference.serve.",
+    "inference.web.",
+    "train.report.",
+    "utils.web",
+)
 MAX_MODULES = 14
 MIN_LINES = 30
 # Short modules with a single importer that are kept, and the reason.
@@ -81,6 +88,7 @@ TESTED_BY = {
     "data.synthetic.figures": "data/synthetic/test_panels.py",
     "data.synthetic.text_questions": "data/synthetic/test_questions.py",
     "eval.answering": "integration/test_benchmark.py",
+    "inference.responses": "inference/serve/test_app.py",
     "inference.tile_features": "inference/test_engine.py",
     "inference.token_losses": "eval/test_losses.py",
     "model.io.merged_checkpoint": "convert/test_merge.py",

@@ -81,6 +81,16 @@ def load_preprocessing(args: argparse.Namespace, folder: Path) -> Preprocessing:
     return preprocessing.with_options(**preprocessing_options(args))
 
 
+def model_name(given: str, folder: Path) -> str:
+    """Return the name of a model for users: the name of its folder, or its hub id.
+
+    Args:
+        given: folder or hub id on the command line.
+        folder: folder of the model.
+    """
+    return folder.resolve().name if Path(given).expanduser().is_dir() else given
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--base` and `--device`, for commands that run the model."""
     parser.add_argument("--base", help="base model of an adapter, if it has been moved since training")

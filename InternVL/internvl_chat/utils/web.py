@@ -27,6 +27,8 @@ _HEADERS = {
     "'unsafe-inline'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    # Files are revalidated, because an update of the package changes them.
+    "cache-control": "no-cache",
 }
 
 

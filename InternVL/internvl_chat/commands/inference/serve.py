@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from internvl_chat.commands.common import (
     add_model_arguments,
     add_preprocessing_arguments,
     add_server_arguments,
     load_preprocessing,
+    model_name,
     positive,
     require_packages,
 )
@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
     preprocessing = load_preprocessing(args, folder)
     engine = Engine.from_checkpoint(folder, device=args.device, base=args.base, preprocessing=preprocessing)
     key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    is_folder = Path(args.model).expanduser().is_dir()
-    name = args.served_model_name or (folder.resolve().name if is_folder else args.model)
+    name = args.served_model_name or model_name(args.model, folder)
     logger.info("model name in requests: %s", name)
     with Scheduler(engine, max_queue=args.max_queue) as scheduler:
         app = create_app(scheduler, name, key)

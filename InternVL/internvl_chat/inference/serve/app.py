@@ -10,17 +10,17 @@ from typing import Any
 
 import anyio
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from internvl_chat.data.sources.uploads import MAX_BYTES
-from internvl_chat.inference.scheduler import Completion, QueueFullError, Scheduler, SchedulerStoppedError
+from internvl_chat.inference.responses import AnswerStream, status_of
+from internvl_chat.inference.scheduler import Completion, Scheduler
 from internvl_chat.inference.serve.prompt import to_prompt
 from internvl_chat.inference.serve.schema import ChatRequest, describe_errors
-from internvl_chat.utils.errors import DataError, M3LLMError
+from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.web import RequestGuard
 
 # Requests whose images are decoded at the same time; limits the memory of decoded images.
@@ -87,7 +87,7 @@ class _ChatServer:
         reply = _Reply(self.model_name, completion)
         if chat.stream:
             include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-            return _EventStream(reply, include_usage)
+            return AnswerStream(completion, reply.events(include_usage), "text/event-stream")
         watcher = asyncio.create_task(_cancel_on_disconnect(request, completion))
         try:
             return JSONResponse(await reply.complete())
@@ -171,7 +171,7 @@ class _Reply:
             async for piece in self.completion:
                 yield self._chunk({"content": piece}, **unknown)
         except M3LLMError as error:
-            yield _event({"error": ApiError(_status(error), str(error)).error})
+            yield _event({"error": ApiError(status_of(error), str(error)).error})
             return
         yield self._chunk({}, self.completion.finish_reason, **unknown)
         if include_usage:
@@ -193,20 +193,6 @@ class _Reply:
         }
 
 
-class _EventStream(StreamingResponse):
-    """Streamed response; an abandoned one cancels the answer, even if it never began."""
-
-    def __init__(self, reply: _Reply, include_usage: bool) -> None:
-        super().__init__(reply.events(include_usage), media_type="text/event-stream")
-        self.completion = reply.completion
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.completion.cancel()
-
-
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
@@ -215,12 +201,6 @@ async def _cancel_on_disconnect(request: Request, completion: Completion) -> Non
     while (await request.receive())["type"] != "http.disconnect":
         pass
     completion.cancel()
-
-
-def _status(error: M3LLMError) -> int:
-    if isinstance(error, QueueFullError | SchedulerStoppedError):
-        return 503
-    return 400 if isinstance(error, DataError) else 500
 
 
 def _response(error: ApiError) -> Response:
@@ -240,7 +220,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_own_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, M3LLMError)
-    return _response(ApiError(_status(error), str(error)))
+    return _response(ApiError(status_of(error), str(error)))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
