@@ -42,6 +42,7 @@ LAYERS = {
 }  # fmt: skip
 # Modules built on the libraries of the `ui` extra; other modules import them inside functions.
 WEB_APPLICATIONS = (
+    "commands.inference.line_editor",
     "data.browse.",
     "inference.responses",
     "inference.serve.",

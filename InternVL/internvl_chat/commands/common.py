@@ -17,6 +17,7 @@ _PREPROCESSING = ("image_background", "exif_transpose", "escape_control_tokens")
 if TYPE_CHECKING:
     from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.record_set import RecordSet
+    from internvl_chat.inference.sampling import Sampling
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -95,6 +96,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--base` and `--device`, for commands that run the model."""
     parser.add_argument("--base", help="base model of an adapter, if it has been moved since training")
     parser.add_argument("--device", help="cpu, cuda:0, or auto for all GPUs (default: GPU if available)")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--system` and the options of generated answers."""
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="system prompt (default: from the checkpoint)")
+    add("--max_new_tokens", type=positive, metavar="N", default=512,
+        help="maximum tokens per answer (default: 512)")  # fmt: skip
+    add("--temperature", type=float, default=0.0,
+        help="sampling temperature, for example 0.7; 0 is greedy decoding (default: 0)")  # fmt: skip
+    add("--top_p", type=float, help="probability mass of nucleus sampling (default: 1)")
+    add("--seed", type=int, help="seed for reproducible sampling")
+
+
+def sampling_options(args: argparse.Namespace) -> Sampling | None:
+    """Return the sampling options of `add_generation_arguments`, or None for greedy decoding.
+
+    Raises:
+        UsageError: the options are invalid.
+    """
+    from internvl_chat.inference.sampling import Sampling
+    from internvl_chat.utils.errors import UsageError
+
+    if args.temperature:
+        return Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
+    if args.top_p is not None or args.seed is not None:
+        raise UsageError("--top_p and --seed require --temperature; without it, decoding is greedy")
+    return None
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:

@@ -16,11 +16,11 @@ from internvl_chat.constants import IM_END, IMAGE_PLACEHOLDER
 from internvl_chat.data.encode.encoder import EncodedConversation, RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.data.encode.tokenizer import decode_answer, image_context_id, load_tokenizer, token_id
-from internvl_chat.data.sources.dialects import misplaced_image
 from internvl_chat.data.sources.image_content import orientation, turned_size
 from internvl_chat.data.sources.images import open_images
 from internvl_chat.data.sources.record_warnings import question_warnings
 from internvl_chat.data.sources.records import Message, Record, RecordError
+from internvl_chat.inference.conversation import place_images
 from internvl_chat.inference.decoding import Decoder
 from internvl_chat.inference.devices import AUTO, default_dtype, find_device, place
 from internvl_chat.inference.sampling import Sampling
@@ -84,13 +84,9 @@ def ask(question: str, images: Sequence[Image.Image] = (), system: str | None = 
     Raises:
         DataError: the question contains only placeholders of another framework, such as `<image 1>`.
     """
-    if problem := misplaced_image({}, (), (), question):
-        raise DataError(f"{problem}; use {IMAGE_PLACEHOLDER} instead, once per image")
-    if images and IMAGE_PLACEHOLDER not in question:
-        labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
-        question = "".join(f"{label}{IMAGE_PLACEHOLDER}\n" for label in labels) + question
+    labels = [""] if len(images) == 1 else [f"Fig-{i}: " for i in range(len(images))]
     messages = () if system is None else (Message("system", system),)
-    return Prompt((*messages, Message("user", question)), tuple(images))
+    return Prompt((*messages, Message("user", place_images(question, labels))), tuple(images))
 
 
 def last_question(record: Record, images: Sequence[Image.Image]) -> tuple[Prompt, str]:

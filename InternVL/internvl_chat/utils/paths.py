@@ -13,3 +13,12 @@ REPOSITORY = _ROOT if (_ROOT / "pyproject.toml").is_file() else Path.cwd()
 def data_root() -> Path:
     """Return the default base folder for relative paths in meta files: `$DATA_ROOT`, or the repository."""
     return Path(os.environ.get("DATA_ROOT") or REPOSITORY).expanduser()
+
+
+def state_folder() -> Path:
+    """Return the folder for state of this program: `$XDG_STATE_HOME/m3llm`, or `~/.local/state/m3llm`.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "m3llm"

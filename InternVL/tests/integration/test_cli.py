@@ -21,6 +21,7 @@ COMMANDS = [
     "loss",
     "eval",
     "generate",
+    "chat",
     "serve",
     "merge",
     "export",

@@ -1,8 +1,6 @@
 """`m3llm generate`: one question, conversations, sampling and user errors."""
 
-import io
 import json
-import sys
 
 import pytest
 from PIL import Image
@@ -44,12 +42,6 @@ def answers(engine, questions, images=(), **options):
     return result
 
 
-def typed(monkeypatch, text, *, terminal=False):
-    stream = io.StringIO(text)
-    stream.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stdin", stream)
-
-
 def test_one_answer(generate, engine, figures):
     images = [Image.open(figure).convert("RGB") for figure in figures]
     argv = [flag for figure in figures for flag in ("--image", figure)]
@@ -78,24 +70,6 @@ def test_conversation_with_a_system_text(generate, engine, figures):
     assert expected[1] != answers(engine, ["Why?"], images, system=SYSTEM)[0]
 
 
-def test_questions_from_a_file(generate, engine, monkeypatch):
-    typed(monkeypatch, "Why?\nAnd then?\n\nNot asked.\n")
-    code, written = generate("--chat", "--json", "What?")
-    rows = [json.loads(line) for line in written.out.splitlines()]
-    assert code == 0 and written.err.count("> ") == 0
-    assert [row["question"] for row in rows] == ["What?", "Why?", "And then?"]
-    assert [row["answer"] for row in rows] == answers(engine, ["What?", "Why?", "And then?"])
-
-
-def test_a_conversation_on_a_terminal(generate, engine, monkeypatch):
-    typed(monkeypatch, "What?\nWhy?\n", terminal=True)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    code, written = generate("--chat")
-    assert code == 0
-    assert written.out == "".join(f"{answer}\n" for answer in answers(engine, ["What?", "Why?"]))
-    assert written.err.endswith("> > > ")
-
-
 def test_sampled_answers(generate, engine):
     code, written = generate("What?", "--temperature", 1.5, "--top_p", 0.9, "--seed", 4)
     expected = answers(engine, ["What?"], sampling=Sampling(1.5, 0.9, 4))
@@ -105,7 +79,8 @@ def test_sampled_answers(generate, engine):
 @pytest.mark.parametrize(
     ("argv", "code", "messages"),
     [
-        ([], 2, ["no question"]),
+        ([], 2, ["the following arguments are required: question"]),
+        ([" "], 2, ["empty question"]),
         (["What?", "--seed", "1"], 2, ["--top_p and --seed require --temperature"]),
         (["What?", "--temperature", "-1", "--top_p", "3"], 2, ["temperature -1.0 must", "top_p 3.0 must"]),
         (["What?", "--device", "gpu"], 2, ["--device gpu: unknown"]),

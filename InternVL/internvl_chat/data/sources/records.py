@@ -144,7 +144,7 @@ def _system_field(raw: Mapping[str, Any], messages: Sequence[Message]) -> tuple[
             "the 'system' field differs from the conversation's system message; remove one of them",
             kind="role",
         )
-    _check_text(text, "'system'")
+    check_text(text, "'system'")
     return (Message("system", text),)
 
 
@@ -194,12 +194,20 @@ def _parse_message(entry: Any, number: int, role_key: str, text_key: str) -> Mes
         text = _join_parts(text, number)
     if not isinstance(text, str):
         raise RecordError(f"message {number}: {text_key!r} must be text, found {type(text).__name__}")
-    _check_text(text, f"message {number}")
+    check_text(text, f"message {number}")
     return Message(_ROLES[role], text, is_supervised(entry) if _ROLES[role] == "assistant" else True)
 
 
-def _check_text(text: str, where: str) -> None:
-    """Reject text that is not valid Unicode or contains the reserved image token."""
+def check_text(text: str, where: str) -> None:
+    """Check that text is valid Unicode and does not contain the reserved image token.
+
+    Args:
+        text: text of a message.
+        where: name of the text in the error message.
+
+    Raises:
+        RecordError: the text is unusable.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
