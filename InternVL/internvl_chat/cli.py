@@ -16,7 +16,7 @@ from internvl_chat import __version__
 from internvl_chat.commands import doctor, export, merge, parity, tiny_model
 from internvl_chat.commands import eval as evaluate
 from internvl_chat.commands.data import check, inspect, sample_data
-from internvl_chat.commands.inference import chat, generate, loss, serve
+from internvl_chat.commands.inference import chat, generate, loss, serve, web
 from internvl_chat.train.flag_help import add_flags
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.logging import configure_logging
@@ -36,6 +36,8 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"'),
     ("chat", chat, "Ask about images in a conversation on the terminal.",
      "m3llm chat work_dirs/run --image figure.jpg"),
+    ("web", web, "Ask one or two models about figures on a web page.",
+     "m3llm web work_dirs/merged"),
     ("serve", serve, "Serve a model through an OpenAI-compatible API.",
      "m3llm serve work_dirs/merged --port 8000"),
     ("merge", merge, "Merge LoRA adapters into their base model and write a standalone checkpoint.",

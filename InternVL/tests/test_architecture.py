@@ -92,6 +92,8 @@ TESTED_BY = {
     "inference.responses": "inference/serve/test_app.py",
     "inference.tile_features": "inference/test_engine.py",
     "inference.token_losses": "eval/test_losses.py",
+    "inference.web.archive": "inference/web/test_app.py",
+    "inference.web.schema": "inference/web/test_app.py",
     "model.io.merged_checkpoint": "convert/test_merge.py",
     "model.kernels.cpu.blocked_attention": "model/test_attention.py",
     "train.checkpoint": "train/checkpoint/test_saver.py",

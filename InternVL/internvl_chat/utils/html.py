@@ -72,9 +72,13 @@ def html_image(content: bytes, kind: str, description: str) -> str:
         kind: `png` or `jpeg`.
         description: alternative text.
     """
-    data = base64.b64encode(content).decode("ascii")
     alt = html.escape(description, quote=True)
-    return f"<img alt='{alt}' title='{alt}' src='data:image/{kind};base64,{data}'>"
+    return f"<img alt='{alt}' title='{alt}' src='{image_data_url(content, kind)}'>"
+
+
+def image_data_url(content: bytes, kind: str) -> str:
+    """Return an image file as a data URL; see `html_image`."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def jpeg_thumbnail(image: "Image", pixels: int) -> bytes:

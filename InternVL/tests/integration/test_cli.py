@@ -22,6 +22,7 @@ COMMANDS = [
     "eval",
     "generate",
     "chat",
+    "web",
     "serve",
     "merge",
     "export",

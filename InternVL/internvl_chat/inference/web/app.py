@@ -1,0 +1,214 @@
+"""Web demo: a page that asks one or two models about uploaded figures.
+
+The state of a conversation is in the page. The server keeps nothing but the answers in progress, and reads no
+files and no URLs named in a request.
+"""
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import anyio
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from internvl_chat.data.encode.tiling import Grid, tiles_per_image
+from internvl_chat.data.sources.problems import printable_message
+from internvl_chat.data.sources.record_warnings import question_warnings
+from internvl_chat.data.sources.uploads import MAX_BYTES, MAX_IMAGES, decode_uploads, upload_warnings
+from internvl_chat.inference.responses import AnswerStream, status_of
+from internvl_chat.inference.scheduler import MAX_NEW_TOKENS, Completion, Scheduler
+from internvl_chat.inference.web.archive import export
+from internvl_chat.inference.web.examples import EXAMPLES, example_image
+from internvl_chat.inference.web.schema import (
+    MAX_TEMPERATURE,
+    AnswerRequest,
+    ExportRequest,
+    PlanRequest,
+    parse,
+)
+from internvl_chat.utils.errors import DataError, M3LLMError
+from internvl_chat.utils.html import STYLE, image_data_url, jpeg_thumbnail
+from internvl_chat.utils.web import RequestGuard, templates
+
+PACKAGE = "internvl_chat.inference.web"
+# Requests whose images are decoded at the same time; limits the memory of decoded images.
+_PREPARED_AT_ONCE = 4
+_PREVIEW_PIXELS = 1024
+# Images are sent in base64, which takes 4 bytes for 3; the rest is for the text.
+_MAX_IMAGE_BYTES = (MAX_BYTES - (1 << 20)) // 4 * 3
+_CLIENT_CLOSED = 499
+
+
+def create_app(models: Mapping[str, Scheduler]) -> FastAPI:
+    """Return the web application.
+
+    Args:
+        models: name and scheduler of each model.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(RequestGuard, max_bytes=MAX_BYTES)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(M3LLMError, _on_own_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_bug)
+    app.mount("/static", StaticFiles(directory=str(files(PACKAGE) / "static")), name="static")
+    demo = _Demo(models)
+    app.add_api_route("/", demo.page, response_class=HTMLResponse)
+    app.add_api_route("/api/image", demo.image, methods=["POST"], response_model=None)
+    app.add_api_route("/api/plan", demo.plan, methods=["POST"], response_model=None)
+    app.add_api_route("/api/answer", demo.answer, methods=["POST"], response_model=None)
+    app.add_api_route("/api/export", demo.export, methods=["POST"], response_model=None)
+    app.add_api_route("/examples/{number:int}/{index:int}", demo.example, response_model=None)
+    return app
+
+
+class _Demo:
+    """Handlers of the requests."""
+
+    def __init__(self, models: Mapping[str, Scheduler]) -> None:
+        self.names, self.schedulers = list(models), list(models.values())
+        self._preparing = anyio.CapacityLimiter(_PREPARED_AT_ONCE)
+        # Images are shown as the first model sees them.
+        self._options = self.schedulers[0].engine.encoder.preprocessing.image_options
+        self._page = (
+            templates(PACKAGE)
+            .get_template("demo.html")
+            .render(
+                style=STYLE,
+                config=self._config(),
+                models=self.names,
+                examples=EXAMPLES,
+                max_new_tokens=MAX_NEW_TOKENS,
+                max_temperature=MAX_TEMPERATURE,
+            )
+        )
+
+    def _config(self) -> dict[str, Any]:
+        options = [scheduler.engine.encoder.preprocessing for scheduler in self.schedulers]
+        return {
+            "models": self.names,
+            "tokensPerTile": [each.tokens_per_tile for each in options],
+            "maxImages": MAX_IMAGES,
+            "maxBytes": _MAX_IMAGE_BYTES,
+        }
+
+    async def page(self) -> HTMLResponse:
+        """Return the page."""
+        return HTMLResponse(self._page)
+
+    async def image(self, request: Request, name: str = "") -> Response:
+        """Check an uploaded image and return its size, a preview and warnings."""
+        data = await request.body()
+        shown = printable_message(name)[:100] or "(unnamed)"
+        described = await anyio.to_thread.run_sync(self._describe, data, shown, limiter=self._preparing)
+        return JSONResponse(described)
+
+    def _describe(self, data: bytes, name: str) -> dict[str, Any]:
+        [image] = decode_uploads([data], self._options, [name])
+        width, height = image.size
+        preview = image_data_url(jpeg_thumbnail(image, _PREVIEW_PIXELS), "jpeg")
+        warnings = upload_warnings(data, name, self._options)
+        return {"width": width, "height": height, "preview": preview, "warnings": warnings}
+
+    async def plan(self, request: Request) -> Response:
+        """Return the tile grids of images by each model."""
+        sizes = parse(PlanRequest, await request.body()).sizes
+        return JSONResponse([_plan(scheduler, sizes) for scheduler in self.schedulers])
+
+    async def answer(self, request: Request) -> Response:
+        """Stream a model's answer to the last question as JSON lines."""
+        body = await request.body()
+        completion, warnings = await anyio.to_thread.run_sync(self._submit, body, limiter=self._preparing)
+        return AnswerStream(completion, _lines(completion, warnings), "application/x-ndjson")
+
+    def _submit(self, body: bytes) -> tuple[Completion, list[str]]:
+        """Decode the images of a request and queue its prompt; runs in a thread."""
+        asked = parse(AnswerRequest, body)
+        if asked.model >= len(self.schedulers):
+            raise DataError(f"there is no model {asked.model}")
+        scheduler = self.schedulers[asked.model]
+        scheduler.check_open()
+        preprocessing = scheduler.engine.encoder.preprocessing
+        prompt = asked.prompt(preprocessing.image_options)
+        completion = scheduler.submit(prompt, max_new_tokens=asked.max_new_tokens, sampling=asked.sampling)
+        escaped = preprocessing.escape_control_tokens
+        return completion, list(question_warnings(asked.questions[-1].text, escaped=escaped))
+
+    async def export(self, request: Request) -> Response:
+        """Return the conversation as a zip file."""
+        body = await request.body()
+        content = await anyio.to_thread.run_sync(
+            lambda: export(parse(ExportRequest, body), self.names), limiter=self._preparing
+        )
+        disposition = 'attachment; filename="conversation.zip"'
+        return Response(content, media_type="application/zip", headers={"content-disposition": disposition})
+
+    def example(self, number: int, index: int) -> Response:
+        """Return an image of an example."""
+        if not (number < len(EXAMPLES) and index < EXAMPLES[number].num_images):
+            raise HTTPException(404, "there is no such example")
+        return Response(example_image(number, index), media_type="image/jpeg")
+
+
+def _plan(scheduler: Scheduler, sizes: list[tuple[int, int]]) -> list[list[int]]:
+    """Return the tile grid of each image.
+
+    A conversation that is too long gets fewer tiles, which are reported with its answer.
+    """
+    encoder = scheduler.engine.encoder
+    max_tiles = tiles_per_image(encoder.preprocessing.max_dynamic_patch, max(len(sizes), 1))
+    return _as_lists([encoder.plan_grid(size, max_tiles) for size in sizes])
+
+
+def _as_lists(grids: Sequence[Grid]) -> list[list[int]]:
+    return [[grid.columns, grid.rows, int(grid.thumbnail)] for grid in grids]
+
+
+async def _lines(completion: Completion, warnings: list[str]) -> AsyncIterator[str]:
+    encoded = completion.encoded
+    yield _line(
+        promptTokens=completion.prompt_tokens,
+        imageTokens=completion.image_tokens,
+        grids=_as_lists(encoded.grids),
+        tilesLost=encoded.tiles_lost,
+        warnings=warnings,
+    )
+    try:
+        async for piece in completion:
+            yield _line(text=piece, answerTokens=completion.completion_tokens)
+    except M3LLMError as error:
+        yield _line(error=str(error))
+        return
+    yield _line(finishReason=completion.finish_reason, answerTokens=completion.completion_tokens)
+
+
+def _line(**content: Any) -> str:
+    return json.dumps(content) + "\n"
+
+
+def _error(message: str, status: int) -> Response:
+    headers = {"retry-after": "1"} if status == 503 else None
+    return JSONResponse({"error": {"message": message}}, status, headers)
+
+
+async def _on_own_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, M3LLMError)
+    return _error(str(error), status_of(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(f"{error.detail}: {request.method} {request.url.path}", error.status_code)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return _error("internal error; see the log of the server", 500)

@@ -1,0 +1,191 @@
+// Questions and streamed answers, one column per model.
+
+import { sentence, streamAnswer } from "./api.js";
+import { announce, button, byId, count, element } from "./elements.js";
+import { countTiles } from "./figures.js";
+
+const WAITING = "Reading the conversation …";
+const ENDINGS = { length: "cut off at the longest answer", stopped: "stopped" };
+
+// Change a part of the page, and keep its end in view unless the user has scrolled away from it.
+function keepingInView(node, change) {
+  const visible = node.getBoundingClientRect().bottom <= innerHeight;
+  change();
+  if (visible) node.scrollIntoView({ block: "end" });
+}
+
+// One model's answer to a question.
+class Answer {
+  #shown = element("p", { class: "text" });
+  #notes = element("div");
+  #footer = element("footer", {}, WAITING);
+  text = "";
+  complete = false; // whether it can be part of the conversation
+
+  constructor(model) {
+    this.node = element("article", { class: "answer", "aria-busy": "true" },
+      element("h3", {}, model), this.#shown, this.#notes, this.#footer);
+  }
+
+  // Stream the answer. `onGrids` receives the tile grids that the model uses.
+  async run(request, signal, onGrids) {
+    let usage = {};
+    try {
+      for await (const part of streamAnswer(request, signal)) {
+        if (part.error) throw new Error(sentence(part.error));
+        usage = { ...usage, ...part };
+        keepingInView(this.node, () => {
+          this.#receive(part, onGrids);
+          this.#showUsage(usage);
+        });
+      }
+      if (!usage.finishReason) throw new Error("The answer ended early. Ask again.");
+      this.complete = true;
+      if (!this.text) this.#shown.textContent = "(empty answer)";
+    } catch (error) {
+      const stopped = error.name === "AbortError";
+      this.complete = stopped && this.text !== "";
+      usage.finishReason = "stopped";
+      if (!stopped) this.#note(error.message, { class: "error", role: "alert" });
+    }
+    this.node.setAttribute("aria-busy", "false");
+    this.#showUsage(usage);
+  }
+
+  #receive(part, onGrids) {
+    if (part.grids) {
+      onGrids(part.grids);
+      part.warnings.forEach((text) => this.#note(sentence(text), { class: "warning" }));
+    }
+    if (part.tilesLost) {
+      const tiles = count(part.tilesLost, "tile");
+      this.#note(`The figures have ${tiles} fewer, because the conversation is long.`, { class: "warning" });
+    }
+    if (part.text) {
+      this.text += part.text;
+      this.#shown.append(part.text);
+    }
+  }
+
+  #note(text, attributes) {
+    this.#notes.append(element("p", attributes, text));
+  }
+
+  #showUsage({ promptTokens, imageTokens, answerTokens = 0, grids, finishReason }) {
+    const parts = [];
+    if (grids) {
+      const images = imageTokens ? ` (${count(imageTokens, "image token")}, ${count(countTiles(grids), "tile")})` : "";
+      parts.push(`prompt: ${count(promptTokens, "token")}${images}`, `answer: ${count(answerTokens, "token")}`);
+    }
+    if (ENDINGS[finishReason]) parts.push(ENDINGS[finishReason]);
+    if (!finishReason && !this.text) parts.unshift(WAITING);
+    this.#footer.replaceChildren(...parts.flatMap((part, i) => [i ? " · " : "", element("span", {}, part)]));
+  }
+}
+
+export class Turns {
+  // Each item: text, figures (those added with the question), answers (one per model), node.
+  #items = [];
+  #models;
+  #figures;
+  #settings;
+  #onChange;
+  #running = null; // AbortController of the answers in progress
+
+  // `settings` returns the current settings of the page.
+  constructor(models, figures, settings, onChange) {
+    [this.#models, this.#figures, this.#settings, this.#onChange] = [models, figures, settings, onChange];
+  }
+
+  get running() { return this.#running !== null; }
+  get empty() { return this.#items.length === 0; }
+  // Whether each question has an answer of each model.
+  get complete() { return this.#items.every(({ answers }) => answers.every((answer) => answer.complete)); }
+
+  ask(text) {
+    const turn = { text, figures: this.#figures.unsent, answers: [], node: element("section", { class: "turn" }) };
+    this.#items.push(turn);
+    byId("turns").append(turn.node);
+    this.#figures.mark(turn.figures, true);
+    return this.#answer(turn);
+  }
+
+  stop() {
+    this.#running?.abort();
+  }
+
+  clear() {
+    this.stop();
+    this.#running = null;
+    this.#items = [];
+    byId("turns").replaceChildren();
+    this.#onChange();
+  }
+
+  // The conversation in the form that the server expects, without the answers.
+  content() {
+    return {
+      system: this.#settings().system,
+      questions: this.#items.map((turn) => ({ text: turn.text, images: turn.figures.length })),
+      images: this.#figures.sent.map((figure) => figure.data),
+    };
+  }
+
+  // The answers of each model to the first questions.
+  answers(end = this.#items.length) {
+    return this.#models.map((_, model) => this.#items.slice(0, end).map((turn) => turn.answers[model].text));
+  }
+
+  async #answer(turn) {
+    const stopper = new AbortController();
+    this.#running = stopper;
+    turn.answers = this.#models.map((model) => new Answer(model));
+    this.#show(turn);
+    this.#onChange();
+    announce("Answering");
+    const content = { ...this.content(), ...this.#settings() };
+    const earlier = this.answers(this.#items.length - 1);
+    await Promise.all(turn.answers.map((answer, model) => {
+      const request = { ...content, model, answers: earlier[model] };
+      return answer.run(request, stopper.signal, (grids) => {
+        if (this.#running === stopper) this.#figures.use(model, grids);
+      });
+    }));
+    if (this.#running !== stopper) return; // a new conversation has begun
+    this.#running = null;
+    keepingInView(turn.node, () => this.#showActions(turn));
+    announce("Answered");
+    this.#onChange();
+  }
+
+  #show(turn) {
+    document.querySelector(".actions")?.remove();
+    const first = this.#figures.all.indexOf(turn.figures[0]);
+    const pictures = turn.figures.map((figure, i) => element("figure", {},
+      element("img", { src: figure.preview, alt: "" }), element("figcaption", {}, `Fig-${first + i}`)));
+    turn.node.replaceChildren(
+      element("div", { class: "question" },
+        ...(pictures.length ? [element("div", { class: "pictures" }, ...pictures)] : []),
+        element("p", { class: "text" }, turn.text)),
+      element("div", { class: "answers" }, ...turn.answers.map((answer) => answer.node)));
+    turn.node.scrollIntoView({ block: "end" });
+  }
+
+  // Only the last question can be asked again or changed.
+  #showActions(turn) {
+    turn.node.append(element("div", { class: "actions" },
+      button("Ask again", () => this.#answer(turn)),
+      button("Change the question", () => this.#withdraw(turn))));
+  }
+
+  #withdraw(turn) {
+    this.#items.pop();
+    turn.node.remove();
+    this.#figures.mark(turn.figures, false);
+    const typed = byId("question").value;
+    byId("question").value = typed ? `${turn.text}\n${typed}` : turn.text;
+    byId("question").focus();
+    if (!this.empty) this.#showActions(this.#items.at(-1));
+    this.#onChange();
+  }
+}
