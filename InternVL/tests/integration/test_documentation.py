@@ -26,8 +26,8 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "full_training_data/README.md", 
 CPU = "--use_cpu True --bf16 False"
 SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1 --dataloader_num_workers 0"
 
-# Not run here: quickstart and acceptance run have slow tests; test_serve.py runs the server; the others set
-# up or test the repository.
+# Not run here: quickstart and acceptance run have slow tests; test_serve.py and test_web.py run the servers;
+# the others set up or test the repository.
 ELSEWHERE = (
     "bash InternVL/internvl_chat/shell/quickstart.sh",
     "bash InternVL/internvl_chat/shell/gpu_check.sh --out work_dirs/gpu_check",
@@ -38,6 +38,8 @@ ELSEWHERE = (
     'pip install -e ".[eval]"',
     'pip install -e ".[ui]"',
     "m3llm serve work_dirs/merged",
+    "m3llm web work_dirs/run",
+    "m3llm web work_dirs/run work_dirs/merged",
     "m3llm parity work_dirs/merged --endpoint http://localhost:8000",
     "pre-commit install",
     "python InternVL/docs/make_flags.py",
@@ -138,7 +140,7 @@ STAND_INS = (
     (r"^(m3llm (?:merge|export) [^&]*?)(\S+)$", r"\1{out}/made"),
     (r"--out \S+", "--out {out}/eval"),
     (r"--predictions \S+", "--predictions {stage}/answers.jsonl"),
-    (r"(.*m3llm generate .*|.*--bench .* --model .*)", r"\1 --max_new_tokens 4"),
+    (r"(.*m3llm (?:generate|chat) .*|.*--bench .* --model .*)", r"\1 --max_new_tokens 4"),
     # test_benchmark.py evaluates on two ranks.
     (r"torchrun --nproc_per_node 2 -m internvl_chat\.cli", "m3llm"),
 )
@@ -150,7 +152,7 @@ ALONE = re.compile(r"(?:export \S+ && )*m3llm [^|>]*")
 
 def run_here(command: str, monkeypatch) -> None:
     """Run a command of `m3llm` alone in this process, which has imported everything already."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))  # for --chat
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))  # for m3llm chat
     for part in command.split(" && "):
         program, *words = shlex.split(part)
         if program == "export":
