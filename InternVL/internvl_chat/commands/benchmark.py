@@ -260,7 +260,8 @@ def _report(
     model = source.name or str(source)
     writes = args.out and not (args.model and _has_more_items(args.out, scores))
     if writes:
-        write_report(args.out, benchmark, answers, scores, model=model, protocol=protocol)
+        shown = partial(progress, unit="image")
+        write_report(args.out, benchmark, answers, scores, model=model, protocol=protocol, progress=shown)
     elif args.out:
         logger.warning(
             "%s: the report covers more items and is kept; run the command without --limit and --tasks to "

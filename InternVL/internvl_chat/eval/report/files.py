@@ -1,10 +1,10 @@
 """Write the files of an evaluation report: metrics, table, plots, data and HTML page."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from internvl_chat.constants import STANDARD_PROTOCOL
-from internvl_chat.eval.benchmarks.item import Benchmark, Key
+from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Key
 from internvl_chat.eval.report.items import build_evaluation
 from internvl_chat.eval.report.page import evaluation_page
 from internvl_chat.eval.report.plots import plot_bars, plot_radar
@@ -23,6 +23,7 @@ def write_report(
     *,
     model: str,
     protocol: str = STANDARD_PROTOCOL,
+    progress: Callable[[Sequence[Figure]], Iterable[Figure]] = iter,
 ) -> None:
     """Write `metrics.json`, `table.md`, the plots, `report.json` and `report.html`; overwrite existing files.
 
@@ -35,6 +36,7 @@ def write_report(
         scores: scores of the items and tasks.
         model: model name.
         protocol: how the model was asked, in words.
+        progress: wraps the images of the items in a progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
     more = {} if protocol == STANDARD_PROTOCOL else {"protocol": protocol}
@@ -50,6 +52,8 @@ def write_report(
         plots = {"metrics as a radar plot": radar, **plots}
     else:
         radar.unlink(missing_ok=True)
-    evaluation, images = build_evaluation(benchmark, answers, scores, model=model, protocol=protocol)
+    evaluation, images = build_evaluation(
+        benchmark, answers, scores, model=model, protocol=protocol, progress=progress
+    )
     write_text(folder / DATA, evaluation.to_json())
     write_text(folder / PAGE, evaluation_page(evaluation, images, scores, plots))

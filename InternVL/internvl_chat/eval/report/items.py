@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -86,11 +86,26 @@ class Evaluation:
 
 
 def build_evaluation(
-    benchmark: Benchmark, answers: Mapping[Key, str], scores: Scores, *, model: str, protocol: str
+    benchmark: Benchmark,
+    answers: Mapping[Key, str],
+    scores: Scores,
+    *,
+    model: str,
+    protocol: str,
+    progress: Callable[[Sequence[Figure]], Iterable[Figure]] = iter,
 ) -> tuple[Evaluation, dict[str, str]]:
-    """Return an evaluation as data, and its images (id -> data URL), each of which is embedded once."""
+    """Return an evaluation as data, and its images (id -> data URL), each of which is embedded once.
+
+    Args:
+        benchmark: benchmark restricted to the answered items.
+        answers: item -> answer.
+        scores: scores of the items.
+        model: model name.
+        protocol: how the model was asked, in words.
+        progress: wraps the images in a progress bar.
+    """
     figures = {figure.path or figure.content: figure for item in benchmark.items for figure in item.figures}
-    thumbnails = zip(figures, _thumbnails(list(figures.values())), strict=True)
+    thumbnails = zip(figures, _thumbnails(list(figures.values()), progress), strict=True)
     urls = {source: (f"i{number}", url) for number, (source, url) in enumerate(thumbnails) if url}
     ids = {source: name for source, (name, _) in urls.items()}
     items = [_report_item(item, answers[item.key], scores.items[item.key], ids) for item in benchmark.items]
@@ -119,7 +134,9 @@ def _option(item: Item, letter: str | None) -> str:
     return f"{letter}. {item.choices[ascii_uppercase.index(letter)]}" if letter else ""
 
 
-def _thumbnails(figures: Sequence[Figure]) -> Iterable[str | None]:
+def _thumbnails(
+    figures: Sequence[Figure], progress: Callable[[Sequence[Figure]], Iterable[Figure]]
+) -> list[str | None]:
     """Return a data URL per figure; None if it cannot be decoded, because scoring needs no images."""
     pixels = next((side for count, side in _PIXELS.items() if len(figures) <= count), _FEWEST_PIXELS)
 
@@ -131,7 +148,8 @@ def _thumbnails(figures: Sequence[Figure]) -> Iterable[str | None]:
         return f"data:image/jpeg;base64,{base64.b64encode(content).decode('ascii')}"
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(encode, figures))
+        urls = pool.map(encode, figures)
+        return [next(urls) for _ in progress(figures)]
 
 
 def items_page(
