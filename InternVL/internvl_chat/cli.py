@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from internvl_chat import __version__
-from internvl_chat.commands import doctor, export, merge, parity, tiny_model
+from internvl_chat.commands import compare, doctor, export, merge, parity, tiny_model
 from internvl_chat.commands import eval as evaluate
 from internvl_chat.commands.data import check, inspect, sample_data
 from internvl_chat.commands.inference import chat, generate, loss, serve, web
@@ -31,7 +31,10 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json"),
     ("eval", evaluate, "Evaluate on PMC-MI-Bench or another benchmark, or with exact match on a meta file.",
      "m3llm eval --bench pmc-mi --data PMC-MI-Bench --model work_dirs/run --out work_dirs/eval\n"
-     "         m3llm eval held_out.json --model work_dirs/run"),
+     "         m3llm eval held_out.json --model work_dirs/run\n"
+     "         m3llm eval compare work_dirs/eval-base work_dirs/eval  (see m3llm eval compare --help)"),
+    ("eval compare", compare, "Compare the evaluations of several models with significance tests.",
+     "m3llm eval compare work_dirs/eval-base work_dirs/eval --out work_dirs/compare"),
     ("generate", generate, "Answer questions about one or more images.",
      'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"'),
     ("chat", chat, "Ask about images in a conversation on the terminal.",
@@ -55,6 +58,9 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm tiny-model work_dirs/tiny --text work_dirs/sample/train"),
 )  # fmt: skip
 
+# Two words where the first is a command as well; parsed as one word.
+_OF_A_COMMAND = ("eval compare",)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all subcommands."""
@@ -66,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"m3llm {__version__}")
     groups = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for words, module, summary, example in _COMMANDS:
-        group, _, name = words.rpartition(" ")
+        group, _, name = ("", "", words) if words in _OF_A_COMMAND else words.rpartition(" ")
         if group not in groups:
             group_parser = groups[""].add_parser(group, help="Check or inspect the training data.")
             groups[group] = group_parser.add_subparsers(required=True, metavar="COMMAND")
@@ -88,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     tokens = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(tokens[:2]) in _OF_A_COMMAND:
+        tokens = [" ".join(tokens[:2]), *tokens[2:]]
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell during completion
         import argcomplete

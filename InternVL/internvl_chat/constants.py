@@ -60,5 +60,8 @@ SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 LOSS_REDUCTIONS = ("sample", "token", "square")
 
+# How the questions of a benchmark are asked, see eval/protocol.py.
+STANDARD_PROTOCOL, PUBLISHED_PROTOCOL = PROTOCOLS = ("standard", "published")
+
 # How bf16 weights are updated: float32 master copies, stochastic rounding, or plain bf16.
 WEIGHT_PRECISIONS = ("master", "stochastic", "bf16")

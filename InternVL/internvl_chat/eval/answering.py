@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from internvl_chat.constants import PUBLISHED_PROTOCOL, STANDARD_PROTOCOL
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.eval.benchmarks.item import Benchmark, Item, Key, log_lost_content
 from internvl_chat.eval.benchmarks.reading import raise_problems, skipped_message
@@ -15,6 +16,7 @@ from internvl_chat.eval.predictions import (
     merge_predictions,
     task_digests,
 )
+from internvl_chat.eval.protocol import PublishedEngine, published_preprocessing
 from internvl_chat.inference.devices import default_dtype
 from internvl_chat.inference.engine import Engine, Prompt, Reply
 from internvl_chat.model.io.folders import model_folder, read_config
@@ -42,6 +44,7 @@ def answer_benchmark(
     options: Mapping[str, Any],
     progress: Callable[..., Iterable[Item]],
     on_bad_record: str = "fail",
+    protocol: str = STANDARD_PROTOCOL,
 ) -> dict[Key, Reply]:
     """Answer the items that have no answer yet; under torchrun, each rank answers its shard of the items.
 
@@ -58,6 +61,7 @@ def answer_benchmark(
         options: preprocessing option -> value; None for the checkpoint's.
         progress: function that wraps an iterable in a progress bar; gets the number of items as `total`.
         on_bad_record: `fail`, or `skip` to log unusable items and leave them unanswered.
+        protocol: key of `PROTOCOLS`; `published` ignores `max_dynamic_patch` and `options`.
 
     Returns:
         On rank 0, all answers in the output folder; on other ranks, an empty dict.
@@ -70,6 +74,7 @@ def answer_benchmark(
         "max_new_tokens": max_new_tokens,
         "max_dynamic_patch": max_dynamic_patch,
         **{name: value for name, value in options.items() if value is not None},
+        "protocol": protocol,
     }
     with PredictionLog(out, settings, rank()) as log:
         skip = on_bad_record == "skip"
@@ -77,11 +82,19 @@ def answer_benchmark(
         items = _check_images(items, skip=skip)
         if items:
             log.check_dtype()
-            preprocessing = Preprocessing.from_folder(
-                folder, read_config(folder), max_dynamic_patch=max_dynamic_patch
-            ).with_options(**options)
+            config = read_config(folder)
+            if protocol == PUBLISHED_PROTOCOL:
+                engine_type: type[Engine] = PublishedEngine
+                preprocessing = published_preprocessing(config)
+            else:
+                engine_type = Engine
+                preprocessing = Preprocessing.from_folder(
+                    folder, config, max_dynamic_patch=max_dynamic_patch
+                ).with_options(**options)
             log_lost_content(items, preprocessing.image_options)
-            engine = Engine.from_checkpoint(folder, device=device, base=base, preprocessing=preprocessing)
+            engine = engine_type.from_checkpoint(
+                folder, device=device, base=base, preprocessing=preprocessing
+            )
             answered = answer_items(engine, items, system, log, max_new_tokens=max_new_tokens, skip=skip)
             for _ in progress(answered, total=len(items)) if rank() == 0 else answered:
                 pass

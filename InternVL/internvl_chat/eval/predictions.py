@@ -5,23 +5,30 @@ end, all files are merged into `predictions.jsonl` in benchmark order. `evaluati
 that affect the answers.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from internvl_chat.constants import STANDARD_PROTOCOL
 from internvl_chat.eval.benchmarks.item import Figure, Item, Key
 from internvl_chat.eval.benchmarks.reading import raise_problems
 from internvl_chat.inference.engine import Reply, is_truncated
 from internvl_chat.model.io.folders import is_model_file, read_auxiliary_files
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.utils.errors import DataError, UsageError
-from internvl_chat.utils.files import append_json_line, file_sha256, sha256, write_json, write_json_lines
+from internvl_chat.utils.files import (
+    append_json_line,
+    file_sha256,
+    open_for_appending,
+    sha256,
+    write_json,
+    write_json_lines,
+)
+from internvl_chat.utils.text import counted
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
@@ -52,7 +59,7 @@ class PredictionLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._settings = folder, settings
         self._stored = _check_settings(folder, settings)
-        self._stream = _open_and_lock(folder / (f"predictions.{rank}.jsonl" if rank else PREDICTIONS))
+        self._stream = open_for_appending(folder / (f"predictions.{rank}.jsonl" if rank else PREDICTIONS))
         self.done = {key: row["prediction"] for key, row in read_predictions(folder).items()}
 
     def __enter__(self) -> "PredictionLog":
@@ -76,7 +83,9 @@ class PredictionLog:
 
     def append(self, item: Item, prediction: str) -> None:
         """Append a prediction to the file and sync it to disk."""
-        append_json_line(self._stream, _row(item, prediction) | {"truncated": is_truncated(prediction)})
+        protocol = self._settings.get("protocol", STANDARD_PROTOCOL)
+        more = {"truncated": is_truncated(prediction), "protocol": protocol}
+        append_json_line(self._stream, _row(item, prediction) | more)
         self.done[item.key] = prediction
 
 
@@ -111,10 +120,11 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
         previous = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise DataError(f"invalid evaluation settings: {error}", file=file) from None
+    old, new = ({"protocol": STANDARD_PROTOCOL} | dict(values) for values in (previous, settings))
     differences = [
-        f"{name} was {previous.get(name)!r}, now {settings.get(name)!r}"
-        for name in dict.fromkeys([*previous, *settings])
-        if previous.get(name) != settings.get(name) and name not in (*_INFORMATIONAL, _DTYPE, *_PER_TASK)
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name) and name not in (*_INFORMATIONAL, _DTYPE, *_PER_TASK)
     ]
     merged = dict(previous)
     for name in _PER_TASK:
@@ -131,19 +141,6 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
     if merged != previous:  # new tasks of the same benchmark
         write_json(file, merged)
     return merged
-
-
-def _open_and_lock(file: Path) -> IO[bytes]:
-    """Open a file for appending, lock it, and remove an incomplete last line."""
-    stream = file.open("ab")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise UsageError(f"{file}: another evaluation is writing to it; wait for it or stop it") from None
-    content = file.read_bytes()
-    os.truncate(file, content.rfind(b"\n") + 1)
-    return stream
 
 
 def read_predictions(folder: Path) -> dict[Key, dict[str, Any]]:
@@ -179,7 +176,11 @@ def _reply(row: Mapping[str, Any]) -> Reply:
 
 
 def read_answers(
-    file: Path, items: Sequence[Item], known: Sequence[Item], tasks: Collection[str] | None = None
+    file: Path,
+    items: Sequence[Item],
+    known: Sequence[Item],
+    tasks: Collection[str] | None = None,
+    protocol: str = STANDARD_PROTOCOL,
 ) -> dict[Key, Reply]:
     """Read answers that were generated elsewhere.
 
@@ -189,10 +190,11 @@ def read_answers(
         items: items that need an answer.
         known: all items of the benchmark.
         tasks: ignore answers to all other tasks (default: ignore none).
+        protocol: protocol of the answers, unless a line states it.
 
     Raises:
-        DataError: a line is invalid, or an answer is missing, given twice, or does not match an item; see
-            `raise_problems`.
+        DataError: a line is invalid, or an answer is missing, given twice, of a different protocol, or does
+            not match an item; see `raise_problems`.
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -200,6 +202,7 @@ def read_answers(
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
     by_key = {item.key: item for item in known}
     answers: dict[Key, Reply] = {}
+    protocols: Counter[str] = Counter()
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -216,6 +219,12 @@ def read_answers(
         if problem:
             problems.append(str(DataError(f"{key[0]} {key[1]} {problem}", file=file, line=number)))
         answers[key] = _reply(row)
+        protocols[str(row.get("protocol", protocol))] += 1
+    problems += [
+        f"{file}: {counted(number, 'answer')} with --protocol {other}, not {protocol}"
+        for other, number in protocols.items()
+        if other != protocol
+    ]
     problems += [f"{file}: {problem}" for problem in _missing_answers(items, answers)]
     raise_problems(problems)
     return answers

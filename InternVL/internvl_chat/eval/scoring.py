@@ -10,10 +10,10 @@ from internvl_chat.metrics.bertscore import bert_score
 from internvl_chat.metrics.bleu import bleu
 from internvl_chat.metrics.cider import cider
 from internvl_chat.metrics.multiple_choice import macro_averages
-from internvl_chat.metrics.overlap import exact_match, word_overlap
+from internvl_chat.metrics.overlap import exact_match, normalize_words, word_overlap
 from internvl_chat.metrics.rouge import rouge
 from internvl_chat.metrics.sts import sentence_similarity
-from internvl_chat.metrics.suite import CHOICE_METRICS, OPEN_METRICS, Suite
+from internvl_chat.metrics.suite import CHOICE_METRICS, JUDGE, OPEN_METRICS, Suite
 
 ALL = "all"
 Metrics = dict[str, float | int | None]
@@ -29,6 +29,7 @@ class Scores:
             - `total`: items of the full task (only if the task is scored partially).
             - `truncated`: answers cut off at the maximum number of tokens (only if there are any).
             - `unreadable`: answers from which no option could be parsed (only for multiple choice).
+            - `judge_unreadable`: verdicts that could not be parsed (only with a judge).
         items: item -> metric -> score from 0 to 1 (`cider` from 0 to 10).
     """
 
@@ -36,18 +37,29 @@ class Scores:
     items: dict[Key, dict[str, float]]
 
 
-def score(benchmark: Benchmark, answers: Mapping[Key, str], suite: Suite) -> Scores:
+def score(
+    benchmark: Benchmark,
+    answers: Mapping[Key, str],
+    suite: Suite,
+    verdicts: Mapping[Key, bool | None] | None = None,
+) -> Scores:
     """Score the answers to all items of a benchmark.
 
     A task with multiple-choice items gets the accuracy over all items (with exact match for open items) and
     macro averages over the option letters. Any other task gets the open-answer metrics, averaged over items.
+
+    Args:
+        benchmark: benchmark restricted to the answered items.
+        answers: item -> answer.
+        suite: the metrics.
+        verdicts: item -> verdict of a judge on an open answer; None (unreadable) is not in the average.
     """
-    groups: dict[str, list[Item]] = {task: [] for task in benchmark.tasks}
-    for item in benchmark.items:
-        groups[item.task].append(item)
-    open_items = [i for group in groups.values() if not _has_choices(group) for i in group]
-    scores = _score_open(open_items, answers, suite)
-    scores |= {i.key: {"accuracy": float(i.is_correct(answers[i.key]))}
+    groups = _by_task(benchmark)
+    normalize = normalize_words if benchmark.short_answers else None
+    scores = _score_open(open_items(benchmark), answers, suite, normalize)
+    for key, verdict in (verdicts or {}).items():
+        scores[key] |= {} if verdict is None else {JUDGE: float(verdict)}
+    scores |= {i.key: {"accuracy": float(_is_correct(i, answers[i.key], normalize))}
                for group in groups.values() if _has_choices(group) for i in group}  # fmt: skip
     if benchmark.pooled and len(groups) > 1:
         groups[ALL] = list(benchmark.items)
@@ -59,9 +71,35 @@ def score(benchmark: Benchmark, answers: Mapping[Key, str], suite: Suite) -> Sco
         tasks[task] = {"items": len(group), **({"total": total} if len(group) < total else {}), **means}
         if truncated := sum(is_truncated(answers[i.key]) for i in group):
             tasks[task]["truncated"] = truncated
+        if verdicts is not None and not _has_choices(group):
+            tasks[task] |= _judge_metrics([verdicts[i.key] for i in group])
         if _has_choices(group):
             tasks[task] |= _choice_metrics([i for i in group if i.choices], answers, suite)
     return Scores(tasks, scores)
+
+
+def _is_correct(item: Item, answer: str, normalize: Callable[[str], str] | None) -> bool:
+    if normalize and not item.choices:
+        return normalize(plain_text(answer)) == normalize(item.reference)
+    return item.is_correct(answer)
+
+
+def _by_task(benchmark: Benchmark) -> dict[str, list[Item]]:
+    groups: dict[str, list[Item]] = {task: [] for task in benchmark.tasks}
+    for item in benchmark.items:
+        groups[item.task].append(item)
+    return groups
+
+
+def open_items(benchmark: Benchmark) -> list[Item]:
+    """Return the items of all tasks without multiple-choice items."""
+    return [item for group in _by_task(benchmark).values() if not _has_choices(group) for item in group]
+
+
+def _judge_metrics(verdicts: Sequence[bool | None]) -> Metrics:
+    """Return the percentage of correct answers among the readable verdicts, and the number of the others."""
+    known = [float(verdict) for verdict in verdicts if verdict is not None]
+    return {JUDGE: _mean_percent(known), f"{JUDGE}_unreadable": len(verdicts) - len(known)}
 
 
 def _has_choices(items: Sequence[Item]) -> bool:
@@ -74,11 +112,16 @@ def _mean_percent(values: Sequence[float | None]) -> float | None:
 
 
 def _score_open(
-    items: Sequence[Item], answers: Mapping[Key, str], suite: Suite
+    items: Sequence[Item],
+    answers: Mapping[Key, str],
+    suite: Suite,
+    normalize: Callable[[str], str] | None = None,
 ) -> dict[Key, dict[str, float]]:
     """Return the scores of open answers, keyed by item. CIDEr uses the document frequencies of each task."""
     predictions = [plain_text(answers[i.key]) for i in items]
     references = [plain_text(i.reference) for i in items]
+    if normalize:
+        predictions, references = list(map(normalize, predictions)), list(map(normalize, references))
     item_metrics: dict[str, Callable[[str, str], dict[str, float]]] = {
         "bleu": bleu,
         "rouge": rouge,

@@ -1,6 +1,7 @@
 """File utilities: atomic writes, JSON and JSON Lines, SHA-256, and a file check that never raises."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -27,7 +29,11 @@ def atomic_path(file: Path) -> Iterator[Path]:
 
 def write_json(file: Path, value: Any) -> None:
     """Write indented UTF-8 JSON atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
     with atomic_path(file) as partial:
         partial.write_bytes(_encode(text))
 
@@ -46,6 +52,23 @@ def append_json_line(stream: IO[bytes], row: Any) -> None:
     stream.write(_encode_line(row))
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def open_for_appending(file: Path) -> IO[bytes]:
+    """Open a JSON Lines file for appending, lock it, and remove an incomplete last line.
+
+    Raises:
+        UsageError: another process has locked the file.
+    """
+    stream = file.open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise UsageError(f"{file}: another evaluation is writing to it; wait for it or stop it") from None
+    content = file.read_bytes()
+    os.truncate(file, content.rfind(b"\n") + 1)
+    return stream
 
 
 def _encode_line(row: Any) -> bytes:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ h1, p, dd, figcaption { overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
 td.long { overflow-wrap: anywhere; min-width: 14rem; }
 .table, .plot { overflow-x: auto; }
 img { max-width: 100%; }
@@ -53,16 +54,39 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     Words are broken only in cells with long text, so that narrow columns stay readable.
     """
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    rows = list(rows)
+    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    kinds = [" class='n'" if is_numeric else "" for is_numeric in numeric]
+    head = "".join(f"<th{kind}>{html.escape(cell)}</th>" for cell, kind in zip(header, kinds, strict=True))
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<div class='table'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def _is_number(value: Any) -> bool:
+    text = str(value)
+    return text == "-" or text.strip("%").replace(",", "").replace(".", "", 1).isdigit()
+
+
 def _cell(value: Any) -> str:
     text = str(value)
-    is_number = text == "-" or text.strip("%").replace(",", "").replace(".", "", 1).isdigit()
-    kind = " class='n'" if is_number else " class='long'" if len(text) > _LONG_CELL else ""
+    kind = " class='n'" if _is_number(value) else " class='long'" if len(text) > _LONG_CELL else ""
     return f"<td{kind}>{html.escape(text)}</td>"
+
+
+def json_script(name: str, value: Any) -> str:
+    """Return JSON data for the scripts of a page, as a script element with the id `name`."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f"<script type='application/json' id='{name}'>{text}</script>"
+
+
+def read_json_script(page: str, name: str) -> Any:
+    """Return the data of `json_script` in a page.
+
+    Raises:
+        ValueError: the page has no such data.
+    """
+    _, _, rest = page.partition(json_script(name, None).removesuffix("null</script>"))
+    return json.loads(rest.partition("</script>")[0])
 
 
 def html_image(content: bytes, kind: str, description: str) -> str:

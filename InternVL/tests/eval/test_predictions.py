@@ -41,6 +41,7 @@ def test_each_answer_is_a_line_with_its_question(tmp_path):
         "prediction": "größer\nals",
         "reference": "That",
         "truncated": False,
+        "protocol": "standard",
     }
     assert second["images"] == ["a.png"] and second["reference"] == "B"
 

@@ -9,14 +9,15 @@ from PIL import Image
 from small_sets import noise
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
-from internvl_chat.eval.report import page as pages
 from internvl_chat.eval.report.comparison import ComparedRecord, comparison_page
 from internvl_chat.eval.report.files import write_report
+from internvl_chat.eval.report.items import Evaluation
 from internvl_chat.eval.report.plots import bar_figure, radar_axes, radar_figure
 from internvl_chat.eval.report.published import PUBLISHED, TITLES, published
 from internvl_chat.eval.report.table import markdown
 from internvl_chat.eval.scoring import Scores, score
 from internvl_chat.metrics.suite import CHOICE_METRICS, OPEN_METRICS, Suite
+from internvl_chat.utils.html import read_json_script
 from internvl_chat.utils.plotting import AMBER, BLUE, GRAY
 
 EVIL = "<script>alert('x')</script> & \"quoted\" <b>bold</b>"
@@ -30,21 +31,21 @@ def tasks(value: float | None = 12.345) -> dict:
 
 def test_table_has_the_layout_and_rows_of_the_paper():
     lines = markdown(tasks(), benchmark="pmc-mi", model="run|1").splitlines()
-    assert "| multi-image VQA | InternVL3-8B | 3.8 | 22.5 | 55.7 | 71.4 |" in lines
-    assert "| multi-image VQA | M3LLM-8B | 15.0 | 37.8 | 70.1 | 78.2 |" in lines
-    assert "| single-image VQA | InternVL3-8B | 6.8 | 29.5 | 58.7 | 78.6 |" in lines
-    assert "| text-only QA | M3LLM-8B | 13.0 | 38.5 | 73.4 | 86.4 |" in lines
-    assert "| multi-choice VQA | InternVL3-8B | 78.0 | 78.0 | 80.9 | 79.2 |" in lines
-    assert "| multi-choice VQA | M3LLM-8B | 90.0 | 89.9 | 91.2 | 89.8 |" in lines
-    assert r"| multi-image VQA | **run\|1** | 12.3 | 12.3 | 12.3 | 12.3 |" in lines
-    header = lines.index("| task | model | BLEU@4 | ROUGE-L | BERTScore | STS |")
+    assert "| multi-image VQA | InternVL3-8B | published | 3.8 | 22.5 | 55.7 | 71.4 |" in lines
+    assert "| multi-image VQA | M3LLM-8B | published | 15.0 | 37.8 | 70.1 | 78.2 |" in lines
+    assert "| single-image VQA | InternVL3-8B | published | 6.8 | 29.5 | 58.7 | 78.6 |" in lines
+    assert "| text-only QA | M3LLM-8B | published | 13.0 | 38.5 | 73.4 | 86.4 |" in lines
+    assert "| multi-choice VQA | InternVL3-8B | published | 78.0 | 78.0 | 80.9 | 79.2 |" in lines
+    assert "| multi-choice VQA | M3LLM-8B | published | 90.0 | 89.9 | 91.2 | 89.8 |" in lines
+    assert r"| multi-image VQA | **run\|1** | standard | 12.3 | 12.3 | 12.3 | 12.3 |" in lines
+    header = lines.index("| task | model | protocol | BLEU@4 | ROUGE-L | BERTScore | STS |")
     assert lines[header + 4].startswith(r"| multi-image VQA | **run")
-    assert "| task | model | accuracy | F1 | recall | precision |" in lines
+    assert "| task | model | protocol | accuracy | F1 | recall | precision |" in lines
 
 
 def test_missing_metric_is_a_dash():
     text = markdown(tasks(None), benchmark="pmc-mi", model="run")
-    assert "| text-only QA | **run** | - | - | - | - |" in text and "None" not in text
+    assert "| text-only QA | **run** | standard | - | - | - | - |" in text and "None" not in text
 
 
 def test_other_benchmarks_have_no_published_rows():
@@ -56,7 +57,7 @@ def test_partial_task_is_marked_next_to_published_rows():
     some = tasks()
     some["puretext"] |= {"items": 5, "total": 50}
     lines = markdown(some, benchmark="pmc-mi", model="run").splitlines()
-    row = "| text-only QA | **run** (partial: 5 of 50 items) | 12.3 | 12.3 | 12.3 | 12.3 |"
+    row = "| text-only QA | **run** (partial: 5 of 50 items) | standard | 12.3 | 12.3 | 12.3 | 12.3 |"
     assert row in lines and sum("partial" in line for line in lines) == 1
     assert any(line.startswith("| puretext | 5 of 50 | 12.3") for line in lines)
 
@@ -72,11 +73,31 @@ def test_totals_of_scores():
     assert "total" not in complete.tasks["only"]
 
 
-def test_page_without_the_images(evaluated, tmp_path):
-    _, benchmark, answers, scores = evaluated
-    (tmp_path / "a.png").unlink()
-    page = Page(pages.evaluation_page(benchmark, answers, scores, model="run", pictures={}))
-    assert page.text.count("(the image is not available)") == 5
+def test_table_states_the_protocol_of_each_row():
+    lines = markdown(tasks(), benchmark="pmc-mi", model="run", protocol="published").splitlines()
+    rows = [line for line in lines if line.startswith("| text-only QA |")]
+    assert [row.split(" | ")[2] for row in rows] == ["published"] * 3
+    assert any("compare only rows of the same protocol" in line for line in lines)
+
+
+def test_metrics_state_a_published_protocol(tmp_path):
+    item = Item("puretext", 0, "?", "a")
+    benchmark, answers = Benchmark("pmc-mi", (item,)), {item.key: "a"}
+    scores = score(benchmark, answers, Suite(frozenset({"overlap"})))
+    for protocol, expected in (("standard", None), ("published", "published")):
+        write_report(tmp_path, benchmark, answers, scores, model="run", protocol=protocol)
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert metrics["puretext"].get("protocol") == expected
+        assert json.loads((tmp_path / "report.json").read_text())["protocol"] == protocol
+
+
+def test_judge_column_states_unreadable_verdicts():
+    some = {name: tasks()[name] for name in ("puretext", "bboxVQA")}
+    some["puretext"] |= {"judge": 75.0, "judge_unreadable": 2}
+    lines = markdown(some, benchmark="own", model="run").splitlines()
+    assert any(line.startswith("| task | items | judge | BLEU@1") for line in lines)
+    assert any(line.startswith("| puretext | 50 | 75.0 (2 unreadable) | 12.3") for line in lines)
+    assert any(line.startswith("| bboxVQA | 50 | - | 12.3") for line in lines)
 
 
 def test_task_name_is_escaped():
@@ -199,22 +220,6 @@ def test_radar_labels_are_inside_the_picture():
     assert all(box.count_overlaps(boxes[n + 1 :]) == 0 for n, box in enumerate(boxes))
 
 
-class Page(HTMLParser):
-    """Parser that collects the tags, links and text of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags, self.sources, self.text, self.titles = [], [], "", []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text += data
-
-
 @pytest.fixture
 def evaluated(tmp_path):
     noise(600, 300).save(tmp_path / "a.png")
@@ -238,6 +243,7 @@ def test_files(evaluated):
         "metrics.json",
         "radar.png",
         "report.html",
+        "report.json",
         "table.md",
     ]
     assert json.loads((folder / "metrics.json").read_text()) == scores.tasks
@@ -245,25 +251,42 @@ def test_files(evaluated):
         assert len(Image.open(folder / name).convert("RGB").getcolors(1 << 24)) > 50
 
 
-def test_page_shows_every_item_without_scripts(evaluated):
+def test_page_and_data_have_every_item(evaluated):
     folder, benchmark, answers, scores = evaluated
-    page = Page((folder / "report.html").read_text())
-    assert not {"script", "b", "link", "iframe"} & set(page.tags)
-    assert page.sources and all(source.startswith("data:image/") for source in page.sources)
-    assert page.tags.count("figure") == 5 and page.tags.count("dl") == len(benchmark.items)
-    for item in benchmark.items:
-        for text in (item.question, item.reference, answers[item.key], f"{item.task} {item.index}"):
-            assert text in page.text
-    assert f"BLEU@1 {scores.items[benchmark.items[0].key]['bleu1']:.3f}" in page.text
-    assert "(parsed as B)" in page.text
+    evaluation = Evaluation.read(folder / "report.json")
+    assert [item.key for item in evaluation.items] == [item.key for item in benchmark.items]
+    first, second = evaluation.items[0], evaluation.items[2]
+    assert (first.question, first.answer["text"]) == (benchmark.items[0].question, answers[first.key])
+    assert first.answer["scores"]["bleu1"] == pytest.approx(scores.items[first.key]["bleu1"], abs=1e-6)
+    assert (second.reference, second.answer["parsed"]) == ("B. y", "B. y")
+    assert first.answer["parsed"] is None and not first.answer["truncated"]
+    page = (folder / "report.html").read_text()
+    data = read_json_script(page, "data")
+    assert [item["answers"] for item in data["items"]] == [[item.answer] for item in evaluation.items]
+    images = read_json_script(page, "images")  # the items share one image
+    assert len(images) == 1 and {image["id"] for item in evaluation.items for image in item.images} == {
+        *images
+    }
+    assert EVIL not in page
 
 
-def test_page_shows_the_first_items_of_a_large_task(evaluated, monkeypatch, tmp_path):
-    _, benchmark, answers, scores = evaluated
-    monkeypatch.setattr(pages, "MAX_ITEMS_PER_TASK", 2)
-    text = pages.evaluation_page(benchmark, answers, scores, model="run", pictures={})
-    page = Page(text)
-    assert page.tags.count("dl") == 4 and "and 1 more in predictions.jsonl" in page.text
+def test_images_are_optional(evaluated, tmp_path):
+    """A missing or damaged image does not stop the scoring of existing answers."""
+    folder, benchmark, answers, scores = evaluated
+    for damage in (lambda file: file.write_bytes(b"no image"), lambda file: file.unlink()):
+        damage(tmp_path / "a.png")
+        write_report(folder, benchmark, answers, scores, model="run")
+        shown = [
+            image["id"] for item in Evaluation.read(folder / "report.json").items for image in item.images
+        ]
+        assert shown == [None] * 5 and read_json_script((folder / "report.html").read_text(), "images") == {}
+
+
+def test_scores_that_are_not_finite_are_left_out(tmp_path):
+    item = Item("only", 0, "?", "a")
+    scores = Scores({"only": {"items": 1, "f1": None}}, {item.key: {"f1": float("nan"), "em": 1.0}})
+    write_report(tmp_path, Benchmark("own", (item,)), {item.key: "a"}, scores, model="run")
+    assert Evaluation.read(tmp_path / "report.json").items[0].answer["scores"] == {"em": 1.0}
 
 
 def test_no_radar_with_two_axes(tmp_path):

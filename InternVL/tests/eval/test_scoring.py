@@ -13,7 +13,7 @@ from internvl_chat.metrics import suite as suites
 from internvl_chat.metrics.bleu import bleu
 from internvl_chat.metrics.cider import cider
 from internvl_chat.metrics.rouge import rouge
-from internvl_chat.metrics.suite import CHOICE_METRICS, FAMILIES, OPEN_METRICS, Suite, build_suite
+from internvl_chat.metrics.suite import CHOICE_METRICS, FAMILIES, JUDGE, OPEN_METRICS, Suite, build_suite
 from internvl_chat.utils.errors import UsageError
 
 OPEN = [
@@ -115,7 +115,7 @@ def test_every_family_is_computed(tmp_path, family):
 
 
 def test_every_metric_has_a_label():
-    assert {*OPEN_METRICS, *CHOICE_METRICS} == set(LABELS)
+    assert {*OPEN_METRICS, *CHOICE_METRICS, JUDGE} == set(LABELS)
 
 
 @pytest.fixture

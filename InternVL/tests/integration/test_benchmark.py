@@ -18,6 +18,7 @@ from internvl_chat.data.encode.encoder import RecordEncoder
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.eval import answering
 from internvl_chat.eval.benchmarks.pmc_mi import FILES, read_folder
+from internvl_chat.eval.protocol import PublishedEngine
 from internvl_chat.inference.engine import Engine
 from internvl_chat.metrics.multiple_choice import parse_choice
 from internvl_chat.metrics.rouge import rouge
@@ -63,10 +64,12 @@ def test_output_files(complete, bench):
     assert [(row["task"], row["index"]) for row in rows] == [item.key for item in items]
     assert rows[-1]["question"] == items[-1].question and rows[0]["images"] == ["a.png"]
     assert all(
-        set(r) == {"task", "index", "question", "images", "prediction", "reference", "truncated"}
+        set(r) == {"task", "index", "question", "images", "prediction", "reference", "truncated", "protocol"}
+        and r["protocol"] == "standard"
         for r in rows
     )
-    names = {"predictions.jsonl", "evaluation.json", "metrics.json", "table.md", "bars.png", "report.html"}
+    names = {"predictions.jsonl", "evaluation.json", "metrics.json", "table.md", "bars.png", "report.html",
+             "report.json"}  # fmt: skip
     assert names == {file.name for file in complete.iterdir()}
     metrics = json.loads((complete / "metrics.json").read_text())
     scores = [rouge(r["prediction"], r["reference"])["rougeL"] for r in rows if r["task"] == "open"]
@@ -216,7 +219,7 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
     more = ("--data", str(shared / "pmc_mi"), "--limit", "2")
     assert m3llm(argv(Path("pmc-mi"), tiny, tmp_path, *more)) == 0
     out = capfd.readouterr().out
-    assert "multi-image VQA M3LLM-8B 15.0 37.8 70.1 78.2" in " ".join(out.split())
+    assert "multi-image VQA M3LLM-8B published 15.0 37.8 70.1 78.2" in " ".join(out.split())
     assert [(r["task"], r["index"]) for r in lines(tmp_path)] == [(t, n) for t in FILES for n in range(2)]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics) == list(FILES) and all(values["items"] == 2 for values in metrics.values())
@@ -225,9 +228,92 @@ def test_pmc_mi_bench(shared, tmp_path, capfd):
     assert metrics["puretext"]["bertscore"] is None
 
 
+def test_published_protocol(shared, tmp_path, capfd):
+    """The protocol is recorded, and answers of different protocols are not mixed."""
+    tiny, out = shared / "conformance/tiny", tmp_path / "published"
+    data = ("--data", str(shared / "pmc_mi"), "--limit", "1", "--tasks", "multi-choice,multisubimageVQA")
+    published = ("--protocol", "published")
+    assert m3llm(argv(Path("pmc-mi"), tiny, out, *data, *published)) == 0
+    captured = capfd.readouterr()
+    assert "the system prompts are not the published ones" in captured.err
+    words = " ".join(captured.out.split())
+    assert "multi-choice VQA tiny (partial: 1 of 25 items) published, other system prompts" in words
+    settings = json.loads((out / "evaluation.json").read_text())
+    assert settings["protocol"] == "published"
+    assert {row["protocol"] for row in lines(out)} == {"published"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {task["protocol"] for task in metrics.values()} == {"published, other system prompts"}
+    standard = tmp_path / "standard"
+    assert m3llm(argv(Path("pmc-mi"), tiny, standard, *data)) == 0
+    capfd.readouterr()
+    assert m3llm(argv(Path("pmc-mi"), tiny, standard, *data, *published)) == 2
+    assert "protocol was 'standard', now 'published'" in capfd.readouterr().err
+    scored = ("eval", "--bench", "pmc-mi", *data, *FAST[:2], "--predictions")
+    assert m3llm([*scored, str(out / "predictions.jsonl")]) == 1
+    assert "2 answers with --protocol published, not standard" in capfd.readouterr().err
+    assert m3llm([*scored, str(out / "predictions.jsonl"), *published]) == 0
+    (tmp_path / "mix.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*lines(out)[:1], *lines(standard)[1:]])
+    )
+    assert m3llm([*scored, str(tmp_path / "mix.jsonl"), *published]) == 1
+    assert "1 answer with --protocol standard, not published" in capfd.readouterr().err
+
+
+def test_published_protocol_reads_task_config(shared, tmp_path, monkeypatch):
+    """The system prompts next to the questions are used, and each prompt is a single user message."""
+    data = tmp_path / "benchmark_data"
+    shutil.copytree(shared / "pmc_mi/benchmark", data)
+    (data / "images").symlink_to(shared / "pmc_mi/images")
+    tasks = {task: {"system_prompt": f"Task {task}."} for task in FILES}
+    (tmp_path / "task_config.py").write_text(f"TASKS = {tasks!r}\n")
+    texts, real = [], PublishedEngine.encode
+
+    def encode(self, prompt):
+        encoded = real(self, prompt)
+        texts.append(self.tokenizer.decode(encoded.input_ids))
+        return encoded
+
+    monkeypatch.setattr(PublishedEngine, "encode", encode)
+    more = ("--data", str(data), "--limit", "1", "--tasks", "bboxVQA", "--protocol", "published")
+    assert m3llm(argv(Path("pmc-mi"), shared / "conformance/tiny", tmp_path / "out", *more)) == 0
+    [text] = texts
+    assert "<|im_start|>user\nTask bboxVQA.\nFig-0: <img><IMG_CONTEXT>" in text
+    assert (
+        text.count("<image>") == 2 and "</img>\nFig-1: <image>\nFig-2: <image>\nWhat is the spatial" in text
+    )
+    settings = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert settings["max_new_tokens"] == 6
+
+
 @pytest.mark.parametrize(
     ("more", "messages"),
     [
+        (
+            (
+                "--bench",
+                "vqa",
+                "--model",
+                "x",
+                "--out",
+                "o",
+                "--protocol",
+                "published",
+                "--exif_transpose",
+                "True",
+                "--max_dynamic_patch",
+                "6",
+                "--judge",
+                "host",
+            ),
+            [
+                "--max_dynamic_patch has no effect with --protocol published",
+                "--exif_transpose has no effect",
+                "--protocol published requires --bench pmc-mi",
+                "--judge host: must be the base URL",
+                "--judge_model NAME is required",
+            ],
+        ),
+        (("meta.json", "--model", "x", "--judge", "u"), ["--judge requires --bench"]),
         ((), ["META (a meta file) or --bench (a benchmark) is required"]),
         (("meta.json",), ["--model is required"]),
         (

@@ -20,6 +20,7 @@ COMMANDS = [
     "data inspect",
     "loss",
     "eval",
+    "eval compare",
     "generate",
     "chat",
     "web",

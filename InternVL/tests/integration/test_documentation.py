@@ -30,6 +30,11 @@ SMALL = "--force_image_size 56 --max_dynamic_patch 1 --max_steps 1 --dataloader_
 # the others set up or test the repository.
 ELSEWHERE = (
     "bash InternVL/internvl_chat/shell/quickstart.sh",
+    # eval/test_compare.py
+    "m3llm eval compare work_dirs/eval-base work_dirs/eval --out work_dirs/compare",
+    # eval/test_judge.py
+    "export OPENAI_API_KEY=... && m3llm eval --bench pmc-mi --data PMC-MI-Bench --model /models/InternVL3-8B "
+    "--out work_dirs/eval --judge http://localhost:8000/v1 --judge_model Qwen/Qwen3-32B",
     "bash InternVL/internvl_chat/shell/gpu_check.sh --out work_dirs/gpu_check",
     "bash InternVL/internvl_chat/shell/test.sh",
     "bash InternVL/internvl_chat/shell/test.sh -m slow",

@@ -1,5 +1,6 @@
 """Open a benchmark by name, and read the system prompts of its tasks."""
 
+import ast
 import difflib
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -7,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl_chat.eval.benchmarks.item import Benchmark
+from internvl_chat.eval.benchmarks.medframeqa import read_medframeqa
+from internvl_chat.eval.benchmarks.medxpertqa import read_medxpertqa
 from internvl_chat.eval.benchmarks.mmmu import read_mmmu
 from internvl_chat.eval.benchmarks.omnimed import read_omnimed
 from internvl_chat.eval.benchmarks.pmc_mi import read_folder, read_pmc_mi
+from internvl_chat.eval.benchmarks.pmc_vqa import read_pmc_vqa
 from internvl_chat.eval.benchmarks.reading import (
     Request,
     raise_problems,
@@ -17,6 +21,7 @@ from internvl_chat.eval.benchmarks.reading import (
     unknown_tasks,
     warn_about_options,
 )
+from internvl_chat.eval.benchmarks.short_answers import read_path_vqa, read_slake, read_vqa_rad
 from internvl_chat.eval.benchmarks.vqa import read_vqa
 from internvl_chat.utils.errors import DataError, UsageError
 from internvl_chat.utils.logging import get_logger
@@ -25,9 +30,15 @@ logger = get_logger(__name__)
 
 READERS: dict[str, Callable[[Path, Request], Benchmark]] = {
     "pmc-mi": read_pmc_mi,
-    "omnimedvqa": read_omnimed,
+    "medframeqa": read_medframeqa,
+    "medxpertqa-mm": read_medxpertqa,
     "mmmu-med": read_mmmu,
+    "omnimedvqa": read_omnimed,
+    "pathvqa": read_path_vqa,
+    "pmc-vqa": read_pmc_vqa,
+    "slake": read_slake,
     "vqa": read_vqa,
+    "vqa-rad": read_vqa_rad,
 }
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 
@@ -93,8 +104,8 @@ def system_prompts(benchmark: Benchmark, file: Path | None = None) -> dict[str, 
     """Return the system prompt of each task; None for the system prompt of the checkpoint.
 
     Args:
-        file: YAML or JSON file that maps task names or the benchmark name to system prompts (default: the
-            built-in `prompts.yaml`).
+        file: YAML or JSON file that maps task names or the benchmark name to system prompts, or the published
+            `task_config.py` of PMC-MI-Bench (default: the built-in `prompts.yaml`).
 
     Raises:
         DataError: the file cannot be read, is not a mapping of strings, or contains unknown names.
@@ -116,9 +127,19 @@ def _read(file: Path) -> dict[str, str]:
     import yaml
 
     try:
-        texts = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = file.read_text(encoding="utf-8")
+        texts = _task_config(content) if file.suffix == ".py" else yaml.safe_load(content)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"cannot be read as YAML: {error}", file=file) from None
+    except (SyntaxError, ValueError, LookupError, TypeError, AttributeError):
+        raise DataError("does not assign TASKS a dict of tasks with 'system_prompt'", file=file) from None
     if not isinstance(texts, dict) or not all(isinstance(t, str) for pair in texts.items() for t in pair):
         raise DataError("must map task names to system prompts", file=file)
     return {name: text.strip() for name, text in texts.items()}
+
+
+def _task_config(source: str) -> dict[str, str]:
+    """Return the system prompts in a `task_config.py` of PMC-MI-Bench, without running it."""
+    assigned = (node for node in ast.parse(source).body if isinstance(node, ast.Assign))
+    [tasks] = (node.value for node in assigned if ast.unparse(node.targets[0]) == "TASKS")
+    return {name: task["system_prompt"] for name, task in ast.literal_eval(tasks).items()}

@@ -178,6 +178,7 @@ class Benchmark:
     Attributes:
         items: usable items, grouped by task.
         pooled: whether the report also includes metrics over all tasks together.
+        short_answers: whether the words of open answers are normalized before they are scored.
         excluded: invalid items.
         totals: task -> number of items, including excluded and unselected ones; empty if unknown.
         other_tasks: tasks whose files were not read.
@@ -186,6 +187,7 @@ class Benchmark:
     name: str
     items: tuple[Item, ...]
     pooled: bool = False
+    short_answers: bool = False
     excluded: tuple[Item, ...] = ()
     totals: Mapping[str, int] = field(default_factory=dict)
     other_tasks: tuple[str, ...] = ()

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from internvl_chat.eval.benchmarks.item import Benchmark, Figure, Item
+from internvl_chat.eval.benchmarks.parquet import parquet_rows
 from internvl_chat.eval.benchmarks.reading import (
     EVERYTHING,
     Format,
     Request,
-    Row,
     check_reserved_token,
     choice_item,
     optional_string,
@@ -49,10 +49,6 @@ def read_mmmu(data: Path, request: Request = EVERYTHING) -> Benchmark:
     """
     if unknown := [task for task in request.tasks or () if task not in SUBJECTS]:
         raise UsageError(unknown_tasks(unknown, "mmmu-med", SUBJECTS))
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError("MMMU requires pyarrow: pip install '.[eval]'") from None
     subjects = [subject for subject in SUBJECTS if request.wants(subject)]
     files = {subject: sorted((data / subject).glob("validation-*.parquet")) for subject in subjects}
     missing = [subject for subject, paths in files.items() if not paths]
@@ -60,17 +56,9 @@ def read_mmmu(data: Path, request: Request = EVERYTHING) -> Benchmark:
         raise DataError(f"no validation-*.parquet for {', '.join(missing)}", file=data)
     items: list[Item] = []
     for subject, file in ((subject, file) for subject, paths in files.items() for file in paths):
-        try:
-            rows = parquet.read_table(file).to_pylist()
-        except (OSError, ValueError) as error:
-            raise DataError(f"not a parquet file: {error}", file=file) from None
         rule = Format(partial(_parse, subject), partial(_subject, subject), "answer", answers="letter")
-        items += read_rows((_row(file, number, row) for number, row in enumerate(rows, 1)), rule)
+        items += read_rows(parquet_rows([file]), rule)
     return Benchmark("mmmu-med", tuple(with_indices(items)), pooled=True)
-
-
-def _row(file: Path, number: int, row: Mapping[str, Any]) -> Row:
-    return Row(lambda: row, file, lambda: f"row {number}")
 
 
 def _subject(subject: str, raw: Mapping[str, Any]) -> str:

@@ -2,16 +2,21 @@
 
 from collections.abc import Mapping
 
+from internvl_chat.constants import PUBLISHED_PROTOCOL, STANDARD_PROTOCOL
 from internvl_chat.eval.report.published import CHOICE, OPEN, PUBLISHED, TITLES, published
-from internvl_chat.metrics.suite import CHOICE_METRICS, OPEN_METRICS
+from internvl_chat.metrics.suite import CHOICE_METRICS, JUDGE, OPEN_METRICS
 from internvl_chat.utils.markdown import markdown_table
 
 LABELS = {
     "bleu1": "BLEU@1", "bleu2": "BLEU@2", "bleu3": "BLEU@3", "bleu4": "BLEU@4", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "em": "exact match", "f1": "F1", "precision": "precision",
     "recall": "recall", "cider": "CIDEr", "bertscore": "BERTScore", "sts": "STS", "accuracy": "accuracy",
+    "judge": "judge",
 }  # fmt: skip
 NOTE = "All values in percent; - means not computed."
+PAPER_NOTE = (
+    "The paper's rows were measured with the published protocol; compare only rows of the same protocol."
+)
 Metrics = Mapping[str, float | int | None]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -45,16 +50,23 @@ def _count(metrics: Metrics, name: str) -> str:
     return f"{metrics[name]:,}"
 
 
+def _value(metrics: Metrics, name: str) -> str:
+    """Format a metric; that of the judge with the number of unreadable verdicts, which it leaves out."""
+    unreadable = metrics.get(f"{name}_unreadable")
+    return percent(metrics.get(name)) + (f" ({unreadable:,} unreadable)" if unreadable else "")
+
+
 def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
     """Return one table for the open tasks and one for the multiple-choice tasks; omit an empty table."""
     tables: list[Table] = []
-    for names, choice in ((OPEN_METRICS, False), (CHOICE_METRICS, True)):
+    judged = (JUDGE,) if any(JUDGE in metrics for metrics in tasks.values()) else ()
+    for names, choice in (((*judged, *OPEN_METRICS), False), (CHOICE_METRICS, True)):
         counts = ("items", "unreadable") if choice else ("items",)
         rows = [
             (
                 task,
                 *(_count(metrics, name) for name in counts),
-                *(percent(metrics.get(name)) for name in names),
+                *(_value(metrics, name) for name in names),
             )
             for task, metrics in tasks.items()
             if is_choice(metrics) == choice
@@ -64,39 +76,46 @@ def metric_tables(tasks: Mapping[str, Metrics]) -> list[Table]:
     return tables
 
 
-def paper_tables(tasks: Mapping[str, Metrics], model: str) -> list[Table]:
-    """Return the tables of PMC-MI-Bench in the layout of the paper, with one row per task and model."""
+def paper_tables(tasks: Mapping[str, Metrics], model: str, protocol: str = STANDARD_PROTOCOL) -> list[Table]:
+    """Return the tables of PMC-MI-Bench in the layout of the paper, with one row per task and model.
+
+    Args:
+        protocol: how the model was asked, in words.
+    """
     tables: list[Table] = []
     for names, choice in ((OPEN, False), (CHOICE, True)):
         rows: list[tuple[str, ...]] = []
         for task in [name for name in TITLES if name in tasks and is_choice(tasks[name]) == choice]:
             rows += [
-                (TITLES[task], other, *(percent(published(other, task, name)) for name in names))
+                (
+                    TITLES[task],
+                    other,
+                    PUBLISHED_PROTOCOL,
+                    *(percent(published(other, task, n)) for n in names),
+                )
                 for other in PUBLISHED
                 if task in PUBLISHED[other]
             ]
-            rows.append(
-                (
-                    TITLES[task],
-                    _label(model, tasks[task]),
-                    *(percent(tasks[task].get(name)) for name in names),
-                )
-            )
+            values = (percent(tasks[task].get(name)) for name in names)
+            rows.append((TITLES[task], _label(model, tasks[task]), protocol, *values))
         if rows:
-            tables.append((("task", "model", *(LABELS[name] for name in names)), rows))
+            tables.append((("task", "model", "protocol", *(LABELS[name] for name in names)), rows))
     return tables
 
 
-def markdown(tasks: Mapping[str, Metrics], *, benchmark: str, model: str) -> str:
+def markdown(
+    tasks: Mapping[str, Metrics], *, benchmark: str, model: str, protocol: str = STANDARD_PROTOCOL
+) -> str:
     """Return the report in Markdown.
 
     Args:
         benchmark: benchmark name; `pmc-mi` adds the comparison with the published results.
+        protocol: how the model was asked, in words.
     """
     parts = [f"# {benchmark}: {model}", NOTE]
     if benchmark == "pmc-mi":
-        parts += ["## Comparison with the published results"]
-        parts += [markdown_table(*table, left=2) for table in paper_tables(tasks, model)]
+        parts += ["## Comparison with the published results", PAPER_NOTE]
+        parts += [markdown_table(*table, left=3) for table in paper_tables(tasks, model, protocol)]
         parts += ["## All metrics"]
     parts += [markdown_table(*table, left=1) for table in metric_tables(tasks)]
     return "\n\n".join(parts) + "\n"

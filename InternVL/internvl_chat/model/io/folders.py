@@ -40,7 +40,7 @@ _NOT_AUXILIARY = (
     *("metrics.jsonl", "ledger.jsonl", "validation.jsonl", "config.yaml", "training_log.txt", "loss.png"),
     *("train_results.json", "trainer_state.json", "run_fingerprint.json", "manifest.json", "latest"),
     *("zero_to_fp32.py", "evaluation.json", "predictions*.jsonl", "metrics.json", "table.md", "bars.png"),
-    *("radar.png", "report.html", ".*"),
+    *("radar.png", "report.html", "report.json", "judge.jsonl", "comparison.html", ".*"),
 )
 _MAX_AUXILIARY_BYTES = 100 * 10**6
 _DOWNLOADED = (
