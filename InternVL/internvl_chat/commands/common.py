@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.output import progress
 from internvl_chat.constants import BACKGROUNDS
+from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.paths import data_root
 
 # Preprocessing options on the command line, except the tile limit.
@@ -85,6 +87,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--base` and `--device`, for commands that run the model."""
     parser.add_argument("--base", help="base model of an adapter, if it has been moved since training")
     parser.add_argument("--device", help="cpu, cuda:0, or auto for all GPUs (default: GPU if available)")
+
+
+def require_ui(command: str, *libraries: str) -> None:
+    """Check that libraries of the extra `ui` are installed.
+
+    Raises:
+        UsageError: a library is missing.
+    """
+    if missing := [name for name in libraries if find_spec(name) is None]:
+        raise UsageError(f"m3llm {command} requires {', '.join(missing)}: pip install 'm3llm[ui]'")
 
 
 def positive(text: str) -> int:

@@ -24,6 +24,7 @@ COMMANDS = [
     "merge",
     "export",
     "parity",
+    "report",
     "doctor",
     "sample-data",
     "tiny-model",

@@ -35,6 +35,7 @@ ELSEWHERE = (
     "python3 -m venv .venv && source .venv/bin/activate",
     'pip install -e ".[dev]"',
     'pip install -e ".[eval]"',
+    'pip install -e ".[ui]"',
     "pre-commit install",
     "python InternVL/docs/make_flags.py",
 )
