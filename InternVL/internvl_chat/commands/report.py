@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_chat.train.report.page import write_report
     from internvl_chat.train.report.run import check_run_folders
 
-    folders = list({folder.resolve(): folder.absolute() for folder in args.runs}.values())
+    folders = list({folder.resolve(): folder for folder in reversed(args.runs)}.values())[::-1]
     check_run_folders(folders)
     file = args.out or (folders[0] / REPORT if len(folders) == 1 else _SEVERAL)
     _check_file(file)

@@ -10,6 +10,7 @@ from run_files import complete_run, session, write_lines
 from benchmarks.run_report import write_run
 from internvl_chat.cli import main as m3llm
 from internvl_chat.commands import report
+from internvl_chat.train import internvl_chat_finetune
 
 
 def test_report_is_written_to_the_run(tmp_path, capsys):
@@ -84,3 +85,29 @@ def test_watching_ends_with_ctrl_c(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", interrupt)
     assert m3llm(["report", str(folder), "--watch"]) == 0
     assert "data-seconds" not in (folder / "report.html").read_text()
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """Messages of the training script."""
+    messages = []
+    for level in ("info", "warning"):
+        append = lambda text, *args: messages.append(text % args)  # noqa: E731
+        monkeypatch.setattr(internvl_chat_finetune.logger, level, append)
+    return messages
+
+
+def test_run_without_plotly_has_no_report(tmp_path, monkeypatch, logged):
+    monkeypatch.setattr(internvl_chat_finetune, "find_spec", lambda name: None)
+    internvl_chat_finetune.write_run_report(tmp_path)
+    assert logged == ["no report.html: it requires plotly (pip install 'm3llm[ui]')"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_failing_report_does_not_fail_the_run(tmp_path, monkeypatch, logged):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("internvl_chat.train.report.page.write_report", fail)
+    internvl_chat_finetune.write_run_report(tmp_path)
+    assert logged == [f"{tmp_path}/report.html: not written (RuntimeError: broken)"]

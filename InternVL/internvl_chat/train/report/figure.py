@@ -97,7 +97,7 @@ def curve(
     if len(values):
         chosen = downsample(values)
         yield go.Scatter(
-            x=steps[chosen].astype(np.int32), y=values[chosen].astype(np.float32), name=_label(name),
+            x=steps[chosen].astype(float), y=values[chosen].astype(np.float32), name=_label(name),
             mode="lines+markers" if dots else "lines", line={"color": color, "dash": dash, "width": width},
             marker={"size": 6}, hovertemplate=f"%{{y:{digits}}}",
         )  # fmt: skip
@@ -123,9 +123,9 @@ def marks(
     if not len(steps):
         return
     texts = [name if np.isnan(value) else f"{name}: {value:.4g}" for value in values[:MAX_POINTS]]
-    shown = steps[:MAX_POINTS].astype(np.int32)
+    shown = steps[:MAX_POINTS].astype(float)
     yield go.Scatter(
-        x=shown, y=np.full(len(shown), y, np.float32), mode="markers", name=f"{name} ({len(steps):,})",
+        x=shown, y=np.full(len(shown), y), mode="markers", name=f"{name} ({len(steps):,})",
         text=texts, hovertemplate="%{text}<extra></extra>", cliponaxis=False, showlegend=legend,
         marker={"symbol": symbol, "size": 9, "color": color},
     )  # fmt: skip

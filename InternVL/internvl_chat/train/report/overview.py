@@ -89,15 +89,16 @@ def _time(run: Run) -> Tile | None:
     seconds, pauses = (float(np.nansum(run.steps[name])) for name in ("seconds", "pause_seconds"))
     detail = f"plus {format_duration(pauses)} in validation and saving"
     recent = run.steps["seconds"][-_RECENT_STEPS:]
-    if not run.finished and run.total_steps is not None and np.isfinite(recent).any():
+    left = 0 if run.finished else (run.total_steps or 0) - run.last_step
+    if left > 0 and np.isfinite(recent).any():
         per_step = float(np.nanmean(recent)) + pauses / len(run.steps)
-        detail = f"about {format_duration((run.total_steps - run.last_step) * per_step)} left"
+        detail = f"about {format_duration(left * per_step)} left"
     return Tile(format_duration(seconds), detail)
 
 
 def _memory(run: Run) -> Tile | None:
-    peak = np.nanmax(run.steps["max_memory_gb"], initial=-math.inf)
-    return Tile(f"{peak:.1f} GB", "of rank 0") if math.isfinite(peak) else None
+    peaks = run.steps["max_memory_gb"]
+    return Tile(f"{np.nanmax(peaks):.1f} GB", "of rank 0") if np.isfinite(peaks).any() else None
 
 
 def _parameters(run: Run) -> Tile | None:

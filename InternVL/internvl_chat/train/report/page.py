@@ -79,7 +79,7 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
     >>> unique_names([Path("/runs/a/lora"), Path("/runs/b/lora"), Path("/runs/full")])
     ['a/lora', 'b/lora', 'full']
     """
-    parts = [folder.absolute().parts for folder in folders]
+    parts = [folder.resolve().parts for folder in folders]
     names = []
     for own in parts:
         length = 1

@@ -20,7 +20,7 @@ from internvl_chat.train.checkpoint.run_folder import (
     VALIDATION,
 )
 from internvl_chat.train.report.log import LogMessage, read_log
-from internvl_chat.train.report.steps import Steps, number, parse_lines, read_steps_file, step_of
+from internvl_chat.train.report.steps import Steps, count, number, parse_lines, read_steps_file
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.files import is_file
 from internvl_chat.utils.text import counted
@@ -162,7 +162,7 @@ def read_run(folder: Path) -> Run:
     sessions, damaged[SESSIONS] = parse_lines(folder / SESSIONS, _session)
     messages, log_end = read_log(folder / LOG)
     problems = [
-        f"{name}: {counted(count, 'damaged line')} ignored" for name, count in damaged.items() if count
+        f"{name}: {counted(lines, 'damaged line')} ignored" for name, lines in damaged.items() if lines
     ]
     return Run(
         folder,
@@ -202,7 +202,7 @@ def _read_unusable(ledger: Path) -> list[UnusableRecord]:
 
 def _unusable(row: Mapping[str, Any]) -> list[UnusableRecord]:
     return [
-        UnusableRecord(step_of(row), str(r["dataset"]), int(r["index"]), str(r["message"]))
+        UnusableRecord(count(row["step"]), str(r["dataset"]), count(r["index"]), str(r["message"]))
         for r in row["skipped"]
     ]
 
@@ -217,14 +217,14 @@ def _validation(row: Mapping[str, Any]) -> ValidationRow:
     parts = {ALL: row, **row["sets"]}
     names = ("records", "loss", "em", "rougeL")
     scores = {part: {name: number(values.get(name)) for name in names} for part, values in parts.items()}
-    return ValidationRow(step_of(row), scores)
+    return ValidationRow(count(row["step"]), scores)
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
     return Sample(
-        step_of(row),
+        count(row["step"]),
         str(row["dataset"]),
-        int(row["index"]),
+        count(row["index"]),
         [Path(str(name)) for name in row["images"]],
         str(row["question"]),
         str(row["reference"]),
@@ -238,12 +238,12 @@ def _session(row: Mapping[str, Any]) -> Session:
     if any(not isinstance(entry.get("dataset"), str) for table in tables for entry in table):
         raise ValueError("a dataset has no name")
     return Session(
-        step_of(row),
+        count(row["step"]),
         str(row["started"]),
-        int(row["total_steps"]),
+        count(row["total_steps"]),
         str(row["description"]),
-        int(row["parameters"]),
-        int(row["trained_parameters"]),
+        count(row["parameters"]),
+        count(row["trained_parameters"]),
         None if row["git"] is None else str(row["git"]),
         {str(name): str(version) for name, version in row["versions"].items()},
         dict(row["hardware"]),

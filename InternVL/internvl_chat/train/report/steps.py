@@ -1,7 +1,8 @@
 """Steps of a run, read from `metrics.jsonl` into one array per field."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,8 @@ T = TypeVar("T")
 
 FIELDS = ("epoch", "loss", "grad_norm", "learning_rate", "records", "tokens", "seconds", "pause_seconds",
           "records_per_second", "tokens_per_second", "mfu", "max_memory_gb")  # fmt: skip
-_MAX_STEP = 1 << 53
+_MAX_COUNT = 1 << 53
+_MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,20 @@ def parse_lines(file: Path, parse: Callable[[Any], T], *, containing: bytes = b"
     return parsed, damaged
 
 
-def step_of(row: Mapping[str, Any]) -> int:
-    """Return the step of a row.
+def count(value: Any) -> int:
+    """Return a JSON value that must be a natural number, such as a step.
 
     Raises:
-        ValueError: the step is not a natural number.
+        ValueError: it is not a natural number, or unreasonably large.
     """
-    step = row["step"]
-    if type(step) is not int or not 0 <= step < _MAX_STEP:
-        raise ValueError(f"not a step: {step}")
-    return step
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"not a natural number: {value}")
+    return value
 
 
 def number(value: Any) -> float:
-    """Return a finite JSON number as a float, and NaN for anything else."""
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
+    """Return a JSON number as a float; NaN for anything else and for numbers that charts cannot show."""
+    return float(value) if type(value) in (int, float) and abs(value) < _MAX_NUMBER else math.nan
 
 
 def read_steps_file(file: Path) -> tuple[Steps, int]:
@@ -101,30 +102,46 @@ def read_steps_file(file: Path) -> tuple[Steps, int]:
 
     If a step was repeated after a crash, only its last row is used.
     """
-    rows, damaged = parse_lines(file, _parse)
-    parts: dict[str, list[tuple[int, float, float]]] = {}
-    skipped: dict[int, str] = {}
-    last = {step: position for position, (step, *_) in enumerate(rows)}
-    kept = [rows[last[step]] for step in sorted(last)]
-    for step, _, sets, reason in kept:
+    table = _Table()
+    _, damaged = parse_lines(file, table.add)
+    return table.steps(), damaged
+
+
+class _Table:
+    """Collects rows in flat arrays: millions of small objects would slow down Python's garbage collector."""
+
+    def __init__(self) -> None:
+        self.step, self.values = array("q"), array("d")
+        self.sets: dict[str, array] = {}
+        self.reasons: dict[int, str] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        step, values = count(row["step"]), [number(row.get(name)) for name in FIELDS]
+        sets = {name: (number(p["loss"]), float(p["records"])) for name, p in row.get("sets", {}).items()}
+        position, reason = len(self.step), row.get("skipped_because")
+        self.step.append(step)
+        self.values.extend(values)
+        for name, (loss, records) in sets.items():
+            self.sets.setdefault(name, array("d")).extend((position, loss, records))
         if reason is not None:
-            skipped[step] = reason
-        for name, loss, records in sets:
-            parts.setdefault(name, []).append((step, np.nan if reason else loss, records))
-    table = np.array([values for _, values, *_ in kept], float).reshape(-1, len(FIELDS))
-    steps = Steps(
-        np.array([step for step, *_ in kept], np.int64),
-        dict(zip(FIELDS, table.T, strict=True)),
-        {name: Curve(*np.array(points).T) for name, points in sorted(parts.items())},
-        skipped,
-    )
-    return steps, damaged
+            self.reasons[position] = str(reason)
 
-
-def _parse(row: Mapping[str, Any]) -> tuple[int, list[float], Sequence[tuple[str, float, float]], str | None]:
-    """Return the step, values, (dataset, loss, records) and reason for skipping of a row."""
-    sets = [
-        (name, number(part["loss"]), float(part["records"])) for name, part in row.get("sets", {}).items()
-    ]
-    reason = row.get("skipped_because")
-    return step_of(row), [number(row.get(name)) for name in FIELDS], sets, reason and str(reason)
+    def steps(self) -> Steps:
+        """Return the steps in ascending order, each with its last row."""
+        step = np.array(self.step, np.int64)
+        _, from_end = np.unique(step[::-1], return_index=True)
+        kept = len(step) - 1 - from_end  # position of each step's last row
+        order = np.full(len(step), -1)
+        order[kept] = np.arange(len(kept))
+        table = np.array(self.values).reshape(-1, len(FIELDS))[kept]
+        skipped = {int(step[p]): reason for p, reason in self.reasons.items() if order[p] >= 0}
+        sets = {}
+        for name, column in sorted(self.sets.items()):
+            points = np.array(column).reshape(-1, 3)
+            rows = order[points[:, 0].astype(int)]
+            points = points[rows >= 0][np.argsort(rows[rows >= 0])]
+            steps = step[points[:, 0].astype(int)]
+            losses = np.where(np.isin(steps, list(skipped)), np.nan, points[:, 1])
+            sets[name] = Curve(steps, losses, points[:, 2])
+        return Steps(step[kept], dict(zip(FIELDS, table.T, strict=True)), sets, skipped)

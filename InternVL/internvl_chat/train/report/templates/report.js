@@ -16,7 +16,8 @@
     layout.dragmode = touch ? false : "zoom"; // dragging scrolls the page on a touch screen
     const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
     const element = document.getElementById(`chart-${key}`);
-    return Plotly.react(element, data, layout, options).then(() => { element.dataset.drawn = ""; });
+    // Milliseconds since the page was opened.
+    return Plotly.react(element, data, layout, options).then(() => { element.dataset.drawn = Math.round(performance.now()); });
   }
   // One chart at a time, so that the page stays responsive and the first chart appears early.
   const drawAll = () => charts.reduce((drawn, chart) => drawn.then(() => new Promise(requestAnimationFrame)).then(() => draw(chart)), Promise.resolve());
