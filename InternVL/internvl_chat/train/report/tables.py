@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from internvl_chat.train.report.run import Run
-from internvl_chat.train.report.steps import mean_ends
+from internvl_chat.train.report.steps import mean_ends, number
 from internvl_chat.utils.html import html_table
 from internvl_chat.utils.text import counted
 
@@ -125,12 +125,10 @@ def _first_rows(header: Sequence[str], rows: Sequence[Sequence[Any]], file: str)
 
 def show(value: Any, digits: str) -> str:
     """Format a number; `-` if it is unknown."""
-    return format(value, digits) if _is_number(value) else "-"
+    known = number(value)
+    return "-" if math.isnan(known) else format(known, digits)
 
 
 def _count(value: Any) -> float:
-    return value if _is_number(value) else 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    known = number(value)
+    return 0.0 if math.isnan(known) else known
