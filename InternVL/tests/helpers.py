@@ -30,6 +30,7 @@ CPU_FLAGS = {
     "report_to": "none",
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
+    "eval_samples": 0,
     # Asynchronous saves may skip checkpoints on slow disks.
     "async_save": False,
 }

@@ -99,6 +99,7 @@ TESTED_BY = {
     "train.checkpoint": "train/checkpoint/test_saver.py",
     "utils.hashed_file": "model/io/test_weights.py",
     "train.distributed": "integration/test_processes.py",
+    "train.report": "train/report/test_page.py",
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvl_chat.commands.output import progress
 from internvl_chat.constants import BACKGROUNDS
+from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.paths import data_root
 
 # Preprocessing options on the command line, except the tile limit.

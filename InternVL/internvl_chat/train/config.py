@@ -98,6 +98,7 @@ class RunConfig:
     eval_delay: float
     eval_on_start: bool
     eval_generate: int
+    eval_samples: int
     early_stopping_patience: int
     load_best_model_at_end: bool
     metric_for_best_model: str | None

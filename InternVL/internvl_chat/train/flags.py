@@ -43,8 +43,8 @@ RANGES = {
         "(-inf, inf)": "unfreeze_vit_layers vision_select_layer",
         "[-1, inf)": "max_steps local_rank",
         "[0, inf)": "use_backbone_lora use_llm_lora learning_rate weight_decay adam_epsilon max_grad_norm "
-        "warmup_steps max_bad_steps dataloader_num_workers eval_generate eval_delay early_stopping_patience "
-        "logging_steps save_steps eval_steps",
+        "warmup_steps max_bad_steps dataloader_num_workers eval_generate eval_samples eval_delay "
+        "early_stopping_patience logging_steps save_steps eval_steps",
         "[0, 1)": "lora_dropout drop_path_rate adam_beta1 adam_beta2 warmup_ratio",
         "[0, 1]": "max_bad_fraction",
         "(0, 1]": "down_sample_ratio",
@@ -289,6 +289,11 @@ class RunArguments:
     eval_on_start: bool = _validation(False, "Also validate before the first step.")
     eval_generate: int = _validation(
         0, "Number of answers per dataset to generate and score in each validation."
+    )
+    eval_samples: int = _validation(
+        6,
+        "Validation records, spread over the datasets, whose generated answers are written to samples.jsonl "
+        "in each validation, for the run report.",
     )
     metric_for_best_model: str | None = _validation(
         None, "Metric that selects the best checkpoint [eval_loss]."

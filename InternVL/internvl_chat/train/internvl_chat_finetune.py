@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from filelock import FileLock
@@ -33,7 +35,15 @@ from internvl_chat.train.checkpoint.fingerprint import (
 )
 from internvl_chat.train.checkpoint.model_files import checkpoint_writer
 from internvl_chat.train.checkpoint.resume_changes import check_images
-from internvl_chat.train.checkpoint.run_folder import CONFIG, FINISHED, METRICS, PLOT, VALIDATION
+from internvl_chat.train.checkpoint.run_folder import (
+    CONFIG,
+    FINISHED,
+    METRICS,
+    PLOT,
+    REPORT,
+    SESSIONS,
+    VALIDATION,
+)
 from internvl_chat.train.checkpoint.saver import Checkpointer, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checks import RunPlan, check_configuration, sharded_generation_problem
@@ -44,6 +54,7 @@ from internvl_chat.train.freeze import format_table, set_trainable
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.model_card import count_parameters, describe_run, read_validation, write_model_card
 from internvl_chat.train.monitor.plots import plot_loss
+from internvl_chat.train.monitor.session import session_row
 from internvl_chat.train.monitor.trackers import Trackers
 from internvl_chat.train.preflight.dry_run import run_dry_run
 from internvl_chat.train.preflight.memory import MemoryPlan, plan_memory
@@ -59,7 +70,7 @@ from internvl_chat.train.setup import (
 from internvl_chat.train.validation import validation_specs
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, M3LLMError, TrainingError, UsageError
-from internvl_chat.utils.files import write_json
+from internvl_chat.utils.files import JsonLinesFile, write_json
 from internvl_chat.utils.logging import configure_logging, get_logger
 from internvl_chat.utils.text import counted
 
@@ -79,10 +90,12 @@ def train(config: TrainConfig) -> int:
     model, tokenizer, preprocessing = _load_model(plan)
     flops = count_flops(model)
     sampler = build_sampler(config, data, flops)
-    validation = None if eval_data is None else build_validation(config, eval_data, flops)
 
     memory = _apply_memory_plan(config, model, sampler, data)
     strategy = build_strategy(config, memory, model, run.count_steps(len(sampler)))
+    validation = None
+    if eval_data is not None:
+        validation = build_validation(config, eval_data, flops, sharded=strategy.shards_weights)
     state = load_training_state(resume, strategy) if resume else TrainState()
     lock = _open_output(plan) if run.is_main else None
     eval_state = None if eval_data is None else DataState.of(eval_data)
@@ -106,6 +119,8 @@ def train(config: TrainConfig) -> int:
     if run.sanity_check:
         run_sanity_checks(plan.source, model, data, tokenizer, preprocessing)
     run_dry_run(loop, memory, config.model.grad_checkpoint)
+    if run.is_main:
+        _log_session(config, loop, eval_data)
     logger.info("output: %s, %d of %d steps done", plan.output.path, state.step, loop.total_steps)
     # Before this point, a signal ends the process immediately, because there is nothing to save.
     with loop.stop:
@@ -149,6 +164,21 @@ def _open_output(plan: RunPlan) -> FileLock:
     lock = plan.output.open()
     (plan.output.path / CONFIG).write_text(dump_config(plan.config), encoding="utf-8")
     return lock
+
+
+def _log_session(config: TrainConfig, loop: TrainingLoop, eval_data: TrainingData | None) -> None:
+    """Append the start of this session to `sessions.jsonl`."""
+    row = session_row(
+        config.run,
+        step=loop.state.step,
+        total_steps=loop.total_steps,
+        description=describe_run(config),
+        layout=loop.strategy.name,
+        parameters=count_parameters(loop.strategy.model),
+        data=loop.data,
+        eval_data=eval_data,
+    )
+    JsonLinesFile(Path(config.run.output_dir) / SESSIONS).append(row)
 
 
 def _load_model(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBase, Preprocessing]:
@@ -219,6 +249,7 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
             parameters = count_parameters(loop.strategy.model)
             write_model_card(plan.config, loop.data, eval_data, parameters, validation)
             write_json(output / FINISHED, dataclasses.asdict(state))
+            write_run_report(output)
     except OSError as error:
         raise TrainingError(
             f"{output}: the model cannot be saved: {error}; free disk space and run the same command again "
@@ -231,6 +262,19 @@ def _finish(plan: RunPlan, loop: TrainingLoop, eval_data: TrainingData | None) -
             else ""
         )
         logger.info("finished: the model is in %s%s", output, skipped)
+
+
+def write_run_report(output: Path) -> None:
+    """Write the HTML report of a finished run; a failure is only logged."""
+    if find_spec("plotly") is None:
+        logger.info("no %s: it requires plotly (pip install 'm3llm[ui]')", REPORT)
+        return
+    try:
+        from internvl_chat.train.report.page import write_report
+
+        write_report([output], output / REPORT)
+    except Exception as error:
+        logger.warning("%s: not written (%s: %s)", output / REPORT, type(error).__name__, error)
 
 
 def _report_end(loop: TrainingLoop, stopped_by: signal.Signals | None) -> int:

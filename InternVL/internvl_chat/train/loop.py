@@ -22,7 +22,7 @@ from internvl_chat.data.record_set import RecordKey
 from internvl_chat.inference.tile_features import tile_features
 from internvl_chat.model.flops import FlopCounter
 from internvl_chat.model.loss import token_weight
-from internvl_chat.train.checkpoint.run_folder import LEDGER, METRICS, VALIDATION
+from internvl_chat.train.checkpoint.run_folder import LEDGER, METRICS, SAMPLES, VALIDATION
 from internvl_chat.train.checkpoint.saver import Checkpointer
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.config import RunConfig
@@ -81,8 +81,8 @@ class TrainingLoop:
         self.set_names = [records.spec.name for records in self.data.sets]
         self.dataloader = StepDataLoader(self.packs, self.sampler, run.dataloader_options)
         self.total_steps = run.count_steps(len(self.sampler))
-        files = (Path(run.output_dir) / name for name in (METRICS, LEDGER, VALIDATION))
-        self.metrics, self.ledger, self.validations = map(JsonLinesFile, files)
+        files = (Path(run.output_dir) / name for name in (METRICS, LEDGER, VALIDATION, SAMPLES))
+        self.metrics, self.ledger, self.validations, self.samples = map(JsonLinesFile, files)
         self.nan_guard = NanGuard(run.max_bad_steps)
         self.watchdog, self.skip_budget = Watchdog(run.hang_seconds), self.data.skip_budget()
         self.should_stop = False  # the same on all ranks
@@ -226,10 +226,12 @@ class TrainingLoop:
             logger.warning("step %d: validation interrupted", state.step)
             self.should_stop = True
             return
-        metrics, seconds = named_metrics(result), time.perf_counter() - start
+        metrics, seconds = named_metrics(result.metrics), time.perf_counter() - start
         if self.run.is_main:
             row = {"step": state.step, "epoch": round(state.epoch, 6), "seconds": round(seconds, 4)}
-            self.validations.append(row | result)
+            self.validations.append(row | result.metrics)
+            for sample in result.samples:
+                self.samples.append({"step": state.step} | sample)
             self.trackers.log({f"eval/{k.removeprefix('eval_')}": v for k, v in metrics.items()}, state.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: validation in %.0f s: %s", state.step, seconds, shown)
@@ -281,7 +283,7 @@ class TrainingLoop:
         return calls_trackers
 
     def _flush(self) -> None:
-        for log in (self.metrics, self.ledger, self.validations):
+        for log in (self.metrics, self.ledger, self.validations, self.samples):
             log.flush()
 
     def _is_due(self, action: str) -> bool:

@@ -244,13 +244,31 @@ def _sampler(run: RunConfig, data: TrainingData, flops: FlopCounter, **options: 
     return StepSampler(data.sizes, planner=planner, rank=run.rank, **options)
 
 
-def build_validation(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> Validation:
-    """Return the `Validation` of a run; it reads its records in file order."""
+def build_validation(
+    config: TrainConfig, data: TrainingData, flops: FlopCounter, *, sharded: bool
+) -> Validation:
+    """Return the `Validation` of a run; it reads its records in file order.
+
+    Args:
+        config: configuration of the run.
+        data: validation data.
+        flops: FLOPs of the model.
+        sharded: whether the weights are sharded. Sample answers are then disabled: all ranks would have to
+            run the same number of decoding steps.
+    """
     run, records = config.run, _EVAL_RECORDS * config.run.world_size
+    if sharded and run.eval_samples:
+        logger.info("no sample answers (--eval_samples): not supported with sharded weights")
     sampler = _sampler(run, data, flops, step_records=records, strategy="sequential")
     normalization = data.sets[0].encoder.preprocessing.normalize_type
     return Validation(
-        data, sampler, run.loss_reduction, run.eval_generate, normalization, run.dataloader_options
+        data,
+        sampler,
+        reduction=run.loss_reduction,
+        generate=run.eval_generate,
+        samples=0 if sharded else run.eval_samples,
+        normalization=normalization,
+        options=run.dataloader_options,
     )
 
 

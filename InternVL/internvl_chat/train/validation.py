@@ -7,7 +7,9 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ from internvl_chat.data.batching.collator import Pack, PackDataset
 from internvl_chat.data.batching.dataloader import DataLoaderOptions
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
+from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
-from internvl_chat.inference.engine import Engine, is_truncated, last_question
+from internvl_chat.inference.engine import Engine, Prompt, Reply, last_question
 from internvl_chat.inference.token_losses import pack_losses
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.metrics.rouge import rouge
@@ -76,13 +79,41 @@ def validation_specs(specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
     ]
 
 
+class ValidationResult(NamedTuple):
+    """Result of a validation, the same on all ranks.
+
+    Attributes:
+        metrics: metrics over all records and, under `sets`, of each dataset by name.
+        samples: rows of `samples.jsonl`, without the step.
+    """
+
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def _sample_row(
+    records: RecordSet, index: int, prompt: Prompt, reference: str, answer: Reply, images: Sequence[Path]
+) -> dict[str, Any]:
+    """Return the row of an answer in `samples.jsonl`, without the step."""
+    return {
+        "dataset": records.spec.name,
+        "index": index,
+        "images": [str(path.absolute()) for path in images],
+        "question": prompt.messages[-1].content,
+        "reference": reference,
+        "answer": str(answer),
+        "truncated": answer.truncated,
+    }
+
+
 @dataclass
 class Validation:
     """Validates a model; each rank processes its share of the validation records.
 
     Attributes:
         reduction: loss weighting, one of `LOSS_REDUCTIONS`.
-        generate: number of answers to generate per dataset.
+        generate: number of answers per dataset to generate for the metrics.
+        samples: number of answers to generate for `samples.jsonl`, over all datasets.
         normalization: pixel normalization, one of `NORMALIZATIONS`.
     """
 
@@ -90,6 +121,7 @@ class Validation:
     sampler: StepSampler
     reduction: str
     generate: int
+    samples: int
     normalization: str
     options: DataLoaderOptions
 
@@ -97,14 +129,14 @@ class Validation:
         self,
         model: InternVLChatModel,
         is_stopped: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Any] | None:
+    ) -> ValidationResult | None:
         """Validate a model, which is left in evaluation mode.
 
         Args:
             is_stopped: returns whether to stop early; called before each pack and after each answer.
 
         Returns:
-            Metrics over all records and, under `sets`, of each dataset by name; None if any rank was stopped.
+            Metrics and sample answers; None if any rank was stopped.
 
         Raises:
             DataError: a record is unusable.
@@ -116,15 +148,19 @@ class Validation:
         # Run eagerly: blocks compiled for training would be recompiled.
         with torch.compiler.set_stance("force_eager"):
             self._add_losses(model, packs, sums)
-            self._add_answers(model, sums, is_stopped)
+            samples = self._add_answers(model, sums, is_stopped)
         if distributed.any_rank(is_stopped()):
             return None
         sums = distributed.all_reduce_sum(sums)
+        gathered = itertools.chain.from_iterable(distributed.all_gather_object(samples))
         sets = {
             records.spec.name: metrics_of(row)
             for records, row in zip(self.data.sets, sums.tolist(), strict=True)
         }
-        return metrics_of(sums.sum(dim=0).tolist()) | {"sets": sets}
+        return ValidationResult(
+            metrics_of(sums.sum(dim=0).tolist()) | {"sets": sets},
+            [row for _, row in sorted(gathered, key=itemgetter(0))],
+        )
 
     def _add_losses(
         self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
@@ -144,28 +180,46 @@ class Validation:
 
     def _add_answers(
         self, model: InternVLChatModel, sums: torch.Tensor, is_stopped: Callable[[], bool]
-    ) -> None:
-        """Generate this rank's answers, and add their scores and counts to the sums of their datasets."""
-        keys = [(number, i) for number in range(len(self.data.sets)) for i in self.generation_indices(number)]
-        for number, group in itertools.groupby(distributed.shard(keys), key=lambda key: key[0]):
+    ) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+        """Generate this rank's answers, and add their scores and counts to the sums of their datasets.
+
+        Returns:
+            For each sample answer, its dataset number and record index, and its row of `samples.jsonl`.
+        """
+        numbers = range(len(self.data.sets))
+        scored = {(n, i) for n in numbers for i in self.generation_indices(n, self.generate)}
+        sampled = {(n, i) for n in numbers for i in self.generation_indices(n, self._samples_of(n))}
+        keys = sorted(scored | sampled)
+        samples: list[tuple[tuple[int, int], dict[str, Any]]] = []
+        for number, group in itertools.groupby(distributed.shard(keys), key=itemgetter(0)):
             records = self.data.sets[number]
             engine = Engine(model, records.encoder.tokenizer, records.encoder.preprocessing)
-            parsed = [(index, records.record(index)) for _, index in group]
-            questions = [last_question(record, records.images(index, record)) for index, record in parsed]
+            parsed = [(key, records.record(key[1])) for key in group]
+            questions = [last_question(record, records.images(key[1], record)) for key, record in parsed]
             answers = engine.answer_each((prompt for prompt, _ in questions), max_new_tokens=_MAX_NEW_TOKENS)
             for position, answer in answers:
                 if is_stopped():
-                    return
-                reference = questions[position][1]
-                scores = [exact_match(answer, reference), rouge(answer, reference)["rougeL"], 1]
-                scores.append(is_truncated(answer))
-                sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
+                    return samples
+                (key, record), (prompt, reference) = parsed[position], questions[position]
+                if key in scored:
+                    scores = [exact_match(answer, reference), rouge(answer, reference)["rougeL"], 1]
+                    scores.append(answer.truncated)
+                    sums[number, 4:] += torch.tensor(scores, dtype=torch.float64)
+                if key in sampled:
+                    images = records.image_paths(record)[: len(prompt.images)]
+                    samples.append((key, _sample_row(records, key[1], prompt, reference, answer, images)))
+        return samples
 
-    def generation_indices(self, number: int) -> list[int]:
-        """Return evenly spaced indices of the records in dataset `number` to generate answers for."""
+    def _samples_of(self, number: int) -> int:
+        """Return the number of sample answers for dataset `number`."""
+        each, more = divmod(self.samples, len(self.data.sets))
+        return each + (number < more)
+
+    def generation_indices(self, number: int, count: int) -> list[int]:
+        """Return at most `count` evenly spaced indices of records in dataset `number`."""
         indices = self.data.indices(number)
         if self.data.lengths is not None:
             # Exclude truncated records, whose prompt alone may be too long.
             indices = indices[self.data.lengths[number].tokens_truncated[indices] == 0]
-        count = min(self.generate, len(indices))
+        count = min(count, len(indices))
         return indices[np.arange(count) * len(indices) // max(count, 1)].tolist()

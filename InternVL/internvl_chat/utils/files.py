@@ -80,6 +80,28 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def read_json_lines(file: Path, *, containing: bytes = b"") -> Iterator[dict[str, Any] | None]:
+    """Yield the object on each line of a JSON Lines file, or None if the line is damaged.
+
+    Empty lines are skipped; a missing file has no lines.
+
+    Args:
+        file: the file.
+        containing: skip lines that do not contain these bytes.
+    """
+    if not is_file(file):
+        return
+    with file.open("rb") as stream:
+        for line in stream:
+            if containing not in line or line.isspace():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield value if isinstance(value, dict) else None
+
+
 def is_file(path: Path) -> bool:
     """Return whether a path is a file; False if the path is invalid or inaccessible."""
     try:

@@ -1,7 +1,8 @@
-"""CPU cores, bf16 instruction sets and host memory that this process can use, within its cgroup limits."""
+"""CPU name and cores, bf16 instruction sets, and host memory for this process, within its cgroup limits."""
 
 import math
 import os
+import platform
 from pathlib import Path
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -21,6 +22,15 @@ def cpu_cores() -> int:
         if quota.isdigit() and period.isdigit():
             cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     return cores
+
+
+def cpu_name() -> str:
+    """Return the model name of the CPU, or its architecture if the model is unknown."""
+    for line in _read(_CPU_INFO).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.machine() or "CPU"
 
 
 def cpu_bf16_instructions() -> tuple[str, ...]:

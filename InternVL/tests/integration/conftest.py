@@ -21,12 +21,13 @@ def augmented(sample_data, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch):
-    """A plot takes as long as the training of a small model; runs of the launchers have theirs."""
+    """Plot and report take as long as the training of a small model; runs of the launchers have theirs."""
 
     def plot_loss(metrics, output, *_, **__):
         output.write_bytes(b"")
 
     monkeypatch.setattr(internvl_chat_finetune, "plot_loss", plot_loss)
+    monkeypatch.setattr(internvl_chat_finetune, "write_run_report", lambda output: None)
 
 
 @pytest.fixture(scope="module")

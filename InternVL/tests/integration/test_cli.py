@@ -28,6 +28,7 @@ COMMANDS = [
     "merge",
     "export",
     "parity",
+    "report",
     "doctor",
     "sample-data",
     "tiny-model",

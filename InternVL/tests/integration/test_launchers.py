@@ -52,6 +52,10 @@ def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weigh
     assert [r["records"] for r in metrics(out)] == [4, 4, 4]
     assert (out / weights).is_file()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    [session] = map(json.loads, (out / "sessions.jsonl").read_text().splitlines())
+    assert (session["step"], session["total_steps"], session["hardware"]["ranks"]) == (0, 3, int(ranks))
+    report = (out / "report.html").read_text()
+    assert "finished</span>" in report and 'id="chart-loss"' in report
     log = (out / "training_log.txt").read_text()
     for shown in ("trainable    share", "finished: the model is in"):
         assert shown in log

@@ -60,6 +60,9 @@ def test_same_command_resumes(arguments, finished, tmp_path, metrics):
     assert [r["loss"] for r in metrics(stopped)] == [r["loss"] for r in metrics(full)]
     assert [r["step"] for r in metrics(stopped)] == list(range(1, 10))
     assert (stopped / "ledger.jsonl").read_text() == (full / "ledger.jsonl").read_text()
+    sessions = [json.loads(line) for line in (stopped / "sessions.jsonl").read_text().splitlines()]
+    assert [(session["step"], session["total_steps"]) for session in sessions] == [(0, 9), (6, 9)]
+    assert sessions[0]["data"] == sessions[1]["data"]
 
 
 def test_resumed_run_leaves_the_same_files(arguments, tmp_path):

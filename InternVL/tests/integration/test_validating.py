@@ -19,7 +19,7 @@ from internvl_chat.metrics.rouge import rouge
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.monitor.trackers import Trackers
-from internvl_chat.train.validation import Validation, metrics_of
+from internvl_chat.train.validation import Validation, ValidationResult, metrics_of
 
 pytest.importorskip("rouge", reason="the package rouge is not installed")
 
@@ -43,14 +43,15 @@ def without_time(row: dict) -> dict:
 def test_validation_does_not_change_training(arguments, tmp_path, metrics, recipe):
     with_it, without = tmp_path / "with", tmp_path / "without"
     loaders = {"dataloader_num_workers": 2}
-    assert train(arguments(with_it, recipe, eval_generate=2, **loaders)) == 0
+    assert train(arguments(with_it, recipe, eval_generate=2, eval_samples=9, **loaders)) == 0
     none = {"eval_meta_path": None, "eval_strategy": None, "eval_steps": None}
     assert train(arguments(without, recipe, **none, **loaders)) == 0
     assert [row["step"] for row in validations(with_it)] == [2, 4, 6]
     assert list(map(without_time, metrics(with_it))) == list(map(without_time, metrics(without)))
     assert (with_it / "ledger.jsonl").read_text() == (without / "ledger.jsonl").read_text()
     assert not changed_weights(with_it, without)
-    assert not (without / "validation.jsonl").exists()
+    for name in ("validation.jsonl", "samples.jsonl"):
+        assert (with_it / name).exists() and not (without / name).exists()
 
 
 @pytest.mark.parametrize("reduction", ["sample", "token"])
@@ -91,17 +92,30 @@ def test_answers_match_the_finished_model(arguments, sample_data, tmp_path):
     out = tmp_path / "out"
     # Train long enough that some answers are partly correct.
     values = {"max_steps": 40, "eval_steps": 40, "save_strategy": "no", "learning_rate": 1e-2}
-    assert train(arguments(out, eval_generate=2, **values)) == 0
+    assert train(arguments(out, eval_generate=2, eval_samples=8, **values)) == 0
     [row] = validations(out)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     engine = Engine.from_checkpoint(out, device="cpu")
     sets = build_sets(load_meta(sample_data / "held_out.json", sample_data), engine.encoder)
-    everything = []
+    names = [records.spec.name for records in sets]
+    # Two of the first two datasets, one of the others.
+    sampled = {(name, index) for n, name in enumerate(names) for index in range(1 + (n < 2))}
+    everything, expected = [], []
     for records in sets:
         scores, cut = [], 0
         for index in range(2):
             record = records.record(index)
             prompt, reference = last_question(record, records.images(index, record))
             [answer] = engine.answer([prompt], max_new_tokens=256)
+            if (records.spec.name, index) in sampled:
+                expected.append(
+                    {
+                        "step": 40, "dataset": records.spec.name, "index": index,
+                        "images": [str(path) for path in records.image_paths(record)],
+                        "question": record.messages[0].content, "reference": reference, "answer": answer,
+                        "truncated": answer.truncated,
+                    }
+                )  # fmt: skip
             cut += answer.truncated
             scores.append((exact_match(answer, reference), rouge(answer, reference)["rougeL"]))
         found = row["sets"][records.spec.name]
@@ -112,6 +126,7 @@ def test_answers_match_the_finished_model(arguments, sample_data, tmp_path):
     assert row["generated"] == len(everything)
     assert row["rougeL"] == pytest.approx(100 * sum(s for _, s in everything) / len(everything))
     assert row["rougeL"] > 0
+    assert samples == expected
 
 
 def test_end_within_an_epoch_is_validated_and_saved(arguments, tmp_path):
@@ -153,7 +168,8 @@ def fake_losses(monkeypatch):
 
         def run(self, model, is_stopped):
             row = metrics_of([next(left), 1, 1, 1, 0, 0, 0, 0])
-            return row | {"sets": {records.spec.name: row for records in self.data.sets}}
+            sets = {records.spec.name: row for records in self.data.sets}
+            return ValidationResult(row | {"sets": sets}, [])
 
         monkeypatch.setattr(Validation, "run", run)
 
@@ -280,7 +296,8 @@ def test_unusable_validation_record(arguments, sample_data, tmp_path, capfd):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_ranks_measure_the_same_as_one(arguments, tmp_path, metrics, recipe):
     values = {
-        "eval_generate": 2, "load_best_model_at_end": True, "save_steps": 2, "early_stopping_patience": 5,
+        "eval_generate": 2, "eval_samples": 8, "load_best_model_at_end": True, "save_steps": 2,
+        "early_stopping_patience": 5,
         "lora_dropout": 0.0, "save_total_limit": 1,
     }  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
@@ -297,6 +314,14 @@ def test_two_ranks_measure_the_same_as_one(arguments, tmp_path, metrics, recipe)
             assert [a[k] for k in ("records", "tokens", "generated")] == [
                 b[k] for k in ("records", "tokens", "generated")
             ]
+    keys = [
+        [
+            (row["step"], row["dataset"], row["index"])
+            for row in map(json.loads, (folder / "samples.jsonl").open())
+        ]
+        for folder in (one, two)
+    ]
+    assert keys[0] == keys[1] and len(keys[0]) == 24
     assert checkpoints(one) == checkpoints(two)
 
 
@@ -304,7 +329,7 @@ def test_two_ranks_measure_the_same_as_one(arguments, tmp_path, metrics, recipe)
 def test_validation_does_not_change_training_on_two_ranks(arguments, tmp_path, metrics):
     share = {"per_device_train_batch_size": 1, "save_strategy": "no"}
     none = {"eval_meta_path": None, "eval_strategy": None, "eval_steps": None}
-    for name, values in (("with", {"eval_generate": 3}), ("without", none)):
+    for name, values in (("with", {"eval_generate": 3, "eval_samples": 8}), ("without", none)):
         argv = arguments(tmp_path / name, "lora", **{**share, **values})
         result = run_training(*argv, ranks=2)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -327,8 +352,10 @@ def test_validation_with_sharded_weights(arguments, tmp_path, how):
     values = {"load_best_model_at_end": True, "save_steps": 2, "save_total_limit": 1}
     assert run_training(*arguments(one, **values)).returncode == 0
     share = {"per_device_train_batch_size": 1}
-    result = run_training(*arguments(two, **{**values, **sharded, **share}), ranks=2)
+    result = run_training(*arguments(two, eval_samples=2, **{**values, **sharded, **share}), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert ("no sample answers" in result.stderr) == (how != "zero2")
+    assert (two / "samples.jsonl").exists() == (how == "zero2")
     losses = [[row["loss"] for row in validations(folder)] for folder in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     state = json.loads((two / f"checkpoint-{checkpoints(two)[-1]}/trainer_state.json").read_text())

@@ -61,25 +61,27 @@ def test_validation_specs_have_no_augmentation_or_repeats(tmp_path):
     assert [s.repeat_time for s in found] == [1, 0.5]
 
 
-def make_validation(tmp_path, records, generate, **options) -> Validation:
+def make_validation(tmp_path, records, **options) -> Validation:
     sets = [write_set(tmp_path, records, by=encoder(**options))]
     data = TrainingData(sets, lengths=[index.lengths for index in index_records(sets)])
     return Validation(
-        data, sampler=None, reduction="sample", generate=generate, normalization="imagenet", options=None
-    )
+        data, sampler=None, reduction="sample", generate=0, samples=0, normalization="imagenet",
+        options=None,
+    )  # fmt: skip
 
 
 def test_generation_indices_are_evenly_spaced(tmp_path):
     records = [text_record(number) for number in range(10)]
     expected = {0: [], 1: [0], 3: [0, 3, 6], 10: list(range(10)), 99: list(range(10))}
+    validation = make_validation(tmp_path, records)
     for wanted, indices in expected.items():
-        assert make_validation(tmp_path, records, wanted).generation_indices(0) == indices
+        assert validation.generation_indices(0, wanted) == indices
 
 
 def test_truncated_records_are_not_used_for_generation(tmp_path):
     records = [text_record(number, "a cat " * (400 if number == 0 else 1)) for number in range(3)]
-    validation = make_validation(tmp_path, records, 3, truncate_text=True)
-    assert validation.generation_indices(0) == [1, 2]
+    validation = make_validation(tmp_path, records, truncate_text=True)
+    assert validation.generation_indices(0, 3) == [1, 2]
 
 
 def test_last_question_includes_earlier_images(tmp_path):

@@ -14,6 +14,7 @@ from internvl_chat.utils.files import (
     atomic_path,
     file_sha256,
     is_file,
+    read_json_lines,
     sha256,
     write_json,
     write_json_lines,
@@ -160,3 +161,13 @@ def test_flush_writes_pending_lines(tmp_path):
     file.path.parent.mkdir()
     file.flush()
     assert rows(file.path) == [{"step": 1}]
+
+
+def test_lines_of_a_file(tmp_path):
+    file = tmp_path / "log"
+    file.write_bytes(b'{"a": 1}\n\n  \n[1]\n\xff\n{"b": NaN}\n' + b"[" * 100_000 + b'\n{"a": 2')
+    first, *damaged = list(read_json_lines(file))
+    assert first == {"a": 1}
+    assert [row is None for row in damaged] == [True, True, False, True, True]
+    assert list(read_json_lines(file, containing=b'"a": 1')) == [{"a": 1}]
+    assert list(read_json_lines(tmp_path / "none")) == list(read_json_lines(tmp_path)) == []

@@ -58,3 +58,10 @@ def test_bf16_instructions(monkeypatch, tmp_path, line, expected):
     file.write_text(f"processor\t: 0\n{line}\n")
     monkeypatch.setattr(hardware, "_CPU_INFO", file)
     assert hardware.cpu_bf16_instructions() == expected
+
+
+def test_cpu_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert hardware.cpu_name()
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC 9R14\nmodel name\t: other\n")
+    assert hardware.cpu_name() == "AMD EPYC 9R14"

@@ -37,7 +37,8 @@ _MODEL_FILES = (
 _NOT_AUXILIARY = (
     *("config.json", "adapter_config.json", "base_model.json", "*.index.json", "README.md", "made_from.json"),
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz"),
-    *("metrics.jsonl", "ledger.jsonl", "validation.jsonl", "config.yaml", "training_log.txt", "loss.png"),
+    *("metrics.jsonl", "ledger.jsonl", "validation.jsonl", "samples.jsonl", "sessions.jsonl"),
+    *("config.yaml", "training_log.txt", "loss.png"),
     *("train_results.json", "trainer_state.json", "run_fingerprint.json", "manifest.json", "latest"),
     *("zero_to_fp32.py", "evaluation.json", "predictions*.jsonl", "metrics.json", "table.md", "bars.png"),
     *("radar.png", "report.html", "report.json", "judge.jsonl", "comparison.html", ".*"),

@@ -61,7 +61,7 @@ NOT_COMPARED = {
         "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_strategy",
         "logging_steps", "logging_first_step", "disable_tqdm", "report_to", "run_name", "save_strategy",
         "save_steps", "save_total_limit", "save_only_model", "async_save", "resume_from_checkpoint",
-        "overwrite_output_dir", "load_best_model_at_end", "do_eval", "eval_on_start",
+        "overwrite_output_dir", "load_best_model_at_end", "do_eval", "eval_on_start", "eval_samples",
         # Checks.
         "sanity_check", "max_bad_steps", "hang_seconds",
     ),

@@ -21,19 +21,23 @@ logger = get_logger(__name__)
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 VALIDATION = "validation.jsonl"
+SAMPLES = "samples.jsonl"
+SESSIONS = "sessions.jsonl"
 CONFIG = "config.yaml"
 LOG = "training_log.txt"
 PLOT = "loss.png"
+REPORT = "report.html"
 FINISHED = "train_results.json"
 PARTIAL = ".partial"
 
-_LOGS = (METRICS, LEDGER, VALIDATION)
+_LOGS = (METRICS, LEDGER, VALIDATION, SAMPLES, SESSIONS)
 # Files and folders that may exist before a run starts: log, lock, model card and tracker folders.
 _HARMLESS = (LOG, LOCK, CARD, "runs", "wandb")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Files and folders of a run, which `OutputFolder.open` deletes when it overwrites the run.
 _WRITTEN = re.compile(
-    r"checkpoint-\d+|\.partial|(metrics|ledger|validation)\.jsonl|config\.yaml|loss\.png|train_results\.json|"
+    r"checkpoint-\d+|\.partial|(metrics|ledger|validation|samples|sessions)\.jsonl|config\.yaml|loss\.png|"
+    r"report\.html|train_results\.json|"
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|"
     r"(LICENSE|LICENCE|COPYING|NOTICE).*|"
     r"(config|adapter_config|base_model|preprocessing|generation_config|preprocessor_config|processor_config|"
@@ -84,7 +88,7 @@ class OutputFolder:
             if names:
                 logger.warning("%s: deleting an earlier run (%s)", self.path, ", ".join(names))
         else:
-            names = [FINISHED] if self.resume else [*_LOGS, CONFIG, PLOT, FINISHED]
+            names = [FINISHED] if self.resume else [*_LOGS, CONFIG, PLOT, REPORT, FINISHED]
         for name in names:
             _delete(self.path / name)
         if self.resume:

@@ -1,11 +1,12 @@
 """Data for the loss plot: logged steps, smoothed curves and axis limits."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from internvl_chat.utils.files import read_json_lines
 
 # Curves with fewer steps are not smoothed.
 FEW_STEPS = 10
@@ -15,15 +16,9 @@ Row = dict[str, Any]
 def read_steps(file: Path) -> list[Row]:
     """Return the rows of a JSON Lines log, sorted by step.
 
-    If a step was repeated after a crash, only its last row is returned. Truncated lines are ignored.
+    If a step was repeated after a crash, only its last row is returned. Damaged lines are ignored.
     """
-    rows: dict[int, Row] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[row["step"]] = row
+    rows = {row["step"]: row for row in read_json_lines(file) if row and isinstance(row.get("step"), int)}
     return [rows[step] for step in sorted(rows)]
 
 

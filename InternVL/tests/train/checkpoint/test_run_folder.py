@@ -9,6 +9,9 @@ from internvl_chat.train.checkpoint.run_folder import (
     FINISHED,
     LEDGER,
     METRICS,
+    REPORT,
+    SAMPLES,
+    SESSIONS,
     inspect_output_folder,
     list_checkpoints,
     lock_folder,
@@ -62,11 +65,15 @@ def test_resumes_the_newest_intact_checkpoint(tmp_path):
 def test_resuming_truncates_the_logs(tmp_path):
     write_checkpoint(tmp_path, 2)
     write_steps(tmp_path / METRICS, [1, 2, 3])
+    write_steps(tmp_path / SESSIONS, [0, 3])
+    write_steps(tmp_path / SAMPLES, [2, 2, 3])
     (tmp_path / LEDGER).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')  # truncated by a crash
     (tmp_path / ".partial").mkdir()
     inspect(tmp_path).open().release()
     assert (tmp_path / METRICS).read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (tmp_path / LEDGER).read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / SESSIONS).read_text() == '{"step": 0}\n'
+    assert (tmp_path / SAMPLES).read_text() == '{"step": 2}\n{"step": 2}\n'
     assert not (tmp_path / ".partial").exists()
 
 
@@ -86,7 +93,16 @@ def test_foreign_files_are_not_touched(tmp_path):
 
 def test_overwriting_deletes_only_the_run(tmp_path):
     write_checkpoint(tmp_path, 2)
-    for name in (METRICS, FINISHED, "model.safetensors", "thesis.txt", "vocab.json"):
+    for name in (
+        METRICS,
+        FINISHED,
+        REPORT,
+        SAMPLES,
+        SESSIONS,
+        "model.safetensors",
+        "thesis.txt",
+        "vocab.json",
+    ):
         (tmp_path / name).write_text("")
     inspect(tmp_path, overwrite=True).open().release()
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "thesis.txt"}

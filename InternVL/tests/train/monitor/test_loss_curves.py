@@ -23,6 +23,10 @@ class TestReadSteps:
         [row] = read_steps(tmp_path / "log")
         assert row["step"] == 1 and np.isnan(row["loss"])
 
+    def test_damaged_lines(self, tmp_path):
+        (tmp_path / "log").write_bytes(b'\xff\n5\n{}\n{"step": "1"}\n\n{"step": 3}\n')
+        assert read_steps(tmp_path / "log") == [{"step": 3}]
+
     def test_missing_file(self, tmp_path):
         assert read_steps(tmp_path / "none") == []
 
