@@ -1,8 +1,11 @@
 """Run local web applications: templates, request size limit, security headers and server."""
 
+import contextlib
 import errno
 import socket
+from collections.abc import Callable
 from importlib.resources import files
+from types import FrameType
 
 import jinja2
 import uvicorn
@@ -16,6 +19,8 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 LOCALHOST = "127.0.0.1"
+# Time for open requests to complete after an interrupt.
+_SHUTDOWN_SECONDS = 5
 _HEADERS = {
     # Pages load nothing from other sites and cannot be framed by them.
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' "
@@ -117,12 +122,41 @@ def address(opened: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_app(app: FastAPI, opened: socket.socket) -> None:
-    """Serve an application on a bound socket until the process is interrupted."""
+class _Server(uvicorn.Server):
+    """Server that calls a function at once when the process is interrupted."""
+
+    def __init__(self, config: uvicorn.Config, on_interrupt: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self.on_interrupt = on_interrupt
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.on_interrupt is not None:
+            self.on_interrupt()
+        super().handle_exit(sig, frame)
+
+
+def run_app(
+    app: FastAPI,
+    opened: socket.socket,
+    *,
+    on_interrupt: Callable[[], None] | None = None,
+    has_key: bool = False,
+) -> None:
+    """Serve an application on a bound socket until the process is interrupted.
+
+    Args:
+        app: the application.
+        opened: result of `open_socket`.
+        on_interrupt: ends streamed responses, for which the server would otherwise wait.
+        has_key: whether requests need a key.
+    """
     url = address(opened)
     host = opened.getsockname()[0]
-    if host not in (LOCALHOST, "::1"):
+    if host not in (LOCALHOST, "::1") and not has_key:
         logger.warning("listening on %s: everyone who can reach this address can use the model", host)
     logger.info("%s (stop with Ctrl+C)", url)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
-    server.run(sockets=[opened])
+    config = uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+        _Server(config, on_interrupt).run(sockets=[opened])
