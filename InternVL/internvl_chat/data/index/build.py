@@ -7,7 +7,9 @@ Each text is tokenized once, and each image header is read once. The lengths mat
 import dataclasses
 import json
 import os
+import pickle
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -255,16 +257,20 @@ def _run(sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int) -> Ite
     if workers <= 1:
         yield (_check_records(sets, task) for task in tasks)
         return
-    # A forked process could inherit a lock held by a thread of the tokenizer or of torch.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(sets,)
-    )
-    try:
-        yield pool.map(_check_in_worker, tasks)
-    except BrokenProcessPool as error:
-        raise DataError("a data check worker died; the machine may be out of memory") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.NamedTemporaryFile(prefix="m3llm-index-") as file:
+        # Large arguments would be piped to a worker while it imports torch, so that workers start one by one.
+        pickle.dump(sets, file)
+        file.flush()
+        # A forked process could inherit a lock held by a thread of the tokenizer or of torch.
+        pool = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(file.name,)
+        )
+        try:
+            yield pool.map(_check_in_worker, tasks)
+        except BrokenProcessPool as error:
+            raise DataError("a data check worker died; the machine may be out of memory") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _empty_result(num_records: int) -> _Result:
@@ -297,10 +303,10 @@ def _check_records(sets: Sequence[RecordSet], task: _Task) -> _Result:
 _sets: Sequence[RecordSet] = ()
 
 
-def _init_worker(sets: Sequence[RecordSet]) -> None:
-    """Store the datasets and disable the tokenizer's own threads."""
+def _init_worker(file: str) -> None:
+    """Read the datasets from the file of the parent process, and disable the tokenizer's own threads."""
     global _sets
-    _sets = sets
+    _sets = pickle.loads(Path(file).read_bytes())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
