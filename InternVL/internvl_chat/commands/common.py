@@ -131,6 +131,41 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda:0, or auto for all GPUs (default: GPU if available)")
 
 
+def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add `--host` and `--port`.
+
+    Args:
+        parser: parser of the command.
+        port: default port.
+    """
+    parser.add_argument("--host", default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 serves other machines (default: 127.0.0.1)")  # fmt: skip
+    parser.add_argument("--port", type=_port, default=port,
+        help=f"TCP port; 0 chooses a free one (default: {port})")  # fmt: skip
+
+
+def require_packages(command: str, *packages: str) -> None:
+    """Check that packages of the extra `ui` are installed.
+
+    Raises:
+        UsageError: a package is missing.
+    """
+    from importlib.util import find_spec
+
+    from internvl_chat.utils.errors import UsageError
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"m3llm {command} requires {' and '.join(missing)}: pip install 'm3llm[ui]'")
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, found {value}")
+    return value
+
+
 def positive(text: str) -> int:
     """Parse a positive integer."""
     value = int(text)

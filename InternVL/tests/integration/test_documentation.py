@@ -35,6 +35,9 @@ ELSEWHERE = (
     "python3 -m venv .venv && source .venv/bin/activate",
     'pip install -e ".[dev]"',
     'pip install -e ".[eval]"',
+    'pip install -e ".[ui]"',
+    # A server: commands/test_browse.py.
+    "m3llm data browse InternVL/internvl_chat/shell/data/PMC-data.json --model /models/InternVL3-8B",
     "pre-commit install",
     "python InternVL/docs/make_flags.py",
 )
