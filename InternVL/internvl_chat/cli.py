@@ -15,7 +15,7 @@ from types import ModuleType
 from internvl_chat import __version__
 from internvl_chat.commands import compare, doctor, export, merge, parity, report, tiny_model
 from internvl_chat.commands import eval as evaluate
-from internvl_chat.commands.data import check, inspect, sample_data
+from internvl_chat.commands.data import browse, check, inspect, sample_data
 from internvl_chat.commands.inference import chat, generate, loss, serve, web
 from internvl_chat.train.flag_help import add_flags
 from internvl_chat.utils.errors import M3LLMError
@@ -27,6 +27,8 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm data check PMC-data.json --model OpenGVLab/InternVL3-8B --report work_dirs/check"),
     ("data inspect", inspect, "Print the tiles, tokens and supervised text of each record.",
      "m3llm data inspect PMC-data.json --model OpenGVLab/InternVL3-8B --limit 3"),
+    ("data browse", browse, "Page through the records as the model sees them, in a web browser.",
+     "m3llm data browse PMC-data.json --model OpenGVLab/InternVL3-8B"),
     ("loss", loss, "Compute the teacher-forced loss of each record and dataset.",
      "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json"),
     ("eval", evaluate, "Evaluate on PMC-MI-Bench or another benchmark, or with exact match on a meta file.",

@@ -16,6 +16,7 @@ from internvl_chat.utils.paths import data_root
 _PREPROCESSING = ("image_background", "exif_transpose", "escape_control_tokens")
 
 if TYPE_CHECKING:
+    from internvl_chat.data.encode.encoder import RecordEncoder
     from internvl_chat.data.encode.preprocessing import Preprocessing
     from internvl_chat.data.record_set import RecordSet
     from internvl_chat.inference.sampling import Sampling
@@ -67,6 +68,21 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint)")  # fmt: skip
 
 
+def add_tokenizer_model(parser: argparse.ArgumentParser) -> None:
+    """Add `--model` for commands that only need its tokenizer and preprocessing, and work without it."""
+    parser.add_argument("--model",
+        help="model whose tokenizer counts the tokens: model folder, adapter folder or hub id (default: "
+        "do not count tokens)")  # fmt: skip
+
+
+def add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--max_seq_length` and `--truncate_text`."""
+    add = parser.add_argument
+    add("--max_seq_length", type=positive, metavar="N",
+        help="maximum tokens per record (default: from the checkpoint)")  # fmt: skip
+    add("--truncate_text", action="store_true", help="check as if training used --truncate_text True")
+
+
 def preprocessing_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the preprocessing options on the command line (None if not given), without the tile limit."""
     return {name: vars(args).get(name) for name in _PREPROCESSING}
@@ -91,6 +107,33 @@ def model_name(given: str, folder: Path) -> str:
         folder: folder of the model.
     """
     return folder.resolve().name if Path(given).expanduser().is_dir() else given
+
+
+def load_encoder(args: argparse.Namespace) -> RecordEncoder:
+    """Return the record encoder of the model; without `--model`, an encoder that only counts tiles.
+
+    The arguments are those of `add_tokenizer_model`, `add_preprocessing_arguments` and
+    `add_length_arguments`.
+
+    Raises:
+        UsageError: an argument about tokens is given without a model.
+    """
+    from internvl_chat.data.encode.encoder import RecordEncoder
+    from internvl_chat.data.encode.preprocessing import Preprocessing
+    from internvl_chat.data.encode.tokenizer import load_tokenizer
+    from internvl_chat.model.io.folders import model_folder
+
+    if args.model is None:
+        if args.max_seq_length or args.truncate_text:
+            raise UsageError(
+                "--max_seq_length and --truncate_text require --model, whose tokenizer counts the tokens"
+            )
+        preprocessing = Preprocessing().with_tile_limit(args.max_dynamic_patch)
+        return RecordEncoder(None, preprocessing.with_options(**preprocessing_options(args)))
+    folder = model_folder(args.model)
+    preprocessing = load_preprocessing(args, folder).with_options(max_seq_length=args.max_seq_length)
+    tokenizer, _ = load_tokenizer(folder)
+    return RecordEncoder(tokenizer, preprocessing, truncate_text=args.truncate_text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

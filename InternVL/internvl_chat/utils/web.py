@@ -155,7 +155,8 @@ def run_app(
     url = address(opened)
     host = opened.getsockname()[0]
     if host not in (LOCALHOST, "::1") and not has_key:
-        logger.warning("listening on %s: everyone who can reach this address can use the model", host)
+        logger.warning("listening on %s: everyone who can reach this address can use the application", host)
+    opened.listen()  # from now on, connections wait until the server answers
     logger.info("%s (stop with Ctrl+C)", url)
     config = uvicorn.Config(
         app, log_level="warning", server_header=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS

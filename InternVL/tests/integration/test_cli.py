@@ -18,6 +18,7 @@ COMMANDS = [
     "train",
     "data check",
     "data inspect",
+    "data browse",
     "loss",
     "eval",
     "eval compare",

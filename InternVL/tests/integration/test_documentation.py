@@ -46,6 +46,8 @@ ELSEWHERE = (
     "m3llm web work_dirs/run",
     "m3llm web work_dirs/run work_dirs/merged",
     "m3llm parity work_dirs/merged --endpoint http://localhost:8000",
+    # A server: commands/test_browse.py.
+    "m3llm data browse InternVL/internvl_chat/shell/data/PMC-data.json --model /models/InternVL3-8B",
     "pre-commit install",
     "python InternVL/docs/make_flags.py",
 )

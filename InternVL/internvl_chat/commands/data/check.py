@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from internvl_chat.commands.common import (
     add_data_root,
+    add_length_arguments,
     add_preprocessing_arguments,
-    load_preprocessing,
+    add_tokenizer_model,
+    load_encoder,
     positive,
-    preprocessing_options,
 )
 from internvl_chat.commands.output import echo, print_json, print_table
 from internvl_chat.utils.errors import UsageError
@@ -24,7 +25,6 @@ from internvl_chat.utils.text import counted
 
 if TYPE_CHECKING:
     from internvl_chat.data.audit.checks import Audit
-    from internvl_chat.data.encode.encoder import RecordEncoder
     from internvl_chat.data.sources.problems import Problem
 
 _EXAMPLES_PER_KIND = 3
@@ -34,16 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `data check`."""
     add = parser.add_argument
     add("meta", nargs="?", metavar="META", help="meta file (like PMC-data.json)")
-    add("--model",
-        help="model whose tokenizer counts the tokens: model folder, adapter folder or hub id (default: "
-        "do not count tokens)")  # fmt: skip
+    add_tokenizer_model(parser)
     add_data_root(parser)
     add("--check", choices=("fast", "full"), default="fast",
         help="fast reads the header and the end of each image; full decodes it (default: fast)")  # fmt: skip
     add_preprocessing_arguments(parser)
-    add("--max_seq_length", type=positive, metavar="N",
-        help="maximum tokens per record (default: from the checkpoint)")  # fmt: skip
-    add("--truncate_text", action="store_true", help="check as if training used --truncate_text True")
+    add_length_arguments(parser)
     add("--against", nargs="+", type=Path, metavar="PATH", default=[],
         help="benchmarks to check for contamination: meta files, JSON, tables, other text files, images, or "
         "folders of such files")  # fmt: skip
@@ -63,11 +59,7 @@ def run(args: argparse.Namespace) -> int:
         if len(args.against) < 2:
             raise UsageError("META (the meta file to check) is required")
         args.meta = args.against.pop()  # `--against PATH META`
-    if args.model is None and (args.max_seq_length or args.truncate_text):
-        raise UsageError(
-            "--max_seq_length and --truncate_text require --model, whose tokenizer counts the tokens"
-        )
-    specs, encoder = load_meta(args.meta, args.data_root, args.image_root), _encoder(args)
+    specs, encoder = load_meta(args.meta, args.data_root, args.image_root), load_encoder(args)
     if args.report:
         _create_folder(args.report)
     result = audit(specs, encoder, decode=args.check == "full", workers=args.workers)
@@ -90,22 +82,6 @@ def _inputs(args: argparse.Namespace) -> dict[str, str]:
         **benchmarks,
         "command": shlex.join(["m3llm", *sys.argv[1:]]),
     }
-
-
-def _encoder(args: argparse.Namespace) -> RecordEncoder:
-    """Return the record encoder of the model; without `--model`, an encoder that only counts tiles."""
-    from internvl_chat.data.encode.encoder import RecordEncoder
-    from internvl_chat.data.encode.preprocessing import Preprocessing
-    from internvl_chat.data.encode.tokenizer import load_tokenizer
-    from internvl_chat.model.io.folders import model_folder
-
-    if args.model is None:
-        preprocessing = Preprocessing().with_tile_limit(args.max_dynamic_patch)
-        return RecordEncoder(None, preprocessing.with_options(**preprocessing_options(args)))
-    folder = model_folder(args.model)
-    preprocessing = load_preprocessing(args, folder).with_options(max_seq_length=args.max_seq_length)
-    tokenizer, _ = load_tokenizer(folder)
-    return RecordEncoder(tokenizer, preprocessing, truncate_text=args.truncate_text)
 
 
 def _create_folder(folder: Path) -> None:

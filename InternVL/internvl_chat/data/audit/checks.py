@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from internvl_chat.data.audit.duplicates import find_duplicates, record_warning
-from internvl_chat.data.encode.encoder import RecordEncoder
+from internvl_chat.data.encode.encoder import RecordEncoder, RecordLengths
 from internvl_chat.data.index.build import index_records
 from internvl_chat.data.index.cache import Lengths, RecordIndex
 from internvl_chat.data.index.image_manifest import ImageManifest
@@ -91,15 +91,11 @@ def audit(
         workers: see `index_records`.
         cache: see `index_records`.
     """
-    opened: dict[str, RecordSet] = {}
+    sets, unreadable_files = open_sets(specs, encoder)
+    opened = {records.spec.name: records for records in sets}
     problems: dict[str, list[Problem]] = {spec.name: [] for spec in specs}
-    for spec in specs:
-        try:
-            opened[spec.name] = RecordSet(spec, encoder)
-        except DataError as error:
-            problem = Problem(spec.name, None, spec.annotation, error.line, None, error.kind, error.message)
-            problems[spec.name].append(problem)
-    sets = list(opened.values())
+    for problem in unreadable_files:
+        problems[problem.dataset].append(problem)
     indexes = index_records(sets, decode=decode, workers=workers, cache=cache)
     for index in indexes:
         for problem in index.problems:
@@ -114,6 +110,18 @@ def audit(
     audits = [SetAudit(spec, *counts.get(spec.name, unreadable), problems[spec.name]) for spec in specs]
     counts_tokens = encoder.tokenizer is not None
     return Audit(audits, sets, decode, encoder.preprocessing.max_seq_length if counts_tokens else None)
+
+
+def open_sets(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> tuple[list[RecordSet], list[Problem]]:
+    """Open the datasets whose annotation file can be read; return them and the problems of the others."""
+    opened, problems = [], []
+    for spec in specs:
+        try:
+            opened.append(RecordSet(spec, encoder))
+        except DataError as error:
+            location = (spec.name, None, spec.annotation, error.line, None)
+            problems.append(Problem(*location, error.kind, error.message))
+    return opened, problems
 
 
 def check_before_training(
@@ -177,16 +185,18 @@ def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) 
         if not len(index):
             message = f"'repeat_time' {spec.repeat_time:g} selects none of the {len(records)} records"
             yield Problem(spec.name, None, spec.annotation, None, None, "no records", message)
-        for i in np.flatnonzero(lengths.tiles_lost | lengths.tokens_truncated):
-            tiles, lost, cut = lengths.tiles[i], lengths.tiles_lost[i], lengths.tokens_truncated[i]
-            warnings = []
-            if lost:
-                warnings.append(("fewer tiles", f"{tiles} tiles instead of {tiles + lost}"))
-            if cut:
-                warnings.append(("text truncated", f"the last {cut} tokens are truncated"))
-            for kind, message in warnings:
-                yield record_warning(records, index, int(i), kind, message)
+        for i in np.flatnonzero(lengths.tiles_lost | lengths.tokens_truncated).tolist():
+            for kind, message in length_warnings(lengths[i]):
+                yield record_warning(records, index, i, kind, message)
     yield from find_duplicates(sets, indexes)
+
+
+def length_warnings(lengths: RecordLengths) -> Iterator[tuple[str, str]]:
+    """Yield each warning about what was removed from a record to fit, as (kind, message)."""
+    if lengths.tiles_lost:
+        yield "fewer tiles", f"{lengths.tiles} tiles instead of {lengths.tiles + lengths.tiles_lost}"
+    if lengths.tokens_truncated:
+        yield "text truncated", f"the last {lengths.tokens_truncated} tokens are truncated"
 
 
 def _usable_lengths(index: RecordIndex) -> Lengths:

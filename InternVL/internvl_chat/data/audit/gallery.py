@@ -7,10 +7,10 @@ from pathlib import Path
 
 from internvl_chat.data.audit.checks import Audit
 from internvl_chat.data.record_set import RecordSet
-from internvl_chat.data.sources.images import open_image, to_rgb
+from internvl_chat.data.sources.preview import jpeg_preview
 from internvl_chat.data.sources.problems import LEAKS, Problem, RecordError
 from internvl_chat.utils.errors import DataError
-from internvl_chat.utils.html import html_image, jpeg_thumbnail
+from internvl_chat.utils.html import html_image
 
 # Kinds of problems for which images are shown; the others concern text.
 KINDS_WITH_IMAGES = frozenset(
@@ -20,8 +20,6 @@ KINDS_WITH_IMAGES = frozenset(
 MAX_PER_KIND = 12
 MAX_PER_RECORD = 3
 _PIXELS = 160
-# Decoding larger images would take seconds each.
-_MAX_DECODED_PIXELS = 50_000_000
 
 STYLE = """
 .gallery { display: flex; flex-wrap: wrap; gap: .8rem; margin: .8rem 0; }
@@ -75,25 +73,9 @@ def _is_named(name: str, message: str) -> bool:
 
 def _figure(problem: Problem, name: str, path: Path) -> str:
     try:
-        shown = html_image(_thumbnail(path), "jpeg", name)
+        shown = html_image(jpeg_preview(path, _PIXELS), "jpeg", name)
     except RecordError as error:
         shown = f"<div class='broken'>{html.escape(error.kind)}</div>"
     line = "" if problem.line is None else f":{problem.line}"
     caption = f"{html.escape(name)}<br>{html.escape(problem.file.name)}{line}"
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
-
-
-def _thumbnail(path: Path) -> bytes:
-    """Return a small JPEG of an image.
-
-    Raises:
-        RecordError: the image cannot be decoded, or is too large to decode quickly.
-    """
-    with open_image(path) as image:
-        if image.width * image.height > _MAX_DECODED_PIXELS:
-            raise RecordError(f"{path}: too large for a thumbnail", "too large for a thumbnail")
-        image.draft("RGB", (2 * _PIXELS, 2 * _PIXELS))  # JPEG files are decoded at reduced size
-        try:
-            return jpeg_thumbnail(to_rgb(image), _PIXELS)
-        except Exception as error:
-            raise RecordError(f"{path}: {error}", "image unreadable") from error

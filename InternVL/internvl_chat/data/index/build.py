@@ -7,8 +7,10 @@ Each text is tokenized once, and each image header is read once. The lengths mat
 import dataclasses
 import json
 import os
+import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -47,12 +49,31 @@ _MAX_WORKERS = 16
 _PIXEL_OPTIONS = ("normalize_type", "pad2square")
 
 
+class IndexPart(NamedTuple):
+    """Indexed records of one dataset.
+
+    Attributes:
+        set_number: position of the dataset among the indexed ones.
+        records: (N,) indices of the records in the file.
+        lengths: (N, 5) int32, one row of `RecordLengths` per record; zeros for unusable records.
+        ids: printable id of each record.
+        problems: problems of these records.
+    """
+
+    set_number: int
+    records: np.ndarray
+    lengths: np.ndarray
+    ids: Sequence[str | None]
+    problems: Sequence[Problem]
+
+
 def index_records(
     sets: Sequence[RecordSet],
     *,
     decode: bool = False,
     workers: int | None = None,
     cache: Path | None = None,
+    on_part: Callable[[IndexPart], None] | None = None,
 ) -> list[RecordIndex]:
     """Validate the records of each dataset and return one index per dataset.
 
@@ -66,6 +87,8 @@ def index_records(
         decode: decode all images; otherwise only those whose file may be truncated.
         workers: number of worker processes; by default one per core (at most 16), or none for few records.
         cache: cache folder; by default `default_cache()`.
+        on_part: called with each part of an index as soon as it is known. Cached records come first, and
+            again if they are checked again.
     """
     files = _cache_files(sets, cache or default_cache())
     indexes: list[RecordIndex] = []
@@ -76,11 +99,14 @@ def index_records(
             tasks.append(_Task(number, np.arange(records.num_distinct), decode))
             cached = _empty_index(records.num_distinct, decode)
         else:
+            if on_part:
+                rows = np.stack(list(cached.lengths.columns.values()), axis=1)
+                on_part(IndexPart(number, np.arange(len(cached)), rows, cached.ids, cached.problems))
             outdated = np.union1d(cached.unusable, cached.images.changed_records(records.spec.root))
             if len(outdated):
                 tasks.append(_Task(number, outdated.astype(np.int64), cached.decoded))
         indexes.append(cached)
-    for task, result in zip(tasks, _check(sets, tasks, workers), strict=True):
+    for task, result in zip(tasks, _check(sets, tasks, workers, on_part), strict=True):
         cached, file = indexes[task.set_number], files[task.set_number]
         updated = _update(cached, task, result)
         if cached.lengths.file is None or not updated.equals(cached):
@@ -181,7 +207,12 @@ def _update(cached: RecordIndex, task: _Task, result: _Result) -> RecordIndex:
     )
 
 
-def _check(sets: Sequence[RecordSet], tasks: Sequence[_Task], workers: int | None) -> Iterator[_Result]:
+def _check(
+    sets: Sequence[RecordSet],
+    tasks: Sequence[_Task],
+    workers: int | None,
+    on_part: Callable[[IndexPart], None] | None,
+) -> Iterator[_Result]:
     """Yield the result of each task."""
     total = sum(len(task.indices) for task in tasks)
     if workers is None:
@@ -204,9 +235,13 @@ def _check(sets: Sequence[RecordSet], tasks: Sequence[_Task], workers: int | Non
     with bar, _run(sets, [chunk for of_task in chunks for chunk in of_task], workers) as results:
         for of_task in chunks:
             done = [_empty_result(0)]
-            for _ in of_task:
-                done.append(next(results))
-                bar.update(len(done[-1].ids))
+            for chunk in of_task:
+                result = next(results)
+                done.append(result)
+                bar.update(len(result.ids))
+                if on_part:
+                    part = (chunk.indices, result.lengths, result.ids, result.problems)
+                    on_part(IndexPart(chunk.set_number, *part))
             yield _Result(
                 np.concatenate([result.lengths for result in done]),
                 [record_id for result in done for record_id in result.ids],
@@ -222,16 +257,20 @@ def _run(sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int) -> Ite
     if workers <= 1:
         yield (_check_records(sets, task) for task in tasks)
         return
-    # A forked process could inherit a lock held by a thread of the tokenizer or of torch.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(sets,)
-    )
-    try:
-        yield pool.map(_check_in_worker, tasks)
-    except BrokenProcessPool as error:
-        raise DataError("a data check worker died; the machine may be out of memory") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.NamedTemporaryFile(prefix="m3llm-index-") as file:
+        # Large arguments would be piped to a worker while it imports torch, so that workers start one by one.
+        pickle.dump(sets, file)
+        file.flush()
+        # A forked process could inherit a lock held by a thread of the tokenizer or of torch.
+        pool = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(file.name,)
+        )
+        try:
+            yield pool.map(_check_in_worker, tasks)
+        except BrokenProcessPool as error:
+            raise DataError("a data check worker died; the machine may be out of memory") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _empty_result(num_records: int) -> _Result:
@@ -264,10 +303,10 @@ def _check_records(sets: Sequence[RecordSet], task: _Task) -> _Result:
 _sets: Sequence[RecordSet] = ()
 
 
-def _init_worker(sets: Sequence[RecordSet]) -> None:
-    """Store the datasets and disable the tokenizer's own threads."""
+def _init_worker(file: str) -> None:
+    """Read the datasets from the file of the parent process, and disable the tokenizer's own threads."""
     global _sets
-    _sets = sets
+    _sets = pickle.loads(Path(file).read_bytes())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

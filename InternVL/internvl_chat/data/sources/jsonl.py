@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +73,32 @@ class RecordFile:
             message = f"the record has {end - start:,} bytes, more than the limit of {_MAX_RECORD_BYTES:,}"
             raise self._error(index, message, "line too long")
         return os.pread(self._open(), end - start, start)
+
+    def search(self, pattern: re.Pattern[bytes], *, lower: bool = False) -> list[int]:
+        """Return the indices of the records that contain a match, without parsing them.
+
+        Records that exceed the size limit are not searched.
+
+        Args:
+            pattern: pattern of a match within one record; a literal is fastest.
+            lower: search the records with their ASCII letters in lowercase.
+        """
+        starts, ends = self._spans[:, 0].tolist(), self._spans[:, 1].tolist()
+        found: list[int] = []
+        first = 0
+        while first < len(starts):
+            offset = starts[first]
+            last = max(first + 1, bisect_right(ends, offset + _CHUNK))
+            if ends[last - 1] - offset <= max(_CHUNK, _MAX_RECORD_BYTES):
+                block = os.pread(self._open(), ends[last - 1] - offset, offset)
+                block, position = block.lower() if lower else block, 0
+                while match := pattern.search(block, position):
+                    index = bisect_right(starts, offset + match.start()) - 1
+                    inside = offset + match.end() <= ends[index]
+                    found += [index] * inside
+                    position = ends[index] - offset if inside else match.start() + 1
+            first = last
+        return found
 
     def _error(self, index: int, message: str, kind: str) -> DataError:
         return DataError(message, file=self.path, line=self.line(index), kind=kind)

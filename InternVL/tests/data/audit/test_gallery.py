@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from small_sets import encoder, image_record, noise, text_record, write_lines
 
-from internvl_chat.data.audit import gallery as module
 from internvl_chat.data.audit.checks import audit
 from internvl_chat.data.audit.gallery import KINDS_WITH_IMAGES, MAX_PER_KIND, gallery
+from internvl_chat.data.sources import preview
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.problems import KINDS, Problem
 
@@ -87,7 +87,7 @@ def test_an_image_is_shown_once(show, tmp_path):
 
 def test_large_images_are_not_decoded(show, tmp_path, monkeypatch):
     noise(30, 30).save(tmp_path / "images/a.png")
-    monkeypatch.setattr(module, "_MAX_DECODED_PIXELS", 800)
+    monkeypatch.setattr(preview, "MAX_DECODED_PIXELS", 800)
     text = show([image_record(0, "a.png")], None, [problem(0)])
     assert "too large for a thumbnail</div>" in text
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,28 @@ def test_random_access(write):
     records = RecordFile(write("".join(f'{{"n": {i * i}}}\n' for i in range(300))))
     order = np.random.default_rng(0).permutation(300)
     assert [records[i]["n"] for i in order] == [i * i for i in order]
+
+
+class TestSearch:
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+    @pytest.mark.parametrize("chunk", [1, 7, 30, 1 << 24])
+    @pytest.mark.parametrize("lower", [False, True])
+    def test_every_record_with_a_match(self, write, monkeypatch, name, chunk, lower):
+        monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+        words = ["a", "ab", "ABA", "b, b", "", "aaa"] * 3
+        lines = [json.dumps({"text": word}) for word in words]
+        content = f"[{', '.join(lines)}]" if name == "a.json" else "\n\n".join(lines)
+        records = RecordFile(write(content, name))
+        for text in ("a", "ab", '"}', "}, {", "b, b", "text", "none"):
+            shown = [line.lower() if lower else line for line in lines]
+            expected = [index for index, line in enumerate(shown) if text in line]
+            assert records.search(re.compile(re.escape(text).encode()), lower=lower) == expected, text
+
+    def test_large_records_are_not_searched(self, write, monkeypatch):
+        monkeypatch.setattr(jsonl, "_CHUNK", 1)
+        monkeypatch.setattr(jsonl, "_MAX_RECORD_BYTES", 12)
+        records = RecordFile(write('{"a": "aaaaaa"}\n{"a": 1}\n'))
+        assert records.search(re.compile(b"a")) == [1]
 
 
 class TestBrokenRecords:

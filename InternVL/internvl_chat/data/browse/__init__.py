@@ -1,0 +1,1 @@
+"""Data browser: pages that show records as the model sees them."""
