@@ -1,13 +1,13 @@
 """Command-line interface `m3llm`.
 
-Exit codes: 0 success, 1 data, model or training error, 2 invalid command line, 128 + n training stopped by
-signal n.
+Exit codes: 0 success, 1 data, model or training error, 2 invalid command line, 128 + n stopped by signal n.
 """
 
 # PYTHON_ARGCOMPLETE_OK
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except M3LLMError as error:
         print(f"m3llm: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         sys.stderr.close()
         return 0

@@ -1,11 +1,13 @@
-"""Run local web applications: templates, request size limit, security headers and server."""
+"""Run local web applications: templates, checks of requests, security headers and server."""
 
 import contextlib
 import errno
+import ipaddress
 import socket
 from collections.abc import Callable
 from importlib.resources import files
 from types import FrameType
+from urllib.parse import urlsplit
 
 import jinja2
 import uvicorn
@@ -37,7 +39,10 @@ class TooLarge(Exception):
 
 
 class RequestGuard:
-    """ASGI middleware that rejects large request bodies with status 413 and adds security headers.
+    """ASGI middleware that rejects large bodies (413) and foreign hosts (421), and adds security headers.
+
+    A server that listens on this machine only is not reached under the name of another site, except by a page
+    whose DNS record was changed to 127.0.0.1 in order to read the answers (DNS rebinding).
 
     Args:
         app: application to wrap.
@@ -71,7 +76,11 @@ class RequestGuard:
                 message["headers"] = [*message["headers"], *extra]
             await send(message)
 
-        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        if _is_local((scope.get("server") or ("",))[0]) and not _is_local(host := _host(scope)):
+            message = f"host '{host}' is not this machine; use localhost, or serve other machines with --host"
+            await _error(message, 421)(scope, receive, with_headers)
+            return
+        declared = _header(scope, b"content-length", "0")
         try:
             if declared.isdigit() and int(declared) > self.max_bytes:
                 raise TooLarge
@@ -80,8 +89,31 @@ class RequestGuard:
             if started:
                 raise
             message = f"the request is larger than {self.max_bytes >> 20} MB"
-            response = JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, 413)
-            await response(scope, receive, with_headers)
+            await _error(message, 413)(scope, receive, with_headers)
+
+
+def _error(message: str, status: int) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
+
+
+def _header(scope: Scope, name: bytes, default: str) -> str:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), default)
+
+
+def _host(scope: Scope) -> str:
+    """Return the host name of a request, without the port."""
+    try:
+        return (urlsplit(f"//{_header(scope, b'host', 'localhost')}").hostname or "").rstrip(".")
+    except ValueError:  # not a valid host
+        return ""
+
+
+def _is_local(host: str) -> bool:
+    """Return whether a host name or address denotes this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def templates(package: str) -> jinja2.Environment:

@@ -56,6 +56,15 @@ def test_help_has_an_example(command, capfd):
     assert f"Example: m3llm {command}" in capfd.readouterr().out.replace("\n", " ")
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capfd):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("internvl_chat.commands.doctor.run", interrupted)
+    assert m3llm(["doctor"]) == 130
+    assert capfd.readouterr().err == ""
+
+
 def test_help_of_train_lists_the_reference_flags(capfd):
     with pytest.raises(SystemExit) as stop:
         m3llm(["train", "--help"])

@@ -1,4 +1,4 @@
-"""Request size limit, security headers, templates and sockets of local web applications."""
+"""Request size limit, host names, security headers, templates and sockets of local web applications."""
 
 import pytest
 from fastapi import FastAPI, Request
@@ -33,6 +33,28 @@ def test_body_above_the_limit(client, declared):
     response = client.post("/size", content=content)
     assert response.status_code == 413
     assert response.json()["error"]["message"] == "the request is larger than 1 MB"
+
+
+@pytest.mark.parametrize(
+    ("server", "host", "status"),
+    [
+        ("http://127.0.0.1:8000", None, 200),
+        ("http://127.0.0.1:8000", "localhost:8000", 200),
+        ("http://127.0.0.1:8000", "demo.localhost.", 200),
+        ("http://127.0.0.1:8000", "[::1]:8000", 200),
+        ("http://127.0.0.1:8000", "rebound.example:8000", 421),
+        ("http://127.0.0.1:8000", "127.0.0.1.example", 421),
+        ("http://127.0.0.1:8000", "[", 421),
+        ("http://127.0.0.1:8000", "", 421),
+        ("http://192.0.2.7:8000", "workstation.example:8000", 200),
+    ],
+)
+def test_a_local_server_rejects_foreign_host_names(client, server, host, status):
+    local = TestClient(client.app, base_url=server)
+    response = local.post("/size", headers={} if host is None else {"host": host})
+    assert response.status_code == status
+    if status == 421:
+        assert "is not this machine; use localhost" in response.json()["error"]["message"]
 
 
 def test_port_in_use():

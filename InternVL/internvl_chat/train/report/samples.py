@@ -1,6 +1,5 @@
 """Sample answers of the validations, grouped by record, with thumbnails of the figures."""
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
-from internvl_chat.data.sources.images import decode_image
+from internvl_chat.data.sources.preview import jpeg_preview
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.train.report.run import Run, Sample
-from internvl_chat.utils.html import jpeg_thumbnail
+from internvl_chat.utils.html import image_data_url
 
 # Answers shown per record and run: first, last, and evenly spaced ones between.
 MAX_ANSWERS = 6
@@ -102,7 +101,6 @@ def _shorten(text: str) -> str:
 def _thumbnail(path: Path) -> str | None:
     """Return a thumbnail as a data URL; None if the image cannot be read."""
     try:
-        content = jpeg_thumbnail(decode_image(path), _PIXELS)
+        return image_data_url(jpeg_preview(path, _PIXELS), "jpeg")
     except RecordError:
         return None
-    return f"data:image/jpeg;base64,{base64.b64encode(content).decode('ascii')}"
