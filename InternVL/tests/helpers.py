@@ -1,5 +1,6 @@
 """Test helpers: numeric tolerances, and runs of the training script and the launchers."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -137,3 +138,10 @@ def tiny_prompts(shared: Path, engine, each: int) -> list:
             num_images = sum(question.count("<image>") for question in questions)
             prompts.append(Prompt(messages, records.images(index, record)[:num_images]))
     return prompts
+
+
+def tensor_bytes() -> int:
+    """Return the number of bytes of all tensors in use, without those on the meta device."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.device.type != "meta"}.values())

@@ -39,9 +39,9 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch):
     ):
         assert m3llm(["report", *map(str, argv)]) == 2
         assert message in capsys.readouterr().err
-    monkeypatch.setattr("internvl_chat.commands.common.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert m3llm(["report", str(tmp_path / "run")]) == 2
-    assert "m3llm report requires plotly, fastapi: pip install 'm3llm[ui]'" in capsys.readouterr().err
+    assert "m3llm report requires plotly and fastapi: pip install 'm3llm[ui]'" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """One batch answers prompts from many threads and coroutines; a failure reaches only its own prompt."""
 
 import asyncio
-import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers import tensor_bytes
 from inference.prompts import make_engine, mixed_prompts, picture
 
 from internvl_chat.inference.engine import Engine, ask
@@ -221,13 +221,6 @@ def test_a_consumer_whose_event_loop_is_closed(engine, scheduler):
     assert text(scheduler.submit(PROMPT, max_new_tokens=4)) == engine.answer([PROMPT], max_new_tokens=4)[0]
 
 
-def live_tensors() -> int:
-    """Return the number of bytes of the tensors that are in use."""
-    gc.collect()
-    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
 def test_memory_is_released(engine, scheduler):
     image = picture(170, 60)
 
@@ -241,7 +234,7 @@ def test_memory_is_released(engine, scheduler):
             text(completion)
         text(scheduler.submit(ask("Which?", [image]), max_new_tokens=1))
         del completions, completion
-        return live_tensors()
+        return tensor_bytes()
 
     before = answer_many()
     assert answer_many() == answer_many() == before

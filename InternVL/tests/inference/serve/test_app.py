@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-import torch
 from browser import served
+from helpers import tensor_bytes
 from inference.prompts import picture
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image
@@ -260,11 +260,9 @@ def test_api_key(scheduler):
 
 def live_bytes() -> int:
     """Return the number of bytes of all tensors and images in use."""
-    gc.collect()
-    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    tensors = tensor_bytes()
     images = [x for x in gc.get_objects() if isinstance(x, Image.Image)]
-    tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(tensors.values()) + sum(3 * image.width * image.height for image in images)
+    return tensors + sum(3 * image.width * image.height for image in images)
 
 
 def settle(scheduler: Scheduler) -> None:
