@@ -39,7 +39,7 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm eval compare work_dirs/eval-base work_dirs/eval --out work_dirs/compare"),
     ("generate", generate, "Answer questions about one or more images.",
      'm3llm generate --model work_dirs/run --image figure.jpg "What does panel A show?"'),
-    ("chat", chat, "Ask about images in a conversation on the terminal.",
+    ("chat", chat, "Chat about images in the terminal.",
      "m3llm chat work_dirs/run --image figure.jpg"),
     ("web", web, "Ask one or two models about figures on a web page.",
      "m3llm web work_dirs/merged"),
@@ -62,8 +62,8 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm tiny-model work_dirs/tiny --text work_dirs/sample/train"),
 )  # fmt: skip
 
-# Two words where the first is a command as well; parsed as one word.
-_OF_A_COMMAND = ("eval compare",)
+# Commands whose first word is a command too; parsed as a single word.
+_NESTED = ("eval compare",)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"m3llm {__version__}")
     groups = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for words, module, summary, example in _COMMANDS:
-        group, _, name = ("", "", words) if words in _OF_A_COMMAND else words.rpartition(" ")
+        group, _, name = ("", "", words) if words in _NESTED else words.rpartition(" ")
         if group not in groups:
             group_parser = groups[""].add_parser(group, help="Check or inspect the training data.")
             groups[group] = group_parser.add_subparsers(required=True, metavar="COMMAND")
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     tokens = list(sys.argv[1:] if argv is None else argv)
-    if " ".join(tokens[:2]) in _OF_A_COMMAND:
+    if " ".join(tokens[:2]) in _NESTED:
         tokens = [" ".join(tokens[:2]), *tokens[2:]]
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell during completion

@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="published: prompts as in the published InternVL wrapper of PMC-MI-Bench, to compare with the "
         "paper (default: standard)")  # fmt: skip
     add("--judge", metavar="URL",
-        help="also let a model grade the open answers: base URL of an OpenAI-compatible API, with the key in "
-        "OPENAI_API_KEY")  # fmt: skip
+        help="also grade the open answers with a language model: base URL of an OpenAI-compatible API, with "
+        "the key in OPENAI_API_KEY")  # fmt: skip
     add("--judge_model", metavar="NAME", help="model that grades the answers")
 
 
@@ -112,7 +112,7 @@ def _suite(args: argparse.Namespace, labeled: Benchmark) -> Suite:
 def _answers(
     args: argparse.Namespace, benchmark: Benchmark, selected: Benchmark
 ) -> tuple[dict[Key, Reply], str]:
-    """Return all answers (none on ranks other than 0), and how the model was asked, for the report."""
+    """Return all answers (none on ranks other than 0), and the protocol as shown in the report."""
     from internvl_chat.eval.answering import answer_benchmark
     from internvl_chat.eval.benchmarks.catalog import system_prompts
     from internvl_chat.eval.predictions import read_answers
@@ -131,8 +131,8 @@ def _answers(
     other_prompts = is_published and not are_published(system)
     if other_prompts:
         logger.warning(
-            "the system prompts are not the published ones, so the results differ from the paper's for this "
-            "reason as well; pass the file task_config.py of the published benchmark with --prompts"
+            "the system prompts are not the published ones, so the results are not comparable with the "
+            "paper's; pass the file task_config.py of the published benchmark with --prompts"
         )
     max_new_tokens = args.max_new_tokens or _MAX_NEW_TOKENS[args.protocol]
     answers = answer_benchmark(
@@ -208,7 +208,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _protocol_problems(args: argparse.Namespace) -> list[str]:
-    """Return the options that contradict the published protocol, as error messages."""
+    """Return an error message for each option that contradicts the published protocol."""
     if args.protocol != PUBLISHED_PROTOCOL:
         return []
     fixed = {"max_dynamic_patch": args.max_dynamic_patch, **preprocessing_options(args)}

@@ -69,7 +69,7 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_model(parser: argparse.ArgumentParser) -> None:
-    """Add `--model` for commands that only need its tokenizer and preprocessing, and work without it."""
+    """Add an optional `--model`, for commands that need only its tokenizer and preprocessing."""
     parser.add_argument("--model",
         help="model whose tokenizer counts the tokens: model folder, adapter folder or hub id (default: "
         "do not count tokens)")  # fmt: skip
@@ -100,7 +100,7 @@ def load_preprocessing(args: argparse.Namespace, folder: Path) -> Preprocessing:
 
 
 def model_name(given: str, folder: Path) -> str:
-    """Return the name of a model for users: the name of its folder, or its hub id.
+    """Return the display name of a model: the name of its folder, or its hub id.
 
     Args:
         given: folder or hub id on the command line.
@@ -161,7 +161,6 @@ def sampling_options(args: argparse.Namespace) -> Sampling | None:
         UsageError: the options are invalid.
     """
     from internvl_chat.inference.sampling import Sampling
-    from internvl_chat.utils.errors import UsageError
 
     if args.temperature:
         return Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
@@ -178,7 +177,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
         port: default port.
     """
     parser.add_argument("--host", default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 serves other machines (default: 127.0.0.1)")  # fmt: skip
+        help="address to listen on; 0.0.0.0 also serves other machines (default: 127.0.0.1)")  # fmt: skip
     parser.add_argument("--port", type=_port, default=port,
         help=f"TCP port; 0 chooses a free one (default: {port})")  # fmt: skip
 
@@ -190,8 +189,6 @@ def require_packages(command: str, *packages: str) -> None:
         UsageError: a package is missing.
     """
     from importlib.util import find_spec
-
-    from internvl_chat.utils.errors import UsageError
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare the evaluations."""
     from internvl_chat.eval.compare import MAIN_METRICS, compare, read_evaluations, read_images
-    from internvl_chat.eval.report.side_by_side import HEADER, comparison_row, method, side_by_side_page
+    from internvl_chat.eval.report.side_by_side import HEADER, comparison_row, method_note, side_by_side_page
     from internvl_chat.eval.significance import RESAMPLES, SEED
     from internvl_chat.utils.files import write_text
 
@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         for row in comparisons:
             print_json(dataclasses.asdict(row))
-        corrected = {"comparisons": len(comparisons), "correction": "holm"}
-        print_json({**corrected, "bootstrap_resamples": RESAMPLES, "seed": SEED})
+        summary = {"comparisons": len(comparisons), "correction": "holm"}
+        print_json(summary | {"bootstrap_resamples": RESAMPLES, "seed": SEED})
     else:
         print_table(HEADER, [comparison_row(row) for row in comparisons])
-        echo(f"\n{method(comparisons)}")
+        echo(f"\n{method_note(comparisons)}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         first, images = read_images(args.folders, evaluations)

@@ -1,4 +1,4 @@
-"""`m3llm parity`: compare a checkpoint with another one, another format or an endpoint, on records."""
+"""`m3llm parity`: compare a checkpoint with another one, another format or an endpoint on the same records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LIMITS = ("pixels", "logits", "same_answers")
 _CHECKPOINTS_ONLY = {"second": "SECOND", "base_second": "--base_second", "pixels": "--pixel_tolerance",
                      "logits": "--logit_tolerance"}  # fmt: skip
 _ENDPOINT_ONLY = {"api_key": "--api_key", "served_model": "--served_model"}
-# Implementations round differently in 16-bit formats, which changes some answers.
+# Default of --same_answers with an endpoint: rounding in 16-bit formats changes some answers.
 _SAME_ANSWERS = 0.5
 
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare a checkpoint with another one or an endpoint; return 1 if they differ too much."""
+    """Compare a checkpoint with another one or an endpoint; return 1 if a difference exceeds its tolerance."""
     _check_arguments(args)
     return _compare_endpoint(args) if args.endpoint else _compare_checkpoints(args)
 
@@ -71,7 +71,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Check that the arguments fit together.
 
     Raises:
-        UsageError: a checkpoint and an endpoint, or none of them, or arguments of the other kind.
+        UsageError: neither or both of a checkpoint and an endpoint are given, or an argument has no effect.
     """
     if not args.endpoint and args.second is None:
         raise UsageError("SECOND (a checkpoint) or --endpoint (a URL) is required")
@@ -107,7 +107,7 @@ def _compare_endpoint(args: argparse.Namespace) -> int:
         _print_endpoint_differences(differences)
         _print_faults(problems)
         if not problems:
-            echo("the endpoint gives the same token counts, and the answers agree")
+            echo(f"the token counts are equal, and at least {same_answers:.0%} of the answers are identical")
     return int(bool(problems))
 
 

@@ -11,7 +11,7 @@ from internvl_chat.commands.common import require_packages
 from internvl_chat.commands.output import echo
 from internvl_chat.utils.errors import UsageError
 
-_SEVERAL = Path("comparison.html")
+_COMPARISON = Path("comparison.html")
 WATCH_SECONDS = 10
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report; with `--watch`, until all runs have finished."""
+    """Write the report; with `--watch`, update it until all runs have finished."""
     require_packages("report", "plotly", "fastapi")
     from internvl_chat.train.checkpoint.run_folder import REPORT
     from internvl_chat.train.report.page import write_report
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     folders = list({folder.resolve(): folder for folder in reversed(args.runs)}.values())[::-1]
     check_run_folders(folders)
-    file = args.out or (folders[0] / REPORT if len(folders) == 1 else _SEVERAL)
+    file = args.out or (folders[0] / REPORT if len(folders) == 1 else _COMPARISON)
     _check_file(file)
     if args.watch:
         _watch(folders, file)

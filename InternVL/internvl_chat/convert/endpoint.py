@@ -33,7 +33,7 @@ class EndpointAnswer(NamedTuple):
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint.
+    """Client of an OpenAI-compatible endpoint.
 
     Args:
         url: for example http://localhost:8000 or http://localhost:8000/v1.
@@ -120,7 +120,7 @@ def _error_message(body: bytes) -> str:
 
 
 def as_parts(prompt: Prompt) -> Prompt:
-    """Return a prompt as an endpoint renders its content parts: with a newline after each image."""
+    """Return a prompt with a newline after each image, as an endpoint renders content parts."""
     messages = []
     for message in prompt.messages:
         content = message.content

@@ -1,7 +1,8 @@
 """Compare token counts and greedy answers of an OpenAI-compatible endpoint with those of a checkpoint.
 
-An endpoint reports only the number of tokens of a prompt. The number of image tokens is derived from it: the
-number of text tokens is known from the checkpoint, plus the difference of a prompt without images.
+An endpoint reports only the total number of prompt tokens. The number of image tokens is this total minus the
+number of text tokens, which is counted with the checkpoint's tokenizer and corrected by the difference that
+was measured with a prompt without images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ class EndpointDifference:
         image_tokens: number of tokens of the images.
         sizes: (width, height) of each image.
         answers: greedy answers.
-        error: why the endpoint has rejected the record; None if it has not.
+        error: why the endpoint rejected the record; None if it did not.
     """
 
     dataset: str
@@ -72,8 +73,8 @@ class EndpointComparison:
         endpoint: the endpoint.
 
     Attributes:
-        offsets: number of tokens that the endpoint adds to a prompt without images: with the default system
-            prompt (False), and with a system message (True); None if it reports no number of tokens.
+        offsets: number of tokens of a prompt without images at the endpoint, minus that of the checkpoint;
+            without (False) and with (True) a system message. None if the endpoint does not report it.
     """
 
     def __init__(self, engine: Engine, endpoint: Endpoint) -> None:
@@ -196,7 +197,7 @@ def _more(tokens: int) -> str:
 
 
 def explain_tiles(differences: Sequence[EndpointDifference], preprocessing: Preprocessing) -> str:
-    """Return the tile settings that give the image tokens of an endpoint.
+    """Describe the tile settings that reproduce the image token counts of an endpoint.
 
     Args:
         differences: results on all records.

@@ -198,7 +198,7 @@ def test_an_interrupt_stops_the_answer(typed, interrupt_after):
     assert 0 < len(answer["value"]) < 100 and answer["value"] in written.out
 
 
-def test_an_interrupt_before_the_answer_withdraws_the_question(typed, monkeypatch, figure, engine):
+def test_an_interrupt_before_the_answer_discards_the_question(typed, monkeypatch, figure, engine):
     iterate = Completion.__iter__
 
     def interrupted(completion):
@@ -207,7 +207,7 @@ def test_an_interrupt_before_the_answer_withdraws_the_question(typed, monkeypatc
 
     monkeypatch.setattr(Completion, "__iter__", interrupted)
     _, written = typed(f"/image {figure}\rWhat?\rWhy?\r\x04")
-    assert "[the question was withdrawn]" in written.err
+    assert "[question discarded]" in written.err
     assert answers(engine, ["Why?"], [Image.open(figure)])[0] in written.out
 
 
@@ -239,7 +239,7 @@ def test_a_chat_without_a_history(typed, tmp_path):
     (tmp_path / "state").write_text("a file")
     code, written = typed("/help\r\x04")
     assert code == 0
-    assert "the questions are not kept for the next chat" in written.err
+    assert "the chat history is not saved" in written.err
 
 
 def test_a_terminal_requires_prompt_toolkit(typed, monkeypatch):

@@ -1,4 +1,4 @@
-"""`m3llm chat`: a conversation about images on the terminal, or with lines from standard input."""
+"""`m3llm chat`: chat about images in the terminal, or with lines from standard input."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if not on_terminal:
             return session.read_lines()
         name = model_name(args.model, folder)
-        echo(f"{name}: /help lists the commands, Ctrl+C stops an answer, Ctrl+D leaves")
+        echo(f"{name}: /help lists the commands, Ctrl+C stops an answer, Ctrl+D exits")
         if images:
             echo(images)
         session.read_terminal()
@@ -153,12 +153,12 @@ class _Session:
         if begun:
             self.chat.add(question, "".join(pieces))
         if self.on_terminal:
-            state = _describe(completion, complete) if begun else "[the question was withdrawn]"
+            state = _describe(completion, complete) if begun else "[question discarded]"
             echo(state, stream=sys.stderr)
 
 
 def _describe(completion: Completion, complete: bool) -> str:
-    """Return the token counts of an answer, and why it ends early."""
+    """Return the token counts of an answer, and why it ended early."""
     prompt, image = completion.prompt_tokens, completion.image_tokens
     tiles = f", {image:,} of them for {completion.encoded.num_tiles} tiles" if image else ""
     counts = f"prompt: {prompt:,} tokens{tiles}; answer: {completion.completion_tokens:,} tokens"

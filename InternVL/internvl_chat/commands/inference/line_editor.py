@@ -30,7 +30,7 @@ def _history() -> History:
         with file.open("ab"):
             return FileHistory(str(file))
     except (OSError, RuntimeError) as error:
-        logger.warning("the questions are not kept for the next chat: %s", error)
+        logger.warning("the chat history is not saved: %s", error)
         return InMemoryHistory()
 
 
@@ -55,7 +55,7 @@ class ChatCompleter(Completer):
 
 
 def _last_argument(arguments: str) -> tuple[str, str]:
-    """Return the argument at the end of a line, and the quotation mark that it lacks.
+    """Return the argument at the end of a line, and its missing closing quotation mark.
 
     >>> _last_argument("a.png 'my fig")
     ('my fig', "'")
@@ -71,6 +71,6 @@ def _last_argument(arguments: str) -> tuple[str, str]:
 
 
 def _escape(text: str, quote: str) -> str:
-    """Escape the end of a path for an argument inside the given quotation marks, or outside of any."""
+    """Escape a part of a path for an argument in the given quotation marks, which may be empty."""
     special = {"": r"[\s\"'\\]", '"': r"[\"\\]", "'": r"(?!)"}[quote]
     return re.sub(special, r"\\\g<0>", text)

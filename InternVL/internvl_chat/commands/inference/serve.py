@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="model folder, adapter folder or hub id")
     add_server_arguments(parser, port=8000)
-    add("--api_key", help=f"key that requests must have (default: ${API_KEY_VARIABLE}, or none required)")
+    add("--api_key", help=f"API key that clients must send (default: ${API_KEY_VARIABLE}; if unset, none)")
     add("--served_model_name", metavar="NAME",
         help="name of the model in requests (default: name of the folder, or hub id)")  # fmt: skip
     add("--max_queue", type=positive, default=100, metavar="N",
-        help="maximum number of requests that wait for room in the batch (default: 100)")  # fmt: skip
+        help="maximum number of queued requests (default: 100)")  # fmt: skip
     add_preprocessing_arguments(parser)
     add_model_arguments(parser)
 

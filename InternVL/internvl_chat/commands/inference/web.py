@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(given: list[str], folders: list[Path]) -> list[str]:
-    """Return the names of the models on the page; models of the same name are called as given.
+    """Return the names of the models on the page; models with the same name are shown as
+    given on the command line.
 
     Raises:
         UsageError: both models are the same.

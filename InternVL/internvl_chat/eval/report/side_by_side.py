@@ -16,8 +16,8 @@ _SHOWN = (*HEADER[:8], "", *HEADER[8:-1])
 SIGNIFICANCE = 0.05
 
 
-def method(comparisons: Sequence[Comparison]) -> str:
-    """Return how the numbers of a comparison were computed."""
+def method_note(comparisons: Sequence[Comparison]) -> str:
+    """Return a note on the statistical methods of a comparison."""
     return (
         "Scores and differences in percent. Confidence intervals: percentile bootstrap over items "
         f"({RESAMPLES:,} resamples, seed {SEED}), not corrected for multiple comparisons. p: exact McNemar "
@@ -61,7 +61,7 @@ def side_by_side_page(
     parts = [
         "<h2>Differences</h2>",
         _table(comparisons),
-        f"<p class='lead'>{method(comparisons)} {colored}</p>",
+        f"<p class='lead'>{method_note(comparisons)} {colored}</p>",
     ]
     return items_page(f"{first.benchmark}: {' / '.join(names)}", lead, parts, evaluations, images)
 
