@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve the data browser until it is interrupted."""
     require_packages("data browse", "fastapi", "uvicorn", "jinja2")
-    from internvl_chat.data.audit.checks import open_sets
+    from internvl_chat.data.audit.checks import open_readable_sets
     from internvl_chat.data.browse.app import create_app
     from internvl_chat.data.browse.catalog import BackgroundIndex, Catalog
     from internvl_chat.data.browse.pages import Pages
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     with open_socket(args.host, args.port) as opened:
         specs, encoder = load_meta(args.meta, args.data_root, args.image_root), load_encoder(args)
-        sets, problems = open_sets(specs, encoder)
+        sets, problems = open_readable_sets(specs, encoder)
         if not sets:
             raise DataError(format_problems([str(problem) for problem in problems]))
         catalog = Catalog(sets, problems)

@@ -91,7 +91,7 @@ def audit(
         workers: see `index_records`.
         cache: see `index_records`.
     """
-    sets, unreadable_files = open_sets(specs, encoder)
+    sets, unreadable_files = open_readable_sets(specs, encoder)
     opened = {records.spec.name: records for records in sets}
     problems: dict[str, list[Problem]] = {spec.name: [] for spec in specs}
     for problem in unreadable_files:
@@ -112,8 +112,10 @@ def audit(
     return Audit(audits, sets, decode, encoder.preprocessing.max_seq_length if counts_tokens else None)
 
 
-def open_sets(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> tuple[list[RecordSet], list[Problem]]:
-    """Open the datasets whose annotation file can be read; return them and the problems of the others."""
+def open_readable_sets(
+    specs: Sequence[DatasetSpec], encoder: RecordEncoder
+) -> tuple[list[RecordSet], list[Problem]]:
+    """Open the datasets whose annotation file can be read; return them, and a problem for each other one."""
     opened, problems = [], []
     for spec in specs:
         try:
@@ -192,7 +194,7 @@ def dataset_warnings(sets: Sequence[RecordSet], indexes: Sequence[RecordIndex]) 
 
 
 def length_warnings(lengths: RecordLengths) -> Iterator[tuple[str, str]]:
-    """Yield each warning about what was removed from a record to fit, as (kind, message)."""
+    """Yield (kind, message) for the tiles and tokens that were removed to fit `max_seq_length`."""
     if lengths.tiles_lost:
         yield "fewer tiles", f"{lengths.tiles} tiles instead of {lengths.tiles + lengths.tiles_lost}"
     if lengths.tokens_truncated:

@@ -1,6 +1,6 @@
 """Web application of the data browser: record list, record pages, and images.
 
-All pages are rendered on the server. Requests name records and images by numbers, never by path.
+All pages are rendered on the server. Requests refer to records and images by number, never by path.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -53,7 +53,7 @@ def _add_pages(app: FastAPI, pages: Pages) -> None:
 
     @app.get("/record/{set_number}/{index}")
     def record(set_number: int, index: int, request: Request) -> HTMLResponse:
-        _existing(pages, set_number, index)
+        _records(pages, set_number, index)
         return HTMLResponse(pages.record(set_number, index, request.query_params))
 
     @app.get("/jump")
@@ -70,10 +70,10 @@ def _add_pages(app: FastAPI, pages: Pages) -> None:
 
 
 def _add_pictures(app: FastAPI, pages: Pages) -> None:
-    """Add the routes of images; a picture that cannot be shown is answered with the reason as text."""
+    """Add the routes of images; the response for an image that cannot be shown is the reason as text."""
 
     def respond(set_number: int, index: int, kind: str, render: Callable[[RecordSet], bytes]) -> Response:
-        records = _existing(pages, set_number, index)
+        records = _records(pages, set_number, index)
         try:
             pages.catalog.check_file(set_number)
             return Response(render(records), media_type=f"image/{kind}", headers=_CACHE)
@@ -94,8 +94,8 @@ def _add_pictures(app: FastAPI, pages: Pages) -> None:
         return respond(set_number, index, "png", lambda records: pictures.tile(records, index, image, number))
 
 
-def _existing(pages: Pages, set_number: int, index: int) -> RecordSet:
-    """Return a dataset if it has a record with this index; otherwise answer with status 404."""
+def _records(pages: Pages, set_number: int, index: int) -> RecordSet:
+    """Return a dataset if it has a record with this index; otherwise respond with status 404."""
     sets = pages.catalog.sets
     if not 0 <= set_number < len(sets):
         raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no dataset {set_number}")
@@ -107,7 +107,7 @@ def _existing(pages: Pages, set_number: int, index: int) -> RecordSet:
 
 
 def _add_errors(app: FastAPI, pages: Pages) -> None:
-    """Answer invalid requests with a page that says what is wrong."""
+    """Respond to invalid requests with a page that describes the error."""
 
     def show(status: int, heading: str, messages: list[str]) -> HTMLResponse:
         return HTMLResponse(pages.error(heading, messages), status)
@@ -117,7 +117,7 @@ def _add_errors(app: FastAPI, pages: Pages) -> None:
         return show(error.status_code, HTTPStatus(error.status_code).phrase, [str(error.detail)])
 
     @app.exception_handler(RequestValidationError)
-    def no_number(request: Request, error: RequestValidationError) -> HTMLResponse:
+    def invalid_number(request: Request, error: RequestValidationError) -> HTMLResponse:
         message = "datasets, records and images are numbered from 0"
         return show(HTTPStatus.NOT_FOUND, HTTPStatus.NOT_FOUND.phrase, [message])
 

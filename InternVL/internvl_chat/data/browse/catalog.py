@@ -1,4 +1,4 @@
-"""The records of all datasets and what is known about them while the index is being built."""
+"""Records of all datasets, with their lengths, ids and problems as far as they are indexed."""
 
 import multiprocessing
 import signal
@@ -20,7 +20,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# A thread that waits longer for a file system is abandoned.
+# A thread that is blocked longer, for example by a file system, is abandoned.
 _STOP_SECONDS = 5
 
 
@@ -69,7 +69,7 @@ class Catalog:
         return int(self.bounds[set_number]) + index if used else None
 
     def add(self, part: IndexPart) -> None:
-        """Add indexed records, replacing what was known about them."""
+        """Add indexed records; earlier results for them are replaced."""
         positions = part.records + self.bounds[part.set_number]
         with self._lock:
             for position in positions.tolist():
@@ -121,7 +121,7 @@ class Catalog:
         """Check that an annotation file is the one that was opened.
 
         Raises:
-            DataError: the file has changed since, so that its records may be at other offsets.
+            DataError: the file has changed, so its records may be at other offsets.
         """
         file = self.sets[set_number].spec.annotation
         if _file_state(file) != self._opened[set_number]:
@@ -153,11 +153,11 @@ class BackgroundIndex:
 
     Args:
         catalog: catalog to fill.
-        cache: cache folder; by default the one of training.
+        cache: cache folder; by default that of training.
 
     Attributes:
-        error: why indexing failed; None while it runs and if it succeeded.
-        finished: whether the thread has ended by itself.
+        error: why indexing failed; None while it runs, and if it succeeded or was stopped.
+        finished: whether indexing has succeeded or failed.
     """
 
     def __init__(self, catalog: Catalog, cache: Path | None = None) -> None:

@@ -25,7 +25,7 @@ _COMPARED = ("duplicate id", "duplicate record")
 
 
 class Neighbors(NamedTuple):
-    """Links to the previous and next record of the list, and the record's 1-based number in it."""
+    """Links to the previous and next record of a list, and the record's 1-based number of `total` in it."""
 
     previous: str | None
     following: str | None
@@ -62,7 +62,7 @@ class Pages:
         return self._templates.get_template(name).render(values).encode("utf-8", "backslashreplace")
 
     def status(self) -> dict[str, Any]:
-        """Return how much of the data is indexed."""
+        """Return the progress of the index."""
         return {
             "indexed": int(np.count_nonzero(self.catalog.indexed)),
             "total": len(self.catalog),
@@ -71,7 +71,7 @@ class Pages:
         }
 
     def error(self, heading: str, messages: list[str]) -> bytes:
-        """Return the page of an invalid request."""
+        """Return an error page."""
         return self._render("error.html", heading=heading, messages=messages)
 
     def record_list(self, parameters: Mapping[str, str]) -> bytes:
@@ -163,21 +163,21 @@ class Pages:
         return select(self.catalog, query, found)
 
     def _neighbors(self, position: int | None, query: Query) -> Neighbors:
-        """Return the neighbors of a record in the list from which it was opened, or else in all records."""
+        """Return the neighbors of a record in the list that it was opened from, or else in all records."""
         if position is None:
             return Neighbors(None, None, None, 0)
         positions = self._select(query)
-        places = np.flatnonzero(positions == position)
-        if not len(places):  # the record is not in the list
-            query, positions, places = Query(), np.arange(len(self.catalog)), np.array([position])
-        place = int(places[0])
+        found = np.flatnonzero(positions == position)
+        if not len(found):  # the record is not in the list
+            query, positions, found = Query(), np.arange(len(self.catalog)), np.array([position])
+        offset = int(found[0])
         links: list[str | None] = []
-        for other in (place - 1, place + 1):
+        for other in (offset - 1, offset + 1):
             inside = 0 <= other < len(positions)
             links.append(self._link(int(positions[other]), query, other) if inside else None)
-        return Neighbors(links[0], links[1], place + 1, len(positions))
+        return Neighbors(links[0], links[1], offset + 1, len(positions))
 
-    def _link(self, position: int, query: Query, place: int) -> str:
+    def _link(self, position: int, query: Query, offset: int) -> str:
         """Return the link to a record, with the query and the page of the list that contains it."""
         set_number, index = self.catalog.locate(position)
-        return f"/record/{set_number}/{index}{query.url(page=place // PAGE_SIZE + 1)}"
+        return f"/record/{set_number}/{index}{query.url(page=offset // PAGE_SIZE + 1)}"

@@ -32,7 +32,7 @@ _MAX_TEXT = 500
 
 @dataclass(frozen=True)
 class Query:
-    """What the record list shows.
+    """Filters, order and page of the record list.
 
     Attributes:
         set: number of the dataset; None for all.
@@ -117,12 +117,12 @@ def parse_query(parameters: Mapping[str, str], num_sets: int) -> Query:
 def select(catalog: Catalog, query: Query, found: np.ndarray | None = None) -> np.ndarray:
     """Return the positions of the selected records in the requested order.
 
-    Unusable records have no lengths: limits exclude them, and they come last in an order by length.
+    Unusable records have no lengths: limits exclude them, and they come last when sorting by length.
 
     Args:
         catalog: all records.
         query: filters and order; `text` and `id` must already have been searched for.
-        found: positions of the records that contain the text or id; None if none is searched for.
+        found: positions of the records that contain the text or id; None without a search.
     """
     keep = np.ones(len(catalog), bool)
     if query.set is not None:

@@ -1,4 +1,4 @@
-"""What the page of a record shows: images, tiles, messages, lengths, problems and the raw record."""
+"""Content of a record page: images, tiles, messages, lengths, problems and the raw record."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -39,9 +39,9 @@ class RecordView:
     """A record as the model sees it.
 
     Attributes:
-        raw: the record as indented JSON, or its bytes as text if it is not valid JSON.
+        raw: the record as indented JSON; if it is invalid or too large, its bytes as text.
         raw_bytes: size of the record in the file.
-        messages: split into tokens if the record is usable and there is a tokenizer.
+        messages: with special tokens and token counts if the record is usable and there is a tokenizer.
         lengths: None if the record is unusable.
         image_tokens: tokens of all images.
     """
@@ -69,7 +69,7 @@ class RecordView:
 
 
 def view_record(records: RecordSet, index: int, compared: Iterable[Problem] = ()) -> RecordView:
-    """Return what the page of a record shows; problems of the record do not raise an error.
+    """Return the content of a record page; problems of the record do not raise an error.
 
     Args:
         records: dataset of the record.

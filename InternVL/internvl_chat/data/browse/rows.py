@@ -74,7 +74,7 @@ def _start(text: str) -> str:
 
 
 class SetRow(NamedTuple):
-    """A dataset in the overview, with the number of indexed, unusable and questionable records."""
+    """A dataset in the overview, with its numbers of records: indexed, unusable, and with warnings."""
 
     number: int
     records: RecordSet

@@ -14,7 +14,7 @@ from internvl_chat.utils.errors import DataError
 def find_text(catalog: Catalog, text: str) -> np.ndarray:
     """Return the positions of the records that contain a text, ignoring the case of ASCII letters.
 
-    All of a record is searched, also its id and image paths.
+    The whole record is searched, including its id and image paths.
     """
     patterns = {re.escape(form.lower()) for form in _json_forms(text)}
     found = [np.zeros(0, np.int64)]
@@ -28,8 +28,8 @@ def find_text(catalog: Catalog, text: str) -> np.ndarray:
 def find_id(catalog: Catalog, record_id: str) -> list[tuple[int, int]]:
     """Return the dataset number and index of each record with an id.
 
-    Ids in the index are compared first. If none is equal, all records are searched, also those that are not
-    indexed yet and those that training does not use.
+    Ids in the index are compared first. If none matches, all records are searched, including those that are
+    not indexed yet or not used by training.
     """
     known = [position for position, other in enumerate(catalog.ids) if other == record_id]
     if known:

@@ -97,7 +97,7 @@ def _role(segments: Sequence[Segment]) -> str:
 
 
 def plain_messages(messages: Sequence[Message]) -> list[MessageView]:
-    """Return messages without tokens: without a tokenizer, or if the record cannot be encoded."""
+    """Return messages as text only, for lack of a tokenizer or if the record cannot be encoded."""
     return [
         MessageView(
             message.role,

@@ -53,7 +53,7 @@ class IndexPart(NamedTuple):
     """Indexed records of one dataset.
 
     Attributes:
-        set_number: position of the dataset among the indexed ones.
+        set_number: position of the dataset in the arguments of `index_records`.
         records: (N,) indices of the records in the file.
         lengths: (N, 5) int32, one row of `RecordLengths` per record; zeros for unusable records.
         ids: printable id of each record.
@@ -87,8 +87,8 @@ def index_records(
         decode: decode all images; otherwise only those whose file may be truncated.
         workers: number of worker processes; by default one per core (at most 16), or none for few records.
         cache: cache folder; by default `default_cache()`.
-        on_part: called with each part of an index as soon as it is known. Cached records come first, and
-            again if they are checked again.
+        on_part: called with each part of an index as soon as it is complete. Cached records are passed
+            first, and once more if they are checked again.
     """
     files = _cache_files(sets, cache or default_cache())
     indexes: list[RecordIndex] = []
@@ -258,7 +258,8 @@ def _run(sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int) -> Ite
         yield (_check_records(sets, task) for task in tasks)
         return
     with tempfile.NamedTemporaryFile(prefix="m3llm-index-") as file:
-        # Large arguments would be piped to a worker while it imports torch, so that workers start one by one.
+        # Sent as arguments, large datasets would block until a worker has imported torch: workers would start
+        # one after the other.
         pickle.dump(sets, file)
         file.flush()
         # A forked process could inherit a lock held by a thread of the tokenizer or of torch.
@@ -304,7 +305,7 @@ _sets: Sequence[RecordSet] = ()
 
 
 def _init_worker(file: str) -> None:
-    """Read the datasets from the file of the parent process, and disable the tokenizer's own threads."""
+    """Read the datasets from a file of the parent process, and disable the tokenizer's own threads."""
     global _sets
     _sets = pickle.loads(Path(file).read_bytes())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

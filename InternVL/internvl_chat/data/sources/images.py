@@ -138,7 +138,7 @@ def open_upload(data: bytes, name: str) -> PillowFile:
         name: name of the image in error messages.
 
     Raises:
-        RecordError: the data are not an image, too large, or have an unsupported bit depth.
+        RecordError: the data are not a readable image, or it is too large or has an unsupported bit depth.
     """
     if not data:
         raise _unreadable(name, "it is empty")

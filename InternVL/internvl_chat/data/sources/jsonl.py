@@ -80,7 +80,7 @@ class RecordFile:
         Records that exceed the size limit are not searched.
 
         Args:
-            pattern: pattern of a match within one record; a literal is fastest.
+            pattern: searched within each record; literal patterns are fastest.
             lower: search the records with their ASCII letters in lowercase.
         """
         starts, ends = self._spans[:, 0].tolist(), self._spans[:, 1].tolist()

@@ -16,7 +16,7 @@ from internvl_chat.data.sources.images import decode_opened, open_upload
 from internvl_chat.data.sources.problems import RecordError, printable_message
 from internvl_chat.utils.errors import DataError, format_problems
 
-# Limits of one request. An RGB pixel takes 3 bytes.
+# Limits per request. A decoded pixel takes 3 bytes.
 MAX_IMAGES = 32
 MAX_PIXELS = 1 << 26
 MAX_BYTES = 32 << 20
@@ -25,7 +25,7 @@ MAX_BYTES = 32 << 20
 def decode_uploads(
     files: Sequence[bytes], options: ImageOptions, names: Sequence[str] | None = None
 ) -> list[Image.Image]:
-    """Decode the uploaded images of a request to RGB; checks all headers before it decodes pixels.
+    """Decode the uploaded images of a request to RGB, after checking all headers.
 
     Args:
         files: contents of the image files.

@@ -1,4 +1,4 @@
-"""What the page of a record shows, for usable and unusable records."""
+"""Content of record pages, for usable and unusable records."""
 
 import json
 

@@ -9,7 +9,7 @@ from internvl_chat.data.browse.search import find_id, find_text
 
 
 class TestText:
-    def test_case_and_place(self, make, catalog_of):
+    def test_case_and_position(self, make, catalog_of):
         records = [text_record(0, "A Cat"), text_record(1, "dog"), text_record(2, "cat", note="DOG")]
         catalog = catalog_of(make(records), make([text_record(3, "hotdog")], "other"), indexed=False)
         assert find_text(catalog, "Dog").tolist() == [1, 2, 3]

@@ -1,6 +1,6 @@
 "use strict";
 
-// Show why an image cannot be shown: the server answers with the reason as text.
+// Replace an image that cannot be shown with the reason, which the server sends as text.
 document.addEventListener("error", async (event) => {
   const image = event.target;
   if (!(image instanceof HTMLImageElement)) return;
@@ -14,7 +14,7 @@ document.addEventListener("error", async (event) => {
   } catch { /* The server has stopped. */ }
 }, true);
 
-// Mark a tile in the grid and its pixels together.
+// Highlight a tile both in the grid and in the list of tiles.
 function mark(event) {
   const tile = event.target instanceof Element && event.target.closest("[data-tile]");
   for (const other of document.querySelectorAll("[data-tile].on")) other.classList.remove("on");
@@ -33,7 +33,7 @@ document.addEventListener("keydown", (event) => {
   if (link) link.click();
 });
 
-// Follow the index while it is built.
+// Show the progress of the index while it is being built.
 async function follow() {
   const notice = document.getElementById("indexing");
   if (!notice) return;
