@@ -61,7 +61,7 @@ def answer_benchmark(
         options: preprocessing option -> value; None for the checkpoint's.
         progress: function that wraps an iterable in a progress bar; gets the number of items as `total`.
         on_bad_record: `fail`, or `skip` to log unusable items and leave them unanswered.
-        protocol: key of `PROTOCOLS`; `published` ignores `max_dynamic_patch` and `options`.
+        protocol: one of `PROTOCOLS`; `published` ignores `max_dynamic_patch` and `options`.
 
     Returns:
         On rank 0, all answers in the output folder; on other ranks, an empty dict.

@@ -119,7 +119,7 @@ def _unique_names(evaluations: Sequence[Evaluation], folders: Sequence[Path]) ->
 def read_images(
     folders: Sequence[Path], evaluations: Sequence[Evaluation]
 ) -> tuple[Evaluation, Mapping[str, str]]:
-    """Return the first evaluation with images that are available in one of the pages, and these images."""
+    """Return the first evaluation with the image ids of the first page that has images, and these images."""
     for folder, evaluation in zip(folders, evaluations, strict=True):
         if any(image["id"] for item in evaluation.items for image in item.images):
             try:
@@ -178,7 +178,7 @@ def _groups(items: Sequence[ReportItem]) -> dict[str, list[int]]:
 def _pairs(
     baseline: Evaluation, other: Evaluation, numbers: Sequence[int], metric: str
 ) -> Iterator[tuple[float, float]]:
-    """Yield the scores of both models for the items that have them; a judge may have left some out."""
+    """Yield the scores of both models for the items that have them; a judge may have given no verdict."""
     for number in numbers:
         scores = [e.items[number].answer["scores"].get(metric) for e in (baseline, other)]
         if None not in scores:

@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 VERDICTS = "judge.jsonl"
 # None: the reply cannot be read as a verdict.
 Verdict = bool | None
-# Increase it with each change of the prompt.
+# Increase with each change of the prompt, so that old verdicts are not reused.
 _PROMPT_VERSION = 1
 _PROMPT = """\
 Grade a student's answer to a medical question. It is correct if it means the same as the reference answer. \
@@ -55,7 +55,7 @@ _MAX_NAMED = 5
 
 
 def judge_problems(url: str | None, model: str | None, out: Path | None) -> list[str]:
-    """Return what is wrong with the arguments of the judge, as error messages."""
+    """Return an error message for each problem with the arguments of the judge."""
     if url is None:
         return ["--judge_model requires --judge URL"] if model else []
     problems = []
@@ -120,7 +120,7 @@ def judge_answers(
         more = ", ..." if len(unreadable) > _MAX_NAMED else ""
         names = ", ".join(unreadable[:_MAX_NAMED]) + more
         logger.warning(
-            "%s cannot be read and are not in the average (%s); see %s, or run the command again",
+            "%s unreadable and excluded from the average (%s); see %s, or run the command again",
             counted(len(unreadable), "verdict"), names, file,
         )  # fmt: skip
     return result

@@ -190,7 +190,7 @@ def read_answers(
         items: items that need an answer.
         known: all items of the benchmark.
         tasks: ignore answers to all other tasks (default: ignore none).
-        protocol: protocol of the answers, unless a line states it.
+        protocol: expected protocol; lines that do not state one are assumed to have it.
 
     Raises:
         DataError: a line is invalid, or an answer is missing, given twice, of a different protocol, or does

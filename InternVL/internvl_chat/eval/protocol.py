@@ -10,7 +10,6 @@ measured with a wrapper that calls InternVL's `chat` without `num_patches_list`,
 """
 
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from internvl_chat.data.encode.conversation import token_ids
 from internvl_chat.data.encode.encoder import EncodedConversation
 from internvl_chat.data.encode.preprocessing import Preprocessing
 from internvl_chat.inference.engine import Engine, Prompt
+from internvl_chat.utils.files import sha256
 
 _MAX_TILES_PER_IMAGE = 12
 # File with the published system prompts, in the parent of the published folder of questions.
@@ -52,7 +52,7 @@ def find_published_prompts(data: Path) -> Path | None:
 
 def are_published(system: Mapping[str, str | None]) -> bool:
     """Return whether the system prompts of all tasks are the published ones."""
-    digests = {task: sha256((text or "").encode()).hexdigest()[:16] for task, text in system.items()}
+    digests = {task: sha256((text or "").encode())[:16] for task, text in system.items()}
     return digests.items() <= _PROMPT_DIGESTS.items()
 
 
@@ -68,10 +68,10 @@ def published_preprocessing(model_config: Any) -> Preprocessing:
 
 
 class PublishedEngine(Engine):
-    """Model that encodes prompts like the published wrapper."""
+    """Engine that encodes prompts like the published wrapper."""
 
     def encode(self, prompt: Prompt) -> EncodedConversation:
-        """Return the token ids of a prompt and the tile grids of its images; all messages become one."""
+        """Return the token ids of a prompt and the tile grids of its images; all messages form one."""
         options = self.encoder.preprocessing
         limit = options.max_dynamic_patch
         grids = tuple(self.encoder.plan_grid(image.size, limit) for image in prompt.images)

@@ -52,7 +52,7 @@ def score(
         benchmark: benchmark restricted to the answered items.
         answers: item -> answer.
         suite: the metrics.
-        verdicts: item -> verdict of a judge on an open answer; None (unreadable) is not in the average.
+        verdicts: item -> verdict of a judge on an open answer; unreadable ones (None) are not averaged.
     """
     groups = _by_task(benchmark)
     normalize = normalize_words if benchmark.short_answers else None
@@ -97,7 +97,7 @@ def open_items(benchmark: Benchmark) -> list[Item]:
 
 
 def _judge_metrics(verdicts: Sequence[bool | None]) -> Metrics:
-    """Return the percentage of correct answers among the readable verdicts, and the number of the others."""
+    """Return the percentage of readable verdicts that are `correct`, and the number of unreadable ones."""
     known = [float(verdict) for verdict in verdicts if verdict is not None]
     return {JUDGE: _mean_percent(known), f"{JUDGE}_unreadable": len(verdicts) - len(known)}
 

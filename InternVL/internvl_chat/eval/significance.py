@@ -56,7 +56,7 @@ def compare_scores(baseline: Sequence[float], other: Sequence[float]) -> Differe
 
 
 def _bootstrap_p_value(resampled: np.ndarray) -> float:
-    """Return twice the share of resampled means on the less frequent side of 0, at most 1."""
+    """Return twice the fraction of resampled means on the rarer side of 0 (add-one smoothed), at most 1."""
     if not len(resampled):
         return 1.0
     fewer = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))

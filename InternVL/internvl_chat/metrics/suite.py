@@ -23,7 +23,7 @@ FAMILIES = {
     "macro": (),
 }
 OPEN_METRICS = tuple(name for names in FAMILIES.values() for name in names)
-# Share of correct answers according to a language model, see eval/judge.py.
+# Fraction of answers that a language model graded as correct, see eval/judge.py.
 JUDGE = "judge"
 CHOICE_METRICS = ("accuracy", "f1", "recall", "precision")
 _PACKAGES = {

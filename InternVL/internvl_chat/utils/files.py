@@ -65,7 +65,7 @@ def open_for_appending(file: Path) -> IO[bytes]:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stream.close()
-        raise UsageError(f"{file}: another evaluation is writing to it; wait for it or stop it") from None
+        raise UsageError(f"{file}: another process is writing to it; wait for it or stop it") from None
     content = file.read_bytes()
     os.truncate(file, content.rfind(b"\n") + 1)
     return stream

@@ -129,7 +129,7 @@ def test_interrupted_run_continues(judge, server, tmp_path):
     assert len(judge()) == 6 and len(Api.requests) == 6 - done
 
 
-def test_failed_requests_are_repeated(judge):
+def test_failed_requests_are_retried(judge):
     Api.statuses = [500, 429]
     assert len(judge()) == 6 and len(Api.requests) == 8
 
@@ -139,7 +139,7 @@ def test_unreadable_verdicts_are_named_and_not_averaged(judge, tmp_path, monkeyp
     Api.replies = ["I cannot grade this."]
     verdicts = judge()
     [key] = [key for key, verdict in verdicts.items() if verdict is None]
-    assert f"1 verdict cannot be read and are not in the average ({key[0]} {key[1]})" in caplog.text
+    assert f"1 verdict unreadable and excluded from the average ({key[0]} {key[1]})" in caplog.text
     scores = score(BENCHMARK, ANSWERS, Suite(frozenset()), verdicts)
     known = [verdict for verdict in verdicts.values() if verdict is not None]
     assert scores.tasks["open"]["judge"] == 100 * sum(known) / 5
@@ -168,7 +168,7 @@ def test_verdict_is_the_last_line(reply, verdict):
     assert parse_verdict(reply) is verdict
 
 
-def test_url_that_is_no_api(judge, server):
+def test_url_that_is_not_an_api(judge, server):
     with pytest.raises(ModelError, match="the service is down"):
         judge(url=f"{server}/wrong")
 

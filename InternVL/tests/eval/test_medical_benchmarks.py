@@ -379,7 +379,7 @@ def test_slake(tmp_path, monkeypatch, caplog):
         (("closed", 1), "Lung"),
         (("open", 0), "Lung, Liver"),
     ]
-    assert "1 question not in English left out" in caplog.text
+    assert "1 question not in English excluded" in caplog.text
     (tmp_path / "test.json").unlink()
     with pytest.raises(DataError, match=r"no test\.json"):
         open_benchmark("slake", tmp_path)

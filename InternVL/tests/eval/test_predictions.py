@@ -93,7 +93,7 @@ def test_predictions_without_settings_are_rejected(tmp_path):
 
 
 def test_folder_is_locked(tmp_path):
-    with PredictionLog(tmp_path, SETTINGS), pytest.raises(UsageError, match="another evaluation is writing"):
+    with PredictionLog(tmp_path, SETTINGS), pytest.raises(UsageError, match="another process is writing"):
         PredictionLog(tmp_path, SETTINGS)
 
 

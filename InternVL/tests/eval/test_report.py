@@ -282,7 +282,7 @@ def test_images_are_optional(evaluated, tmp_path):
         assert shown == [None] * 5 and read_json_script((folder / "report.html").read_text(), "images") == {}
 
 
-def test_scores_that_are_not_finite_are_left_out(tmp_path):
+def test_scores_that_are_not_finite_are_omitted(tmp_path):
     item = Item("only", 0, "?", "a")
     scores = Scores({"only": {"items": 1, "f1": None}}, {item.key: {"f1": float("nan"), "em": 1.0}})
     write_report(tmp_path, Benchmark("own", (item,)), {item.key: "a"}, scores, model="run")

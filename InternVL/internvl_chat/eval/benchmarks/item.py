@@ -178,7 +178,7 @@ class Benchmark:
     Attributes:
         items: usable items, grouped by task.
         pooled: whether the report also includes metrics over all tasks together.
-        short_answers: whether the words of open answers are normalized before they are scored.
+        short_answers: whether open answers are scored on normalized words (`normalize_words`).
         excluded: invalid items.
         totals: task -> number of items, including excluded and unselected ones; empty if unknown.
         other_tasks: tasks whose files were not read.

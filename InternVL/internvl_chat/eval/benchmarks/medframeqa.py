@@ -23,13 +23,13 @@ _IMAGES = tuple(f"image_{number}" for number in range(1, 6))
 
 
 def read_medframeqa(data: Path, request: Request = EVERYTHING) -> Benchmark:
-    """Read `data/test-*.parquet`; the tasks are the numbers of images of a question.
+    """Read `data/test-*.parquet`; the tasks are numbers of images per question.
 
     The images are labeled `Image 1`, `Image 2`, ..., because questions refer to them by number.
 
     Args:
         data: folder of the dataset.
-        request: all tasks are read.
+        request: ignored; all tasks and images are read.
 
     Raises:
         DataError: there is no parquet file, or it cannot be read.
@@ -43,20 +43,21 @@ def read_medframeqa(data: Path, request: Request = EVERYTHING) -> Benchmark:
     return Benchmark("medframeqa", tuple(with_indices(items)), pooled=True)
 
 
-def _shown(row: Mapping[str, Any]) -> list[str]:
+def _image_keys(row: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the images in a row."""
     return [key for key in _IMAGES if image_bytes(row.get(key))]
 
 
 def _task(row: Mapping[str, Any]) -> str:
-    return f"{len(_shown(row))} images"
+    return f"{len(_image_keys(row))} images"
 
 
 def _parse(row: Mapping[str, Any]) -> Item:
     [question], answer = required_strings(row, "question"), optional_string(row, "correct_answer")
-    shown = _shown(row)
-    if len(shown) < 2 or shown != list(_IMAGES[: len(shown)]):
-        raise DataError(f"expected 2 to 5 images from image_1 on, found {', '.join(shown) or 'none'}")
-    figures = tuple(embedded_figure(row, key, f"Image {number}") for number, key in enumerate(shown, 1))
+    keys = _image_keys(row)
+    if len(keys) < 2 or keys != list(_IMAGES[: len(keys)]):
+        raise DataError(f"expected 2 to 5 images from image_1 on, found {', '.join(keys) or 'none'}")
+    figures = tuple(embedded_figure(row, key, f"Image {number}") for number, key in enumerate(keys, 1))
     choices = string_list(row, "options")
     if len(choices) < 2:
         raise DataError("'options' must be a list of at least two options")

@@ -26,8 +26,8 @@ from internvl_chat.eval.benchmarks.reading import (
 from internvl_chat.utils.errors import DataError
 
 _KEYS = ("question", "options", "images")
-# Before the options in a question.
-_LISTED = "Answer Choices:"
+# Heading of the options in a question that lists them.
+_OPTIONS_HEADING = "Answer Choices:"
 
 
 def read_medxpertqa(data: Path, request: Request = EVERYTHING) -> Benchmark:
@@ -70,6 +70,6 @@ def _parse(raw: Mapping[str, Any], *, roots: list[Path], images: bool) -> Item:
         Figure(name, label, find_image(name, roots, required=images))
         for name, label in zip(names, labels, strict=True)
     )
-    if _LISTED in question:
+    if _OPTIONS_HEADING in question:
         return Item(task, 0, question, answer, figures, tuple(choices))
     return choice_item(task, question, answer, figures, choices)

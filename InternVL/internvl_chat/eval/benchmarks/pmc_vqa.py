@@ -33,7 +33,7 @@ def read_pmc_vqa(file: Path, request: Request = EVERYTHING) -> Benchmark:
         request: whether the images are needed.
 
     Raises:
-        DataError: the file is missing or lacks a column.
+        DataError: the file is missing, is not CSV, or lacks a column.
     """
     if not file.is_file():
         raise DataError("not a file; --data must be a CSV file of PMC-VQA, such as test_clean.csv", file=file)

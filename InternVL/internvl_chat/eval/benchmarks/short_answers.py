@@ -1,7 +1,7 @@
 """VQA-RAD, SLAKE and PathVQA: questions on single images with short answers.
 
-As in the literature, closed questions are scored by accuracy, and open questions by the recall of the words
-of the reference and by exact match, after normalization of the words.
+As in the literature, closed questions are scored by accuracy, and open questions by exact match and by the
+recall of the words of the reference, after normalization.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,8 +38,8 @@ _RAD_FILE, _RAD_IMAGES = "VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"
 def read_vqa_rad(data: Path, request: Request = EVERYTHING) -> Benchmark:
     """Read the test questions of VQA-RAD (Lau et al., 2018).
 
-    The original release states which questions are closed; in parquet files, those with the answer yes or no
-    are.
+    The original release states which questions are closed. In parquet files, those with the answer yes or no
+    count as closed.
 
     Args:
         data: folder with `VQA_RAD Dataset Public.json` and `VQA_RAD Image Folder/`, or with `test-*.parquet`.
@@ -70,7 +70,7 @@ def read_slake(data: Path, request: Request = EVERYTHING) -> Benchmark:
     rows = list(file_rows(RecordFile(file)))
     english = _select(rows, lambda raw: raw.get("q_lang", "en") == "en")
     if others := len(rows) - len(english):
-        logger.info("%s: %s not in English left out", file, counted(others, "question"))
+        logger.info("%s: %s not in English excluded", file, counted(others, "question"))
     return _read_stated("slake", english, "img_name", data / "imgs", request)
 
 
@@ -79,7 +79,7 @@ def read_path_vqa(data: Path, request: Request = EVERYTHING) -> Benchmark:
 
     Args:
         data: folder of the dataset.
-        request: both tasks are read.
+        request: ignored; both tasks and all images are read.
 
     Raises:
         DataError: there is no such file, or it cannot be read.

@@ -35,7 +35,7 @@ def write_report(
         answers: item -> answer.
         scores: scores of the items and tasks.
         model: model name.
-        protocol: how the model was asked, in words.
+        protocol: name of the protocol, with any deviation from it.
         progress: wraps the images of the items in a progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)

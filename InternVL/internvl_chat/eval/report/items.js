@@ -4,6 +4,7 @@
 // <script id="images"> {id: data URL}. Text is inserted as text nodes only.
 
 const PAGE_SIZE = 25;
+// Main metric of an item: the first of these that it has.
 const HEADLINES = ["accuracy", "judge", "rougeL", "f1", "bertscore", "sts", "em"];
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const { models, labels, items } = read("data");
@@ -143,8 +144,8 @@ function enlarge(item, number) {
     const { title: caption, id } = available[at];
     viewer.querySelector("img").src = images[id];
     viewer.querySelector("img").alt = caption;
-    const place = available.length > 1 ? ` (${at + 1} of ${available.length})` : "";
-    viewer.querySelector("figcaption").textContent = caption + place;
+    const position = available.length > 1 ? ` (${at + 1} of ${available.length})` : "";
+    viewer.querySelector("figcaption").textContent = caption + position;
   };
   for (const [name, step] of [["previous", -1], ["next", 1]]) {
     const button = viewer.querySelector(`.${name}`);

@@ -1,6 +1,5 @@
 """Items of an evaluation as data, and the list of items in the HTML pages (`items.html`, `.css`, `.js`)."""
 
-import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from internvl_chat.eval.report.table import LABELS
 from internvl_chat.eval.scoring import Scores
 from internvl_chat.inference.engine import is_truncated
 from internvl_chat.utils.errors import DataError
-from internvl_chat.utils.html import html_page, jpeg_thumbnail, json_script
+from internvl_chat.utils.html import html_page, image_data_url, jpeg_thumbnail, json_script
 
 # Number of images -> longer side of their thumbnails in pixels, so that a page stays below about 50 MB.
 _PIXELS = {300: 800, 1000: 480, 3000: 280}
@@ -53,7 +52,7 @@ class Evaluation:
     """The scored answers of one model to a benchmark. The fields are the JSON keys of `report.json`.
 
     Attributes:
-        protocol: how the model was asked, in words.
+        protocol: name of the protocol, with any deviation from it.
     """
 
     benchmark: str
@@ -101,7 +100,7 @@ def build_evaluation(
         answers: item -> answer.
         scores: scores of the items.
         model: model name.
-        protocol: how the model was asked, in words.
+        protocol: name of the protocol, with any deviation from it.
         progress: wraps the images in a progress bar.
     """
     figures = {figure.path or figure.content: figure for item in benchmark.items for figure in item.figures}
@@ -137,15 +136,14 @@ def _option(item: Item, letter: str | None) -> str:
 def _thumbnails(
     figures: Sequence[Figure], progress: Callable[[Sequence[Figure]], Iterable[Figure]]
 ) -> list[str | None]:
-    """Return a data URL per figure; None if it cannot be decoded, because scoring needs no images."""
+    """Return a data URL per figure; None if it cannot be decoded, because scoring does not need it."""
     pixels = next((side for count, side in _PIXELS.items() if len(figures) <= count), _FEWEST_PIXELS)
 
     def encode(figure: Figure) -> str | None:
         try:
-            content = jpeg_thumbnail(figure.decode(), pixels)
+            return image_data_url(jpeg_thumbnail(figure.decode(), pixels), "jpeg")
         except DataError:
             return None
-        return f"data:image/jpeg;base64,{base64.b64encode(content).decode('ascii')}"
 
     with ThreadPoolExecutor() as pool:
         urls = pool.map(encode, figures)

@@ -11,7 +11,7 @@ from internvl_chat.eval.significance import RESAMPLES, SEED
 HEADER = (
     "task", "metric", "items", "model", "baseline", "score", "difference", "95% CI", "p", "p (Holm)", "test",
 )  # fmt: skip
-# Columns in the page: a drawing of the confidence interval follows its numbers; the text names the tests.
+# Columns in the page: the interval is also drawn, and the tests are described in the text below.
 _SHOWN = (*HEADER[:8], "", *HEADER[8:-1])
 SIGNIFICANCE = 0.05
 

@@ -51,7 +51,7 @@ def _count(metrics: Metrics, name: str) -> str:
 
 
 def _value(metrics: Metrics, name: str) -> str:
-    """Format a metric; that of the judge with the number of unreadable verdicts, which it leaves out."""
+    """Format a metric, with the number of unreadable verdicts, which a judge's average excludes."""
     unreadable = metrics.get(f"{name}_unreadable")
     return percent(metrics.get(name)) + (f" ({unreadable:,} unreadable)" if unreadable else "")
 
@@ -80,7 +80,7 @@ def paper_tables(tasks: Mapping[str, Metrics], model: str, protocol: str = STAND
     """Return the tables of PMC-MI-Bench in the layout of the paper, with one row per task and model.
 
     Args:
-        protocol: how the model was asked, in words.
+        protocol: name of the protocol, with any deviation from it.
     """
     tables: list[Table] = []
     for names, choice in ((OPEN, False), (CHOICE, True)):
@@ -110,7 +110,7 @@ def markdown(
 
     Args:
         benchmark: benchmark name; `pmc-mi` adds the comparison with the published results.
-        protocol: how the model was asked, in words.
+        protocol: name of the protocol, with any deviation from it.
     """
     parts = [f"# {benchmark}: {model}", NOTE]
     if benchmark == "pmc-mi":
