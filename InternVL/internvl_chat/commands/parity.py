@@ -1,4 +1,4 @@
-"""`m3llm parity`: compare a checkpoint with another one, another format or an endpoint on the same records."""
+"""`m3llm parity`: compare a checkpoint with another one, another format or an endpoint, record by record."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare a checkpoint with another one or an endpoint; return 1 if a difference exceeds its tolerance."""
+    """Compare a checkpoint with another one or an endpoint; return 1 if they differ beyond tolerance."""
     _check_arguments(args)
     return _compare_endpoint(args) if args.endpoint else _compare_checkpoints(args)
 

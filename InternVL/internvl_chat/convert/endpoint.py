@@ -1,6 +1,5 @@
 """Client of an OpenAI-compatible endpoint."""
 
-import base64
 import http.client
 import io
 import json
@@ -15,6 +14,7 @@ from internvl_chat.constants import IMAGE_PLACEHOLDER
 from internvl_chat.data.sources.records import Message
 from internvl_chat.inference.engine import Prompt
 from internvl_chat.utils.errors import DataError, ModelError, UsageError
+from internvl_chat.utils.html import image_data_url
 
 # The first request may wait until the server has compiled its kernels.
 _TIMEOUT_SECONDS = 600
@@ -155,4 +155,4 @@ def _text_parts(text: str) -> list[dict[str, Any]]:
 def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return image_data_url(buffer.getvalue(), "png")

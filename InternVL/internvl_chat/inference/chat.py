@@ -22,7 +22,7 @@ COMMANDS = {
     "/system": ("[TEXT]", "replace the system prompt; without TEXT, use the checkpoint's"),
     "/save": ("FILE", "append the conversation to a .jsonl file of training records"),
     "/help": ("", "list the commands"),
-    "/exit": ("", "leave"),
+    "/exit": ("", "exit the chat"),
 }
 
 
@@ -60,7 +60,7 @@ class Chat:
         return Prompt(build_messages(questions, self._answers, self.system), tuple(self._images))
 
     def add(self, question: str, answer: str) -> None:
-        """Extend the conversation by a question, the images added for it, and the answer."""
+        """Append a question, the images added for it, and its answer to the conversation."""
         self._questions.append(self._next(question))
         self._answers.append(answer)
 
@@ -110,7 +110,7 @@ class Chat:
     def _attach_files(self, arguments: str) -> str:
         paths = _split(arguments)
         if not paths:
-            raise UsageError("/image needs the path of an image")
+            raise UsageError("/image requires the path of an image")
         return self.attach(paths)
 
     def _reset(self, arguments: str) -> str:
@@ -126,7 +126,7 @@ class Chat:
         """Append the conversation to a file; images added for the next question are not part of it."""
         paths = _split(arguments)
         if len(paths) != 1 or not paths[0].endswith(".jsonl"):
-            raise UsageError("/save needs the path of one file that ends in .jsonl")
+            raise UsageError("/save requires the path of one .jsonl file")
         if not self._answers:
             raise UsageError("there is nothing to save yet: ask a question first")
         messages = build_messages(self._questions, self._answers, self.system)

@@ -68,7 +68,7 @@ def build_messages(
 
 
 def place_images(question: str, labels: Sequence[str]) -> str:
-    """Return a question with its images before it, unless it has placeholders.
+    """Return a question with a placeholder per image before it, unless it already has placeholders.
 
     Args:
         question: text of the question.
@@ -88,7 +88,7 @@ def training_record(messages: Sequence[Message], images: Sequence[str], **fields
     """Return a conversation as a record of the training data.
 
     Args:
-        messages: result of `build_messages`, up to an answer.
+        messages: result of `build_messages`, ending with an answer.
         images: paths of the images in the order of their placeholders.
         **fields: other fields of the record.
 

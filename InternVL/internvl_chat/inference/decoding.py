@@ -32,7 +32,7 @@ class Answer:
         max_new_tokens: maximum number of tokens.
         sample: function that samples a token from logits; None for greedy decoding.
         ids: the generated tokens, without the end token.
-        finish_reason: `stop` after the end token, `length` after `max_new_tokens` tokens; None before.
+        finish_reason: `stop` after the end token, `length` after `max_new_tokens` tokens, else None.
     """
 
     max_new_tokens: int
@@ -90,7 +90,7 @@ class Decoder:
     def add(
         self, embeddings: torch.Tensor, *, max_new_tokens: int, sampling: Sampling | None = None
     ) -> Answer | None:
-        """Prefill a prompt and choose the first token of its answer, which may also be its last one.
+        """Prefill a prompt and choose the first token of its answer, which may complete it.
 
         Args:
             embeddings: embeddings of the prompt, (T, C).

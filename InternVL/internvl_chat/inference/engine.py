@@ -117,7 +117,7 @@ class Engine:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder = RecordEncoder(tokenizer, preprocessing)
         self.end_id = token_id(tokenizer, IM_END)
-        # The last tiles and their features.
+        # Tiles of the last prompt with images, and their features.
         self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
@@ -303,9 +303,9 @@ class Engine:
             raise DataError(str(problem)) from None
 
     def _features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Return the vision features (N, K, F) of tiles; those of the last tiles are cached.
+        """Return the vision features (N, K, F) of tiles.
 
-        A follow-up question about the same images therefore skips the vision tower.
+        The last features are cached, so a follow-up question about the same images skips the vision tower.
         """
         if self._latest is not None and torch.equal(tiles, self._latest[0]):
             return self._latest[1]

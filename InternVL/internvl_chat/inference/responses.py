@@ -1,4 +1,4 @@
-"""HTTP responses that the server and the web demo have in common."""
+"""HTTP responses of the server and the web demo."""
 
 from collections.abc import AsyncIterator
 
@@ -10,7 +10,7 @@ from internvl_chat.utils.errors import DataError, M3LLMError
 
 
 class AnswerStream(StreamingResponse):
-    """Streamed answer; an abandoned response cancels it, even if the response never began.
+    """Streamed answer, which is cancelled if the client disconnects, even before the first piece of text.
 
     Args:
         completion: the answer.
@@ -19,7 +19,7 @@ class AnswerStream(StreamingResponse):
     """
 
     def __init__(self, completion: Completion, events: AsyncIterator[str], media_type: str) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not collect it
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not buffer it
         super().__init__(events, media_type=media_type, headers=headers)
         self.completion = completion
 

@@ -9,6 +9,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from internvl_chat.utils.errors import UsageError
 
+# Temperatures below this are greedy decoding; dividing logits by them would overflow.
+MIN_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -1,4 +1,4 @@
-"""Answer prompts from many threads and coroutines in one batch, which answers join and leave at any time."""
+"""Continuous batching: answer prompts from many threads and coroutines in one batch."""
 
 import asyncio
 import queue
@@ -20,7 +20,7 @@ from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Maximum number of tokens of an answer without a limit of its own.
+# Default maximum number of tokens per answer.
 MAX_NEW_TOKENS = 1024
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -44,7 +44,8 @@ class Completion:
         encoded: token ids of the prompt and tile grids of its images.
         completion_tokens: number of tokens generated so far, without the end token.
         finish_reason: `stop` after the end token or a stop string, `length` after the maximum number of
-            tokens, `cancelled` after `cancel`; None before, and if the prompt has failed.
+            tokens, `cancelled` after `cancel`; None while decoding, and if the prompt has failed.
+        cancelled: whether `cancel` was called, or the event loop of the consumer is closed.
     """
 
     def __init__(self, encoded: EncodedConversation) -> None:
@@ -142,14 +143,14 @@ class Scheduler:
         max_queue: maximum number of waiting prompts.
 
     Attributes:
-        failure: description of the error that has stopped the scheduler; None while it works.
+        failure: description of the error that has stopped the scheduler; None without one.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 100) -> None:
         self.engine, self.max_queue = engine, max_queue
         self.failure: str | None = None
         self._closed = False
-        self._changed = threading.Condition()  # guards the two attributes above and the next one
+        self._changed = threading.Condition()  # guards _closed and _waiting
         self._waiting: deque[_Request] = deque()
         self._running: dict[Answer, tuple[Completion, AnswerText]] = {}
         self._decoder = engine.decoder()
@@ -183,7 +184,7 @@ class Scheduler:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
     ) -> Completion:
-        """Encode a prompt and queue it. May be called from any thread; takes the time of encoding.
+        """Encode a prompt and queue it. May be called from any thread; blocks while encoding.
 
         Args:
             prompt: the conversation.
@@ -230,7 +231,7 @@ class Scheduler:
             raise QueueFullError(f"{self.max_queue} prompts are waiting already; try again later")
 
     def stop(self) -> None:
-        """Let the thread end after the current step; prompts end with a `SchedulerStoppedError`."""
+        """End the thread after the current step; unanswered prompts raise a `SchedulerStoppedError`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -241,7 +242,7 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        """Serve prompts until the scheduler is closed or fails."""
+        """Answer prompts until the scheduler is closed or fails."""
         try:
             while self._wait():
                 self._admit()

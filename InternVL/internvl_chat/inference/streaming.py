@@ -37,10 +37,10 @@ class AnswerText:
         self._decoded = 0
         self._started = False
         # Decoded text that cannot be returned yet: whitespace, or the beginning of a stop string.
-        self._held = ""
+        self._pending = ""
 
     def add(self, token: int) -> str:
-        """Add a token and return the text that is complete now; it may be empty."""
+        """Add a token and return the newly completed text, which may be empty."""
         if self.stopped or token in self._control:
             return ""
         self._ids.append(token)
@@ -53,8 +53,8 @@ class AnswerText:
         rest = self._extend(self._text(self._ids)[len(self._text(self._ids[: self._decoded])) :])
         if self.stopped:
             return rest
-        held, self._held = self._held.rstrip(), ""
-        return rest + held
+        pending, self._pending = self._pending.rstrip(), ""
+        return rest + pending
 
     def _text(self, ids: Sequence[int]) -> str:
         return decode_tokens(self.tokenizer, ids)
@@ -73,20 +73,20 @@ class AnswerText:
         return ""
 
     def _extend(self, new: str) -> str:
-        """Append decoded text to the held text and return the part that is final."""
+        """Append decoded text to the pending text and return the part that is final."""
         if not self._started:
             new = new.lstrip()
             self._started = bool(new)
         if not new:
             return ""
-        self._held += new
-        found = [position for stop in self.stop if (position := self._held.find(stop)) >= 0]
+        self._pending += new
+        found = [position for stop in self.stop if (position := self._pending.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._held[: min(found)].rstrip()
-        end = len(self._held) - max((_overlap(self._held, stop) for stop in self.stop), default=0)
-        final = self._held[:end].rstrip()
-        self._held = self._held[len(final) :]
+            return self._pending[: min(found)].rstrip()
+        end = len(self._pending) - max((_overlap(self._pending, stop) for stop in self.stop), default=0)
+        final = self._pending[:end].rstrip()
+        self._pending = self._pending[len(final) :]
         return final
 
 

@@ -1,4 +1,4 @@
-"""`m3llm chat` with lines from standard input and on a terminal: answers, commands, interrupts."""
+"""`m3llm chat` with lines from standard input and in a terminal: answers, commands, interrupts."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def figure(sample_data) -> Path:
 
 @pytest.fixture
 def run(tiny_model, capfd, monkeypatch, tmp_path):
-    """Return a function that runs the command in a folder of its own, and returns exit code and output."""
+    """Return a function that runs the command in a separate folder, and returns exit code and output."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
 
@@ -64,7 +64,7 @@ def piped(run, monkeypatch):
 
 @pytest.fixture
 def typed(run, monkeypatch):
-    """Return a function that runs the command on a terminal with typed keys."""
+    """Return a function that runs the command in a terminal with typed keys."""
 
     def typed(keys, *argv):
         for stream in (sys.stdin, sys.stdout):
@@ -164,7 +164,7 @@ def test_errors_do_not_end_the_chat(typed, engine):
 
 @pytest.fixture(autouse=True)
 def _interrupts():
-    """Handle interrupts as on a terminal; shells start background processes with interrupts ignored."""
+    """Handle interrupts as in a terminal; shells start background processes with interrupts ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -13,7 +13,7 @@ from internvl_chat.utils.web import address
 
 @pytest.fixture
 def run(monkeypatch):
-    """Return a function that runs the command, with another function in the place of the server."""
+    """Return a function that runs the command, with another function instead of the server."""
 
     def run(serve, *argv):
         monkeypatch.setattr("internvl_chat.utils.web.run_app", serve)

@@ -1,4 +1,4 @@
-"""The client of OpenAI-compatible endpoints: messages, errors and odd servers."""
+"""The client of OpenAI-compatible endpoints: messages, errors and unusual servers."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""`m3llm parity --endpoint` passes on a correct server and names the fault of a wrong one."""
+"""`m3llm parity --endpoint` accepts a correct server and reports the fault of a wrong one."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -126,7 +126,7 @@ def test_saved_conversations_are_training_records(chat, folder, tiny_model):
     [
         ("/images a.png", "unknown command '/images'; /help lists the commands"),
         ("/", "unknown command '/'"),
-        ("/image", "/image needs the path of an image"),
+        ("/image", "/image requires the path of an image"),
         ("/image 'a.png", "a quotation mark is not closed"),
         ("/image none.png", "none.png does not exist"),
         ("/image broken.png none.png", "2 problems"),
@@ -134,7 +134,7 @@ def test_saved_conversations_are_training_records(chat, folder, tiny_model):
         ("/image https://example.org/a.png", "is a URL"),
         ("/image ~nobody-here/a.png", "~nobody-here/a.png does not exist"),
         (f"/image {'x' * 5000}.png", "File name too long"),
-        ("/save", "/save needs the path of one file that ends in .jsonl"),
+        ("/save", "/save requires the path of one .jsonl file"),
         ("/save a.png", "ends in .jsonl"),
         ("/save a.jsonl b.jsonl", "one file"),
         ("/save new.jsonl", "nothing to save yet"),

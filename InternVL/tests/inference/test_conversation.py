@@ -80,7 +80,7 @@ def test_a_single_image_stays_in_its_question():
     assert parse_record(training_record(messages, ["a.png"])).messages == messages
 
 
-def test_a_conversation_without_answers_is_no_record():
+def test_a_conversation_without_answers_is_not_a_record():
     messages = build_messages([Question("What?")], [" "])
     with pytest.raises(DataError, match="all answers are empty"):
         training_record(messages, [])

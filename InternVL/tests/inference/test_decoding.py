@@ -122,7 +122,7 @@ def test_cache_is_bounded(monkeypatch):
 
 
 def test_answers_join_and_leave_the_batch():
-    """Answers with options of their own, some of which are removed, equal those of single runs."""
+    """Answers with different options, some of which are removed, equal those of separate runs."""
     engine = make_engine()
     inputs = [engine.embed(engine.encode(prompt), prompt.images) for prompt in mixed_prompts(24)]
     options = [

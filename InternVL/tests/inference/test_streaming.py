@@ -63,7 +63,7 @@ def test_any_tokens(ids):
 
 @pytest.mark.parametrize("text", ["\ufffd", "é", "🙂", "a"])
 def test_time_is_linear(text, monkeypatch):
-    """Each call decodes a few tokens only, also if invalid bytes never form a character."""
+    """Each call decodes only a few tokens, even if invalid bytes never form a character."""
     ids = TOKENIZER(text, add_special_tokens=False).input_ids
     ids = ids[:1] * 500 if text != "a" else ids * 500
     longest = []

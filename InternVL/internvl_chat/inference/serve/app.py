@@ -23,8 +23,8 @@ from internvl_chat.inference.serve.schema import ChatRequest, describe_errors
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.web import RequestGuard
 
-# Requests whose images are decoded at the same time; limits the memory of decoded images.
-_PREPARED_AT_ONCE = 4
+# Maximum number of requests whose images are decoded at the same time, to limit memory.
+_MAX_PREPARING = 4
 _CLIENT_CLOSED = 499
 
 
@@ -44,14 +44,14 @@ def create_app(scheduler: Scheduler, model_name: str, api_key: str | None = None
     Args:
         scheduler: answers the requests.
         model_name: name of the model in requests and answers.
-        api_key: key that requests must have (default: none required).
+        api_key: API key that clients must send (default: none).
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(RequestGuard, max_bytes=MAX_BYTES)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(M3LLMError, _on_own_error)
-    app.add_exception_handler(Exception, _on_bug)
+    app.add_exception_handler(M3LLMError, _on_m3llm_error)
+    app.add_exception_handler(Exception, _on_unexpected_error)
     server = _ChatServer(scheduler, model_name)
 
     async def authorize(request: Request) -> None:
@@ -69,12 +69,12 @@ def create_app(scheduler: Scheduler, model_name: str, api_key: str | None = None
 
 
 class _ChatServer:
-    """Handlers of the requests."""
+    """Request handlers."""
 
     def __init__(self, scheduler: Scheduler, model_name: str) -> None:
         self.scheduler, self.model_name = scheduler, model_name
         self.started = int(time.time())
-        self._preparing = anyio.CapacityLimiter(_PREPARED_AT_ONCE)
+        self._preparing = anyio.CapacityLimiter(_MAX_PREPARING)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request."""
@@ -128,7 +128,7 @@ class _ChatServer:
         }
 
     async def health(self) -> Response:
-        """Report whether the model works."""
+        """Report whether the model works, and the number of running and waiting requests."""
         failure = self.scheduler.failure
         state = {
             "status": "ok" if failure is None else "failed",
@@ -150,7 +150,7 @@ class _Reply:
         }
 
     async def complete(self) -> dict[str, Any]:
-        """Return the response once the answer is complete; an abandoned response cancels the answer."""
+        """Return the response once the answer is complete; cancel the answer if the response is abandoned."""
         try:
             text = "".join([piece async for piece in self.completion])
         finally:
@@ -218,10 +218,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return _response(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
 
 
-async def _on_own_error(request: Request, error: Exception) -> Response:
+async def _on_m3llm_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, M3LLMError)
     return _response(ApiError(status_of(error), str(error)))
 
 
-async def _on_bug(request: Request, error: Exception) -> Response:
+async def _on_unexpected_error(request: Request, error: Exception) -> Response:
     return _response(ApiError(500, "internal error; see the log of the server"))

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's chat completions API; a parameter without support is an error, not ignored."""
+"""Requests of OpenAI's chat completions API. Unsupported parameters are rejected, not ignored."""
 
 import reprlib
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -6,11 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from internvl_chat.inference.sampling import Sampling
+from internvl_chat.inference.sampling import MIN_TEMPERATURE, Sampling
 from internvl_chat.utils.errors import format_problems
 
-# Values below this are greedy decoding; dividing logits by them would overflow.
-_MIN_TEMPERATURE = 1e-5
 _MAX_PROBLEMS = 10
 
 
@@ -18,7 +16,7 @@ class _Model(BaseModel):
     """Base class: unset values (null) are dropped, and unknown parameters are rejected.
 
     Attributes:
-        no_effect: values of unsupported parameters that have no effect.
+        no_effect: values of unsupported parameters that are accepted, because they have no effect.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -56,7 +54,7 @@ class ImagePart(_Model):
 class ChatMessage(_Model):
     """Message of a conversation."""
 
-    # Empty values in the answers of OpenAI's client, which conversations repeat.
+    # Empty fields that OpenAI's client adds to answers, which conversations send back.
     no_effect: ClassVar[dict[str, tuple[Any, ...]]] = {"annotations": ([],), "tool_calls": ([],)}
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=1000)
@@ -128,7 +126,7 @@ class ChatRequest(_Model):
     @property
     def sampling(self) -> Sampling | None:
         """Sampling options; None for greedy decoding, the default."""
-        if self.temperature is None or self.temperature < _MIN_TEMPERATURE:
+        if self.temperature is None or self.temperature < MIN_TEMPERATURE:
             return None
         return Sampling(self.temperature, self.top_p or 1.0, self.seed)
 
@@ -149,21 +147,21 @@ def _describe(error: ErrorDetails) -> str:
         return f"the request is not valid JSON: {context['error']}"
     # The type of a content part follows its index, because it selects the class.
     parts = [part for i, part in enumerate(location) if i != 4]
-    place, value = ".".join(map(str, parts)), reprlib.repr(error["input"])
+    name, value = ".".join(map(str, parts)), reprlib.repr(error["input"])
     match kind:
         case "extra_forbidden":
-            accepted = ChatRequest.no_effect.get(place)
+            accepted = ChatRequest.no_effect.get(name)
             values = f" ({value}; supported: {', '.join(map(repr, accepted))})" if accepted else ""
-            return f"the parameter {place!r} is not supported{values}"
+            return f"the parameter {name!r} is not supported{values}"
         case "model_type" | "model_attributes_type":
-            return f"{place or 'the request'} must be a JSON object, found {value}"
+            return f"{name or 'the request'} must be a JSON object, found {value}"
         case "missing":
-            return f"the parameter {place!r} is missing"
+            return f"the parameter {name!r} is missing"
         case "union_tag_not_found":
-            return f"{place}: {context['discriminator']} is missing"
+            return f"{name}: {context['discriminator']} is missing"
         case "union_tag_invalid":
             found = f"{context['discriminator']} {context['tag']!r:.80}"
-            return f"{place}: {found} is not supported; supported: {context['expected_tags']}"
+            return f"{name}: {found} is not supported; supported: {context['expected_tags']}"
         case "value_error":
             return error["msg"].removeprefix("Value error, ")
-    return f"{place}: {error['msg'].replace('Input should', 'must')}, found {value}"
+    return f"{name}: {error['msg'].replace('Input should', 'must')}, found {value}"

@@ -1,7 +1,7 @@
 """Web demo: a page that asks one or two models about uploaded figures.
 
-The state of a conversation is in the page. The server keeps nothing but the answers in progress, and reads no
-files and no URLs named in a request.
+The page holds the state of a conversation. The server keeps only the answers in progress, and opens no files
+or URLs named in a request.
 """
 
 import json
@@ -36,8 +36,8 @@ from internvl_chat.utils.html import STYLE, image_data_url, jpeg_thumbnail
 from internvl_chat.utils.web import RequestGuard, templates
 
 PACKAGE = "internvl_chat.inference.web"
-# Requests whose images are decoded at the same time; limits the memory of decoded images.
-_PREPARED_AT_ONCE = 4
+# Maximum number of requests whose images are decoded at the same time, to limit memory.
+_MAX_PREPARING = 4
 _PREVIEW_PIXELS = 1024
 # Images are sent in base64, which takes 4 bytes for 3; the rest is for the text.
 _MAX_IMAGE_BYTES = (MAX_BYTES - (1 << 20)) // 4 * 3
@@ -53,9 +53,9 @@ def create_app(models: Mapping[str, Scheduler]) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(RequestGuard, max_bytes=MAX_BYTES)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(M3LLMError, _on_own_error)
+    app.add_exception_handler(M3LLMError, _on_m3llm_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_bug)
+    app.add_exception_handler(Exception, _on_unexpected_error)
     app.mount("/static", StaticFiles(directory=str(files(PACKAGE) / "static")), name="static")
     demo = _Demo(models)
     app.add_api_route("/", demo.page, response_class=HTMLResponse)
@@ -68,11 +68,11 @@ def create_app(models: Mapping[str, Scheduler]) -> FastAPI:
 
 
 class _Demo:
-    """Handlers of the requests."""
+    """Request handlers."""
 
     def __init__(self, models: Mapping[str, Scheduler]) -> None:
         self.names, self.schedulers = list(models), list(models.values())
-        self._preparing = anyio.CapacityLimiter(_PREPARED_AT_ONCE)
+        self._preparing = anyio.CapacityLimiter(_MAX_PREPARING)
         # Images are shown as the first model sees them.
         self._options = self.schedulers[0].engine.encoder.preprocessing.image_options
         self._page = (
@@ -116,7 +116,7 @@ class _Demo:
         return {"width": width, "height": height, "preview": preview, "warnings": warnings}
 
     async def plan(self, request: Request) -> Response:
-        """Return the tile grids of images by each model."""
+        """Return the tile grids of images for each model."""
         sizes = parse(PlanRequest, await request.body()).sizes
         return JSONResponse([_plan(scheduler, sizes) for scheduler in self.schedulers])
 
@@ -158,7 +158,7 @@ class _Demo:
 def _plan(scheduler: Scheduler, sizes: list[tuple[int, int]]) -> list[list[int]]:
     """Return the tile grid of each image.
 
-    A conversation that is too long gets fewer tiles, which are reported with its answer.
+    A conversation that is too long gets fewer tiles; the response to its question reports the actual grids.
     """
     encoder = scheduler.engine.encoder
     max_tiles = tiles_per_image(encoder.preprocessing.max_dynamic_patch, max(len(sizes), 1))
@@ -166,6 +166,7 @@ def _plan(scheduler: Scheduler, sizes: list[tuple[int, int]]) -> list[list[int]]
 
 
 def _as_lists(grids: Sequence[Grid]) -> list[list[int]]:
+    """Return (columns, rows, thumbnail) of each grid."""
     return [[grid.columns, grid.rows, int(grid.thumbnail)] for grid in grids]
 
 
@@ -196,7 +197,7 @@ def _error(message: str, status: int) -> Response:
     return JSONResponse({"error": {"message": message}}, status, headers)
 
 
-async def _on_own_error(request: Request, error: Exception) -> Response:
+async def _on_m3llm_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, M3LLMError)
     return _error(str(error), status_of(error))
 
@@ -210,5 +211,5 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=_CLIENT_CLOSED)
 
 
-async def _on_bug(request: Request, error: Exception) -> Response:
+async def _on_unexpected_error(request: Request, error: Exception) -> Response:
     return _error("internal error; see the log of the server", 500)

@@ -10,6 +10,7 @@ from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.inference.conversation import training_record
 from internvl_chat.inference.web.schema import ExportRequest
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.text import counted
 
 RECORDS = "conversation.jsonl"
 
@@ -17,13 +18,15 @@ RECORDS = "conversation.jsonl"
 def export(request: ExportRequest, model_names: Sequence[str]) -> bytes:
     """Return a zip file with `conversation.jsonl`, one record per model, and the images.
 
-    The files are named after the numbers of the images, not after uploaded names.
+    The image files are named by number, not by their uploaded names.
 
     Raises:
         DataError: the conversation is not a valid record, or an image is unusable.
     """
     if len(request.answers) != len(model_names):
-        raise DataError(f"answers of {len(request.answers)} models, but there are {len(model_names)}")
+        raise DataError(
+            f"answers of {counted(len(request.answers), 'model')}, but the demo has {len(model_names)}"
+        )
     names = [_file_name(data, number) for number, data in enumerate(request.images)]
     records = [
         training_record(messages, names, id=model)

@@ -1,4 +1,4 @@
-"""Built-in examples of the demo: synthetic figures with questions, drawn when they are first shown."""
+"""Built-in examples of the demo: synthetic figures with questions, drawn when first shown."""
 
 import io
 from dataclasses import dataclass

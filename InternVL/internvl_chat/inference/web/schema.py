@@ -1,4 +1,4 @@
-"""Requests of the demo page. The page sends the whole conversation each time; the server stores nothing."""
+"""Requests of the demo page. Each contains the entire conversation, because the server stores nothing."""
 
 from typing import Self, TypeVar
 
@@ -9,13 +9,11 @@ from internvl_chat.data.sources.records import Message
 from internvl_chat.data.sources.uploads import MAX_IMAGES, decode_uploads
 from internvl_chat.inference.conversation import Question, build_messages
 from internvl_chat.inference.engine import Prompt
-from internvl_chat.inference.sampling import Sampling
+from internvl_chat.inference.sampling import MIN_TEMPERATURE, Sampling
 from internvl_chat.utils.errors import DataError
 
 MAX_QUESTIONS = 200
 MAX_TEMPERATURE = 2.0
-# Values below this are greedy decoding; dividing logits by them would overflow.
-_MIN_TEMPERATURE = 1e-5
 
 
 class _Request(BaseModel):
@@ -78,7 +76,7 @@ class AnswerRequest(_Conversation):
     @property
     def sampling(self) -> Sampling | None:
         """Sampling options; None for greedy decoding."""
-        return Sampling(self.temperature) if self.temperature >= _MIN_TEMPERATURE else None
+        return Sampling(self.temperature) if self.temperature >= MIN_TEMPERATURE else None
 
     def prompt(self, options: ImageOptions) -> Prompt:
         """Return the prompt, with decoded images.
@@ -140,5 +138,5 @@ def parse(kind: type[T], body: bytes) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         message = first["msg"].removeprefix("Value error, ")
-        place = ".".join(map(str, first["loc"]))
-        raise DataError(f"invalid request: {f'{place}: ' if place else ''}{message}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise DataError(f"invalid request: {f'{field}: ' if field else ''}{message}") from None

@@ -34,7 +34,7 @@ LONG = {**ASKED, "max_tokens": 4000, "stream": True}
 
 @pytest.fixture(scope="module")
 def reference(tiny_model) -> Engine:
-    """An engine of its own for expected answers: nothing else may use the engine of a scheduler."""
+    """A separate engine for expected answers: nothing else may use the engine of a scheduler."""
     return Engine.from_checkpoint(tiny_model, device="cpu")
 
 

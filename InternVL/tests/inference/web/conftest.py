@@ -65,7 +65,7 @@ def teach(engine: Engine, answers: Sequence[tuple[Prompt, str]]) -> None:
 
 @dataclass
 class Gate:
-    """Lets the answers of a scheduler go on token by token.
+    """Lets the answers of a scheduler advance token by token.
 
     Attributes:
         open: whether answers run freely.
@@ -86,7 +86,7 @@ class Gate:
         self.scheduler._decoder.step = wait
 
     def release(self, tokens: int) -> None:
-        """Let the answers go on for a number of tokens."""
+        """Let the answers advance by a number of tokens."""
         self._steps.release(tokens)
 
 

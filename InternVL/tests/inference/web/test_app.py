@@ -297,7 +297,7 @@ def test_other_paths(client, method, path, status):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"answers": [["A."]]}, "answers of 1 models, but there are 2"),
+        ({"answers": [["A."]]}, "answers of 1 model, but the demo has 2"),
         ({"answers": [["A.", "B."], ["A."]]}, "each question must have an answer"),
         ({"answers": [[""], ["A."]]}, "all answers are empty"),
         ({"images": [encoded(b"hello")]}, "the image Fig-0 cannot be read"),

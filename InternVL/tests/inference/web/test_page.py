@@ -220,7 +220,7 @@ def test_settings(page):
     page.fill("#length", "3")
     page.press("#question", "Enter")
     first = finished(page).locator("footer").inner_text()
-    assert first.endswith("answer: 3 tokens · cut off at the longest answer")
+    assert first.endswith("answer: 3 tokens · cut off at the maximum length")
     page.fill("#system", "Be very brief. " * 20)
     page.get_by_role("button", name="Ask again").click()
     expect(page.locator(".answer footer")).to_contain_text("answer: 3")
@@ -256,14 +256,14 @@ def test_too_many_and_too_large_figures(page, tmp_path):
     expect(page.locator("#figure-list li")).to_have_count(MAX_IMAGES)
     errors = page.locator("#figure-errors p")
     expect(errors).to_have_count(2)
-    assert f"at most {MAX_IMAGES} figures" in errors.last.inner_text()
+    assert f"limited to {MAX_IMAGES} figures" in errors.last.inner_text()
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator("#figure-list li")).to_have_count(0)
     expect(errors).to_have_count(0)
     with (tmp_path / "big.tif").open("wb") as stream:
         stream.truncate(24 << 20)
     add(page, tmp_path / "big.tif")
-    expect(errors).to_have_text(re.compile("big.tif was not added: .* at most 23 MB"))
+    expect(errors).to_have_text(re.compile("big.tif was not added: .* limited to 23 MB"))
 
 
 def test_html_in_questions_is_shown_as_text(page):

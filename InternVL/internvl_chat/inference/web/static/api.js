@@ -1,4 +1,4 @@
-// Requests to the server. Every failure is an Error whose message is shown to the user.
+// Requests to the server. Each failure throws an Error whose message is shown to the user.
 
 const UNREACHABLE = "The server cannot be reached. Is it still running?";
 
@@ -30,7 +30,7 @@ export async function describeImage(file, name) {
   return (await send(path, { method: "POST", headers, body: file })).json();
 }
 
-// Tile grids and token counts of images, for each model.
+// Tile grids of images, for each model.
 export async function planTiles(sizes) {
   return (await post("/api/plan", { sizes })).json();
 }

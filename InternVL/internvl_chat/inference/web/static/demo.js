@@ -1,4 +1,4 @@
-// The page of the web demo. The conversation and its figures exist only here; each request sends all of it.
+// The page of the web demo. The conversation exists only here; each request sends all of it.
 
 import { exportConversation, fetchFile } from "./api.js";
 import { byId, element } from "./elements.js";
@@ -18,14 +18,14 @@ function settings() {
   };
 }
 
-// Enable what is possible now.
+// Show and enable the controls that can be used now.
 function update() {
   const { running, empty, complete } = turns;
   byId("welcome").hidden = !empty || figures.all.length > 0;
   byId("ask").hidden = running;
   byId("stop").hidden = !running;
   byId("ask").disabled = !complete || figures.adding;
-  byId("ask").title = complete ? "" : "First ask the last question again, or change it";
+  byId("ask").title = complete ? "" : "Ask the last question again or change it first";
   byId("export").disabled = running || empty || !complete;
 }
 

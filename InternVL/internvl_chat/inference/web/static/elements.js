@@ -21,7 +21,7 @@ export function count(number, noun) {
   return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-// Tell users of screen readers what has happened.
+// Announce a change to screen readers.
 export function announce(text) {
   byId("status").textContent = text;
 }

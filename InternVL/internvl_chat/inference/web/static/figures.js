@@ -84,11 +84,11 @@ export class Figures {
     const { maxImages, maxBytes } = this.#config;
     const bytes = this.#items.reduce((sum, figure) => sum + figure.bytes, file.size);
     if (this.#items.length >= maxImages) {
-      throw new Error(`${file.name} was not added: a conversation has at most ${count(maxImages, "figure")}.`);
+      throw new Error(`${file.name} was not added: a conversation is limited to ${count(maxImages, "figure")}.`);
     }
     if (bytes > maxBytes) {
       const limit = Math.floor(maxBytes / 2 ** 20);
-      throw new Error(`${file.name} was not added: the figures of a conversation have at most ${limit} MB.`);
+      throw new Error(`${file.name} was not added: the figures of a conversation are limited to ${limit} MB.`);
     }
     const data = await readBase64(file);
     const described = await describeImage(file, file.name);

@@ -5,9 +5,9 @@ import { announce, button, byId, count, element } from "./elements.js";
 import { countTiles } from "./figures.js";
 
 const WAITING = "Reading the conversation …";
-const ENDINGS = { length: "cut off at the longest answer", stopped: "stopped" };
+const ENDINGS = { length: "cut off at the maximum length", stopped: "stopped" };
 
-// Change a part of the page, and keep its end in view unless the user has scrolled away from it.
+// Change a part of the page; keep its end in view unless the user has scrolled away.
 function keepingInView(node, change) {
   const visible = node.getBoundingClientRect().bottom <= innerHeight;
   change();
@@ -59,7 +59,7 @@ class Answer {
     }
     if (part.tilesLost) {
       const tiles = count(part.tilesLost, "tile");
-      this.#note(`The figures have ${tiles} fewer, because the conversation is long.`, { class: "warning" });
+      this.#note(`The figures were reduced by ${tiles}, because the conversation is long.`, { class: "warning" });
     }
     if (part.text) {
       this.text += part.text;
