@@ -33,7 +33,7 @@ from internvl_chat.data.sources.jsonl import RecordFile
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT_TOKENS = 200
-# Name -> path of a request; PLACEHOLDER is replaced with the last record's index.
+# Name -> path of a request; LAST is replaced with the index of the last record of the smallest dataset.
 REQUESTS = {
     "list page": "/",
     "last list page": "/?page=1000000",

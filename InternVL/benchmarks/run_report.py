@@ -1,7 +1,7 @@
 """Run report of a long run: time to write it, its size, and the time until a browser shows the first chart.
 
 The logs of a synthetic run are written to a temporary folder. The browser is headless Chromium, driven by
-Playwright; without them, only the time to write is measured.
+Playwright; if one of them is missing, only the time to write is measured.
 """
 
 import argparse
@@ -121,8 +121,8 @@ def seconds_to_first_chart(page: Path, executable: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100_000, help="steps of the run (default: 100000)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements (default: 3)")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="m3llm-report-") as name:

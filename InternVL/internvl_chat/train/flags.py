@@ -292,8 +292,8 @@ class RunArguments:
     )
     eval_samples: int = _validation(
         6,
-        "Validation records, spread over the datasets, whose generated answers are written to samples.jsonl "
-        "in each validation, for the run report.",
+        "Number of answers, across all datasets, to generate in each validation and write to samples.jsonl "
+        "for the run report.",
     )
     metric_for_best_model: str | None = _validation(
         None, "Metric that selects the best checkpoint [eval_loss]."

@@ -253,8 +253,8 @@ def build_validation(
         config: configuration of the run.
         data: validation data.
         flops: FLOPs of the model.
-        sharded: whether the weights are sharded. Sample answers are then disabled: all ranks would have to
-            run the same number of decoding steps.
+        sharded: whether the weights are sharded; this disables sample answers, because all ranks would have
+            to run the same number of decoding steps.
     """
     run, records = config.run, _EVAL_RECORDS * config.run.world_size
     if sharded and run.eval_samples:

@@ -113,7 +113,7 @@ class Validation:
     Attributes:
         reduction: loss weighting, one of `LOSS_REDUCTIONS`.
         generate: number of answers per dataset to generate for the metrics.
-        samples: number of answers to generate for `samples.jsonl`, over all datasets.
+        samples: number of answers to generate for `samples.jsonl`, across all datasets.
         normalization: pixel normalization, one of `NORMALIZATIONS`.
     """
 

@@ -74,13 +74,13 @@ def _cell(value: Any) -> str:
 
 
 def json_script(name: str, value: Any) -> str:
-    """Return JSON data for the scripts of a page, as a script element with the id `name`."""
+    """Return a script element with the id `name` that contains JSON data for the scripts of a page."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return f"<script type='application/json' id='{name}'>{text}</script>"
 
 
 def read_json_script(page: str, name: str) -> Any:
-    """Return the data of `json_script` in a page.
+    """Return the data that `json_script` embedded in a page.
 
     Raises:
         ValueError: the page has no such data.

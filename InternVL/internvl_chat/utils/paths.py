@@ -16,7 +16,7 @@ def data_root() -> Path:
 
 
 def state_folder() -> Path:
-    """Return the folder for state of this program: `$XDG_STATE_HOME/m3llm`, or `~/.local/state/m3llm`.
+    """Return the folder for state, such as histories: `$XDG_STATE_HOME/m3llm` or `~/.local/state/m3llm`.
 
     Raises:
         RuntimeError: the user has no home folder.

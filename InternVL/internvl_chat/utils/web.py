@@ -1,4 +1,4 @@
-"""Run local web applications: templates, checks of requests, security headers and server."""
+"""Run local web applications: templates, request checks, security headers and server."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 LOCALHOST = "127.0.0.1"
-# Time for open requests to complete after an interrupt.
+# Seconds for open requests to complete after an interrupt.
 _SHUTDOWN_SECONDS = 5
 _HEADERS = {
     # Pages load nothing from other sites and cannot be framed by them.
@@ -29,7 +29,7 @@ _HEADERS = {
     "'unsafe-inline'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    # Files are revalidated, because an update of the package changes them.
+    # Browsers revalidate static files, because an update of the package may change them.
     "cache-control": "no-cache",
 }
 
@@ -41,8 +41,8 @@ class TooLarge(Exception):
 class RequestGuard:
     """ASGI middleware that rejects large bodies (413) and foreign hosts (421), and adds security headers.
 
-    A server that listens on this machine only is not reached under the name of another site, except by a page
-    whose DNS record was changed to 127.0.0.1 in order to read the answers (DNS rebinding).
+    The check of the host protects servers on this machine from DNS rebinding: a web page could otherwise let
+    its own host name resolve to 127.0.0.1, and read the responses.
 
     Args:
         app: application to wrap.
@@ -157,7 +157,7 @@ def address(opened: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Server that calls a function at once when the process is interrupted."""
+    """Server that calls a function immediately when the process is interrupted."""
 
     def __init__(self, config: uvicorn.Config, on_interrupt: Callable[[], None] | None) -> None:
         super().__init__(config)
@@ -182,13 +182,13 @@ def run_app(
         app: the application.
         opened: result of `open_socket`.
         on_interrupt: ends streamed responses, for which the server would otherwise wait.
-        has_key: whether requests need a key.
+        has_key: whether the application requires an API key.
     """
     url = address(opened)
     host = opened.getsockname()[0]
     if host not in (LOCALHOST, "::1") and not has_key:
         logger.warning("listening on %s: everyone who can reach this address can use the application", host)
-    opened.listen()  # from now on, connections wait until the server answers
+    opened.listen()  # from now on, connections are queued until the server runs
     logger.info("%s (stop with Ctrl+C)", url)
     config = uvicorn.Config(
         app, log_level="warning", server_header=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS

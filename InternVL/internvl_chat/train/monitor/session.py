@@ -34,7 +34,7 @@ def session_row(
     """Return the row of a session.
 
     Args:
-        run: configuration of rank 0.
+        run: configuration of the run, on rank 0.
         step: number of steps done before this session.
         total_steps: number of steps of the run.
         description: model and recipe in one line.

@@ -25,8 +25,8 @@ class _Column(NamedTuple):
 
     Attributes:
         digits: format of the values.
-        ticks: format of the numbers at the y axis.
-        mean: draw the mean over a window of steps.
+        ticks: format of the tick labels of the y axis.
+        mean: whether to draw the mean over a window of steps.
         weights: column with the weights of the mean.
     """
 
@@ -50,13 +50,13 @@ _COLUMNS = (
 
 
 def run_charts(runs: Runs) -> list[Chart]:
-    """Return the charts of the training steps of runs, keyed by name."""
+    """Return the charts of the training steps; the runs are keyed by name."""
     charts = [_loss(runs), *_dataset_losses(runs), *(_column(runs, column) for column in _COLUMNS)]
     return [chart for chart in charts if chart is not None]
 
 
 def validation_charts(runs: Runs) -> list[Chart]:
-    """Return the charts of the validation metrics of runs, keyed by name."""
+    """Return the charts of the validation metrics; the runs are keyed by name."""
     titles = {"loss": "Validation loss", "em": "Exact match, in percent", "rougeL": "ROUGE-L, in percent"}
     charts = []
     for metric, title in titles.items():

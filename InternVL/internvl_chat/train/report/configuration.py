@@ -13,7 +13,7 @@ from internvl_chat.utils.html import html_table
 
 
 def configuration_block(run: Run) -> Markup:
-    """Return the code, hardware and versions of a run, its changed flags, all flags, and its starts."""
+    """Return the code, hardware, versions and flags of a run, and the times at which it was started."""
     facts = {"folder": str(run.folder.absolute())}
     if run.sessions:
         facts |= environment(run.sessions[-1])
@@ -48,7 +48,7 @@ def _all_flags(run: Run) -> str:
 
 
 def differences_table(runs: Mapping[str, Run]) -> Markup:
-    """Return the flags, code, hardware and versions that differ between runs, keyed by name."""
+    """Return the flags, code, hardware and versions that differ; the runs are keyed by name."""
     defaults = _defaults()
     names = dict.fromkeys([*defaults, *(name for run in runs.values() for name in run.flags)])
     rows = [

@@ -29,7 +29,7 @@ _MAX_HOVERED = 12
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and its texts.
+    """A chart with its heading and note.
 
     Attributes:
         key: identifier on the page.
@@ -109,7 +109,7 @@ def _label(name: str) -> str:
 
 
 def faint(traces: Iterator[go.Scatter], *, legend: bool) -> Iterator[go.Scatter]:
-    """Yield curves as thin background without values in the hover box."""
+    """Yield curves as thin background lines without values in the hover box."""
     for trace in traces:
         yield trace.update(
             line={"width": 1}, opacity=0.35, hoverinfo="skip", hovertemplate=None, showlegend=legend
@@ -151,7 +151,7 @@ def make_chart(
         note: see `Chart`.
         traces: the curves.
         limits: limits of the y axis; None for those of the curves.
-        ticks: format of the numbers at the y axis.
+        ticks: format of the tick labels of the y axis.
         legend: show a legend.
         wide: see `Chart`.
         dotted: steps after which to draw a vertical dotted line.

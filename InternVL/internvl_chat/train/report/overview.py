@@ -17,16 +17,16 @@ from internvl_chat.utils.text import counted
 _RECENT_STEPS = 100
 
 
-class Tile(NamedTuple):
+class Card(NamedTuple):
     """A number with its label and an explanation."""
 
     value: str
     detail: str
 
 
-def overview_tiles(run: Run) -> dict[str, Tile]:
-    """Return the most important numbers of a run, keyed by label; unknown ones are left out."""
-    tiles = {
+def overview_cards(run: Run) -> dict[str, Card]:
+    """Return the most important numbers of a run, keyed by label, without unknown ones."""
+    cards = {
         "optimizer steps": _steps(run),
         "training loss": _training_loss(run),
         "validation loss": _validation_loss(run),
@@ -36,53 +36,53 @@ def overview_tiles(run: Run) -> dict[str, Tile]:
         "trained parameters": _parameters(run),
         "skipped steps": _skipped(run),
     }
-    return {label: tile for label, tile in tiles.items() if tile is not None}
+    return {label: card for label, card in cards.items() if card is not None}
 
 
 def summary_table(runs: Mapping[str, Run]) -> Markup:
     """Return a table with the numbers of each run."""
-    tiles = [overview_tiles(run) for run in runs.values()]
-    labels = list(dict.fromkeys(label for of_run in tiles for label in of_run))
+    cards = [overview_cards(run) for run in runs.values()]
+    labels = list(dict.fromkeys(label for of_run in cards for label in of_run))
     rows = []
-    for name, of_run, run in zip(runs, tiles, runs.values(), strict=True):
+    for name, of_run, run in zip(runs, cards, runs.values(), strict=True):
         values = [of_run[label].value if label in of_run else "-" for label in labels]
         rows.append((name, *values, run.lowest_loss(ALL)))
     return Markup(html_table(("run", *labels, "lowest validation loss"), rows))
 
 
-def _steps(run: Run) -> Tile | None:
+def _steps(run: Run) -> Card | None:
     if not len(run.steps):
         return None
     epoch, total = run.steps["epoch"][-1], run.total_steps
     of_total = "" if total in (None, run.last_step) else f" of {total:,}"
-    return Tile(f"{run.last_step:,}{of_total}", f"{epoch:.2f} epochs" if math.isfinite(epoch) else "")
+    return Card(f"{run.last_step:,}{of_total}", f"{epoch:.2f} epochs" if math.isfinite(epoch) else "")
 
 
-def _training_loss(run: Run) -> Tile | None:
+def _training_loss(run: Run) -> Card | None:
     first, last = mean_ends(run.steps.loss)
     if math.isnan(last):
         return None
     window = counted(2 * run.steps.loss.half_width + 1, "step")
-    return Tile(f"{last:.3f}", f"from {first:.3f}, mean of {window}")
+    return Card(f"{last:.3f}", f"from {first:.3f}, mean of {window}")
 
 
-def _validation_loss(run: Run) -> Tile | None:
+def _validation_loss(run: Run) -> Card | None:
     _, losses = run.validation_curve(ALL, "loss")
     known = losses[np.isfinite(losses)]
-    return Tile(f"{known[-1]:.3f}", f"lowest: {run.lowest_loss(ALL)}") if len(known) else None
+    return Card(f"{known[-1]:.3f}", f"lowest: {run.lowest_loss(ALL)}") if len(known) else None
 
 
-def _speed(run: Run) -> Tile | None:
+def _speed(run: Run) -> Card | None:
     seconds = np.nansum(run.steps["seconds"])
     if not seconds:
         return None
     records, tokens = (np.nansum(run.steps[name]) / seconds for name in ("records", "tokens"))
     mfu = run.steps["mfu"]
     detail = f"{tokens:,.0f} tokens/s" + (f", MFU {np.nanmean(mfu):.0%}" if np.isfinite(mfu).any() else "")
-    return Tile(f"{records:{'.3g' if records < 1000 else ',.0f'}}", detail)
+    return Card(f"{records:{'.3g' if records < 1000 else ',.0f'}}", detail)
 
 
-def _time(run: Run) -> Tile | None:
+def _time(run: Run) -> Card | None:
     """Return the time in steps and, for an unfinished run, the estimated time left."""
     if not len(run.steps):
         return None
@@ -93,25 +93,25 @@ def _time(run: Run) -> Tile | None:
     if left > 0 and np.isfinite(recent).any():
         per_step = float(np.nanmean(recent)) + pauses / len(run.steps)
         detail = f"about {format_duration(left * per_step)} left"
-    return Tile(format_duration(seconds), detail)
+    return Card(format_duration(seconds), detail)
 
 
-def _memory(run: Run) -> Tile | None:
+def _memory(run: Run) -> Card | None:
     peaks = run.steps["max_memory_gb"]
-    return Tile(f"{np.nanmax(peaks):.1f} GB", "of rank 0") if np.isfinite(peaks).any() else None
+    return Card(f"{np.nanmax(peaks):.1f} GB", "of rank 0") if np.isfinite(peaks).any() else None
 
 
-def _parameters(run: Run) -> Tile | None:
+def _parameters(run: Run) -> Card | None:
     if not run.sessions:
         return None
     trained, total = run.sessions[-1].trained_parameters, run.sessions[-1].parameters
-    return Tile(short_number(trained), f"{trained / max(total, 1):.1%} of {short_number(total)}")
+    return Card(short_number(trained), f"{trained / max(total, 1):.1%} of {short_number(total)}")
 
 
-def _skipped(run: Run) -> Tile:
+def _skipped(run: Run) -> Card:
     excluded = sum(record.step == 0 for record in run.unusable)
     detail = f"{counted(excluded, 'record')} excluded, {len(run.unusable) - excluded:,} skipped"
-    return Tile(f"{len(run.steps.skipped):,}", detail)
+    return Card(f"{len(run.steps.skipped):,}", detail)
 
 
 def short_number(value: float) -> str:

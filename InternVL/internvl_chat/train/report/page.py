@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from internvl_chat.train.report.charts import run_charts, validation_charts
 from internvl_chat.train.report.configuration import configuration_block, differences_table
 from internvl_chat.train.report.figure import COLORS, Chart
-from internvl_chat.train.report.overview import overview_tiles, summary_table
+from internvl_chat.train.report.overview import overview_cards, summary_table
 from internvl_chat.train.report.run import Run, read_run
 from internvl_chat.train.report.samples import sample_questions
 from internvl_chat.train.report.tables import data_block, validation_table, warnings_block
@@ -53,7 +53,7 @@ def report_page(runs: Mapping[str, Run], *, refresh: int | None = None) -> str:
         times=_times(list(runs.values())),
         refresh=refresh,
         alerts=_alerts(runs),
-        tiles={} if several else overview_tiles(*runs.values()),
+        cards={} if several else overview_cards(*runs.values()),
         summary=summary_table(runs) if several else "",
         charts=charts,
         validation_charts=validations,
@@ -116,7 +116,7 @@ def _times(runs: Sequence[Run]) -> str:
 
 
 def _alerts(runs: Mapping[str, Run]) -> list[dict[str, str]]:
-    """Return the last error in the log of each unfinished run, and the damage of the files."""
+    """Return the last error in the log of each unfinished run, and all damaged files."""
     alerts = []
     for name, run in runs.items():
         prefix = f"{name}: " if len(runs) > 1 else ""

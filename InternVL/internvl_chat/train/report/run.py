@@ -33,7 +33,7 @@ _RUN_FILES = (CONFIG, METRICS, SESSIONS, FINISHED)
 
 @dataclass(frozen=True)
 class Session:
-    """A start of the run; see `monitor.session`."""
+    """A start of the run, from a row of `sessions.jsonl`; see `monitor.session`."""
 
     step: int
     started: str
@@ -61,7 +61,7 @@ class ValidationRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """Answer to a validation record; see `Validation`."""
+    """Answer to a validation record, from a row of `samples.jsonl`; see `Validation`."""
 
     step: int
     dataset: str
@@ -154,7 +154,7 @@ def check_run_folders(folders: Sequence[Path]) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the output folder of a run; missing files give empty parts, damaged lines are counted."""
+    """Read the output folder of a run. Missing files count as empty; damaged lines are counted."""
     times, damaged = file_times(folder), dict[str, int]()
     steps, damaged[METRICS] = read_steps_file(folder / METRICS)
     validations, damaged[VALIDATION] = parse_lines(folder / VALIDATION, _validation)

@@ -29,7 +29,7 @@ _LIMITS = {"longest": "longest", "tile limit": "max_tiles"}
 
 
 def validation_table(runs: Mapping[str, Run]) -> Markup:
-    """Return the metrics of the last validation by dataset, with the lowest loss; empty without any."""
+    """Return the metrics of the last validation by dataset, and the lowest loss; empty without any."""
     several = len(runs) > 1
     rows = []
     for name, run in runs.items():
@@ -52,7 +52,9 @@ def data_block(run: Run) -> Markup:
         rows = [(name, *_trained(run, name)) for name in run.steps.sets]
         parts.append(html_table(("dataset", *_TRAINED), rows))
     else:
-        parts.append("<p class='empty'>Unknown: the run has not started, or an earlier version wrote it.</p>")
+        parts.append(
+            "<p class='empty'>Unknown: the run has not started, or its folder has no sessions.jsonl.</p>"
+        )
     if run.unusable:
         records = [
             (f"step {r.step:,}" if r.step else "before training", r.dataset, r.index, r.message)

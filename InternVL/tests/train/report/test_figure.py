@@ -33,7 +33,7 @@ def test_short_curves_are_complete():
     assert downsample(np.zeros(MAX_POINTS)).tolist() == list(range(MAX_POINTS))
 
 
-def test_values_that_are_not_finite_are_left_out():
+def test_values_that_are_not_finite_are_omitted():
     [trace] = curve(np.arange(4), np.array([1.0, np.nan, np.inf, 4.0]), "loss", color="#0072B2")
     assert trace.x.tolist() == [0, 3] and trace.y.tolist() == [1.0, 4.0]
     assert list(curve(np.arange(2), np.full(2, np.nan), "loss", color="#0072B2")) == []

@@ -69,7 +69,7 @@ def test_damaged_lines_are_counted(read, line):
     assert (steps.step.tolist(), damaged) == ([1], 1)
 
 
-def test_values_that_are_no_numbers(read):
+def test_values_that_are_not_numbers(read):
     values = {"loss": "NaN", "seconds": '"fast"', "records": "null", "tokens": "true", "mfu": "Infinity",
               "grad_norm": "1e300", "learning_rate": "9" * 400}  # fmt: skip
     fields = ", ".join(f'"{name}": {value}' for name, value in values.items())

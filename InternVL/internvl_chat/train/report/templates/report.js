@@ -1,4 +1,4 @@
-// Draws the charts in the colors of the page, enlarges figures, and refreshes the page of a running run.
+// Draw the charts in the colors of the page, enlarge figures, and refresh the page during training.
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)").matches;
