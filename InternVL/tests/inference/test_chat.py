@@ -135,8 +135,8 @@ def test_saved_conversations_are_training_records(chat, folder, tiny_model):
         ("/image ~nobody-here/a.png", "~nobody-here/a.png does not exist"),
         (f"/image {'x' * 5000}.png", "File name too long"),
         ("/save", "/save requires the path of one .jsonl file"),
-        ("/save a.png", "ends in .jsonl"),
-        ("/save a.jsonl b.jsonl", "one file"),
+        ("/save a.png", "one .jsonl file"),
+        ("/save a.jsonl b.jsonl", "one .jsonl file"),
         ("/save new.jsonl", "nothing to save yet"),
     ],
 )
