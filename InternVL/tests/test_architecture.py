@@ -48,6 +48,7 @@ WEB_APPLICATIONS = (
     "inference.serve.",
     "inference.web.",
     "train.report.",
+    "utils.templates",
     "utils.web",
 )
 MAX_MODULES = 14
@@ -63,6 +64,7 @@ TESTED_BY = {
     "cli": "integration/test_cli.py",
     "commands": "integration/test_cli.py",
     "utils.doctor": "commands/test_doctor.py",
+    "utils.templates": "train/report/test_page.py",
     "train.flags": "train/test_arguments.py",
     "train.config": "train/test_arguments.py",
     "train.refused_flags": "train/test_arguments.py",

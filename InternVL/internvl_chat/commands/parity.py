@@ -24,7 +24,7 @@ _LIMITS = ("pixels", "logits", "same_answers")
 # Arguments that have no effect with an endpoint, and those that require one.
 _CHECKPOINTS_ONLY = {"second": "SECOND", "base_second": "--base_second", "pixels": "--pixel_tolerance",
                      "logits": "--logit_tolerance"}  # fmt: skip
-_ENDPOINT_ONLY = {"api_key": "--api_key", "served_model": "--served_model"}
+_ENDPOINT_ONLY = {"api_key": "--api_key", "served_model_name": "--served_model_name"}
 # Default of --same_answers with an endpoint: rounding in 16-bit formats changes some answers.
 _SAME_ANSWERS = 0.5
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="OpenAI-compatible endpoint to compare with instead, for example http://localhost:8000/v1: "
         "prompt tokens, image tokens and greedy answers")  # fmt: skip
     add("--api_key", help=f"key of the endpoint (default: ${API_KEY_VARIABLE})")
-    add("--served_model", metavar="NAME",
+    add("--served_model_name", metavar="NAME",
         help="name of the model at the endpoint (default: the only one)")  # fmt: skip
     add("--meta", help="meta file of the records to run (default: synthetic records)")
     add_data_root(parser)
@@ -89,7 +89,7 @@ def _compare_endpoint(args: argparse.Namespace) -> int:
     from internvl_chat.model.io.folders import model_folder
 
     key = args.api_key or os.environ.get(API_KEY_VARIABLE)
-    endpoint = Endpoint(args.endpoint, api_key=key, model=args.served_model)
+    endpoint = Endpoint(args.endpoint, api_key=key, model=args.served_model_name)
     first = model_folder(args.first)
     examples = _examples(args, first)
     engine = Engine.from_checkpoint(first, device=args.device, base=args.base_first)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report; with `--watch`, update it until all runs have finished."""
-    require_packages("report", "plotly", "fastapi")
+    require_packages("report", "plotly", "jinja2")
     from internvl_chat.train.checkpoint.run_folder import REPORT
     from internvl_chat.train.report.page import write_report
     from internvl_chat.train.report.run import check_run_folders

@@ -62,7 +62,8 @@ class Endpoint:
         except (LookupError, TypeError):
             raise self._incompatible("/models") from None
         if len(names) != 1:
-            raise UsageError(f"{self.url} has {len(names)} models; choose one with --served_model: {names}")
+            count = len(names)
+            raise UsageError(f"{self.url} has {count} models; choose one with --served_model_name: {names}")
         return names[0]
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> EndpointAnswer:

@@ -5,11 +5,9 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Callable
-from importlib.resources import files
 from types import FrameType
 from urllib.parse import urlsplit
 
-import jinja2
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -114,18 +112,6 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
-
-
-def templates(package: str) -> jinja2.Environment:
-    """Return a Jinja environment for the HTML templates in the folder `templates` of a package."""
-    folder = files(package) / "templates"
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(str(folder)),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def open_socket(host: str, port: int) -> socket.socket:

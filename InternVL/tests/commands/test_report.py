@@ -41,7 +41,7 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert m3llm(["report", str(tmp_path / "run")]) == 2
-    assert "m3llm report requires plotly and fastapi: pip install 'm3llm[ui]'" in capsys.readouterr().err
+    assert "m3llm report requires plotly and jinja2: pip install 'm3llm[ui]'" in capsys.readouterr().err
 
 
 @pytest.fixture

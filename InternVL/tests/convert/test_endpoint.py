@@ -129,7 +129,7 @@ def test_errors(url, response, error, message):
 
 def test_choice_of_the_model(url):
     RESPONSES["models"] = reply({"data": [{"id": "a"}, {"id": "b"}]})
-    with pytest.raises(UsageError, match=r"2 models; choose one with --served_model: \['a', 'b'\]"):
+    with pytest.raises(UsageError, match=r"2 models; choose one with --served_model_name: \['a', 'b'\]"):
         Endpoint(url)
     RESPONSES["models"] = reply({"detail": "Not Found"}, 404)
     with pytest.raises(ModelError, match="HTTP status 404"):

@@ -90,7 +90,7 @@ def test_correct_server(tiny_model, url, sample_data, capsys, monkeypatch):
 def test_wrong_server(tiny_model, url, encode_with, scheduler, capsys, changes, encoder, fault):
     preprocessing = scheduler.engine.encoder.preprocessing.with_options(**changes)
     encode_with(encoder(scheduler.engine.tokenizer, preprocessing))
-    options = ("--endpoint", url, "--api_key", "secret", "--served_model", "tiny")
+    options = ("--endpoint", url, "--api_key", "secret", "--served_model_name", "tiny")
     code, rows = run(tiny_model, *options, capsys=capsys)
     assert code == 1
     assert fault in rows[-1]["faults"][0]

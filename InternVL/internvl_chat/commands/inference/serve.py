@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve a model until the process is interrupted."""
-    require_packages("serve", "fastapi", "uvicorn", "jinja2")
+    require_packages("serve", "fastapi", "uvicorn")
     from internvl_chat.inference.engine import Engine
     from internvl_chat.inference.scheduler import Scheduler
     from internvl_chat.inference.serve.app import create_app

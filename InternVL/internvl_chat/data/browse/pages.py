@@ -15,7 +15,7 @@ from internvl_chat.data.browse.search import find_id, find_text
 from internvl_chat.data.sources.problems import ERRORS, KINDS, REMEDIES, WARNINGS
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.html import STYLE
-from internvl_chat.utils.web import templates
+from internvl_chat.utils.templates import templates
 
 PACKAGE = "internvl_chat.data.browse"
 PAGE_SIZE = 50

@@ -33,7 +33,8 @@ from internvl_chat.inference.web.schema import (
 )
 from internvl_chat.utils.errors import DataError, M3LLMError
 from internvl_chat.utils.html import STYLE, image_data_url, jpeg_thumbnail
-from internvl_chat.utils.web import RequestGuard, templates
+from internvl_chat.utils.templates import templates
+from internvl_chat.utils.web import RequestGuard
 
 PACKAGE = "internvl_chat.inference.web"
 # Maximum number of requests whose images are decoded at the same time, to limit memory.

@@ -19,8 +19,8 @@ from internvl_chat.train.report.tables import data_block, validation_table, warn
 from internvl_chat.utils.files import atomic_path
 from internvl_chat.utils.html import STYLE
 from internvl_chat.utils.plotting import PALETTE
+from internvl_chat.utils.templates import templates
 from internvl_chat.utils.text import counted
-from internvl_chat.utils.web import templates
 
 _TIME = "%Y-%m-%d %H:%M:%S"
 
