@@ -20,7 +20,8 @@ def test_rows_by_hand():
 
 def test_small_run(sample_data, tiny_model, tmp_path, capsys):
     out = tmp_path / "balance.json"
-    assert main([str(sample_data / "train.json"), "--model", str(tiny_model), "--records", "512", "--ranks", "2",
+    meta = str(sample_data / "train.json")
+    assert main([meta, "--model", str(tiny_model), "--records", "512", "--ranks", "2",
                  "--out", str(out)]) == 0  # fmt: skip
     rows = json.loads(out.read_text())["rows"]
     assert [row["step_records"] for row in rows[::2]] == [16, 32, 64, 128, 256]
