@@ -1,7 +1,7 @@
 """Scaling of a training step with the number of records, tokens, tiles and ranks, varied one at a time.
 
 - Records, tokens and tiles: duration and FLOPs of a forward and backward pass of one pack.
-- Ranks: training throughput under torchrun, and load balance across ranks.
+- Ranks: training throughput under torchrun.
 
 Prints a table and optionally writes JSON.
 """
@@ -20,7 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 
 from benchmarks.common import write_report
@@ -29,7 +28,6 @@ from benchmarks.shapes import DTYPES, SHAPES, Shape, default_dtype, random_model
 from internvl_chat.cli import main as m3llm
 from internvl_chat.constants import IGNORE_INDEX
 from internvl_chat.data.batching.collator import Pack, pack_samples
-from internvl_chat.data.batching.packing import balance_records
 from internvl_chat.data.encode.encoder import EncodedConversation
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.record_set import RecordKey, Sample
@@ -82,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(model, device, quantity, number, pack, args.repeats)
         for quantity, number, pack in synthetic_packs(SHAPES[args.model], args.largest)
     ]
-    rows += [measure_balance(world_size) for world_size in (1, 2, 4, 8, 16)]
     rows += [measure_ranks(world_size) for world_size in args.processes]
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -172,26 +169,6 @@ def timed(function: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def measure_balance(world_size: int, step_records: int = 128, steps: int = 50) -> Row:
-    """Return a table row with the load of the busiest rank relative to the mean.
-
-    Records with random costs are distributed in two ways: balanced by cost, and in file order.
-    """
-    rng = np.random.default_rng(0)
-    by_cost, in_order = [], []
-    for _ in range(steps):
-        costs = rng.lognormal(0.0, 0.6, step_records)
-        mean = costs.sum() / world_size
-        by_cost.append(max(costs[part].sum() for part in balance_records(costs, world_size)) / mean)
-        in_order.append(max(part.sum() for part in np.array_split(costs, world_size)) / mean)
-    return {
-        "against": "ranks, planned",
-        "number": world_size,
-        "max_over_mean": float(np.mean(by_cost)),
-        "max_over_mean_in_order": float(np.mean(in_order)),
-    }
 
 
 def measure_ranks(world_size: int) -> Row:

@@ -274,7 +274,8 @@ class TrainingLoop:
         calls_trackers = is_due and bool(self.run.report_to)
         if not self.run.is_main:
             return calls_trackers
-        row = metrics_row(record, seconds, self.run.device, pause=pause)
+        imbalance = self.sampler.load_imbalance(step) if self.run.world_size > 1 else None
+        row = metrics_row(record, seconds, self.run.device, pause=pause, load_imbalance=imbalance)
         self.metrics.append(row)
         self.ledger.append(ledger_row(record, self.sampler.position_of(step)[0], self._records_of(step)))
         averages = console.step(row, due=is_due)

@@ -50,6 +50,8 @@ ELSEWHERE = (
     "m3llm data browse InternVL/internvl_chat/shell/data/PMC-data.json --model /models/InternVL3-8B",
     "pre-commit install",
     "python InternVL/docs/make_flags.py",
+    # test_containers.py
+    "python InternVL/docker/make_constraints.py",
 )
 
 

@@ -105,6 +105,10 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         """Return the records of all ranks for step `number` (0-based) of an epoch."""
         return self._order(epoch)[number * self.step_records : (number + 1) * self.step_records]
 
+    def load_imbalance(self, step: int) -> float:
+        """Return the cost of the most expensive rank in a 1-based step, divided by the mean cost per rank."""
+        return self.planner.load_imbalance(self.step(*self.position_of(step)))
+
     def position_of(self, step: int) -> tuple[int, int]:
         """Return the epoch of a 1-based step and the step's number within the epoch, both 0-based."""
         return divmod(step - 1, len(self))

@@ -63,8 +63,8 @@ class Console:
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the average metrics of an interval of steps, given their rows from `metrics_row`.
 
-    The loss is averaged over records and the gradient norm over steps, without skipped steps. Throughput and
-    MFU are averaged over time. Epoch and learning rate are those of the last step.
+    The loss is averaged over records and the gradient norm over steps, without skipped steps. Throughput, MFU
+    and load imbalance are averaged over time. Epoch and learning rate are those of the last step.
     """
     seconds, records, tokens = (sum(row[name] for row in rows) for name in ("seconds", "records", "tokens"))
     metrics = {name: rows[-1][name] for name in ("epoch", "learning_rate")}
@@ -75,6 +75,8 @@ def average(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics |= {"records_per_second": records / seconds, "tokens_per_second": tokens / seconds}
     if "mfu" in rows[-1]:
         metrics["mfu"] = sum(row["mfu"] * row["seconds"] for row in rows) / seconds
+    if "load_imbalance" in rows[-1]:
+        metrics["load_imbalance"] = sum(r["load_imbalance"] * r["seconds"] for r in rows) / seconds
     return metrics | {"max_memory_gb": max(row["max_memory_gb"] for row in rows)}
 
 

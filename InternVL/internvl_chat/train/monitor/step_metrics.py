@@ -156,7 +156,12 @@ class StepRecord:
 
 
 def metrics_row(
-    record: StepRecord, seconds: float, device: torch.device, *, pause: float = 0.0
+    record: StepRecord,
+    seconds: float,
+    device: torch.device,
+    *,
+    pause: float = 0.0,
+    load_imbalance: float | None = None,
 ) -> dict[str, Any]:
     """Return the row of a step in `metrics.jsonl`.
 
@@ -165,6 +170,7 @@ def metrics_row(
     Args:
         seconds: duration of the step.
         pause: seconds spent on validation, saving and waiting for rank 0 before the step.
+        load_imbalance: FLOPs of the busiest rank, divided by the mean; None with one rank.
     """
     sums = record.sums
     loss = _rounded(record.loss) if sums.supervised_tokens else None
@@ -185,6 +191,8 @@ def metrics_row(
     }
     if peak := peak_flops(device):
         row["mfu"] = round(sums.flops / seconds / peak / world_size(), 4)
+    if load_imbalance is not None:
+        row["load_imbalance"] = round(load_imbalance, 4)
     row["max_memory_gb"] = round(max_memory(device) / 1e9, 3)
     row["sets"] = {
         name: {"records": part.records, "loss": _rounded(part.loss)} for name, part in record.sets.items()

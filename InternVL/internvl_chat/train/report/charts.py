@@ -45,6 +45,8 @@ _COLUMNS = (
     _Column("records_per_second", "Records per second", _SPEED_NOTE, weights="seconds"),
     _Column("tokens_per_second", "Tokens per second", _SPEED_NOTE, ",.0f", weights="seconds"),
     _Column("mfu", "Model FLOPs utilization", "Of the peak of the device.", ".1%", ".0%", weights="seconds"),
+    _Column("load_imbalance", "Load imbalance", "FLOPs of the busiest rank, divided by the mean.",
+            ".3f", weights="seconds"),
     _Column("max_memory_gb", "Peak memory of rank 0, in GB", digits=".2f", mean=False),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from internvl_chat.utils.files import read_json_lines
 T = TypeVar("T")
 
 FIELDS = ("epoch", "loss", "grad_norm", "learning_rate", "records", "tokens", "seconds", "pause_seconds",
-          "records_per_second", "tokens_per_second", "mfu", "max_memory_gb")  # fmt: skip
+          "records_per_second", "tokens_per_second", "mfu", "load_imbalance", "max_memory_gb")  # fmt: skip
 _MAX_COUNT = 1 << 53
 _MAX_NUMBER = 1e30
 

@@ -233,6 +233,13 @@ class TestStepPlanner:
         # Capacity 3 and 2: 9 | 8, 8 + 3 | 9, then 9 + 2 = 11 | 11, and 1 to the rank with capacity left.
         assert [lists(packs) for packs in planner(np.array([4, 3, 2, 1, 0]))] == [[[3, 1], [0]], [[4, 2]]]
 
+    @pytest.mark.parametrize(("max_packed_tokens", "expected"), [(None, 12 / 9), (600, 1)])
+    def test_load_imbalance_by_hand(self, max_packed_tokens, expected):
+        costs = np.array([9, 99, 3, 3, 3])
+        planner = StepPlanner(2, costs, costs, max_packed_tokens)
+        # Equal counts: 9 + 3 | 3 + 3. Otherwise 9 | 3 + 3 + 3.
+        assert planner.load_imbalance(np.array([4, 3, 2, 0])) == pytest.approx(expected)
+
     @pytest.mark.parametrize("max_packed_tokens", [None, 600])
     def test_a_single_rank_gets_the_full_step(self, max_packed_tokens):
         tokens = np.array([100, 200, 300, 400, 500])

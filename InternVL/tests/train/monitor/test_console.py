@@ -59,6 +59,11 @@ def test_averages():
     })  # fmt: skip
 
 
+def test_load_imbalance_is_averaged_over_time():
+    rows = [row(1, seconds=1.0, load_imbalance=1.5), row(2, seconds=3.0, load_imbalance=1.1)]
+    assert average(rows)["load_imbalance"] == pytest.approx(1.2)
+
+
 def test_a_line_covers_the_steps_since_the_last(caplog):
     console = Console(100, first_step=1, show_bar=False)
     with caplog.at_level(logging.INFO):

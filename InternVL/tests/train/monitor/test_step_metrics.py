@@ -63,6 +63,10 @@ def test_metrics(metrics):
     }  # fmt: skip
 
 
+def test_load_imbalance():
+    assert metrics_row(record(), 2.0, torch.device("cpu"), load_imbalance=1.23456)["load_imbalance"] == 1.2346
+
+
 @pytest.mark.parametrize(
     ("changes", "loss", "norm"),
     [
