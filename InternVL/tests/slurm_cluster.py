@@ -101,7 +101,6 @@ class SlurmCluster:
             for number in range(1, self._nodes + 1):
                 (self.folder / f"node{number}").mkdir()
                 self._start("slurmd", "-D", "-N", f"node{number}")
-            self.wait_until(lambda: self.run("sinfo", "--noheader", "--states=idle", "-o", "%D", check=False))
             idle = ("sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D")
             self.wait_until(lambda: self.run(*idle, check=False).strip() == str(self._nodes))
         except BaseException:
@@ -116,7 +115,7 @@ class SlurmCluster:
         for daemon in reversed(self._daemons):
             daemon.terminate()
             daemon.wait(HANG_SECONDS)
-        shutil.copytree(self.folder, "/tmp/w/x_slurm/last", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.socket*")) if os.environ.get("KEEP_SLURM") else None; shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder)
 
     def _start(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("ab") as log:

@@ -87,7 +87,7 @@ prepare_nodes() {
   fi
   check_integer MAX_RESTARTS 0 || MAX_RESTARTS=0
   [[ -z $MASTER_PORT ]] || check_integer MASTER_PORT 1 65535 || MASTER_PORT=
-  [[ -z $NODE_RANK ]] || check_integer NODE_RANK 0 $((MAX_NODES - 1)) || true
+  [[ -z $NODE_RANK ]] || check_integer NODE_RANK 0 $((MAX_NODES - 1)) || NODE_RANK=
   [[ -z $MASTER_ADDR || $MASTER_ADDR =~ ^[][A-Za-z0-9._:-]+$ ]] \
     || problem "MASTER_ADDR must be a host name or an IP address, found '$MASTER_ADDR'"
   [[ $RDZV_ID =~ ^[A-Za-z0-9._-]+$ ]] \
@@ -122,30 +122,34 @@ prepare_nodes() {
   fi
 }
 
-# Check that BATCH_SIZE can be divided among the ranks of each number of nodes. Sets GRADIENT_ACC.
+# Check that each rank gets the same number of records per step or, with a range of nodes, at least one. Sets
+# BATCH_FLAGS.
 prepare_batch() {
-  local nodes records
-  for ((nodes = MIN_NODES; nodes <= MAX_NODES; nodes++)); do
-    records=$((nodes * NPROC * PER_DEVICE_BATCH_SIZE))
-    if ((BATCH_SIZE % records)); then
-      problem "BATCH_SIZE=$BATCH_SIZE must be divisible by $nodes node(s) x $NPROC rank(s) x" \
-        "PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE; change one of them"
-      return
-    fi
-  done
-  GRADIENT_ACC=$((BATCH_SIZE / records))
+  local ranks=$((MAX_NODES * NPROC)) records=$((MAX_NODES * NPROC * PER_DEVICE_BATCH_SIZE))
+  if ((MIN_NODES < MAX_NODES)); then
+    BATCH_FLAGS=(--global_batch_size "$BATCH_SIZE")
+    ((BATCH_SIZE >= ranks)) || problem "BATCH_SIZE=$BATCH_SIZE must be at least $ranks ($MAX_NODES node(s) x" \
+      "$NPROC rank(s)): each rank needs a record per step"
+    [[ -z ${DEEPSPEED:-} ]] || problem "NNODES=$NNODES: DeepSpeed cannot resume with a different number of ranks;" \
+      "use PARALLEL=ddp or PARALLEL=fsdp, or a fixed number of nodes"
+  elif ((BATCH_SIZE % records)); then
+    problem "BATCH_SIZE=$BATCH_SIZE must be divisible by $MAX_NODES node(s) x $NPROC rank(s) x" \
+      "PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE; change one of them"
+  else
+    BATCH_FLAGS=(--gradient_accumulation_steps $((BATCH_SIZE / records)))
+  fi
 }
 
 # Validate the launchers' environment variables. The arguments are the training flags on the command line.
-# Sets NPROC, GRADIENT_ACC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes and restarts) and CPU_FLAGS (training flags).
+# Sets NPROC, REPORT_TO, PYTHON, TORCHRUN_FLAGS (nodes and restarts), BATCH_FLAGS and CPU_FLAGS (training flags).
 prepare_training() {
-  local name threads valid=1
+  local name threads valid=1 flags="per_device_train_batch_size|gradient_accumulation_steps|global_batch_size"
   for name in "$@"; do
-    [[ ! ${name//-/_} =~ ^__(per_device_train_batch_size|gradient_accumulation_steps)(=|$) ]] || problem "$name:" \
+    [[ ! ${name//-/_} =~ ^__($flags)(=|$) ]] || problem "$name:" \
       "the launcher sets this flag from BATCH_SIZE and PER_DEVICE_BATCH_SIZE; set those variables instead"
   done
+  check_integer GPUS 0 || GPUS=0 valid=
   NPROC=${NPROC:-$GPUS}
-  check_integer GPUS 0 || valid=
   check_integer NPROC 0 || valid=
   check_integer BATCH_SIZE 1 || valid=
   check_integer PER_DEVICE_BATCH_SIZE 1 || valid=

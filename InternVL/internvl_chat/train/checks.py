@@ -31,11 +31,13 @@ from internvl_chat.train.checkpoint.fingerprint import (
 )
 from internvl_chat.train.checkpoint.resume_changes import check_resume
 from internvl_chat.train.checkpoint.run_folder import (
+    PARTIAL,
     OutputFolder,
     checkpoint_step,
     inspect_output_folder,
     list_checkpoints,
 )
+from internvl_chat.train.checkpoint.state import STATE_FILE
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.distributed.deepspeed import deepspeed_problems, zero_stage
 from internvl_chat.train.distributed.signals import note_start
@@ -278,14 +280,13 @@ def _metric_problem(run: RunConfig, given: str, datasets: Sequence[str]) -> Iter
 
 
 def _check_output(config: TrainConfig) -> OutputFolder:
-    """Inspect the output folder on rank 0; check that every rank sees the checkpoint to resume from."""
+    """Inspect the output folder on rank 0; check that all nodes share it."""
     restarted = distributed.any_rank(note_start())
     output = distributed.run_on_rank_0(lambda: _inspect_output(config, restarted))
-    if output.resume and not (output.resume / "trainer_state.json").is_file():
-        raise UsageError(
-            f"rank {config.run.rank} cannot see the checkpoint {output.resume}; "
-            "use an --output_dir on a disk that all nodes share"
-        )
+    if not distributed.is_shared(output.path / PARTIAL):
+        raise UsageError(f"--output_dir {output.path}: must be on a disk that all nodes share")
+    if distributed.any_rank(output.resume is not None and not (output.resume / STATE_FILE).is_file()):
+        raise UsageError(f"some nodes cannot see the checkpoint {output.resume}")
     return output
 
 

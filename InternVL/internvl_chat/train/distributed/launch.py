@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _launch(argv)
     if not had_log and _is_unchanged(results, finished):
         log.unlink(missing_ok=True)
-    if code and created and list(folder.iterdir()) == [log]:
-        log.unlink()
-        folder.rmdir()
+    if code and created and _delete_unused(folder, log):
         logger.error("training did not start (exit code %d)", code)
     elif code and _is_unchanged(results, finished):
         logger.error("training did not start (exit code %d); %s is unchanged", code, folder)
@@ -63,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif code:
         logger.error("training failed with exit code %d; see %s", code, log)
     return code
+
+
+def _delete_unused(folder: Path, log: Path) -> bool:
+    """Delete an output folder that contains only the log; return whether it does not exist any more.
+
+    The launchers of several nodes may do this at the same time.
+    """
+    with contextlib.suppress(OSError):
+        if list(folder.iterdir()) == [log]:
+            log.unlink(missing_ok=True)
+            folder.rmdir()
+    return not folder.exists()
 
 
 def _stamp(results: Path) -> int | None:

@@ -88,10 +88,13 @@ def note_start() -> bool:
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     restarted = any(count.isdecimal() and int(count) > 0 for count in counts)
     if EXIT_CODE in os.environ:
-        marker = Path(os.environ[EXIT_CODE]).with_name(f"started-{os.environ.get('LOCAL_RANK', '0')}")
+        note = Path(os.environ[EXIT_CODE])
+        marker = note.with_name(f"started-{os.environ.get('LOCAL_RANK', '0')}")
         restarted |= marker.exists()
         with contextlib.suppress(OSError):  # the disk is full, or the launcher has exited
             marker.touch()
+            # When nodes join or leave, torchrun stops the workers with SIGTERM and starts new ones.
+            note.unlink(missing_ok=True)
     return restarted
 
 
