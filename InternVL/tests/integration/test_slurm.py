@@ -1,5 +1,6 @@
 """The SLURM job script on a temporary cluster with two nodes: it saves, is requeued, and resumes exactly."""
 
+import os
 import subprocess
 
 import pytest
@@ -10,7 +11,8 @@ SCRIPT = SOURCE_ROOT / "internvl_chat/shell/slurm/m3llm.sbatch"
 
 
 def test_script_runs_only_under_slurm():
-    result = subprocess.run(["bash", str(SCRIPT), "lora"], capture_output=True, text=True, env={"PATH": ""})
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    result = subprocess.run(["bash", SCRIPT, "lora"], capture_output=True, text=True, env=environment)
     assert result.returncode == 2
     assert result.stderr == "m3llm.sbatch: submit this script with sbatch\n"
 
