@@ -195,24 +195,24 @@ def is_shared(folder: Path) -> bool:
     """
     if world_size() == local_world_size():
         return True
-    file = run_on_rank_0(lambda: _write_marker(folder))
-    is_shared = not any_rank(not file.is_file())
+    marker = folder / run_on_rank_0(lambda: _write_marker(folder))
+    is_shared = not any_rank(not marker.is_file())
     if rank() == 0:
         with contextlib.suppress(OSError):
-            file.unlink()
+            marker.unlink()
             folder.rmdir()  # fails if it contains other files
     return is_shared
 
 
-def _write_marker(folder: Path) -> Path:
-    """Write a file with a new name, which no node has cached as missing."""
-    file = folder / f"shared-{uuid.uuid4().hex}"
+def _write_marker(folder: Path) -> str:
+    """Write a file with a new name, which no node has cached as missing; return its name."""
+    name = f"shared-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        (folder / name).touch()
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
-    return file
+    return name
 
 
 def _group(in_step: bool) -> dist.ProcessGroup | None:

@@ -105,6 +105,14 @@ def test_restarts_are_recognized(tmp_path, monkeypatch):
         assert [note_start(), note_start()] == [False, True]
 
 
+def test_exit_code_of_workers_that_were_restarted_does_not_count(tmp_path, monkeypatch):
+    """torchrun stops workers with SIGTERM when nodes join or leave; they save and report 143."""
+    monkeypatch.setenv(EXIT_CODE, str(tmp_path / "note"))
+    note_start()
+    assert report_exit(143) == 0 and (tmp_path / "note").exists()
+    assert note_start() and not (tmp_path / "note").exists()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is needed to simulate a full disk")
 def test_exit_code_is_not_lost_on_a_full_disk(monkeypatch):
     monkeypatch.setenv(EXIT_CODE, "/dev/full")
