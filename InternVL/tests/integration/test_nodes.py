@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 from helpers import HANG_SECONDS, LAUNCHERS, changed_weights
 
@@ -39,6 +42,11 @@ class Node:
                 ["ip", "netns", "exec", self.name, *launcher],
                 env=os.environ | variables, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
+
+    def trainer(self):
+        """The training process."""
+        children = psutil.Process(self.process.pid).children()
+        return next(p for p in children if "internvl_chat.train.distributed.launch" not in p.cmdline())
 
     def end(self):
         """Wait for the launcher; return its exit code and its output."""
@@ -79,6 +87,14 @@ def nodes(tmp_path):
                 ip("netns", "delete", node.name)
 
 
+def wait_until(condition, *nodes):
+    began = time.monotonic()
+    while not condition():
+        assert all(node.process.poll() is None for node in nodes), [node.log.read_text() for node in nodes]
+        assert time.monotonic() - began < HANG_SECONDS
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["2", "1:2"], ids=["replaced node", "one node fewer"])
 def test_run_goes_on_after_a_node_is_killed(nodes, node_run, undisturbed, tmp_path, metrics, number):
@@ -86,11 +102,7 @@ def test_run_goes_on_after_a_node_is_killed(nodes, node_run, undisturbed, tmp_pa
     (options, variables), (first, second), out = node_run, nodes, tmp_path / "out"
     for node in nodes:
         node.start(options, variables(out), number)
-    began = time.monotonic()
-    while not (out / "checkpoint-10").is_dir():
-        assert all(node.process.poll() is None for node in nodes), first.log.read_text()
-        assert time.monotonic() - began < HANG_SECONDS
-        time.sleep(0.01)
+    wait_until((out / "checkpoint-10").is_dir, *nodes)
     second.kill()
     assert second.end()[0] == -signal.SIGKILL
     assert not (out / "model.safetensors").exists()
@@ -107,4 +119,33 @@ def test_run_goes_on_after_a_node_is_killed(nodes, node_run, undisturbed, tmp_pa
         assert not changed_weights(undisturbed, out)
     else:
         assert losses == pytest.approx(expected, abs=TOLERANCE)
+    assert (out / "ledger.jsonl").read_text() == (undisturbed / "ledger.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_run_uses_a_node_that_joins(nodes, node_run, undisturbed, tmp_path, metrics):
+    """torchrun stops the ranks; they save, so that no step is lost, and restart on both nodes."""
+    (options, variables), (first, second), out = node_run, nodes, tmp_path / "out"
+    first.start(options, variables(out), "1:2")
+    wait_until((out / "checkpoint-5").is_dir, first)
+    trainer = first.trainer()
+    trainer.suspend()  # otherwise, the run could end before the second node has started
+    second.start(options, variables(out), "1:2")
+
+    def is_told_to_stop():
+        status = Path(f"/proc/{trainer.pid}/status").read_text()
+        pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
+        return pending >> (signal.SIGTERM - 1) & 1
+
+    wait_until(is_told_to_stop, *nodes)
+    done = len(metrics(out))
+    trainer.resume()
+    for node in nodes:
+        code, output = node.end()
+        assert code == 0, output
+    output = first.log.read_text() + second.log.read_text()
+    found = re.search(rf"resuming from {out}/checkpoint-(\d+)", output)
+    assert int(found[1]) in (done, done + 1)
+    losses, expected = ([row["loss"] for row in metrics(folder)] for folder in (out, undisturbed))
+    assert losses == pytest.approx(expected, abs=TOLERANCE)
     assert (out / "ledger.jsonl").read_text() == (undisturbed / "ledger.jsonl").read_text()
