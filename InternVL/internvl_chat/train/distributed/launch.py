@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _launch(argv)
     if not had_log and _is_unchanged(results, finished):
         log.unlink(missing_ok=True)
-    if code and created and _delete_unused(folder, log):
+    if code and created:
+        _delete_unused(folder, log)
+    if code and not folder.exists():
         logger.error("training did not start (exit code %d)", code)
     elif code and _is_unchanged(results, finished):
         logger.error("training did not start (exit code %d); %s is unchanged", code, folder)
@@ -63,16 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _delete_unused(folder: Path, log: Path) -> bool:
-    """Delete an output folder that contains only the log; return whether it does not exist any more.
-
-    The launchers of several nodes may do this at the same time.
-    """
-    with contextlib.suppress(OSError):
+def _delete_unused(folder: Path, log: Path) -> None:
+    """Delete an output folder that contains only the log."""
+    with contextlib.suppress(OSError):  # the launcher of another node has deleted it
         if list(folder.iterdir()) == [log]:
-            log.unlink(missing_ok=True)
+            log.unlink()
             folder.rmdir()
-    return not folder.exists()
 
 
 def _stamp(results: Path) -> int | None:
