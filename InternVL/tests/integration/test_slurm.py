@@ -1,6 +1,7 @@
 """The SLURM job script on a temporary cluster with two nodes: it saves, is requeued, and resumes exactly."""
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -73,11 +74,17 @@ def test_interrupted_job_is_requeued_and_resumes(cluster, logs, node_run, undist
 
 
 @pytest.mark.slow
-def test_cancelled_job_is_not_requeued(cluster, logs, node_run, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "number", "end"),
+    [([], [], "CANCELLED"), ([], ["--signal=INT"], "130:0"), (["--no-requeue"], ["--signal=TERM"], "143:0")],
+    ids=["scancel", "SIGINT", "no-requeue"],
+)
+def test_job_is_not_requeued(cluster, logs, node_run, tmp_path, flags, number, end):
     (options, variables), out = node_run, tmp_path / "out"
-    job = cluster.submit(str(SCRIPT), "lora", *options, **variables(out))
-    cluster.wait_until(lambda: (out / "checkpoint-5").is_dir())
-    cluster.run("scancel", str(job))
-    cluster.wait_until(lambda: cluster.field(job, "JobState") == "CANCELLED")
+    job = cluster.submit(*flags, str(SCRIPT), "lora", *options, **variables(out))
+    cluster.wait_until((out / "checkpoint-5").is_dir)
+    cluster.run("scancel", *number, str(job))
+    cluster.wait_until(lambda: cluster.field(job, "JobState") in ("CANCELLED", "FAILED"))
+    assert end in (cluster.field(job, "JobState"), cluster.field(job, "ExitCode"))
     assert cluster.field(job, "Restarts") == "0"
-    assert "stopped by SIGTERM after step" in logs(f"m3llm-{job}-node0.log")
+    assert re.search(r"stopped by SIG\w+ after step", logs(f"m3llm-{job}-node0.log"))
