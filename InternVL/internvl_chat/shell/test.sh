@@ -11,5 +11,5 @@ cd "$REPOSITORY"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m mypy
-find InternVL -name '*.sh' -exec "$(dirname "$PYTHON")/shellcheck" {} +
+find InternVL '(' -name '*.sh' -o -name '*.sbatch' ')' -exec "$(dirname "$PYTHON")/shellcheck" {} +
 "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

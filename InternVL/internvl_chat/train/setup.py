@@ -39,6 +39,7 @@ from internvl_chat.train.preflight.memory import MemoryPlan
 from internvl_chat.train.preflight.sanity import preprocessing_changes
 from internvl_chat.train.validation import Validation
 from internvl_chat.utils import distributed
+from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.text import counted
 
@@ -193,6 +194,7 @@ def load_records(
     lengths, excluded, digests, image_digests = distributed.run_on_rank_0(
         lambda: _check_records(sets, config, resumed_exclusions)
     )
+    _compare_nodes(sets, digests)
     skip = config.data.on_bad_record == "skip"
     data = TrainingData(
         sets,
@@ -216,6 +218,22 @@ def load_records(
             "\n".join(f"  {record.message}" for record in excluded[:_MAX_LOGGED]),
         )  # fmt: skip
     return data
+
+
+def _compare_nodes(sets: Sequence[RecordSet], digests: Sequence[str]) -> None:
+    """Check that the annotation files of each node are those of rank 0. Collective: call on all ranks.
+
+    Raises:
+        AgreedError: the annotation files of a node differ.
+    """
+    if distributed.world_size() == distributed.local_world_size():
+        return
+    differing: list[str] = []
+    if distributed.local_rank() == 0:
+        files = zip(sets, digests, strict=True)
+        differing = [str(s.spec.annotation) for s, digest in files if s.digest() != digest]
+    error = DataError(f"{', '.join(differing)}: differs from the file on the node of rank 0")
+    distributed.agree(error if differing else None, group=distributed.host_group())
 
 
 def build_sampler(config: TrainConfig, data: TrainingData, flops: FlopCounter) -> StepSampler:

@@ -7,15 +7,18 @@ The collectives of this module use gloo, with one of two timeouts:
 On GPUs, gradients and weights are communicated with NCCL instead.
 """
 
+import contextlib
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
-from internvl_chat.utils.errors import M3LLMError, TrainingError
+from internvl_chat.utils.errors import M3LLMError, TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -182,6 +185,34 @@ def all_reduce_sum(values: torch.Tensor, *, in_step: bool = False) -> torch.Tens
 def any_rank(flag: bool) -> bool:
     """Return whether the flag is set on any rank."""
     return bool(all_reduce_sum(torch.tensor([float(flag)], dtype=torch.float64)).item())
+
+
+def is_shared(folder: Path) -> bool:
+    """Return whether all nodes see the files that rank 0 writes to a folder. Collective: call on all ranks.
+
+    Raises:
+        UsageError: rank 0 cannot write to the folder.
+    """
+    if world_size() == local_world_size():
+        return True
+    marker = folder / run_on_rank_0(lambda: _write_marker(folder))
+    is_shared = not any_rank(not marker.is_file())
+    if rank() == 0:
+        with contextlib.suppress(OSError):
+            marker.unlink()
+            folder.rmdir()  # fails if it contains other files
+    return is_shared
+
+
+def _write_marker(folder: Path) -> str:
+    """Write a file with a new name, which no node has cached as missing; return its name."""
+    name = f"shared-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
+    return name
 
 
 def _group(in_step: bool) -> dist.ProcessGroup | None:

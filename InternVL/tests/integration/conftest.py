@@ -1,9 +1,10 @@
 """Fixtures of the integration tests."""
 
 import json
+import sys
 
 import pytest
-from helpers import RECIPES, flags
+from helpers import RECIPES, flags, run_launcher
 
 from internvl_chat.train import internvl_chat_finetune
 
@@ -45,3 +46,30 @@ def small_run(tiny_model, augmented):
         return flags(**{**common, **RECIPES[recipe], **values})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def node_run(tiny_model, sample_data):
+    """Return the flags of a run with the launcher for full training, and a function for its variables."""
+    options = ["--force_image_size", "56", "--max_dynamic_patch", "2", "--max_steps", "40"]
+    options += ["--save_steps", "5", "--dataloader_num_workers", "0", "--disable_tqdm", "True"]
+    options += ["--async_save", "False", "--learning_rate", "1e-3"]
+
+    def variables(folder) -> dict[str, str]:
+        return {
+            "GPUS": "0", "BATCH_SIZE": "4", "MODEL_PATH": str(tiny_model), "OUTPUT_DIR": str(folder),
+            "META_PATH": str(sample_data / "train.json"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+            "REPORT_TO": "none",
+        }  # fmt: skip
+
+    return options, variables
+
+
+@pytest.fixture(scope="session")
+def undisturbed(node_run, tmp_path_factory):
+    """Output folder of the run `node_run` with two ranks on one node."""
+    options, variables = node_run
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    result = run_launcher("fullmodel", *options, cwd=folder.parent, NPROC="2", **variables(folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder

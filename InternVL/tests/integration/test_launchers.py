@@ -71,6 +71,21 @@ def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weigh
         ({"PER_DEVICE_BATCH_SIZE": "0"}, "PER_DEVICE_BATCH_SIZE must be at least 1"),
         ({"GPUS": "1", "NPROC": "2"}, "NPROC=2 exceeds GPUS=1"),
         ({"NNODES": "2"}, "NNODES=2 requires MASTER_ADDR"),
+        ({"NNODES": "2:1"}, "NNODES must be a number of nodes or a range MIN:MAX, found '2:1'"),
+        (
+            {"NNODES": "1:8", "MASTER_ADDR": "a", "BATCH_SIZE": "7"},
+            "BATCH_SIZE=7 must be at least 8 (8 node(s)",
+        ),
+        ({"NNODES": "1:2", "MASTER_ADDR": "a", "DEEPSPEED": "z.json"}, "DeepSpeed cannot resume with a diff"),
+        (
+            {"NNODES": "1:2", "MASTER_ADDR": "a", "RDZV_BACKEND": "static"},
+            "a range of nodes, needs RDZV_BACK",
+        ),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "a", "RDZV_BACKEND": "static", "MAX_RESTARTS": "1"},
+            "MAX_RESTARTS=1 on multiple nodes needs RDZV_BACKEND=c10d",
+        ),
+        ({"RDZV_BACKEND": "etcd"}, "RDZV_BACKEND must be static or c10d, found 'etcd'"),
         ({"PYTHON": "/no/python"}, "PYTHON=/no/python: no such interpreter"),
     ],
 )
@@ -80,6 +95,21 @@ def test_bad_environment(tiny_model, sample_data, tmp_path, changes, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_with_the_environment_are_reported(tmp_path):
+    variables = {
+        "GPUS": "x", "BATCH_SIZE": "08", "PER_DEVICE_BATCH_SIZE": "-1", "NNODES": "2", "NODE_RANK": "2",
+        "MASTER_ADDR": "a b", "MASTER_PORT": "70000", "MAX_RESTARTS": "$(id)", "RDZV_ID": "a/b",
+        "RDZV_BACKEND": "no", "PYTHON": "/no/python",
+    }  # fmt: skip
+    result = run_launcher("lora", "--global_batch_size", "3", cwd=tmp_path, **variables)
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    names = ["--global_batch_size", *variables]
+    names.remove("NNODES")
+    assert len(lines) == len(names) and all("M3LLM-fulldata-lora.sh: " in line for line in lines)
+    assert {line.split(": ")[1].split()[0].split("=")[0].rstrip(":") for line in lines} == set(names)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +248,10 @@ def test_launcher_prints_its_command_without_secrets(name):
     text = (LAUNCHERS / f"M3LLM-fulldata-{name}.sh").read_text()
     assert re.search(r"^torchrun .*internvl_chat_finetune\.py", text, flags=re.MULTILINE)
     shown = dict(re.findall(r"^  --(\S+) (\S+) \\$", text, flags=re.MULTILINE))
-    given = {key: value for key, value in (BOTH | RECIPE[name]).items() if not shown[key].startswith('"$')}
+    assert '\n  "${BATCH_FLAGS[@]}" \\\n' in text
+    recipe = BOTH | RECIPE[name]
+    del recipe["gradient_accumulation_steps"]
+    given = {key: value for key, value in recipe.items() if not shown[key].startswith('"$')}
     assert len(given) > 20 and shown.items() >= given.items()
     assert text.endswith('"$@"\n')
     assert "HOME=" not in text
@@ -247,6 +280,30 @@ def test_several_nodes(command):
     shown = "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 34229 --nproc_per_node 2"
     assert " ".join(torchrun[4:]) == shown
     assert flags["gradient_accumulation_steps"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("variables", "conf"),
+    [
+        ({}, None),
+        ({"NODE_RANK": "0"}, "is_host=1"),
+        ({"NODE_RANK": "1", "PET_RDZV_CONF": "a=2"}, "is_host=0,a=2"),
+    ],
+)
+def test_range_of_nodes(command, variables, conf):
+    torchrun, flags, _ = command(
+        "lora", NNODES="1:3", MASTER_ADDR="node0", MASTER_PORT="99", RDZV_ID="job7", **variables
+    )
+    shown = "--max_restarts 0 --nnodes 1:3 --rdzv_backend c10d --rdzv_id job7 --rdzv_endpoint node0:99"
+    shown += f" --rdzv_conf {conf}" if conf else ""
+    assert " ".join(torchrun[2:]) == f"{shown} --nproc_per_node 1"
+    assert flags["global_batch_size"] == "16" and "gradient_accumulation_steps" not in flags
+
+
+def test_restarts_on_multiple_nodes_use_c10d(command):
+    torchrun, flags, _ = command("lora", NNODES="2", MASTER_ADDR="node0", MAX_RESTARTS="3")
+    assert "--rdzv_backend c10d --rdzv_id m3llm --rdzv_endpoint node0:34229" in " ".join(torchrun)
+    assert flags["gradient_accumulation_steps"] == "8"
 
 
 def test_shipped_meta_file_lists_the_six_datasets():

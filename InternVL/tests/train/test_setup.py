@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from internvl_chat.train.checkpoint.fingerprint import fingerprint
 from internvl_chat.train.checks import check_configuration
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.train.setup import load_encoder, load_for_training, load_records
-from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils import distributed
+from internvl_chat.utils.errors import ModelError, TrainingError
 from internvl_chat.utils.paths import REPOSITORY, data_root
 
 LORA = {"use_llm_lora": 2, "freeze_llm": True, "freeze_mlp": True}
@@ -180,6 +182,24 @@ def test_annotation_file_instead_of_a_meta_file(plan_of, sample_data):
     assert (spec.annotation, spec.root) == (file, sample_data / "images")
     with pytest.raises(ModelError, match="an annotation file, not a meta file; add --image_root"):
         plan_of(meta_path=file)
+
+
+def test_nodes_with_different_annotation_files(plan_of, monkeypatch):
+    """On the first rank of each node, the files are compared with those of rank 0."""
+    plan = plan_of()
+    encoder = load_encoder(plan)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    load_records(plan.config, plan.specs, encoder)
+    check = distributed.run_on_rank_0
+
+    def check_elsewhere(function):
+        lengths, excluded, (first, *others), images = check(function)
+        return lengths, excluded, ["0" * len(first), *others], images
+
+    monkeypatch.setattr(distributed, "run_on_rank_0", check_elsewhere)
+    message = f"{plan.specs[0].annotation}: differs from the file on the node of rank 0"
+    with pytest.raises(TrainingError, match=re.escape(message)):
+        load_records(plan.config, plan.specs, encoder)
 
 
 def test_flags_without_effect_are_warned_about(plan_of, caplog):

@@ -2,6 +2,7 @@
 
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,30 +35,44 @@ def check_collectives() -> None:
     distributed.barrier()
 
 
-def run_rank(rank: int, size: int, port: int) -> None:
+def check_shared_folder(folder: Path) -> None:
+    """Without LOCAL_WORLD_SIZE, each rank counts as a node."""
+    assert distributed.is_shared(folder / "out")
+    distributed.barrier()
+    assert not (folder / "out").exists()
+    own = folder / f"disk of rank {distributed.rank()}"
+    assert not distributed.is_shared(own)
+    (folder / "file").touch()
+    with pytest.raises(UsageError, match="file/out: cannot be written to: Not a directory"):
+        distributed.is_shared(folder / "file/out")
+
+
+def run_rank(rank: int, size: int, port: int, folder: Path) -> None:
     patch = pytest.MonkeyPatch()
     for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}.items():
         patch.setenv(name, str(value))
     patch.setenv("MASTER_ADDR", "127.0.0.1")
     distributed.init_process_group(torch.device("cpu"), timedelta(minutes=5))
     check_collectives()
+    check_shared_folder(folder)
     distributed.destroy_process_group()
     assert not torch.distributed.is_initialized()
 
 
-def test_single_rank():
+def test_single_rank(tmp_path):
     distributed.init_process_group(torch.device("cpu"), timedelta(minutes=5))
     assert not torch.distributed.is_initialized()
     assert distributed.host_group() is distributed.new_host_group() is None
     check_collectives()
+    assert distributed.is_shared(tmp_path / "out") and not (tmp_path / "out").exists()
     distributed.destroy_process_group()
 
 
-def test_two_ranks():
+def test_two_ranks(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(run_rank, (2, port), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(run_rank, (2, port, tmp_path), nprocs=2, start_method="fork")
 
 
 def test_shards_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

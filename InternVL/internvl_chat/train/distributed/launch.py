@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _launch(argv)
     if not had_log and _is_unchanged(results, finished):
         log.unlink(missing_ok=True)
-    if code and created and list(folder.iterdir()) == [log]:
-        log.unlink()
-        folder.rmdir()
+    if code and created:
+        _delete_unused(folder, log)
+    if code and not folder.exists():
         logger.error("training did not start (exit code %d)", code)
     elif code and _is_unchanged(results, finished):
         logger.error("training did not start (exit code %d); %s is unchanged", code, folder)
@@ -63,6 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif code:
         logger.error("training failed with exit code %d; see %s", code, log)
     return code
+
+
+def _delete_unused(folder: Path, log: Path) -> None:
+    """Delete an output folder that contains only the log."""
+    with contextlib.suppress(OSError):  # the launcher of another node has deleted it
+        if list(folder.iterdir()) == [log]:
+            log.unlink()
+            folder.rmdir()
 
 
 def _stamp(results: Path) -> int | None:

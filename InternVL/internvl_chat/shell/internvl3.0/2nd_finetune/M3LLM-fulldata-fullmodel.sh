@@ -17,8 +17,10 @@
 #   META_PATH=shell/data/PMC-data.json   meta file that lists the datasets
 #   DATA_ROOT=the repository   base folder for relative paths in the meta file
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6 (in the repository)
-#   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    multiple nodes with a shared file system
-#   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank fails
+#   NNODES=1                   nodes with a shared file system: a number, or a range MIN:MAX (elastic)
+#   NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    rank of this node; address of the first node
+#   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank or a node fails
+#   RDZV_BACKEND=static RDZV_ID=m3llm    torchrun's rendezvous; c10d for restarts on multiple nodes
 #   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits in memory, else FSDP2
 #   DEEPSPEED=                 ZeRO configuration file, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 trackers, e.g. wandb,tensorboard; wandb if WANDB_API_KEY is set, else none
@@ -55,7 +57,7 @@ torchrun "${TORCHRUN_FLAGS[@]}" --nproc_per_node "$NPROC" "$PACKAGE/train/intern
   --bf16 True \
   --num_train_epochs 1 \
   --per_device_train_batch_size "$PER_DEVICE_BATCH_SIZE" \
-  --gradient_accumulation_steps "$GRADIENT_ACC" \
+  "${BATCH_FLAGS[@]}" \
   --evaluation_strategy no \
   --save_strategy steps \
   --save_steps 200 \
