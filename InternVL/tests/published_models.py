@@ -1,9 +1,10 @@
 """Configurations of the published models, and small models with the same options.
 
-Sources: `model.config` of InternVL3-1B as printed in public notebooks (github.com/shivangjhalani/multicoco), the
-configurations of InternViT-6B-448px-V2_5, Qwen2.5 and Qwen3, and OpenGVLab's training scripts of InternVL3.5
-(github.com/OpenGVLab/InternVL, `internvl_chat_gpt_oss/shell/internvl3_5_qwen3`). The numbers of parameters, in
-billions, are from the Hugging Face collection of InternVL3 and from table 1 of the InternVL3.5 paper.
+Sources:
+- `model.config` of InternVL3-1B, as printed in a notebook (github.com/shivangjhalani/multicoco)
+- the configurations of InternViT-6B-448px-V2_5, Qwen2.5 and Qwen3
+- the training scripts of InternVL3.5 (github.com/OpenGVLab/InternVL, internvl_chat_gpt_oss/shell)
+- numbers of parameters: Hugging Face collection of InternVL3, table 1 of the InternVL3.5 paper
 """
 
 import copy

@@ -1,7 +1,6 @@
 """All models listed as supported in docs/models.md can be trained, tested with small random models.
 
-The forward and backward passes are compared with transformers' in parity/test_transformers.py, and the export in
-test_export.py.
+Logits and gradients are compared with transformers in parity/test_transformers.py, exports in test_export.py.
 """
 
 import pytest
@@ -14,7 +13,6 @@ from published_models import ARCHITECTURES, MODELS, raw_config
 from ranks import run_training
 from safetensors.torch import load_file, save_file
 
-from internvl_chat.cli import main as m3llm
 from internvl_chat.convert.export import export_hf
 from internvl_chat.convert.parity import check_same
 from internvl_chat.model.configuration import InternVLChatConfig
@@ -106,20 +104,13 @@ def test_experts_with_adapters_are_exported(folder, run, tmp_path) -> None:
     assert not torch.equal(before[f"language_model.model.{name}"], after[f"model.language_model.{name}"])
 
 
-OTHER_MODELS = {
-    "GPT-OSS": ({"model_type": "gpt_oss", "num_local_experts": 4}, "only Qwen3 is supported"),
-    "Mixtral": ({"model_type": "mixtral", "num_local_experts": 8}, "only Qwen3 is supported"),
-    "InternLM2": ({"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"]}, "use e.g. Qwen2"),
-}
-
-
 @pytest.mark.parametrize("folder", ["InternVL3-8B"], indirect=True)
-@pytest.mark.parametrize(("changes", "message"), OTHER_MODELS.values(), ids=OTHER_MODELS.keys())
-def test_other_language_models_are_refused(folder, sample_data, tmp_path, capsys, changes, message) -> None:
-    edit(folder / "config.json", lambda config: config["llm_config"].update(changes))
+def test_gpt_oss_is_refused(folder, sample_data, tmp_path, capsys) -> None:
+    experts = {"model_type": "gpt_oss", "num_local_experts": 32}
+    edit(folder / "config.json", lambda config: config["llm_config"].update(experts))
     arguments = {"model_name_or_path": folder, "meta_path": sample_data / "train.json"}
     assert train(flags(**arguments, output_dir=tmp_path / "out")) == 1
-    assert message in capsys.readouterr().err
+    assert "only Qwen3 is supported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["InternVL3.5-8B"], indirect=True)
@@ -129,13 +120,3 @@ def test_flash_models_are_refused(folder, sample_data, tmp_path, capsys) -> None
     arguments = {"model_name_or_path": folder, "meta_path": sample_data / "train.json"}
     assert train(flags(**arguments, output_dir=tmp_path / "out")) == 1
     assert "without Flash in its name" in capsys.readouterr().err
-
-
-def test_missing_expert(tiny_model, tmp_path, capsys) -> None:
-    save_with_tokenizer(small_published_model(EXPERTS), tiny_model, tmp_path / "model")
-    weights = load_file(tmp_path / "model/model.safetensors")
-    missing = weights.pop(name := "language_model.model.layers.1.mlp.experts.5.up_proj.weight")
-    assert missing.shape == (24, 48)
-    save_file(weights, tmp_path / "model/model.safetensors")
-    assert m3llm(["generate", "--model", str(tmp_path / "model"), "what is this?"]) == 1
-    assert f"the weight {name} is missing" in capsys.readouterr().err

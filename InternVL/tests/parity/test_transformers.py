@@ -180,7 +180,7 @@ def test_greedy_continuations(images: tuple[int, ...]) -> None:
 
 
 def test_dynamic_rope_beyond_the_trained_length() -> None:
-    """All InternVL3 models have this option; it changes the frequencies of records longer than 32,768 tokens."""
+    """All InternVL3 models have this option, which affects records of more than 32,768 tokens."""
     plain = make_model(llm={"max_position_embeddings": 16})
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     scaled = make_model(llm={"max_position_embeddings": 16, "rope_scaling": scaling})
