@@ -160,10 +160,14 @@ SHAPES = (
 
 
 def save_with_tokenizer(model, tiny_model: Path, folder: Path) -> None:
-    """Save a model with the tokenizer and the vocabulary size of the tiny model."""
+    """Save a model with the tokenizer and the vocabulary size of the tiny model.
+
+    As in InternVL3.5, a Qwen3 model has more embeddings than its tokenizer has tokens.
+    """
     tokenizer, _ = load_tokenizer(tiny_model)
-    model.language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.llm_config["vocab_size"] = len(tokenizer)
+    size = len(tokenizer) + 7 * model.config.llm_config["model_type"].startswith("qwen3")
+    model.language_model.resize_token_embeddings(size, mean_resizing=False)
+    model.config.llm_config["vocab_size"] = size
     save_model(model, folder)
     write_files(read_auxiliary_files(tiny_model), folder)
     Preprocessing.from_model_config(model.config).save(folder)

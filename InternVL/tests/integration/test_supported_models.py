@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import changed_weights, flags
 from integration.test_export import save_with_tokenizer
-from integration.test_processes import TOLERANCE
+from integration.test_processes import LAYOUTS, TOLERANCE
 from model.conftest import edit, small_published_model
 from published_models import ARCHITECTURES, MODELS, raw_config
 from ranks import run_training
@@ -80,10 +80,11 @@ def test_resume_with_experts_is_exact(run, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "zero3"])
 @pytest.mark.parametrize("folder", [EXPERTS], indirect=True)
-def test_experts_sharded_over_two_ranks(run, tmp_path) -> None:
+def test_experts_sharded_over_two_ranks(run, layout, tmp_path) -> None:
     one = run("one", per_device_train_batch_size=4)
-    two = run("two", ranks=2, per_device_train_batch_size=2, parallel="fsdp")
+    two = run("two", ranks=2, per_device_train_batch_size=2, **LAYOUTS[layout])
     assert two == pytest.approx(one, abs=TOLERANCE)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
