@@ -85,7 +85,7 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
     vision, llm = model.config.vision_config, model.language_model
     embeddings, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
     config = llm.config
-    experts = getattr(config, "num_experts_per_tok", 0) / getattr(config, "num_experts", 1)
+    experts = getattr(config, "num_experts_per_tok", 0) / (getattr(config, "num_experts", 0) or 1)
     last_mlp = _matrix_size(llm.get_decoder().layers[-1].mlp, experts) if has_supervised_head(model) else 0
     vocabulary = embeddings.numel() + (0 if head is embeddings else head.numel())
     decoder = _matrix_size(llm, experts) - vocabulary - last_mlp

@@ -378,8 +378,8 @@ def _check_model(config: TrainConfig) -> Path:
         base, _ = find_base(folder, model.base_model_path)
         model_config = read_config(base)
     else:
-        model_weights(folder)
         model_config = read_config(folder)
+        model_weights(folder)
         ranks = (model_config.use_llm_lora, model_config.use_backbone_lora)
     for tower, flag, rank, flag_rank in (
         ("language model", "use_llm_lora", ranks[0], model.use_llm_lora),

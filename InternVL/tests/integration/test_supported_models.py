@@ -55,7 +55,7 @@ def test_number_of_parameters(name) -> None:
 @pytest.mark.parametrize("recipe", [LORA, {}], ids=["lora", "full"])
 @pytest.mark.parametrize("folder", ARCHITECTURES, indirect=True)
 def test_training(folder, run, recipe, tmp_path) -> None:
-    losses = run(**recipe)
+    losses = run(**recipe, save_strategy="no", per_device_train_batch_size=2)
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
     if recipe:
         adapters = load_file(tmp_path / "out/adapter_model.safetensors")
@@ -73,8 +73,9 @@ def test_training(folder, run, recipe, tmp_path) -> None:
 
 @pytest.mark.parametrize("folder", [EXPERTS], indirect=True)
 def test_resume_with_experts_is_exact(run, tmp_path) -> None:
-    whole = run("whole", save_steps=1)
-    rest = run("rest", save_steps=1, resume_from_checkpoint=tmp_path / "whole/checkpoint-1")
+    few = {"save_steps": 1, "per_device_train_batch_size": 2}
+    whole = run("whole", **few)
+    rest = run("rest", **few, resume_from_checkpoint=tmp_path / "whole/checkpoint-1")
     assert rest == whole[1:]
     assert not changed_weights(tmp_path / "whole", tmp_path / "rest")
 
@@ -95,7 +96,7 @@ def test_experts_sharded_over_two_ranks(run, layout, tmp_path) -> None:
 @pytest.mark.parametrize("folder", [EXPERTS], indirect=True)
 def test_experts_with_adapters_are_exported(folder, run, tmp_path) -> None:
     """Only the attention has adapters."""
-    run(**LORA, learning_rate=0.1)
+    run(**LORA, learning_rate=0.1, per_device_train_batch_size=2)
     adapters = load_file(tmp_path / "out/adapter_model.safetensors")
     assert {name.split(".")[-4] for name in adapters} == {"self_attn"}
     export_hf(tmp_path / "out", tmp_path / "hf")
