@@ -7,6 +7,7 @@ from torch import nn
 
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.checkpoint import empty_model
+from internvl_chat.model.io.experts import stack_experts
 from internvl_chat.model.io.folders import read_json
 from internvl_chat.model.io.weights import Weights, assign_weights, open_weights, read_weights
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
@@ -61,7 +62,7 @@ def assemble_model(
     model = empty_model(config, image_context_id, dtype, attn)
     vision_weights = _without_prefix(read_weights(vision_folder), "vision_model.")
     assign_weights(model.vision_model, vision_weights, source=vision_folder)
-    assign_weights(model.language_model, read_weights(llm_folder), source=llm_folder)
+    assign_weights(model.language_model, stack_experts(read_weights(llm_folder)), source=llm_folder)
     if mlp_file is None:
         for module in model.mlp1:
             if isinstance(module, nn.Linear | nn.LayerNorm):

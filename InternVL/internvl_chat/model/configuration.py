@@ -31,6 +31,9 @@ _NOT_FOR_THE_LLM = (
     "transformers_version",
 )
 
+# Number of experts in the configurations of the language models that are mixtures of experts.
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 @dataclass
 class InternVisionConfig:
@@ -186,9 +189,14 @@ class InternVLChatConfig:
         """Return the language model's configuration as a transformers `PretrainedConfig`.
 
         Raises:
-            ModelError: transformers has no causal language model of this type.
+            ModelError: transformers has no causal language model of this type, or it is not supported here.
         """
         model_type = str(self.llm_config.get("model_type"))
+        if any(self.llm_config.get(key) for key in _NUM_EXPERTS) and model_type != "qwen3_moe":
+            raise ModelError(
+                f"the language model (model_type {model_type!r}) is a mixture of experts; of these, only "
+                "Qwen3 is supported (InternVL3.5-30B-A3B and 241B-A28B)"
+            )
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             names = self.llm_config.get("architectures") or [model_type]
             raise ModelError(

@@ -84,9 +84,11 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
     """Return the FLOPs of a model; call this after `set_trainable`, which determines the number of passes."""
     vision, llm = model.config.vision_config, model.language_model
     embeddings, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
-    last_mlp = _matrix_size(llm.get_decoder().layers[-1].mlp) if has_supervised_head(model) else 0
-    decoder = _matrix_size(llm) - embeddings.numel() - (0 if head is embeddings else head.numel()) - last_mlp
     config = llm.config
+    experts = getattr(config, "num_experts_per_tok", 0) / (getattr(config, "num_experts", 0) or 1)
+    last_mlp = _matrix_size(llm.get_decoder().layers[-1].mlp, experts) if has_supervised_head(model) else 0
+    vocabulary = embeddings.numel() + (0 if head is embeddings else head.numel())
+    decoder = _matrix_size(llm, experts) - vocabulary - last_mlp
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     tokens, blocks = vision.grid**2 + 1, model.vision_model.layers_before(model.config.select_layer)
@@ -110,6 +112,12 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
     )
 
 
-def _matrix_size(module: nn.Module) -> int:
-    """Return the number of elements in a module's weight matrices, without adapters."""
-    return sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and ".lora_" not in name)
+def _matrix_size(module: nn.Module, active_experts: float = 0.0) -> float:
+    """Return the number of elements in the weight matrices that are applied to a token, without adapters.
+
+    Args:
+        active_experts: fraction of the experts that are applied to a token; their matrices are stacked.
+    """
+    weights = [p for name, p in module.named_parameters() if ".lora_" not in name]
+    dense = sum(p.numel() for p in weights if p.ndim == 2)
+    return dense + active_experts * sum(p.numel() for p in weights if p.ndim == 3)

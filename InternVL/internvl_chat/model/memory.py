@@ -112,7 +112,9 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
         # A packed row with one record.
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         inputs: dict[str, Any] = {"attention_mask": None, "position_ids": positions}
-        inputs["position_embeddings"] = decoder.rotary_emb(x, positions)
+        # Only the sizes of cosine and sine matter. RoPE with dynamic scaling fails on the meta device.
+        rotary = (1, tokens, 2 * decoder.rotary_emb.inv_freq.numel())
+        inputs["position_embeddings"] = (x.new_zeros(rotary), x.new_zeros(rotary))
         inputs |= {f"cu_seq_lens_{name}": bounds for name in "qk"}
         inputs |= {f"max_length_{name}": tokens for name in "qk"}
         saved.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)

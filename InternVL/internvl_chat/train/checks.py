@@ -18,6 +18,7 @@ from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import find_base, read_base
+from internvl_chat.model.io.checkpoint import model_weights
 from internvl_chat.model.io.folders import is_adapter, model_folder, read_config, read_json
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.model.lora.injection import ranks_of, read_adapter_config
@@ -380,8 +381,8 @@ def _check_model(config: TrainConfig) -> Path:
         base, _ = find_base(folder, model.base_model_path)
         model_config = read_config(base)
     else:
-        weight_files(folder)
         model_config = read_config(folder)
+        model_weights(folder)
         ranks = (model_config.use_llm_lora, model_config.use_backbone_lora)
     for tower, flag, rank, flag_rank in (
         ("language model", "use_llm_lora", ranks[0], model.use_llm_lora),

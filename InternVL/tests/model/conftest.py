@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from published_models import small_config
 from safetensors.torch import load_file, save_file
 
 from internvl_chat.constants import IGNORE_INDEX
@@ -50,6 +51,14 @@ def make_config(
     raw["vision_config"].update(vision or {})
     raw["llm_config"].update(llm or {})
     return InternVLChatConfig.from_dict({**raw, **changes})
+
+
+def small_published_model(name: str, attn: str = "sdpa") -> InternVLChatModel:
+    """Return a small model with the options of a published one, in evaluation mode with random parameters."""
+    config = InternVLChatConfig.from_dict(small_config(name, VOCABULARY))
+    model = InternVLChatModel(config, CONTEXT, attn)
+    randomize(model, seed=0)
+    return model.eval()
 
 
 def make_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_within_rounding, terms_of
-from model.conftest import CONTEXT, make_model, make_record, run_alone
+from model.conftest import CONTEXT, make_model, make_record, run_alone, small_published_model
 from safetensors.torch import load_file, save_file
 
 from internvl_chat.model.assemble import assemble_model
@@ -18,8 +18,8 @@ RECORD = make_record((2, 1))
 
 
 @pytest.fixture
-def whole() -> InternVLChatModel:
-    return make_model()
+def whole(request: pytest.FixtureRequest) -> InternVLChatModel:
+    return getattr(request, "param", make_model)()
 
 
 @pytest.fixture
@@ -40,6 +40,11 @@ def assemble(parts: dict[str, Path | None], **options) -> InternVLChatModel:
     return assemble_model(**parts, **{**settings, **options}).eval()
 
 
+def with_experts() -> InternVLChatModel:
+    return small_published_model("InternVL3.5-30B-A3B")
+
+
+@pytest.mark.parametrize("whole", [make_model, with_experts], indirect=True)
 def test_assembled_model_has_the_weights_of_its_parts(
     parts: dict[str, Path], whole: InternVLChatModel
 ) -> None:

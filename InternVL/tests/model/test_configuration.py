@@ -275,3 +275,13 @@ def test_remote_code_language_model_is_rejected() -> None:
         ModelError, match=r"'InternLM2ForCausalLM'.*'internlm2'.*code from checkpoints is never run"
     ):
         config.build_llm_config()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"), [("gpt_oss", "num_local_experts"), ("deepseek_v3", "n_routed_experts")]
+)
+def test_mixture_of_experts_other_than_qwen3_is_rejected(model_type: str, key: str) -> None:
+    raw = published()
+    raw["llm_config"] |= {"model_type": model_type, key: 32}
+    with pytest.raises(ModelError, match=f"'{model_type}'.*only Qwen3 is supported"):
+        InternVLChatConfig.from_dict(raw).build_llm_config()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model.conftest import make_model
 from torch import nn
 from transformers import AttentionInterface
 
@@ -282,3 +283,9 @@ def test_a_layer_on_the_training_device_is_not_copied(tiny_model, monkeypatch):
     model = load(tiny_model, attn="spy")
     measure_activations(model, CPU)
     assert set(seen) == {model.language_model.get_decoder().layers[0].self_attn}
+
+
+def test_dynamic_rope_on_the_meta_device():
+    """All InternVL3 models have dynamic RoPE, whose forward pass does not run there."""
+    dynamic = make_model(llm={"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+    assert measure_activations(dynamic.to(META), META) == measure_activations(make_model().to(META), META)

@@ -4,11 +4,22 @@ transformers processes one record per call without packing, so that packing is t
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from helpers import assert_within_rounding, terms_of
-from model.conftest import CONTEXT, SHAPE, Record, make_model, make_record, pack, run_alone
+from model.conftest import (
+    CONTEXT,
+    SHAPE,
+    Record,
+    make_model,
+    make_record,
+    pack,
+    run_alone,
+    small_published_model,
+)
+from published_models import ARCHITECTURES
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from internvl_chat.model.io.hf_format import to_hf_config, to_hf_weights
@@ -33,9 +44,6 @@ MODELS: dict[str, Callable[[], InternVLChatModel]] = {
         )
     ),
     "normalised queries and keys": lambda: make_model(vision={"qk_normalization": True}),
-    "InternViT-6B's options": lambda: make_model(
-        vision={"qk_normalization": True, "norm_type": "rms_norm", "qkv_bias": False}
-    ),
     "RMS norms alone": lambda: make_model(vision={"norm_type": "rms_norm"}),
     "last layer but one": lambda: make_model(select_layer=-2),
     "first of three layers": lambda: make_model(
@@ -46,6 +54,7 @@ MODELS: dict[str, Callable[[], InternVLChatModel]] = {
     ),
     "tied head": lambda: make_model(llm={"tie_word_embeddings": True}),
     "Llama": lambda: make_model(llm={"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
+    **{name: partial(small_published_model, name) for name in ARCHITECTURES},
 }
 
 IMAGES = {"text only": (), "one image": (1,), "one image of tiles": (3,), "several images": (2, 1, 3)}
@@ -168,6 +177,19 @@ def test_greedy_continuations(images: tuple[int, ...]) -> None:
     found = model.language_model.generate(inputs_embeds=embeddings, **settings)[0]
     assert found.tolist() == expected.tolist()
     assert len(set(expected.tolist())) > 3, "a constant answer would agree whatever the models do"
+
+
+def test_dynamic_rope_beyond_the_trained_length() -> None:
+    """All InternVL3 models have this option, which affects records of more than 32,768 tokens."""
+    plain = make_model(llm={"max_position_embeddings": 16})
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    scaled = make_model(llm={"max_position_embeddings": 16, "rope_scaling": scaling})
+    other = transformers_model(scaled)
+    for text, changes in ((14, False), (15, True)):
+        record = make_record(text=text)  # text and two more tokens
+        found = run_alone(scaled, record)
+        assert_within_rounding(found, other(**arguments(record)).logits[0], terms_of(scaled))
+        assert torch.equal(found, run_alone(plain, record)) != changes
 
 
 def test_untied_head_in_transformers() -> None:

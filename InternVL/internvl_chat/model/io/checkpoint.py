@@ -9,6 +9,7 @@ from transformers.initialization import no_init_weights
 
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import find_base, load_adapter
+from internvl_chat.model.io.experts import split_experts, stack_experts
 from internvl_chat.model.io.folders import is_adapter, model_folder, read_config, write_config
 from internvl_chat.model.io.hf_format import from_hf_weights
 from internvl_chat.model.io.weights import Weights, assign_weights, read_weights, write_weights
@@ -17,10 +18,22 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.hashed_file import FileEntry
 
+# Modules of InternVL3.5-Flash that select the number of tokens of each tile.
+_RESOLUTION_ROUTER = ("pooling_before_gating.", "gating.", "mlp2.")
+
 
 def model_weights(folder: Path) -> Weights:
-    """Open the weights of a full model in any supported format, under the reference's parameter names."""
+    """Open the weights of a full model in any supported format, under the reference's parameter names.
+
+    Raises:
+        ModelError: a weight file is missing or damaged, or the model is an InternVL3.5-Flash.
+    """
     weights = read_weights(folder)
+    if any(name.removeprefix("model.").startswith(_RESOLUTION_ROUTER) for name in weights):
+        raise ModelError(
+            f"{folder}: InternVL3.5-Flash has a visual resolution router, which is not supported; use the "
+            "model of the same size without Flash in its name"
+        )
     if any(name.startswith(("model.vision_tower.", "vision_tower.")) for name in weights):
         return from_hf_weights(weights)
     return {unwrapped_name(name): read for name, read in weights.items()}
@@ -70,7 +83,7 @@ def load_model(
     model = empty_model(config, image_context_id, dtype, attn)
     ranks = {"llm_rank": config.use_llm_lora, "vision_rank": config.use_backbone_lora}
     add_lora(model, **ranks, dropout=lora_dropout)
-    assign_weights(model, weights, source=base_folder)
+    assign_weights(model, stack_experts(weights), source=base_folder)
     if is_adapter(folder):
         load_adapter(model, folder, dropout=lora_dropout)
     return model
@@ -114,11 +127,12 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = model.state_dict() if state_dict is None else state_dict
     shared: set[int] = set()
-    weights: Weights = {}
+    unique: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
         if tensor.data_ptr() not in shared or tensor.numel() == 0:
-            weights[name] = tensor.detach
+            unique[name] = tensor.detach()
         shared.add(tensor.data_ptr())
+    weights: Weights = {name: tensor.detach for name, tensor in split_experts(unique).items()}
     entries = write_weights(weights, folder)
     dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
     model.config.raw["torch_dtype"] = model.config.llm_config["torch_dtype"] = dtype

@@ -15,7 +15,7 @@ from internvl_chat.model.kernels.supervised_head import LastLayer, SupervisedHea
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Model types with pre-norm decoder layers, RMSNorm, and a linear head with unscaled logits.
-_SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def apply_kernels(
@@ -33,7 +33,8 @@ def apply_kernels(
     """
     llm = model.language_model
     if liger:
-        kernels = {"rope": True, "swiglu": True, "rms_norm": True}
+        # Liger's SwiGLU would replace the experts of a mixture of experts, which run in grouped products.
+        kernels = {"rope": True, "swiglu": llm.config.model_type != "qwen3_moe", "rms_norm": True}
         # The cross-entropy is computed by SupervisedHead.
         apply_liger_kernel(llm, kernels | {"cross_entropy": False, "fused_linear_cross_entropy": False})
     if llm.config.model_type not in _SUPPORTED:

@@ -26,7 +26,7 @@ class LastLayer(GradientCheckpointingLayer):
     """Pre-norm decoder layer whose MLP runs only at selected positions.
 
     Args:
-        layer: Llama, Mistral, Qwen2 or Qwen3 layer; its modules are reused, so parameter names do not change.
+        layer: Llama, Mistral or Qwen layer; its modules are reused, so parameter names do not change.
     """
 
     def __init__(self, layer: nn.Module) -> None:

@@ -30,11 +30,16 @@ _LLAMA_TARGETS = (
     "mlp.down_proj",
     "mlp.up_proj",
 )
+# The experts of a mixture of experts are not linear layers.
+_EXPERTS = "mlp.experts"
+_MOE_TARGETS = _LLAMA_TARGETS[:4]
 _PHI3_TARGETS = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
 
 
 def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
-    """Return the name suffixes of the linear layers to adapt (attention and MLP), as in the reference.
+    """Return the name suffixes of the linear layers to adapt, as in the reference: attention and MLP.
+
+    In a mixture of experts, only the attention is adapted.
 
     Raises:
         ModelError: the architecture is not supported.
@@ -43,6 +48,8 @@ def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
     for targets in (_LLAMA_TARGETS, _PHI3_TARGETS):
         if all(any(name.endswith(target) for name in names) for target in targets):
             return targets
+    if any(name.endswith(_EXPERTS) for name in names):
+        return _MOE_TARGETS
     raise ModelError(
         f"the LoRA targets of {type(language_model).__name__} are unknown; train the full model instead"
     )

@@ -7,17 +7,26 @@ import torch
 from helpers import assert_within_rounding, terms_of
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from internvl_chat.model.kernels.apply import apply_kernels, fuse_norms, has_supervised_head
 from internvl_chat.model.loss import next_token_losses
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "vocab_size": 29, "pad_token_id": 0}  # fmt: skip
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS = {
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
     "qwen2 tied": Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
+    "qwen3_moe": Qwen3MoeConfig(**SMALL, num_key_value_heads=2, head_dim=8, **EXPERTS),
     "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
 }
 CPU = torch.device("cpu")

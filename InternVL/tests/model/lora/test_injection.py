@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_within_rounding, terms_of
-from model.conftest import CONTEXT, make_model, make_record, pack, run_alone
+from model.conftest import CONTEXT, make_model, make_record, pack, run_alone, small_published_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
@@ -112,6 +112,14 @@ def test_targets_of_other_architectures() -> None:
     other = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8))
     with pytest.raises(ModelError, match="GPT2LMHeadModel are unknown"):
         llm_targets(other)
+
+
+def test_experts_have_no_adapters() -> None:
+    model = small_published_model("InternVL3.5-30B-A3B")
+    add_lora(model, llm_rank=4)
+    assert set(lora_layers(model)) == {
+        f"language_model.model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"
+    }
 
 
 # Output of adapters
