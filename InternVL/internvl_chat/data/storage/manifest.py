@@ -238,7 +238,6 @@ def tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
             for member in tar:
                 if member.isreg() and not member.issparse():
                     yield member
-                tar.members = []  # type: ignore[attr-defined]  # millions of members stay small
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"this tar file cannot be read: {error}", file=file) from None
 
