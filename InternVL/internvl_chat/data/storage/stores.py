@@ -29,7 +29,7 @@ from internvl_chat.data.storage.manifest import (
 from internvl_chat.data.storage.name_table import NameTable
 from internvl_chat.data.storage.transfer import FileState, download, file_state, list_files
 from internvl_chat.data.storage.urls import check_url, is_url
-from internvl_chat.utils.errors import M3LLMError
+from internvl_chat.utils.errors import M3LLMError, StorageError
 from internvl_chat.utils.files import atomic_path, sha256
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.paths import default_cache
@@ -135,7 +135,11 @@ class ImageStore(ABC):
         )
 
     def _fetch(
-        self, key: str, num_bytes: int, read: Callable[[], bytes], is_valid: Callable[[bytes], bool]
+        self,
+        key: str,
+        num_bytes: int,
+        read: Callable[[], bytes],
+        is_valid: Callable[[bytes], bool] = lambda _: True,
     ) -> bytes:
         """Return the content of an image from the cache, or else download it."""
         cache = image_cache()
@@ -180,12 +184,18 @@ class ObjectStore(ImageStore):
         state, url = self.state(name, retry=retry), f"{self.root}/{name}"
         if not state.num_bytes:
             return b""
-        try:
-            # The size is part of the request, so that a shorter answer is noticed and repeated.
-            read = functools.partial(download, url, 0, state.num_bytes, retry=retry)
-            return self._fetch(f"{url}\n{state.version}", state.num_bytes, read, lambda _: True)
-        except FileNotFoundError:
-            raise self._missing(name) from None
+
+        def read() -> bytes:
+            try:
+                content = download(url, 0, state.num_bytes, retry=retry)
+            except FileNotFoundError:
+                raise self._missing(name) from None
+            if len(content) == state.num_bytes:
+                return content
+            message = f"the image {url} has changed since it was listed; run the command again"
+            raise RecordError(message, kind="changed")
+
+        return self._fetch(f"{url}\n{state.version}", state.num_bytes, read)
 
     def contains(self, name: str) -> bool:
         """Return whether an image is listed or was requested."""
@@ -318,6 +328,8 @@ def fetch_file(url: str) -> Path:
     if not file.is_file() or file.stat().st_size != state.num_bytes:
         folder.mkdir(parents=True, exist_ok=True)
         content = download(url, 0, state.num_bytes) if state.num_bytes else b""
+        if len(content) != state.num_bytes:
+            raise StorageError(f"{url} has changed while it was downloaded; run the command again")
         with atomic_path(file) as partial:
             partial.write_bytes(content)
     return file

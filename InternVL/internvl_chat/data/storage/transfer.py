@@ -1,5 +1,6 @@
 """Requests to object storage, repeated with exponential backoff and jitter while it is unavailable."""
 
+import errno
 import hashlib
 import math
 import os
@@ -130,8 +131,8 @@ def _log_retry(name: str, state: "RetryCallState") -> None:
     )
 
 
-def download(url: str, start: int = 0, num_bytes: int | None = None, *, retry: bool = True) -> bytes:
-    """Return a file, or `num_bytes` of it from `start`, with one request.
+def download(url: str, start: int, num_bytes: int, *, retry: bool = True) -> bytes:
+    """Return `num_bytes` of a file from `start` with one request, or fewer if the file ends before.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -139,12 +140,12 @@ def download(url: str, start: int = 0, num_bytes: int | None = None, *, retry: b
     """
 
     def read() -> bytes:
-        if num_bytes is None:
-            return filesystem(url).cat_file(url)
-        content = filesystem(url).cat_file(url, start=start, end=start + num_bytes)
-        if len(content) != num_bytes:
-            raise OSError(f"{len(content):,} of {num_bytes:,} bytes received")
-        return content
+        try:
+            return filesystem(url).cat_file(url, start=start, end=start + num_bytes)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # the file ends before the range starts
+                return b""
+            raise
 
     return request(url, read, retry=retry)
 
