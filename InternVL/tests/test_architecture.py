@@ -32,7 +32,7 @@ LAYERS = {
         "sources",
         "encode",
         "record_set",
-        "index",
+        "index shard_writer",
         "dataset",
         "batching audit",
         "synthetic browse",
