@@ -161,7 +161,7 @@ def _read(file: Path, _num_bytes: int, _mtime_ns: int, location: str) -> ShardIn
     try:
         with file.open("rb") as stream:
             header = json.loads(stream.readline())
-            if header["format"] != _FORMAT or header["version"] != _VERSION:
+            if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
                 raise ValueError(f"its format is not version {_VERSION}")
             shards = [Shard(**shard) for shard in header["shards"]]
             names: list[str] = []
@@ -169,7 +169,7 @@ def _read(file: Path, _num_bytes: int, _mtime_ns: int, location: str) -> ShardIn
         if len(names) != header["images"]:
             raise ValueError(f"it has {len(names):,} of {header['images']:,} images")
         table = _make_table(names, rows)
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
             f"this manifest of shards is damaged: {error}; copy it again, or write the shards again with "
             "m3llm data shard",

@@ -27,7 +27,7 @@ from internvl_chat.data.storage.manifest import (
     read_manifest,
 )
 from internvl_chat.data.storage.name_table import NameTable
-from internvl_chat.data.storage.transfer import FileState, download, file_state, list_files
+from internvl_chat.data.storage.transfer import FileState, download, file_state, list_files, retry_seconds
 from internvl_chat.data.storage.urls import check_url, is_url
 from internvl_chat.utils.errors import M3LLMError, StorageError
 from internvl_chat.utils.files import atomic_path, sha256
@@ -294,6 +294,7 @@ def open_root(root: Path | str) -> Path | ImageStore:
 
 @functools.lru_cache(maxsize=64)
 def _open_url(root: str) -> ImageStore:
+    image_cache(), retry_seconds()  # report invalid settings here, not in a dataloader worker
     try:
         manifest = fetch_file(f"{root}/{MANIFEST}")
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from internvl_chat.data.storage.urls import filesystem, redact
 from internvl_chat.utils.errors import M3LLMError, StorageError, UsageError
 from internvl_chat.utils.logging import get_logger
+from internvl_chat.utils.text import counted
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -112,9 +113,12 @@ def _describe(name: str, error: Exception, statistics: Mapping[str, Any]) -> str
             f"{name} cannot be read: {reason}; check the URL, and the credentials in the environment or in "
             "the profile, then run the same command again"
         )
-    attempts, seconds = statistics["attempt_number"], statistics["delay_since_first_attempt"]
+    attempts, seconds = (
+        counted(statistics["attempt_number"], "attempt"),
+        statistics["delay_since_first_attempt"],
+    )
     return (
-        f"{name} cannot be read after {attempts} attempts in {seconds:.0f} s: {reason}; check the network "
+        f"{name} cannot be read after {attempts} in {seconds:.0f} s: {reason}; check the network "
         "and the storage, then run the same command again (training resumes from the newest checkpoint). "
         "M3LLM_RETRY_SECONDS sets how long requests are repeated"
     )

@@ -1,5 +1,6 @@
 """Images in shards and object storage, as records use them."""
 
+import dataclasses
 import multiprocessing
 import pickle
 import shutil
@@ -10,7 +11,12 @@ import pytest
 from data.storage.test_manifest import IMAGES, write_tar
 from small_sets import encoder, image_record, noise, write_lines
 
-from internvl_chat.data.dataset import build_sets
+from internvl_chat.data.audit.benchmark_files import read_benchmark
+from internvl_chat.data.audit.contamination import find_leaks
+from internvl_chat.data.batching.collator import PackDataset
+from internvl_chat.data.browse.pictures import thumbnail
+from internvl_chat.data.browse.record_view import view_record
+from internvl_chat.data.dataset import SampleIndex, TrainingData, build_sets
 from internvl_chat.data.index import build
 from internvl_chat.data.index.build import index_records
 from internvl_chat.data.record_set import RecordSet
@@ -20,7 +26,7 @@ from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.storage import stores
 from internvl_chat.data.storage.stores import ObjectStore, ShardStore, fetch_file, open_root, parse_root
-from internvl_chat.utils.errors import DataError, StorageError
+from internvl_chat.utils.errors import DataError, StorageError, UsageError
 
 NAMES = [f"PMC{number}/fig.{kind}" for number, kind in enumerate(("png", "jpg", "webp", "jpg"))]
 RECORDS = [
@@ -87,6 +93,19 @@ class TestLocate:
 class TestShards:
     def test_same_as_folder(self, figures, sharded):
         assert content_of(sharded) == content_of(figures)
+
+    def test_pages_and_contamination(self, figures, sharded, tmp_path):
+        extra = [image_record(0, NAMES[0], preview_file=NAMES[1]), image_record(1, "PMC9/no.jpg")]
+        spec = dataclasses.replace(sharded, annotation=write_lines(tmp_path / "extra.jsonl", extra))
+        records = RecordSet(spec, encoder())
+        assert [kind for kind, _ in records.check(0).warnings] == ["ignored file"]
+        assert view_record(records, 0).images[0].size == (40, 30)
+        assert thumbnail(records, 0, 0).startswith(b"\xff\xd8")
+        assert [problem.kind for problem in view_record(records, 1).problems] == ["image missing"]
+        shutil.copy(figures.root / NAMES[0], tmp_path / "copy.png")
+        for benchmark in (tmp_path / "copy.png", sharded.root.parent / "meta.json"):
+            leaks = find_leaks([records], read_benchmark([benchmark], tmp_path))
+            assert {leak.kind for leak in leaks if leak.index == 0} >= {"same image"}
 
     def test_hand_made_shards(self, figures, tmp_path):
         folder = tmp_path / "tars"
@@ -202,6 +221,11 @@ class TestObjects:
             image.read()
         assert caught.value.kind == "changed"
 
+    def test_invalid_settings(self, s3, monkeypatch):
+        monkeypatch.setenv("M3LLM_CACHE_GB", "-1")
+        with pytest.raises(UsageError, match="M3LLM_CACHE_GB is '-1'"):
+            open_root("s3://figures/settings")
+
     def test_unavailable_storage_is_not_a_bad_record(self, s3, figures, monkeypatch):
         monkeypatch.setenv("M3LLM_RETRY_SECONDS", "0")
         root = s3.upload(figures.root, "gone")
@@ -211,6 +235,8 @@ class TestObjects:
             records.check(0)
         with pytest.raises(StorageError, match="refused"):
             index_records([records])
+        packs = PackDataset(TrainingData([records], max_bad_fraction=1.0))
+        assert isinstance(packs[[SampleIndex(0, 0)]], StorageError)  # not skipped
 
 
 def _fail(message, *_, **__):
