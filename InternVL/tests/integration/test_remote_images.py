@@ -62,6 +62,18 @@ def test_shards(small_run, shards, undisturbed, tmp_path, metrics):
     same_run(tmp_path / "run", undisturbed(), metrics)
 
 
+def test_resume_with_shards(small_run, shards, undisturbed, tmp_path, metrics):
+    """A run that started with images from a folder resumes with shards."""
+    checkpoint = undisturbed() / "checkpoint-4"
+    meta = shards / "augmented.json"
+    arguments = small_run(
+        tmp_path / "run", meta_path=meta, max_steps=STEPS, resume_from_checkpoint=checkpoint
+    )
+    assert train(arguments) == 0
+    expected = [(row["step"], row["loss"]) for row in metrics(undisturbed())]
+    assert [(row["step"], row["loss"]) for row in metrics(tmp_path / "run")] == expected[4:]
+
+
 @pytest.mark.slow
 def test_outage(small_run, augmented, undisturbed, sample_data, server, tmp_path, metrics):
     """The server dies during training; the run fails after retries, and resumes when the server is back."""
