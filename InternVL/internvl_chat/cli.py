@@ -15,7 +15,7 @@ from types import ModuleType
 from internvl_chat import __version__
 from internvl_chat.commands import compare, doctor, export, merge, parity, report, tiny_model
 from internvl_chat.commands import eval as evaluate
-from internvl_chat.commands.data import browse, check, inspect, sample_data
+from internvl_chat.commands.data import browse, check, inspect, sample_data, shard
 from internvl_chat.commands.inference import chat, generate, loss, serve, web
 from internvl_chat.train.flag_help import add_flags
 from internvl_chat.utils.errors import M3LLMError
@@ -29,6 +29,8 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
      "m3llm data inspect PMC-data.json --model OpenGVLab/InternVL3-8B --limit 3"),
     ("data browse", browse, "Page through the records as the model sees them, in a web browser.",
      "m3llm data browse PMC-data.json --model OpenGVLab/InternVL3-8B"),
+    ("data shard", shard, "Write the images to tar shards, for shared file systems and object storage.",
+     "m3llm data shard PMC-data.json /data/pmc-shards"),
     ("loss", loss, "Compute the teacher-forced loss of each record and dataset.",
      "m3llm loss PMC-data.json --model work_dirs/run --limit 100 --json"),
     ("eval", evaluate, "Evaluate on PMC-MI-Bench or another benchmark, or with exact match on a meta file.",

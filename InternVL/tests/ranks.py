@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,12 @@ def _run_rank(rank, world_size, port, answers, process_group, function, argument
         answers.put((rank, None, traceback.format_exc()))
 
 
-def run_training(*argv: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def run_training(
+    *argv: str, ranks: int = 1, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Run the training script on new processes; return the highest exit code and the output of all ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        codes = run_ranks(ranks, _train, argv, folder, process_group=False)
+        codes = run_ranks(ranks, _train, argv, folder, dict(environment or {}), process_group=False)
         outputs = [
             "".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(ranks))
             for name in ("out", "err")
@@ -93,8 +95,9 @@ def run_training(*argv: str, ranks: int = 1) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(argv, max(codes), *outputs)
 
 
-def _train(argv, folder):
+def _train(argv, folder, environment):
     """Run the training script on this rank, with its output in files; return the exit code."""
+    os.environ |= environment
     from internvl_chat.train.internvl_chat_finetune import main
 
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):

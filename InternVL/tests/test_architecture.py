@@ -26,7 +26,17 @@ LAYERS = {
         "commands",
         "cli",
     ),
-    "data": ("sources", "encode", "record_set", "index", "dataset", "batching audit", "synthetic browse"),
+    "data": (
+        "sources.problems",
+        "storage",
+        "sources",
+        "encode",
+        "record_set",
+        "index shard_writer",
+        "dataset",
+        "batching audit",
+        "synthetic browse",
+    ),
     "model": (
         "configuration loss projector kernels.cross_entropy",
         "kernels.supervised_head",
@@ -210,6 +220,7 @@ def test_package_imports_no_optional_library_by_itself():
     """Modules import optional libraries only inside functions, except the web applications."""
     optional = {"deepspeed", "wandb", "flash_attn", "timm", "matplotlib"}
     optional |= {"nltk", "rouge", "bert_score", "sentence_transformers", "sklearn", "pyarrow"}
+    optional |= {"boto3", "fsspec", "s3fs", "tenacity"}
     optional |= {"fastapi", "jinja2", "plotly", "prompt_toolkit", "starlette", "uvicorn"}
     for name, path in MODULES.items():
         if name.startswith(WEB_APPLICATIONS):

@@ -44,8 +44,9 @@ def add_data_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_root", default=data_root(), type=Path,
         help="base folder of relative paths in the meta file (default: $DATA_ROOT, or the "
         "repository)")  # fmt: skip
-    parser.add_argument("--image_root", type=Path, metavar="DIR",
-        help="folder of the images, if META is an annotation file instead of a meta file")  # fmt: skip
+    parser.add_argument("--image_root", metavar="DIR",
+        help="folder, shards or URL of the images, if META is an annotation file instead of a meta "
+        "file")  # fmt: skip
 
 
 def add_tile_limit(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordKey, RecordSet, Sample
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.skip_policy import ExcludedRecord, SkipBudget
-from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.errors import DataError, StorageError
 
 
 class SampleIndex(NamedTuple):
@@ -109,7 +109,7 @@ class TrainingData(Dataset):
         usable = self._usable[set_number]
         return set_number, int(usable[(index - int(self._bounds[set_number])) % len(usable)])
 
-    def __getitem__(self, sample_index: SampleIndex) -> tuple[Sample, bool] | DataError:
+    def __getitem__(self, sample_index: SampleIndex) -> tuple[Sample, bool] | DataError | StorageError:
         """Load a record; return it and whether it contributes to the loss.
 
         Errors are returned instead of raised, because a dataloader worker would add its traceback.
@@ -119,7 +119,7 @@ class TrainingData(Dataset):
         try:
             sample = self.sets[set_number].load(index, rng)
             self._check_lengths(set_number, index, sample)
-        except DataError as error:
+        except (DataError, StorageError) as error:
             return error
         return sample, sample_index.counts
 

@@ -5,9 +5,9 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -16,6 +16,7 @@ from internvl_chat.data.sources.image_content import ImageOptions, content_warni
 from internvl_chat.data.sources.images import (
     ImageFile,
     ImageInfo,
+    ImageLocation,
     check_decoding,
     decode_image,
     image_info,
@@ -27,7 +28,8 @@ from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.problems import Problem, RecordError, printable_id, printable_message
 from internvl_chat.data.sources.record_warnings import record_warnings
 from internvl_chat.data.sources.records import Record, parse_record
-from internvl_chat.utils.errors import DataError
+from internvl_chat.data.storage.stores import ImageStore, ObjectStore, StoredImage, open_root
+from internvl_chat.utils.errors import DataError, StorageError
 from internvl_chat.utils.files import file_sha256
 from internvl_chat.utils.logging import get_logger
 
@@ -80,7 +82,8 @@ class RecordSet:
         encoder: encoder with the run's options; the entry's tile limit takes precedence.
 
     Raises:
-        DataError: the annotation file cannot be used; see `RecordFile`.
+        DataError: the annotation file or the shards cannot be used; see `RecordFile` and `open_root`.
+        StorageError: object storage is unavailable.
     """
 
     def __init__(self, spec: DatasetSpec, encoder: RecordEncoder) -> None:
@@ -88,6 +91,7 @@ class RecordSet:
         preprocessing = encoder.preprocessing.with_tile_limit(spec.max_dynamic_patch)
         self.encoder = RecordEncoder(encoder.tokenizer, preprocessing, truncate_text=encoder.truncate_text)
         self.file = RecordFile(spec.annotation)
+        self.root = open_root(spec.root)
         if spec.length is not None and spec.length != len(self.file):
             logger.warning(
                 "dataset %s: 'length' is %d, but %s has %d records",
@@ -142,11 +146,16 @@ class RecordSet:
 
     @contextmanager
     def _errors_of(self, index: int, record_id: object) -> Iterator[None]:
-        """Convert a `RecordError` to a `DataError` with the record's file, line and id."""
+        """Convert a `RecordError` to a `DataError` with the record's file, line and id.
+
+        A `StorageError` remains one, so that no caller takes the record for unusable.
+        """
         try:
             yield
         except RecordError as error:
             raise self.error(index, str(error), record_id, error.kind) from None
+        except StorageError as error:
+            raise StorageError(str(self.error(index, str(error), record_id))) from None
         except RecursionError:
             raise self.error(index, "JSON is nested too deeply", record_id, "json") from None
 
@@ -202,7 +211,7 @@ class RecordSet:
             0 if record.id is None else _hash(record.id),
             _hash(repr((record.messages, [str(path) for path in paths]))),
             list(self._warnings(raw, record, infos, transparent)),
-            tuple(ImageFile(name, info.num_bytes, info.mtime_ns) for name, info in images),
+            tuple(ImageFile(name, info.num_bytes, info.version) for name, info in images),
         )
 
     def warnings(self, index: int) -> list[Problem]:
@@ -230,7 +239,7 @@ class RecordSet:
         """Yield each warning about a record and its images as (kind, message)."""
         escaped = self.encoder.preprocessing.escape_control_tokens
         contents = [info.content for info in infos]
-        yield from record_warnings(raw, record, self.spec.root, escaped=escaped)
+        yield from record_warnings(raw, record, self.root, escaped=escaped)
         yield from content_warnings(record.images, contents, self._image_options, transparent)
 
     @property
@@ -270,13 +279,30 @@ class RecordSet:
         with self._errors_of(index, record.id):
             return [decode_image(path, self._image_options) for path in self.image_paths(record)]
 
-    def image_paths(self, record: Record) -> list[Path]:
-        """Return the paths to a record's images.
+    def image_paths(self, record: Record) -> list[ImageLocation]:
+        """Return the locations of a record's images.
 
         Raises:
             RecordError: an image path is invalid; see `locate_image`.
         """
-        return [locate_image(self.spec.root, name) for name in record.images]
+        return [locate_image(self.root, name) for name in record.images]
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Download the images of records in object storage into the cache; unusable records are ignored."""
+        if isinstance(self.root, ImageStore):
+            self.root.prefetch(name for index in indices for name in self._image_names(index))
+
+    def remember_images(self, names: Sequence[str], states: np.ndarray) -> None:
+        """Use sizes and versions from the index, (N, 2) int64, instead of a request per image."""
+        if isinstance(self.root, ObjectStore):
+            self.root.remember(names, states)
+
+    def _image_names(self, index: int) -> list[str]:
+        try:
+            paths = self.image_paths(self.record(index))
+        except (DataError, RecordError):
+            return []
+        return [path.name for path in paths if isinstance(path, StoredImage)]
 
     def _log_losses(self, index: int, record: Record, lengths: RecordLengths) -> None:
         """Log the tiles and tokens that were removed to fit `max_seq_length`."""

@@ -15,6 +15,7 @@ from internvl_chat.constants import MAX_TILES
 from internvl_chat.data.encode.tokenizer import load_tokenizer
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.data.sources.meta import DatasetSpec, load_meta
+from internvl_chat.data.storage.stores import open_root
 from internvl_chat.model.attention import resolve_attention
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.io.adapter import find_base, read_base
@@ -344,7 +345,7 @@ def _compare_with(
 
 
 def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list[DatasetSpec]:
-    """Return the datasets of a meta file after indexing their annotation files; [] if `meta` is None.
+    """Return the datasets of a meta file, whose files and images can be opened; [] if `meta` is None.
 
     Raises:
         DataError: a file is invalid; the message starts with `prefix` and lists all problems.
@@ -357,6 +358,7 @@ def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list
         for spec in specs:
             try:
                 RecordFile(spec.annotation)
+                open_root(spec.root)
             except DataError as error:
                 problems.append(f"dataset {spec.name}: {error}")
         if problems:

@@ -173,7 +173,8 @@ class DataArguments:
     max_bad_fraction: float = _data(0.01, "Maximum fraction of records to exclude with --on_bad_record skip.")
     truncate_text: bool = _data(False, "Truncate records that are too long even with one tile per image.")
     image_root: str | None = _data(
-        None, "Folder of the images, if --meta_path is an annotation file instead of a meta file."
+        None,
+        "Folder, shards or URL of the images, if --meta_path is an annotation file instead of a meta file.",
     )
     image_background: str = _data(
         "none",

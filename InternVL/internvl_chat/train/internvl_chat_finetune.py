@@ -69,7 +69,7 @@ from internvl_chat.train.setup import (
 )
 from internvl_chat.train.validation import validation_specs
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import DataError, M3LLMError, TrainingError, UsageError
+from internvl_chat.utils.errors import DataError, M3LLMError, StorageError, TrainingError, UsageError
 from internvl_chat.utils.files import JsonLinesFile, write_json
 from internvl_chat.utils.logging import configure_logging, get_logger
 from internvl_chat.utils.text import counted
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_exit(train(parse_arguments(tokens)))
     except M3LLMError as error:
         # Problems with the flags or the model are the same on all ranks; others may occur on one rank only.
-        if distributed.local_rank() == 0 or isinstance(error, DataError | TrainingError):
+        if distributed.local_rank() == 0 or isinstance(error, DataError | StorageError | TrainingError):
             logger.error("%s", error)
         return error.exit_code
     except RuntimeError as error:

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.constants import SYSTEM_TEXTS
@@ -22,6 +23,7 @@ from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.data.sources.skip_policy import ExcludedRecord
+from internvl_chat.data.storage.stores import ObjectStore
 from internvl_chat.model.assemble import assemble_model, assembled_config
 from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.flops import FlopCounter
@@ -49,6 +51,8 @@ logger = get_logger(__name__)
 _MAX_LOGGED = 20
 # Validation records that each rank loads at a time.
 _EVAL_RECORDS = 32
+# Names of images, and their size and version, (N, 2) int64.
+ImageStates: TypeAlias = tuple[list[str], np.ndarray]
 
 
 def adapter_base(plan: RunPlan) -> str | None:
@@ -191,10 +195,13 @@ def load_records(
     splits = encoder.preprocessing.dynamic_image_size
     if splits and len(set(limits.values())) > 1:
         logger.warning("tile limits differ between datasets (%s); the checkpoint stores the largest", limits)
-    lengths, excluded, digests, image_digests = distributed.run_on_rank_0(
+    lengths, excluded, digests, image_digests, states = distributed.run_on_rank_0(
         lambda: _check_records(sets, config, resumed_exclusions)
     )
     _compare_nodes(sets, digests)
+    for records, known in zip(sets, states, strict=True):
+        if known is not None:
+            records.remember_images(*known)
     skip = config.data.on_bad_record == "skip"
     data = TrainingData(
         sets,
@@ -292,12 +299,12 @@ def build_validation(
 
 def _check_records(
     sets: Sequence[RecordSet], config: TrainConfig, resumed_exclusions: Sequence[tuple[str, int]] | None
-) -> tuple[list[Lengths], list[ExcludedRecord], list[str], list[str]]:
+) -> tuple[list[Lengths], list[ExcludedRecord], list[str], list[str], list[ImageStates | None]]:
     """Run the data check. A resumed run excludes the same records as before.
 
     Returns:
-        Record lengths (per dataset), excluded records, digests of the annotation files (per dataset), and
-        digests of the image files (per dataset).
+        Record lengths (per dataset), excluded records, digests of the annotation files (per dataset),
+        digests of the image files (per dataset), and what `RecordSet.remember_images` needs (per dataset).
     """
     lengths, excluded, manifests = check_before_training(
         sets,
@@ -314,7 +321,11 @@ def _check_records(
         manifest.digest({record.index for record in excluded if record.dataset == records.spec.name})
         for records, manifest in zip(sets, manifests, strict=True)
     ]
-    return lengths, excluded, [records.digest() for records in sets], image_digests
+    states = [
+        (manifest.names, manifest.states) if isinstance(records.root, ObjectStore) else None
+        for records, manifest in zip(sets, manifests, strict=True)
+    ]
+    return lengths, excluded, [records.digest() for records in sets], image_digests, states
 
 
 def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatModel, steps: int) -> Strategy:

@@ -19,6 +19,7 @@ from internvl_chat.data.batching.dataloader import DataLoaderOptions
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources.images import ImageLocation
 from internvl_chat.data.sources.meta import DatasetSpec
 from internvl_chat.inference.engine import Engine, Prompt, Reply, last_question
 from internvl_chat.inference.token_losses import pack_losses
@@ -27,7 +28,7 @@ from internvl_chat.metrics.rouge import rouge
 from internvl_chat.model.loss import token_weight
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.errors import DataError, StorageError
 
 _MAX_NEW_TOKENS = 256
 
@@ -92,13 +93,18 @@ class ValidationResult(NamedTuple):
 
 
 def _sample_row(
-    records: RecordSet, index: int, prompt: Prompt, reference: str, answer: Reply, images: Sequence[Path]
+    records: RecordSet,
+    index: int,
+    prompt: Prompt,
+    reference: str,
+    answer: Reply,
+    images: Sequence[ImageLocation],
 ) -> dict[str, Any]:
     """Return the row of an answer in `samples.jsonl`, without the step."""
     return {
         "dataset": records.spec.name,
         "index": index,
-        "images": [str(path.absolute()) for path in images],
+        "images": [str(path.absolute() if isinstance(path, Path) else path) for path in images],
         "question": prompt.messages[-1].content,
         "reference": reference,
         "answer": str(answer),
@@ -163,12 +169,12 @@ class Validation:
         )
 
     def _add_losses(
-        self, model: InternVLChatModel, packs: Iterable[Pack | DataError], sums: torch.Tensor
+        self, model: InternVLChatModel, packs: Iterable[Pack | DataError | StorageError], sums: torch.Tensor
     ) -> None:
         """Compute the loss of each record; add it, with weight and counts, to the sums of the dataset."""
         numbers = {records.spec.name: number for number, records in enumerate(self.data.sets)}
         for pack in packs:
-            if isinstance(pack, DataError):
+            if isinstance(pack, DataError | StorageError):
                 raise pack
             losses = pack_losses(model, pack, self.normalization)
             for key, counts, record_losses in zip(pack.keys, pack.counts.tolist(), losses, strict=True):

@@ -48,6 +48,10 @@ class DataError(M3LLMError):
         return f"{location}: {self.message}" if location else self.message
 
 
+class StorageError(M3LLMError):
+    """Object storage is unavailable or denies access; this says nothing about the records stored there."""
+
+
 class UsageError(M3LLMError):
     """The command line is invalid; the message lists all problems."""
 

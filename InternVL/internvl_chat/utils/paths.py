@@ -1,9 +1,10 @@
-"""Repository root, and the default base folder for relative paths in meta files.
+"""Repository root, default base folder for relative paths in meta files, and folders of this program.
 
 If the package is not run from the repository, the current folder takes the place of the repository root.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -22,3 +23,15 @@ def state_folder() -> Path:
         RuntimeError: the user has no home folder.
     """
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "m3llm"
+
+
+def default_cache() -> Path:
+    """Return the cache folder: `$M3LLM_CACHE`, `$XDG_CACHE_HOME/m3llm`, or `~/.cache/m3llm`."""
+    if folder := os.environ.get("M3LLM_CACHE"):
+        return Path(folder).expanduser()
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "m3llm"
+    try:
+        return Path("~/.cache/m3llm").expanduser()
+    except RuntimeError:  # no home directory, as in some containers
+        return Path(tempfile.gettempdir()) / "m3llm"

@@ -19,6 +19,7 @@ COMMANDS = [
     "data check",
     "data inspect",
     "data browse",
+    "data shard",
     "loss",
     "eval",
     "eval compare",

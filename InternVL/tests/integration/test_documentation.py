@@ -48,6 +48,8 @@ ELSEWHERE = (
     "m3llm parity work_dirs/merged --endpoint http://localhost:8000",
     # A server: commands/test_browse.py.
     "m3llm data browse InternVL/internvl_chat/shell/data/PMC-data.json --model /models/InternVL3-8B",
+    # data/test_shard_writer.py
+    "m3llm data shard InternVL/internvl_chat/shell/data/PMC-data.json work_dirs/shards",
     "pre-commit install",
     "python InternVL/docs/make_flags.py",
     # test_containers.py

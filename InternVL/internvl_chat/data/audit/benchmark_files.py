@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from internvl_chat.data.sources.images import open_image
+from internvl_chat.data.sources.images import ImageLocation, open_image
 from internvl_chat.data.sources.jsonl import RecordFile
 from internvl_chat.data.sources.meta import load_meta
 from internvl_chat.data.sources.problems import Problem, RecordError, printable_message
+from internvl_chat.data.storage.stores import ImageStore, open_root
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.files import is_file
 
@@ -45,7 +46,7 @@ class Benchmark:
     """
 
     articles: dict[str, str] = field(default_factory=dict)
-    images: list[Path] = field(default_factory=list)
+    images: list[ImageLocation] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -96,7 +97,7 @@ class _BenchmarkReader:
     def __init__(self, data_root: Path) -> None:
         self.benchmark = Benchmark()
         self._data_root = data_root
-        self._images: set[Path] = set()
+        self._images: set[ImageLocation] = set()
         self._not_found: set[str] = set()
         self._embedded: Counter[Path] = Counter()
 
@@ -133,7 +134,7 @@ class _BenchmarkReader:
     def _warn(self, file: Path, message: str, line: int | None = None) -> None:
         self.benchmark.problems.append(not_compared(file, message, line))
 
-    def _add_image(self, file: Path) -> None:
+    def _add_image(self, file: ImageLocation) -> None:
         if file in self._images:
             return
         self._images.add(file)
@@ -149,13 +150,13 @@ class _BenchmarkReader:
         if file.suffix.lower() == ".json" and (content := _read_object(file)) is not None:
             if content and all(isinstance(v, dict) and "annotation" in v for v in content.values()):
                 for spec in load_meta(file, self._data_root):
-                    self._read_records(spec.annotation, [spec.root])
+                    self._read_records(spec.annotation, [open_root(spec.root)])
             else:
                 self._read_item(file, None, json.dumps(content).encode(), content, _image_folders(file))
         else:
             self._read_records(file, _image_folders(file))
 
-    def _read_records(self, file: Path, folders: Sequence[Path]) -> None:
+    def _read_records(self, file: Path, folders: Sequence[Path | ImageStore]) -> None:
         records = RecordFile(file)
         for i in range(len(records)):
             self._read_item(file, records.line(i), records.read(i), records[i], folders)
@@ -173,7 +174,7 @@ class _BenchmarkReader:
             raise DataError(f"cannot be read: {error.strerror}", file=file) from None
 
     def _read_item(
-        self, file: Path, line: int | None, content: bytes, item: Any, folders: Sequence[Path]
+        self, file: Path, line: int | None, content: bytes, item: Any, folders: Sequence[Path | ImageStore]
     ) -> None:
         """Add the articles and images named in a record or line.
 
@@ -182,7 +183,7 @@ class _BenchmarkReader:
         self._add_articles(content, str(file) if line is None else f"{file}, line {line}")
         self._embedded[file] += len(_BASE64_IMAGE.findall(content))
         for name in _image_names(item):
-            image = next((path for folder in folders if is_file(path := folder / name)), None)
+            image = next((found for folder in folders if (found := _find_image(folder, name))), None)
             if image is not None:
                 self._add_image(image)
             elif name not in self._not_found:
@@ -192,6 +193,17 @@ class _BenchmarkReader:
 
 def _raise_unreadable(error: OSError) -> NoReturn:
     raise DataError(f"cannot be read: {error.strerror}", file=error.filename) from None
+
+
+def _find_image(folder: Path | ImageStore, name: str) -> ImageLocation | None:
+    if isinstance(folder, Path):
+        return path if is_file(path := folder / name) else None
+    image = folder.image(name)
+    try:
+        image.state()
+    except RecordError:
+        return None
+    return image
 
 
 def _image_folders(file: Path) -> list[Path]:

@@ -115,14 +115,15 @@ def audit(
 def open_readable_sets(
     specs: Sequence[DatasetSpec], encoder: RecordEncoder
 ) -> tuple[list[RecordSet], list[Problem]]:
-    """Open the datasets whose annotation file can be read; return them, and a problem for each other one."""
+    """Open the datasets whose files can be read; return them, and a problem for each other one."""
     opened, problems = [], []
     for spec in specs:
         try:
             opened.append(RecordSet(spec, encoder))
         except DataError as error:
             location = (spec.name, None, spec.annotation, error.line, None)
-            problems.append(Problem(*location, error.kind, error.message))
+            message = error.message if error.file == spec.annotation else str(error)
+            problems.append(Problem(*location, error.kind, message))
     return opened, problems
 
 

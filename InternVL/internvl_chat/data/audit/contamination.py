@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +14,9 @@ from tqdm import tqdm
 from internvl_chat.data.audit.benchmark_files import Benchmark, find_articles, not_compared
 from internvl_chat.data.audit.image_hash import Fingerprint, fingerprint, near_pairs, similarity
 from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources.images import ImageLocation
 from internvl_chat.data.sources.problems import Problem, RecordError, printable_id, printable_message
+from internvl_chat.data.storage.stores import StoredImage
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.hardware import cpu_cores
 
@@ -52,20 +54,24 @@ def find_leaks(
         workers: number of processes that hash images; by default up to one per core, depending on the number
             of images.
     """
-    numbers: dict[Path, int] = {}
+    numbers: dict[ImageLocation, int] = {}
     contents = list(_read_contents(sets, benchmark, numbers))
     images = list(numbers)
     fingerprints = _fingerprints([*benchmark.images, *images], workers)
     matches = _match_images(images, benchmark.images, fingerprints)
     unread = [
-        not_compared(image, problem) for image in benchmark.images if (problem := fingerprints[image].problem)
+        not_compared(Path(image.name), f"{image}: {problem}")
+        if isinstance(image, StoredImage)
+        else not_compared(image, problem)
+        for image in benchmark.images
+        if (problem := fingerprints[image].problem)
     ]
     leaks = (_leaks(sets[content.dataset], content, benchmark, matches) for content in contents)
     return [*benchmark.problems, *unread, *chain.from_iterable(leaks)]
 
 
 def _read_contents(
-    sets: Sequence[RecordSet], benchmark: Benchmark, numbers: dict[Path, int]
+    sets: Sequence[RecordSet], benchmark: Benchmark, numbers: dict[ImageLocation, int]
 ) -> Iterator[_Content]:
     """Yield the benchmark articles and the image numbers of each record.
 
@@ -94,7 +100,7 @@ def _read_contents(
                     yield _Content(dataset, index, printable_id(record.id), shared, images)
 
 
-def _fingerprints(paths: Sequence[Path], workers: int | None) -> dict[Path, Fingerprint]:
+def _fingerprints(paths: Sequence[ImageLocation], workers: int | None) -> dict[ImageLocation, Fingerprint]:
     distinct = list(dict.fromkeys(paths))
     if workers is None:
         workers = min(cpu_cores(), 16, len(distinct) // _IMAGES_PER_WORKER)
@@ -105,16 +111,21 @@ def _fingerprints(paths: Sequence[Path], workers: int | None) -> dict[Path, Fing
     return dict(zip(distinct, hashes, strict=True))
 
 
-def _hash_images(paths: Sequence[Path], workers: int) -> Iterator[Fingerprint]:
+def _hash_images(paths: Sequence[ImageLocation], workers: int) -> Iterator[Fingerprint]:
     if workers <= 1:
         yield from map(fingerprint, paths)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(fingerprint, paths, chunksize=32)
+    elif any(isinstance(path, StoredImage) for path in paths):
+        with ThreadPoolExecutor(workers) as threads:  # processes would copy the list of all images
+            yield from threads.map(fingerprint, paths)
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield from pool.map(fingerprint, paths, chunksize=32)
 
 
 def _match_images(
-    training: Sequence[Path], benchmark: Sequence[Path], fingerprints: dict[Path, Fingerprint]
+    training: Sequence[ImageLocation],
+    benchmark: Sequence[ImageLocation],
+    fingerprints: dict[ImageLocation, Fingerprint],
 ) -> dict[int, tuple[str, str]]:
     """Return the (kind, message) of each matching training image, keyed by its number."""
     matches: dict[int, tuple[str, str]] = {}

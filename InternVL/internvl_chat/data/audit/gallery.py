@@ -3,12 +3,13 @@
 import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from internvl_chat.data.audit.checks import Audit
 from internvl_chat.data.record_set import RecordSet
+from internvl_chat.data.sources.images import ImageLocation
 from internvl_chat.data.sources.preview import jpeg_preview
 from internvl_chat.data.sources.problems import LEAKS, Problem, RecordError
+from internvl_chat.data.storage.stores import ImageStore
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.html import html_image
 
@@ -42,7 +43,7 @@ def gallery(problems: Sequence[Problem], audit: Audit) -> str:
         audit: audit that contains the records.
     """
     opened = {records.spec.name: records for records in audit.opened}
-    figures: dict[Path, str] = {}
+    figures: dict[ImageLocation, str] = {}
     for problem in problems:
         if problem.kind not in KINDS_WITH_IMAGES or len(figures) >= MAX_PER_KIND:
             break
@@ -52,7 +53,9 @@ def gallery(problems: Sequence[Problem], audit: Audit) -> str:
     return f"<div class='gallery'>{''.join(figures.values())}</div>" if figures else ""
 
 
-def _affected_images(problem: Problem, opened: Mapping[str, RecordSet]) -> Iterator[tuple[str, Path]]:
+def _affected_images(
+    problem: Problem, opened: Mapping[str, RecordSet]
+) -> Iterator[tuple[str, ImageLocation]]:
     """Yield (name, path) of the images to show: those named in the message, or else the record's first."""
     records = opened.get(problem.dataset)
     if records is None or problem.index is None:
@@ -61,7 +64,8 @@ def _affected_images(problem: Problem, opened: Mapping[str, RecordSet]) -> Itera
         names = records.record(problem.index).images
     except DataError:
         return
-    images = [(name, records.spec.root / name) for name in names]
+    root = records.root
+    images = [(name, root.image(name) if isinstance(root, ImageStore) else root / name) for name in names]
     named = [image for image in images if _is_named(image[0], problem.message)]
     yield from (named or images)[:MAX_PER_RECORD]
 
@@ -71,7 +75,7 @@ def _is_named(name: str, message: str) -> bool:
     return re.search(rf"(^|[\s/]){re.escape(name)}(\s|$)", message) is not None
 
 
-def _figure(problem: Problem, name: str, path: Path) -> str:
+def _figure(problem: Problem, name: str, path: ImageLocation) -> str:
     try:
         shown = html_image(jpeg_preview(path, _PIXELS), "jpeg", name)
     except RecordError as error:

@@ -4,15 +4,13 @@ The perceptual hash ("pHash") compares the lowest DCT frequencies of a 32 x 32 g
 median. Scaled, recompressed and grayscale copies differ in a few of its 64 bits.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from internvl_chat.data.sources.images import decode_image, open_image, to_rgb
+from internvl_chat.data.sources.images import ImageLocation, decode_image, image_sha256, open_image, to_rgb
 from internvl_chat.data.sources.problems import RecordError
-from internvl_chat.utils.files import file_sha256
 
 _SIDE = 32
 _FREQUENCIES = 8
@@ -36,11 +34,11 @@ class Fingerprint(NamedTuple):
     problem: str | None = None
 
 
-def fingerprint(path: Path) -> Fingerprint:
+def fingerprint(path: ImageLocation) -> Fingerprint:
     """Return the fingerprint of an image file; hashes that cannot be computed are None."""
     try:
-        content = file_sha256(path)
-    except (OSError, ValueError) as error:
+        content = image_sha256(path)
+    except (RecordError, OSError, ValueError) as error:
         return Fingerprint(None, None, f"cannot be read, so not compared: {error}")
     try:
         with open_image(path) as image:
@@ -85,7 +83,7 @@ def near_pairs(
     return pairs
 
 
-def similarity(first: Path, second: Path) -> float:
+def similarity(first: ImageLocation, second: ImageLocation) -> float:
     """Return the correlation of two image files as 32 x 32 grayscale images; -1 if one cannot be decoded."""
     try:
         return correlation(gray_levels(decode_image(first)), gray_levels(decode_image(second)))

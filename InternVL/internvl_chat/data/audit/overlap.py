@@ -3,14 +3,14 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.data.record_set import RecordKey
+from internvl_chat.data.sources.images import ImageLocation, image_sha256, image_state
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Record
 from internvl_chat.utils.errors import DataError
-from internvl_chat.utils.files import file_sha256, sha256
+from internvl_chat.utils.files import sha256
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.text import counted
 
@@ -45,11 +45,11 @@ def repeated_records(
     with a different name are found. To limit reading, images are compared only if their records have the same
     conversation and the files have the same size.
     """
-    candidates: dict[str, list[tuple[RecordKey, list[Path]]]] = defaultdict(list)
+    candidates: dict[str, list[tuple[RecordKey, list[ImageLocation]]]] = defaultdict(list)
     for key, conversation, paths in _conversations(eval_data):
         candidates[conversation].append((key, paths))
     first: dict[RecordKey, RecordKey] = {}
-    digest = cache(file_sha256)
+    digest = cache(image_sha256)
     for key, conversation, paths in _conversations(training):
         for eval_key, eval_paths in candidates.get(conversation, ()):
             if eval_key not in first and _same_files(paths, eval_paths, digest):
@@ -57,7 +57,7 @@ def repeated_records(
     yield from sorted(first.items())
 
 
-def _conversations(data: TrainingData) -> Iterator[tuple[RecordKey, str, list[Path]]]:
+def _conversations(data: TrainingData) -> Iterator[tuple[RecordKey, str, list[ImageLocation]]]:
     """Yield the key, message hash and image paths of each used record."""
     for number, records in enumerate(data.sets):
         for index in data.indices(number).tolist():
@@ -74,14 +74,16 @@ def _hash_messages(record: Record) -> str:
     return sha256(text.encode("utf-8", "surrogatepass"))
 
 
-def _same_files(paths: Sequence[Path], others: Sequence[Path], digest: Callable[[Path], str]) -> bool:
+def _same_files(
+    paths: Sequence[ImageLocation], others: Sequence[ImageLocation], digest: Callable[[ImageLocation], str]
+) -> bool:
     """Return whether two lists of files have the same contents; False if a file cannot be read."""
     if len(paths) != len(others):
         return False
     pairs = [(a, b) for a, b in zip(paths, others, strict=True) if a != b]
     try:
-        if any(a.stat().st_size != b.stat().st_size for a, b in pairs):
+        if any(image_state(a).num_bytes != image_state(b).num_bytes for a, b in pairs):
             return False
         return all(digest(a) == digest(b) for a, b in pairs)
-    except OSError:  # reported when the record is used
+    except (RecordError, OSError):  # reported when the record is used
         return False

@@ -17,7 +17,7 @@ from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.data.encode.tiling import normalize_tiles
 from internvl_chat.data.record_set import RecordKey, Sample
 from internvl_chat.data.sources.skip_policy import SkippedRecord
-from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.errors import DataError, StorageError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -140,16 +140,18 @@ class PackDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, sample_indices: Sequence[SampleIndex]) -> Pack | DataError:
+    def __getitem__(self, sample_indices: Sequence[SampleIndex]) -> Pack | DataError | StorageError:
         """Load a pack.
 
         If `data.skip_bad`, unusable records are left out of the pack and listed in `skipped`. Otherwise, the
-        error of the first one is returned. It is not raised, because a dataloader worker would add its
-        traceback.
+        error of the first one is returned, and so is any error of object storage. They are not raised,
+        because a dataloader worker would add its traceback.
         """
         samples, skipped = [], []
         for sample_index in sample_indices:
             loaded = self.data[sample_index]
+            if isinstance(loaded, StorageError):
+                return loaded
             if not isinstance(loaded, DataError):
                 samples.append(loaded)
                 continue

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,12 +16,15 @@ from internvl_chat.data.batching.collator import Pack, PackDataset
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.record_set import RecordKey
 from internvl_chat.utils import distributed
-from internvl_chat.utils.errors import DataError, TrainingError
+from internvl_chat.utils.errors import DataError, StorageError, TrainingError
 
 # A worker forked while another thread holds CPython's HEAD lock deadlocks (before 3.11.10 and 3.12, see
 # github.com/python/cpython/issues/112275). This call waits for the same lock, so deadlocks are rarer: under
 # constant contention, 1 fork in 4,000 instead of 1 in 90.
 os.register_at_fork(before=sys._current_frames)
+
+# What a dataloader worker returns for a pack; see `PackDataset`.
+Result: TypeAlias = Pack | DataError | StorageError
 
 WORKER_DIED = (
     "a dataloader worker died; the machine may be out of memory. Run the same command again to resume from "
@@ -103,6 +107,7 @@ class StepDataLoader:
 
         Raises:
             DataError: a record is unusable.
+            StorageError: object storage is unavailable.
             TrainingError: a worker died, or the dataloader returned different records than planned.
         """
         step = first
@@ -113,7 +118,7 @@ class StepDataLoader:
             while (results := self._next(batches)) is not None:
                 packs = []
                 for pack in results:
-                    if isinstance(pack, DataError):
+                    if isinstance(pack, DataError | StorageError):
                         raise pack
                     packs.append(pack)
                 if count_records(packs) != self._planned(step):
@@ -125,7 +130,7 @@ class StepDataLoader:
                 if step > last:
                     return
 
-    def _next(self, batches: Iterator[list[Pack | DataError]]) -> list[Pack | DataError] | None:
+    def _next(self, batches: Iterator[list[Result]]) -> list[Result] | None:
         try:
             return next(batches, None)
         except (ConnectionError, EOFError, FileNotFoundError) as error:

@@ -19,7 +19,7 @@ from internvl_chat.data.browse import pictures
 from internvl_chat.data.browse.pages import PACKAGE, Pages
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.problems import RecordError, printable_message
-from internvl_chat.utils.errors import DataError, UsageError
+from internvl_chat.utils.errors import DataError, StorageError, UsageError
 from internvl_chat.utils.text import counted
 from internvl_chat.utils.web import RequestGuard
 
@@ -128,6 +128,10 @@ def _add_errors(app: FastAPI, pages: Pages) -> None:
     @app.exception_handler(DataError)
     def unusable_file(request: Request, error: DataError) -> HTMLResponse:
         return show(HTTPStatus.CONFLICT, "Data changed", [str(error)])
+
+    @app.exception_handler(StorageError)
+    def unavailable(request: Request, error: StorageError) -> HTMLResponse:
+        return show(HTTPStatus.BAD_GATEWAY, "Images unavailable", [str(error)])
 
     @app.exception_handler(Exception)
     def internal_error(request: Request, error: Exception) -> HTMLResponse:

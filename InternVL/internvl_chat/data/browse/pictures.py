@@ -3,7 +3,6 @@
 import io
 import threading
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -12,7 +11,7 @@ from internvl_chat.data.browse.record_view import encode_record
 from internvl_chat.data.encode.tiling import Grid
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.image_content import ImageOptions
-from internvl_chat.data.sources.images import decode_image, image_info
+from internvl_chat.data.sources.images import ImageLocation, decode_image, image_info
 from internvl_chat.data.sources.preview import jpeg_preview
 from internvl_chat.data.sources.problems import RecordError
 
@@ -64,14 +63,14 @@ def tile(records: RecordSet, index: int, image: int, number: int) -> bytes:
         raise RecordError(f"image {image} has {grids[image].tiles} tiles")
     info = image_info(path)
     with _lock:
-        pixels = _tiles(records, path, info.num_bytes, info.mtime_ns, grids[image])
+        pixels = _tiles(records, path, info.num_bytes, info.version, grids[image])
     stream = io.BytesIO()
     Image.fromarray(pixels[number]).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
 
 
 @lru_cache(maxsize=_MAX_CACHED)
-def _tiles(records: RecordSet, path: Path, num_bytes: int, mtime_ns: int, grid: Grid) -> np.ndarray:
+def _tiles(records: RecordSet, path: ImageLocation, num_bytes: int, version: int, grid: Grid) -> np.ndarray:
     """Return all tiles of an image, (N, S, S, 3) uint8, without augmentation."""
     return records.encoder.tiles([decode_image(path, _options(records))], [grid]).numpy()
 
@@ -80,7 +79,7 @@ def _options(records: RecordSet) -> ImageOptions:
     return records.encoder.preprocessing.image_options
 
 
-def _path(records: RecordSet, index: int, image: int) -> Path:
+def _path(records: RecordSet, index: int, image: int) -> ImageLocation:
     paths = records.image_paths(records.record(index))
     if not 0 <= image < len(paths):
         raise RecordError(f"the record has {len(paths)} images")

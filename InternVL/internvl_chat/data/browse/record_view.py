@@ -115,7 +115,7 @@ def encode_record(records: RecordSet, record: Record) -> tuple[tuple[Grid, ...],
 
 def _image_size(records: RecordSet, name: str) -> tuple[int, int]:
     """Return the (width, height) of an image, after rotation."""
-    info = image_info(locate_image(records.spec.root, name))
+    info = image_info(locate_image(records.root, name))
     return turned_size(info.size, info.content.orientation, records.encoder.preprocessing.image_options)
 
 

@@ -28,7 +28,6 @@ from internvl_chat.data.index.cache import (
     Lengths,
     RecordIndex,
     cache_file,
-    default_cache,
     read_index,
     write_index,
 )
@@ -36,9 +35,11 @@ from internvl_chat.data.index.image_manifest import ImageManifest
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.images import ImageFile
 from internvl_chat.data.sources.problems import Problem, printable_id
+from internvl_chat.data.storage.stores import ObjectStore
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.files import sha256
 from internvl_chat.utils.hardware import cpu_cores
+from internvl_chat.utils.paths import default_cache
 
 _CHUNK = 256
 # Starting a worker takes about 400 MB and as long as indexing several thousand records.
@@ -91,6 +92,9 @@ def index_records(
             first, and once more if they are checked again.
     """
     files = _cache_files(sets, cache or default_cache())
+    for records in sets:
+        if isinstance(records.root, ObjectStore):
+            records.root.prepare(records.num_distinct)
     indexes: list[RecordIndex] = []
     tasks: list[_Task] = []
     for number, (file, records) in enumerate(zip(files, sets, strict=True)):
@@ -102,7 +106,7 @@ def index_records(
             if on_part:
                 rows = np.stack(list(cached.lengths.columns.values()), axis=1)
                 on_part(IndexPart(number, np.arange(len(cached)), rows, cached.ids, cached.problems))
-            outdated = np.union1d(cached.unusable, cached.images.changed_records(records.spec.root))
+            outdated = np.union1d(cached.unusable, cached.images.changed_records(records.root))
             if len(outdated):
                 tasks.append(_Task(number, outdated.astype(np.int64), cached.decoded))
         indexes.append(cached)
@@ -129,14 +133,14 @@ def _cache_files(sets: Sequence[RecordSet], folder: Path) -> list[Path]:
     digests = {key: tokenizer_digest(tokenizer) for key, tokenizer in tokenizers.items()}
     files = []
     for records in sets:
-        status = records.spec.annotation.stat()
+        status, root = records.spec.annotation.stat(), records.spec.root
         options = dataclasses.asdict(records.encoder.preprocessing)
         key = {
             "dataset": records.spec.name,
             "annotation": str(records.spec.annotation.absolute()),
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
-            "root": str(records.spec.root.absolute()),
+            "root": str(root.absolute() if isinstance(root, Path) else root),
             "records": records.num_distinct,
             "preprocessing": {name: v for name, v in options.items() if name not in _PIXEL_OPTIONS},
             "truncate_text": records.encoder.truncate_text,
@@ -282,6 +286,7 @@ def _empty_result(num_records: int) -> _Result:
 def _check_records(sets: Sequence[RecordSet], task: _Task) -> _Result:
     """Check records one by one; unusable ones get zero lengths and hashes."""
     records, result = sets[task.set_number], _empty_result(len(task.indices))
+    records.prefetch(task.indices.tolist())
     no_images: tuple[ImageFile, ...] = ()
     for row, index in enumerate(task.indices.tolist()):
         try:

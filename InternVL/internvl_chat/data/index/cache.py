@@ -1,8 +1,6 @@
 """Index of a dataset's records and its on-disk cache."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,18 +104,6 @@ class RecordIndex:
         Only problems and images are compared: the rest follows from the annotation file and the images.
         """
         return self.problems == other.problems and self.images.equals(other.images)
-
-
-def default_cache() -> Path:
-    """Return the cache folder: `$M3LLM_CACHE`, `$XDG_CACHE_HOME/m3llm`, or `~/.cache/m3llm`."""
-    if folder := os.environ.get("M3LLM_CACHE"):
-        return Path(folder).expanduser()
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "m3llm"
-    try:
-        return Path("~/.cache/m3llm").expanduser()
-    except RuntimeError:  # no home directory, as in some containers
-        return Path(tempfile.gettempdir()) / "m3llm"
 
 
 def cache_file(folder: Path, key: Mapping[str, Any]) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from internvl_chat.data.sources.images import ImageFile
+from internvl_chat.data.storage.stores import ImageStore
 from internvl_chat.utils.files import sha256
 
 # Threads overlap the round trips of stat calls on a network file system.
@@ -24,7 +25,7 @@ class ImageManifest:
 
     Attributes:
         names: path of each of the I files, as written in the records.
-        states: (I, 2) int64, size in bytes and modification time in nanoseconds of each file.
+        states: (I, 2) int64, size in bytes and version of each file; see `ImageFile`.
         uses: (U, 2) int32, one row for each image of each record: index of the record, and position of the
             image in `names`.
     """
@@ -38,13 +39,17 @@ class ImageManifest:
         """Return a manifest without images."""
         return cls([], np.zeros((0, 2), np.int64), np.zeros((0, 2), np.int32))
 
-    def changed_records(self, root: Path) -> np.ndarray:
+    def changed_records(self, root: Path | ImageStore) -> np.ndarray:
         """Return the sorted indices of the records with a changed or missing image file.
 
         Args:
-            root: folder that the names are relative to.
+            root: folder that the names are relative to, or store of the images.
         """
-        changed = (_states(os.fspath(root), self.names) != self.states).any(axis=1)
+        if isinstance(root, ImageStore):
+            states = root.states(self.names)
+        else:
+            states = _states(os.fspath(root), self.names)
+        changed = (states != self.states).any(axis=1)
         return np.unique(self.uses[changed[self.uses[:, 1]], 0])
 
     def update(self, records: np.ndarray, images: Sequence[Sequence[ImageFile]]) -> "ImageManifest":

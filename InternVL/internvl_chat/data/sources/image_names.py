@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from internvl_chat.data.sources.problems import printable_message
+from internvl_chat.data.storage.urls import redact
 from internvl_chat.utils.files import is_file
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://", re.ASCII)
@@ -30,8 +31,8 @@ def describe_remote(name: str) -> str | None:
     if scheme[1].lower() == "file":
         return f"the image {printable_message(name)} is a file:// URL; give the path without file://"
     return (
-        f"the image {printable_message(name)} is a URL ({scheme[1]}://), which is not supported; download it "
-        "and give the path to the file"
+        f"the image {printable_message(redact(name))} is a URL ({scheme[1]}://), which is not supported; "
+        "download it and give the path to the file"
     )
 
 

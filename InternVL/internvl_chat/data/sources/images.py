@@ -1,4 +1,7 @@
-"""Locate image files, read their headers and decode them; unusable files raise a `RecordError`."""
+"""Locate images, read their headers and decode them; unusable images raise a `RecordError`.
+
+An image is a file or a `StoredImage` (in tar shards or object storage). All images are opened here.
+"""
 
 import io
 import os
@@ -7,7 +10,7 @@ import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile as PillowFile
@@ -27,10 +30,16 @@ from internvl_chat.data.sources.image_content import (
 )
 from internvl_chat.data.sources.image_names import describe_missing, describe_remote
 from internvl_chat.data.sources.problems import RecordError
+from internvl_chat.data.storage.manifest import normalized
+from internvl_chat.data.storage.stores import ImageStore, StoredImage
+from internvl_chat.data.storage.transfer import FileState
 from internvl_chat.utils.errors import DataError, format_problems
+from internvl_chat.utils.files import file_sha256, is_file, sha256
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+ImageLocation: TypeAlias = Path | StoredImage
 
 # Like the reference: ignore transparency and EXIF rotation.
 REFERENCE = ImageOptions()
@@ -66,27 +75,62 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def locate_image(root: Path, name: str) -> Path:
-    """Return the path to a record's image.
+def locate_image(root: Path | ImageStore, name: str) -> ImageLocation:
+    """Return the location of a record's image.
 
-    A relative path must stay under the root. Absolute paths and symbolic links may point anywhere.
+    A relative path must stay under the root. Absolute paths and symbolic links may point to any local file.
 
     Raises:
         RecordError: a relative path points outside the root, or the name is a URL or base64 data.
     """
     if problem := describe_remote(name):
         raise RecordError(problem, kind="image missing")
+    if isinstance(root, ImageStore):
+        if os.path.isabs(name):  # noqa: PTH117
+            return Path(name)
+        if normalized(name).split("/")[0] == os.pardir:
+            raise _outside(root.root, name)
+        return root.image(name)
     path = root / name
     if os.pardir in name and not Path(name).is_absolute():
         # Compare the paths without resolving symbolic links, which may point anywhere.
         base = os.path.abspath(root)  # noqa: PTH100
         if os.path.commonpath([base, os.path.abspath(path)]) != base:  # noqa: PTH100
-            raise RecordError(
-                f"the image {name} is outside 'root' ({root}); set 'root' in the meta file to a folder that "
-                "contains all images",
-                kind="image outside root",
-            )
+            raise _outside(root, name)
     return path
+
+
+def _outside(root: Path | str, name: str) -> RecordError:
+    return RecordError(
+        f"the image {name} is outside 'root' ({root}); set 'root' in the meta file to a folder that "
+        "contains all images",
+        kind="image outside root",
+    )
+
+
+def image_exists(root: Path | ImageStore, name: str) -> bool:
+    """Return whether an image is known to exist under a root, without requests to object storage."""
+    return root.contains(name) if isinstance(root, ImageStore) else is_file(root / name)
+
+
+def image_state(path: ImageLocation) -> FileState:
+    """Return the size of an image file and a number that changes with its content.
+
+    Raises:
+        RecordError: the file is missing, empty, or not a regular file.
+    """
+    if isinstance(path, StoredImage):
+        state = path.state()
+        if not state.num_bytes:
+            raise _unreadable(path, "it is empty")
+        return state
+    status = _file_status(path)
+    return FileState(status.st_size, status.st_mtime_ns)
+
+
+def image_sha256(path: ImageLocation) -> str:
+    """Return the SHA-256 of an image file in hexadecimal."""
+    return sha256(path.read()) if isinstance(path, StoredImage) else file_sha256(path)
 
 
 def _file_status(path: Path) -> os.stat_result:
@@ -113,16 +157,19 @@ def _missing(path: Path) -> RecordError:
     return RecordError(f"the image {path} does not exist; {reason}", kind="image missing")
 
 
-def _unreadable(name: Path | str, reason: object) -> RecordError:
+def _unreadable(name: ImageLocation | str, reason: object) -> RecordError:
     return RecordError(f"the image {name} cannot be read: {reason}", kind="image unreadable")
 
 
-def open_image(path: Path) -> PillowFile:
+def open_image(path: ImageLocation) -> PillowFile:
     """Open an image and read its header; use the result as a context manager.
 
     Raises:
         RecordError: the file is missing, not an image, too large, or has an unsupported bit depth.
+        StorageError: object storage is unavailable.
     """
+    if isinstance(path, StoredImage):
+        return open_upload(path.read(), str(path))
     _file_status(path)
     try:
         return _open_header(path, path)
@@ -209,13 +256,13 @@ def to_rgb(image: Image.Image, background: str = REFERENCE.background) -> Image.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def image_size(path: Path, options: ImageOptions = REFERENCE) -> tuple[int, int]:
+def image_size(path: ImageLocation, options: ImageOptions = REFERENCE) -> tuple[int, int]:
     """Return the (width, height) of an image in pixels, reading only its header."""
     with open_image(path) as image:
         return turned_size(image.size, orientation(image), options)
 
 
-def decode_image(path: Path, options: ImageOptions = REFERENCE) -> Image.Image:
+def decode_image(path: ImageLocation, options: ImageOptions = REFERENCE) -> Image.Image:
     """Decode the first frame of an image to RGB.
 
     Args:
@@ -229,7 +276,9 @@ def decode_image(path: Path, options: ImageOptions = REFERENCE) -> Image.Image:
         return decode_opened(image, path, options)
 
 
-def decode_opened(image: Image.Image, name: Path | str, options: ImageOptions = REFERENCE) -> Image.Image:
+def decode_opened(
+    image: Image.Image, name: ImageLocation | str, options: ImageOptions = REFERENCE
+) -> Image.Image:
     """Decode the first frame of an opened image to RGB.
 
     Args:
@@ -253,32 +302,37 @@ class ImageInfo(NamedTuple):
         size: (width, height) in pixels, before EXIF rotation.
         content: number of frames, bit depth, orientation and transparency.
         has_end: whether the file ends as its format requires; otherwise it may be truncated.
+        version: see `ImageFile`.
     """
 
     size: tuple[int, int]
     content: ImageContent
     has_end: bool
     num_bytes: int
-    mtime_ns: int
+    version: int
 
 
 class ImageFile(NamedTuple):
-    """Image file of a record: its name, and the size and modification time that identify its content."""
+    """Image file of a record: its name, and the size and version that identify its content.
+
+    The version is the modification time in nanoseconds; in shards and object storage, it is a hash.
+    """
 
     name: str
     num_bytes: int
-    mtime_ns: int
+    version: int
 
 
-def image_info(path: Path) -> ImageInfo:
+def image_info(path: ImageLocation) -> ImageInfo:
     """Read an image file's header and last bytes; cached per process until the file changes."""
-    status = _file_status(path)
-    num_bytes, mtime_ns = status.st_size, status.st_mtime_ns
-    return ImageInfo(*_header_and_end(path, num_bytes, mtime_ns), num_bytes, mtime_ns)
+    state = image_state(path)
+    return ImageInfo(*_header_and_end(path, *state), *state)
 
 
 @lru_cache(maxsize=1 << 16)
-def _header_and_end(path: Path, num_bytes: int, mtime_ns: int) -> tuple[tuple[int, int], ImageContent, bool]:
+def _header_and_end(
+    path: ImageLocation, num_bytes: int, version: int
+) -> tuple[tuple[int, int], ImageContent, bool]:
     with open_image(path) as image:
         try:
             size, has_end = image.size, _has_end(path, image.format, num_bytes)
@@ -287,14 +341,14 @@ def _header_and_end(path: Path, num_bytes: int, mtime_ns: int) -> tuple[tuple[in
             raise _unreadable(path, error) from error
 
 
-def _has_end(path: Path, image_format: str | None, num_bytes: int) -> bool:
+def _has_end(path: ImageLocation, image_format: str | None, num_bytes: int) -> bool:
     """Return whether a file ends as its format requires; True for formats without an end marker.
 
     A complete file may still lack its end marker, for example if it is followed by other data.
     """
     if image_format not in _END_MARKERS and image_format != "WEBP":
         return True
-    with path.open("rb", buffering=0) as stream:
+    with path.open() if isinstance(path, StoredImage) else path.open("rb", buffering=0) as stream:
         if image_format == "WEBP":
             # "RIFF" and the length of the remaining file: https://developers.google.com/speed/webp/docs/riff_container
             return int.from_bytes(stream.read(8)[4:], "little") + 8 <= num_bytes
@@ -302,7 +356,7 @@ def _has_end(path: Path, image_format: str | None, num_bytes: int) -> bool:
         return stream.read(_PADDING_WINDOW).rstrip(_PADDING).endswith(_END_MARKERS[image_format])
 
 
-def check_decoding(path: Path, info: ImageInfo) -> bool:
+def check_decoding(path: ImageLocation, info: ImageInfo) -> bool:
     """Check that an image decodes and return whether it has transparent pixels.
 
     Cached per process until the file changes.
@@ -314,14 +368,14 @@ def check_decoding(path: Path, info: ImageInfo) -> bool:
     Raises:
         RecordError: the image cannot be decoded.
     """
-    message, is_transparent = _decoding_result(path, info.num_bytes, info.mtime_ns)
+    message, is_transparent = _decoding_result(path, info.num_bytes, info.version)
     if message:
         raise RecordError(message, kind="image unreadable")
     return is_transparent
 
 
 @lru_cache(maxsize=1 << 16)
-def _decoding_result(path: Path, num_bytes: int, mtime_ns: int) -> tuple[str | None, bool]:
+def _decoding_result(path: ImageLocation, num_bytes: int, version: int) -> tuple[str | None, bool]:
     """Return the decoding error, if any, and whether the image has transparent pixels."""
     try:
         decode_image(path)

@@ -12,6 +12,8 @@ from typing import Any
 from internvl_chat.constants import MAX_TILES
 from internvl_chat.data.sources.jsonl import describe_json_error, unique_keys
 from internvl_chat.data.sources.problems import printable_id, printable_message
+from internvl_chat.data.storage.stores import fetch_file, parse_root
+from internvl_chat.data.storage.urls import check_url, is_url
 from internvl_chat.utils.errors import DataError, format_problems
 from internvl_chat.utils.logging import get_logger
 
@@ -31,7 +33,7 @@ class DatasetSpec:
 
     Attributes:
         name: key of the entry.
-        root: base folder of relative image paths.
+        root: base folder of relative image paths, a folder of tar shards, or a URL of either.
         data_augment: apply random JPEG degradation to the images during training.
         repeat_time: below 1, the fraction of records used, from the start of the file; otherwise the number
             of times each record is used per epoch.
@@ -40,7 +42,7 @@ class DatasetSpec:
     """
 
     name: str
-    root: Path
+    root: Path | str
     annotation: Path
     data_augment: bool = False
     repeat_time: float = 1
@@ -61,7 +63,7 @@ def load_meta(
         path: the meta file; with `image_root`, an annotation file, whose name becomes the dataset's name.
         data_root: base folder of relative paths; a path that does not exist there is looked up in the folder
             of the meta file.
-        image_root: image folder of an annotation file.
+        image_root: images of an annotation file; see `DatasetSpec.root`.
 
     Raises:
         DataError: the file is missing or malformed; the message lists the problems of all entries.
@@ -70,7 +72,7 @@ def load_meta(
     entries = _read_object(path)
     if entries is None or _is_record(entries):
         if image_root is not None:
-            return [DatasetSpec(path.name.split(".")[0], Path(image_root).expanduser(), path)]
+            return [DatasetSpec(path.name.split(".")[0], parse_root(image_root), path)]
         raise DataError(
             "this is an annotation file, not a meta file; add --image_root FOLDER with its images (or any "
             "folder if the records are text-only), or pass a meta file",
@@ -154,12 +156,13 @@ def _parse_entry(name: str, entry: Any, folders: Sequence[Path], problems: list[
         if not valid:
             problems.append(f"{name}: {key!r} must be {expected}, found {_quote(entry[key])}")
 
-    paths: dict[str, Path | None] = {}
+    paths: dict[str, Path | str | None] = {}
     for key in (key for key in ("root", "annotation") if key in entry):
         expect(isinstance(entry[key], str), key, "a path")
         if isinstance(entry[key], str):
             paths[key] = _resolve(name, key, entry[key], folders, problems)
     root, annotation = paths.get("root"), paths.get("annotation")
+    assert not isinstance(annotation, str)
     if annotation and not _exists(annotation):
         others = {str(folder / entry["annotation"]) for folder in folders} - {str(annotation)}
         more = f", and neither does {others.pop()}" if len(others) == 1 else ""
@@ -196,10 +199,13 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _resolve(name: str, key: str, value: str, folders: Sequence[Path], problems: list[str]) -> Path | None:
+def _resolve(
+    name: str, key: str, value: str, folders: Sequence[Path], problems: list[str]
+) -> Path | str | None:
     """Expand `~` and `$NAME`, then resolve the path against the first folder in which it exists.
 
-    If it cannot be expanded, append to `problems` and return None.
+    The annotation file of a URL is downloaded. If this fails, or the value cannot be expanded, append to
+    `problems` and return None.
     """
     unset = [variable for variable in re.findall(r"\$\{?(\w+)\}?", value) if not os.environ.get(variable)]
     if unset:
@@ -207,8 +213,17 @@ def _resolve(name: str, key: str, value: str, folders: Sequence[Path], problems:
             f"{name}: {key!r} uses ${unset[0]}, which is not set; export {unset[0]}=FOLDER or edit the path"
         )
         return None
+    value = os.path.expandvars(value)
+    if is_url(value):
+        try:
+            return check_url(value) if key == "root" else fetch_file(check_url(value))
+        except DataError as error:
+            problems.append(f"{name}: {key!r}: {error}")
+        except FileNotFoundError:
+            problems.append(f"{name}: the annotation file {value} does not exist")
+        return None
     try:
-        path = Path(os.path.expandvars(value)).expanduser()
+        path = Path(value).expanduser()
     except RuntimeError as error:
         problems.append(f"{name}: {key!r} is {value!r}: {error}")
         return None

@@ -1,9 +1,7 @@
 """Small JPEG previews of image files for reports and the data browser."""
 
-from pathlib import Path
-
 from internvl_chat.data.sources.image_content import ImageOptions, turn
-from internvl_chat.data.sources.images import REFERENCE, open_image, to_rgb
+from internvl_chat.data.sources.images import REFERENCE, ImageLocation, open_image, to_rgb
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.utils.html import jpeg_thumbnail
 
@@ -12,12 +10,12 @@ MAX_DECODED_PIXELS = 50_000_000
 
 
 def jpeg_preview(
-    path: Path, pixels: int, options: ImageOptions = REFERENCE, *, any_size: bool = False
+    path: ImageLocation, pixels: int, options: ImageOptions = REFERENCE, *, any_size: bool = False
 ) -> bytes:
     """Return an image file as a JPEG of at most `pixels` per side.
 
     Args:
-        path: image file.
+        path: the image.
         pixels: maximum width and height.
         options: how to read transparency and EXIF rotation.
         any_size: also decode images with more than `MAX_DECODED_PIXELS`, which takes seconds.

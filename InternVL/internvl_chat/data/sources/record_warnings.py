@@ -13,6 +13,7 @@ from internvl_chat.data.sources.dialects import (
     unread_message_fields,
     unread_record_fields,
 )
+from internvl_chat.data.sources.images import image_exists
 from internvl_chat.data.sources.records import (
     MESSAGE_KEYS,
     PART_KEYS,
@@ -21,7 +22,7 @@ from internvl_chat.data.sources.records import (
     Record,
     raw_messages,
 )
-from internvl_chat.utils.files import is_file
+from internvl_chat.data.storage.stores import ImageStore
 
 _TREATED_AS_TEXT = "is treated as text, not as an image placeholder"
 _TOKENIZED_AS_CONTROL = (
@@ -32,14 +33,14 @@ _MISSING_VALUES = ("nan", "NaN", "<NA>", "NaT")
 
 
 def record_warnings(
-    raw: Mapping[str, Any], record: Record, root: Path, *, escaped: bool = False
+    raw: Mapping[str, Any], record: Record, root: Path | ImageStore, *, escaped: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Yield each warning about a usable record as (kind, message); kinds are keys of `WARNINGS`.
 
     Args:
         raw: raw record from the file.
         record: result of `parse_record(raw)`.
-        root: image folder of the dataset.
+        root: images of the dataset.
         escaped: whether control tokens in messages are tokenized as plain text.
     """
     yield from conversation_warnings(record.messages)
@@ -51,7 +52,7 @@ def record_warnings(
         yield "ignored field", f"ignored: {', '.join(fields)}"
     known = {*record.images}
     for key, name in _unread_files(raw):
-        if name not in known and is_file(root / name):
+        if name not in known and image_exists(root, name):
             yield (
                 "ignored file",
                 f"ignored key {key!r} refers to the existing file {name!r:.80}; list images under 'image'",

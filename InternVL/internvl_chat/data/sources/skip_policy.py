@@ -44,7 +44,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
         raise DataError(message, kind=errors[0].kind)
 
 
-def list_problems(problems: Sequence[Problem], limit: int = _MAX_LISTED) -> list[str]:
+def list_problems(problems: Sequence[Problem | str], limit: int = _MAX_LISTED) -> list[str]:
     """Return a numbered line for each of the first `limit` problems, and a line that counts the rest."""
     lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:limit], 1)]
     return lines + [f"  ... and {len(problems) - limit} more"] * (len(problems) > limit)

@@ -19,11 +19,12 @@ from internvl_chat.data.encode.tokenizer import load_tokenizer
 from internvl_chat.data.encode.tokenizer_training import train_tokenizer
 from internvl_chat.data.index import build as build_module
 from internvl_chat.data.index.build import index_records, tokenizer_digest
-from internvl_chat.data.index.cache import Lengths, default_cache
+from internvl_chat.data.index.cache import Lengths
 from internvl_chat.data.record_set import RecordSet
 from internvl_chat.data.sources.meta import DatasetSpec, load_meta
 from internvl_chat.data.sources.skip_policy import raise_problems
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.paths import default_cache
 
 
 @pytest.fixture(scope="module")

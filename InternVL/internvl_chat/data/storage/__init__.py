@@ -1,0 +1,1 @@
+"""Images in object storage and in tar shards."""
