@@ -36,6 +36,12 @@ _ALTERNATIVES = (
     ({"eval_strategy"}, {"evaluation_strategy"}),
     ({"sanity_check"}, {"self_test"}),
     ({"model_name_or_path"}, {"vision_path", "llm_path"}),
+    ({"gradient_accumulation_steps"}, {"global_batch_size"}),
+)
+# On the command line, one of these may replace the other in a configuration file.
+_BATCH_FLAGS = {"gradient_accumulation_steps", "global_batch_size"}
+_TWO_BATCH_SIZES = (
+    "--gradient_accumulation_steps and --global_batch_size: both set the batch size; use one of them"
 )
 
 
@@ -56,13 +62,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         UsageError: flags are missing, unknown or invalid; the message lists all problems.
     """
-    tokens = list(sys.argv[1:] if argv is None else argv)
+    tokens, defaults = list(sys.argv[1:] if argv is None else argv), []
     if tokens and tokens[0].endswith(CONFIG_FILES) and not tokens[0].startswith("--"):
-        tokens = _override(_tokens_from_file(Path(tokens[0])), tokens[1:])
-    else:
-        tokens = _override([], tokens)
+        defaults, tokens = _tokens_from_file(Path(tokens[0])), tokens[1:]
+    batch_problems = [_TWO_BATCH_SIZES for given in (defaults, tokens) if {*_names(given)} >= _BATCH_FLAGS]
     parser = _Parser(_KINDS, add_help=False, allow_abbrev=False, exit_on_error=False)
-    tokens, problems = split_refused(tokens)
+    tokens, problems = split_refused(_override(defaults, tokens))
+    problems += batch_problems
     while True:
         try:
             _, unknown = parser.parse_known_args(tokens)

@@ -36,8 +36,9 @@ from internvl_chat.train.checkpoint.run_folder import (
     inspect_output_folder,
     list_checkpoints,
 )
-from internvl_chat.train.config import RunConfig, TrainConfig, is_restarted
+from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.distributed.deepspeed import deepspeed_problems, zero_stage
+from internvl_chat.train.distributed.signals import note_start
 from internvl_chat.train.monitor.trackers import tracker_problems
 from internvl_chat.train.optim.factory import (
     OWN_OPTIMIZERS,
@@ -278,7 +279,8 @@ def _metric_problem(run: RunConfig, given: str, datasets: Sequence[str]) -> Iter
 
 def _check_output(config: TrainConfig) -> OutputFolder:
     """Inspect the output folder on rank 0; check that every rank sees the checkpoint to resume from."""
-    output = distributed.run_on_rank_0(lambda: _inspect_output(config))
+    restarted = distributed.any_rank(note_start())
+    output = distributed.run_on_rank_0(lambda: _inspect_output(config, restarted))
     if output.resume and not (output.resume / "trainer_state.json").is_file():
         raise UsageError(
             f"rank {config.run.rank} cannot see the checkpoint {output.resume}; "
@@ -287,15 +289,15 @@ def _check_output(config: TrainConfig) -> OutputFolder:
     return output
 
 
-def _inspect_output(config: TrainConfig) -> OutputFolder:
+def _inspect_output(config: TrainConfig, restarted: bool) -> OutputFolder:
     inputs = [config.model.model_name_or_path, config.model.vision_path, config.model.llm_path]
     inputs += [config.data.meta_path, config.data.eval_meta_path]
     paths = [Path(path) for path in inputs if path and Path(path).exists()]
     paths += [Path(read_base(path).path) for path in paths if is_adapter(path)]
     folder = Path(config.run.output_dir)
     overwrite, resume = config.run.overwrite_output_dir, config.run.resume_from_checkpoint
-    if is_restarted() and list_checkpoints(folder):
-        # After a restart by torchrun, resume: these two flags apply only to the first start.
+    if restarted and list_checkpoints(folder):
+        # After a restart by torchrun or SLURM, resume: these two flags apply only to the first start.
         overwrite, resume = False, "auto"
     return inspect_output_folder(folder, overwrite=overwrite, resume=resume, inputs=paths)
 

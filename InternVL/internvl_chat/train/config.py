@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,7 +32,7 @@ class RunConfig:
         world_size: number of ranks.
         local_world_size: number of ranks on this node.
         records_per_pack: records per forward pass without packing (`per_device_train_batch_size`).
-        records_per_rank: records per optimizer step on each rank.
+        records_per_rank: maximum number of records per optimizer step on each rank.
         records_per_step: records per optimizer step across all ranks.
         warmup_steps: number of warm-up steps, or a fraction of all steps if below 1.
         deepspeed: parsed DeepSpeed configuration; None without DeepSpeed.
@@ -188,16 +187,13 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
     reports = dict.fromkeys(name for names in args.report_to for name in names.replace(",", " ").split())
     if "none" in reports and len(reports) > 1:
         problems.append(f"--report_to {' '.join(reports)}: none cannot be combined with trackers")
-    records = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    values |= _batch(args, problems)
     values |= {
         "flags": vars(args),
         "output_dir": str(Path(args.output_dir or "").expanduser().absolute()),
         "rank": distributed.rank(),
         "world_size": distributed.world_size(),
         "local_world_size": distributed.local_world_size(),
-        "records_per_pack": args.per_device_train_batch_size,
-        "records_per_rank": records,
-        "records_per_step": records * distributed.world_size(),
         "warmup_steps": args.warmup_steps or args.warmup_ratio,
         "compile_blocks": args.torch_compile,
         "report_to": tuple(name for name in reports if name != "none"),
@@ -206,6 +202,26 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
         "sanity_check": args.sanity_check or args.self_test,
     }
     return RunConfig(**values)
+
+
+def _batch(args: RunArguments, problems: list[str]) -> dict[str, int]:
+    """Return the records per pack, rank and step.
+
+    With `--global_batch_size`, the records per step do not depend on the number of ranks, and some ranks may
+    get one record less than others.
+    """
+    ranks, records = distributed.world_size(), args.per_device_train_batch_size
+    step = args.global_batch_size or records * args.gradient_accumulation_steps * ranks
+    if step < ranks:
+        problems.append(
+            f"--global_batch_size {step}: each of the {ranks} ranks needs at least one record per step; use "
+            "fewer ranks"
+        )
+    if args.deepspeed and step % ranks:
+        problems.append(
+            f"--global_batch_size {step}: with DeepSpeed, it must be divisible by the {ranks} ranks"
+        )
+    return {"records_per_pack": records, "records_per_rank": -(-step // ranks), "records_per_step": step}
 
 
 def _choice(name: str, value: str, known: Sequence[str], problems: list[str]) -> str:
@@ -287,8 +303,3 @@ def set_float32_precision(config: RunConfig) -> None:
     """Apply `--tf32` on GPUs; without the flag, keep torch's default."""
     if config.tf32 is not None and config.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-
-
-def is_restarted() -> bool:
-    """Return whether torchrun has restarted this worker after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -52,7 +52,7 @@ RANGES = {
         "[0, 4294967295]": "seed",
         "[1, 1e9]": "ddp_timeout",
         "[1, inf)": "max_seq_length force_image_size min_dynamic_patch max_dynamic_patch "
-        "per_device_train_batch_size gradient_accumulation_steps max_packed_tokens "
+        "per_device_train_batch_size gradient_accumulation_steps global_batch_size max_packed_tokens "
         "dataloader_prefetch_factor ddp_bucket_cap_mb save_total_limit",
     }.items()
     for flag in flags.split()
@@ -200,6 +200,11 @@ class RunArguments:
         8, "Records per rank and accumulation step; with --packing False, also per forward pass."
     )
     gradient_accumulation_steps: int = _optimization(1, "Number of accumulation steps per optimizer step.")
+    global_batch_size: int | None = _optimization(
+        None,
+        "Records per optimizer step across all ranks, whatever their number; replaces "
+        "--gradient_accumulation_steps.",
+    )
     num_train_epochs: float = _optimization(3.0, "Number of epochs.")
     max_steps: int = _optimization(-1, "Number of optimizer steps; overrides --num_train_epochs if positive.")
     loss_reduction: str = _optimization(

@@ -190,6 +190,32 @@ def test_records_per_step(monkeypatch):
     assert (run.records_per_pack, run.records_per_rank, run.records_per_step) == (2, 16, 64)
 
 
+@pytest.mark.parametrize(("ranks", "per_rank"), [("1", 16), ("3", 6), ("4", 4), ("16", 1)])
+def test_global_batch_size_does_not_depend_on_the_ranks(monkeypatch, ranks, per_rank):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    run = parse(per_device_train_batch_size=2, global_batch_size=16).run
+    assert (run.records_per_pack, run.records_per_rank, run.records_per_step) == (2, per_rank, 16)
+
+
+def test_invalid_global_batch_sizes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    given = {**NEEDED, "gradient_accumulation_steps": 4, "global_batch_size": 2, "deepspeed": "{}"}
+    found = "\n".join(problems(*flags(**given)))
+    assert "--gradient_accumulation_steps and --global_batch_size: both set the batch size" in found
+    assert "--global_batch_size 2: each of the 3 ranks needs at least one record per step" in found
+    assert "--global_batch_size 2: with DeepSpeed, it must be divisible by the 3 ranks" in found
+    assert "--global_batch_size 0 must be at least 1" in problems(*flags(**NEEDED, global_batch_size=0))
+
+
+def test_batch_size_on_the_command_line_replaces_that_of_a_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("gradient_accumulation_steps: 16\n")
+    assert parse_arguments([str(file), *flags(**NEEDED, global_batch_size=6)]).run.records_per_step == 6
+    file.write_text("global_batch_size: 6\n")
+    run = parse_arguments([str(file), *flags(**NEEDED, gradient_accumulation_steps=2)]).run
+    assert run.records_per_step == 2 * run.records_per_pack
+
+
 TRANSFORMERS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
 OWN_DEFAULTS = {
     # transformers leaves these to its Trainer.
@@ -342,8 +368,9 @@ def test_every_numeric_flag_has_a_range():
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_numbers_outside_the_range_of_their_flag(value):
-    rejected = NUMBERS.keys() - (MAY_BE_NEGATIVE if value == "-1" else set()) - {"warmup_ratio"}
-    words = [word for name in NUMBERS if name != "warmup_ratio" for word in (f"--{name}", value)]
+    names = NUMBERS.keys() - {"warmup_ratio", "global_batch_size"}  # these replace other flags
+    rejected = names - (MAY_BE_NEGATIVE if value == "-1" else set())
+    words = [word for name in names for word in (f"--{name}", value)]
     found = problems(*flags(**NEEDED), *words)
     for name in rejected:
         assert sum(problem.startswith((f"--{name} {value}", f"--{name}: ")) for problem in found) == 1, name

@@ -44,7 +44,7 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     config = copy.deepcopy(dict(run.deepspeed or {}))
     flags = {
         "train_micro_batch_size_per_gpu": run.records_per_pack,
-        "gradient_accumulation_steps": run.flags["gradient_accumulation_steps"],
+        "gradient_accumulation_steps": -(-run.records_per_rank // run.records_per_pack),
         "train_batch_size": run.records_per_step,
         "gradient_clipping": run.max_grad_norm,
         "bf16.enabled": run.bf16,

@@ -79,6 +79,22 @@ def stop_with_launcher() -> None:
             sys.exit(f"the launcher (process {launcher}) has exited; stopping this worker")
 
 
+def note_start() -> bool:
+    """Record that this worker has started; return whether its run had been started before.
+
+    torchrun restarts workers after a failure and when nodes join or leave; SLURM requeues jobs. torchrun does
+    not count restarts for a change of nodes, so each worker leaves a file in the launcher's temporary folder.
+    """
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restarted = any(count.isdecimal() and int(count) > 0 for count in counts)
+    if EXIT_CODE in os.environ:
+        marker = Path(os.environ[EXIT_CODE]).with_name(f"started-{os.environ.get('LOCAL_RANK', '0')}")
+        restarted |= marker.exists()
+        with contextlib.suppress(OSError):  # the disk is full, or the launcher has exited
+            marker.touch()
+    return restarted
+
+
 def exit_code(stopped_by: signal.Signals) -> int:
     """Return the exit code of a run stopped by a signal: 128 + signal number, as in shells."""
     return 128 + stopped_by

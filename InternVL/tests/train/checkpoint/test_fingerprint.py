@@ -44,9 +44,9 @@ def test_run_flags_without_a_field_of_the_same_name():
     """Each of these flags is resolved into a different field."""
     given = {field.name for field in fields(RunArguments)} - {field.name for field in fields(RunConfig)}
     assert given == {
-        "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "warmup_ratio",
-        "do_train", "torch_compile", "use_cpu", "fsdp", "ddp_backend", "local_rank", "evaluation_strategy",
-        "self_test",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size",
+        "group_by_length", "warmup_ratio", "do_train", "torch_compile", "use_cpu", "fsdp", "ddp_backend",
+        "local_rank", "evaluation_strategy", "self_test",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from internvl_chat.train.distributed.signals import (
     STOPPING,
     StopRequest,
     exit_code,
+    note_start,
     report_exit,
 )
 
@@ -86,6 +87,22 @@ def test_worker_reports_its_exit_code_to_the_launcher(tmp_path, monkeypatch):
     assert report_exit(0) == 0 and not (tmp_path / "note").exists()
     assert report_exit(138) == 0
     assert (tmp_path / "note").read_text() == "138"
+
+
+def test_restarts_are_recognized(tmp_path, monkeypatch):
+    """By torchrun after a failure, by SLURM, and by torchrun when nodes join, which it does not count."""
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", EXIT_CODE):
+        monkeypatch.delenv(name, raising=False)
+    assert not note_start() and not note_start()
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        for count in ("0", "2"):
+            monkeypatch.setenv(name, count)
+            assert note_start() == (count == "2")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(EXIT_CODE, str(tmp_path / "note"))
+    for rank in ("0", "1"):  # the ranks of a node share a launcher
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert [note_start(), note_start()] == [False, True]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is needed to simulate a full disk")
