@@ -146,7 +146,6 @@ def test_lock_file_of_a_killed_compilation_is_logged(tmp_path, monkeypatch, capl
 def test_locks_are_checked_before_the_engine_starts(monkeypatch):
     called = []
     monkeypatch.setattr(module, "warn_about_locks", lambda: called.append("check"))
-    monkeypatch.setattr(module, "_init_single_rank", lambda model: None)
 
     def initialize(**options):
         called.append("initialize")
