@@ -150,9 +150,17 @@ def test_hsdp_needs_several_ranks_per_node(tiny_model, sample_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(LAYOUTS[name] for name in ("ddp", "fsdp", "zero2", "zero3")),
+        {"parallel": "fsdp", "cpu_offload": True},
+        *({"deepspeed": DEEPSPEED / f"zero{stage}_offload.json"} for stage in (2, 3)),
+    ],
+    ids=["ddp", "fsdp", "zero2", "zero3", "fsdp-offload", "zero2-offload", "zero3-offload"],
+)
 def test_resume_is_exact_on_two_ranks(tiny_model, sample_data, tmp_path, metrics, layout):
-    values = {**LAYOUTS[layout], "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    values = {**layout, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     values["async_save"] = False  # no checkpoint may be skipped
     common = (metrics, tiny_model, sample_data)
     full = train(*common, tmp_path / "one", 2, **values)
