@@ -37,7 +37,7 @@ from internvl_chat.train.checkpoint.run_folder import (
     list_checkpoints,
 )
 from internvl_chat.train.config import RunConfig, TrainConfig
-from internvl_chat.train.distributed.deepspeed import deepspeed_problems, zero_stage
+from internvl_chat.train.distributed.deepspeed import deepspeed_problems, offloads, zero_stage
 from internvl_chat.train.distributed.signals import note_start
 from internvl_chat.train.monitor.trackers import tracker_problems
 from internvl_chat.train.optim.factory import (
@@ -54,7 +54,7 @@ from internvl_chat.utils.paths import data_root
 
 logger = get_logger(__name__)
 
-# Values of `--optim` that can be used with `--cpu_offload`.
+# Values of `--optim` that can be used with CPU offload.
 _CPU_OPTIMIZERS = (*OWN_OPTIMIZERS, "adafactor", "adagrad", "rmsprop", "sgd")
 
 
@@ -157,7 +157,7 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
 
 
 def sharding_problems(run: RunConfig) -> Iterator[str]:
-    """Yield an error message for each problem with the flags of FSDP2 and HSDP.
+    """Yield an error message for each problem with FSDP2, HSDP and CPU offload.
 
     With `--parallel hsdp`, this is collective: call on all ranks.
     """
@@ -170,11 +170,13 @@ def sharding_problems(run: RunConfig) -> Iterator[str]:
             yield f"--parallel hsdp: the nodes have {found} ranks, but must have the same number; use fsdp"
         elif sizes == {1}:
             yield "--parallel hsdp: one rank per node has nothing to shard within its node; use fsdp"
-    if run.cpu_offload and run.optim not in _CPU_OPTIMIZERS:
-        yield (
-            f"--cpu_offload True: --optim {run.optim} updates weights on GPUs only; use one of "
-            f"{', '.join(_CPU_OPTIMIZERS)}"
-        )
+    config = run.deepspeed or {}
+    offload = "--cpu_offload True" if run.cpu_offload else None
+    if offloads(config, "optimizer") and "optimizer" not in config:
+        offload = '--deepspeed: "zero_optimization.offload_optimizer"'
+    if offload and run.optim not in _CPU_OPTIMIZERS:
+        names = ", ".join(_CPU_OPTIMIZERS)
+        yield f"{offload}: --optim {run.optim} updates weights on GPUs only; use one of {names}"
 
 
 def _step_flags(config: TrainConfig) -> Iterator[str]:

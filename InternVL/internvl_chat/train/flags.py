@@ -267,8 +267,8 @@ class RunArguments:
     use_cpu: bool = _distributed(False, "Train on the CPU.")
     parallel: str = _distributed(
         "auto",
-        "Parallelism: ddp, fsdp (FSDP2), hsdp (FSDP2 within each node), deepspeed (with --deepspeed), or auto "
-        "(the first of ddp, hsdp and fsdp that fits).",
+        "Parallelism: ddp, fsdp (FSDP2), hsdp (FSDP2 within each node), deepspeed (with --deepspeed), or "
+        "auto (the first of ddp, hsdp and fsdp that fits).",
         PARALLEL_MODES,
     )
     deepspeed: str | None = _distributed(None, "DeepSpeed configuration: a JSON file or JSON text.")

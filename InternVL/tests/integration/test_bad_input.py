@@ -288,6 +288,13 @@ def test_output_folder_in_use(start, tmp_path, capfd):
             {"cpu_offload": True, "optim": "adamw_8bit"},
             "--cpu_offload True: --optim adamw_8bit updates weights on GPUs only",
         ),
+        (
+            {
+                "deepspeed": '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
+                "optim": "adamw_8bit",
+            },
+            '"zero_optimization.offload_optimizer": --optim adamw_8bit updates weights on GPUs only',
+        ),
         ({"fsdp": "hybrid"}, "--fsdp hybrid: only full_shard (--parallel fsdp)"),
         ({"weight_precision": "stochastic"}, "--weight_precision stochastic: the weights are float32"),
         ({"weight_precision": "bf16"}, "--weight_precision bf16: the weights are float32 without --bf16"),

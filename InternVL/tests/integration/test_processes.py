@@ -107,6 +107,8 @@ OTHER = [
     ("ddp", 2, {"max_packed_tokens": 700}),
     ("fsdp", 2, {"max_packed_tokens": 700}),
     ("hsdp", 4, {"max_packed_tokens": 700}),
+    # 10 records on 3 ranks.
+    ("ddp", 3, {"gradient_accumulation_steps": None, "global_batch_size": 10, "packing": False}),
     ("ddp", 2, {"freeze_backbone": False, "grad_checkpoint": False}),
     ("fsdp", 2, {"freeze_backbone": False, "grad_checkpoint": True}),
     ("fsdp", 2, {"cpu_offload": True, "max_packed_tokens": 700}),

@@ -30,6 +30,13 @@ def zero_stage(config: Mapping[str, Any]) -> Any:
     return section.get("stage", 0) if isinstance(section, Mapping) else 0
 
 
+def offloads(config: Mapping[str, Any], what: str) -> bool:
+    """Return whether a DeepSpeed configuration offloads `optimizer` or `param`, without checking it."""
+    section = config.get("zero_optimization")
+    section = section.get(f"offload_{what}") if isinstance(section, Mapping) else None
+    return isinstance(section, Mapping) and section.get("device", "none") != "none"
+
+
 def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     """Return the user's configuration with the batch sizes and all "auto" values set from the flags.
 
@@ -66,6 +73,8 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
             f'--deepspeed: "zero_optimization.stage" is {zero_stage(config)!r}, but must be 1, 2 or 3; '
             "to train without ZeRO, use --parallel ddp instead of --deepspeed"
         )
+    elif zero_stage(config) != 3 and offloads(config, "param"):
+        problems.append('--deepspeed: "zero_optimization.offload_param" needs stage 3')
     _fill(config, "", values, flags, problems)
     # DeepSpeed sees one batch per rank and step; the training loop accumulates gradients over its packs.
     config["train_micro_batch_size_per_gpu"] = run.records_per_rank

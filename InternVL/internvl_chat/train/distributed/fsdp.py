@@ -19,8 +19,9 @@ from internvl_chat.utils import distributed
 
 
 def create_mesh(device_type: str, num_shards: int) -> DeviceMesh:
-    """Return the mesh of all ranks: (world_size,) if the model is sharded across all of them, otherwise
-    (replicas, num_shards). Ranks of a replica are consecutive, as torchrun numbers the ranks of a node.
+    """Return the mesh of all ranks: (num_shards,) for a single replica, otherwise (replicas, num_shards).
+
+    The ranks of a replica are consecutive, like those of a node under torchrun.
 
     Collective: call on all ranks.
     """

@@ -19,7 +19,7 @@
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-lora-lr=5e-6 (in the repository)
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    multiple nodes with a shared file system
 #   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank fails
-#   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits in memory, else FSDP2
+#   PARALLEL=                  ddp, fsdp, hsdp or deepspeed; default: the first of DDP, HSDP and FSDP2 that fits
 #   DEEPSPEED=                 ZeRO configuration file, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 trackers, e.g. wandb,tensorboard; wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if it exists, else python3
