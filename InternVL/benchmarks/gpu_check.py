@@ -64,6 +64,7 @@ ITEMS = (
     Item("memory", "training:memory", 60),
     Item("optimizer", "kernels:optimizer", 60),
     Item("fsdp", "training:fsdp", 60),
+    Item("cpu-offload", "training:cpu_offload", 60),
     Item("deepspeed", "launchers:deepspeed", 90),
     Item("compile", "training:compiled_blocks", 150),
 )

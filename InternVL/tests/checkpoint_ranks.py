@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -20,6 +19,7 @@ from internvl_chat.train.checkpoint.staging import HostBuffers
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.checkpoint.weights import WeightGatherer
 from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy
+from internvl_chat.train.distributed.fsdp import create_mesh
 from internvl_chat.train.distributed.strategy import full_tensor, local_shard
 from internvl_chat.train.optim.adamw import build_adamw
 from internvl_chat.utils import distributed
@@ -54,13 +54,14 @@ def master_adamw(groups):
 
 
 class ToyStrategy:
-    """A toy model on one rank, replicated, or sharded by FSDP2."""
+    """A toy model on one rank, replicated, or sharded by FSDP2, also in two replicas."""
 
     def __init__(self, layout, make_optimizer=master_adamw, dtype=torch.bfloat16):
         self.name, self.model = layout, Toy(dtype)
-        self.shards_weights = layout == "fsdp"
-        if layout == "fsdp":
-            mesh = init_device_mesh("cpu", (distributed.world_size(),))
+        self.shards_weights = layout in ("fsdp", "hsdp")
+        if self.shards_weights:
+            size = distributed.world_size()
+            mesh = create_mesh("cpu", size if layout == "fsdp" else size // 2)
             for layer in self.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.model, mesh=mesh)

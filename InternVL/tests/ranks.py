@@ -25,18 +25,22 @@ from internvl_chat.utils import distributed
 PRELOADED = ("internvl_chat.train.internvl_chat_finetune", "torch.distributed.fsdp")
 
 
-def run_ranks(world_size: int, function: Callable, *arguments: Any, process_group: bool = True) -> list:
+def run_ranks(
+    world_size: int, function: Callable, *arguments: Any, process_group: bool = True, nodes: int = 1
+) -> list:
     """Call a function on multiple ranks and return their results; if a rank fails, the others are killed.
 
     Args:
         process_group: create the process group before the call.
+        nodes: number of nodes that the ranks seem to be on.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     answers, port = context.Queue(), _free_port()
     processes = [
         context.Process(
-            target=_run_rank, args=(rank, world_size, port, answers, process_group, function, arguments)
+            target=_run_rank,
+            args=(rank, world_size, world_size // nodes, port, answers, process_group, function, arguments),
         )
         for rank in range(world_size)
     ]
@@ -67,10 +71,10 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _run_rank(rank, world_size, port, answers, process_group, function, arguments):
+def _run_rank(rank, world_size, node_size, port, answers, process_group, function, arguments):
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % node_size),
+        "LOCAL_WORLD_SIZE": str(node_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
     try:
@@ -83,11 +87,13 @@ def _run_rank(rank, world_size, port, answers, process_group, function, argument
 
 
 def run_training(
-    *argv: str, ranks: int = 1, environment: Mapping[str, str] | None = None
+    *argv: str, ranks: int = 1, nodes: int = 1, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """Run the training script on new processes; return the highest exit code and the output of all ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        codes = run_ranks(ranks, _train, argv, folder, dict(environment or {}), process_group=False)
+        codes = run_ranks(
+            ranks, _train, argv, folder, dict(environment or {}), process_group=False, nodes=nodes
+        )
         outputs = [
             "".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(ranks))
             for name in ("out", "err")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 
 from benchmarks import train_throughput
 from benchmarks.gpu.check import Check, Skipped
@@ -142,11 +141,20 @@ def memory(check: Check) -> None:
 
 def fsdp(check: Check) -> None:
     """Compare the losses of FSDP2 on one rank with those of a run without FSDP2."""
-    expected = [row["loss"] for row in _train_in_process(check, "single", "full", ())]
+    _compare_layouts(check, "full", "--parallel", "fsdp")
+
+
+def cpu_offload(check: Check) -> None:
+    """Compare the losses of LoRA training with and without CPU offload."""
+    _compare_layouts(check, "lora", "--parallel", "fsdp", "--cpu_offload", "True")
+
+
+def _compare_layouts(check: Check, recipe: str, *flags: str) -> None:
+    """Compare the losses of FSDP2 on one rank with those of a run without FSDP2."""
+    expected = [row["loss"] for row in _train_in_process(check, "single", recipe, ())]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the hostname may not resolve offline
-    backend = "cpu:gloo,cuda:nccl" if check.on_gpu else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    rows = _train_in_process(check, "fsdp", "full", ("--parallel", "fsdp"))
+    distributed.init_single_rank(torch.device(check.device, 0))
+    rows = _train_in_process(check, "fsdp", recipe, flags)
     distributed.destroy_process_group()
     losses = [row["loss"] for row in rows]
     check.add(parallel=rows[0]["plan"]["parallel"], losses={"fsdp": losses, "single": expected})

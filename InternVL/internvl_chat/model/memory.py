@@ -162,6 +162,7 @@ def parallel_memory(
     optimizer_scratch: int,
     several_packs: bool,
     zero: Mapping[str, Any],
+    offload: bool = False,
 ) -> dict[str, int]:
     """Return the memory per rank in bytes, without activations, keyed by component (see `COMPONENTS`).
 
@@ -173,6 +174,7 @@ def parallel_memory(
         optimizer_scratch: temporary bytes of an optimizer step; ignored with DeepSpeed.
         several_packs: whether gradients are accumulated over multiple packs per step.
         zero: `zero_optimization` section of the DeepSpeed configuration.
+        offload: whether FSDP2 keeps its shards, gradients and optimizer state in host memory.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
     weights, gradients = _size(model.parameters()), _size(trained)
@@ -193,10 +195,45 @@ def parallel_memory(
         gradients = unreduced + (gradients if several_packs else reduced)
         weights, optimizer_state = weights // ranks + _size(root), optimizer_state // ranks
         buffers = 3 * max(_size(layer.parameters()) for layer in layers)
+        if offload:
+            # Each pack's gradients are reduced, so they accumulate in host memory.
+            weights, optimizer_state, optimizer_scratch = _size(root), 0, 0
+            gradients = unreduced + _size(p for p in root if p.requires_grad)
     elif parallel == "deepspeed":
         return _deepspeed_memory(model, trained, ranks, zero)
     sizes = (weights, gradients, optimizer_state, optimizer_scratch, buffers)
     return dict(zip(COMPONENTS, sizes, strict=True))
+
+
+def offloaded_memory(
+    model: InternVLChatModel,
+    parallel: str,
+    world_size: int,
+    *,
+    optimizer_state: int,
+    zero: Mapping[str, Any],
+    offload: bool,
+) -> int:
+    """Return the host memory per rank in bytes of the state that a layout offloads.
+
+    See `parallel_memory` for the arguments.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights, size = _size(model.parameters()), 0
+    if parallel == "fsdp" and offload:
+        size = weights + _size(trained) + optimizer_state
+    elif parallel == "deepspeed":
+        if _offload_device(zero, "optimizer") == "cpu":
+            # Masters, moments and gradients in float32.
+            size += 16 * sum(p.numel() for p in trained)
+        if _offload_device(zero, "param") == "cpu":
+            size += weights
+    return size // world_size
+
+
+def _offload_device(zero: Mapping[str, Any], what: str) -> str:
+    """Return the device that ZeRO offloads to: `none`, `cpu` or `nvme`."""
+    return (zero.get(f"offload_{what}") or {}).get("device", "none")
 
 
 def _deepspeed_memory(
@@ -220,9 +257,9 @@ def _deepspeed_memory(
         gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
         buffers += min(gathered, sum(p.numel() for p in model.parameters()))
     buffers *= trained[0].element_size()
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if _offload_device(zero, "optimizer") != "none":
         state = scratch = 0
-    if zero.get("offload_param", {}).get("device", "none") != "none":
+    if _offload_device(zero, "param") != "none":
         weights = 0
     return dict(zip(COMPONENTS, (weights, gradients, state, scratch, buffers), strict=True))
 

@@ -41,7 +41,7 @@ from internvl_chat.train.checkpoint.run_folder import (
 )
 from internvl_chat.train.checkpoint.state import STATE_FILE
 from internvl_chat.train.config import RunConfig, TrainConfig
-from internvl_chat.train.distributed.deepspeed import deepspeed_problems, zero_stage
+from internvl_chat.train.distributed.deepspeed import deepspeed_problems, offloads, zero_stage
 from internvl_chat.train.distributed.signals import note_start
 from internvl_chat.train.monitor.trackers import tracker_problems
 from internvl_chat.train.optim.factory import (
@@ -57,6 +57,9 @@ from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.paths import data_root
 
 logger = get_logger(__name__)
+
+# Values of `--optim` that can be used with CPU offload.
+_CPU_OPTIMIZERS = (*OWN_OPTIMIZERS, "adafactor", "adagrad", "rmsprop", "sgd")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def check_configuration(config: TrainConfig) -> RunPlan:
             "--save_only_model True: the checkpoints have no optimizer state, so this run cannot be resumed "
             "exactly after an interruption"
         )
+    if run.cpu_offload and run.device.type == "cpu" and run.is_main:
+        logger.warning("--cpu_offload True: has no effect on memory, because the run uses the CPU")
     output, source = results["output"], results["output"].resume or results["source"]
     for line in _flag_warnings(config, source) if run.is_main else ():
         logger.warning("%s", line)
@@ -136,8 +141,7 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
         yield "--use_liger True: the package liger-kernel is not installed (pip install liger-kernel)"
     if use_liger and run.device.type != "cuda":
         yield f"--use_liger True: Liger's kernels need an NVIDIA GPU, but this run uses {run.device.type}"
-    if run.parallel == "fsdp" and run.world_size == 1:
-        yield "--parallel fsdp: a single rank has nothing to shard; remove the flag"
+    yield from sharding_problems(run)
     flag = f"--weight_precision {run.weight_precision}"
     if run.weight_precision != "master":
         if run.deepspeed:
@@ -154,6 +158,29 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
         yield f"--dataloader_prefetch_factor {run.dataloader_prefetch_factor} needs --dataloader_num_workers"
     yield from optimizer_problems(run)
     yield from tracker_problems(run.report_to)
+
+
+def sharding_problems(run: RunConfig) -> Iterator[str]:
+    """Yield an error message for each problem with FSDP2, HSDP and CPU offload.
+
+    With `--parallel hsdp`, this is collective: call on all ranks.
+    """
+    if run.parallel in ("fsdp", "hsdp") and run.world_size == 1 and not run.cpu_offload:
+        yield f"--parallel {run.parallel}: a single rank has nothing to shard; remove the flag"
+    elif run.parallel == "hsdp":
+        sizes = set(distributed.all_gather_object(run.local_world_size))
+        if len(sizes) > 1:
+            found = ", ".join(map(str, sorted(sizes)))
+            yield f"--parallel hsdp: the nodes have {found} ranks, but must have the same number; use fsdp"
+        elif sizes == {1}:
+            yield "--parallel hsdp: one rank per node has nothing to shard within its node; use fsdp"
+    config = run.deepspeed or {}
+    offload = "--cpu_offload True" if run.cpu_offload else None
+    if offloads(config, "optimizer") and "optimizer" not in config:
+        offload = '--deepspeed: "zero_optimization.offload_optimizer"'
+    if offload and run.optim not in _CPU_OPTIMIZERS:
+        names = ", ".join(_CPU_OPTIMIZERS)
+        yield f"{offload}: --optim {run.optim} updates weights on GPUs only; use one of {names}"
 
 
 def _step_flags(config: TrainConfig) -> Iterator[str]:
@@ -244,7 +271,7 @@ def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) 
         return
     if run.eval_generate > 0:
         zero3 = run.deepspeed is not None and zero_stage(run.deepspeed) == 3
-        if run.parallel == "fsdp" or zero3:
+        if run.parallel in ("fsdp", "hsdp") or zero3:
             yield sharded_generation_problem(run, "ZeRO-3" if zero3 else "FSDP")
         if find_spec("rouge") is None:
             yield f"--eval_generate {run.eval_generate}: rouge is not installed (pip install rouge)"

@@ -76,6 +76,7 @@ class RunConfig:
     weight_precision: str
     compile_blocks: bool
     parallel: str
+    cpu_offload: bool
     deepspeed: Mapping[str, Any] | None
     ddp_bucket_cap_mb: int | None
     ddp_timeout: int
@@ -137,6 +138,11 @@ class RunConfig:
         pin = self.dataloader_pin_memory and self.device.type == "cuda"
         return DataLoaderOptions(self.dataloader_num_workers, self.dataloader_prefetch_factor, pin)
 
+    @property
+    def optimizer_device(self) -> torch.device:
+        """Device on which the optimizer updates the weights."""
+        return torch.device("cpu") if self.cpu_offload else self.device
+
     def count_steps(self, epoch_steps: int) -> int:
         """Return the total number of optimizer steps, given the steps per epoch."""
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * epoch_steps)
@@ -172,7 +178,7 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
         _mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs or None, problems) or {}
     )
     values["deepspeed"] = _mapping("deepspeed", args.deepspeed or None, problems)
-    values["parallel"] = _parallel(args, problems)
+    values["parallel"], values["cpu_offload"] = _parallel(args, problems)
     values["device"] = _device(args, problems)
     if args.weight_precision == "auto":
         logger.warning("--weight_precision auto is deprecated; use master")
@@ -260,22 +266,38 @@ def _reject_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not allowed")
 
 
-def _parallel(args: RunArguments, problems: list[str]) -> str:
-    """Return the parallel layout selected by `--parallel`, `--fsdp` or `--deepspeed`."""
+_FSDP_WORDS = {"full_shard": "fsdp", "hybrid_shard": "hsdp", "auto_wrap": None, "offload": None}
+
+
+def _parallel(args: RunArguments, problems: list[str]) -> tuple[str, bool]:
+    """Return the parallel layout selected by `--parallel`, `--fsdp` or `--deepspeed`, and CPU offload."""
     words = args.fsdp.split()
-    unsupported = [word for word in words if word not in ("full_shard", "auto_wrap")]
-    if words and (unsupported or "full_shard" not in words):
+    unsupported = [word for word in words if word not in _FSDP_WORDS]
+    layouts = {f"--fsdp {word}": layout for word in words if (layout := _FSDP_WORDS.get(word))}
+    if words and (unsupported or not layouts):
         problems.append(
-            f"--fsdp {' '.join(unsupported or words)}: only full_shard is supported (--parallel fsdp)"
+            f"--fsdp {' '.join(unsupported or words)}: only full_shard (--parallel fsdp) and hybrid_shard "
+            "(--parallel hsdp) are supported, also with auto_wrap and offload"
         )
-    layouts = {"--fsdp": "fsdp"} if args.fsdp else {}
     layouts |= {"--deepspeed": "deepspeed"} if args.deepspeed else {}
     layouts |= {f"--parallel {args.parallel}": args.parallel} if args.parallel != "auto" else {}
     if len(set(layouts.values())) > 1:
         problems.append(f"{' and '.join(layouts)}: conflicting kinds of parallelism; use one of them")
     if args.parallel == "deepspeed" and not args.deepspeed:
         problems.append("--parallel deepspeed needs --deepspeed with a ZeRO configuration")
-    return next(iter(layouts.values()), "auto")
+    offload = args.cpu_offload or "offload" in words
+    layout = next(iter(layouts.values()), "fsdp" if offload else "auto")
+    if offload and layout == "ddp":
+        problems.append("--cpu_offload True: not supported with --parallel ddp; use --parallel fsdp")
+    if offload and layout == "deepspeed":
+        problems.append(
+            "--cpu_offload True: not supported with --deepspeed; set offload_optimizer and offload_param in "
+            "its configuration, as in shell/deepspeed/zero3_offload.json"
+        )
+    if layout == "hsdp" and 1 < distributed.world_size() == distributed.local_world_size():
+        logger.info("--parallel hsdp: on a single node, this is the same as --parallel fsdp")
+        layout = "fsdp"
+    return layout, offload
 
 
 def _device(args: RunArguments, problems: list[str]) -> torch.device:

@@ -19,7 +19,7 @@ from internvl_chat.constants import (
 )
 from internvl_chat.data.sources.skip_policy import POLICIES
 
-PARALLEL_MODES = ("auto", "ddp", "fsdp", "deepspeed")
+PARALLEL_MODES = ("auto", "ddp", "fsdp", "hsdp", "deepspeed")
 INTERVALS = ("no", "steps", "epoch")
 
 # Group titles, in display order.
@@ -268,13 +268,20 @@ class RunArguments:
     use_cpu: bool = _distributed(False, "Train on the CPU.")
     parallel: str = _distributed(
         "auto",
-        "Multi-GPU parallelism: ddp, fsdp (FSDP2), deepspeed (with --deepspeed), or auto (ddp if it fits in "
-        "memory, otherwise fsdp).",
+        "Parallelism: ddp, fsdp (FSDP2), hsdp (FSDP2 within each node), deepspeed (with --deepspeed), or "
+        "auto (the first of ddp, hsdp and fsdp that fits).",
         PARALLEL_MODES,
     )
     deepspeed: str | None = _distributed(None, "DeepSpeed configuration: a JSON file or JSON text.")
+    cpu_offload: bool = _distributed(
+        False,
+        "Keep FSDP2's weights, gradients and optimizer state in host memory, and update the weights on the "
+        "CPU (slower).",
+    )
     fsdp: str = _distributed(
-        "", "full_shard is equivalent to --parallel fsdp; other values are not supported."
+        "",
+        "full_shard is equivalent to --parallel fsdp, hybrid_shard to --parallel hsdp; offload adds "
+        "--cpu_offload True.",
     )
     ddp_bucket_cap_mb: int | None = _distributed(None, "DDP's bucket size in MB [torch's default].")
     ddp_backend: str | None = _distributed(

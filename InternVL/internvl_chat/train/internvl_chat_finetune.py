@@ -199,7 +199,7 @@ def _load_model(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedTokenizerBa
     logger.info("model: %s, attention: %s\n%s", plan.source, plan.attn, format_table(rows))
     if not rows[-1].trainable:
         raise UsageError("these flags leave no trainable parameters; see the table above")
-    persistent_buffers = run.device.type == "cpu" and run.world_size == 1
+    persistent_buffers = run.device.type == "cpu" and run.world_size == 1 and not run.cpu_offload
     apply_kernels(model, run.device, liger=options.use_liger, persistent_buffers=persistent_buffers)
     return model, tokenizer, preprocessing
 
@@ -209,7 +209,7 @@ def _apply_memory_plan(
 ) -> MemoryPlan:
     """Plan the memory; enable activation checkpointing as planned, and compilation with `--torch_compile`."""
     memory = plan_memory(config, model, sampler, data)
-    if memory.parallel == "fsdp" and config.run.eval_generate:
+    if memory.parallel in ("fsdp", "hsdp") and config.run.eval_generate:
         raise UsageError(sharded_generation_problem(config.run, "FSDP (chosen by --parallel auto)"))
     model.checkpoint_layers(memory.checkpointed_layers)
     if config.run.compile_blocks:

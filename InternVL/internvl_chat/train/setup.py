@@ -337,9 +337,14 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
     """
     run = config.run
     optimizer, scheduler = partial(make_optimizer, run), partial(make_scheduler, run, total_steps=steps)
+    if memory.parallel in ("fsdp", "hsdp", "deepspeed"):
+        distributed.init_single_rank(run.device)
     if memory.parallel == "deepspeed":
         hidden_size = model.language_model.config.hidden_size
         return DeepSpeedStrategy(model, optimizer, scheduler, resolve_deepspeed(run, hidden_size))
-    if memory.parallel == "fsdp":
-        return FSDPStrategy(model, optimizer, scheduler, run.device)
+    if memory.parallel in ("fsdp", "hsdp"):
+        shards = run.local_world_size if memory.parallel == "hsdp" else run.world_size
+        return FSDPStrategy(
+            model, optimizer, scheduler, run.device, num_shards=shards, cpu_offload=run.cpu_offload
+        )
     return Strategy(model, optimizer, scheduler, run.device, bucket_cap_mb=run.ddp_bucket_cap_mb)

@@ -83,6 +83,19 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group("gloo", timeout=timeout)
 
 
+def init_single_rank(device: torch.device) -> None:
+    """Create a process group for a run without a launcher; FSDP2 and DeepSpeed need one even for one rank."""
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("LOCAL_RANK", "0")
+    set_device(device)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, device_id=device)
+    else:
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
 def host_group() -> dist.ProcessGroup | None:
     """Return the gloo group with the long timeout; None with a single rank.
 

@@ -339,20 +339,22 @@ def test_validation_does_not_change_training_on_two_ranks(arguments, tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("how", ["fsdp", "hsdp", "zero2", "zero3"])
 def test_validation_with_sharded_weights(arguments, tmp_path, how):
-    if how != "fsdp":
+    if how.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     sharded = {
         "fsdp": {"fsdp": "full_shard"},
+        "hsdp": {"fsdp": "hybrid_shard"},
         "zero2": {"deepspeed": SOURCE_ROOT / "internvl_chat/shell/deepspeed/zero2.json"},
         "zero3": {"deepspeed": SOURCE_ROOT / "internvl_chat/shell/deepspeed/zero3.json"},
     }[how]
     one, two = tmp_path / "one", tmp_path / "two"
+    size = {"ranks": 4, "nodes": 2} if how == "hsdp" else {"ranks": 2}
     values = {"load_best_model_at_end": True, "save_steps": 2, "save_total_limit": 1}
     assert run_training(*arguments(one, **values)).returncode == 0
     share = {"per_device_train_batch_size": 1}
-    result = run_training(*arguments(two, eval_samples=2, **{**values, **sharded, **share}), ranks=2)
+    result = run_training(*arguments(two, eval_samples=2, **{**values, **sharded, **share}), **size)
     assert result.returncode == 0, result.stderr[-3000:]
     assert ("no sample answers" in result.stderr) == (how != "zero2")
     assert (two / "samples.jsonl").exists() == (how == "zero2")
@@ -360,7 +362,7 @@ def test_validation_with_sharded_weights(arguments, tmp_path, how):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     state = json.loads((two / f"checkpoint-{checkpoints(two)[-1]}/trainer_state.json").read_text())
     assert state["best_global_step"] in checkpoints(two)
-    result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**sharded, **share}), ranks=2)
+    result = run_training(*arguments(tmp_path / "no", eval_generate=1, **{**sharded, **share}), **size)
     refused = "--eval_generate 1: not supported with" in result.stderr
     assert refused == (how != "zero2") and (result.returncode == 0) != refused
 

@@ -290,16 +290,40 @@ def test_parsing_initializes_no_devices(monkeypatch):
         ({"parallel": "ddp"}, "ddp"),
         ({"fsdp": "full_shard"}, "fsdp"),
         ({"fsdp": "full_shard auto_wrap", "parallel": "fsdp"}, "fsdp"),
+        ({"fsdp": "hybrid_shard"}, "hsdp"),
+        ({"parallel": "hsdp"}, "hsdp"),
+        ({"fsdp": "full_shard offload"}, "fsdp"),
+        ({"fsdp": "offload hybrid_shard auto_wrap"}, "hsdp"),
+        ({"cpu_offload": True}, "fsdp"),
         ({"deepspeed": '{"zero_optimization": {"stage": 3}}'}, "deepspeed"),
     ],
 )
 def test_parallel_mode(values, mode):
-    assert parse(**values).run.parallel == mode
+    run = parse(**values).run
+    assert run.parallel == mode
+    assert run.cpu_offload == ("offload" in str(values))
+
+
+def test_hsdp_on_a_single_node_is_fsdp(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for local, expected in (("2", "hsdp"), ("4", "fsdp")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert parse(parallel="hsdp").run.parallel == expected
+
+
+def test_offload_is_supported_only_with_fsdp():
+    assert problems(*flags(**NEEDED, cpu_offload=True, parallel="ddp")) == [
+        "--cpu_offload True: not supported with --parallel ddp; use --parallel fsdp"
+    ]
+    [problem] = problems(*flags(**NEEDED, cpu_offload=True, deepspeed='{"zero_optimization": {"stage": 3}}'))
+    assert "set offload_optimizer and offload_param in its configuration" in problem
 
 
 def test_conflicting_parallelism():
     both = problems(*flags(**NEEDED, fsdp="full_shard", parallel="ddp"))
-    assert both == ["--fsdp and --parallel ddp: conflicting kinds of parallelism; use one of them"]
+    assert both == ["--fsdp full_shard and --parallel ddp: conflicting kinds of parallelism; use one of them"]
+    [words] = problems(*flags(**NEEDED, fsdp="full_shard hybrid_shard"))
+    assert words.startswith("--fsdp full_shard and --fsdp hybrid_shard: conflicting kinds of parallelism")
     alone = problems(*flags(**NEEDED, parallel="deepspeed"))
     assert alone == ["--parallel deepspeed needs --deepspeed with a ZeRO configuration"]
 
@@ -308,14 +332,13 @@ def test_conflicting_parallelism():
     ("given", "named"),
     [
         ("shard_grad_op", "shard_grad_op"),
-        ("full_shard offload", "offload"),
-        ("full_shard auto_wrap hybrid_shard", "hybrid_shard"),
+        ("full_shard hybrid_shard_zero2", "hybrid_shard_zero2"),
         ("auto_wrap", "auto_wrap"),
     ],
 )
-def test_fsdp_supports_only_full_shard(given, named):
-    expected = [f"--fsdp {named}: only full_shard is supported (--parallel fsdp)"]
-    assert problems(*flags(**NEEDED, fsdp=given)) == expected
+def test_unsupported_kinds_of_fsdp(given, named):
+    [problem] = problems(*flags(**NEEDED, fsdp=given))
+    assert problem.startswith(f"--fsdp {named}: only full_shard (--parallel fsdp) and hybrid_shard")
 
 
 def test_former_flags_still_work(caplog):

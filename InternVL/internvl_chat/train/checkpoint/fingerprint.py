@@ -54,7 +54,7 @@ NOT_COMPARED = {
         "output_dir", "allow_resume_changes",
         # Layout: the number of ranks and how they share the records of a step.
         "device", "rank", "world_size", "local_world_size", "records_per_pack", "records_per_rank", "packing",
-        "max_packed_tokens", "parallel", "ddp_bucket_cap_mb", "ddp_timeout",
+        "max_packed_tokens", "parallel", "cpu_offload", "ddp_bucket_cap_mb", "ddp_timeout",
         # These affect only rounding.
         "tf32", "compile_blocks", "full_determinism",
         # Data loading, logging and checkpoints.

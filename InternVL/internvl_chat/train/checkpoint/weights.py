@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from internvl_chat.model.io.adapter import adapter_weights
 from internvl_chat.model.lora.injection import lora_layers
@@ -11,9 +11,14 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.distributed.strategy import local_shard
 from internvl_chat.utils import distributed
 
+# Placements of FSDP2 and HSDP.
+_PLACEMENTS = ((Shard(0),), (Replicate(), Shard(0)))
+
 
 class WeightGatherer:
     """Collects the weights for each checkpoint; gathers FSDP2 shards on the CPU with gloo.
+
+    With HSDP, the first ranks send their shards; the other ranks have replicas.
 
     Args:
         group: gloo group that is not used elsewhere while `gather` runs; None in a single-rank run.
@@ -35,7 +40,7 @@ class WeightGatherer:
     def prepare(self) -> dict[str, Tensor]:
         """Select the weights to save; return the trainable tensors that this rank must copy.
 
-        These are the rank's shards and, on rank 0, also the unsharded weights.
+        These are the rank's shards, unless a lower rank has them too, and, on rank 0, the unsharded weights.
         """
         weights = dict(self._model.state_dict(keep_vars=True))
         if lora_layers(self._model):
@@ -53,7 +58,8 @@ class WeightGatherer:
         return {
             name: local_shard(weight)
             for name, weight in self._unique.items()
-            if name in self._trained and (self._is_main or name in sharded)
+            if name in self._trained
+            and (self._is_main or (name in sharded and distributed.rank() < _num_shards(sharded[name])))
         }
 
     def gather(self, copies: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,7 +71,7 @@ class WeightGatherer:
             copies: copies of the tensors that `prepare` returned.
 
         Raises:
-            AgreedError: a shard is missing, or a weight is not sharded along dimension 0.
+            AgreedError: a shard is missing, or a weight is not sharded along dimension 0 only.
         """
         for name, weight in self._unique.items():
             if isinstance(weight, DTensor) and (name in self._trained or not self._has_frozen):
@@ -79,9 +85,10 @@ class WeightGatherer:
     def _gather_shards(self, name: str, weight: DTensor, copies: dict[str, Tensor]) -> None:
         error, shard = None, torch.empty(0)
         try:
-            if weight.placements != (Shard(0),):
+            if weight.placements not in _PLACEMENTS:
                 raise NotImplementedError(f"{name} has placements {weight.placements}; expected Shard(0)")
-            shard = (copies[name] if name in self._trained else local_shard(weight)).cpu().contiguous()
+            if distributed.rank() < _num_shards(weight):
+                shard = (copies[name] if name in self._trained else local_shard(weight)).cpu().contiguous()
         except Exception as failure:
             error = failure
         distributed.agree(error, group=self._group)
@@ -89,7 +96,12 @@ class WeightGatherer:
             if shard.numel():
                 dist.send(shard, dst=0, group=self._group)
             return
-        first, *others = self._full[name].split(-(-len(weight) // weight.device_mesh.size()))
+        first, *others = self._full[name].split(-(-len(weight) // _num_shards(weight)))
         first.copy_(shard)
         for rank, part in enumerate(others, start=1):
             dist.recv(part, src=rank, group=self._group)
+
+
+def _num_shards(weight: DTensor) -> int:
+    """Return the number of ranks across which a weight is sharded; these are the first ranks."""
+    return weight.device_mesh.size(-1)

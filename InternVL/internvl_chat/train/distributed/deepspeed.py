@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor, nn, optim, zeros
-from torch import distributed as dist
 
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig
@@ -29,6 +28,13 @@ def zero_stage(config: Mapping[str, Any]) -> Any:
     """Return the ZeRO stage in a DeepSpeed configuration, without checking that it is valid."""
     section = config.get("zero_optimization")
     return section.get("stage", 0) if isinstance(section, Mapping) else 0
+
+
+def offloads(config: Mapping[str, Any], what: str) -> bool:
+    """Return whether a DeepSpeed configuration offloads `optimizer` or `param`, without checking it."""
+    section = config.get("zero_optimization")
+    section = section.get(f"offload_{what}") if isinstance(section, Mapping) else None
+    return isinstance(section, Mapping) and section.get("device", "none") != "none"
 
 
 def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
@@ -67,6 +73,8 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
             f'--deepspeed: "zero_optimization.stage" is {zero_stage(config)!r}, but must be 1, 2 or 3; '
             "to train without ZeRO, use --parallel ddp instead of --deepspeed"
         )
+    elif zero_stage(config) != 3 and offloads(config, "param"):
+        problems.append('--deepspeed: "zero_optimization.offload_param" needs stage 3')
     _fill(config, "", values, flags, problems)
     # DeepSpeed sees one batch per rank and step; the training loop accumulates gradients over its packs.
     config["train_micro_batch_size_per_gpu"] = run.records_per_rank
@@ -76,6 +84,8 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     config.setdefault("bf16", {"enabled": run.bf16})
     # Allow the optimizer from `make_optimizer`, which is used if the configuration has none.
     config.setdefault("zero_allow_untested_optimizer", True)
+    # Also with offload; DeepSpeed's own CPU optimizer would have to be compiled.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
     if _uses_torch_adam(config):
         config["optimizer"]["params"] = {"torch_adam": True} | (config["optimizer"].get("params") or {})
     if problems:
@@ -175,15 +185,6 @@ def warn_about_locks() -> None:
     distributed.barrier()
 
 
-def _init_single_rank(model: InternVLChatModel) -> None:
-    """Create a process group for a run without a launcher; without one, DeepSpeed would try to use MPI."""
-    os.environ.setdefault("LOCAL_RANK", "0")
-    backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
-    dist.init_process_group(
-        backend, store=dist.TCPStore("127.0.0.1", 0, 1, is_master=True), rank=0, world_size=1
-    )
-
-
 class DeepSpeedStrategy(Strategy):
     """Trains with a DeepSpeed engine, which clips gradients and updates float32 master weights.
 
@@ -204,8 +205,6 @@ class DeepSpeedStrategy(Strategy):
     ) -> None:
         import deepspeed
 
-        if not dist.is_initialized():
-            _init_single_rank(model)
         warn_about_locks()
         self.shards_weights = zero_stage(config) == 3
         model.always_run_vision = self.shards_weights

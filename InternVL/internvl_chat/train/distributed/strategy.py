@@ -26,7 +26,7 @@ class Strategy:
         bucket_cap_mb: size of DDP's gradient buckets in MB; None for torch's default.
 
     Attributes:
-        name: `single`, `ddp`, `fsdp` or `deepspeed`.
+        name: `single`, `ddp`, `fsdp`, `hsdp` or `deepspeed`.
         model: the unwrapped model.
         wrapped: the module to call for training.
         shards_weights: whether the forward pass gathers sharded weights, so that all ranks must run the same
@@ -43,13 +43,14 @@ class Strategy:
         device: torch.device,
         bucket_cap_mb: int | None = None,
     ) -> None:
-        self.model = model.to(device)
+        self.model = model
         self.wrapped = self._wrap(device, bucket_cap_mb)
         self.optimizer = make_optimizer(model)
         self.scheduler = make_scheduler(self.optimizer)
 
     def _wrap(self, device: torch.device, bucket_cap_mb: int | None) -> nn.Module:
-        """Return the module to call for training."""
+        """Move the model to the device; return the module to call for training."""
+        self.model.to(device)
         self.name = "ddp" if distributed.world_size() > 1 else "single"
         if self.name == "single":
             return self.model

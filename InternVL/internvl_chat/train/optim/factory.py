@@ -51,7 +51,7 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         groups,
         precision=precision,
         seed=run.seed,
-        compiled=has_bf16 and uses_compiled_step(precision, run.device),
+        compiled=has_bf16 and uses_compiled_step(precision, run.optimizer_device),
         lr=run.learning_rate,
         betas=(run.adam_beta1, run.adam_beta2),
         eps=run.adam_epsilon,

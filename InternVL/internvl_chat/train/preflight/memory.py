@@ -5,6 +5,7 @@ All sizes are in bytes. The plan never changes flags that affect the results, su
 
 import dataclasses
 import itertools
+import math
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
-from internvl_chat.model.memory import PackSize, measure_activations, parallel_memory
+from internvl_chat.model.memory import PackSize, measure_activations, offloaded_memory, parallel_memory
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, bytes_per_parameter, scratch_bytes
@@ -32,6 +33,7 @@ logger = get_logger(__name__)
 
 # Usable fraction of a GPU's free memory; the rest allows for rounding and fragmentation in the allocator.
 _USABLE = 0.95
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class MemoryPlan:
         sample_indices: records of the largest pack.
         several_packs: whether any rank has multiple packs in a step.
         layers: number of decoder layers.
+        host: host memory required per rank for offloaded state.
+        host_available: host memory available per rank.
         fitting_flags: function that takes a memory limit and returns each flag that would by itself make the
             run fit, with the planned total.
     """
@@ -60,6 +64,8 @@ class MemoryPlan:
     several_packs: bool
     layers: int
     fitting_flags: Callable[[float], dict[str, float]] = field(compare=False, repr=False)
+    host: float = 0
+    host_available: float = math.inf
 
     @property
     def total(self) -> float:
@@ -71,9 +77,12 @@ class MemoryPlan:
     def table(self) -> str:
         """Format the plan as text."""
         parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.components.items())
+        host = (
+            f"; host memory: {gigabytes(self.host)} of {gigabytes(self.host_available)}" if self.host else ""
+        )
         return (
             f"memory plan in GB per rank ({self.parallel}, {self.checkpointed_layers} of {self.layers} "
-            f"decoder layers checkpointed): {gigabytes(self.total)} of {gigabytes(self.available)}\n"
+            f"decoder layers checkpointed): {gigabytes(self.total)} of {gigabytes(self.available)}{host}\n"
             f"  {parts}\n  largest pack: {self.pack.tokens} tokens ({self.pack.supervised} supervised), "
             f"{self.pack.tiles} tiles"
         )
@@ -103,11 +112,19 @@ def plan_memory(
     plan = planner.plan(replicated if run.parallel in ("auto", "ddp") else run.parallel)
     if run.parallel == "auto" and run.world_size > 1:
         needs = f"ddp needs {gigabytes(plan.total)} of {gigabytes(plan.available)} GB per rank"
-        if plan.total > plan.available:
-            plan = planner.plan("fsdp")
+        # With HSDP, fewer bytes cross nodes.
+        for sharded in ("hsdp", "fsdp") if planner.can_replicate else ("fsdp",):
+            if plan.total > plan.available:
+                plan = planner.plan(sharded)
         logger.info("--parallel auto: %s, because %s", plan.parallel, needs)
     if plan.total > plan.available:
         raise UsageError(plan.explain_shortage("the largest pack does not fit in memory", plan.available))
+    if plan.host > plan.host_available:
+        raise UsageError(
+            f"the offloaded state needs {gigabytes(plan.host)} GB of host memory per rank, but only "
+            f"{gigabytes(plan.host_available)} GB are available; use more nodes, LoRA, or less offloading\n"
+            f"{plan.table()}"
+        )
     logger.info("%s", plan.table())
     return plan
 
@@ -127,26 +144,41 @@ class _Planner:
         self.activations = measure_activations(model, run.device)
         self.packs = self.largest_packs(sampler.planner.max_packed_tokens)
         compiled = uses_compiled_step(self.precision, run.device)
+        node_sizes = set(all_gather_object(run.local_world_size))
+        self.can_replicate = len(node_sizes) == 1 and 1 < run.local_world_size < run.world_size
+        self.on_gpu = run.device.type == "cuda"
+        # On a CPU, nothing moves.
+        self.offload, offloads = self.on_gpu and run.cpu_offload, (False, True) if self.on_gpu else (False,)
+        self.host_available = min(all_gather_object(available_memory(_CPU, run.local_world_size)))
         # Computed now, because sharding changes the parameters.
-        keys = itertools.product(("single", "ddp", "fsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True))
-        self.layouts = {key: layout_memory(model, run, *key, compiled) for key in keys}
+        keys = itertools.product(
+            ("single", "ddp", "fsdp", "hsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True), offloads
+        )
+        self.layouts = {
+            (parallel, precision, several, offload): (
+                layout_memory(model, run, parallel, precision, several, compiled, offload),
+                layout_host_memory(model, run, parallel, precision, offload),
+            )
+            for parallel, precision, several, offload in keys
+        }
 
     def plan(self, parallel: str, **changed: Any) -> MemoryPlan:
         """Return the fitting plan with the fewest checkpointed layers; if none fits, the one with the most.
 
         Args:
             parallel: parallel layout.
-            changed: values of `precision`, `checkpoint` and `packs` that replace those of the run.
+            changed: values of `precision`, `checkpoint`, `packs` and `offload` that replace those of the run.
         """
         packs, several = changed.get("packs", self.packs)
-        layout = self.layouts[parallel, changed.get("precision", self.precision), several]
+        precision, offload = changed.get("precision", self.precision), changed.get("offload", self.offload)
+        layout, host = self.layouts[parallel, precision, several, offload]
         checkpoint, layers = changed.get("checkpoint", self.checkpoint), self.activations.layers
         for count in {"True": [layers], "False": [0]}.get(checkpoint, range(layers + 1)):
             candidates = [(self.activations.for_pack(pack, count), pack, records) for pack, records in packs]
             activations, pack, records = max(candidates, key=lambda candidate: sum(candidate[0].values()))
             plan = MemoryPlan(
                 parallel, count, layout | activations, self.available, pack, records, several, layers,
-                partial(self.fitting_flags, parallel),
+                partial(self.fitting_flags, parallel), host, self.host_available,
             )  # fmt: skip
             if plan.total <= self.available:
                 break
@@ -157,6 +189,8 @@ class _Planner:
         totals = {}
         if parallel != "deepspeed":  # not supported with DeepSpeed
             totals["--parallel fsdp"] = self.plan("fsdp").total
+            if self.on_gpu and (plan := self.plan("fsdp", offload=True)).host <= plan.host_available:
+                totals["--cpu_offload True"] = plan.total
             for name in WEIGHT_PRECISIONS:
                 totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
         totals["--grad_checkpoint True"] = self.plan(parallel, checkpoint="True").total
@@ -202,21 +236,47 @@ def layout_memory(
     precision: str,
     several_packs: bool,
     compiled: bool,
+    offload: bool = False,
 ) -> dict[str, int]:
     """Return the memory per rank of a parallel layout, keyed by component (see `parallel_memory`)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    state = sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
     scratch = scratch_bytes(precision, trained, "cuda" if run.device.type == "cuda" else "cpu", compiled)
-    zero = (run.deepspeed or {}).get("zero_optimization", {})
     return parallel_memory(
         model,
-        parallel,
-        run.world_size,
-        optimizer_state=state,
+        *_sharding(run, parallel),
+        optimizer_state=_optimizer_state(model, precision),
         optimizer_scratch=scratch,
         several_packs=several_packs,
-        zero=zero,
+        zero=_zero(run),
+        offload=offload,
     )
+
+
+def layout_host_memory(
+    model: InternVLChatModel, run: RunConfig, parallel: str, precision: str, offload: bool
+) -> int:
+    """Return the host memory per rank of the state that a parallel layout offloads, in bytes."""
+    return offloaded_memory(
+        model,
+        *_sharding(run, parallel),
+        optimizer_state=_optimizer_state(model, precision),
+        zero=_zero(run),
+        offload=offload,
+    )
+
+
+def _sharding(run: RunConfig, parallel: str) -> tuple[str, int]:
+    """Return the layout whose memory a parallel layout needs, and the number of shards."""
+    return ("fsdp", run.local_world_size) if parallel == "hsdp" else (parallel, run.world_size)
+
+
+def _optimizer_state(model: InternVLChatModel, precision: str) -> int:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
+
+
+def _zero(run: RunConfig) -> dict[str, Any]:
+    return (run.deepspeed or {}).get("zero_optimization", {})
 
 
 def available_memory(device: torch.device, local_ranks: int = 1) -> int:

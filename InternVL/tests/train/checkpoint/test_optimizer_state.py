@@ -53,7 +53,7 @@ def source(tmp_path_factory):
 
 def test_state_is_resharded_across_layouts_and_world_sizes(source, tmp_path):
     checkpoint, reference = source
-    for world_size, layout in ((2, "fsdp"), (4, "fsdp"), (2, "ddp"), (2, "fsdp")):
+    for world_size, layout in ((2, "fsdp"), (4, "hsdp"), (2, "ddp"), (2, "fsdp")):
         target = tmp_path / f"{world_size} {layout}"
         for read, owned in run_ranks(world_size, move, layout, checkpoint, target, reference):
             assert read == owned  # a rank reads only its shards

@@ -57,6 +57,14 @@ def test_contradictions_with_the_flags_are_rejected(name):
     ]
 
 
+def test_offloading_weights_needs_stage_3():
+    offload = {"offload_param": {"device": "cpu"}}
+    assert problems(zero_optimization={"stage": 2, **offload}) == [
+        '--deepspeed: "zero_optimization.offload_param" needs stage 3'
+    ]
+    assert resolve(zero_optimization={"stage": 3, **offload})["zero_force_ds_cpu_optimizer"] is False
+
+
 @pytest.mark.parametrize(
     ("config", "stage"),
     [
@@ -146,7 +154,6 @@ def test_lock_file_of_a_killed_compilation_is_logged(tmp_path, monkeypatch, capl
 def test_locks_are_checked_before_the_engine_starts(monkeypatch):
     called = []
     monkeypatch.setattr(module, "warn_about_locks", lambda: called.append("check"))
-    monkeypatch.setattr(module, "_init_single_rank", lambda model: None)
 
     def initialize(**options):
         called.append("initialize")

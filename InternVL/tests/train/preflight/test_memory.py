@@ -19,7 +19,13 @@ from internvl_chat.model.io.checkpoint import load_model
 from internvl_chat.model.memory import Activations, PackSize
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight import memory
-from internvl_chat.train.preflight.memory import MemoryPlan, available_memory, layout_memory, plan_memory
+from internvl_chat.train.preflight.memory import (
+    MemoryPlan,
+    available_memory,
+    layout_host_memory,
+    layout_memory,
+    plan_memory,
+)
 from internvl_chat.utils import hardware
 from internvl_chat.utils.errors import UsageError
 
@@ -31,9 +37,8 @@ NAMES = ("weights", "gradients", "optimizer state", "optimizer scratch", "commun
 
 def run_of(ranks: int = 1, zero: dict | None = None, device: torch.device = CPU, **values) -> SimpleNamespace:
     deepspeed = None if zero is None else {"zero_optimization": zero}
-    return SimpleNamespace(
-        device=device, world_size=ranks, local_world_size=ranks, deepspeed=deepspeed, **values
-    )
+    values = {"local_world_size": ranks, "cpu_offload": False} | values
+    return SimpleNamespace(device=device, world_size=ranks, deepspeed=deepspeed, **values)
 
 
 def components(
@@ -104,6 +109,25 @@ def test_fsdp_of_8b(full_8b, ranks, gigabytes):
     assert several == found | {"gradients": 2 * TRAINED + 2 * LAYER}
 
 
+def test_hsdp_of_8b_shards_within_a_node(full_8b):
+    run = run_of(16, local_world_size=8)
+    assert layout_memory(full_8b, run, "hsdp", "master", False, True) == components(full_8b, "fsdp", 8)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_cpu_offload_of_8b(full_8b, ranks):
+    """The GPU has the unsharded root with its gradients, one layer's gradients and three layers' weights."""
+    run, root = run_of(ranks), 2 * (2 * EMBEDDING + WIDTH + PROJECTOR)
+    for several in (False, True):
+        found = layout_memory(full_8b, run, "fsdp", "master", several, True, True)
+        sizes = (root + 2 * VISION_ROOT, root + 2 * LAYER, 0, 0, 3 * 2 * LAYER)
+        assert found == dict(zip(NAMES, sizes, strict=True))
+    assert round(sum(found.values()) / 1e9, 1) == 6.3
+    host = layout_host_memory(full_8b, run, "fsdp", "master", True)
+    assert host == (2 * ALL + 2 * TRAINED + 12 * TRAINED) // ranks
+    assert layout_host_memory(full_8b, run, "fsdp", "master", False) == 0
+
+
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_zero_1_shards_only_the_optimizer(full_8b, ranks):
     """Gradients are unsharded; masters and moments are float32 for every `--weight_precision`."""
@@ -132,6 +156,10 @@ def test_zero_with_offloading(full_8b):
     assert (found["weights"], found["optimizer state"], found["optimizer scratch"]) == (ALL, 0, 0)
     zero["offload_param"] = {"device": "nvme"}
     assert components(full_8b, "deepspeed", 2, zero=zero)["weights"] == 0
+    assert layout_host_memory(full_8b, run_of(2, zero), "deepspeed", "master", False) == 8 * TRAINED
+    zero["offload_param"] = {"device": "cpu"}
+    host = layout_host_memory(full_8b, run_of(2, zero), "deepspeed", "master", False)
+    assert host == 8 * TRAINED + ALL
 
 
 def load(folder, dtype: torch.dtype = torch.bfloat16):
@@ -203,8 +231,8 @@ LENGTHS = Lengths(TOKENS, TOKENS // 10, TOKENS // 50)
 class Run:
     """A run of 8 records on devices with the given memory."""
 
-    def __init__(self, model, monkeypatch, *, ranks: int = 1) -> None:
-        self.model, self.monkeypatch, self.ranks = model, monkeypatch, ranks
+    def __init__(self, model, monkeypatch, *, ranks: int = 1, nodes: int = 1) -> None:
+        self.model, self.monkeypatch, self.ranks, self.nodes = model, monkeypatch, ranks, nodes
         monkeypatch.setattr(memory, "measure_activations", lambda model, device: ACTIVATIONS)
         monkeypatch.setattr(memory, "all_gather_object", lambda value: [value] * ranks)
         known = {}
@@ -217,14 +245,16 @@ class Run:
 
         monkeypatch.setattr(memory, "layout_memory", once)
 
-    def plan(self, available: float = 1e12, **flags) -> MemoryPlan:
-        self.monkeypatch.setattr(memory, "available_memory", lambda device, ranks: available)
+    def plan(self, available: float = 1e12, host: float | None = None, **flags) -> MemoryPlan:
+        on_host = available if host is None else host
+        memories = {"cpu": on_host, "cuda": available} if flags.get("device") else {"cpu": available}
+        self.monkeypatch.setattr(memory, "available_memory", lambda device, ranks: memories[device.type])
         values = {
             "parallel": "auto", "weight_precision": "master", "optim": "adamw_torch",
             "grad_checkpoint": "auto", "max_packed_tokens": 400, "count_steps": lambda steps: steps, **flags,
         }  # fmt: skip
         packed, checkpoint = values.pop("max_packed_tokens"), values.pop("grad_checkpoint")
-        run = run_of(self.ranks, **values)
+        run = run_of(self.ranks, local_world_size=self.ranks // self.nodes, **values)
         config = SimpleNamespace(run=run, model=SimpleNamespace(grad_checkpoint=checkpoint))
         planner = StepPlanner(self.ranks, TOKENS, TOKENS, packed)
         sampler = StepSampler([8], step_records=8, planner=planner, strategy="sequential")
@@ -308,6 +338,35 @@ def test_auto_chooses_ddp_if_it_fits_otherwise_fsdp(model, monkeypatch, caplog):
     assert f"--parallel auto: fsdp, because ddp needs {least / 1e9:.4g} of" in caplog.text
     assert "per rank (fsdp, 4 of 4 decoder layers checkpointed)" in caplog.text
     assert "per rank (fsdp" in run.error(fsdp - 1)
+
+
+def test_auto_chooses_hsdp_on_several_nodes_if_it_fits(model, monkeypatch):
+    run = Run(model, monkeypatch, ranks=8, nodes=4)
+    ddp, hsdp, fsdp = (
+        run.plan(parallel=parallel, grad_checkpoint="True").total for parallel in ("ddp", "hsdp", "fsdp")
+    )
+    assert ddp > hsdp > fsdp
+    plans = [run.plan(available).parallel for available in (ddp, hsdp, hsdp - 1)]
+    assert plans == ["ddp", "hsdp", "fsdp"]
+    # A single rank per node has nothing to shard within its node.
+    assert Run(model, monkeypatch, ranks=8, nodes=8).plan(ddp - 1).parallel == "fsdp"
+
+
+def test_cpu_offload_is_planned_for_gpus(model, monkeypatch):
+    monkeypatch.setattr(memory, "uses_compiled_step", lambda precision, device: True)
+    run = Run(model, monkeypatch)
+    values = {"device": CUDA, "grad_checkpoint": "True"}
+    offloaded = run.plan(parallel="fsdp", cpu_offload=True, **values)
+    assert offloaded.components["optimizer state"] == 0
+    needed, host = offloaded.total / 0.95 + 1, offloaded.host
+    assert f"; host memory: {host / 1e9:.4g} of 1000\n" in offloaded.table()
+    assert "--cpu_offload True" in run.flags_named(needed, host=host, **values)
+    assert "--cpu_offload True" not in run.flags_named(needed, host=host - 1, **values)
+    text = run.error(1e12, host=host - 1, parallel="fsdp", cpu_offload=True, **values)
+    assert "the offloaded state needs" in text and "GB of host memory per rank" in text
+    # On a CPU, nothing moves.
+    plan = run.plan(parallel="fsdp", cpu_offload=True)
+    assert plan.host == 0 and plan.components["optimizer state"] > 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@
 #   NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    rank of this node; address of the first node
 #   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank or a node fails
 #   RDZV_BACKEND=static RDZV_ID=m3llm    torchrun's rendezvous; c10d for restarts on multiple nodes
-#   PARALLEL=                  ddp, fsdp or deepspeed; default: DDP if it fits in memory, else FSDP2
+#   PARALLEL=                  ddp, fsdp, hsdp or deepspeed; default: the first of DDP, HSDP and FSDP2 that fits
 #   DEEPSPEED=                 ZeRO configuration file, e.g. shell/deepspeed/zero1.json
 #   REPORT_TO=                 trackers, e.g. wandb,tensorboard; wandb if WANDB_API_KEY is set, else none
 #   PYTHON=                    the repository's .venv if it exists, else python3
