@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from internvl_chat.model.kernels.apply import has_supervised_head
+from internvl_chat.model.lora.quantization import parameter_count
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Substring of the device name and dense bf16 peak in FLOP/s (from data sheets, without sparsity).
@@ -112,4 +113,5 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
 
 def _matrix_size(module: nn.Module) -> int:
     """Return the number of elements in a module's weight matrices, without adapters."""
-    return sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and ".lora_" not in name)
+    matrices = (p for name, p in module.named_parameters() if p.ndim == 2 and ".lora_" not in name)
+    return sum(map(parameter_count, matrices))

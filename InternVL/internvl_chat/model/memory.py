@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from internvl_chat.model.kernels.apply import has_supervised_head
+from internvl_chat.model.lora.quantization import quantization_bytes
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Record lengths in tokens at which a layer is measured. Two lengths separate the linear and quadratic terms.
@@ -105,7 +106,7 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
     """Return the activation bytes of a decoder layer per token and per squared record length."""
     decoder = model.language_model.get_decoder()
     layer = _on_device(decoder.layers[0], device)
-    dtype, saved = next(layer.parameters()).dtype, []
+    dtype, saved = model.projector_weight.dtype, []
     for tokens in _PROBE_LENGTHS:
         x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
         positions = torch.arange(tokens, device=device).unsqueeze(0)
@@ -173,7 +174,7 @@ def parallel_memory(
         zero: `zero_optimization` section of the DeepSpeed configuration.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
-    weights, gradients = _size(model.parameters()), _size(trained)
+    weights, gradients = _size(model.parameters()) + quantization_bytes(model), _size(trained)
     if parallel == "ddp":
         # With one pack per step, DDP copies one gradient at a time into a bucket and replaces it with a view,
         # so only one is in memory twice. With gradient accumulation, all packs except the last accumulate
@@ -209,7 +210,8 @@ def _deepspeed_memory(
         value = zero.get(name, default)
         return model.config.hidden_size**2 if value == "auto" else int(float(value))
 
-    weights, gradients = shard(_size(model.parameters()), 3), shard(_size(trained), 2)
+    weights = shard(_size(model.parameters()), 3) + quantization_bytes(model)
+    gradients = shard(_size(trained), 2)
     # DeepSpeed keeps float32 master weights and moments and casts the gradients to float32 for the update.
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
     buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
