@@ -21,8 +21,8 @@ from internvl_chat.data.dataset import SampleIndex, TrainingData
 from internvl_chat.model.memory import PackSize, measure_activations, parallel_memory
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
-from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, bytes_per_parameter, scratch_bytes
-from internvl_chat.train.optim.factory import uses_compiled_step
+from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, scratch_bytes
+from internvl_chat.train.optim.factory import has_quantized_state, state_bytes, uses_compiled_step
 from internvl_chat.utils.distributed import all_gather_object
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.hardware import available_host_memory
@@ -81,7 +81,7 @@ class MemoryPlan:
     def explain_shortage(self, reason: str, limit: float) -> str:
         """Return an error message with the plan and the flags that would make the run fit within `limit`."""
         flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
-        options = ", or ".join(flags) or "no single flag; use more or larger GPUs, or LoRA"
+        options = ", or ".join(flags) or "no single flag; use more or larger GPUs, LoRA, or QLoRA (--load_in_4bit True)"
         return f"{reason}\n{self.table()}\nflags that would fit: {options}"
 
 
@@ -103,7 +103,7 @@ def plan_memory(
     plan = planner.plan(replicated if run.parallel in ("auto", "ddp") else run.parallel)
     if run.parallel == "auto" and run.world_size > 1:
         needs = f"ddp needs {gigabytes(plan.total)} of {gigabytes(plan.available)} GB per rank"
-        if plan.total > plan.available:
+        if plan.total > plan.available and planner.can_shard:
             plan = planner.plan("fsdp")
         logger.info("--parallel auto: %s, because %s", plan.parallel, needs)
     if plan.total > plan.available:
@@ -120,6 +120,8 @@ class _Planner:
     ) -> None:
         run, self.sampler, self.lengths = config.run, sampler, data.epoch_lengths()
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
+        self.can_shard = not (config.model.load_in_4bit or has_quantized_state(run.optim))
+        self.has_precision = run.optim in OWN_OPTIMIZERS
         self.precision = run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
         usable = _USABLE if run.device.type == "cuda" else 1
         local = usable * available_memory(run.device, run.local_world_size)
@@ -156,8 +158,9 @@ class _Planner:
         """Return each flag that would by itself make the run fit in `limit` bytes, with the planned total."""
         totals = {}
         if parallel != "deepspeed":  # not supported with DeepSpeed
-            totals["--parallel fsdp"] = self.plan("fsdp").total
-            for name in WEIGHT_PRECISIONS:
+            if self.can_shard:
+                totals["--parallel fsdp"] = self.plan("fsdp").total
+            for name in WEIGHT_PRECISIONS if self.has_precision else ():
                 totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
         totals["--grad_checkpoint True"] = self.plan(parallel, checkpoint="True").total
         tokens, total = self.sampler.planner.max_packed_tokens or 0, limit + 1
@@ -205,7 +208,7 @@ def layout_memory(
 ) -> dict[str, int]:
     """Return the memory per rank of a parallel layout, keyed by component (see `parallel_memory`)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    state = sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
+    state = state_bytes(run.optim, precision, trained)
     scratch = scratch_bytes(precision, trained, "cuda" if run.device.type == "cuda" else "cpu", compiled)
     zero = (run.deepspeed or {}).get("zero_optimization", {})
     return parallel_memory(
