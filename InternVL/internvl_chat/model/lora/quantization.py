@@ -6,7 +6,6 @@ projector and vision tower keep their dtype: they are small or sensitive to roun
 Weights are rounded to bfloat16 first, so that the 4-bit codes do not depend on the dtype of a run.
 """
 
-import logging
 from importlib.util import find_spec
 
 import torch
@@ -17,8 +16,6 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError, UsageError
 
 NF4 = "nf4"
-# On some CPUs, bitsandbytes recommends a package for a kernel that `quantize_decoder` disables.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 MISSING = "the package bitsandbytes is not installed (pip install 'm3llm[quantization]')"
 
 
