@@ -7,6 +7,7 @@ Weights are rounded to bfloat16 first, so that the 4-bit codes do not depend on 
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def quantize_decoder(model: InternVLChatModel) -> None:
     The weights are quantized on a GPU if there is one, and stay on their device.
 
     Args:
-        model: model without adapters.
+        model: model without adapters; on the meta device, only the sizes are computed.
 
     Raises:
         UsageError: bitsandbytes is not installed.
@@ -42,6 +43,7 @@ def quantize_decoder(model: InternVLChatModel) -> None:
 
 
 def _quantized(layer: nn.Linear) -> nn.Linear:
+    """Return a 4-bit copy of a layer."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     weight = layer.weight.detach()
@@ -53,14 +55,26 @@ def _quantized(layer: nn.Linear) -> nn.Linear:
         quant_type=NF4,
         device=torch.device("meta"),
     )
-    rounded = weight.to(torch.bfloat16).to(weight.dtype)
-    parameter = Params4bit(rounded, requires_grad=False, quant_type=NF4, module=quantized)
-    quantized.weight = parameter.to(_fastest_device(weight)).to(weight.device)
+    codes, state = _quantize(weight)
+    parameter = Params4bit(
+        codes, quant_state=state, quant_type=NF4, blocksize=state.blocksize, module=quantized, bnb_quantized=True
+    )
+    quantized.weight = parameter.to(weight.device)
     quantized.bias = layer.bias
     # In evaluation, bitsandbytes would use bf16 products on some CPUs, and pack the weights in a layout that
     # has no backward pass.
     quantized.support_avx512bf16_for_cpu = False
     return quantized
+
+
+def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return the codes and bitsandbytes' `QuantState` of a weight, on a GPU if there is one."""
+    from bitsandbytes.functional import quantize_4bit
+
+    # On a CPU, an 8B model takes many minutes.
+    device = torch.device("cuda") if torch.cuda.is_available() and not weight.is_meta else weight.device
+    rounded = weight.to(device, torch.bfloat16).to(weight.dtype)
+    return quantize_4bit(rounded, quant_type=NF4, compress_statistics=True)
 
 
 def is_quantized_weight(name: str) -> bool:
@@ -82,11 +96,9 @@ def dequantized(weight: torch.Tensor) -> torch.Tensor:
         UsageError: bitsandbytes is not installed.
     """
     _require_bitsandbytes()
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
 
-    rounded = weight.to(torch.bfloat16).float().to(_fastest_device(weight))
-    codes, state = quantize_4bit(rounded, quant_type=NF4, compress_statistics=True)
-    return dequantize_4bit(codes, state).to(weight.device)
+    return dequantize_4bit(*_quantize(weight.float())).to(weight.device)
 
 
 def parameter_count(parameter: torch.Tensor) -> int:
@@ -103,11 +115,6 @@ def quantization_bytes(model: nn.Module) -> int:
     states = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
     return scales + max((state.shape.numel() * state.dtype.itemsize for state in states), default=0)
-
-
-def _fastest_device(weight: torch.Tensor) -> torch.device:
-    """Return the device to quantize on: on a CPU, an 8B model takes many minutes."""
-    return torch.device("cuda") if torch.cuda.is_available() else weight.device
 
 
 def _require_bitsandbytes() -> None:

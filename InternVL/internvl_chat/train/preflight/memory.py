@@ -18,6 +18,7 @@ import torch
 from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
+from internvl_chat.model.lora.quantization import quantization_bytes
 from internvl_chat.model.memory import PackSize, measure_activations, parallel_memory
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
@@ -120,7 +121,7 @@ class _Planner:
     ) -> None:
         run, self.sampler, self.lengths = config.run, sampler, data.epoch_lengths()
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
-        self.can_shard = not (config.model.load_in_4bit or has_quantized_state(run.optim))
+        self.can_shard = not (quantization_bytes(model) or has_quantized_state(run.optim))
         self.has_precision = run.optim in OWN_OPTIMIZERS
         self.precision = run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
         usable = _USABLE if run.device.type == "cuda" else 1

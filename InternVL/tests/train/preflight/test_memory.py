@@ -11,11 +11,15 @@ import psutil
 import pytest
 import torch
 
+from helpers import needs_bitsandbytes
+
 from benchmarks.shapes import SHAPES, weightless_model
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.lora.quantization import quantize_decoder
 from internvl_chat.model.memory import Activations, PackSize
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight import memory
@@ -32,8 +36,9 @@ NAMES = ("weights", "gradients", "optimizer state", "optimizer scratch", "commun
 def run_of(ranks: int = 1, zero: dict | None = None, device: torch.device = CPU, **values) -> SimpleNamespace:
     deepspeed = None if zero is None else {"zero_optimization": zero}
     return SimpleNamespace(
-        device=device, world_size=ranks, local_world_size=ranks, deepspeed=deepspeed, **values
-    )
+        device=device, world_size=ranks, local_world_size=ranks, deepspeed=deepspeed,
+        **{"optim": "adamw_torch", **values},
+    )  # fmt: skip
 
 
 def components(
@@ -132,6 +137,43 @@ def test_zero_with_offloading(full_8b):
     assert (found["weights"], found["optimizer state"], found["optimizer scratch"]) == (ALL, 0, 0)
     zero["offload_param"] = {"device": "nvme"}
     assert components(full_8b, "deepspeed", 2, zero=zero)["weights"] == 0
+
+
+@needs_bitsandbytes
+def test_qlora_of_8b():
+    """Half a byte per decoder weight, a byte per 64 and 4 bytes per 16,384 weights, and a bf16 layer."""
+    model = weightless_model(SHAPES["internvl3-8b"])
+    quantize_decoder(model)
+    add_lora(model, llm_rank=16)
+    set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True)
+    matrices = (2 * WIDTH * 512, 2 * WIDTH * WIDTH, 3 * WIDTH * INNER)  # k and v, q and o, MLP
+    sizes = [WIDTH * 512] * 2 + [WIDTH * WIDTH] * 2 + [WIDTH * INNER] * 3
+    assert sum(sizes) == sum(matrices)
+    quantized = 28 * sum(size // 2 + size // 64 + 4 * -(-size // 64 // 256) for size in sizes)
+    adapters = 28 * 16 * (2 * (WIDTH + 512) + 2 * 2 * WIDTH + 3 * (WIDTH + INNER))
+    found = components(model, "single", 1)
+    assert found["weights"] == quantized + 2 * WIDTH * INNER + 2 * (ALL - 28 * sum(sizes)) + 4 * adapters
+    assert (found["gradients"], found["optimizer state"]) == (4 * adapters, 8 * adapters)
+    assert round(sum(found.values()) / 1e9, 1) == 7.0
+
+
+def test_weight_norms_of_dora(tiny_model):
+    """peft computes them in float32: an identity matrix, and four matrices of the size of the weights."""
+    model = load(tiny_model)
+    plain = components(model, "single", 1)["weights"]
+    add_lora(model, llm_rank=2, use_dora=True)
+    adapters = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
+    inner = model.language_model.config.intermediate_size
+    assert components(model, "single", 1)["weights"] - plain - adapters == 4 * inner * (inner + 4 * 48)
+
+
+def test_4_bit_weights_and_quantized_state_are_not_sharded(tiny_model, monkeypatch):
+    run = Run(load(tiny_model), monkeypatch, ranks=2)
+    layouts = {optim: run.plan(parallel="auto", optim=optim).parallel for optim in ("sgd", "adamw_torch_8bit")}
+    assert layouts == {"sgd": "ddp", "adamw_torch_8bit": "ddp"}
+    too_little = run.plan(parallel="fsdp", optim="sgd").total
+    assert "--parallel fsdp" in run.flags_named(too_little, parallel="ddp", optim="sgd")
+    assert "--parallel fsdp" not in run.flags_named(too_little, parallel="ddp", optim="adamw_torch_8bit")
 
 
 def load(folder, dtype: torch.dtype = torch.bfloat16):
@@ -371,7 +413,7 @@ def test_message_if_no_flag_helps(model, monkeypatch):
     text = Run(model, monkeypatch).error(1000)
     assert "the largest pack does not fit in memory\nmemory plan in GB per rank (single, 4 of 4" in text
     assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
-    assert text.endswith("flags that would fit: no single flag; use more or larger GPUs, or LoRA")
+    assert text.endswith("flags that would fit: no single flag; use more or larger GPUs, LoRA, or QLoRA (--load_in_4bit True)")
 
 
 def test_8b_on_one_h100(full_8b, monkeypatch):
