@@ -238,8 +238,9 @@ def _deepspeed_memory(
 def _dora_bytes(model: InternVLChatModel) -> int:
     """Return the temporary bytes of the weight norms of one layer, which peft computes in float32."""
     layers = [layer for layer in lora_layers(model).values() if layer.lora_variant]
+    sizes = [(int(layer.in_features or 0), int(layer.out_features or 0)) for layer in layers]
     # An identity matrix of the input size, and four matrices of the size of the weights.
-    return max((4 * x.in_features * (x.in_features + 4 * x.out_features) for x in layers), default=0)
+    return max((4 * inputs * (inputs + 4 * outputs) for inputs, outputs in sizes), default=0)
 
 
 def _size(parameters: Iterable[torch.Tensor]) -> int:

@@ -404,8 +404,8 @@ def _check_model(config: TrainConfig) -> Path:
         ranks = (model_config.use_llm_lora, model_config.use_backbone_lora)
         kind = (False, False, False)
     problems += [
-        f"{folder} contains adapters trained with --{flag} {value}; pass this flag to continue training them, "
-        "or merge them first (m3llm merge)"
+        f"{folder} contains adapters trained with --{flag} {value}; pass this flag to continue training "
+        "them, or merge them first (m3llm merge)"
         for flag, value in zip(("use_dora", "use_rslora", "load_in_4bit"), kind, strict=True)
         if any(ranks) and value != getattr(model, flag)
     ]

@@ -42,7 +42,8 @@ RANGES = {
     for interval, flags in {
         "(-inf, inf)": "unfreeze_vit_layers vision_select_layer",
         "[-1, inf)": "max_steps local_rank",
-        "[0, inf)": "use_backbone_lora use_llm_lora learning_rate vision_lr projector_lr llm_lr weight_decay adam_epsilon max_grad_norm "
+        "[0, inf)": "use_backbone_lora use_llm_lora learning_rate vision_lr projector_lr llm_lr "
+        "weight_decay adam_epsilon max_grad_norm "
         "warmup_steps max_bad_steps dataloader_num_workers eval_generate eval_samples eval_delay "
         "early_stopping_patience logging_steps save_steps eval_steps",
         "[0, 1)": "lora_dropout drop_path_rate adam_beta1 adam_beta2 warmup_ratio",
@@ -105,7 +106,8 @@ class ModelArguments:
     lora_dropout: float = _lora(0.05, "Dropout probability of the adapters' input.")
     use_dora: bool = _lora(False, "DoRA: also train the norm of each row of the adapted weights.")
     use_rslora: bool = _lora(
-        False, "rsLoRA: scale the adapters by alpha / sqrt(rank) instead of alpha / rank (4 times for rank 16)."
+        False,
+        "rsLoRA: scale the adapters by alpha / sqrt(rank) instead of alpha / rank.",
     )
     load_in_4bit: bool = _lora(
         False,

@@ -158,7 +158,7 @@ _OTHER_WAYS = {
     "alpha is twice the rank of --use_llm_lora": "lora_alpha alpha lora_scale",
     "--use_llm_lora adapts every linear layer of the language model": "lora_target lora_target_modules "
     "target_modules lora_modules additional_target modules_to_save init_lora_weights lora_bias",
-    "weights can be quantized to 4 bits only: --load_in_4bit": "load_in_8bit quant_method quantization_method",
+    "weights can be quantized to 4 bits only: --load_in_4bit": "load_in_8bit quant_method",
     _FILE_FIRST: "config config_file recipe yaml",
     "set GPUS for the launchers": "gpus num_gpus n_gpus gpu_ids nproc_per_node num_processes world_size",
     "the system message comes from --conv_style or the records": "system system_prompt system_message",

@@ -77,8 +77,8 @@ def load_model(
     weights = model_weights(base_folder)
     untie_distinct_head(config, weights)
     model = empty_model(config, image_context_id, dtype, attn)
-    ranks = {"llm_rank": config.use_llm_lora, "vision_rank": config.use_backbone_lora}
-    add_lora(model, **ranks, dropout=lora_dropout)
+    llm_rank, vision_rank = config.use_llm_lora, config.use_backbone_lora
+    add_lora(model, llm_rank=llm_rank, vision_rank=vision_rank, dropout=lora_dropout)
     assign_weights(model, weights, source=base_folder)
     if load_in_4bit:
         quantize_decoder(model)

@@ -100,15 +100,13 @@ def has_adapters(folder: Path) -> bool:
     return is_adapter(folder) or any(".lora_" in name for name in model_weights(folder))
 
 
-def _merge(
-    weights: Weights, source: Path, *, use_rslora: bool, quantized: bool
-) -> tuple[Weights, int]:
+def _merge(weights: Weights, source: Path, *, use_rslora: bool, quantized: bool) -> tuple[Weights, int]:
     """Merge each adapter into its `base_layer`; return the weights and the number of merges.
 
     Args:
         use_rslora: see `add_lora`.
-        quantized: whether the adapters were trained on 4-bit weights. They are merged into the values of these
-            weights, so that the result is the model that was trained.
+        quantized: whether the adapters were trained on 4-bit weights. They are merged into the values of
+            these weights, so that the result is the model that was trained.
     """
     merged: Weights = {}
     layers = 0
@@ -157,7 +155,7 @@ def _read_merged(
     use_rslora: bool,
     quantized: bool,
 ) -> torch.Tensor:
-    """Read a base weight, quantize it if it was trained on in 4 bits, and merge an adapter into it, if any."""
+    """Read a base weight, quantize it if `quantized`, and merge an adapter into it, if there is one."""
     base = read()
     weight = dequantized(base) if quantized else base
     if read_a and read_b:

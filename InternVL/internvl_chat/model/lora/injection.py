@@ -84,10 +84,17 @@ def add_lora(
     model.config.use_llm_lora, model.config.use_backbone_lora = llm_rank, vision_rank
 
 
-def _lora_config(rank: int, targets: tuple[str, ...], dropout: float, **options: bool) -> LoraConfig:
+def _lora_config(
+    rank: int, targets: tuple[str, ...], dropout: float, *, use_dora: bool, use_rslora: bool
+) -> LoraConfig:
     """Return the peft configuration of one tower."""
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(targets), **options
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        use_dora=use_dora,
+        use_rslora=use_rslora,
     )
     config._register_custom_module({nn.Linear: LoraLinear})
     return config

@@ -57,7 +57,12 @@ def _quantized(layer: nn.Linear) -> nn.Linear:
     )
     codes, state = _quantize(weight)
     parameter = Params4bit(
-        codes, quant_state=state, quant_type=NF4, blocksize=state.blocksize, module=quantized, bnb_quantized=True
+        codes,
+        quant_state=state,
+        quant_type=NF4,
+        blocksize=state.blocksize,
+        module=quantized,
+        bnb_quantized=True,
     )
     quantized.weight = parameter.to(weight.device)
     quantized.bias = layer.bias

@@ -47,7 +47,7 @@ def named_state(
         for parameter, values in optimizer.state.items()
         for name, value in values.items()
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         tensors |= _parts(key, value) if isinstance(value, Tensor) else {}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]

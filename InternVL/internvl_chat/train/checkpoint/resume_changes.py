@@ -50,8 +50,8 @@ _REJECTED = {
     **dict.fromkeys(
         ("freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head",
          "use_llm_lora", "use_backbone_lora", "use_dora", "use_rslora", "load_in_4bit", "vision_lr",
-         "projector_lr", "llm_lr", "loraplus_lr_ratio", "optim", "optim_args", "bf16", "weight precision", "DeepSpeed",
-         DEEPSPEED_RANKS, "ZeRO stage", "DeepSpeed's optimizer", "DeepSpeed's scheduler"),
+         "projector_lr", "llm_lr", "loraplus_lr_ratio", "optim", "optim_args", "bf16", "weight precision",
+         "DeepSpeed", DEEPSPEED_RANKS, "ZeRO stage", "DeepSpeed's optimizer", "DeepSpeed's scheduler"),
         _OPTIMIZER,
     ),
     **dict.fromkeys(

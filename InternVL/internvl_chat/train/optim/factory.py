@@ -236,7 +236,7 @@ def _library_optimizer(
     try:
         optimizer_class, options = options_of(pairs)
         if options.get("bf16_stochastic_round") and run.world_size > 1:
-            raise ValueError("bf16_stochastic_round needs a single rank, because ranks would round differently")
+            raise ValueError("bf16_stochastic_round needs a single rank: ranks would round differently")
         # transformers ignores unknown options, and the parameter groups have their own weight decay.
         unused = [
             pair for i, pair in enumerate(pairs)

@@ -82,7 +82,7 @@ class MemoryPlan:
     def explain_shortage(self, reason: str, limit: float) -> str:
         """Return an error message with the plan and the flags that would make the run fit within `limit`."""
         flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
-        options = ", or ".join(flags) or "no single flag; use more or larger GPUs, LoRA, or QLoRA (--load_in_4bit True)"
+        options = ", or ".join(flags) or "no single flag; use more or larger GPUs, LoRA or QLoRA"
         return f"{reason}\n{self.table()}\nflags that would fit: {options}"
 
 

@@ -143,8 +143,12 @@ def test_a_model_with_adapters_is_not_quantized():
         quantize_decoder(model)
 
 
-@pytest.mark.parametrize("call", [lambda: quantize_decoder(make_model()), lambda: dequantized(torch.ones(2, 64))])
+@pytest.mark.parametrize(
+    "call", [lambda: quantize_decoder(make_model()), lambda: dequantized(torch.ones(2, 64))]
+)
 def test_missing_bitsandbytes(monkeypatch, call):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"bitsandbytes is not installed \(pip install 'm3llm\[quantization\]'\)"):
+    with pytest.raises(
+        UsageError, match=r"bitsandbytes is not installed \(pip install 'm3llm\[quantization\]'\)"
+    ):
         call()

@@ -65,7 +65,7 @@ class Wide(torch.nn.Module):
 @needs_torchao
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
 def test_quantized_state_is_restored(tmp_path, name):
-    from torchao.optim import AdamW8bit, AdamW4bit
+    from torchao.optim import AdamW4bit, AdamW8bit
 
     make = partial({"AdamW8bit": AdamW8bit, "AdamW4bit": AdamW4bit}[name], lr=0.1, weight_decay=0.1)
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from helpers import needs_bitsandbytes, needs_torchao
-from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from torch import nn
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
@@ -152,10 +152,14 @@ class TestOptimizer:
         assert state_bytes("adamw_torch", "master", weights) == 8 * 64 * 128 + 12 * 3
         assert state_bytes("adafactor", "bf16", weights) == 8 * 64 * 128 + 4 * 3
 
-    @pytest.mark.parametrize("layout", [{"parallel": "fsdp"}, {"deepspeed": '{"zero_optimization": {"stage": 1}}'}])
+    @pytest.mark.parametrize(
+        "layout", [{"parallel": "fsdp"}, {"deepspeed": '{"zero_optimization": {"stage": 1}}'}]
+    )
     def test_quantized_state_cannot_be_sharded(self, layout):
         problems = list(optimizer_problems(resolve(optim="adamw_torch_8bit", **layout)))
-        assert problems[0].startswith("--optim adamw_torch_8bit: 8-bit and 4-bit optimizer state cannot be sharded")
+        assert problems[0].startswith(
+            "--optim adamw_torch_8bit: 8-bit and 4-bit optimizer state cannot be sharded"
+        )
 
     @needs_torchao
     def test_stochastic_rounding_needs_a_single_rank(self, monkeypatch):

@@ -74,7 +74,9 @@ def test_learning_rates_of_the_components():
 
 def test_the_first_group_has_the_general_rate():
     """Its rate is logged."""
-    groups = parameter_groups(make_model(), resolve(learning_rate=1e-5, vision_lr=0, projector_lr=0, llm_lr=1e-3))
+    groups = parameter_groups(
+        make_model(), resolve(learning_rate=1e-5, vision_lr=0, projector_lr=0, llm_lr=1e-3)
+    )
     assert [(group["lr"], bool(group["params"])) for group in groups] == [
         (1e-5, False), (1e-5, False), (0.0, True), (0.0, True), (1e-3, True), (1e-3, True)
     ]  # fmt: skip
@@ -108,4 +110,6 @@ def test_the_ratio_multiplies_the_rate_of_the_component():
 )
 def test_rates_without_effect_are_reported(model, run, problems):
     found = list(rate_problems(TrainConfig(ModelArguments(**model), DataArguments(), resolve(**run))))
-    assert [text.startswith(start) for text, start in zip(found, problems, strict=True)] == [True] * len(found)
+    assert [text.startswith(start) for text, start in zip(found, problems, strict=True)] == [True] * len(
+        found
+    )

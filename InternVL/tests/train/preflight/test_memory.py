@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-
 from helpers import needs_bitsandbytes
 
 from benchmarks.shapes import SHAPES, weightless_model
@@ -169,7 +168,9 @@ def test_weight_norms_of_dora(tiny_model):
 
 def test_4_bit_weights_and_quantized_state_are_not_sharded(tiny_model, monkeypatch):
     run = Run(load(tiny_model), monkeypatch, ranks=2)
-    layouts = {optim: run.plan(parallel="auto", optim=optim).parallel for optim in ("sgd", "adamw_torch_8bit")}
+    layouts = {
+        optim: run.plan(parallel="auto", optim=optim).parallel for optim in ("sgd", "adamw_torch_8bit")
+    }
     assert layouts == {"sgd": "ddp", "adamw_torch_8bit": "ddp"}
     too_little = run.plan(parallel="fsdp", optim="sgd").total
     assert "--parallel fsdp" in run.flags_named(too_little, parallel="ddp", optim="sgd")
@@ -413,7 +414,9 @@ def test_message_if_no_flag_helps(model, monkeypatch):
     text = Run(model, monkeypatch).error(1000)
     assert "the largest pack does not fit in memory\nmemory plan in GB per rank (single, 4 of 4" in text
     assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
-    assert text.endswith("flags that would fit: no single flag; use more or larger GPUs, LoRA, or QLoRA (--load_in_4bit True)")
+    assert text.endswith(
+        "flags that would fit: no single flag; use more or larger GPUs, LoRA, or QLoRA (--load_in_4bit True)"
+    )
 
 
 def test_8b_on_one_h100(full_8b, monkeypatch):
