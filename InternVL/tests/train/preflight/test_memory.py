@@ -166,17 +166,6 @@ def test_weight_norms_of_dora(tiny_model):
     assert components(model, "single", 1)["weights"] - plain - adapters == 4 * inner * (inner + 4 * 48)
 
 
-def test_4_bit_weights_and_quantized_state_are_not_sharded(tiny_model, monkeypatch):
-    run = Run(load(tiny_model), monkeypatch, ranks=2)
-    layouts = {
-        optim: run.plan(parallel="auto", optim=optim).parallel for optim in ("sgd", "adamw_torch_8bit")
-    }
-    assert layouts == {"sgd": "ddp", "adamw_torch_8bit": "ddp"}
-    too_little = run.plan(parallel="fsdp", optim="sgd").total
-    assert "--parallel fsdp" in run.flags_named(too_little, parallel="ddp", optim="sgd")
-    assert "--parallel fsdp" not in run.flags_named(too_little, parallel="ddp", optim="adamw_torch_8bit")
-
-
 def load(folder, dtype: torch.dtype = torch.bfloat16):
     model = load_model(folder, image_context_id=0, dtype=dtype, attn="varlen")
     set_trainable(model, freeze_llm=False, freeze_mlp=False, freeze_backbone=True)
@@ -410,13 +399,19 @@ def test_exactly_the_fitting_flags_are_suggested(model, monkeypatch, ranks, chec
         assert {"--weight_precision stochastic", "--weight_precision bf16"} <= named
 
 
+def test_quantized_state_is_not_sharded(tiny_model, monkeypatch):
+    run = Run(load(tiny_model), monkeypatch, ranks=2)
+    enough = run.plan(parallel="fsdp", optim="sgd").total
+    assert run.plan(enough, parallel="auto", optim="sgd").parallel == "fsdp"
+    message = run.error(enough, parallel="auto", optim="adamw_torch_8bit")
+    assert "(ddp, " in message and "--parallel fsdp" not in message
+
+
 def test_message_if_no_flag_helps(model, monkeypatch):
     text = Run(model, monkeypatch).error(1000)
     assert "the largest pack does not fit in memory\nmemory plan in GB per rank (single, 4 of 4" in text
     assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
-    assert text.endswith(
-        "flags that would fit: no single flag; use more or larger GPUs, LoRA, or QLoRA (--load_in_4bit True)"
-    )
+    assert text.endswith("flags that would fit: no single flag; use more or larger GPUs, LoRA or QLoRA")
 
 
 def test_8b_on_one_h100(full_8b, monkeypatch):
