@@ -4,8 +4,10 @@ import gc
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -42,6 +44,14 @@ RECIPES = {
     "lora": {"use_llm_lora": 4, "freeze_llm": True, "lora_dropout": 0.1},
 }
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+
+
+needs_bitsandbytes, needs_torchao = (
+    pytest.mark.skipif(
+        find_spec(name) is None, reason=f"{name} is not installed (pip install 'm3llm[quantization]')"
+    )
+    for name in ("bitsandbytes", "torchao")
+)
 
 
 def rounding_bound(terms: int, dtype: torch.dtype, magnitude: float) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from internvl_chat.model.kernels.apply import has_supervised_head
+from internvl_chat.model.lora.quantization import parameter_count
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Substring of the device name and dense bf16 peak in FLOP/s (from data sheets, without sparsity).
@@ -119,5 +120,5 @@ def _matrix_size(module: nn.Module, active_experts: float = 0.0) -> float:
         active_experts: fraction of the experts that are applied to a token; their matrices are stacked.
     """
     weights = [p for name, p in module.named_parameters() if ".lora_" not in name]
-    dense = sum(p.numel() for p in weights if p.ndim == 2)
+    dense = sum(parameter_count(p) for p in weights if p.ndim == 2)
     return dense + active_experts * sum(p.numel() for p in weights if p.ndim == 3)

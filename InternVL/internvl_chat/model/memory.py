@@ -5,6 +5,7 @@ autograd saves are added up.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from internvl_chat.model.kernels.apply import has_supervised_head
+from internvl_chat.model.lora.injection import lora_layers
+from internvl_chat.model.lora.quantization import quantization_bytes
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 # Record lengths in tokens at which a layer is measured. Two lengths separate the linear and quadratic terms.
@@ -105,7 +108,7 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
     """Return the activation bytes of a decoder layer per token and per squared record length."""
     decoder = model.language_model.get_decoder()
     layer = _on_device(decoder.layers[0], device)
-    dtype, saved = next(layer.parameters()).dtype, []
+    dtype, saved = model.projector_weight.dtype, []
     for tokens in _PROBE_LENGTHS:
         x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
         positions = torch.arange(tokens, device=device).unsqueeze(0)
@@ -139,18 +142,23 @@ def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
-    """Return the bytes that autograd saves for backward during a call, excluding the module's parameters."""
-    saved: set[torch.UntypedStorage] = set()
+    """Return the bytes that autograd saves for backward during a call, excluding the module's parameters.
+
+    Tensors that are freed before the call ends, such as those of DoRA's weight norms, are not counted.
+    """
+    saved: list[weakref.ref[torch.Tensor]] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.add(tensor.untyped_storage())
-        return tensor
+        saved.append(weakref.ref(tensor))
+        return tensor  # the graph refers to this object as long as it needs the tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     gpus = {p.device for p in module.parameters() if p.is_cuda}
     with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
-        call()
-    return sum(storage.nbytes() for storage in saved - {p.untyped_storage() for p in module.parameters()})
+        output = call()
+    alive = {tensor.untyped_storage() for ref in saved if (tensor := ref()) is not None}
+    del output
+    return sum(storage.nbytes() for storage in alive - {p.untyped_storage() for p in module.parameters()})
 
 
 def parallel_memory(
@@ -177,7 +185,8 @@ def parallel_memory(
         offload: whether FSDP2 keeps its shards, gradients and optimizer state in host memory.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
-    weights, gradients = _size(model.parameters()), _size(trained)
+    weights = _size(model.parameters()) + quantization_bytes(model) + _dora_bytes(model)
+    gradients = _size(trained)
     if parallel == "ddp":
         # With one pack per step, DDP copies one gradient at a time into a bucket and replaces it with a view,
         # so only one is in memory twice. With gradient accumulation, all packs except the last accumulate
@@ -248,7 +257,8 @@ def _deepspeed_memory(
         value = zero.get(name, default)
         return model.config.hidden_size**2 if value == "auto" else int(float(value))
 
-    weights, gradients = shard(_size(model.parameters()), 3), shard(_size(trained), 2)
+    weights = shard(_size(model.parameters()), 3) + quantization_bytes(model) + _dora_bytes(model)
+    gradients = shard(_size(trained), 2)
     # DeepSpeed keeps float32 master weights and moments and casts the gradients to float32 for the update.
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
     buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
@@ -262,6 +272,14 @@ def _deepspeed_memory(
     if _offload_device(zero, "param") != "none":
         weights = 0
     return dict(zip(COMPONENTS, (weights, gradients, state, scratch, buffers), strict=True))
+
+
+def _dora_bytes(model: InternVLChatModel) -> int:
+    """Return the temporary bytes of the weight norms of one layer, which peft computes in float32."""
+    layers = [layer for layer in lora_layers(model).values() if layer.lora_variant]
+    sizes = [(int(layer.in_features or 0), int(layer.out_features or 0)) for layer in layers]
+    # An identity matrix of the input size, and four matrices of the size of the weights.
+    return max((4 * inputs * (inputs + 4 * outputs) for inputs, outputs in sizes), default=0)
 
 
 def _size(parameters: Iterable[torch.Tensor]) -> int:

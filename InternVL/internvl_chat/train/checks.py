@@ -23,6 +23,7 @@ from internvl_chat.model.io.checkpoint import model_weights
 from internvl_chat.model.io.folders import is_adapter, model_folder, read_config, read_json
 from internvl_chat.model.io.weights import weight_files
 from internvl_chat.model.lora.injection import ranks_of, read_adapter_config
+from internvl_chat.model.lora.quantization import MISSING
 from internvl_chat.train.checkpoint.fingerprint import (
     EXCLUDED,
     TOTAL_STEPS,
@@ -50,6 +51,7 @@ from internvl_chat.train.optim.factory import (
     optimizer_problems,
     scheduled_rate,
 )
+from internvl_chat.train.optim.parameter_groups import rate_problems
 from internvl_chat.train.validation import metric_names, validation_specs
 from internvl_chat.utils import distributed
 from internvl_chat.utils.errors import DataError, M3LLMError, ModelError, UsageError, format_problems
@@ -90,7 +92,7 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     problems: list[str] = []
     only_files = True
     results: dict[str, Any] = {}
-    run, rules = config.run, (_compute_flags, _step_flags, _tile_flags, _trainable_flags)
+    run, rules = config.run, (_compute_flags, _step_flags, _tile_flags, _trainable_flags, _adapter_flags)
     checks = {
         "output": lambda: _check_output(config),
         "attn": lambda: resolve_attention(config.model.attn, run.device, run.dtype),
@@ -226,6 +228,24 @@ def _trainable_flags(config: TrainConfig) -> Iterator[str]:
     frozen = model.freeze_llm and model.freeze_mlp and model.freeze_backbone
     if frozen and not (adapters or model.unfreeze_lm_head or model.unfreeze_vit_layers):
         yield "all parameters are frozen; unfreeze a component, or train adapters with --use_llm_lora"
+
+
+def _adapter_flags(config: TrainConfig) -> Iterator[str]:
+    """Yield problems with the flags for kinds of adapters, 4-bit weights and learning rates."""
+    model, run = config.model, config.run
+    if not (model.use_llm_lora or model.use_backbone_lora):
+        for flag in ("use_dora", "use_rslora", "load_in_4bit"):
+            if getattr(model, flag):
+                yield f"--{flag} True: has no effect without adapters; add --use_llm_lora"
+    if model.load_in_4bit:
+        flag = "--load_in_4bit True"
+        if not (model.use_llm_lora or model.freeze_llm):
+            yield f"{flag}: 4-bit weights cannot be trained; add --use_llm_lora or --freeze_llm True"
+        if run.parallel in ("fsdp", "hsdp") or (run.deepspeed is not None and zero_stage(run.deepspeed) == 3):
+            yield f"{flag}: 4-bit weights cannot be sharded; use --parallel ddp, or ZeRO-1 or 2"
+        if find_spec("bitsandbytes") is None:
+            yield f"{flag}: {MISSING}"
+    yield from rate_problems(config)
 
 
 def _flag_warnings(config: TrainConfig, source: Path) -> Iterator[str]:
@@ -406,13 +426,22 @@ def _check_model(config: TrainConfig) -> Path:
     folder = model_folder(model.model_name_or_path)
     problems = []
     if is_adapter(folder):
-        ranks = ranks_of(read_adapter_config(folder))
-        base, _ = find_base(folder, model.base_model_path)
+        adapter = read_adapter_config(folder)
+        ranks = ranks_of(adapter)
+        base, description = find_base(folder, model.base_model_path)
         model_config = read_config(base)
+        kind = (adapter.use_dora, adapter.use_rslora, description.quantization is not None)
     else:
         model_config = read_config(folder)
         model_weights(folder)
         ranks = (model_config.use_llm_lora, model_config.use_backbone_lora)
+        kind = (False, False, False)
+    problems += [
+        f"{folder} contains adapters trained with --{flag} {value}; pass this flag to continue training "
+        "them, or merge them first (m3llm merge)"
+        for flag, value in zip(("use_dora", "use_rslora", "load_in_4bit"), kind, strict=True)
+        if any(ranks) and value != getattr(model, flag)
+    ]
     for tower, flag, rank, flag_rank in (
         ("language model", "use_llm_lora", ranks[0], model.use_llm_lora),
         ("vision tower", "use_backbone_lora", ranks[1], model.use_backbone_lora),

@@ -62,6 +62,10 @@ class RunConfig:
     optim: str
     optim_args: str | None
     learning_rate: float
+    vision_lr: float | None
+    projector_lr: float | None
+    llm_lr: float | None
+    loraplus_lr_ratio: float
     lr_scheduler_type: str
     lr_scheduler_kwargs: Mapping[str, Any]
     warmup_steps: float

@@ -42,12 +42,14 @@ RANGES = {
     for interval, flags in {
         "(-inf, inf)": "unfreeze_vit_layers vision_select_layer",
         "[-1, inf)": "max_steps local_rank",
-        "[0, inf)": "use_backbone_lora use_llm_lora learning_rate weight_decay adam_epsilon max_grad_norm "
+        "[0, inf)": "use_backbone_lora use_llm_lora learning_rate vision_lr projector_lr llm_lr "
+        "weight_decay adam_epsilon max_grad_norm "
         "warmup_steps max_bad_steps dataloader_num_workers eval_generate eval_samples eval_delay "
         "early_stopping_patience logging_steps save_steps eval_steps",
         "[0, 1)": "lora_dropout drop_path_rate adam_beta1 adam_beta2 warmup_ratio",
         "[0, 1]": "max_bad_fraction",
         "(0, 1]": "down_sample_ratio",
+        "(0, inf)": "loraplus_lr_ratio",
         "[0, 1e9]": "num_train_epochs hang_seconds",
         "[0, 4294967295]": "seed",
         "[1, 1e9]": "ddp_timeout",
@@ -102,6 +104,15 @@ class ModelArguments:
     use_backbone_lora: int = _lora(0, "LoRA rank in the vision tower; 0 disables. Alpha is twice the rank.")
     use_llm_lora: int = _lora(0, "LoRA rank in the language model; 0 disables. Alpha is twice the rank.")
     lora_dropout: float = _lora(0.05, "Dropout probability of the adapters' input.")
+    use_dora: bool = _lora(False, "DoRA: also train the norm of each row of the adapted weights.")
+    use_rslora: bool = _lora(
+        False,
+        "rsLoRA: scale the adapters by alpha / sqrt(rank) instead of alpha / rank.",
+    )
+    load_in_4bit: bool = _lora(
+        False,
+        "QLoRA: train adapters on 4-bit weights (NF4) of the language model; requires bitsandbytes.",
+    )
     grad_checkpoint: str = _memory(
         "auto",
         "Activation checkpointing: True (all layers), False (none) or auto (as few layers as fit in memory).",
@@ -222,6 +233,12 @@ class RunArguments:
     full_determinism: bool = _optimization(False, "Use only deterministic algorithms (slower).")
     # optimizer
     learning_rate: float = _optimization(5e-5, "Peak learning rate.")
+    vision_lr: float | None = _optimization(None, "Peak learning rate of the vision tower [--learning_rate].")
+    projector_lr: float | None = _optimization(None, "Peak learning rate of the projector [--learning_rate].")
+    llm_lr: float | None = _optimization(None, "Peak learning rate of the language model [--learning_rate].")
+    loraplus_lr_ratio: float = _lora(
+        1.0, "LoRA+: learning rate of the adapters' B matrices as a multiple of that of the A matrices."
+    )
     lr_scheduler_type: str = _optimization(
         "linear", "Learning-rate schedule from transformers, such as linear or cosine."
     )

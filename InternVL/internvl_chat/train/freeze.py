@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from internvl_chat.model.lora.quantization import parameter_count
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 
 
@@ -60,7 +61,7 @@ def table(model: InternVLChatModel) -> list[ModuleRow]:
             part += ".lm_head"
         groups.setdefault(part, []).append(parameter)
     rows = [
-        ModuleRow(part, sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad))
+        ModuleRow(part, sum(map(parameter_count, ps)), sum(p.numel() for p in ps if p.requires_grad))
         for part, ps in groups.items()
     ]
     return [*rows, ModuleRow("total", sum(r.parameters for r in rows), sum(r.trainable for r in rows))]

@@ -141,7 +141,7 @@ class TrainingLoop:
         seed = np.random.SeedSequence((self.run.seed, step, self.run.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         self.strategy.wrapped.train()
-        learning_rate = self.strategy.optimizer.param_groups[0]["lr"]
+        learning_rate = float(self.strategy.optimizer.param_groups[0]["lr"])
         weights = [self._record_weights(pack) for pack in packs]
         flops = sum(self.flop_counter.step(p.lengths.tolist(), p.num_supervised, len(p.tiles)) for p in packs)
         stop_requested, saving = self.stop.signal is not None, self.checkpointer.busy

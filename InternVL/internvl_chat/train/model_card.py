@@ -14,6 +14,7 @@ from internvl_chat.convert.model_card import CARD, base_licence, base_names, ren
 from internvl_chat.data.dataset import TrainingData
 from internvl_chat.model.io.adapter import read_base
 from internvl_chat.model.io.folders import is_adapter
+from internvl_chat.model.lora.quantization import parameter_count
 from internvl_chat.train.checkpoint.fingerprint import fingerprint
 from internvl_chat.train.checkpoint.run_folder import METRICS, may_write_card
 from internvl_chat.train.config import TrainConfig
@@ -70,7 +71,8 @@ def describe_run(config: TrainConfig) -> str:
         "projector": model.freeze_mlp,
         "language model": model.freeze_llm or model.use_llm_lora,
     }
-    trained = [f"LoRA of rank {rank} in the {part}" for part, rank in ranks.items() if rank]
+    kind = ("Q" if model.load_in_4bit else "") + ("DoRA" if model.use_dora else "LoRA")
+    trained = [f"{kind} of rank {rank} in the {part}" for part, rank in ranks.items() if rank]
     trained += [part for part, is_frozen in frozen.items() if not is_frozen]
     rate = f"{run.learning_rate:.2g}".replace("e-0", "e-")
     name = " and ".join(base_names(_base_paths(config)))
@@ -83,7 +85,7 @@ def describe_run(config: TrainConfig) -> str:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the total and trainable parameter counts of a model."""
     # ZeRO-3 replaces sharded parameters with empty tensors and stores their size in `ds_numel`.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(getattr(p, "ds_numel", parameter_count(p)), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 

@@ -98,7 +98,14 @@ _OTHER_NAMES = {
     "per_device_batch_size bs",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_acc accumulation_steps "
     "grad_accumulation_steps gradient_acc accumulate_grad_batches",
+    "use_dora": "dora",
+    "use_rslora": "rslora",
+    "load_in_4bit": "bits quant_bits quantization_bit use_qlora qlora bnb_4bit_quant_type",
     "learning_rate": "lr base_lr max_lr",
+    "vision_lr": "vit_lr vision_tower_lr vision_learning_rate",
+    "projector_lr": "aligner_lr mm_projector_lr merger_lr projector_learning_rate",
+    "llm_lr": "language_model_lr llm_learning_rate",
+    "loraplus_lr_ratio": "lorap_lr_ratio loraplus",
     "num_train_epochs": "epochs num_epochs epoch train_epochs max_epochs",
     "max_steps": "steps num_steps train_steps max_train_steps num_train_steps train_iters",
     "max_seq_length": "max_length max_len model_max_length cutoff_len seq_length seq_len max_seq_len "
@@ -150,15 +157,11 @@ _OTHER_NAMES = {
 _OTHER_WAYS = {
     "alpha is twice the rank of --use_llm_lora": "lora_alpha alpha lora_scale",
     "--use_llm_lora adapts every linear layer of the language model": "lora_target lora_target_modules "
-    "target_modules lora_modules additional_target modules_to_save use_rslora use_dora init_lora_weights "
-    "lora_bias",
-    "quantized training is not supported": "bits quant_bits quantization_bit quant_method load_in_4bit "
-    "load_in_8bit use_qlora qlora",
+    "target_modules lora_modules additional_target modules_to_save init_lora_weights lora_bias",
+    "weights can be quantized to 4 bits only: --load_in_4bit": "load_in_8bit quant_method",
     _FILE_FIRST: "config config_file recipe yaml",
     "set GPUS for the launchers": "gpus num_gpus n_gpus gpu_ids nproc_per_node num_processes world_size",
     "the system message comes from --conv_style or the records": "system system_prompt system_message",
-    "all parameters share one learning rate": "vit_lr aligner_lr mm_projector_lr vision_tower_lr llm_lr "
-    "projector_lr",
     "only answers are supervised": "train_on_inputs train_on_prompt mask_history completion_only_loss "
     "assistant_only_loss loss_scale",
     "set repeat_time in the meta file to use part of a dataset": "max_samples max_train_samples num_samples",

@@ -90,6 +90,7 @@ def load_for_training(plan: RunPlan) -> tuple[InternVLChatModel, PreTrainedToken
             attn=plan.attn,
             lora_dropout=config.model.lora_dropout,
             drop_path_rate=config.model.drop_path_rate,
+            load_in_4bit=config.model.load_in_4bit,
         )
     if added:
         logger.info("%d special tokens added to the tokenizer", added)
@@ -128,6 +129,8 @@ def prepare_model(
             llm_rank=config.model.use_llm_lora,
             vision_rank=config.model.use_backbone_lora,
             dropout=config.model.lora_dropout,
+            use_dora=config.model.use_dora,
+            use_rslora=config.model.use_rslora,
         )
     preprocessing = plan_preprocessing(model.config, config, specs)
     model.config.max_dynamic_patch = preprocessing.max_dynamic_patch

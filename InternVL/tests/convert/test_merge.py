@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_within_rounding, terms_of
+from helpers import assert_within_rounding, needs_bitsandbytes, terms_of
 from model.conftest import (
     CONTEXT,
     assert_plain,
     contents,
+    edit,
     load,
     make_model,
     make_record,
@@ -62,6 +63,47 @@ def test_our_adapters(folder: Path, tmp_path: Path, parts: dict, layers: int) ->
     assert_same_logits(load(tmp_path / "merged"), model)
     assert (logits(model) - logits(load(folder))).abs().max() > 0.05
     assert (contents(folder), contents(tmp_path / "adapter")) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"vision_rank": 2, "use_dora": True, "use_rslora": True},
+    ],
+)
+def test_other_kinds_of_adapters(folder: Path, tmp_path: Path, options: dict) -> None:
+    model = save_trained_adapter(folder, tmp_path / "adapter", llm_rank=3, **options)
+    assert torch.equal(logits(load(tmp_path / "adapter")), logits(model))
+    layers = LLM_LAYERS + (VISION_LAYERS if "vision_rank" in options else 0)
+    assert merge(tmp_path / "adapter", tmp_path / "merged").merged_layers == layers
+    assert_plain(tmp_path / "merged")
+    assert_same_logits(load(tmp_path / "merged"), model)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("options", [{"llm_rank": 4}, {"llm_rank": 4, "use_dora": True}, {"vision_rank": 2}])
+def test_adapters_on_4_bit_weights(folder: Path, tmp_path: Path, options: dict) -> None:
+    """The result is the model that was trained, not the adapters merged into the original weights."""
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    model = save_trained_adapter(folder, adapter, load_in_4bit=True, **options)
+    assert torch.equal(logits(load(adapter)), logits(model))
+    assert merge(adapter, merged).merged_layers == (LLM_LAYERS if "llm_rank" in options else VISION_LAYERS)
+    assert_plain(merged)
+    expected = logits(model)
+    # bitsandbytes and torch sum the products of a layer in different orders.
+    assert_within_rounding(logits(load(merged)), expected, 2 * terms_of(load(merged)))
+    edit(adapter / "base_model.json", lambda base: base.pop("quantization"))
+    merge(adapter, tmp_path / "other")
+    assert (logits(load(tmp_path / "other")) - expected).abs().max() > 0.05
+
+
+def test_missing_magnitudes_are_reported(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter", llm_rank=4)
+    edit(tmp_path / "adapter/adapter_config.json", lambda config: config.update(use_dora=True))
+    with pytest.raises(ModelError, match="14 of the DoRA magnitudes are missing"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("part", ["adapter", "base", "sum"])

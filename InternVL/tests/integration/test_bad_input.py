@@ -237,6 +237,12 @@ def test_adapter_of_another_rank_or_base(start, tiny_model, tmp_path, capfd):
     code, _ = start(model_name_or_path=adapter, output_dir=tmp_path / "more", **LORA)
     assert code == 0
 
+    capfd.readouterr()
+    dora = {**LORA, "use_dora": True}
+    code, _ = start(model_name_or_path=adapter, output_dir=tmp_path / "never", **dora)
+    assert code == 2
+    assert "contains adapters trained with --use_dora False" in capfd.readouterr().err
+
     weights = base / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -305,6 +311,25 @@ def test_output_folder_in_use(start, tmp_path, capfd):
         ({"torch_compile_mode": "max-autotune"}, "--torch_compile_mode max-autotune: not supported"),
         ({"use_liger_kernel": True}, "use --use_liger"),
         ({"gradient_checkpointing": True}, "use --grad_checkpoint"),
+        ({"use_dora": True}, "--use_dora True: has no effect without adapters; add --use_llm_lora"),
+        ({"use_rslora": True}, "--use_rslora True: has no effect without adapters"),
+        ({"load_in_4bit": True}, "--load_in_4bit True: has no effect without adapters"),
+        (
+            {"load_in_4bit": True, "use_backbone_lora": 2},
+            "4-bit weights cannot be trained; add --use_llm_lora",
+        ),
+        (
+            {"load_in_4bit": True, "use_llm_lora": 2, "parallel": "fsdp"},
+            "4-bit weights cannot be sharded; use --parallel ddp, or ZeRO-1 or 2",
+        ),
+        (
+            {"optim": "adamw_torch_8bit", "parallel": "fsdp"},
+            "8-bit and 4-bit optimizer state cannot be sharded; use --parallel ddp",
+        ),
+        ({"freeze_backbone": True, "vision_lr": 1e-6}, "--vision_lr 1e-06: has no effect, because"),
+        ({"vision_lr": -1}, "--vision_lr -1.0 must be at least 0"),
+        ({"loraplus_lr_ratio": 16}, "--loraplus_lr_ratio 16: has no effect without adapters"),
+        ({"loraplus_lr_ratio": 0}, "--loraplus_lr_ratio 0.0 must be above 0"),
         ({"ignore_data_skip": True}, "--ignore_data_skip True: not supported"),
     ],
 )

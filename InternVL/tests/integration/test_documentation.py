@@ -41,6 +41,9 @@ ELSEWHERE = (
     "python3 -m venv .venv && source .venv/bin/activate",
     'pip install -e ".[dev]"',
     'pip install -e ".[eval]"',
+    'pip install -e ".[quantization]"',
+    # bitsandbytes is optional: integration/test_adapters.py.
+    "m3llm train InternVL/internvl_chat/shell/recipes/qlora.yaml --model_name_or_path /models/InternVL3-8B",
     'pip install -e ".[ui]"',
     "m3llm serve work_dirs/merged",
     "m3llm web work_dirs/run",

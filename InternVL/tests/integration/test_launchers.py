@@ -224,7 +224,14 @@ def test_recipe_file_is_the_recipe_of_the_launcher(command, name, monkeypatch):
     assert TrainConfig(read.model, same_data, same_run) == launched
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+def test_qlora_is_the_lora_recipe_on_4_bit_weights():
+    lora, qlora = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("lora", "qlora"))
+    changed = {flag: value for flag, value in qlora.items() if value != lora.get(flag)}
+    assert changed == {"output_dir": "work_dirs/M3LLM-fulldatav2-qlora-lr=5e-6", "load_in_4bit": True}
+    assert lora.keys() < qlora.keys()
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "qlora"])
 def test_recipe_file_gives_no_defaults(name):
     values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     defaults = {flag.name: flag.default for flags in flag_groups().values() for flag in flags}

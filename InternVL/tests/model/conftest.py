@@ -20,6 +20,7 @@ from internvl_chat.model.io.adapter import BaseModel, save_adapter
 from internvl_chat.model.io.checkpoint import load_model, save_model
 from internvl_chat.model.io.weights import weights_digest
 from internvl_chat.model.lora.injection import add_lora, lora_layers
+from internvl_chat.model.lora.quantization import NF4
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, tiny_config
 from internvl_chat.train.freeze import set_trainable
@@ -159,19 +160,28 @@ def load(folder: Path, **options: Any) -> InternVLChatModel:
 
 
 def save_trained_adapter(
-    base: Path, target: Path, *, mlp: bool = False, head: bool = False, seed: int = 1, **ranks: int
+    base: Path,
+    target: Path,
+    *,
+    mlp: bool = False,
+    head: bool = False,
+    seed: int = 1,
+    load_in_4bit: bool = False,
+    **options: Any,
 ) -> InternVLChatModel:
     """Save randomized ("trained") adapters for `base` and return the model with these adapters."""
-    model = load(base)
-    add_lora(model, **(ranks or {"llm_rank": 4}))
+    model = load(base, load_in_4bit=load_in_4bit)
+    add_lora(model, **(options or {"llm_rank": 4}))
     set_trainable(model, freeze_llm=True, freeze_mlp=not mlp, freeze_backbone=True, unfreeze_lm_head=head)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 noise = 0.1 * torch.randn(parameter.shape, generator=rng)
-                parameter.copy_(noise if ".lora_" in name else parameter + noise)
-    save_adapter(model, target, BaseModel(str(base), weights_digest(base)))
+                starts_at_zero = ".lora_" in name and "magnitude" not in name
+                parameter.copy_(noise if starts_at_zero else parameter + noise)
+    quantization = NF4 if load_in_4bit else None
+    save_adapter(model, target, BaseModel(str(base), weights_digest(base), quantization))
     return model.eval()
 
 

@@ -70,6 +70,17 @@ def test_views_of_a_storage_are_counted_once():
     assert saved_bytes(nn.Identity(), lambda: x.T @ x) == 80
 
 
+def test_tensors_that_are_freed_during_the_call_are_not_counted():
+    layer = nn.Linear(4, 3)
+
+    def call():
+        constant = layer(torch.eye(4)).detach().sum()
+        return layer(rows()) * constant
+
+    # The input of the second call, and the constant.
+    assert saved_bytes(layer, call) == 5 * 4 * 4 + 4
+
+
 def test_every_output_of_a_chain_is_counted():
     """Each operation saves its own output."""
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from internvl_chat.model.lora.injection import (
     ranks_of,
     read_adapter_config,
 )
+from internvl_chat.model.lora.quantization import NF4
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.files import write_json
@@ -30,23 +31,33 @@ BASE_FILE = "base_model.json"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Base model of an adapter: path or Hub id, and SHA-256 of its weights."""
+    """Base model of an adapter.
+
+    Attributes:
+        path: path or Hub id.
+        sha256: SHA-256 of its weights.
+        quantization: `nf4` if the adapter was trained on 4-bit weights (see `model.lora.quantization`).
+    """
 
     path: str
     sha256: str
+    quantization: str | None = None
 
 
 def read_base(folder: Path) -> BaseModel:
-    """Read the path and hash of an adapter's base model from `base_model.json`.
+    """Read `base_model.json`, which describes an adapter's base model.
 
     Raises:
         ModelError: the file is missing or malformed.
     """
     file = folder / BASE_FILE
     try:
-        return BaseModel(**json.loads(file.read_text(encoding="utf-8")))
+        base = BaseModel(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{file}: cannot read the adapter's base model: {error}") from None
+    if base.quantization not in (None, NF4):
+        raise ModelError(f"{file}: quantization {base.quantization!r} is unknown; only {NF4!r} is supported")
+    return base
 
 
 def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, BaseModel]:
@@ -56,7 +67,7 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
         override: new path or Hub id of the base model, if it has moved.
 
     Returns:
-        The base model's folder, and its path (or the override) and hash.
+        The base model's folder, and its description, with the override as its path.
 
     Raises:
         ModelError: the base model is missing, is an adapter itself, or its hash differs from the hash in
@@ -78,14 +89,22 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
             f"{base_folder}: these weights (sha256 {digest[:12]}) are not the base that {folder} was "
             f"trained on (sha256 {base.sha256[:12]}); pass the right folder with --base"
         )
-    return base_folder, BaseModel(str(override or base.path), digest)
+    return base_folder, replace(base, path=str(override or base.path))
 
 
 def load_adapter(model: InternVLChatModel, folder: Path, *, dropout: float = 0.05) -> None:
     """Add an adapter to its base model: LoRA weights, options, and the modules that it stores in full."""
-    llm_rank, vision_rank = ranks_of(read_adapter_config(folder))
+    config = read_adapter_config(folder)
+    llm_rank, vision_rank = ranks_of(config)
     if not lora_layers(model):  # a base model in the reference's LoRA-wrapped format already has LoRA layers
-        add_lora(model, llm_rank=llm_rank, vision_rank=vision_rank, dropout=dropout)
+        add_lora(
+            model,
+            llm_rank=llm_rank,
+            vision_rank=vision_rank,
+            dropout=dropout,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+        )
     weights = {parameter_name(key): read for key, read in open_weights(folder / ADAPTER_WEIGHTS).items()}
     expected = {name for name in model.state_dict() if ".lora_" in name}
     if expected - weights.keys():
@@ -160,6 +179,7 @@ def save_adapter(
     entry = write_file(tensors, folder / ADAPTER_WEIGHTS)
     modules = sorted(_modules_to_save(model))
     adapter_config(model, base=base.path, modules_to_save=modules).save_pretrained(str(folder))
-    write_json(folder / BASE_FILE, asdict(base))
+    description = {name: value for name, value in asdict(base).items() if value is not None}
+    write_json(folder / BASE_FILE, description)
     write_config(model.config, folder)
     return {ADAPTER_WEIGHTS: entry}

@@ -14,6 +14,7 @@ from internvl_chat.model.io.folders import is_adapter, model_folder, read_config
 from internvl_chat.model.io.hf_format import from_hf_weights
 from internvl_chat.model.io.weights import Weights, assign_weights, read_weights, write_weights
 from internvl_chat.model.lora.injection import add_lora, lora_layers, unwrapped_name
+from internvl_chat.model.lora.quantization import quantize_decoder
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.hashed_file import FileEntry
@@ -57,8 +58,11 @@ def load_model(
     base: str | Path | None = None,
     lora_dropout: float = 0.05,
     drop_path_rate: float | None = None,
+    load_in_4bit: bool = False,
 ) -> InternVLChatModel:
     """Load a model in any supported format on the CPU.
+
+    The base model of an adapter that was trained on 4-bit weights is loaded in 4 bits.
 
     Args:
         path_or_id: folder or Hub id.
@@ -68,22 +72,29 @@ def load_model(
         base: new path or Hub id of an adapter's base model, if it has moved.
         lora_dropout: dropout probability of the adapters' input.
         drop_path_rate: stochastic depth rate of the vision tower (default: from the checkpoint).
+        load_in_4bit: quantize a model without adapters (see `model.lora.quantization`).
 
     Raises:
+        UsageError: the weights are 4-bit and bitsandbytes is not installed.
         ModelError: the model or its base model is missing, or weights are missing, unexpected, of the wrong
             shape, or not finite.
     """
     folder = model_folder(path_or_id)
-    base_folder = find_base(folder, base)[0] if is_adapter(folder) else folder
+    base_folder = folder
+    if is_adapter(folder):
+        base_folder, description = find_base(folder, base)
+        load_in_4bit = description.quantization is not None
     config = read_config(base_folder)
     if drop_path_rate is not None:
         config.vision_config.drop_path_rate = drop_path_rate
     weights = model_weights(base_folder)
     untie_distinct_head(config, weights)
     model = empty_model(config, image_context_id, dtype, attn)
-    ranks = {"llm_rank": config.use_llm_lora, "vision_rank": config.use_backbone_lora}
-    add_lora(model, **ranks, dropout=lora_dropout)
+    llm_rank, vision_rank = config.use_llm_lora, config.use_backbone_lora
+    add_lora(model, llm_rank=llm_rank, vision_rank=vision_rank, dropout=lora_dropout)
     assign_weights(model, stack_experts(weights), source=base_folder)
+    if load_in_4bit:
+        quantize_decoder(model)
     if is_adapter(folder):
         load_adapter(model, folder, dropout=lora_dropout)
     return model

@@ -14,9 +14,19 @@ from internvl_chat.model.io.adapter import ADAPTER_WEIGHTS, adopt_options, find_
 from internvl_chat.model.io.checkpoint import model_weights, untie_distinct_head
 from internvl_chat.model.io.folders import config_file, is_adapter, read_auxiliary_files, read_config
 from internvl_chat.model.io.weights import Weights, check_finite, open_weights
-from internvl_chat.model.lora.injection import merged_weight, parameter_name, read_adapter_config
+from internvl_chat.model.lora.injection import (
+    lora_scaling,
+    merged_weight,
+    parameter_name,
+    read_adapter_config,
+)
+from internvl_chat.model.lora.quantization import dequantized, is_quantized_weight
 from internvl_chat.utils.errors import ModelError
 
+ReadTensor = Callable[[], torch.Tensor]
+
+# Parameters of an adapted layer; the last one exists only with DoRA.
+_ADAPTER_PARTS = ("A", "B", "magnitude_vector")
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.(?:weight|bias)$)")
 
 
@@ -58,13 +68,16 @@ def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckp
     Raises:
         ModelError: the base model is missing or does not match, or a weight is not finite (raised when the
             weight is read).
+        UsageError: the adapter was trained on 4-bit weights and bitsandbytes is not installed.
     """
+    use_rslora = quantized = False
     if is_adapter(source):
-        base_folder, _ = find_base(source, base)
-        weights = _with_adapter(source, base_folder)
+        base_folder, description = find_base(source, base)
+        lora, quantized = read_adapter_config(source), description.quantization is not None
+        weights, use_rslora = _with_adapter(source, base_folder, lora.use_dora), lora.use_rslora
     else:
         base_folder, weights = source, check_finite(model_weights(source), source)
-    weights, merged_layers = _merge(weights, source)
+    weights, merged_layers = _merge(weights, source, use_rslora=use_rslora, quantized=quantized)
     config = read_config(base_folder)
     before = copy.deepcopy(config)
     untie_distinct_head(config, weights)
@@ -87,30 +100,40 @@ def has_adapters(folder: Path) -> bool:
     return is_adapter(folder) or any(".lora_" in name for name in model_weights(folder))
 
 
-def _merge(weights: Weights, source: Path) -> tuple[Weights, int]:
-    """Merge each `lora_A` and `lora_B` into its `base_layer`; return the weights and the number of merges."""
+def _merge(weights: Weights, source: Path, *, use_rslora: bool, quantized: bool) -> tuple[Weights, int]:
+    """Merge each adapter into its `base_layer`; return the weights and the number of merges.
+
+    Args:
+        use_rslora: see `add_lora`.
+        quantized: whether the adapters were trained on 4-bit weights. They are merged into the values of
+            these weights, so that the result is the model that was trained.
+    """
     merged: Weights = {}
     layers = 0
     for name, read in weights.items():
         if ".lora_" in name:
             continue
         layer = name.partition(".base_layer.")[0]
-        a, b = (weights.get(f"{layer}.lora_{letter}.default.weight") for letter in "AB")
         plain_name = _BASE_LAYER.sub("", name)
-        if a and b and name.endswith(".base_layer.weight"):
-            layers += 1
+        is_quantized = quantized and is_quantized_weight(plain_name)
+        a, b, magnitude = (weights.get(f"{layer}.lora_{part}.default.weight") for part in _ADAPTER_PARTS)
+        if not (a and b and name.endswith(".base_layer.weight")):
+            a = b = magnitude = None
+        layers += a is not None
+        if a or is_quantized:
+            change = partial(_read_merged, read, a, b, magnitude, use_rslora, is_quantized)
             # The merged weight may overflow in 16 bits even if its inputs are finite.
-            merged |= check_finite({plain_name: partial(_read_merged, read, a, b)}, source)
+            merged |= check_finite({plain_name: change}, source)
         else:
             merged[plain_name] = read
     return merged, layers
 
 
-def _with_adapter(folder: Path, base_folder: Path) -> Weights:
+def _with_adapter(folder: Path, base_folder: Path, use_dora: bool) -> Weights:
     """Return the combined weights of an adapter and its base model under LoRA-wrapped names."""
-    read_adapter_config(folder)
     adapter = {parameter_name(key): read for key, read in open_weights(folder / ADAPTER_WEIGHTS).items()}
     adapter = check_finite(adapter, folder)
+    magnitudes = sum(name.endswith(".lora_magnitude_vector.default.weight") for name in adapter)
     layers = {name.partition(".lora_")[0] for name in adapter if ".lora_" in name}
     weights: Weights = {}
     for name, read in check_finite(model_weights(base_folder), base_folder).items():
@@ -119,10 +142,23 @@ def _with_adapter(folder: Path, base_folder: Path) -> Weights:
     missing = {f"{layer}.base_layer.weight" for layer in layers} - weights.keys()
     if missing:
         raise ModelError(f"{folder}: the base model {base_folder} lacks {len(missing)} of the adapted layers")
+    if use_dora and magnitudes < len(layers):
+        raise ModelError(f"{folder}: {len(layers) - magnitudes} of the DoRA magnitudes are missing")
     return weights | adapter
 
 
 def _read_merged(
-    weight: Callable[[], torch.Tensor], a: Callable[[], torch.Tensor], b: Callable[[], torch.Tensor]
+    read: ReadTensor,
+    read_a: ReadTensor | None,
+    read_b: ReadTensor | None,
+    read_magnitude: ReadTensor | None,
+    use_rslora: bool,
+    quantized: bool,
 ) -> torch.Tensor:
-    return merged_weight(weight(), a(), b())
+    """Read a base weight, quantize it if `quantized`, and merge an adapter into it, if there is one."""
+    base = read()
+    weight = dequantized(base) if quantized else base
+    if read_a and read_b:
+        a, magnitude = read_a(), read_magnitude() if read_magnitude else None
+        weight = merged_weight(weight, a, read_b(), lora_scaling(len(a), use_rslora), magnitude)
+    return weight.to(base.dtype)

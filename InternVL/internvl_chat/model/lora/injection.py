@@ -5,6 +5,7 @@ Adapted layers keep their original weights in `base_layer`; all other parameter 
 Shapes: I input features, O output features, R rank.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -34,6 +35,10 @@ _LLAMA_TARGETS = (
 _EXPERTS = "mlp.experts"
 _MOE_TARGETS = _LLAMA_TARGETS[:4]
 _PHI3_TARGETS = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
+# Linear layers of the decoder, in any supported architecture.
+DECODER_TARGETS = (*_LLAMA_TARGETS, *_PHI3_TARGETS)
+# Name of peft's DoRA vector in weight files.
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
@@ -56,14 +61,23 @@ def llm_targets(language_model: nn.Module) -> tuple[str, ...]:
 
 
 def add_lora(
-    model: InternVLChatModel, *, llm_rank: int = 0, vision_rank: int = 0, dropout: float = 0.05
+    model: InternVLChatModel,
+    *,
+    llm_rank: int = 0,
+    vision_rank: int = 0,
+    dropout: float = 0.05,
+    use_dora: bool = False,
+    use_rslora: bool = False,
 ) -> None:
     """Inject float32 adapters with alpha = 2 * rank, as in the reference; store the ranks in `model.config`.
 
     Args:
+        model: model with its weights: DoRA starts from their norms.
         llm_rank: rank for the language model; 0 for no adapters.
         vision_rank: rank for the vision tower; 0 for no adapters.
         dropout: dropout probability of the adapters' input.
+        use_dora: train the norm of each row of the weights separately (DoRA).
+        use_rslora: scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).
     """
     towers = (
         (model.language_model, llm_rank, llm_targets),
@@ -71,14 +85,24 @@ def add_lora(
     )
     for tower, rank, targets in towers:
         if rank:
-            inject_adapter_in_model(_lora_config(rank, targets(tower), dropout), tower, ADAPTER_NAME)
+            config = _lora_config(rank, targets(tower), dropout, use_dora=use_dora, use_rslora=use_rslora)
+            inject_adapter_in_model(config, tower, ADAPTER_NAME)
             cast_adapter_dtype(tower, ADAPTER_NAME)
     model.config.use_llm_lora, model.config.use_backbone_lora = llm_rank, vision_rank
 
 
-def _lora_config(rank: int, targets: tuple[str, ...], dropout: float) -> LoraConfig:
+def _lora_config(
+    rank: int, targets: tuple[str, ...], dropout: float, *, use_dora: bool, use_rslora: bool
+) -> LoraConfig:
     """Return the peft configuration of one tower."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(targets))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+    )
     config._register_custom_module({nn.Linear: LoraLinear})
     return config
 
@@ -93,7 +117,11 @@ def adapter_config(model: InternVLChatModel, *, base: str, modules_to_save: list
     llm_rank, vision_rank = model.config.use_llm_lora, model.config.use_backbone_lora
     targets = llm_targets(model.language_model) if llm_rank else ()
     targets += VISION_TARGETS if vision_rank else ()
-    config = _lora_config(llm_rank or vision_rank, targets, lora_dropout(model))
+    layer = next(iter(lora_layers(model).values()))
+    use_dora, use_rslora = layer.use_dora[ADAPTER_NAME], layer.use_rslora[ADAPTER_NAME]
+    config = _lora_config(
+        llm_rank or vision_rank, targets, lora_dropout(model), use_dora=use_dora, use_rslora=use_rslora
+    )
     if llm_rank and vision_rank not in (0, llm_rank):
         config.rank_pattern = dict.fromkeys(VISION_TARGETS, vision_rank)
         config.alpha_pattern = dict.fromkeys(VISION_TARGETS, 2 * vision_rank)
@@ -132,7 +160,10 @@ def adapter_key(name: str) -> str:
 
     >>> adapter_key("language_model.model.layers.0.mlp.up_proj.lora_A.default.weight")
     'base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight'
+    >>> adapter_key("language_model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight")
+    'base_model.model.language_model.model.layers.0.mlp.up_proj.lora_magnitude_vector'
     """
+    name = name.replace(f"{_MAGNITUDE}.{ADAPTER_NAME}.weight", _MAGNITUDE)
     return "base_model.model." + name.replace(f".{ADAPTER_NAME}.", ".")
 
 
@@ -141,7 +172,7 @@ def parameter_name(key: str) -> str:
     name = key.removeprefix("base_model.model.")
     for part in (".lora_A.", ".lora_B."):
         name = name.replace(part, f"{part}{ADAPTER_NAME}.")
-    return name
+    return f"{name}.{ADAPTER_NAME}.weight" if name.endswith(_MAGNITUDE) else name
 
 
 def unwrapped_name(name: str) -> str:
@@ -156,22 +187,37 @@ def unwrapped_name(name: str) -> str:
     return name
 
 
+def lora_scaling(rank: int, use_rslora: bool) -> float:
+    """Return the factor of B A: alpha / rank or, with rsLoRA, alpha / sqrt(rank), with alpha = 2 * rank.
+
+    >>> lora_scaling(16, use_rslora=False), lora_scaling(16, use_rslora=True)
+    (2.0, 8.0)
+    """
+    return 2 * rank / (math.sqrt(rank) if use_rslora else rank)
+
+
 def merged_weight(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float = 2.0
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float = 2.0,
+    magnitude: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return W + s B A, computed in float32 and rounded to W's dtype: (O, I), (R, I), (O, R) -> (O, I).
 
-    The scaling factor s = alpha / rank is 2 in this project and in the reference.
+    With DoRA, each row is scaled to its norm in `magnitude`, (O,).
     """
-    delta = scaling * (lora_b.float() @ lora_a.float())
-    return (weight.float() + delta).to(weight.dtype)
+    merged = weight.float() + scaling * (lora_b.float() @ lora_a.float())
+    if magnitude is not None:
+        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
+    return merged.to(weight.dtype)
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        ModelError: the file is missing, malformed, or not plain LoRA with alpha = 2 * rank.
+        ModelError: the file is missing, malformed, or not LoRA or DoRA with alpha = 2 * rank.
     """
     file = folder / "adapter_config.json"
     try:
@@ -180,17 +226,16 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ModelError(f"{file}: not a LoRA configuration: {error}") from None
     targets = config.target_modules
     ranks, alphas = config.rank_pattern, config.alpha_pattern
-    scalings = {config.lora_alpha / config.r} | {
+    ratios = {config.lora_alpha / config.r} | {
         alphas.get(key, config.lora_alpha) / ranks.get(key, config.r) for key in ranks.keys() | alphas.keys()
     }
     # These initializations change the base model's weights.
     changes_base = str(config.init_lora_weights).startswith(("pissa", "olora", "loftq", "corda"))
-    is_plain = isinstance(targets, set | list) and not (config.use_rslora or config.use_dora or changes_base)
-    if scalings != {2.0} or not is_plain:
+    if ratios != {2.0} or not isinstance(targets, set | list) or changes_base:
         patterns = f", rank_pattern {ranks}, alpha_pattern {alphas}" if ranks or alphas else ""
         raise ModelError(
-            f"{file}: expected plain LoRA with a list of target modules and alpha = 2 * rank; found "
-            f"{targets!r}, rank {config.r}, alpha {config.lora_alpha}{patterns}, rsLoRA {config.use_rslora}, "
-            f"DoRA {config.use_dora}, initialization {config.init_lora_weights!r}"
+            f"{file}: expected LoRA or DoRA with a list of target modules and alpha = 2 * rank; found "
+            f"{targets!r}, rank {config.r}, alpha {config.lora_alpha}{patterns}, initialization "
+            f"{config.init_lora_weights!r}"
         )
     return config

@@ -1,7 +1,7 @@
 """peft's LoRA layer, computed in the dtype of the activations.
 
 peft casts the input of each adapter to float32 and its output back, which takes longer than the adapter
-itself. For float32 inputs, the result is the same as peft's.
+itself. For float32 inputs, the result is the same as peft's. DoRA uses peft's own computation.
 
 Shapes: I input features, O output features.
 """
@@ -17,7 +17,10 @@ from internvl_chat.model.kernels.cpu.dropout import drop
 
 
 class LoraLinear(Linear):
-    """W x + s B A dropout(x), where A and B are stored in float32 and used in the dtype of x."""
+    """W x + s B A dropout(x), where A and B are stored in float32 and used in the dtype of x.
+
+    The base layer may have 4-bit weights.
+    """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., I) -> (..., O)."""

@@ -14,6 +14,7 @@ from internvl_chat.model.io.checkpoint import save_model
 from internvl_chat.model.io.folders import is_adapter, read_auxiliary_files, write_files
 from internvl_chat.model.io.weights import weights_digest
 from internvl_chat.model.lora.injection import lora_layers
+from internvl_chat.model.lora.quantization import NF4
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.checks import RunPlan
 from internvl_chat.train.setup import adapter_base
@@ -50,8 +51,9 @@ def checkpoint_writer(
 
 
 def _base_model(plan: RunPlan) -> BaseModel:
-    """Return the location and digest of the adapters' base model."""
+    """Return the description of the adapters' base model."""
     if is_adapter(plan.source):
         return find_base(plan.source, adapter_base(plan))[1]
     path = plan.config.model.model_name_or_path or str(plan.source)
-    return BaseModel(str(Path(path).absolute()) if Path(path).is_dir() else path, weights_digest(plan.source))
+    path = str(Path(path).absolute()) if Path(path).is_dir() else path
+    return BaseModel(path, weights_digest(plan.source), NF4 if plan.config.model.load_in_4bit else None)

@@ -1,7 +1,8 @@
 """Save and load sharded or replicated optimizer state; any number of ranks can load it.
 
 Each rank writes its shards as safetensors files in the format of `torch.distributed.checkpoint` (DCP) and
-reads only the slices it needs. Tensors are named "<parameter>/<state>". Pickle is not used.
+reads only the slices it needs. Tensors are named "<parameter>/<state>"; the tensors that make up a quantized
+state tensor of torchao, "<parameter>/<state>.<part>". Pickle is not used.
 """
 
 import contextlib
@@ -46,10 +47,50 @@ def named_state(
         for parameter, values in optimizer.state.items()
         for name, value in values.items()
     }
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        tensors |= _parts(key, value) if isinstance(value, Tensor) else {}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
-    values = {key: value for key, value in state.items() if key not in tensors}
+    values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     return tensors, {"param_groups": groups, "values": values}
+
+
+def _parts(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the plain tensors that make up a quantized tensor; any other tensor is returned unchanged."""
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {key: tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {f"{key}.{name}": getattr(tensor, name) for name in names}
+
+
+def _assemble(
+    tensors: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return the tensors with the parts of quantized tensors combined; inverse of `_parts`."""
+    parts = {key: tensor for key, tensor in tensors.items() if "." in key.rpartition("/")[2]}
+    if not parts:
+        return tensors
+    _create_state(optimizer)
+    combined = {key: tensor for key, tensor in tensors.items() if key not in parts}
+    for key, part in parts.items():
+        state, _, field = key.rpartition(".")
+        name, _, entry = state.rpartition("/")
+        combined[state] = optimizer.state[parameters[name]][entry]
+        getattr(combined[state], field).copy_(part)
+    return combined
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer create its state: take a step with a learning rate and gradients of zero."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"].fill_(0.0)
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"].fill_(rate)
 
 
 def tensors_to_write(tensors: Mapping[str, Tensor], main_bytes: int) -> dict[str, Tensor]:
@@ -178,6 +219,7 @@ def load_optimizer(
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
     with _unwrap_failure():
         dcp.load(tensors, storage_reader=reader, planner=planner, process_group=distributed.host_group())
+    tensors = _assemble(tensors, parameters, optimizer)
     numbers = {name: number for number, name in enumerate(chain.from_iterable(group_names))}
     state: dict[int, dict[str, Any]] = defaultdict(dict)
     for key, value in {**saved["values"], **tensors}.items():

@@ -49,8 +49,9 @@ _REJECTED = {
     SETS: "records are identified by the names and the order of the datasets",
     **dict.fromkeys(
         ("freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_vit_layers", "unfreeze_lm_head",
-         "use_llm_lora", "use_backbone_lora", "optim", "optim_args", "bf16", "weight precision", "DeepSpeed",
-         DEEPSPEED_RANKS, "ZeRO stage", "DeepSpeed's optimizer", "DeepSpeed's scheduler"),
+         "use_llm_lora", "use_backbone_lora", "use_dora", "use_rslora", "load_in_4bit", "vision_lr",
+         "projector_lr", "llm_lr", "loraplus_lr_ratio", "optim", "optim_args", "bf16", "weight precision",
+         "DeepSpeed", DEEPSPEED_RANKS, "ZeRO stage", "DeepSpeed's optimizer", "DeepSpeed's scheduler"),
         _OPTIMIZER,
     ),
     **dict.fromkeys(

@@ -179,7 +179,8 @@ class Checkpointer:
             values |= {"optimizer": rest, "scheduler": strategy.scheduler.state_dict()}
         in_background = self._background and self._buffers.fit(local)
         copies = self._buffers.copy(local) if in_background else local
-        return partial(self._write_files, json.dumps(values), optimizer, copies), in_background
+        text = json.dumps(values, default=float)  # torchao's learning rates are tensors
+        return partial(self._write_files, text, optimizer, copies), in_background
 
     def _write(self, step: int, write_files: WriteFiles) -> None:
         """Write and publish a checkpoint. Collective: it fails on all ranks or on none."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,21 +12,21 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-from transformers.trainer_pt_utils import get_parameter_names
 
 from internvl_chat.train.config import RunConfig
 from internvl_chat.train.flags import RunArguments
-from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, build_adamw
+from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, build_adamw, bytes_per_parameter
+from internvl_chat.train.optim.parameter_groups import parameter_groups
 from internvl_chat.utils.distributed import any_rank
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Name patterns of parameters without weight decay, as in transformers.
-_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 # Prefixes of optimizers that need a special training loop or a selection of modules.
 _UNSUPPORTED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
+# Optimizers quantize the moments of a parameter in blocks, if it has at least this many elements.
+_QUANTIZED_ELEMENTS, _QUANTIZED_BLOCK = 4096, 256
 # Schedules that need a metric at every step.
 _UNSUPPORTED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
 # Arguments of transformers' schedules that the run sets, not the user.
@@ -34,14 +34,14 @@ _SET_BY_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_
 
 
 def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer for the trainable parameters; biases and norms get no weight decay.
+    """Return the optimizer for the trainable parameters, in the groups of `parameter_groups`.
 
     Collective: call on all ranks.
 
     Raises:
         UsageError: `--optim` is unsupported, its package is not installed, or its options are invalid.
     """
-    groups = group_by_decay(model, run.weight_decay)
+    groups = parameter_groups(model, run)
     if run.optim not in OWN_OPTIMIZERS:
         return _library_optimizer(run, groups, model)
     # DeepSpeed has its own float32 master weights.
@@ -143,8 +143,36 @@ def flags_without_effect(run: RunConfig) -> Iterator[str]:
             yield f"--{name} {getattr(run, name):g}: has no effect with --optim {run.optim}"
 
 
+def has_quantized_state(optim: str) -> bool:
+    """Return whether an optimizer of transformers stores its moments in 8 or 4 bits."""
+    return "8bit" in optim or "4bit" in optim
+
+
+def state_bytes(optim: str, precision: str, parameters: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the optimizer state of trainable parameters, if nothing is sharded.
+
+    Args:
+        optim: value of `--optim`.
+        precision: see `build_adamw`; `bf16` for other optimizers.
+    """
+    total = 0.0
+    for parameter in parameters:
+        if has_quantized_state(optim) and parameter.numel() >= _QUANTIZED_ELEMENTS:
+            # Two moments: their codes, and a float32 scale per block.
+            total += 2 * parameter.numel() * ((1 if "8bit" in optim else 0.5) + 4 / _QUANTIZED_BLOCK)
+        else:
+            size = bytes_per_parameter(precision, parameter.dtype) - 2 * parameter.itemsize
+            total += parameter.numel() * size
+    return int(total)
+
+
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
     """Yield an error message for each problem with the optimizer and schedule flags; needs no model."""
+    if has_quantized_state(run.optim) and (run.deepspeed or run.parallel in ("fsdp", "hsdp")):
+        yield (
+            f"--optim {run.optim}: 8-bit and 4-bit optimizer state cannot be sharded; use --parallel ddp, or "
+            "--optim adamw_torch"
+        )
     weight = nn.Parameter(torch.zeros(1))
     probe = torch.optim.SGD([weight], lr=run.learning_rate)
     groups = [{"params": [weight], "weight_decay": run.weight_decay}]
@@ -162,16 +190,6 @@ def optimizer_problems(run: RunConfig) -> Iterator[str]:
             check()
         except UsageError as error:
             yield from error.problems
-
-
-def group_by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups of trainable parameters: first those with weight decay, then biases and norms."""
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
-    trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for decays, p in trained if decays], "weight_decay": weight_decay},
-        {"params": [p for decays, p in trained if not decays], "weight_decay": 0.0},
-    ]
 
 
 @functools.cache
@@ -217,6 +235,8 @@ def _library_optimizer(
     options_of = functools.partial(_library_options, run)
     try:
         optimizer_class, options = options_of(pairs)
+        if options.get("bf16_stochastic_round") and run.world_size > 1:
+            raise ValueError("bf16_stochastic_round needs a single rank: ranks would round differently")
         # transformers ignores unknown options, and the parameter groups have their own weight decay.
         unused = [
             pair for i, pair in enumerate(pairs)

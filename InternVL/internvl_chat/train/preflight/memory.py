@@ -19,11 +19,12 @@ import torch
 from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
+from internvl_chat.model.lora.quantization import quantization_bytes
 from internvl_chat.model.memory import PackSize, measure_activations, offloaded_memory, parallel_memory
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
-from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, bytes_per_parameter, scratch_bytes
-from internvl_chat.train.optim.factory import uses_compiled_step
+from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, scratch_bytes
+from internvl_chat.train.optim.factory import has_quantized_state, state_bytes, uses_compiled_step
 from internvl_chat.utils.distributed import all_gather_object
 from internvl_chat.utils.errors import UsageError
 from internvl_chat.utils.hardware import available_host_memory
@@ -90,7 +91,7 @@ class MemoryPlan:
     def explain_shortage(self, reason: str, limit: float) -> str:
         """Return an error message with the plan and the flags that would make the run fit within `limit`."""
         flags = [f"{flag} ({gigabytes(size)} GB)" for flag, size in self.fitting_flags(limit).items()]
-        options = ", or ".join(flags) or "no single flag; use more or larger GPUs, or LoRA"
+        options = ", or ".join(flags) or "no single flag; use more or larger GPUs, LoRA or QLoRA"
         return f"{reason}\n{self.table()}\nflags that would fit: {options}"
 
 
@@ -112,8 +113,8 @@ def plan_memory(
     plan = planner.plan(replicated if run.parallel in ("auto", "ddp") else run.parallel)
     if run.parallel == "auto" and run.world_size > 1:
         needs = f"ddp needs {gigabytes(plan.total)} of {gigabytes(plan.available)} GB per rank"
-        # With HSDP, fewer bytes cross nodes.
-        for sharded in ("hsdp", "fsdp") if planner.can_replicate else ("fsdp",):
+        layouts = ("hsdp", "fsdp") if planner.can_replicate else ("fsdp",)  # HSDP sends less between nodes
+        for sharded in layouts if planner.can_shard else ():
             if plan.total > plan.available:
                 plan = planner.plan(sharded)
         logger.info("--parallel auto: %s, because %s", plan.parallel, needs)
@@ -137,6 +138,8 @@ class _Planner:
     ) -> None:
         run, self.sampler, self.lengths = config.run, sampler, data.epoch_lengths()
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
+        self.can_shard = not (quantization_bytes(model) or has_quantized_state(run.optim))
+        self.has_precision = run.optim in OWN_OPTIMIZERS
         self.precision = run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
         usable = _USABLE if run.device.type == "cuda" else 1
         local = usable * available_memory(run.device, run.local_world_size)
@@ -188,10 +191,11 @@ class _Planner:
         """Return each flag that would by itself make the run fit in `limit` bytes, with the planned total."""
         totals = {}
         if parallel != "deepspeed":  # not supported with DeepSpeed
-            totals["--parallel fsdp"] = self.plan("fsdp").total
-            if self.on_gpu and (plan := self.plan("fsdp", offload=True)).host <= plan.host_available:
-                totals["--cpu_offload True"] = plan.total
-            for name in WEIGHT_PRECISIONS:
+            if self.can_shard:
+                totals["--parallel fsdp"] = self.plan("fsdp").total
+                if self.on_gpu and (plan := self.plan("fsdp", offload=True)).host <= plan.host_available:
+                    totals["--cpu_offload True"] = plan.total
+            for name in WEIGHT_PRECISIONS if self.has_precision else ():
                 totals[f"--weight_precision {name}"] = self.plan(parallel, precision=name).total
         totals["--grad_checkpoint True"] = self.plan(parallel, checkpoint="True").total
         tokens, total = self.sampler.planner.max_packed_tokens or 0, limit + 1
@@ -244,7 +248,7 @@ def layout_memory(
     return parallel_memory(
         model,
         *_sharding(run, parallel),
-        optimizer_state=_optimizer_state(model, precision),
+        optimizer_state=_optimizer_state(model, run, precision),
         optimizer_scratch=scratch,
         several_packs=several_packs,
         zero=_zero(run),
@@ -259,7 +263,7 @@ def layout_host_memory(
     return offloaded_memory(
         model,
         *_sharding(run, parallel),
-        optimizer_state=_optimizer_state(model, precision),
+        optimizer_state=_optimizer_state(model, run, precision),
         zero=_zero(run),
         offload=offload,
     )
@@ -270,9 +274,8 @@ def _sharding(run: RunConfig, parallel: str) -> tuple[str, int]:
     return ("fsdp", run.local_world_size) if parallel == "hsdp" else (parallel, run.world_size)
 
 
-def _optimizer_state(model: InternVLChatModel, precision: str) -> int:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() * (bytes_per_parameter(precision, p.dtype) - 2 * p.itemsize) for p in trained)
+def _optimizer_state(model: InternVLChatModel, run: RunConfig, precision: str) -> int:
+    return state_bytes(run.optim, precision, (p for p in model.parameters() if p.requires_grad))
 
 
 def _zero(run: RunConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _OPTIONAL = {
     "wandb": "--report_to wandb",
 }
 # Packages that are not required, but used if installed.
-_EXTRAS = ("flash-attn", "liger-kernel", "triton")
+_EXTRAS = ("flash-attn", "liger-kernel", "triton", "bitsandbytes", "torchao")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "MLFLOW_TRACKING_TOKEN")
 
 

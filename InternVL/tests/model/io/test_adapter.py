@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_within_rounding, terms_of
+from helpers import assert_within_rounding, needs_bitsandbytes, terms_of
 from model.conftest import (
     CONTEXT,
     VOCABULARY,
@@ -34,6 +34,7 @@ from internvl_chat.model.io.folders import (
 )
 from internvl_chat.model.io.weights import weights_digest
 from internvl_chat.model.lora.injection import add_lora, lora_dropout
+from internvl_chat.model.lora.quantization import is_quantized_weight
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.utils.errors import ModelError
@@ -158,6 +159,34 @@ def test_missing_adapter_weights(folder: Path, tmp_path: Path) -> None:
         load(tmp_path / "adapter")
 
 
+@needs_bitsandbytes
+def test_4_bit_base(folder: Path, tmp_path: Path) -> None:
+    """Adapters are loaded on the weights that they were trained on, also if the base has moved."""
+    save_trained_adapter(folder, tmp_path / "adapter", load_in_4bit=True)
+    assert read_base(tmp_path / "adapter").quantization == "nf4"
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert find_base(tmp_path / "adapter", moved)[1].quantization == "nf4"
+    loaded = load(tmp_path / "adapter", base=moved)
+    quantized = {name for name, p in loaded.named_parameters() if hasattr(p, "quant_state")}
+    assert {name.replace("base_layer.", "") for name in quantized} == {
+        name for name in load(moved).state_dict() if is_quantized_weight(name)
+    }
+
+
+def test_unquantized_base_has_no_quantization_entry(folder: Path, tmp_path: Path) -> None:
+    """Earlier versions reject unknown entries."""
+    save_trained_adapter(folder, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/base_model.json").read_text()).keys() == {"path", "sha256"}
+
+
+def test_unknown_quantization(folder: Path, tmp_path: Path) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter")
+    edit(tmp_path / "adapter/base_model.json", lambda base: base.update(quantization="int3"))
+    with pytest.raises(ModelError, match="quantization 'int3' is unknown; only 'nf4' is supported"):
+        load(tmp_path / "adapter")
+
+
 def test_adapter_options_override_the_base(folder: Path, tmp_path: Path) -> None:
     """Training sets options in the configuration after loading the base; they affect the model's output."""
     model = load(folder)
@@ -197,12 +226,12 @@ def test_adapters_keep_a_resized_vocabulary(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "change",
-    [{"use_rslora": True}, {"use_dora": True}, {"lora_alpha": 3}, {"target_modules": "all-linear"}],
+    [{"lora_alpha": 3}, {"target_modules": "all-linear"}, {"init_lora_weights": "olora"}],
 )
 def test_other_adapter_types_are_rejected(folder: Path, tmp_path: Path, change: dict) -> None:
     save_trained_adapter(folder, tmp_path / "adapter")
     edit(tmp_path / "adapter/adapter_config.json", lambda config: config.update(change))
-    with pytest.raises(ModelError, match="expected plain LoRA"):
+    with pytest.raises(ModelError, match="expected LoRA or DoRA"):
         load_model(tmp_path / "adapter", image_context_id=CONTEXT)
 
 

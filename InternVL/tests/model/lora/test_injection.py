@@ -6,7 +6,13 @@ import pytest
 import torch
 from helpers import assert_within_rounding, terms_of
 from model.conftest import CONTEXT, make_model, make_record, pack, run_alone, small_published_model
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
@@ -21,12 +27,14 @@ from internvl_chat.model.lora.injection import (
     llm_targets,
     lora_dropout,
     lora_layers,
+    lora_scaling,
     merged_weight,
     parameter_name,
     ranks_of,
     read_adapter_config,
     unwrapped_name,
 )
+from internvl_chat.model.lora.layer import LoraLinear
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.freeze import ModuleRow, format_table, set_trainable, table
 from internvl_chat.utils.errors import ModelError
@@ -42,16 +50,24 @@ LINEAR_LAYERS = {
 }
 
 
-def with_lora(seed: int = 1, **ranks) -> InternVLChatModel:
+def with_lora(seed: int = 1, **options) -> InternVLChatModel:
     """Return a model with adapters whose B matrices are nonzero, as after training."""
     model = make_model()
-    add_lora(model, **ranks)
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=rng))
+    add_lora(model, **options)
+    change_adapters(model, seed)
     return model.eval()
+
+
+@torch.no_grad()
+def change_adapters(model: torch.nn.Module, seed: int = 1) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            noise = 0.2 * torch.randn(parameter.shape, generator=rng)
+            parameter.copy_(parameter * (1 + noise) if "magnitude" in name else noise)
+
+
+VARIANTS: list[dict[str, bool]] = [{}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}]
 
 
 def trained(model: torch.nn.Module) -> set[str]:
@@ -144,11 +160,55 @@ def test_alpha_is_twice_the_rank(rank: int) -> None:
     }
 
 
-def test_new_adapters_do_not_change_the_output() -> None:
+@pytest.mark.parametrize(("rank", "scaling"), [(1, 2.0), (4, 4.0), (16, 8.0)])
+def test_scale_of_rslora_by_hand(rank: int, scaling: float) -> None:
+    """Alpha is 2 * rank, and the scale alpha / sqrt(rank)."""
+    model = make_model()
+    add_lora(model, llm_rank=rank, use_rslora=True)
+    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {scaling}
+    assert lora_scaling(rank, use_rslora=True) == scaling
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_loss_and_gradients_match_peft(options: dict[str, bool], dropout: float) -> None:
+    model, peft = make_model(), make_model()
+    add_lora(model, llm_rank=4, dropout=dropout, **options)
+    config = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=sorted(LINEAR_LAYERS), **options
+    )
+    inject_adapter_in_model(config, peft.language_model)
+    assert not any(isinstance(layer, LoraLinear) for layer in lora_layers(peft).values())
+    set_trainable(model, freeze_mlp=True, freeze_backbone=True)
+    change_adapters(model)
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".lora_")[1].split(".")[0] for name in adapters} == {
+        "A", "B", *(["magnitude_vector"] if "use_dora" in options else [])
+    }  # fmt: skip
+    assert not peft.load_state_dict(adapters, strict=False).unexpected_keys
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_(name in adapters)
+    if dropout:  # the fast layer draws different masks; DoRA uses peft's
+        model.eval(), peft.eval()
+    losses = [m(**pack([make_record((1, 2))], labels=True)).loss for m in (model, peft)]
+    assert_within_rounding(*losses, terms_of(model))
+    for loss in losses:
+        loss.backward()
+    for name, parameter in adapters.items():
+        expected = peft.get_parameter(name).grad
+        assert_within_rounding(parameter.grad, expected, 3 * terms_of(model), name=name)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_new_adapters_do_not_change_the_output(options: dict[str, bool]) -> None:
     model, record = make_model(), make_record((2,))
     before = run_alone(model, record)
-    add_lora(model, llm_rank=4, vision_rank=4)
-    assert torch.equal(run_alone(model.eval(), record), before)
+    add_lora(model, llm_rank=4, vision_rank=4, **options)
+    found = run_alone(model.eval(), record)
+    if "use_dora" in options:  # it divides each row by its norm and multiplies it again
+        assert_within_rounding(found, before, terms_of(model))
+    else:
+        assert torch.equal(found, before)
 
 
 def test_adapters_are_float32_on_a_bfloat16_model() -> None:
@@ -184,6 +244,13 @@ def test_merged_weight_by_hand() -> None:
     a, b = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[0.5], [2.0]])
     assert merged_weight(weight, a, b).tolist() == [[2.0, 2.0, 2.0], [8.0, 5.0, 2.0]]
     assert merged_weight(weight, a, b, scaling=1.0).tolist() == [[1.5, 2.0, 2.5], [6.0, 5.0, 4.0]]
+
+
+def test_merged_weight_of_dora_by_hand() -> None:
+    weight, magnitude = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([10.0, 3.0])
+    a, b = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]])
+    # The rows [3, 4] and [3, 0] have the norms 5 and 3.
+    assert merged_weight(weight, a, b, 2.0, magnitude).tolist() == [[6.0, 8.0], [3.0, 0.0]]
 
 
 def test_merging_rounds_once() -> None:
@@ -286,23 +353,24 @@ def test_parameter_table_as_text() -> None:
 
 
 def test_peft_key_round_trip() -> None:
-    model = with_lora(llm_rank=2, vision_rank=2)
+    model = with_lora(llm_rank=2, vision_rank=2, use_dora=True)
     for name in model.state_dict():
         key = adapter_key(name)
         assert key.startswith("base_model.model.") and ".default." not in key
         assert parameter_name(key) == name
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("ranks", [{"llm_rank": 4}, {"vision_rank": 3}, {"llm_rank": 4, "vision_rank": 2}])
-def test_file_has_the_keys_of_peft(tmp_path: Path, ranks: dict[str, int]) -> None:
-    model = with_lora(**ranks)
+def test_file_has_the_keys_of_peft(tmp_path: Path, ranks: dict[str, int], use_dora: bool) -> None:
+    model = with_lora(**ranks, use_dora=use_dora)
     set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True)
     save_adapter(model, tmp_path, BaseModel("base", "0"))
     targets = [
         *(LINEAR_LAYERS if "llm_rank" in ranks else ()),
         *(VISION_TARGETS if "vision_rank" in ranks else ()),
     ]
-    wrapped = get_peft_model(make_model(), LoraConfig(r=2, target_modules=targets))
+    wrapped = get_peft_model(make_model(), LoraConfig(r=2, target_modules=targets, use_dora=use_dora))
     assert (
         load_file(tmp_path / "adapter_model.safetensors").keys() == get_peft_model_state_dict(wrapped).keys()
     )
@@ -328,13 +396,15 @@ def test_names_of_lora_wrapped_checkpoints(wrapped: str, plain: str) -> None:
     assert unwrapped_name(wrapped) == plain
 
 
+@pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize(("llm", "vision"), [(4, 0), (0, 3), (4, 4), (4, 2), (2, 8)])
-def test_one_configuration_for_both_towers(tmp_path: Path, llm: int, vision: int) -> None:
+def test_one_configuration_for_both_towers(tmp_path: Path, llm: int, vision: int, options: dict) -> None:
     model = make_model()
-    add_lora(model, llm_rank=llm, vision_rank=vision, dropout=0.1)
+    add_lora(model, llm_rank=llm, vision_rank=vision, dropout=0.1, **options)
     adapter_config(model, base="the/base", modules_to_save=["mlp1"]).save_pretrained(str(tmp_path))
     config = read_adapter_config(tmp_path)
     assert ranks_of(config) == (llm, vision)
+    assert (config.use_dora, config.use_rslora) == ("use_dora" in options, "use_rslora" in options)
     assert config.lora_alpha == 2 * config.r
     assert (config.lora_dropout, config.base_model_name_or_path) == (0.1, "the/base")
     assert list(config.modules_to_save) == ["mlp1"]
@@ -367,6 +437,8 @@ def test_other_adapter_types_are_rejected(tmp_path: Path, changes: dict, word: s
         ({"vision_rank": 3}, True),
         ({"llm_rank": 4, "vision_rank": 4}, False),
         ({"llm_rank": 4, "vision_rank": 2}, True),
+        ({"llm_rank": 4, "vision_rank": 2, "use_dora": True}, True),
+        ({"llm_rank": 2, "use_rslora": True}, False),
     ],
 )
 def test_peft_reads_what_is_saved(tmp_path: Path, ranks: dict[str, int], train_mlp: bool) -> None:

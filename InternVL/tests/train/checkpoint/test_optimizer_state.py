@@ -18,11 +18,13 @@ from checkpoint_ranks import (
     master_adamw,
     move,
 )
+from helpers import needs_torchao
 from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import Adafactor
 
 from internvl_chat.train.checkpoint.manifest import MANIFEST, find_damage, hash_files
+from internvl_chat.train.checkpoint.optimizer_state import load_optimizer, named_state, save_optimizer
 from internvl_chat.train.checkpoint.saver import has_optimizer_state, load_training_state
 from internvl_chat.train.checkpoint.state import TrainState
 from internvl_chat.train.optim.adamw import build_adamw
@@ -49,6 +51,53 @@ def source(tmp_path_factory):
     folder, strategy = tmp_path_factory.mktemp("source"), trained()
     torch.save(strategy.full_state(), folder / "reference.pt")
     return save(folder, strategy), folder / "reference.pt"
+
+
+class Wide(torch.nn.Module):
+    """A weight whose moments are quantized, one that is too small, and a bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 3))
+
+
+@needs_torchao
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_quantized_state_is_restored(tmp_path, name):
+    from torchao.optim import AdamW4bit, AdamW8bit
+
+    make = partial({"AdamW8bit": AdamW8bit, "AdamW4bit": AdamW4bit}[name], lr=0.1, weight_decay=0.1)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step
+    try:
+        model, again = Wide(), Wide()
+        optimizer = make(model.parameters())
+        train(model, optimizer, range(3))
+        tensors, rest = named_state(model, optimizer)
+        assert tensors["layers.0.weight/exp_avg.codes"].dtype == torch.uint8
+        assert tensors["layers.1.weight/exp_avg"].dtype == torch.float32
+        save_optimizer(tmp_path, tensors, tensors, threads=2, group=None)
+        again.load_state_dict(model.state_dict())
+        loaded = make(again.parameters())
+        load_optimizer(tmp_path, again, loaded, json.loads(json.dumps(rest, default=float)))
+        for group, own in zip(loaded.param_groups, optimizer.param_groups, strict=True):
+            group["lr"] = own["lr"]  # the training loop sets the rate from the flags
+        for one, other in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(one, other)  # creating the state has not changed the weights
+        train(model, optimizer, range(3, 5))
+        train(again, loaded, range(3, 5))
+        for one, other in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(one, other)
+    finally:
+        torch.compiler.set_stance("default")
 
 
 def test_state_is_resharded_across_layouts_and_world_sizes(source, tmp_path):

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import needs_bitsandbytes, needs_torchao
 from torch import nn
-from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
-from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.model.tiny import TinyShape, tiny_config
+from internvl_chat.train.checkpoint.optimizer_state import named_state
 from internvl_chat.train.config import resolve_run
 from internvl_chat.train.flags import RunArguments
 from internvl_chat.train.optim import factory
@@ -23,11 +24,11 @@ from internvl_chat.train.optim.adamw import Float32AdamW
 from internvl_chat.train.optim.factory import (
     OWN_OPTIMIZERS,
     flags_without_effect,
-    group_by_decay,
     make_optimizer,
     make_scheduler,
     optimizer_problems,
     scheduled_rate,
+    state_bytes,
     uses_compiled_step,
 )
 from internvl_chat.utils.errors import UsageError
@@ -55,31 +56,6 @@ def two_layers(dtype=torch.float32):
 def step(optimizer, model):
     model(torch.tensor([1, 2])).float().square().sum().backward()
     optimizer.step()
-
-
-class TestDecay:
-    @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-    @pytest.mark.parametrize("lora", [False, True])
-    def test_weight_decay_groups_match_transformers(self, norm, lora):
-        model = make_model(norm_type=norm)
-        if lora:
-            add_lora(model, llm_rank=2, vision_rank=2)
-        decayed, others = group_by_decay(model, 0.05)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        expected = set(Trainer.get_decay_parameter_names(None, model))
-        assert {names[p] for p in decayed["params"]} == {
-            name for name, p in model.named_parameters() if name in expected and p.requires_grad
-        }
-        assert {p for group in (decayed, others) for p in group["params"]} == {
-            p for p in model.parameters() if p.requires_grad
-        }
-        assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
-        assert decayed["params"] and others["params"]
-
-    def test_frozen_parameters_are_excluded(self):
-        model = two_layers()
-        model[1].requires_grad_(False)
-        assert sum(len(group["params"]) for group in group_by_decay(model, 0.1)) == 3
 
 
 class TestOptimizer:
@@ -155,7 +131,45 @@ class TestOptimizer:
             make_optimizer(run, two_layers())
         assert len(list(optimizer_problems(run))) == 1
 
-    @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+    @needs_torchao
+    @pytest.mark.parametrize("name", ["adamw_torch_8bit", "adamw_torch_4bit"])
+    def test_bytes_of_quantized_state(self, name):
+        model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 3))
+        optimizer = make_optimizer(resolve(optim=name), model)
+        torch.compiler.set_stance("force_eager")  # torchao compiles its step
+        try:
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        finally:
+            torch.compiler.set_stance("default")
+        tensors = {key: t for key, t in named_state(model, optimizer)[0].items()
+                   if not key.endswith(("/step", ".qmap"))}  # fmt: skip
+        assert state_bytes(name, "bf16", model.parameters()) == sum(t.nbytes for t in tensors.values())
+
+    def test_bytes_of_other_state(self):
+        weights = [torch.zeros(64, 128), torch.zeros(3, dtype=torch.bfloat16)]
+        assert state_bytes("adamw_torch", "master", weights) == 8 * 64 * 128 + 12 * 3
+        assert state_bytes("adafactor", "bf16", weights) == 8 * 64 * 128 + 4 * 3
+
+    @pytest.mark.parametrize(
+        "layout", [{"parallel": "fsdp"}, {"deepspeed": '{"zero_optimization": {"stage": 1}}'}]
+    )
+    def test_quantized_state_cannot_be_sharded(self, layout):
+        problems = list(optimizer_problems(resolve(optim="adamw_torch_8bit", **layout)))
+        assert problems[0].startswith(
+            "--optim adamw_torch_8bit: 8-bit and 4-bit optimizer state cannot be sharded"
+        )
+
+    @needs_torchao
+    def test_stochastic_rounding_needs_a_single_rank(self, monkeypatch):
+        options = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
+        assert not list(optimizer_problems(resolve(**options)))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        [problem] = optimizer_problems(resolve(**options))
+        assert "ranks would round differently" in problem
+
+    @needs_bitsandbytes
     def test_embeddings_keep_32_bit_state(self):
         model = nn.Sequential(nn.Embedding(8192, 4), nn.Linear(4, 4096))
         optimizer = make_optimizer(resolve(optim="lion_8bit"), model)

@@ -10,12 +10,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from helpers import needs_bitsandbytes
 
 from benchmarks.shapes import SHAPES, weightless_model
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.model.io.checkpoint import load_model
+from internvl_chat.model.lora.injection import add_lora
+from internvl_chat.model.lora.quantization import quantize_decoder
 from internvl_chat.model.memory import Activations, PackSize
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.preflight import memory
@@ -37,7 +40,7 @@ NAMES = ("weights", "gradients", "optimizer state", "optimizer scratch", "commun
 
 def run_of(ranks: int = 1, zero: dict | None = None, device: torch.device = CPU, **values) -> SimpleNamespace:
     deepspeed = None if zero is None else {"zero_optimization": zero}
-    values = {"local_world_size": ranks, "cpu_offload": False} | values
+    values = {"local_world_size": ranks, "cpu_offload": False, "optim": "adamw_torch"} | values
     return SimpleNamespace(device=device, world_size=ranks, deepspeed=deepspeed, **values)
 
 
@@ -160,6 +163,34 @@ def test_zero_with_offloading(full_8b):
     zero["offload_param"] = {"device": "cpu"}
     host = layout_host_memory(full_8b, run_of(2, zero), "deepspeed", "master", False)
     assert host == 8 * TRAINED + ALL
+
+
+@needs_bitsandbytes
+def test_qlora_of_8b():
+    """Half a byte per decoder weight, a byte per 64 and 4 bytes per 16,384 weights, and a bf16 layer."""
+    model = weightless_model(SHAPES["internvl3-8b"])
+    quantize_decoder(model)
+    add_lora(model, llm_rank=16)
+    set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True)
+    matrices = (2 * WIDTH * 512, 2 * WIDTH * WIDTH, 3 * WIDTH * INNER)  # k and v, q and o, MLP
+    sizes = [WIDTH * 512] * 2 + [WIDTH * WIDTH] * 2 + [WIDTH * INNER] * 3
+    assert sum(sizes) == sum(matrices)
+    quantized = 28 * sum(size // 2 + size // 64 + 4 * -(-size // 64 // 256) for size in sizes)
+    adapters = 28 * 16 * (2 * (WIDTH + 512) + 2 * 2 * WIDTH + 3 * (WIDTH + INNER))
+    found = components(model, "single", 1)
+    assert found["weights"] == quantized + 2 * WIDTH * INNER + 2 * (ALL - 28 * sum(sizes)) + 4 * adapters
+    assert (found["gradients"], found["optimizer state"]) == (4 * adapters, 8 * adapters)
+    assert round(sum(found.values()) / 1e9, 1) == 7.0
+
+
+def test_weight_norms_of_dora(tiny_model):
+    """peft computes them in float32: an identity matrix, and four matrices of the size of the weights."""
+    model = load(tiny_model)
+    plain = components(model, "single", 1)["weights"]
+    add_lora(model, llm_rank=2, use_dora=True)
+    adapters = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
+    inner = model.language_model.config.intermediate_size
+    assert components(model, "single", 1)["weights"] - plain - adapters == 4 * inner * (inner + 4 * 48)
 
 
 def load(folder, dtype: torch.dtype = torch.bfloat16):
@@ -426,11 +457,19 @@ def test_exactly_the_fitting_flags_are_suggested(model, monkeypatch, ranks, chec
         assert {"--weight_precision stochastic", "--weight_precision bf16"} <= named
 
 
+def test_quantized_state_is_not_sharded(tiny_model, monkeypatch):
+    run = Run(load(tiny_model), monkeypatch, ranks=2)
+    enough = run.plan(parallel="fsdp", optim="sgd").total
+    assert run.plan(enough, parallel="auto", optim="sgd").parallel == "fsdp"
+    message = run.error(enough, parallel="auto", optim="adamw_torch_8bit")
+    assert "(ddp, " in message and "--parallel fsdp" not in message
+
+
 def test_message_if_no_flag_helps(model, monkeypatch):
     text = Run(model, monkeypatch).error(1000)
     assert "the largest pack does not fit in memory\nmemory plan in GB per rank (single, 4 of 4" in text
     assert all(name in text for name in (*NAMES, "activations", "logits", "vision"))
-    assert text.endswith("flags that would fit: no single flag; use more or larger GPUs, or LoRA")
+    assert text.endswith("flags that would fit: no single flag; use more or larger GPUs, LoRA or QLoRA")
 
 
 def test_8b_on_one_h100(full_8b, monkeypatch):
