@@ -459,9 +459,10 @@ def test_exactly_the_fitting_flags_are_suggested(model, monkeypatch, ranks, chec
 
 def test_quantized_state_is_not_sharded(tiny_model, monkeypatch):
     run = Run(load(tiny_model), monkeypatch, ranks=2)
-    enough = run.plan(parallel="fsdp", optim="sgd").total
-    assert run.plan(enough, parallel="auto", optim="sgd").parallel == "fsdp"
-    message = run.error(enough, parallel="auto", optim="adamw_torch_8bit")
+    flags = {"grad_checkpoint": "False", "optim": "sgd"}
+    enough = run.plan(parallel="fsdp", **flags).total
+    assert run.plan(enough, parallel="auto", **flags).parallel == "fsdp"
+    message = run.error(enough, parallel="auto", **{**flags, "optim": "adamw_torch_8bit"})
     assert "(ddp, " in message and "--parallel fsdp" not in message
 
 
