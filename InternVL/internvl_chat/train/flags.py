@@ -104,14 +104,14 @@ class ModelArguments:
     use_backbone_lora: int = _lora(0, "LoRA rank in the vision tower; 0 disables. Alpha is twice the rank.")
     use_llm_lora: int = _lora(0, "LoRA rank in the language model; 0 disables. Alpha is twice the rank.")
     lora_dropout: float = _lora(0.05, "Dropout probability of the adapters' input.")
-    use_dora: bool = _lora(False, "DoRA: also train the norm of each row of the adapted weights.")
+    use_dora: bool = _lora(False, "Also train the norm of each row of the adapted weights (DoRA).")
     use_rslora: bool = _lora(
         False,
-        "rsLoRA: scale the adapters by alpha / sqrt(rank) instead of alpha / rank.",
+        "Scale the adapters by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
     )
     load_in_4bit: bool = _lora(
         False,
-        "QLoRA: train adapters on 4-bit weights (NF4) of the language model; requires bitsandbytes.",
+        "Train adapters on 4-bit weights of the language model (QLoRA); requires bitsandbytes.",
     )
     grad_checkpoint: str = _memory(
         "auto",
@@ -237,7 +237,7 @@ class RunArguments:
     projector_lr: float | None = _optimization(None, "Peak learning rate of the projector [--learning_rate].")
     llm_lr: float | None = _optimization(None, "Peak learning rate of the language model [--learning_rate].")
     loraplus_lr_ratio: float = _lora(
-        1.0, "LoRA+: learning rate of the adapters' B matrices as a multiple of that of the A matrices."
+        1.0, "Learning rate of the adapters' B matrices as a multiple of that of the A matrices (LoRA+)."
     )
     lr_scheduler_type: str = _optimization(
         "linear", "Learning-rate schedule from transformers, such as linear or cosine."

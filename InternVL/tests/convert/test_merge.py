@@ -26,10 +26,11 @@ from internvl_chat.convert.output import STAMP, Conversion
 from internvl_chat.model.io.adapter import BaseModel, save_adapter
 from internvl_chat.model.io.hf_format import to_hf_config, to_hf_weights
 from internvl_chat.model.io.weights import read_weights, weights_digest, write_weights
+from internvl_chat.model.lora import quantization
 from internvl_chat.model.lora.injection import add_lora
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.freeze import set_trainable
-from internvl_chat.utils.errors import ModelError
+from internvl_chat.utils.errors import ModelError, UsageError
 
 RECORD = make_record((2, 1))
 LLM_LAYERS, VISION_LAYERS = 2 * 7, 2 * 4
@@ -97,6 +98,15 @@ def test_adapters_on_4_bit_weights(folder: Path, tmp_path: Path, options: dict) 
     edit(adapter / "base_model.json", lambda base: base.pop("quantization"))
     merge(adapter, tmp_path / "other")
     assert (logits(load(tmp_path / "other")) - expected).abs().max() > 0.05
+
+
+def test_4_bit_adapters_need_bitsandbytes(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    save_trained_adapter(folder, tmp_path / "adapter", llm_rank=4)
+    edit(tmp_path / "adapter/base_model.json", lambda base: base.update(quantization="nf4"))
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="bitsandbytes is not installed"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_missing_magnitudes_are_reported(folder: Path, tmp_path: Path) -> None:

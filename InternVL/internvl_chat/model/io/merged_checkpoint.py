@@ -20,7 +20,7 @@ from internvl_chat.model.lora.injection import (
     parameter_name,
     read_adapter_config,
 )
-from internvl_chat.model.lora.quantization import dequantized, is_quantized_weight
+from internvl_chat.model.lora.quantization import dequantized, is_quantized_weight, require_bitsandbytes
 from internvl_chat.utils.errors import ModelError
 
 ReadTensor = Callable[[], torch.Tensor]
@@ -74,6 +74,8 @@ def open_merged(source: Path, *, base: str | Path | None = None) -> MergedCheckp
     if is_adapter(source):
         base_folder, description = find_base(source, base)
         lora, quantized = read_adapter_config(source), description.quantization is not None
+        if quantized:
+            require_bitsandbytes()
         weights, use_rslora = _with_adapter(source, base_folder, lora.use_dora), lora.use_rslora
     else:
         base_folder, weights = source, check_finite(model_weights(source), source)

@@ -34,7 +34,7 @@ def quantize_decoder(model: InternVLChatModel) -> None:
     """
     if lora_layers(model):
         raise ModelError("only a model without adapters can be quantized; merge the adapters first")
-    _require_bitsandbytes()
+    require_bitsandbytes()
     targets = llm_targets(model.language_model)
     for name, layer in list(model.language_model.named_modules()):
         if isinstance(layer, nn.Linear) and name.endswith(targets):
@@ -61,7 +61,6 @@ def _quantized(layer: nn.Linear) -> nn.Linear:
         quant_state=state,
         quant_type=NF4,
         blocksize=state.blocksize,
-        module=quantized,
         bnb_quantized=True,
     )
     quantized.weight = parameter.to(weight.device)
@@ -76,6 +75,8 @@ def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """Return the codes and bitsandbytes' `QuantState` of a weight, on a GPU if there is one."""
     from bitsandbytes.functional import quantize_4bit
 
+    if weight.is_meta:  # bitsandbytes keeps a table on the device of its first call
+        quantize_4bit(torch.zeros(1, 64), quant_type=NF4, compress_statistics=True)
     # On a CPU, an 8B model takes many minutes.
     device = torch.device("cuda") if torch.cuda.is_available() and not weight.is_meta else weight.device
     rounded = weight.to(device, torch.bfloat16).to(weight.dtype)
@@ -95,12 +96,7 @@ def is_quantized_weight(name: str) -> bool:
 
 
 def dequantized(weight: torch.Tensor) -> torch.Tensor:
-    """Return the float32 values of a weight after quantization.
-
-    Raises:
-        UsageError: bitsandbytes is not installed.
-    """
-    _require_bitsandbytes()
+    """Return the float32 values of a weight after quantization."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(*_quantize(weight.float())).to(weight.device)
@@ -122,6 +118,11 @@ def quantization_bytes(model: nn.Module) -> int:
     return scales + max((state.shape.numel() * state.dtype.itemsize for state in states), default=0)
 
 
-def _require_bitsandbytes() -> None:
+def require_bitsandbytes() -> None:
+    """Check that bitsandbytes is installed.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     if find_spec("bitsandbytes") is None:
         raise UsageError(f"4-bit weights: {MISSING}")

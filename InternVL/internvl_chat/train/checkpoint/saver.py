@@ -179,7 +179,7 @@ class Checkpointer:
             values |= {"optimizer": rest, "scheduler": strategy.scheduler.state_dict()}
         in_background = self._background and self._buffers.fit(local)
         copies = self._buffers.copy(local) if in_background else local
-        text = json.dumps(values, default=float)  # torchao's learning rates are tensors
+        text = json.dumps(values, default=_number)
         return partial(self._write_files, text, optimizer, copies), in_background
 
     def _write(self, step: int, write_files: WriteFiles) -> None:
@@ -289,6 +289,13 @@ class Checkpointer:
         )
         logger.error("%s", failure)
         return failure
+
+
+def _number(value: Any) -> float:
+    """Return a tensor with one element as a number, for JSON: torchao's learning rates are tensors."""
+    if isinstance(value, Tensor):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _fail(error: Exception, _: Path) -> NoReturn:

@@ -143,12 +143,7 @@ def test_a_model_with_adapters_is_not_quantized():
         quantize_decoder(model)
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: quantize_decoder(make_model()), lambda: dequantized(torch.ones(2, 64))]
-)
-def test_missing_bitsandbytes(monkeypatch, call):
+def test_missing_bitsandbytes(monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    with pytest.raises(
-        UsageError, match=r"bitsandbytes is not installed \(pip install 'm3llm\[quantization\]'\)"
-    ):
-        call()
+    with pytest.raises(UsageError, match=r"bitsandbytes .* \(pip install 'm3llm\[quantization\]'\)"):
+        quantize_decoder(make_model())

@@ -459,10 +459,12 @@ def test_exactly_the_fitting_flags_are_suggested(model, monkeypatch, ranks, chec
 
 def test_quantized_state_is_not_sharded(tiny_model, monkeypatch):
     run = Run(load(tiny_model), monkeypatch, ranks=2)
-    flags = {"grad_checkpoint": "False", "optim": "sgd"}
-    enough = run.plan(parallel="fsdp", **flags).total
-    assert run.plan(enough, parallel="auto", **flags).parallel == "fsdp"
-    message = run.error(enough, parallel="auto", **{**flags, "optim": "adamw_torch_8bit"})
+    too_little = {
+        optim: run.plan(parallel="ddp", grad_checkpoint="True", optim=optim).total - 1
+        for optim in ("sgd", "adamw_torch_8bit")
+    }
+    assert run.plan(too_little["sgd"], parallel="auto", optim="sgd").parallel == "fsdp"
+    message = run.error(too_little["adamw_torch_8bit"], parallel="auto", optim="adamw_torch_8bit")
     assert "(ddp, " in message and "--parallel fsdp" not in message
 
 
