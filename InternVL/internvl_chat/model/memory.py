@@ -5,6 +5,7 @@ autograd saves are added up.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +105,7 @@ def measure_activations(model: InternVLChatModel, device: torch.device) -> Activ
 def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
     """Return the activation bytes of a decoder layer per token and per squared record length."""
     decoder = model.language_model.get_decoder()
-    layer = _on_device(decoder.layers[0], device)
+    layer, rotary = _on_device(decoder.layers[0], device), _on_device(decoder.rotary_emb, device)
     dtype, saved = next(layer.parameters()).dtype, []
     for tokens in _PROBE_LENGTHS:
         x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
@@ -112,7 +113,7 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
         # A packed row with one record.
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         inputs: dict[str, Any] = {"attention_mask": None, "position_ids": positions}
-        inputs["position_embeddings"] = decoder.rotary_emb(x, positions)
+        inputs["position_embeddings"] = rotary(x, positions)
         inputs |= {f"cu_seq_lens_{name}": bounds for name in "qk"}
         inputs |= {f"max_length_{name}": tokens for name in "qk"}
         saved.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)
@@ -132,8 +133,15 @@ def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float
 
 
 def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return the module itself if it is on the device, otherwise a copy on the device."""
-    return module if next(module.parameters()).device == device else copy.deepcopy(module).to(device)
+    """Return the module itself if it is on the device, otherwise a copy on the device.
+
+    The copy of a module without weights (on the meta device) has uninitialized weights.
+    """
+    source = next(itertools.chain(module.parameters(), module.buffers())).device
+    if source == device:
+        return module
+    moved = copy.deepcopy(module)
+    return moved.to_empty(device=device) if source.type == "meta" else moved.to(device)
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:

@@ -18,7 +18,8 @@ import torch
 from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
-from internvl_chat.model.memory import PackSize, measure_activations, parallel_memory
+from internvl_chat.data.index.cache import Lengths
+from internvl_chat.model.memory import COMPONENTS, Activations, PackSize, measure_activations, parallel_memory
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, bytes_per_parameter, scratch_bytes
@@ -31,7 +32,10 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 # Usable fraction of a GPU's free memory; the rest allows for rounding and fragmentation in the allocator.
-_USABLE = 0.95
+USABLE = 0.95
+
+# The largest packs with their records, and whether any rank has multiple packs in a step.
+LargestPacks = tuple[list[tuple[PackSize, list[SampleIndex]]], bool]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ class MemoryPlan:
         persistent = sum(sizes.pop(name) for name in ("weights", "gradients", "optimizer state"))
         return persistent + max(sizes.pop("optimizer scratch"), sum(sizes.values()))
 
+    def parts(self) -> tuple[float, float, float, float, float]:
+        """Return weights, gradients, optimizer (state and scratch), buffers, and activations of the pack."""
+        sizes = dict(self.components)
+        weights, gradients, state, scratch, buffers = (sizes.pop(name) for name in COMPONENTS)
+        return weights, gradients, state + scratch, buffers, sum(sizes.values())
+
     def table(self) -> str:
         """Format the plan as text."""
         parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.components.items())
@@ -98,7 +108,16 @@ def plan_memory(
     Raises:
         UsageError: the run does not fit; the message contains the plan and the flags that would fit.
     """
-    run, planner = config.run, _Planner(config, model, sampler, data)
+    run = config.run
+    planner = MemoryPlanner(
+        config,
+        model,
+        sampler,
+        data.epoch_lengths(),
+        available=min(all_gather_object(usable_memory(run))),
+        activations=measure_activations(model, run.device),
+        compiled=uses_compiled_step(update_precision(run), run.device),
+    )
     replicated = "ddp" if run.world_size > 1 else "single"
     plan = planner.plan(replicated if run.parallel in ("auto", "ddp") else run.parallel)
     if run.parallel == "auto" and run.world_size > 1:
@@ -112,21 +131,36 @@ def plan_memory(
     return plan
 
 
-class _Planner:
-    """Computes memory plans of a run for different layouts and flags."""
+class MemoryPlanner:
+    """Computes memory plans of a run for different layouts and flags.
+
+    Args:
+        config: configuration of the run; `config.run.device` determines the kernels and the optimizer.
+        model: model on any device, after `set_trainable` and `apply_kernels`.
+        sampler: records of each step.
+        lengths: lengths of the records of an epoch.
+        available: memory available to each rank, in bytes.
+        activations: result of `measure_activations`.
+        compiled: whether the optimizer step is compiled.
+        packs: result of `largest_packs`, if it is known.
+    """
 
     def __init__(
-        self, config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
+        self,
+        config: TrainConfig,
+        model: InternVLChatModel,
+        sampler: StepSampler,
+        lengths: Lengths,
+        *,
+        available: float,
+        activations: Activations,
+        compiled: bool,
+        packs: LargestPacks | None = None,
     ) -> None:
-        run, self.sampler, self.lengths = config.run, sampler, data.epoch_lengths()
+        run, self.sampler, self.lengths = config.run, sampler, lengths
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
-        self.precision = run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
-        usable = _USABLE if run.device.type == "cuda" else 1
-        local = usable * available_memory(run.device, run.local_world_size)
-        self.available = min(all_gather_object(local))
-        self.activations = measure_activations(model, run.device)
-        self.packs = self.largest_packs(sampler.planner.max_packed_tokens)
-        compiled = uses_compiled_step(self.precision, run.device)
+        self.precision, self.available, self.activations = update_precision(run), available, activations
+        self.packs = packs or self.largest_packs(sampler.planner.max_packed_tokens)
         # Computed now, because sharding changes the parameters.
         keys = itertools.product(("single", "ddp", "fsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True))
         self.layouts = {key: layout_memory(model, run, *key, compiled) for key in keys}
@@ -167,9 +201,7 @@ class _Planner:
             totals[f"--max_packed_tokens {tokens}"] = total
         return {flag: total for flag, total in totals.items() if total <= limit}
 
-    def largest_packs(
-        self, max_packed_tokens: int | None
-    ) -> tuple[list[tuple[PackSize, list[SampleIndex]]], bool]:
+    def largest_packs(self, max_packed_tokens: int | None) -> LargestPacks:
         """Return the two packs that need the most memory, and whether any rank has multiple packs in a step.
 
         The first pack needs the most memory without activation checkpointing, the second with it.
@@ -195,6 +227,11 @@ class _Planner:
         ], several
 
 
+def update_precision(run: RunConfig) -> str:
+    """Return how bf16 weights are updated outside DeepSpeed; library optimizers have no master weights."""
+    return run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
+
+
 def layout_memory(
     model: InternVLChatModel,
     run: RunConfig,
@@ -217,6 +254,12 @@ def layout_memory(
         several_packs=several_packs,
         zero=zero,
     )
+
+
+def usable_memory(run: RunConfig) -> float:
+    """Return the memory that a run may use on this rank: on a GPU, 95% of its free memory."""
+    usable = USABLE if run.device.type == "cuda" else 1
+    return usable * available_memory(run.device, run.local_world_size)
 
 
 def available_memory(device: torch.device, local_ranks: int = 1) -> int:
