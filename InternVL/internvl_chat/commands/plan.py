@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from internvl_chat.commands.common import add_data_root, positive
 from internvl_chat.commands.output import echo, print_json, print_table
 from internvl_chat.utils.errors import UsageError
-from internvl_chat.utils.gpus import GPUS, Gpu
+from internvl_chat.utils.gpus import GPUS
 
 if TYPE_CHECKING:
-    from internvl_chat.train.planning.estimate import Estimate, PlannedModel, Planner
+    from internvl_chat.train.planning.estimate import Estimate, PlannedModel
     from internvl_chat.train.planning.hardware import Hardware
+    from internvl_chat.train.planning.report import PlanReport
     from internvl_chat.train.planning.workload import Workload
 
 _CPU = "cpu"
+# Training flags that other arguments or the plan determine.
+_CHOSEN = ("parallel", "deepspeed", "fsdp", "per_device_train_batch_size", "gradient_accumulation_steps")
 _NUMBERS = ("memory_gb", "tflops", "bandwidth_gbs", "link_gbs")
 
 
@@ -29,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=("lora", "full"), default="lora", help="recipe of the launcher (default: lora)")
     data = parser.add_argument_group("data (default: the published training set)")
     data.add_argument("--meta", help="meta file; its records are measured, as before training")
-    add_data_root(data)
+    add_data_root(parser)
     data.add_argument("--records", type=positive, metavar="N", help="records per epoch")
     data.add_argument("--tokens", type=_number, metavar="N", help="mean tokens per record, with image tokens")
     data.add_argument("--tiles", type=_number, metavar="N", help="mean tiles per record (default: 2)")
@@ -70,7 +73,10 @@ def _number(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Print the plan, and save the plot; exit code 1 if no mode fits."""
     _check(args)
+    from internvl_chat.train.planning.advice import notes_of
     from internvl_chat.train.planning.estimate import Planner, recommend, usable_ranks
+    from internvl_chat.train.planning.plot import save_plot
+    from internvl_chat.train.planning.report import PlanReport
 
     planned, workload, hardware = _prepare(args)
     batch_size = args.batch_size or planned.config.run.records_per_step
@@ -78,20 +84,39 @@ def run(args: argparse.Namespace) -> int:
     planner = Planner(planned, workload, hardware)
     estimates = planner.compare(gpus * nodes, nodes, batch_size)
     best = recommend(estimates)
-    command = None if best is None else _command(args, best, gpus)
-    notes = _notes(args, planner, best, batch_size)
-    if args.json:
-        print_json(_to_json(args, planner, estimates, best, command, notes))
-    else:
-        _print(args, planner, estimates, best, command, notes)
+    title, limits = f"{args.model}, recipe {args.recipe}, {hardware.name}", []
     if args.plot:
-        from internvl_chat.train.planning.plot import save_plot
-
-        title = f"{args.model}, recipe {args.recipe}, {planner.hardware.name}"
-        save_plot(planner, title, batch_size, args.gpus, gpus * nodes, args.plot)
-        if not args.json:
-            echo(f"\nplot: {args.plot}")
+        limits = save_plot(planner, title, batch_size, args.gpus, best, args.plot)
+    report = PlanReport(
+        args.model, args.recipe, args.gpus, args.nodes, planner, estimates, best,
+        command=None if best is None else _command(args, best, gpus),
+        notes=notes_of(planner, best, batch_size, args.gpus, args.nodes),
+        limits=limits,
+    )  # fmt: skip
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        _print(report, args.plot)
     return 1 if best is None else 0
+
+
+def _print(report: PlanReport, plot: Path | None) -> None:
+    """Print the plan as text and tables."""
+    for line in report.summary():
+        echo(line)
+    echo(f"\nmemory per rank in GB, of {report.estimates[0].memory.available / 1e9:.1f} usable")
+    print_table(*report.memory_table())
+    echo("\nspeed and cost of an epoch; size of a checkpoint and time to write it")
+    print_table(*report.speed_table())
+    echo()
+    for note in [*report.notes, *report.limits]:
+        echo(f"- {note}")
+    if plot:
+        echo(f"plot: {plot}")
+    if report.best is None:
+        echo("\nno mode fits in memory")
+    else:
+        echo(f"\nrecommended: {report.best.mode.name}\n{report.command}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -103,12 +128,18 @@ def _check(args: argparse.Namespace) -> None:
     problems, names = [], [gpu.name for gpu in GPUS]
     missing = [f"--{name}" for name in _NUMBERS if vars(args)[name] is None]
     if args.gpu is not None and args.gpu.lower() not in (*names, _CPU):
-        problems.append(f"--gpu {args.gpu}: unknown; use one of {', '.join(names)}, {_CPU}, or give {', '.join(f'--{n}' for n in _NUMBERS)}")
+        numbers = ", ".join(f"--{name}" for name in _NUMBERS)
+        problems.append(f"--gpu {args.gpu}: unknown; use {', '.join(names)} or {_CPU}, or give {numbers}")
     if args.gpu is None and 0 < len(missing) < len(_NUMBERS):
         problems.append(f"without --gpu, {' and '.join(missing)} are also needed")
     given = [f"--{name}" for name in ("records", "tokens", "tiles") if vars(args)[name] is not None]
     if args.meta and given:
         problems.append(f"{' and '.join(given)}: not with --meta, which determines them")
+    chosen = [flag for flag in args.flags if flag.split("=")[0].lstrip("-").replace("-", "_") in _CHOSEN]
+    if chosen:
+        problems.append(
+            f"{' and '.join(chosen)}: not after --; the plan chooses the mode, --batch_size the batch"
+        )
     if args.tiles is not None and args.tokens is None:
         problems.append("--tiles needs --tokens")
     if args.plot and not args.plot.absolute().parent.is_dir():
@@ -129,8 +160,11 @@ def _prepare(args: argparse.Namespace) -> tuple[PlannedModel, Workload, Hardware
     from internvl_chat.train.planning.models import find_model
     from internvl_chat.train.planning.modes import recipe_file
     from internvl_chat.train.planning.workload import (
-        meta_workload, published_workload, uniform_workload,
-    )  # fmt: skip
+        PUBLISHED_RECORDS,
+        meta_workload,
+        published_workload,
+        uniform_workload,
+    )
     from internvl_chat.train.setup import plan_preprocessing
 
     on_cpu = (args.gpu or "").lower() == _CPU
@@ -150,7 +184,7 @@ def _prepare(args: argparse.Namespace) -> tuple[PlannedModel, Workload, Hardware
         workload = meta_workload(specs, encoder)
     elif args.tokens:
         tiles = 2.0 if args.tiles is None else args.tiles
-        workload = uniform_workload(args.records, args.tokens, tiles, per_tile)
+        workload = uniform_workload(args.records or PUBLISHED_RECORDS, args.tokens, tiles, per_tile)
     else:
         workload = published_workload(config.data.max_dynamic_patch, per_tile, args.records)
     return planned, workload, _hardware(args, "bfloat16" if config.run.bf16 else "float32")
@@ -169,7 +203,7 @@ def _hardware(args: argparse.Namespace, dtype: str) -> Hardware:
         return cpu_hardware(dtype, memory, cores, disk=args.disk_gbs, price=args.price_per_hour)
     gpu = next(gpu for gpu in GPUS if gpu.name == name)
     if args.gpu is None and numbers:
-        gpu = Gpu("custom GPU", "", *(numbers[n] for n in _NUMBERS), "command line")
+        gpu = gpu._replace(name="custom GPU")
     gpu = gpu._replace(**numbers)
     return gpu_hardware(gpu, network=args.network_gbs, disk=args.disk_gbs, price=args.price_per_hour)
 
@@ -184,96 +218,3 @@ def _command(args: argparse.Namespace, best: Estimate, gpus: int) -> str:
         args.recipe, best.mode, device=device, gpus=gpus, nodes=best.nodes, batch_size=best.batch_size,
         paths=paths, flags=args.flags,
     )  # fmt: skip
-
-
-def _notes(args: argparse.Namespace, planner: Planner, best: Estimate | None, batch_size: int) -> list[str]:
-    """Return what limits the run, and what the prediction is based on."""
-    from internvl_chat.train.planning.advice import batch_note, checkpoint_note, efficiency_note
-
-    notes = [batch_note(planner, batch_size, args.gpus, args.nodes, best)]
-    if best is not None:
-        notes.append(checkpoint_note(best, planner.planned.config.run))
-    notes.append(efficiency_note(planner.hardware))
-    return [note for note in notes if note]
-
-
-def _to_json(
-    args: argparse.Namespace,
-    planner: Planner,
-    estimates: list[Estimate],
-    best: Estimate | None,
-    command: str | None,
-    notes: list[str],
-) -> dict[str, Any]:
-    """Return the plan as one JSON object."""
-    total, trained = planner.planned.parameters
-    return {
-        "model": args.model,
-        "recipe": args.recipe,
-        "parameters": total,
-        "trained_parameters": trained,
-        "gpu": planner.hardware.name,
-        "gpus": args.gpus,
-        "nodes": args.nodes,
-        "records": planner.workload.records,
-        "mean_tokens": planner.workload.mean_tokens,
-        "mean_tiles": planner.workload.mean_tiles,
-        "data": planner.workload.source,
-        "modes": [estimate.to_dict() for estimate in estimates],
-        "recommended": None if best is None else best.mode.name,
-        "command": command,
-        "notes": notes,
-    }
-
-
-def _print(
-    args: argparse.Namespace,
-    planner: Planner,
-    estimates: list[Estimate],
-    best: Estimate | None,
-    command: str | None,
-    notes: list[str],
-) -> None:
-    """Print the plan as tables."""
-    (total, trained), first, data = planner.planned.parameters, estimates[0], planner.workload
-    echo(f"{args.model}, recipe {args.recipe}: {total / 1e9:.2f} B parameters, {trained / 1e9:.3g} B trained")
-    echo(f"{data.records:,} records: {data.source}; {data.mean_tokens:,.0f} tokens and {data.mean_tiles:.1f} "
-         "tiles on average")  # fmt: skip
-    ranks = f"{first.ranks} of {args.gpus * args.nodes}" if first.ranks < args.gpus * args.nodes else first.ranks
-    echo(f"{ranks} x {planner.hardware.name} on {first.nodes} node(s), {first.batch_size} records per step, "
-         f"{first.steps:,} steps per epoch")  # fmt: skip
-    pack = first.memory.pack
-    echo(f"largest pack: {pack.tokens:,} tokens, {pack.tiles} tiles\n")
-    names = ("weights", "gradients", "optimizer", "buffers", "activations")
-    rows = [
-        [e.mode.name, "yes" if e.fits else "no", _gb(e.memory.total), *map(_gb, e.memory.parts())]
-        for e in estimates
-    ]
-    echo(f"memory per rank in GB ({_gb(first.memory.available)} usable)")
-    print_table(["mode", "fits", "total", *names], rows)
-    echo("\nspeed")
-    cost = [] if first.price is None else ["cost"]
-    print_table(
-        ["mode", "records/s", "epoch hours", "GPU hours", *cost, "limited by", "checkpoint GB", "seconds"],
-        [_speed_row(e) for e in estimates],
-    )
-    echo()
-    for note in notes:
-        echo(f"- {note}")
-    if command is None:
-        echo("\nno mode fits in memory")
-    else:
-        echo(f"\nrecommended: {best.mode.name}\n{command}")
-
-
-def _speed_row(estimate: Estimate) -> list[str]:
-    cost = [] if estimate.cost is None else [f"{estimate.cost:,.0f}"]
-    rate = estimate.records / estimate.epoch_hours / 3600
-    return [
-        estimate.mode.name, f"{rate:.3g}", f"{estimate.epoch_hours:.3g}", f"{estimate.device_hours:.4g}", *cost,
-        estimate.step.limit, f"{estimate.checkpoint_bytes / 1e9:.3g}", f"{estimate.checkpoint_seconds:.3g}",
-    ]  # fmt: skip
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f}"

@@ -11,6 +11,7 @@ from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.gpus import find_gpu
 
+
 def peak_flops(device: torch.device) -> float | None:
     """Return the dense bf16 peak FLOP/s of a device; None if unknown."""
     if device.type != "cuda":

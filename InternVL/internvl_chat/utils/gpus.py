@@ -12,7 +12,7 @@ class Gpu(NamedTuple):
         memory_gb: memory in GB.
         tflops: dense bf16 FLOP/s with float32 accumulation, in units of 1e12 (no sparsity).
         bandwidth_gbs: memory bandwidth in GB/s.
-        link_gbs: bandwidth to the other GPUs of a node in GB/s, per direction: NVLink, or PCIe if it has none.
+        link_gbs: bandwidth to the other GPUs of a node in GB/s, per direction: NVLink, otherwise PCIe.
         source: page or document with these values.
     """
 

@@ -5,9 +5,15 @@ from internvl_chat.train.planning.estimate import Estimate, Planner, recommend
 from internvl_chat.train.planning.hardware import Hardware
 
 
-def batch_note(
-    planner: Planner, batch_size: int, gpus: int, nodes: int, best: Estimate | None
-) -> str | None:
+def notes_of(planner: Planner, best: Estimate | None, batch_size: int, gpus: int, nodes: int) -> list[str]:
+    """Return all notes to a plan; see `batch_note` for the arguments."""
+    notes = [batch_note(planner, batch_size, gpus, nodes, best)]
+    if best is not None:
+        notes.append(checkpoint_note(best, planner.planned.config.run))
+    return [note for note in [*notes, efficiency_note(planner.hardware)] if note]
+
+
+def batch_note(planner: Planner, batch_size: int, gpus: int, nodes: int, best: Estimate | None) -> str | None:
     """Explain which GPUs stay idle because the batch is small, and what a larger batch changes.
 
     Args:
@@ -29,8 +35,8 @@ def batch_note(
     if (wide := recommend(planner.compare(total, nodes, larger))) is None:
         return text
     return (
-        f"{text} With --batch_size {larger}, all GPUs are used ({wide.mode.name}: {wide.epoch_hours:.3g} h per "
-        f"epoch instead of {best.epoch_hours:.3g}, {wide.device_hours:.3g} GPU hours instead of "
+        f"{text} With --batch_size {larger}, all GPUs are used ({wide.mode.name}: {wide.epoch_hours:.3g} h "
+        f"per epoch instead of {best.epoch_hours:.3g}, {wide.device_hours:.3g} GPU hours instead of "
         f"{best.device_hours:.3g}). This is not the recipe: an epoch has {best.steps / wide.steps:.3g} times "
         f"fewer updates ({wide.steps:,} instead of {best.steps:,}) at the same learning rate, so the model "
         "changes less per epoch unless you raise the learning rate. The result must be evaluated anew."

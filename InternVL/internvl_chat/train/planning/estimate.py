@@ -45,8 +45,8 @@ from internvl_chat.train.preflight.memory import (
 )
 from internvl_chat.train.setup import prepare_model
 
-# Steps that are searched for the largest pack if the lengths are a sample.
-_SAMPLED_STEPS = 1000
+# Records and steps that are searched for the largest pack if the lengths are a sample.
+_SAMPLED_RECORDS, _SAMPLED_STEPS = 4000, 50
 # A mode is preferred to earlier ones in `MODES` only if it is faster by this fraction.
 _MARGIN = 0.03
 
@@ -268,7 +268,7 @@ class Planner:
             records_per_step=batch_size,
             parallel=mode.parallel,
             deepspeed=mode.deepspeed,
-            max_steps=run.max_steps if exact else _SAMPLED_STEPS,
+            max_steps=run.max_steps if exact else max(_SAMPLED_STEPS, _SAMPLED_RECORDS // batch_size),
         )
 
     def _memory(self, run: RunConfig, sampler: StepSampler, packs: LargestPacks | None) -> MemoryPlanner:

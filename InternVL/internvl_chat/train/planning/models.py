@@ -86,14 +86,14 @@ def find_model(name: str, *, needs_tokenizer: bool) -> tuple[InternVLChatConfig,
     if short in _FAMILY and not needs_tokenizer and name in (short, f"OpenGVLab/{short}"):
         return family_config(short), None
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"{name}: no such folder, config.json or model; known models: {', '.join(_FAMILY)}")
+        raise ModelError(f"{name}: no such folder, file or model; known models: {', '.join(_FAMILY)}")
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=_DESCRIPTIONS))
     except Exception as error:
         raise ModelError(
-            f"{name}: neither a local folder nor available from the Hugging Face Hub ({error}); pass a folder "
-            "with its config.json and tokenizer"
+            f"{name}: neither a local folder nor available from the Hugging Face Hub ({error}); pass a "
+            "folder with its config.json and tokenizer"
         ) from error
     return read_config(folder), folder

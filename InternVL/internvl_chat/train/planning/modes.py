@@ -102,7 +102,11 @@ def launcher_command(
 
 
 def _quote(value: str) -> str:
-    return value if value in ("$NODE_RANK", "$MASTER_ADDR") else shlex.quote(_shown(Path(value)) if value.startswith(str(_SHELL)) else value)
+    return (
+        value
+        if value in ("$NODE_RANK", "$MASTER_ADDR")
+        else shlex.quote(_shown(Path(value)) if value.startswith(str(_SHELL)) else value)
+    )
 
 
 def _shown(path: Path) -> str:

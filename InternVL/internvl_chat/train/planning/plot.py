@@ -1,14 +1,17 @@
 """Plot of a plan: time and cost against GPUs, records, tokens, tiles and model size."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_chat.train.planning.estimate import Planner, recommend
+from tqdm import tqdm
+
+from internvl_chat.train.planning.estimate import Estimate, Planner
 from internvl_chat.train.planning.sweep import (
     IDLE,
-    Point,
     Series,
+    describe,
     sweep_gpus,
     sweep_models,
     sweep_records,
@@ -16,86 +19,119 @@ from internvl_chat.train.planning.sweep import (
     sweep_tokens,
 )
 from internvl_chat.utils.plotting import (
-    AMBER, BLUE, GRAY, GREEN, ORANGE, PINK, TEXT_GRAY, new_figure, plain_text, save_png,
-)  # fmt: skip
+    AMBER,
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PINK,
+    TEXT_GRAY,
+    new_figure,
+    plain_text,
+    save_png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STYLES = ("-", "--", ":")
 # Color of a marker by what limits the speed.
-_LIMITS = {
-    "compute": GREEN,
-    "communication": ORANGE,
-    "optimizer": PINK,
-    "overhead": AMBER,
-    IDLE: GRAY,
+_LIMITS = {"compute": GREEN, "communication": ORANGE, "optimizer": PINK, "overhead": AMBER, IDLE: GRAY}
+_SWEEPS: dict[str, Callable[[Planner, Estimate], Series]] = {
+    "records per epoch": sweep_records,
+    "tokens per record": sweep_tokens,
+    "tiles per record": sweep_tiles,
+    "billion parameters": sweep_models,
 }
 
 
-def save_plot(planner: Planner, title: str, batch_size: int, per_node: int, ranks: int, file: Path) -> None:
-    """Save the plot as a PNG file.
+def save_plot(
+    planner: Planner, title: str, batch_size: int, per_node: int, best: Estimate | None, file: Path
+) -> list[str]:
+    """Save the plot as a PNG file; return a description of what limits the speed where.
 
     Args:
         planner: model, records and hardware.
         title: title of the plot.
         batch_size: records per step.
         per_node: GPUs per node.
-        ranks: number of ranks for all panels except those with GPUs on the x axis.
+        best: plan whose ranks and batch are used in all panels except those with GPUs on the x axis; None if
+            nothing fits.
         file: PNG file.
     """
+    gpus, sweeps = [], {}
+    with tqdm(
+        desc="plot", total=3 + len(_SWEEPS), delay=2, file=sys.stderr, dynamic_ncols=True, disable=None
+    ) as bar:
+        for series in sweep_gpus(planner, batch_size, per_node):
+            gpus.append(series)
+            bar.update()
+        for quantity, sweep in _SWEEPS.items() if best else ():
+            assert best is not None
+            sweeps[quantity] = sweep(planner, best)
+            bar.update()
+    name = planner.hardware.name if best is None else f"{best.ranks} x {planner.hardware.name}"
+    _save(gpus, sweeps, planner.hardware.price, title, name, file)
+    return [describe(series, "GPUs") for series in gpus] + [
+        describe(series._replace(label=quantity), quantity) for quantity, series in sweeps.items()
+    ]
+
+
+def _save(
+    gpus: Sequence[Series], sweeps: dict[str, Series], price: float | None, title: str, name: str, file: Path
+) -> None:
+    """Draw all panels and save the figure."""
     from matplotlib.lines import Line2D
 
-    gpus = list(sweep_gpus(planner, batch_size, per_node))
-    best = recommend(planner.compare(ranks, max(1, ranks // per_node), batch_size))
     figure = new_figure(13, 7.4)
     panels = figure.subplots(2, 3)
-    price = planner.hardware.price
-    _draw(panels[0, 0], gpus, "GPUs", "hours per epoch", [[p.hours for p in s.points] for s in gpus])
+    _draw(panels[0, 0], gpus, "GPUs", "hours per epoch", [[point.hours for point in s.points] for s in gpus])
     panels[0, 0].legend(fontsize="small", frameon=False)
-    _draw(panels[0, 1], gpus, "GPUs", _cost_label(price), _costs(gpus, price))
-    if best is not None:
-        sweeps = (
-            ("records per epoch", sweep_records(best)),
-            ("tokens per record", sweep_tokens(planner, best)),
-            ("tiles per record", sweep_tiles(planner, best)),
-            ("parameters (billion)", sweep_models(planner, best)),
-        )
-        for (label, series), axes in zip(sweeps, [panels[0, 2], *panels[1]], strict=True):
-            _draw(axes, [series], label, _cost_label(price), _costs([series], price))
-            if label == "tiles per record":
-                axes.set_xscale("linear")
-            for name, point in zip(series.label.split(), series.points, strict=False):
-                y = point.device_hours * (price or 1)
-                axes.annotate(name, (point.x, y), (5, -11), textcoords="offset points", fontsize="small")
-            axes.set_title(f"{best.ranks} x {planner.hardware.name}", loc="right", fontsize="small", color=TEXT_GRAY)
-    handles = [Line2D([], [], marker="o", ls="", color=color, label=name) for name, color in _LIMITS.items()]
+    cost = "GPU hours per epoch" if price is None else "cost per epoch"
+    _draw(panels[0, 1], gpus, "GPUs", cost, _costs(gpus, price))
+    for axes in [panels[0, 2], *panels[1]][len(sweeps) :]:
+        axes.set_visible(False)
+    for (quantity, series), axes in zip(sweeps.items(), [panels[0, 2], *panels[1]], strict=False):
+        values = _costs([series], price)
+        _draw(axes, [series], quantity, cost, values)
+        for label, point, y in zip(series.names, series.points, values[0], strict=False):
+            axes.annotate(
+                label, (point.x, y), (-7, 4), textcoords="offset points", fontsize="small", ha="right"
+            )
+        axes.set_title(name, loc="right", fontsize="small", color=TEXT_GRAY)
+    handles = [
+        Line2D([], [], marker="o", ls="", color=color, label=limit) for limit, color in _LIMITS.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False,
                   title="marker: what limits the speed")  # fmt: skip
     figure.suptitle(plain_text(title, 200), fontsize="medium", fontweight="bold")
     save_png(figure, file)
 
 
-def _cost_label(price: float | None) -> str:
-    return "GPU hours per epoch" if price is None else "cost per epoch"
-
-
 def _costs(series: Sequence[Series], price: float | None) -> list[list[float]]:
-    return [[point.device_hours * (price or 1) for point in s.points] for s in series]
+    factor = 1.0 if price is None else price
+    return [[point.device_hours * factor for point in line.points] for line in series]
 
 
-def _draw(axes: "Axes", series: Sequence[Series], xlabel: str, ylabel: str, values: list[list[float]]) -> None:
+def _draw(
+    axes: "Axes", series: Sequence[Series], xlabel: str, ylabel: str, values: Sequence[Sequence[float]]
+) -> None:
     """Draw lines on logarithmic axes; the color of a marker is what limits the speed there."""
-    for number, (line, ys) in enumerate(zip(series, values, strict=True)):
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for line, ys, style in zip(series, values, _STYLES, strict=False):
         xs = [point.x for point in line.points]
-        axes.plot(xs, ys, _STYLES[number], color=BLUE, linewidth=1.3, zorder=1, label=line.label)
-        axes.scatter(xs, ys, c=[_LIMITS[_name(point)] for point in line.points], s=28, zorder=2)
-    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.yaxis.set_major_formatter("{x:,g}")
+        axes.plot(xs, ys, style, color=BLUE, linewidth=1.3, zorder=1, label=line.label)
+        axes.scatter(xs, ys, c=[_LIMITS[point.limit] for point in line.points], s=28, zorder=2)
+    # Tiles may be 0.
+    axes.set(xscale="linear" if "tiles" in xlabel else "log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    for axis, numbers in ((axes.xaxis, [p.x for line in series for p in line.points]),
+                          (axes.yaxis, [y for ys in values for y in ys])):  # fmt: skip
+        if axis.get_scale() == "log" and numbers:
+            # Denser ticks if the axis spans few decades.
+            wide = max(numbers) > 100 * min(numbers)
+            axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+            axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(lambda value, _: f"{value:,.12g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-
-
-def _name(point: Point) -> str:
-    return point.limit

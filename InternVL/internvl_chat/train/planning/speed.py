@@ -1,5 +1,6 @@
 """Predict the duration of an optimizer step from its FLOPs, memory traffic and communication."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,9 +20,9 @@ _FLOAT32_STEP = 36
 _BF16_STEP = {"master": 46, "stochastic": 88, "bf16": 22}
 _COMPILED_STEP = {"master": 34, "stochastic": 28, "bf16": 22}
 # Steps that are simulated to find the load of the busiest rank.
-_SIMULATED_STEPS = 400
-# Above this many (record, rank) pairs per step, the load is bounded instead of simulated.
-MAX_PAIRS = 20_000
+_SIMULATED_STEPS = 200
+# Above this many (record, rank) pairs per step, the load is computed from the distribution of the lengths.
+MAX_PAIRS = 4096
 
 
 class Load(NamedTuple):
@@ -81,9 +82,7 @@ class StepTime:
         return max(vars(self), key=lambda name: vars(self)[name])
 
 
-def busiest_rank(
-    sampler: StepSampler, lengths: Lengths, counter: FlopCounter, checkpointed: float
-) -> Load:
+def busiest_rank(sampler: StepSampler, lengths: Lengths, counter: FlopCounter, checkpointed: float) -> Load:
     """Return the mean load of the busiest rank over evenly spaced steps of the first epoch.
 
     Args:
@@ -93,22 +92,20 @@ def busiest_rank(
         checkpointed: fraction of the decoder layers that are computed twice.
     """
     costs = record_flops(lengths, counter, checkpointed)
+    planner, records = sampler.planner, sampler.step_records
+    if records * planner.world_size > MAX_PAIRS:
+        mean = float(costs.mean()) * records / planner.world_size
+        # With one record per rank, the most expensive record of the step sets the pace.
+        longest = float(np.quantile(costs, 1 - 1 / (records + 1)))
+        return Load(max(mean, longest), _least_packs(planner, records, lengths), max(mean, longest) / mean)
     loads, packs, means = [], [], []
-    planner = sampler.planner
-    number = len(sampler)
-    pairs = sampler.step_records * planner.world_size
-    simulated = max(4, min(_SIMULATED_STEPS, 100 * MAX_PAIRS // pairs))
-    # The last step of an epoch may have fewer records.
-    for step in np.unique(np.linspace(0, max(0, number - 2), simulated).astype(int)):
-        records = sampler.step(0, int(step))
-        means.append(costs[records].sum() / planner.world_size)
-        if pairs > MAX_PAIRS:
-            loads.append(max(means[-1], costs[records].max()))
-            packs.append(_least_packs(planner, lengths, len(records)))
-            continue
-        plan = planner(records)
+    full_steps = max(1, sum(sampler.sizes) // records)  # the last step may have fewer records
+    for step in np.unique(np.linspace(0, full_steps - 1, _SIMULATED_STEPS).astype(int)):
+        records_of_step = sampler.step(0, int(step))
+        plan = planner(records_of_step)
         loads.append(max(sum(costs[pack].sum() for pack in rank) for rank in plan))
         packs.append(max(map(len, plan)))
+        means.append(costs[records_of_step].sum() / planner.world_size)
     return Load(float(np.mean(loads)), float(np.mean(packs)), float(np.mean(loads) / np.mean(means)))
 
 
@@ -119,11 +116,12 @@ def record_flops(lengths: Lengths, counter: FlopCounter, checkpointed: float) ->
     return counter.records(lengths.tokens, lengths.supervised, lengths.tiles) + checkpointed * again
 
 
-def _least_packs(planner: StepPlanner, lengths: Lengths, records: int) -> float:
-    per_rank = records / planner.world_size
+def _least_packs(planner: StepPlanner, records: int, lengths: Lengths) -> float:
+    """Return the packs of a rank's share of `records` records, if they could be divided evenly."""
+    share = records / planner.world_size
     if planner.max_packed_tokens is None:
-        return per_rank / planner.records_per_pack
-    return max(1.0, per_rank * float(lengths.tokens.mean()) / planner.max_packed_tokens)
+        return math.ceil(share / planner.records_per_pack)
+    return max(1.0, share * float(lengths.tokens.mean()) / planner.max_packed_tokens)
 
 
 def optimizer_bytes(numel: Mapping[str, int], precision: str, *, compiled: bool) -> float:

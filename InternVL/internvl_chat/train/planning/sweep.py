@@ -12,6 +12,7 @@ from internvl_chat.train.planning.models import FAMILY, family_config
 from internvl_chat.train.planning.workload import Workload
 
 MAX_GPUS = 4096
+MAX_RANKS_OF_A_MODEL = 64
 _RECORDS = (10_000, 100_000, 1_000_000, 10_000_000)
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _TILES = (0, 1, 2, 4, 8, 12, 24)
@@ -36,10 +37,17 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points of one line; values for which nothing fits in memory are left out."""
+    """Points of one line; values for which nothing fits in memory are left out.
+
+    Attributes:
+        label: name of the line.
+        points: the points.
+        names: names of the points, if they have any.
+    """
 
     label: str
     points: list[Point]
+    names: Sequence[str] = ()
 
 
 def gpu_counts(per_node: int) -> list[tuple[int, int]]:
@@ -55,27 +63,25 @@ def gpu_counts(per_node: int) -> list[tuple[int, int]]:
 def sweep_gpus(planner: Planner, batch_size: int, per_node: int) -> Iterator[Series]:
     """Yield epoch durations against the number of GPUs, for the recipe's batch and for larger ones."""
     labels = {
-        1: f"{batch_size} records per step (the recipe)",
-        0: "as many records per step as GPUs",
+        0: f"{batch_size} records per step (the recipe)",
+        1: "one record per step and GPU",
         8: "8 records per step and GPU",
     }
-    for factor, label in labels.items():
+    for per_gpu, label in labels.items():
         points = []
         for gpus, nodes in gpu_counts(per_node):
-            total = gpus * nodes
-            batch = batch_size if factor == 1 else max(batch_size, total * max(1, factor))
-            batch = batch if factor == 1 else -(-batch // total) * total
-            used = total
+            total = used = gpus * nodes
+            batch = per_gpu * total or batch_size
             while batch % used:
                 used //= 2
             best = recommend(planner.compare(used, max(1, used // per_node), batch))
-            if best is not None:
+            if best is not None and batch >= batch_size:
                 limit = best.step.limit if used == total else IDLE
                 points.append(Point(total, best.epoch_hours, best.epoch_hours * total, limit))
         yield Series(label, points)
 
 
-def sweep_records(best: Estimate) -> Series:
+def sweep_records(_: Planner, best: Estimate) -> Series:
     """Return epoch durations against the number of records."""
     hours = best.epoch_hours / best.records
     return Series("", [Point(n, n * hours, n * hours * best.ranks, best.step.limit) for n in _RECORDS])
@@ -94,33 +100,52 @@ def sweep_tiles(planner: Planner, best: Estimate) -> Series:
 
 
 def sweep_models(planner: Planner, best: Estimate) -> Series:
-    """Return epoch durations against the number of parameters, for the published InternVL3 models."""
-    points, labels = [], []
+    """Return epoch durations against the number of parameters, for the published InternVL3 models.
+
+    A model that does not fit on the given number of GPUs gets as many as it needs, and at least one record
+    per step for each of them.
+    """
+    points, names = [], []
     for name in FAMILY:
         planned = PlannedModel.build(planner.planned.config, family_config(name), planner.planned.device)
-        point = _point(Planner(planned, planner.workload, planner.hardware), best, planned.parameters[0] / 1e9)
-        if point is not None:
-            points.append(point)
-            labels.append(name.removeprefix("InternVL3-"))
-    return Series(" ".join(labels), points)
+        sized = Planner(planned, planner.workload, planner.hardware)
+        ranks, fitting = best.ranks, None
+        while fitting is None and ranks <= MAX_RANKS_OF_A_MODEL:
+            nodes = max(1, ranks * best.nodes // best.ranks)
+            fitting = recommend(sized.compare(ranks, nodes, max(best.batch_size, ranks)))
+            ranks *= 2
+        if fitting is not None:
+            points.append(_point(fitting, planned.parameters[0] / 1e9))
+            gpus = "" if fitting.ranks == best.ranks else f" ({fitting.ranks} GPUs)"
+            names.append(name.removeprefix("InternVL3-") + gpus)
+    return Series("", points, names)
 
 
 def _sweep_lengths(
-    planner: Planner, best: Estimate, values: Sequence[float], change: Callable[[Lengths, float], Lengths]
+    planner: Planner, like: Estimate, values: Sequence[float], change: Callable[[Lengths, float], Lengths]
 ) -> Series:
+    """Return predictions for changed lengths, with the ranks and the batch of another plan."""
     points = []
     for value in values:
-        lengths = change(planner.workload.lengths, value)
-        workload = Workload(lengths, planner.workload.records, "", False)
-        point = _point(Planner(planner.planned, workload, planner.hardware), best, value)
-        points += [] if point is None else [point]
+        workload = Workload(change(planner.workload.lengths, value), planner.workload.records, "", False)
+        changed = Planner(planner.planned, workload, planner.hardware)
+        best = recommend(changed.compare(like.ranks, like.nodes, like.batch_size))
+        points += [] if best is None else [_point(best, value)]
     return Series("", points)
 
 
-def _point(planner: Planner, like: Estimate, x: float) -> Point | None:
-    """Return the prediction for the same ranks and batch as another plan; None if nothing fits."""
-    best = recommend(planner.compare(like.ranks, like.nodes, like.batch_size))
-    return None if best is None else Point(x, best.epoch_hours, best.device_hours, best.step.limit)
+def _point(estimate: Estimate, x: float) -> Point:
+    return Point(x, estimate.epoch_hours, estimate.device_hours, estimate.step.limit)
+
+
+def describe(series: Series, quantity: str) -> str:
+    """Describe what limits the speed where: `2 records per step: compute from 1 GPUs, ...`."""
+    parts, last = [], None
+    for point in series.points:
+        if point.limit != last:
+            parts.append(f"{point.limit} from {point.x:,.4g} {quantity}")
+        last = point.limit
+    return f"{series.label}: {', '.join(parts)}" if series.label else ", ".join(parts)
 
 
 def _scale_tokens(lengths: Lengths, mean: float) -> Lengths:
@@ -133,4 +158,6 @@ def _set_tiles(lengths: Lengths, mean: float, per_tile: int) -> Lengths:
     text = lengths.tokens - per_tile * lengths.tiles
     tiles = np.full(len(lengths), round(mean), np.int32)
     tokens = np.maximum(2, text + per_tile * tiles).astype(np.int32)
-    return dataclasses.replace(lengths, tokens=tokens, tiles=tiles, supervised=np.minimum(lengths.supervised, tokens - 1))
+    return dataclasses.replace(
+        lengths, tokens=tokens, tiles=tiles, supervised=np.minimum(lengths.supervised, tokens - 1)
+    )

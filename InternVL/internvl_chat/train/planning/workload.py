@@ -90,7 +90,9 @@ def meta_workload(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> Workl
     ]
     data = TrainingData(sets, lengths=[index.lengths for index in indexes], excluded=excluded)
     source = f"{len(data):,} records of the meta file"
-    return Workload(data.epoch_lengths(), len(data), source + (f", {len(excluded):,} unusable" * bool(excluded)), True)
+    return Workload(
+        data.epoch_lengths(), len(data), source + (f", {len(excluded):,} unusable" * bool(excluded)), True
+    )
 
 
 def published_workload(max_dynamic_patch: int, tokens_per_tile: int, records: int | None = None) -> Workload:
@@ -109,9 +111,7 @@ def published_workload(max_dynamic_patch: int, tokens_per_tile: int, records: in
         text = published.tokens[0] - 256 * published.tiles + _CONTEXT_TOKENS
         groups.append((published.records, text, published.supervised, tiles))
     source = f"published distribution (means of six sets, at most {max_dynamic_patch} tiles per record)"
-    return Workload(
-        _synthetic_lengths(groups, tokens_per_tile), records or PUBLISHED_RECORDS, source, False
-    )
+    return Workload(_synthetic_lengths(groups, tokens_per_tile), records or PUBLISHED_RECORDS, source, False)
 
 
 def uniform_workload(records: int, tokens: float, tiles: float, tokens_per_tile: int) -> Workload:

@@ -4,6 +4,7 @@ All sizes are in bytes. The plan never changes flags that affect the results, su
 """
 
 import dataclasses
+import functools
 import itertools
 import resource
 from collections.abc import Callable
@@ -118,6 +119,7 @@ def plan_memory(
         activations=measure_activations(model, run.device),
         compiled=uses_compiled_step(update_precision(run), run.device),
     )
+    planner.compute_layouts()
     replicated = "ddp" if run.world_size > 1 else "single"
     plan = planner.plan(replicated if run.parallel in ("auto", "ddp") else run.parallel)
     if run.parallel == "auto" and run.world_size > 1:
@@ -161,9 +163,14 @@ class MemoryPlanner:
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
         self.precision, self.available, self.activations = update_precision(run), available, activations
         self.packs = packs or self.largest_packs(sampler.planner.max_packed_tokens)
-        # Computed now, because sharding changes the parameters.
-        keys = itertools.product(("single", "ddp", "fsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True))
-        self.layouts = {key: layout_memory(model, run, *key, compiled) for key in keys}
+        self._layout = functools.cache(partial(layout_memory, model, run, compiled=compiled))
+
+    def compute_layouts(self) -> None:
+        """Compute the memory of all layouts now; later, sharding changes the parameters."""
+        for key in itertools.product(
+            ("single", "ddp", "fsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True)
+        ):
+            self._layout(*key)
 
     def plan(self, parallel: str, **changed: Any) -> MemoryPlan:
         """Return the fitting plan with the fewest checkpointed layers; if none fits, the one with the most.
@@ -173,7 +180,7 @@ class MemoryPlanner:
             changed: values of `precision`, `checkpoint` and `packs` that replace those of the run.
         """
         packs, several = changed.get("packs", self.packs)
-        layout = self.layouts[parallel, changed.get("precision", self.precision), several]
+        layout = self._layout(parallel, changed.get("precision", self.precision), several)
         checkpoint, layers = changed.get("checkpoint", self.checkpoint), self.activations.layers
         for count in {"True": [layers], "False": [0]}.get(checkpoint, range(layers + 1)):
             candidates = [(self.activations.for_pack(pack, count), pack, records) for pack, records in packs]
