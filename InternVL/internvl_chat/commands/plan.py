@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 _CPU = "cpu"
 # Training flags that other arguments or the plan determine.
 _CHOSEN = ("parallel", "deepspeed", "fsdp", "per_device_train_batch_size", "gradient_accumulation_steps")
+_LARGEST = {
+    "tokens": 1_000_000,
+    "tiles": 1000,
+    "batch_size": 10_000_000,
+    "gpus": 100_000,
+    "nodes": 100_000,
+}
 _NUMBERS = ("memory_gb", "tflops", "bandwidth_gbs", "link_gbs")
 
 
@@ -140,6 +147,9 @@ def _check(args: argparse.Namespace) -> None:
         problems.append(
             f"{' and '.join(chosen)}: not after --; the plan chooses the mode, --batch_size the batch"
         )
+    for name, largest in _LARGEST.items():
+        if (vars(args)[name] or 0) > largest:
+            problems.append(f"--{name} {vars(args)[name]:g}: must be at most {largest:,}")
     if args.tiles is not None and args.tokens is None:
         problems.append("--tiles needs --tokens")
     if args.plot and not args.plot.absolute().parent.is_dir():
@@ -173,8 +183,12 @@ def _prepare(args: argparse.Namespace) -> tuple[PlannedModel, Workload, Hardware
     # Without a GPU, the flags can only be checked for a CPU.
     device = ["--use_cpu", "True", *(["--bf16", "False"] if on_cpu else [])]
     config = parse_arguments([str(recipe_file(args.recipe)), *paths, *device, *args.flags])
+    if config.model.attn != "auto" or not (on_cpu or config.run.bf16):
+        raise UsageError("only --attn auto and, on a GPU, --bf16 True can be planned; remove the other value")
     specs = load_meta(args.meta, args.data_root, args.image_root) if args.meta else []
     planned = PlannedModel.build(config, model_config, "cpu" if on_cpu else "cuda", specs)
+    if not planned.parameters[1]:
+        raise UsageError("these flags leave no trainable parameters")
     per_tile = planned.model.config.tokens_per_tile
     if folder is not None and args.meta:
         preprocessing = plan_preprocessing(model_config, config, specs)

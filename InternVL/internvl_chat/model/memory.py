@@ -168,6 +168,7 @@ def parallel_memory(
     optimizer_scratch: int,
     several_packs: bool,
     zero: Mapping[str, Any],
+    lazy_pages: bool = False,
 ) -> dict[str, int]:
     """Return the memory per rank in bytes, without activations, keyed by component (see `COMPONENTS`).
 
@@ -179,6 +180,7 @@ def parallel_memory(
         optimizer_scratch: temporary bytes of an optimizer step; ignored with DeepSpeed.
         several_packs: whether gradients are accumulated over multiple packs per step.
         zero: `zero_optimization` section of the DeepSpeed configuration.
+        lazy_pages: whether allocated memory counts only when it is written, as on a CPU.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
     weights, gradients = _size(model.parameters()), _size(trained)
@@ -200,13 +202,17 @@ def parallel_memory(
         weights, optimizer_state = weights // ranks + _size(root), optimizer_state // ranks
         buffers = 3 * max(_size(layer.parameters()) for layer in layers)
     elif parallel == "deepspeed":
-        return _deepspeed_memory(model, trained, ranks, zero)
+        return _deepspeed_memory(model, trained, ranks, zero, lazy_pages)
     sizes = (weights, gradients, optimizer_state, optimizer_scratch, buffers)
     return dict(zip(COMPONENTS, sizes, strict=True))
 
 
 def _deepspeed_memory(
-    model: InternVLChatModel, trained: list[nn.Parameter], ranks: int, zero: Mapping[str, Any]
+    model: InternVLChatModel,
+    trained: list[nn.Parameter],
+    ranks: int,
+    zero: Mapping[str, Any],
+    lazy_pages: bool,
 ) -> dict[str, int]:
     stage, numel = int(zero.get("stage", 0)), sum(p.numel() for p in trained)
 
@@ -220,8 +226,11 @@ def _deepspeed_memory(
     weights, gradients = shard(_size(model.parameters()), 3), shard(_size(trained), 2)
     # DeepSpeed keeps float32 master weights and moments and casts the gradients to float32 for the update.
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
-    buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
-    buffers = buckets * min(elements("reduce_bucket_size", 5e8), numel)
+    # Each bucket is allocated in its full size, even if the gradients are smaller.
+    buffers = (2 if zero.get("overlap_comm", stage == 3) else 1) * elements("reduce_bucket_size", 5e8)
+    if lazy_pages:
+        # The second bucket is used only when the first is full.
+        buffers = min(buffers, numel)
     if stage == 3:
         gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
         buffers += min(gathered, sum(p.numel() for p in model.parameters()))

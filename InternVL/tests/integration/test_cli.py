@@ -29,6 +29,7 @@ COMMANDS = [
     "merge",
     "export",
     "parity",
+    "plan",
     "report",
     "doctor",
     "sample-data",

@@ -325,8 +325,15 @@ def usable_ranks(batch_size: int, gpus: int, nodes: int) -> tuple[int, int]:
     >>> usable_ranks(2, 8, 2), usable_ranks(16, 8, 2), usable_ranks(6, 4, 2)
     ((2, 1), (8, 2), (3, 2))
     """
-    pairs = [(g, n) for n in range(1, nodes + 1) for g in range(1, gpus + 1) if batch_size % (g * n) == 0]
+    pairs = [
+        (g, n) for n in _divisors(batch_size) if n <= nodes for g in _divisors(batch_size // n) if g <= gpus
+    ]
     return max(pairs, key=lambda pair: (pair[0] * pair[1], pair[0]))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def recommend(estimates: Sequence[Estimate]) -> Estimate | None:

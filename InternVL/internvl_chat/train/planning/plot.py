@@ -72,9 +72,8 @@ def save_plot(
             bar.update()
     name = planner.hardware.name if best is None else f"{best.ranks} x {planner.hardware.name}"
     _save(gpus, sweeps, planner.hardware.price, title, name, file)
-    return [describe(series, "GPUs") for series in gpus] + [
-        describe(series._replace(label=quantity), quantity) for quantity, series in sweeps.items()
-    ]
+    limits = [describe(series, "GPUs") for series in gpus]
+    return limits + [describe(series, quantity) for quantity, series in sweeps.items()]
 
 
 def _save(
@@ -95,9 +94,9 @@ def _save(
         values = _costs([series], price)
         _draw(axes, [series], quantity, cost, values)
         for label, point, y in zip(series.names, series.points, values[0], strict=False):
-            axes.annotate(
-                label, (point.x, y), (-7, 4), textcoords="offset points", fontsize="small", ha="right"
-            )
+            is_first = point is series.points[0]
+            offset, side = ((7, -9), "left") if is_first else ((-7, 4), "right")
+            axes.annotate(label, (point.x, y), offset, textcoords="offset points", fontsize="small", ha=side)
         axes.set_title(name, loc="right", fontsize="small", color=TEXT_GRAY)
     handles = [
         Line2D([], [], marker="o", ls="", color=color, label=limit) for limit, color in _LIMITS.items()

@@ -139,13 +139,17 @@ def _point(estimate: Estimate, x: float) -> Point:
 
 
 def describe(series: Series, quantity: str) -> str:
-    """Describe what limits the speed where: `2 records per step: compute from 1 GPUs, ...`."""
-    parts, last = [], None
-    for point in series.points:
-        if point.limit != last:
-            parts.append(f"{point.limit} from {point.x:,.4g} {quantity}")
-        last = point.limit
-    return f"{series.label}: {', '.join(parts)}" if series.label else ", ".join(parts)
+    """Describe what limits the speed where.
+
+    >>> describe(Series("", [Point(1, 9, 9, "compute"), Point(2, 9, 18, "optimizer")]), "GPUs")
+    'GPUs: compute from 1, optimizer from 2'
+    """
+    changes = [
+        f"{point.limit} from {point.x:,.4g}"
+        for before, point in zip([None, *series.points], series.points, strict=False)
+        if before is None or before.limit != point.limit
+    ]
+    return f"{quantity}{', ' * bool(series.label)}{series.label}: {', '.join(changes)}"
 
 
 def _scale_tokens(lengths: Lengths, mean: float) -> Lengths:

@@ -163,7 +163,7 @@ class MemoryPlanner:
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
         self.precision, self.available, self.activations = update_precision(run), available, activations
         self.packs = packs or self.largest_packs(sampler.planner.max_packed_tokens)
-        self._layout = functools.cache(partial(layout_memory, model, run, compiled=compiled))
+        self._layout = functools.cache(lambda *key: layout_memory(model, run, *key, compiled))
 
     def compute_layouts(self) -> None:
         """Compute the memory of all layouts now; later, sharding changes the parameters."""
@@ -260,6 +260,7 @@ def layout_memory(
         optimizer_scratch=scratch,
         several_packs=several_packs,
         zero=zero,
+        lazy_pages=run.device.type == "cpu",
     )
 
 
