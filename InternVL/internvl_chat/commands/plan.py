@@ -142,7 +142,8 @@ def _check(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("records", "tokens", "tiles") if vars(args)[name] is not None]
     if args.meta and given:
         problems.append(f"{' and '.join(given)}: not with --meta, which determines them")
-    chosen = [flag for flag in args.flags if flag.split("=")[0].lstrip("-").replace("-", "_") in _CHOSEN]
+    given_flags = [flag.split("=")[0] for flag in args.flags if flag.startswith("--")]
+    chosen = [flag for flag in given_flags if flag[2:].replace("-", "_") in _CHOSEN]
     if chosen:
         problems.append(
             f"{' and '.join(chosen)}: not after --; the plan chooses the mode, --batch_size the batch"

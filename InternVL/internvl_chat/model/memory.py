@@ -226,15 +226,18 @@ def _deepspeed_memory(
     weights, gradients = shard(_size(model.parameters()), 3), shard(_size(trained), 2)
     # DeepSpeed keeps float32 master weights and moments and casts the gradients to float32 for the update.
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
+    largest, bucket = max(trained, key=torch.Tensor.numel), elements("reduce_bucket_size", 5e8)
+    if stage >= 2 and largest.numel() > bucket:
+        gradients += largest.nbytes  # reduced on its own
     # Each bucket is allocated in its full size, even if the gradients are smaller.
-    buffers = (2 if zero.get("overlap_comm", stage == 3) else 1) * elements("reduce_bucket_size", 5e8)
+    buffers = (2 if zero.get("overlap_comm", stage == 3) else 1) * bucket
     if lazy_pages:
         # The second bucket is used only when the first is full.
         buffers = min(buffers, numel)
     if stage == 3:
         gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
         buffers += min(gathered, sum(p.numel() for p in model.parameters()))
-    buffers *= trained[0].element_size()
+    buffers *= model.projector_weight.element_size()  # DeepSpeed casts float32 adapters to bf16
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         state = scratch = 0
     if zero.get("offload_param", {}).get("device", "none") != "none":
