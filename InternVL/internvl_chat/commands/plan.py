@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _CPU = "cpu"
 # Training flags that other arguments or the plan determine.
 _CHOSEN = ("parallel", "deepspeed", "fsdp", "per_device_train_batch_size", "gradient_accumulation_steps")
+# GPUs per node in the plot, if the plan is for a single GPU.
+_GPUS_PER_NODE = 8
 _LARGEST = {
     "tokens": 1_000_000,
     "tiles": 1000,
@@ -93,11 +95,12 @@ def run(args: argparse.Namespace) -> int:
     best = recommend(estimates)
     title, limits = f"{args.model}, recipe {args.recipe}, {hardware.name}", []
     if args.plot:
-        limits = save_plot(planner, title, batch_size, args.gpus, best, args.plot)
+        per_node = args.gpus if args.gpus > 1 else _GPUS_PER_NODE
+        limits = save_plot(planner, title, batch_size, per_node, best, args.plot)
     report = PlanReport(
         args.model, args.recipe, args.gpus, args.nodes, planner, estimates, best,
         command=None if best is None else _command(args, best, gpus),
-        notes=notes_of(planner, best, batch_size, args.gpus, args.nodes),
+        notes=notes_of(planner, estimates, best, args.gpus, args.nodes),
         limits=limits,
     )  # fmt: skip
     if args.json:
@@ -120,9 +123,7 @@ def _print(report: PlanReport, plot: Path | None) -> None:
         echo(f"- {note}")
     if plot:
         echo(f"plot: {plot}")
-    if report.best is None:
-        echo("\nno mode fits in memory")
-    else:
+    if report.best is not None:
         echo(f"\nrecommended: {report.best.mode.name}\n{report.command}")
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from internvl_chat.data.index.cache import Lengths
-from internvl_chat.train.planning.estimate import Estimate, PlannedModel, Planner, recommend
+from internvl_chat.train.planning.estimate import Estimate, PlannedModel, Planner, recommend, usable_ranks
 from internvl_chat.train.planning.models import FAMILY, family_config
 from internvl_chat.train.planning.workload import Workload
 
@@ -51,31 +51,32 @@ class Series(NamedTuple):
 
 
 def gpu_counts(per_node: int) -> list[tuple[int, int]]:
-    """Return numbers of ranks per node and of nodes: doubled from one GPU to `MAX_GPUS`.
+    """Return numbers of GPUs per node and of nodes: doubled from one GPU to about `MAX_GPUS`.
 
-    >>> gpu_counts(8)[:5]
-    [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2)]
+    >>> gpu_counts(6)[:6]
+    [(1, 1), (2, 1), (4, 1), (6, 1), (6, 2), (6, 4)]
     """
-    counts = [1 << i for i in range(MAX_GPUS.bit_length())]
-    return [(min(n, per_node), max(1, n // per_node)) for n in counts if n <= per_node or n % per_node == 0]
+    doubled = [1 << i for i in range(MAX_GPUS.bit_length())]
+    nodes = [n for n in doubled if n * per_node <= MAX_GPUS]
+    return [(n, 1) for n in doubled if n < per_node] + [(per_node, n) for n in nodes]
 
 
 def sweep_gpus(planner: Planner, batch_size: int, per_node: int) -> Iterator[Series]:
-    """Yield epoch durations against the number of GPUs, for the recipe's batch and for larger ones."""
+    """Yield epoch durations against the number of GPUs, for the given batch and for larger ones."""
     labels = {
-        0: f"{batch_size} records per step (the recipe)",
+        0: f"{batch_size} records per step",
         1: "one record per step and GPU",
         8: "8 records per step and GPU",
     }
     for per_gpu, label in labels.items():
         points = []
         for gpus, nodes in gpu_counts(per_node):
-            total = used = gpus * nodes
+            total = gpus * nodes
             batch = per_gpu * total or batch_size
-            while batch % used:
-                used //= 2
-            best = recommend(planner.compare(used, max(1, used // per_node), batch))
-            if best is not None and batch >= batch_size:
+            used_gpus, used_nodes = usable_ranks(batch, gpus, nodes)
+            used = used_gpus * used_nodes
+            best = recommend(planner.compare(used, used_nodes, batch)) if batch >= batch_size else None
+            if best is not None:
                 limit = best.step.limit if used == total else IDLE
                 points.append(Point(total, best.epoch_hours, best.epoch_hours * total, limit))
         yield Series(label, points)

@@ -163,7 +163,11 @@ class MemoryPlanner:
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
         self.precision, self.available, self.activations = update_precision(run), available, activations
         self.packs = packs or self.largest_packs(sampler.planner.max_packed_tokens)
-        self._layout = functools.cache(lambda *key: layout_memory(model, run, *key, compiled))
+
+        def layout(parallel: str, precision: str, several_packs: bool) -> dict[str, int]:
+            return layout_memory(model, run, parallel, precision, several_packs, compiled)
+
+        self._layout = functools.cache(layout)
 
     def compute_layouts(self) -> None:
         """Compute the memory of all layouts now; later, sharding changes the parameters."""

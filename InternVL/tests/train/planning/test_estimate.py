@@ -11,7 +11,7 @@ import torch
 from benchmarks.plan_accuracy import plan_model
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.train.config import TrainConfig
-from internvl_chat.train.planning.advice import batch_note, checkpoint_note
+from internvl_chat.train.planning.advice import batch_note, checkpoint_note, notes_of, shortage_note
 from internvl_chat.train.planning.estimate import Planner, recommend, usable_ranks
 from internvl_chat.train.planning.hardware import GB, Hardware, efficiency_of, gpu_hardware
 from internvl_chat.train.planning.workload import Workload, uniform_workload
@@ -125,10 +125,26 @@ def test_ranks_divide_the_batch(batch, gpus, nodes, used):
 def test_idle_gpus_are_reported(full, workload):
     planner = Planner(full, workload, H200)
     best = recommend(planner.compare(2, 1, 2))
-    note = batch_note(planner, 2, 8, 2, best)
+    note = batch_note(planner, best, 8, 2)
     assert note.startswith("14 of 16 GPUs stay idle")
-    assert "--batch_size 16" in note and "not the recipe" in note and "(625 instead of 5,000)" in note
-    assert batch_note(planner, 2, 2, 1, best) is None
+    assert "--batch_size 16" in note and "not the recipe" in note and "625 updates instead of 5,000" in note
+    assert batch_note(planner, best, 2, 1) is None
+
+
+def test_another_batch_is_reported(full, workload):
+    planner = Planner(full, workload, H200)
+    for batch, words in ((full.config.run.records_per_step, ""), (16, "not the recipe")):
+        estimates = planner.compare(1, 1, batch)
+        notes = notes_of(planner, estimates, recommend(estimates), 1, 1)
+        assert ("not the recipe" in " ".join(notes)) == bool(words)
+
+
+def test_missing_memory_is_reported(full, workload):
+    planner = Planner(full, workload, with_hardware(memory=0.8e9))
+    note = shortage_note(planner.compare(1, 1, 2))
+    assert "single needs" in note and "--weight_precision bf16" in note
+    tiny = Planner(full, workload, with_hardware(memory=1e6))
+    assert "more or larger GPUs" in shortage_note(tiny.compare(1, 1, 2))
 
 
 def test_slow_disk_is_reported(full, workload):
