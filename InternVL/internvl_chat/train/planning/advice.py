@@ -24,7 +24,8 @@ def notes_of(
         gpus: GPUs per node.
         nodes: number of nodes.
     """
-    run, notes = planner.planned.config.run, []
+    run = planner.planned.config.run
+    notes: list[str | None] = []
     if estimates[0].batch_size != run.records_per_step:
         notes.append(
             f"{estimates[0].batch_size} records per step instead of {run.records_per_step}: this is not the "

@@ -146,7 +146,7 @@ def describe(series: Series, quantity: str) -> str:
     'GPUs: compute from 1, optimizer from 2'
     """
     changes = [
-        f"{point.limit} from {point.x:,.4g}"
+        f"{point.limit} from {point.x:,.0f}" if point.x >= 100 else f"{point.limit} from {point.x:.3g}"
         for before, point in zip([None, *series.points], series.points, strict=False)
         if before is None or before.limit != point.limit
     ]
