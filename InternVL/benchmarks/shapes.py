@@ -42,6 +42,12 @@ SHAPES = {
         mlp_width=176,
         vocabulary=2048,
     ),
+    # For measurements on multiple ranks of a CPU.
+    "small": Shape(
+        TinyShape(448, vision_width=256, vision_layers=4, vision_heads=4, width=512, layers=8, heads=8),
+        mlp_width=1408,
+        vocabulary=16_384,
+    ),
     # For measurements on a CPU.
     "mid": Shape(
         TinyShape(448, vision_width=256, vision_layers=4, vision_heads=4, width=512, layers=8, heads=8),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_chat.data.synthetic.sample_data import write_sample_data
+from internvl_chat.train.planning.workload import PUBLISHED_SETS
 
 # Words that are single InternVL3 tokens when preceded by a space.
 _WORDS = """
@@ -37,12 +38,8 @@ class Counts:
 
 
 COUNTS = {
-    "qa-puretext": Counts(220, 141, 0),
-    "qa-bbox": Counts(912, 32, 3.0),
-    "qa-single_subimage": Counts(664, 65, 2.0),
-    "qa-multiple_subimage": Counts(1120, 125, 3.4),
-    "qa-subimage-option": Counts(674, 2, 2.0),
-    "qa-compound-image": Counts(423, 84, 1.0),
+    name: Counts(published.tokens[0], published.supervised, published.tiles)
+    for name, published in PUBLISHED_SETS.items()
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from internvl_chat import __version__
-from internvl_chat.commands import compare, doctor, export, merge, parity, report, tiny_model
+from internvl_chat.commands import compare, doctor, export, merge, parity, plan, report, tiny_model
 from internvl_chat.commands import eval as evaluate
 from internvl_chat.commands.data import browse, check, inspect, sample_data, shard
 from internvl_chat.commands.inference import chat, generate, loss, serve, web
@@ -54,6 +54,8 @@ _COMMANDS: tuple[tuple[str, ModuleType, str, str], ...] = (
     ("parity", parity, "Compare the tokens, tiles, pixels, logits and answers of two checkpoints or formats.",
      "m3llm parity work_dirs/run work_dirs/run-hf --meta held_out.json --limit 8\n"
      "         m3llm parity work_dirs/run --endpoint http://localhost:8000"),
+    ("plan", plan, "Predict memory, time, checkpoints and cost of a training run on given hardware.",
+     "m3llm plan --recipe full --gpu h200 --gpus 8 --nodes 2"),
     ("report", report, "Write an HTML report of a training run, or compare several.",
      "m3llm report work_dirs/run"),
     ("doctor", doctor, "Check whether this machine can train, and suggest a fix for each problem.",

@@ -59,7 +59,6 @@ WEB_APPLICATIONS = (
     "inference.serve.",
     "inference.web.",
     "train.report.",
-    "utils.templates",
     "utils.web",
 )
 MAX_MODULES = 14
@@ -75,7 +74,7 @@ TESTED_BY = {
     "cli": "integration/test_cli.py",
     "commands": "integration/test_cli.py",
     "utils.doctor": "commands/test_doctor.py",
-    "utils.templates": "train/report/test_page.py",
+    "utils.gpus": "model/test_flops.py",
     "train.flags": "train/test_arguments.py",
     "train.config": "train/test_arguments.py",
     "train.refused_flags": "train/test_arguments.py",
@@ -115,6 +114,7 @@ TESTED_BY = {
     "train.checkpoint": "train/checkpoint/test_saver.py",
     "utils.hashed_file": "model/io/test_weights.py",
     "train.distributed": "integration/test_processes.py",
+    "train.planning": "train/planning/test_estimate.py",
     "train.report": "train/report/test_page.py",
 }
 

@@ -86,7 +86,10 @@ def make_loop(
     frozen = {name: getattr(config.model, name) for name in ("freeze_llm", "freeze_mlp", "freeze_backbone")}
     set_trainable(model, **frozen)
     apply_kernels(
-        model, run.device, liger=config.model.use_liger, persistent_buffers=run.device.type == "cpu"
+        model,
+        run.device,
+        liger=config.model.use_liger,
+        persistent_buffers=run.device.type == "cpu" and run.world_size == 1,
     )
     encoder = RecordEncoder(tokenizer, preprocessing.with_tile_limit(workload.max_dynamic_patch))
     data, flops = load_records(config, specs, encoder), count_flops(model)
@@ -97,11 +100,12 @@ def make_loop(
         model.compile_blocks()
     strategy = build_strategy(config, memory, model, run.count_steps(len(sampler)))
     folder = Path(run.output_dir)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # another rank may have created it
     plan = {
         name: getattr(memory, name) for name in ("parallel", "checkpointed_layers", "components", "total")
     }
-    (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    if run.is_main:
+        (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
     checkpointer = Checkpointer(
         folder,
         strategy,

@@ -166,12 +166,15 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _has_flash_kernel(query: torch.Tensor, dropout: float) -> bool:
-    """Return whether torch's own variable-length flash kernel supports these inputs."""
+    """Return whether torch's own variable-length flash kernel supports these inputs.
+
+    The meta device stands for a GPU that supports it, so that memory can be planned without the GPU.
+    """
     return (
-        query.is_cuda
+        (query.is_cuda or query.is_meta)
         and query.dtype in (torch.bfloat16, torch.float16)
         and dropout == 0.0
-        and torch.cuda.get_device_capability(query.device)[0] >= 8
+        and (query.is_meta or torch.cuda.get_device_capability(query.device)[0] >= 8)
         and find_spec("torch.nn.attention.varlen") is not None
     )
 

@@ -10,27 +10,15 @@ from torch import nn
 from internvl_chat.model.kernels.apply import has_supervised_head
 from internvl_chat.model.lora.quantization import parameter_count
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
-
-# Substring of the device name and dense bf16 peak in FLOP/s (from data sheets, without sparsity).
-_PEAKS = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H800", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("RTX 4090", 165e12),
-)
+from internvl_chat.utils.gpus import find_gpu
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the dense bf16 peak FLOP/s of a device; None if unknown."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.tflops * 1e12
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ autograd saves are added up.
 """
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
     """Return the activation bytes of a decoder layer per token and per squared record length."""
     decoder = model.language_model.get_decoder()
     layer = _on_device(decoder.layers[0], device)
-    dtype, saved = model.projector_weight.dtype, []
+    dtype, saved = next(layer.parameters()).dtype, []
     for tokens in _PROBE_LENGTHS:
         x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
         positions = torch.arange(tokens, device=device).unsqueeze(0)
@@ -137,8 +138,15 @@ def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float
 
 
 def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return the module itself if it is on the device, otherwise a copy on the device."""
-    return module if next(module.parameters()).device == device else copy.deepcopy(module).to(device)
+    """Return the module itself if it is on the device, otherwise a copy on the device.
+
+    The copy of a module without weights (on the meta device) has uninitialized weights.
+    """
+    source = next(itertools.chain(module.parameters(), module.buffers())).device
+    if source == device:
+        return module
+    moved = copy.deepcopy(module)
+    return moved.to_empty(device=device) if source.type == "meta" else moved.to(device)
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
@@ -171,6 +179,7 @@ def parallel_memory(
     several_packs: bool,
     zero: Mapping[str, Any],
     offload: bool = False,
+    lazy_pages: bool = False,
 ) -> dict[str, int]:
     """Return the memory per rank in bytes, without activations, keyed by component (see `COMPONENTS`).
 
@@ -183,6 +192,7 @@ def parallel_memory(
         several_packs: whether gradients are accumulated over multiple packs per step.
         zero: `zero_optimization` section of the DeepSpeed configuration.
         offload: whether FSDP2 keeps its shards, gradients and optimizer state in host memory.
+        lazy_pages: whether allocated memory counts only when it is written, as on a CPU.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
     weights = _size(model.parameters()) + quantization_bytes(model) + _dora_bytes(model)
@@ -209,7 +219,7 @@ def parallel_memory(
             weights, optimizer_state, optimizer_scratch = _size(root), 0, 0
             gradients = unreduced + _size(p for p in root if p.requires_grad)
     elif parallel == "deepspeed":
-        return _deepspeed_memory(model, trained, ranks, zero)
+        return _deepspeed_memory(model, trained, ranks, zero, lazy_pages)
     sizes = (weights, gradients, optimizer_state, optimizer_scratch, buffers)
     return dict(zip(COMPONENTS, sizes, strict=True))
 
@@ -246,7 +256,11 @@ def _offload_device(zero: Mapping[str, Any], what: str) -> str:
 
 
 def _deepspeed_memory(
-    model: InternVLChatModel, trained: list[nn.Parameter], ranks: int, zero: Mapping[str, Any]
+    model: InternVLChatModel,
+    trained: list[nn.Parameter],
+    ranks: int,
+    zero: Mapping[str, Any],
+    lazy_pages: bool,
 ) -> dict[str, int]:
     stage, numel = int(zero.get("stage", 0)), sum(p.numel() for p in trained)
 
@@ -261,12 +275,18 @@ def _deepspeed_memory(
     gradients = shard(_size(trained), 2)
     # DeepSpeed keeps float32 master weights and moments and casts the gradients to float32 for the update.
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
-    buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
-    buffers = buckets * min(elements("reduce_bucket_size", 5e8), numel)
+    largest, bucket = max(trained, key=torch.Tensor.numel), elements("reduce_bucket_size", 5e8)
+    if stage >= 2 and largest.numel() > bucket:
+        gradients += largest.nbytes  # reduced on its own
+    # Each bucket is allocated in its full size, even if the gradients are smaller.
+    buffers = (2 if zero.get("overlap_comm", stage == 3) else 1) * bucket
+    if lazy_pages:
+        # The second bucket is used only when the first is full.
+        buffers = min(buffers, numel)
     if stage == 3:
         gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
         buffers += min(gathered, sum(p.numel() for p in model.parameters()))
-    buffers *= trained[0].element_size()
+    buffers *= model.projector_weight.element_size()  # DeepSpeed casts float32 adapters to bf16
     if _offload_device(zero, "optimizer") != "none":
         state = scratch = 0
     if _offload_device(zero, "param") != "none":

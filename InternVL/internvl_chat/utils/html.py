@@ -5,9 +5,11 @@ import html
 import io
 import json
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from PIL.Image import Image
 
 _LONG_CELL = 40
@@ -111,3 +113,16 @@ def jpeg_thumbnail(image: "Image", pixels: int) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)
     return stream.getvalue()
+
+
+def templates(package: str) -> "Environment":
+    """Return a Jinja environment for the HTML templates in the folder `templates` of a package."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(files(package) / "templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

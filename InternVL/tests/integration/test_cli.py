@@ -30,6 +30,7 @@ COMMANDS = [
     "merge",
     "export",
     "parity",
+    "plan",
     "report",
     "doctor",
     "sample-data",

@@ -14,8 +14,7 @@ from internvl_chat.data.browse.rows import record_rows, set_rows
 from internvl_chat.data.browse.search import find_id, find_text
 from internvl_chat.data.sources.problems import ERRORS, KINDS, REMEDIES, WARNINGS
 from internvl_chat.utils.errors import UsageError
-from internvl_chat.utils.html import STYLE
-from internvl_chat.utils.templates import templates
+from internvl_chat.utils.html import STYLE, templates
 
 PACKAGE = "internvl_chat.data.browse"
 PAGE_SIZE = 50

@@ -32,8 +32,7 @@ from internvl_chat.inference.web.schema import (
     parse,
 )
 from internvl_chat.utils.errors import DataError, M3LLMError
-from internvl_chat.utils.html import STYLE, image_data_url, jpeg_thumbnail
-from internvl_chat.utils.templates import templates
+from internvl_chat.utils.html import STYLE, image_data_url, jpeg_thumbnail, templates
 from internvl_chat.utils.web import RequestGuard
 
 PACKAGE = "internvl_chat.inference.web"

@@ -4,6 +4,7 @@ All sizes are in bytes. The plan never changes flags that affect the results, su
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import resource
@@ -19,8 +20,16 @@ import torch
 from internvl_chat.constants import WEIGHT_PRECISIONS
 from internvl_chat.data.batching.sampler import StepSampler
 from internvl_chat.data.dataset import SampleIndex, TrainingData
+from internvl_chat.data.index.cache import Lengths
 from internvl_chat.model.lora.quantization import quantization_bytes
-from internvl_chat.model.memory import PackSize, measure_activations, offloaded_memory, parallel_memory
+from internvl_chat.model.memory import (
+    COMPONENTS,
+    Activations,
+    PackSize,
+    measure_activations,
+    offloaded_memory,
+    parallel_memory,
+)
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, scratch_bytes
@@ -33,8 +42,12 @@ from internvl_chat.utils.logging import get_logger
 logger = get_logger(__name__)
 
 # Usable fraction of a GPU's free memory; the rest allows for rounding and fragmentation in the allocator.
-_USABLE = 0.95
+USABLE = 0.95
 _CPU = torch.device("cpu")
+_LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "deepspeed")
+
+# The largest packs with their records, and whether any rank has multiple packs in a step.
+LargestPacks = tuple[list[tuple[PackSize, list[SampleIndex]]], bool]
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,12 @@ class MemoryPlan:
         persistent = sum(sizes.pop(name) for name in ("weights", "gradients", "optimizer state"))
         return persistent + max(sizes.pop("optimizer scratch"), sum(sizes.values()))
 
+    def parts(self) -> tuple[float, float, float, float, float]:
+        """Return weights, gradients, optimizer (state and scratch), buffers, and activations of the pack."""
+        sizes = dict(self.components)
+        weights, gradients, state, scratch, buffers = (sizes.pop(name) for name in COMPONENTS)
+        return weights, gradients, state + scratch, buffers, sum(sizes.values())
+
     def table(self) -> str:
         """Format the plan as text."""
         parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.components.items())
@@ -108,7 +127,20 @@ def plan_memory(
     Raises:
         UsageError: the run does not fit; the message contains the plan and the flags that would fit.
     """
-    run, planner = config.run, _Planner(config, model, sampler, data)
+    run = config.run
+    node_sizes = set(all_gather_object(run.local_world_size))
+    planner = MemoryPlanner(
+        config,
+        model,
+        sampler,
+        data.epoch_lengths(),
+        available=min(all_gather_object(usable_memory(run))),
+        activations=measure_activations(model, run.device),
+        compiled=uses_compiled_step(update_precision(run), run.device),
+        host_available=min(all_gather_object(available_memory(_CPU, run.local_world_size))),
+        can_replicate=len(node_sizes) == 1 and 1 < run.local_world_size < run.world_size,
+    )
+    planner.compute_layouts()
     replicated = "ddp" if run.world_size > 1 else "single"
     plan = planner.plan(replicated if run.parallel in ("auto", "ddp") else run.parallel)
     if run.parallel == "auto" and run.world_size > 1:
@@ -130,40 +162,60 @@ def plan_memory(
     return plan
 
 
-class _Planner:
-    """Computes memory plans of a run for different layouts and flags."""
+class MemoryPlanner:
+    """Computes memory plans of a run for different layouts and flags.
+
+    Args:
+        config: configuration of the run; `config.run.device` determines the kernels and the optimizer.
+        model: model on any device, after `set_trainable` and `apply_kernels`.
+        sampler: records of each step.
+        lengths: lengths of the records of an epoch.
+        available: memory available to each rank, in bytes.
+        activations: result of `measure_activations`.
+        compiled: whether the optimizer step is compiled.
+        packs: result of `largest_packs`, if it is known.
+        host_available: host memory available to each rank, in bytes.
+        can_replicate: whether HSDP differs from FSDP2 and DDP.
+    """
 
     def __init__(
-        self, config: TrainConfig, model: InternVLChatModel, sampler: StepSampler, data: TrainingData
+        self,
+        config: TrainConfig,
+        model: InternVLChatModel,
+        sampler: StepSampler,
+        lengths: Lengths,
+        *,
+        available: float,
+        activations: Activations,
+        compiled: bool,
+        packs: LargestPacks | None = None,
+        host_available: float = math.inf,
+        can_replicate: bool = False,
     ) -> None:
-        run, self.sampler, self.lengths = config.run, sampler, data.epoch_lengths()
+        run, self.sampler, self.lengths = config.run, sampler, lengths
         self.steps, self.checkpoint = run.count_steps(len(sampler)), config.model.grad_checkpoint
         self.can_shard = not (quantization_bytes(model) or has_quantized_state(run.optim))
-        self.has_precision = run.optim in OWN_OPTIMIZERS
-        self.precision = run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
-        usable = _USABLE if run.device.type == "cuda" else 1
-        local = usable * available_memory(run.device, run.local_world_size)
-        self.available = min(all_gather_object(local))
-        self.activations = measure_activations(model, run.device)
-        self.packs = self.largest_packs(sampler.planner.max_packed_tokens)
-        compiled = uses_compiled_step(self.precision, run.device)
-        node_sizes = set(all_gather_object(run.local_world_size))
-        self.can_replicate = len(node_sizes) == 1 and 1 < run.local_world_size < run.world_size
-        self.on_gpu = run.device.type == "cuda"
-        # On a CPU, nothing moves.
-        self.offload, offloads = self.on_gpu and run.cpu_offload, (False, True) if self.on_gpu else (False,)
-        self.host_available = min(all_gather_object(available_memory(_CPU, run.local_world_size)))
-        # Computed now, because sharding changes the parameters.
-        keys = itertools.product(
-            ("single", "ddp", "fsdp", "hsdp", "deepspeed"), WEIGHT_PRECISIONS, (False, True), offloads
-        )
-        self.layouts = {
-            (parallel, precision, several, offload): (
-                layout_memory(model, run, parallel, precision, several, compiled, offload),
+        self.has_precision, self.can_replicate = run.optim in OWN_OPTIMIZERS, can_replicate
+        self.precision, self.available, self.activations = update_precision(run), available, activations
+        self.packs = packs or self.largest_packs(sampler.planner.max_packed_tokens)
+        self.on_gpu, self.host_available = run.device.type == "cuda", host_available
+        self.offload = self.on_gpu and run.cpu_offload  # on a CPU, nothing moves
+
+        def layout(
+            parallel: str, precision: str, several_packs: bool, offload: bool
+        ) -> tuple[dict[str, int], int]:
+            return (
+                layout_memory(model, run, parallel, precision, several_packs, compiled, offload),
                 layout_host_memory(model, run, parallel, precision, offload),
             )
-            for parallel, precision, several, offload in keys
-        }
+
+        self._layout = functools.cache(layout)
+
+    def compute_layouts(self) -> None:
+        """Compute the memory of all layouts now; later, sharding changes the parameters."""
+        offloads = (False, True) if self.on_gpu else (False,)
+        for key in itertools.product(_LAYOUTS, WEIGHT_PRECISIONS, (False, True), offloads):
+            self._layout(*key)
 
     def plan(self, parallel: str, **changed: Any) -> MemoryPlan:
         """Return the fitting plan with the fewest checkpointed layers; if none fits, the one with the most.
@@ -174,7 +226,7 @@ class _Planner:
         """
         packs, several = changed.get("packs", self.packs)
         precision, offload = changed.get("precision", self.precision), changed.get("offload", self.offload)
-        layout, host = self.layouts[parallel, precision, several, offload]
+        layout, host = self._layout(parallel, precision, several, offload)
         checkpoint, layers = changed.get("checkpoint", self.checkpoint), self.activations.layers
         for count in {"True": [layers], "False": [0]}.get(checkpoint, range(layers + 1)):
             candidates = [(self.activations.for_pack(pack, count), pack, records) for pack, records in packs]
@@ -205,9 +257,7 @@ class _Planner:
             totals[f"--max_packed_tokens {tokens}"] = total
         return {flag: total for flag, total in totals.items() if total <= limit}
 
-    def largest_packs(
-        self, max_packed_tokens: int | None
-    ) -> tuple[list[tuple[PackSize, list[SampleIndex]]], bool]:
+    def largest_packs(self, max_packed_tokens: int | None) -> LargestPacks:
         """Return the two packs that need the most memory, and whether any rank has multiple packs in a step.
 
         The first pack needs the most memory without activation checkpointing, the second with it.
@@ -233,6 +283,11 @@ class _Planner:
         ], several
 
 
+def update_precision(run: RunConfig) -> str:
+    """Return how bf16 weights are updated outside DeepSpeed; library optimizers have no master weights."""
+    return run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
+
+
 def layout_memory(
     model: InternVLChatModel,
     run: RunConfig,
@@ -253,6 +308,7 @@ def layout_memory(
         several_packs=several_packs,
         zero=_zero(run),
         offload=offload,
+        lazy_pages=run.device.type == "cpu",
     )
 
 
@@ -280,6 +336,12 @@ def _optimizer_state(model: InternVLChatModel, run: RunConfig, precision: str) -
 
 def _zero(run: RunConfig) -> dict[str, Any]:
     return (run.deepspeed or {}).get("zero_optimization", {})
+
+
+def usable_memory(run: RunConfig) -> float:
+    """Return the memory that a run may use on this rank: on a GPU, 95% of its free memory."""
+    usable = USABLE if run.device.type == "cuda" else 1
+    return usable * available_memory(run.device, run.local_world_size)
 
 
 def available_memory(device: torch.device, local_ranks: int = 1) -> int:

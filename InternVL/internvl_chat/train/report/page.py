@@ -17,9 +17,8 @@ from internvl_chat.train.report.run import Run, read_run
 from internvl_chat.train.report.samples import sample_questions
 from internvl_chat.train.report.tables import data_block, validation_table, warnings_block
 from internvl_chat.utils.files import atomic_path
-from internvl_chat.utils.html import STYLE
+from internvl_chat.utils.html import STYLE, templates
 from internvl_chat.utils.plotting import PALETTE
-from internvl_chat.utils.templates import templates
 from internvl_chat.utils.text import counted
 
 _TIME = "%Y-%m-%d %H:%M:%S"

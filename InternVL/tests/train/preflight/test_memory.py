@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import needs_bitsandbytes
 
+from benchmarks.plan_accuracy import plan_model
 from benchmarks.shapes import SHAPES, weightless_model
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.batching.sampler import StepSampler
@@ -144,13 +145,25 @@ def test_zero_1_shards_only_the_optimizer(full_8b, ranks):
 def test_zero_2_and_3(full_8b):
     zero = {"stage": 2, "reduce_bucket_size": "1e8", "overlap_comm": True}
     found = components(full_8b, "deepspeed", 2, zero=zero)
-    sizes = (2 * ALL, TRAINED, 6 * TRAINED, 2 * TRAINED, 2 * 2 * 10**8)
+    # The embedding's gradient does not fit in a bucket, so it is unsharded until it is reduced.
+    gradients = TRAINED + 2 * EMBEDDING
+    sizes = (2 * ALL, gradients, 6 * TRAINED, 2 * TRAINED, 2 * 2 * 10**8)
     assert found == dict(zip(NAMES, sizes, strict=True))
     zero = {"stage": 3, "reduce_bucket_size": "auto", "overlap_comm": False}
     zero |= {"stage3_max_live_parameters": 3e8, "stage3_prefetch_bucket_size": "auto"}
     found = components(full_8b, "deepspeed", 2, zero=zero)
-    sizes = (ALL, TRAINED, 6 * TRAINED, 2 * TRAINED, 2 * (WIDTH**2 + 3 * 10**8 + WIDTH**2))
+    sizes = (ALL, gradients, 6 * TRAINED, 2 * TRAINED, 2 * (WIDTH**2 + 3 * 10**8 + WIDTH**2))
     assert found == dict(zip(NAMES, sizes, strict=True))
+
+
+def test_zero_allocates_whole_buckets():
+    """On a GPU, two buckets of the configured size; on a CPU, only what the gradients of a step fill."""
+    model = plan_model("smoke", "lora", "bfloat16", "cuda").model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    zero = {"stage": 1, "reduce_bucket_size": 10**9, "overlap_comm": True}
+    for device, elements in ((CUDA, 2 * 10**9), (CPU, trained)):
+        found = layout_memory(model, run_of(2, zero, device), "deepspeed", "master", False, True)
+        assert found["communication buffers"] == 2 * elements
 
 
 def test_zero_with_offloading(full_8b):

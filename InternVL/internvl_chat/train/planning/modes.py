@@ -1,0 +1,114 @@
+"""Parallel modes, and the launcher command that selects each of them."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from internvl_chat.model.io.folders import read_json
+
+_SHELL = Path(__file__).resolve().parents[2] / "shell"
+_LAUNCHERS = {"lora": "M3LLM-fulldata-lora.sh", "full": "M3LLM-fulldata-fullmodel.sh"}
+RECIPES = tuple(_LAUNCHERS)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A parallel mode.
+
+    Its memory is that of `parallel` in `model.memory.parallel_memory`. Bytes sent are multiples of
+    (R - 1) / R times the size of the weights or gradients, with R ranks.
+
+    Attributes:
+        name: name for the user.
+        parallel: layout in the memory planner: `single`, `ddp`, `fsdp` or `deepspeed`.
+        gathers: how often all weights are gathered in each pack.
+        reduces: how often data of the size of the trained weights is sent per step: reduced gradients and
+            gathered updates.
+        zero: DeepSpeed configuration file in `shell/deepspeed`, if any.
+    """
+
+    name: str
+    parallel: str
+    gathers: int
+    reduces: int
+    zero: str | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the launcher that select this mode."""
+        if self.zero:
+            return {"DEEPSPEED": str(_SHELL / "deepspeed" / self.zero)}
+        return {} if self.parallel == "single" else {"PARALLEL": self.parallel}
+
+    @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        """DeepSpeed configuration of this mode; None without DeepSpeed."""
+        return _read_zero(self.zero) if self.zero else None
+
+
+@cache
+def _read_zero(name: str) -> dict[str, Any]:
+    return read_json(_SHELL / "deepspeed" / name)
+
+
+SINGLE = Mode("single", "single", 0, 0)
+# In order of preference, if they are equally fast.
+MODES = (
+    Mode("ddp", "ddp", 0, 2),
+    Mode("fsdp", "fsdp", 2, 1),
+    Mode("zero1", "deepspeed", 0, 2, "zero1.json"),
+    Mode("zero2", "deepspeed", 0, 2, "zero2.json"),
+    Mode("zero3", "deepspeed", 2, 1, "zero3.json"),
+)
+
+
+def recipe_file(recipe: str) -> Path:
+    """Return the YAML file with the flags of a recipe."""
+    return _SHELL / "recipes" / f"{recipe}.yaml"
+
+
+def launcher_command(
+    recipe: str,
+    mode: Mode,
+    *,
+    device: str,
+    gpus: int,
+    nodes: int,
+    batch_size: int,
+    paths: Mapping[str, str],
+    flags: Sequence[str],
+) -> str:
+    """Return the shell command that starts the run on each node.
+
+    Args:
+        recipe: `lora` or `full`.
+        mode: parallel mode.
+        device: `cuda` or `cpu`.
+        gpus: ranks per node.
+        nodes: number of nodes.
+        batch_size: records per step across all ranks.
+        paths: variables of the launcher with paths, such as `MODEL_PATH`.
+        flags: training flags after the launcher.
+    """
+    ranks = {"GPUS": gpus} if device == "cuda" else {"GPUS": 0, "NPROC": gpus}
+    several = {"NNODES": nodes, "NODE_RANK": "$NODE_RANK", "MASTER_ADDR": "$MASTER_ADDR"} if nodes > 1 else {}
+    variables = ranks | several | {"BATCH_SIZE": batch_size} | mode.environment | dict(paths)
+    words = [f"{name}={_quote(str(value))}" for name, value in variables.items()]
+    launcher = _SHELL / "internvl3.0/2nd_finetune" / _LAUNCHERS[recipe]
+    return " ".join([*words, "bash", shlex.quote(_shown(launcher)), *map(shlex.quote, flags)])
+
+
+def _quote(value: str) -> str:
+    return (
+        value
+        if value in ("$NODE_RANK", "$MASTER_ADDR")
+        else shlex.quote(_shown(Path(value)) if value.startswith(str(_SHELL)) else value)
+    )
+
+
+def _shown(path: Path) -> str:
+    """Return a path relative to the current folder if it is inside it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
