@@ -56,7 +56,7 @@ def _quantized(layer: nn.Linear) -> nn.Linear:
         device=torch.device("meta"),
     )
     codes, state = _quantize(weight)
-    parameter = Params4bit(
+    parameter: Any = Params4bit(
         codes,
         quant_state=state,
         quant_type=NF4,
