@@ -193,8 +193,8 @@ def test_nodes_with_different_annotation_files(plan_of, monkeypatch):
     check = distributed.run_on_rank_0
 
     def check_elsewhere(function):
-        lengths, excluded, (first, *others), images = check(function)
-        return lengths, excluded, ["0" * len(first), *others], images
+        lengths, excluded, (first, *others), *images = check(function)
+        return lengths, excluded, ["0" * len(first), *others], *images
 
     monkeypatch.setattr(distributed, "run_on_rank_0", check_elsewhere)
     message = f"{plan.specs[0].annotation}: differs from the file on the node of rank 0"
