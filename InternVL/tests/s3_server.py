@@ -91,13 +91,18 @@ class S3Server:
 
 def connect(server: S3Server, monkeypatch, cache: Path) -> None:
     """Let this process use the server, with an empty cache."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("M3LLM_CACHE", str(cache))
+    forget_connections()
+
+
+def forget_connections() -> None:
+    """Let the next request use the server in the environment variables."""
     import s3fs
 
     from internvl_chat.data.storage import stores, urls
 
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("M3LLM_CACHE", str(cache))
     s3fs.S3FileSystem.clear_instance_cache()
     urls._filesystem.cache_clear()
     stores._open_url.cache_clear()

@@ -109,7 +109,7 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
     """Return the activation bytes of a decoder layer per token and per squared record length."""
     decoder = model.language_model.get_decoder()
     layer = _on_device(decoder.layers[0], device)
-    dtype, saved = next(layer.parameters()).dtype, []
+    dtype, saved = model.projector_weight.dtype, []
     for tokens in _PROBE_LENGTHS:
         x = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=dtype, device=device, requires_grad=True)
         positions = torch.arange(tokens, device=device).unsqueeze(0)

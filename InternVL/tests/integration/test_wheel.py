@@ -44,7 +44,9 @@ def test_wheel_is_complete(installed):
     shell = installed / "internvl_chat/shell"
     assert set(json.loads((shell / "data/PMC-data.json").read_text())) >= {"qa-bbox", "qa-puretext"}
     assert yaml.safe_load((shell / "recipes/full.yaml").read_text())["max_seq_length"] == 16384
-    assert {file.name for file in (shell / "deepspeed").iterdir()} == {f"zero{n}.json" for n in (1, 2, 3)}
+    names = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+    assert {file.name for file in (shell / "deepspeed").iterdir()} == {f"{name}.json" for name in names}
+    assert (installed / "internvl_chat/train/planning/calibration.json").is_file()
 
 
 # PYTHON is what every other test of the launchers sets.

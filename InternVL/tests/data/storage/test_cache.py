@@ -1,7 +1,6 @@
 """The cache of downloaded images: bounded, shared by processes, and never with a truncated file."""
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import random
@@ -71,7 +70,6 @@ def test_files_of_killed_processes_are_deleted(cache):
 
 
 def test_unwritable_folder(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("internvl_chat"), "propagate", True)
     (tmp_path / "file").write_bytes(b"")
     cache = ImageCache(tmp_path / "file/images", 1000)
     for key in "ab":
