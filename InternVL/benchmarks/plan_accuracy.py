@@ -43,7 +43,7 @@ from internvl_chat.data.index.cache import Lengths
 from internvl_chat.train.arguments import parse_arguments
 from internvl_chat.train.monitor.step_metrics import StepRecord
 from internvl_chat.train.planning.estimate import Estimate, PlannedModel, Planner
-from internvl_chat.train.planning.hardware import cpu_hardware
+from internvl_chat.train.planning.hardware import Efficiency, Hardware, cpu_hardware
 from internvl_chat.train.planning.speed import optimizer_bytes
 from internvl_chat.train.planning.workload import Workload
 from internvl_chat.utils import distributed
@@ -278,18 +278,19 @@ def plan_model(model: str, recipe: str, dtype: str, device: str) -> PlannedModel
     return PlannedModel.build(parse_arguments(as_tokens(flags)), shape.config(), device)
 
 
-def predict(row: Row, records: Sequence[Sequence[int]]) -> Estimate:
+def predict(row: Row, records: Sequence[Sequence[int]], hardware: Hardware | None = None) -> Estimate:
     """Return the prediction of `m3llm plan` for a measured layout.
 
     Args:
         row: measurement.
         records: tokens, supervised tokens and tiles of each record, in order of training.
+        hardware: hardware of a rank (default: a core, with the package's calibration).
     """
     planned = plan_model(row["model"], row["recipe"], row["dtype"], "cpu")
     step_records = STEP_RECORDS[row["recipe"]]
     tokens, supervised, tiles = np.array(records[step_records:], np.int32).T  # without the untimed step
     workload = Workload(Lengths(tokens, supervised, tiles), len(tokens), "measured records", True)
-    hardware = cpu_hardware(row["dtype"], 1e12, disk=1.0, price=None)
+    hardware = hardware or cpu_hardware(row["dtype"], 1e12, disk=1.0, price=None)
     estimates = Planner(planned, workload, hardware).compare(row["ranks"], 1, step_records)
     return next(estimate for estimate in estimates if estimate.mode.name == row["layout"])
 
@@ -341,10 +342,13 @@ def calibrate(results: Path) -> Row:
 def _fit(reports: Sequence[Row], machine: Row) -> Row:
     """Return the efficiency that fits the measured times of the fitted layouts best, relative to the time."""
     work, seconds = [], []
+    # The rates do not affect the work.
+    efficiency = Efficiency(**ASSUMED)
+    core = Hardware("core", "cpu", 1e12, 1e9, 1e9, 1e9, 1e9, 1e9, price=None, efficiency=efficiency)
     for report in reports:
         for row in report["rows"]:
             if row["layout"] in _FITTED:
-                work.append(predict(row, report["records"][row["recipe"]]).work)
+                work.append(predict(row, report["records"][row["recipe"]], core).work)
                 seconds.append(row["measured_seconds"])
     columns = np.array([[w.flops, w.updated, w.sent, w.packs] for w in work]) / np.array(seconds)[:, None]
     scale = columns.max(axis=0)
