@@ -23,7 +23,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.planning.hardware import Hardware
-from internvl_chat.train.planning.modes import MODES, SINGLE, Mode
+from internvl_chat.train.planning.modes import Mode, modes_for
 from internvl_chat.train.planning.speed import (
     MAX_PAIRS,
     Load,
@@ -229,7 +229,7 @@ class Planner:
         packs, estimates = None, []
         # Balancing a batch over thousands of ranks is slow; a random share of it has similar packs.
         local = self._sampler(1, batch_size // ranks) if batch_size * ranks > MAX_PAIRS else sampler
-        for mode in MODES if ranks > 1 else (SINGLE,):
+        for mode in modes_for(ranks, nodes):
             planner = self._memory(self._run(mode, ranks, nodes, batch_size), local, packs)
             packs = planner.packs
             memory = planner.plan(mode.parallel)
@@ -295,12 +295,17 @@ class Planner:
         precision = "master" if mode.zero else update_precision(run)
         compiled = self._compiled(run) and not mode.zero
         state = layout_memory(
-            planned.model, dataclasses.replace(run, world_size=1), mode.parallel, precision, False, compiled
+            planned.model,
+            dataclasses.replace(run, world_size=1, local_world_size=1),
+            mode.parallel,
+            precision,
+            False,
+            compiled,
         )["optimizer state"]
         shard = memory.components["optimizer state"] / state if state else 0.0
         updated = shard * optimizer_bytes(planned.trained, precision, compiled=compiled)
-        sent = sent_bytes(mode, ranks, planned.size["all"], planned.size["trained"], load.packs)
-        work = Work(load.flops, load.packs, updated, sent)
+        sent = sent_bytes(mode, ranks, nodes, planned.size["all"], planned.size["trained"], load.packs)
+        work = Work(load.flops, load.packs, updated, **sent)
         saved = planned.size["saved"] + state
         return Estimate(
             mode=mode,

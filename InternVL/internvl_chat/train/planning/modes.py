@@ -23,7 +23,7 @@ class Mode:
 
     Attributes:
         name: name for the user.
-        parallel: layout in the memory planner: `single`, `ddp`, `fsdp` or `deepspeed`.
+        parallel: layout in the memory planner: `single`, `ddp`, `hsdp`, `fsdp` or `deepspeed`.
         gathers: how often all weights are gathered in each pack.
         reduces: how often data of the size of the trained weights is sent per step: reduced gradients and
             gathered updates.
@@ -58,11 +58,19 @@ SINGLE = Mode("single", "single", 0, 0)
 # In order of preference, if they are equally fast.
 MODES = (
     Mode("ddp", "ddp", 0, 2),
+    Mode("hsdp", "hsdp", 2, 1),
     Mode("fsdp", "fsdp", 2, 1),
     Mode("zero1", "deepspeed", 0, 2, "zero1.json"),
     Mode("zero2", "deepspeed", 0, 2, "zero2.json"),
     Mode("zero3", "deepspeed", 2, 1, "zero3.json"),
 )
+
+
+def modes_for(ranks: int, nodes: int) -> Sequence[Mode]:
+    """Return the modes for a number of ranks; HSDP needs several nodes with several ranks each."""
+    if ranks == 1:
+        return (SINGLE,)
+    return [mode for mode in MODES if mode.parallel != "hsdp" or 1 < nodes < ranks]
 
 
 def recipe_file(recipe: str) -> Path:

@@ -46,13 +46,17 @@ class Work(NamedTuple):
         flops: FLOPs of the passes, including recomputed activations.
         packs: number of packs.
         updated: memory traffic of the optimizer step in bytes.
-        sent: bytes sent to other ranks.
+        sent: bytes sent in collective operations of all ranks.
+        sent_within: bytes sent in collective operations of the ranks of a node.
+        sent_between: bytes sent in collective operations of one rank per node.
     """
 
     flops: float
     packs: float
     updated: float
     sent: float
+    sent_within: float = 0.0
+    sent_between: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,17 +140,26 @@ def optimizer_bytes(numel: Mapping[str, int], precision: str, *, compiled: bool)
     return numel["float32"] * _FLOAT32_STEP + numel["bfloat16"] * table[precision]
 
 
-def sent_bytes(mode: Mode, ranks: int, weights: float, trained: float, packs: float) -> float:
-    """Return the bytes that a rank sends in a step.
+def sent_bytes(
+    mode: Mode, ranks: int, nodes: int, weights: float, trained: float, packs: float
+) -> dict[str, float]:
+    """Return the bytes that a rank sends in a step, keyed by the field of `Work`.
 
     Args:
         mode: parallel mode.
         ranks: number of ranks.
+        nodes: number of nodes.
         weights: size of all weights.
         trained: size of the trained weights.
         packs: packs per step and rank.
     """
-    return (ranks - 1) / ranks * (mode.gathers * packs * weights + mode.reduces * trained)
+    total = mode.gathers * packs * weights + mode.reduces * trained
+    if mode.parallel != "hsdp":
+        return {"sent": (ranks - 1) / ranks * total}
+    local = ranks // nodes
+    # The shards of the gradients are then all-reduced across nodes.
+    between = 2 * (nodes - 1) / nodes * trained / local
+    return {"sent": 0.0, "sent_within": (local - 1) / local * total, "sent_between": between}
 
 
 def step_time(hardware: Hardware, work: Work, *, ranks: int, nodes: int) -> StepTime:
@@ -163,7 +176,8 @@ def step_time(hardware: Hardware, work: Work, *, ranks: int, nodes: int) -> Step
     achieved = hardware.efficiency
     compute = work.flops / (achieved.compute * hardware.flops)
     link = hardware.link if nodes == 1 else min(hardware.link, hardware.network * ranks / nodes)
-    communication = work.sent / (achieved.link * link)
+    seconds = work.sent / link + work.sent_within / hardware.link + work.sent_between / hardware.network
+    communication = seconds / achieved.link
     return StepTime(
         compute=compute,
         optimizer=work.updated / (achieved.memory * hardware.bandwidth),

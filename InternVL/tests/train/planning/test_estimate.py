@@ -14,6 +14,8 @@ from internvl_chat.train.config import TrainConfig
 from internvl_chat.train.planning.advice import batch_note, checkpoint_note, notes_of, shortage_note
 from internvl_chat.train.planning.estimate import Planner, recommend, usable_ranks
 from internvl_chat.train.planning.hardware import GB, Hardware, efficiency_of, gpu_hardware
+from internvl_chat.train.planning.modes import MODES
+from internvl_chat.train.planning.speed import sent_bytes
 from internvl_chat.train.planning.workload import Workload, uniform_workload
 from internvl_chat.train.preflight import memory
 from internvl_chat.utils.gpus import GPUS
@@ -70,6 +72,28 @@ def test_modes_shard_what_they_say(full, workload):
         "zero2": {"gradients", "optimizer state"},
         "zero3": {"weights", "gradients", "optimizer state"},
     }
+
+
+def test_hsdp_shards_within_a_node(full, workload):
+    """With two nodes of two ranks, the memory is that of FSDP2 on one node."""
+    planner = Planner(full, workload, H200)
+    two = {e.mode.name: e for e in planner.compare(4, 2, 4)}
+    (one,) = (e for e in planner.compare(2, 1, 2) if e.mode.name == "fsdp")
+    assert list(two) == ["ddp", "hsdp", "fsdp", "zero1", "zero2", "zero3"]
+    assert two["hsdp"].memory.components == one.memory.components
+    assert two["hsdp"].checkpoint_bytes == two["fsdp"].checkpoint_bytes
+    assert {e.mode.name for e in planner.compare(4, 1, 4) + planner.compare(4, 4, 4)} == two.keys() - {"hsdp"}
+
+
+def test_only_gradient_shards_of_hsdp_cross_nodes(full, workload):
+    """Two nodes of four ranks: an all-reduce of a quarter of the gradients sends half of its size twice."""
+    hsdp = next(mode for mode in MODES if mode.name == "hsdp")
+    sent = sent_bytes(hsdp, 8, 2, weights=1000.0, trained=800.0, packs=3.0)
+    within = 3 / 4 * (2 * 3 * 1000 + 800)
+    assert sent == {"sent": 0.0, "sent_within": within, "sent_between": 2 * 1 / 2 * 800 / 4}
+    planner = Planner(full, workload, with_hardware(network=1e8))
+    slow = {e.mode.name: e.step.communication for e in planner.compare(4, 2, 4)}
+    assert slow["hsdp"] < slow["fsdp"]
 
 
 def test_time_scales_with_what_limits_it(full, workload):
