@@ -353,7 +353,7 @@ def test_validation_with_sharded_weights(arguments, tmp_path, how):
     size = {"ranks": 4, "nodes": 2} if how == "hsdp" else {"ranks": 2}
     values = {"load_best_model_at_end": True, "save_steps": 2, "save_total_limit": 1}
     assert run_training(*arguments(one, **values)).returncode == 0
-    share = {"per_device_train_batch_size": 1}
+    share = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // size["ranks"]}
     result = run_training(*arguments(two, eval_samples=2, **{**values, **sharded, **share}), **size)
     assert result.returncode == 0, result.stderr[-3000:]
     assert ("no sample answers" in result.stderr) == (how != "zero2")
