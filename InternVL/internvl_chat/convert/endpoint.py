@@ -41,13 +41,16 @@ class Endpoint:
         model: name of the model (default: the only one of the endpoint).
 
     Raises:
-        UsageError: the URL is invalid, or the endpoint has several models.
+        UsageError: the URL or the key is invalid, or the endpoint has several models.
         ModelError: the endpoint cannot be reached, or is not OpenAI-compatible.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise UsageError(f"--endpoint {url}: must begin with http:// or https://")
+        _check_url(url)
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise UsageError(
+                "the API key contains characters other than printable ASCII, such as a line break"
+            )
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.headers = {"Content-Type": "application/json"}
         if api_key:
@@ -81,11 +84,11 @@ class Endpoint:
         }
         reply = self._request("/chat/completions", body)
         try:
-            text = reply["choices"][0]["message"]["content"] or ""
+            text = (reply["choices"][0]["message"]["content"] or "").strip()
             tokens = (reply.get("usage") or {}).get("prompt_tokens")
         except (LookupError, TypeError, AttributeError):
             raise self._incompatible("/chat/completions") from None
-        return EndpointAnswer(text.strip(), tokens if isinstance(tokens, int) else None)
+        return EndpointAnswer(text, tokens if isinstance(tokens, int) else None)
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -101,11 +104,27 @@ class Endpoint:
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise ModelError(f"{self.url} cannot be reached: {reason}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self._incompatible(path) from None
 
     def _incompatible(self, path: str) -> ModelError:
         return ModelError(f"{self.url}{path}: the response is not OpenAI-compatible")
+
+
+def _check_url(url: str) -> None:
+    """Check the URL of an endpoint.
+
+    Raises:
+        UsageError: the URL is invalid, or contains a key.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"--endpoint {url}: {error}") from None
+    if parts.scheme not in ("http", "https"):
+        raise UsageError(f"--endpoint {url}: must begin with http:// or https://")
+    if parts.username or parts.password:
+        raise UsageError("--endpoint: pass the key with --api_key instead of the URL")
 
 
 def _error_message(body: bytes) -> str:

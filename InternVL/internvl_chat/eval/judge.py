@@ -7,9 +7,10 @@ verdict. A verdict belongs to its question, reference, answer, judge model and p
 import importlib.util
 import json
 import os
+import queue
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -52,6 +53,8 @@ _PARALLEL = 8
 _MAX_RETRIES = 5
 _TIMEOUT_SECONDS = 120
 _MAX_NAMED = 5
+# Errors of the client and of `_ask` if a response is not an object of the API.
+_MALFORMED = LookupError | TypeError | ValueError | AttributeError | RecursionError
 
 
 def judge_problems(url: str | None, model: str | None, out: Path | None) -> list[str]:
@@ -169,25 +172,45 @@ def _replies(prompts: Mapping[str, str], url: str, model: str) -> Iterator[tuple
 
     key = os.environ.get("OPENAI_API_KEY", "none")
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=_MAX_RETRIES, timeout=_TIMEOUT_SECONDS)
-    pool = ThreadPoolExecutor(_PARALLEL)
-    futures = {pool.submit(_ask, client, model, prompt): digest for digest, prompt in prompts.items()}
+    waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, str | BaseException] | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def ask_all() -> None:
+        while not stop.is_set():
+            try:
+                digest, prompt = waiting.get_nowait()
+            except queue.Empty:
+                break
+            try:
+                done.put((digest, _ask(client, model, prompt)))
+            except BaseException as error:
+                stop.set()  # requests in progress continue, so that their verdicts are kept
+                done.put((digest, error))
+        done.put(None)
+
+    for pair in prompts.items():
+        waiting.put(pair)
+    for _ in range(_PARALLEL):
+        # Ctrl+C must not wait for the replies to requests in progress.
+        threading.Thread(target=ask_all, name="judge", daemon=True).start()
     failures: list[BaseException] = []
+    running = _PARALLEL
     try:
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            if error := future.exception():
-                failures.append(error)
-                for other in futures:  # requests in progress continue, so that their verdicts are kept
-                    other.cancel()
-            else:
-                yield futures[future], future.result()
+        while running:
+            match done.get():
+                case None:
+                    running -= 1
+                case digest, str(reply):
+                    yield digest, reply
+                case _, BaseException() as error:
+                    failures.append(error)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stop.set()
         client.close()
     if not failures:
         return
-    if not isinstance(failures[0], openai.OpenAIError | ValueError | AttributeError):
+    if not isinstance(failures[0], openai.OpenAIError | _MALFORMED):
         raise failures[0]
     kept = "the verdicts so far are kept: run the command again to continue"
     raise ModelError(f"--judge {url}: {_describe(failures[0])}; {kept}") from failures[0]
@@ -196,11 +219,16 @@ def _replies(prompts: Mapping[str, str], url: str, model: str) -> Iterator[tuple
 def _ask(client: "OpenAI", model: str, prompt: str) -> str:
     messages: list[Any] = [{"role": "user", "content": prompt}]
     response = client.chat.completions.create(model=model, messages=messages, temperature=0)
-    return response.choices[0].message.content or ""
+    reply = response.choices[0].message.content or ""
+    if not isinstance(reply, str):
+        raise TypeError("the reply is not text")
+    return reply
 
 
 def _describe(error: BaseException) -> str:
     """Return an error of the API in one line."""
-    if isinstance(error, AttributeError | ValueError):  # the response is not an object of the API
+    if isinstance(error, LookupError | TypeError):
+        return "a response contains no text"
+    if isinstance(error, _MALFORMED):
         return "not the base URL of an OpenAI-compatible API"
     return " ".join(str(error).split())[:300].rstrip(".")

@@ -112,6 +112,8 @@ def test_no_usage(url, usage):
         (reply({"error": {"message": "no key"}}, 401), ModelError, "no key; pass the key with --api_key"),
         (reply("hello"), ModelError, "/v1/chat/completions: the response is not OpenAI-compatible"),
         (reply({"choices": []}), ModelError, "not OpenAI-compatible"),
+        (reply({"choices": [{"message": {"content": ["a"]}}]}), ModelError, "not OpenAI-compatible"),
+        (reply("[" * 99_999), ModelError, "not OpenAI-compatible"),
         (reply([]), ModelError, "not OpenAI-compatible"),
         (
             reply({"choices": [{"message": {"content": "a"}}], "usage": 3}),
@@ -142,3 +144,18 @@ def test_unreachable():
     for url in ("localhost:8000", "file:///etc/passwd", "ftp://host"):
         with pytest.raises(UsageError, match="must begin with http:// or https://"):
             Endpoint(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "message"),
+    [
+        ("http://[::1", None, r"--endpoint http://\[::1: Invalid IPv6 URL"),
+        ("http://user:secret@localhost", None, "pass the key with --api_key instead of the URL"),
+        ("http://localhost", "secret\n", "characters other than printable ASCII"),
+        ("http://localhost", "sécret", "characters other than printable ASCII"),
+    ],
+)
+def test_invalid_url_or_key(url, key, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        Endpoint(url, api_key=key)
+    assert "cret" not in str(caught.value)

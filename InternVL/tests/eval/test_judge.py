@@ -25,12 +25,13 @@ ANSWERS = {item.key: item.reference if item.index % 2 else "unknown" for item in
 
 
 class Api(BaseHTTPRequestHandler):
-    """Chat completions; `replies` and `statuses` are taken by the next requests, if there are any."""
+    """Chat completions; the next requests take `replies`, `statuses` and `bodies`, if there are any."""
 
     requests: ClassVar[list[dict]] = []
     keys: ClassVar[list[str]] = []
     replies: ClassVar[list[str]] = []
     statuses: ClassVar[list[int]] = []
+    bodies: ClassVar[list[str]] = []
     lock = threading.Lock()
 
     def do_POST(self):
@@ -51,7 +52,7 @@ class Api(BaseHTTPRequestHandler):
         if status != 200 or self.path != "/v1/chat/completions":
             result = {"error": {"message": "the service is down", "type": "server_error"}}
             status = status if status != 200 else 404
-        text = json.dumps(result).encode()
+        text = (self.bodies.pop() if self.bodies else json.dumps(result)).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("retry-after-ms", "1")
@@ -76,7 +77,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def _api(monkeypatch):
-    for name in ("requests", "keys", "replies", "statuses"):
+    for name in ("requests", "keys", "replies", "statuses", "bodies"):
         monkeypatch.setattr(Api, name, [])
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
 
@@ -171,6 +172,50 @@ def test_verdict_is_the_last_line(reply, verdict):
 def test_url_that_is_not_an_api(judge, server):
     with pytest.raises(ModelError, match="the service is down"):
         judge(url=f"{server}/wrong")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"choices": null, "error": {"message": "the upstream is busy"}}', "contains no text"),
+        ('{"choices": []}', "contains no text"),
+        ('{"choices": [{"message": {"content": ["CORRECT"]}}]}', "contains no text"),
+        ('{"choices": [{"message": null}]}', "not the base URL"),
+        ("null", "not the base URL"),
+        (f'{{"choices": {"[" * 99_999}', "not the base URL"),
+    ],
+)
+def test_malformed_response(judge, tmp_path, body, message):
+    Api.bodies = [body]
+    with pytest.raises(ModelError, match=message):
+        judge()
+    stored = len(rows(tmp_path))  # of the other requests that were in progress
+    assert stored < 6 and len(judge()) == 6
+
+
+def test_an_interrupt_does_not_wait_for_requests_in_progress(judge, server, tmp_path, monkeypatch):
+    before, release, asked = {*threading.enumerate()}, threading.Event(), threading.Semaphore(0)
+
+    def ask(client, model, prompt):
+        asked.release()
+        if "It is 0" in prompt:
+            return "CORRECT"
+        release.wait()
+
+    monkeypatch.setattr("internvl_chat.eval.judge._ask", ask)
+
+    def interrupt(replies, total):
+        yield next(iter(replies))
+        for _ in range(6):
+            asked.acquire()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_answers(BENCHMARK, ANSWERS, url=f"{server}/v1", model="m", folder=tmp_path, progress=interrupt)
+    left = {*threading.enumerate()} - before
+    release.set()
+    assert left and all(thread.daemon for thread in left)  # the interpreter would wait for other threads
+    assert len(rows(tmp_path)) == 1
 
 
 def test_malformed_file(judge, tmp_path):

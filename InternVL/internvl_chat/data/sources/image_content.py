@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ _TIFF_BITS, _TIFF_PAGE, _TIFF_COPY = 258, 254, 0b101
 # Formats whose EXIF or XMP orientation Pillow reads but does not apply. It does apply TIFF orientation.
 _TURNED = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 _HEADER = 1 << 12
+# Pages of a TIFF that are counted: Pillow's time grows with the square of their number.
+_MAX_PAGES = 1000
 
 
 class ImageOptions(NamedTuple):
@@ -37,7 +40,7 @@ class ImageContent(NamedTuple):
     """Image properties from the file header.
 
     Attributes:
-        frames: number of frames or pages.
+        frames: number of frames or pages; more than 1,000 pages of a TIFF are not counted.
         bits: bits per channel.
         orientation: EXIF orientation; 1 is upright.
         has_alpha: whether pixels can be transparent.
@@ -108,18 +111,22 @@ def _frames(image: ImageFile) -> int:
     if image.format == "MPO":  # a photo with a preview or depth map
         return 1
     try:
-        frames = getattr(image, "n_frames", 1)
-        if not isinstance(image, TiffImageFile) or frames == 1:
-            return frames
-        if image.tag_v2.get(_TIFF_PAGE, 0) & _TIFF_COPY:  # the full image follows
-            return frames
-        pages = 0
-        for number in range(frames):
-            image.seek(number)
-            pages += not image.tag_v2.get(_TIFF_PAGE, 0) & _TIFF_COPY
-        return max(pages, 1)
+        return _pages(image) if isinstance(image, TiffImageFile) else getattr(image, "n_frames", 1)
     except Exception:  # damaged after the first frame; later frames are not used
         return 1
+
+
+def _pages(image: TiffImageFile) -> int:
+    """Return the number of pages, up to `_MAX_PAGES`, that are neither reduced-size copies nor masks.
+
+    If the first page is one of these, all pages count: the full image follows.
+    """
+    copies = []
+    with suppress(EOFError):
+        for number in range(_MAX_PAGES):
+            image.seek(number)
+            copies.append(bool(image.tag_v2.get(_TIFF_PAGE, 0) & _TIFF_COPY))
+    return len(copies) if copies[0] else copies.count(False)
 
 
 def _bits(image: ImageFile) -> int:
@@ -180,8 +187,9 @@ def content_warnings(
     found: dict[str, list[str]] = {}
     for name, content, visible in zip(names, contents, transparent, strict=True):
         if content.frames > 1:
+            count = f"{content.frames} or more" if content.frames == _MAX_PAGES else content.frames
             found.setdefault("multiple frames", []).append(
-                f"{name}: only the first of {content.frames} pages or frames is used"
+                f"{name}: only the first of {count} pages or frames is used"
             )
         if content.has_alpha and visible is not False and options.background == "none":
             text = f"{name}: the transparency is dropped{unknown if visible is None else ''}"

@@ -64,6 +64,16 @@ class TestFrames:
         options = {"save_all": True, "append_images": [noise(*SIZE)], "tiffinfo": {254: flag}}
         assert content_of(save(tmp_path, "a.tif", copy, **options)).frames == 2
 
+    def test_many_pages_of_a_tiff_are_not_all_counted(self, tmp_path):
+        tags = [(256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 8), (278, 1), (279, 1)]
+        page = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in tags)
+        step = len(page) + 4
+        pages = b"".join(page + struct.pack("<I", 8 + step * n) for n in range(1, 1201))
+        file = tmp_path / "a.tif"
+        file.write_bytes(struct.pack("<2sHI", b"II", 42, 8) + pages)
+        [(_, message)] = content_warnings(["a.tif"], [content_of(file)], ImageOptions(), [False])
+        assert message == "a.tif: only the first of 1000 or more pages or frames is used"
+
     def test_preview_of_a_photo(self, tmp_path):
         assert content_of(save(tmp_path, "a.mpo", save_all=True, append_images=[noise(8, 8)])).frames == 1
 
