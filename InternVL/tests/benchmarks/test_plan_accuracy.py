@@ -8,7 +8,11 @@ from benchmarks.plan_accuracy import CALIBRATION, RESULTS, calibrate, compare, m
 
 MEMORY_TOLERANCE, TIME_TOLERANCE = 0.15, 0.25
 # Layouts that are not planned within the tolerance, and their memory error; see benchmarks/README.md.
-OUTSIDE = {("small", "lora", "bfloat16", "zero3"): 0.2}
+OUTSIDE = {
+    ("small", "lora", "bfloat16", "zero3"): 0.19,
+    ("small", "lora", "float32", "zero3"): 0.32,
+    ("small", "lora", "float32", "fsdp"): 0.17,
+}
 
 
 def test_package_has_the_calibration_of_the_committed_results():
