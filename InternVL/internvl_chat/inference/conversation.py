@@ -9,6 +9,7 @@ from internvl_chat.data.sources.dialects import misplaced_image
 from internvl_chat.data.sources.problems import RecordError
 from internvl_chat.data.sources.records import Message, check_text, parse_record
 from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.text import counted
 
 # Role of a message -> its name in a training record.
 _ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -53,7 +54,8 @@ def build_messages(
         placeholders = question.text.count(IMAGE_PLACEHOLDER)
         if placeholders not in (0, question.num_images):
             raise DataError(
-                f"{placeholders} {IMAGE_PLACEHOLDER} placeholders, but {question.num_images} images"
+                f"{counted(placeholders, f'{IMAGE_PLACEHOLDER} placeholder')}, but "
+                f"{counted(question.num_images, 'image')}"
             )
         labels = [f"Fig-{shown + i}: " if labeled else "" for i in range(question.num_images)]
         messages.append(Message("user", place_images(question.text, labels)))

@@ -32,6 +32,7 @@ from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import DataError
 from internvl_chat.utils.logging import get_logger
+from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
@@ -293,7 +294,8 @@ class Engine:
         placeholders = sum(t.content.count(IMAGE_PLACEHOLDER) for t in prompt.messages if t.role == "user")
         if placeholders != len(prompt.images):
             raise DataError(
-                f"{placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(prompt.images)} images"
+                f"{counted(placeholders, f'{IMAGE_PLACEHOLDER} placeholder')}, but "
+                f"{counted(len(prompt.images), 'image')}"
             )
         options = self.encoder.preprocessing.image_options
         sizes = [turned_size(image.size, orientation(image), options) for image in prompt.images]

@@ -111,7 +111,7 @@ def test_lines_after_exit_are_not_read(piped):
     [
         ("/image none.png\nWhat?\n", [], 1, "none.png does not exist"),
         ("/picture\nWhat?\n", [], 2, "unknown command '/picture'"),
-        ("Is <image> red?\nWhat?\n", [], 1, "1 <image> placeholders, but 0 images"),
+        ("Is <image> red?\nWhat?\n", [], 1, "1 <image> placeholder, but 0 images"),
         ("word " * 30000, [], 1, "max_seq_length"),
         ("What?\n", ["--image", "none.png"], 1, "none.png does not exist"),
         ("What?\n", ["--seed", "1"], 2, "--top_p and --seed require --temperature"),
@@ -157,7 +157,7 @@ def test_errors_do_not_end_the_chat(typed, engine):
     code, written = typed("/image none.png\r/picture\rIs <image> red?\rWhat?\r/exit\r")
     assert code == 0
     assert written.out.splitlines()[1:] == answers(engine, ["What?"])[0].splitlines()
-    for message in ("none.png does not exist", "unknown command", "1 <image> placeholders"):
+    for message in ("none.png does not exist", "unknown command", "1 <image> placeholder"):
         assert message in written.err
     assert "Traceback" not in written.err
 

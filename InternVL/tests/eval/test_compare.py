@@ -46,9 +46,14 @@ def evaluate(folder, items, answer, *, model: str, protocol: str = "standard", b
 ITEM = {"task": "t", "index": 0, "question": "?", "reference": "a", "images": [], "answer": {}}
 
 
-def write(folder, item):
+def scored(em: object = 0.0, **changes) -> dict:
+    answer = {"text": "b", "parsed": None, "truncated": False, "scores": {"em": em}}
+    return ITEM | {"answer": answer} | changes
+
+
+def write(folder, item, model: str | None = "m"):
     folder.mkdir()
-    report = {"benchmark": "own", "model": "m", "protocol": "standard", "items": [item]}
+    report = {"benchmark": "own", "model": model, "protocol": "standard", "items": [item]}
     (folder / "report.json").write_text(json.dumps(report))
 
 
@@ -161,6 +166,13 @@ def test_other_protocol_needs_common(folders, images, tmp_path, capsys):
         (lambda folder: None, (), 1, "no report.json"),
         (lambda folder: write(folder, ITEM), (), 1, "not the report"),
         (lambda folder: write(folder, ITEM | {"answer": {"scores": 1}}), (), 1, "not the report"),
+        (lambda folder: write(folder, scored(task=["t"])), (), 1, "the wrong type"),
+        (lambda folder: write(folder, scored(index="0")), (), 1, "the wrong type"),
+        (lambda folder: write(folder, scored("1")), (), 1, "the wrong type"),
+        (lambda folder: write(folder, scored(1e999)), (), 1, "the wrong type"),
+        (lambda folder: write(folder, scored(), model=None), (), 1, "the wrong type"),
+        (lambda folder: (folder.mkdir(), (folder / "report.json").write_text("[" * 99_999)), (), 1,
+         "not the report"),
         (lambda folder: (folder.mkdir(), (folder / "report.json").write_text("[]")), (), 1, "not the report"),
         (lambda folder: (folder.mkdir(), (folder / "report.json").write_text('{"items": [{"a": 1}]}')), (), 1,
          "not the report"),

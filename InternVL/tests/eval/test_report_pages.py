@@ -225,6 +225,14 @@ def test_comparison_shows_gains_and_losses(both, folders, tmp_path):
     screenshot(both, "eval_compare", tmp_path)
 
 
+def test_two_answers_take_the_whole_width(both):
+    both.select_option("[name=task]", "puretext")
+    reference, *answers = both.locator(".item").first.locator(".reference, .answer").all()
+    boxes = [answer.bounding_box() for answer in (reference, *answers)]
+    assert len({box["y"] for box in boxes[1:]}) == 1
+    assert boxes[2]["x"] + boxes[2]["width"] == pytest.approx(boxes[0]["x"] + boxes[0]["width"], abs=1)
+
+
 def test_5000_items(tab, tmp_path):
     """The page draws one page of items, however many there are."""
     answers = [{"text": f"answer {n}", "parsed": None, "truncated": False, "scores": {"f1": n % 97 / 97}}

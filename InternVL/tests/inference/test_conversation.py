@@ -51,8 +51,8 @@ def test_one_question_is_a_prompt_of_the_engine():
 @pytest.mark.parametrize(
     ("questions", "answers", "message"),
     [
-        ([("<image>?", 2)], [], "1 <image> placeholders, but 2 images"),
-        ([("What?", 1), ("<image>?", 0)], ["A."], "1 <image> placeholders, but 0 images"),
+        ([("<image>?", 2)], [], "1 <image> placeholder, but 2 images"),
+        ([("What?", 1), ("<image>?", 0)], ["A."], "1 <image> placeholder, but 0 images"),
         ([("Is <image 1> red?", 1)], [], "unsupported placeholder '<image 1>'; use <image>"),
         ([("a <IMG_CONTEXT>", 0)], [], "the user message contains the reserved token <IMG_CONTEXT>"),
         ([("What?", 0)], ["a <IMG_CONTEXT>"], "the assistant message contains the reserved token"),

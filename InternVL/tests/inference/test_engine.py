@@ -227,9 +227,9 @@ def test_placement_of_images(question: str, images: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (ask("Is <image>?", [picture(), picture()]), "1 <image> placeholders, but 2 images"),
-        (ask("Is <image>?"), "1 <image> placeholders, but 0 images"),
-        (Prompt((Message("user", "Why?"),), (picture(),)), "0 <image> placeholders, but 1 images"),
+        (ask("Is <image>?", [picture(), picture()]), "1 <image> placeholder, but 2 images"),
+        (ask("Is <image>?"), "1 <image> placeholder, but 0 images"),
+        (Prompt((Message("user", "Why?"),), (picture(),)), "0 <image> placeholders, but 1 image"),
         (
             Prompt((Message("assistant", "<image>"), Message("user", "Why?")), (picture(),)),
             "0 <image> placeholders",

@@ -159,7 +159,7 @@ def test_the_queue_is_bounded(engine, gate):
 
 
 def test_an_unusable_prompt_fails_alone(engine, scheduler):
-    with pytest.raises(DataError, match="1 <image> placeholders, but 0 images"):
+    with pytest.raises(DataError, match="1 <image> placeholder, but 0 images"):
         scheduler.submit(ask("Is <image>?"))
     with pytest.raises(DataError, match="max_seq_length 400"):
         scheduler.submit(ask("What is the arrow? " * 200))

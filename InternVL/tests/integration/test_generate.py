@@ -86,7 +86,7 @@ def test_sampled_answers(generate, engine):
         (["What?", "--device", "gpu"], 2, ["--device gpu: unknown"]),
         (["--image", "/no/a.jpg", "--image", "/no/b.jpg", "--image", "BROKEN", "What?"], 1,
          ["3 problems", "/no/a.jpg does not exist", "/no/b.jpg does not exist", "broken.jpg cannot be"]),
-        (["--image", "FIGURE", "Is <image> as <image>?"], 1, ["2 <image> placeholders, but 1 images"]),
+        (["--image", "FIGURE", "Is <image> as <image>?"], 1, ["2 <image> placeholders, but 1 image"]),
         (["--image", "FIGURE", "Is <image 1> red?"], 1, ["unsupported placeholder '<image 1>'; use <image>"]),
         (["--max_dynamic_patch", "0", "What?"], 2, ["must be at least 1"]),
     ],

@@ -203,6 +203,7 @@ function itemCard(item) {
   const expected = el("p", { class: "text" }, item.reference);
   const reference = el("section", { class: "reference" }, el("h4", {}, "Reference"), expected);
   const answers = el("div", { class: single ? "answers" : "answers several" }, reference);
+  answers.style.setProperty("--models", models.length);
   answers.append(...item.answers.map((_, number) => answerCard(item, number)));
   const question = el("p", { class: "question" }, item.question);
   card.append(el("div", {}, question, answers));

@@ -74,14 +74,28 @@ class Evaluation:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             items = [ReportItem(**row) for row in values.pop("items")]
-            for item in items:  # raises an error for missing keys
-                _ = {**item.answer["scores"]}, item.answer["text"], [image["id"] for image in item.images]
+            if not all(isinstance(value, str) for value in values.values()) or not all(map(_is_valid, items)):
+                raise ValueError("a value has the wrong type")
             return cls(**values, items=items)
         except FileNotFoundError:
             advice = "not an evaluation; run m3llm eval --bench with this --out (existing answers are reused)"
             raise DataError(f"no {file.name}: {advice}", file=file.parent) from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"not the report of an evaluation: {error}", file=file) from None
+
+
+def _is_valid(item: ReportItem) -> bool:
+    """Return whether the values of an item in a `report.json` have the expected types."""
+    answer = item.answer
+    texts = [item.task, item.question, item.reference, answer["text"], *(i["title"] for i in item.images)]
+    names = [image["id"] for image in item.images]
+    scores = answer["scores"].values()
+    return (
+        isinstance(item.index, int)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(name, str | None) for name in names)
+        and all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+    )
 
 
 def build_evaluation(

@@ -21,7 +21,7 @@ def method_note(comparisons: Sequence[Comparison]) -> str:
     return (
         "Scores and differences in percent. Confidence intervals: percentile bootstrap over items "
         f"({RESAMPLES:,} resamples, seed {SEED}), not corrected for multiple comparisons. p: exact McNemar "
-        "test for metrics that are right or wrong per item, otherwise from the bootstrap; two-sided. "
+        "test if all scores are 0 or 1, otherwise from the bootstrap; two-sided. "
         f"p (Holm): corrected for all {len(comparisons)} comparisons of this table."
     )
 

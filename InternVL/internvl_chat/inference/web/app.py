@@ -42,6 +42,12 @@ _PREVIEW_PIXELS = 1024
 # Images are sent in base64, which takes 4 bytes for 3; the rest is for the text.
 _MAX_IMAGE_BYTES = (MAX_BYTES - (1 << 20)) // 4 * 3
 _CLIENT_CLOSED = 499
+# Numbers of the examples and their images in paths.
+_EXAMPLE_IMAGES = {
+    (str(number), str(index))
+    for number, example in enumerate(EXAMPLES)
+    for index in range(example.num_images)
+}
 
 
 def create_app(models: Mapping[str, Scheduler]) -> FastAPI:
@@ -63,7 +69,7 @@ def create_app(models: Mapping[str, Scheduler]) -> FastAPI:
     app.add_api_route("/api/plan", demo.plan, methods=["POST"], response_model=None)
     app.add_api_route("/api/answer", demo.answer, methods=["POST"], response_model=None)
     app.add_api_route("/api/export", demo.export, methods=["POST"], response_model=None)
-    app.add_api_route("/examples/{number:int}/{index:int}", demo.example, response_model=None)
+    app.add_api_route("/examples/{number}/{index}", demo.example, response_model=None)
     return app
 
 
@@ -148,11 +154,11 @@ class _Demo:
         disposition = 'attachment; filename="conversation.zip"'
         return Response(content, media_type="application/zip", headers={"content-disposition": disposition})
 
-    def example(self, number: int, index: int) -> Response:
+    def example(self, number: str, index: str) -> Response:
         """Return an image of an example."""
-        if not (number < len(EXAMPLES) and index < EXAMPLES[number].num_images):
+        if (number, index) not in _EXAMPLE_IMAGES:
             raise HTTPException(404, "there is no such example")
-        return Response(example_image(number, index), media_type="image/jpeg")
+        return Response(example_image(int(number), int(index)), media_type="image/jpeg")
 
 
 def _plan(scheduler: Scheduler, sizes: list[tuple[int, int]]) -> list[list[int]]:

@@ -1,12 +1,12 @@
 """Requests of the demo page. Each contains the entire conversation, because the server stores nothing."""
 
-from typing import Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from internvl_chat.data.sources.image_content import ImageOptions
 from internvl_chat.data.sources.records import Message
-from internvl_chat.data.sources.uploads import MAX_IMAGES, decode_uploads
+from internvl_chat.data.sources.uploads import MAX_IMAGES, MAX_PIXELS, decode_uploads
 from internvl_chat.inference.conversation import Question, build_messages
 from internvl_chat.inference.engine import Prompt
 from internvl_chat.inference.sampling import MIN_TEMPERATURE, Sampling
@@ -112,16 +112,13 @@ class ExportRequest(_Conversation):
         return [self._messages(answers) for answers in self.answers]
 
 
+Side = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
+
+
 class PlanRequest(_Request):
     """Request for the tile grids of images, given their (width, height)."""
 
-    sizes: list[tuple[int, int]] = Field(max_length=MAX_IMAGES)
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
-        if any(side < 1 for size in self.sizes for side in size):
-            raise ValueError("an image has no pixels")
-        return self
+    sizes: list[tuple[Side, Side]] = Field(max_length=MAX_IMAGES)
 
 
 T = TypeVar("T", bound=_Request)

@@ -66,7 +66,11 @@ def validation_charts(runs: Runs) -> list[Chart]:
         note = "" if len(runs) > 1 else _LEGEND_NOTE if is_first else "Colors as above."
         legend = is_first or len(runs) > 1
         traces = list(_validation_curves(runs, metric))
-        charts.append(make_chart(f"eval-{metric}", title, note, traces, legend=legend, wide=is_first))
+        highest = max((float(trace.y.max()) for trace in traces), default=0.0)
+        limits = None if is_first else (0.0, 1.08 * highest or 1.0)
+        charts.append(
+            make_chart(f"eval-{metric}", title, note, traces, limits=limits, legend=legend, wide=is_first)
+        )
     return [chart for chart in charts if chart is not None]
 
 

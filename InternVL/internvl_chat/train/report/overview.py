@@ -87,7 +87,8 @@ def _time(run: Run) -> Card | None:
     if not len(run.steps):
         return None
     seconds, pauses = (float(np.nansum(run.steps[name])) for name in ("seconds", "pause_seconds"))
-    detail = f"plus {format_duration(pauses)} in validation and saving"
+    # The log has no validation and saving after the last step.
+    detail = f"plus {format_duration(pauses)} between the steps"
     recent = run.steps["seconds"][-_RECENT_STEPS:]
     left = 0 if run.finished else (run.total_steps or 0) - run.last_step
     if left > 0 and np.isfinite(recent).any():

@@ -326,6 +326,16 @@ class TestBrowser:
                 page.goto(sample + path)
                 assert "attacked" not in page.title() and "<script>" in page.inner_text("body")
 
+    def test_thumbnail_of_an_unreadable_image(self, tmp_path):
+        pages = pages_of([write_set(tmp_path, [image_record(0, "none.png")])], tmp_path / "cache")
+        with served(create_app(pages)) as url, open_page() as page:
+            page.goto(url)
+            reason = page.locator(".thumb .broken[title*='none.png does not exist']")
+            reason.wait_for()
+            assert reason.inner_text() == "cannot be shown"
+            frame, text = page.locator(".thumb").bounding_box(), reason.bounding_box()
+            assert frame["y"] <= text["y"] and text["y"] + text["height"] <= frame["y"] + frame["height"]
+
     def test_narrow_dark_pages(self, sample, tmp_path):
         with open_page(400, 800) as page:
             page.emulate_media(color_scheme="dark")

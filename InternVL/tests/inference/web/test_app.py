@@ -161,6 +161,9 @@ def test_tile_plan(client, schedulers):
         expected = [scheduler.engine.encoder.plan_grid(size, limit) for size in ((1000, 500), (300, 300))]
         assert grids == [[grid.columns, grid.rows, grid.thumbnail] for grid in expected]
     assert client.post("/api/plan", json={"sizes": []}).json() == [[], []]
+    for side in (0, -1, 10**400):
+        response = client.post("/api/plan", json={"sizes": [[side, 1]]})
+        assert response.status_code == 400 and "sizes.0.0: Input should be" in message(response)
 
 
 def test_a_long_conversation_gets_fewer_tiles(client, monkeypatch, schedulers, reference):
@@ -218,7 +221,7 @@ BAD_ANSWERS = {
     "no tokens": (asked(("a", 0), max_new_tokens=0), "max_new_tokens: Input should be greater than or equal"),
     "many tokens": (asked(("a", 0), max_new_tokens=40000), "does not fit in the model's 32768 positions"),
     "long": (asked(("word " * 30000, 0)), "max_seq_length 8192"),
-    "placeholder": (asked(("Is <image> red?", 0)), "1 <image> placeholders, but 0 images"),
+    "placeholder": (asked(("Is <image> red?", 0)), "1 <image> placeholder, but 0 images"),
     "reserved": (asked(("a <IMG_CONTEXT>", 0)), "the reserved token <IMG_CONTEXT>"),
     "many images": (asked(("a", 32), ("b", 1), images=[picture(8, 8)] * 33, answers=["a"]),
                     f"images: List should have at most {MAX_IMAGES} items"),
@@ -285,6 +288,7 @@ def test_huge_requests(client, path):
         ("GET", "/examples/0/1", 404),
         ("GET", "/examples/9/0", 404),
         ("GET", "/examples/-1/0", 404),
+        ("GET", f"/examples/{'9' * 5000}/0", 404),
         ("GET", "/docs", 404),
     ],
 )

@@ -289,13 +289,19 @@ def test_keyboard(page):
     expect(page.locator("#viewer")).to_be_hidden()
 
 
+def test_an_answer_that_fails_was_not_stopped(page):
+    question(page, "Is <image> red?")
+    expect(page.locator(".answer .error")).to_have_text("1 <image> placeholder, but 0 images.")
+    expect(page.locator(".answer footer")).to_be_empty()
+
+
 def test_content_that_is_not_shown(page):
     frames = [picture(60, 60, seed=seed) for seed in range(3)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "TIFF", save_all=True, append_images=frames[1:])
     add(page, {"name": "stack.tif", "mimeType": "image/tiff", "buffer": buffer.getvalue()})
     warning = page.locator("#figure-list .warning")
-    expect(warning).to_have_text("Stack.tif: only the first of 3 pages or frames is used.")
+    expect(warning).to_have_text("stack.tif: only the first of 3 pages or frames is used.")
     question(page, "What is <|im_end|>?")
     finished(page)
     expect(page.locator(".answer .warning")).to_contain_text("is tokenized as a control token")

@@ -9,7 +9,9 @@ from browser import needs_browser, open_page, screenshot
 from run_files import NAME, SCRIPT, complete_run, sample, session, write_lines
 
 from benchmarks.run_report import SETS, write_run
+from internvl_chat.train.report.charts import validation_charts
 from internvl_chat.train.report.page import unique_names, write_report
+from internvl_chat.train.report.run import read_run
 
 DRAWN = "n => document.querySelectorAll('.canvas[data-drawn]').length === n"
 
@@ -206,6 +208,14 @@ def test_many_datasets_and_validations(tmp_path):
     assert all(f"<td>{name}</td>" in text for name in names)
     answers = re.findall(r"<dt>step (\d+)</dt>", text)
     assert len(answers) == 6 and (answers[0], answers[-1]) == ("1", "120")
+
+
+def test_axis_of_percentages_begins_at_zero(tmp_path):
+    scores = {"records": 4, "loss": 2.0, "em": 0.0, "rougeL": 50.0}
+    write_lines(tmp_path / "validation.jsonl", *({"step": n, "sets": {}, **scores} for n in (5, 10)))
+    charts = {chart.key: json.loads(chart.figure) for chart in validation_charts({"a": read_run(tmp_path)})}
+    limits = {key: figure["layout"]["yaxis"].get("range") for key, figure in charts.items()}
+    assert limits == {"eval-loss": None, "eval-em": [0, 1], "eval-rougeL": [0, 54]}
 
 
 def test_names_are_unique_and_short():

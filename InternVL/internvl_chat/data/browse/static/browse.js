@@ -8,9 +8,11 @@ document.addEventListener("error", async (event) => {
   reason.className = "broken";
   reason.textContent = "cannot be shown";
   image.replaceWith(reason);
+  const isSmall = reason.closest(".thumb") !== null; // without room for a sentence
   try {
     const answer = await fetch(image.src);
-    if ((answer.headers.get("content-type") || "").startsWith("text/plain")) reason.textContent = await answer.text();
+    if (!(answer.headers.get("content-type") || "").startsWith("text/plain")) return;
+    reason[isSmall ? "title" : "textContent"] = await answer.text();
   } catch { /* The server has stopped. */ }
 }, true);
 

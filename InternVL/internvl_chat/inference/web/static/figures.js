@@ -1,6 +1,6 @@
 // The figures of the conversation: added by drop, paste or file picker, numbered, and shown with their tiles.
 
-import { describeImage, planTiles, sentence } from "./api.js";
+import { describeImage, planTiles } from "./api.js";
 import { announce, button, byId, count, element } from "./elements.js";
 
 const tilesOf = ([columns, rows, thumbnail]) => columns * rows + thumbnail;
@@ -178,7 +178,7 @@ export class Figures {
         element("span", { class: "name", title: figure.name }, figure.name),
         element("span", { class: "muted" }, `${figure.width} × ${figure.height} pixels`),
         ...tiles.map((text) => element("span", { class: "muted" }, text)),
-        ...figure.warnings.map((text) => element("span", { class: "warning" }, sentence(text))),
+        ...figure.warnings.map((text) => element("span", { class: "warning" }, `${text}.`)), // begins with the name
         figure.sent ? "" : remove));
   }
 

@@ -45,7 +45,7 @@ class Answer {
     } catch (error) {
       const stopped = error.name === "AbortError";
       this.complete = stopped && this.text !== "";
-      usage.finishReason = "stopped";
+      usage.finishReason = stopped ? "stopped" : "failed";
       if (!stopped) this.#note(error.message, { class: "error", role: "alert" });
     }
     this.node.setAttribute("aria-busy", "false");
