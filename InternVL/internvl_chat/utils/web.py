@@ -39,10 +39,12 @@ class TooLarge(Exception):
 
 
 class RequestGuard:
-    """ASGI middleware that rejects large bodies (413) and foreign hosts (421), and adds security headers.
+    """ASGI middleware that rejects large bodies, foreign hosts and pages, and adds security headers.
 
-    A server that listens on this machine only is not reached under the name of another site, except by a page
-    whose DNS record was changed to 127.0.0.1 in order to read the answers (DNS rebinding).
+    - 413: the body of the request is too large.
+    - 421: a server that listens on this machine only is not reached under the name of another site, except by
+      a page whose DNS record was changed to 127.0.0.1 in order to read the answers (DNS rebinding).
+    - 403: a page of another site cannot read the answers to its requests, but they would keep the model busy.
 
     Args:
         app: application to wrap.
@@ -79,6 +81,10 @@ class RequestGuard:
         if _is_local((scope.get("server") or ("",))[0]) and not _is_local(host := _host(scope)):
             message = f"host '{host}' is not this machine; use localhost, or serve other machines with --host"
             await _error(message, 421)(scope, receive, with_headers)
+            return
+        is_link = scope["method"] in ("GET", "HEAD")
+        if not is_link and _header(scope, b"sec-fetch-site", "") == "cross-site":  # set by browsers
+            await _error("requests of other sites are not allowed", 403)(scope, receive, with_headers)
             return
         declared = _header(scope, b"content-length", "0")
         try:
