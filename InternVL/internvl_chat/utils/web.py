@@ -37,10 +37,14 @@ class TooLarge(Exception):
 
 
 class RequestGuard:
-    """ASGI middleware that rejects large bodies (413) and foreign hosts (421), and adds security headers.
+    """ASGI middleware that rejects large bodies, foreign hosts and pages, and adds security headers.
 
-    The check of the host protects servers on this machine from DNS rebinding: a web page could otherwise let
-    its own host name resolve to 127.0.0.1, and read the responses.
+    - 413: the body of the request is too large.
+    - 421: the host name is not this machine's, although the server listens on this machine only. This prevents
+      DNS rebinding: a web page could otherwise let its own host name resolve to 127.0.0.1, and read the
+      responses.
+    - 403: the request comes from a page of another site. It could not read the response, but keep the model
+      busy.
 
     Args:
         app: application to wrap.
@@ -77,6 +81,10 @@ class RequestGuard:
         if _is_local((scope.get("server") or ("",))[0]) and not _is_local(host := _host(scope)):
             message = f"host '{host}' is not this machine; use localhost, or serve other machines with --host"
             await _error(message, 421)(scope, receive, with_headers)
+            return
+        is_link = scope["method"] in ("GET", "HEAD")
+        if not is_link and _header(scope, b"sec-fetch-site", "") == "cross-site":  # set by browsers
+            await _error("requests of other sites are not allowed", 403)(scope, receive, with_headers)
             return
         declared = _header(scope, b"content-length", "0")
         try:

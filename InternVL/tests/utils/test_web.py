@@ -1,4 +1,4 @@
-"""Request size limit, host names, security headers, templates and sockets of local web applications."""
+"""Limits, host names, requests of other sites, security headers and sockets of local web applications."""
 
 import pytest
 from fastapi import FastAPI, Request
@@ -55,6 +55,21 @@ def test_a_local_server_rejects_foreign_host_names(client, server, host, status)
     assert response.status_code == status
     if status == 421:
         assert "is not this machine; use localhost" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "site", "status"),
+    [
+        ("POST", "cross-site", 403),
+        ("POST", "same-site", 200),
+        ("POST", "same-origin", 200),
+        ("POST", "none", 200),
+        ("GET", "cross-site", 405),  # a link
+    ],
+)
+def test_pages_of_other_sites_cannot_send_requests(client, method, site, status):
+    response = client.request(method, "/size", headers={"sec-fetch-site": site, "content-type": "text/plain"})
+    assert response.status_code == status
 
 
 def test_port_in_use():
