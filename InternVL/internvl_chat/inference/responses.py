@@ -1,12 +1,19 @@
-"""HTTP responses of the server and the web demo."""
+"""HTTP responses of the server and the web demo: streamed answers and errors."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
-from starlette.responses import StreamingResponse
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from internvl_chat.inference.scheduler import Completion, QueueFullError, SchedulerStoppedError
 from internvl_chat.utils.errors import DataError, M3LLMError
+
+# Maximum number of requests whose images are decoded at the same time, to limit memory.
+MAX_PREPARING = 4
+_CLIENT_CLOSED = 499
 
 
 class AnswerStream(StreamingResponse):
@@ -29,6 +36,29 @@ class AnswerStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.completion.cancel()
+
+
+def add_error_handlers(app: FastAPI, respond: Callable[[int, str], Response]) -> None:
+    """Answer requests that fail with the response of an application for a status and a message."""
+
+    async def on_m3llm_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, M3LLMError)
+        return respond(status_of(error), str(error))
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return respond(error.status_code, f"{error.detail}: {request.method} {request.url.path}")
+
+    async def on_disconnect(request: Request, error: Exception) -> Response:
+        return Response(status_code=_CLIENT_CLOSED)
+
+    async def on_unexpected_error(request: Request, error: Exception) -> Response:
+        return respond(500, "internal error; see the log of the server")
+
+    app.add_exception_handler(M3LLMError, on_m3llm_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
+    app.add_exception_handler(Exception, on_unexpected_error)
 
 
 def status_of(error: M3LLMError) -> int:

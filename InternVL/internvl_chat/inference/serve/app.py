@@ -12,20 +12,14 @@ import anyio
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from internvl_chat.data.sources.uploads import MAX_BYTES
-from internvl_chat.inference.responses import AnswerStream, status_of
+from internvl_chat.inference.responses import MAX_PREPARING, AnswerStream, add_error_handlers, status_of
 from internvl_chat.inference.scheduler import Completion, Scheduler
 from internvl_chat.inference.serve.prompt import to_prompt
 from internvl_chat.inference.serve.schema import ChatRequest, describe_errors
 from internvl_chat.utils.errors import M3LLMError
 from internvl_chat.utils.web import RequestGuard
-
-# Maximum number of requests whose images are decoded at the same time, to limit memory.
-_MAX_PREPARING = 4
-_CLIENT_CLOSED = 499
 
 
 class ApiError(Exception):
@@ -49,9 +43,7 @@ def create_app(scheduler: Scheduler, model_name: str, api_key: str | None = None
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(RequestGuard, max_bytes=MAX_BYTES)
     app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(M3LLMError, _on_m3llm_error)
-    app.add_exception_handler(Exception, _on_unexpected_error)
+    add_error_handlers(app, lambda status, message: _response(ApiError(status, message)))
     server = _ChatServer(scheduler, model_name)
 
     async def authorize(request: Request) -> None:
@@ -74,15 +66,12 @@ class _ChatServer:
     def __init__(self, scheduler: Scheduler, model_name: str) -> None:
         self.scheduler, self.model_name = scheduler, model_name
         self.started = int(time.time())
-        self._preparing = anyio.CapacityLimiter(_MAX_PREPARING)
+        self._preparing = anyio.CapacityLimiter(MAX_PREPARING)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request."""
         self.scheduler.check_open()
-        try:
-            body = await request.body()
-        except ClientDisconnect:
-            return Response(status_code=_CLIENT_CLOSED)
+        body = await request.body()
         chat, completion = await anyio.to_thread.run_sync(self._submit, body, limiter=self._preparing)
         reply = _Reply(self.model_name, completion)
         if chat.stream:
@@ -211,17 +200,3 @@ def _response(error: ApiError) -> Response:
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _response(error)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _response(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
-
-
-async def _on_m3llm_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, M3LLMError)
-    return _response(ApiError(status_of(error), str(error)))
-
-
-async def _on_unexpected_error(request: Request, error: Exception) -> Response:
-    return _response(ApiError(500, "internal error; see the log of the server"))

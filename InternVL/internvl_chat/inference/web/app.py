@@ -14,13 +14,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from internvl_chat.data.encode.tiling import Grid, tiles_per_image
 from internvl_chat.data.sources.problems import printable_message
 from internvl_chat.data.sources.record_warnings import question_warnings
 from internvl_chat.data.sources.uploads import MAX_BYTES, MAX_IMAGES, decode_uploads, upload_warnings
-from internvl_chat.inference.responses import AnswerStream, status_of
+from internvl_chat.inference.responses import MAX_PREPARING, AnswerStream, add_error_handlers
 from internvl_chat.inference.scheduler import MAX_NEW_TOKENS, Completion, Scheduler
 from internvl_chat.inference.web.archive import export
 from internvl_chat.inference.web.examples import EXAMPLES, example_image
@@ -36,12 +35,9 @@ from internvl_chat.utils.html import STYLE, image_data_url, jpeg_thumbnail, temp
 from internvl_chat.utils.web import RequestGuard
 
 PACKAGE = "internvl_chat.inference.web"
-# Maximum number of requests whose images are decoded at the same time, to limit memory.
-_MAX_PREPARING = 4
 _PREVIEW_PIXELS = 1024
 # Images are sent in base64, which takes 4 bytes for 3; the rest is for the text.
 _MAX_IMAGE_BYTES = (MAX_BYTES - (1 << 20)) // 4 * 3
-_CLIENT_CLOSED = 499
 # Numbers of the examples and their images in paths.
 _EXAMPLE_IMAGES = {
     (str(number), str(index))
@@ -58,10 +54,7 @@ def create_app(models: Mapping[str, Scheduler]) -> FastAPI:
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(RequestGuard, max_bytes=MAX_BYTES)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(M3LLMError, _on_m3llm_error)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_unexpected_error)
+    add_error_handlers(app, _error)
     app.mount("/static", StaticFiles(directory=str(files(PACKAGE) / "static")), name="static")
     demo = _Demo(models)
     app.add_api_route("/", demo.page, response_class=HTMLResponse)
@@ -78,7 +71,7 @@ class _Demo:
 
     def __init__(self, models: Mapping[str, Scheduler]) -> None:
         self.names, self.schedulers = list(models), list(models.values())
-        self._preparing = anyio.CapacityLimiter(_MAX_PREPARING)
+        self._preparing = anyio.CapacityLimiter(MAX_PREPARING)
         # Images are shown as the first model sees them.
         self._options = self.schedulers[0].engine.encoder.preprocessing.image_options
         self._page = (
@@ -198,24 +191,6 @@ def _line(**content: Any) -> str:
     return json.dumps(content) + "\n"
 
 
-def _error(message: str, status: int) -> Response:
+def _error(status: int, message: str) -> Response:
     headers = {"retry-after": "1"} if status == 503 else None
     return JSONResponse({"error": {"message": message}}, status, headers)
-
-
-async def _on_m3llm_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, M3LLMError)
-    return _error(str(error), status_of(error))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(f"{error.detail}: {request.method} {request.url.path}", error.status_code)
-
-
-async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=_CLIENT_CLOSED)
-
-
-async def _on_unexpected_error(request: Request, error: Exception) -> Response:
-    return _error("internal error; see the log of the server", 500)
