@@ -98,7 +98,7 @@ def measure(
     planner = StepPlanner(ranks, tokens, costs, max_packed_tokens=_MAX_PACKED_TOKENS if packing else None)
     order = epoch_order([len(tokens)], seed=0, epoch=0)
     steps = order[: len(order) // step_records * step_records].reshape(-1, step_records)[:_MAX_STEPS]
-    balanced = np.array([planner.load_imbalance(step) for step in steps])
+    balanced = np.array([planner.load_imbalance(planner(step)) for step in steps])
     split = np.array([[costs[part].sum() for part in np.array_split(step, ranks)] for step in steps])
     return {
         "step_records": step_records,

@@ -117,13 +117,9 @@ class StepPlanner:
             for batch, own in zip(local_batches, packs, strict=True)
         ]
 
-    def load_imbalance(self, records: np.ndarray) -> float:
-        """Return the cost of the most expensive rank in a step, divided by the mean cost per rank.
-
-        Args:
-            records: positions of the step's records in the epoch.
-        """
-        costs = np.array([sum(self.costs[pack].sum() for pack in rank) for rank in self(records)])
+    def load_imbalance(self, plan: StepPlan) -> float:
+        """Return the cost of the most expensive rank of a plan, divided by the mean cost per rank."""
+        costs = np.array([sum(self.costs[pack].sum() for pack in rank) for rank in plan])
         return float(costs.max() / costs.mean())
 
     def _pack(self, records: np.ndarray, max_tokens: int, min_packs: int = 1) -> list[np.ndarray]:

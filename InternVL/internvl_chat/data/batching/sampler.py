@@ -1,12 +1,16 @@
 """Choose each step's records from the seed, epoch and step, independently of the number of ranks."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.dataset import SampleIndex
+
+# More than the steps that the dataloader's workers prepare ahead.
+_CACHED_PLANS = 64
 
 
 def epoch_order(
@@ -84,6 +88,8 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         self.seed, self.strategy, self.resample = seed, strategy, resample
         self.epoch = self.skip = 0
         self._cached_order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        # The dataloader requests the packs of a step ahead of its training, after which the step is logged.
+        self._plan = lru_cache(maxsize=_CACHED_PLANS)(lambda epoch, number: planner(self.step(epoch, number)))
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Set the epoch of the next iteration and the number of steps to skip."""
@@ -107,7 +113,7 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
 
     def load_imbalance(self, step: int) -> float:
         """Return the cost of the most expensive rank in a 1-based step, divided by the mean cost per rank."""
-        return self.planner.load_imbalance(self.step(*self.position_of(step)))
+        return self.planner.load_imbalance(self._plan(*self.position_of(step)))
 
     def position_of(self, step: int) -> tuple[int, int]:
         """Return the epoch of a 1-based step and the step's number within the epoch, both 0-based."""
@@ -119,7 +125,7 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         They are padded with dummy packs so that all ranks have the same number.
         """
         records = self.step(epoch, number)
-        plan = self.planner(records)
+        plan = self._plan(epoch, number)
         packs = [[SampleIndex(int(index), epoch) for index in pack] for pack in plan[self.rank]]
         missing = max(map(len, plan)) - len(packs)
         dummy_pack = [SampleIndex(self.planner.shortest(records), epoch, counts=False)]

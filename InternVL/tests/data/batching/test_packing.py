@@ -238,7 +238,7 @@ class TestStepPlanner:
         costs = np.array([9, 99, 3, 3, 3])
         planner = StepPlanner(2, costs, costs, max_packed_tokens)
         # Equal counts: 9 + 3 | 3 + 3. Otherwise 9 | 3 + 3 + 3.
-        assert planner.load_imbalance(np.array([4, 3, 2, 0])) == pytest.approx(expected)
+        assert planner.load_imbalance(planner(np.array([4, 3, 2, 0]))) == pytest.approx(expected)
 
     @pytest.mark.parametrize("max_packed_tokens", [None, 600])
     def test_a_single_rank_gets_the_full_step(self, max_packed_tokens):
