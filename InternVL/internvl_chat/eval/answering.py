@@ -82,15 +82,7 @@ def answer_benchmark(
         items = _check_images(items, skip=skip)
         if items:
             log.check_dtype()
-            config = read_config(folder)
-            if protocol == PUBLISHED_PROTOCOL:
-                engine_type: type[Engine] = PublishedEngine
-                preprocessing = published_preprocessing(config)
-            else:
-                engine_type = Engine
-                preprocessing = Preprocessing.from_folder(
-                    folder, config, max_dynamic_patch=max_dynamic_patch
-                ).with_options(**options)
+            engine_type, preprocessing = _engine_options(folder, protocol, max_dynamic_patch, options)
             log_lost_content(items, preprocessing.image_options)
             engine = engine_type.from_checkpoint(
                 folder, device=device, base=base, preprocessing=preprocessing
@@ -100,6 +92,17 @@ def answer_benchmark(
                 pass
     wait_for_all_ranks()
     return merge_predictions(out, benchmark.items) if rank() == 0 else {}
+
+
+def _engine_options(
+    folder: Path, protocol: str, max_dynamic_patch: int | None, options: Mapping[str, Any]
+) -> tuple[type[Engine], Preprocessing]:
+    """Return the class and the preprocessing of the engine for a protocol; see `answer_benchmark`."""
+    config = read_config(folder)
+    if protocol == PUBLISHED_PROTOCOL:
+        return PublishedEngine, published_preprocessing(config)
+    preprocessing = Preprocessing.from_folder(folder, config, max_dynamic_patch=max_dynamic_patch)
+    return Engine, preprocessing.with_options(**options)
 
 
 def _settings(
