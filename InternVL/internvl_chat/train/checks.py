@@ -44,6 +44,7 @@ from internvl_chat.train.checkpoint.state import STATE_FILE
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.distributed.deepspeed import deepspeed_problems, offloads, zero_stage
 from internvl_chat.train.distributed.signals import note_start
+from internvl_chat.train.flags import FSDP_MODES
 from internvl_chat.train.monitor.trackers import tracker_problems
 from internvl_chat.train.optim.factory import (
     OWN_OPTIMIZERS,
@@ -167,7 +168,7 @@ def sharding_problems(run: RunConfig) -> Iterator[str]:
 
     With `--parallel hsdp`, this is collective: call on all ranks.
     """
-    if run.parallel in ("fsdp", "hsdp") and run.world_size == 1 and not run.cpu_offload:
+    if run.parallel in FSDP_MODES and run.world_size == 1 and not run.cpu_offload:
         yield f"--parallel {run.parallel}: a single rank has nothing to shard; remove the flag"
     elif run.parallel == "hsdp":
         sizes = set(distributed.all_gather_object(run.local_world_size))
@@ -241,7 +242,7 @@ def _adapter_flags(config: TrainConfig) -> Iterator[str]:
         flag = "--load_in_4bit True"
         if not (model.use_llm_lora or model.freeze_llm):
             yield f"{flag}: 4-bit weights cannot be trained; add --use_llm_lora or --freeze_llm True"
-        if run.parallel in ("fsdp", "hsdp") or (run.deepspeed is not None and zero_stage(run.deepspeed) == 3):
+        if run.parallel in FSDP_MODES or (run.deepspeed is not None and zero_stage(run.deepspeed) == 3):
             yield f"{flag}: 4-bit weights cannot be sharded; use --parallel ddp, or ZeRO-1 or 2"
         if find_spec("bitsandbytes") is None:
             yield f"{flag}: {MISSING}"
@@ -291,7 +292,7 @@ def _validation_flags(config: TrainConfig, specs: Sequence[DatasetSpec] | None) 
         return
     if run.eval_generate > 0:
         zero3 = run.deepspeed is not None and zero_stage(run.deepspeed) == 3
-        if run.parallel in ("fsdp", "hsdp") or zero3:
+        if run.parallel in FSDP_MODES or zero3:
             yield sharded_generation_problem(run, "ZeRO-3" if zero3 else "FSDP")
         if find_spec("rouge") is None:
             yield f"--eval_generate {run.eval_generate}: rouge is not installed (pip install rouge)"

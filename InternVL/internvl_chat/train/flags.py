@@ -20,6 +20,8 @@ from internvl_chat.constants import (
 from internvl_chat.data.sources.skip_policy import POLICIES
 
 PARALLEL_MODES = ("auto", "ddp", "fsdp", "hsdp", "deepspeed")
+# Those that shard the weights with FSDP2.
+FSDP_MODES = ("fsdp", "hsdp")
 INTERVALS = ("no", "steps", "epoch")
 
 # Group titles, in display order.

@@ -50,6 +50,7 @@ from internvl_chat.train.checks import RunPlan, check_configuration, sharded_gen
 from internvl_chat.train.config import RunConfig, TrainConfig, set_float32_precision
 from internvl_chat.train.distributed.signals import exit_code, report_exit, stop_with_launcher
 from internvl_chat.train.flag_help import build_help_parser
+from internvl_chat.train.flags import FSDP_MODES
 from internvl_chat.train.freeze import format_table, set_trainable
 from internvl_chat.train.loop import TrainingLoop
 from internvl_chat.train.model_card import count_parameters, describe_run, read_validation, write_model_card
@@ -209,7 +210,7 @@ def _apply_memory_plan(
 ) -> MemoryPlan:
     """Plan the memory; enable activation checkpointing as planned, and compilation with `--torch_compile`."""
     memory = plan_memory(config, model, sampler, data)
-    if memory.parallel in ("fsdp", "hsdp") and config.run.eval_generate:
+    if memory.parallel in FSDP_MODES and config.run.eval_generate:
         raise UsageError(sharded_generation_problem(config.run, "FSDP (chosen by --parallel auto)"))
     model.checkpoint_layers(memory.checkpointed_layers)
     if config.run.compile_blocks:

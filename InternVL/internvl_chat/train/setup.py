@@ -36,6 +36,7 @@ from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.distributed.deepspeed import DeepSpeedStrategy, resolve_deepspeed
 from internvl_chat.train.distributed.fsdp import FSDPStrategy
 from internvl_chat.train.distributed.strategy import Strategy
+from internvl_chat.train.flags import FSDP_MODES
 from internvl_chat.train.optim.factory import make_optimizer, make_scheduler
 from internvl_chat.train.preflight.memory import MemoryPlan
 from internvl_chat.train.preflight.sanity import preprocessing_changes
@@ -340,12 +341,12 @@ def build_strategy(config: TrainConfig, memory: MemoryPlan, model: InternVLChatM
     """
     run = config.run
     optimizer, scheduler = partial(make_optimizer, run), partial(make_scheduler, run, total_steps=steps)
-    if memory.parallel in ("fsdp", "hsdp", "deepspeed"):
+    if memory.parallel in (*FSDP_MODES, "deepspeed"):
         distributed.init_single_rank(run.device)
     if memory.parallel == "deepspeed":
         hidden_size = model.language_model.config.hidden_size
         return DeepSpeedStrategy(model, optimizer, scheduler, resolve_deepspeed(run, hidden_size))
-    if memory.parallel in ("fsdp", "hsdp"):
+    if memory.parallel in FSDP_MODES:
         shards = run.local_world_size if memory.parallel == "hsdp" else run.world_size
         return FSDPStrategy(
             model, optimizer, scheduler, run.device, num_shards=shards, cpu_offload=run.cpu_offload

@@ -143,8 +143,8 @@ class PackDataset(Dataset):
     def __getitem__(self, sample_indices: Sequence[SampleIndex]) -> Pack | DataError | StorageError:
         """Load a pack.
 
-        If `data.skip_bad`, unusable records are left out of the pack and listed in `skipped`. Otherwise, the
-        error of the first one is returned, and so is any error of object storage. They are not raised,
+        If `data.skip_bad`, unusable records are excluded from the pack and listed in `skipped`. Otherwise,
+        the error of the first one is returned, and so is any error of object storage. They are not raised,
         because a dataloader worker would add its traceback.
         """
         samples, skipped = [], []

@@ -228,7 +228,7 @@ def _scan(files: Sequence[tuple[Path, int, int]]) -> ShardIndex:
 
 
 def tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of an uncompressed tar file; links and sparse files are left out.
+    """Yield the regular files of an uncompressed tar file; links and sparse files are skipped.
 
     Raises:
         DataError: the tar file is damaged or cannot be read.

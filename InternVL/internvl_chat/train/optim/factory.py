@@ -14,7 +14,7 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from internvl_chat.train.config import RunConfig
-from internvl_chat.train.flags import RunArguments
+from internvl_chat.train.flags import FSDP_MODES, RunArguments
 from internvl_chat.train.optim.adamw import OWN_OPTIMIZERS, build_adamw, bytes_per_parameter
 from internvl_chat.train.optim.parameter_groups import parameter_groups
 from internvl_chat.utils.distributed import any_rank
@@ -168,7 +168,7 @@ def state_bytes(optim: str, precision: str, parameters: Iterable[torch.Tensor]) 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
     """Yield an error message for each problem with the optimizer and schedule flags; needs no model."""
-    if has_quantized_state(run.optim) and (run.deepspeed or run.parallel in ("fsdp", "hsdp")):
+    if has_quantized_state(run.optim) and (run.deepspeed or run.parallel in FSDP_MODES):
         yield (
             f"--optim {run.optim}: 8-bit and 4-bit optimizer state cannot be sharded; use --parallel ddp, or "
             "--optim adamw_torch"

@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points of one line; values for which nothing fits in memory are left out.
+    """Points of one line; values for which nothing fits in memory are omitted.
 
     Attributes:
         label: name of the line.

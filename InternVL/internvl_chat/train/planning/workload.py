@@ -80,7 +80,7 @@ class Workload:
 
 
 def meta_workload(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> Workload:
-    """Return the exact lengths of the datasets of a meta file; unusable records are left out."""
+    """Return the exact lengths of the datasets of a meta file; unusable records are excluded."""
     sets = build_sets(specs, encoder)
     indexes = index_records(sets)
     excluded = [
