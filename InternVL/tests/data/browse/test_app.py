@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from browser import needs_browser, open_page, screenshot, served
 from fastapi.testclient import TestClient
+from playwright.sync_api import expect
 from small_sets import break_inside, encoder, image_record, noise, text_record, write_png, write_set
 
 from internvl_chat.data.browse.app import create_app
@@ -273,15 +274,15 @@ class TestBrowser:
     def test_list(self, sample, tmp_path):
         with open_page() as page:
             page.goto(sample)
-            assert page.locator(".rows li").count() == 27
+            expect(page.locator(".rows li")).to_have_count(27)
             page.select_option("select[name=set] >> nth=0", label="qa-multiple_subimage")
             page.select_option("select[name=sort]", "longest")
             page.click("text=Show")
-            assert page.locator(".rows li").count() == 4
+            expect(page.locator(".rows li")).to_have_count(4)
+            wait_for_images(page)
             counts = page.locator(".numbers div:first-child dd").all_inner_texts()
             numbers = [int(text.replace(",", "")) for text in counts]
             assert numbers == sorted(numbers, reverse=True)
-            wait_for_images(page)
             screenshot(page, "browse_list", tmp_path)
 
     def test_record(self, sample, tmp_path):

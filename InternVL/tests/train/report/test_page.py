@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import needs_browser, open_page, screenshot
+from playwright.sync_api import expect
 from run_files import NAME, SCRIPT, complete_run, sample, session, write_lines
 
 from benchmarks.run_report import SETS, write_run
@@ -136,16 +137,19 @@ def test_several_runs_are_overlaid(run, tmp_path):
 @needs_browser
 def test_page_refreshes_itself_until_paused(run, tmp_path):
     file = tmp_path / "report.html"
-    write_report([run], file, refresh=1)
+    write_report([run], file, refresh=3600)
     with open_page() as page:
+        page.clock.install()
         open_report(page, file)
         page.locator("#configuration summary", has_text="All flags").click()
         page.evaluate("window.loaded = true")
-        page.wait_for_function("() => window.loaded === undefined", timeout=20_000)
-        assert page.locator("#configuration details[open]").count() == 1
-        page.get_by_label("refresh every 1 s").uncheck()
+        page.clock.fast_forward("01:00:00")
+        page.wait_for_function("() => window.loaded === undefined")
+        expect(page.locator("#configuration details[open]")).to_have_count(1)
+        page.get_by_label("refresh every 3600 s").uncheck()
         page.evaluate("window.loaded = true")
-        page.wait_for_timeout(1500)
+        page.clock.fast_forward("01:00:00")
+        page.wait_for_timeout(500)
         assert page.evaluate("window.loaded") is True
     assert 'id="refresh"' not in written(run)
 
