@@ -13,8 +13,15 @@ import numpy as np
 StepPlan = list[list[np.ndarray]]
 
 
+# Records are not exchanged for a smaller improvement of the busiest rank's cost.
+_MIN_IMPROVEMENT = 1e-3
+
+
 def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = False) -> list[np.ndarray]:
-    """Balance the total cost per rank: assign the most expensive records first, each to the cheapest rank.
+    """Balance the total cost per rank.
+
+    Assigns the most expensive records first, each to the cheapest rank. Then moves or swaps records of the
+    busiest rank while that lowers its cost and no other rank gets as expensive.
 
     Args:
         costs: cost of each record, in any unit.
@@ -29,15 +36,42 @@ def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = 
     """
     if world_size == 1:
         return [np.arange(len(costs))]
-    assigned: list[list[int]] = [[] for _ in range(world_size)]
+    counts = [0] * world_size
     capacity = [len(part) for part in np.array_split(costs, world_size)] if equal_counts else None
     loads = np.zeros(world_size)
+    rank_of = np.zeros(len(costs), np.int64)
     for i in np.argsort(-costs, kind="stable").tolist():
-        ranks = [r for r in range(world_size) if capacity is None or len(assigned[r]) < capacity[r]]
-        rank = min(ranks, key=lambda r: (loads[r], len(assigned[r])))
-        assigned[rank].append(i)
+        ranks = [r for r in range(world_size) if capacity is None or counts[r] < capacity[r]]
+        rank = min(ranks, key=lambda r: (loads[r], counts[r]))
+        rank_of[i] = rank
+        counts[rank] += 1
         loads[rank] += costs[i]
-    return [np.array(sorted(positions), np.int64) for positions in assigned]
+    if len(costs) > world_size:
+        _exchange_records(rank_of, loads, costs, swaps_only=equal_counts)
+    return [np.flatnonzero(rank_of == rank) for rank in range(world_size)]
+
+
+def _exchange_records(rank_of: np.ndarray, loads: np.ndarray, costs: np.ndarray, *, swaps_only: bool) -> None:
+    """Improve an assignment in place: exchange records of the busiest rank while that lowers its cost."""
+    while True:
+        busiest = int(loads.argmax())
+        own = np.flatnonzero(rank_of == busiest)
+        partners = np.flatnonzero(rank_of != busiest)
+        given, partner_ranks = costs[partners], rank_of[partners]
+        if not swaps_only:  # moving a record is a swap with an empty record
+            given = np.append(given, np.zeros(len(loads)))
+            partner_ranks = np.append(partner_ranks, np.arange(len(loads)))
+        shifts = costs[own][:, None] - given
+        highest = np.maximum(loads[busiest] - shifts, loads[partner_ranks] + shifts)
+        highest[:, partner_ranks == busiest] = np.inf
+        if highest.size == 0 or highest.min() >= (1 - _MIN_IMPROVEMENT) * loads[busiest]:
+            return
+        i, j = np.unravel_index(highest.argmin(), highest.shape)
+        rank_of[own[i]] = partner_ranks[j]
+        if j < len(partners):
+            rank_of[partners[j]] = busiest
+        loads[busiest] -= shifts[i, j]
+        loads[partner_ranks[j]] += shifts[i, j]
 
 
 def bin_pack(tokens: np.ndarray, max_tokens: int, min_packs: int = 1) -> list[np.ndarray]:

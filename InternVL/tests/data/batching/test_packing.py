@@ -53,6 +53,15 @@ class TestBalanceRecords:
         assert lists(balance_records(np.array([9, 1, 8, 2, 3]), 2, equal_counts=True)) == [[0, 1, 3], [2, 4]]
 
     @pytest.mark.parametrize("equal_counts", [True, False])
+    def test_a_swap_lowers_the_highest_load(self, equal_counts):
+        # The most expensive first: 3 + 2 + 2 | 3 + 2. Swapping the 3 of the first rank for a 2 gives 6 | 6.
+        costs = np.array([3, 3, 2, 2, 2])
+        assert lists(balance_records(costs, 2, equal_counts=equal_counts)) == [[2, 3, 4], [0, 1]]
+
+    def test_records_without_cost(self):
+        assert lists(balance_records(np.zeros(5), 2)) == [[0, 2, 4], [1, 3]]
+
+    @pytest.mark.parametrize("equal_counts", [True, False])
     def test_equal_costs_are_assigned_round_robin(self, equal_counts):
         assigned = balance_records(np.ones(7), 3, equal_counts=equal_counts)
         assert lists(assigned) == [[0, 3, 6], [1, 4], [2, 5]]
