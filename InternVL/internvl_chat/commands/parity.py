@@ -104,7 +104,7 @@ def _compare_endpoint(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"records": len(differences), "same": not problems, "faults": problems})
     else:
-        _print_endpoint_differences(differences)
+        print_endpoint_differences(differences)
         _print_faults(problems)
         if not problems:
             echo(f"the token counts are equal, and at least {same_answers:.0%} of the answers are identical")
@@ -177,14 +177,19 @@ def _print_differences(differences: Sequence[Difference]) -> None:
     print_table(header, rows)
 
 
-def _print_endpoint_differences(differences: Sequence[EndpointDifference]) -> None:
-    """Print one table row per dataset."""
+def print_endpoint_differences(differences: Sequence[EndpointDifference]) -> None:
+    """Print one table row per dataset; "-" if the endpoint does not report token counts."""
     header = ("dataset", "records", "same prompt tokens", "same image tokens", "same answers")
     rows = []
     for name in dict.fromkeys(d.dataset for d in differences):
         of_set = [d for d in differences if d.dataset == name]
-        fields = ("same_prompt_tokens", "same_image_tokens", "same_answer")
-        rows.append((name, len(of_set), *(sum(getattr(d, field) for d in of_set) for field in fields)))
+        equal = {
+            field: sum(getattr(d, field) for d in of_set)
+            for field in ("same_prompt_tokens", "same_image_tokens", "same_answer")
+        }
+        if all(d.prompt_tokens[1] is None for d in of_set):
+            equal["same_prompt_tokens"] = equal["same_image_tokens"] = "-"
+        rows.append((name, len(of_set), *equal.values()))
     print_table(header, rows)
 
 

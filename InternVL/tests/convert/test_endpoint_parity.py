@@ -7,6 +7,7 @@ import pytest
 from browser import served
 
 from internvl_chat.cli import main as m3llm
+from internvl_chat.commands.parity import print_endpoint_differences
 from internvl_chat.convert.endpoint import EndpointAnswer
 from internvl_chat.convert.endpoint_parity import EndpointComparison, EndpointDifference, explain_tiles
 from internvl_chat.convert.parity import synthetic_examples
@@ -170,6 +171,14 @@ def test_explanations_by_hand():
     without = [difference(4 * 6, (560, 56)), difference(4 * 2, wide)]
     assert "6 per record and no thumbnail" in explain_tiles(without, many)
     assert "no tile limit explains them" in explain_tiles([difference(17, wide)], options)
+
+
+def test_table_without_token_counts(capsys):
+    unknown = EndpointDifference("set", 0, None, (9, None), (4, None), (), ("yes", "yes"))
+    print_endpoint_differences([unknown, unknown])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["set", "2", "-", "-", "2"]
+    print_endpoint_differences([unknown, difference(0)])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["set", "2", "1", "1", "2"]
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def find_id(catalog: Catalog, record_id: str) -> list[tuple[int, int]]:
 
 
 def _json_forms(text: str) -> set[bytes]:
-    """Return how a text may be written in a JSON string: with or without escapes of non-ASCII characters."""
-    forms = (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    return {form.encode("utf-8", "surrogatepass") for form in forms}
+    """Return how a text may be written in a JSON string: non-ASCII characters and slashes may be escaped."""
+    plain = {json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
+    return {form.encode("utf-8", "surrogatepass") for form in plain | {p.replace("/", r"\/") for p in plain}}
 
 
 def _id_of(records: RecordSet, index: int) -> str | None:

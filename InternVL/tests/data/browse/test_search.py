@@ -23,6 +23,11 @@ class TestText:
         catalog = catalog_of(make([line.encode("utf-8", "surrogatepass"), text_record(1)]), indexed=False)
         assert find_text(catalog, text).tolist() == [0]
 
+    @pytest.mark.parametrize("line", ['{"image": "figures/a.png"}', r'{"image": "figures\/a.png"}'])
+    def test_escaped_slashes(self, make, catalog_of, line):
+        catalog = catalog_of(make([line.encode(), text_record(1)]), indexed=False)
+        assert find_text(catalog, "figures/a").tolist() == [0]
+
     def test_unused_and_malformed_records(self, make, catalog_of):
         records = [b'{"cat"', b'"cat"', text_record(0, "cat"), text_record(1, "cat")]
         assert find_text(catalog_of(make(records, repeat_time=0.75)), "cat").tolist() == [0, 1, 2]
