@@ -87,13 +87,13 @@ def record_costs(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 def measure(
     tokens: np.ndarray, costs: np.ndarray, ranks: int, step_records: int, *, packing: bool
 ) -> dict[str, float | bool]:
-    """Return a table row: the mean over steps of the busiest rank's cost, relative to the mean rank's.
+    """Return a table row: the busiest rank's cost divided by the mean cost of all ranks, averaged over steps.
 
     Args:
         tokens: tokens of each record of the epoch: (R,).
         costs: FLOPs of each record of the epoch: (R,).
         step_records: records per step across all ranks.
-        packing: whether the records of a rank are packed; if not, all ranks get the same number of records.
+        packing: whether the records of a rank are packed; otherwise, all ranks get equally many records.
     """
     planner = StepPlanner(ranks, tokens, costs, max_packed_tokens=_MAX_PACKED_TOKENS if packing else None)
     order = epoch_order([len(tokens)], seed=0, epoch=0)

@@ -2,8 +2,8 @@
 
 A model with random weights trains under torchrun in each layout, with one CPU thread per rank.
 
-- Memory: peak resident memory of a rank, minus its memory before the model is built. The rank has already
-  trained a model in the same layout, which loads all libraries.
+- Memory: peak resident memory of a rank, minus its memory before the model is built. The rank has trained in
+  the same layout before, so that all libraries are loaded.
 - Time: CPU time of the slowest rank per step, because it does not depend on other programs on the machine. On
   an idle machine with one core per rank, it equals the duration of a step.
 """
@@ -60,7 +60,7 @@ STEP_RECORDS = {"lora": 4, "full": 2}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Layouts from which the CPU's efficiency is derived.
 _FITTED = ("single", "ddp")
-# Efficiency of GPUs without measurements.
+# Assumed efficiency of GPUs that have not been measured.
 ASSUMED = {
     "compute": 0.4,
     "memory": 0.75,
@@ -143,9 +143,9 @@ def format_row(row: Row) -> str:
 
 
 def _workload(model: str, recipe: str, steps: int, folder: Path) -> Path:
-    """Write the records of an untimed step and of `steps` timed ones; the untimed step repeats the first.
+    """Write the records of `steps` timed steps, preceded by an untimed step with the records of the first.
 
-    Without the repetition, the step with the largest pack could run before the optimizer state exists.
+    Otherwise, the step with the largest pack could run before the optimizer state exists.
     """
     folder.mkdir()
     count = STEP_RECORDS[recipe]
@@ -340,9 +340,9 @@ def calibrate(results: Path) -> Row:
 
 
 def _fit(reports: Sequence[Row], machine: Row) -> Row:
-    """Return the efficiency that fits the measured times of the fitted layouts best, relative to the time."""
+    """Return the efficiency that minimizes the relative errors of the planned times of the fitted layouts."""
     work, seconds = [], []
-    # The rates do not affect the work.
+    # The work does not depend on these rates.
     efficiency = Efficiency(**ASSUMED)
     core = Hardware("core", "cpu", 1e12, 1e9, 1e9, 1e9, 1e9, 1e9, price=None, efficiency=efficiency)
     for report in reports:
@@ -366,7 +366,7 @@ def _fit(reports: Sequence[Row], machine: Row) -> Row:
 
 
 def _gpu_compute(row: Row, gpu: Gpu) -> float:
-    """Return the fraction of the peak FLOP/s in the passes, for a row of `train_throughput.py`."""
+    """Return the achieved fraction of the peak FLOP/s in the passes, from a row of `train_throughput.py`."""
     planned = plan_model(row["model"], row["recipe"], row["dtype"], "cuda")
     seconds = RECIPES[row["recipe"]].step_records / row["records_per_second"]
     updated = optimizer_bytes(planned.trained, "master", compiled=True)

@@ -2,8 +2,8 @@
 
     python InternVL/benchmarks/storage_throughput.py --json storage.json
 
-The records are synthetic. The rows of the server need moto, flask, flask-cors and the extra `remote`. It runs
-on the same cores as the reader and has no network latency, so the rows show the cost of the requests alone.
+The records are synthetic. The S3 server requires moto, flask, flask-cors and the extra `remote`. It runs on
+the same cores as the reader and without network latency, so its rows show only the cost of the requests.
 CPU seconds are those of the reader.
 """
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def storage_rows(records: int, scratch: Path) -> list[Row]:
-    """Return a table row for each place of the images."""
+    """Return a table row for each location of the images."""
     specs = load_meta(write_sample_data(scratch / "sample", train=records, held_out=1)["train"], scratch)
     texts = (spec.annotation.read_text(encoding="utf-8") for spec in specs)
     encoder = RecordEncoder(train_tokenizer(texts, 1024), Preprocessing(max_dynamic_patch=1))
@@ -82,19 +82,19 @@ def storage_rows(records: int, scratch: Path) -> list[Row]:
 
 
 def at_url(specs: Sequence[DatasetSpec], url: str) -> list[DatasetSpec]:
-    """Return the datasets with their images at a URL."""
+    """Return copies of the datasets with `root` set to a URL."""
     return [replace(spec, root=url) for spec in specs]
 
 
 def load(name: str, sets: Sequence[RecordSet]) -> Row:
-    """Return the table row of loading all records in this process, as a dataloader worker does."""
+    """Load all records in this process, as a dataloader worker does; return the table row."""
     keys = [(records, index) for records in sets for index in range(len(records))]
     return measure(name, len(keys), lambda: [len(records.load(index).tiles) for records, index in keys])
 
 
 @contextmanager
 def s3_server(scratch: Path) -> Iterator[None]:
-    """Run moto's S3 server, and direct this process to it."""
+    """Run moto's S3 server, and configure this process to use it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

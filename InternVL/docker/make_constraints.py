@@ -1,4 +1,4 @@
-"""Write `constraints.txt`: the installed versions of all packages that the image needs.
+"""Write `constraints.txt`: the installed versions of all packages in the image.
 
 python InternVL/docker/make_constraints.py
 """
@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("constraints.txt")
 
 
 def closure(name: str, extras: frozenset[str], found: dict[str, str]) -> None:
-    """Add an installed package and its dependencies to `found`, a dictionary of name -> version."""
+    """Add the versions of a package's dependencies, including indirect ones, to `found`, keyed by name."""
     package = distribution(name)
     for text in package.requires or ():
         requirement = Requirement(text)

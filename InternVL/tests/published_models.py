@@ -35,11 +35,12 @@ QWEN3_MOE = {
 
 
 class Published(NamedTuple):
-    """A published model: its options, the sizes of its language model, and its size in billions.
+    """A published model: its options, the sizes of its language model, and its number of parameters.
 
     Attributes:
-        sizes: hidden size, layers, heads, key/value heads and MLP width; of a mixture of experts, also the
+        sizes: hidden size, layers, heads, key/value heads and MLP width; for a mixture of experts, also the
             MLP width of an expert.
+        parameters: number of parameters in billions.
         digits: number of decimals of `parameters`.
     """
 
@@ -78,7 +79,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_va
 
 
 def raw_config(name: str) -> dict[str, Any]:
-    """Return the content of a published model's `config.json`, as far as it matters here."""
+    """Return the content of a published model's `config.json`, without keys that this package ignores."""
     vision, llm, sizes, *_ = MODELS[name]
     shared = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu", "attention_dropout": 0.0,
               "use_sliding_window": False, "tie_word_embeddings": False}  # fmt: skip
@@ -94,7 +95,7 @@ def raw_config(name: str) -> dict[str, Any]:
 
 
 def small_config(name: str, vocabulary: int) -> dict[str, Any]:
-    """Return a published configuration with the same options and head groups, but small sizes."""
+    """Return a published model's configuration with small sizes, but the same options and head groups."""
     raw = raw_config(name)
     vision, llm = raw["vision_config"], raw["llm_config"]
     vision |= {"hidden_size": 2 * vision["num_attention_heads"], "num_hidden_layers": 2, "image_size": 56}

@@ -1,8 +1,8 @@
-"""Loopback S3 server for tests: moto in a process of its own, which logs its requests and can die on cue.
+"""Loopback S3 server for tests: moto in a separate process that logs requests and can simulate an outage.
 
     python s3_server.py PORT LOG [FILE LINES]
 
-The process ends without an answer when an object is requested and FILE has at least LINES lines.
+The process exits without a response when an object is requested and FILE has at least LINES lines.
 """
 
 import os
@@ -39,8 +39,8 @@ class S3Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
-    def start(self, *dies_with: object) -> None:
-        argv = [sys.executable, __file__, str(self.port), str(self.log), *map(str, dies_with)]
+    def start(self, *exits_at: object) -> None:
+        argv = [sys.executable, __file__, str(self.port), str(self.log), *map(str, exits_at)]
         self.process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
         end = time.monotonic() + _START_SECONDS
         while True:
@@ -90,7 +90,7 @@ class S3Server:
 
 
 def connect(server: S3Server, monkeypatch, cache: Path) -> None:
-    """Let this process use the server, with an empty cache."""
+    """Configure this process to use the server, with an empty cache."""
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("M3LLM_CACHE", str(cache))
@@ -98,7 +98,7 @@ def connect(server: S3Server, monkeypatch, cache: Path) -> None:
 
 
 def forget_connections() -> None:
-    """Let the next request use the server in the environment variables."""
+    """Make the next request read the environment variables again."""
     import s3fs
 
     from internvl_chat.data.storage import stores, urls
@@ -108,7 +108,7 @@ def forget_connections() -> None:
     stores._open_url.cache_clear()
 
 
-def _serve(port: str, log: str, dies_with: list[str]) -> None:
+def _serve(port: str, log: str, exits_at: list[str]) -> None:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -119,8 +119,8 @@ def _serve(port: str, log: str, dies_with: list[str]) -> None:
             query = f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else ""
             span = environ.get("HTTP_RANGE", "")
             stream.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{query} {span}".strip() + "\n")
-        if dies_with and environ["REQUEST_METHOD"] == "GET" and not environ["QUERY_STRING"]:
-            file, lines = Path(dies_with[0]), int(dies_with[1])
+        if exits_at and environ["REQUEST_METHOD"] == "GET" and not environ["QUERY_STRING"]:
+            file, lines = Path(exits_at[0]), int(exits_at[1])
             if file.is_file() and len(file.read_bytes().splitlines()) >= lines:
                 os._exit(1)
         return application(environ, start_response)

@@ -70,7 +70,7 @@ def add_preprocessing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_model(parser: argparse.ArgumentParser) -> None:
-    """Add an optional `--model`, for commands that need only its tokenizer and preprocessing."""
+    """Add an optional `--model`, for commands that use only its tokenizer and preprocessing."""
     parser.add_argument("--model",
         help="model whose tokenizer counts the tokens: model folder, adapter folder or hub id (default: "
         "do not count tokens)")  # fmt: skip

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from internvl_chat.train.planning.workload import Workload
 
 _CPU = "cpu"
-# Training flags that other arguments or the plan determine.
-_CHOSEN = ("parallel", "deepspeed", "fsdp", "per_device_train_batch_size", "gradient_accumulation_steps")
-# GPUs per node in the plot, if the plan is for a single GPU.
+# Training flags that are set by the plan or by other arguments.
+_PLAN_FLAGS = ("parallel", "deepspeed", "fsdp", "per_device_train_batch_size", "gradient_accumulation_steps")
+# GPUs per node in the plot if `--gpus` is 1.
 _GPUS_PER_NODE = 8
-_LARGEST = {
+_MAXIMUM = {
     "tokens": 1_000_000,
     "tiles": 1000,
     "batch_size": 10_000_000,
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OpenGVLab/InternVL3-8B)")  # fmt: skip
     add("--recipe", choices=("lora", "full"), default="lora", help="recipe of the launcher (default: lora)")
     data = parser.add_argument_group("data (default: the published training set)")
-    data.add_argument("--meta", help="meta file; its records are measured, as before training")
+    data.add_argument("--meta", help="meta file; its records are checked and measured as before training")
     add_data_root(parser)
     data.add_argument("--records", type=positive, metavar="N", help="records per epoch")
     data.add_argument("--tokens", type=_number, metavar="N", help="mean tokens per record, with image tokens")
@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("bandwidth_gbs", "memory bandwidth in GB/s"),
         ("link_gbs", "bandwidth between the GPUs of a node in GB/s, per direction"),
     ):
-        hardware.add_argument(f"--{name}", type=_number, metavar="N", help=f"{meaning} (default: of --gpu)")
+        hardware.add_argument(f"--{name}", type=_number, metavar="N", help=f"{meaning} (default: from --gpu)")
     hardware.add_argument("--network_gbs", type=_number, metavar="N", default=50.0,
-        help="bandwidth to other nodes per GPU in GB/s (default: 50)")  # fmt: skip
+        help="bandwidth per GPU to other nodes in GB/s (default: 50)")  # fmt: skip
     hardware.add_argument("--disk_gbs", type=_number, metavar="N", default=1.0,
         help="write bandwidth for checkpoints in GB/s (default: 1)")  # fmt: skip
     hardware.add_argument("--price_per_hour", type=_number, metavar="N", help="price per GPU and hour")
@@ -80,9 +80,9 @@ def _number(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan, and save the plot; exit code 1 if no mode fits."""
+    """Print the plan and save the plot; return 1 if no mode fits."""
     _check(args)
-    from internvl_chat.train.planning.advice import notes_of
+    from internvl_chat.train.planning.advice import plan_notes
     from internvl_chat.train.planning.estimate import Planner, recommend, usable_ranks
     from internvl_chat.train.planning.plot import save_plot
     from internvl_chat.train.planning.report import PlanReport
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     report = PlanReport(
         args.model, args.recipe, args.gpus, args.nodes, planner, estimates, best,
         command=None if best is None else _command(args, best, gpus),
-        notes=notes_of(planner, estimates, best, args.gpus, args.nodes),
+        notes=plan_notes(planner, estimates, best, args.gpus, args.nodes),
         limits=limits,
     )  # fmt: skip
     if args.json:
@@ -139,21 +139,22 @@ def _check(args: argparse.Namespace) -> None:
         numbers = ", ".join(f"--{name}" for name in _NUMBERS)
         problems.append(f"--gpu {args.gpu}: unknown; use {', '.join(names)} or {_CPU}, or give {numbers}")
     if args.gpu is None and 0 < len(missing) < len(_NUMBERS):
-        problems.append(f"without --gpu, {' and '.join(missing)} are also needed")
+        problems.append(f"{' and '.join(missing)}: required without --gpu")
     given = [f"--{name}" for name in ("records", "tokens", "tiles") if vars(args)[name] is not None]
     if args.meta and given:
-        problems.append(f"{' and '.join(given)}: not with --meta, which determines them")
+        problems.append(f"{' and '.join(given)}: not allowed with --meta, whose records are measured")
     given_flags = [flag.split("=")[0] for flag in args.flags if flag.startswith("--")]
-    chosen = [flag for flag in given_flags if flag[2:].replace("-", "_") in _CHOSEN]
-    if chosen:
+    planned = [flag for flag in given_flags if flag[2:].replace("-", "_") in _PLAN_FLAGS]
+    if planned:
         problems.append(
-            f"{' and '.join(chosen)}: not after --; the plan chooses the mode, --batch_size the batch"
+            f"{' and '.join(planned)}: not allowed after --; the plan compares all layouts, and --batch_size "
+            "sets the batch size"
         )
-    for name, largest in _LARGEST.items():
-        if (vars(args)[name] or 0) > largest:
-            problems.append(f"--{name} {vars(args)[name]:g}: must be at most {largest:,}")
+    for name, maximum in _MAXIMUM.items():
+        if (vars(args)[name] or 0) > maximum:
+            problems.append(f"--{name} {vars(args)[name]:g}: must be at most {maximum:,}")
     if args.tiles is not None and args.tokens is None:
-        problems.append("--tiles needs --tokens")
+        problems.append("--tiles requires --tokens")
     if args.plot and not args.plot.absolute().parent.is_dir():
         problems.append(f"--plot {args.plot}: the folder {args.plot.parent} does not exist")
     if args.plot and args.plot.suffix.lower() != ".png":
@@ -186,7 +187,7 @@ def _prepare(args: argparse.Namespace) -> tuple[PlannedModel, Workload, Hardware
     device = ["--use_cpu", "True", *(["--bf16", "False"] if on_cpu else [])]
     config = parse_arguments([str(recipe_file(args.recipe)), *paths, *device, *args.flags])
     if config.model.attn != "auto" or not (on_cpu or config.run.bf16):
-        raise UsageError("only --attn auto and, on a GPU, --bf16 True can be planned; remove the other value")
+        raise UsageError("only --attn auto and, on GPUs, --bf16 True can be planned; remove these flags")
     specs = load_meta(args.meta, args.data_root, args.image_root) if args.meta else []
     planned = PlannedModel.build(config, model_config, "cpu" if on_cpu else "cuda", specs)
     if not planned.parameters[1]:

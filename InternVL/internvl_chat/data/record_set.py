@@ -148,7 +148,7 @@ class RecordSet:
     def _errors_of(self, index: int, record_id: object) -> Iterator[None]:
         """Convert a `RecordError` to a `DataError` with the record's file, line and id.
 
-        A `StorageError` remains one, so that no caller takes the record for unusable.
+        A `StorageError` keeps its type, so that the record is not treated as unusable.
         """
         try:
             yield
@@ -288,12 +288,12 @@ class RecordSet:
         return [locate_image(self.root, name) for name in record.images]
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Download the images of records in object storage into the cache; unusable records are ignored."""
+        """Download the images of records from object storage to the cache; unusable records are ignored."""
         if isinstance(self.root, ImageStore):
             self.root.prefetch(name for index in indices for name in self._image_names(index))
 
     def remember_images(self, names: Sequence[str], states: np.ndarray) -> None:
-        """Use sizes and versions from the index, (N, 2) int64, instead of a request per image."""
+        """Store the sizes and versions of images, (N, 2) int64; with object storage, this saves requests."""
         if isinstance(self.root, ObjectStore):
             self.root.remember(names, states)
 

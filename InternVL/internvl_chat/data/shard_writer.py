@@ -1,4 +1,4 @@
-"""Write the images of datasets to tar shards, with a manifest per image folder and a new meta file."""
+"""Write the images of datasets to tar shards, with a manifest per `root` and a new meta file."""
 
 import io
 import shutil
@@ -38,10 +38,10 @@ from internvl_chat.utils.text import counted
 
 logger = get_logger(__name__)
 
-# Names in the output folder. Relative paths of a meta file are first looked up in the data folder, where
-# these names are unlikely.
+# Names in the output folder. They are unusual, because relative paths in a meta file are first looked up in
+# the data folder.
 _IMAGES, _ANNOTATIONS = "image-shards", "shard-annotations"
-# Finished shards of an interrupted run; deleted when the manifest is complete.
+# Log of finished shards, for a call after an interruption; deleted when the manifest is complete.
 _PROGRESS = ".progress.jsonl"
 
 Progress = Callable[[Sequence[int]], Iterable[int]]
@@ -49,8 +49,8 @@ Progress = Callable[[Sequence[int]], Iterable[int]]
 _Written: TypeAlias = tuple[Shard, list[ImageRow]]
 
 
-class Sharded(NamedTuple):
-    """Result of `write_shards`: the new meta file, and the number and size of its shards and images."""
+class ShardingResult(NamedTuple):
+    """Result of `write_shards`: the new meta file, the numbers of shards and images, and the total size."""
 
     meta: Path
     shards: int
@@ -75,7 +75,7 @@ def write_shards(
     shard_bytes: int,
     skip_unusable: bool,
     progress: Progress,
-) -> Sharded:
+) -> ShardingResult:
     """Write the images of datasets to tar shards, and a copy of the annotation files.
 
     Datasets with the same root share their shards. An image is written once, in the order of the records.
@@ -86,17 +86,17 @@ def write_shards(
         sets: the datasets.
         folder: output folder.
         meta_name: name of the new meta file.
-        shard_bytes: maximum size of the images in a shard; larger images get their own shard.
-        skip_unusable: leave out images that cannot be used instead of failing.
-        progress: wraps the numbers of the shards to show the progress.
+        shard_bytes: maximum total size of the images in a shard; an image that is larger gets its own shard.
+        skip_unusable: exclude unusable images instead of failing.
+        progress: wraps the shard numbers in a progress bar.
 
     Raises:
         DataError: a record or image is unusable, or an image changes during the call.
-        UsageError: the folder already contains a meta file with this name, or too little space.
+        UsageError: the folder already contains a meta file with this name, or its disk has too little space.
     """
     meta = folder / meta_name
     if meta.exists():
-        raise UsageError(f"{meta} already exists; choose a different folder, or delete this one")
+        raise UsageError(f"{meta} already exists; choose a different folder, or delete {folder}")
     sources = _find_sources(sets, skip_unusable)
     if not any(sources.values()):
         raise DataError("the records have no images to write")
@@ -107,7 +107,7 @@ def write_shards(
         totals = [0, 0, 0]
         for root, images in sources.items():
             name = f"{_IMAGES}-{len(set(targets.values())) + 1}" if targets else _IMAGES
-            # Without images, any folder will do.
+            # A root without images refers to an existing folder of shards.
             targets[root] = name if images else next(iter(targets.values()), _IMAGES)
             if images:
                 written = _write_folder(folder / name, images, shard_bytes, progress)
@@ -120,7 +120,7 @@ def write_shards(
         write_json(meta, entries)
     finally:
         lock.release()
-    return Sharded(meta, *totals)
+    return ShardingResult(meta, *totals)
 
 
 def _root_of(records: RecordSet) -> str:
@@ -137,11 +137,11 @@ def _find_sources(sets: Sequence[RecordSet], skip_unusable: bool) -> dict[str, l
     found: dict[str, dict[str, _Source]] = {}
     problems: list[str] = []
     for records in sets:
-        of_root = found.setdefault(_root_of(records), {})
+        known = found.setdefault(_root_of(records), {})
         for index in range(len(records)):
             try:
-                for source in _sources_of(records, index, of_root):
-                    of_root[source.name] = source
+                for source in _sources_of(records, index, known):
+                    known[source.name] = source
             except DataError as error:
                 problems.append(str(error))
     if problems:
@@ -149,14 +149,14 @@ def _find_sources(sets: Sequence[RecordSet], skip_unusable: bool) -> dict[str, l
         message = "\n".join([f"{counted(len(problems), 'record')} cannot be used:", *lines])
         if not skip_unusable:
             raise DataError(
-                f"{message}\nFix these records, or leave their images out with --on_bad_record skip"
+                f"{message}\nFix these records, or exclude their unusable images with --on_bad_record skip"
             )
         logger.warning("%s", message)
     return {root: list(images.values()) for root, images in found.items()}
 
 
 def _sources_of(records: RecordSet, index: int, known: dict[str, _Source]) -> Iterator[_Source]:
-    """Yield the images of a record that are not known yet.
+    """Yield the images of a record that are not in `known`.
 
     Raises:
         DataError: the record or one of its images is unusable.
@@ -175,15 +175,15 @@ def _sources_of(records: RecordSet, index: int, known: dict[str, _Source]) -> It
 def _write_folder(
     folder: Path, sources: Sequence[_Source], shard_bytes: int, progress: Progress
 ) -> tuple[int, int, int]:
-    """Write the shards of an image folder and their manifest; return the number of shards, images, bytes."""
+    """Write the shards of one root and their manifest; return the numbers of shards, images and bytes."""
     folder.mkdir(exist_ok=True)
     plan = list(_plan(sources, shard_bytes))
     finished = _finished_shards(folder, plan)
     if finished:
-        logger.info("%s: %d of %s were written before", folder, len(finished), counted(len(plan), "shard"))
+        logger.info("%s: %d of %s already written", folder, len(finished), counted(len(plan), "shard"))
     needed = sum(s.num_bytes for number, shard in enumerate(plan) if number not in finished for s in shard)
     if needed > (free := shutil.disk_usage(folder).free):
-        raise UsageError(f"{folder}: {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free")
+        raise UsageError(f"{folder}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
     with open_for_appending(folder / _PROGRESS) as stream:
         for number in progress(range(len(plan))):
             if number not in finished:
@@ -211,7 +211,7 @@ def _plan(sources: Sequence[_Source], shard_bytes: int) -> Iterator[list[_Source
 
 
 def _finished_shards(folder: Path, plan: Sequence[Sequence[_Source]]) -> dict[int, _Written]:
-    """Return the shards that an interrupted run has written, by number, if their images have not changed."""
+    """Return the shards from an interrupted call whose images have not changed, keyed by number."""
     finished = {}
     for row in read_json_lines(folder / _PROGRESS):
         if row is None:
@@ -229,16 +229,16 @@ def _finished_shards(folder: Path, plan: Sequence[Sequence[_Source]]) -> dict[in
 
 
 def _write_shard(folder: Path, number: int, sources: Sequence[_Source]) -> _Written:
-    """Write a shard, read it again, and compare each image with what was written.
+    """Write a shard, then read it back and compare each image with the original.
 
     Raises:
-        DataError: an image has changed since it was listed, or the disk returns other content than written.
+        DataError: an image has changed since it was listed, or the content read back differs.
     """
     file = folder / f"shard-{number:06d}.tar"
     expected = []
     with atomic_path(file) as partial:
         with HashedFile(partial) as target:
-            # The writer of a stream needs nothing but `write`.
+            # In stream mode, tarfile calls only `write`.
             stream = cast(IO[bytes], target)
             with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:
                 for source in sources:
@@ -248,10 +248,10 @@ def _write_shard(folder: Path, number: int, sources: Sequence[_Source]) -> _Writ
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         entry = target.entry()
-        images = _read_again(partial, number)
+        images = _read_back(partial, number)
         if [(image.name, image.bytes, image.sha256) for image in images] != expected:
             raise DataError(
-                "differs from what was written; check the disk, then run the command again", file=file
+                "the content read back differs; check the disk, then run the command again", file=file
             )
     return Shard(file.name, entry.bytes, entry.sha256), images
 
@@ -266,7 +266,7 @@ def _read(source: _Source) -> bytes:
     return content
 
 
-def _read_again(file: Path, number: int) -> list[ImageRow]:
+def _read_back(file: Path, number: int) -> list[ImageRow]:
     with file.open("rb", buffering=0) as stream:
         images = []
         for member in tar_members(file):

@@ -119,7 +119,7 @@ def _unique_names(evaluations: Sequence[Evaluation], folders: Sequence[Path]) ->
 def read_images(
     folders: Sequence[Path], evaluations: Sequence[Evaluation]
 ) -> tuple[Evaluation, Mapping[str, str]]:
-    """Return the first evaluation with the image ids of the first page that has images, and these images."""
+    """Return the images of the first page that has images, and the first evaluation with their ids."""
     for folder, evaluation in zip(folders, evaluations, strict=True):
         if any(image["id"] for item in evaluation.items for image in item.images):
             try:

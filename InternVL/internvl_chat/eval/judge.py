@@ -53,7 +53,7 @@ _PARALLEL = 8
 _MAX_RETRIES = 5
 _TIMEOUT_SECONDS = 120
 _MAX_NAMED = 5
-# Errors of the client and of `_ask` if a response is not an object of the API.
+# Errors of the client and of `_ask` for responses that do not have the API's format.
 _MALFORMED = LookupError | TypeError | ValueError | AttributeError | RecursionError
 
 

@@ -168,7 +168,7 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _has_flash_kernel(query: torch.Tensor, dropout: float) -> bool:
     """Return whether torch's own variable-length flash kernel supports these inputs.
 
-    The meta device stands for a GPU that supports it, so that memory can be planned without the GPU.
+    The meta device represents a GPU that supports it, so that memory can be planned without a GPU.
     """
     return (
         (query.is_cuda or query.is_meta)

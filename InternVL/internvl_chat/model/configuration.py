@@ -31,7 +31,7 @@ _NOT_FOR_THE_LLM = (
     "transformers_version",
 )
 
-# Number of experts in the configurations of the language models that are mixtures of experts.
+# Configuration keys with the number of experts; a language model that has one is a mixture of experts.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 

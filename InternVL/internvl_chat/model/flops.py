@@ -102,10 +102,10 @@ def count_flops(model: InternVLChatModel) -> FlopCounter:
 
 
 def _matrix_size(module: nn.Module, active_experts: float = 0.0) -> float:
-    """Return the number of elements in the weight matrices that are applied to a token, without adapters.
+    """Return the number of weights in matrices that are applied to each token, without adapters.
 
     Args:
-        active_experts: fraction of the experts that are applied to a token; their matrices are stacked.
+        active_experts: fraction of the experts that are applied to each token; stacked matrices are experts.
     """
     weights = [p for name, p in module.named_parameters() if ".lora_" not in name]
     dense = sum(parameter_count(p) for p in weights if p.ndim == 2)

@@ -140,7 +140,7 @@ def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float
 def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
     """Return the module itself if it is on the device, otherwise a copy on the device.
 
-    The copy of a module without weights (on the meta device) has uninitialized weights.
+    A copy from the meta device has uninitialized weights.
     """
     source = next(itertools.chain(module.parameters(), module.buffers())).device
     if source == device:
@@ -158,7 +158,7 @@ def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(weakref.ref(tensor))
-        return tensor  # the graph refers to this object as long as it needs the tensor
+        return tensor  # the graph keeps this object alive as long as it needs the tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     gpus = {p.device for p in module.parameters() if p.is_cuda}
@@ -192,7 +192,7 @@ def parallel_memory(
         several_packs: whether gradients are accumulated over multiple packs per step.
         zero: `zero_optimization` section of the DeepSpeed configuration.
         offload: whether FSDP2 keeps its shards, gradients and optimizer state in host memory.
-        lazy_pages: whether allocated memory counts only when it is written, as on a CPU.
+        lazy_pages: whether allocated memory takes up space only once it is written, as on a CPU.
     """
     trained, ranks, buffers = [p for p in model.parameters() if p.requires_grad], world_size, 0
     weights = _size(model.parameters()) + quantization_bytes(model) + _dora_bytes(model)
@@ -215,7 +215,7 @@ def parallel_memory(
         weights, optimizer_state = weights // ranks + _size(root), optimizer_state // ranks
         buffers = 3 * max(_size(layer.parameters()) for layer in layers)
         if offload:
-            # Each pack's gradients are reduced, so they accumulate in host memory.
+            # The gradients of each pack are reduced and accumulated in host memory.
             weights, optimizer_state, optimizer_scratch = _size(root), 0, 0
             gradients = unreduced + _size(p for p in root if p.requires_grad)
     elif parallel == "deepspeed":
@@ -233,7 +233,7 @@ def offloaded_memory(
     zero: Mapping[str, Any],
     offload: bool,
 ) -> int:
-    """Return the host memory per rank in bytes of the state that a layout offloads.
+    """Return the host memory per rank, in bytes, for the state that a layout offloads.
 
     See `parallel_memory` for the arguments.
     """
@@ -250,9 +250,9 @@ def offloaded_memory(
     return size // world_size
 
 
-def _offload_device(zero: Mapping[str, Any], what: str) -> str:
-    """Return the device that ZeRO offloads to: `none`, `cpu` or `nvme`."""
-    return (zero.get(f"offload_{what}") or {}).get("device", "none")
+def _offload_device(zero: Mapping[str, Any], state: str) -> str:
+    """Return the device to which ZeRO offloads `optimizer` or `param`: `none`, `cpu` or `nvme`."""
+    return (zero.get(f"offload_{state}") or {}).get("device", "none")
 
 
 def _deepspeed_memory(
@@ -277,11 +277,11 @@ def _deepspeed_memory(
     state, scratch = shard(12 * numel, 1), shard(4 * numel, 1)
     largest, bucket = max(trained, key=torch.Tensor.numel), elements("reduce_bucket_size", 5e8)
     if stage >= 2 and largest.numel() > bucket:
-        gradients += largest.nbytes  # reduced on its own
-    # Each bucket is allocated in its full size, even if the gradients are smaller.
+        gradients += largest.nbytes  # it is reduced without a bucket
+    # Each bucket is allocated at its full size, even if the gradients are smaller.
     buffers = (2 if zero.get("overlap_comm", stage == 3) else 1) * bucket
     if lazy_pages:
-        # The second bucket is used only when the first is full.
+        # Buckets are written only as far as there are gradients.
         buffers = min(buffers, numel)
     if stage == 3:
         gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
@@ -295,7 +295,7 @@ def _deepspeed_memory(
 
 
 def _dora_bytes(model: InternVLChatModel) -> int:
-    """Return the temporary bytes of the weight norms of one layer, which peft computes in float32."""
+    """Return the temporary bytes for the DoRA norms of the largest layer, which peft computes in float32."""
     layers = [layer for layer in lora_layers(model).values() if layer.lora_variant]
     sizes = [(int(layer.in_features or 0), int(layer.out_features or 0)) for layer in layers]
     # An identity matrix of the input size, and four matrices of the size of the weights.

@@ -38,10 +38,10 @@ _ALTERNATIVES = (
     ({"model_name_or_path"}, {"vision_path", "llm_path"}),
     ({"gradient_accumulation_steps"}, {"global_batch_size"}),
 )
-# On the command line, one of these may replace the other in a configuration file.
+# These exclude each other, but one on the command line may replace the other in a configuration file.
 _BATCH_FLAGS = {"gradient_accumulation_steps", "global_batch_size"}
 _TWO_BATCH_SIZES = (
-    "--gradient_accumulation_steps and --global_batch_size: both set the batch size; use one of them"
+    "--gradient_accumulation_steps and --global_batch_size: both set the batch size; use only one"
 )
 
 

@@ -61,7 +61,7 @@ from internvl_chat.utils.paths import data_root
 
 logger = get_logger(__name__)
 
-# Values of `--optim` that can be used with CPU offload.
+# Values of `--optim` that support CPU offload.
 _CPU_OPTIMIZERS = (*OWN_OPTIMIZERS, "adafactor", "adagrad", "rmsprop", "sgd")
 
 
@@ -121,7 +121,7 @@ def check_configuration(config: TrainConfig) -> RunPlan:
             "exactly after an interruption"
         )
     if run.cpu_offload and run.device.type == "cpu" and run.is_main:
-        logger.warning("--cpu_offload True: has no effect on memory, because the run uses the CPU")
+        logger.warning("--cpu_offload True: saves no memory, because the run uses the CPU")
     output, source = results["output"], results["output"].resume or results["source"]
     for line in _flag_warnings(config, source) if run.is_main else ():
         logger.warning("%s", line)
@@ -166,7 +166,7 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
 def sharding_problems(run: RunConfig) -> Iterator[str]:
     """Yield an error message for each problem with FSDP2, HSDP and CPU offload.
 
-    With `--parallel hsdp`, this is collective: call on all ranks.
+    Collective with `--parallel hsdp`: call on all ranks.
     """
     if run.parallel in FSDP_MODES and run.world_size == 1 and not run.cpu_offload:
         yield f"--parallel {run.parallel}: a single rank has nothing to shard; remove the flag"
@@ -174,9 +174,9 @@ def sharding_problems(run: RunConfig) -> Iterator[str]:
         sizes = set(distributed.all_gather_object(run.local_world_size))
         if len(sizes) > 1:
             found = ", ".join(map(str, sorted(sizes)))
-            yield f"--parallel hsdp: the nodes have {found} ranks, but must have the same number; use fsdp"
+            yield f"--parallel hsdp: all nodes must have the same number of ranks, found {found}; use fsdp"
         elif sizes == {1}:
-            yield "--parallel hsdp: one rank per node has nothing to shard within its node; use fsdp"
+            yield "--parallel hsdp: with one rank per node, there is nothing to shard in a node; use fsdp"
     config = run.deepspeed or {}
     offload = "--cpu_offload True" if run.cpu_offload else None
     if offloads(config, "optimizer") and "optimizer" not in config:
@@ -232,7 +232,7 @@ def _trainable_flags(config: TrainConfig) -> Iterator[str]:
 
 
 def _adapter_flags(config: TrainConfig) -> Iterator[str]:
-    """Yield problems with the flags for kinds of adapters, 4-bit weights and learning rates."""
+    """Yield problems with the flags for LoRA variants, 4-bit weights and learning rates."""
     model, run = config.model, config.run
     if not (model.use_llm_lora or model.use_backbone_lora):
         for flag in ("use_dora", "use_rslora", "load_in_4bit"):
@@ -336,7 +336,9 @@ def _check_output(config: TrainConfig) -> OutputFolder:
     if not distributed.is_shared(output.path / PARTIAL):
         raise UsageError(f"--output_dir {output.path}: must be on a disk that all nodes share")
     if distributed.any_rank(output.resume is not None and not (output.resume / STATE_FILE).is_file()):
-        raise UsageError(f"some nodes cannot see the checkpoint {output.resume}")
+        raise UsageError(
+            f"some nodes do not see the checkpoint {output.resume}; move it to a disk that all nodes share"
+        )
     return output
 
 
@@ -393,7 +395,7 @@ def _compare_with(
 
 
 def _check_data(meta: str | None, config: TrainConfig, prefix: str = "") -> list[DatasetSpec]:
-    """Return the datasets of a meta file, whose files and images can be opened; [] if `meta` is None.
+    """Return the datasets of a meta file, after opening their files and images; [] if `meta` is None.
 
     Raises:
         DataError: a file is invalid; the message starts with `prefix` and lists all problems.
@@ -431,16 +433,16 @@ def _check_model(config: TrainConfig) -> Path:
         ranks = ranks_of(adapter)
         base, description = find_base(folder, model.base_model_path)
         model_config = read_config(base)
-        kind = (adapter.use_dora, adapter.use_rslora, description.quantization is not None)
+        variant = (adapter.use_dora, adapter.use_rslora, description.quantization is not None)
     else:
         model_config = read_config(folder)
         model_weights(folder)
         ranks = (model_config.use_llm_lora, model_config.use_backbone_lora)
-        kind = (False, False, False)
+        variant = (False, False, False)
     problems += [
         f"{folder} contains adapters trained with --{flag} {value}; pass this flag to continue training "
         "them, or merge them first (m3llm merge)"
-        for flag, value in zip(("use_dora", "use_rslora", "load_in_4bit"), kind, strict=True)
+        for flag, value in zip(("use_dora", "use_rslora", "load_in_4bit"), variant, strict=True)
         if any(ranks) and value != getattr(model, flag)
     ]
     for tower, flag, rank, flag_rank in (

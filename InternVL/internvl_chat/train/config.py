@@ -215,7 +215,7 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
 
 
 def _batch(args: RunArguments, problems: list[str]) -> dict[str, int]:
-    """Return the records per pack, rank and step.
+    """Return the values of `records_per_pack`, `records_per_rank` and `records_per_step`.
 
     With `--global_batch_size`, the records per step do not depend on the number of ranks, and some ranks may
     get one record less than others.
@@ -225,7 +225,7 @@ def _batch(args: RunArguments, problems: list[str]) -> dict[str, int]:
     if step < ranks:
         problems.append(
             f"--global_batch_size {step}: each of the {ranks} ranks needs at least one record per step; use "
-            "fewer ranks"
+            "fewer ranks or a larger batch"
         )
     if args.deepspeed and step % ranks:
         problems.append(
@@ -270,23 +270,24 @@ def _reject_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not allowed")
 
 
+# Words in `--fsdp` -> parallel layout, if they select one.
 _FSDP_WORDS = {"full_shard": "fsdp", "hybrid_shard": "hsdp", "auto_wrap": None, "offload": None}
 
 
 def _parallel(args: RunArguments, problems: list[str]) -> tuple[str, bool]:
-    """Return the parallel layout selected by `--parallel`, `--fsdp` or `--deepspeed`, and CPU offload."""
+    """Return the parallel layout (from `--parallel`, `--fsdp` or `--deepspeed`), and whether to offload."""
     words = args.fsdp.split()
     unsupported = [word for word in words if word not in _FSDP_WORDS]
     layouts = {f"--fsdp {word}": layout for word in words if (layout := _FSDP_WORDS.get(word))}
     if words and (unsupported or not layouts):
         problems.append(
-            f"--fsdp {' '.join(unsupported or words)}: only full_shard (--parallel fsdp) and hybrid_shard "
-            "(--parallel hsdp) are supported, also with auto_wrap and offload"
+            f"--fsdp {' '.join(unsupported or words)}: use full_shard (--parallel fsdp) or hybrid_shard "
+            "(--parallel hsdp), optionally with auto_wrap and offload"
         )
     layouts |= {"--deepspeed": "deepspeed"} if args.deepspeed else {}
     layouts |= {f"--parallel {args.parallel}": args.parallel} if args.parallel != "auto" else {}
     if len(set(layouts.values())) > 1:
-        problems.append(f"{' and '.join(layouts)}: conflicting kinds of parallelism; use one of them")
+        problems.append(f"{' and '.join(layouts)}: conflicting parallel layouts; use one of them")
     if args.parallel == "deepspeed" and not args.deepspeed:
         problems.append("--parallel deepspeed needs --deepspeed with a ZeRO configuration")
     offload = args.cpu_offload or "offload" in words
@@ -296,7 +297,7 @@ def _parallel(args: RunArguments, problems: list[str]) -> tuple[str, bool]:
     if offload and layout == "deepspeed":
         problems.append(
             "--cpu_offload True: not supported with --deepspeed; set offload_optimizer and offload_param in "
-            "its configuration, as in shell/deepspeed/zero3_offload.json"
+            "the DeepSpeed configuration, as in shell/deepspeed/zero3_offload.json"
         )
     if layout == "hsdp" and 1 < distributed.world_size() == distributed.local_world_size():
         logger.info("--parallel hsdp: on a single node, this is the same as --parallel fsdp")

@@ -20,7 +20,7 @@ from internvl_chat.constants import (
 from internvl_chat.data.sources.skip_policy import POLICIES
 
 PARALLEL_MODES = ("auto", "ddp", "fsdp", "hsdp", "deepspeed")
-# Those that shard the weights with FSDP2.
+# Modes that shard the weights with FSDP2.
 FSDP_MODES = ("fsdp", "hsdp")
 INTERVALS = ("no", "steps", "epoch")
 
@@ -216,7 +216,7 @@ class RunArguments:
     gradient_accumulation_steps: int = _optimization(1, "Number of accumulation steps per optimizer step.")
     global_batch_size: int | None = _optimization(
         None,
-        "Records per optimizer step across all ranks, whatever their number; replaces "
+        "Records per optimizer step across all ranks, for any number of ranks; replaces "
         "--gradient_accumulation_steps.",
     )
     num_train_epochs: float = _optimization(3.0, "Number of epochs.")
@@ -239,7 +239,7 @@ class RunArguments:
     projector_lr: float | None = _optimization(None, "Peak learning rate of the projector [--learning_rate].")
     llm_lr: float | None = _optimization(None, "Peak learning rate of the language model [--learning_rate].")
     loraplus_lr_ratio: float = _lora(
-        1.0, "Learning rate of the adapters' B matrices as a multiple of that of the A matrices (LoRA+)."
+        1.0, "Ratio of the learning rate of the adapters' B matrices to that of the A matrices (LoRA+)."
     )
     lr_scheduler_type: str = _optimization(
         "linear", "Learning-rate schedule from transformers, such as linear or cosine."
@@ -287,19 +287,19 @@ class RunArguments:
     use_cpu: bool = _distributed(False, "Train on the CPU.")
     parallel: str = _distributed(
         "auto",
-        "Parallelism: ddp, fsdp (FSDP2), hsdp (FSDP2 within each node), deepspeed (with --deepspeed), or "
-        "auto (the first of ddp, hsdp and fsdp that fits).",
+        "Parallel layout: ddp, fsdp (FSDP2), hsdp (FSDP2 within each node), deepspeed (with --deepspeed), or "
+        "auto (the first of ddp, hsdp and fsdp that fits in memory).",
         PARALLEL_MODES,
     )
     deepspeed: str | None = _distributed(None, "DeepSpeed configuration: a JSON file or JSON text.")
     cpu_offload: bool = _distributed(
         False,
-        "Keep FSDP2's weights, gradients and optimizer state in host memory, and update the weights on the "
-        "CPU (slower).",
+        "With FSDP2, keep weights, gradients and optimizer state in host memory, and update the weights on "
+        "the CPU (slower).",
     )
     fsdp: str = _distributed(
         "",
-        "full_shard is equivalent to --parallel fsdp, hybrid_shard to --parallel hsdp; offload adds "
+        "full_shard is equivalent to --parallel fsdp, hybrid_shard to --parallel hsdp, and offload to "
         "--cpu_offload True.",
     )
     ddp_bucket_cap_mb: int | None = _distributed(None, "DDP's bucket size in MB [torch's default].")

@@ -52,7 +52,7 @@ logger = get_logger(__name__)
 _MAX_LOGGED = 20
 # Validation records that each rank loads at a time.
 _EVAL_RECORDS = 32
-# Names of images, and their size and version, (N, 2) int64.
+# Names of N images, and their sizes and versions, (N, 2) int64.
 ImageStates: TypeAlias = tuple[list[str], np.ndarray]
 
 
@@ -232,7 +232,7 @@ def load_records(
 
 
 def _compare_nodes(sets: Sequence[RecordSet], digests: Sequence[str]) -> None:
-    """Check that the annotation files of each node are those of rank 0. Collective: call on all ranks.
+    """Check that all nodes have the same annotation files as rank 0. Collective: call on all ranks.
 
     Raises:
         AgreedError: the annotation files of a node differ.
@@ -243,7 +243,9 @@ def _compare_nodes(sets: Sequence[RecordSet], digests: Sequence[str]) -> None:
     if distributed.local_rank() == 0:
         files = zip(sets, digests, strict=True)
         differing = [str(s.spec.annotation) for s, digest in files if s.digest() != digest]
-    error = DataError(f"{', '.join(differing)}: differs from the file on the node of rank 0")
+    error = DataError(
+        f"{', '.join(differing)}: differs from the file on the node of rank 0; use the same data on all nodes"
+    )
     distributed.agree(error if differing else None, group=distributed.host_group())
 
 
@@ -282,8 +284,8 @@ def build_validation(
         config: configuration of the run.
         data: validation data.
         flops: FLOPs of the model.
-        sharded: whether the weights are sharded; this disables sample answers, because all ranks would have
-            to run the same number of decoding steps.
+        sharded: whether the weights are sharded. Then there are no sample answers, because all ranks would
+            have to run the same number of decoding steps.
     """
     run, records = config.run, _EVAL_RECORDS * config.run.world_size
     if sharded and run.eval_samples:
@@ -308,7 +310,8 @@ def _check_records(
 
     Returns:
         Record lengths (per dataset), excluded records, digests of the annotation files (per dataset),
-        digests of the image files (per dataset), and what `RecordSet.remember_images` needs (per dataset).
+        digests of the image files (per dataset), and arguments for `RecordSet.remember_images` (per dataset;
+        None without object storage).
     """
     lengths, excluded, manifests = check_before_training(
         sets,

@@ -84,7 +84,7 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
 
 
 def init_single_rank(device: torch.device) -> None:
-    """Create a process group for a run without a launcher; FSDP2 and DeepSpeed need one even for one rank."""
+    """Create a process group if there is no launcher; FSDP2 and DeepSpeed require one even for one rank."""
     if dist.is_initialized():
         return
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -201,7 +201,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def is_shared(folder: Path) -> bool:
-    """Return whether all nodes see the files that rank 0 writes to a folder. Collective: call on all ranks.
+    """Return whether all ranks see a file that rank 0 writes to a folder. Collective: call on all ranks.
 
     Raises:
         UsageError: rank 0 cannot write to the folder.
@@ -218,7 +218,7 @@ def is_shared(folder: Path) -> bool:
 
 
 def _write_marker(folder: Path) -> str:
-    """Write a file with a new name, which no node has cached as missing; return its name."""
+    """Write an empty file with a unique name, which no node has cached as missing; return the name."""
     name = f"shared-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ class DataError(M3LLMError):
 
 
 class StorageError(M3LLMError):
-    """Object storage is unavailable or denies access; this says nothing about the records stored there."""
+    """Object storage is unavailable or denies access. Unlike with `DataError`, no record is at fault."""
 
 
 class UsageError(M3LLMError):

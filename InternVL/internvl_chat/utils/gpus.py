@@ -29,8 +29,8 @@ _SITE = "https://www.nvidia.com/en-us/data-center"
 _AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper, appendix A"
 _ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
 
-# The first entry whose `device_name` is part of a device name describes that device. Data sheets give bf16
-# FLOP/s with sparsity (twice the dense value) and NVLink bandwidth for both directions together.
+# For a device name, the first entry whose `device_name` is part of it applies. Data sheets give twice these
+# bf16 FLOP/s (with sparsity) and NVLink bandwidths (both directions together).
 GPUS = (
     Gpu("h200", "H200", 141, 989, 4800, 450, f"{_SITE}/h200/"),
     Gpu("h100-pcie", "H100 PCIe", 80, 756, 2000, 64, f"{_SITE}/h100/"),

@@ -31,6 +31,6 @@ def configure_logging() -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     root.propagate = False
-    # Importing torchao and bitsandbytes logs warnings that no user can act on.
+    # torchao and bitsandbytes log warnings on import that users cannot act on.
     for name in ("torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

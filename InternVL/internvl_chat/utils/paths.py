@@ -1,4 +1,4 @@
-"""Repository root, default base folder for relative paths in meta files, and folders of this program.
+"""Repository root, default base folder for relative paths in meta files, and state and cache folders.
 
 If the package is not run from the repository, the current folder takes the place of the repository root.
 """

@@ -40,11 +40,10 @@ class RequestGuard:
     """ASGI middleware that rejects large bodies, foreign hosts and pages, and adds security headers.
 
     - 413: the body of the request is too large.
-    - 421: the host name is not this machine's, although the server listens on this machine only. This
-      prevents DNS rebinding: a web page could otherwise let its own host name resolve to 127.0.0.1, and read
-      the responses.
-    - 403: the request comes from a page of another site. It could not read the response, but keep the model
-      busy.
+    - 421: the server listens on this machine only, but the request names a different host. This prevents DNS
+      rebinding, in which a web page makes its own host name resolve to 127.0.0.1 to read the responses.
+    - 403: the request comes from a page of another site, which could keep the model busy, although it cannot
+      read the response.
 
     Args:
         app: application to wrap.

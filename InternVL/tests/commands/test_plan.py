@@ -26,7 +26,7 @@ def plan(capfd):
 
 
 def test_plan_of_a_meta_file(plan, tiny_model, sample_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "FAMILY", ("InternVL3-1B",))  # building all published models takes a while
+    monkeypatch.setattr(sweep, "PUBLISHED_MODELS", ("InternVL3-1B",))  # building all models takes a while
     picture = tmp_path / "plan.png"
     code, out, _ = plan(
         "--model", tiny_model, "--meta", sample_data / "train.json", "--gpu", "h100", "--json",
@@ -68,16 +68,16 @@ def test_nothing_fits(plan, tiny_model):
 @pytest.mark.parametrize(
     ("argv", "messages"),
     [
-        (["--gpu", "h300", "--tiles", "2"], ["--gpu h300: unknown", "--tiles needs --tokens"]),
+        (["--gpu", "h300", "--tiles", "2"], ["--gpu h300: unknown", "--tiles requires --tokens"]),
         (["--tflops", "100"], ["--memory_gb and --bandwidth_gbs and --link_gbs"]),
-        (["--meta", "m.json", "--records", "5"], ["--records: not with --meta"]),
+        (["--meta", "m.json", "--records", "5"], ["--records: not allowed with --meta"]),
         (
             ["--tokens", "1e9", "--gpus", "1000000"],
             ["--tokens 1e+09", "--gpus 1e+06: must be at most 100,000"],
         ),
         (["--model", "InternVL3-1B", "--", "--freeze_llm", "True", "--use_llm_lora", "0"], ["no trainable"]),
         (["--model", "InternVL3-1B", "--", "--bf16", "False"], ["--bf16 True"]),
-        (["--", "--parallel", "fsdp"], ["--parallel: not after --"]),
+        (["--", "--parallel", "fsdp"], ["--parallel: not allowed after --"]),
         (["--plot", "/no/such/folder/a.png"], ["does not exist"]),
         (["--plot", "a.pdf"], [".png"]),
         (["--model", "/no/such/model"], ["no such folder"]),

@@ -74,7 +74,7 @@ def test_our_adapters(folder: Path, tmp_path: Path, parts: dict, layers: int) ->
         {"vision_rank": 2, "use_dora": True, "use_rslora": True},
     ],
 )
-def test_other_kinds_of_adapters(folder: Path, tmp_path: Path, options: dict) -> None:
+def test_lora_variants(folder: Path, tmp_path: Path, options: dict) -> None:
     model = save_trained_adapter(folder, tmp_path / "adapter", llm_rank=3, **options)
     assert torch.equal(logits(load(tmp_path / "adapter")), logits(model))
     layers = LLM_LAYERS + (VISION_LAYERS if "vision_rank" in options else 0)
@@ -109,10 +109,10 @@ def test_4_bit_adapters_need_bitsandbytes(folder: Path, tmp_path: Path, monkeypa
     assert not (tmp_path / "merged").exists()
 
 
-def test_missing_magnitudes_are_reported(folder: Path, tmp_path: Path) -> None:
+def test_missing_dora_norms_are_reported(folder: Path, tmp_path: Path) -> None:
     save_trained_adapter(folder, tmp_path / "adapter", llm_rank=4)
     edit(tmp_path / "adapter/adapter_config.json", lambda config: config.update(use_dora=True))
-    with pytest.raises(ModelError, match="14 of the DoRA magnitudes are missing"):
+    with pytest.raises(ModelError, match="the DoRA norms of 14 adapted layers are missing"):
         merge(tmp_path / "adapter", tmp_path / "merged")
 
 

@@ -167,7 +167,7 @@ class TestErrors:
         usage = shutil.disk_usage(data)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         assert shard(data) == 2
-        assert "0.0 GB are needed, but only 0.0 GB are free" in capfd.readouterr().err
+        assert "needs 0.0 GB, but only 0.0 GB are free" in capfd.readouterr().err
 
     def test_image_that_changes(self, data, capfd, monkeypatch):
         write = shard_writer._write_shard
@@ -181,11 +181,11 @@ class TestErrors:
         assert f"{NAMES[3]}: the image has changed since it was listed" in capfd.readouterr().err
         assert not list((data / "out/image-shards").glob("*.tar"))
 
-    def test_disk_that_returns_other_content(self, data, capfd, monkeypatch):
-        read = shard_writer._read_again
-        monkeypatch.setattr(shard_writer, "_read_again", lambda *arguments: read(*arguments)[1:])
+    def test_content_read_back_differs(self, data, capfd, monkeypatch):
+        read = shard_writer._read_back
+        monkeypatch.setattr(shard_writer, "_read_back", lambda *arguments: read(*arguments)[1:])
         assert shard(data) == 1
-        assert "differs from what was written; check the disk" in capfd.readouterr().err
+        assert "the content read back differs; check the disk" in capfd.readouterr().err
 
     def test_without_images(self, data, capfd):
         write_lines(data / "text.jsonl", [text_record(0)])

@@ -1,4 +1,4 @@
-"""Each kind of adapter and optimizer trains, resumes exactly, merges, exports and passes parity."""
+"""Each LoRA variant and each 8-bit optimizer trains, resumes exactly, merges, exports and passes parity."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from internvl_chat.cli import main as m3llm
 from internvl_chat.model.io.weights import open_weights
 from internvl_chat.train.internvl_chat_finetune import main as train
 
-KINDS = [
+VARIANTS = [
     pytest.param({"use_dora": True, "use_rslora": True}, id="DoRA and rsLoRA"),
     pytest.param({"loraplus_lr_ratio": 16, "llm_lr": 1e-4}, id="LoRA+"),
     pytest.param({"load_in_4bit": True, "use_dora": True}, id="QDoRA", marks=needs_bitsandbytes),
@@ -64,7 +64,7 @@ def test_training_on_4_bit_weights(small_run, tmp_path, metrics, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("options", VARIANTS)
 def test_train_resume_merge_and_export(small_run, tmp_path, metrics, capsys, options):
     finished, stopped = tmp_path / "finished", tmp_path / "stopped"
     options = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.1, **options}

@@ -301,7 +301,7 @@ def test_output_folder_in_use(start, tmp_path, capfd):
             },
             '"zero_optimization.offload_optimizer": --optim adamw_8bit updates weights on GPUs only',
         ),
-        ({"fsdp": "hybrid"}, "--fsdp hybrid: only full_shard (--parallel fsdp)"),
+        ({"fsdp": "hybrid"}, "--fsdp hybrid: use full_shard (--parallel fsdp)"),
         ({"weight_precision": "stochastic"}, "--weight_precision stochastic: the weights are float32"),
         ({"weight_precision": "bf16"}, "--weight_precision bf16: the weights are float32 without --bf16"),
         ({"weight_precision": "half"}, "--weight_precision: invalid choice: 'half'"),
@@ -356,7 +356,7 @@ def test_fsdp_and_deepspeed_exclude_each_other(start, tmp_path, capfd):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}))
     assert start(fsdp="full_shard", deepspeed=path)[0] == 2
-    assert "--fsdp full_shard and --deepspeed: conflicting kinds of parallelism" in capfd.readouterr().err
+    assert "--fsdp full_shard and --deepspeed: conflicting parallel layouts" in capfd.readouterr().err
     code, out = start(deepspeed=path, weight_precision="stochastic", bf16=True)
     assert code == 2
     error = capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Two nodes, each in its own network namespace: a run goes on after one of them is killed."""
+"""Two nodes, each in its own network namespace: a run survives the loss of a node, and a node can join it."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import psutil
 import pytest
 from helpers import HANG_SECONDS, LAUNCHERS, changed_weights
 
-TOLERANCE = 1e-5  # with another number of ranks, losses differ in the summation order
+TOLERANCE = 1e-5  # with a different number of ranks, losses differ in the summation order
 
 
 def ip(*arguments):
@@ -97,8 +97,8 @@ def wait_until(condition, *nodes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["2", "1:2"], ids=["replaced node", "one node fewer"])
-def test_run_goes_on_after_a_node_is_killed(nodes, node_run, undisturbed, tmp_path, metrics, number):
-    """With NNODES=2, the run waits until the node is started again; with 1:2, it goes on without the node."""
+def test_run_continues_after_a_node_is_killed(nodes, node_run, undisturbed, tmp_path, metrics, number):
+    """With NNODES=2, the run waits until the node is started again; with 1:2, it continues without it."""
     (options, variables), (first, second), out = node_run, nodes, tmp_path / "out"
     for node in nodes:
         node.start(options, variables(out), number)

@@ -148,7 +148,7 @@ def test_hsdp_needs_several_ranks_per_node(tiny_model, sample_data, tmp_path):
     argv |= {"output_dir": tmp_path / "run", "parallel": "hsdp"}
     result = run_training(*flags(**argv), ranks=2, nodes=2)
     assert result.returncode == 2
-    assert "--parallel hsdp: one rank per node has nothing to shard" in result.stderr
+    assert "--parallel hsdp: with one rank per node, there is nothing to shard" in result.stderr
 
 
 @pytest.mark.slow

@@ -77,12 +77,12 @@ def test_resume_with_shards(small_run, shards, undisturbed, tmp_path, metrics):
 
 @pytest.mark.slow
 def test_outage(small_run, augmented, undisturbed, sample_data, server, tmp_path, metrics):
-    """The server dies during training; the run fails after retries, and resumes when the server is back."""
+    """The server exits during training; the run fails after retries, and resumes when the server is back."""
     run = tmp_path / "run"
     variables = {
         **server.environment(),
         "M3LLM_CACHE": str(tmp_path / "cache"),
-        # A few images, so that training downloads the others again.
+        # Large enough for a few images only, so that training downloads the others again.
         "M3LLM_CACHE_GB": "0.0004",
         "M3LLM_RETRY_SECONDS": "2",
     }
@@ -115,7 +115,7 @@ def test_outage(small_run, augmented, undisturbed, sample_data, server, tmp_path
 
 @pytest.mark.slow
 def test_ranks_share_the_cache(small_run, shards, server, tmp_path, metrics):
-    """Two ranks with two workers each train from remote shards, with the losses of one rank and a folder."""
+    """Two ranks with two workers each train from remote shards, with the same losses as one rank."""
     server.start()
     root = server.upload(shards / "image-shards", "shards")
     meta = meta_with(root, shards / "augmented.json", tmp_path / "meta.json")

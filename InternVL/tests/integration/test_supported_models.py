@@ -65,7 +65,7 @@ def test_training(folder, run, recipe, tmp_path) -> None:
         frozen = {name for name in names if name.startswith("vision_model.")}
         changed = set(changed_weights(folder, tmp_path / "out"))
         assert changed.isdisjoint(frozen)
-        # No token may have been routed to an expert.
+        # Experts to which no token was routed do not change.
         assert all(".mlp.experts." in name for name in names - frozen - changed)
         has_experts = any(".mlp.experts." in name for name in names)
         assert any(".mlp.experts." in name for name in changed) == has_experts
@@ -107,7 +107,7 @@ def test_experts_with_adapters_are_exported(folder, run, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["InternVL3-8B"], indirect=True)
-def test_gpt_oss_is_refused(folder, sample_data, tmp_path, capsys) -> None:
+def test_gpt_oss_is_rejected(folder, sample_data, tmp_path, capsys) -> None:
     experts = {"model_type": "gpt_oss", "num_local_experts": 32}
     edit(folder / "config.json", lambda config: config["llm_config"].update(experts))
     arguments = {"model_name_or_path": folder, "meta_path": sample_data / "train.json"}
@@ -116,7 +116,7 @@ def test_gpt_oss_is_refused(folder, sample_data, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("folder", ["InternVL3.5-8B"], indirect=True)
-def test_flash_models_are_refused(folder, sample_data, tmp_path, capsys) -> None:
+def test_flash_models_are_rejected(folder, sample_data, tmp_path, capsys) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "gating.gate.0.weight": torch.ones(2, 2)}, folder / "model.safetensors")
     arguments = {"model_name_or_path": folder, "meta_path": sample_data / "train.json"}

@@ -321,9 +321,9 @@ def test_offload_is_supported_only_with_fsdp():
 
 def test_conflicting_parallelism():
     both = problems(*flags(**NEEDED, fsdp="full_shard", parallel="ddp"))
-    assert both == ["--fsdp full_shard and --parallel ddp: conflicting kinds of parallelism; use one of them"]
+    assert both == ["--fsdp full_shard and --parallel ddp: conflicting parallel layouts; use one of them"]
     [words] = problems(*flags(**NEEDED, fsdp="full_shard hybrid_shard"))
-    assert words.startswith("--fsdp full_shard and --fsdp hybrid_shard: conflicting kinds of parallelism")
+    assert words.startswith("--fsdp full_shard and --fsdp hybrid_shard: conflicting parallel layouts")
     alone = problems(*flags(**NEEDED, parallel="deepspeed"))
     assert alone == ["--parallel deepspeed needs --deepspeed with a ZeRO configuration"]
 
@@ -338,7 +338,7 @@ def test_conflicting_parallelism():
 )
 def test_unsupported_kinds_of_fsdp(given, named):
     [problem] = problems(*flags(**NEEDED, fsdp=given))
-    assert problem.startswith(f"--fsdp {named}: only full_shard (--parallel fsdp) and hybrid_shard")
+    assert problem.startswith(f"--fsdp {named}: use full_shard (--parallel fsdp) or hybrid_shard")
 
 
 def test_former_flags_still_work(caplog):

@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         metavar="DIR",
         type=Path,
-        help="folder for the shards, annotation files and the new meta file",
+        help="output folder for the shards, the annotation files and the new meta file",
     )
     add_data_root(parser)
     add("--shard_mb", type=positive, metavar="N", default=1000,
-        help="maximum size of a shard in megabytes (default: 1000)")  # fmt: skip
+        help="maximum size of the images in a shard in MB (default: 1000)")  # fmt: skip
     add("--on_bad_record", choices=("fail", "skip"), default="fail",
-        help="skip leaves out images that cannot be used, such as missing ones (default: fail)")  # fmt: skip
+        help="skip excludes unusable images, such as missing ones (default: fail)")  # fmt: skip
     add("--json", action="store_true", help="print the result as JSON")
 
 

@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(given: list[str], folders: list[Path]) -> list[str]:
-    """Return the names of the models on the page; models with the same name are shown as
-    given on the command line.
+    """Return the names of the models on the page; if they are equal, the models as given on the command line.
 
     Raises:
         UsageError: both models are the same.

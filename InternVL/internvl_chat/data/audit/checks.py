@@ -115,7 +115,7 @@ def audit(
 def open_readable_sets(
     specs: Sequence[DatasetSpec], encoder: RecordEncoder
 ) -> tuple[list[RecordSet], list[Problem]]:
-    """Open the datasets whose files can be read; return them, and a problem for each other one."""
+    """Open the datasets whose files can be read; return them, and a problem for each of the others."""
     opened, problems = [], []
     for spec in specs:
         try:

@@ -115,7 +115,7 @@ def _hash_images(paths: Sequence[ImageLocation], workers: int) -> Iterator[Finge
     if workers <= 1:
         yield from map(fingerprint, paths)
     elif any(isinstance(path, StoredImage) for path in paths):
-        with ThreadPoolExecutor(workers) as threads:  # processes would copy the list of all images
+        with ThreadPoolExecutor(workers) as threads:  # each process would need a copy of the store's index
             yield from threads.map(fingerprint, paths)
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -144,8 +144,8 @@ class PackDataset(Dataset):
         """Load a pack.
 
         If `data.skip_bad`, unusable records are excluded from the pack and listed in `skipped`. Otherwise,
-        the error of the first one is returned, and so is any error of object storage. They are not raised,
-        because a dataloader worker would add its traceback.
+        the error of the first one is returned. An error of object storage is always returned. Errors are not
+        raised, because a dataloader worker would add its traceback.
         """
         samples, skipped = [], []
         for sample_index in sample_indices:

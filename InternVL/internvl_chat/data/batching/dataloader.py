@@ -23,7 +23,7 @@ from internvl_chat.utils.errors import DataError, StorageError, TrainingError
 # constant contention, 1 fork in 4,000 instead of 1 in 90.
 os.register_at_fork(before=sys._current_frames)
 
-# What a dataloader worker returns for a pack; see `PackDataset`.
+# A pack, or the error that a dataloader worker returns instead; see `PackDataset`.
 Result: TypeAlias = Pack | DataError | StorageError
 
 WORKER_DIED = (

@@ -13,15 +13,15 @@ import numpy as np
 StepPlan = list[list[np.ndarray]]
 
 
-# Records are not exchanged for a smaller improvement of the busiest rank's cost.
+# Records are exchanged only if this lowers the busiest rank's cost by at least this fraction.
 _MIN_IMPROVEMENT = 1e-3
 
 
 def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = False) -> list[np.ndarray]:
     """Balance the total cost per rank.
 
-    Assigns the most expensive records first, each to the cheapest rank. Then moves or swaps records of the
-    busiest rank while that lowers its cost and no other rank gets as expensive.
+    Assigns the most expensive records first, each to the cheapest rank. Then moves records of the busiest rank
+    to another rank, or swaps them with its records, while that lowers the highest cost of both ranks.
 
     Args:
         costs: cost of each record, in any unit.
@@ -52,7 +52,14 @@ def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = 
 
 
 def _exchange_records(rank_of: np.ndarray, loads: np.ndarray, costs: np.ndarray, *, swaps_only: bool) -> None:
-    """Improve an assignment in place: exchange records of the busiest rank while that lowers its cost."""
+    """Improve an assignment in place by moving or swapping records of the busiest rank.
+
+    Args:
+        rank_of: rank of each record.
+        loads: total cost of each rank.
+        costs: cost of each record.
+        swaps_only: keep the number of records of each rank.
+    """
     while True:
         busiest = int(loads.argmax())
         own = np.flatnonzero(rank_of == busiest)

@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 from internvl_chat.data.batching.packing import StepPlanner
 from internvl_chat.data.dataset import SampleIndex
 
-# More than the steps that the dataloader's workers prepare ahead.
+# Number of cached plans: more than the steps that the dataloader's workers prepare ahead.
 _CACHED_PLANS = 64
 
 
@@ -88,7 +88,7 @@ class StepSampler(Sampler[list[list[SampleIndex]]]):
         self.seed, self.strategy, self.resample = seed, strategy, resample
         self.epoch = self.skip = 0
         self._cached_order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
-        # The dataloader requests the packs of a step ahead of its training, after which the step is logged.
+        # Each plan is needed twice: by the dataloader, ahead of the step, and by `load_imbalance` after it.
         self._plan = lru_cache(maxsize=_CACHED_PLANS)(lambda epoch, number: planner(self.step(epoch, number)))
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:

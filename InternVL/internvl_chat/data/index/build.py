@@ -262,8 +262,8 @@ def _run(sets: Sequence[RecordSet], tasks: Iterable[_Task], workers: int) -> Ite
         yield (_check_records(sets, task) for task in tasks)
         return
     with tempfile.NamedTemporaryFile(prefix="m3llm-index-") as file:
-        # Sent as arguments, large datasets would block until a worker has imported torch: workers would start
-        # one after the other.
+        # As an argument, a large dataset would block until the worker has imported torch. Workers would then
+        # start one after the other.
         pickle.dump(sets, file)
         file.flush()
         # A forked process could inherit a lock held by a thread of the tokenizer or of torch.

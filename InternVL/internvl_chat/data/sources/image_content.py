@@ -20,7 +20,7 @@ _TIFF_BITS, _TIFF_PAGE, _TIFF_COPY = 258, 254, 0b101
 # Formats whose EXIF or XMP orientation Pillow reads but does not apply. It does apply TIFF orientation.
 _TURNED = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 _HEADER = 1 << 12
-# Pages of a TIFF that are counted: Pillow's time grows with the square of their number.
+# Maximum number of TIFF pages to count: Pillow's time grows with the square of their number.
 _MAX_PAGES = 1000
 
 
@@ -40,7 +40,7 @@ class ImageContent(NamedTuple):
     """Image properties from the file header.
 
     Attributes:
-        frames: number of frames or pages; more than 1,000 pages of a TIFF are not counted.
+        frames: number of frames or pages; at most 1,000 pages of a TIFF are counted.
         bits: bits per channel.
         orientation: EXIF orientation; 1 is upright.
         has_alpha: whether pixels can be transparent.
@@ -119,7 +119,7 @@ def _frames(image: ImageFile) -> int:
 def _pages(image: TiffImageFile) -> int:
     """Return the number of pages, up to `_MAX_PAGES`, that are neither reduced-size copies nor masks.
 
-    If the first page is one of these, all pages count: the full image follows.
+    If the first page is a copy or a mask, all pages count, because the full image follows.
     """
     copies = []
     with suppress(EOFError):

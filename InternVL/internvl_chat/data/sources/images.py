@@ -185,7 +185,8 @@ def open_upload(data: bytes, name: str) -> PillowFile:
         name: name of the image in error messages.
 
     Raises:
-        RecordError: the data are not a readable image, or it is too large or has an unsupported bit depth.
+        RecordError: the data are not a readable image, or the image is too large or has an unsupported bit
+            depth.
     """
     if not data:
         raise _unreadable(name, "it is empty")

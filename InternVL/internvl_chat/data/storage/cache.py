@@ -1,4 +1,4 @@
-"""Local cache of downloaded images: limited in size, shared by all processes of a machine."""
+"""Local cache of downloaded images, with a size limit, shared by all processes on a machine."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from internvl_chat.data.storage.transfer import number_from
+from internvl_chat.data.storage.transfer import env_number
 from internvl_chat.utils.files import atomic_path, sha256
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.paths import default_cache
@@ -15,19 +15,19 @@ from internvl_chat.utils.paths import default_cache
 logger = get_logger(__name__)
 
 _LIMIT_GB = 20.0
-# After a cleanup, this part of the limit is in use; the next cleanup comes when the rest is used up.
-_KEPT = 0.9
-# A file under its temporary name that is older than this was left by a process that was killed.
+# A cleanup deletes files until at most this fraction of the limit is used.
+_KEPT_FRACTION = 0.9
+# Older temporary files were left by a killed process.
 _MAX_PARTIAL_SECONDS = 3600.0
 
 
 def image_cache() -> "ImageCache":
-    """Return the cache in `images` of the cache folder, limited to `$M3LLM_CACHE_GB`, or 20 GB.
+    """Return the cache in `images` in the cache folder, limited to `$M3LLM_CACHE_GB`, or 20 GB.
 
     Raises:
         UsageError: the variable is not a number.
     """
-    limit = number_from("M3LLM_CACHE_GB", _LIMIT_GB, "a number of gigabytes; 0 disables the cache of images")
+    limit = env_number("M3LLM_CACHE_GB", _LIMIT_GB, "a number of gigabytes; 0 disables the cache of images")
     return _cache(default_cache() / "images", int(limit * 1e9))
 
 
@@ -37,11 +37,11 @@ def _cache(folder: Path, limit: int) -> "ImageCache":
 
 
 class ImageCache:
-    """Files by key, the least recently used of which are deleted to stay within a limit.
+    """File cache with a size limit; deletes the least recently used files.
 
-    Files are renamed to their final name when they are complete. A file that is deleted while another process
-    reads it remains readable for this process. The total size is kept in a file under a lock, so that adding
-    a file does not list the folder. If the folder cannot be written, nothing is cached.
+    Files are renamed to their final name when they are complete. A process that reads a file while another
+    one deletes it can read it to the end. The total size is stored in a file protected by a lock, so that
+    adding a file does not require listing the folder. If the folder is not writable, nothing is cached.
 
     Args:
         folder: folder of the cache, created when needed.
@@ -54,20 +54,25 @@ class ImageCache:
         self._warned = False
 
     def get(self, key: str, num_bytes: int) -> bytes | None:
-        """Return the content stored under a key and mark it as used; None if there is none of this size."""
+        """Return the content stored under a key and mark it as used; None if it is missing or incomplete.
+
+        Args:
+            key: key given to `put`.
+            num_bytes: size of the complete content.
+        """
         file = self._file(key)
         try:
             content = file.read_bytes()
             os.utime(file)
         except OSError:
             return None
-        # A file may be shorter than it was written after a power failure.
+        # After a power failure, a file may be incomplete.
         return content if len(content) == num_bytes else None
 
     def put(self, key: str, content: bytes) -> None:
         """Store content under a key; if the cache cannot be written, log a warning once."""
         file = self._file(key)
-        if len(content) > self.limit * _KEPT:
+        if len(content) > self.limit * _KEPT_FRACTION:
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +93,17 @@ class ImageCache:
         return self.folder / name[:2] / name[2:]
 
     def _reserve(self, num_bytes: int) -> None:
-        """Add to the total size; delete files first if the limit would be exceeded. Call with the lock."""
+        """Add to the total size; first delete files if it would exceed the limit. Requires the lock."""
         try:
             total = int(self._total.read_bytes())
         except (OSError, ValueError):
-            total = self.limit + 1  # unknown: measure it
+            total = self.limit + 1  # unknown: `_clean` measures it
         if total + num_bytes > self.limit:
-            total = self._clean(int(self.limit * _KEPT) - num_bytes)
+            total = self._clean(int(self.limit * _KEPT_FRACTION) - num_bytes)
         self._total.write_bytes(b"%d" % (total + num_bytes))
 
     def _clean(self, kept: int) -> int:
-        """Delete the least recently used files until at most `kept` bytes are left; return their size."""
+        """Delete the least recently used files until at most `kept` bytes remain; return the new total."""
         now, files = time.time(), []
         for folder in self.folder.iterdir():
             if not folder.is_dir():

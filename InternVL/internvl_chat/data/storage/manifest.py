@@ -1,6 +1,6 @@
-"""Positions of the images in tar shards: from their manifest, or else from the headers of the tar files.
+"""Positions of images in tar shards: from the manifest or, without one, from the headers of the tar files.
 
-A manifest has a JSON value per line: an object that lists the shards, then one list per image (`ImageRow`).
+A manifest has one JSON value per line: an object that lists the shards, then a list per image (`ImageRow`).
 """
 
 import json
@@ -30,7 +30,7 @@ _NUM_HASH_WORDS = 4
 
 
 class Shard(NamedTuple):
-    """A tar file of a manifest."""
+    """A tar file in a manifest: name, size in bytes, and SHA-256."""
 
     file: str
     bytes: int
@@ -44,6 +44,8 @@ class ImageRow(NamedTuple):
         name: path of the image in the records, `normalized`; also the name of the member in the shard.
         shard: 0-based number of the shard.
         offset: position of the image's first byte in the shard.
+        bytes: size of the image.
+        sha256: SHA-256 of the image.
     """
 
     name: str
@@ -57,6 +59,9 @@ class Member(NamedTuple):
     """Position of an image in its shard.
 
     Attributes:
+        shard: file name of the shard.
+        offset: position of the image's first byte in the shard.
+        num_bytes: size of the image.
         version: number that changes with the content of the image.
         sha256: SHA-256 of the image; None if the shards have no manifest.
     """
@@ -74,15 +79,15 @@ class ShardIndex:
 
     Attributes:
         shards: name of each shard, and its size in bytes.
-        table: for each image: number of the shard, offset, size, and either the SHA-256 as four integers or
-            a version number.
+        table: for each image, the number of its shard, its offset and size, and either its SHA-256 as four
+            integers or a version number.
     """
 
     shards: Sequence[tuple[str, int]]
     table: NameTable
 
     def get(self, name: str) -> Member | None:
-        """Return the position of an image; None if it is in none of the shards."""
+        """Return the position of an image; None if no shard contains it."""
         row = self.table.get(name)
         if row is None:
             return None
@@ -92,7 +97,7 @@ class ShardIndex:
 
 
 def has_shards(folder: Path) -> bool:
-    """Return whether a folder contains a manifest or numbered tar files, rather than images."""
+    """Return whether a folder contains a manifest or numbered tar files."""
     return (folder / MANIFEST).is_file() or next(_tar_files(folder), None) is not None
 
 
@@ -124,7 +129,7 @@ def check_shards(folder: str, shards: Iterable[tuple[str, int]], found: dict[str
     """Check that all shards of a manifest exist and have the expected sizes.
 
     Args:
-        folder: folder or URL in messages.
+        folder: folder or URL, for the message.
         shards: name and size of each shard in the manifest.
         found: size of each file in the folder.
 
@@ -134,20 +139,20 @@ def check_shards(folder: str, shards: Iterable[tuple[str, int]], found: dict[str
     wrong = [name for name, size in shards if found.get(name) != size]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        problem = "has a different size than in" if wrong[0] in found else "is missing, but listed in"
+        problem = "size differs from" if wrong[0] in found else "missing, but listed in"
         raise DataError(
-            f"{wrong[0]}{more} {problem} {MANIFEST}; copy the shards again, or write them again with m3llm "
+            f"{wrong[0]}{more}: {problem} {MANIFEST}; copy the shards again, or write them again with m3llm "
             "data shard",
             file=folder,
         )
 
 
 def read_manifest(file: Path, location: str | None = None) -> ShardIndex:
-    """Read a manifest; read once per process until the file changes.
+    """Read a manifest. Each process reads it once, and again only if it has changed.
 
     Args:
         file: manifest file.
-        location: location in messages; None for the file.
+        location: path or URL, for messages (default: the path of the file).
 
     Raises:
         DataError: the manifest is damaged.
@@ -162,12 +167,12 @@ def _read(file: Path, _num_bytes: int, _mtime_ns: int, location: str) -> ShardIn
         with file.open("rb") as stream:
             header = json.loads(stream.readline())
             if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
-                raise ValueError(f"its format is not version {_VERSION}")
+                raise ValueError(f"expected format {_FORMAT!r}, version {_VERSION}")
             shards = [Shard(**shard) for shard in header["shards"]]
             names: list[str] = []
             rows = np.fromiter(_parse_rows(stream, shards, names), np.dtype((np.int64, 7)))
         if len(names) != header["images"]:
-            raise ValueError(f"it has {len(names):,} of {header['images']:,} images")
+            raise ValueError(f"it lists {len(names):,} of {header['images']:,} images")
         table = _make_table(names, rows)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
@@ -189,7 +194,7 @@ def _make_table(names: list[str], rows: np.ndarray) -> NameTable:
 def _parse_rows(stream: Iterable[bytes], shards: Sequence[Shard], names: list[str]) -> Iterator[list[int]]:
     """Yield the row of each image for `ShardIndex.table`, and add its name to `names`."""
     if not all(_SHARD_NAME.fullmatch(shard.file) for shard in shards):
-        raise ValueError("it has a shard whose name is not a plain file name")
+        raise ValueError("the name of a shard is not a plain file name")
     for line in stream:
         row = ImageRow(*json.loads(line))
         if not 0 <= row.offset <= row.offset + row.bytes <= shards[row.shard].bytes or row.shard < 0:
@@ -210,7 +215,11 @@ def manifest_lines(shards: Sequence[Shard], images: Sequence[ImageRow]) -> Itera
 
 @lru_cache(maxsize=16)
 def _scan(files: Sequence[tuple[Path, int, int]]) -> ShardIndex:
-    """Return the index of tar files (path, size, modification time) without a manifest; reads all headers."""
+    """Index tar files without a manifest by reading all headers.
+
+    Args:
+        files: path, size and modification time of each file.
+    """
     names, rows = [], []
     for number, (file, num_bytes, mtime_ns) in enumerate(files):
         for member in tar_members(file):
@@ -228,7 +237,7 @@ def _scan(files: Sequence[tuple[Path, int, int]]) -> ShardIndex:
 
 
 def tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of an uncompressed tar file; links and sparse files are skipped.
+    """Yield the regular files in an uncompressed tar file; links and sparse files are skipped.
 
     Raises:
         DataError: the tar file is damaged or cannot be read.
@@ -243,7 +252,7 @@ def tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def normalized(name: str) -> str:
-    """Return the name of an image as used in shards: without `.`, `..` and repeated slashes.
+    """Return an image name as used in shards: without `.`, `..` and repeated slashes.
 
     >>> normalized("./figures//2021/../a.jpg")
     'figures/a.jpg'
@@ -252,5 +261,5 @@ def normalized(name: str) -> str:
 
 
 def content_matches(content: bytes, member: Member) -> bool:
-    """Return whether the content of an image has the size and the hash of the index."""
+    """Return whether the content of an image has the size and the hash in the index."""
     return len(content) == member.num_bytes and member.sha256 in (None, sha256(content))

@@ -1,18 +1,18 @@
-"""Compact table of rows by name, for millions of images."""
+"""Compact table from names to rows of integers, for millions of images."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
-from internvl_chat.data.storage.transfer import version_number
+from internvl_chat.data.storage.transfer import hash63
 
 
 class NameTable:
-    """Read-only mapping from N names to rows of integers; stores 8 bytes per name.
+    """Read-only mapping from N names to rows of K integers; each name takes 8 bytes, the size of its hash.
 
     Args:
         names: distinct names.
-        rows: (N, K) int64.
+        rows: the rows, (N, K) int64.
 
     Raises:
         ValueError: two names are equal (or have the same hash: probability 5e-8 with a million names).
@@ -29,7 +29,7 @@ class NameTable:
         return len(self._hashes)
 
     def get(self, name: str) -> list[int] | None:
-        """Return the row of a name, or None."""
+        """Return the row of a name; None if it is not in the table."""
         key = _hash(name)
         position = int(np.searchsorted(self._hashes, key))
         if position == len(self._hashes) or self._hashes[position] != key:
@@ -38,4 +38,4 @@ class NameTable:
 
 
 def _hash(name: str) -> int:
-    return version_number(name.encode("utf-8", "surrogatepass"))
+    return hash63(name.encode("utf-8", "surrogatepass"))

@@ -36,17 +36,17 @@ from internvl_chat.utils.paths import default_cache
 
 logger = get_logger(__name__)
 
-# Requests at a time.
+# Maximum number of concurrent requests.
 _THREADS = 16
-# A folder is listed if at least this many of its images are needed: a request lists 1,000 names, but the
-# folder may have many more images.
-_LISTED = 1000
+# A folder is listed only if at least this many of its images are needed: a request lists 1,000 names, and the
+# folder may contain many other images.
+_MIN_LISTED = 1000
 _ABSENT = FileState(-1, -1)
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image in a store; takes the place of the path of an image file."""
+    """An image in a store; used in place of the path to an image file."""
 
     store: "ImageStore"
     name: str
@@ -55,7 +55,7 @@ class StoredImage:
         return f"{self.store.root}/{self.name}"
 
     def state(self) -> FileState:
-        """Return size and version.
+        """Return the size and version of the image file.
 
         Raises:
             RecordError: the image does not exist.
@@ -78,7 +78,7 @@ class StoredImage:
 
 
 class ImageStore(ABC):
-    """Images of a dataset by name, which is their path in the records.
+    """Images of a dataset, keyed by name: their path in the records.
 
     Args:
         root: folder or URL.
@@ -89,23 +89,23 @@ class ImageStore(ABC):
         self.root, self.is_remote = root, is_remote
 
     def image(self, name: str) -> StoredImage:
-        """Return an image, which need not exist."""
+        """Return an image without checking that it exists."""
         return StoredImage(self, normalized(name))
 
     @abstractmethod
     def state(self, name: str, *, retry: bool = True) -> FileState:
-        """Return the state of an image; see `StoredImage.state`."""
+        """Return the size and version of an image; see `StoredImage.state`."""
 
     @abstractmethod
     def read(self, name: str, *, retry: bool = True) -> bytes:
         """Return the content of an image; see `StoredImage.read`."""
 
     def contains(self, name: str) -> bool:
-        """Return whether an image exists, as far as this is known without a request."""
+        """Return whether an image is known to exist, without a request."""
         return False
 
     def states(self, names: Sequence[str]) -> np.ndarray:
-        """Return size and version of each image, (N, 2) int64; -1 for missing images."""
+        """Return the size and version of each image, (N, 2) int64; -1 for missing images."""
 
         def state(name: str) -> FileState:
             try:
@@ -117,7 +117,7 @@ class ImageStore(ABC):
             return np.array(list(pool.map(state, names)), np.int64).reshape(-1, 2)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Download images into the cache, many at a time; failures are left to those who read the images."""
+        """Download images into the cache concurrently; `read` reports those that cannot be downloaded."""
         if not self.is_remote or not image_cache().limit:
             return
 
@@ -141,7 +141,14 @@ class ImageStore(ABC):
         read: Callable[[], bytes],
         is_valid: Callable[[bytes], bool] = lambda _: True,
     ) -> bytes:
-        """Return the content of an image from the cache, or else download it."""
+        """Return the content of an image from the cache; otherwise, read and cache it.
+
+        Args:
+            key: identifies the content.
+            num_bytes: size of the image.
+            read: downloads the image.
+            is_valid: checks the cached content.
+        """
         cache = image_cache()
         content = cache.get(key, num_bytes)
         if content is None or not is_valid(content):
@@ -164,7 +171,7 @@ class ObjectStore(ImageStore):
         self._requested: dict[str, FileState] = {}
 
     def state(self, name: str, *, retry: bool = True) -> FileState:
-        """Return the state of an image as listed, or else with one request."""
+        """Return the size and version of an image, with one request if they are not known."""
         state = self._known_state(name)
         if state is None and not self._is_listed:
             with contextlib.suppress(FileNotFoundError):
@@ -180,7 +187,7 @@ class ObjectStore(ImageStore):
         return FileState(*row) if row else None
 
     def read(self, name: str, *, retry: bool = True) -> bytes:
-        """Return the content of an image, with one request if its state is known."""
+        """Return the content of an image, with one request if its size and version are known."""
         state, url = self.state(name, retry=retry), f"{self.root}/{name}"
         if not state.num_bytes:
             return b""
@@ -202,8 +209,8 @@ class ObjectStore(ImageStore):
         return self._known_state(normalized(name)) is not None
 
     def prepare(self, num_images: int) -> None:
-        """List the folder if many images are needed; a process lists it once."""
-        if num_images < _LISTED or self._is_listed:
+        """List the folder if many images are needed, at most once per process."""
+        if num_images < _MIN_LISTED or self._is_listed:
             return
         start = time.monotonic()
         found = list_files(self.root)
@@ -212,7 +219,7 @@ class ObjectStore(ImageStore):
         logger.info("%s: %d files listed in %.0f s", self.root, len(found), time.monotonic() - start)
 
     def remember(self, names: Sequence[str], states: np.ndarray) -> None:
-        """Use known states, (N, 2) int64, instead of a request per image."""
+        """Store the sizes and versions of images, (N, 2) int64, which saves a request per image."""
         if not self._is_listed:
             rows = {normalized(name): row for row, name in enumerate(names)}
             self._known.append(NameTable(rows, states[list(rows.values())].reshape(-1, 2)))
@@ -238,12 +245,12 @@ class ShardStore(ImageStore):
         return member
 
     def state(self, name: str, *, retry: bool = True) -> FileState:
-        """Return the state of an image from the index."""
+        """Return the size and version of an image from the index."""
         member = self._member(name)
         return FileState(member.num_bytes, member.version)
 
     def read(self, name: str, *, retry: bool = True) -> bytes:
-        """Return the content of an image, with one read or one request for a range of its shard."""
+        """Return the content of an image: read it from its shard, or request its range of the shard."""
         member = self._member(name)
         if not member.num_bytes:
             return b""
@@ -277,10 +284,10 @@ class ShardStore(ImageStore):
 
 
 def open_root(root: Path | str) -> Path | ImageStore:
-    """Return the images of a dataset: a folder, or a store for shards and URLs.
+    """Return the images of a dataset: the folder itself, or a store for shards and URLs.
 
     Args:
-        root: folder of images or shards, manifest of shards, or URL of one of these.
+        root: folder of images or shards, manifest file, or URL of one of these.
 
     Raises:
         DataError: the shards are damaged or incomplete.
@@ -306,18 +313,18 @@ def _open_url(root: str) -> ImageStore:
 
 
 def parse_root(text: str | Path) -> Path | str:
-    """Return the root of a dataset as a checked URL or a path.
+    """Return a dataset's `root` as a valid URL or a path.
 
     Raises:
-        DataError: the URL cannot be used.
+        DataError: the URL is invalid.
     """
     return check_url(text) if isinstance(text, str) and is_url(text) else Path(text).expanduser()
 
 
 def fetch_file(url: str) -> Path:
-    """Return a local copy of a file in object storage, in `files` of the cache folder.
+    """Download a file from object storage to `files` in the cache folder; return its path there.
 
-    The copy is downloaded again when the file has changed.
+    The file is downloaded again only if it has changed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -330,7 +337,7 @@ def fetch_file(url: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         content = download(url, 0, state.num_bytes) if state.num_bytes else b""
         if len(content) != state.num_bytes:
-            raise StorageError(f"{url} has changed while it was downloaded; run the command again")
+            raise StorageError(f"{url} changed while it was downloaded; run the command again")
         with atomic_path(file) as partial:
             partial.write_bytes(content)
     return file

@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 _RETRY_SECONDS = 300
 _MAX_WAIT = 30
-# Errors of wrong or missing credentials in botocore, by name because botocore is optional.
+# Errors for wrong or missing credentials in botocore, by name, because botocore is optional.
 _CREDENTIAL_ERRORS = (
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
     "SSOTokenLoadError", "UnauthorizedSSOTokenError", "ProfileNotFound", "NoRegionError",
 )  # fmt: skip
 _BUGS = (AttributeError, TypeError, NameError, AssertionError)
-# Fields that change with the content of a file, most specific first; each file system has some of them.
+# Fields that change with the content of a file, most specific first; each file system provides some of them.
 _VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 
 
@@ -40,19 +40,24 @@ class FileState(NamedTuple):
 
 
 def retry_seconds() -> float:
-    """Return how long failed requests are repeated: `$M3LLM_RETRY_SECONDS`, or 300.
+    """Return how long failed requests are repeated, in seconds: `$M3LLM_RETRY_SECONDS`, or 300.
 
     Raises:
         UsageError: the variable is not a number of seconds.
     """
-    return number_from("M3LLM_RETRY_SECONDS", _RETRY_SECONDS, "a number of seconds")
+    return env_number("M3LLM_RETRY_SECONDS", _RETRY_SECONDS, "a number of seconds")
 
 
-def number_from(variable: str, default: float, expected: str) -> float:
-    """Return a non-negative number from an environment variable.
+def env_number(variable: str, default: float, expected: str) -> float:
+    """Return the non-negative number in an environment variable.
+
+    Args:
+        variable: name of the variable.
+        default: value if the variable is not set.
+        expected: description of valid values, for the message.
 
     Raises:
-        UsageError: the variable is not such a number.
+        UsageError: the variable is not a non-negative number.
     """
     text = os.environ.get(variable, "").strip() or str(default)
     try:
@@ -65,12 +70,12 @@ def number_from(variable: str, default: float, expected: str) -> float:
 
 
 def request(name: str, action: Callable[[], T], *, retry: bool = True) -> T:
-    """Call a function that sends a request, and repeat it while the storage is unavailable.
+    """Call a function that sends a request; repeat it while the storage is unavailable.
 
     Args:
-        name: URL in messages.
-        action: sends the request.
-        retry: repeat failed requests for `retry_seconds()`.
+        name: URL, also for messages.
+        action: sends the request and returns its result.
+        retry: whether to repeat failed requests, for up to `retry_seconds()`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -125,7 +130,7 @@ def _describe(name: str, error: Exception, statistics: Mapping[str, Any]) -> str
 
 
 def _log_retry(name: str, state: "RetryCallState") -> None:
-    """Log the attempts 1, 2, 4, 8, ..., because many workers may wait at once."""
+    """Log only attempts 1, 2, 4, 8, ..., because many workers may wait at the same time."""
     number = state.attempt_number
     if number & number - 1 or state.outcome is None or state.next_action is None:
         return
@@ -136,7 +141,7 @@ def _log_retry(name: str, state: "RetryCallState") -> None:
 
 
 def download(url: str, start: int, num_bytes: int, *, retry: bool = True) -> bytes:
-    """Return `num_bytes` of a file from `start` with one request, or fewer if the file ends before.
+    """Return `num_bytes` bytes of a file from offset `start` (fewer at its end), with one request.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -155,7 +160,7 @@ def download(url: str, start: int, num_bytes: int, *, retry: bool = True) -> byt
 
 
 def file_state(url: str, *, retry: bool = True) -> FileState:
-    """Return the state of a file, with one request.
+    """Return the size and version of a file, with one request.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -168,11 +173,13 @@ def file_state(url: str, *, retry: bool = True) -> FileState:
 
 
 def list_files(url: str, *, nested: bool = True) -> dict[str, FileState]:
-    """Return the state of each file in a folder by its relative name, with one request per thousand files.
+    """Return the size and version of each file in a folder, with one request per thousand files.
+
+    The keys are paths relative to the folder. A folder that does not exist is empty.
 
     Args:
         url: the folder.
-        nested: include files in subfolders.
+        nested: whether to include files in subfolders.
 
     Raises:
         StorageError: it cannot be read; see `request`.
@@ -188,9 +195,9 @@ def list_files(url: str, *, nested: bool = True) -> dict[str, FileState]:
 
 def _state(entry: Mapping[str, Any]) -> FileState:
     version = next((str(entry[field]) for field in _VERSIONS if entry.get(field)), "")
-    return FileState(int(entry["size"] or 0), version_number(version.encode()))
+    return FileState(int(entry["size"] or 0), hash63(version.encode()))
 
 
-def version_number(content: bytes) -> int:
-    """Return a non-negative 63-bit hash."""
+def hash63(content: bytes) -> int:
+    """Return a 63-bit hash, which is non-negative as an int64."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from internvl_chat.utils.errors import DataError, UsageError
 
-# Supported schemes: the fsspec package of each, and the command that installs it.
+# Supported schemes -> package with the fsspec file system, and the command that installs it.
 _SCHEMES = {
     "s3": ("s3fs", "pip install 'm3llm[remote]'"),
     "gs": ("gcsfs", "pip install gcsfs"),
@@ -24,7 +24,7 @@ _MIN_SECRET = 8
 
 
 def is_url(text: str) -> bool:
-    """Return whether a text is a URL with any scheme, such as `s3://bucket/folder`.
+    """Return whether a text is a URL, such as `s3://bucket/folder`, with any scheme.
 
     >>> is_url("s3://bucket/folder"), is_url("/data/images"), is_url("C:/images")
     (True, False, False)
@@ -33,7 +33,7 @@ def is_url(text: str) -> bool:
 
 
 def check_url(url: str) -> str:
-    """Return a URL of object storage without slashes at its end.
+    """Check a URL of object storage; return it with a lowercase scheme and without trailing slashes.
 
     Raises:
         DataError: the scheme is not supported, the bucket is missing, or the URL contains credentials.
@@ -57,7 +57,7 @@ def check_url(url: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return a message without credentials: user names, passwords and queries of URLs, and known secrets.
+    """Remove credentials from a message: user names, passwords and queries in URLs, and known secrets.
 
     >>> redact("GET https://me:secret@host/a.jpg?X-Amz-Signature=12 failed")
     'GET https://***@host/a.jpg?*** failed'
@@ -69,17 +69,17 @@ def redact(text: str) -> str:
 
 
 def filesystem(url: str) -> Any:
-    """Return the fsspec file system of a URL, one per process.
+    """Return the fsspec file system for a URL, which is created once per process and scheme.
 
     Raises:
-        UsageError: a package is missing.
+        UsageError: a required package is not installed.
     """
     return _filesystem(url.partition("://")[0], os.getpid())
 
 
 @cache
 def _filesystem(scheme: str, _process: int) -> Any:
-    """Return a file system; one created before a fork cannot be used in the child."""
+    """Return a file system. Each process needs its own: a fork cannot use that of its parent."""
     package, command = _SCHEMES[scheme]
     for name, fix in ((package, command), ("tenacity", "pip install 'm3llm[remote]'")):
         if find_spec(name) is None:
@@ -89,7 +89,7 @@ def _filesystem(scheme: str, _process: int) -> Any:
     # A listing cached in the process would hide changes and keep all names in memory.
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
-        # botocore retries below the retries of s3fs, which multiplies the time until a failure is noticed.
+        # botocore's retries, on top of those of s3fs, would delay the report of a failure.
         user = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"retries": {"max_attempts": 0}, **user}
     return fsspec.filesystem(scheme, **options)

@@ -56,7 +56,7 @@ def read_base(folder: Path) -> BaseModel:
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{file}: cannot read the adapter's base model: {error}") from None
     if base.quantization not in (None, NF4):
-        raise ModelError(f"{file}: quantization {base.quantization!r} is unknown; only {NF4!r} is supported")
+        raise ModelError(f"{file}: unknown quantization {base.quantization!r}; only {NF4!r} is supported")
     return base
 
 
@@ -67,7 +67,7 @@ def find_base(folder: Path, override: str | Path | None = None) -> tuple[Path, B
         override: new path or Hub id of the base model, if it has moved.
 
     Returns:
-        The base model's folder, and its description, with the override as its path.
+        The base model's folder, and its description; the override replaces the path.
 
     Raises:
         ModelError: the base model is missing, is an adapter itself, or its hash differs from the hash in

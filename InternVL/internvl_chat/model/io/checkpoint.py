@@ -19,7 +19,7 @@ from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.utils.errors import ModelError
 from internvl_chat.utils.hashed_file import FileEntry
 
-# Modules of InternVL3.5-Flash that select the number of tokens of each tile.
+# Modules of InternVL3.5-Flash that select the number of tokens for each tile.
 _RESOLUTION_ROUTER = ("pooling_before_gating.", "gating.", "mlp2.")
 
 
@@ -62,7 +62,7 @@ def load_model(
 ) -> InternVLChatModel:
     """Load a model in any supported format on the CPU.
 
-    The base model of an adapter that was trained on 4-bit weights is loaded in 4 bits.
+    If an adapter was trained on 4-bit weights, its base model is loaded in 4 bits.
 
     Args:
         path_or_id: folder or Hub id.
@@ -72,10 +72,10 @@ def load_model(
         base: new path or Hub id of an adapter's base model, if it has moved.
         lora_dropout: dropout probability of the adapters' input.
         drop_path_rate: stochastic depth rate of the vision tower (default: from the checkpoint).
-        load_in_4bit: quantize a model without adapters (see `model.lora.quantization`).
+        load_in_4bit: whether to quantize a model without adapters (see `model.lora.quantization`).
 
     Raises:
-        UsageError: the weights are 4-bit and bitsandbytes is not installed.
+        UsageError: the model is to be loaded in 4 bits, but bitsandbytes is not installed.
         ModelError: the model or its base model is missing, or weights are missing, unexpected, of the wrong
             shape, or not finite.
     """

@@ -1,6 +1,7 @@
 """Convert the expert weights of a mixture of experts between checkpoint files and transformers' model.
 
-Files have three matrices per expert. The model has two tensors per layer, which stack those of all experts:
+Files have three matrices per expert. The model has two tensors per layer, which stack the matrices of all
+experts:
 
     mlp.experts.0.gate_proj.weight, mlp.experts.0.up_proj.weight, ...  ->  mlp.experts.gate_up_proj
     mlp.experts.0.down_proj.weight, ...                                ->  mlp.experts.down_proj
@@ -20,12 +21,12 @@ from internvl_chat.utils.errors import ModelError
 
 _IN_FILES = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _IN_MODEL = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-# Weights that each of the model's tensors consists of.
+# Tensor in the model -> matrices in files, which are concatenated in this order.
 _KINDS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def stack_experts(weights: Weights) -> Weights:
-    """Return weights from a checkpoint under the names of transformers' model.
+    """Return the weights of a checkpoint with the experts stacked, as in transformers' model.
 
     Other weights, including experts that are already stacked, are unchanged.
 
@@ -53,9 +54,9 @@ def stack_experts(weights: Weights) -> Weights:
 
 
 def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the model's tensors under the names in checkpoint files, without copying them.
+    """Return the model's tensors with the experts split, as in checkpoint files; inverse of `stack_experts`.
 
-    This is the inverse of `stack_experts`.
+    The results are views.
     """
     out: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -71,5 +72,8 @@ def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _stack(experts: Sequence[Sequence[Callable[[], torch.Tensor]]]) -> torch.Tensor:
-    """Read and stack the experts' matrices: E times one or two of (I, C) -> (E, I, C) or (E, 2 I, C)."""
+    """Read the matrices of the E experts, concatenate those of each expert, and stack the results.
+
+    The shape is (E, 2 I, C) for gate and up, and (E, C, I) for down.
+    """
     return torch.stack([torch.cat([read() for read in parts]) for parts in experts])

@@ -25,7 +25,7 @@ from internvl_chat.utils.errors import ModelError
 
 ReadTensor = Callable[[], torch.Tensor]
 
-# Parameters of an adapted layer; the last one exists only with DoRA.
+# Name parts of the adapter parameters of a layer; only DoRA has the last one.
 _ADAPTER_PARTS = ("A", "B", "magnitude_vector")
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.(?:weight|bias)$)")
 
@@ -123,9 +123,9 @@ def _merge(weights: Weights, source: Path, *, use_rslora: bool, quantized: bool)
             a = b = magnitude = None
         layers += a is not None
         if a or is_quantized:
-            change = partial(_read_merged, read, a, b, magnitude, use_rslora, is_quantized)
+            read_merged = partial(_read_merged, read, a, b, magnitude, use_rslora, is_quantized)
             # The merged weight may overflow in 16 bits even if its inputs are finite.
-            merged |= check_finite({plain_name: change}, source)
+            merged |= check_finite({plain_name: read_merged}, source)
         else:
             merged[plain_name] = read
     return merged, layers
@@ -145,7 +145,7 @@ def _with_adapter(folder: Path, base_folder: Path, use_dora: bool) -> Weights:
     if missing:
         raise ModelError(f"{folder}: the base model {base_folder} lacks {len(missing)} of the adapted layers")
     if use_dora and magnitudes < len(layers):
-        raise ModelError(f"{folder}: {len(layers) - magnitudes} of the DoRA magnitudes are missing")
+        raise ModelError(f"{folder}: the DoRA norms of {len(layers) - magnitudes} adapted layers are missing")
     return weights | adapter
 
 
@@ -157,7 +157,7 @@ def _read_merged(
     use_rslora: bool,
     quantized: bool,
 ) -> torch.Tensor:
-    """Read a base weight, quantize it if `quantized`, and merge an adapter into it, if there is one."""
+    """Read a base weight, round it to 4 bits if `quantized`, and merge the adapter into it, if any."""
     base = read()
     weight = dequantized(base) if quantized else base
     if read_a and read_b:

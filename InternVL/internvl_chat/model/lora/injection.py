@@ -31,13 +31,13 @@ _LLAMA_TARGETS = (
     "mlp.down_proj",
     "mlp.up_proj",
 )
-# The experts of a mixture of experts are not linear layers.
+# Module with all experts of a layer. It has stacked tensors, not linear layers, so that LoRA cannot adapt it.
 _EXPERTS = "mlp.experts"
 _MOE_TARGETS = _LLAMA_TARGETS[:4]
 _PHI3_TARGETS = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
-# Linear layers of the decoder, in any supported architecture.
+# Names of the decoder's linear layers in all supported architectures.
 DECODER_TARGETS = (*_LLAMA_TARGETS, *_PHI3_TARGETS)
-# Name of peft's DoRA vector in weight files.
+# Name suffix of DoRA's norms in peft's weight files.
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
@@ -72,12 +72,12 @@ def add_lora(
     """Inject float32 adapters with alpha = 2 * rank, as in the reference; store the ranks in `model.config`.
 
     Args:
-        model: model with its weights: DoRA starts from their norms.
+        model: model with its weights loaded, because DoRA starts from their norms.
         llm_rank: rank for the language model; 0 for no adapters.
         vision_rank: rank for the vision tower; 0 for no adapters.
         dropout: dropout probability of the adapters' input.
-        use_dora: train the norm of each row of the weights separately (DoRA).
-        use_rslora: scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).
+        use_dora: whether to also train the norm of each row of the weights (DoRA).
+        use_rslora: whether to scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).
     """
     towers = (
         (model.language_model, llm_rank, llm_targets),
@@ -188,7 +188,9 @@ def unwrapped_name(name: str) -> str:
 
 
 def lora_scaling(rank: int, use_rslora: bool) -> float:
-    """Return the factor of B A: alpha / rank or, with rsLoRA, alpha / sqrt(rank), with alpha = 2 * rank.
+    """Return the scale of the update B A: alpha / rank or, with rsLoRA, alpha / sqrt(rank).
+
+    Alpha is 2 * rank.
 
     >>> lora_scaling(16, use_rslora=False), lora_scaling(16, use_rslora=True)
     (2.0, 8.0)
@@ -205,7 +207,7 @@ def merged_weight(
 ) -> torch.Tensor:
     """Return W + s B A, computed in float32 and rounded to W's dtype: (O, I), (R, I), (O, R) -> (O, I).
 
-    With DoRA, each row is scaled to its norm in `magnitude`, (O,).
+    With DoRA, `magnitude` (O,) contains the norms to which the rows are scaled.
     """
     merged = weight.float() + scaling * (lora_b.float() @ lora_a.float())
     if magnitude is not None:

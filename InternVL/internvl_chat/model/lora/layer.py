@@ -1,7 +1,7 @@
 """peft's LoRA layer, computed in the dtype of the activations.
 
 peft casts the input of each adapter to float32 and its output back, which takes longer than the adapter
-itself. For float32 inputs, the result is the same as peft's. DoRA uses peft's own computation.
+itself. For float32 inputs, the result is the same as peft's. DoRA layers run peft's own computation.
 
 Shapes: I input features, O output features.
 """

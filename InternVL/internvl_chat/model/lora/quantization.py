@@ -23,10 +23,10 @@ MISSING = "the package bitsandbytes is not installed (pip install 'm3llm[quantiz
 def quantize_decoder(model: InternVLChatModel) -> None:
     """Replace the decoder's linear layers with 4-bit layers; parameter names do not change.
 
-    The weights are quantized on a GPU if there is one, and stay on their device.
+    The weights are quantized on a GPU if there is one, then moved back to their device.
 
     Args:
-        model: model without adapters; on the meta device, only the sizes are computed.
+        model: model without adapters; on the meta device, the result has sizes but no values.
 
     Raises:
         UsageError: bitsandbytes is not installed.
@@ -65,19 +65,19 @@ def _quantized(layer: nn.Linear) -> nn.Linear:
     )
     quantized.weight = parameter.to(weight.device)
     quantized.bias = layer.bias
-    # In evaluation, bitsandbytes would use bf16 products on some CPUs, and pack the weights in a layout that
-    # has no backward pass.
+    # In evaluation mode, bitsandbytes would use bf16 products on some CPUs and repack the weights in a layout
+    # without a backward pass.
     quantized.support_avx512bf16_for_cpu = False
     return quantized
 
 
 def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Return the codes and bitsandbytes' `QuantState` of a weight, on a GPU if there is one."""
+    """Quantize a weight, on a GPU if there is one; return the codes and bitsandbytes' `QuantState`."""
     from bitsandbytes.functional import quantize_4bit
 
-    if weight.is_meta:  # bitsandbytes keeps a table on the device of its first call
+    if weight.is_meta:  # bitsandbytes caches a table on the device of its first call: not the meta device
         quantize_4bit(torch.zeros(1, 64), quant_type=NF4, compress_statistics=True)
-    # On a CPU, an 8B model takes many minutes.
+    # On a CPU, quantizing an 8B model takes many minutes.
     device = torch.device("cuda") if torch.cuda.is_available() and not weight.is_meta else weight.device
     rounded = weight.to(device, torch.bfloat16).to(weight.dtype)
     return quantize_4bit(rounded, quant_type=NF4, compress_statistics=True)
@@ -96,22 +96,22 @@ def is_quantized_weight(name: str) -> bool:
 
 
 def dequantized(weight: torch.Tensor) -> torch.Tensor:
-    """Return the float32 values of a weight after quantization."""
+    """Quantize a weight and convert it back; return the float32 values."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(*_quantize(weight.float())).to(weight.device)
 
 
 def parameter_count(parameter: torch.Tensor) -> int:
-    """Return the number of weights that a parameter represents; a 4-bit parameter packs two in a byte."""
+    """Return the number of weights in a parameter; a 4-bit parameter packs two into each byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def quantization_bytes(model: nn.Module) -> int:
-    """Return the bytes that 4-bit weights need in addition to their codes; 0 if there are none.
+    """Return the bytes that 4-bit weights need in addition to their codes; 0 without 4-bit weights.
 
-    These are the scales of each block and, during a pass, one layer's weights in the dtype of the model.
+    These are the scales of the blocks and, during a pass, one layer's weights in the dtype of the model.
     """
     states = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)

@@ -1,8 +1,8 @@
 """Save and load sharded or replicated optimizer state; any number of ranks can load it.
 
 Each rank writes its shards as safetensors files in the format of `torch.distributed.checkpoint` (DCP) and
-reads only the slices it needs. Tensors are named "<parameter>/<state>"; the tensors that make up a quantized
-state tensor of torchao, "<parameter>/<state>.<part>". Pickle is not used.
+reads only the slices it needs. Tensors are named "<parameter>/<state>". torchao's quantized state tensors are
+stored as several plain tensors, named "<parameter>/<state>.<part>". Pickle is not used.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def named_state(
 
 
 def _parts(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return the plain tensors that make up a quantized tensor; any other tensor is returned unchanged."""
+    """Return the plain tensors of which a quantized tensor consists; return other tensors unchanged."""
     if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
         return {key: tensor}
     names, _ = tensor.__tensor_flatten__()
@@ -66,7 +66,7 @@ def _parts(key: str, tensor: Tensor) -> dict[str, Tensor]:
 def _assemble(
     tensors: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Return the tensors with the parts of quantized tensors combined; inverse of `_parts`."""
+    """Combine the parts of quantized tensors; inverse of `_parts` for all tensors."""
     parts = {key: tensor for key, tensor in tensors.items() if "." in key.rpartition("/")[2]}
     if not parts:
         return tensors
@@ -81,7 +81,7 @@ def _assemble(
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer create its state: take a step with a learning rate and gradients of zero."""
+    """Make an optimizer create its state, with a step whose learning rate and gradients are zero."""
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"].fill_(0.0)

@@ -292,7 +292,7 @@ class Checkpointer:
 
 
 def _number(value: Any) -> float:
-    """Return a tensor with one element as a number, for JSON: torchao's learning rates are tensors."""
+    """Convert a one-element tensor to a number for JSON, because torchao's learning rates are tensors."""
     if isinstance(value, Tensor):
         return value.item()
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")

@@ -18,7 +18,7 @@ _PLACEMENTS = ((Shard(0),), (Replicate(), Shard(0)))
 class WeightGatherer:
     """Collects the weights for each checkpoint; gathers FSDP2 shards on the CPU with gloo.
 
-    With HSDP, the first ranks send their shards; the other ranks have replicas.
+    With HSDP, the ranks of the first replica send their shards.
 
     Args:
         group: gloo group that is not used elsewhere while `gather` runs; None in a single-rank run.
@@ -40,7 +40,7 @@ class WeightGatherer:
     def prepare(self) -> dict[str, Tensor]:
         """Select the weights to save; return the trainable tensors that this rank must copy.
 
-        These are the rank's shards, unless a lower rank has them too, and, on rank 0, the unsharded weights.
+        These are the rank's shards (with HSDP, only in the first replica) and, on rank 0, unsharded weights.
         """
         weights = dict(self._model.state_dict(keep_vars=True))
         if lora_layers(self._model):
@@ -103,5 +103,5 @@ class WeightGatherer:
 
 
 def _num_shards(weight: DTensor) -> int:
-    """Return the number of ranks across which a weight is sharded; these are the first ranks."""
+    """Return the number of ranks across which a weight is sharded: with HSDP, the ranks of one replica."""
     return weight.device_mesh.size(-1)

@@ -30,10 +30,10 @@ def zero_stage(config: Mapping[str, Any]) -> Any:
     return section.get("stage", 0) if isinstance(section, Mapping) else 0
 
 
-def offloads(config: Mapping[str, Any], what: str) -> bool:
-    """Return whether a DeepSpeed configuration offloads `optimizer` or `param`, without checking it."""
+def offloads(config: Mapping[str, Any], state: str) -> bool:
+    """Return whether an unchecked DeepSpeed configuration offloads `state`: `optimizer` or `param`."""
     section = config.get("zero_optimization")
-    section = section.get(f"offload_{what}") if isinstance(section, Mapping) else None
+    section = section.get(f"offload_{state}") if isinstance(section, Mapping) else None
     return isinstance(section, Mapping) and section.get("device", "none") != "none"
 
 
@@ -74,7 +74,7 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
             "to train without ZeRO, use --parallel ddp instead of --deepspeed"
         )
     elif zero_stage(config) != 3 and offloads(config, "param"):
-        problems.append('--deepspeed: "zero_optimization.offload_param" needs stage 3')
+        problems.append('--deepspeed: "zero_optimization.offload_param" requires stage 3')
     _fill(config, "", values, flags, problems)
     # DeepSpeed sees one batch per rank and step; the training loop accumulates gradients over its packs.
     config["train_micro_batch_size_per_gpu"] = run.records_per_rank
@@ -84,7 +84,7 @@ def resolve_deepspeed(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     config.setdefault("bf16", {"enabled": run.bf16})
     # Allow the optimizer from `make_optimizer`, which is used if the configuration has none.
     config.setdefault("zero_allow_untested_optimizer", True)
-    # Also with offload; DeepSpeed's own CPU optimizer would have to be compiled.
+    # Keep this optimizer with offload, too: DeepSpeed's own CPU optimizer would have to be compiled.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     if _uses_torch_adam(config):
         config["optimizer"]["params"] = {"torch_adam": True} | (config["optimizer"].get("params") or {})

@@ -1,7 +1,7 @@
 """FSDP2 and HSDP: shard weights, gradients and optimizer state layer by layer.
 
-FSDP2 shards across all ranks. HSDP shards across the ranks of a node and replicates across nodes, so that
-only the reduction of the gradients crosses nodes.
+FSDP2 shards across all ranks. HSDP shards across the ranks of each node and replicates across nodes, so that
+only gradients cross the network between nodes.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from internvl_chat.utils import distributed
 def create_mesh(device_type: str, num_shards: int) -> DeviceMesh:
     """Return the mesh of all ranks: (num_shards,) for a single replica, otherwise (replicas, num_shards).
 
-    The ranks of a replica are consecutive, like those of a node under torchrun.
+    The ranks of a replica are consecutive, as torchrun numbers those of a node.
 
     Collective: call on all ranks.
     """
@@ -36,9 +36,9 @@ class FSDPStrategy(Strategy):
 
     Args:
         model: model on any device, after `set_trainable`.
-        num_shards: number of consecutive ranks across which the model is sharded; it is replicated across the
-            groups of such ranks.
-        cpu_offload: keep shards, gradients and optimizer state in host memory, pinned if training on a GPU.
+        num_shards: number of consecutive ranks across which each replica of the model is sharded.
+        cpu_offload: whether to keep shards, gradients and optimizer state in host memory; with GPUs, in
+            pinned memory.
     """
 
     shards_weights = True
@@ -58,7 +58,7 @@ class FSDPStrategy(Strategy):
         super().__init__(model, make_optimizer, make_scheduler, device)
 
     def _wrap(self, device: torch.device, bucket_cap_mb: int | None) -> nn.Module:
-        # `fully_shard` moves one unit at a time to the device, so that the model need not fit in its memory.
+        # `fully_shard` moves one unit at a time to the device, so the full model need not fit in its memory.
         mesh = create_mesh(device.type, self._num_shards)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if self._cpu_offload else OffloadPolicy()
         for layer in self.model.blocks:
@@ -69,6 +69,6 @@ class FSDPStrategy(Strategy):
 
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Iterator[None]:
-        """See `Strategy`. With offload, every pass reduces, so that gradients accumulate in host memory."""
+        """See `Strategy`. With offload, every pack's gradients are reduced, to accumulate in host memory."""
         cast(FSDPModule, self.model).set_requires_gradient_sync(last or self._cpu_offload)
         yield

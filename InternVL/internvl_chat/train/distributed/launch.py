@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _delete_unused(folder: Path, log: Path) -> None:
     """Delete an output folder that contains only the log."""
-    with contextlib.suppress(OSError):  # the launcher of another node has deleted it
+    with contextlib.suppress(OSError):  # the launcher of another node may have deleted it
         if list(folder.iterdir()) == [log]:
             log.unlink()
             folder.rmdir()

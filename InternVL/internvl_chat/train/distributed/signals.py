@@ -80,10 +80,11 @@ def stop_with_launcher() -> None:
 
 
 def note_start() -> bool:
-    """Record that this worker has started; return whether its run had been started before.
+    """Record that this worker has started; return whether this is a restart of the run.
 
     torchrun restarts workers after a failure and when nodes join or leave; SLURM requeues jobs. torchrun does
-    not count restarts for a change of nodes, so each worker leaves a file in the launcher's temporary folder.
+    not count restarts when nodes join or leave, so each worker also writes a marker file to the launcher's
+    temporary folder.
     """
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     restarted = any(count.isdecimal() and int(count) > 0 for count in counts)

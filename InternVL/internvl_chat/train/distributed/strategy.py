@@ -49,7 +49,7 @@ class Strategy:
         self.scheduler = make_scheduler(self.optimizer)
 
     def _wrap(self, device: torch.device, bucket_cap_mb: int | None) -> nn.Module:
-        """Move the model to the device; return the module to call for training."""
+        """Move the model to the device and parallelize it; return the module to call for training."""
         self.model.to(device)
         self.name = "ddp" if distributed.world_size() > 1 else "single"
         if self.name == "single":

@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 
 # Prefixes of optimizers that need a special training loop or a selection of modules.
 _UNSUPPORTED_OPTIMIZERS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
-# Optimizers quantize the moments of a parameter in blocks, if it has at least this many elements.
+# 8-bit and 4-bit optimizers quantize the moments of parameters with at least this many elements, in blocks.
 _QUANTIZED_ELEMENTS, _QUANTIZED_BLOCK = 4096, 256
 # Schedules that need a metric at every step.
 _UNSUPPORTED_SCHEDULERS = ("greedy", "reduce_lr_on_plateau")
@@ -144,21 +144,22 @@ def flags_without_effect(run: RunConfig) -> Iterator[str]:
 
 
 def has_quantized_state(optim: str) -> bool:
-    """Return whether an optimizer of transformers stores its moments in 8 or 4 bits."""
+    """Return whether an optimizer stores its moments in 8 or 4 bits, given the value of `--optim`."""
     return "8bit" in optim or "4bit" in optim
 
 
 def state_bytes(optim: str, precision: str, parameters: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of the optimizer state of trainable parameters, if nothing is sharded.
+    """Return the bytes of the optimizer state without sharding.
 
     Args:
         optim: value of `--optim`.
-        precision: see `build_adamw`; `bf16` for other optimizers.
+        precision: see `build_adamw`; `bf16` for library optimizers.
+        parameters: trainable parameters.
     """
     total = 0.0
     for parameter in parameters:
         if has_quantized_state(optim) and parameter.numel() >= _QUANTIZED_ELEMENTS:
-            # Two moments: their codes, and a float32 scale per block.
+            # Two moments, each with its codes and a float32 scale per block.
             total += 2 * parameter.numel() * ((1 if "8bit" in optim else 0.5) + 4 / _QUANTIZED_BLOCK)
         else:
             size = bytes_per_parameter(precision, parameter.dtype) - 2 * parameter.itemsize
@@ -236,7 +237,7 @@ def _library_optimizer(
     try:
         optimizer_class, options = options_of(pairs)
         if options.get("bf16_stochastic_round") and run.world_size > 1:
-            raise ValueError("bf16_stochastic_round needs a single rank: ranks would round differently")
+            raise ValueError("bf16_stochastic_round requires a single rank: ranks would round differently")
         # transformers ignores unknown options, and the parameter groups have their own weight decay.
         unused = [
             pair for i, pair in enumerate(pairs)

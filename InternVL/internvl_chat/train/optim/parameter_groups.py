@@ -1,4 +1,4 @@
-"""Parameter groups of the optimizer: weight decay, and learning rates per component and for LoRA+."""
+"""Parameter groups of the optimizer, by weight decay and learning rate (per component, LoRA+)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,17 +10,17 @@ from internvl_chat.train.config import RunConfig, TrainConfig
 
 # Name patterns of parameters without weight decay, as in transformers.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-# Parameters whose learning rate `--loraplus_lr_ratio` multiplies, as in peft.
+# Name parts of parameters whose learning rate `--loraplus_lr_ratio` multiplies, as in peft.
 _LORAPLUS = (".lora_B.", ".lora_magnitude_vector.")
-# Component -> flag with its learning rate.
+# Component -> flag for its learning rate.
 _RATE_FLAGS = {"vision_model": "vision_lr", "mlp1": "projector_lr", "language_model": "llm_lr"}
 
 
 def parameter_groups(model: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
-    """Return the trainable parameters in groups; biases and norms get no weight decay.
+    """Return the parameter groups of the trainable parameters; biases and norms get no weight decay.
 
-    The first two groups have the rate `--learning_rate`: those with weight decay, then those without. They
-    may be empty. Further groups follow for other learning rates.
+    The first two groups have the learning rate `--learning_rate`, one with and one without weight decay. They
+    may be empty. Groups with other learning rates follow.
     """
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
     groups: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {run.learning_rate: ([], [])}
@@ -55,7 +55,7 @@ def rate_problems(config: TrainConfig) -> Iterator[str]:
     given = {flag: value for flag in trained if (value := getattr(run, flag)) is not None}
     for flag, value in given.items():
         if not trained[flag]:
-            yield f"--{flag} {value:g}: has no effect, because this component is frozen; remove the flag"
+            yield f"--{flag} {value:g}: has no effect, because the component is frozen; remove the flag"
     if run.loraplus_lr_ratio != 1:
         given["loraplus_lr_ratio"] = run.loraplus_lr_ratio
         if not (model.use_llm_lora or model.use_backbone_lora):

@@ -1,4 +1,4 @@
-"""Notes to a plan: idle GPUs and larger batches, checkpoints, and the source of the predicted speed."""
+"""Notes on a plan: idle GPUs and larger batches, checkpoints, and the source of the predicted speed."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ _LARGER_BATCH = (
 )
 
 
-def notes_of(
+def plan_notes(
     planner: Planner, estimates: Sequence[Estimate], best: Estimate | None, gpus: int, nodes: int
 ) -> list[str]:
-    """Return all notes to a plan.
+    """Return all notes on a plan.
 
     Args:
-        planner: predicts the run with other batches.
+        planner: predicts the run with a larger batch.
         estimates: predictions of all modes.
         best: recommended mode; None if none fits.
         gpus: GPUs per node.
@@ -39,7 +39,7 @@ def notes_of(
 
 
 def shortage_note(estimates: Sequence[Estimate]) -> str:
-    """Describe how much memory is missing, and what would help."""
+    """Describe how much memory the run needs, and the flags that would make it fit."""
     closest = min(estimates, key=lambda estimate: estimate.memory.total)
     memory = closest.memory
     flags = ", or ".join(memory.fitting_flags(memory.available))
@@ -51,14 +51,14 @@ def shortage_note(estimates: Sequence[Estimate]) -> str:
 
 
 def batch_note(planner: Planner, best: Estimate, gpus: int, nodes: int) -> str | None:
-    """Explain which GPUs stay idle because the batch is small, and what a larger batch changes."""
+    """Describe how many GPUs stay idle because the batch is small, and what a larger batch changes."""
     total, batch_size = gpus * nodes, best.batch_size
     if best.ranks == total:
         return None
     larger = -(-batch_size // total) * total
     text = (
         f"{total - best.ranks} of {total} GPUs stay idle: a step has {batch_size} records, which must be "
-        "divisible by the number of ranks. More GPUs cannot help."
+        "divisible by the number of ranks."
     )
     if (wide := recommend(planner.compare(total, nodes, larger))) is None:
         return text
@@ -76,20 +76,20 @@ def checkpoint_note(estimate: Estimate, run: RunConfig) -> str | None:
         return None
     interval = run.save_steps * estimate.step.total
     text = (
-        f"a checkpoint has {estimate.checkpoint_bytes / 1e9:.3g} GB; a save is due every "
-        f"{run.save_steps:g} steps ({_duration(interval)}), and writing takes "
-        f"{_duration(estimate.checkpoint_seconds)} at the given disk speed"
+        f"a checkpoint has {estimate.checkpoint_bytes / 1e9:.3g} GB and takes "
+        f"{_duration(estimate.checkpoint_seconds)} to write; a save is due every {run.save_steps:g} steps "
+        f"({_duration(interval)})"
     )
     if estimate.checkpoint_seconds > interval:
-        text += "; saves that are due while the previous one is being written are skipped"
+        text += "; saves that are due while another one is being written are skipped"
     return text
 
 
 def efficiency_note(hardware: Hardware) -> str:
-    """Describe the source of the efficiency, and whether it was measured."""
+    """Describe the assumed or measured fraction of the peak FLOP/s, and its source."""
     achieved = hardware.efficiency
     kind = "measured" if achieved.measured else "assumed, not measured"
-    return f"speed: {achieved.compute:.0%} of the peak FLOP/s in the passes ({kind}: {achieved.source})"
+    return f"speed: {achieved.compute:.0%} of the peak FLOP/s ({kind}: {achieved.source})"
 
 
 def _duration(seconds: float) -> str:

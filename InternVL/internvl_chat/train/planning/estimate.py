@@ -45,9 +45,9 @@ from internvl_chat.train.preflight.memory import (
 )
 from internvl_chat.train.setup import prepare_model
 
-# Records and steps that are searched for the largest pack if the lengths are a sample.
+# Minimum numbers of records and steps that are searched for the largest pack if not all are searched.
 _SAMPLED_RECORDS, _SAMPLED_STEPS = 4000, 50
-# A mode is preferred to earlier ones in `MODES` only if it is faster by this fraction.
+# A mode is preferred to an earlier one in `MODES` only if it is faster by this fraction.
 _MARGIN = 0.03
 
 
@@ -58,7 +58,7 @@ class PlannedModel:
     Attributes:
         config: training flags.
         model: model on the meta device.
-        device: device type of the training: `cuda` or `cpu`.
+        device: device type for training: `cuda` or `cpu`.
     """
 
     config: TrainConfig
@@ -98,7 +98,7 @@ class PlannedModel:
 
     @cached_property
     def counter(self) -> FlopCounter:
-        """FLOPs of the model."""
+        """FLOP counts of the model."""
         return count_flops(self.model)
 
     @cached_property
@@ -117,7 +117,7 @@ class PlannedModel:
 
     @cached_property
     def size(self) -> dict[str, int]:
-        """Size in bytes of all weights, of the trained ones and of those in a checkpoint."""
+        """Bytes of all weights, of the trained weights, and of the weights in a checkpoint."""
         parameters = list(self.model.parameters())
         trained = sum(p.nbytes for p in parameters if p.requires_grad)
         total = sum(p.nbytes for p in parameters)
@@ -126,7 +126,7 @@ class PlannedModel:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """Number of all and of trained parameters."""
+        """Total and trainable parameter counts."""
         return sum(p.numel() for p in self.model.parameters()), sum(self.trained.values())
 
 
@@ -135,17 +135,18 @@ class Estimate:
     """Prediction for one parallel mode.
 
     Attributes:
+        mode: the parallel mode.
         ranks: number of ranks.
         nodes: number of nodes.
         batch_size: records per step.
         memory: memory plan of a rank; contains the largest pack.
         step: duration of a step.
-        work: what the busiest rank does in a step.
-        balance: load of the busiest rank divided by the mean load.
+        work: work of the busiest rank in a step.
+        balance: FLOPs of the busiest rank, divided by the mean of all ranks.
         steps: steps per epoch.
         records: records per epoch.
         checkpoint_bytes: size of a checkpoint.
-        checkpoint_seconds: time to write it.
+        checkpoint_seconds: time to write a checkpoint.
         price: price per device and hour; None if unknown.
     """
 
@@ -175,7 +176,7 @@ class Estimate:
 
     @property
     def device_hours(self) -> float:
-        """Device hours of an epoch."""
+        """Device hours of an epoch, without idle devices."""
         return self.epoch_hours * self.ranks
 
     @property
@@ -209,7 +210,7 @@ class Estimate:
 
 
 class Planner:
-    """Predicts the parallel modes of one model on one kind of hardware.
+    """Predicts runs of one model on one kind of hardware, for all parallel modes.
 
     Args:
         planned: the model.
@@ -223,11 +224,11 @@ class Planner:
         self._costs = planned.counter.records(lengths.tokens, lengths.supervised, lengths.tiles)
 
     def compare(self, ranks: int, nodes: int, batch_size: int) -> list[Estimate]:
-        """Return the predictions of all modes for a number of ranks; the batch is divisible by it."""
+        """Return the predictions of all modes; `batch_size` must be divisible by `ranks`."""
         sampler = self._sampler(ranks, batch_size)
         loads: dict[float, Load] = {}
         packs, estimates = None, []
-        # Balancing a batch over thousands of ranks is slow; a random share of it has similar packs.
+        # Balancing a batch over thousands of ranks is slow. A random local batch has similar packs.
         local = self._sampler(1, batch_size // ranks) if batch_size * ranks > MAX_PAIRS else sampler
         for mode in modes_for(ranks, nodes):
             planner = self._memory(self._run(mode, ranks, nodes, batch_size), local, packs)
@@ -325,7 +326,7 @@ class Planner:
 
 
 def usable_ranks(batch_size: int, gpus: int, nodes: int) -> tuple[int, int]:
-    """Return the largest number of ranks per node and of nodes that a batch can be divided by.
+    """Return the ranks per node and the number of nodes that divide a batch and use the most GPUs.
 
     >>> usable_ranks(2, 8, 2), usable_ranks(16, 8, 2), usable_ranks(6, 4, 2)
     ((2, 1), (8, 2), (3, 2))
@@ -342,7 +343,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def recommend(estimates: Sequence[Estimate]) -> Estimate | None:
-    """Return the fastest mode that fits; an earlier one if it is about as fast. None if none fits."""
+    """Return the first mode that fits and is about as fast as the fastest that fits; None if none fits."""
     fitting = [estimate for estimate in estimates if estimate.fits]
     if not fitting:
         return None

@@ -1,4 +1,4 @@
-"""Hardware of a plan: its data-sheet values, and how much of them training achieves.
+"""Hardware of a plan: data-sheet values, and the fractions of them that training achieves.
 
 The achieved fractions come from `calibration.json`, which `benchmarks/plan_accuracy.py --calibrate` writes
 from the measurements in `benchmarks/results/`.
@@ -17,7 +17,7 @@ _CALIBRATION = Path(__file__).with_name("calibration.json")
 GB = 1e9
 # Bandwidth to other nodes per GPU in GB/s: a 400 Gbit/s adapter for each GPU.
 DEFAULT_NETWORK_GBS = 50.0
-# Write bandwidth of the disk of the checkpoints in GB/s, shared by all ranks.
+# Write bandwidth of the checkpoint disk in GB/s, shared by all ranks.
 DEFAULT_DISK_GBS = 1.0
 
 
@@ -29,7 +29,7 @@ class Efficiency:
         compute: fraction of the peak FLOP/s in the forward and backward passes.
         memory: fraction of the memory bandwidth in the optimizer step.
         link: fraction of the interconnect bandwidth in collective operations.
-        overlap: part of the duration of the passes during which communication costs no time.
+        overlap: fraction of the duration of the passes during which communication is hidden.
         step_seconds: fixed time per step and rank.
         pack_seconds: fixed time per pack.
         source: measurements that the values are derived from, or the reason for assuming them.
@@ -48,10 +48,10 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One rank's device and its connections; sizes in bytes and rates per second.
+    """One rank's device and its connections; sizes in bytes, rates in bytes (or FLOPs) per second.
 
     Attributes:
-        name: name for the user.
+        name: name in messages and plots.
         device: `cuda` or `cpu`.
         memory: memory per rank.
         flops: peak FLOP/s per rank.
@@ -79,19 +79,19 @@ def _calibration() -> Mapping[str, Any]:
     return json.loads(_CALIBRATION.read_text(encoding="utf-8"))
 
 
-def efficiency_of(device: str, device_name: str = "") -> Efficiency:
-    """Return the efficiency of a kind of device.
+def find_efficiency(device: str, gpu_name: str = "") -> Efficiency:
+    """Return the measured or assumed efficiency of a device.
 
     Args:
-        device: `cuda`, or `cpu` with a dtype: `cpu-float32`, `cpu-bfloat16`.
-        device_name: name of the GPU on the command line; its own measurements are used if there are any.
+        device: `cuda`, `cpu-float32` or `cpu-bfloat16`.
+        gpu_name: `Gpu.name`; if this GPU was measured, its values are returned.
     """
     known = _calibration()["efficiency"]
-    return Efficiency(**known.get(device_name, known[device]))
+    return Efficiency(**known.get(gpu_name, known[device]))
 
 
 def gpu_hardware(gpu: Gpu, *, network: float, disk: float, price: float | None) -> Hardware:
-    """Return the hardware of a GPU of the table.
+    """Return the hardware of a rank on a GPU.
 
     Args:
         gpu: data-sheet values.
@@ -109,12 +109,12 @@ def gpu_hardware(gpu: Gpu, *, network: float, disk: float, price: float | None) 
         network=network * GB,
         disk=disk * GB,
         price=price,
-        efficiency=efficiency_of("cuda", gpu.name),
+        efficiency=find_efficiency("cuda", gpu.name),
     )
 
 
 def cpu_hardware(dtype: str, memory: float, cores: int = 1, *, disk: float, price: float | None) -> Hardware:
-    """Return the hardware of a rank on CPU cores like those of the measurements.
+    """Return the hardware of a rank on CPU cores; speed and bandwidth are those measured for calibration.
 
     Args:
         dtype: `float32` or `bfloat16`.
@@ -134,5 +134,5 @@ def cpu_hardware(dtype: str, memory: float, cores: int = 1, *, disk: float, pric
         network=machine["memory_bandwidth"],
         disk=disk * GB,
         price=price,
-        efficiency=efficiency_of(f"cpu-{dtype}"),
+        efficiency=find_efficiency(f"cpu-{dtype}"),
     )

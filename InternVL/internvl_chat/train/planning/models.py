@@ -1,4 +1,4 @@
-"""Model configurations for planning: of a folder, a file or a hub id, without weights; sizes of InternVL3."""
+"""Model configurations for planning, without weights: of folders, files, hub ids and InternVL3 models."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class _Decoder(NamedTuple):
 
 
 # Sizes of the published InternVL3 models with a Qwen2.5 language model, from their `config.json`.
-_FAMILY = {
+_SIZES = {
     "InternVL3-1B": _Decoder(896, 24, 14, 2, 4864),
     "InternVL3-2B": _Decoder(1536, 28, 12, 2, 8960),
     "InternVL3-8B": _Decoder(3584, 28, 28, 4, 18_944),
@@ -33,8 +33,8 @@ _FAMILY = {
     "InternVL3-38B": _Decoder(5120, 64, 40, 8, 27_648, large_tower=True),
     "InternVL3-78B": _Decoder(8192, 80, 64, 8, 29_568, large_tower=True),
 }
-FAMILY = tuple(_FAMILY)
-# What InternViT-6B has besides other sizes than InternViT-300M.
+PUBLISHED_MODELS = tuple(_SIZES)
+# Configuration values of InternViT-6B that differ from InternViT-300M.
 _LARGE_TOWER: dict[str, Any] = {
     "hidden_size": 3200,
     "num_hidden_layers": 45,
@@ -46,9 +46,9 @@ _LARGE_TOWER: dict[str, Any] = {
 }
 
 
-def family_config(name: str) -> InternVLChatConfig:
-    """Return the configuration of a published model, one of `FAMILY`."""
-    sizes = _FAMILY[name]
+def published_config(name: str) -> InternVLChatConfig:
+    """Return the configuration of a published model, one of `PUBLISHED_MODELS`."""
+    sizes = _SIZES[name]
     shape = TinyShape(
         image_size=448,
         vision_width=1024,
@@ -67,10 +67,10 @@ def family_config(name: str) -> InternVLChatConfig:
 
 
 def find_model(name: str, *, needs_tokenizer: bool) -> tuple[InternVLChatConfig, Path | None]:
-    """Return the configuration of a model and, if there is one, its folder; weights are never read.
+    """Return the configuration of a model and its folder (None if there is none); weights are never read.
 
     Args:
-        name: model folder, `config.json`, hub id, or name of a published model.
+        name: model folder, `config.json`, hub id, or one of `PUBLISHED_MODELS`.
         needs_tokenizer: whether the folder must contain the tokenizer.
 
     Raises:
@@ -81,12 +81,12 @@ def find_model(name: str, *, needs_tokenizer: bool) -> tuple[InternVLChatConfig,
         return read_config(path), path
     if path.is_file():
         if needs_tokenizer:
-            raise ModelError(f"{name}: a meta file needs the tokenizer; pass the folder of the model")
+            raise ModelError(f"{name}: --meta requires the tokenizer; pass the model folder")
         return InternVLChatConfig.from_dict(read_json(path), source=name), None
-    if short in _FAMILY and not needs_tokenizer and name in (short, f"OpenGVLab/{short}"):
-        return family_config(short), None
+    if short in _SIZES and not needs_tokenizer and name in (short, f"OpenGVLab/{short}"):
+        return published_config(short), None
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"{name}: no such folder, file or model; known models: {', '.join(_FAMILY)}")
+        raise ModelError(f"{name}: no such folder, file or model; known models: {', '.join(_SIZES)}")
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,4 +1,4 @@
-"""Parallel modes, and the launcher command that selects each of them."""
+"""Parallel modes (layouts that a plan compares), and the launcher command for each of them."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,17 @@ RECIPES = tuple(_LAUNCHERS)
 
 @dataclass(frozen=True)
 class Mode:
-    """A parallel mode.
+    """A parallel layout, with the number of times that weights and gradients are communicated.
 
-    Its memory is that of `parallel` in `model.memory.parallel_memory`. Bytes sent are multiples of
-    (R - 1) / R times the size of the weights or gradients, with R ranks.
+    Each communication sends (R - 1) / R times their size, with R ranks.
 
     Attributes:
-        name: name for the user.
+        name: name in tables.
         parallel: layout in the memory planner: `single`, `ddp`, `hsdp`, `fsdp` or `deepspeed`.
-        gathers: how often all weights are gathered in each pack.
-        reduces: how often data of the size of the trained weights is sent per step: reduced gradients and
-            gathered updates.
-        zero: DeepSpeed configuration file in `shell/deepspeed`, if any.
+        gathers: number of all-gathers of all weights per pack.
+        reduces: number of collectives with the size of the trained weights per step, which reduce gradients
+            or gather updated weights.
+        zero: name of the DeepSpeed configuration file in `shell/deepspeed`; None without DeepSpeed.
     """
 
     name: str
@@ -55,7 +54,7 @@ def _read_zero(name: str) -> dict[str, Any]:
 
 
 SINGLE = Mode("single", "single", 0, 0)
-# In order of preference, if they are equally fast.
+# In order of preference among equally fast modes.
 MODES = (
     Mode("ddp", "ddp", 0, 2),
     Mode("hsdp", "hsdp", 2, 1),
@@ -102,21 +101,21 @@ def launcher_command(
         flags: training flags after the launcher.
     """
     ranks = {"GPUS": gpus} if device == "cuda" else {"GPUS": 0, "NPROC": gpus}
-    several = {"NNODES": nodes, "NODE_RANK": "$NODE_RANK", "MASTER_ADDR": "$MASTER_ADDR"} if nodes > 1 else {}
-    variables = ranks | several | {"BATCH_SIZE": batch_size} | mode.environment | dict(paths)
+    network = {"NNODES": nodes, "NODE_RANK": "$NODE_RANK", "MASTER_ADDR": "$MASTER_ADDR"} if nodes > 1 else {}
+    variables = ranks | network | {"BATCH_SIZE": batch_size} | mode.environment | dict(paths)
     words = [f"{name}={_quote(str(value))}" for name, value in variables.items()]
     launcher = _SHELL / "internvl3.0/2nd_finetune" / _LAUNCHERS[recipe]
-    return " ".join([*words, "bash", shlex.quote(_shown(launcher)), *map(shlex.quote, flags)])
+    return " ".join([*words, "bash", shlex.quote(_shorten(launcher)), *map(shlex.quote, flags)])
 
 
 def _quote(value: str) -> str:
     return (
         value
         if value in ("$NODE_RANK", "$MASTER_ADDR")
-        else shlex.quote(_shown(Path(value)) if value.startswith(str(_SHELL)) else value)
+        else shlex.quote(_shorten(Path(value)) if value.startswith(str(_SHELL)) else value)
     )
 
 
-def _shown(path: Path) -> str:
+def _shorten(path: Path) -> str:
     """Return a path relative to the current folder if it is inside it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

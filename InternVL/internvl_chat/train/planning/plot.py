@@ -11,7 +11,7 @@ from internvl_chat.train.planning.estimate import Estimate, Planner
 from internvl_chat.train.planning.sweep import (
     IDLE,
     Series,
-    describe,
+    describe_limits,
     sweep_gpus,
     sweep_models,
     sweep_records,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STYLES = ("-", "--", ":")
-# Color of a marker by what limits the speed.
+# Marker color for each limit on the speed.
 _LIMITS = {"compute": GREEN, "communication": ORANGE, "optimizer": PINK, "overhead": AMBER, IDLE: GRAY}
 _SWEEPS: dict[str, Callable[[Planner, Estimate], Series]] = {
     "records per epoch": sweep_records,
@@ -48,15 +48,15 @@ _SWEEPS: dict[str, Callable[[Planner, Estimate], Series]] = {
 def save_plot(
     planner: Planner, title: str, batch_size: int, per_node: int, best: Estimate | None, file: Path
 ) -> list[str]:
-    """Save the plot as a PNG file; return a description of what limits the speed where.
+    """Save the plot as a PNG file; return a line per curve with the limits on the speed.
 
     Args:
         planner: model, records and hardware.
         title: title of the plot.
         batch_size: records per step.
         per_node: GPUs per node.
-        best: plan whose ranks and batch are used in all panels except those with GPUs on the x axis; None if
-            nothing fits.
+        best: recommended mode, whose ranks and batch size are used in all panels except those with GPUs on
+            the x axis; None if nothing fits.
         file: PNG file.
     """
     gpus, sweeps = [], {}
@@ -72,8 +72,8 @@ def save_plot(
             bar.update()
     name = planner.hardware.name if best is None else f"{best.ranks} x {planner.hardware.name}"
     _save(gpus, sweeps, planner.hardware.price, title, name, file)
-    limits = [describe(series, "GPUs") for series in gpus]
-    return limits + [describe(series, quantity) for quantity, series in sweeps.items()]
+    limits = [describe_limits(series, "GPUs") for series in gpus]
+    return limits + [describe_limits(series, quantity) for quantity, series in sweeps.items()]
 
 
 def _save(
@@ -115,7 +115,7 @@ def _costs(series: Sequence[Series], price: float | None) -> list[list[float]]:
 def _draw(
     axes: "Axes", series: Sequence[Series], xlabel: str, ylabel: str, values: Sequence[Sequence[float]]
 ) -> None:
-    """Draw lines on logarithmic axes; the color of a marker is what limits the speed there."""
+    """Draw lines on logarithmic axes; marker colors show the limit on the speed."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for line, ys, style in zip(series, values, _STYLES, strict=False):
@@ -127,7 +127,7 @@ def _draw(
     for axis, numbers in ((axes.xaxis, [p.x for line in series for p in line.points]),
                           (axes.yaxis, [y for ys in values for y in ys])):  # fmt: skip
         if axis.get_scale() == "log" and numbers:
-            # Denser ticks if the axis spans few decades.
+            # Use denser ticks if the axis spans at most two decades.
             wide = max(numbers) > 100 * min(numbers)
             axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
             axis.set_minor_formatter(NullFormatter())

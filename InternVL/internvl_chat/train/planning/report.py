@@ -14,7 +14,7 @@ class PlanReport:
     """Predictions of all parallel modes for one run.
 
     Attributes:
-        model: model, as given by the user.
+        model: model as given on the command line.
         recipe: `lora` or `full`.
         gpus: GPUs per node, including idle ones.
         nodes: number of nodes, including idle ones.
@@ -22,8 +22,8 @@ class PlanReport:
         estimates: prediction of each mode.
         best: recommended mode; None if none fits.
         command: launcher command of the recommended mode.
-        notes: remarks for the user.
-        limits: what limits the speed where, if there is a plot.
+        notes: result of `plan_notes`.
+        limits: result of `save_plot`; empty without a plot.
     """
 
     model: str
@@ -80,7 +80,7 @@ class PlanReport:
 
     def memory_table(self) -> Table:
         """Return header and rows of the memory per rank in GB."""
-        header = ["mode", "fits", "total", "weights", "gradients", "optimizer", "buffers", "activations"]
+        header = ["layout", "fits", "total", "weights", "gradients", "optimizer", "buffers", "activations"]
         return header, [
             [
                 e.mode.name,
@@ -92,7 +92,7 @@ class PlanReport:
 
     def speed_table(self) -> Table:
         """Return header and rows of speed, cost and checkpoints."""
-        header = ["mode", "records/s", "epoch hours", "GPU hours", "cost", "limited by", "checkpoint GB", "s"]
+        header = ["layout", "records/s", "epoch hours", "GPU hours", "cost", "limit", "checkpoint GB", "s"]
         rows = [
             [
                 e.mode.name,

@@ -21,7 +21,7 @@ _BF16_STEP = {"master": 46, "stochastic": 88, "bf16": 22}
 _COMPILED_STEP = {"master": 34, "stochastic": 28, "bf16": 22}
 # Steps that are simulated to find the load of the busiest rank.
 _SIMULATED_STEPS = 200
-# Above this many (record, rank) pairs per step, the load is computed from the distribution of the lengths.
+# Above this number of (record, rank) pairs per step, the load is estimated from the distribution of costs.
 MAX_PAIRS = 4096
 
 
@@ -31,7 +31,7 @@ class Load(NamedTuple):
     Attributes:
         flops: FLOPs of the passes, including recomputed activations.
         packs: number of packs.
-        balance: load of the busiest rank divided by the mean load.
+        balance: FLOPs of the busiest rank, divided by the mean of all ranks.
     """
 
     flops: float
@@ -40,15 +40,15 @@ class Load(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the busiest rank does in a step, as a mean over steps.
+    """Work and communication of the busiest rank in a step, as a mean over steps.
 
     Attributes:
         flops: FLOPs of the passes, including recomputed activations.
         packs: number of packs.
         updated: memory traffic of the optimizer step in bytes.
-        sent: bytes sent in collective operations of all ranks.
-        sent_within: bytes sent in collective operations of the ranks of a node.
-        sent_between: bytes sent in collective operations of one rank per node.
+        sent: bytes sent in collectives across all ranks.
+        sent_within: bytes sent in collectives within a node.
+        sent_between: bytes sent in collectives between nodes, with one rank of each node.
     """
 
     flops: float
@@ -82,7 +82,7 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """The cause with the largest part of the step."""
+        """The cause that takes the most time."""
         return max(vars(self), key=lambda name: vars(self)[name])
 
 
@@ -93,13 +93,13 @@ def busiest_rank(sampler: StepSampler, lengths: Lengths, counter: FlopCounter, c
         sampler: records of each step.
         lengths: lengths of the records.
         counter: FLOPs of the model.
-        checkpointed: fraction of the decoder layers that are computed twice.
+        checkpointed: fraction of the decoder layers with activation checkpointing.
     """
     costs = record_flops(lengths, counter, checkpointed)
     planner, records = sampler.planner, sampler.step_records
     if records * planner.world_size > MAX_PAIRS:
         mean = float(costs.mean()) * records / planner.world_size
-        # With one record per rank, the most expensive record of the step sets the pace.
+        # The busiest rank has at least the most expensive record of the step.
         longest = float(np.quantile(costs, 1 - 1 / (records + 1)))
         return Load(max(mean, longest), _least_packs(planner, records, lengths), max(mean, longest) / mean)
     loads, packs, means = [], [], []
@@ -116,24 +116,24 @@ def busiest_rank(sampler: StepSampler, lengths: Lengths, counter: FlopCounter, c
 def record_flops(lengths: Lengths, counter: FlopCounter, checkpointed: float) -> np.ndarray:
     """Return the FLOPs of each record, including recomputed activations."""
     tokens = lengths.tokens.astype(np.float64)
-    again = counter.decoder * tokens + counter.attention * tokens * (tokens + 1) / 2
-    return counter.records(lengths.tokens, lengths.supervised, lengths.tiles) + checkpointed * again
+    recomputed = counter.decoder * tokens + counter.attention * tokens * (tokens + 1) / 2
+    return counter.records(lengths.tokens, lengths.supervised, lengths.tiles) + checkpointed * recomputed
 
 
 def _least_packs(planner: StepPlanner, records: int, lengths: Lengths) -> float:
-    """Return the packs of a rank's share of `records` records, if they could be divided evenly."""
-    share = records / planner.world_size
+    """Return a lower bound for the packs per rank: `records` records, divided evenly and packed perfectly."""
+    per_rank = records / planner.world_size
     if planner.max_packed_tokens is None:
-        return math.ceil(share / planner.records_per_pack)
-    return max(1.0, share * float(lengths.tokens.mean()) / planner.max_packed_tokens)
+        return math.ceil(per_rank / planner.records_per_pack)
+    return max(1.0, per_rank * float(lengths.tokens.mean()) / planner.max_packed_tokens)
 
 
 def optimizer_bytes(numel: Mapping[str, int], precision: str, *, compiled: bool) -> float:
-    """Return the memory traffic of an unsharded optimizer step.
+    """Return the memory traffic of an unsharded optimizer step in bytes.
 
     Args:
         numel: number of trained weights by dtype: `float32` and `bfloat16`.
-        precision: `--weight_precision`.
+        precision: value of `--weight_precision`.
         compiled: whether the update of bf16 weights is compiled.
     """
     table = _COMPILED_STEP if compiled else _BF16_STEP
@@ -149,8 +149,8 @@ def sent_bytes(
         mode: parallel mode.
         ranks: number of ranks.
         nodes: number of nodes.
-        weights: size of all weights.
-        trained: size of the trained weights.
+        weights: bytes of all weights.
+        trained: bytes of the trained weights.
         packs: packs per step and rank.
     """
     total = mode.gathers * packs * weights + mode.reduces * trained
@@ -169,7 +169,7 @@ def step_time(hardware: Hardware, work: Work, *, ranks: int, nodes: int) -> Step
 
     Args:
         hardware: device and connections of a rank.
-        work: what the busiest rank does in a step.
+        work: work of the busiest rank.
         ranks: number of ranks.
         nodes: number of nodes.
     """

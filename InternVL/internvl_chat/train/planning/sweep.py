@@ -8,15 +8,15 @@ import numpy as np
 
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.train.planning.estimate import Estimate, PlannedModel, Planner, recommend, usable_ranks
-from internvl_chat.train.planning.models import FAMILY, family_config
+from internvl_chat.train.planning.models import PUBLISHED_MODELS, published_config
 from internvl_chat.train.planning.workload import Workload
 
 MAX_GPUS = 4096
-MAX_RANKS_OF_A_MODEL = 64
+MAX_RANKS_PER_MODEL = 64
 _RECORDS = (10_000, 100_000, 1_000_000, 10_000_000)
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _TILES = (0, 1, 2, 4, 8, 12, 24)
-# What limits a run with more GPUs than records per step.
+# Limit of a run that cannot use all GPUs.
 IDLE = "records per step"
 
 
@@ -26,8 +26,8 @@ class Point(NamedTuple):
     Attributes:
         x: the value.
         hours: duration of an epoch.
-        device_hours: device hours of an epoch, with those of idle devices.
-        limit: what limits the speed.
+        device_hours: device hours of an epoch, including idle devices.
+        limit: `StepTime.limit`, or `IDLE`.
     """
 
     x: float
@@ -37,12 +37,12 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points of one line; values for which nothing fits in memory are omitted.
+    """Points of one line; values for which no mode fits in memory are omitted.
 
     Attributes:
-        label: name of the line.
+        label: label of the line; empty if its panel has only one.
         points: the points.
-        names: names of the points, if they have any.
+        names: labels of the points; empty if they have none.
     """
 
     label: str
@@ -51,7 +51,7 @@ class Series(NamedTuple):
 
 
 def gpu_counts(per_node: int) -> list[tuple[int, int]]:
-    """Return numbers of GPUs per node and of nodes: doubled from one GPU to about `MAX_GPUS`.
+    """Return (GPUs per node, nodes) for numbers of GPUs that double from one to at most `MAX_GPUS`.
 
     >>> gpu_counts(6)[:6]
     [(1, 1), (2, 1), (4, 1), (6, 1), (6, 2), (6, 4)]
@@ -62,7 +62,7 @@ def gpu_counts(per_node: int) -> list[tuple[int, int]]:
 
 
 def sweep_gpus(planner: Planner, batch_size: int, per_node: int) -> Iterator[Series]:
-    """Yield epoch durations against the number of GPUs, for the given batch and for larger ones."""
+    """Yield epoch durations against the number of GPUs: for `batch_size`, and for 1 and 8 records per GPU."""
     labels = {
         0: f"{batch_size} records per step",
         1: "one record per step and GPU",
@@ -103,15 +103,14 @@ def sweep_tiles(planner: Planner, best: Estimate) -> Series:
 def sweep_models(planner: Planner, best: Estimate) -> Series:
     """Return epoch durations against the number of parameters, for the published InternVL3 models.
 
-    A model that does not fit on the given number of GPUs gets as many as it needs, and at least one record
-    per step for each of them.
+    If a model does not fit, the number of GPUs is doubled until it does, with at least one record per GPU.
     """
     points, names = [], []
-    for name in FAMILY:
-        planned = PlannedModel.build(planner.planned.config, family_config(name), planner.planned.device)
+    for name in PUBLISHED_MODELS:
+        planned = PlannedModel.build(planner.planned.config, published_config(name), planner.planned.device)
         sized = Planner(planned, planner.workload, planner.hardware)
         ranks, fitting = best.ranks, None
-        while fitting is None and ranks <= MAX_RANKS_OF_A_MODEL:
+        while fitting is None and ranks <= MAX_RANKS_PER_MODEL:
             nodes = max(1, ranks * best.nodes // best.ranks)
             fitting = recommend(sized.compare(ranks, nodes, max(best.batch_size, ranks)))
             ranks *= 2
@@ -125,7 +124,7 @@ def sweep_models(planner: Planner, best: Estimate) -> Series:
 def _sweep_lengths(
     planner: Planner, like: Estimate, values: Sequence[float], change: Callable[[Lengths, float], Lengths]
 ) -> Series:
-    """Return predictions for changed lengths, with the ranks and the batch of another plan."""
+    """Return predictions for changed lengths, with the ranks and the batch size of `like`."""
     points = []
     for value in values:
         workload = Workload(change(planner.workload.lengths, value), planner.workload.records, "", False)
@@ -139,10 +138,10 @@ def _point(estimate: Estimate, x: float) -> Point:
     return Point(x, estimate.epoch_hours, estimate.device_hours, estimate.step.limit)
 
 
-def describe(series: Series, quantity: str) -> str:
-    """Describe what limits the speed where.
+def describe_limits(series: Series, quantity: str) -> str:
+    """List the limits on the speed along a line, each with the value from which it applies.
 
-    >>> describe(Series("", [Point(1, 9, 9, "compute"), Point(2, 9, 18, "optimizer")]), "GPUs")
+    >>> describe_limits(Series("", [Point(1, 9, 9, "compute"), Point(2, 9, 18, "optimizer")]), "GPUs")
     'GPUs: compute from 1, optimizer from 2'
     """
     changes = [

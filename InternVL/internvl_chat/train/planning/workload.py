@@ -1,4 +1,4 @@
-"""Record lengths for planning: of a meta file, of the published training set, or from given means."""
+"""Record lengths for planning: those of a meta file, or synthetic ones with published or given means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from internvl_chat.data.sources.skip_policy import ExcludedRecord
 _TILE_LIMITS = (1, 6, 12)
 # Mean number of context tokens that precede the question in a training record.
 _CONTEXT_TOKENS = 230
-# Share of supervised tokens if only the number of tokens is given: the mean of the published sets.
-_SUPERVISED_SHARE = 0.11
+# Fraction of supervised tokens in the published sets, used if only the number of tokens is given.
+_SUPERVISED_FRACTION = 0.11
 # Synthetic lengths differ from the mean by up to this fraction.
 _SPREAD = 0.5
-# Number of synthetic records; longer epochs repeat their distribution.
+# Number of synthetic records, which represent epochs of any length.
 _SAMPLE = 20_000
 
 
@@ -59,8 +59,8 @@ class Workload:
     Attributes:
         lengths: lengths of the records, or of a sample of them.
         records: number of records per epoch.
-        source: where the lengths come from, for the user.
-        exact: whether `lengths` has every record of the epoch.
+        source: description of where the lengths come from.
+        exact: whether `lengths` contains every record of the epoch.
     """
 
     lengths: Lengths
@@ -80,7 +80,7 @@ class Workload:
 
 
 def meta_workload(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> Workload:
-    """Return the exact lengths of the datasets of a meta file; unusable records are excluded."""
+    """Measure the records of a meta file's datasets; unusable records are excluded."""
     sets = build_sets(specs, encoder)
     indexes = index_records(sets)
     excluded = [
@@ -124,15 +124,15 @@ def uniform_workload(records: int, tokens: float, tiles: float, tokens_per_tile:
         tokens_per_tile: tokens per tile of the model.
     """
     text = max(1.0, tokens - tiles * tokens_per_tile)
-    lengths = _synthetic_lengths([(1, text, _SUPERVISED_SHARE * tokens, tiles)], tokens_per_tile)
+    lengths = _synthetic_lengths([(1, text, _SUPERVISED_FRACTION * tokens, tiles)], tokens_per_tile)
     return Workload(lengths, records, f"given means ({tokens:g} tokens, {tiles:g} tiles per record)", False)
 
 
 def _synthetic_lengths(groups: Sequence[tuple[float, float, float, float]], tokens_per_tile: int) -> Lengths:
-    """Return the lengths of a sample of records.
+    """Return the lengths of `_SAMPLE` random records.
 
     Args:
-        groups: weight, and mean text tokens, supervised tokens and tiles of each group of records.
+        groups: of each group of records: weight, and means of text tokens, supervised tokens and tiles.
         tokens_per_tile: tokens per tile.
     """
     rng = np.random.default_rng(0)

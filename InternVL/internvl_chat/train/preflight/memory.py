@@ -55,7 +55,7 @@ class MemoryPlan:
     """Memory plan of a run, identical on all ranks.
 
     Attributes:
-        parallel: `single`, `ddp`, `fsdp` or `deepspeed`.
+        parallel: `single`, `ddp`, `fsdp`, `hsdp` or `deepspeed`.
         checkpointed_layers: number of decoder layers with activation checkpointing.
         components: memory required per rank, keyed by component.
         available: memory available per rank.
@@ -89,7 +89,7 @@ class MemoryPlan:
         return persistent + max(sizes.pop("optimizer scratch"), sum(sizes.values()))
 
     def parts(self) -> tuple[float, float, float, float, float]:
-        """Return weights, gradients, optimizer (state and scratch), buffers, and activations of the pack."""
+        """Return the bytes of weights, gradients, optimizer (state and scratch), buffers, and activations."""
         sizes = dict(self.components)
         weights, gradients, state, scratch, buffers = (sizes.pop(name) for name in COMPONENTS)
         return weights, gradients, state + scratch, buffers, sum(sizes.values())
@@ -155,7 +155,7 @@ def plan_memory(
     if plan.host > plan.host_available:
         raise UsageError(
             f"the offloaded state needs {gigabytes(plan.host)} GB of host memory per rank, but only "
-            f"{gigabytes(plan.host_available)} GB are available; use more nodes, LoRA, or less offloading\n"
+            f"{gigabytes(plan.host_available)} GB are available; use more nodes, LoRA or less offloading\n"
             f"{plan.table()}"
         )
     logger.info("%s", plan.table())
@@ -173,9 +173,10 @@ class MemoryPlanner:
         available: memory available to each rank, in bytes.
         activations: result of `measure_activations`.
         compiled: whether the optimizer step is compiled.
-        packs: result of `largest_packs`, if it is known.
+        packs: result of `largest_packs`, if known.
         host_available: host memory available to each rank, in bytes.
-        can_replicate: whether HSDP differs from FSDP2 and DDP.
+        can_replicate: whether `--parallel auto` may choose HSDP: several nodes with the same number of ranks,
+            at least two.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class MemoryPlanner:
         self._layout = functools.cache(layout)
 
     def compute_layouts(self) -> None:
-        """Compute the memory of all layouts now; later, sharding changes the parameters."""
+        """Compute the memory of all layouts now, because sharding changes the parameters later."""
         offloads = (False, True) if self.on_gpu else (False,)
         for key in itertools.product(_LAYOUTS, WEIGHT_PRECISIONS, (False, True), offloads):
             self._layout(*key)
@@ -284,7 +285,7 @@ class MemoryPlanner:
 
 
 def update_precision(run: RunConfig) -> str:
-    """Return how bf16 weights are updated outside DeepSpeed; library optimizers have no master weights."""
+    """Return the precision of weight updates outside DeepSpeed; library optimizers have no master weights."""
     return run.weight_precision if run.optim in OWN_OPTIMIZERS else "bf16"
 
 
@@ -326,7 +327,10 @@ def layout_host_memory(
 
 
 def _sharding(run: RunConfig, parallel: str) -> tuple[str, int]:
-    """Return the layout whose memory a parallel layout needs, and the number of shards."""
+    """Return the layout with the same memory per rank, and the number of ranks across which it shards.
+
+    HSDP needs the same memory as FSDP2 within one node.
+    """
     return ("fsdp", run.local_world_size) if parallel == "hsdp" else (parallel, run.world_size)
 
 

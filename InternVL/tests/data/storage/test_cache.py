@@ -82,7 +82,7 @@ def test_unwritable_folder(tmp_path, monkeypatch, caplog):
 def _use(folder: Path, seed: int) -> int:
     """Read and write random keys; return the number of hits."""
     rng, cache, hits = random.Random(seed), ImageCache(folder, 20_000), 0
-    for turn in range(200):
+    for step in range(200):
         key = rng.randrange(60)
         expected = bytes([key]) * (200 + 10 * key)
         content = cache.get(str(key), len(expected))
@@ -91,7 +91,7 @@ def _use(folder: Path, seed: int) -> int:
         else:
             assert content == expected
             hits += 1
-        assert turn % 20 or size_of(cache) <= 22_000  # files of other processes may be about to be deleted
+        assert step % 20 or size_of(cache) <= 22_000  # other processes may be about to delete files
     return hits
 
 

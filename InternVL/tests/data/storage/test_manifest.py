@@ -33,7 +33,7 @@ def read(folder, index, name):
 
 class TestTarFiles:
     @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-    def test_hand_made(self, tmp_path, layout):
+    def test_without_manifest(self, tmp_path, layout):
         write_tar(tmp_path / "figures-000000.tar", [("./a.jpg", b"first")], format=layout)
         write_tar(tmp_path / "figures-000001.tar", list(IMAGES.items())[1:], format=layout)
         assert has_shards(tmp_path)
@@ -109,7 +109,7 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("rows", "header", "message"),
         [
-            (ROWS[:1], {}, "it has 1 of 2 images"),
+            (ROWS[:1], {}, "it lists 1 of 2 images"),
             ([ROWS[0], ROWS[0]], {}, "'a.jpg' occurs twice"),
             ([ROWS[0], ["b.jpg", 0, 1536, 10**9, sha256(b"second")]], {}, "'b.jpg' is outside its shard"),
             ([ROWS[0], ["b.jpg", 0, -1, 6, sha256(b"second")]], {}, "'b.jpg' is outside its shard"),
@@ -119,7 +119,7 @@ class TestManifest:
             ([ROWS[0], ["b.jpg", 0, 1536, 6]], {}, "damaged"),
             ([ROWS[0], [7, 0, 1536, 6, sha256(b"second")]], {}, "the row of 7 is malformed"),
             ([ROWS[0], {"name": "b.jpg"}], {}, "damaged"),
-            (ROWS, {"version": 2}, "its format is not version 1"),
+            (ROWS, {"version": 2}, "expected format 'm3llm image shards', version 1"),
             (ROWS, {"shards": [{"file": "../x.tar", "bytes": 9999, "sha256": ""}]}, "not a plain file name"),
             (ROWS, {"shards": 3}, "damaged"),
         ],
@@ -140,8 +140,8 @@ class TestManifest:
         write_manifest(tmp_path, ROWS)
         shard = tmp_path / "shard-000000.tar"
         shard.write_bytes(shard.read_bytes()[:-1])
-        with pytest.raises(DataError, match=r"shard-000000.tar has a different size than in manifest.jsonl"):
+        with pytest.raises(DataError, match=r"shard-000000.tar: size differs from manifest.jsonl"):
             index_shards(tmp_path)
         shard.unlink()
-        with pytest.raises(DataError, match=r"shard-000000.tar is missing, but listed in manifest.jsonl"):
+        with pytest.raises(DataError, match=r"shard-000000.tar: missing, but listed in manifest.jsonl"):
             index_shards(tmp_path)

@@ -107,7 +107,7 @@ class TestShards:
             leaks = find_leaks([records], read_benchmark([benchmark], tmp_path))
             assert {leak.kind for leak in leaks if leak.index == 0} >= {"same image"}
 
-    def test_hand_made_shards(self, figures, tmp_path):
+    def test_shards_without_manifest(self, figures, tmp_path):
         folder = tmp_path / "tars"
         folder.mkdir()
         for number, name in enumerate(NAMES):
@@ -134,7 +134,7 @@ class TestShards:
         ):
             decode_image(open_root(sharded.root).image(NAMES[0]))
         shard.rename(shard.with_suffix(".old"))
-        with pytest.raises(DataError, match="is missing, but listed in"):
+        with pytest.raises(DataError, match="missing, but listed in"):
             open_root(sharded.root)
 
     def test_empty_image(self, tmp_path):
@@ -177,7 +177,7 @@ class TestObjects:
         assert not any(line.startswith("GET") and "?" not in line for line in s3.requests())
 
     def test_index_lists_the_folder(self, s3, figures, tmp_path, monkeypatch):
-        monkeypatch.setattr(stores, "_LISTED", 4)
+        monkeypatch.setattr(stores, "_MIN_LISTED", 4)
         root = s3.upload(figures.root, "listed")
         sets = [RecordSet(DatasetSpec("qa", root, figures.annotation), encoder())]
         s3.requests()
@@ -272,7 +272,7 @@ class TestRemoteShards:
     def test_incomplete_upload(self, s3, sharded):
         for name in ("manifest.jsonl", "shard-000000.tar"):
             s3.put(f"half/{name}", (sharded.root / name).read_bytes())
-        with pytest.raises(DataError, match=r"s3://figures/half: shard-000001.tar is missing, but listed in"):
+        with pytest.raises(DataError, match=r"s3://figures/half: shard-000001.tar: missing, but listed in"):
             open_root("s3://figures/half")
 
     def test_forked_and_pickled(self, remote):
@@ -307,7 +307,7 @@ class TestMeta:
         assert "hunter22" not in str(caught.value)
 
 
-def test_names_of_hand_made_shards(tmp_path):
+def test_names_without_manifest(tmp_path):
     write_tar(tmp_path / "x-0.tar", IMAGES.items())
     store = open_root(tmp_path)
     assert {name: store.image(name).read() for name in IMAGES} == IMAGES

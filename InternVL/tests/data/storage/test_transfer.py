@@ -1,4 +1,4 @@
-"""Requests to object storage: repeated while it is unavailable, with bounds, without secrets in messages."""
+"""Requests to object storage: repeated for a limited time, with bounded waits; messages without secrets."""
 
 import time
 

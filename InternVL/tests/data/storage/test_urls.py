@@ -1,4 +1,4 @@
-"""URLs of object storage: which are accepted, and what messages show of them."""
+"""URLs of object storage: valid and invalid ones, and messages without credentials."""
 
 import pytest
 

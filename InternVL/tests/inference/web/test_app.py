@@ -85,7 +85,7 @@ def test_page(client):
     page = client.get("/").text
     for text in ("not for diagnosis", "checkpoint-400", "checkpoint-200", EXAMPLES[2].question):
         assert text in page
-    for name in ("demo.css", "demo.js", "api.js", "elements.js", "figures.js", "turns.js"):
+    for name in ("demo.css", "demo.js", "api.js", "elements.js", "figures.js", "conversation.js"):
         assert client.get(f"/static/{name}").status_code == 200
 
 

@@ -73,10 +73,10 @@ def question(page: Page, text: str, key: str = "Enter") -> None:
 
 def finished(page: Page, count: int = 1) -> Locator:
     """Wait until the last of `count` questions is answered, and return its answers."""
-    expect(page.locator(".turn")).to_have_count(count)
-    turn = page.locator(".turn").last
-    expect(turn.locator(".actions")).to_be_visible()
-    return turn.locator(".answer")
+    expect(page.locator(".exchange")).to_have_count(count)
+    exchange = page.locator(".exchange").last
+    expect(exchange.locator(".actions")).to_be_visible()
+    return exchange.locator(".answer")
 
 
 def text_of(answer: Locator) -> str:
@@ -144,7 +144,7 @@ def test_uploads_are_numbered_in_the_order_of_their_names(page, reference):
     add(page, upload("later.png"))
     question(page, "And this?")
     finished(page, 2)
-    expect(page.locator(".turn").last.locator("figcaption")).to_have_text("Fig-2")
+    expect(page.locator(".exchange").last.locator("figcaption")).to_have_text("Fig-2")
 
 
 def test_figures_are_dropped_and_pasted(page):
@@ -202,7 +202,7 @@ def test_a_question_that_was_stopped_early_is_asked_again_or_changed(page, gates
     assert text_of(finished(page)) == COMPOUND
     page.fill("#question", "typed")
     page.get_by_role("button", name="Change the question").click()
-    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator(".exchange")).to_have_count(0)
     expect(page.locator("#question")).to_have_value(f"{EXAMPLES[0].question}\ntyped")
     page.fill("#question", EXAMPLES[0].question)
     expect(page.get_by_role("button", name="Remove Fig-0")).to_be_visible()
@@ -215,7 +215,7 @@ def test_settings(page):
     page.evaluate("document.getElementById('temperature').value = 7")
     page.press("#question", "Enter")
     expect(page.locator("#settings")).to_have_attribute("open", "")
-    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator(".exchange")).to_have_count(0)
     page.fill("#temperature", "0")
     page.fill("#length", "3")
     page.press("#question", "Enter")
@@ -278,7 +278,7 @@ def test_keyboard(page):
     page.press("#question", "Shift+Enter")
     page.press("#question", "b")
     expect(page.locator("#question")).to_have_value("a\nb")
-    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator(".exchange")).to_have_count(0)
     page.locator("#picker").focus()
     outline = page.locator("#picker + label").evaluate("node => getComputedStyle(node).outlineStyle")
     assert outline == "solid"

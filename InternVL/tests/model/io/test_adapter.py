@@ -183,7 +183,7 @@ def test_unquantized_base_has_no_quantization_entry(folder: Path, tmp_path: Path
 def test_unknown_quantization(folder: Path, tmp_path: Path) -> None:
     save_trained_adapter(folder, tmp_path / "adapter")
     edit(tmp_path / "adapter/base_model.json", lambda base: base.update(quantization="int3"))
-    with pytest.raises(ModelError, match="quantization 'int3' is unknown; only 'nf4' is supported"):
+    with pytest.raises(ModelError, match="unknown quantization 'int3'; only 'nf4' is supported"):
         load(tmp_path / "adapter")
 
 

@@ -102,7 +102,7 @@ def test_loss_and_gradients_match_peft(options):
 
 @needs_bitsandbytes
 def test_evaluation_changes_neither_weights_nor_gradients():
-    """On some CPUs, bitsandbytes packs the weights in evaluation in a layout without a backward pass."""
+    """On some CPUs, bitsandbytes repacks weights in evaluation mode, in a layout without a backward pass."""
     model = quantized_model()
     add_lora(model, llm_rank=4, dropout=0.0)
     set_trainable(model, freeze_mlp=True, freeze_backbone=True)

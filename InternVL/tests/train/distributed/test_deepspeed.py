@@ -60,7 +60,7 @@ def test_contradictions_with_the_flags_are_rejected(name):
 def test_offloading_weights_needs_stage_3():
     offload = {"offload_param": {"device": "cpu"}}
     assert problems(zero_optimization={"stage": 2, **offload}) == [
-        '--deepspeed: "zero_optimization.offload_param" needs stage 3'
+        '--deepspeed: "zero_optimization.offload_param" requires stage 3'
     ]
     assert resolve(zero_optimization={"stage": 3, **offload})["zero_force_ds_cpu_optimizer"] is False
 

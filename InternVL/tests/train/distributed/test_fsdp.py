@@ -68,8 +68,8 @@ def test_nodes_must_have_the_same_number_of_ranks(monkeypatch):
     run = parse_arguments(flags(**needed, parallel="hsdp")).run
     run = dataclasses.replace(run, world_size=6, local_world_size=2)
     for sizes, expected in (
-        ([2, 2, 4, 4, 4, 4], "the nodes have 2, 4 ranks"),
-        ([1] * 6, "one rank per node"),
+        ([2, 2, 4, 4, 4, 4], "all nodes must have the same number of ranks, found 2, 4"),
+        ([1] * 6, "with one rank per node"),
     ):
         monkeypatch.setattr(checks.distributed, "all_gather_object", lambda _, sizes=sizes: sizes)
         [problem] = checks.sharding_problems(run)

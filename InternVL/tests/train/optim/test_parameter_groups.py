@@ -73,7 +73,7 @@ def test_learning_rates_of_the_components():
 
 
 def test_the_first_group_has_the_general_rate():
-    """Its rate is logged."""
+    """The rate of the first group is the one that is logged."""
     groups = parameter_groups(
         make_model(), resolve(learning_rate=1e-5, vision_lr=0, projector_lr=0, llm_lr=1e-3)
     )

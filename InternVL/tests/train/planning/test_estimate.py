@@ -11,9 +11,9 @@ import torch
 from benchmarks.plan_accuracy import plan_model
 from internvl_chat.data.index.cache import Lengths
 from internvl_chat.train.config import TrainConfig
-from internvl_chat.train.planning.advice import batch_note, checkpoint_note, notes_of, shortage_note
+from internvl_chat.train.planning.advice import batch_note, checkpoint_note, plan_notes, shortage_note
 from internvl_chat.train.planning.estimate import Planner, recommend, usable_ranks
-from internvl_chat.train.planning.hardware import GB, Hardware, efficiency_of, gpu_hardware
+from internvl_chat.train.planning.hardware import GB, Hardware, find_efficiency, gpu_hardware
 from internvl_chat.train.planning.modes import MODES
 from internvl_chat.train.planning.speed import sent_bytes
 from internvl_chat.train.planning.workload import Workload, uniform_workload
@@ -40,7 +40,7 @@ def with_hardware(**changes) -> Hardware:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_memory_is_that_of_the_training_planner(monkeypatch, parallel):
-    """Plans one model with `m3llm plan` and with `plan_memory` of training."""
+    """`m3llm plan` and `plan_memory` of training give the same plan."""
     planned = plan_model("smoke", "full", "float32", "cpu")
     lengths = Lengths(*np.array([[90, 300, 200, 80], [30, 10, 150, 8], [1, 3, 0, 1]], np.int32))
     planner = Planner(planned, Workload(lengths, 4, "", True), with_hardware(device="cpu"))
@@ -58,7 +58,7 @@ def test_memory_is_that_of_the_training_planner(monkeypatch, parallel):
     )  # fmt: skip
 
 
-def test_modes_shard_what_they_say(full, workload):
+def test_each_mode_shards_its_components(full, workload):
     single = Planner(full, workload, H200).compare(1, 1, 8)[0].memory.components
     modes = {e.mode.name: e.memory.components for e in Planner(full, workload, H200).compare(8, 1, 8)}
     sharded = {
@@ -96,7 +96,7 @@ def test_only_gradient_shards_of_hsdp_cross_nodes(full, workload):
     assert slow["hsdp"] < slow["fsdp"]
 
 
-def test_time_scales_with_what_limits_it(full, workload):
+def test_time_scales_with_the_hardware(full, workload):
     def step(**changes):
         return Planner(full, workload, with_hardware(**changes)).compare(2, 1, 2)[0].step
 
@@ -159,7 +159,7 @@ def test_another_batch_is_reported(full, workload):
     planner = Planner(full, workload, H200)
     for batch, words in ((full.config.run.records_per_step, ""), (16, "not the recipe")):
         estimates = planner.compare(1, 1, batch)
-        notes = notes_of(planner, estimates, recommend(estimates), 1, 1)
+        notes = plan_notes(planner, estimates, recommend(estimates), 1, 1)
         assert ("not the recipe" in " ".join(notes)) == bool(words)
 
 
@@ -193,13 +193,13 @@ def test_recommendation_fits_and_prefers_simple_modes(full, workload):
 
 
 def test_thousands_of_ranks(full, workload):
-    """The load is computed instead of simulated; it continues the simulated values."""
+    """Beyond `MAX_PAIRS`, the load is estimated; it must be consistent with the simulated values."""
     planner = Planner(full, workload, H200)
     hours = [recommend(planner.compare(n, max(1, n // 8), n)).epoch_hours * n for n in (64, 256, 4096)]
     assert hours == sorted(hours) and hours[-1] < 2 * hours[0]
 
 
 def test_efficiency_of_unknown_gpus_is_assumed():
-    assert not efficiency_of("cuda", "no such GPU").measured
-    assert efficiency_of("cpu-float32").measured
+    assert not find_efficiency("cuda", "no such GPU").measured
+    assert find_efficiency("cpu-float32").measured
     assert torch.device(H200.device).type == "cuda"

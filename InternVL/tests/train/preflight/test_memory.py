@@ -392,7 +392,7 @@ def test_auto_chooses_hsdp_on_several_nodes_if_it_fits(model, monkeypatch):
     assert ddp > hsdp > fsdp
     plans = [run.plan(available).parallel for available in (ddp, hsdp, hsdp - 1)]
     assert plans == ["ddp", "hsdp", "fsdp"]
-    # A single rank per node has nothing to shard within its node.
+    # With a single rank per node, there is nothing to shard within a node.
     assert Run(model, monkeypatch, ranks=8, nodes=8).plan(ddp - 1).parallel == "fsdp"
 
 

@@ -3,11 +3,11 @@
 import { exportConversation, fetchFile } from "./api.js";
 import { byId, element } from "./elements.js";
 import { Figures } from "./figures.js";
-import { Turns } from "./turns.js";
+import { Conversation } from "./conversation.js";
 
 const config = JSON.parse(byId("config").textContent);
 const figures = new Figures(config, update);
-const turns = new Turns(config.models, figures, settings, update);
+const conversation = new Conversation(config.models, figures, settings, update);
 const question = byId("question");
 
 function settings() {
@@ -20,7 +20,7 @@ function settings() {
 
 // Show and enable the controls that can be used now.
 function update() {
-  const { running, empty, complete } = turns;
+  const { running, empty, complete } = conversation;
   byId("welcome").hidden = !empty || figures.all.length > 0;
   byId("ask").hidden = running;
   byId("stop").hidden = !running;
@@ -35,7 +35,7 @@ function addFiles(list) {
 }
 
 function clear() {
-  turns.clear();
+  conversation.clear();
   figures.clear();
   question.value = "";
   question.focus();
@@ -56,7 +56,8 @@ async function startExample(node, number) {
 async function download() {
   byId("export-error").textContent = "";
   try {
-    const url = URL.createObjectURL(await exportConversation({ ...turns.content(), answers: turns.answers() }));
+    const content = { ...conversation.content(), answers: conversation.answers() };
+    const url = URL.createObjectURL(await exportConversation(content));
     element("a", { href: url, download: "conversation.zip" }).click();
     URL.revokeObjectURL(url);
   } catch (error) {
@@ -91,9 +92,9 @@ byId("picker").addEventListener("change", (event) => {
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = question.value.trim();
-  if (!text || turns.running || !turns.complete || figures.adding) return;
+  if (!text || conversation.running || !conversation.complete || figures.adding) return;
   question.value = "";
-  turns.ask(text);
+  conversation.ask(text);
 });
 // A closed <details> would hide an invalid setting.
 byId("settings").addEventListener("invalid", () => { byId("settings").open = true; }, true);
@@ -103,9 +104,9 @@ question.addEventListener("keydown", (event) => {
   byId("composer").requestSubmit();
 });
 addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !byId("viewer").open) turns.stop();
+  if (event.key === "Escape" && !byId("viewer").open) conversation.stop();
 });
-byId("stop").addEventListener("click", () => turns.stop());
+byId("stop").addEventListener("click", () => conversation.stop());
 byId("new").addEventListener("click", clear);
 byId("export").addEventListener("click", download);
 document.querySelectorAll(".example").forEach((node, number) =>

@@ -1,4 +1,4 @@
-// Questions and streamed answers, one column per model.
+// The conversation: questions and streamed answers, with a column per model.
 
 import { sentence, streamAnswer } from "./api.js";
 import { announce, button, byId, count, element } from "./elements.js";
@@ -83,8 +83,8 @@ class Answer {
   }
 }
 
-export class Turns {
-  // Each item: text, figures (those added with the question), answers (one per model), node.
+export class Conversation {
+  // Exchanges, each with the text of the question, the figures added with it, its answers (one per model), and its node.
   #items = [];
   #models;
   #figures;
@@ -103,11 +103,12 @@ export class Turns {
   get complete() { return this.#items.every(({ answers }) => answers.every((answer) => answer.complete)); }
 
   ask(text) {
-    const turn = { text, figures: this.#figures.unsent, answers: [], node: element("section", { class: "turn" }) };
-    this.#items.push(turn);
-    byId("turns").append(turn.node);
-    this.#figures.mark(turn.figures, true);
-    return this.#answer(turn);
+    const node = element("section", { class: "exchange" });
+    const exchange = { text, figures: this.#figures.unsent, answers: [], node };
+    this.#items.push(exchange);
+    byId("messages").append(exchange.node);
+    this.#figures.mark(exchange.figures, true);
+    return this.#answer(exchange);
   }
 
   stop() {
@@ -118,7 +119,7 @@ export class Turns {
     this.stop();
     this.#running = null;
     this.#items = [];
-    byId("turns").replaceChildren();
+    byId("messages").replaceChildren();
     this.#onChange();
   }
 
@@ -126,26 +127,26 @@ export class Turns {
   content() {
     return {
       system: this.#settings().system,
-      questions: this.#items.map((turn) => ({ text: turn.text, images: turn.figures.length })),
+      questions: this.#items.map((exchange) => ({ text: exchange.text, images: exchange.figures.length })),
       images: this.#figures.sent.map((figure) => figure.data),
     };
   }
 
   // The answers of each model to the first questions.
   answers(end = this.#items.length) {
-    return this.#models.map((_, model) => this.#items.slice(0, end).map((turn) => turn.answers[model].text));
+    return this.#models.map((_, model) => this.#items.slice(0, end).map((exchange) => exchange.answers[model].text));
   }
 
-  async #answer(turn) {
+  async #answer(exchange) {
     const stopper = new AbortController();
     this.#running = stopper;
-    turn.answers = this.#models.map((model) => new Answer(model));
-    this.#show(turn);
+    exchange.answers = this.#models.map((model) => new Answer(model));
+    this.#show(exchange);
     this.#onChange();
     announce("Answering");
     const content = { ...this.content(), ...this.#settings() };
     const earlier = this.answers(this.#items.length - 1);
-    await Promise.all(turn.answers.map((answer, model) => {
+    await Promise.all(exchange.answers.map((answer, model) => {
       const request = { ...content, model, answers: earlier[model] };
       return answer.run(request, stopper.signal, (grids) => {
         if (this.#running === stopper) this.#figures.use(model, grids);
@@ -153,37 +154,37 @@ export class Turns {
     }));
     if (this.#running !== stopper) return; // a new conversation has begun
     this.#running = null;
-    keepingInView(turn.node, () => this.#showActions(turn));
+    keepingInView(exchange.node, () => this.#showActions(exchange));
     announce("Answered");
     this.#onChange();
   }
 
-  #show(turn) {
+  #show(exchange) {
     document.querySelector(".actions")?.remove();
-    const first = this.#figures.all.indexOf(turn.figures[0]);
-    const pictures = turn.figures.map((figure, i) => element("figure", {},
+    const first = this.#figures.all.indexOf(exchange.figures[0]);
+    const pictures = exchange.figures.map((figure, i) => element("figure", {},
       element("img", { src: figure.preview, alt: "" }), element("figcaption", {}, `Fig-${first + i}`)));
-    turn.node.replaceChildren(
+    exchange.node.replaceChildren(
       element("div", { class: "question" },
         ...(pictures.length ? [element("div", { class: "pictures" }, ...pictures)] : []),
-        element("p", { class: "text" }, turn.text)),
-      element("div", { class: "answers" }, ...turn.answers.map((answer) => answer.node)));
-    turn.node.scrollIntoView({ block: "end" });
+        element("p", { class: "text" }, exchange.text)),
+      element("div", { class: "answers" }, ...exchange.answers.map((answer) => answer.node)));
+    exchange.node.scrollIntoView({ block: "end" });
   }
 
   // Only the last question can be asked again or changed.
-  #showActions(turn) {
-    turn.node.append(element("div", { class: "actions" },
-      button("Ask again", () => this.#answer(turn)),
-      button("Change the question", () => this.#withdraw(turn))));
+  #showActions(exchange) {
+    exchange.node.append(element("div", { class: "actions" },
+      button("Ask again", () => this.#answer(exchange)),
+      button("Change the question", () => this.#withdraw(exchange))));
   }
 
-  #withdraw(turn) {
+  #withdraw(exchange) {
     this.#items.pop();
-    turn.node.remove();
-    this.#figures.mark(turn.figures, false);
+    exchange.node.remove();
+    this.#figures.mark(exchange.figures, false);
     const typed = byId("question").value;
-    byId("question").value = typed ? `${turn.text}\n${typed}` : turn.text;
+    byId("question").value = typed ? `${exchange.text}\n${typed}` : exchange.text;
     byId("question").focus();
     if (!this.empty) this.#showActions(this.#items.at(-1));
     this.#onChange();
