@@ -54,7 +54,7 @@ def master_adamw(groups):
 
 
 class ToyStrategy:
-    """A toy model on one rank, replicated, or sharded by FSDP2, also in two replicas."""
+    """A toy model on one rank, replicated, sharded by FSDP2, or sharded in two replicas by HSDP."""
 
     def __init__(self, layout, make_optimizer=master_adamw, dtype=torch.bfloat16):
         self.name, self.model = layout, Toy(dtype)

@@ -32,7 +32,7 @@ def run_ranks(
 
     Args:
         process_group: create the process group before the call.
-        nodes: number of nodes that the ranks seem to be on.
+        nodes: number of nodes to simulate; the ranks are divided evenly among them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))

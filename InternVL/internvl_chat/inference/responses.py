@@ -39,7 +39,12 @@ class AnswerStream(StreamingResponse):
 
 
 def add_error_handlers(app: FastAPI, respond: Callable[[int, str], Response]) -> None:
-    """Answer requests that fail with the response of an application for a status and a message."""
+    """Add handlers that turn errors into responses.
+
+    Args:
+        app: the application.
+        respond: returns the response for an HTTP status and a message.
+    """
 
     async def on_m3llm_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, M3LLMError)

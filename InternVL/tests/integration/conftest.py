@@ -50,7 +50,7 @@ def small_run(tiny_model, augmented):
 
 @pytest.fixture(scope="session")
 def node_run(tiny_model, sample_data):
-    """Return the flags of a run with the launcher for full training, and a function for its variables."""
+    """Flags of a run with the launcher for full training, and a function that returns its variables."""
     options = ["--force_image_size", "56", "--max_dynamic_patch", "2", "--max_steps", "40"]
     options += ["--save_steps", "5", "--dataloader_num_workers", "0", "--disable_tqdm", "True"]
     options += ["--async_save", "False", "--learning_rate", "1e-3"]
@@ -67,7 +67,7 @@ def node_run(tiny_model, sample_data):
 
 @pytest.fixture(scope="session")
 def undisturbed(node_run, tmp_path_factory):
-    """Output folder of the run `node_run` with two ranks on one node."""
+    """Output folder of `node_run`, trained without interruption on two ranks of one node."""
     options, variables = node_run
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
     result = run_launcher("fullmodel", *options, cwd=folder.parent, NPROC="2", **variables(folder))

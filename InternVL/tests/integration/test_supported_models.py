@@ -25,7 +25,7 @@ EXPERTS = "InternVL3.5-30B-A3B"
 
 @pytest.fixture
 def folder(request, tiny_model, tmp_path):
-    """Folder of a small model with the options of a published one."""
+    """Folder of a small model with the options of a published model."""
     save_with_tokenizer(small_published_model(request.param), tiny_model, tmp_path / "model")
     return tmp_path / "model"
 

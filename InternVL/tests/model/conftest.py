@@ -55,7 +55,7 @@ def make_config(
 
 
 def small_published_model(name: str, attn: str = "sdpa") -> InternVLChatModel:
-    """Return a small model with the options of a published one, in evaluation mode with random parameters."""
+    """Return a small random model with the options of a published model, in evaluation mode."""
     config = InternVLChatConfig.from_dict(small_config(name, VOCABULARY))
     model = InternVLChatModel(config, CONTEXT, attn)
     randomize(model, seed=0)

@@ -336,7 +336,7 @@ def test_conflicting_parallelism():
         ("auto_wrap", "auto_wrap"),
     ],
 )
-def test_unsupported_kinds_of_fsdp(given, named):
+def test_unsupported_fsdp_values(given, named):
     [problem] = problems(*flags(**NEEDED, fsdp=given))
     assert problem.startswith(f"--fsdp {named}: use full_shard (--parallel fsdp) or hybrid_shard")
 

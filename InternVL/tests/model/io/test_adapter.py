@@ -161,7 +161,7 @@ def test_missing_adapter_weights(folder: Path, tmp_path: Path) -> None:
 
 @needs_bitsandbytes
 def test_4_bit_base(folder: Path, tmp_path: Path) -> None:
-    """Adapters are loaded on the weights that they were trained on, also if the base has moved."""
+    """Adapters are loaded on the weights that they were trained on, even if the base has moved."""
     save_trained_adapter(folder, tmp_path / "adapter", load_in_4bit=True)
     assert read_base(tmp_path / "adapter").quantization == "nf4"
     moved = tmp_path / "moved"
@@ -175,7 +175,7 @@ def test_4_bit_base(folder: Path, tmp_path: Path) -> None:
 
 
 def test_unquantized_base_has_no_quantization_entry(folder: Path, tmp_path: Path) -> None:
-    """Earlier versions reject unknown entries."""
+    """Earlier versions would reject it as an unknown entry."""
     save_trained_adapter(folder, tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter/base_model.json").read_text()).keys() == {"path", "sha256"}
 

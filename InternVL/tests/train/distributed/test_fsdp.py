@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: which ranks hold which shards, and offloading to host memory."""
+"""FSDP2 and HSDP: distribution of the shards over the ranks, and offloading to host memory."""
 
 import dataclasses
 
@@ -30,7 +30,10 @@ class Blocks(nn.Module):
 
 
 def shards(num_shards, offload):
-    """Return the layout's name, the ranks that share a model, and the gradients after each of two packs."""
+    """Return the layout, the rows of this rank's shard, the ranks of its replica, and the gradients.
+
+    The gradients are those after each of two packs; None if they are not reduced yet.
+    """
     torch.manual_seed(0)
     optimizer = lambda model: torch.optim.SGD(model.parameters())  # noqa: E731
     schedule = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)  # noqa: E731

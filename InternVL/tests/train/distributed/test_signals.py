@@ -90,7 +90,7 @@ def test_worker_reports_its_exit_code_to_the_launcher(tmp_path, monkeypatch):
 
 
 def test_restarts_are_recognized(tmp_path, monkeypatch):
-    """By torchrun after a failure, by SLURM, and by torchrun when nodes join, which it does not count."""
+    """Restarts by torchrun after a failure, by SLURM, and by torchrun when nodes join (not counted by it)."""
     for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", EXIT_CODE):
         monkeypatch.delenv(name, raising=False)
     assert not note_start() and not note_start()

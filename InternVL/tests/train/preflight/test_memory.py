@@ -180,7 +180,7 @@ def test_zero_with_offloading(full_8b):
 
 @needs_bitsandbytes
 def test_qlora_of_8b():
-    """Half a byte per decoder weight, a byte per 64 and 4 bytes per 16,384 weights, and a bf16 layer."""
+    """Per decoder weight: half a byte, a byte per 64, and 4 bytes per 16,384; and one layer in bf16."""
     model = weightless_model(SHAPES["internvl3-8b"])
     quantize_decoder(model)
     add_lora(model, llm_rank=16)
