@@ -316,7 +316,7 @@ def test_offload_is_supported_only_with_fsdp():
         "--cpu_offload True: not supported with --parallel ddp; use --parallel fsdp"
     ]
     [problem] = problems(*flags(**NEEDED, cpu_offload=True, deepspeed='{"zero_optimization": {"stage": 3}}'))
-    assert "set offload_optimizer and offload_param in its configuration" in problem
+    assert "set offload_optimizer and offload_param in the DeepSpeed configuration" in problem
 
 
 def test_conflicting_parallelism():

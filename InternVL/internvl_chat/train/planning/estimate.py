@@ -103,7 +103,7 @@ class PlannedModel:
 
     @cached_property
     def activations(self) -> Activations:
-        """Sizes of the activations; the meta device stands for a GPU."""
+        """Sizes of the activations; for a GPU, measured on the meta device."""
         return measure_activations(self.model, torch.device("meta" if self.device == "cuda" else "cpu"))
 
     @cached_property
