@@ -20,8 +20,8 @@ _MIN_IMPROVEMENT = 1e-3
 def balance_records(costs: np.ndarray, world_size: int, *, equal_counts: bool = False) -> list[np.ndarray]:
     """Balance the total cost per rank.
 
-    Assigns the most expensive records first, each to the cheapest rank. Then moves records of the busiest rank
-    to another rank, or swaps them with its records, while that lowers the highest cost of both ranks.
+    Assigns the most expensive records first, each to the cheapest rank. Then moves or swaps records between
+    the busiest rank and another one while that lowers the higher of their two costs.
 
     Args:
         costs: cost of each record, in any unit.
