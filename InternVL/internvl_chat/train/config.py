@@ -32,7 +32,7 @@ class RunConfig:
         world_size: number of ranks.
         local_world_size: number of ranks on this node.
         records_per_pack: records per forward pass without packing (`per_device_train_batch_size`).
-        records_per_rank: maximum number of records per optimizer step on each rank.
+        records_per_rank: records per optimizer step, divided by the number of ranks and rounded up.
         records_per_step: records per optimizer step across all ranks.
         warmup_steps: number of warm-up steps, or a fraction of all steps if below 1.
         deepspeed: parsed DeepSpeed configuration; None without DeepSpeed.
@@ -217,8 +217,7 @@ def resolve_run(args: RunArguments, problems: list[str]) -> RunConfig:
 def _batch(args: RunArguments, problems: list[str]) -> dict[str, int]:
     """Return the values of `records_per_pack`, `records_per_rank` and `records_per_step`.
 
-    With `--global_batch_size`, the records per step do not depend on the number of ranks, and some ranks may
-    get one record less than others.
+    With `--global_batch_size`, the records per step do not depend on the number of ranks.
     """
     ranks, records = distributed.world_size(), args.per_device_train_batch_size
     step = args.global_batch_size or records * args.gradient_accumulation_steps * ranks
