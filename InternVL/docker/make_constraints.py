@@ -9,7 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-EXTRAS = ("eval", "ui")
+EXTRAS = ("eval", "quantization", "remote", "ui")
 FILE = Path(__file__).with_name("constraints.txt")
 
 

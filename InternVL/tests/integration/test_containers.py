@@ -1,10 +1,12 @@
 """The Dockerfile and the Kubernetes example: linters, versions, and names that exist."""
 
 import fnmatch
+import itertools
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from packaging.requirements import Requirement
 
 DOCKER = SOURCE_ROOT / "docker"
 REPOSITORY = SOURCE_ROOT.parent
+# Extras that the image has.
+EXTRAS = re.findall(r"\w+", re.findall(r"--editable .*?\[(.*?)\]", (DOCKER / "Dockerfile").read_text())[0])
 
 
 def test_dockerfile_passes_the_linter():
@@ -62,7 +66,7 @@ def check_constraints(file: Path) -> dict[str, str]:
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     for text in requires("m3llm"):
         requirement = Requirement(text)
-        extras = [extra for extra in ("eval", "ui", "") if _applies(requirement, extra)]
+        extras = [extra for extra in (*EXTRAS, "") if _applies(requirement, extra)]
         if extras:
             assert requirement.specifier.contains(pinned[requirement.name], prereleases=True), text
     return pinned
@@ -70,6 +74,14 @@ def check_constraints(file: Path) -> dict[str, str]:
 
 def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def test_image_has_all_features():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS) == extras.keys() - {"dev", "flash"}  # flash needs a compiler
+    pinned = (DOCKER / "constraints.txt").read_text()
+    for text in itertools.chain.from_iterable(extras[name] for name in EXTRAS):
+        assert f"\n{re.split('[^a-z0-9-]', text)[0]}==" in pinned, text
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +104,7 @@ def test_job_starts_the_launcher_with_its_variables(manifests):
     assert launcher.is_file()
     variables = {entry["name"]: entry["value"] for entry in container["env"]}
     scripts = launcher.read_text() + (LAUNCHERS.parents[1] / "common.sh").read_text()
-    assert all(re.search(rf"\b{name}\b", scripts) for name in variables.keys() - {"HF_HOME"})
+    assert all(re.search(rf"\b{name}\b", scripts) for name in variables.keys() - {"XDG_CACHE_HOME"})
     assert int(variables["NNODES"]) == job["completions"] == job["parallelism"]
     assert variables["GPUS"] == container["resources"]["limits"]["nvidia.com/gpu"]
     # Host names of the pods of an Indexed Job: name-index.subdomain, through a headless service.
