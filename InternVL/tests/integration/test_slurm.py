@@ -2,10 +2,12 @@
 
 import os
 import re
+import signal
 import subprocess
+import time
 
 import pytest
-from helpers import SOURCE_ROOT, changed_weights
+from helpers import HANG_SECONDS, SOURCE_ROOT, changed_weights
 from slurm_cluster import SlurmCluster, missing_requirement
 
 SCRIPT = SOURCE_ROOT / "internvl_chat/shell/slurm/m3llm.sbatch"
@@ -16,6 +18,37 @@ def test_script_runs_only_under_slurm():
     result = subprocess.run(["bash", SCRIPT, "lora"], capture_output=True, text=True, env=environment)
     assert result.returncode == 2
     assert result.stderr == "m3llm.sbatch: submit this script with sbatch\n"
+
+
+# Stand-ins for SLURM's commands. The job runs until it gets a signal, and ends before the signal is handled.
+COMMANDS = {
+    "srun": """trap 'touch ended' EXIT; printf '%s\n' "$@" > arguments
+        until [[ -f stop ]]; do sleep 0.05; done; exit "$CODE" """,
+    "scancel": "touch stop; until [[ -f ended ]]; do sleep 0.05; done; sleep 0.2",
+    "scontrol": f"""[[ $1 != requeue ]] || touch requeued
+        printf '   JobState=RUNNING\n   Command={SCRIPT} lora\n'""",
+}
+
+
+@pytest.mark.parametrize("code", [0, 138])
+def test_job_that_ends_while_a_signal_is_handled(tmp_path, code):
+    """A finished job is not requeued."""
+    for name, text in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code),
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1",
+    }  # fmt: skip
+    script = subprocess.Popen(["bash", SCRIPT, "lora"], cwd=tmp_path, env=environment)
+    while not (tmp_path / "arguments").exists():
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(HANG_SECONDS) == code
+    assert (tmp_path / "requeued").exists() == (code == 138)
+    # Otherwise, `sbatch --export=NAMES` would start a separate run on each node.
+    assert "--export=ALL" in (tmp_path / "arguments").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
