@@ -5,6 +5,7 @@ Most of the run time of a small rank would be spent on imports. The tests of the
 
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import subprocess
@@ -57,7 +58,7 @@ def run_ranks(
                 assert not is_over, f"only the ranks {sorted(results)} of {world_size} have answered"
                 continue
             assert error is None, f"rank {rank}:\n{error}"
-            results[rank] = result
+            results[rank] = pickle.loads(result)
     finally:
         for process in processes:
             process.join(5 if len(results) == world_size else 0)
@@ -80,7 +81,8 @@ def _run_rank(rank, world_size, node_size, port, answers, process_group, functio
     try:
         if process_group:
             distributed.init_process_group(torch.device("cpu"), timedelta(seconds=HANG_SECONDS))
-        answers.put((rank, function(*arguments), None))
+        # Tensors would be sent as handles, which the parent cannot open after this process has exited.
+        answers.put((rank, pickle.dumps(function(*arguments)), None))
         distributed.destroy_process_group()
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
