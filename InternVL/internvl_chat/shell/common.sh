@@ -87,7 +87,7 @@ prepare_nodes() {
   fi
   check_integer MAX_RESTARTS 0 || MAX_RESTARTS=0
   [[ -z $MASTER_PORT ]] || check_integer MASTER_PORT 1 65535 || MASTER_PORT=
-  [[ -z $NODE_RANK ]] || check_integer NODE_RANK 0 $((MAX_NODES - 1)) || NODE_RANK=
+  [[ -z $NODE_RANK ]] || check_integer NODE_RANK 0 $((MAX_NODES - 1)) || NODE_RANK=0
   [[ -z $MASTER_ADDR || $MASTER_ADDR =~ ^[][A-Za-z0-9._:-]+$ ]] \
     || problem "MASTER_ADDR must be a host name or an IP address, found '$MASTER_ADDR'"
   [[ $RDZV_ID =~ ^[A-Za-z0-9._-]+$ ]] \
@@ -113,7 +113,8 @@ prepare_nodes() {
   elif [[ $RDZV_BACKEND == static && -n $restarts ]]; then
     problem "$restarts needs RDZV_BACKEND=c10d"
   elif ((MAX_NODES > 1)); then
-    TORCHRUN_FLAGS+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"
+    [[ -n $NODE_RANK ]] || problem "NNODES=$NNODES requires NODE_RANK, the rank of this node: 0 on the first node"
+    TORCHRUN_FLAGS+=(--nnodes "$NNODES" --node_rank "$NODE_RANK"
       --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-34229}")
   elif [[ -n $MASTER_PORT ]]; then
     TORCHRUN_FLAGS+=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")

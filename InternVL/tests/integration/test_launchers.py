@@ -71,6 +71,7 @@ def test_launcher_trains(tiny_model, sample_data, tmp_path, metrics, name, weigh
         ({"PER_DEVICE_BATCH_SIZE": "0"}, "PER_DEVICE_BATCH_SIZE must be at least 1"),
         ({"GPUS": "1", "NPROC": "2"}, "NPROC=2 exceeds GPUS=1"),
         ({"NNODES": "2"}, "NNODES=2 requires MASTER_ADDR"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NNODES=2 requires NODE_RANK"),
         ({"NNODES": "2:1"}, "NNODES must be a number of nodes or a range MIN:MAX, found '2:1'"),
         (
             {"NNODES": "1:8", "MASTER_ADDR": "a", "BATCH_SIZE": "7"},

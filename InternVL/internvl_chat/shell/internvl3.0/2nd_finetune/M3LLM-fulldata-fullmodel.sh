@@ -18,7 +18,7 @@
 #   DATA_ROOT=the repository   base folder for relative paths in the meta file
 #   OUTPUT_DIR=work_dirs/M3LLM-fulldatav2-fullmodel-freeze-vit-lr=5e-6 (in the repository)
 #   NNODES=1                   nodes with a shared file system: a number, or a range MIN:MAX (elastic)
-#   NODE_RANK=0 MASTER_ADDR= MASTER_PORT=34229    rank of this node; address of the first node
+#   NODE_RANK= MASTER_ADDR= MASTER_PORT=34229    rank of this node (0 is the first); address of the first node
 #   MAX_RESTARTS=0             restarts from the newest checkpoint after a rank or a node fails
 #   RDZV_BACKEND=static RDZV_ID=m3llm    torchrun's rendezvous; c10d for restarts on multiple nodes
 #   PARALLEL=                  ddp, fsdp, hsdp or deepspeed; default: the first of DDP, HSDP and FSDP2 that fits
