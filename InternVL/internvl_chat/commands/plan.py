@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,20 @@ if TYPE_CHECKING:
     from internvl_chat.train.planning.workload import Workload
 
 _CPU = "cpu"
-# Training flags that are set by the plan or by other arguments.
-_PLAN_FLAGS = ("parallel", "deepspeed", "fsdp", "per_device_train_batch_size", "gradient_accumulation_steps")
+# Training flags that are not allowed after `--`, and why.
+_REJECTED = {
+    **dict.fromkeys(("parallel", "deepspeed", "fsdp"), "the plan compares all layouts"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+        "use --batch_size",
+    ),
+    "cpu_offload": "its speed cannot be planned; training checks whether it fits",
+    "data_root": "put it before --",
+    "image_root": "put it before --",
+    "meta_path": "use --meta",
+    "model_name_or_path": "use --model",
+    "use_cpu": f"use --gpu {_CPU}",
+}
 # GPUs per node in the plot if `--gpus` is 1.
 _GPUS_PER_NODE = 8
 _MAXIMUM = {
@@ -143,13 +156,9 @@ def _check(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("records", "tokens", "tiles") if vars(args)[name] is not None]
     if args.meta and given:
         problems.append(f"{' and '.join(given)}: not allowed with --meta, whose records are measured")
-    given_flags = [flag.split("=")[0] for flag in args.flags if flag.startswith("--")]
-    planned = [flag for flag in given_flags if flag[2:].replace("-", "_") in _PLAN_FLAGS]
-    if planned:
-        problems.append(
-            f"{' and '.join(planned)}: not allowed after --; the plan compares all layouts, and --batch_size "
-            "sets the batch size"
-        )
+    for flag in (flag.split("=")[0] for flag in args.flags if flag.startswith("--")):
+        if reason := _REJECTED.get(flag[2:].replace("-", "_")):
+            problems.append(f"{flag}: not allowed after --; {reason}")
     for name, maximum in _MAXIMUM.items():
         if (vars(args)[name] or 0) > maximum:
             problems.append(f"--{name} {vars(args)[name]:g}: must be at most {maximum:,}")
@@ -165,10 +174,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> tuple[PlannedModel, Workload, Hardware]:
     """Return the model, the records and the hardware of the arguments."""
+    import torch
+
     from internvl_chat.data.encode.encoder import RecordEncoder
     from internvl_chat.data.encode.tokenizer import load_tokenizer
     from internvl_chat.data.sources.meta import load_meta
     from internvl_chat.train.arguments import parse_arguments
+    from internvl_chat.train.checks import flag_problems
     from internvl_chat.train.planning.estimate import PlannedModel
     from internvl_chat.train.planning.models import find_model
     from internvl_chat.train.planning.modes import recipe_file
@@ -181,17 +193,19 @@ def _prepare(args: argparse.Namespace) -> tuple[PlannedModel, Workload, Hardware
     from internvl_chat.train.setup import plan_preprocessing
 
     on_cpu = (args.gpu or "").lower() == _CPU
-    model_config, folder = find_model(args.model, needs_tokenizer=args.meta is not None)
+    kind = "cpu" if on_cpu else "cuda"
     paths = ["--model_name_or_path", args.model, "--meta_path", args.meta or "meta", "--output_dir", "plan"]
-    # Without a GPU, the flags can only be checked for a CPU.
+    # Without a GPU, the flags can only be read for a CPU.
     device = ["--use_cpu", "True", *(["--bf16", "False"] if on_cpu else [])]
     config = parse_arguments([str(recipe_file(args.recipe)), *paths, *device, *args.flags])
     if config.model.attn != "auto" or not (on_cpu or config.run.bf16):
         raise UsageError("only --attn auto and, on GPUs, --bf16 True can be planned; remove these flags")
+    run = dataclasses.replace(config.run, device=torch.device(kind))
+    if problems := list(flag_problems(dataclasses.replace(config, run=run))):
+        raise UsageError(problems)
     specs = load_meta(args.meta, args.data_root, args.image_root) if args.meta else []
-    planned = PlannedModel.build(config, model_config, "cpu" if on_cpu else "cuda", specs)
-    if not planned.parameters[1]:
-        raise UsageError("these flags leave no trainable parameters")
+    model_config, folder = find_model(args.model, needs_tokenizer=args.meta is not None)
+    planned = PlannedModel.build(config, model_config, kind, specs)
     per_tile = planned.model.config.tokens_per_tile
     if folder is not None and args.meta:
         preprocessing = plan_preprocessing(model_config, config, specs)
@@ -227,11 +241,15 @@ def _hardware(args: argparse.Namespace, dtype: str) -> Hardware:
 
 def _command(args: argparse.Namespace, best: Estimate, gpus: int) -> str:
     """Return the launcher command of a mode."""
+    from internvl_chat.train.planning.models import launcher_path
     from internvl_chat.train.planning.modes import launcher_command
 
-    paths = {"MODEL_PATH": args.model} | ({"META_PATH": args.meta} if args.meta else {})
+    paths, flags = {"MODEL_PATH": launcher_path(args.model)}, args.flags
+    if args.meta:
+        paths |= {"META_PATH": args.meta, "DATA_ROOT": str(args.data_root)}
+        flags = [*(["--image_root", args.image_root] if args.image_root else []), *flags]
     device = _CPU if (args.gpu or "").lower() == _CPU else "cuda"
     return launcher_command(
         args.recipe, best.mode, device=device, gpus=gpus, nodes=best.nodes, batch_size=best.batch_size,
-        paths=paths, flags=args.flags,
+        paths=paths, flags=flags,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -93,7 +92,7 @@ def check_configuration(config: TrainConfig) -> RunPlan:
     problems: list[str] = []
     only_files = True
     results: dict[str, Any] = {}
-    run, rules = config.run, (_compute_flags, _step_flags, _tile_flags, _trainable_flags, _adapter_flags)
+    run = config.run
     checks = {
         "output": lambda: _check_output(config),
         "attn": lambda: resolve_attention(config.model.attn, run.device, run.dtype),
@@ -102,7 +101,7 @@ def check_configuration(config: TrainConfig) -> RunPlan:
         "validation": lambda: _raise(_validation_flags(config, results.get("eval_specs"))),
         "changes": lambda: _check_changes(config, results),
         "source": lambda: _check_model(config),
-        "flags": lambda: _raise(itertools.chain.from_iterable(rule(config) for rule in rules)),
+        "flags": lambda: _raise(flag_problems(config)),
     }
     for name, check in checks.items():
         try:
@@ -137,6 +136,15 @@ def _raise(problems: Iterable[str]) -> None:
 # ---- flags
 
 
+def flag_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield problems with the flags that can be found without the model and the data.
+
+    With `--parallel hsdp`, this is collective: call on all ranks.
+    """
+    for rule in (_compute_flags, _step_flags, _tile_flags, _trainable_flags):
+        yield from rule(config)
+
+
 def _compute_flags(config: TrainConfig) -> Iterator[str]:
     """Yield problems with the kernel, parallelism, precision, dataloader, optimizer and tracker flags."""
     run, use_liger = config.run, config.model.use_liger
@@ -144,6 +152,22 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
         yield "--use_liger True: the package liger-kernel is not installed (pip install liger-kernel)"
     if use_liger and run.device.type != "cuda":
         yield f"--use_liger True: Liger's kernels need an NVIDIA GPU, but this run uses {run.device.type}"
+    yield from layout_problems(config)
+    if run.deepspeed and find_spec("deepspeed") is None:
+        yield "--deepspeed: the package deepspeed is not installed (pip install deepspeed)"
+    elif run.deepspeed:
+        yield from deepspeed_problems(run)
+    if run.dataloader_prefetch_factor and not run.dataloader_num_workers:
+        yield f"--dataloader_prefetch_factor {run.dataloader_prefetch_factor} needs --dataloader_num_workers"
+    yield from tracker_problems(run.report_to)
+
+
+def layout_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield problems with flags that not every parallel layout supports.
+
+    With `--parallel hsdp`, this is collective: call on all ranks.
+    """
+    run = config.run
     yield from sharding_problems(run)
     flag = f"--weight_precision {run.weight_precision}"
     if run.weight_precision != "master":
@@ -153,14 +177,8 @@ def _compute_flags(config: TrainConfig) -> Iterator[str]:
             yield f"{flag}: the weights are float32 without --bf16; remove the flag"
         if run.optim not in OWN_OPTIMIZERS:
             yield f"{flag}: --optim {run.optim} updates bf16 weights directly; remove the flag"
-    if run.deepspeed and find_spec("deepspeed") is None:
-        yield "--deepspeed: the package deepspeed is not installed (pip install deepspeed)"
-    elif run.deepspeed:
-        yield from deepspeed_problems(run)
-    if run.dataloader_prefetch_factor and not run.dataloader_num_workers:
-        yield f"--dataloader_prefetch_factor {run.dataloader_prefetch_factor} needs --dataloader_num_workers"
     yield from optimizer_problems(run)
-    yield from tracker_problems(run.report_to)
+    yield from _adapter_flags(config)
 
 
 def sharding_problems(run: RunConfig) -> Iterator[str]:

@@ -60,6 +60,38 @@ def test_command_is_accepted_by_the_launcher(plan, tiny_model, device, variables
     assert done.stdout.split() == ["2", "--gradient_accumulation_steps", "8"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "modes"),
+    [
+        (["--load_in_4bit", "True"], ["ddp", "zero1", "zero2"]),
+        (["--optim", "adamw_8bit"], ["ddp"]),
+        (["--weight_precision", "stochastic"], ["ddp", "fsdp"]),
+    ],
+)
+def test_only_modes_that_support_the_flags(plan, tiny_model, flags, modes):
+    _, out, _ = plan("--model", tiny_model, "--json", *SMALL)
+    weights = json.loads(out)["modes"][0]["components_gb"]["weights"]
+    code, out, _ = plan("--model", tiny_model, "--json", *SMALL, *flags)
+    found = json.loads(out)
+    assert code == 0 and [mode["mode"] for mode in found["modes"]] == modes
+    less = found["modes"][0]["components_gb"]["weights"] < weights
+    assert less == (flags[0] == "--load_in_4bit")
+
+
+def test_command_has_the_paths(plan, tiny_model, sample_data, tmp_path):
+    """A model by its `config.json`, and an annotation file with its image folder."""
+    [annotation] = sorted(sample_data.glob("train/*.jsonl"))[:1]
+    code, out, _ = plan("--model", tiny_model, "--meta", annotation, "--image_root", sample_data / "images",
+                        "--data_root", tmp_path, *SMALL)  # fmt: skip
+    assert code == 0
+    command = out.splitlines()[-1]
+    assert f" META_PATH={annotation} DATA_ROOT={tmp_path} " in command
+    assert f".sh --image_root {sample_data}/images --force_image_size" in command
+    code, out, _ = plan("--model", tiny_model / "config.json", *SMALL)
+    assert code == 0 and f" MODEL_PATH={tiny_model} bash" in out
+    assert any("record lengths: assumed" in line for line in out.splitlines())
+
+
 def test_nothing_fits(plan, tiny_model):
     code, out, _ = plan("--model", tiny_model, "--gpu", "l4", "--memory_gb", "0.001", *SMALL)
     assert code == 1 and "does not fit" in out and "recommended" not in out
@@ -75,9 +107,21 @@ def test_nothing_fits(plan, tiny_model):
             ["--tokens", "1e9", "--gpus", "1000000"],
             ["--tokens 1e+09", "--gpus 1e+06: must be at most 100,000"],
         ),
-        (["--model", "InternVL3-1B", "--", "--freeze_llm", "True", "--use_llm_lora", "0"], ["no trainable"]),
+        (["--", "--freeze_llm", "True", "--use_llm_lora", "0"], ["all parameters are frozen"]),
+        (
+            ["--recipe", "full", "--", "--load_in_4bit", "True", "--min_dynamic_patch", "20"],
+            ["4-bit weights cannot be trained", "--min_dynamic_patch 20 must be at most"],
+        ),
         (["--model", "InternVL3-1B", "--", "--bf16", "False"], ["--bf16 True"]),
-        (["--", "--parallel", "fsdp"], ["--parallel: not allowed after --"]),
+        (
+            ["--", "--parallel=fsdp", "--global-batch-size", "4", "--meta_path=m", "--cpu_offload=True"],
+            [
+                "--parallel: not allowed after --",
+                "--global-batch-size: not allowed after --; use --batch_size",
+                "--meta_path: not allowed after --; use --meta",
+                "--cpu_offload: not allowed after --; its speed",
+            ],
+        ),
         (["--plot", "/no/such/folder/a.png"], ["does not exist"]),
         (["--plot", "a.pdf"], [".png"]),
         (["--model", "/no/such/model"], ["no such folder"]),

@@ -35,7 +35,7 @@ def plan_notes(
         notes.append(shortage_note(estimates))
     else:
         notes += [batch_note(planner, best, gpus, nodes), checkpoint_note(best, run)]
-    return [note for note in [*notes, efficiency_note(planner.hardware)] if note]
+    return [note for note in [*notes, lengths_note(planner), efficiency_note(planner.hardware)] if note]
 
 
 def shortage_note(estimates: Sequence[Estimate]) -> str:
@@ -43,7 +43,8 @@ def shortage_note(estimates: Sequence[Estimate]) -> str:
     closest = min(estimates, key=lambda estimate: estimate.memory.total)
     memory = closest.memory
     flags = ", or ".join(memory.fitting_flags(memory.available))
-    remedy = f"flags that would fit: {flags}" if flags else "use more or larger GPUs, or LoRA"
+    others = "more or larger GPUs, LoRA (--recipe lora) or QLoRA (also -- --load_in_4bit True)"
+    remedy = f"flags that would fit: {flags}; alternatives: {others}" if flags else f"use {others}"
     return (
         f"the largest pack does not fit: {closest.mode.name} needs {memory.total / 1e9:.3g} of "
         f"{memory.available / 1e9:.3g} GB; {remedy}"
@@ -83,6 +84,17 @@ def checkpoint_note(estimate: Estimate, run: RunConfig) -> str | None:
     if estimate.checkpoint_seconds > interval:
         text += "; saves that are due while another one is being written are skipped"
     return text
+
+
+def lengths_note(planner: Planner) -> str | None:
+    """Warn about longer records than those of the plan, if the lengths are assumed."""
+    if planner.workload.exact:
+        return None
+    longest, allowed = planner.workload.lengths.tokens.max(), planner.planned.config.data.max_seq_length
+    return (
+        f"record lengths: assumed, at most {longest:,} tokens; longer records, up to --max_seq_length "
+        f"{allowed:,}, need more memory; --meta measures them"
+    )
 
 
 def efficiency_note(hardware: Hardware) -> str:

@@ -18,8 +18,10 @@ from internvl_chat.model.configuration import InternVLChatConfig
 from internvl_chat.model.flops import FlopCounter, count_flops
 from internvl_chat.model.io.checkpoint import empty_model
 from internvl_chat.model.kernels.apply import apply_kernels
+from internvl_chat.model.lora.quantization import parameter_count, quantize_decoder
 from internvl_chat.model.memory import Activations, measure_activations
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
+from internvl_chat.train.checks import layout_problems
 from internvl_chat.train.config import RunConfig, TrainConfig
 from internvl_chat.train.freeze import set_trainable
 from internvl_chat.train.planning.hardware import Hardware
@@ -84,6 +86,9 @@ class PlannedModel:
         options = config.model
         with torch.device("meta"):
             model = empty_model(model_config, 0, config.run.dtype, VARLEN)
+        if options.load_in_4bit:
+            quantize_decoder(model)
+        with torch.device("meta"):
             prepare_model(model, config, specs or [DatasetSpec("plan", Path(), Path())])
         set_trainable(
             model,
@@ -127,7 +132,7 @@ class PlannedModel:
     @property
     def parameters(self) -> tuple[int, int]:
         """Total and trainable parameter counts."""
-        return sum(p.numel() for p in self.model.parameters()), sum(self.trained.values())
+        return sum(map(parameter_count, self.model.parameters())), sum(self.trained.values())
 
 
 @dataclass(frozen=True)
@@ -224,20 +229,23 @@ class Planner:
         self._costs = planned.counter.records(lengths.tokens, lengths.supervised, lengths.tiles)
 
     def compare(self, ranks: int, nodes: int, batch_size: int) -> list[Estimate]:
-        """Return the predictions of all modes; `batch_size` must be divisible by `ranks`."""
+        """Return the predictions of the modes that support the flags; `ranks` must divide `batch_size`."""
         sampler = self._sampler(ranks, batch_size)
         loads: dict[float, Load] = {}
         packs, estimates = None, []
         # Balancing a batch over thousands of ranks is slow. A random local batch has similar packs.
         local = self._sampler(1, batch_size // ranks) if batch_size * ranks > MAX_PAIRS else sampler
         for mode in modes_for(ranks, nodes):
-            planner = self._memory(self._run(mode, ranks, nodes, batch_size), local, packs)
+            config = self._config(mode, ranks, nodes, batch_size)
+            if any(layout_problems(config)):
+                continue
+            planner = self._memory(config, local, packs)
             packs = planner.packs
             memory = planner.plan(mode.parallel)
             share = memory.checkpointed_layers / memory.layers
             if share not in loads:
                 loads[share] = busiest_rank(sampler, self.workload.lengths, self.planned.counter, share)
-            estimates.append(self._estimate(mode, ranks, nodes, batch_size, memory, loads[share]))
+            estimates.append(self._estimate(mode, ranks, nodes, config.run, memory, loads[share]))
         return estimates
 
     def _sampler(self, ranks: int, batch_size: int) -> StepSampler:
@@ -257,10 +265,10 @@ class Planner:
             strategy=run.train_sampling_strategy,
         )
 
-    def _run(self, mode: Mode, ranks: int, nodes: int, batch_size: int) -> RunConfig:
-        run = self.planned.config.run
+    def _config(self, mode: Mode, ranks: int, nodes: int, batch_size: int) -> TrainConfig:
+        config, run = self.planned.config, self.planned.config.run
         exact = self.workload.exact and batch_size * ranks <= MAX_PAIRS
-        return dataclasses.replace(
+        run = dataclasses.replace(
             run,
             device=torch.device(self.planned.device),
             world_size=ranks,
@@ -271,17 +279,18 @@ class Planner:
             deepspeed=mode.deepspeed,
             max_steps=run.max_steps if exact else max(_SAMPLED_STEPS, _SAMPLED_RECORDS // batch_size),
         )
+        return TrainConfig(config.model, config.data, run)
 
-    def _memory(self, run: RunConfig, sampler: StepSampler, packs: LargestPacks | None) -> MemoryPlanner:
+    def _memory(self, config: TrainConfig, sampler: StepSampler, packs: LargestPacks | None) -> MemoryPlanner:
         usable = USABLE if self.planned.device == "cuda" else 1
         return MemoryPlanner(
-            TrainConfig(self.planned.config.model, self.planned.config.data, run),
+            config,
             self.planned.model,
             sampler,
             self.workload.lengths,
             available=usable * self.hardware.memory,
             activations=self.planned.activations,
-            compiled=self._compiled(run),
+            compiled=self._compiled(config.run),
             packs=packs,
         )
 
@@ -289,9 +298,9 @@ class Planner:
         return self.planned.device == "cuda" and update_precision(run) != "bf16"
 
     def _estimate(
-        self, mode: Mode, ranks: int, nodes: int, batch_size: int, memory: MemoryPlan, load: Load
+        self, mode: Mode, ranks: int, nodes: int, run: RunConfig, memory: MemoryPlan, load: Load
     ) -> Estimate:
-        planned, hardware, run = self.planned, self.hardware, self._run(mode, ranks, nodes, batch_size)
+        planned, hardware, batch_size = self.planned, self.hardware, run.records_per_step
         # DeepSpeed updates float32 master weights with torch's AdamW.
         precision = "master" if mode.zero else update_precision(run)
         compiled = self._compiled(run) and not mode.zero

@@ -34,6 +34,7 @@ _SIZES = {
     "InternVL3-78B": _Decoder(8192, 80, 64, 8, 29_568, large_tower=True),
 }
 PUBLISHED_MODELS = tuple(_SIZES)
+_HUB = "OpenGVLab/"
 # Configuration values of InternViT-6B that differ from InternViT-300M.
 _LARGE_TOWER: dict[str, Any] = {
     "hidden_size": 3200,
@@ -83,7 +84,7 @@ def find_model(name: str, *, needs_tokenizer: bool) -> tuple[InternVLChatConfig,
         if needs_tokenizer:
             raise ModelError(f"{name}: --meta requires the tokenizer; pass the model folder")
         return InternVLChatConfig.from_dict(read_json(path), source=name), None
-    if short in _SIZES and not needs_tokenizer and name in (short, f"OpenGVLab/{short}"):
+    if short in _SIZES and not needs_tokenizer and name in (short, _HUB + short):
         return published_config(short), None
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"{name}: no such folder, file or model; known models: {', '.join(_SIZES)}")
@@ -97,3 +98,15 @@ def find_model(name: str, *, needs_tokenizer: bool) -> tuple[InternVLChatConfig,
             "folder with its config.json and tokenizer"
         ) from error
     return read_config(folder), folder
+
+
+def launcher_path(name: str) -> str:
+    """Return the `MODEL_PATH` of a model that `find_model` has found.
+
+    >>> launcher_path("InternVL3-8B")
+    'OpenGVLab/InternVL3-8B'
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return str(path.parent)
+    return _HUB + name if name in _SIZES and not path.is_dir() else name

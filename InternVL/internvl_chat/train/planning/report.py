@@ -92,7 +92,8 @@ class PlanReport:
 
     def speed_table(self) -> Table:
         """Return header and rows of speed, cost and checkpoints."""
-        header = ["layout", "records/s", "epoch hours", "GPU hours", "cost", "limit", "checkpoint GB", "s"]
+        header = ["layout", "records/s", "epoch hours", "GPU hours", "cost", "limit", "imbalance",
+                  "checkpoint GB", "s"]  # fmt: skip
         rows = [
             [
                 e.mode.name,
@@ -101,6 +102,7 @@ class PlanReport:
                 f"{e.device_hours:,.4g}",
                 "-" if e.cost is None else f"{e.cost:,.0f}",
                 e.step.limit,
+                f"{e.balance:.2f}",
                 f"{e.checkpoint_bytes / 1e9:,.3g}",
                 f"{e.checkpoint_seconds:,.3g}",
             ]

@@ -91,7 +91,10 @@ def meta_workload(specs: Sequence[DatasetSpec], encoder: RecordEncoder) -> Workl
     data = TrainingData(sets, lengths=[index.lengths for index in indexes], excluded=excluded)
     source = f"{len(data):,} records of the meta file"
     return Workload(
-        data.epoch_lengths(), len(data), source + (f", {len(excluded):,} unusable" * bool(excluded)), True
+        data.epoch_lengths(),
+        len(data),
+        source + (f", {len(excluded):,} unusable (see m3llm data check)" * bool(excluded)),
+        True,
     )
 
 

@@ -10,7 +10,6 @@ import torch
 
 from benchmarks.plan_accuracy import plan_model
 from internvl_chat.data.index.cache import Lengths
-from internvl_chat.train.config import TrainConfig
 from internvl_chat.train.planning.advice import batch_note, checkpoint_note, plan_notes, shortage_note
 from internvl_chat.train.planning.estimate import Planner, recommend, usable_ranks
 from internvl_chat.train.planning.hardware import GB, Hardware, find_efficiency, gpu_hardware
@@ -46,11 +45,10 @@ def test_memory_is_that_of_the_training_planner(monkeypatch, parallel):
     planner = Planner(planned, Workload(lengths, 4, "", True), with_hardware(device="cpu"))
     estimate = next(e for e in planner.compare(2, 1, 2) if e.mode.name == parallel)
     mode = estimate.mode
-    run = planner._run(mode, 2, 1, 2)
+    config = planner._config(mode, 2, 1, 2)
     monkeypatch.setattr(memory, "available_memory", lambda *_: 10**12)
     monkeypatch.setattr(memory, "all_gather_object", lambda value: [value])
     data = SimpleNamespace(epoch_lengths=lambda: lengths)
-    config = TrainConfig(planned.config.model, planned.config.data, run)
     plan = memory.plan_memory(config, planned.model, planner._sampler(2, 2), data)
     assert plan.parallel == parallel
     assert (plan.components, plan.pack, plan.total) == (
