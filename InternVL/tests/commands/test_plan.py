@@ -25,8 +25,16 @@ def plan(capfd):
     return run
 
 
+@pytest.mark.parametrize("name", ["InternVL3.5-30B-A3B", "OpenGVLab/InternVL3_5-30B-A3B"])
+def test_model_by_name(plan, name):
+    code, out, _ = plan("--model", name, "--gpus", 8)
+    assert code == 0
+    assert "30.86 B parameters" in out  # 30.85 B and the adapters
+    assert "MODEL_PATH=OpenGVLab/InternVL3_5-30B-A3B" in out
+
+
 def test_plan_of_a_meta_file(plan, tiny_model, sample_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "PUBLISHED_MODELS", ("InternVL3-1B",))  # building all models takes a while
+    monkeypatch.setattr(sweep, "_MODELS", ("InternVL3-1B",))  # building all models takes a while
     picture = tmp_path / "plan.png"
     code, out, _ = plan(
         "--model", tiny_model, "--meta", sample_data / "train.json", "--gpu", "h100", "--json",

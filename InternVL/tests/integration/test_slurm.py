@@ -13,11 +13,23 @@ from slurm_cluster import SlurmCluster, missing_requirement
 SCRIPT = SOURCE_ROOT / "internvl_chat/shell/slurm/m3llm.sbatch"
 
 
-def test_script_runs_only_under_slurm():
-    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
-    result = subprocess.run(["bash", SCRIPT, "lora"], capture_output=True, text=True, env=environment)
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "submit this script with sbatch"),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "6"},
+            "job arrays are not supported: the tasks would share OUTPUT_DIR",
+        ),
+    ],
+)
+def test_jobs_that_cannot_run(variables, message):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    result = subprocess.run(
+        ["bash", SCRIPT, "lora"], capture_output=True, text=True, env=environment | variables
+    )
     assert result.returncode == 2
-    assert result.stderr == "m3llm.sbatch: submit this script with sbatch\n"
+    assert result.stderr == f"m3llm.sbatch: {message}\n"
 
 
 # Stand-ins for SLURM's commands. The job runs until it gets a signal, and ends before the signal is handled.

@@ -7,14 +7,16 @@ from typing import NamedTuple
 import numpy as np
 
 from internvl_chat.data.index.cache import Lengths
+from internvl_chat.model.configuration import InternVLChatConfig
+from internvl_chat.model.published import PUBLISHED_MODELS, published_config
 from internvl_chat.train.planning.estimate import Estimate, PlannedModel, Planner, recommend, usable_ranks
-from internvl_chat.train.planning.models import PUBLISHED_MODELS, published_config
 from internvl_chat.train.planning.workload import Workload
 
 MAX_GPUS = 4096
 MAX_RANKS_PER_MODEL = 64
 _RECORDS = (10_000, 100_000, 1_000_000, 10_000_000)
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+_MODELS = tuple(name for name in PUBLISHED_MODELS if name.startswith("InternVL3-"))
 _TILES = (0, 1, 2, 4, 8, 12, 24)
 # Limit of a run that cannot use all GPUs.
 IDLE = "records per step"
@@ -101,13 +103,14 @@ def sweep_tiles(planner: Planner, best: Estimate) -> Series:
 
 
 def sweep_models(planner: Planner, best: Estimate) -> Series:
-    """Return epoch durations against the number of parameters, for the published InternVL3 models.
+    """Return epoch durations against the number of parameters, for the InternVL3 models.
 
     If a model does not fit, the number of GPUs is doubled until it does, with at least one record per GPU.
     """
     points, names = [], []
-    for name in PUBLISHED_MODELS:
-        planned = PlannedModel.build(planner.planned.config, published_config(name), planner.planned.device)
+    for name in _MODELS:
+        model_config = InternVLChatConfig.from_dict(published_config(name))
+        planned = PlannedModel.build(planner.planned.config, model_config, planner.planned.device)
         sized = Planner(planned, planner.workload, planner.hardware)
         ranks, fitting = best.ranks, None
         while fitting is None and ranks <= MAX_RANKS_PER_MODEL:
