@@ -156,6 +156,10 @@ def _check(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("records", "tokens", "tiles") if vars(args)[name] is not None]
     if args.meta and given:
         problems.append(f"{' and '.join(given)}: not allowed with --meta, whose records are measured")
+    if args.flags and not args.flags[0].startswith("-"):
+        problems.append(
+            f"unexpected argument {args.flags[0]!r}; pass a meta file with --meta, training flags after --"
+        )
     for flag in (flag.split("=")[0] for flag in args.flags if flag.startswith("--")):
         if reason := _REJECTED.get(flag[2:].replace("-", "_")):
             problems.append(f"{flag}: not allowed after --; {reason}")

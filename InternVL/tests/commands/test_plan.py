@@ -130,6 +130,7 @@ def test_nothing_fits(plan, tiny_model):
                 "--cpu_offload: not allowed after --; its speed",
             ],
         ),
+        (["PMC-data.json"], ["unexpected argument 'PMC-data.json'; pass a meta file with --meta"]),
         (["--plot", "/no/such/folder/a.png"], ["does not exist"]),
         (["--plot", "a.pdf"], [".png"]),
         (["--model", "/no/such/model"], ["no such folder"]),
