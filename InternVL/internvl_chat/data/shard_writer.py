@@ -20,7 +20,7 @@ from internvl_chat.data.storage.manifest import (
     normalized,
     tar_members,
 )
-from internvl_chat.data.storage.stores import StoredImage
+from internvl_chat.data.storage.stores import ObjectStore, StoredImage
 from internvl_chat.utils.errors import DataError, UsageError
 from internvl_chat.utils.files import (
     append_json_line,
@@ -41,7 +41,7 @@ logger = get_logger(__name__)
 # Names in the output folder. They are unusual, because relative paths in a meta file are first looked up in
 # the data folder.
 _IMAGES, _ANNOTATIONS = "image-shards", "shard-annotations"
-# Log of finished shards, for a call after an interruption; deleted when the manifest is complete.
+# Log of finished shards, for a call after an interruption; deleted when the meta file is complete.
 _PROGRESS = ".progress.jsonl"
 
 Progress = Callable[[Sequence[int]], Iterable[int]]
@@ -118,6 +118,8 @@ def write_shards(
             _copy(records.spec.annotation, folder / annotation)
             entries[records.spec.name] = _entry(records.spec, targets[_root_of(records)], annotation)
         write_json(meta, entries)
+        for name in set(targets.values()):
+            (folder / name / _PROGRESS).unlink(missing_ok=True)
     finally:
         lock.release()
     return ShardingResult(meta, *totals)
@@ -138,6 +140,8 @@ def _find_sources(sets: Sequence[RecordSet], skip_unusable: bool) -> dict[str, l
     problems: list[str] = []
     for records in sets:
         known = found.setdefault(_root_of(records), {})
+        if isinstance(records.root, ObjectStore):
+            records.root.prepare(len(records))
         for index in range(len(records)):
             try:
                 for source in _sources_of(records, index, known):
@@ -192,9 +196,16 @@ def _write_folder(
                 append_json_line(stream, {"shard": shard, "images": rows, "versions": versions})
     shards = [finished[number][0] for number in range(len(plan))]
     images = [row for number in range(len(plan)) for row in finished[number][1]]
+    _delete_leftovers(folder, {shard.file for shard in shards})
     write_json_lines(folder / MANIFEST, manifest_lines(shards, images))
-    (folder / _PROGRESS).unlink()
     return len(shards), len(images), sum(shard.bytes for shard in shards)
+
+
+def _delete_leftovers(folder: Path, shards: set[str]) -> None:
+    """Delete incomplete shards, and shards of an interrupted run with another plan."""
+    for file in [*folder.glob("shard-*.tar"), *folder.glob(".shard-*.tar.*.partial")]:
+        if file.name not in shards:
+            file.unlink()
 
 
 def _plan(sources: Sequence[_Source], shard_bytes: int) -> Iterator[list[_Source]]:

@@ -127,6 +127,34 @@ class TestInterruption:
         assert (data / "out/image-shards/manifest.jsonl").read_text() == manifest
         assert not (data / "out/image-shards/.progress.jsonl").exists()
 
+    def test_finished_folders_are_kept(self, data, monkeypatch):
+        """An interruption in the second folder does not repeat the first."""
+        read, count = shard_writer._read, []
+
+        def interrupt(source):
+            if source.num_bytes == (data / "other/b/2.jpg").stat().st_size:
+                raise KeyboardInterrupt
+            return read(source)
+
+        monkeypatch.setattr(shard_writer, "_read", interrupt)
+        assert shard(data) == 130
+        monkeypatch.setattr(shard_writer, "_read", lambda source: count.append(source.name) or read(source))
+        assert shard(data) == 0
+        assert count == [NAMES[0]]
+        assert not list((data / "out").rglob(".progress.jsonl"))
+
+    def test_leftovers_are_deleted(self, data, small_shards, monkeypatch):
+        """A process was killed; the next one uses a different --shard_mb."""
+        monkeypatch.setattr(shard_writer, "write_json_lines", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shard(data)
+        folder = data / "out/image-shards"
+        (folder / ".shard-000009.tar.0123.partial").touch()
+        assert len(list(folder.glob("*.tar"))) > 1
+        monkeypatch.undo()
+        assert shard(data) == 0
+        assert {file.name for file in folder.iterdir()} == {"manifest.jsonl", "shard-000000.tar"}
+
     def test_changed_images_are_written_again(self, data, small_shards, monkeypatch):
         monkeypatch.setattr(shard_writer, "write_json_lines", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

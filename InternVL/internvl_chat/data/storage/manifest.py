@@ -166,6 +166,8 @@ def _read(file: Path, _num_bytes: int, _mtime_ns: int, location: str) -> ShardIn
     try:
         with file.open("rb") as stream:
             header = json.loads(stream.readline())
+            if not isinstance(header, dict):
+                raise ValueError("its first line is not an object")
             if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
                 raise ValueError(f"expected format {_FORMAT!r}, version {_VERSION}")
             shards = [Shard(**shard) for shard in header["shards"]]
@@ -174,7 +176,7 @@ def _read(file: Path, _num_bytes: int, _mtime_ns: int, location: str) -> ShardIn
         if len(names) != header["images"]:
             raise ValueError(f"it lists {len(names):,} of {header['images']:,} images")
         table = _make_table(names, rows)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
             f"this manifest of shards is damaged: {error}; copy it again, or write the shards again with "
             "m3llm data shard",
@@ -247,6 +249,11 @@ def tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
             for member in tar:
                 if member.isreg() and not member.issparse():
                     yield member
+            # The library also stops at a damaged header.
+            with file.open("rb") as stream:
+                stream.seek(tar.offset)
+                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"damaged or truncated at byte {tar.offset:,}; copy it again")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"this tar file cannot be read: {error}", file=file) from None
 

@@ -29,7 +29,7 @@ from internvl_chat.data.storage.manifest import (
 from internvl_chat.data.storage.name_table import NameTable
 from internvl_chat.data.storage.transfer import FileState, download, file_state, list_files, retry_seconds
 from internvl_chat.data.storage.urls import check_url, is_url
-from internvl_chat.utils.errors import M3LLMError, StorageError
+from internvl_chat.utils.errors import M3LLMError, StorageError, UsageError
 from internvl_chat.utils.files import atomic_path, sha256
 from internvl_chat.utils.logging import get_logger
 from internvl_chat.utils.paths import default_cache
@@ -241,7 +241,11 @@ class ShardStore(ImageStore):
     def _member(self, name: str) -> Member:
         member = self.index.get(name)
         if member is None:
-            raise self._missing(name)
+            raise RecordError(
+                f"the image {name} is in none of the {len(self.index.shards)} tar shards in {self.root}; "
+                "check 'root' in the meta file (image files next to tar shards are not read)",
+                kind="image missing",
+            )
         return member
 
     def state(self, name: str, *, retry: bool = True) -> FileState:
@@ -329,15 +333,21 @@ def fetch_file(url: str) -> Path:
     Raises:
         FileNotFoundError: there is no such file.
         StorageError: the storage is unavailable.
+        UsageError: the cache folder cannot be written.
     """
     state = file_state(url)
     folder = default_cache() / "files" / sha256(f"{url}\n{state}".encode())[:16]
     file = folder / url.rpartition("/")[2]
     if not file.is_file() or file.stat().st_size != state.num_bytes:
-        folder.mkdir(parents=True, exist_ok=True)
         content = download(url, 0, state.num_bytes) if state.num_bytes else b""
         if len(content) != state.num_bytes:
             raise StorageError(f"{url} changed while it was downloaded; run the command again")
-        with atomic_path(file) as partial:
-            partial.write_bytes(content)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(file) as partial:
+                partial.write_bytes(content)
+        except OSError as error:
+            raise UsageError(
+                f"{url} cannot be stored in the cache: {error}; set M3LLM_CACHE to a different folder"
+            ) from None
     return file

@@ -67,11 +67,19 @@ class TestTarFiles:
         with pytest.raises(DataError, match=r"the tar files cannot be used: 'a.jpg' occurs twice"):
             index_shards(tmp_path)
 
-    @pytest.mark.parametrize("end", [100, 600, 1000])
-    def test_damaged(self, tmp_path, end):
-        file = write_tar(tmp_path / "x-0.tar", [("a.jpg", bytes(700))])
+    @pytest.mark.parametrize("end", [100, 600, 1000, 1536, 1600])
+    def test_truncated(self, tmp_path, end):
+        file = write_tar(tmp_path / "x-0.tar", [("a.jpg", bytes(700)), ("b.jpg", b"1")])
         file.write_bytes(file.read_bytes()[:end])
         with pytest.raises(DataError, match="this tar file"):
+            index_shards(tmp_path)
+
+    def test_damaged_header(self, tmp_path):
+        file = write_tar(tmp_path / "x-0.tar", [(name, bytes(700)) for name in ("a.jpg", "b.jpg", "c.jpg")])
+        file.write_bytes(file.read_bytes().replace(b"b.jpg", b"B.jpg"))
+        with pytest.raises(
+            DataError, match="cannot be read: damaged or truncated at byte 1,536; copy it again"
+        ):
             index_shards(tmp_path)
 
     def test_compressed(self, tmp_path):
@@ -130,11 +138,12 @@ class TestManifest:
             index_shards(tmp_path)
         assert str(tmp_path / MANIFEST) in str(caught.value)
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]\n", b"\xff\n", b"null\n"])
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]\n", b"{}\n", b"\xff\n", b"null\n"])
     def test_other_content(self, tmp_path, content):
         (tmp_path / MANIFEST).write_bytes(content)
-        with pytest.raises(DataError, match="this manifest of shards is damaged"):
+        with pytest.raises(DataError, match="this manifest of shards is damaged") as caught:
             index_shards(tmp_path)
+        assert "attribute" not in str(caught.value)
 
     def test_missing_and_shortened_shards(self, tmp_path):
         write_manifest(tmp_path, ROWS)

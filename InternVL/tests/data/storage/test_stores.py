@@ -120,7 +120,7 @@ class TestShards:
 
     def test_missing_image(self, sharded):
         image = open_root(sharded.root).image("PMC9/fig.jpg")
-        with pytest.raises(RecordError, match=r"PMC9/fig.jpg does not exist; check 'root'") as caught:
+        with pytest.raises(RecordError, match=r"PMC9/fig.jpg is in none of the 2 tar shards") as caught:
             image_info(image)
         assert caught.value.kind == "image missing"
 
@@ -195,6 +195,17 @@ class TestObjects:
         [changed] = index_records(again, cache=tmp_path / "index")
         assert checked == [1, 2]
         assert not changed.images.equals(index.images)
+
+    def test_shards_of_objects(self, s3, figures, tmp_path, monkeypatch):
+        """Writing shards lists the folder instead of sending a second request per image."""
+        monkeypatch.setattr(stores, "_MIN_LISTED", 4)
+        root = s3.upload(figures.root, "source")
+        records = RecordSet(DatasetSpec("qa", root, figures.annotation), encoder())
+        s3.requests()
+        options = {"meta_name": "meta.json", "shard_bytes": 6000, "skip_unusable": False, "progress": iter}
+        result = write_shards([records], tmp_path / "sharded", **options)
+        assert [line.split()[0] for line in s3.requests()] == ["GET"] * 5  # one listing, four images
+        assert content_of(load_meta(result.meta, tmp_path)[0]) == content_of(figures)
 
     def test_known_states_need_no_request(self, s3, figures, tmp_path):
         root = s3.upload(figures.root, "known")
@@ -274,6 +285,12 @@ class TestRemoteShards:
             s3.put(f"half/{name}", (sharded.root / name).read_bytes())
         with pytest.raises(DataError, match=r"s3://figures/half: shard-000001.tar: missing, but listed in"):
             open_root("s3://figures/half")
+
+    def test_cache_that_cannot_be_created(self, remote, monkeypatch):
+        """This is not mistaken for a missing manifest."""
+        monkeypatch.setenv("M3LLM_CACHE", "/proc/nowhere")
+        with pytest.raises(UsageError, match=r"cannot be stored in the cache: .* set M3LLM_CACHE"):
+            open_root(remote.root)
 
     def test_forked_and_pickled(self, remote):
         """A process that has used the storage can fork dataloader workers, which use it as well."""
