@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from internvl_chat.constants import IMAGE_PLACEHOLDER
+from internvl_chat.data.sources.images import ImageLocation, locate_image
 from internvl_chat.data.sources.preview import jpeg_preview
 from internvl_chat.data.sources.problems import RecordError
+from internvl_chat.data.storage.stores import open_root
 from internvl_chat.metrics.overlap import exact_match
 from internvl_chat.train.report.run import Run, Sample
+from internvl_chat.utils.errors import DataError
+from internvl_chat.utils.files import is_file
 from internvl_chat.utils.html import image_data_url
 
 # Answers shown per record and run: first, last, and evenly spaced ones between.
@@ -99,8 +103,17 @@ def _shorten(text: str) -> str:
 
 @lru_cache(maxsize=1024)  # the report is written many times with --watch
 def _thumbnail(path: Path) -> str | None:
-    """Return a thumbnail as a data URL; None if the image cannot be read."""
+    """Return a thumbnail as a data URL; None if the image cannot be read, or is in object storage."""
     try:
-        return image_data_url(jpeg_preview(path, _PIXELS), "jpeg")
-    except RecordError:
+        return image_data_url(jpeg_preview(_locate(path), _PIXELS), "jpeg")
+    except (RecordError, DataError, OSError):
         return None
+
+
+def _locate(path: Path) -> ImageLocation:
+    """Return the location of an image, which may be in tar shards: then only the folder above it exists."""
+    if is_file(path):
+        return path
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    root = open_root(folder)
+    return locate_image(root, str(path.relative_to(folder)))
