@@ -260,7 +260,9 @@ def _adapter_flags(config: TrainConfig) -> Iterator[str]:
         flag = "--load_in_4bit True"
         if not (model.use_llm_lora or model.freeze_llm):
             yield f"{flag}: 4-bit weights cannot be trained; add --use_llm_lora or --freeze_llm True"
-        if run.parallel in FSDP_MODES or (run.deepspeed is not None and zero_stage(run.deepspeed) == 3):
+        if run.cpu_offload:
+            yield f"{flag}: 4-bit weights cannot be offloaded; remove --cpu_offload True"
+        elif run.parallel in FSDP_MODES or (run.deepspeed is not None and zero_stage(run.deepspeed) == 3):
             yield f"{flag}: 4-bit weights cannot be sharded; use --parallel ddp, or ZeRO-1 or 2"
         if find_spec("bitsandbytes") is None:
             yield f"{flag}: {MISSING}"

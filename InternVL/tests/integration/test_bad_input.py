@@ -323,6 +323,10 @@ def test_output_folder_in_use(start, tmp_path, capfd):
             "4-bit weights cannot be sharded; use --parallel ddp, or ZeRO-1 or 2",
         ),
         (
+            {"load_in_4bit": True, "use_llm_lora": 2, "cpu_offload": True},
+            "4-bit weights cannot be offloaded; remove --cpu_offload True",
+        ),
+        (
             {"optim": "adamw_torch_8bit", "parallel": "fsdp"},
             "8-bit and 4-bit optimizer state cannot be sharded; use --parallel ddp",
         ),

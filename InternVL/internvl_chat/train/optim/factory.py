@@ -42,11 +42,17 @@ def make_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         UsageError: `--optim` is unsupported, its package is not installed, or its options are invalid.
     """
     groups = parameter_groups(model, run)
+    has_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     if run.optim not in OWN_OPTIMIZERS:
+        rounds_stochastically = "bf16_stochastic_round" in (run.optim_args or "")
+        if has_bf16 and run.deepspeed is None and run.is_main and not rounds_stochastically:
+            logger.warning(
+                "--optim %s: bf16 weights are updated without float32 masters, so most small updates are "
+                "lost; --optim adamw_torch keeps them", run.optim,
+            )  # fmt: skip
         return _library_optimizer(run, groups, model)
     # DeepSpeed has its own float32 master weights.
     precision = run.weight_precision if run.deepspeed is None else "bf16"
-    has_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     return build_adamw(
         groups,
         precision=precision,
@@ -169,7 +175,8 @@ def state_bytes(optim: str, precision: str, parameters: Iterable[torch.Tensor]) 
 
 def optimizer_problems(run: RunConfig) -> Iterator[str]:
     """Yield an error message for each problem with the optimizer and schedule flags; needs no model."""
-    if has_quantized_state(run.optim) and (run.deepspeed or run.parallel in FSDP_MODES):
+    is_sharded = run.deepspeed is not None or run.parallel in FSDP_MODES
+    if has_quantized_state(run.optim) and is_sharded and not run.cpu_offload:  # offload is reported elsewhere
         yield (
             f"--optim {run.optim}: 8-bit and 4-bit optimizer state cannot be sharded; use --parallel ddp, or "
             "--optim adamw_torch"

@@ -77,6 +77,13 @@ class TestOptimizer:
         run = resolve(bf16=True, deepspeed='{"zero_optimization": {"stage": 1}}', parallel="deepspeed")
         assert type(make_optimizer(run, two_layers(torch.bfloat16))) is torch.optim.AdamW
 
+    def test_lost_updates_are_reported(self, caplog):
+        make_optimizer(resolve(optim="sgd"), two_layers())
+        make_optimizer(resolve(bf16=True), two_layers(torch.bfloat16))
+        assert not caplog.messages
+        make_optimizer(resolve(optim="sgd", bf16=True), two_layers(torch.bfloat16))
+        assert "--optim sgd: bf16 weights are updated without float32 masters" in caplog.text
+
     @pytest.mark.parametrize(
         ("name", "cls"),
         [("adafactor", Adafactor), ("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad),
@@ -160,6 +167,11 @@ class TestOptimizer:
         assert problems[0].startswith(
             "--optim adamw_torch_8bit: 8-bit and 4-bit optimizer state cannot be sharded"
         )
+
+    def test_advice_for_quantized_state_with_offload(self):
+        """`--parallel ddp` is no remedy, because it does not support `--cpu_offload`."""
+        problems = optimizer_problems(resolve(optim="adamw_torch_8bit", cpu_offload=True))
+        assert not any("--parallel ddp" in problem for problem in problems)
 
     @needs_torchao
     def test_stochastic_rounding_needs_a_single_rank(self, monkeypatch):
