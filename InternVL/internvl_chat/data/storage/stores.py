@@ -121,9 +121,17 @@ class ImageStore(ABC):
         if not self.is_remote or not image_cache().limit:
             return
 
+        failed: list[StorageError] = []
+
         def fetch(name: str) -> None:
-            with contextlib.suppress(M3LLMError, RecordError):
+            if len(failed) >= _THREADS:  # an outage, in which each request may take a minute
+                return
+            try:
                 self.read(name, retry=False)
+            except StorageError as error:
+                failed.append(error)
+            except (M3LLMError, RecordError):
+                pass
 
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(fetch, dict.fromkeys(map(normalized, names))))

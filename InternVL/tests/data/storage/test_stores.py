@@ -249,6 +249,17 @@ class TestObjects:
         packs = PackDataset(TrainingData([records], max_bad_fraction=1.0))
         assert isinstance(packs[[SampleIndex(0, 0)]], StorageError)  # not skipped
 
+    def test_prefetch_ends_in_an_outage(self, s3, monkeypatch):
+        store, requested = open_root("s3://figures/outage"), []
+
+        def fail(url, **_):
+            requested.append(url)
+            raise StorageError("no answer")
+
+        monkeypatch.setattr(stores, "file_state", fail)
+        store.prefetch(f"{number}.jpg" for number in range(200))
+        assert stores._THREADS <= len(requested) < 2 * stores._THREADS
+
 
 def _fail(message, *_, **__):
     raise StorageError(message)
