@@ -88,8 +88,12 @@ def _filesystem(scheme: str, _process: int) -> Any:
 
     # A listing cached in the process would hide changes and keep all names in memory.
     options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme == "s3":
-        # botocore's retries, on top of those of s3fs, would delay the report of a failure.
-        user = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {"retries": {"max_attempts": 0}, **user}
-    return fsspec.filesystem(scheme, **options)
+    if scheme != "s3":
+        return fsspec.filesystem(scheme, **options)
+    # The retries of botocore and s3fs would delay the message about a failure, by minutes if the storage does
+    # not answer. `transfer.request` repeats requests instead.
+    user = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    options["config_kwargs"] = {"retries": {"max_attempts": 0}, **user}
+    storage = fsspec.filesystem(scheme, **options)
+    storage.retries = 1
+    return storage

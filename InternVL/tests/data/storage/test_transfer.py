@@ -1,5 +1,6 @@
 """Requests to object storage: repeated for a limited time, with bounded waits; messages without secrets."""
 
+import http.server
 import threading
 import time
 
@@ -26,6 +27,23 @@ def clock(monkeypatch):
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "monotonic", lambda: now + sum(waits))
     return waits
+
+
+class AnswerBusy(http.server.BaseHTTPRequestHandler):
+    """Answers that requests come too fast, which s3fs and botocore would repeat."""
+
+    requests = 0
+
+    def do_GET(self):
+        AnswerBusy.requests += 1
+        body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+        self.send_response(503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
 
 
 class Flaky:
@@ -128,3 +146,19 @@ def test_ranges_after_the_end(s3):
     s3.put("transfer/short.jpg", b"0123456789")
     assert download("s3://figures/transfer/short.jpg", 7, 20) == b"789"
     assert download("s3://figures/transfer/short.jpg", 10, 20) == b""
+
+
+def test_only_this_package_repeats_requests(s3, monkeypatch):
+    """Retries inside s3fs or botocore would delay the message about storage that does not answer."""
+    monkeypatch.setenv("M3LLM_RETRY_SECONDS", "0")
+    monkeypatch.setattr(AnswerBusy, "requests", 0)
+    server = http.server.HTTPServer(("127.0.0.1", 0), AnswerBusy)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(StorageError, match="after 1 attempt"):
+            download(URL, 0, 10)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert AnswerBusy.requests == 1
