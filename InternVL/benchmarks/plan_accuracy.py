@@ -2,8 +2,10 @@
 
 A model with random weights trains under torchrun in each layout, with one CPU thread per rank.
 
-- Memory: peak resident memory of a rank, minus its memory before the model is built. The rank has trained in
-  the same layout before, so that all libraries are loaded.
+- Memory: peak resident memory of a rank, minus its memory before the model is built. The rank has already
+  trained the same model, which loads all libraries; oneDNN keeps compiled kernels for each shape, over
+  100 MB in bf16. Each tensor has its own memory mapping: on the heap, the memory of freed tensors would
+  stay resident and count as used.
 - Time: CPU time of the slowest rank per step, because it does not depend on other programs on the machine. On
   an idle machine with one core per rank, it equals the duration of a step.
 """
@@ -53,11 +55,13 @@ SCRIPT = Path(__file__).resolve()
 ZERO = SCRIPT.parents[1] / "internvl_chat/shell/deepspeed"
 RESULTS = SCRIPT.parent / "results"
 CALIBRATION = SCRIPT.parents[1] / "internvl_chat/train/planning/calibration.json"
-_WARMUP_MODEL = "smoke"
 # Records per step: fewer than in the LoRA recipe, to save time.
 STEP_RECORDS = {"lora": 4, "full": 2}
 # Options of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Smallest allocation with its own memory mapping: to measure memory, and glibc's maximum, which its adaptive
+# threshold approaches when large tensors are freed.
+_MAPPED, _LARGEST_THRESHOLD = 1 << 16, 1 << 25
 # Layouts from which the CPU's efficiency is derived.
 _FITTED = ("single", "ddp")
 # Assumed efficiency of GPUs that have not been measured.
@@ -121,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for recipe in recipes:
             workload = _workload(args.model, recipe, args.steps, Path(name) / recipe)
             records[recipe] = [dataclasses.astuple(size) for size in Prepared.load(workload).sizes]
-            _workload(_WARMUP_MODEL, recipe, 1, Path(name) / recipe / _WARMUP_MODEL)
             for layout in layouts:
                 row = run_layout(args, recipe, layout, workload, Path(name) / f"{recipe}-{layout}")
                 rows += compare([{"rows": [row], "records": records}])
@@ -217,15 +220,18 @@ def measure(job_file: Path) -> int:
     job = read_job(job_file)
     distributed.init_process_group(torch.device("cpu"), timedelta(minutes=10))
     torch.set_num_threads(1)
-    workload, tiny = Path(job.workload), dataclasses.replace(job, model=_WARMUP_MODEL, warmup=0, steps=1)
-    _train(tiny, workload.parent / _WARMUP_MODEL / workload.name, "tiny")
-    seconds = _train(job, workload, "timed")[job.warmup :]
+    workload, libc = Path(job.workload), ctypes.CDLL("libc.so.6")
+    _set_malloc_threshold(libc, _MAPPED)
+    _train(job, workload, "warmup")
     gc.collect()
-    _return_freed_memory()
+    libc.malloc_trim(0)
     baseline = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
     _train(job, workload, "memory")
-    ranks = distributed.all_gather_object((peak_memory(torch.device("cpu")) - baseline, seconds))
+    peak = peak_memory(torch.device("cpu")) - baseline
+    _set_malloc_threshold(libc, _LARGEST_THRESHOLD)  # mapping each tensor takes time
+    seconds = _train(job, workload, "timed")[job.warmup :]
+    ranks = distributed.all_gather_object((peak, seconds))
     if distributed.rank() == 0:
         steps = list(zip(*(timed for _, timed in ranks), strict=True))
         result = {
@@ -238,12 +244,13 @@ def measure(job_file: Path) -> int:
     return 0
 
 
-def _return_freed_memory() -> None:
-    """Make glibc return the memory of freed tensors to the system, so that it is not counted as used."""
-    libc, threshold = ctypes.CDLL("libc.so.6"), 1 << 16
-    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-        libc.mallopt(option, threshold)
-    libc.malloc_trim(0)
+def _set_malloc_threshold(libc: ctypes.CDLL, size: int) -> None:
+    """Make glibc give each allocation of at least `size` bytes a mapping, which is unmapped when it is freed.
+
+    Smaller allocations may reuse freed memory of the heap, which stays resident.
+    """
+    libc.mallopt(_M_MMAP_THRESHOLD, size)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2 * size)
 
 
 def _train(job: Job, workload: Path, name: str) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ To measure activations, one decoder layer and the vision tower are run, and the 
 autograd saves are added up.
 """
 
+import contextlib
 import copy
 import itertools
 import weakref
@@ -54,6 +55,7 @@ class Activations:
         supervised: logits and hidden states, per supervised token.
         tile: image features and activations of a trained vision tower, per tile.
         checkpointed_tile: the same as `tile`, with activation checkpointing.
+        small_last_layer: whether the last layer's MLP runs at supervised positions only.
     """
 
     layers: int
@@ -63,6 +65,7 @@ class Activations:
     supervised: float
     tile: float
     checkpointed_tile: float
+    small_last_layer: bool = False
 
     def for_pack(self, pack: PackSize, checkpointed: int) -> dict[str, Any]:
         """Return a pack's activation memory in bytes, keyed by component.
@@ -73,8 +76,10 @@ class Activations:
         """
         layer = self.layer_token * pack.tokens + self.layer_square * pack.squares
         # The backward pass recomputes one checkpointed layer at a time and keeps the activation gradients of
-        # one layer.
-        in_memory = self.layers - checkpointed + (checkpointed > 0) + 1
+        # one layer. A small last layer has few of them, and its activations are freed before those of the
+        # other layers are computed.
+        gradients = 0 if self.small_last_layer and not checkpointed else 1
+        in_memory = self.layers - checkpointed + (checkpointed > 0) + gradients
         return {
             "activations": in_memory * layer + checkpointed * self.input_token * pack.tokens,
             "logits": self.supervised * pack.supervised,
@@ -82,10 +87,30 @@ class Activations:
         }
 
 
-def measure_activations(model: InternVLChatModel, device: torch.device) -> Activations:
+def saves_linear_inputs(zero: Mapping[str, Any]) -> bool:
+    """Return whether linear layers with frozen weights save their inputs for backward.
+
+    ZeRO-3 replaces `torch.nn.functional.linear` with `LinearFunctionForZeroStage3`, which saves the input of
+    every layer (`Init` in deepspeed/runtime/zero/partition_parameters.py; `setup_context` in linear.py).
+    Other layouts save inputs only for the gradients of weights.
+
+    Args:
+        zero: `zero_optimization` section of the DeepSpeed configuration; empty without DeepSpeed.
+    """
+    return int(zero.get("stage", 0)) == 3 and bool(zero.get("memory_efficient_linear", True))
+
+
+def measure_activations(
+    model: InternVLChatModel, device: torch.device, *, linear_inputs: bool = False
+) -> Activations:
     """Return the sizes of a model's activations, measured on the training device.
 
     If the model is on a different device, copies of the measured modules are used.
+
+    Args:
+        model: model, after `set_trainable` and `apply_kernels`.
+        device: training device.
+        linear_inputs: see `saves_linear_inputs`.
     """
     llm = model.language_model
     itemsize, hidden = model.projector_weight.element_size(), llm.config.hidden_size
@@ -94,18 +119,19 @@ def measure_activations(model: InternVLChatModel, device: torch.device) -> Activ
         # The gradient replaces the logits and is saved only if the head is trained.
         logits = llm.config.vocab_size * itemsize if llm.get_output_embeddings().weight.requires_grad else 0
     features = 4 * model.config.tokens_per_tile * hidden * itemsize
-    tower, checkpointed_tower = _vision_bytes(model, device)
+    tower, checkpointed_tower = _vision_bytes(model, device, linear_inputs)
     return Activations(
         len(llm.get_decoder().layers),
-        *_layer_bytes(model, device),
+        *_layer_bytes(model, device, linear_inputs),
         input_token=hidden * itemsize,
         supervised=logits + 2 * hidden * itemsize,
         tile=features + tower,
         checkpointed_tile=features + checkpointed_tower,
+        small_last_layer=has_supervised_head(model),
     )
 
 
-def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
+def _layer_bytes(model: InternVLChatModel, device: torch.device, linear_inputs: bool) -> tuple[float, float]:
     """Return the activation bytes of a decoder layer per token and per squared record length."""
     decoder = model.language_model.get_decoder()
     layer = _on_device(decoder.layers[0], device)
@@ -121,18 +147,20 @@ def _layer_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float,
         inputs["position_embeddings"] = (x.new_zeros(rotary), x.new_zeros(rotary))
         inputs |= {f"cu_seq_lens_{name}": bounds for name in "qk"}
         inputs |= {f"max_length_{name}": tokens for name in "qk"}
-        saved.append(saved_bytes(layer, partial(layer, x, **inputs)) / tokens)
+        call = partial(layer, x, **inputs)
+        saved.append(saved_bytes(layer, call, linear_inputs=linear_inputs) / tokens)
     square = max(0.0, (saved[1] - saved[0]) / (_PROBE_LENGTHS[1] - _PROBE_LENGTHS[0]))
     return saved[0] - square * _PROBE_LENGTHS[0], square
 
 
-def _vision_bytes(model: InternVLChatModel, device: torch.device) -> tuple[float, float]:
+def _vision_bytes(model: InternVLChatModel, device: torch.device, linear_inputs: bool) -> tuple[float, float]:
     """Return the activation bytes of the vision tower per tile, without and with activation checkpointing."""
     if model.vision_is_frozen:
         return 0.0, 0.0
     tower, config = _on_device(model.vision_model, device), model.vision_model.config
     tile = torch.zeros(1, 3, config.image_size, config.image_size, dtype=model.pixel_dtype, device=device)
-    saved, layers = saved_bytes(tower, partial(tower, tile)), config.num_hidden_layers
+    saved = saved_bytes(tower, partial(tower, tile), linear_inputs=linear_inputs)
+    layers = config.num_hidden_layers
     inputs = layers * (config.grid**2 + 1) * config.hidden_size * model.pixel_dtype.itemsize
     return saved, inputs + saved / layers
 
@@ -149,24 +177,39 @@ def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
     return moved.to_empty(device=device) if source.type == "meta" else moved.to(device)
 
 
-def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
+def saved_bytes(module: nn.Module, call: Callable[[], Any], *, linear_inputs: bool = False) -> int:
     """Return the bytes that autograd saves for backward during a call, excluding the module's parameters.
 
     Tensors that are freed before the call ends, such as those of DoRA's weight norms, are not counted.
+
+    Args:
+        module: module that `call` runs.
+        call: function that runs the forward pass.
+        linear_inputs: also count the inputs of linear layers whose weights are frozen.
     """
     saved: list[weakref.ref[torch.Tensor]] = []
+    inputs: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(weakref.ref(tensor))
         return tensor  # the graph keeps this object alive as long as it needs the tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    gpus = {p.device for p in module.parameters() if p.is_cuda}
-    with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
+    def keep_input(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.extend(x for x in args if x.requires_grad)  # without gradients, nothing is saved
+
+    with contextlib.ExitStack() as stack:
+        for linear in module.modules() if linear_inputs else ():
+            if isinstance(linear, nn.Linear):
+                stack.callback(linear.register_forward_pre_hook(keep_input).remove)
+        gpus = {p.device for p in module.parameters() if p.is_cuda}
+        stack.enter_context(torch.random.fork_rng(gpus))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         output = call()
-    alive = {tensor.untyped_storage() for ref in saved if (tensor := ref()) is not None}
+    tensors = [*inputs, *(tensor for ref in saved if (tensor := ref()) is not None)]
+    storages = {tensor.untyped_storage() for tensor in tensors}
     del output
-    return sum(storage.nbytes() for storage in alive - {p.untyped_storage() for p in module.parameters()})
+    return sum(storage.nbytes() for storage in storages - {p.untyped_storage() for p in module.parameters()})
 
 
 def parallel_memory(
@@ -219,7 +262,7 @@ def parallel_memory(
             weights, optimizer_state, optimizer_scratch = _size(root), 0, 0
             gradients = unreduced + _size(p for p in root if p.requires_grad)
     elif parallel == "deepspeed":
-        return _deepspeed_memory(model, trained, ranks, zero, lazy_pages)
+        return _deepspeed_memory(model, trained, ranks, zero, several_packs, lazy_pages)
     sizes = (weights, gradients, optimizer_state, optimizer_scratch, buffers)
     return dict(zip(COMPONENTS, sizes, strict=True))
 
@@ -260,6 +303,7 @@ def _deepspeed_memory(
     trained: list[nn.Parameter],
     ranks: int,
     zero: Mapping[str, Any],
+    several_packs: bool,
     lazy_pages: bool,
 ) -> dict[str, int]:
     stage, numel = int(zero.get("stage", 0)), sum(p.numel() for p in trained)
@@ -279,14 +323,22 @@ def _deepspeed_memory(
     if stage >= 2 and largest.numel() > bucket:
         gradients += largest.nbytes  # it is reduced without a bucket
     # Each bucket is allocated at its full size, even if the gradients are smaller.
+    itemsize = model.projector_weight.element_size()  # DeepSpeed casts float32 adapters to bf16
     buffers = (2 if zero.get("overlap_comm", stage == 3) else 1) * bucket
     if lazy_pages:
         # Buckets are written only as far as there are gradients.
         buffers = min(buffers, numel)
+        if stage < 3:
+            # Each backward pass allocates and frees the buckets (`setup_buckets`, `_release_ipg_buffers` in
+            # deepspeed/runtime/zero/stage_1_and_2.py). It fills them while it frees the activations. The
+            # gradients are views of the buckets, unless they are accumulated.
+            scratch, buffers = scratch + itemsize * buffers, 0
+            if not several_packs:
+                scratch, gradients = scratch + gradients, 0
     if stage == 3:
         gathered = sum(elements(f"stage3_{name}", n) for name, n in _ZERO3_GATHERED.items())
         buffers += min(gathered, sum(p.numel() for p in model.parameters()))
-    buffers *= model.projector_weight.element_size()  # DeepSpeed casts float32 adapters to bf16
+    buffers *= itemsize
     if _offload_device(zero, "optimizer") != "none":
         state = scratch = 0
     if _offload_device(zero, "param") != "none":

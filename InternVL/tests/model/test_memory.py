@@ -17,6 +17,7 @@ from internvl_chat.model.memory import (
     PackSize,
     measure_activations,
     saved_bytes,
+    saves_linear_inputs,
 )
 from internvl_chat.train.freeze import set_trainable
 
@@ -42,6 +43,14 @@ def test_linear_layer_saves_its_input(dtype, size):
 
 def test_frozen_linear_layer_saves_nothing():
     assert kept(nn.Linear(4, 3).requires_grad_(False), rows()) == 0
+
+
+def test_inputs_of_frozen_linear_layers():
+    """As with ZeRO-3: every input that requires a gradient, once."""
+    frozen = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 2)).requires_grad_(False)
+    assert saved_bytes(frozen, lambda: frozen(rows()), linear_inputs=True) == 5 * (4 + 3 + 4) * 4
+    assert saved_bytes(frozen, lambda: frozen(torch.ones(5, 4)), linear_inputs=True) == 0
+    assert kept(frozen, rows()) == 0  # the hooks are removed
 
 
 def test_matrix_that_is_not_a_parameter_is_counted():
@@ -136,6 +145,12 @@ def test_memory_of_a_pack(checkpointed, activations):
     }
 
 
+@pytest.mark.parametrize(("checkpointed", "layers"), [(0, 4), (1, 5), (4, 2)])
+def test_gradients_replace_the_activations_of_a_small_last_layer(checkpointed, layers):
+    found = replace(ACTIVATIONS, small_last_layer=True).for_pack(PACK, checkpointed)["activations"]
+    assert found == layers * 100 + checkpointed * 10
+
+
 @pytest.mark.parametrize(("checkpointed", "layers"), [(0, 5), (1, 5), (4, 2)])
 def test_squares_count_in_every_layer_in_memory(checkpointed, layers):
     more = replace(ACTIVATIONS, layer_square=0.5).for_pack(PACK, checkpointed)["activations"]
@@ -224,6 +239,30 @@ def test_checkpointed_layer_saves_only_its_input(tiny_model):
         kept_by.append(saved_bytes(llm, lambda: llm(inputs_embeds=x, use_cache=False)))
     saved = (found.layer_token - found.input_token) * tokens
     assert kept_by[0] - kept_by[1] == pytest.approx(saved, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("zero", "saves"),
+    [
+        ({}, False),
+        ({"stage": 2}, False),
+        ({"stage": 3}, True),
+        ({"stage": 3, "memory_efficient_linear": False}, False),
+    ],
+)
+def test_layouts_that_save_linear_inputs(zero, saves):
+    assert saves_linear_inputs(zero) is saves
+
+
+def test_linear_inputs_are_those_of_zero3(tiny_model, monkeypatch):
+    """Compares with DeepSpeed's own function, for frozen layers with adapters."""
+    zero3 = pytest.importorskip("deepspeed.runtime.zero.linear")
+    model = load(tiny_model, torch.float32, lora=4)
+    set_trainable(model, freeze_llm=True, freeze_mlp=True, freeze_backbone=True)
+    plain, planned = (measure_activations(model, CPU, linear_inputs=inputs) for inputs in (False, True))
+    assert planned.layer_token > plain.layer_token
+    monkeypatch.setattr(nn.functional, "linear", zero3.zero3_linear_wrap)
+    assert measure_activations(model, CPU).layer_token == pytest.approx(planned.layer_token, rel=0.01)
 
 
 def test_measuring_changes_neither_model_nor_random_numbers(tiny_model):

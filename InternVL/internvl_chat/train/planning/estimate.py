@@ -19,7 +19,7 @@ from internvl_chat.model.flops import FlopCounter, count_flops
 from internvl_chat.model.io.checkpoint import empty_model
 from internvl_chat.model.kernels.apply import apply_kernels
 from internvl_chat.model.lora.quantization import parameter_count, quantize_decoder
-from internvl_chat.model.memory import Activations, measure_activations
+from internvl_chat.model.memory import Activations, measure_activations, saves_linear_inputs
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.checks import layout_problems
 from internvl_chat.train.config import RunConfig, TrainConfig
@@ -44,6 +44,7 @@ from internvl_chat.train.preflight.memory import (
     MemoryPlanner,
     layout_memory,
     update_precision,
+    zero_section,
 )
 from internvl_chat.train.setup import prepare_model
 
@@ -108,8 +109,18 @@ class PlannedModel:
 
     @cached_property
     def activations(self) -> Activations:
-        """Sizes of the activations; for a GPU, measured on the meta device."""
-        return measure_activations(self.model, torch.device("meta" if self.device == "cuda" else "cpu"))
+        """Sizes of the activations."""
+        return self._measure(linear_inputs=False)
+
+    @cached_property
+    def zero3_activations(self) -> Activations:
+        """Sizes of the activations with ZeRO-3; see `saves_linear_inputs`."""
+        return self._measure(linear_inputs=True)
+
+    def _measure(self, *, linear_inputs: bool) -> Activations:
+        """Measure the activations; for a GPU, on the meta device."""
+        device = torch.device("meta" if self.device == "cuda" else "cpu")
+        return measure_activations(self.model, device, linear_inputs=linear_inputs)
 
     @cached_property
     def trained(self) -> dict[str, int]:
@@ -282,14 +293,15 @@ class Planner:
         return TrainConfig(config.model, config.data, run)
 
     def _memory(self, config: TrainConfig, sampler: StepSampler, packs: LargestPacks | None) -> MemoryPlanner:
-        usable = USABLE if self.planned.device == "cuda" else 1
+        planned, usable = self.planned, USABLE if self.planned.device == "cuda" else 1
+        saves_inputs = saves_linear_inputs(zero_section(config.run))
         return MemoryPlanner(
             config,
-            self.planned.model,
+            planned.model,
             sampler,
             self.workload.lengths,
             available=usable * self.hardware.memory,
-            activations=self.planned.activations,
+            activations=planned.zero3_activations if saves_inputs else planned.activations,
             compiled=self._compiled(config.run),
             packs=packs,
         )

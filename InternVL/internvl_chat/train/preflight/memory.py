@@ -29,6 +29,7 @@ from internvl_chat.model.memory import (
     measure_activations,
     offloaded_memory,
     parallel_memory,
+    saves_linear_inputs,
 )
 from internvl_chat.model.modeling_internvl_chat import InternVLChatModel
 from internvl_chat.train.config import RunConfig, TrainConfig
@@ -135,7 +136,9 @@ def plan_memory(
         sampler,
         data.epoch_lengths(),
         available=min(all_gather_object(usable_memory(run))),
-        activations=measure_activations(model, run.device),
+        activations=measure_activations(
+            model, run.device, linear_inputs=saves_linear_inputs(zero_section(run))
+        ),
         compiled=uses_compiled_step(update_precision(run), run.device),
         host_available=min(all_gather_object(available_memory(_CPU, run.local_world_size))),
         can_replicate=len(node_sizes) == 1 and 1 < run.local_world_size < run.world_size,
@@ -307,7 +310,7 @@ def layout_memory(
         optimizer_state=_optimizer_state(model, run, precision),
         optimizer_scratch=scratch,
         several_packs=several_packs,
-        zero=_zero(run),
+        zero=zero_section(run),
         offload=offload,
         lazy_pages=run.device.type == "cpu",
     )
@@ -321,7 +324,7 @@ def layout_host_memory(
         model,
         *_sharding(run, parallel),
         optimizer_state=_optimizer_state(model, run, precision),
-        zero=_zero(run),
+        zero=zero_section(run),
         offload=offload,
     )
 
@@ -338,7 +341,8 @@ def _optimizer_state(model: InternVLChatModel, run: RunConfig, precision: str) -
     return state_bytes(run.optim, precision, (p for p in model.parameters() if p.requires_grad))
 
 
-def _zero(run: RunConfig) -> dict[str, Any]:
+def zero_section(run: RunConfig) -> dict[str, Any]:
+    """Return the `zero_optimization` section of the DeepSpeed configuration; empty without DeepSpeed."""
     return (run.deepspeed or {}).get("zero_optimization", {})
 
 

@@ -48,7 +48,8 @@ def run_of(ranks: int = 1, zero: dict | None = None, device: torch.device = CPU,
 def components(
     model, parallel: str, ranks: int, precision: str = "master", zero=None, *, several=False, compiled=True
 ) -> dict[str, int]:
-    return layout_memory(model, run_of(ranks, zero), parallel, precision, several, compiled)
+    run = run_of(ranks, zero, CUDA if zero else CPU)
+    return layout_memory(model, run, parallel, precision, several, compiled)
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +158,22 @@ def test_zero_2_and_3(full_8b):
 
 
 def test_zero_allocates_whole_buckets():
-    """On a GPU, two buckets of the configured size; on a CPU, only what the gradients of a step fill."""
+    """On a GPU, two buckets of the configured size; on a CPU, only what the gradients of a step fill.
+
+    There, they replace the activations, like the scratch memory of the optimizer. So do the gradients, which
+    are float32, unless they are accumulated.
+    """
     model = plan_model("smoke", "lora", "bfloat16", "cuda").model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     zero = {"stage": 1, "reduce_bucket_size": 10**9, "overlap_comm": True}
-    for device, elements in ((CUDA, 2 * 10**9), (CPU, trained)):
-        found = layout_memory(model, run_of(2, zero, device), "deepspeed", "master", False, True)
-        assert found["communication buffers"] == 2 * elements
+    for device, several, gradients, scratch, buffers in (
+        (CUDA, False, 4 * trained, 2 * trained, 4 * 10**9),
+        (CPU, True, 4 * trained, (2 + 2) * trained, 0),
+        (CPU, False, 0, (2 + 2 + 4) * trained, 0),
+    ):
+        found = layout_memory(model, run_of(2, zero, device), "deepspeed", "master", several, True)
+        names = ("gradients", "optimizer scratch", "communication buffers")
+        assert [found[name] for name in names] == [gradients, scratch, buffers]
 
 
 def test_zero_with_offloading(full_8b):
@@ -277,7 +287,7 @@ class Run:
 
     def __init__(self, model, monkeypatch, *, ranks: int = 1, nodes: int = 1) -> None:
         self.model, self.monkeypatch, self.ranks, self.nodes = model, monkeypatch, ranks, nodes
-        monkeypatch.setattr(memory, "measure_activations", lambda model, device: ACTIVATIONS)
+        monkeypatch.setattr(memory, "measure_activations", lambda *_, **__: ACTIVATIONS)
         monkeypatch.setattr(memory, "all_gather_object", lambda value: [value] * ranks)
         known = {}
 
@@ -525,7 +535,7 @@ def test_the_largest_pack_of_all_ranks_and_epochs(model, monkeypatch, ranks, max
     tokens = rng.integers(20, 200, 101)
     lengths = Lengths(tokens, rng.integers(1, 20, 101), rng.integers(0, 7, 101))
     activations = Activations(4, 10.0, 0.02, 1.0, 50.0, 30.0, 90.0)
-    monkeypatch.setattr(memory, "measure_activations", lambda model, device: activations)
+    monkeypatch.setattr(memory, "measure_activations", lambda *_, **__: activations)
     monkeypatch.setattr(memory, "all_gather_object", lambda value: [1e12] * ranks)
     planner = StepPlanner(ranks, tokens, tokens, max_tokens, records_per_pack=2)
     samplers = [StepSampler([101], step_records=12, planner=planner, rank=r, seed=3) for r in range(ranks)]
@@ -558,7 +568,9 @@ def test_the_largest_pack_of_all_ranks_and_epochs(model, monkeypatch, ranks, max
 def test_checkpointing_changes_which_pack_is_the_largest(model, monkeypatch):
     """Logits of long answers are not affected by checkpointing."""
     tokens, supervised = np.array([100, 60]), np.array([1, 60])
-    monkeypatch.setattr(memory, "measure_activations", lambda *_: Activations(4, 10.0, 0, 1.0, 20.0, 0, 0))
+    monkeypatch.setattr(
+        memory, "measure_activations", lambda *_, **__: Activations(4, 10.0, 0, 1.0, 20.0, 0, 0)
+    )
     config = SimpleNamespace(
         run=run_of(count_steps=lambda n: n, parallel="auto", weight_precision="bf16", optim="adamw_torch"),
         model=SimpleNamespace(grad_checkpoint="False"),
