@@ -438,8 +438,9 @@ def test_requested_parallel_layout_is_used(model, monkeypatch, ranks, asked, tak
 
 
 def test_deepspeed_is_planned_from_its_configuration(model, monkeypatch):
+    monkeypatch.setattr(memory, "uses_compiled_step", lambda precision, device: True)
     run = Run(model, monkeypatch, ranks=2)
-    plans = [run.plan(parallel="deepspeed", zero={"stage": stage}) for stage in (1, 2, 3)]
+    plans = [run.plan(parallel="deepspeed", zero={"stage": stage}, device=CUDA) for stage in (1, 2, 3)]
     assert all(plan.parallel == "deepspeed" for plan in plans)
     gradients = [plan.components["gradients"] for plan in plans]
     assert gradients[0] == 2 * gradients[1] == 2 * gradients[2]
