@@ -287,8 +287,8 @@ class RunArguments:
     use_cpu: bool = _distributed(False, "Train on the CPU.")
     parallel: str = _distributed(
         "auto",
-        "Parallel layout: ddp, fsdp (FSDP2), hsdp (FSDP2 within each node), deepspeed (with --deepspeed), or "
-        "auto (the first of ddp, hsdp and fsdp that fits in memory).",
+        "Layout: ddp, fsdp (FSDP2), hsdp (FSDP2 within each node), deepspeed (with --deepspeed), or auto "
+        "(the first of ddp, hsdp, fsdp that fits in memory).",
         PARALLEL_MODES,
     )
     deepspeed: str | None = _distributed(None, "DeepSpeed configuration: a JSON file or JSON text.")

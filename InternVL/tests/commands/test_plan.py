@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import needs_bitsandbytes
 
 from internvl_chat.cli import main as m3llm
 from internvl_chat.train.planning import sweep
@@ -71,8 +72,8 @@ def test_command_is_accepted_by_the_launcher(plan, tiny_model, device, variables
 @pytest.mark.parametrize(
     ("flags", "modes"),
     [
-        (["--load_in_4bit", "True"], ["ddp", "zero1", "zero2"]),
-        (["--optim", "adamw_8bit"], ["ddp"]),
+        pytest.param(["--load_in_4bit", "True"], ["ddp", "zero1", "zero2"], marks=needs_bitsandbytes),
+        pytest.param(["--optim", "adamw_8bit"], ["ddp"], marks=needs_bitsandbytes),
         (["--weight_precision", "stochastic"], ["ddp", "fsdp"]),
     ],
 )

@@ -52,7 +52,7 @@ def hostile(tmp_path_factory):
         text_record(9, "right \u202e to left") | {"id": 12},
         b'{"id": "' + b"x" * 5000,
         b"\xff\xfe",
-        b"[" * 3000 + b"]" * 3000,
+        b"[" * 20_000 + b"]" * 20_000,
         b"null",
         text_record(14, id="x" * 5000),
     ]
