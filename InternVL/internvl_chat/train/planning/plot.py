@@ -95,7 +95,7 @@ def _save(
         _draw(axes, [series], quantity, cost, values)
         for label, point, y in zip(series.names, series.points, values[0], strict=False):
             is_first = point is series.points[0]
-            offset, side = ((7, -9), "left") if is_first else ((-7, 4), "right")
+            offset, side = ((-2, 7), "left") if is_first else ((-7, 4), "right")
             axes.annotate(label, (point.x, y), offset, textcoords="offset points", fontsize="small", ha=side)
         axes.set_title(name, loc="right", fontsize="small", color=TEXT_GRAY)
     handles = [
