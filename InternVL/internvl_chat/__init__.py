@@ -3,6 +3,7 @@
 The names in `__all__` form the public Python API (docs/python_api.md). Each is imported on first use.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["Sampling", "ask", "evaluate", "export_hf", "finetune", "load", "merge", "open_datasets"]
+
+# Importing peft imports torchao and bitsandbytes, which log warnings that no user can act on. Importing torch
+# resets the levels of its loggers, but not their filters.
+for _name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(_name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 _MODULES = {"Sampling": "inference.sampling", "ask": "inference.engine", "export_hf": "convert.export",
             "merge": "convert.merge"}  # fmt: skip

@@ -9,6 +9,7 @@ from helpers import SOURCE_ROOT, flags
 from PIL import Image
 
 import internvl_chat
+from internvl_chat.train import internvl_chat_finetune
 from internvl_chat.train.internvl_chat_finetune import main as train
 from internvl_chat.utils.errors import DataError, UsageError
 
@@ -63,6 +64,12 @@ def test_import_loads_nothing():
     code = "import sys, internvl_chat; print({'torch', 'numpy', 'transformers'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_imports_of_the_training_script_log_nothing():
+    script = internvl_chat_finetune.__file__
+    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
 
 
 def test_errors_are_clear(folder, monkeypatch):

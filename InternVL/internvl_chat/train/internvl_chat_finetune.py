@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from internvl_chat.data.audit.overlap import warn_about_overlap
 from internvl_chat.data.batching.dataloader import WORKER_DIED, kill_workers
