@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import weakref
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -104,9 +105,11 @@ class RecordFile:
         return DataError(message, file=self.path, line=self.line(index), kind=kind)
 
     def _open(self) -> int:
-        """Return a file descriptor opened by this process."""
+        """Return a file descriptor opened by this process; it is closed when this object is deleted."""
         if self._descriptor is None or self._descriptor[0] != os.getpid():
-            self._descriptor = (os.getpid(), os.open(self._source, os.O_RDONLY | os.O_CLOEXEC))
+            descriptor = os.open(self._source, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = (os.getpid(), descriptor)
+            weakref.finalize(self, os.close, descriptor)
         return self._descriptor[1]
 
     def __getitem__(self, index: int) -> Any:

@@ -283,3 +283,15 @@ def test_malformed_arrays(write, text, message, line):
 def test_long_line_of_whitespace(write):
     records = RecordFile(write('{"a": 1}\n' + " " * 40 + '\n{"a": 2}\n'))
     assert "only whitespace" in str(failure(records, 1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to list the open files")
+def test_file_is_closed_with_its_last_reference(write):
+    def is_open() -> bool:
+        return str(file) in {os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()}
+
+    file = write('{"id": 1}\n')
+    records = RecordFile(file)
+    assert records[0] == {"id": 1} and is_open()
+    del records
+    assert not is_open()
