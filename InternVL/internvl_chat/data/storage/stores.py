@@ -124,7 +124,7 @@ class ImageStore(ABC):
         failed: list[StorageError] = []
 
         def fetch(name: str) -> None:
-            if len(failed) >= _THREADS:  # an outage, in which each request may take a minute
+            if len(failed) >= _THREADS:  # an outage, in which each request waits until its timeout
                 return
             try:
                 self.read(name, retry=False)
